@@ -1,0 +1,61 @@
+-- The schema, its roles, the ledger of applied files and the mark of this history.
+
+create schema if not exists relay;
+comment on schema relay is 'change feed: changelog, watched relations, and what the relay reads';
+
+-- Roles belong to the whole cluster, so an installer in another database may create the same one at the same moment.
+-- Only what this installer creates is granted to it: a role that was there before keeps its members.
+do $$
+declare
+  wanted text;
+  created boolean;
+  superuser constant boolean := (select r.rolsuper from pg_catalog.pg_roles r where r.rolname = current_user);
+begin
+  foreach wanted in array array['relay_writer', 'relay_reader', 'anon', 'authenticated', 'service_role'] loop
+    created := false;
+    if not exists (select from pg_catalog.pg_roles r where r.rolname = wanted) then
+      begin
+        execute pg_catalog.format('create role %I nologin', wanted);
+        created := true;
+      exception when duplicate_object or unique_violation then
+        null;
+      end;
+    end if;
+    if created and wanted = 'service_role' then
+      begin
+        alter role service_role bypassrls;
+      exception when insufficient_privilege then
+        raise notice 'service_role has no BYPASSRLS: the installer may not grant it'
+          using hint = 'As a superuser: alter role service_role bypassrls';
+      end;
+    end if;
+    -- Owning relay.capture() through relay_writer needs membership; the others are what the relay judges as.
+    if not superuser and (created or wanted = 'relay_writer')
+       and not pg_catalog.pg_has_role(current_user, wanted, 'usage') then
+      begin
+        execute pg_catalog.format('grant %I to current_user', wanted);
+      exception when unique_violation then
+        null;
+      end;
+    end if;
+  end loop;
+end
+$$;
+
+create table if not exists relay.ledger (
+  file text primary key,
+  checksum text not null,
+  version text not null,
+  applied_at timestamptz not null default pg_catalog.now()
+);
+comment on table relay.ledger is 'which file of which version was applied here';
+
+create table if not exists relay.history (
+  mark uuid not null
+);
+comment on table relay.history is 'one row: the random mark of this history, part of the epoch';
+
+insert into relay.history (mark)
+select pg_catalog.gen_random_uuid()
+where not exists (select from relay.history);
+create unique index if not exists history_one_row on relay.history ((true));

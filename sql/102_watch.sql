@@ -1,0 +1,203 @@
+-- relay.watch, relay.unwatch and relay.watched: which relations are captured, and the triggers that do it.
+
+-- relay.key(relation) : the key columns in key order, {} without one
+-- A table's key is its primary key. A materialized view has none, so there it is the unique index that
+-- REFRESH ... CONCURRENTLY needs: on plain columns, without a condition; the narrowest, then the oldest.
+create or replace function relay.key(relation regclass) returns text[]
+language sql stable as $$
+  select coalesce((
+    select (select pg_catalog.array_agg(a.attname::text order by k.place)
+            from pg_catalog.unnest(i.indkey::int2[]) with ordinality k (attnum, place)
+            join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+            where k.place <= i.indnkeyatts)
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_class c on c.oid = i.indrelid
+    where i.indrelid = $1
+      and case when c.relkind = 'm'
+            then i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null and i.indexprs is null
+            else i.indisprimary end
+    order by i.indnkeyatts, i.indexrelid
+    limit 1), '{}')
+$$;
+comment on function relay.key(regclass) is 'key columns of a relation: primary key, or unique index of a materialized view';
+
+-- relay.needs_care(relation) : whether converting a row to JSON may run code that users wrote
+-- Only types outside the system's own can have a cast to json; relay.capture() is then told to be careful.
+create or replace function relay.needs_care(relation regclass) returns boolean
+language sql stable as $$
+  with recursive used (type) as (
+    select a.atttypid from pg_catalog.pg_attribute a
+    where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+    union
+    select part.type
+    from used u
+    join pg_catalog.pg_type t on t.oid = u.type
+    cross join lateral (
+      select t.typbasetype where t.typtype = 'd'
+      union all select t.typelem where t.typelem <> 0
+      union all select a.atttypid from pg_catalog.pg_attribute a
+        where t.typtype = 'c' and a.attrelid = t.typrelid and a.attnum > 0 and not a.attisdropped) part (type)
+    where t.oid >= 16384
+  )
+  select exists (select from used u join pg_catalog.pg_type t on t.oid = u.type
+                 where t.oid >= 16384 and t.typtype not in ('d', 'c') and (t.typelem = 0 or t.typlen <> -1))
+$$;
+comment on function relay.needs_care(regclass) is 'whether rows hold types that users made, so that their conversion may fail';
+
+-- relay.parts(relation) : the relation and, if it is partitioned, every partition below it
+create or replace function relay.parts(relation regclass) returns setof oid
+language sql stable as $$
+  select $1::oid union select t.relid::oid from pg_catalog.pg_partition_tree($1) t
+$$;
+comment on function relay.parts(regclass) is 'the relation itself and all partitions below it';
+
+-- relay.triggers_intact(relation, id) : whether everything that captures its changes is there and fires always
+-- For a materialized view: whether it has the unique index that a refresh needs.
+create or replace function relay.triggers_intact(relation regclass, id int) returns boolean
+language sql stable as $$
+  select case
+    when c.relkind = 'm' then relay.key($1) <> '{}'
+    else not exists (
+      select from relay.parts($1) p (oid)
+      join pg_catalog.pg_class part on part.oid = p.oid
+      where not exists (
+          select from pg_catalog.pg_trigger t
+          where t.tgrelid = p.oid and t.tgname = '00_relay_capture_' || $2 and t.tgenabled = 'A'
+            and t.tgfoid = 'relay.capture()'::pg_catalog.regprocedure
+            and (t.tgnargs > 1 or not relay.needs_care($1)))
+        or (part.relkind <> 'f' and not exists (
+          select from pg_catalog.pg_trigger t
+          where t.tgrelid = p.oid and t.tgname = '00_relay_truncate_' || $2 and t.tgenabled = 'A'
+            and t.tgfoid = 'relay.capture()'::pg_catalog.regprocedure))
+    ) end
+  from pg_catalog.pg_class c where c.oid = $1
+$$;
+comment on function relay.triggers_intact(regclass, int) is 'whether the triggers of a watched relation are there and enabled';
+
+-- relay.set_triggers(relation, id)
+-- Names begin with 00 to fire before the users' own AFTER triggers: one that changes the row again must be logged after
+-- the change that caused it. The row trigger is cloned to partitions, present and future; TRUNCATE triggers are not,
+-- so each present partition gets its own. A TRUNCATE of the whole is then logged once per part.
+create or replace function relay.set_triggers(relation regclass, id int) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set client_min_messages = warning as $$
+declare
+  row_trigger constant text := '00_relay_capture_' || id;
+  truncate_trigger constant text := '00_relay_truncate_' || id;
+  arguments constant text := case when relay.needs_care(relation) then format('%L, %L', id, 'careful') else format('%L', id) end;
+  part record;
+begin
+  execute format('drop trigger if exists %I on %s', row_trigger, relation);
+  execute format('create trigger %I after insert or update or delete on %s for each row execute function relay.capture(%s)',
+                 row_trigger, relation, arguments);
+  execute format('alter table %s enable always trigger %I', relation, row_trigger);
+  for part in
+    select p.oid::regclass as name, c.relkind from relay.parts(relation) p (oid) join pg_class c on c.oid = p.oid
+  loop
+    execute format('alter table %s enable always trigger %I', part.name, row_trigger);
+    if part.relkind <> 'f' then
+      execute format('drop trigger if exists %I on %s', truncate_trigger, part.name);
+      execute format('create trigger %I after truncate on %s for each statement execute function relay.capture(%L)',
+                     truncate_trigger, part.name, id);
+      execute format('alter table %s enable always trigger %I', part.name, truncate_trigger);
+    end if;
+  end loop;
+end
+$$;
+comment on function relay.set_triggers(regclass, int) is 'makes the triggers of a watched relation anew';
+
+-- relay.watch(relation, leave_events)
+-- Publishes a table, partitioned table, foreign table or materialized view. Idempotent: sets leave_events as given,
+-- repairs what is missing or disabled, and locks the table only if there is something to repair.
+create or replace function relay.watch(relation regclass, leave_events boolean default false) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set client_min_messages = warning as $$
+declare
+  found_relation record;
+  list_id int;
+begin
+  select c.oid, c.relkind, c.relpersistence, n.nspname into found_relation
+  from pg_class c join pg_namespace n on n.oid = c.relnamespace
+  where c.oid = watch.relation;
+  if not found then
+    raise exception 'there is no such relation' using errcode = 'undefined_table',
+      hint = 'Name an existing table: select relay.watch(''public.todos'')';
+  elsif found_relation.nspname = 'relay' then
+    raise exception '% belongs to the relay and cannot be watched', relation using errcode = 'wrong_object_type',
+      hint = 'Watch tables of your own.';
+  elsif found_relation.nspname in ('pg_catalog', 'information_schema', 'pg_toast') or found_relation.oid < 16384 then
+    raise exception '% is a system catalog and cannot be watched', relation using errcode = 'wrong_object_type',
+      hint = 'PostgreSQL allows no triggers there. Watch tables of your own.';
+  elsif found_relation.relpersistence = 't' then
+    raise exception '% is a temporary table and cannot be watched', relation using errcode = 'wrong_object_type',
+      hint = 'Only its own session sees it. Create it as an ordinary table.';
+  elsif found_relation.relkind = 'v' then
+    raise exception '% is a view and cannot be watched', relation using errcode = 'wrong_object_type',
+      hint = 'A view has no rows of its own: watch the tables it reads, or make it a materialized view and refresh it with relay.refresh.';
+  elsif found_relation.relkind not in ('r', 'p', 'm', 'f') then
+    raise exception '% is not a table and cannot be watched', relation using errcode = 'wrong_object_type',
+      hint = 'Tables, partitioned tables, foreign tables and materialized views can be watched.';
+  elsif found_relation.relkind = 'm' and relay.key(relation) = '{}' then
+    raise exception 'materialized view % has no unique index', relation using errcode = 'object_not_in_prerequisite_state',
+      hint = format('It tells which row is which: create unique index on %s (its key columns), without a condition.', relation);
+  end if;
+  if found_relation.relpersistence = 'u' then
+    raise notice '% is unlogged: a crash empties it without an event', relation;
+  end if;
+
+  -- Entries of dropped relations go now, lest another relation get the same oid one day.
+  delete from relay.watch_list w where not exists (select from pg_class c where c.oid = w.relation);
+  insert into relay.watch_list as w (relation, leave_events) values (watch.relation, watch.leave_events)
+  on conflict on constraint watch_list_relation_key do update set leave_events = excluded.leave_events
+  returning w.id into list_id;
+  if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id) then
+    perform relay.set_triggers(relation, list_id);
+  end if;
+end
+$$;
+comment on function relay.watch(regclass, boolean) is
+  'publishes a table or materialized view; again: repairs its triggers. leave_events: an UPDATE that hides a row is sent as a leave';
+
+-- relay.unwatch(relation)
+-- Takes it back: no trigger remains, also not on partitions that were detached since. Harmless if it was not watched.
+create or replace function relay.unwatch(relation regclass) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set client_min_messages = warning as $$
+declare
+  list_id int;
+  leftover record;
+begin
+  delete from relay.watch_list w where w.relation = unwatch.relation returning w.id into list_id;
+  if list_id is null then
+    raise notice '% was not watched', relation;
+    return;
+  end if;
+  for leftover in
+    select t.tgname, t.tgrelid::regclass as name
+    from pg_trigger t
+    where t.tgfoid = 'relay.capture()'::regprocedure and t.tgparentid = 0
+      and t.tgname in ('00_relay_capture_' || list_id, '00_relay_truncate_' || list_id)
+  loop
+    execute format('drop trigger %I on %s', leftover.tgname, leftover.name);
+  end loop;
+end
+$$;
+comment on function relay.unwatch(regclass) is 'takes back relay.watch and leaves no trace on the table';
+
+create or replace view relay.watched as
+select w.relation,
+       case c.relkind when 'r' then 'table' when 'p' then 'partitioned table' when 'm' then 'materialized view'
+                      when 'f' then 'foreign table' end as kind,
+       relay.key(w.relation) as key,
+       w.leave_events,
+       w.since,
+       c.relreplident = 'f' as full,
+       relay.triggers_intact(w.relation, w.id) as intact,
+       w.id
+from relay.watch_list w
+join pg_catalog.pg_class c on c.oid = w.relation;
+comment on view relay.watched is
+  'what is published, since when, with which key and options. full: old rows are sent whole. intact: false asks for relay.watch again';

@@ -1,0 +1,106 @@
+-- Reading the changelog between two snapshots: relay.epoch, relay.cursor, relay.page, relay.flush.
+
+-- relay.epoch() : names this history of transaction ids
+-- Changes with the database (mark), the cluster (system identifier) and every promotion (timeline). The timeline is
+-- taken from the WAL file name, because the control file lags after a promotion; on a standby this raises, which is
+-- right: the changelog is never read there. Reads relay.history.
+create or replace function relay.epoch() returns bigint
+language sql stable security definer
+set search_path = pg_catalog, pg_temp as $$
+  select ('x' || left(encode(sha256(convert_to(
+           h.mark::text || '/' || s.system_identifier || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8), 'UTF8')), 'hex'), 16))::bit(64)::bigint
+  from relay.history h, pg_control_system() s
+$$;
+comment on function relay.epoch() is 'number that names this history; a cursor of another epoch is a gap';
+
+-- relay.varint(n) : unsigned LEB128
+create or replace function relay.varint(n numeric) returns bytea
+language plpgsql immutable strict
+set search_path = pg_catalog, pg_temp as $$
+declare
+  rest numeric := n;
+  bytes bytea := '';
+begin
+  loop
+    if rest < 128 then
+      return bytes || set_byte('\x00', 0, rest::int);
+    end if;
+    bytes := bytes || set_byte('\x00', 0, 128 + mod(rest, 128)::int);
+    rest := div(rest, 128);
+  end loop;
+end
+$$;
+comment on function relay.varint(numeric) is 'a number as unsigned LEB128';
+
+-- relay.cursor() : the caller's snapshot as a cursor
+-- In a repeatable read transaction it belongs to the rows that the transaction reads. Layout: 1, epoch (8 bytes, big
+-- endian), xmax, count of running transactions, then each from the largest down as the difference to the one before,
+-- the first to xmax; varints; base64url without padding. Where something in that snapshot might still be lost in a
+-- crash, the caller's commit is made to flush it: use the cursor after the commit.
+create or replace function relay.cursor() returns text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+  seen constant pg_snapshot := pg_current_snapshot();
+  bytes bytea := '\x01' || int8send(relay.epoch());
+  previous numeric := pg_snapshot_xmax(seen)::text::numeric;
+  running numeric[] := array(select x::text::numeric from pg_snapshot_xip(seen) x order by x desc);
+  xid numeric;
+begin
+  if pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn() then
+    perform set_config('synchronous_commit', 'on', true), pg_logical_emit_message(true, 'relay', '');
+  end if;
+  bytes := bytes || relay.varint(previous) || relay.varint(cardinality(running));
+  foreach xid in array running loop
+    bytes := bytes || relay.varint(previous - xid);
+    previous := xid;
+  end loop;
+  return translate(encode(bytes, 'base64'), E'+/=\n', '-_');
+end
+$$;
+comment on function relay.cursor() is
+  'cursor of the caller''s snapshot: read rows and call it in one repeatable read transaction, resume from it after the commit';
+
+-- relay.page(seen, until, after_number) : the changes that finished after `seen`, up to `until`
+-- First row: number null, snapshot = the page's end (`until`, else the statement's snapshot), unflushed = whether a crash
+-- now could take something of it back. Then the changes in order of number, those of the writing order of each row.
+-- Nothing is skipped when a transaction commits late and nothing comes twice: rows of transactions that began after
+-- `seen` (a range of xid) and rows of those that ran in it (a list), as far as they are visible now. No hidden
+-- xmin: there subtransactions look finished. Sorting carries images still compressed, so they become text last.
+-- Language sql and stable, so that it is inlined: rows stream. Reads relay.changes.
+create or replace function relay.page(seen pg_snapshot, until pg_snapshot default null, after_number bigint default 0)
+returns table (number bigint, xid text, at timestamptz, relation int, operation text, oversize boolean,
+               before text, after text, snapshot text, unflushed boolean)
+language sql stable as $$
+  select null::bigint, null::text, null::timestamptz, null::int, null::text, null::boolean, null::text, null::text,
+         coalesce($2, pg_catalog.pg_current_snapshot())::text,
+         pg_catalog.pg_current_wal_flush_lsn() < pg_catalog.pg_current_wal_insert_lsn()
+  union all
+  select p.number, p.xid::text, p.at, p.relation, p.operation::text, p.oversize, p.before::text, p.after::text,
+         null::text, null::boolean
+  from (
+    select c.*
+    from relay.changes c
+    where c.xid >= pg_catalog.pg_snapshot_xmax($1)
+      and c.xid < pg_catalog.pg_snapshot_xmax(coalesce($2, pg_catalog.pg_current_snapshot()))
+      and ($2 is null or pg_catalog.pg_visible_in_snapshot(c.xid, $2))
+      and c.number > $3
+    union all
+    select c.*
+    from relay.changes c
+    where c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
+      and ($2 is null or pg_catalog.pg_visible_in_snapshot(c.xid, $2))
+      and c.number > $3
+    order by number
+  ) p
+$$;
+comment on function relay.page(pg_snapshot, pg_snapshot, bigint) is
+  'one page of the changelog: a header row, then the changes finished after the first snapshot, in order';
+
+-- relay.flush() : makes everything up to now survive a crash, once the caller has committed with synchronous_commit on
+create or replace function relay.flush() returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp as $$
+  select pg_logical_emit_message(true, 'relay', '')
+$$;
+comment on function relay.flush() is 'its commit makes all earlier commits survive a crash; run it as a transaction of its own';

@@ -1,0 +1,166 @@
+-- Statements that ask PostgreSQL itself: may this row image be seen, does it match a filter; and read policies for what
+-- cannot have row security. All of them are to be run under an empty search_path.
+
+-- relay.judge_statement(relation, expression)
+-- A statement of one parameter, text[] of row images as JSON, that returns one bool[] of the same order and length: true
+-- where the expression is true; false and null are both false. The images take the relation's own name, so that columns,
+-- todos.col and whole rows resolve as they do in a policy.
+create or replace function relay.judge_statement(relation regclass, expression text) returns text
+language sql stable
+set search_path = '' as $$
+  select pg_catalog.format(
+    E'select coalesce(pg_catalog.array_agg(coalesce((%s\n), false) order by "relay n"), ''{}'')'
+    ' from pg_catalog.unnest($1::pg_catalog.text[]) with ordinality as "relay images"("relay image", "relay n")'
+    ' cross join lateral pg_catalog.json_populate_record(null::%I.%I, "relay image"::pg_catalog.json) as %3$I',
+    $2, n.nspname, c.relname)
+  from pg_catalog.pg_class c
+  join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+  where c.oid = $1 and $2 is not null
+$$;
+comment on function relay.judge_statement(regclass, text) is
+  'statement that judges an expression on row images: $1 text[] of JSON, one bool[] as result';
+
+-- relay.operator_for(type, symbol) : how to write an operator between two values of the type, whatever the search_path
+-- Looked for in pg_catalog, then beside the type; else the bare symbol, which PostgreSQL resolves (enums, arrays, ranges).
+create or replace function relay.operator_for(type oid, symbol text) returns text
+language sql stable
+set search_path = '' as $$
+  select coalesce((
+    select case when n.nspname = 'pg_catalog' then $2 else pg_catalog.format('operator(%I.%s)', n.nspname, $2) end
+    from pg_catalog.pg_operator o
+    join pg_catalog.pg_namespace n on n.oid = o.oprnamespace
+    join pg_catalog.pg_type t on t.oid = $1
+    where o.oprname = $2 and o.oprleft = $1 and o.oprright = $1
+      and (n.nspname = 'pg_catalog' or o.oprnamespace = t.typnamespace)
+    order by n.nspname <> 'pg_catalog'
+    limit 1), $2)
+$$;
+comment on function relay.operator_for(oid, text) is 'an operator of a type, qualified where it is not the system''s';
+
+-- relay.filter_condition(relation, column_name, operator, value) -> {"sql": "(...)", "values": [canonical texts]}
+-- Operators: eq neq lt lte gt gte in like ilike is match imatch isdistinct. Values are cast to the column's type; where
+-- the cast, the operator or a regular expression fails, PostgreSQL's own error is raised.
+create or replace function relay.filter_condition(relation regclass, column_name text, operator text, value text[]) returns jsonb
+language plpgsql stable
+set search_path = '' as $$
+declare
+  col record;
+  operand text;
+  type_name text;
+  base_type oid;
+  symbol text;
+  equal text;
+  literals text[] := '{}';
+  canonical text[] := '{}';
+  one text;
+  condition text;
+begin
+  select a.attname, a.atttypid, n.nspname, c.relname into col
+  from pg_catalog.pg_attribute a
+  join pg_catalog.pg_class c on c.oid = a.attrelid
+  join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+  where a.attrelid = relation and a.attname = column_name and a.attnum > 0 and not a.attisdropped;
+  if not found then
+    raise exception 'invalid column for filter %', column_name using errcode = 'undefined_column';
+  end if;
+  operand := '"' || pg_catalog.replace(col.attname, '"', '""') || '"';
+  base_type := col.atttypid;
+  loop
+    select t.typbasetype into base_type from pg_catalog.pg_type t where t.oid = base_type and t.typtype = 'd';
+    exit when not found;
+    col.atttypid := base_type;
+  end loop;
+  base_type := col.atttypid;
+  -- -1 and not null: character, bit and their like would otherwise mean a length of one.
+  type_name := pg_catalog.format_type(base_type, -1);
+
+  if operator = 'is' then
+    if pg_catalog.cardinality(value) <> 1 or value[1] is null or pg_catalog.lower(value[1]) not in ('null', 'true', 'false', 'unknown') then
+      raise exception 'invalid value for filter operator is' using errcode = 'invalid_parameter_value';
+    end if;
+    canonical := array[pg_catalog.lower(value[1])];
+    condition := pg_catalog.format('(%s is %s)', operand, canonical[1]);
+  else
+    symbol := case operator
+      when 'eq' then '=' when 'neq' then '<>' when 'lt' then '<' when 'lte' then '<=' when 'gt' then '>' when 'gte' then '>='
+      when 'in' then '=' when 'isdistinct' then '=' when 'like' then '~~' when 'ilike' then '~~*' when 'match' then '~' when 'imatch' then '~*' end;
+    if symbol is null then
+      raise exception 'invalid filter operator %', operator using errcode = 'invalid_parameter_value';
+    elsif operator <> 'in' and pg_catalog.cardinality(value) <> 1 then
+      raise exception 'filter operator % takes one value', operator using errcode = 'invalid_parameter_value';
+    end if;
+    if operator in ('like', 'ilike', 'match', 'imatch') and relay.operator_for(base_type, symbol) = symbol then
+      type_name := 'text';
+    end if;
+    symbol := relay.operator_for(base_type, symbol);
+    foreach one in array value loop
+      if one is null then
+        raise exception 'a filter value cannot be null' using errcode = 'null_value_not_allowed';
+      end if;
+      execute pg_catalog.format('select ($1::%s)::pg_catalog.text', type_name) into one using one;
+      canonical := canonical || one;
+      literals := literals || pg_catalog.format('%L::%s', one, type_name);
+    end loop;
+
+    if operator = 'in' and literals = '{}' then
+      condition := 'false';
+    elsif operator = 'in' then
+      -- One by one and not = any (array): works for array columns too.
+      select pg_catalog.string_agg(pg_catalog.format('%s %s %s', operand, symbol, l), ' or ' order by n) into condition
+      from pg_catalog.unnest(literals) with ordinality x (l, n);
+    elsif operator = 'isdistinct' then
+      condition := pg_catalog.format('not coalesce(%s %s %s, false)', operand, symbol, literals[1]);
+    else
+      condition := pg_catalog.format('%s %s %s', operand, symbol, literals[1]);
+    end if;
+    condition := '(' || condition || ')';
+    if operator in ('match', 'imatch') then
+      execute pg_catalog.format('select ''''::%s %s %s', type_name, symbol, literals[1]);
+    end if;
+  end if;
+  -- No row is needed to learn that an operator does not exist, nor a right on the table.
+  execute pg_catalog.format('select %s from pg_catalog.json_populate_record(null::%I.%I, ''{}'') as %3$I where false',
+                            condition, col.nspname, col.relname);
+  return pg_catalog.jsonb_build_object('sql', condition, 'values', pg_catalog.to_jsonb(canonical));
+end
+$$;
+comment on function relay.filter_condition(regclass, text, text, text[]) is
+  'a subscription filter as an SQL condition, judged with the column''s type, and its values as PostgreSQL writes them';
+
+-- relay.allow(relation, policy)
+-- Sets the read policy of a materialized view or foreign table: a condition as in CREATE POLICY ... USING, with every
+-- name outside pg_catalog qualified by its schema. Tried at once, so that a mistake shows here. Replaces an earlier one.
+create or replace function relay.allow(relation regclass, policy text) returns void
+language plpgsql volatile
+set search_path = '' as $$
+declare
+  kind "char" := (select c.relkind from pg_catalog.pg_class c where c.oid = relation);
+  verdicts boolean[];
+begin
+  if kind is null then
+    raise exception 'there is no such relation' using errcode = 'undefined_table';
+  elsif kind not in ('m', 'f') then
+    raise exception '% is not a materialized view or foreign table', relation using errcode = 'wrong_object_type',
+      hint = pg_catalog.format('Use row security: alter table %s enable row level security; create policy ... on %s for select using (...)', relation, relation);
+  elsif policy is null or pg_catalog.btrim(policy) = '' then
+    raise exception 'a read policy is a condition' using errcode = 'invalid_parameter_value',
+      hint = 'For every row: relay.allow(relation, ''true''); to leave it to the SELECT right: relay.disallow(relation).';
+  end if;
+  execute relay.judge_statement(relation, policy) into verdicts using '{}'::text[];
+  if verdicts <> '{}' then
+    raise exception 'not a condition: %', policy using errcode = 'syntax_error';
+  end if;
+  delete from relay.read_policies p where not exists (select from pg_catalog.pg_class c where c.oid = p.relation);
+  insert into relay.read_policies as p (relation, policy) values (allow.relation, allow.policy)
+  on conflict on constraint read_policies_pkey do update set policy = excluded.policy;
+end
+$$;
+comment on function relay.allow(regclass, text) is
+  'read policy for a materialized view or foreign table; without one the role''s SELECT right decides';
+
+create or replace function relay.disallow(relation regclass) returns void
+language sql volatile
+set search_path = '' as $$
+  delete from relay.read_policies p where p.relation = $1
+$$;
+comment on function relay.disallow(regclass) is 'takes back relay.allow: the role''s SELECT right decides again';

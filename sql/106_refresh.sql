@@ -1,0 +1,184 @@
+-- Materialized views: refresh that logs the row-by-row difference, and its schedule.
+
+-- relay.row_images(relation) : key and image of each row now, as the capture trigger would write them
+-- The settings are pinned here and not in relay.refresh, so that the view's own query keeps the caller's.
+create or replace function relay.row_images(relation regclass) returns table (key text, image text)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
+set lc_monetary = 'C'
+as $$
+begin
+  return query execute format('select json_build_array(%s)::text, row_to_json(m)::text from %s m',
+    (select string_agg('m.' || quote_ident(k), ', ') from unnest(relay.key(relation)) k), relation);
+end
+$$;
+comment on function relay.row_images(regclass) is 'key and image of each row of a materialized view';
+
+-- relay.short_image(key, image) : an image over 1 MiB reduced to its key and to values of at most 1024 bytes
+create or replace function relay.short_image(key text[], image text) returns json
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+  select case when octet_length(image) <= 1048576 then image::json else (
+    select ('{' || string_agg(to_json(e.key)::text || ':' || e.value::text, ',') || '}')::json
+    from json_each(image::json) e
+    where e.key = any ($1) or octet_length(e.value::text) <= 1026) end
+$$;
+comment on function relay.short_image(text[], text) is 'row image, reduced where it is over 1 MiB';
+
+-- relay.refresh(relation) : number of rows changed
+-- Refreshes the view and logs deletes, updates (same key) and inserts as ordinary changes; an unchanged row logs nothing.
+-- Concurrently, so that readers go on; the very first time, when the view has no content yet, plainly. Runs as the
+-- installer, who must own the view. Writes the changelog; waits for another refresh of the same view.
+create or replace function relay.refresh(relation regclass) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set client_min_messages = warning as $$
+declare
+  view record;
+  difference record;
+  changed bigint := 0;
+begin
+  select c.relkind, c.relispopulated, relay.key(c.oid) as key, w.id into view
+  from pg_class c left join relay.watch_list w on w.relation = c.oid
+  where c.oid = refresh.relation;
+  if view.relkind is distinct from 'm' then
+    raise exception '% is not a materialized view', relation using errcode = 'wrong_object_type',
+      hint = 'Only materialized views are refreshed; a watched table publishes its changes by itself.';
+  elsif view.id is null then
+    raise exception '% is not watched', relation using errcode = 'object_not_in_prerequisite_state',
+      hint = format('select relay.watch(%L)', relation);
+  elsif view.key = '{}' then
+    raise exception 'materialized view % has no unique index', relation using errcode = 'object_not_in_prerequisite_state',
+      hint = format('It tells which row is which: create unique index on %s (its key columns), without a condition.', relation);
+  end if;
+
+  -- Two refreshes must not compare with the same old rows.
+  perform pg_advisory_xact_lock(1919249010, relation::oid::int8::bit(32)::int4);
+  drop table if exists pg_temp.relay_before;
+  create temporary table relay_before (key text, image text) on commit drop;
+  if view.relispopulated then
+    insert into pg_temp.relay_before select * from relay.row_images(relation);
+    execute format('refresh materialized view concurrently %s', relation);
+  else
+    execute format('refresh materialized view %s', relation);
+  end if;
+  drop table if exists pg_temp.relay_after;
+  create temporary table relay_after on commit drop as select * from relay.row_images(relation);
+
+  -- Rows equal on both sides cancel out, one for one, first. A unique index lets a null key come twice: the n-th such row is
+  -- then paired with the n-th.
+  for difference in
+    with gone as (
+      select key, image, row_number() over (partition by key) as nth
+      from (select key, image from pg_temp.relay_before except all select key, image from pg_temp.relay_after) x
+    ), come as (
+      select key, image, row_number() over (partition by key) as nth
+      from (select key, image from pg_temp.relay_after except all select key, image from pg_temp.relay_before) x
+    )
+    select case when gone.key is null then 'I' when come.key is null then 'D' else 'U' end as operation,
+           gone.image as old_image, come.image as new_image
+    from gone full join come using (key, nth)
+    order by gone.key is null, come.key is not null
+  loop
+    perform relay.log_change(view.id, difference.operation::"char",
+      coalesce(greatest(octet_length(difference.old_image), octet_length(difference.new_image)) > 1048576, false),
+      relay.short_image(view.key, difference.old_image), relay.short_image(view.key, difference.new_image));
+    changed := changed + 1;
+  end loop;
+  if changed > 0 then
+    perform relay.ring(relation::text, 'refresh');
+  end if;
+  drop table pg_temp.relay_before, pg_temp.relay_after;
+  return changed;
+end
+$$;
+comment on function relay.refresh(regclass) is 'refreshes a watched materialized view and logs what changed, row by row; returns how many';
+
+-- relay.refresh_every(relation, every) : puts the view on the schedule, or changes its interval; due at once
+create or replace function relay.refresh_every(relation regclass, every interval) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+begin
+  if every is null or every <= interval '0' then
+    raise exception 'the interval must be longer than nothing' using errcode = 'invalid_parameter_value',
+      hint = 'select relay.refresh_every(''public.totals'', ''10 seconds'')';
+  elsif (select c.relkind from pg_class c where c.oid = refresh_every.relation) is distinct from 'm' then
+    raise exception '% is not a materialized view', relation using errcode = 'wrong_object_type';
+  elsif not exists (select from relay.watch_list w where w.relation = refresh_every.relation) then
+    raise exception '% is not watched', relation using errcode = 'object_not_in_prerequisite_state',
+      hint = format('select relay.watch(%L)', relation);
+  end if;
+  delete from relay.refresh_schedule s where not exists (select from pg_class c where c.oid = s.relation);
+  insert into relay.refresh_schedule as s (relation, every) values (refresh_every.relation, refresh_every.every)
+  on conflict on constraint refresh_schedule_relation_key
+    do update set every = excluded.every, next_run = clock_timestamp();
+  perform pg_notify('relay', '{"refresh_jobs":true}');
+end
+$$;
+comment on function relay.refresh_every(regclass, interval) is 'refreshes a watched materialized view again and again, never overlapping';
+
+create or replace function relay.refresh_stop(relation regclass) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+begin
+  delete from relay.refresh_schedule s where s.relation = refresh_stop.relation;
+  perform pg_notify('relay', '{"refresh_jobs":true}');
+end
+$$;
+comment on function relay.refresh_stop(regclass) is 'takes a materialized view off the schedule';
+
+create or replace view relay.refresh_jobs as
+select s.relation, s.every, s.last_run, s.duration, s.rows_changed, s.error, s.next_run
+from relay.refresh_schedule s
+join pg_catalog.pg_class c on c.oid = s.relation;
+comment on view relay.refresh_jobs is 'the schedule of refreshes: how often, when last, how long, how many rows changed, error, when next';
+
+-- relay.run_refreshes() : runs every job that is due; returns the time until the next one, null when there is no job
+-- A job that another session runs is passed over; an error is kept in the job and stops no other. A statement_timeout
+-- counts as an error of the job it hits, and ends the round.
+create or replace function relay.run_refreshes() returns interval
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+  job record;
+  started timestamptz;
+  changed bigint;
+  failure text;
+  cancelled boolean := false;
+begin
+  for job in
+    select s.id, s.relation, s.every from relay.refresh_schedule s join pg_class c on c.oid = s.relation
+    where s.next_run <= clock_timestamp() order by s.next_run
+  loop
+    -- Looked at again under the lock: another session may have run it just now.
+    continue when not pg_try_advisory_xact_lock(1919249011, job.id);
+    continue when not exists (select from relay.refresh_schedule s where s.id = job.id and s.next_run <= clock_timestamp());
+    started := clock_timestamp();
+    changed := null;
+    failure := null;
+    begin
+      changed := relay.refresh(job.relation);
+    exception
+      when query_canceled then
+        failure := sqlerrm;
+        cancelled := true;
+      when others then
+        failure := sqlerrm;
+    end;
+    -- From the start of this run and not from the due time, so that runs missed are not made up for in a burst.
+    update relay.refresh_schedule s
+    set last_run = started, duration = clock_timestamp() - started, rows_changed = changed, error = failure,
+        next_run = greatest(started + s.every, clock_timestamp())
+    where s.id = job.id;
+    exit when cancelled;
+  end loop;
+  return (select greatest(min(s.next_run) - clock_timestamp(), interval '0')
+          from relay.refresh_schedule s join pg_class c on c.oid = s.relation);
+end
+$$;
+comment on function relay.run_refreshes() is 'runs the refreshes that are due; returns the time until the next one';

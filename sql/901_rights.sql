@@ -1,0 +1,15 @@
+-- Rights: nothing for everybody; relay_writer may only log, relay_reader is the group of the relay's login.
+
+revoke all on schema relay from public;
+revoke all on all tables in schema relay from public;
+revoke all on all sequences in schema relay from public;
+revoke all on all functions in schema relay from public;
+
+grant usage on schema relay to relay_writer, relay_reader;
+grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
+  relay.refresh_jobs to relay_reader;
+grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint), relay.flush(),
+  relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int),
+  relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
+  relay.policy_for(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]),
+  relay.run_refreshes() to relay_reader;
