@@ -1,0 +1,78 @@
+//! `relay token`: a token for trying things out.
+
+use std::io::Write;
+use std::time::{Duration, SystemTime};
+
+use clap::Args;
+use serde_json::{Map, Value};
+
+use crate::transport::auth::mint;
+
+/// What the token says.
+#[derive(Args)]
+pub struct Options {
+    /// The secret that `relay serve` verifies with
+    #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    jwt_secret: String,
+    /// The database role of the bearer
+    #[arg(long, default_value = "authenticated")]
+    role: String,
+    /// The bearer's id, what auth.uid() returns
+    #[arg(long, value_name = "UUID")]
+    sub: Option<String>,
+    /// More claims, as a JSON object
+    #[arg(long, value_name = "JSON")]
+    claims: Option<String>,
+    /// How long it is good: 90s, 15m, 1h, 7d
+    #[arg(long, default_value = "1h")]
+    ttl: String,
+}
+
+/// Prints the token.
+///
+/// # Errors
+/// When an option cannot be used.
+pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let mut claims: Map<String, Value> = match &options.claims {
+        Some(text) => {
+            serde_json::from_str(text).map_err(|error| format!("--claims is no JSON object: {error}"))?
+        }
+        None => Map::new(),
+    };
+    claims.insert(String::from("role"), Value::from(options.role.clone()));
+    if let Some(sub) = &options.sub {
+        claims.insert(String::from("sub"), Value::from(sub.clone()));
+    }
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    let token = mint(&options.jwt_secret, &claims, now, span(&options.ttl)?)?;
+    writeln!(std::io::stdout(), "{token}")?;
+    Ok(())
+}
+
+fn span(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("--ttl {text}: a number with s, m, h or d is expected, such as 90s or 1h");
+    let unit = text.chars().last().ok_or_else(wrong)?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_read_with_their_unit() {
+        assert_eq!(span("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(span("7d"), Ok(Duration::from_secs(604_800)));
+        for wrong in ["", "h", "1", "1.5h", "-1h", "1w", "99999999999999999999s", "é"] {
+            assert!(span(wrong).is_err(), "{wrong}");
+        }
+    }
+}

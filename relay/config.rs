@@ -1,0 +1,240 @@
+//! Settings as they are written (flags, environment, a TOML file), and the configuration that comes of them.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Deserialize;
+
+use crate::transport::auth::{TokenSettings, Verifier};
+
+/// What `relay serve` was told, as written. Flags win over the environment, both win over the file.
+#[derive(Args, Deserialize, Default, Clone)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Settings {
+    /// The database, e.g. postgres://relay@127.0.0.1:5432/app
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<String>,
+    /// Where to listen [default: 127.0.0.1:4000]
+    #[arg(long, env = "RELAY_LISTEN", value_name = "ADDRESS")]
+    pub listen: Option<String>,
+    /// The secret that signs tokens (HS256/384/512), at least 32 bytes
+    #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    pub jwt_secret: Option<String>,
+    /// A file of public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA)
+    #[arg(long, env = "RELAY_JWKS", value_name = "FILE")]
+    pub jwks: Option<String>,
+    /// Accept only tokens whose `aud` is this
+    #[arg(long, env = "RELAY_JWT_AUDIENCE", value_name = "AUD")]
+    pub jwt_audience: Option<String>,
+    /// Accept only tokens whose `iss` is this
+    #[arg(long, env = "RELAY_JWT_ISSUER", value_name = "ISS")]
+    pub jwt_issuer: Option<String>,
+    /// An opaque key that stands for the role anon (sb_publishable_…); repeatable
+    #[arg(
+        long,
+        env = "RELAY_PUBLISHABLE_KEY",
+        hide_env_values = true,
+        value_name = "KEY",
+        value_delimiter = ','
+    )]
+    pub publishable_key: Vec<String>,
+    /// An opaque key that stands for the role service_role (sb_secret_…); repeatable
+    #[arg(long, env = "RELAY_SECRET_KEY", hide_env_values = true, value_name = "KEY", value_delimiter = ',')]
+    pub secret_key: Vec<String>,
+    /// A direct connection for LISTEN, when the main one goes through a pooler
+    #[arg(long, env = "RELAY_DOORBELL_URL", hide_env_values = true, value_name = "URL")]
+    pub doorbell_url: Option<String>,
+    /// A login of its own that evaluates policies: member of the subscribers' roles, without any right on the changelog
+    #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
+    pub judge_url: Option<String>,
+    /// Certificate authorities for the database's TLS, as PEM [default: the system's]
+    #[arg(long, env = "RELAY_DATABASE_CA", value_name = "FILE")]
+    pub database_ca: Option<String>,
+    /// An origin that browsers may connect from; repeatable [default: any]
+    #[arg(long, env = "RELAY_ALLOWED_ORIGIN", value_name = "ORIGIN", value_delimiter = ',')]
+    pub allowed_origin: Vec<String>,
+    /// How many clients may be connected [default: 10000]
+    #[arg(long, env = "RELAY_MAX_CONNECTIONS", value_name = "N")]
+    pub max_connections: Option<usize>,
+    /// How many bytes may wait for one client before it is closed [default: 1048576]
+    #[arg(long, env = "RELAY_OUTBOX_BYTES", value_name = "N")]
+    pub outbox_bytes: Option<usize>,
+    /// Look at the changelog this often even if nobody rings, in milliseconds [default: 5000]
+    #[arg(long, env = "RELAY_POLL_MS", value_name = "MS")]
+    pub poll_ms: Option<u64>,
+    /// The longest that a policy may take for a page of changes, in milliseconds [default: 1000]
+    #[arg(long, env = "RELAY_JUDGE_TIMEOUT_MS", value_name = "MS")]
+    pub judge_timeout_ms: Option<u64>,
+    /// Install or update the database side before serving
+    #[arg(long, env = "RELAY_INSTALL")]
+    pub install: bool,
+    /// A TOML file with any of these settings, named as the flags are
+    #[arg(long, env = "RELAY_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+}
+
+/// What the relay runs with.
+pub struct Config {
+    /// The main connection.
+    pub database_url: String,
+    /// The listening connection.
+    pub doorbell_url: String,
+    /// The judging connection.
+    pub judge_url: String,
+    /// Certificate authorities for all three.
+    pub database_ca: Option<String>,
+    /// The one port.
+    pub listen: SocketAddr,
+    /// Who somebody is.
+    pub verifier: Verifier,
+    /// Empty means any.
+    pub allowed_origins: Vec<String>,
+    /// How many clients.
+    pub max_connections: usize,
+    /// Per client.
+    pub outbox_bytes: usize,
+    /// The longest sleep.
+    pub poll: Duration,
+    /// The longest judgement.
+    pub judge_timeout: Duration,
+    /// Install first.
+    pub install: bool,
+}
+
+/// All that is wrong with the settings, a line each.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct Mistakes(pub Vec<String>);
+
+impl Settings {
+    /// Adds what the file says where flags and environment say nothing.
+    ///
+    /// # Errors
+    /// When the file cannot be read or says something unknown.
+    pub fn with_file(self) -> Result<Self, Mistakes> {
+        let Some(path) = &self.config else { return Ok(self) };
+        let mistake = |why: String| Mistakes(vec![format!("--config {}: {why}", path.display())]);
+        let text = std::fs::read_to_string(path).map_err(|error| mistake(error.to_string()))?;
+        let file: Self = toml::from_str(&text).map_err(|error| mistake(error.message().to_owned()))?;
+        let list = |ours: Vec<String>, theirs: Vec<String>| if ours.is_empty() { theirs } else { ours };
+        Ok(Self {
+            database_url: self.database_url.or(file.database_url),
+            listen: self.listen.or(file.listen),
+            jwt_secret: self.jwt_secret.or(file.jwt_secret),
+            jwks: self.jwks.or(file.jwks),
+            jwt_audience: self.jwt_audience.or(file.jwt_audience),
+            jwt_issuer: self.jwt_issuer.or(file.jwt_issuer),
+            publishable_key: list(self.publishable_key, file.publishable_key),
+            secret_key: list(self.secret_key, file.secret_key),
+            doorbell_url: self.doorbell_url.or(file.doorbell_url),
+            judge_url: self.judge_url.or(file.judge_url),
+            database_ca: self.database_ca.or(file.database_ca),
+            allowed_origin: list(self.allowed_origin, file.allowed_origin),
+            max_connections: self.max_connections.or(file.max_connections),
+            outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
+            poll_ms: self.poll_ms.or(file.poll_ms),
+            judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
+            install: self.install || file.install,
+            config: self.config,
+        })
+    }
+
+    /// Resolves everything; all mistakes are reported together.
+    ///
+    /// # Errors
+    /// What is missing or cannot be used.
+    pub fn resolve(self) -> Result<Config, Mistakes> {
+        let mut mistakes = Vec::new();
+        let database_url = self.database_url.unwrap_or_else(|| {
+            mistakes.push(String::from("--database-url URL (or DATABASE_URL) is missing: which database?"));
+            String::new()
+        });
+        let listen = self.listen.unwrap_or_else(|| String::from("127.0.0.1:4000"));
+        let listen = listen.parse().unwrap_or_else(|_| {
+            mistakes.push(format!(
+                "--listen {listen}: an address and a port are expected, such as 127.0.0.1:4000"
+            ));
+            SocketAddr::from(([127, 0, 0, 1], 0))
+        });
+        let jwks = self.jwks.and_then(|path| match std::fs::read_to_string(&path) {
+            Ok(text) => Some(text),
+            Err(error) => {
+                mistakes.push(format!("--jwks {path}: {error}"));
+                None
+            }
+        });
+        let tokens = TokenSettings {
+            secrets: self.jwt_secret.into_iter().collect(),
+            jwks,
+            audience: self.jwt_audience,
+            issuer: self.jwt_issuer,
+            publishable_keys: self.publishable_key,
+            secret_keys: self.secret_key,
+        };
+        let verifier = Verifier::new(&tokens).map_err(|error| {
+            mistakes.push(format!("tokens cannot be verified: {error} (--jwt-secret, --jwks)"));
+        });
+        let positive = |name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>| match value
+        {
+            Some(0) => {
+                mistakes.push(format!("--{name} must be more than 0"));
+                default
+            }
+            value => value.unwrap_or(default),
+        };
+        let poll = Duration::from_millis(positive("poll-ms", self.poll_ms, 5000, &mut mistakes));
+        let judge_timeout =
+            Duration::from_millis(positive("judge-timeout-ms", self.judge_timeout_ms, 1000, &mut mistakes));
+        let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {
+            return Err(Mistakes(mistakes));
+        };
+        Ok(Config {
+            doorbell_url: self.doorbell_url.unwrap_or_else(|| database_url.clone()),
+            judge_url: self.judge_url.unwrap_or_else(|| database_url.clone()),
+            database_url,
+            database_ca: self.database_ca,
+            listen,
+            verifier,
+            allowed_origins: self.allowed_origin,
+            max_connections: self.max_connections.unwrap_or(10_000),
+            outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
+            poll,
+            judge_timeout,
+            install: self.install,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_mistakes_are_told_together() {
+        let settings = Settings {
+            listen: Some(String::from("nowhere")),
+            jwt_secret: Some(String::from("short")),
+            poll_ms: Some(0),
+            ..Settings::default()
+        };
+        let Err(Mistakes(mistakes)) = settings.resolve() else { panic!("these settings cannot be resolved") };
+        assert_eq!(mistakes.len(), 4, "{mistakes:?}");
+    }
+
+    #[test]
+    fn the_file_fills_what_flags_leave_open() {
+        let path = std::env::temp_dir().join(format!("relay-config-{}.toml", std::process::id()));
+        std::fs::write(&path, "database-url = \"postgres://file/\"\npoll-ms = 7\ninstall = true\n").unwrap();
+        let flags = Settings { poll_ms: Some(9), config: Some(path.clone()), ..Settings::default() };
+        let settings = flags.with_file().unwrap();
+        assert_eq!(settings.database_url.as_deref(), Some("postgres://file/"));
+        assert_eq!((settings.poll_ms, settings.install), (Some(9), true));
+        std::fs::write(&path, "poll = 7").unwrap();
+        let unknown = Settings { config: Some(path.clone()), ..Settings::default() };
+        assert!(unknown.with_file().is_err());
+        std::fs::remove_file(path).unwrap();
+    }
+}

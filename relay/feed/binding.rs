@@ -1,0 +1,176 @@
+//! The way in for sessions: requests are bound to rights here, and registered with the router.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::time::{sleep, timeout};
+
+use crate::feed::outbox::Outbox;
+use crate::feed::router::{Command, Registration};
+use crate::model::change::RelationId;
+use crate::model::filter;
+use crate::model::policy::Identity;
+use crate::model::relation::{Catalog, Relation};
+use crate::model::session::ChannelId;
+use crate::model::subscription::{BoundFilter, Refusal, Request, Subscription, Target, exception, readable};
+use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::connect::Error;
+
+/// A session's handle on the feed.
+#[derive(Clone)]
+pub struct Feed {
+    catalog: Arc<CatalogKeeper>,
+    // Unbounded, because a session has at most one command per channel on the way and must never wait to leave.
+    router: UnboundedSender<Command>,
+    filters: Arc<Filters>,
+}
+
+/// Filters in use, so that equal ones are read by PostgreSQL and decided per change once.
+type Filters = Mutex<HashMap<(RelationId, String), Weak<BoundFilter>>>;
+
+/// Why a channel could not be bound.
+#[derive(Debug)]
+pub enum BindError {
+    /// The request is wrong, or not allowed; the text is for the client.
+    Refused(Refusal),
+    /// PostgreSQL could not be asked in time.
+    Unavailable,
+}
+
+/// A join waits this long for PostgreSQL; clients give up after ten seconds.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// What one try to bind comes to.
+enum Attempt {
+    Refused(Refusal),
+    Failed(Error),
+}
+
+impl From<Error> for Attempt {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Refusal> for Attempt {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl Feed {
+    /// Joins catalog and router.
+    pub fn new(catalog: Arc<CatalogKeeper>, router: UnboundedSender<Command>) -> Self {
+        Self { catalog, router, filters: Arc::default() }
+    }
+
+    /// Binds a channel's requests to an identity, as long as PostgreSQL may still come back in time.
+    ///
+    /// # Errors
+    /// When a request is wrong or not allowed, or PostgreSQL cannot be asked.
+    pub async fn bind(&self, identity: Identity, requests: &[Request]) -> Result<Subscription, BindError> {
+        let tries = async {
+            let mut pause = Duration::from_millis(50);
+            loop {
+                match self.try_bind(&identity, requests).await {
+                    Ok(subscription) => return Ok(subscription),
+                    Err(Attempt::Refused(refusal)) => return Err(BindError::Refused(refusal)),
+                    Err(Attempt::Failed(error)) if error.is_transient() => {
+                        tracing::debug!(error = %error, "a channel waits to be bound");
+                    }
+                    Err(Attempt::Failed(error)) => {
+                        tracing::warn!(error = %error, "a channel could not be bound");
+                        return Err(BindError::Unavailable);
+                    }
+                }
+                sleep(pause).await;
+                pause *= 2;
+            }
+        };
+        timeout(PATIENCE, tries).await.unwrap_or(Err(BindError::Unavailable))
+    }
+
+    /// Starts delivery to a channel, or changes what is delivered; `greeting` goes out first.
+    pub fn join(&self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
+        // The router is gone only when the relay ends, and then nobody waits for a greeting.
+        let _ = self.router.send(Command::Join { channel, registration, greeting });
+    }
+
+    /// Ends delivery to a channel; `farewell` goes out after everything that was delivered.
+    pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
+        let _ = self.router.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell });
+    }
+
+    async fn try_bind(&self, identity: &Identity, requests: &[Request]) -> Result<Subscription, Attempt> {
+        let role = identity.claims().role();
+        let mut catalog = self.catalog.with_role(role).await?;
+        if requests.iter().any(|request| is_missed(&catalog, request)) {
+            catalog = self.catalog.reloaded().await?;
+        }
+        let mut filters = Vec::with_capacity(requests.len());
+        for request in requests {
+            filters.push(self.filter(identity, &catalog, request).await?);
+        }
+        Ok(Subscription::bind(identity.clone(), &catalog, requests, filters)?)
+    }
+
+    async fn filter(
+        &self,
+        identity: &Identity,
+        catalog: &Catalog,
+        request: &Request,
+    ) -> Result<Option<Arc<BoundFilter>>, Attempt> {
+        let conditions = filter::parse(&request.filter).map_err(|error| Refusal(error.to_string()))?;
+        if conditions.is_empty() {
+            return Ok(None);
+        }
+        if !matches!(request.target, Target::Table { .. }) {
+            let text = format!(
+                "Unable to subscribe to changes with given parameters. A filter needs one table: {}",
+                request.described()
+            );
+            return Err(Refusal(text).into());
+        }
+        let relation = readable(identity, catalog, request)?;
+        let sees = |column: &str| {
+            relation.access(identity.claims().role()).is_some_and(|access| access.sees(column))
+        };
+        if let Some(hidden) = conditions.iter().find(|condition| !sees(&condition.column)) {
+            let why = format!("ERROR P0001 (raise_exception) invalid column for filter {}", hidden.column);
+            return Err(exception(request, &why).into());
+        }
+        let key = (relation.id(), request.filter.clone());
+        if let Some(known) = self.known(relation, &key) {
+            return Ok(Some(known));
+        }
+        match self.catalog.filter(relation, conditions).await {
+            Ok(bound) => {
+                let bound = Arc::new(bound);
+                let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
+                filters.retain(|_, filter| filter.strong_count() > 0);
+                filters.insert(key, Arc::downgrade(&bound));
+                Ok(Some(bound))
+            }
+            Err(error) => match error.refusal() {
+                Some(why) if !error.is_transient() => Err(exception(request, &why).into()),
+                _ => Err(error.into()),
+            },
+        }
+    }
+
+    fn known(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<BoundFilter>> {
+        let filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
+        filters.get(key).and_then(Weak::upgrade).filter(|filter| filter.fits(relation))
+    }
+}
+
+/// A table that was watched a moment ago may not be in the catalog at hand yet.
+fn is_missed(catalog: &Catalog, request: &Request) -> bool {
+    match &request.target {
+        Target::Table { schema, table } => catalog.named(schema, table).is_none(),
+        Target::Schema(_) | Target::All => false,
+    }
+}

@@ -1,0 +1,325 @@
+//! Reads the changelog page after page, and decides when to poll and when to sleep until somebody rings.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use deadpool_postgres::Pool;
+use tokio::sync::Notify;
+use tokio::sync::mpsc::Sender;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::change::Change;
+use crate::model::cursor::Epoch;
+use crate::observe::Observe;
+use crate::postgres::changelog::{Changelog, Page, Position};
+use crate::postgres::connect::{Error, Server};
+use crate::postgres::doorbell::{Doorbell, Ring};
+
+/// A part of a page goes on at this many changes …
+const PART_CHANGES: usize = 1000;
+/// … or this many bytes of row images, whichever comes first: the memory of what is on its way is bounded by it.
+const PART_BYTES: usize = 1 << 20;
+
+/// Awake, the pause after a page that was not full: the added wait stays under a millisecond or two, the load on
+/// PostgreSQL under a few hundred small statements a second.
+const POLL: Duration = Duration::from_millis(2);
+/// Awake without finding anything for this long, the source tries to sleep.
+const IDLE: Duration = Duration::from_millis(30);
+/// The pause between two tries to sleep while a writer that did not ring is in flight.
+const CALM: Duration = Duration::from_millis(10);
+/// This many rings within [`RUSH`] end the sleep: at a few hundred commits a second polling is cheaper for writers.
+const RUSH_RINGS: usize = 6;
+/// See [`RUSH_RINGS`].
+const RUSH: Duration = Duration::from_millis(20);
+/// Without a bell (a pooler swallows it, or the database turned it off) the source polls, at most this slowly.
+const DEAF: Duration = Duration::from_millis(100);
+/// Asleep, the bell is rung by ourselves this often, to prove that it is still heard.
+const PROBE: Duration = Duration::from_secs(30);
+
+/// What goes from the source to the router.
+pub enum Part {
+    /// Changes in the order of their numbers, each transaction's all there or about to come.
+    Changes(Vec<Change>),
+    /// Changes may be missing here and cannot be had any more; the text says why.
+    Gap(String),
+}
+
+/// Settings of the source.
+pub struct Source {
+    /// Where the changelog is.
+    pub server: Server,
+    /// Where the bell is heard: a direct connection, when `server` goes through a pooler.
+    pub bell: Server,
+    /// For the flush, which needs a connection beside the one that streams a page.
+    pub pool: Pool,
+    /// Asleep, the changelog is looked at this often even if nobody rings.
+    pub poll: Duration,
+    /// What is counted.
+    pub observe: Arc<Observe>,
+    /// Told when the refresh schedule changed.
+    pub refresh_jobs: Arc<Notify>,
+}
+
+/// Where the source stands; it outlives connections.
+struct Place {
+    epoch: Epoch,
+    position: Position,
+}
+
+impl Source {
+    /// Reads until the end, over any number of connections.
+    pub async fn run(self, parts: Sender<Part>, end: CancellationToken) {
+        let mut place = None;
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let started = Instant::now();
+            let worked = tokio::select! {
+                () = end.cancelled() => return,
+                worked = self.work(&mut place, &parts) => worked,
+            };
+            self.observe.source_down();
+            match worked {
+                Ok(()) => return,
+                Err(error) => {
+                    if started.elapsed() > Duration::from_secs(5) {
+                        pause = Duration::from_millis(50);
+                    }
+                    tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "the feed is interrupted");
+                }
+            }
+            tokio::select! {
+                () = end.cancelled() => return,
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(5)),
+            }
+        }
+    }
+
+    /// One connection's life. Ends well only when nobody takes parts any more.
+    async fn work(&self, place: &mut Option<Place>, parts: &Sender<Part>) -> Result<(), Error> {
+        let mut doorbell = Doorbell::connect(&self.bell).await?;
+        let changelog = Changelog::connect(&self.server).await?;
+        let epoch = changelog.epoch().await?;
+        match place {
+            Some(known) if known.epoch == epoch => {}
+            Some(known) => {
+                known.epoch = epoch;
+                known.position = self.start(&changelog).await?;
+                let why =
+                    String::from("the database is another one, or an older state of it, read the rows again");
+                if parts.send(Part::Gap(why)).await.is_err() {
+                    return Ok(());
+                }
+            }
+            None => {
+                *place = Some(Place { epoch, position: self.start(&changelog).await? });
+            }
+        }
+        let Some(place) = place else { return Ok(()) };
+        let hears = if doorbell.is_off().await? {
+            tracing::info!("relay.doorbell is off in this database: polling");
+            false
+        } else if doorbell.is_heard().await? {
+            true
+        } else {
+            tracing::warn!(
+                "the doorbell is not heard (a pooler in between?): polling; give a direct --doorbell-url"
+            );
+            false
+        };
+        self.observe.source_up(hears);
+        let mut reading = Reading { source: self, changelog, place, parts };
+        if hears { reading.by_bell(&mut doorbell).await } else { reading.by_polling().await }
+    }
+
+    /// The position of this moment, safe from a crash.
+    async fn start(&self, changelog: &Changelog) -> Result<Position, Error> {
+        let now = changelog.now().await?;
+        self.flush().await?;
+        Ok(Position::after(now))
+    }
+
+    /// What a crash could take back is never shown: waits until everything up to now is flushed.
+    async fn flush(&self) -> Result<(), Error> {
+        let started = Instant::now();
+        let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        let flush = client.prepare_cached("select relay.flush()").await?;
+        client.execute(&flush, &[]).await?;
+        self.observe.flushed(started.elapsed());
+        Ok(())
+    }
+}
+
+/// The source while its connections hold.
+struct Reading<'a> {
+    source: &'a Source,
+    changelog: Changelog,
+    place: &'a mut Place,
+    parts: &'a Sender<Part>,
+}
+
+/// What a look at the changelog found.
+enum Look {
+    /// Nothing new.
+    Nothing,
+    /// Some changes.
+    Some,
+    /// More than a part: look again at once.
+    Plenty,
+    /// Nobody takes parts any more.
+    Over,
+}
+
+impl Reading<'_> {
+    async fn by_bell(&mut self, doorbell: &mut Doorbell) -> Result<(), Error> {
+        loop {
+            if self.awake(doorbell).await?.is_over() || self.asleep(doorbell).await?.is_over() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Polls until it is quiet and every writer that did not ring is done.
+    async fn awake(&mut self, doorbell: &mut Doorbell) -> Result<Look, Error> {
+        let mut found = Instant::now();
+        loop {
+            match self.look().await? {
+                Look::Over => return Ok(Look::Over),
+                Look::Plenty => found = Instant::now(),
+                Look::Some => {
+                    found = Instant::now();
+                    tokio::time::sleep(POLL).await;
+                }
+                Look::Nothing if found.elapsed() < IDLE => tokio::time::sleep(POLL).await,
+                Look::Nothing => {
+                    if doorbell.try_sleep().await? {
+                        return Ok(Look::Nothing);
+                    }
+                    tokio::time::sleep(CALM).await;
+                }
+            }
+        }
+    }
+
+    /// Holds the lock, so everybody rings: looks once for those who came before, then once per ring.
+    async fn asleep(&mut self, doorbell: &mut Doorbell) -> Result<Look, Error> {
+        self.source.observe.asleep();
+        if self.look().await?.is_over() {
+            return Ok(Look::Over);
+        }
+        let mut rush = Instant::now();
+        let mut rings = 0;
+        loop {
+            let wait = self.source.poll.min(PROBE);
+            let Ok(rung) = timeout(wait, doorbell.rung()).await else {
+                if wait == PROBE && !doorbell.is_heard().await? {
+                    return Err(Error::Unfit(String::from("the doorbell is not heard any more")));
+                }
+                match self.look().await? {
+                    Look::Over => return Ok(Look::Over),
+                    Look::Nothing => {}
+                    Look::Some | Look::Plenty => self.source.observe.found_by_polling(),
+                }
+                continue;
+            };
+            let count =
+                match rung.ok_or_else(|| Error::Unfit(String::from("the listening connection ended")))? {
+                    Ring::Changes(count) => count,
+                    Ring::RefreshJobs => {
+                        self.source.refresh_jobs.notify_one();
+                        1
+                    }
+                };
+            self.source.observe.rung(count);
+            if rush.elapsed() > RUSH {
+                rush = Instant::now();
+                rings = 0;
+            }
+            rings += count;
+            if rings >= RUSH_RINGS {
+                doorbell.wake().await?;
+                self.source.observe.awake();
+                return Ok(Look::Some);
+            }
+            if self.look().await?.is_over() {
+                return Ok(Look::Over);
+            }
+        }
+    }
+
+    async fn by_polling(&mut self) -> Result<(), Error> {
+        let mut pause = POLL;
+        loop {
+            match self.look().await? {
+                Look::Over => return Ok(()),
+                Look::Plenty => pause = POLL,
+                Look::Some => {
+                    pause = POLL;
+                    tokio::time::sleep(pause).await;
+                }
+                Look::Nothing => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(DEAF);
+                }
+            }
+        }
+    }
+
+    /// Reads one page and hands it on in parts. The position moves with what was handed on.
+    async fn look(&mut self) -> Result<Look, Error> {
+        let mut page = self.changelog.open(&self.place.position).await?;
+        let until = page.until.clone();
+        let mut total = 0;
+        let mut flushed = !page.unflushed;
+        loop {
+            let (changes, more) = part(&mut page).await?;
+            let Some(last) = changes.last().map(|change| change.number) else {
+                break;
+            };
+            if !flushed {
+                self.source.flush().await?;
+                flushed = true;
+            }
+            total += changes.len();
+            self.source.observe.read(changes.len());
+            if self.parts.send(Part::Changes(changes)).await.is_err() {
+                return Ok(Look::Over);
+            }
+            self.place.position.until = Some(until.clone());
+            self.place.position.after = last;
+            if !more {
+                break;
+            }
+        }
+        // Without the flush an id counted as finished here could be handed out again after a crash, so an empty page
+        // moves the position only when it is safe by itself.
+        if flushed {
+            self.place.position = Position::after(until);
+        }
+        Ok(match total {
+            0 => Look::Nothing,
+            _ if total < PART_CHANGES => Look::Some,
+            _ => Look::Plenty,
+        })
+    }
+}
+
+impl Look {
+    fn is_over(&self) -> bool {
+        matches!(self, Self::Over)
+    }
+}
+
+/// The next part of a page, and whether more may follow.
+async fn part(page: &mut Page) -> Result<(Vec<Change>, bool), Error> {
+    let mut changes = Vec::new();
+    let mut bytes = 0;
+    while let Some(change) = page.next().await? {
+        bytes += change.before.as_ref().map_or(0, String::len) + change.after.as_ref().map_or(0, String::len);
+        changes.push(change);
+        if changes.len() >= PART_CHANGES || bytes >= PART_BYTES {
+            return Ok((changes, true));
+        }
+    }
+    Ok((changes, false))
+}

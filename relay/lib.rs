@@ -1,0 +1,72 @@
+//! A Postgres change-feed relay: row changes to subscribers, past the table's own policies.
+//!
+//! ```text
+//! writer ── SQL ──▶ trigger ──▶ relay.changes          the changelog, same transaction
+//!                          └──▶ NOTIFY                  the doorbell, only if the relay sleeps
+//! postgres/doorbell ─▶ feed/source ─▶ feed/gate ─▶ feed/router ─▶ model/session ─▶ transport ─▶ client
+//!    wake-up            pages by        who may      frames,         one client       WebSocket
+//!                       cursor          see what     encoded once
+//! ```
+//!
+//! Three sentences explain the rest. NOTIFY is a hint, the changelog is the truth. There is one recovery path:
+//! resume from a cursor. A subscription exists only bound to verified claims.
+//!
+//! Imports go one way, down this page: `main`, `server` → `transport` → `feed` → `postgres` → `model`, with
+//! `config` and `observe` beside them. `tests/layers.rs` holds the rule.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the clock is forbidden in `model` alone, which turns this lint on again"
+)]
+
+/// What things mean: pure values and rules. Never a socket, a clock, a task, SQL or a log line.
+#[deny(clippy::disallowed_methods)]
+pub mod model {
+    pub mod change;
+    pub mod claims;
+    pub mod cursor;
+    pub mod delivery;
+    pub mod filter;
+    pub mod phoenix;
+    pub mod policy;
+    pub mod relation;
+    pub mod session;
+    pub mod subscription;
+}
+
+/// Everything that speaks SQL. Never knows that there are clients.
+pub mod postgres {
+    pub mod catalog;
+    pub mod changelog;
+    pub mod connect;
+    pub mod doorbell;
+    pub mod install;
+    pub mod jobs;
+    pub mod judge;
+}
+
+/// From the changelog to the subscribers' outboxes. Never waits for a client.
+pub mod feed {
+    pub mod binding;
+    pub mod gate;
+    pub mod outbox;
+    pub mod router;
+    pub mod source;
+}
+
+/// Bytes to and from clients. Never says SQL.
+pub mod transport {
+    pub mod auth;
+    pub mod http;
+    pub mod ws;
+}
+
+pub mod config;
+pub mod observe;
+pub mod server;
+
+/// The commands beside `serve`, one a file.
+pub mod command {
+    pub mod doctor;
+    pub mod tail;
+    pub mod token;
+}

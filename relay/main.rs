@@ -1,0 +1,173 @@
+//! The command line.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand};
+use relay::command::{doctor, tail, token};
+use relay::config::Settings;
+use relay::postgres::connect::Server;
+use relay::postgres::install;
+use relay::server;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// A Postgres change-feed relay: row changes to WebSocket subscribers, past the table's own policies.
+///
+/// First steps with a database of your own:
+///
+///   relay serve --database-url postgres://… --jwt-secret … --install
+///   relay watch public.todos --database-url postgres://…
+///   relay token --role authenticated --sub 6d1f… --jwt-secret …
+#[derive(Parser)]
+#[command(version, verbatim_doc_comment, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Write logs as JSON, a line each
+    #[arg(long, global = true, env = "RELAY_LOG_JSON")]
+    log_json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install or update the database side (schema `relay`); safe to repeat
+    Install(Database),
+    /// Serve subscribers
+    Serve(Box<Settings>),
+    /// Publish the changes of a table, a partitioned table or a materialized view
+    Watch {
+        /// Its name, with the schema if it is not on the search path
+        table: String,
+        /// Also tell subscribers of rows that go out of their sight
+        #[arg(long)]
+        leave_events: bool,
+        #[command(flatten)]
+        database: Database,
+    },
+    /// Take that back
+    Unwatch {
+        /// Its name
+        table: String,
+        #[command(flatten)]
+        database: Database,
+    },
+    /// Make a token for trying things out
+    Token(token::Options),
+    /// Print the changes of a table as they come
+    Tail(tail::Options),
+    /// Check the database and say what to do; exit code 1 on a fault
+    Doctor(Database),
+}
+
+#[derive(Args)]
+struct Database {
+    /// The database, e.g. postgres://postgres@127.0.0.1:5432/app
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: String,
+    /// Certificate authorities for the database's TLS, as PEM [default: the system's]
+    #[arg(long, env = "RELAY_DATABASE_CA", value_name = "FILE")]
+    database_ca: Option<String>,
+}
+
+impl Database {
+    fn server(&self) -> Result<Server, relay::postgres::connect::Error> {
+        Server::parse(&self.database_url, "relay", self.database_ca.as_deref())
+    }
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log(cli.log_json);
+    match run(cli.command).await {
+        Ok(code) => code,
+        Err(error) => {
+            say(&format!("relay: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Install(database) => {
+            let mut client = database.server()?.connect().await?;
+            let applied = install::install(&mut client).await?;
+            say(&format!("installed: {}", applied.join(", ")));
+        }
+        Command::Serve(settings) => serve(*settings).await?,
+        Command::Watch { table, leave_events, database } => {
+            let client = database.server()?.connect().await?;
+            install::check(&client).await?;
+            let watch = "select relay.watch($1::text::regclass, $2)";
+            client.execute(watch, &[&table, &leave_events]).await.map_err(named)?;
+            say(&format!("{table} is watched"));
+        }
+        Command::Unwatch { table, database } => {
+            let client = database.server()?.connect().await?;
+            client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(named)?;
+            say(&format!("{table} is not watched any more"));
+        }
+        Command::Token(options) => token::run(&options)?,
+        Command::Tail(options) => tail::run(options).await?,
+        Command::Doctor(database) => return Ok(doctor::run(&database.server()?).await),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(settings: Settings) -> Result<(), Failure> {
+    let config = settings.with_file()?.resolve()?;
+    for skipped in config.verifier.skipped_keys() {
+        tracing::warn!("a key of the JWK set is not used: {skipped}");
+    }
+    let listener =
+        TcpListener::bind(config.listen).await.map_err(|error| format!("{}: {error}", config.listen))?;
+    let address = listener.local_addr()?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let end = Arc::new(tokio::sync::Notify::new());
+    let told = Arc::clone(&end);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
+        told.notify_one();
+        // A second signal does not wait for anybody.
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
+        std::process::exit(130);
+    });
+    let stop = Arc::clone(&end);
+    let started = |_| tracing::info!(%address, "serving: point supabase-js at http://{address}");
+    tokio::select! {
+        served = server::serve(config, listener, async move { stop.notified().await }, started) => served?,
+    }
+    Ok(())
+}
+
+fn named(error: tokio_postgres::Error) -> relay::postgres::connect::Error {
+    error.into()
+}
+
+fn log(json: bool) {
+    let filter = EnvFilter::try_from_env("RELAY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    if json {
+        builder.json().init();
+    } else {
+        builder.init();
+    }
+}
+
+fn say(text: &str) {
+    use std::io::Write;
+    // A closed pipe is the reader's choice, not a failure.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}

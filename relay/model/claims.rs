@@ -1,0 +1,168 @@
+//! Verified claims: who a subscriber is, kept exactly as its token says it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+/// The last second of the year 9999. A later expiry is cut to it, so that whoever turns it into a time of
+/// day or adds to it can't overflow.
+pub const LATEST_EXPIRY: u64 = 253_402_300_799;
+
+/// The claims of one verified token.
+///
+/// Two claims are equal when their payloads are the same text.
+#[derive(Clone)]
+pub struct Claims {
+    role: String,
+    expires_at: u64,
+    json: Arc<str>,
+    sub: Option<String>,
+}
+
+/// Why a verified payload can't be claims.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ClaimsError {
+    /// Not a JSON object.
+    #[error("the payload is not a JSON object")]
+    Malformed,
+    /// No role, or no expiry.
+    #[error("Fields `role` and `exp` are required in JWT")]
+    MissingFields,
+    /// The expiry is not a number.
+    #[error("Token expiration time is invalid")]
+    BadExpiry,
+}
+
+impl Claims {
+    /// Reads the payload of a token whose signature has been verified; nothing here verifies it.
+    pub fn from_verified_payload(json: &str) -> Result<Self, ClaimsError> {
+        let fields: Map<String, Value> = serde_json::from_str(json).map_err(|_| ClaimsError::Malformed)?;
+        let role = fields.get("role").and_then(Value::as_str).filter(|role| !role.is_empty());
+        let exp = fields.get("exp").filter(|exp| !exp.is_null());
+        let (Some(role), Some(exp)) = (role, exp) else {
+            return Err(ClaimsError::MissingFields);
+        };
+        Ok(Self {
+            role: role.to_owned(),
+            expires_at: exp.as_f64().map(whole_second).ok_or(ClaimsError::BadExpiry)?,
+            json: Arc::from(json),
+            sub: fields.get("sub").and_then(Value::as_str).map(str::to_owned),
+        })
+    }
+
+    /// The database role to act as. Whether it may be used is decided elsewhere.
+    pub fn role(&self) -> &str {
+        &self.role
+    }
+
+    /// The second of the Unix epoch at which these claims end.
+    pub fn expires_at(&self) -> u64 {
+        self.expires_at
+    }
+
+    /// The payload exactly as it stood in the token.
+    pub fn json(&self) -> &Arc<str> {
+        &self.json
+    }
+
+    /// The subject, when the token names one as a string.
+    pub fn sub(&self) -> Option<&str> {
+        self.sub.as_deref()
+    }
+}
+
+impl PartialEq for Claims {
+    fn eq(&self, other: &Self) -> bool {
+        self.json == other.json
+    }
+}
+
+impl Eq for Claims {}
+
+impl std::hash::Hash for Claims {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.json.hash(state);
+    }
+}
+
+impl fmt::Debug for Claims {
+    /// Claims are personal data and end up in logs through somebody's derived `Debug`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Claims").finish_non_exhaustive()
+    }
+}
+
+/// Fractions are rounded, the past before 1970 is 0.
+fn whole_second(seconds: f64) -> u64 {
+    // A cast from a float saturates.
+    (seconds.round() as u64).min(LATEST_EXPIRY)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn check(json: &str, expected: Result<(&str, u64, Option<&str>), ClaimsError>) {
+        let found = Claims::from_verified_payload(json);
+        let found = found.as_ref().map(|c| (c.role(), c.expires_at(), c.sub())).map_err(|e| *e);
+        assert_eq!(found, expected, "{json}");
+    }
+
+    #[test]
+    fn role_expiry_and_subject_are_read() {
+        check(
+            r#"{"role":"authenticated","exp":1800000000,"sub":"u1"}"#,
+            Ok(("authenticated", 1_800_000_000, Some("u1"))),
+        );
+        check(r#"{"exp":1,"role":"anon"}"#, Ok(("anon", 1, None)));
+        check(r#"{"exp":1,"role":"anon","sub":7}"#, Ok(("anon", 1, None)));
+    }
+
+    #[test]
+    fn fractions_are_rounded_and_extremes_are_cut() {
+        check(r#"{"role":"a","exp":10.4}"#, Ok(("a", 10, None)));
+        check(r#"{"role":"a","exp":10.5}"#, Ok(("a", 11, None)));
+        check(r#"{"role":"a","exp":-5}"#, Ok(("a", 0, None)));
+        check(r#"{"role":"a","exp":1e300}"#, Ok(("a", LATEST_EXPIRY, None)));
+    }
+
+    #[test]
+    fn what_is_missing_or_of_a_wrong_type_is_refused() {
+        check(r#"{"exp":1}"#, Err(ClaimsError::MissingFields));
+        check(r#"{"role":"a"}"#, Err(ClaimsError::MissingFields));
+        check(r#"{"role":"","exp":1}"#, Err(ClaimsError::MissingFields));
+        check(r#"{"role":["a"],"exp":1}"#, Err(ClaimsError::MissingFields));
+        check(r#"{"role":"a","exp":null}"#, Err(ClaimsError::MissingFields));
+        check(r#"{"role":"a","exp":"1"}"#, Err(ClaimsError::BadExpiry));
+        check(r#"{"role":"a","exp":true}"#, Err(ClaimsError::BadExpiry));
+        for json in
+            ["", "null", "[]", "\"a\"", "{", r#"{"role":"a","exp":1e999}"#, r#"{"role":"a","exp":1} x"#]
+        {
+            check(json, Err(ClaimsError::Malformed));
+        }
+    }
+
+    #[test]
+    fn the_payload_is_kept_to_the_letter_and_never_printed() {
+        let json = "{ \"exp\": 99,\n\"role\":\"a\", \"n\":1.50, \"email\":\"canary@example.org\" }";
+        let claims = Claims::from_verified_payload(json).unwrap();
+        assert_eq!(&**claims.json(), json);
+        assert_eq!(format!("{claims:?}"), "Claims { .. }");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(json in "\\PC*") {
+            let _ = Claims::from_verified_payload(&json);
+        }
+
+        #[test]
+        fn whole_expiries_pass_unchanged(exp in 0..LATEST_EXPIRY, role in "[a-z_]{1,20}") {
+            let claims = Claims::from_verified_payload(&format!(r#"{{"role":"{role}","exp":{exp}}}"#)).unwrap();
+            prop_assert_eq!((claims.role(), claims.expires_at()), (role.as_str(), exp));
+        }
+    }
+}

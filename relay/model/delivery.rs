@@ -1,0 +1,212 @@
+//! The `data` of a `postgres_changes` message: what one change looks like to one set of rights.
+
+use std::fmt::Write as _;
+
+use crate::model::change::{Change, Operation, Row, Spelling, quoted};
+use crate::model::policy::Meaning;
+use crate::model::relation::{Access, Column, Relation};
+
+/// Everything that decides the text of a delivery. Equal views of one change are the same bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    /// The relation of the change.
+    pub relation: &'a Relation,
+    /// The subscriber's rights.
+    pub access: &'a Access,
+    /// The columns the subscriber asked for; the key comes with them. None means all.
+    pub select: Option<&'a [String]>,
+    /// What the change means to the subscriber.
+    pub meaning: Meaning,
+}
+
+impl View<'_> {
+    fn shows(&self, column: &str) -> bool {
+        let wanted = match self.select {
+            Some(select) => select.iter().any(|name| name == column) || self.relation.is_key(column),
+            None => true,
+        };
+        wanted && self.access.sees(column)
+    }
+
+    fn spelling(&self, name: &str) -> Option<Spelling> {
+        let column = self.relation.column(name)?;
+        self.shows(name).then(|| column.spelling())
+    }
+}
+
+/// The JSON object that goes out as `data` (PROTOCOL: `schema, table, commit_timestamp, type, columns, record, old_record, errors`).
+///
+/// `INSERT` has no `old_record`, `DELETE` no `record`. A leave is a `DELETE` with the key and `"leave":true`.
+/// Columns without the right to select them appear nowhere. None when an image is not what it should be.
+pub fn data(change: &Change, view: View<'_>) -> Option<String> {
+    let operation = match view.meaning {
+        Meaning::Insert => Operation::Insert,
+        Meaning::Update | Meaning::Enter => Operation::Update,
+        Meaning::Delete | Meaning::Leave => Operation::Delete,
+    };
+    let mut text = String::with_capacity(256 + change.after.as_ref().map_or(0, String::len));
+    let _ = write!(
+        text,
+        r#"{{"schema":{},"table":{},"commit_timestamp":"{}","type":"{}","columns":{}"#,
+        quoted(&view.relation.schema),
+        quoted(&view.relation.table),
+        change.commit_timestamp(),
+        operation.word(),
+        columns(view),
+    );
+    if operation != Operation::Delete {
+        let _ = write!(text, r#","record":{}"#, record(change.after.as_deref()?, view)?);
+    }
+    match view.meaning {
+        Meaning::Insert => {}
+        // The old key may itself be hidden: the key that is told is the one of the row in sight.
+        Meaning::Enter => _ = write!(text, r#","old_record":{}"#, key(change.after.as_deref()?, view)?),
+        Meaning::Leave => {
+            let _ = write!(text, r#","old_record":{},"leave":true"#, key(change.before.as_deref()?, view)?);
+        }
+        Meaning::Update | Meaning::Delete => {
+            let before = change.before.as_deref()?;
+            let old = if view.relation.full { record(before, view)? } else { key(before, view)? };
+            let _ = write!(text, r#","old_record":{old}"#);
+        }
+    }
+    text.push_str(if change.oversize {
+        r#","errors":["Error 413: Payload Too Large"]}"#
+    } else {
+        r#","errors":null}"#
+    });
+    Some(text)
+}
+
+fn columns(view: View<'_>) -> String {
+    let shown: Vec<String> = view
+        .relation
+        .columns
+        .iter()
+        .filter(|column| view.shows(&column.name))
+        .map(|Column { name, kind }| format!(r#"{{"name":{},"type":{}}}"#, quoted(name), quoted(kind)))
+        .collect();
+    format!("[{}]", shown.join(","))
+}
+
+fn record(image: &str, view: View<'_>) -> Option<String> {
+    Some(Row::parse(image).ok()?.project(|name| view.spelling(name)))
+}
+
+fn key(image: &str, view: View<'_>) -> Option<String> {
+    let in_key = |name: &str| view.relation.is_key(name).then(|| view.spelling(name)).flatten();
+    Some(Row::parse(image).ok()?.project(in_key))
+}
+
+#[cfg(test)]
+mod tests {
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::model::change::RelationId;
+    use crate::model::relation::tests::todos;
+
+    fn change(before: Option<&str>, after: Option<&str>) -> Change {
+        Change {
+            number: 1,
+            xid: 700,
+            at: OffsetDateTime::from_unix_timestamp_nanos(1_795_166_142_318_219_000).unwrap(),
+            relation: RelationId(7),
+            operation: Operation::Update,
+            oversize: false,
+            before: before.map(str::to_owned),
+            after: after.map(str::to_owned),
+        }
+    }
+
+    #[track_caller]
+    fn check(
+        full: bool,
+        role: &str,
+        select: Option<&[String]>,
+        meaning: Meaning,
+        expected: serde_json::Value,
+    ) {
+        let relation = todos(full, false);
+        let before = r#"{"id":1,"owner":"a","title":"old","raw":"\\x01"}"#;
+        let after = r#"{"id":2,"owner":"b","title":"new","raw":"\\x02"}"#;
+        let view = View { relation: &relation, access: relation.access(role).unwrap(), select, meaning };
+        let text = data(&change(Some(before), Some(after)), view).unwrap();
+        let told: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for name in ["record", "old_record", "leave", "type"] {
+            assert_eq!(told.get(name), expected.get(name), "{name} in {text}");
+        }
+        assert_eq!(told["errors"], serde_json::Value::Null);
+    }
+
+    #[test]
+    fn old_and_new_by_meaning() {
+        let whole = |n: i64, owner: &str, title: &str| serde_json::json!({"id": n, "owner": owner, "title": title, "raw": format!("0{n}")});
+        let (old, new) = (whole(1, "a", "old"), whole(2, "b", "new"));
+        check(
+            false,
+            "authenticated",
+            None,
+            Meaning::Insert,
+            serde_json::json!({"type": "INSERT", "record": new}),
+        );
+        check(
+            false,
+            "authenticated",
+            None,
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": new, "old_record": {"id": 1}}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": new, "old_record": old}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Enter,
+            serde_json::json!({"type": "UPDATE", "record": new, "old_record": {"id": 2}}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Delete,
+            serde_json::json!({"type": "DELETE", "old_record": old}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Leave,
+            serde_json::json!({"type": "DELETE", "old_record": {"id": 1}, "leave": true}),
+        );
+    }
+
+    #[test]
+    fn a_column_without_right_or_not_asked_for_appears_nowhere() {
+        check(
+            true,
+            "narrow",
+            None,
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": {"id": 2, "title": "new"}, "old_record": {"id": 1, "title": "old"}}),
+        );
+        check(
+            true,
+            "authenticated",
+            Some(&[String::from("owner")]),
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": {"id": 2, "owner": "b"}, "old_record": {"id": 1, "owner": "a"}}),
+        );
+    }
+
+    #[test]
+    fn time_is_utc_with_milliseconds() {
+        assert_eq!(change(None, None).commit_timestamp(), "2026-11-20T09:15:42.318Z");
+    }
+}

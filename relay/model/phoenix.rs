@@ -1,0 +1,459 @@
+//! The Phoenix wire: frames of versions 1.0.0 and 2.0.0 to messages, and messages to frames.
+
+use std::fmt::Write;
+
+use serde_json::{Map, Value, json};
+
+/// The only binary frame that a client may send: a broadcast of its user.
+const USER_BROADCAST_PUSH: u8 = 3;
+
+/// The serialisation that a socket was opened with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Version {
+    /// 1.0.0: JSON objects.
+    V1,
+    /// 2.0.0: JSON arrays of five, and binary broadcasts.
+    V2,
+}
+
+/// What a client says, in either version.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Message {
+    /// The join that it belongs to: a string, a number or null, echoed as it came.
+    pub join_ref: Value,
+    /// Its own reference: a string, a number or null, echoed as it came.
+    pub ref_: Value,
+    /// The channel's topic.
+    pub topic: String,
+    /// What it asks for.
+    pub event: String,
+    /// Its content.
+    pub payload: Value,
+}
+
+/// What a binary frame holds.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Binary {
+    /// A broadcast of JSON, in the form that it has as text.
+    Message(Message),
+    /// A broadcast of bytes that only other version 2 sockets can take.
+    Opaque(OpaqueBroadcast),
+}
+
+/// A broadcast whose content isn't JSON.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OpaqueBroadcast {
+    /// The join that it belongs to, or null.
+    pub join_ref: Value,
+    /// Its own reference, or null.
+    pub ref_: Value,
+    /// The channel's topic.
+    pub topic: String,
+    /// The user's name for the event.
+    pub event: String,
+    /// The content.
+    pub payload: Vec<u8>,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It was done.
+    Ok,
+    /// It was refused.
+    Error,
+}
+
+/// Why a frame isn't a message. The socket stays open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Not JSON, or nested too deeply.
+    #[error("the frame is not JSON")]
+    NotJson,
+    /// JSON of another shape than this version's.
+    #[error("the frame does not have the shape of a message")]
+    WrongShape,
+    /// A binary frame that ends too early or holds text that isn't UTF-8.
+    #[error("the binary frame is malformed")]
+    MalformedBinary,
+    /// A binary frame of a kind that clients don't send in this version.
+    #[error("the kind of binary frame is not supported")]
+    UnknownKind,
+}
+
+impl Version {
+    /// The version that `vsn` asks for; a client that doesn't say means the first.
+    pub fn from_vsn(vsn: Option<&str>) -> Option<Self> {
+        match vsn {
+            None | Some("1.0.0") => Some(Self::V1),
+            Some("2.0.0") => Some(Self::V2),
+            Some(_) => None,
+        }
+    }
+}
+
+impl Status {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// Reads a text frame.
+pub fn decode_text(version: Version, text: &str) -> Result<Message, FrameError> {
+    // serde_json stops at a nesting of 128, so a hostile frame can't exhaust the stack.
+    let frame = serde_json::from_str(text).map_err(|_| FrameError::NotJson)?;
+    let message = match (version, frame) {
+        (Version::V1, Value::Object(fields)) => from_object(fields),
+        (Version::V2, Value::Array(elements)) => from_array(elements),
+        _ => None,
+    };
+    message.ok_or(FrameError::WrongShape)
+}
+
+fn from_object(mut fields: Map<String, Value>) -> Option<Message> {
+    Some(Message {
+        join_ref: reference(fields.remove("join_ref").unwrap_or(Value::Null))?,
+        ref_: reference(fields.remove("ref")?)?,
+        topic: text(fields.remove("topic")?)?,
+        event: text(fields.remove("event")?)?,
+        payload: fields.remove("payload")?,
+    })
+}
+
+fn from_array(elements: Vec<Value>) -> Option<Message> {
+    let mut elements = elements.into_iter();
+    Some(Message {
+        join_ref: reference(elements.next()?)?,
+        ref_: reference(elements.next()?)?,
+        topic: text(elements.next()?)?,
+        event: text(elements.next()?)?,
+        payload: elements.next()?,
+    })
+}
+
+fn reference(value: Value) -> Option<Value> {
+    matches!(value, Value::Null | Value::String(_) | Value::Number(_)).then_some(value)
+}
+
+fn text(value: Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text),
+        _ => None,
+    }
+}
+
+/// Reads a binary frame.
+pub fn decode_binary(version: Version, frame: &[u8]) -> Result<Binary, FrameError> {
+    let malformed = FrameError::MalformedBinary;
+    let (kind, rest) = frame.split_first().ok_or(malformed)?;
+    if version == Version::V1 || *kind != USER_BROADCAST_PUSH {
+        return Err(FrameError::UnknownKind);
+    }
+    let ([join_ref, ref_, topic, event, metadata, encoding], mut rest) =
+        rest.split_first_chunk().ok_or(malformed)?;
+    let mut field = |length: &u8| {
+        let (field, after) = rest.split_at_checked(usize::from(*length)).ok_or(malformed)?;
+        rest = after;
+        std::str::from_utf8(field).map_err(|_| malformed)
+    };
+    let join_ref = reference_or_null(field(join_ref)?);
+    let ref_ = reference_or_null(field(ref_)?);
+    let topic = field(topic)?.to_owned();
+    let event = field(event)?.to_owned();
+    // Only asks for storage, which public broadcasts don't have.
+    field(metadata)?;
+    if *encoding == 0 {
+        let payload = rest.to_vec();
+        return Ok(Binary::Opaque(OpaqueBroadcast { join_ref, ref_, topic, event, payload }));
+    }
+    let content: Value = serde_json::from_slice(rest).map_err(|_| FrameError::NotJson)?;
+    let payload = json!({"type": "broadcast", "event": event, "payload": content});
+    Ok(Binary::Message(Message { join_ref, ref_, topic, event: "broadcast".to_owned(), payload }))
+}
+
+fn reference_or_null(text: &str) -> Value {
+    if text.is_empty() { Value::Null } else { Value::from(text) }
+}
+
+/// The answer to a message.
+pub fn reply(version: Version, to: &Message, status: Status, response: &Value) -> String {
+    let payload = format!(r#"{{"status":"{}","response":{response}}}"#, status.as_str());
+    frame(version, &to.join_ref, &to.ref_, &to.topic, "phx_reply", &payload)
+}
+
+/// A push of one channel to its own client: `join_ref` is the channel's. `payload` is JSON.
+pub fn push(version: Version, join_ref: &Value, topic: &str, event: &str, payload: &str) -> String {
+    frame(version, join_ref, &Value::Null, topic, event, payload)
+}
+
+/// A push that every member of a topic gets alike. `payload` is JSON.
+pub fn fan_out(version: Version, topic: &str, event: &str, payload: &str) -> String {
+    frame(version, &Value::Null, &Value::Null, topic, event, payload)
+}
+
+/// The end of a channel; the client won't join again by itself.
+pub fn close(version: Version, join_ref: &Value, topic: &str) -> String {
+    frame(version, join_ref, join_ref, topic, "phx_close", "{}")
+}
+
+/// The failure of a channel; the client joins again.
+pub fn error(version: Version, join_ref: &Value, topic: &str) -> String {
+    frame(version, join_ref, join_ref, topic, "phx_error", "{}")
+}
+
+/// One change for the subscriptions `ids` of a channel. `data` is the JSON that all channels share, so it is
+/// copied once and nothing else is built on the way.
+pub fn changes_frame(version: Version, topic: &str, ids: &[u32], data: &str) -> String {
+    let mut frame = String::with_capacity(data.len() + topic.len() + 12 * ids.len() + 96);
+    let (before, event, payload, after) = match version {
+        Version::V1 => {
+            (r#"{"topic":"#, r#","event":"postgres_changes""#, r#","payload":"#, r#","ref":null}"#)
+        }
+        Version::V2 => ("[null,null,", r#","postgres_changes""#, ",", "]"),
+    };
+    for part in [before, &quoted(topic), event, payload, r#"{"ids":["#] {
+        frame.push_str(part);
+    }
+    for (n, id) in ids.iter().enumerate() {
+        let comma = if n == 0 { "" } else { "," };
+        write!(frame, "{comma}{id}").expect("a String takes whatever is written");
+    }
+    for part in [r#"],"data":"#, data, "}", after] {
+        frame.push_str(part);
+    }
+    frame
+}
+
+fn frame(
+    version: Version,
+    join_ref: &Value,
+    ref_: &Value,
+    topic: &str,
+    event: &str,
+    payload: &str,
+) -> String {
+    let (topic, event) = (quoted(topic), quoted(event));
+    match version {
+        // Clients of this version drop a frame without the key `ref`, and none of them knows a `join_ref`.
+        Version::V1 => format!(r#"{{"topic":{topic},"event":{event},"payload":{payload},"ref":{ref_}}}"#),
+        Version::V2 => format!("[{join_ref},{ref_},{topic},{event},{payload}]"),
+    }
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::to_string(text).expect("a string always has a JSON form")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn message(join_ref: Value, ref_: Value, topic: &str, event: &str, payload: Value) -> Message {
+        Message { join_ref, ref_, topic: topic.to_owned(), event: event.to_owned(), payload }
+    }
+
+    fn check(version: Version, text: &str, expected: Result<Message, FrameError>) {
+        assert_eq!(decode_text(version, text), expected, "{text}");
+    }
+
+    #[test]
+    fn a_missing_version_is_the_first() {
+        assert_eq!(Version::from_vsn(None), Some(Version::V1));
+        assert_eq!(Version::from_vsn(Some("1.0.0")), Some(Version::V1));
+        assert_eq!(Version::from_vsn(Some("2.0.0")), Some(Version::V2));
+        for vsn in ["", "2", "3.0.0", "1.0.0 "] {
+            assert_eq!(Version::from_vsn(Some(vsn)), None);
+        }
+    }
+
+    #[test]
+    fn messages_are_read() {
+        let join = message(json!("1"), json!("2"), "realtime:room1", "phx_join", json!({"config": {}}));
+        let object = r#"{"topic":"realtime:room1","event":"phx_join","payload":{"config":{}},"ref":"2","join_ref":"1","x":0}"#;
+        check(Version::V1, object, Ok(join.clone()));
+        check(Version::V2, r#"["1","2","realtime:room1","phx_join",{"config":{}}]"#, Ok(join.clone()));
+        check(Version::V2, r#"["1","2","realtime:room1","phx_join",{"config":{}},7,8]"#, Ok(join));
+        let heartbeat = message(Value::Null, Value::Null, "phoenix", "heartbeat", json!({}));
+        let object = r#"{"topic":"phoenix","event":"heartbeat","payload":{},"ref":null}"#;
+        check(Version::V1, object, Ok(heartbeat.clone()));
+        check(Version::V2, r#"[null,null,"phoenix","heartbeat",{}]"#, Ok(heartbeat));
+        check(Version::V2, r#"[7,8.5,"","",null]"#, Ok(message(json!(7), json!(8.5), "", "", Value::Null)));
+    }
+
+    #[test]
+    fn other_shapes_are_refused() {
+        let nested = format!(r#"["1","1","t","e",{}{}]"#, "[".repeat(100_000), "]".repeat(100_000));
+        for text in ["", "{", "\u{feff}[]", "nul", "[1e999]", r#"["\ud800"]"#, "[NaN]", &nested, "[] []"] {
+            check(Version::V1, text, Err(FrameError::NotJson));
+            check(Version::V2, text, Err(FrameError::NotJson));
+        }
+        for text in [
+            "null",
+            "7",
+            r#""a""#,
+            "[]",
+            "{}",
+            r#"[null,null,"t","e"]"#,
+            r#"[null,null,1,"e",{}]"#,
+            r#"[null,null,"t",null,{}]"#,
+            r#"[[],null,"t","e",{}]"#,
+            r#"[null,{},"t","e",{}]"#,
+            r#"{"topic":"t","event":"e","payload":{}}"#,
+            r#"{"topic":"t","event":"e","ref":null}"#,
+            r#"{"topic":1,"event":"e","payload":{},"ref":null}"#,
+            r#"{"event":"e","payload":{},"ref":null}"#,
+            r#"{"topic":"t","event":"e","payload":{},"ref":true}"#,
+        ] {
+            check(Version::V1, text, Err(FrameError::WrongShape));
+            check(Version::V2, text, Err(FrameError::WrongShape));
+        }
+        check(Version::V1, r#"[null,null,"t","e",{}]"#, Err(FrameError::WrongShape));
+        check(
+            Version::V2,
+            r#"{"topic":"t","event":"e","payload":{},"ref":null}"#,
+            Err(FrameError::WrongShape),
+        );
+    }
+
+    fn binary(fields: [&str; 5], encoding: u8, payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![USER_BROADCAST_PUSH];
+        frame.extend(fields.map(|field| field.len() as u8));
+        frame.push(encoding);
+        frame.extend(fields.concat().as_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    #[test]
+    fn a_binary_broadcast_is_read_like_its_text() {
+        let frame = binary(["1", "2", "realtime:room1", "ping", ""], 1, br#"{"n":1}"#);
+        assert_eq!(frame[..7], [3, 1, 1, 14, 4, 0, 1]);
+        let payload = json!({"type": "broadcast", "event": "ping", "payload": {"n": 1}});
+        let expected = message(json!("1"), json!("2"), "realtime:room1", "broadcast", payload);
+        assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Message(expected)));
+        let frame = binary(["", "", "t", "e", r#"{"persist":true}"#], 9, b"7");
+        let payload = json!({"type": "broadcast", "event": "e", "payload": 7});
+        let expected = message(Value::Null, Value::Null, "t", "broadcast", payload);
+        assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Message(expected)));
+    }
+
+    #[test]
+    fn a_broadcast_of_bytes_is_kept() {
+        let frame = binary(["1", "", "t", "e", ""], 0, &[0, 255]);
+        let expected = OpaqueBroadcast {
+            join_ref: json!("1"),
+            ref_: Value::Null,
+            topic: "t".to_owned(),
+            event: "e".to_owned(),
+            payload: vec![0, 255],
+        };
+        assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Opaque(expected)));
+    }
+
+    #[test]
+    fn other_binary_frames_are_refused() {
+        let frame = binary(["1", "2", "realtime:room1", "ping", "{}"], 1, b"{}");
+        assert_eq!(decode_binary(Version::V1, &frame), Err(FrameError::UnknownKind));
+        for kind in [0, 1, 2, 4, 255] {
+            assert_eq!(decode_binary(Version::V2, &[kind]), Err(FrameError::UnknownKind));
+        }
+        for length in 0..frame.len() {
+            assert!(decode_binary(Version::V2, &frame[..length]).is_err(), "{length}");
+        }
+        let mut frame = binary(["1", "2", "topic", "ping", ""], 1, b"{}");
+        frame[9] = 0xff;
+        assert_eq!(decode_binary(Version::V2, &frame), Err(FrameError::MalformedBinary));
+        let frame = binary(["1", "2", "topic", "ping", ""], 1, b"{");
+        assert_eq!(decode_binary(Version::V2, &frame), Err(FrameError::NotJson));
+    }
+
+    fn check_frames(encode: impl Fn(Version) -> String, v1: &str, v2: &str) {
+        assert_eq!(encode(Version::V1), v1);
+        assert_eq!(encode(Version::V2), v2);
+    }
+
+    #[test]
+    fn frames_are_written() {
+        let join = message(json!("1"), json!(2), "realtime:a\"b", "phx_join", json!({}));
+        check_frames(
+            |version| reply(version, &join, Status::Ok, &json!({"postgres_changes": []})),
+            r#"{"topic":"realtime:a\"b","event":"phx_reply","payload":{"status":"ok","response":{"postgres_changes":[]}},"ref":2}"#,
+            r#"["1",2,"realtime:a\"b","phx_reply",{"status":"ok","response":{"postgres_changes":[]}}]"#,
+        );
+        let heartbeat = message(Value::Null, Value::Null, "phoenix", "heartbeat", json!({}));
+        check_frames(
+            |version| reply(version, &heartbeat, Status::Error, &json!({"reason": "unmatched topic"})),
+            r#"{"topic":"phoenix","event":"phx_reply","payload":{"status":"error","response":{"reason":"unmatched topic"}},"ref":null}"#,
+            r#"[null,null,"phoenix","phx_reply",{"status":"error","response":{"reason":"unmatched topic"}}]"#,
+        );
+        check_frames(
+            |version| push(version, &json!("1"), "t", "system", r#"{"status":"ok"}"#),
+            r#"{"topic":"t","event":"system","payload":{"status":"ok"},"ref":null}"#,
+            r#"["1",null,"t","system",{"status":"ok"}]"#,
+        );
+        check_frames(
+            |version| fan_out(version, "t", "broadcast", "{}"),
+            r#"{"topic":"t","event":"broadcast","payload":{},"ref":null}"#,
+            r#"[null,null,"t","broadcast",{}]"#,
+        );
+        check_frames(
+            |version| close(version, &json!("1"), "t"),
+            r#"{"topic":"t","event":"phx_close","payload":{},"ref":"1"}"#,
+            r#"["1","1","t","phx_close",{}]"#,
+        );
+        check_frames(
+            |version| error(version, &json!("1"), "t"),
+            r#"{"topic":"t","event":"phx_error","payload":{},"ref":"1"}"#,
+            r#"["1","1","t","phx_error",{}]"#,
+        );
+    }
+
+    #[test]
+    fn a_change_is_written_for_its_subscriptions() {
+        check_frames(
+            |version| changes_frame(version, "realtime:t", &[7, 4_294_967_295], r#"{"type":"DELETE"}"#),
+            r#"{"topic":"realtime:t","event":"postgres_changes","payload":{"ids":[7,4294967295],"data":{"type":"DELETE"}},"ref":null}"#,
+            r#"[null,null,"realtime:t","postgres_changes",{"ids":[7,4294967295],"data":{"type":"DELETE"}}]"#,
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_frame_panics(text in "\\PC*", bytes in proptest::collection::vec(any::<u8>(), 0..60)) {
+            for version in [Version::V1, Version::V2] {
+                let _ = decode_text(version, &text);
+                let _ = decode_binary(version, &bytes);
+                let _ = decode_binary(version, &[&[USER_BROADCAST_PUSH], bytes.as_slice()].concat());
+            }
+        }
+
+        #[test]
+        fn what_is_written_is_read(topic in "\\PC*", event in ".*", join_ref in ".*", ids in any::<[u32; 3]>()) {
+            let join_ref = Value::from(join_ref);
+            let data = json!({"text": topic}).to_string();
+            for version in [Version::V1, Version::V2] {
+                let found = decode_text(version, &push(version, &join_ref, &topic, &event, &data)).unwrap();
+                let kept = if version == Version::V2 { join_ref.clone() } else { Value::Null };
+                prop_assert_eq!(found, message(kept, Value::Null, &topic, &event, json!({"text": topic})));
+                let found = decode_text(version, &changes_frame(version, &topic, &ids, &data)).unwrap();
+                let payload = json!({"ids": ids, "data": {"text": topic}});
+                prop_assert_eq!(found, message(Value::Null, Value::Null, &topic, "postgres_changes", payload));
+            }
+        }
+
+        #[test]
+        fn a_binary_broadcast_comes_back(
+            join_ref in "[a-z0-9]{1,9}", topic in "\\PC{0,60}", event in "\\PC{0,60}", payload: Vec<u8>
+        ) {
+            let frame = binary([&join_ref, "", &topic, &event, ""], 0, &payload);
+            let join_ref = Value::from(join_ref);
+            let expected = OpaqueBroadcast { join_ref, ref_: Value::Null, topic, event, payload };
+            prop_assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Opaque(expected)));
+        }
+    }
+}

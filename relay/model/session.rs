@@ -1,0 +1,464 @@
+//! One client's life on a Phoenix socket: joins, leaves, tokens and their expiry. It does nothing itself; it says what to do.
+
+use std::collections::HashMap;
+
+use serde_json::{Map, Value, json};
+
+use crate::model::claims::Claims;
+use crate::model::phoenix::{Message, Status, Version, close, error, push, reply};
+use crate::model::policy::Identity;
+use crate::model::subscription::{Refusal, Request};
+
+/// How many channels one client may join.
+pub const MOST_CHANNELS: usize = 100;
+
+/// PostgreSQL cannot be asked who may see what.
+const UNAVAILABLE: &str = "UnableToConnectToProject: Realtime was unable to connect to the project database";
+
+/// A joined channel: unique in the process, never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ChannelId {
+    /// The session's number.
+    pub session: u64,
+    /// The channel's number in it.
+    pub channel: u32,
+}
+
+/// Where tokens are verified.
+pub trait Tokens {
+    /// The claims of a token that is good now.
+    ///
+    /// # Errors
+    /// When it is not, with the words for the client.
+    fn verify(&self, token: &str) -> Result<Claims, TokenRefusal>;
+}
+
+/// Why a token is not good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRefusal {
+    /// The code of a refused join (`InvalidJWTToken`).
+    pub code: &'static str,
+    /// The text.
+    pub text: String,
+}
+
+/// What the driver has to do, in order.
+#[derive(Debug, PartialEq)]
+pub enum Action {
+    /// Send this frame.
+    Send(String),
+    /// Bind these requests to this identity and give the outcome to [`Session::bound`].
+    Bind {
+        /// For which channel.
+        channel: ChannelId,
+        /// Which of the channel's attempts: a later one makes the outcome of an earlier one void.
+        attempt: u32,
+        /// As whom.
+        identity: Identity,
+        /// What for.
+        requests: Vec<Request>,
+    },
+    /// Start delivery with the subscription that was bound; the frames go out first.
+    Join {
+        /// Which channel.
+        channel: ChannelId,
+        /// Its topic.
+        topic: String,
+        /// What the client hears before any change.
+        greeting: Vec<String>,
+    },
+    /// End delivery; the frames go out after the last change.
+    Leave {
+        /// Which channel.
+        channel: ChannelId,
+        /// What the client hears after the last change.
+        farewell: Vec<String>,
+    },
+}
+
+/// The machine. Each input returns what to do.
+#[derive(Debug)]
+pub struct Session {
+    number: u64,
+    version: Version,
+    own: Identity,
+    channels: HashMap<String, Channel>,
+    joins: u32,
+}
+
+#[derive(Debug)]
+struct Channel {
+    id: ChannelId,
+    join_ref: Value,
+    identity: Identity,
+    requests: Vec<Request>,
+    attempt: u32,
+    /// The join that still waits for its reply.
+    joining: Option<Joining>,
+    /// The router delivers to it.
+    delivering: bool,
+}
+
+#[derive(Debug)]
+struct Joining {
+    message: Message,
+    /// The client wants a failed subscription to fail the join.
+    waits: bool,
+    presence: bool,
+}
+
+impl Session {
+    /// A client that connected with these claims.
+    pub fn new(number: u64, version: Version, claims: Claims) -> Self {
+        Self { number, version, own: Identity::new(claims), channels: HashMap::new(), joins: 0 }
+    }
+
+    /// The serialisation of its frames.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// How many channels are joined.
+    pub fn channel_count(&self) -> usize {
+        self.channels.len()
+    }
+
+    /// The second at which the first token of a channel ends.
+    pub fn next_expiry(&self) -> Option<u64> {
+        self.channels.values().map(|channel| channel.identity.claims().expires_at()).min()
+    }
+
+    /// A message came.
+    pub fn receive(&mut self, message: Message, now: u64, tokens: &impl Tokens) -> Vec<Action> {
+        match (message.topic.as_str(), message.event.as_str()) {
+            ("phoenix", "heartbeat") => vec![self.reply_ok(&message)],
+            (_, "phx_join") => self.join(message, now, tokens),
+            (topic, "phx_leave") if !self.channels.contains_key(topic) => vec![self.reply_ok(&message)],
+            (topic, _) if !self.channels.contains_key(topic) => {
+                vec![self.refuse(&message, "unmatched topic")]
+            }
+            (_, "phx_leave") => self.leave(&message),
+            (_, "access_token") => self.access_token(&message, tokens),
+            (_, event @ ("broadcast" | "presence")) => self.not_yet(&message, event),
+            _ => Vec::new(),
+        }
+    }
+
+    /// [`Action::Bind`] could not be done now: the client has to join again, which it does by itself.
+    pub fn unavailable(&mut self, channel: ChannelId, attempt: u32) -> Vec<Action> {
+        let found = self.channels.iter().find(|(_, state)| state.id == channel && state.attempt == attempt);
+        let Some(topic) = found.map(|(topic, _)| topic.clone()) else {
+            return Vec::new();
+        };
+        let Some(mut state) = self.channels.remove(&topic) else {
+            return Vec::new();
+        };
+        match state.joining.take() {
+            Some(joining) => vec![self.refuse(&joining.message, UNAVAILABLE)],
+            None => {
+                let frames = vec![
+                    system(self.version, &state.join_ref, &topic, "system", "error", UNAVAILABLE),
+                    error(self.version, &state.join_ref, &topic),
+                ];
+                state.farewell(frames)
+            }
+        }
+    }
+
+    /// The outcome of [`Action::Bind`].
+    pub fn bound(&mut self, channel: ChannelId, attempt: u32, outcome: Result<(), Refusal>) -> Vec<Action> {
+        let version = self.version;
+        let Some((topic, state)) = self.channels.iter_mut().find(|(_, state)| state.id == channel) else {
+            return Vec::new();
+        };
+        if state.attempt != attempt {
+            return Vec::new();
+        }
+        let topic = topic.clone();
+        let mut frames = Vec::new();
+        if let Some(joining) = state.joining.take() {
+            if let (Err(refusal), true) = (&outcome, joining.waits) {
+                let reason = format!("RealtimeDisabledForConfiguration: {refusal}");
+                self.channels.remove(&topic);
+                return vec![self.refuse(&joining.message, &reason)];
+            }
+            frames.extend(greeting(version, &joining, &state.requests));
+        }
+        let system = match &outcome {
+            Ok(()) => {
+                system(version, &state.join_ref, &topic, "postgres_changes", "ok", "Subscribed to PostgreSQL")
+            }
+            Err(refusal) => system(version, &state.join_ref, &topic, "postgres_changes", "error", &refusal.0),
+        };
+        frames.push(system);
+        match outcome {
+            Ok(()) => {
+                state.delivering = true;
+                vec![Action::Join { channel, topic, greeting: frames }]
+            }
+            Err(_) => state.end_delivery(frames),
+        }
+    }
+
+    /// Time passed: channels whose token ended are closed.
+    pub fn expire(&mut self, now: u64) -> Vec<Action> {
+        let ended = |channel: &Channel| channel.identity.claims().expires_at() <= now;
+        let topics: Vec<String> = self
+            .channels
+            .iter()
+            .filter(|(_, channel)| ended(channel))
+            .map(|(topic, _)| topic.clone())
+            .collect();
+        let mut actions = Vec::new();
+        for topic in topics {
+            let expired =
+                self.channels.get(&topic).map_or(0, |channel| channel.identity.claims().expires_at());
+            let text = format!("Token has expired {} seconds ago", now.saturating_sub(expired));
+            actions.extend(self.shut(&topic, &text));
+        }
+        actions
+    }
+
+    /// The socket is gone: delivery to all channels ends.
+    pub fn end(&mut self) -> Vec<Action> {
+        let delivering =
+            self.channels.drain().map(|(_, channel)| channel).filter(|channel| channel.delivering);
+        delivering.map(|channel| Action::Leave { channel: channel.id, farewell: Vec::new() }).collect()
+    }
+
+    fn join(&mut self, message: Message, now: u64, tokens: &impl Tokens) -> Vec<Action> {
+        match message.topic.strip_prefix("realtime:") {
+            None => return vec![self.refuse(&message, "unmatched topic")],
+            Some("") => {
+                return vec![self.refuse(&message, "TopicNameRequired: You must provide a topic name")];
+            }
+            Some(_) => {}
+        }
+        let mut actions = Vec::new();
+        if let Some(old) = self.channels.remove(&message.topic) {
+            let frame = close(self.version, &old.join_ref, &message.topic);
+            actions.extend(old.farewell(vec![frame]));
+        }
+        if self.channels.len() >= MOST_CHANNELS {
+            actions.push(self.refuse(&message, "ChannelRateLimitReached: Too many channels"));
+            return actions;
+        }
+        let identity = match self.identity(&message.payload, now, tokens) {
+            Ok(identity) => identity,
+            Err(refusal) => {
+                actions.push(self.refuse(&message, &format!("{}: {}", refusal.code, refusal.text)));
+                return actions;
+            }
+        };
+        let entries = match entries(&message.payload) {
+            Ok(entries) => entries,
+            Err(reason) => {
+                actions.push(self.refuse(&message, &reason));
+                return actions;
+            }
+        };
+        self.joins += 1;
+        let id = ChannelId { session: self.number, channel: self.joins };
+        let config = message.payload.get("config");
+        let setting = |group: &str, name: &str| {
+            config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
+        };
+        let joining = Joining {
+            waits: setting("postgres_changes_options", "wait"),
+            presence: setting("presence", "enabled"),
+            message,
+        };
+        let topic = joining.message.topic.clone();
+        let join_ref = joining.message.join_ref.clone();
+        let parsed: Result<Vec<Request>, Refusal> = entries.iter().map(Request::parse).collect();
+        let requests = match parsed {
+            Ok(requests) => requests,
+            Err(refusal) if joining.waits => {
+                let reason = format!("RealtimeDisabledForConfiguration: {refusal}");
+                actions.push(self.refuse(&joining.message, &reason));
+                return actions;
+            }
+            Err(refusal) => {
+                // The entries are echoed all the same, with ids that nothing will ever carry.
+                let echo = entries.iter().enumerate().map(|(n, entry)| with_id(entry, n)).collect();
+                actions.push(self.answer_join(&joining, echo));
+                actions.push(Action::Send(system(
+                    self.version,
+                    &join_ref,
+                    &topic,
+                    "postgres_changes",
+                    "error",
+                    &refusal.0,
+                )));
+                Vec::new()
+            }
+        };
+        let waits_for_binding = !requests.is_empty();
+        let refused = !entries.is_empty() && !waits_for_binding;
+        let mut channel =
+            Channel { id, join_ref, identity, requests, attempt: 0, joining: None, delivering: false };
+        if waits_for_binding {
+            channel.joining = Some(joining);
+            actions.push(channel.bind());
+        } else if !refused {
+            actions.extend(greeting(self.version, &joining, &[]).into_iter().map(Action::Send));
+        }
+        self.channels.insert(topic, channel);
+        actions
+    }
+
+    /// Whose channel it will be: the token in the payload, or the connection's own identity.
+    fn identity(&self, payload: &Value, now: u64, tokens: &impl Tokens) -> Result<Identity, TokenRefusal> {
+        let given = payload.get("user_token").or_else(|| payload.get("access_token")).and_then(Value::as_str);
+        if let Some(token) = given.filter(|token| !token.starts_with("sb_")) {
+            return tokens.verify(token).map(Identity::new);
+        }
+        let expired = self.own.claims().expires_at();
+        if expired <= now {
+            let text = format!("Token has expired {} seconds ago", now - expired);
+            return Err(TokenRefusal { code: "InvalidJWTToken", text });
+        }
+        Ok(self.own.clone())
+    }
+
+    fn leave(&mut self, message: &Message) -> Vec<Action> {
+        let Some(channel) = self.channels.get(&message.topic) else {
+            return Vec::new();
+        };
+        // A leave that belongs to an earlier join of the topic must not end this one.
+        if !message.join_ref.is_null() && message.join_ref != channel.join_ref {
+            return vec![self.reply_ok(message)];
+        }
+        let frames = vec![
+            reply(self.version, message, Status::Ok, &json!({})),
+            close(self.version, &channel.join_ref, &message.topic),
+        ];
+        self.channels.remove(&message.topic).map_or_else(Vec::new, |channel| channel.farewell(frames))
+    }
+
+    fn access_token(&mut self, message: &Message, tokens: &impl Tokens) -> Vec<Action> {
+        let token = message.payload.get("access_token").and_then(Value::as_str);
+        let Some(token) = token.filter(|token| !token.starts_with("sb_")) else {
+            return Vec::new();
+        };
+        let claims = match tokens.verify(token) {
+            Ok(claims) => claims,
+            Err(refusal) => return self.shut(&message.topic, &refusal.text),
+        };
+        let Some(channel) = self.channels.get_mut(&message.topic) else {
+            return Vec::new();
+        };
+        let identity = Identity::new(claims);
+        if identity == channel.identity {
+            return Vec::new();
+        }
+        channel.identity = identity;
+        if channel.requests.is_empty() { Vec::new() } else { vec![channel.bind()] }
+    }
+
+    fn not_yet(&self, message: &Message, event: &str) -> Vec<Action> {
+        if message.ref_.is_null() {
+            return Vec::new();
+        }
+        vec![
+            self.refuse(
+                message,
+                &format!("NotAvailable: {event} is not available in this version of the relay"),
+            ),
+        ]
+    }
+
+    /// Closes a channel with a reason.
+    fn shut(&mut self, topic: &str, text: &str) -> Vec<Action> {
+        let Some(channel) = self.channels.remove(topic) else {
+            return Vec::new();
+        };
+        let frames = vec![
+            system(self.version, &channel.join_ref, topic, "system", "error", text),
+            close(self.version, &channel.join_ref, topic),
+        ];
+        channel.farewell(frames)
+    }
+
+    fn answer_join(&self, joining: &Joining, echo: Vec<Value>) -> Action {
+        Action::Send(reply(self.version, &joining.message, Status::Ok, &json!({"postgres_changes": echo})))
+    }
+
+    fn reply_ok(&self, message: &Message) -> Action {
+        Action::Send(reply(self.version, message, Status::Ok, &json!({})))
+    }
+
+    fn refuse(&self, message: &Message, reason: &str) -> Action {
+        Action::Send(reply(self.version, message, Status::Error, &json!({"reason": reason})))
+    }
+}
+
+impl Channel {
+    fn bind(&mut self) -> Action {
+        self.attempt += 1;
+        Action::Bind {
+            channel: self.id,
+            attempt: self.attempt,
+            identity: self.identity.clone(),
+            requests: self.requests.clone(),
+        }
+    }
+
+    fn farewell(mut self, frames: Vec<String>) -> Vec<Action> {
+        self.end_delivery(frames)
+    }
+
+    /// Frames that come after the last change, if changes were delivered at all.
+    fn end_delivery(&mut self, frames: Vec<String>) -> Vec<Action> {
+        if std::mem::take(&mut self.delivering) {
+            vec![Action::Leave { channel: self.id, farewell: frames }]
+        } else {
+            frames.into_iter().map(Action::Send).collect()
+        }
+    }
+}
+
+fn greeting(version: Version, joining: &Joining, requests: &[Request]) -> Vec<String> {
+    let echo: Vec<Value> = requests.iter().map(Request::echo).collect();
+    let mut frames = vec![reply(version, &joining.message, Status::Ok, &json!({"postgres_changes": echo}))];
+    if joining.presence {
+        frames.push(push(version, &joining.message.join_ref, &joining.message.topic, "presence_state", "{}"));
+    }
+    frames
+}
+
+fn system(
+    version: Version,
+    join_ref: &Value,
+    topic: &str,
+    extension: &str,
+    status: &str,
+    message: &str,
+) -> String {
+    let channel = topic.strip_prefix("realtime:").unwrap_or(topic);
+    let payload = json!({"channel": channel, "extension": extension, "message": message, "status": status});
+    push(version, join_ref, topic, "system", &payload.to_string())
+}
+
+/// The entries of `config.postgres_changes`; null and `[null]` mean none.
+fn entries(payload: &Value) -> Result<Vec<Map<String, Value>>, String> {
+    let list =
+        payload.get("config").and_then(|config| config.get("postgres_changes")).and_then(Value::as_array);
+    let wanted = list.into_iter().flatten().filter(|entry| !entry.is_null());
+    wanted
+        .map(|entry| match entry {
+            Value::Object(entry) => Ok(entry.clone()),
+            other => Err(format!("UnknownErrorOnChannel: expected a map, got: {other}")),
+        })
+        .collect()
+}
+
+fn with_id(entry: &Map<String, Value>, n: usize) -> Value {
+    let mut entry = entry.clone();
+    entry.insert(String::from("id"), Value::from(n + 1));
+    Value::Object(entry)
+}
+
+fn truthy(value: &Value) -> bool {
+    matches!(value, Value::Bool(true)) || value.as_str() == Some("true")
+}

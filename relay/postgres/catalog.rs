@@ -1,0 +1,161 @@
+//! The catalog of watched relations and rights, reloaded when its fingerprint says that something changed.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use deadpool_postgres::Pool;
+use serde::Deserialize;
+use tokio::sync::Mutex;
+
+use crate::model::change::RelationId;
+use crate::model::filter::Condition;
+use crate::model::relation::{Catalog, Relation};
+use crate::model::subscription::{BoundFilter, Typed};
+use crate::postgres::connect::Error;
+
+/// How old the knowledge of policies, grants and memberships may be when a change is judged or a channel bound.
+/// A change of the rules must count within a second; four looks a second cost nothing that can be measured, and
+/// none is made while nothing happens.
+const FRESH: Duration = Duration::from_millis(250);
+
+/// Keeps the catalog.
+pub struct CatalogKeeper {
+    pool: Pool,
+    // Held across the query on purpose: whoever comes meanwhile wants the same answer.
+    state: Mutex<State>,
+}
+
+struct State {
+    catalog: Arc<Catalog>,
+    roles: BTreeSet<String>,
+    fingerprint: String,
+    checked: Option<Instant>,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    relations: Vec<Relation>,
+}
+
+impl CatalogKeeper {
+    /// Knows nothing at first.
+    pub fn new(pool: Pool) -> Self {
+        let state = State {
+            catalog: Arc::default(),
+            roles: BTreeSet::new(),
+            fingerprint: String::new(),
+            checked: None,
+        };
+        Self { pool, state: Mutex::new(state) }
+    }
+
+    /// The catalog as it is now, or was at most 250 ms ago.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn fresh(&self) -> Result<Arc<Catalog>, Error> {
+        let mut state = self.state.lock().await;
+        if state.checked.is_none_or(|checked| checked.elapsed() > FRESH) {
+            self.refresh(&mut state).await?;
+        }
+        Ok(Arc::clone(&state.catalog))
+    }
+
+    /// The catalog with the rights of this role, looked at anew: for joins, which must see what was watched just now.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn with_role(&self, role: &str) -> Result<Arc<Catalog>, Error> {
+        let mut state = self.state.lock().await;
+        state.roles.insert(role.to_owned());
+        if !state.catalog.knows_role(role) || state.checked.is_none_or(|checked| checked.elapsed() > FRESH) {
+            self.refresh(&mut state).await?;
+        }
+        Ok(Arc::clone(&state.catalog))
+    }
+
+    /// The catalog, looked at now because something in it was missed.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn reloaded(&self) -> Result<Arc<Catalog>, Error> {
+        let mut state = self.state.lock().await;
+        self.refresh(&mut state).await?;
+        Ok(Arc::clone(&state.catalog))
+    }
+
+    /// The catalog that knows the relation, looked at anew when the one at hand does not.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn knowing(&self, relation: RelationId) -> Result<Arc<Catalog>, Error> {
+        let catalog = self.fresh().await?;
+        if catalog.relation(relation).is_some() { Ok(catalog) } else { self.reloaded().await }
+    }
+
+    async fn refresh(&self, state: &mut State) -> Result<(), Error> {
+        let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        let roles: Vec<&String> = state.roles.iter().collect();
+        let asked = Instant::now();
+        let look = client.prepare_cached("select relay.catalog_fingerprint($1)").await?;
+        let fingerprint: String = client.query_one(&look, &[&roles]).await?.get(0);
+        if fingerprint != state.fingerprint {
+            let load = client.prepare_cached("select relay.catalog($1)::text").await?;
+            let text: String = client.query_one(&load, &[&roles]).await?.get(0);
+            let answer: Answer = serde_json::from_str(&text).map_err(|error| {
+                Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
+            })?;
+            state.catalog = Arc::new(Catalog::new(answer.relations, state.roles.clone()));
+            state.fingerprint = fingerprint;
+            tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
+        }
+        state.checked = Some(asked);
+        Ok(())
+    }
+
+    /// Reads a filter with the column types of a relation.
+    ///
+    /// # Errors
+    /// PostgreSQL's own, when a value does not fit its column or the type lacks the operator.
+    pub async fn filter(
+        &self,
+        relation: &Relation,
+        conditions: Vec<Condition>,
+    ) -> Result<BoundFilter, Error> {
+        #[derive(Deserialize)]
+        struct Read {
+            sql: String,
+            values: Vec<String>,
+            #[serde(default)]
+            comparable: bool,
+        }
+        let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        let read = client
+            .prepare_cached("select relay.filter_condition(relation, $2, $3, $4)::text from relay.watch_list where id = $1")
+            .await?;
+        let mut typed = Vec::with_capacity(conditions.len());
+        let mut terms = Vec::with_capacity(conditions.len());
+        for condition in conditions {
+            let row = client
+                .query_one(
+                    &read,
+                    &[&relation.id().0, &condition.column, &condition.operator.name(), &condition.values],
+                )
+                .await?;
+            let answer: Read = serde_json::from_str(row.get(0)).map_err(|error| {
+                Error::Unfit(format!("relay.filter_condition gave what this relay cannot read: {error}"))
+            })?;
+            terms.push(if condition.negated { format!("(not {})", answer.sql) } else { answer.sql });
+            let kind =
+                relation.column(&condition.column).map(|column| column.kind.clone()).unwrap_or_default();
+            typed.push(Typed { condition, kind, comparable: answer.comparable, values: answer.values });
+        }
+        let statement = client
+            .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")
+            .await?;
+        let text: String =
+            client.query_one(&statement, &[&relation.id().0, &terms.join(" and ")]).await?.get(0);
+        Ok(BoundFilter::new(typed, text.into()))
+    }
+}

@@ -1,0 +1,138 @@
+//! The changelog, read between two snapshots: one statement gives the new snapshot and what became visible since.
+
+use std::pin::Pin;
+
+use futures_util::{StreamExt, TryStreamExt};
+use time::OffsetDateTime;
+use tokio_postgres::{Client, Row, RowStream, Statement};
+
+use crate::model::change::{Change, Operation, RelationId};
+use crate::model::cursor::{Epoch, Snapshot};
+use crate::postgres::connect::{Error, Server};
+
+/// A connection that reads pages.
+pub struct Changelog {
+    client: Client,
+    page: Statement,
+}
+
+/// Which page: what finished after `seen`, up to `until` (now, when none), with numbers above `after`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Position {
+    /// What was delivered before this page.
+    pub seen: Snapshot,
+    /// The page's end, when it is known because a first part of the page was delivered.
+    pub until: Option<Snapshot>,
+    /// The number of the last change delivered of this page.
+    pub after: i64,
+}
+
+impl Position {
+    /// The start of the page after `seen`.
+    pub fn after(seen: Snapshot) -> Self {
+        Self { seen, until: None, after: 0 }
+    }
+}
+
+/// A page being read: its end is known, its changes arrive.
+pub struct Page {
+    /// The snapshot at its end.
+    pub until: Snapshot,
+    /// Not everything of it is known to be flushed: a crash could take it back.
+    pub unflushed: bool,
+    changes: Pin<Box<RowStream>>,
+}
+
+impl Changelog {
+    /// Connects. Refuses a standby, where running transactions look finished.
+    ///
+    /// # Errors
+    /// As the connection, or when the server is a standby.
+    pub async fn connect(server: &Server) -> Result<Self, Error> {
+        let client = server.connect().await?;
+        let standby: bool = client.query_one("select pg_is_in_recovery()", &[]).await?.get(0);
+        if standby {
+            return Err(Error::Unfit(String::from(
+                "this server is a standby: the changelog can only be read on the primary",
+            )));
+        }
+        // Parallel workers would give up the order of the rows; the JIT compiler would cost more than the statement.
+        client.batch_execute("set max_parallel_workers_per_gather = 0; set jit = off").await?;
+        let page = client
+            .prepare("select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3)")
+            .await?;
+        Ok(Self { client, page })
+    }
+
+    /// The name of this history; another one makes every position void.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn epoch(&self) -> Result<Epoch, Error> {
+        Ok(Epoch(self.client.query_one("select relay.epoch()", &[]).await?.get(0)))
+    }
+
+    /// The snapshot of this moment.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn now(&self) -> Result<Snapshot, Error> {
+        let text: String = self.client.query_one("select pg_current_snapshot()::text", &[]).await?.get(0);
+        parse(&text)
+    }
+
+    /// Opens a page. Its changes must be read to the end, or the page dropped, before the next is opened.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn open(&self, position: &Position) -> Result<Page, Error> {
+        let seen = position.seen.to_string();
+        let until = position.until.as_ref().map(ToString::to_string);
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&seen, &until, &position.after];
+        let mut changes = Box::pin(self.client.query_raw(&self.page, parameters).await?);
+        let header = changes.try_next().await?.ok_or_else(|| unfit("relay.page gave no header"))?;
+        Ok(Page {
+            until: parse(header.try_get("snapshot")?)?,
+            unflushed: header.try_get("unflushed")?,
+            changes,
+        })
+    }
+}
+
+impl Page {
+    /// The next change; none at the end.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn next(&mut self) -> Result<Option<Change>, Error> {
+        match self.changes.next().await {
+            None => Ok(None),
+            Some(row) => change(&row?).map(Some),
+        }
+    }
+}
+
+fn change(row: &Row) -> Result<Change, Error> {
+    let operation: &str = row.try_get("operation")?;
+    let xid: &str = row.try_get("xid")?;
+    Ok(Change {
+        number: row.try_get("number")?,
+        xid: xid.parse().map_err(|_| unfit("relay.page gave no transaction id"))?,
+        at: row.try_get::<_, OffsetDateTime>("at")?,
+        relation: RelationId(row.try_get("relation")?),
+        operation: Operation::from_letter(operation)
+            .ok_or_else(|| unfit("relay.page gave an unknown operation"))?,
+        oversize: row.try_get("oversize")?,
+        before: row.try_get("before")?,
+        after: row.try_get("after")?,
+    })
+}
+
+fn parse(snapshot: &str) -> Result<Snapshot, Error> {
+    Snapshot::parse(snapshot)
+        .map_err(|error| unfit(&format!("PostgreSQL gave a snapshot we cannot read: {error}")))
+}
+
+fn unfit(why: &str) -> Error {
+    Error::Unfit(why.to_owned())
+}

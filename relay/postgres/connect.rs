@@ -1,0 +1,176 @@
+//! Connections to PostgreSQL: the pool, single connections, TLS, and which errors are worth another try.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_postgres::{HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use futures_util::future::poll_fn;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use tokio::sync::mpsc;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{AsyncMessage, Client, Notification};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+/// What can go wrong with PostgreSQL.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The server refused, or the connection broke. The chain below tells which.
+    #[error("PostgreSQL: {}", told(.0))]
+    Postgres(#[from] tokio_postgres::Error),
+    /// No connection could be had from the pool.
+    #[error("no connection to PostgreSQL: {0}")]
+    Pool(String),
+    /// The database is not as the relay needs it; the text says what to do.
+    #[error("{0}")]
+    Unfit(String),
+}
+
+impl Error {
+    /// Whether the same thing may succeed later without anybody changing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Pool(_) => true,
+            Self::Unfit(_) => false,
+            Self::Postgres(error) => match error.code() {
+                None => true,
+                Some(code) => {
+                    let class = &code.code()[..2];
+                    matches!(class, "08" | "53" | "57") && *code != SqlState::QUERY_CANCELED
+                        || matches!(code.code(), "40001" | "40P01" | "55P03" | "25006")
+                }
+            },
+        }
+    }
+
+    /// PostgreSQL's own word on it as `ERROR 22P02 (invalid_text_representation) …`, when it was PostgreSQL that refused.
+    pub fn refusal(&self) -> Option<String> {
+        let Self::Postgres(error) = self else { return None };
+        let told = error.as_db_error()?;
+        let name = match *told.code() {
+            SqlState::INVALID_TEXT_REPRESENTATION => "invalid_text_representation",
+            SqlState::UNDEFINED_FUNCTION => "undefined_function",
+            SqlState::RAISE_EXCEPTION => "raise_exception",
+            SqlState::DATETIME_FIELD_OVERFLOW => "datetime_field_overflow",
+            SqlState::INVALID_DATETIME_FORMAT => "invalid_datetime_format",
+            SqlState::NUMERIC_VALUE_OUT_OF_RANGE => "numeric_value_out_of_range",
+            SqlState::INVALID_REGULAR_EXPRESSION => "invalid_regular_expression",
+            _ => "error",
+        };
+        Some(format!("ERROR {} ({name}) {}", told.code().code(), told.message()))
+    }
+}
+
+fn told(error: &tokio_postgres::Error) -> String {
+    match (error.as_db_error(), std::error::Error::source(error)) {
+        (Some(db), _) => format!("{} ({})", db.message(), db.code().code()),
+        (None, Some(source)) => format!("{error}: {source}"),
+        (None, None) => error.to_string(),
+    }
+}
+
+/// Where and how to connect.
+#[derive(Clone)]
+pub struct Server {
+    config: tokio_postgres::Config,
+    tls: MakeRustlsConnect,
+}
+
+impl Server {
+    /// Reads a connection string; `name` becomes `application_name` where the string has none.
+    ///
+    /// Keepalives are short because a LISTEN connection only ever waits: without them a dead peer goes unnoticed for hours.
+    ///
+    /// # Errors
+    /// When the string cannot be read, or the authority file holds no certificate.
+    pub fn parse(url: &str, name: &str, authority: Option<&str>) -> Result<Self, Error> {
+        let mut config: tokio_postgres::Config = url.parse().map_err(|error: tokio_postgres::Error| {
+            Error::Unfit(format!("the database URL cannot be read: {}", told(&error)))
+        })?;
+        if config.get_application_name().is_none() {
+            config.application_name(name);
+        }
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(Duration::from_secs(5));
+        }
+        config
+            .keepalives_idle(Duration::from_secs(15))
+            .keepalives_interval(Duration::from_secs(5))
+            .keepalives_retries(3);
+        config.tcp_user_timeout(Duration::from_secs(30));
+        Ok(Self { config, tls: tls(authority)? })
+    }
+
+    /// A pool of `size` connections whose commits wait for the flush, whatever the database's default is.
+    ///
+    /// # Errors
+    /// When the pool cannot be built.
+    pub fn pool(&self, size: usize) -> Result<Pool, Error> {
+        let settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_config(self.config.clone(), self.tls.clone(), settings);
+        Pool::builder(manager)
+            .max_size(size)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(Duration::from_secs(5)))
+            .create_timeout(Some(Duration::from_secs(5)))
+            .post_create(deadpool_postgres::Hook::async_fn(|client, _| {
+                Box::pin(async move {
+                    client.batch_execute("set synchronous_commit = on").await.map_err(HookError::Backend)
+                })
+            }))
+            .build()
+            .map_err(|error| Error::Pool(error.to_string()))
+    }
+
+    /// One connection of our own. It ends when the client is dropped.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or refuses.
+    pub async fn connect(&self) -> Result<Client, Error> {
+        let (client, connection) = self.config.connect(self.tls.clone()).await?;
+        tokio::spawn(connection);
+        Ok(client)
+    }
+
+    /// One connection that also hands on what it hears by LISTEN. The receiver ends when the connection does.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or refuses.
+    pub async fn connect_listening(&self) -> Result<(Client, mpsc::UnboundedReceiver<Notification>), Error> {
+        let (client, mut connection) = self.config.connect(self.tls.clone()).await?;
+        let (heard, notifications) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+                if let AsyncMessage::Notification(notification) = message
+                    && heard.send(notification).is_err()
+                {
+                    break;
+                }
+            }
+        });
+        Ok((client, notifications))
+    }
+}
+
+fn tls(authority: Option<&str>) -> Result<MakeRustlsConnect, Error> {
+    let mut roots = rustls::RootCertStore::empty();
+    match authority {
+        Some(path) => {
+            let unfit =
+                |why: &dyn std::fmt::Display| Error::Unfit(format!("certificate authority {path}: {why}"));
+            for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unfit(&error))? {
+                roots.add(certificate.map_err(|error| unfit(&error))?).map_err(|error| unfit(&error))?;
+            }
+        }
+        None => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| Error::Unfit(error.to_string()))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(MakeRustlsConnect::new(config))
+}

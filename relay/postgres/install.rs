@@ -1,0 +1,127 @@
+//! Brings the database side (`sql/`) to this version: idempotent, safe when many run at once, never backwards.
+
+use sha2::{Digest, Sha256};
+use tokio_postgres::Client;
+
+use crate::postgres::connect::Error;
+
+/// The files of `sql/`, in the order in which they are applied.
+const FILES: &[(&str, &str)] = &[
+    ("001_ledger.sql", include_str!("../../sql/001_ledger.sql")),
+    ("002_changelog.sql", include_str!("../../sql/002_changelog.sql")),
+    ("003_watch_list.sql", include_str!("../../sql/003_watch_list.sql")),
+    ("101_capture.sql", include_str!("../../sql/101_capture.sql")),
+    ("102_watch.sql", include_str!("../../sql/102_watch.sql")),
+    ("103_page.sql", include_str!("../../sql/103_page.sql")),
+    ("104_judge.sql", include_str!("../../sql/104_judge.sql")),
+    ("105_catalog.sql", include_str!("../../sql/105_catalog.sql")),
+    ("106_refresh.sql", include_str!("../../sql/106_refresh.sql")),
+    ("107_auth.sql", include_str!("../../sql/107_auth.sql")),
+    ("901_rights.sql", include_str!("../../sql/901_rights.sql")),
+];
+
+/// The advisory lock that makes installers queue.
+const LOCK: &str = "select pg_advisory_lock(1919249009, 3)";
+const UNLOCK: &str = "select pg_advisory_unlock(1919249009, 3)";
+
+/// Applies what is missing or changed; returns the names of the files that were applied.
+///
+/// `0NN` files are structure, applied once. `1NN` are behaviour, applied when their text changed, unless a newer relay
+/// wrote it. `9NN` are rights, applied every time. Each file is one transaction together with its line in the ledger.
+///
+/// # Errors
+/// When PostgreSQL refuses a file; what was applied before it stays.
+pub async fn install(client: &mut Client) -> Result<Vec<&'static str>, Error> {
+    client.batch_execute(LOCK).await?;
+    let applied = apply(client).await;
+    client.batch_execute(UNLOCK).await?;
+    applied
+}
+
+async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
+    let mut applied = Vec::new();
+    for (name, text) in FILES {
+        if !is_due(client, name, text).await? {
+            continue;
+        }
+        let transaction = client.transaction().await?;
+        transaction.batch_execute(text).await.map_err(|error| named(name, &error))?;
+        transaction
+            .execute(
+                "insert into relay.ledger (file, checksum, version) values ($1, $2, $3) on conflict (file) \
+                 do update set checksum = excluded.checksum, version = excluded.version, applied_at = now()",
+                &[name, &checksum(text), &env!("CARGO_PKG_VERSION")],
+            )
+            .await?;
+        transaction.commit().await?;
+        applied.push(*name);
+    }
+    Ok(applied)
+}
+
+fn named(name: &str, error: &tokio_postgres::Error) -> Error {
+    let why = error.as_db_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
+    Error::Unfit(format!("sql/{name} could not be applied: {why}"))
+}
+
+async fn is_due(client: &Client, name: &str, text: &str) -> Result<bool, Error> {
+    let ledger = client.query_one("select to_regclass('relay.ledger') is not null", &[]).await?;
+    if !ledger.get::<_, bool>(0) || name.starts_with('9') {
+        return Ok(true);
+    }
+    let line =
+        client.query_opt("select checksum, version from relay.ledger where file = $1", &[&name]).await?;
+    let Some(line) = line else { return Ok(true) };
+    let (written, version): (String, String) = (line.get(0), line.get(1));
+    Ok(name.starts_with('1') && written != checksum(text) && !is_newer(&version, env!("CARGO_PKG_VERSION")))
+}
+
+/// Whether the database side is what this version needs.
+///
+/// # Errors
+/// Says what to do when it is missing or older; fails as the connection does.
+pub async fn check(client: &Client) -> Result<(), Error> {
+    let ledger = client.query_one("select to_regclass('relay.ledger') is not null", &[]).await?;
+    if !ledger.get::<_, bool>(0) {
+        return Err(Error::Unfit(String::from(
+            "the schema `relay` is not in this database: run `relay install --database-url …` or serve with --install",
+        )));
+    }
+    for (name, text) in FILES {
+        if !name.starts_with('9') && is_due(client, name, text).await? {
+            return Err(Error::Unfit(format!(
+                "the schema `relay` is older than this relay (sql/{name}): run `relay install --database-url …`"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn checksum(text: &str) -> String {
+    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn is_newer(written: &str, ours: &str) -> bool {
+    let parts =
+        |version: &str| version.split('.').map(|part| part.parse::<u64>().unwrap_or(0)).collect::<Vec<_>>();
+    parts(written) > parts(ours)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_by_number() {
+        assert!(is_newer("0.10.0", "0.9.9"));
+        assert!(!is_newer("0.1.0", "0.1.0"));
+        assert!(!is_newer("0.1.0", "1.0.0"));
+    }
+
+    #[test]
+    fn files_are_in_order_and_numbered_by_nature() {
+        let names: Vec<&str> = FILES.iter().map(|(name, _)| *name).collect();
+        assert!(names.is_sorted());
+        assert!(names.iter().all(|name| matches!(name.as_bytes()[0], b'0' | b'1' | b'9')));
+    }
+}

@@ -1,0 +1,152 @@
+//! Builds the parts, serves until told to end, and ends in order. The only place that sees every layer.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Config;
+use crate::feed::binding::Feed;
+use crate::feed::router::Router;
+use crate::feed::source::Source;
+use crate::observe::Observe;
+use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::connect::{Error, Server};
+use crate::postgres::judge::Judge;
+use crate::postgres::{install, jobs};
+use crate::transport::http::{self, App};
+
+/// Connections for looking at the catalog, binding and flushing. None is held while nothing happens.
+const POOL: usize = 4;
+/// Parts on their way from the source to the router: one being judged, one read ahead.
+const PARTS: usize = 2;
+/// Sessions and tasks get this long to end.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// A relay that runs, as seen from outside.
+pub struct Running {
+    /// What it counts.
+    pub observe: Arc<Observe>,
+}
+
+/// Serves on `listener` until `shutdown` is done, then ends in order. `started` hears once everything is built.
+///
+/// The database may be away at first (unless it is to be installed): the relay keeps trying.
+///
+/// # Errors
+/// When a URL cannot be read, the installation fails, or the database side is missing or too old.
+pub async fn serve(
+    config: Config,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+    started: impl FnOnce(Running),
+) -> Result<(), Error> {
+    let server = |url: &str, name: &str| Server::parse(url, name, config.database_ca.as_deref());
+    let main = server(&config.database_url, "relay")?;
+    let bell = server(&config.doorbell_url, "relay doorbell")?;
+    let judge = server(&config.judge_url, "relay judge")?;
+    prepare(&main, config.install).await?;
+
+    let observe = Arc::new(Observe::new());
+    let end = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    let pool = main.pool(POOL)?;
+    let catalog = Arc::new(CatalogKeeper::new(pool.clone()));
+    let refresh_jobs = Arc::new(Notify::new());
+    let (parts_in, parts) = mpsc::channel(PARTS);
+    let (commands_in, commands) = mpsc::unbounded_channel();
+
+    let source = Source {
+        server: main.clone(),
+        bell,
+        pool,
+        poll: config.poll,
+        observe: Arc::clone(&observe),
+        refresh_jobs: Arc::clone(&refresh_jobs),
+    };
+    let feed_end = CancellationToken::new();
+    tasks.spawn(source.run(parts_in, end.clone()));
+    let router =
+        Router::new(Arc::clone(&catalog), Judge::new(judge, config.judge_timeout), Arc::clone(&observe));
+    tasks.spawn(router.run(commands, parts, feed_end.clone()));
+    tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
+    let app = Arc::new(App {
+        verifier: config.verifier,
+        feed: Feed::new(catalog, commands_in),
+        observe: Arc::clone(&observe),
+        allowed_origins: config.allowed_origins,
+        max_connections: config.max_connections,
+        outbox_bytes: config.outbox_bytes,
+        end: end.clone(),
+        sessions: TaskTracker::new(),
+        numbers: AtomicU64::new(1),
+    });
+    started(Running { observe: Arc::clone(&observe) });
+
+    tokio::select! {
+        () = shutdown => {}
+        () = accept(&app, &listener) => {}
+    }
+    tracing::info!(session.count = observe.session_count(), "ending");
+    observe.ending();
+    drop(listener);
+    end.cancel();
+    app.sessions.close();
+    if timeout(GRACE, app.sessions.wait()).await.is_err() {
+        tracing::warn!(session.count = app.sessions.len(), "sessions did not end in time");
+    }
+    feed_end.cancel();
+    tasks.close();
+    if timeout(GRACE, tasks.wait()).await.is_err() {
+        tracing::warn!(task.count = tasks.len(), "tasks did not end in time");
+    }
+    Ok(())
+}
+
+/// Installs if asked to, and refuses a database side that is missing or too old. A database that is away is waited for.
+async fn prepare(server: &Server, wanted: bool) -> Result<(), Error> {
+    let mut pause = Duration::from_millis(200);
+    loop {
+        let outcome = async {
+            let mut client = server.connect().await?;
+            if wanted {
+                let applied = install::install(&mut client).await?;
+                if !applied.is_empty() {
+                    tracing::info!(file.count = applied.len(), "installed");
+                }
+            }
+            install::check(&client).await
+        };
+        match outcome.await {
+            Err(error) if error.is_transient() => {
+                tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "waiting for the database");
+                sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(5));
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+async fn accept(app: &Arc<App>, listener: &TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                // Frames are small and wanted at once.
+                let _ = stream.set_nodelay(true);
+                app.sessions.spawn(http::serve(Arc::clone(app), stream));
+            }
+            Err(error) => {
+                // Usually no file descriptors are left: those who are connected go on, others wait.
+                tracing::warn!(error = %error, "a connection could not be accepted");
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}

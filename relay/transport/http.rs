@@ -1,0 +1,250 @@
+//! The one port: the WebSocket handshake, and the pages for machines.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::feed::binding::Feed;
+use crate::model::claims::Claims;
+use crate::model::phoenix::Version;
+use crate::observe::Observe;
+use crate::transport::auth::Verifier;
+use crate::transport::ws;
+
+/// A client has this long to send its request's head.
+const HEAD: Duration = Duration::from_secs(10);
+/// The largest head. Tokens travel in it, so it must hold a few of them.
+const HEAD_BYTES: usize = 64 * 1024;
+
+/// What every connection needs.
+pub struct App {
+    /// Who somebody is.
+    pub verifier: Verifier,
+    /// The way into the feed.
+    pub feed: Feed,
+    /// What is counted.
+    pub observe: Arc<Observe>,
+    /// Origins that browsers may connect from; empty means any.
+    pub allowed_origins: Vec<String>,
+    /// How many clients may be connected.
+    pub max_connections: usize,
+    /// The bound of each client's outbox.
+    pub outbox_bytes: usize,
+    /// The end of the relay.
+    pub end: CancellationToken,
+    /// Every session's task.
+    pub sessions: TaskTracker,
+    /// The number of the next session.
+    pub numbers: AtomicU64,
+}
+
+impl App {
+    /// A number that no session had before.
+    pub fn next_session(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+/// Serves one connection until it ends or becomes a session.
+pub async fn serve(app: Arc<App>, stream: TcpStream) {
+    let end = app.end.clone();
+    let service = service_fn(move |request| {
+        let app = Arc::clone(&app);
+        async move { Ok::<_, Infallible>(answer(&app, request)) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .max_buf_size(HEAD_BYTES)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    tokio::pin!(connection);
+    tokio::select! {
+        _ = connection.as_mut() => {}
+        () = end.cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+}
+
+fn answer(app: &Arc<App>, request: Request<Incoming>) -> Answer {
+    if request.method() == Method::OPTIONS {
+        return preflight();
+    }
+    match request.uri().path() {
+        "/realtime/v1/websocket" | "/socket/websocket" => handshake(app, request),
+        "/healthcheck" | "/livez" => text(StatusCode::OK, "ok"),
+        "/readyz" if app.observe.is_ready() => text(StatusCode::OK, "ready"),
+        "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the changelog is not being read"),
+        "/metrics" => text(StatusCode::OK, app.observe.text()),
+        _ => error(StatusCode::NOT_FOUND, "nothing is here; the WebSocket is at /realtime/v1/websocket"),
+    }
+}
+
+fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
+    let refused = |answer: Answer| {
+        app.observe.connection_refused();
+        answer
+    };
+    let Some(key) = upgrade_key(&request) else {
+        return refused(error(StatusCode::BAD_REQUEST, "a WebSocket handshake is expected here"));
+    };
+    if !origin_is_allowed(&app.allowed_origins, request.headers()) {
+        return refused(error(StatusCode::FORBIDDEN, "this origin is not allowed"));
+    }
+    let query = request.uri().query().unwrap_or_default();
+    let Some(version) = Version::from_vsn(parameter(query, "vsn").as_deref()) else {
+        return refused(empty(StatusCode::FORBIDDEN));
+    };
+    let claims = match identify(app, request.headers(), query) {
+        Ok(claims) => claims,
+        Err(why) => return refused(error(StatusCode::UNAUTHORIZED, &why)),
+    };
+    if app.observe.session_count() >= app.max_connections {
+        return refused(error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users"));
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    let session = Arc::clone(app);
+    app.sessions.spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+            return;
+        };
+        ws::serve(session, parts.io.into_inner(), parts.read_buf.to_vec(), version, claims).await;
+    });
+    let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
+    let headers = answer.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    if let Ok(accept) = HeaderValue::from_str(&derive_accept_key(key.as_bytes())) {
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    answer
+}
+
+fn identify(app: &App, headers: &HeaderMap, query: &str) -> Result<Claims, String> {
+    let header = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let key = header.or_else(|| parameter(query, "apikey")).unwrap_or_default();
+    app.verifier.identify(key.trim(), ws::now()).map_err(|error| error.connect_text())
+}
+
+fn upgrade_key(request: &Request<Incoming>) -> Option<String> {
+    let headers = request.headers();
+    let has = |name: header::HeaderName, token: &str| {
+        let values = headers.get_all(name);
+        values
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .any(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
+    };
+    let is_handshake = request.method() == Method::GET
+        && has(header::CONNECTION, "upgrade")
+        && has(header::UPGRADE, "websocket")
+        && has(header::SEC_WEBSOCKET_VERSION, "13");
+    let key = headers.get(header::SEC_WEBSOCKET_KEY)?.to_str().ok()?;
+    is_handshake.then(|| key.to_owned())
+}
+
+/// Without a list any origin may connect; with one, a browser's must be on it. Others send no origin.
+fn origin_is_allowed(allowed: &[String], headers: &HeaderMap) -> bool {
+    match headers.get(header::ORIGIN) {
+        None => true,
+        Some(_) if allowed.is_empty() => true,
+        Some(origin) => {
+            origin.to_str().is_ok_and(|origin| allowed.iter().any(|one| one.eq_ignore_ascii_case(origin)))
+        }
+    }
+}
+
+/// A parameter of the query, percent-decoded.
+fn parameter(query: &str, name: &str) -> Option<String> {
+    let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;
+    let mut bytes = Vec::with_capacity(value.len());
+    let mut rest = value.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let hex = (*first == b'%')
+            .then(|| after.get(..2))
+            .flatten()
+            .and_then(|pair| std::str::from_utf8(pair).ok());
+        match hex.and_then(|pair| u8::from_str_radix(pair, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            None => {
+                bytes.push(if *first == b'+' { b' ' } else { *first });
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+fn preflight() -> Answer {
+    let mut answer = empty(StatusCode::NO_CONTENT);
+    let headers = answer.headers_mut();
+    headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("*"));
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, OPTIONS"));
+    answer
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(body.into()));
+    *answer.status_mut() = status;
+    let headers = answer.headers_mut();
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+}
+
+fn empty(status: StatusCode) -> Answer {
+    let mut answer = text(status, Bytes::new());
+    answer.headers_mut().remove(header::CONTENT_TYPE);
+    answer
+}
+
+fn error(status: StatusCode, why: &str) -> Answer {
+    let mut answer = text(status, serde_json::json!({ "error": why }).to_string());
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_found_whole_and_decoded() {
+        let query = "xapikey=no&apikey=a%2Eb+c%zz&vsn=2.0.0&flag";
+        assert_eq!(parameter(query, "apikey").as_deref(), Some("a.b c%zz"));
+        assert_eq!(parameter(query, "vsn").as_deref(), Some("2.0.0"));
+        assert_eq!(parameter(query, "flag"), None);
+        assert_eq!(parameter("apikey=%ff", "apikey"), None);
+    }
+
+    #[test]
+    fn origins_count_only_against_a_list() {
+        let mut headers = HeaderMap::new();
+        let list = [String::from("https://app.example")];
+        assert!(origin_is_allowed(&list, &headers));
+        headers.insert(header::ORIGIN, HeaderValue::from_static("https://evil.example"));
+        assert!(origin_is_allowed(&[], &headers));
+        assert!(!origin_is_allowed(&list, &headers));
+        headers.insert(header::ORIGIN, HeaderValue::from_static("https://APP.example"));
+        assert!(origin_is_allowed(&list, &headers));
+    }
+}
