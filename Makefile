@@ -1,0 +1,43 @@
+# The build itself is cargo's; this is what stands around it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit lint bench clean
+
+# Node.js from here where the system's is too old.
+export PATH := $(CURDIR)/target/node/bin:$(PATH)
+cluster := tests/support/cluster.sh
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: PostgreSQL, Node.js, npm and Python packages, Chromium
+	@tests/support/setup.sh
+
+demo: ## start everything and serve a page with live rows; Ctrl-C stops it
+	@tests/support/setup.sh postgres node
+	@cargo build --release
+	@examples/demo/run.sh
+
+test: ## all tests, on a throwaway PostgreSQL cluster, with the real clients
+	@tests/support/setup.sh postgres node python
+	@$(cluster) run target/cluster -c fsync=off -- cargo test
+
+unit: ## the tests of the pure parts; no PostgreSQL
+	@tests/support/setup.sh cargo
+	@cargo test --quiet --lib
+
+lint: ## formatting, clippy and rustdoc, warnings denied
+	@tests/support/setup.sh cargo
+	@cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt
+	@cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+
+bench: ## latency, writers' rate, fan-out and memory, as ratios in one run
+	@tests/support/setup.sh postgres
+	@$(cluster) run target/bench/cluster -- cargo bench
+
+clean: ## remove all that was built and stop our clusters
+	@for dir in target/cluster target/demo/cluster target/bench/cluster; do $(cluster) drop $$dir; done
+	rm -rf target tests/clients/node_modules
