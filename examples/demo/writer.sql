@@ -1,0 +1,29 @@
+-- One round of the demo's writer, about three seconds; run.sh repeats it. Nobody tells the relay or the page.
+
+-- A subscription carries changes, not the rows of before: touching every row lets a page that opens now fill up.
+update agent_access set enabled = enabled;
+update user_status set last_active_at = case when is_online then now() else last_active_at end;
+select pg_sleep(0.3);
+
+insert into document default values;
+update document set state = 'working'
+where id in (select id from document where state = 'waiting' order by id limit (random() * 3)::integer);
+select pg_sleep(0.4);
+
+update agent_access set enabled = not enabled, changed_at = now()
+where (user_id, agent) in (select user_id, agent from agent_access order by random() limit 1);
+select pg_sleep(0.6);
+
+update document set state = case when random() < 0.15 then 'failed' else 'completed' end
+where id in (select id from document where state = 'working' order by id limit 2);
+select pg_sleep(0.5);
+
+update user_status set is_online = not is_online, last_active_at = now()
+where user_id in (select user_id from user_status order by not is_online and random() < 0.6 desc, random() limit 1);
+select pg_sleep(0.5);
+
+update worker set state = case when state = 'lost' or random() < 0.4 then 'idle' when random() < 0.1 then 'lost' else 'busy' end
+where name in (select name from worker order by random() limit 1);
+insert into system_alerts (severity, message)
+select 'info', format('%s documents are waiting', count(*)) from document where state = 'waiting' having random() < 0.25;
+select pg_sleep(0.6);
