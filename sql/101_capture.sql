@@ -1,9 +1,46 @@
--- The trigger function: the one place where a writer logs a change and rings the doorbell.
+-- The trigger functions: the one place where a writer logs a change and rings the doorbell.
+--
+-- Only the functions that others call pin settings. Those below them are called from nowhere else and run under what
+-- their caller has pinned: pinning again would cost every row again.
+
+-- relay.log_change(...) : writes one change into the segment that its number names
+create or replace function relay.log_change(relation int, operation "char", oversize boolean, before json, after json) returns void
+language plpgsql volatile as $$
+declare
+  next_number constant bigint := nextval('relay.change_number');
+begin
+  case (next_number >> 40) % 3
+    when 0 then
+      insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
+      values (next_number, pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+    when 1 then
+      insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
+      values (next_number, pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+    else
+      insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
+      values (next_number, pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+  end case;
+end
+$$;
+comment on function relay.log_change(int, "char", boolean, json, json) is 'logs one change';
+
+-- relay.ring(relation, operation) : notifies, unless relay.doorbell is off
+-- Called when the try-lock of the doorbell failed, which says that the relay sleeps. The payload is for a person who
+-- listens; it holds no row data, so its length is bounded.
+create or replace function relay.ring(relation text, operation text) returns void
+language plpgsql volatile as $$
+begin
+  if current_setting('relay.doorbell', true) is distinct from 'off' then
+    perform pg_notify('relay', json_build_object('relation', relation, 'operation', operation, 'xid', pg_current_xact_id())::text);
+  end if;
+end
+$$;
+comment on function relay.ring(text, text) is 'wakes the relay, unless relay.doorbell is off';
 
 -- relay.image(row, relation) -> image, reduced
 -- The careful way to an image, for rows that are large or hold types whose conversion is user code. Never raises for
 -- what the row holds: where the whole image is over 1 MiB or cannot be made, it has the key columns and every column
--- of at most 1024 bytes of text that can be converted, and reduced is true. Runs inside relay.capture(), with its role and settings.
+-- of at most 1024 bytes of text that can be converted, and reduced is true.
 create or replace function relay.image(the_row anyelement, relation oid, out image json, out reduced boolean)
 language plpgsql volatile as $$
 declare
@@ -12,12 +49,14 @@ declare
   pieces text[] := '{}';
 begin
   reduced := false;
-  -- Stored values are compressed at most about ninetyfold and their text at most sixfold longer, so an attempt on
-  -- 4 MiB stays below what a writer can bear, and above it no image is under 1 MiB.
-  if pg_catalog.pg_column_size(the_row) <= 4194304 then
+  if the_row is not distinct from null then
+    return;
+  end if;
+  -- Values are stored compressed; from over 1 MiB of them no attempt is made, because their text could be of any size.
+  if pg_column_size(the_row) <= 1048576 then
     begin
-      image := pg_catalog.row_to_json(the_row);
-      if pg_catalog.pg_column_size(image) <= 1048576 then
+      image := row_to_json(the_row);
+      if pg_column_size(image) <= 1048576 then
         return;
       end if;
     exception when others then
@@ -27,63 +66,68 @@ begin
   reduced := true;
   for col in
     select a.attname, coalesce(a.attnum = any (i.indkey::int2[]), false) as is_key
-    from pg_catalog.pg_attribute a
-    left join pg_catalog.pg_index i on i.indrelid = a.attrelid and i.indisprimary
+    from pg_attribute a
+    left join pg_index i on i.indrelid = a.attrelid and i.indisprimary
     where a.attrelid = relation and a.attnum > 0 and not a.attisdropped
     order by a.attnum
   loop
     piece := null;
     begin
       -- The stored size is looked at first, so that a value of hundreds of megabytes is never turned into text.
-      execute pg_catalog.format(
-        'select case when $2 or pg_catalog.pg_column_size(($1).%1$I) <= 2048
-           and coalesce(pg_catalog.octet_length(($1).%1$I::pg_catalog.text), 0) <= 1024
-         then coalesce(pg_catalog.to_json(($1).%1$I)::pg_catalog.text, ''null'') end', col.attname)
+      execute format(
+        'select case when $2 or pg_column_size(($1).%1$I) is null
+                       or (pg_column_size(($1).%1$I) <= 2048 and octet_length(($1).%1$I::text) <= 1024)
+                     then coalesce(to_json(($1).%1$I)::text, ''null'') end', col.attname)
         into piece using the_row, col.is_key;
     exception when others then
       null;
     end;
     if piece is not null then
-      pieces := pieces || (pg_catalog.to_json(col.attname)::text || ':' || piece);
+      pieces := pieces || (to_json(col.attname)::text || ':' || piece);
     end if;
   end loop;
-  image := ('{' || pg_catalog.array_to_string(pieces, ',') || '}')::json;
+  image := ('{' || array_to_string(pieces, ',') || '}')::json;
 end
 $$;
 comment on function relay.image(anyelement, oid) is 'row image that never fails: reduced to key and short columns where it must be';
 
--- relay.log_change(...) : writes one change into the segment that its number names
-create or replace function relay.log_change(relation int, operation "char", oversize boolean, before json, after json) returns void
+-- relay.capture_carefully(...) : logs a change whose images may be large or fail
+-- The images of small rows are tried together first: one exception block a row is what care costs then.
+create or replace function relay.capture_carefully(old_row anyelement, new_row anyelement, table_id oid, relation int, operation "char") returns void
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp as $$
+set lc_monetary = 'C' as $$
 declare
-  next_number constant bigint := nextval('relay.change_number');
+  old_image json;
+  new_image json;
+  old_reduced boolean := false;
+  new_reduced boolean := false;
+  converted boolean := false;
 begin
-  execute format('insert into relay.changes_%s (number, xid, at, relation, operation, oversize, before, after)
-                  values ($1, pg_current_xact_id(), clock_timestamp(), $2, $3, $4, $5, $6)', (next_number >> 40) % 3)
-    using next_number, relation, operation, oversize, before, after;
-end
-$$;
-comment on function relay.log_change(int, "char", boolean, json, json) is 'logs one change that no trigger captures';
-
--- relay.ring(relation, operation) : the doorbell, as relay.capture() has it
-create or replace function relay.ring(relation text, operation text) returns void
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp as $$
-begin
-  if current_setting('relay.doorbell', true) is distinct from 'off'
-     and not pg_try_advisory_xact_lock_shared(1919249009, 1) then
-    perform pg_notify('relay', json_build_object('relation', relation, 'operation', operation, 'xid', pg_current_xact_id())::text);
+  if coalesce(pg_column_size(old_row), 0) + coalesce(pg_column_size(new_row), 0) <= 4000 then
+    begin
+      old_image := row_to_json(old_row);
+      new_image := row_to_json(new_row);
+      converted := true;
+    exception when others then
+      null;
+    end;
   end if;
+  if not converted then
+    select i.image, i.reduced into old_image, old_reduced from relay.image(old_row, table_id) i;
+    select i.image, i.reduced into new_image, new_reduced from relay.image(new_row, table_id) i;
+  end if;
+  perform relay.log_change(relation, operation, old_reduced or new_reduced, old_image, new_image);
 end
 $$;
-comment on function relay.ring(text, text) is 'notifies if the relay sleeps';
+comment on function relay.capture_carefully(anyelement, anyelement, oid, int, "char") is 'logs a change whose images may be large or fail';
 
--- relay.capture() : trigger, arguments: id in relay.watch_list, and optionally 'careful'
--- Promises: logs each change of the row once, with images whose text does not depend on the writer's session; never
--- waits for another writer; never fails because of the row's size or, when told to be careful, its types; notifies
--- only if the relay sleeps and relay.doorbell is not 'off'. Runs as relay_writer, because converting a row to JSON can run casts written by
--- users. Writes one of relay.changes_0 .. 2.
+-- relay.capture() : row trigger; arguments: id in relay.watch_list, and 'careful' where relay.needs_care says so
+-- Promises: logs each change of a row once, with images whose text does not depend on the writer's session; waits for no
+-- other writer; does not fail for what the row holds; notifies only if the relay sleeps. Runs as relay_writer, because
+-- converting a row to JSON can run casts written by users. Writes one of relay.changes_0 .. 2.
+--
+-- Each expression and each setting costs a single-row transaction about a microsecond; hence one test, one insert, one try-lock.
+-- 4000 stored bytes cannot make an image that hurts, whatever they are compressed from.
 create or replace function relay.capture() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -92,90 +136,61 @@ set datestyle = 'ISO'
 set intervalstyle = 'postgres'
 set bytea_output = 'hex'
 set extra_float_digits = 1
-set lc_monetary = 'C'
 as $$
 declare
-  next_number constant bigint := pg_catalog.nextval('relay.change_number');
-  relation_id constant int := tg_argv[0];
-  careful constant boolean := tg_nargs > 1;
-  old_image json;
-  new_image json;
-  old_reduced boolean := false;
-  new_reduced boolean := false;
-  operation "char";
+  next_number bigint;
 begin
-  if tg_op = 'INSERT' then
-    operation := 'I';
-  elsif tg_op = 'UPDATE' then
-    operation := 'U';
-  elsif tg_op = 'DELETE' then
-    operation := 'D';
+  if tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000 then
+    next_number := nextval('relay.change_number');
+    case (next_number >> 40) % 3
+      when 0 then
+        insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
+        values (next_number, pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false, row_to_json(old), row_to_json(new));
+      when 1 then
+        insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
+        values (next_number, pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false, row_to_json(old), row_to_json(new));
+      else
+        insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
+        values (next_number, pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false, row_to_json(old), row_to_json(new));
+    end case;
   else
-    operation := 'T';
+    perform relay.capture_carefully(old, new, tg_relid, tg_argv[0]::int, tg_op::"char");
   end if;
-
-  if operation = 'I' or operation = 'U' then
-    if careful or pg_catalog.pg_column_size(new) > 131072 then
-      select i.image, i.reduced into new_image, new_reduced from relay.image(new, tg_relid) i;
-    else
-      new_image := pg_catalog.row_to_json(new);
-      if pg_catalog.pg_column_size(new_image) > 1048576 then
-        select i.image, i.reduced into new_image, new_reduced from relay.image(new, tg_relid) i;
-      end if;
-    end if;
-  end if;
-  if operation = 'U' or operation = 'D' then
-    if careful or pg_catalog.pg_column_size(old) > 131072 then
-      select i.image, i.reduced into old_image, old_reduced from relay.image(old, tg_relid) i;
-    else
-      old_image := pg_catalog.row_to_json(old);
-      if pg_catalog.pg_column_size(old_image) > 1048576 then
-        select i.image, i.reduced into old_image, old_reduced from relay.image(old, tg_relid) i;
-      end if;
-    end if;
-  end if;
-
-  case (next_number >> 40) % 3
-    when 0 then
-      insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
-      values (next_number, pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), relation_id, operation,
-              old_reduced or new_reduced, old_image, new_image);
-    when 1 then
-      insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
-      values (next_number, pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), relation_id, operation,
-              old_reduced or new_reduced, old_image, new_image);
-    else
-      insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
-      values (next_number, pg_catalog.pg_current_xact_id(), pg_catalog.clock_timestamp(), relation_id, operation,
-              old_reduced or new_reduced, old_image, new_image);
-  end case;
-
   -- A sleeping relay holds this lock exclusively. A writer that gets its share need not ring: the relay is awake, and
   -- cannot fall asleep before this transaction has ended.
-  if pg_catalog.current_setting('relay.doorbell', true) is distinct from 'off'
-     and not pg_catalog.pg_try_advisory_xact_lock_shared(1919249009, 1) then
-    perform pg_catalog.pg_notify('relay', pg_catalog.json_build_object(
-      'relation', tg_table_schema || '.' || tg_table_name, 'operation', operation,
-      'xid', pg_catalog.pg_current_xact_id())::text);
+  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+    perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);
   end if;
   return null;
 end
 $$;
-comment on function relay.capture() is 'trigger of watched relations: logs the change, rings if the relay sleeps';
+comment on function relay.capture() is 'row trigger of watched relations: logs the change, rings if the relay sleeps';
 
--- The owner must own the function through a role that may create in the schema for the moment of the change of hands.
-do $$
+-- relay.capture_truncate() : statement trigger; argument: id in relay.watch_list
+create or replace function relay.capture_truncate() returns trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
 begin
-  if (select p.proowner <> 'relay_writer'::regrole from pg_catalog.pg_proc p
-      where p.oid = 'relay.capture()'::pg_catalog.regprocedure) then
-    grant create on schema relay to relay_writer;
-    alter function relay.capture() owner to relay_writer;
-    revoke create on schema relay from relay_writer;
+  perform relay.log_change(tg_argv[0]::int, 'T', false, null, null);
+  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+    perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);
   end if;
+  return null;
 end
 $$;
-revoke all on function relay.capture(), relay.image(anyelement, oid) from public;
-grant usage on schema relay to relay_writer;
-grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_writer;
-grant usage on sequence relay.change_number to relay_writer;
-grant execute on function relay.image(anyelement, oid) to relay_writer;
+comment on function relay.capture_truncate() is 'truncate trigger of watched relations: logs it, rings if the relay sleeps';
+
+-- A function changes hands only to a role that may create in its schema: for that moment relay_writer may.
+do $$
+declare
+  trigger_function regprocedure;
+begin
+  foreach trigger_function in array array['relay.capture()', 'relay.capture_truncate()']::regprocedure[] loop
+    if (select p.proowner <> 'relay_writer'::regrole from pg_catalog.pg_proc p where p.oid = trigger_function) then
+      grant create on schema relay to relay_writer;
+      execute pg_catalog.format('alter function %s owner to relay_writer', trigger_function);
+      revoke create on schema relay from relay_writer;
+    end if;
+  end loop;
+end
+$$;

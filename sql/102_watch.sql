@@ -22,7 +22,8 @@ $$;
 comment on function relay.key(regclass) is 'key columns of a relation: primary key, or unique index of a materialized view';
 
 -- relay.needs_care(relation) : whether converting a row to JSON may run code that users wrote
--- Only types outside the system's own can have a cast to json; relay.capture() is then told to be careful.
+-- Only types outside the system's own can have a cast to json; relay.capture() is then told to be careful. Money too: its
+-- text follows lc_monetary, which is pinned only there, as every setting pinned costs every row.
 create or replace function relay.needs_care(relation regclass) returns boolean
 language sql stable as $$
   with recursive used (type) as (
@@ -40,7 +41,8 @@ language sql stable as $$
     where t.oid >= 16384
   )
   select exists (select from used u join pg_catalog.pg_type t on t.oid = u.type
-                 where t.oid >= 16384 and t.typtype not in ('d', 'c') and (t.typelem = 0 or t.typlen <> -1))
+                 where t.oid >= 16384 and t.typtype not in ('d', 'c') and (t.typelem = 0 or t.typlen <> -1)
+                   or t.oid in ('money'::pg_catalog.regtype, 'money[]'::pg_catalog.regtype))
 $$;
 comment on function relay.needs_care(regclass) is 'whether rows hold types that users made, so that their conversion may fail';
 
@@ -68,7 +70,7 @@ language sql stable as $$
         or (part.relkind <> 'f' and not exists (
           select from pg_catalog.pg_trigger t
           where t.tgrelid = p.oid and t.tgname = '00_relay_truncate_' || $2 and t.tgenabled = 'A'
-            and t.tgfoid = 'relay.capture()'::pg_catalog.regprocedure))
+            and t.tgfoid = 'relay.capture_truncate()'::pg_catalog.regprocedure))
     ) end
   from pg_catalog.pg_class c where c.oid = $1
 $$;
@@ -98,7 +100,7 @@ begin
     execute format('alter table %s enable always trigger %I', part.name, row_trigger);
     if part.relkind <> 'f' then
       execute format('drop trigger if exists %I on %s', truncate_trigger, part.name);
-      execute format('create trigger %I after truncate on %s for each statement execute function relay.capture(%L)',
+      execute format('create trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
                      truncate_trigger, part.name, id);
       execute format('alter table %s enable always trigger %I', part.name, truncate_trigger);
     end if;
@@ -178,7 +180,7 @@ begin
   for leftover in
     select t.tgname, t.tgrelid::regclass as name
     from pg_trigger t
-    where t.tgfoid = 'relay.capture()'::regprocedure and t.tgparentid = 0
+    where t.tgfoid in ('relay.capture()'::regprocedure, 'relay.capture_truncate()'::regprocedure) and t.tgparentid = 0
       and t.tgname in ('00_relay_capture_' || list_id, '00_relay_truncate_' || list_id)
   loop
     execute format('drop trigger %I on %s', leftover.tgname, leftover.name);

@@ -90,7 +90,7 @@ begin
       relay.short_image(view.key, difference.old_image), relay.short_image(view.key, difference.new_image));
     changed := changed + 1;
   end loop;
-  if changed > 0 then
+  if changed > 0 and not pg_try_advisory_xact_lock_shared(1919249009, 1) then
     perform relay.ring(relation::text, 'refresh');
   end if;
   drop table pg_temp.relay_before, pg_temp.relay_after;

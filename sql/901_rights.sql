@@ -6,6 +6,12 @@ revoke all on all sequences in schema relay from public;
 revoke all on all functions in schema relay from public;
 
 grant usage on schema relay to relay_writer, relay_reader;
+-- What the trigger functions do as their owner: log. It may read nothing.
+grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_writer;
+grant usage on sequence relay.change_number to relay_writer;
+grant execute on function relay.log_change(int, "char", boolean, json, json), relay.ring(text, text), relay.image(anyelement, oid),
+  relay.capture_carefully(anyelement, anyelement, oid, int, "char") to relay_writer;
+
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
   relay.refresh_jobs to relay_reader;
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint), relay.flush(),

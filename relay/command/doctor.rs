@@ -1,11 +1,233 @@
 //! `relay doctor`: checks the database and says what to do.
 
+use std::io::Write;
 use std::process::ExitCode;
 
-use crate::postgres::connect::Server;
+use tokio_postgres::Client;
 
-/// Placeholder
-pub async fn run(_server: &Server) -> ExitCode {
-    std::future::ready(()).await;
-    ExitCode::SUCCESS
+use crate::postgres::connect::{Error, Server};
+use crate::postgres::doorbell::Doorbell;
+use crate::postgres::install;
+
+/// What a check found.
+enum Finding {
+    /// As it should be.
+    Good(String),
+    /// It works, but somebody should know.
+    Note(String),
+    /// It does not work; what to do.
+    Fault(String),
+}
+
+use Finding::{Fault, Good, Note};
+
+/// Prints a line per finding; the exit code is 1 when there is a fault.
+pub async fn run(server: &Server) -> ExitCode {
+    let findings = match examine(server).await {
+        Ok(findings) => findings,
+        Err(error) => vec![Fault(error.to_string())],
+    };
+    let mut faults = 0;
+    for finding in &findings {
+        let (mark, text) = match finding {
+            Good(text) => ("ok   ", text),
+            Note(text) => ("note ", text),
+            Fault(text) => {
+                faults += 1;
+                ("FAULT", text)
+            }
+        };
+        let _ = writeln!(std::io::stdout(), "{mark} {text}");
+    }
+    if faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+async fn examine(server: &Server) -> Result<Vec<Finding>, Error> {
+    let client = server.connect().await?;
+    let mut findings = vec![version(&client).await?, primary(&client).await?];
+    if let Err(error) = install::check(&client).await {
+        findings.push(Fault(error.to_string()));
+        return Ok(findings);
+    }
+    findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
+    findings.push(bell(server).await?);
+    findings.push(prepared_transactions(&client).await?);
+    findings.push(queue(&client).await?);
+    findings.push(writable_schemas(&client).await?);
+    findings.extend(roles(&client).await?);
+    findings.extend(relations(&client).await?);
+    findings.extend(refreshes(&client).await?);
+    Ok(findings)
+}
+
+async fn version(client: &Client) -> Result<Finding, Error> {
+    let row = client
+        .query_one(
+            "select current_setting('server_version_num')::int, current_setting('server_version')",
+            &[],
+        )
+        .await?;
+    let (number, name): (i32, String) = (row.get(0), row.get(1));
+    let (major, minor) = (number / 10_000, number % 10_000);
+    // The releases in which a cached plan no longer outlives a revoked role membership (CVE-2026-14666).
+    let fixed = match major {
+        ..=13 => return Ok(Fault(format!("PostgreSQL {name} is too old: 14 or newer is needed"))),
+        15 => minor >= 19,
+        _ => true,
+    };
+    Ok(if fixed {
+        Good(format!("PostgreSQL {name}"))
+    } else {
+        Note(format!(
+            "PostgreSQL {name} keeps plans of revoked role memberships (CVE-2026-14666); the relay discards them, other programs may not: update"
+        ))
+    })
+}
+
+async fn primary(client: &Client) -> Result<Finding, Error> {
+    let standby: bool = client.query_one("select pg_is_in_recovery()", &[]).await?.get(0);
+    Ok(if standby {
+        Fault(String::from("this is a standby: give the relay the primary's URL"))
+    } else {
+        Good(String::from("this is the primary"))
+    })
+}
+
+async fn bell(server: &Server) -> Result<Finding, Error> {
+    let mut doorbell = Doorbell::connect(server).await?;
+    if doorbell.is_off().await? {
+        return Ok(Note(String::from("relay.doorbell is off: writers do not ring, the relay polls")));
+    }
+    Ok(if doorbell.is_heard().await? {
+        Good(String::from("NOTIFY is heard"))
+    } else {
+        Note(String::from(
+            "NOTIFY is not heard, probably because of a pooler: give `serve` a direct --doorbell-url, else it polls",
+        ))
+    })
+}
+
+async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {
+    let row = client
+        .query_one(
+            "select current_setting('max_prepared_transactions')::int, \
+             coalesce(current_setting('relay.doorbell', true), '') = 'off'",
+            &[],
+        )
+        .await?;
+    let (most, silent): (i32, bool) = (row.get(0), row.get(1));
+    Ok(if most > 0 && !silent {
+        Note(String::from(
+            "max_prepared_transactions > 0: PREPARE TRANSACTION fails after a NOTIFY. Where you use it, set \
+             `alter database … set relay.doorbell = 'off'` (or for a role); the relay polls then",
+        ))
+    } else {
+        Good(String::from("two-phase commit and the doorbell do not meet"))
+    })
+}
+
+async fn queue(client: &Client) -> Result<Finding, Error> {
+    let usage: f64 = client.query_one("select pg_notification_queue_usage()", &[]).await?.get(0);
+    let percent = usage * 100.0;
+    Ok(if usage > 0.5 {
+        Fault(format!(
+            "the NOTIFY queue is {percent:.0} % full: some session of this cluster listens but does not read; find it in \
+             pg_stat_activity before commits fail"
+        ))
+    } else {
+        Good(format!("the NOTIFY queue is {percent:.1} % full"))
+    })
+}
+
+/// Policies are evaluated under the search path, so whoever may create in it may put a better-matching function there.
+async fn writable_schemas(client: &Client) -> Result<Finding, Error> {
+    let open: String = client
+        .query_one(
+            "select coalesce(string_agg(n.nspname, ', '), '') from pg_namespace n, aclexplode(n.nspacl) a \
+             where a.grantee = 0 and a.privilege_type = 'CREATE' and n.nspname = any (current_schemas(false))",
+            &[],
+        )
+        .await?
+        .get(0);
+    Ok(if open.is_empty() {
+        Good(String::from("nobody but its owner creates in a schema of the search path"))
+    } else {
+        Fault(format!(
+            "everybody may create objects in {open}, which is on the search path: a function there can get between a \
+             policy and the one it means. revoke create on schema {open} from public"
+        ))
+    })
+}
+
+async fn roles(client: &Client) -> Result<Vec<Finding>, Error> {
+    let rows = client
+        .query(
+            "select r.name, p.oid is not null, coalesce(pg_has_role(current_user, p.oid, 'member'), false) \
+             from unnest(array['anon', 'authenticated', 'service_role']) r(name) left join pg_roles p on p.rolname = r.name",
+            &[],
+        )
+        .await?;
+    let login: String = client.query_one("select current_user::text", &[]).await?.get(0);
+    let mut findings = Vec::new();
+    for row in rows {
+        let (name, exists, member): (String, bool, bool) = (row.get(0), row.get(1), row.get(2));
+        findings.push(match (exists, member) {
+            (false, _) => Note(format!("the role {name} does not exist: tokens of this role see nothing")),
+            (true, false) => Fault(format!(
+                "this login cannot act as {name}: grant {name} to {login} (or give `serve` a --judge-url whose login may)"
+            )),
+            (true, true) => Good(format!("this login can act as {name}")),
+        });
+    }
+    Ok(findings)
+}
+
+async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
+    let rows = client
+        .query(
+            "select w.relation::text, w.intact, cardinality(w.key) > 0, c.relrowsecurity, c.relkind::text, \
+             exists (select from pg_policy p where p.polrelid = c.oid) \
+             from relay.watched w join pg_class c on c.oid = w.relation order by 1",
+            &[],
+        )
+        .await?;
+    if rows.is_empty() {
+        return Ok(vec![Note(String::from(
+            "nothing is watched yet: select relay.watch('public.your_table')",
+        ))]);
+    }
+    let mut findings = Vec::new();
+    for row in rows {
+        let (name, intact, keyed, secured): (String, bool, bool, bool) =
+            (row.get(0), row.get(1), row.get(2), row.get(3));
+        let (kind, policies): (String, bool) = (row.get(4), row.get(5));
+        if !intact {
+            findings.push(Fault(format!(
+                "{name}: its triggers are missing or disabled, changes are lost: select relay.watch('{name}')"
+            )));
+        } else if secured && !policies {
+            findings.push(Note(format!(
+                "{name}: row security is on and there is no policy: nobody but its owner sees a row"
+            )));
+        } else if !secured && kind != "m" {
+            findings
+                .push(Note(format!("{name}: row security is off: every role with SELECT sees every row")));
+        } else if !keyed {
+            findings.push(Note(format!(
+                "{name}: without a primary key, old_record is empty (unless replica identity is full)"
+            )));
+        } else {
+            findings.push(Good(format!("{name} is watched")));
+        }
+    }
+    Ok(findings)
+}
+
+async fn refreshes(client: &Client) -> Result<Vec<Finding>, Error> {
+    let failing = "select relation::text, error from relay.refresh_jobs where error is not null";
+    let rows = client.query(failing, &[]).await?;
+    let told = |row: tokio_postgres::Row| {
+        Fault(format!("the refresh of {} fails: {}", row.get::<_, String>(0), row.get::<_, String>(1)))
+    };
+    Ok(rows.into_iter().map(told).collect())
 }

@@ -91,16 +91,30 @@ impl Verdicts {
 
     /// What somebody with this identity may see of the images of the change at `index` by the relation's policy alone.
     /// The identity's role must have access to the relation.
-    pub fn policy(&self, index: usize, relation: &Relation, identity: &Identity) -> Sight {
-        let open = relation.access(identity.claims().role()).is_some_and(|access| access.judge.is_none());
+    pub fn policy(&self, index: usize, change: &Change, relation: &Relation, identity: &Identity) -> Sight {
+        let Some(access) = relation.access(identity.claims().role()) else { return Sight::NONE };
+        let Some(policy) = &access.policy else { return self.sight(index, |_| true) };
         let verdict = self.policies.get(&(relation.id(), identity.clone()));
-        self.sight(index, |image| open || verdict.is_some_and(|allowed| allowed.get(image) == Some(&true)))
+        let sight =
+            self.sight(index, |image| verdict.is_some_and(|allowed| allowed.get(image) == Some(&true)));
+        // A name that only looks like a column's denies too much, never too little.
+        sight.and(known(change, relation, |column| {
+            policy.contains(&column.replace('"', "\"\"")) || policy.contains(".*")
+        }))
     }
 
     /// Which images of the change at `index` match the filter.
-    pub fn filter(&self, index: usize, filter: &Arc<BoundFilter>) -> Sight {
+    pub fn filter(
+        &self,
+        index: usize,
+        change: &Change,
+        relation: &Relation,
+        filter: &Arc<BoundFilter>,
+    ) -> Sight {
         let verdict = self.filters.get(&address(filter));
-        self.sight(index, |image| verdict.is_some_and(|matches| matches.get(image) == Some(&true)))
+        let sight =
+            self.sight(index, |image| verdict.is_some_and(|matches| matches.get(image) == Some(&true)));
+        sight.and(known(change, relation, |column| filter.columns().any(|name| name == column)))
     }
 
     fn sight(&self, index: usize, allowed: impl Fn(usize) -> bool) -> Sight {
@@ -118,6 +132,21 @@ enum Asked {
 /// Filters are shared by address: each was bound once for its subscription, and outlives the part being judged.
 fn address(filter: &Arc<BoundFilter>) -> usize {
     Arc::as_ptr(filter).addr()
+}
+
+/// Which images of a change hold every column that a rule mentions. The images of an oversize row lack some: judged
+/// as null they could pass, so a rule that reads one of those is answered with "no".
+fn known(change: &Change, relation: &Relation, mentions: impl Fn(&str) -> bool) -> Sight {
+    let holds = |image: &Option<String>| {
+        image.as_deref().and_then(|image| Row::parse(image).ok()).is_some_and(|row| {
+            let missing = |name: &str| row.value(name).is_none() && mentions(name);
+            !relation.columns.iter().any(|column| missing(&column.name))
+        })
+    };
+    if !change.oversize {
+        return Sight { before: true, after: true };
+    }
+    Sight { before: holds(&change.before), after: holds(&change.after) }
 }
 
 fn question<'a>(identity: &Identity, statement: &Arc<str>, images: &'a [&'a str]) -> Question<'a> {

@@ -1,5 +1,6 @@
 //! From changes to outboxes: who is subscribed to what, one frame for all who get the same, and never a wait for a client.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -14,10 +15,10 @@ use crate::feed::source::Part;
 use crate::model::change::{Change, Operation, RelationId};
 use crate::model::delivery::{View, data};
 use crate::model::phoenix::{Version, changes_frame, fan_out};
-use crate::model::policy::{Identity, Meaning, Sight, meaning};
+use crate::model::policy::{Identity, Meaning, meaning};
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
-use crate::model::subscription::{Binding, Events, Subscription};
+use crate::model::subscription::{Binding, Events, Scope, Subscription};
 use crate::observe::Observe;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
@@ -137,13 +138,17 @@ impl Router {
                     identity: subscription.identity().clone(),
                     ids: subscription.bindings().iter().map(|binding| binding.id).collect(),
                 };
-                let audience = self.audiences.entry(key.clone()).or_insert_with(|| Audience {
-                    version,
-                    topic,
-                    subscription,
-                    members: BTreeMap::new(),
-                });
-                audience.members.insert(channel, outbox);
+                // The newest subscription serves the whole audience: its filters were read with today's column types.
+                match self.audiences.entry(key.clone()) {
+                    Entry::Occupied(mut known) => {
+                        known.get_mut().subscription = subscription;
+                        known.get_mut().members.insert(channel, outbox);
+                    }
+                    Entry::Vacant(free) => {
+                        let members = BTreeMap::from([(channel, outbox)]);
+                        free.insert(Audience { version, topic, subscription, members });
+                    }
+                }
                 self.channels.insert(channel, key);
             }
             Command::Leave { channel, outbox, farewell } => {
@@ -215,6 +220,9 @@ impl Router {
             let Some(relation) = catalog.relation(change.relation) else {
                 continue;
             };
+            if is_repeated_truncate(changes, index) {
+                continue;
+            }
             let mut written = Written::default();
             for audience in &live {
                 frames += audience.deliver(index, change, relation, &verdicts, &mut written);
@@ -232,9 +240,22 @@ impl Router {
         }
         if !self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, &catalog)) {
             self.judge.discard_plans().await;
+            self.tell_of_relations_gone(&catalog);
             self.judged_with = Some(Arc::clone(&catalog));
         }
         Ok(catalog)
+    }
+}
+
+impl Router {
+    /// Whoever subscribed to a relation that is not watched any more would wait for ever.
+    fn tell_of_relations_gone(&self, catalog: &Catalog) {
+        let Some(last) = &self.judged_with else { return };
+        for relation in last.relations().filter(|relation| catalog.relation(relation.id()).is_none()) {
+            for audience in self.audiences.values().filter(|audience| audience.names(relation.id())) {
+                audience.tell_gap(&format!("{}.{} is not watched any more", relation.schema, relation.table));
+            }
+        }
     }
 }
 
@@ -273,7 +294,7 @@ impl Audience {
             ));
             return self.members.len();
         }
-        let policy = verdicts.policy(index, relation, identity);
+        let policy = verdicts.policy(index, change, relation, identity);
         // One message per channel, naming all ids; bindings that select different columns need different messages.
         let mut messages: BTreeMap<Option<&'a [String]>, (Meaning, Vec<u32>)> = BTreeMap::new();
         for binding in self.subscription.concerning(relation) {
@@ -282,8 +303,7 @@ impl Audience {
                 Some(filter)
                     if filter.fits(relation) && filter.columns().all(|column| access.sees(column)) =>
                 {
-                    let matches = verdicts.filter(index, filter);
-                    Sight { before: policy.before && matches.before, after: policy.after && matches.after }
+                    policy.and(verdicts.filter(index, change, relation, filter))
                 }
                 Some(_) => continue,
             };
@@ -314,6 +334,10 @@ impl Audience {
         sent
     }
 
+    fn names(&self, relation: RelationId) -> bool {
+        self.subscription.bindings().iter().any(|binding| binding.scope == Scope::Relation(relation))
+    }
+
     fn tell_gap(&self, why: &str) {
         let payload = serde_json::json!({
             "channel": self.topic.strip_prefix("realtime:").unwrap_or(&self.topic),
@@ -326,6 +350,13 @@ impl Audience {
             outbox.push(frame.clone());
         }
     }
+}
+
+/// A partitioned table is truncated part by part; its subscribers hear of it once.
+fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
+    let told =
+        |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
+    index > 0 && told(&changes[index]).is_some() && told(&changes[index]) == told(&changes[index - 1])
 }
 
 fn role_of(subscription: &Subscription) -> &str {

@@ -45,6 +45,16 @@ pub struct Sight {
     pub after: bool,
 }
 
+impl Sight {
+    /// Sees neither.
+    pub const NONE: Self = Self { before: false, after: false };
+
+    /// What both see.
+    pub fn and(self, other: Self) -> Self {
+        Self { before: self.before && other.before, after: self.after && other.after }
+    }
+}
+
 /// Why images were denied without a judgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {

@@ -127,7 +127,6 @@ impl CatalogKeeper {
         struct Read {
             sql: String,
             values: Vec<String>,
-            #[serde(default)]
             comparable: bool,
         }
         let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
