@@ -57,7 +57,7 @@ pub async fn serve(
     let end = CancellationToken::new();
     let tasks = TaskTracker::new();
     let pool = main.pool(POOL)?;
-    let catalog = Arc::new(CatalogKeeper::new(pool.clone()));
+    let catalog = Arc::new(CatalogKeeper::new(pool.clone(), judge.login().map(str::to_owned)));
     let refresh_jobs = Arc::new(Notify::new());
     let (parts_in, parts) = mpsc::channel(PARTS);
     let (commands_in, commands) = mpsc::unbounded_channel();

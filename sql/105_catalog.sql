@@ -1,5 +1,18 @@
 -- What the relay must know of watched relations: columns, keys, rights and policies, and a cheap sign of their change.
 
+-- relay.subscriber_roles(roles, login) : those of the roles that subscribers may have
+-- A token's role counts only if the login that judges may act as it, as with PostgREST's authenticator; a superuser's
+-- never does, since it would see everything without a judgement. A login that is null is the caller's.
+create or replace function relay.subscriber_roles(roles text[], login text) returns text[]
+language sql stable
+set search_path = '' as $$
+  select coalesce(pg_catalog.array_agg(r.rolname::text order by r.rolname), '{}')
+  from pg_catalog.pg_roles r
+  join pg_catalog.pg_roles l on l.rolname = coalesce($2, current_user)
+  where r.rolname = any ($1) and not r.rolsuper and pg_catalog.pg_has_role(l.oid, r.oid, 'member')
+$$;
+comment on function relay.subscriber_roles(text[], text) is 'those of the roles that the judging login may act as, superusers apart';
+
 -- relay.policy_for(relation, role) : the condition under which the role sees a row
 -- null: every row. As PostgreSQL does it: no row security for superusers, BYPASSRLS, and the owner unless forced;
 -- permissive policies joined by OR, restrictive ones by AND, none permissive = no row. Deparsed under an empty search_path, so

@@ -17,5 +17,5 @@ grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, re
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint), relay.flush(),
   relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
-  relay.policy_for(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]),
+  relay.policy_for(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text),
   relay.run_refreshes() to relay_reader;

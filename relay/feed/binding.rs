@@ -107,7 +107,7 @@ impl Feed {
     async fn try_bind(&self, identity: &Identity, requests: &[Request]) -> Result<Subscription, Attempt> {
         let role = identity.claims().role();
         let mut catalog = self.catalog.with_role(role).await?;
-        if requests.iter().any(|request| is_missed(&catalog, request)) {
+        if requests.iter().any(|request| is_missed(&catalog, role, request)) {
             catalog = self.catalog.reloaded().await?;
         }
         let mut filters = Vec::with_capacity(requests.len());
@@ -167,10 +167,12 @@ impl Feed {
     }
 }
 
-/// A table that was watched a moment ago may not be in the catalog at hand yet.
-fn is_missed(catalog: &Catalog, request: &Request) -> bool {
+/// A table that was watched or granted a moment ago may not be so in the catalog at hand yet.
+fn is_missed(catalog: &Catalog, role: &str, request: &Request) -> bool {
     match &request.target {
-        Target::Table { schema, table } => catalog.named(schema, table).is_none(),
+        Target::Table { schema, table } => {
+            catalog.named(schema, table).and_then(|relation| relation.access(role)).is_none()
+        }
         Target::Schema(_) | Target::All => false,
     }
 }

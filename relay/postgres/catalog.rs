@@ -22,6 +22,7 @@ const FRESH: Duration = Duration::from_millis(250);
 /// Keeps the catalog.
 pub struct CatalogKeeper {
     pool: Pool,
+    judge: Option<String>,
     // Held across the query on purpose: whoever comes meanwhile wants the same answer.
     state: Mutex<State>,
 }
@@ -39,15 +40,15 @@ struct Answer {
 }
 
 impl CatalogKeeper {
-    /// Knows nothing at first.
-    pub fn new(pool: Pool) -> Self {
+    /// Knows nothing at first. `judge` is the login that judges, when it is not the pool's own.
+    pub fn new(pool: Pool, judge: Option<String>) -> Self {
         let state = State {
             catalog: Arc::default(),
             roles: BTreeSet::new(),
             fingerprint: String::new(),
             checked: None,
         };
-        Self { pool, state: Mutex::new(state) }
+        Self { pool, judge, state: Mutex::new(state) }
     }
 
     /// The catalog as it is now, or was at most 250 ms ago.
@@ -98,11 +99,13 @@ impl CatalogKeeper {
         let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
         let roles: Vec<&String> = state.roles.iter().collect();
         let asked = Instant::now();
-        let look = client.prepare_cached("select relay.catalog_fingerprint($1)").await?;
-        let fingerprint: String = client.query_one(&look, &[&roles]).await?.get(0);
+        let look =
+            client.prepare_cached("select relay.catalog_fingerprint(relay.subscriber_roles($1, $2))").await?;
+        let fingerprint: String = client.query_one(&look, &[&roles, &self.judge]).await?.get(0);
         if fingerprint != state.fingerprint {
-            let load = client.prepare_cached("select relay.catalog($1)::text").await?;
-            let text: String = client.query_one(&load, &[&roles]).await?.get(0);
+            let load =
+                client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2))::text").await?;
+            let text: String = client.query_one(&load, &[&roles, &self.judge]).await?.get(0);
             let answer: Answer = serde_json::from_str(&text).map_err(|error| {
                 Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
             })?;

@@ -122,6 +122,11 @@ impl Server {
             .map_err(|error| Error::Pool(error.to_string()))
     }
 
+    /// The login's name, when the connection string has one.
+    pub fn login(&self) -> Option<&str> {
+        self.config.get_user()
+    }
+
     /// One connection of our own. It ends when the client is dropped.
     ///
     /// # Errors
