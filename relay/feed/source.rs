@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::model::change::Change;
 use crate::model::cursor::Epoch;
 use crate::observe::Observe;
-use crate::postgres::changelog::{Changelog, Page, Position};
+use crate::postgres::changelog::{self, Changelog, Page, Position};
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::{Doorbell, Ring};
 
@@ -129,7 +129,7 @@ impl Source {
         };
         self.observe.source_up(hears);
         let mut reading = Reading { source: self, changelog, place, parts };
-        if hears { reading.by_bell(&mut doorbell).await } else { reading.by_polling().await }
+        if hears { reading.by_bell(&mut doorbell).await } else { reading.by_polling(&mut doorbell).await }
     }
 
     /// The position of this moment, safe from a crash.
@@ -142,9 +142,7 @@ impl Source {
     /// What a crash could take back is never shown: waits until everything up to now is flushed.
     async fn flush(&self) -> Result<(), Error> {
         let started = Instant::now();
-        let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
-        let flush = client.prepare_cached("select relay.flush()").await?;
-        client.execute(&flush, &[]).await?;
+        changelog::flush(&self.pool).await?;
         self.observe.flushed(started.elapsed());
         Ok(())
     }
@@ -183,6 +181,7 @@ impl Reading<'_> {
     async fn awake(&mut self, doorbell: &mut Doorbell) -> Result<Look, Error> {
         let mut found = Instant::now();
         loop {
+            self.pass_on(doorbell);
             match self.look().await? {
                 Look::Over => return Ok(Look::Over),
                 Look::Plenty => found = Instant::now(),
@@ -247,9 +246,10 @@ impl Reading<'_> {
         }
     }
 
-    async fn by_polling(&mut self) -> Result<(), Error> {
+    async fn by_polling(&mut self, doorbell: &mut Doorbell) -> Result<(), Error> {
         let mut pause = POLL;
         loop {
+            self.pass_on(doorbell);
             match self.look().await? {
                 Look::Over => return Ok(()),
                 Look::Plenty => pause = POLL,
@@ -262,6 +262,13 @@ impl Reading<'_> {
                     pause = (pause * 2).min(DEAF);
                 }
             }
+        }
+    }
+
+    /// Awake, nobody waits for rings; one about the refresh schedule must count all the same.
+    fn pass_on(&self, doorbell: &mut Doorbell) {
+        if doorbell.refresh_jobs() {
+            self.source.refresh_jobs.notify_one();
         }
     }
 

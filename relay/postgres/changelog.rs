@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 
+use deadpool_postgres::Pool;
 use futures_util::{StreamExt, TryStreamExt};
 use time::OffsetDateTime;
 use tokio_postgres::{Client, Row, RowStream, Statement};
@@ -110,6 +111,17 @@ impl Page {
             Some(row) => change(&row?).map(Some),
         }
     }
+}
+
+/// Makes everything up to now survive a crash. On a connection beside the one that streams a page.
+///
+/// # Errors
+/// As the connection.
+pub async fn flush(pool: &Pool) -> Result<(), Error> {
+    let client = pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+    let flush = client.prepare_cached("select relay.flush()").await?;
+    client.execute(&flush, &[]).await?;
+    Ok(())
 }
 
 fn change(row: &Row) -> Result<Change, Error> {

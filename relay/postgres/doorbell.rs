@@ -18,6 +18,8 @@ const PROBE: Duration = Duration::from_secs(2);
 pub struct Doorbell {
     client: Client,
     heard: UnboundedReceiver<Notification>,
+    /// Among the rings that nobody waited for was one about the refresh schedule.
+    refresh_jobs: bool,
 }
 
 /// What was heard at the door.
@@ -37,7 +39,7 @@ impl Doorbell {
     pub async fn connect(server: &Server) -> Result<Self, Error> {
         let (client, heard) = server.connect_listening().await?;
         client.batch_execute("listen relay").await?;
-        Ok(Self { client, heard })
+        Ok(Self { client, heard, refresh_jobs: false })
     }
 
     /// Rings at our own door and tells whether it was heard.
@@ -51,6 +53,7 @@ impl Doorbell {
                 if notification.payload().contains("\"probe\"") {
                     return true;
                 }
+                self.refresh_jobs |= tells_of_jobs(&notification);
             }
             false
         };
@@ -75,8 +78,22 @@ impl Doorbell {
     pub async fn try_sleep(&mut self) -> Result<bool, Error> {
         let asleep = self.client.query_one("select pg_try_advisory_lock(1919249009, 1)", &[]).await?.get(0);
         // Rings from before are answered by the look that follows; counted later they would feign a rush.
-        while asleep && self.heard.try_recv().is_ok() {}
+        if asleep {
+            self.drain();
+        }
         Ok(asleep)
+    }
+
+    /// Whether the refresh schedule changed while nobody waited for a ring. Rings of writers are forgotten.
+    pub fn refresh_jobs(&mut self) -> bool {
+        self.drain();
+        std::mem::take(&mut self.refresh_jobs)
+    }
+
+    fn drain(&mut self) {
+        while let Ok(notification) = self.heard.try_recv() {
+            self.refresh_jobs |= tells_of_jobs(&notification);
+        }
     }
 
     /// Tells writers that they need not ring.
@@ -92,13 +109,20 @@ impl Doorbell {
     ///
     /// Cancel safe: a ring that was not returned is still there.
     pub async fn rung(&mut self) -> Option<Ring> {
+        if std::mem::take(&mut self.refresh_jobs) {
+            return Some(Ring::RefreshJobs);
+        }
         let first = self.heard.recv().await?;
-        let mut jobs = first.payload().contains("\"refresh_jobs\"");
+        let mut jobs = tells_of_jobs(&first);
         let mut count = 1;
         while let Ok(more) = self.heard.try_recv() {
-            jobs |= more.payload().contains("\"refresh_jobs\"");
+            jobs |= tells_of_jobs(&more);
             count += 1;
         }
         Some(if jobs { Ring::RefreshJobs } else { Ring::Changes(count) })
     }
+}
+
+fn tells_of_jobs(notification: &Notification) -> bool {
+    notification.payload().contains("\"refresh_jobs\"")
 }

@@ -14,6 +14,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -27,6 +28,8 @@ use crate::transport::ws;
 
 /// A client has this long to send its request's head.
 const HEAD: Duration = Duration::from_secs(10);
+/// An answer on its way when the relay ends gets this long.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// The largest head. Tokens travel in it, so it must hold a few of them.
 const HEAD_BYTES: usize = 64 * 1024;
 
@@ -77,7 +80,10 @@ pub async fn serve(app: Arc<App>, stream: TcpStream) {
     tokio::pin!(connection);
     tokio::select! {
         _ = connection.as_mut() => {}
-        () = end.cancelled() => connection.as_mut().graceful_shutdown(),
+        () = end.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            let _ = timeout(LAST_ANSWER, connection).await;
+        }
     }
 }
 

@@ -1,0 +1,141 @@
+//! The program itself, as a person starts it.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
+
+use crate::support::database::Database;
+use crate::support::{PATIENCE, SECRET, token};
+
+fn relay(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
+    command.args(arguments).env_clear().kill_on_drop(true).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+async fn output(arguments: &[&str]) -> (i32, String, String) {
+    let output = relay(arguments).output().await.unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// `relay serve`, and the address it says it serves on.
+async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>, String) {
+    let mut child = relay(&["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0"]).args(arguments).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let address = line_with(&mut lines, "supabase-js at ").await;
+    let address = address.split("supabase-js at ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+    line_with(&mut lines, "reading the changelog").await;
+    (child, lines, address)
+}
+
+async fn line_with(lines: &mut Lines<impl tokio::io::AsyncBufRead + Unpin>, text: &str) -> String {
+    tokio::time::timeout(PATIENCE, async {
+        loop {
+            let line = lines.next_line().await.unwrap().unwrap_or_else(|| panic!("no line has {text:?}"));
+            if line.contains(text) {
+                return line;
+            }
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("never said: {text:?}"))
+}
+
+fn signal(child: &Child, name: &str) {
+    let process = child.id().unwrap().to_string();
+    assert!(std::process::Command::new("kill").args([name, &process]).status().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_database_needs_only_install_watch_and_a_client() {
+    let database = Database::bare().await;
+    let (mut child, _lines, address) = serve(&["--database-url", &database.url, "--install"]).await;
+    database.run("create table todos (id int primary key, title text); grant select on todos to authenticated").await;
+    database.run("select relay.watch('public.todos')").await;
+
+    let token = token("authenticated", None, json!({}));
+    let mut tail = relay(&["tail", "todos", "--url", &address, "--token", &token, "--filter", "id=gt.1"]).spawn().unwrap();
+    let mut told = BufReader::new(tail.stderr.take().unwrap()).lines();
+    let mut changes: Lines<BufReader<ChildStdout>> = BufReader::new(tail.stdout.take().unwrap()).lines();
+    line_with(&mut told, "following public.todos").await;
+    database.run("insert into todos values (1, 'not this'), (2, 'this')").await;
+    let line = line_with(&mut changes, "INSERT").await;
+    assert!(line.ends_with(r#"INSERT public.todos {"id":2,"title":"this"}"#), "{line}");
+
+    signal(&child, "-TERM");
+    let ended = tokio::time::timeout(Duration::from_secs(10), child.wait()).await.expect("it ends on SIGTERM").unwrap();
+    assert_eq!(ended.code(), Some(0));
+    line_with(&mut told, "trying again").await;
+    signal(&tail, "-INT");
+    assert_eq!(tail.wait().await.unwrap().code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_is_said_at_once_and_together() {
+    let (code, _, told) = output(&["serve", "--listen", "here", "--jwt-secret", "short"]).await;
+    assert_eq!(code, 1);
+    for part in ["--database-url URL", "--listen here", "at least 32"] {
+        assert!(told.contains(part), "{part:?} is not in {told}");
+    }
+    let database = Database::bare().await;
+    let (code, _, told) =
+        output(&["serve", "--listen", "127.0.0.1:0", "--jwt-secret", SECRET, "--database-url", &database.url]).await;
+    assert_eq!(code, 1);
+    assert!(told.contains("relay install"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watch_and_unwatch_say_what_they_did_or_why_not() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); create view v as select * from t").await;
+    let run = async |command: &str, table: &str| output(&[command, table, "--database-url", &database.url]).await;
+    assert_eq!(run("watch", "t").await.0, 0);
+    assert_eq!(database.value("select relation from relay.watched").await, "t");
+    assert_eq!(run("unwatch", "public.t").await.0, 0);
+    assert_eq!(database.value("select count(*) from relay.watched").await, "0");
+    for missing in ["v", "nowhere"] {
+        let (code, _, told) = run("watch", missing).await;
+        assert_eq!(code, 1);
+        assert!(told.contains(missing), "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
+    let bare = Database::bare().await;
+    let (code, findings, _) = output(&["doctor", "--database-url", &bare.url]).await;
+    assert_eq!(code, 1);
+    assert!(findings.contains("relay install"), "{findings}");
+
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); alter table t enable row level security").await;
+    database.run("create policy p on t using (true); select relay.watch('t')").await;
+    let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
+    assert_eq!(code, 0, "{findings}");
+    assert!(findings.contains("ok    t is watched"), "{findings}");
+
+    database.run("alter table t disable trigger all").await;
+    let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
+    assert_eq!(code, 1);
+    assert!(findings.contains("select relay.watch('t')"), "{findings}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_made_with_the_claims_that_were_asked_for() {
+    let claims = r#"{"app_metadata":{"role":"admin"}}"#;
+    let (code, token, _) =
+        output(&["token", "--jwt-secret", SECRET, "--sub", "u-1", "--claims", claims, "--ttl", "90s"]).await;
+    assert_eq!(code, 0);
+    let settings = relay::transport::auth::TokenSettings { secrets: vec![SECRET.to_owned()], ..Default::default() };
+    let verifier = relay::transport::auth::Verifier::new(&settings).unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let claims = verifier.verify(token.trim(), now).unwrap();
+    assert_eq!((claims.role(), claims.sub()), ("authenticated", Some("u-1")));
+    assert!(claims.expires_at() - now <= 90);
+    assert!(claims.json().contains(r#""role":"admin""#));
+    assert_eq!(output(&["token", "--jwt-secret", SECRET, "--ttl", "soon"]).await.0, 1);
+}
