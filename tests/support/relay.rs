@@ -1,0 +1,71 @@
+//! A relay in this process, on a free port.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use relay::config::Settings;
+use relay::observe::Observe;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::{SECRET, eventually};
+
+/// It ends when it is dropped, or better: stopped.
+pub struct Relay {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What it counts.
+    pub observe: Arc<Observe>,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<Result<(), relay::postgres::connect::Error>>,
+}
+
+impl Relay {
+    /// Serves this database with the settings of tests; ready when it returns.
+    pub async fn start(database_url: &str) -> Self {
+        Self::with(database_url, |_| {}).await
+    }
+
+    /// The same with settings changed.
+    pub async fn with(database_url: &str, change: impl FnOnce(&mut Settings)) -> Self {
+        let mut settings = Settings {
+            database_url: Some(database_url.to_owned()),
+            jwt_secret: Some(SECRET.to_owned()),
+            listen: Some("127.0.0.1:0".to_owned()),
+            // So that whatever arrives has been rung for.
+            poll_ms: Some(3_600_000),
+            ..Settings::default()
+        };
+        change(&mut settings);
+        let config = settings.resolve().unwrap();
+        let listener = TcpListener::bind(config.listen).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let (built, building) = oneshot::channel();
+        let shutdown = async { _ = stopped.await };
+        let serving =
+            relay::server::serve(config, listener, shutdown, |running| _ = built.send(running.observe));
+        let task = tokio::spawn(serving);
+        let observe = match building.await {
+            Ok(observe) => observe,
+            Err(_) => panic!("the relay did not start: {:?}", task.await),
+        };
+        eventually("the relay is ready", || async { observe.is_ready().then_some(()) }).await;
+        Self { address, observe, stop: Some(stop), task }
+    }
+
+    /// The base URL, as supabase-js wants it.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Ends it in order.
+    pub async fn stop(mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(());
+        }
+        tokio::time::timeout(Duration::from_secs(20), &mut self.task).await.unwrap().unwrap().unwrap();
+    }
+}
