@@ -19,7 +19,7 @@ demo: ## start everything and serve a page with live rows; Ctrl-C stops it
 	@examples/demo/run.sh
 
 test: ## all tests, on a throwaway PostgreSQL cluster, with the real clients
-	@tests/support/setup.sh postgres node python
+	@tests/support/setup.sh postgres node python browser
 	@$(cluster) run target/cluster -c fsync=off -- cargo test
 
 unit: ## the tests of the pure parts; no PostgreSQL

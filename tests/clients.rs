@@ -1,0 +1,46 @@
+//! The real clients, unmodified: the newest supabase-js, a realtime-js about 18 months older, and `realtime` from PyPI.
+//! What a scenario does stands in tests/clients/scenarios.mjs and realtime-py.py, under the name of the test.
+
+/// Every client keeps every promise.
+macro_rules! clients {
+    ($promises:tt $($client:ident: $program:literal $script:literal;)*) => {
+        $(mod $client {
+            async fn play(scenario: &str) {
+                crate::support::script::play($program, $script, scenario).await;
+            }
+            promises!($promises);
+        })*
+    };
+}
+
+macro_rules! promises {
+    ({$($scenario:ident)*}) => {
+        $(#[tokio::test(flavor = "multi_thread")]
+        async fn $scenario() {
+            play(stringify!($scenario)).await;
+        })*
+    };
+}
+
+clients! {
+    {
+        gets_rows_as_they_come_change_and_go
+        gets_the_whole_old_row_where_replica_identity_is_full
+        gets_by_each_binding_what_its_event_and_filter_say
+        shows_two_users_only_their_own_rows
+        sees_other_rows_once_another_token_is_set
+        is_let_in_by_a_token_that_comes_after_the_join
+        keeps_the_rows_when_the_same_user_renews_the_token
+        subscribes_with_an_opaque_key_alone
+        gets_changes_again_after_its_socket_was_cut
+        gets_changes_again_after_the_relay_was_restarted
+        has_channels_that_come_and_go_on_their_own
+        is_told_why_a_subscription_fails
+        is_refused_with_an_expired_token_and_let_in_with_a_new_one
+        is_closed_when_its_token_ends
+        is_not_connected_with_a_wrong_signature
+    }
+    supabase_js: "node" "supabase-js.mjs";
+    realtime_js_older: "node" "realtime-js-older.mjs";
+    realtime_py: "target/python/bin/python" "realtime-py.py";
+}

@@ -1,0 +1,255 @@
+// What both JavaScript clients must do. They differ only in how they connect: `connect(url, key, token)` gives the
+// client's `channel` and `removeChannel`, and `setAuth(token)`. Without a token the key is all that they show. One that
+// `tries` joins again by itself after a join was refused.
+import assert from 'node:assert/strict'
+import { Inbox, PROXY, RELAY, order, run, token, within, write } from './harness.mjs'
+
+const ALICE = 'aaaaaaaa-0000-4000-8000-000000000001'
+const BOB = 'bbbbbbbb-0000-4000-8000-000000000002'
+const BOARD = { event: '*', schema: 'public', table: 'board' }
+const NOTES = { event: '*', schema: 'public', table: 'notes' }
+
+/** A channel with one binding, or with several by name; what it tells is in its inboxes. */
+function listen(client, topic, bindings) {
+  const channel = client.channel(topic)
+  const [changes, statuses, systems] = ['changes', 'statuses', 'systems'].map((of) => new Inbox(`${topic} ${of}`))
+  for (const [name, binding] of Object.entries(bindings.event ? { '': bindings } : bindings)) {
+    channel.on('postgres_changes', binding, (change) => changes.put({ ...change, binding: name }))
+  }
+  channel.on('system', {}, (message) => systems.put(message))
+  channel.subscribe((status, error) => statuses.put({ status, error: error?.message }))
+  const reaches = (wanted) => statuses.until(({ status }) => status === wanted)
+  return { channel, changes, statuses, systems, reaches }
+}
+
+async function subscribed(client, topic, bindings) {
+  const listening = listen(client, topic, bindings)
+  assert.deepEqual(await listening.statuses.next(), { status: 'SUBSCRIBED', error: undefined })
+  assert.equal((await listening.systems.next()).message, 'Subscribed to PostgreSQL')
+  return listening
+}
+
+const brief = ({ binding, eventType, new: row, old }) =>
+  `${binding} ${eventType} ${row.id ?? old.id}`.trimStart()
+const briefs = async (listening, count) => (await listening.changes.take(count)).map(brief)
+
+export const play = (connect, { tries = true } = {}) => run({
+  async gets_rows_as_they_come_change_and_go() {
+    const client = await connect(RELAY, await token('anon'), await token('alice'))
+    const notes = await subscribed(client, 'notes', NOTES)
+    await write(`insert into notes values (1, '${ALICE}', 'first', 3, true, 12.50, '{a,"b c"}', '{"k": [1, null]}',
+      '2026-01-02 03:04:05.678901+00')`)
+    const { commit_timestamp: at, ...inserted } = await notes.changes.next()
+    const row = {
+      id: 1, owner: ALICE, title: 'first', stars: 3, done: true, price: 12.5, tags: ['a', 'b c'],
+      details: { k: [1, null] }, due: '2026-01-02T03:04:05.678901+00:00',
+    }
+    assert.deepEqual(inserted, {
+      binding: '', schema: 'public', table: 'notes', eventType: 'INSERT', new: row, old: {}, errors: null,
+    })
+    assert.ok(Math.abs(Date.now() - Date.parse(at)) < 60_000, at)
+    await write(`update notes set title = 'second', price = null`)
+    const updated = await notes.changes.next()
+    assert.equal(updated.eventType, 'UPDATE')
+    assert.deepEqual([updated.new, updated.old], [{ ...row, title: 'second', price: null }, { id: 1 }])
+    await write('delete from notes')
+    const deleted = await notes.changes.next()
+    assert.deepEqual([deleted.eventType, deleted.new, deleted.old], ['DELETE', {}, { id: 1 }])
+  },
+
+  async gets_the_whole_old_row_where_replica_identity_is_full() {
+    const board = await subscribed(await connect(RELAY, await token('anon')), 'board', BOARD)
+    await write(`insert into board values (1, 7, 'a')`)
+    await write(`update board set text = 'b'`)
+    await write('delete from board')
+    const [, updated, deleted] = await board.changes.take(3)
+    assert.deepEqual([updated.old, updated.new], [{ id: 1, list: 7, text: 'a' }, { id: 1, list: 7, text: 'b' }])
+    assert.deepEqual([deleted.old, deleted.new], [{ id: 1, list: 7, text: 'b' }, {}])
+  },
+
+  async gets_by_each_binding_what_its_event_and_filter_say() {
+    const on = (event, filter) => ({ ...BOARD, event, filter })
+    const board = await subscribed(await connect(RELAY, await token('anon')), 'board', {
+      added: on('INSERT', 'list=eq.7'),
+      changed: on('UPDATE', 'list=eq.7'),
+      removed: on('DELETE', 'list=eq.7'),
+      either: on('*', 'text=in.(red,green)'),
+      large: on('*', 'id=gt.10'),
+      other: on('*', 'list=neq.7'),
+    })
+    const gives = async (sql, expected) => {
+      await write(sql)
+      assert.deepEqual((await briefs(board, expected.length)).sort(), expected.sort(), sql)
+    }
+    await gives(`insert into board values (1, 7, 'blue')`, ['added INSERT 1'])
+    await gives(`insert into board values (2, 8, 'red')`, ['either INSERT 2', 'other INSERT 2'])
+    await gives(`insert into board values (11, 8, 'blue')`, ['large INSERT 11', 'other INSERT 11'])
+    await gives(`update board set text = 'green' where id = 1`, ['changed UPDATE 1', 'either UPDATE 1'])
+    await gives(`update board set list = 7 where id = 2`, ['changed UPDATE 2', 'either UPDATE 2'])
+    await gives('delete from board where id = 1', ['removed DELETE 1', 'either DELETE 1'])
+    await write('update board set list = 9 where id = 11; delete from board where id = 2')
+    assert.deepEqual(await briefs(board, 2), ['large UPDATE 11', 'other UPDATE 11'])
+    assert.deepEqual((await briefs(board, 2)).sort(), ['either DELETE 2', 'removed DELETE 2'])
+  },
+
+  async shows_two_users_only_their_own_rows() {
+    const key = await token('anon')
+    const alice = await subscribed(await connect(RELAY, key, await token('alice')), 'notes', NOTES)
+    const bob = await subscribed(await connect(RELAY, key, await token('bob')), 'notes', NOTES)
+    await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a'), (2, '${BOB}', 'b')`)
+    await write(`update notes set stars = 1`)
+    await write('delete from notes where id = 1')
+    await write(`insert into notes (id, owner, title) values (3, '${ALICE}', 'a')`)
+    await write(`update notes set owner = '${BOB}' where id = 3`)
+    await write(`insert into notes (id, title) values (9, 'for everybody')`)
+    assert.deepEqual(await briefs(alice, 5), ['INSERT 1', 'UPDATE 1', 'DELETE 1', 'INSERT 3', 'INSERT 9'])
+    const seen = await bob.changes.take(4)
+    assert.deepEqual(seen.map(brief), ['INSERT 2', 'UPDATE 2', 'UPDATE 3', 'INSERT 9'])
+    assert.deepEqual(seen[2].old, { id: 3 })
+  },
+
+  async sees_other_rows_once_another_token_is_set() {
+    const client = await connect(RELAY, await token('anon'), await token('alice'))
+    const notes = await subscribed(client, 'notes', NOTES)
+    const insert = (id) => write(`insert into notes (id, owner, title)
+      values (${id}1, '${ALICE}', 'a'), (${id}2, '${BOB}', 'b'), (${id}9, null, 'for everybody')`)
+    await insert(1)
+    assert.deepEqual(await briefs(notes, 2), ['INSERT 11', 'INSERT 19'])
+    await client.setAuth(await token('bob'))
+    assert.equal((await notes.systems.next()).status, 'ok')
+    await insert(2)
+    assert.deepEqual(await briefs(notes, 2), ['INSERT 22', 'INSERT 29'])
+  },
+
+  async is_let_in_by_a_token_that_comes_after_the_join() {
+    const client = await connect(RELAY, await token('anon'))
+    const notes = listen(client, 'notes', NOTES)
+    assert.equal((await notes.systems.next()).status, 'error')
+    await client.setAuth(await token('alice'))
+    await notes.systems.until(({ status }) => status === 'ok')
+    await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a')`)
+    assert.deepEqual(await briefs(notes, 1), ['INSERT 1'])
+  },
+
+  async keeps_the_rows_when_the_same_user_renews_the_token() {
+    const client = await connect(RELAY, await token('anon'), await token('alice', 30))
+    const notes = await subscribed(client, 'notes', NOTES)
+    await client.setAuth(await token('alice', 3600))
+    assert.equal((await notes.systems.next()).status, 'ok')
+    await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a')`)
+    assert.deepEqual(await briefs(notes, 1), ['INSERT 1'])
+  },
+
+  async subscribes_with_an_opaque_key_alone() {
+    const board = await subscribed(await connect(RELAY, 'sb_publishable_for_tests'), 'board', BOARD)
+    await write(`insert into board values (1, 7, 'a')`)
+    assert.deepEqual(await briefs(board, 1), ['INSERT 1'])
+    const notes = await subscribed(await connect(RELAY, 'sb_secret_for_tests'), 'notes', NOTES)
+    await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a')`)
+    assert.deepEqual(await briefs(notes, 1), ['INSERT 1'])
+  },
+
+  async gets_changes_again_after_its_socket_was_cut() {
+    const client = await connect(PROXY, await token('anon'), await token('alice'))
+    const [board, notes] = [await subscribed(client, 'board', BOARD), await subscribed(client, 'notes', NOTES)]
+    await order('CUT')
+    for (const listening of [board, notes]) {
+      await listening.reaches('CHANNEL_ERROR')
+      await listening.reaches('SUBSCRIBED')
+    }
+    await write(`insert into board values (1, 7, 'a')`)
+    await write(`insert into notes (id, owner, title) values (1, '${BOB}', 'b'), (2, '${ALICE}', 'a')`)
+    assert.deepEqual([await briefs(board, 1), await briefs(notes, 1)], [['INSERT 1'], ['INSERT 2']])
+  },
+
+  async gets_changes_again_after_the_relay_was_restarted() {
+    const client = await connect(RELAY, await token('anon'), await token('alice'))
+    const [board, notes] = [await subscribed(client, 'board', BOARD), await subscribed(client, 'notes', NOTES)]
+    await order('STOP')
+    for (const listening of [board, notes]) await listening.reaches('CHANNEL_ERROR')
+    await order('START')
+    for (const listening of [board, notes]) await listening.reaches('SUBSCRIBED')
+    await write(`insert into board values (1, 7, 'a')`)
+    await write(`insert into notes (id, owner, title) values (1, '${BOB}', 'b'), (2, '${ALICE}', 'a')`)
+    assert.deepEqual([await briefs(board, 1), await briefs(notes, 1)], [['INSERT 1'], ['INSERT 2']])
+  },
+
+  async has_channels_that_come_and_go_on_their_own() {
+    const client = await connect(RELAY, await token('anon'), await token('alice'))
+    const all = await subscribed(client, 'all', BOARD)
+    const seven = await subscribed(client, 'seven', { ...BOARD, filter: 'list=eq.7' })
+    const notes = await subscribed(client, 'notes', NOTES)
+    await write(`insert into board values (1, 7, 'a'), (2, 8, 'b')`)
+    await write(`insert into notes (id, owner, title) values (3, '${ALICE}', 'a')`)
+    assert.deepEqual(await briefs(all, 2), ['INSERT 1', 'INSERT 2'])
+    assert.deepEqual([await briefs(seven, 1), await briefs(notes, 1)], [['INSERT 1'], ['INSERT 3']])
+
+    assert.equal(await client.removeChannel(all.channel), 'ok')
+    assert.equal((await all.statuses.next()).status, 'CLOSED')
+    await write(`insert into board values (4, 7, 'a')`)
+    assert.deepEqual(await briefs(seven, 1), ['INSERT 4'])
+
+    const again = await subscribed(client, 'all', BOARD)
+    await write(`insert into board values (5, 8, 'b'), (6, 7, 'a')`)
+    assert.deepEqual(await briefs(again, 2), ['INSERT 5', 'INSERT 6'])
+    assert.deepEqual(await briefs(seven, 1), ['INSERT 6'])
+    all.changes.put('the end')
+    assert.equal(await all.changes.next(), 'the end')
+    for (const listening of [again, seven, notes]) {
+      await client.removeChannel(listening.channel)
+      assert.equal((await listening.statuses.next()).status, 'CLOSED')
+    }
+  },
+
+  async is_told_why_a_subscription_fails() {
+    const client = await connect(RELAY, await token('anon'))
+    for (const [binding, reason] of [
+      [{ ...BOARD, filter: 'nope=eq.1' }, /invalid column for filter nope/],
+      [{ ...BOARD, filter: 'list=eq.many' }, /invalid input syntax for type integer: "many"/],
+      [{ ...BOARD, table: 'unwatched' }, /Unable to subscribe to changes with given parameters/],
+      [{ ...BOARD, filter: 'list' }, /Error parsing `filter` params/],
+    ]) {
+      const bad = listen(client, `bad ${reason}`, binding)
+      const message = await bad.systems.next()
+      assert.deepEqual([message.status, message.extension], ['error', 'postgres_changes'])
+      assert.match(message.message, reason)
+    }
+    const board = await subscribed(client, 'board', BOARD)
+    await write(`insert into board values (1, 7, 'a')`)
+    assert.deepEqual(await briefs(board, 1), ['INSERT 1'])
+  },
+
+  async is_refused_with_an_expired_token_and_let_in_with_a_new_one() {
+    const client = await connect(RELAY, await token('anon'), await token('alice', -10))
+    let notes = listen(client, 'notes', NOTES)
+    const { error } = await notes.reaches('CHANNEL_ERROR')
+    assert.match(error, /InvalidJWTToken: Token has expired \d+ seconds ago/)
+    await client.setAuth(await token('alice'))
+    if (!tries) {
+      await client.removeChannel(notes.channel)
+      notes = listen(client, 'notes', NOTES)
+    }
+    await notes.reaches('SUBSCRIBED')
+    await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a')`)
+    assert.deepEqual(await briefs(notes, 1), ['INSERT 1'])
+  },
+
+  async is_closed_when_its_token_ends() {
+    const client = await connect(RELAY, await token('anon'), await token('alice', 4))
+    const notes = await subscribed(client, 'notes', NOTES)
+    const message = await notes.systems.next()
+    assert.equal(message.status, 'error')
+    assert.match(message.message, /Token has expired \d+ seconds ago/)
+    await notes.reaches('CLOSED')
+    await client.setAuth(await token('alice'))
+    const again = await subscribed(client, 'notes', NOTES)
+    await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a')`)
+    assert.deepEqual(await briefs(again, 1), ['INSERT 1'])
+  },
+
+  async is_not_connected_with_a_wrong_signature() {
+    const forged = `${(await token('alice')).replace(/\.[^.]*$/, '')}.${'A'.repeat(43)}`
+    const notes = listen(await connect(RELAY, forged, forged), 'notes', NOTES)
+    assert.equal((await within('a refusal', notes.statuses.next())).status, 'CHANNEL_ERROR')
+  },
+})
