@@ -34,8 +34,13 @@ begin
        and not pg_catalog.pg_has_role(current_user, wanted, 'usage') then
       begin
         execute pg_catalog.format('grant %I to current_user', wanted);
-      exception when unique_violation then
-        null;
+      exception
+        when unique_violation then
+          null;
+        when insufficient_privilege then
+          raise exception '% exists already, and % may not become a member of it', wanted, current_user
+            using errcode = 'insufficient_privilege',
+                  hint = pg_catalog.format('As a superuser: grant %I to %I', wanted, current_user);
       end;
     end if;
   end loop;

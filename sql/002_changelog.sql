@@ -1,8 +1,8 @@
 -- The changelog: one row per change, written by relay.capture() in the writer's own transaction.
 --
--- Three segments hold the rows, so that old ones can be truncated whole. The number of a change names its segment:
--- (number >> 40) % 3. Moving on to the next segment is one setval() to the next multiple of 2^40: writers need no
--- further read to find the segment, and numbers keep growing. 2^40 rows fit between two moves, and 2^23 moves in all.
+-- Three segments hold the rows, so that old ones can be truncated whole. relay.current_segment() says which one writers
+-- use: a constant, which the planner folds, so that choosing costs a writer nothing. Moving on to the next segment is
+-- one CREATE OR REPLACE of it, which locks no table; writers under way finish in the old one.
 --
 -- Plain inheritance, not partitioning: nobody inserts through relay.changes, so routing would be paid for nothing.
 
@@ -21,7 +21,7 @@ create table if not exists relay.changes (
   after json
 );
 comment on table relay.changes is 'the changelog; empty itself, its rows are in the segments';
-comment on column relay.changes.number is 'order of the writes; number >> 40, modulo 3, is the segment';
+comment on column relay.changes.number is 'order of the writes';
 comment on column relay.changes.xid is 'the top-level transaction that wrote the change';
 comment on column relay.changes.relation is 'relay.watch_list.id';
 comment on column relay.changes.operation is 'I, U, D or T (truncate: no images)';
@@ -34,6 +34,16 @@ create table if not exists relay.changes_2 () inherits (relay.changes);
 create index if not exists changes_0_xid_number on relay.changes_0 (xid, number);
 create index if not exists changes_1_xid_number on relay.changes_1 (xid, number);
 create index if not exists changes_2_xid_number on relay.changes_2 (xid, number);
+
+-- Made once and then replaced by whoever moves on: applying this file again must not move writers back.
+do $$
+begin
+  if pg_catalog.to_regprocedure('relay.current_segment()') is null then
+    create function relay.current_segment() returns int language sql immutable as 'select 0';
+    comment on function relay.current_segment() is 'the segment of the changelog that writers use';
+  end if;
+end
+$$;
 
 -- Images over 2 kB are compressed by the writer; lz4 costs it a fraction of pglz. Not every build has it.
 do $$

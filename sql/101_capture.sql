@@ -3,23 +3,41 @@
 -- Only the functions that others call pin settings. Those below them are called from nowhere else and run under what
 -- their caller has pinned: pinning again would cost every row again.
 
--- relay.log_change(...) : writes one change into the segment that its number names
+-- relay.key(relation) : the key columns in key order, {} without one
+-- A table's key is its primary key. A materialized view has none, so there it is the unique index that
+-- REFRESH ... CONCURRENTLY needs: on plain columns, without a condition; the narrowest, then the oldest.
+create or replace function relay.key(relation regclass) returns text[]
+language sql stable as $$
+  select coalesce((
+    select (select pg_catalog.array_agg(a.attname::text order by k.place)
+            from pg_catalog.unnest(i.indkey::int2[]) with ordinality k (attnum, place)
+            join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+            where k.place <= i.indnkeyatts)
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_class c on c.oid = i.indrelid
+    where i.indrelid = $1
+      and case when c.relkind = 'm'
+            then i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null and i.indexprs is null
+            else i.indisprimary end
+    order by i.indnkeyatts, i.indexrelid
+    limit 1), '{}')
+$$;
+comment on function relay.key(regclass) is 'key columns of a relation: primary key, or unique index of a materialized view';
+
+-- relay.log_change(...) : writes one change into the current segment
 create or replace function relay.log_change(relation int, operation "char", oversize boolean, before json, after json) returns void
 language plpgsql volatile as $$
-declare
-  next_number constant bigint := nextval('relay.change_number');
 begin
-  case (next_number >> 40) % 3
-    when 0 then
-      insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
-      values (next_number, pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
-    when 1 then
-      insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
-      values (next_number, pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
-    else
-      insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
-      values (next_number, pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
-  end case;
+  if relay.current_segment() = 0 then
+    insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+  elsif relay.current_segment() = 1 then
+    insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+  else
+    insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+  end if;
 end
 $$;
 comment on function relay.log_change(int, "char", boolean, json, json) is 'logs one change';
@@ -37,122 +55,129 @@ end
 $$;
 comment on function relay.ring(text, text) is 'wakes the relay, unless relay.doorbell is off';
 
--- relay.image(row, relation) -> image, reduced
--- The careful way to an image, for rows that are large or hold types whose conversion is user code. Never raises for
--- what the row holds: where the whole image is over 1 MiB or cannot be made, it has the key columns and every column
--- of at most 1024 bytes of text that can be converted, and reduced is true.
-create or replace function relay.image(the_row anyelement, relation oid, out image json, out reduced boolean)
-language plpgsql volatile as $$
+-- relay.shorten(image, key) : an image without values over 1024 bytes of text; the key stays
+create or replace function relay.shorten(image json, key text[]) returns json
+language sql immutable as $$
+  select (select ('{' || coalesce(pg_catalog.string_agg(pg_catalog.to_json(e.key)::text || ':' || e.value::text, ','), '') || '}')::json
+          from pg_catalog.json_each(image) e
+          where e.key = any ($2) or pg_catalog.octet_length(e.value::text) <= 1024
+             or pg_catalog.octet_length(coalesce(e.value #>> '{}', '')) <= 1024)
+  where image is not null
+$$;
+comment on function relay.shorten(json, text[]) is 'row image reduced to its key and its short columns';
+
+-- relay.sizes_query(relation) : query on one row, $1, for the stored size of each column, in order
+-- The row stands in a subquery that is not flattened, so that the planner copies a row of hundreds of megabytes only once.
+create or replace function relay.sizes_query(relation oid) returns text
+language sql stable as $$
+  select pg_catalog.format('select array[%s]::int[] from (select $1 as r offset 0) v',
+    pg_catalog.string_agg(pg_catalog.format('pg_catalog.pg_column_size((v.r).%I)', a.attname), ', ' order by a.attnum))
+  from pg_catalog.pg_attribute a
+  where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+$$;
+comment on function relay.sizes_query(oid) is 'query that measures each column of a row as it is stored';
+
+-- relay.short_query(relation, sizes, whole) : query on one row, $1, for an image of its key and of what is small as stored
+-- Without `whole`, only of columns of the system's own types, whose conversion cannot fail.
+create or replace function relay.short_query(relation oid, sizes int[], whole boolean) returns text
+language sql stable as $$
+  select pg_catalog.format('select pg_catalog.row_to_json(s) from (select %s from (select $1 as r offset 0) v) s',
+    pg_catalog.string_agg(pg_catalog.format('(v.r).%1$I as %1$I', a.attname), ', ' order by a.attnum))
+  from (select a.*, pg_catalog.row_number() over (order by a.attnum) as place
+        from pg_catalog.pg_attribute a
+        where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped) a
+  where ($3 or a.atttypid < 16384)
+    and (a.attname = any (relay.key($1)) or coalesce($2[a.place], 0) <= 2048)
+$$;
+comment on function relay.short_query(oid, int[], boolean) is 'query that makes a reduced image of a row';
+
+-- relay.reduced_image(row, relation) : an image of the key and the short columns; never fails for what the row holds
+-- First of all columns that are small as stored, then, if one cannot be converted, of those that surely can.
+create or replace function relay.reduced_image(the_row anyelement, relation oid) returns json
+language plpgsql volatile
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set lc_monetary = 'C' as $$
 declare
-  col record;
-  piece text;
-  pieces text[] := '{}';
+  sizes int[];
+  image json;
 begin
-  reduced := false;
   if the_row is not distinct from null then
-    return;
+    return null;
   end if;
-  -- Values are stored compressed; from over 1 MiB of them no attempt is made, because their text could be of any size.
-  if pg_column_size(the_row) <= 1048576 then
+  execute relay.sizes_query(relation) into sizes using the_row;
+  begin
+    execute relay.short_query(relation, sizes, true) into image using the_row;
+  exception when others then
+    execute relay.short_query(relation, sizes, false) into image using the_row;
+  end;
+  return relay.shorten(coalesce(image, '{}'), relay.key(relation));
+end
+$$;
+comment on function relay.reduced_image(anyelement, oid) is 'row image of the key and the short columns';
+
+-- relay.capture_carefully(...) : logs a change whose images may be large, or need the settings that relay.capture() leaves
+-- Both images whole, if they can be made and are at most 1 MiB; else both reduced and oversize true. From over 1 MiB
+-- stored no attempt is made: the text could be of any size. The exception block costs a subtransaction, which is why
+-- relay.capture() has none on its common way.
+create or replace function relay.capture_carefully(old_row anyelement, new_row anyelement, table_id oid, relation int, operation "char") returns void
+language plpgsql volatile
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set lc_monetary = 'C' as $$
+declare
+  old_image json;
+  new_image json;
+begin
+  if coalesce(pg_column_size(old_row), 0) + coalesce(pg_column_size(new_row), 0) <= 1048576 then
     begin
-      image := row_to_json(the_row);
-      if pg_column_size(image) <= 1048576 then
+      old_image := row_to_json(old_row);
+      new_image := row_to_json(new_row);
+      if greatest(pg_column_size(old_image), pg_column_size(new_image)) <= 1048576 then
+        perform relay.log_change(relation, operation, false, old_image, new_image);
         return;
       end if;
     exception when others then
       null;
     end;
   end if;
-  reduced := true;
-  for col in
-    select a.attname, coalesce(a.attnum = any (i.indkey::int2[]), false) as is_key
-    from pg_attribute a
-    left join pg_index i on i.indrelid = a.attrelid and i.indisprimary
-    where a.attrelid = relation and a.attnum > 0 and not a.attisdropped
-    order by a.attnum
-  loop
-    piece := null;
-    begin
-      -- The stored size is looked at first, so that a value of hundreds of megabytes is never turned into text.
-      execute format(
-        'select case when $2 or pg_column_size(($1).%1$I) is null
-                       or (pg_column_size(($1).%1$I) <= 2048 and octet_length(($1).%1$I::text) <= 1024)
-                     then coalesce(to_json(($1).%1$I)::text, ''null'') end', col.attname)
-        into piece using the_row, col.is_key;
-    exception when others then
-      null;
-    end;
-    if piece is not null then
-      pieces := pieces || (to_json(col.attname)::text || ':' || piece);
-    end if;
-  end loop;
-  image := ('{' || array_to_string(pieces, ',') || '}')::json;
+  perform relay.log_change(relation, operation, true, relay.reduced_image(old_row, table_id), relay.reduced_image(new_row, table_id));
 end
 $$;
-comment on function relay.image(anyelement, oid) is 'row image that never fails: reduced to key and short columns where it must be';
-
--- relay.capture_carefully(...) : logs a change whose images may be large or fail
--- The images of small rows are tried together first: one exception block a row is what care costs then.
-create or replace function relay.capture_carefully(old_row anyelement, new_row anyelement, table_id oid, relation int, operation "char") returns void
-language plpgsql volatile
-set lc_monetary = 'C' as $$
-declare
-  old_image json;
-  new_image json;
-  old_reduced boolean := false;
-  new_reduced boolean := false;
-  converted boolean := false;
-begin
-  if coalesce(pg_column_size(old_row), 0) + coalesce(pg_column_size(new_row), 0) <= 4000 then
-    begin
-      old_image := row_to_json(old_row);
-      new_image := row_to_json(new_row);
-      converted := true;
-    exception when others then
-      null;
-    end;
-  end if;
-  if not converted then
-    select i.image, i.reduced into old_image, old_reduced from relay.image(old_row, table_id) i;
-    select i.image, i.reduced into new_image, new_reduced from relay.image(new_row, table_id) i;
-  end if;
-  perform relay.log_change(relation, operation, old_reduced or new_reduced, old_image, new_image);
-end
-$$;
-comment on function relay.capture_carefully(anyelement, anyelement, oid, int, "char") is 'logs a change whose images may be large or fail';
+comment on function relay.capture_carefully(anyelement, anyelement, oid, int, "char") is
+  'logs a change whose images may be large or fail to be made';
 
 -- relay.capture() : row trigger; arguments: id in relay.watch_list, and 'careful' where relay.needs_care says so
 -- Promises: logs each change of a row once, with images whose text does not depend on the writer's session; waits for no
 -- other writer; does not fail for what the row holds; notifies only if the relay sleeps. Runs as relay_writer, because
 -- converting a row to JSON can run casts written by users. Writes one of relay.changes_0 .. 2.
 --
--- Each expression and each setting costs a single-row transaction about a microsecond; hence one test, one insert, one try-lock.
--- 4000 stored bytes cannot make an image that hurts, whatever they are compressed from.
+-- Each expression and each setting costs a single-row transaction about a microsecond; hence one test, one insert, one
+-- try-lock, and only those settings that common types need: the others are pinned where relay.needs_care asks for it.
+-- What 4000 stored bytes were compressed from cannot make an image that hurts.
 create or replace function relay.capture() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set timezone = 'UTC'
-set datestyle = 'ISO'
-set intervalstyle = 'postgres'
-set bytea_output = 'hex'
 set extra_float_digits = 1
 as $$
-declare
-  next_number bigint;
 begin
   if tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000 then
-    next_number := nextval('relay.change_number');
-    case (next_number >> 40) % 3
-      when 0 then
-        insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
-        values (next_number, pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false, row_to_json(old), row_to_json(new));
-      when 1 then
-        insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
-        values (next_number, pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false, row_to_json(old), row_to_json(new));
-      else
-        insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
-        values (next_number, pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false, row_to_json(old), row_to_json(new));
-    end case;
+    if relay.current_segment() = 0 then
+      insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
+      values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
+              row_to_json(old), row_to_json(new));
+    elsif relay.current_segment() = 1 then
+      insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
+      values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
+              row_to_json(old), row_to_json(new));
+    else
+      insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
+      values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
+              row_to_json(old), row_to_json(new));
+    end if;
   else
     perform relay.capture_carefully(old, new, tg_relid, tg_argv[0]::int, tg_op::"char");
   end if;

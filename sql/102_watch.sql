@@ -1,29 +1,8 @@
 -- relay.watch, relay.unwatch and relay.watched: which relations are captured, and the triggers that do it.
 
--- relay.key(relation) : the key columns in key order, {} without one
--- A table's key is its primary key. A materialized view has none, so there it is the unique index that
--- REFRESH ... CONCURRENTLY needs: on plain columns, without a condition; the narrowest, then the oldest.
-create or replace function relay.key(relation regclass) returns text[]
-language sql stable as $$
-  select coalesce((
-    select (select pg_catalog.array_agg(a.attname::text order by k.place)
-            from pg_catalog.unnest(i.indkey::int2[]) with ordinality k (attnum, place)
-            join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
-            where k.place <= i.indnkeyatts)
-    from pg_catalog.pg_index i
-    join pg_catalog.pg_class c on c.oid = i.indrelid
-    where i.indrelid = $1
-      and case when c.relkind = 'm'
-            then i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null and i.indexprs is null
-            else i.indisprimary end
-    order by i.indnkeyatts, i.indexrelid
-    limit 1), '{}')
-$$;
-comment on function relay.key(regclass) is 'key columns of a relation: primary key, or unique index of a materialized view';
-
--- relay.needs_care(relation) : whether converting a row to JSON may run code that users wrote
--- Only types outside the system's own can have a cast to json; relay.capture() is then told to be careful. Money too: its
--- text follows lc_monetary, which is pinned only there, as every setting pinned costs every row.
+-- relay.needs_care(relation) : whether images of its rows need more than relay.capture() does by itself
+-- So it is with every type but those listed: types outside the system's own can have a cast to json that users wrote, and the
+-- text of others (bytea, interval, money, ranges ...) follows settings that are pinned only there.
 create or replace function relay.needs_care(relation regclass) returns boolean
 language sql stable as $$
   with recursive used (type) as (
@@ -35,16 +14,19 @@ language sql stable as $$
     join pg_catalog.pg_type t on t.oid = u.type
     cross join lateral (
       select t.typbasetype where t.typtype = 'd'
-      union all select t.typelem where t.typelem <> 0
+      union all select t.typelem where t.typcategory = 'A'
       union all select a.atttypid from pg_catalog.pg_attribute a
         where t.typtype = 'c' and a.attrelid = t.typrelid and a.attnum > 0 and not a.attisdropped) part (type)
-    where t.oid >= 16384
   )
-  select exists (select from used u join pg_catalog.pg_type t on t.oid = u.type
-                 where t.oid >= 16384 and t.typtype not in ('d', 'c') and (t.typelem = 0 or t.typlen <> -1)
-                   or t.oid in ('money'::pg_catalog.regtype, 'money[]'::pg_catalog.regtype))
+  select exists (
+    select from used u
+    join pg_catalog.pg_type t on t.oid = u.type
+    where t.typtype not in ('d', 'c') and t.typcategory <> 'A'
+      and t.oid <> all (array['bool', '"char"', 'name', 'int2', 'int4', 'int8', 'float4', 'float8', 'numeric', 'oid',
+        'text', 'varchar', 'bpchar', 'uuid', 'json', 'jsonb', 'date', 'time', 'timetz', 'timestamp', 'timestamptz',
+        'bit', 'varbit', 'inet', 'cidr', 'macaddr', 'macaddr8', 'tsvector', 'xid', 'xid8']::pg_catalog.regtype[]))
 $$;
-comment on function relay.needs_care(regclass) is 'whether rows hold types that users made, so that their conversion may fail';
+comment on function relay.needs_care(regclass) is 'whether rows hold types whose conversion may fail or follows rarer settings';
 
 -- relay.parts(relation) : the relation and, if it is partitioned, every partition below it
 create or replace function relay.parts(relation regclass) returns setof oid
@@ -53,9 +35,10 @@ language sql stable as $$
 $$;
 comment on function relay.parts(regclass) is 'the relation itself and all partitions below it';
 
--- relay.triggers_intact(relation, id) : whether everything that captures its changes is there and fires always
--- For a materialized view: whether it has the unique index that a refresh needs.
-create or replace function relay.triggers_intact(relation regclass, id int) returns boolean
+-- relay.triggers_intact(relation, id, thorough) : whether everything that captures its changes is there and fires always
+-- For a materialized view: whether it has the unique index that a refresh needs. `thorough` also asks for the truncate
+-- trigger of each partition, which one made since lacks until relay.watch is called again.
+create or replace function relay.triggers_intact(relation regclass, id int, thorough boolean default false) returns boolean
 language sql stable as $$
   select case
     when c.relkind = 'm' then relay.key($1) <> '{}'
@@ -67,14 +50,14 @@ language sql stable as $$
           where t.tgrelid = p.oid and t.tgname = '00_relay_capture_' || $2 and t.tgenabled = 'A'
             and t.tgfoid = 'relay.capture()'::pg_catalog.regprocedure
             and (t.tgnargs > 1 or not relay.needs_care($1)))
-        or (part.relkind <> 'f' and not exists (
+        or (part.relkind <> 'f' and ($3 or p.oid = $1) and not exists (
           select from pg_catalog.pg_trigger t
           where t.tgrelid = p.oid and t.tgname = '00_relay_truncate_' || $2 and t.tgenabled = 'A'
             and t.tgfoid = 'relay.capture_truncate()'::pg_catalog.regprocedure))
     ) end
   from pg_catalog.pg_class c where c.oid = $1
 $$;
-comment on function relay.triggers_intact(regclass, int) is 'whether the triggers of a watched relation are there and enabled';
+comment on function relay.triggers_intact(regclass, int, boolean) is 'whether the triggers of a watched relation are there and enabled';
 
 -- relay.set_triggers(relation, id)
 -- Names begin with 00 to fire before the users' own AFTER triggers: one that changes the row again must be logged after
@@ -154,7 +137,7 @@ begin
   insert into relay.watch_list as w (relation, leave_events) values (watch.relation, watch.leave_events)
   on conflict on constraint watch_list_relation_key do update set leave_events = excluded.leave_events
   returning w.id into list_id;
-  if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id) then
+  if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
     perform relay.set_triggers(relation, list_id);
   end if;
 end
@@ -188,6 +171,35 @@ begin
 end
 $$;
 comment on function relay.unwatch(regclass) is 'takes back relay.watch and leaves no trace on the table';
+
+-- relay.repair() : number of tables whose triggers were made anew
+-- For the relay to call when the catalog has changed: a column added since relay.watch may need care that its trigger was
+-- not told to take. Leaves alone what somebody disabled or dropped on purpose, and gives up fast where a table is locked.
+create or replace function relay.repair() returns int
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
+declare
+  careless record;
+  repaired int := 0;
+begin
+  for careless in
+    select w.id, w.relation
+    from relay.watch_list w
+    join pg_trigger t on t.tgrelid = w.relation and t.tgname = '00_relay_capture_' || w.id
+    where t.tgenabled = 'A' and t.tgnargs = 1 and relay.needs_care(w.relation)
+  loop
+    begin
+      perform relay.set_triggers(careless.relation, careless.id);
+      repaired := repaired + 1;
+    exception when lock_not_available or insufficient_privilege then
+      raise notice 'the triggers of % wait for relay.watch', careless.relation;
+    end;
+  end loop;
+  return repaired;
+end
+$$;
+comment on function relay.repair() is 'adapts triggers to columns added since; returns how many tables it touched';
 
 create or replace view relay.watched as
 select w.relation,

@@ -4,14 +4,16 @@
 -- relay.judge_statement(relation, expression)
 -- A statement of one parameter, text[] of row images as JSON, that returns one bool[] of the same order and length: true
 -- where the expression is true; false and null are both false. The images take the relation's own name, so that columns,
--- todos.col and whole rows resolve as they do in a policy.
+-- todos.col and whole rows resolve as they do in a policy. They stand in a sub-select of their own, where a column that is
+-- named like something around it comes first.
 create or replace function relay.judge_statement(relation regclass, expression text) returns text
 language sql stable
 set search_path = '' as $$
   select pg_catalog.format(
-    E'select coalesce(pg_catalog.array_agg(coalesce((%s\n), false) order by "relay n"), ''{}'')'
+    E'select coalesce(pg_catalog.array_agg("relay verdicts"."relay verdict" order by "relay images"."relay n"), ''{}'')'
     ' from pg_catalog.unnest($1::pg_catalog.text[]) with ordinality as "relay images"("relay image", "relay n")'
-    ' cross join lateral pg_catalog.json_populate_record(null::%I.%I, "relay image"::pg_catalog.json) as %3$I',
+    ' cross join lateral (select coalesce((%s\n), false) from'
+    ' pg_catalog.json_populate_record(null::%I.%I, "relay images"."relay image"::pg_catalog.json) as %3$I) as "relay verdicts"("relay verdict")',
     $2, n.nspname, c.relname)
   from pg_catalog.pg_class c
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace

@@ -15,7 +15,8 @@ comment on function relay.subscriber_roles(text[], text) is 'those of the roles 
 
 -- relay.policy_for(relation, role) : the condition under which the role sees a row
 -- null: every row. As PostgreSQL does it: no row security for superusers, BYPASSRLS, and the owner unless forced;
--- permissive policies joined by OR, restrictive ones by AND, none permissive = no row. Deparsed under an empty search_path, so
+-- permissive policies joined by OR, restrictive ones by AND, each in PostgreSQL's own order, as one that raises may stand
+-- behind one that decides; none permissive = no row. Deparsed under an empty search_path, so
 -- that every name outside pg_catalog is qualified.
 create or replace function relay.policy_for(relation regclass, role oid) returns text
 language sql stable
@@ -29,7 +30,7 @@ set search_path = '' as $$
       select case when count(*) filter (where p.polpermissive) = 0 then 'false' else
         pg_catalog.concat_ws(' and ',
           pg_catalog.string_agg(p.condition, ' and ' order by p.polname) filter (where not p.polpermissive),
-          '(' || pg_catalog.string_agg(p.condition, ' or ' order by p.polname) filter (where p.polpermissive) || ')') end
+          '(' || pg_catalog.string_agg(p.condition, ' or ' order by p.polname desc) filter (where p.polpermissive) || ')') end
       from (
         select p.polname, p.polpermissive, '(' || pg_catalog.pg_get_expr(p.polqual, p.polrelid) || ')' as condition
         from pg_catalog.pg_policy p
@@ -94,15 +95,19 @@ comment on function relay.catalog(text[]) is 'watched relations with columns, ke
 
 -- relay.catalog_fingerprint(roles) : differs whenever relay.catalog(roles) could
 -- Made of the values the catalog is made of and not of row versions, which TRUNCATE or VACUUM FULL change too. A policy's
--- text also changes with the names of what it refers to, so these are in it. plpgsql, because it keeps the plan.
+-- text also changes with the names of what it refers to, so these are in it. plpgsql and a generic plan, because planning
+-- takes longer than the query.
 create or replace function relay.catalog_fingerprint(roles text[]) returns text
 language plpgsql stable
-set search_path = '' as $$
+set search_path = ''
+set plan_cache_mode = force_generic_plan as $$
 declare
   relations constant oid[] := array(select w.relation::oid from relay.watch_list w order by w.id);
   facts text;
 begin
   select pg_catalog.concat_ws('|',
+    -- The roles themselves too: one more of them may be reachable from the others already.
+    roles::text,
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', w.id, w.relation::oid, w.leave_events), ';' order by w.id)
      from relay.watch_list w),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.relation::oid, p.policy), ';' order by p.relation::oid)
@@ -111,9 +116,11 @@ begin
               c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, '.', n.nspname, n.nspowner, n.nspacl::text), ';' order by c.oid)
      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
      where c.oid = any (relations)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', a.attrelid, a.attnum, a.attname, a.atttypmod, a.attacl::text,
-              t.typname, t.typnamespace), ';' order by a.attrelid, a.attnum)
-     from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attacl::text,
+              case when a.atttypid >= 16384
+                then (select t.typname || ',' || t.typnamespace from pg_catalog.pg_type t where t.oid = a.atttypid) end),
+              ';' order by a.attrelid, a.attnum)
+     from pg_catalog.pg_attribute a
      where a.attrelid = any (relations) and a.attnum > 0 and not a.attisdropped),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', i.indrelid, i.indexrelid, i.indkey::text, i.indisprimary, i.indisunique,
               i.indisvalid, i.indimmediate), ';' order by i.indexrelid)
@@ -122,14 +129,19 @@ begin
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.oid, p.xmin::text, refers.names), ';' order by p.oid)
      from pg_catalog.pg_policy p
      cross join lateral (
-       select pg_catalog.string_agg(pg_catalog.concat_ws('.', d.refobjid, d.refobjsubid, coalesce(c.relname, f.proname, t.typname),
-                coalesce(c.relnamespace, f.pronamespace, t.typnamespace), n.nspname, a.attname), ',' order by d.refclassid, d.refobjid, d.refobjsubid) as names
+       select pg_catalog.string_agg(pg_catalog.concat_ws('.', d.refobjid, d.refobjsubid, case d.refclassid
+           when 'pg_catalog.pg_class'::pg_catalog.regclass then (
+             select pg_catalog.concat_ws('.', n.nspname, c.relname, (
+               select a.attname from pg_catalog.pg_attribute a where a.attrelid = c.oid and a.attnum = d.refobjsubid))
+             from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = d.refobjid)
+           when 'pg_catalog.pg_proc'::pg_catalog.regclass then (
+             select pg_catalog.concat_ws('.', n.nspname, f.proname)
+             from pg_catalog.pg_proc f join pg_catalog.pg_namespace n on n.oid = f.pronamespace where f.oid = d.refobjid)
+           when 'pg_catalog.pg_type'::pg_catalog.regclass then (
+             select pg_catalog.concat_ws('.', n.nspname, t.typname)
+             from pg_catalog.pg_type t join pg_catalog.pg_namespace n on n.oid = t.typnamespace where t.oid = d.refobjid)
+           end), ',' order by d.refclassid, d.refobjid, d.refobjsubid) as names
        from pg_catalog.pg_depend d
-       left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = d.refobjid
-       left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
-       left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and f.oid = d.refobjid
-       left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
-       left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace)
        where d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid) refers
      where p.polrelid = any (relations)),
     (with recursive reachable (oid) as (

@@ -19,17 +19,6 @@ end
 $$;
 comment on function relay.row_images(regclass) is 'key and image of each row of a materialized view';
 
--- relay.short_image(key, image) : an image over 1 MiB reduced to its key and to values of at most 1024 bytes
-create or replace function relay.short_image(key text[], image text) returns json
-language sql immutable
-set search_path = pg_catalog, pg_temp as $$
-  select case when octet_length(image) <= 1048576 then image::json else (
-    select ('{' || string_agg(to_json(e.key)::text || ':' || e.value::text, ',') || '}')::json
-    from json_each(image::json) e
-    where e.key = any ($1) or octet_length(e.value::text) <= 1026) end
-$$;
-comment on function relay.short_image(text[], text) is 'row image, reduced where it is over 1 MiB';
-
 -- relay.refresh(relation) : number of rows changed
 -- Refreshes the view and logs deletes, updates (same key) and inserts as ordinary changes; an unchanged row logs nothing.
 -- Concurrently, so that readers go on; the very first time, when the view has no content yet, plainly. Runs as the
@@ -42,6 +31,7 @@ declare
   view record;
   difference record;
   changed bigint := 0;
+  oversize boolean;
 begin
   select c.relkind, c.relispopulated, relay.key(c.oid) as key, w.id into view
   from pg_class c left join relay.watch_list w on w.relation = c.oid
@@ -85,9 +75,11 @@ begin
     from gone full join come using (key, nth)
     order by gone.key is null, come.key is not null
   loop
+    oversize := greatest(octet_length(difference.old_image), octet_length(difference.new_image)) > 1048576;
     perform relay.log_change(view.id, difference.operation::"char",
-      coalesce(greatest(octet_length(difference.old_image), octet_length(difference.new_image)) > 1048576, false),
-      relay.short_image(view.key, difference.old_image), relay.short_image(view.key, difference.new_image));
+      oversize,
+      case when oversize then relay.shorten(difference.old_image::json, view.key) else difference.old_image::json end,
+      case when oversize then relay.shorten(difference.new_image::json, view.key) else difference.new_image::json end);
     changed := changed + 1;
   end loop;
   if changed > 0 and not pg_try_advisory_xact_lock_shared(1919249009, 1) then
@@ -177,8 +169,9 @@ begin
     where s.id = job.id;
     exit when cancelled;
   end loop;
-  return (select greatest(min(s.next_run) - clock_timestamp(), interval '0')
-          from relay.refresh_schedule s join pg_class c on c.oid = s.relation);
+  -- Not greatest() alone: it passes over a null, and no job would read as "at once".
+  return (select case when count(*) > 0 then greatest(min(s.next_run) - clock_timestamp(), interval '0') end
+          from relay.refresh_schedule s join pg_class c on c.oid = s.relation having count(*) > 0);
 end
 $$;
 comment on function relay.run_refreshes() is 'runs the refreshes that are due; returns the time until the next one';

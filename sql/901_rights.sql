@@ -9,13 +9,15 @@ grant usage on schema relay to relay_writer, relay_reader;
 -- What the trigger functions do as their owner: log. It may read nothing.
 grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_writer;
 grant usage on sequence relay.change_number to relay_writer;
-grant execute on function relay.log_change(int, "char", boolean, json, json), relay.ring(text, text), relay.image(anyelement, oid),
-  relay.capture_carefully(anyelement, anyelement, oid, int, "char") to relay_writer;
+grant execute on function relay.log_change(int, "char", boolean, json, json), relay.ring(text, text), relay.key(regclass),
+  relay.shorten(json, text[]), relay.sizes_query(oid), relay.short_query(oid, int[], boolean),
+  relay.reduced_image(anyelement, oid), relay.capture_carefully(anyelement, anyelement, oid, int, "char"),
+  relay.current_segment() to relay_writer;
 
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
   relay.refresh_jobs to relay_reader;
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint), relay.flush(),
-  relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int),
+  relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
   relay.policy_for(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text),
-  relay.run_refreshes() to relay_reader;
+  relay.repair(), relay.run_refreshes() to relay_reader;

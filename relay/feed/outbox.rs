@@ -70,6 +70,12 @@ impl Outbox {
         self.changed.notify_one();
     }
 
+    /// Whether so much waits that another part of a page might not fit.
+    pub fn is_behind(&self) -> bool {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.end.is_none() && queue.bytes > self.limit / 4
+    }
+
     /// Whether it overflowed.
     pub fn is_full(&self) -> bool {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).end == Some(End::Full)

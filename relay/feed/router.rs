@@ -3,7 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
@@ -23,6 +23,9 @@ use crate::observe::Observe;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
 use crate::postgres::judge::Judge;
+
+/// The longest pause between two parts of a page.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// What a session asks of the router.
 pub enum Command {
@@ -175,17 +178,36 @@ impl Router {
 
     async fn deliver_part(&mut self, part: Part) {
         match part {
-            Part::Changes(changes) => {
+            Part::Changes { changes, more } => {
                 if !self.audiences.is_empty() {
                     self.deliver_when_judged(&changes).await;
                 }
                 self.observe.delivered_through(&changes);
+                if more {
+                    self.let_clients_read().await;
+                }
             }
             Part::Gap(why) => {
                 for audience in self.audiences.values() {
                     audience.tell_gap(&why);
                 }
             }
+        }
+    }
+
+    /// Between the parts of a large page, clients that read get the time to do so: a transaction of thousands of rows
+    /// must not look like a client that is too slow. Whoever does not read costs the others this pause once or twice,
+    /// then its outbox is full.
+    async fn let_clients_read(&self) {
+        let started = Instant::now();
+        let is_behind = || {
+            self.audiences
+                .values()
+                .flat_map(|audience| audience.members.values())
+                .any(|outbox| outbox.is_behind())
+        };
+        while is_behind() && started.elapsed() < PAUSE {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 

@@ -17,9 +17,10 @@ use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::{Doorbell, Ring};
 
 /// A part of a page goes on at this many changes …
-const PART_CHANGES: usize = 1000;
-/// … or this many bytes of row images, whichever comes first: the memory of what is on its way is bounded by it.
-const PART_BYTES: usize = 1 << 20;
+const PART_CHANGES: usize = 250;
+/// … or this many bytes of row images, whichever comes first. It bounds the memory of what is on its way, and its
+/// frames must fit well into an empty outbox.
+const PART_BYTES: usize = 128 * 1024;
 
 /// Awake, the pause after a page that was not full: the added wait stays under a millisecond or two, the load on
 /// PostgreSQL under a few hundred small statements a second.
@@ -39,8 +40,13 @@ const PROBE: Duration = Duration::from_secs(30);
 
 /// What goes from the source to the router.
 pub enum Part {
-    /// Changes in the order of their numbers, each transaction's all there or about to come.
-    Changes(Vec<Change>),
+    /// Changes in the order of their numbers.
+    Changes {
+        /// They.
+        changes: Vec<Change>,
+        /// The page goes on: more comes at once.
+        more: bool,
+    },
     /// Changes may be missing here and cannot be had any more; the text says why.
     Gap(String),
 }
@@ -289,7 +295,7 @@ impl Reading<'_> {
             }
             total += changes.len();
             self.source.observe.read(changes.len());
-            if self.parts.send(Part::Changes(changes)).await.is_err() {
+            if self.parts.send(Part::Changes { changes, more }).await.is_err() {
                 return Ok(Look::Over);
             }
             self.place.position.until = Some(until.clone());

@@ -82,7 +82,8 @@ pub struct Session {
     number: u64,
     version: Version,
     own: Identity,
-    channels: HashMap<String, Channel>,
+    // Boxed: a map has room for a few more than it holds, and most clients have one channel.
+    channels: HashMap<String, Box<Channel>>,
     joins: u32,
 }
 
@@ -94,7 +95,7 @@ struct Channel {
     requests: Vec<Request>,
     attempt: u32,
     /// The join that still waits for its reply.
-    joining: Option<Joining>,
+    joining: Option<Box<Joining>>,
     /// The router delivers to it.
     delivering: bool,
 }
@@ -263,16 +264,19 @@ impl Session {
         let setting = |group: &str, name: &str| {
             config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
         };
-        let joining = Joining {
+        let joining = Box::new(Joining {
             waits: setting("postgres_changes_options", "wait"),
             presence: setting("presence", "enabled"),
             message,
-        };
+        });
         let topic = joining.message.topic.clone();
         let join_ref = joining.message.join_ref.clone();
         let parsed: Result<Vec<Request>, Refusal> = entries.iter().map(Request::parse).collect();
         let requests = match parsed {
-            Ok(requests) => requests,
+            Ok(mut requests) => {
+                requests.shrink_to_fit();
+                requests
+            }
             Err(refusal) if joining.waits => {
                 let reason = format!("RealtimeDisabledForConfiguration: {refusal}");
                 actions.push(self.refuse(&joining.message, &reason));
@@ -281,7 +285,8 @@ impl Session {
             Err(refusal) => {
                 // The entries are echoed all the same, with ids that nothing will ever carry.
                 let echo = entries.iter().enumerate().map(|(n, entry)| with_id(entry, n)).collect();
-                actions.push(self.answer_join(&joining, echo));
+                let answer = answer_join(self.version, &joining, echo);
+                actions.extend(answer.into_iter().map(Action::Send));
                 actions.push(Action::Send(system(
                     self.version,
                     &join_ref,
@@ -303,13 +308,14 @@ impl Session {
         } else if !refused {
             actions.extend(greeting(self.version, &joining, &[]).into_iter().map(Action::Send));
         }
-        self.channels.insert(topic, channel);
+        self.channels.insert(topic, Box::new(channel));
         actions
     }
 
     /// Whose channel it will be: the token in the payload, or the connection's own identity.
     fn identity(&self, payload: &Value, now: u64, tokens: &impl Tokens) -> Result<Identity, TokenRefusal> {
-        let given = payload.get("user_token").or_else(|| payload.get("access_token")).and_then(Value::as_str);
+        let text = |name: &str| payload.get(name).and_then(Value::as_str);
+        let given = text("user_token").or_else(|| text("access_token"));
         if let Some(token) = given.filter(|token| !token.starts_with("sb_")) {
             return tokens.verify(token).map(Identity::new);
         }
@@ -380,10 +386,6 @@ impl Session {
         channel.farewell(frames)
     }
 
-    fn answer_join(&self, joining: &Joining, echo: Vec<Value>) -> Action {
-        Action::Send(reply(self.version, &joining.message, Status::Ok, &json!({"postgres_changes": echo})))
-    }
-
     fn reply_ok(&self, message: &Message) -> Action {
         Action::Send(reply(self.version, message, Status::Ok, &json!({})))
     }
@@ -419,7 +421,10 @@ impl Channel {
 }
 
 fn greeting(version: Version, joining: &Joining, requests: &[Request]) -> Vec<String> {
-    let echo: Vec<Value> = requests.iter().map(Request::echo).collect();
+    answer_join(version, joining, requests.iter().map(Request::echo).collect())
+}
+
+fn answer_join(version: Version, joining: &Joining, echo: Vec<Value>) -> Vec<String> {
     let mut frames = vec![reply(version, &joining.message, Status::Ok, &json!({"postgres_changes": echo}))];
     if joining.presence {
         frames.push(push(version, &joining.message.join_ref, &joining.message.topic, "presence_state", "{}"));

@@ -62,8 +62,11 @@ impl Request {
     /// With the real server's texts: no schema or table, a `select` that is no list or stands beside a wildcard.
     pub fn parse(entry: &Map<String, Value>) -> Result<Self, Refusal> {
         let word = |name: &str| entry.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
-        let target = match (word("schema"), word("table").filter(|table| *table != "*")) {
-            (None, None) if word("table").is_none() => {
+        // What is there but no text must not widen the subscription by counting as absent.
+        let is_text = |name: &str| entry.get(name).is_none_or(|value| value.is_string() || value.is_null());
+        let named = (word("schema"), word("table"));
+        let target = match (named.0, named.1.filter(|table| *table != "*")) {
+            _ if named == (None, None) || !is_text("schema") || !is_text("table") => {
                 return Err(Refusal(format!(
                     "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}",
                     Value::Object(entry.clone())
@@ -100,6 +103,9 @@ impl Request {
             "DELETE" => Events::Only(Operation::Delete),
             _ => Events::All,
         };
+        if let Some(other) = entry.get("filter").filter(|_| !is_text("filter")) {
+            return Err(Refusal(format!("Error parsing `filter` params: [{other}]")));
+        }
         let filter = word("filter").unwrap_or_default().trim().to_owned();
         Ok(Self { entry: entry.clone(), events, target, filter, select })
     }
@@ -188,7 +194,18 @@ impl BoundFilter {
 impl Typed {
     /// Types whose JSON has one spelling per value, so that equality is equality of the text.
     fn decide(&self, row: &Row<'_>) -> Option<bool> {
-        if !self.comparable {
+        // For the others null is no reason to say no.
+        let strict = matches!(
+            self.condition.operator,
+            Operator::Eq
+                | Operator::Neq
+                | Operator::In
+                | Operator::Lt
+                | Operator::Lte
+                | Operator::Gt
+                | Operator::Gte
+        );
+        if !self.comparable || !strict || self.values.is_empty() {
             return None;
         }
         let value = row.value(&self.condition.column)?;

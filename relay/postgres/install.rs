@@ -18,6 +18,7 @@ const FILES: &[(&str, &str)] = &[
     ("106_refresh.sql", include_str!("../../sql/106_refresh.sql")),
     ("107_auth.sql", include_str!("../../sql/107_auth.sql")),
     ("901_rights.sql", include_str!("../../sql/901_rights.sql")),
+    ("902_history.sql", include_str!("../../sql/902_history.sql")),
 ];
 
 /// The advisory lock that makes installers queue.
@@ -122,6 +123,12 @@ mod tests {
     fn files_are_in_order_and_numbered_by_nature() {
         let names: Vec<&str> = FILES.iter().map(|(name, _)| *name).collect();
         assert!(names.is_sorted());
+        let mut there: Vec<String> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/sql"))
+            .unwrap()
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .collect();
+        there.sort();
+        assert_eq!(names, there);
         assert!(names.iter().all(|name| matches!(name.as_bytes()[0], b'0' | b'1' | b'9')));
     }
 }

@@ -89,18 +89,57 @@ impl Judge {
     /// Only when the connection fails, so that nothing was judged: ask again.
     pub async fn judge(&self, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
         let mut held = self.session.lock().await;
-        if held.as_ref().is_none_or(|session| session.client.is_closed()) {
-            *held = Some(Session::open(&self.server).await?);
+        if let Ok(verdicts) = self.ask(&mut held, questions).await {
+            return Ok(verdicts);
         }
-        let Some(session) = held.as_mut() else {
-            return Err(Error::Pool(String::from("the judging connection is gone")));
+        // PostgreSQL went away, or one of the policies ended the session: then the others must not wait for it.
+        let mut verdicts = Vec::with_capacity(questions.len());
+        for question in questions {
+            let alone = std::slice::from_ref(question);
+            let denied = || vec![Verdict::none(question.images, Denied::Raised)];
+            let answered = match self.ask(&mut held, alone).await {
+                Err(Lost::Session(_)) => match self.ask(&mut held, alone).await {
+                    Err(Lost::Session(_)) => denied(),
+                    answered => answered?,
+                },
+                answered => answered?,
+            };
+            verdicts.extend(answered);
+        }
+        Ok(verdicts)
+    }
+
+    async fn ask(
+        &self,
+        held: &mut Option<Session>,
+        questions: &[Question<'_>],
+    ) -> Result<Vec<Verdict>, Lost> {
+        let mut session = match held.take() {
+            Some(session) if !session.client.is_closed() => session,
+            _ => Session::open(&self.server).await.map_err(Lost::Server)?,
         };
-        let answered = session.answer(questions, self.limit).await;
-        let tampered = |verdict: &Verdict| matches!(verdict.denied, Some(Denied::Role));
-        if answered.as_ref().map_or(true, |verdicts| verdicts.iter().any(tampered)) {
-            *held = None;
+        let verdicts = session.answer(questions, self.limit).await.map_err(Lost::Session)?;
+        // What a policy tampered with is not used again.
+        if !verdicts.iter().any(|verdict| matches!(verdict.denied, Some(Denied::Role))) {
+            *held = Some(session);
         }
-        answered
+        Ok(verdicts)
+    }
+}
+
+/// Where a judgement was lost.
+enum Lost {
+    /// There is no session to be had.
+    Server(Error),
+    /// The session ended, or is of no use any more.
+    Session(Error),
+}
+
+impl From<Lost> for Error {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::Server(error) | Lost::Session(error) => error,
+        }
     }
 }
 
@@ -121,6 +160,10 @@ impl Session {
 
     async fn answer(&mut self, questions: &[Question<'_>], limit: Duration) -> Result<Vec<Verdict>, Error> {
         let mut refusals: HashMap<Arc<str>, Denied> = HashMap::new();
+        // All at once and before any is prepared: none that is about to be asked may go.
+        if self.statements.len() + questions.len() > MOST_STATEMENTS {
+            self.statements.clear();
+        }
         for question in questions {
             if !self.statements.contains_key(&question.statement)
                 && let Err(denied) = self.prepare(question.identity.claims(), &question.statement).await?
@@ -178,7 +221,7 @@ impl Session {
         type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
         let subscriber: Parameters<'_> = &[&role, &json, &sub, &limit];
         let judged: Parameters<'_> = &[&images];
-        let (begun, became, judged, who, _ended) = tokio::join!(
+        let (begun, became, judged, who, ended) = tokio::join!(
             client.execute(&self.begin, &[]),
             client.execute(&self.become_subscriber, subscriber),
             client.query_one(judgement, judged),
@@ -186,23 +229,27 @@ impl Session {
             client.execute(&self.end, &[]),
         );
         begun?;
-        if let Err(error) = became {
-            return refused(error).map(|_| Err(Denied::Role));
+        // Where the end went through the session is sound, and whatever failed before it was PostgreSQL's "no".
+        ended?;
+        if became.is_err() {
+            return Ok(Err(Denied::Role));
         }
         let row = match judged {
             Ok(row) => row,
-            Err(error) => return refused(error).map(Err),
+            Err(error) => return Ok(Err(refused(&error))),
         };
         match who {
             Ok(who) if who.get::<_, &str>(0) == role => {}
             Ok(_) => return Ok(Err(Denied::Role)),
-            Err(error) => return refused(error).map(Err),
+            Err(error) => return Ok(Err(refused(&error))),
         }
         let allowed: Vec<bool> = row.try_get(0)?;
         Ok(if allowed.len() == images.len() { Ok(allowed) } else { Err(Denied::Raised) })
     }
 
-    /// Prepares under the subscriber's role: what it may not even name is refused here, as it would be to itself.
+    /// Prepares under the subscriber's role, or else our own: a policy may call what is in a schema that its subscribers
+    /// may not use, since PostgreSQL resolves the names in it when it is made. Rights on tables and functions are
+    /// those of whoever is judged in any case.
     async fn prepare(&mut self, claims: &Claims, statement: &Arc<str>) -> Result<Result<(), Denied>, Error> {
         let client = &self.client;
         let role = claims.role();
@@ -214,15 +261,20 @@ impl Session {
             Err(error) => Err(error),
         };
         client.execute(&self.end, &[]).await?;
+        let prepared = match prepared {
+            Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                let prepared = client.prepare(statement).await;
+                client.execute(&self.end, &[]).await?;
+                prepared
+            }
+            prepared => prepared,
+        };
         match prepared {
             Ok(prepared) => {
-                if self.statements.len() >= MOST_STATEMENTS {
-                    self.statements.clear();
-                }
                 self.statements.insert(Arc::clone(statement), prepared);
                 Ok(Ok(()))
             }
-            Err(error) => refused(error).map(Err),
+            Err(error) => Ok(Err(refused(&error))),
         }
     }
 }
@@ -234,11 +286,10 @@ const MOST_STATEMENTS: usize = 1000;
 /// Questions on the way at once: enough to hide the round trips, few enough that a dropped connection repeats little.
 const IN_FLIGHT: usize = 16;
 
-/// PostgreSQL's "no" is a denial; anything else means that nobody answered.
-fn refused(error: tokio_postgres::Error) -> Result<Denied, Error> {
+/// What PostgreSQL's "no" counts as. A policy can raise any code, so none says that nobody answered.
+fn refused(error: &tokio_postgres::Error) -> Denied {
     match error.code() {
-        Some(code) if *code == SqlState::QUERY_CANCELED => Ok(Denied::TimedOut),
-        Some(code) if !code.code().starts_with("57P") && !code.code().starts_with("08") => Ok(Denied::Raised),
-        _ => Err(Error::Postgres(error)),
+        Some(code) if *code == SqlState::QUERY_CANCELED => Denied::TimedOut,
+        _ => Denied::Raised,
     }
 }

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
@@ -127,10 +128,8 @@ fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
     let session = Arc::clone(app);
     app.sessions.spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
-        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
-            return;
-        };
-        ws::serve(session, parts.io.into_inner(), parts.read_buf.to_vec(), version, claims).await;
+        let Some((stream, read)) = taken_over(upgraded) else { return };
+        ws::serve(session, stream, read, version, claims).await;
     });
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
@@ -140,6 +139,13 @@ fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
         headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
     }
     answer
+}
+
+/// The bare connection, and what was read of it beyond the request. The reader's buffer of 8 KiB ends here: held by
+/// the session's future it would be most of what an idle client costs.
+fn taken_over(upgraded: Upgraded) -> Option<(TcpStream, Vec<u8>)> {
+    let parts = upgraded.downcast::<TokioIo<TcpStream>>().ok()?;
+    Some((parts.io.into_inner(), parts.read_buf.to_vec()))
 }
 
 fn identify(app: &App, headers: &HeaderMap, query: &str) -> Result<Claims, String> {

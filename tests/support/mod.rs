@@ -5,6 +5,7 @@ pub mod database;
 pub mod proxy;
 pub mod relay;
 pub mod script;
+pub mod socket;
 pub mod stage;
 
 use std::time::Duration;

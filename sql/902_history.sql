@@ -1,0 +1,13 @@
+-- A changelog that came with a dump or copy from another cluster belongs to another history of transaction ids.
+--
+-- Its ids may not have been handed out here yet: such rows would come up as new, one after the other, while this
+-- cluster's counter passes them. They are of no use, since the epoch has changed and no cursor of theirs is honoured.
+
+do $$
+begin
+  if exists (select from relay.changes c where c.xid >= pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())) then
+    truncate relay.changes_0, relay.changes_1, relay.changes_2;
+    update relay.history set mark = pg_catalog.gen_random_uuid();
+  end if;
+end
+$$;

@@ -1,0 +1,153 @@
+//! Installing: fresh, again, many at once, as a plain owner, over an older and under a newer version.
+
+use serde_json::json;
+use tokio_postgres::Client as Session;
+
+use relay::postgres::connect::Error;
+use relay::postgres::install::{check, install};
+
+use crate::crash::Cluster;
+use crate::support::client::Client;
+use crate::support::database::{Database, connect, with_database};
+use crate::support::relay::Relay;
+use crate::support::token;
+
+const LEDGER: &str =
+    "select string_agg(concat_ws(' ', file, checksum, version, applied_at), ';' order by file)
+    from relay.ledger where file !~ '^9'";
+
+fn of_kind(files: &[&'static str], first: char) -> Vec<&'static str> {
+    files.iter().copied().filter(|file| file.starts_with(first)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_database_gets_every_file_and_then_only_rights() {
+    let database = Database::bare().await;
+    let mut session = database.connect().await;
+    let applied = install(&mut session).await.unwrap();
+    assert!(of_kind(&applied, '0').len() >= 3 && of_kind(&applied, '1').len() >= 5, "{applied:?}");
+    let listed = database.value("select string_agg(file, ' ' order by file) from relay.ledger").await;
+    assert_eq!(listed, applied.join(" "));
+    check(&session).await.unwrap();
+    let mark = database.value("select mark::text from relay.history").await;
+    let ledger = database.value(LEDGER).await;
+    let again = install(&mut session).await.unwrap();
+    assert_eq!(again, of_kind(&applied, '9'));
+    assert_eq!(database.value(LEDGER).await, ledger);
+    assert_eq!(database.value("select mark::text from relay.history").await, mark, "the history goes on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_installers_at_once_do_no_harm() {
+    let database = Database::bare().await;
+    let mut installers = Vec::new();
+    for _ in 0..20 {
+        let mut session = database.connect().await;
+        installers.push(tokio::spawn(async move { install(&mut session).await }));
+    }
+    let mut applied = Vec::new();
+    for installer in installers {
+        applied.push(installer.await.unwrap().unwrap());
+    }
+    let structure: usize = applied.iter().map(|files| of_kind(files, '0').len()).sum();
+    assert_eq!(
+        structure,
+        applied.iter().map(|files| of_kind(files, '0').len()).max().unwrap(),
+        "applied once"
+    );
+    check(&database.client).await.unwrap();
+    assert_eq!(database.value("select count(*) from relay.history").await, "1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_changed_is_applied_again() {
+    let database = Database::new().await;
+    database
+        .run("create or replace function relay.cursor() returns text language sql as $$ select 'older' $$")
+        .await;
+    database
+        .run("update relay.ledger set checksum = 'older' where file like '103%' or file like '002%'")
+        .await;
+    let error = check(&database.client).await.unwrap_err().to_string();
+    assert!(error.contains("103") && error.contains("relay install"), "{error}");
+    let mut session = database.connect().await;
+    let applied = install(&mut session).await.unwrap();
+    assert_eq!(of_kind(&applied, '1').len(), 1, "{applied:?}");
+    assert_eq!(of_kind(&applied, '0').len(), 0, "structure is applied once");
+    assert_ne!(database.value("select relay.cursor()").await, "older");
+    check(&session).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_newer_version_wrote_is_left_alone() {
+    let database = Database::new().await;
+    database
+        .run("create or replace function relay.cursor() returns text language sql as $$ select 'newer' $$")
+        .await;
+    database
+        .run("update relay.ledger set checksum = 'newer', version = '99.0.0' where file like '103%'")
+        .await;
+    check(&database.client).await.unwrap();
+    let mut session = database.connect().await;
+    let applied = install(&mut session).await.unwrap();
+    assert_eq!(of_kind(&applied, '1'), [""; 0]);
+    assert_eq!(database.value("select relay.cursor()").await, "newer");
+    assert_eq!(database.value("select version from relay.ledger where file like '103%'").await, "99.0.0");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_watched_before_an_update_is_watched_after_it() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')").await;
+    database
+        .run("insert into t values (1); update relay.ledger set checksum = 'older' where file like '1%'")
+        .await;
+    let mut session = database.connect().await;
+    assert!(of_kind(&install(&mut session).await.unwrap(), '1').len() >= 5);
+    assert_eq!(database.value("select intact from relay.watched").await, "t");
+    assert_eq!(database.value("select count(*) from relay.changes").await, "1");
+    let relay = Relay::start(&database.url).await;
+    let mut client = Client::connect(&relay, &token("authenticated", None, json!({}))).await;
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    database.run("insert into t values (2)").await;
+    assert_eq!(client.change().await["record"]["id"], 2);
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_without_the_relay_says_what_to_do() {
+    let database = Database::bare().await;
+    let error = check(&database.client).await.unwrap_err();
+    assert!(matches!(error, Error::Unfit(_)) && !error.is_transient());
+    let text = error.to_string();
+    assert!(text.contains("relay install --database-url") && text.contains("--install"), "{text}");
+}
+
+/// In a cluster of its own: roles belong to the cluster, and here nobody else has made them before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_owner_with_createrole_installs_watches_and_serves() {
+    let cluster = Cluster::start(&["-c", "fsync=off"]).await;
+    let admin = connect(&cluster.url).await;
+    admin.batch_execute("create role owner login createrole").await.unwrap();
+    admin.batch_execute("create database app owner owner").await.unwrap();
+    let url = with_database(&cluster.url, "app").replace("postgres@", "owner@");
+    let mut session = connect(&url).await;
+    install(&mut session).await.unwrap();
+    install(&mut session).await.unwrap();
+    check(&session).await.unwrap();
+    let run = async |session: &Session, sql: &str| session.batch_execute(sql).await.unwrap();
+    run(
+        &session,
+        "create table t (id int primary key, owner uuid); alter table t enable row level security;
+         create policy own on t for select using (owner = auth.uid());
+         grant select on t to authenticated; select relay.watch('t')",
+    )
+    .await;
+    let relay = Relay::start(&url).await;
+    let someone = "11111111-1111-4111-8111-111111111111";
+    let mut client = Client::connect(&relay, &token("authenticated", Some(someone), json!({}))).await;
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    run(&session, &format!("insert into t values (1, gen_random_uuid()), (2, '{someone}')")).await;
+    assert_eq!(client.change().await["record"]["id"], 2);
+    relay.stop().await;
+}
