@@ -46,6 +46,7 @@ pub mod postgres {
 
 /// From the changelog to the subscribers' outboxes. Never waits for a client.
 pub mod feed {
+    pub mod audience;
     pub mod binding;
     pub mod gate;
     pub mod outbox;

@@ -24,6 +24,11 @@ use crate::transport::http::{self, App};
 
 /// Connections for looking at the catalog, binding and flushing. None is held while nothing happens.
 const POOL: usize = 4;
+/// Connections for reading clients' filters, and how long one may take: it is a cast, or somebody's trick.
+const FILTERS: usize = 2;
+const FILTER_LIMIT: Duration = Duration::from_secs(1);
+/// A look at the catalog, a flush or a listing of filters is done in milliseconds; a minute means that it hangs.
+const LIMIT: Duration = Duration::from_secs(60);
 /// Parts on their way from the source to the router: one being judged, one read ahead.
 const PARTS: usize = 2;
 /// Sessions and tasks get this long to end.
@@ -56,8 +61,9 @@ pub async fn serve(
     let observe = Arc::new(Observe::new());
     let end = CancellationToken::new();
     let tasks = TaskTracker::new();
-    let pool = main.pool(POOL)?;
-    let catalog = Arc::new(CatalogKeeper::new(pool.clone(), judge.login().map(str::to_owned)));
+    let pool = main.pool(POOL, LIMIT)?;
+    let filters = main.pool(FILTERS, FILTER_LIMIT)?;
+    let catalog = Arc::new(CatalogKeeper::new(pool.clone(), filters, judge.login().map(str::to_owned)));
     let refresh_jobs = Arc::new(Notify::new());
     let (parts_in, parts) = mpsc::channel(PARTS);
     let (commands_in, commands) = mpsc::unbounded_channel();

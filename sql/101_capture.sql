@@ -91,37 +91,10 @@ language sql stable as $$
 $$;
 comment on function relay.short_query(oid, int[], boolean) is 'query that makes a reduced image of a row';
 
--- relay.reduced_image(row, relation) : an image of the key and the short columns; never fails for what the row holds
--- First of all columns that are small as stored, then, if one cannot be converted, of those that surely can.
-create or replace function relay.reduced_image(the_row anyelement, relation oid) returns json
-language plpgsql volatile
-set datestyle = 'ISO'
-set intervalstyle = 'postgres'
-set bytea_output = 'hex'
-set lc_monetary = 'C' as $$
-declare
-  sizes int[];
-  image json;
-begin
-  if the_row is not distinct from null then
-    return null;
-  end if;
-  execute relay.sizes_query(relation) into sizes using the_row;
-  begin
-    execute relay.short_query(relation, sizes, true) into image using the_row;
-  exception when others then
-    execute relay.short_query(relation, sizes, false) into image using the_row;
-  end;
-  return relay.shorten(coalesce(image, '{}'), relay.key(relation));
-end
-$$;
-comment on function relay.reduced_image(anyelement, oid) is 'row image of the key and the short columns';
-
--- relay.capture_carefully(...) : logs a change whose images may be large, or need the settings that relay.capture() leaves
--- Both images whole, if they can be made and are at most 1 MiB; else both reduced and oversize true. From over 1 MiB
--- stored no attempt is made: the text could be of any size. The exception block costs a subtransaction, which is why
--- relay.capture() has none on its common way.
-create or replace function relay.capture_carefully(old_row anyelement, new_row anyelement, table_id oid, relation int, operation "char") returns void
+-- relay.capture_whole(...) : logs a change if both images can be made and are at most 1 MiB; returns whether it did
+-- For what relay.capture() does not do on its common way: pins the rarer settings, and bears a conversion that fails, at
+-- the price of a subtransaction.
+create or replace function relay.capture_whole(old_row anyelement, new_row anyelement, relation int, operation "char") returns boolean
 language plpgsql volatile
 set datestyle = 'ISO'
 set intervalstyle = 'postgres'
@@ -131,58 +104,99 @@ declare
   old_image json;
   new_image json;
 begin
-  if coalesce(pg_column_size(old_row), 0) + coalesce(pg_column_size(new_row), 0) <= 1048576 then
-    begin
-      old_image := row_to_json(old_row);
-      new_image := row_to_json(new_row);
-      if greatest(pg_column_size(old_image), pg_column_size(new_image)) <= 1048576 then
-        perform relay.log_change(relation, operation, false, old_image, new_image);
-        return;
-      end if;
-    exception when others then
-      null;
-    end;
+  begin
+    old_image := row_to_json(old_row);
+    new_image := row_to_json(new_row);
+  exception when others then
+    return false;
+  end;
+  if greatest(pg_column_size(old_image), pg_column_size(new_image)) > 1048576 then
+    return false;
   end if;
-  perform relay.log_change(relation, operation, true, relay.reduced_image(old_row, table_id), relay.reduced_image(new_row, table_id));
+  perform relay.log_change(relation, operation, false, old_image, new_image);
+  return true;
 end
 $$;
-comment on function relay.capture_carefully(anyelement, anyelement, oid, int, "char") is
-  'logs a change whose images may be large or fail to be made';
+comment on function relay.capture_whole(anyelement, anyelement, int, "char") is
+  'logs a change whose images may be large or fail to be made; false if so';
 
 -- relay.capture() : row trigger; arguments: id in relay.watch_list, and 'careful' where relay.needs_care says so
 -- Promises: logs each change of a row once, with images whose text does not depend on the writer's session; waits for no
--- other writer; does not fail for what the row holds; notifies only if the relay sleeps. Runs as relay_writer, because
+-- other writer; does not fail for what the row holds; notifies only if the relay sleeps. Where an image is over 1 MiB or
+-- cannot be made, both are reduced to the key and the short columns, and oversize is true. Runs as relay_writer, because
 -- converting a row to JSON can run casts written by users. Writes one of relay.changes_0 .. 2.
 --
--- Each expression and each setting costs a single-row transaction about a microsecond; hence one test, one insert, one
--- try-lock, and only those settings that common types need: the others are pinned where relay.needs_care asks for it.
--- What 4000 stored bytes were compressed from cannot make an image that hurts.
+-- Each statement, expression and setting costs a single-row transaction a microsecond or two. Hence the test of the row
+-- stands in the insert, one expression asks whether anything is left to do, and only those settings are pinned that
+-- common types need: the others are pinned where relay.needs_care asks for it. What 4000 stored bytes were compressed
+-- from cannot make an image that hurts.
 create or replace function relay.capture() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set timezone = 'UTC'
 set extra_float_digits = 1
 as $$
+declare
+  rarer constant text[] := '{datestyle,intervalstyle,bytea_output,lc_monetary}';
+  saved text[];
+  sizes int[];
+  old_image json;
+  new_image json;
+  logged boolean;
 begin
-  if tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000 then
-    if relay.current_segment() = 0 then
-      insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
-      values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
-              row_to_json(old), row_to_json(new));
-    elsif relay.current_segment() = 1 then
-      insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
-      values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
-              row_to_json(old), row_to_json(new));
-    else
-      insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
-      values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
-              row_to_json(old), row_to_json(new));
-    end if;
+  if relay.current_segment() = 0 then
+    insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
+    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
+           row_to_json(old), row_to_json(new)
+    where tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000;
+  elsif relay.current_segment() = 1 then
+    insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
+    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
+           row_to_json(old), row_to_json(new)
+    where tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000;
   else
-    perform relay.capture_carefully(old, new, tg_relid, tg_argv[0]::int, tg_op::"char");
+    insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
+    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
+           row_to_json(old), row_to_json(new)
+    where tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000;
   end if;
   -- A sleeping relay holds this lock exclusively. A writer that gets its share need not ring: the relay is awake, and
   -- cannot fall asleep before this transaction has ended.
+  if found and pg_try_advisory_xact_lock_shared(1919249009, 1) then
+    return null;
+  end if;
+
+  logged := found;
+  -- From over 1 MiB stored no attempt is made: the text could be of any size.
+  if not logged and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 1048576 then
+    logged := relay.capture_whole(old, new, tg_argv[0]::int, tg_op::"char");
+  end if;
+  if not logged then
+    -- Here and not in a function that takes the row: each call would copy its hundreds of megabytes once more.
+    saved := array(select current_setting(s) from unnest(rarer) s);
+    perform set_config(s, v, true) from unnest(rarer, '{ISO,postgres,hex,C}'::text[]) x (s, v);
+    -- All columns that are small as stored, then, if one cannot be converted, those that surely can.
+    for attempt in 1 .. 2 loop
+      begin
+        if tg_op <> 'INSERT' then
+          execute relay.sizes_query(tg_relid) into sizes using old;
+          execute relay.short_query(tg_relid, sizes, attempt = 1) into old_image using old;
+        end if;
+        if tg_op <> 'DELETE' then
+          execute relay.sizes_query(tg_relid) into sizes using new;
+          execute relay.short_query(tg_relid, sizes, attempt = 1) into new_image using new;
+        end if;
+        exit;
+      exception when others then
+        if attempt = 2 then
+          raise;
+        end if;
+      end;
+    end loop;
+    perform set_config(s, v, true) from unnest(rarer, saved) x (s, v);
+    perform relay.log_change(tg_argv[0]::int, tg_op::"char", true, relay.shorten(old_image, relay.key(tg_relid)),
+                             relay.shorten(new_image, relay.key(tg_relid)));
+  end if;
   if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
     perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);
   end if;

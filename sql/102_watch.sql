@@ -132,6 +132,12 @@ begin
     raise notice '% is unlogged: a crash empties it without an event', relation;
   end if;
 
+  if exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
+             where i.inhparent = watch.relation and not c.relispartition) then
+    raise warning 'tables inherit from %: their own rows are not watched with it', relation
+      using hint = 'Watch each of them, or make them partitions.';
+  end if;
+
   -- Entries of dropped relations go now, lest another relation get the same oid one day.
   delete from relay.watch_list w where not exists (select from pg_class c where c.oid = w.relation);
   insert into relay.watch_list as w (relation, leave_events) values (watch.relation, watch.leave_events)

@@ -62,12 +62,20 @@ set search_path = '' as $$
 $$;
 comment on function relay.access(regclass, oid) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
 
+-- relay.schema_changes_are_logged() : whether the event trigger is there and enabled
+create or replace function relay.schema_changes_are_logged() returns boolean
+language sql stable
+set search_path = '' as $$
+  select exists (select from pg_catalog.pg_event_trigger e where e.evtname = 'relay_schema_changes' and e.evtenabled in ('O', 'A'))
+$$;
+comment on function relay.schema_changes_are_logged() is 'whether changes of the schema stand in the changelog';
+
 -- relay.catalog(roles) : every watched relation that exists, and what each of the roles may see of it
 -- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access".
 create or replace function relay.catalog(roles text[]) returns jsonb
 language sql stable
 set search_path = '' as $$
-  select pg_catalog.jsonb_build_object('relations', coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+  select pg_catalog.jsonb_build_object('ordered', relay.schema_changes_are_logged(), 'relations', coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
     'id', w.id,
     'oid', c.oid::bigint,
     'schema', n.nspname,
@@ -126,23 +134,9 @@ begin
               i.indisvalid, i.indimmediate), ';' order by i.indexrelid)
      from pg_catalog.pg_index i
      where i.indrelid = any (relations) and i.indisunique),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.oid, p.xmin::text, refers.names), ';' order by p.oid)
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.polrelid, p.polname, p.polpermissive, p.polcmd, p.polroles::text,
+              pg_catalog.pg_get_expr(p.polqual, p.polrelid)), ';' order by p.oid)
      from pg_catalog.pg_policy p
-     cross join lateral (
-       select pg_catalog.string_agg(pg_catalog.concat_ws('.', d.refobjid, d.refobjsubid, case d.refclassid
-           when 'pg_catalog.pg_class'::pg_catalog.regclass then (
-             select pg_catalog.concat_ws('.', n.nspname, c.relname, (
-               select a.attname from pg_catalog.pg_attribute a where a.attrelid = c.oid and a.attnum = d.refobjsubid))
-             from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = d.refobjid)
-           when 'pg_catalog.pg_proc'::pg_catalog.regclass then (
-             select pg_catalog.concat_ws('.', n.nspname, f.proname)
-             from pg_catalog.pg_proc f join pg_catalog.pg_namespace n on n.oid = f.pronamespace where f.oid = d.refobjid)
-           when 'pg_catalog.pg_type'::pg_catalog.regclass then (
-             select pg_catalog.concat_ws('.', n.nspname, t.typname)
-             from pg_catalog.pg_type t join pg_catalog.pg_namespace n on n.oid = t.typnamespace where t.oid = d.refobjid)
-           end), ',' order by d.refclassid, d.refobjid, d.refobjsubid) as names
-       from pg_catalog.pg_depend d
-       where d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid) refers
      where p.polrelid = any (relations)),
     (with recursive reachable (oid) as (
        select r.oid from pg_catalog.pg_roles r where r.rolname = any (roles)
@@ -153,7 +147,8 @@ begin
         from pg_catalog.pg_roles r join reachable on reachable.oid = r.oid),
        (select pg_catalog.string_agg(pg_catalog.concat_ws(',', m.member, m.roleid, m.xmin::text), ';' order by m.member, m.roleid)
         from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid))),
-    (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()))
+    (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()),
+    relay.schema_changes_are_logged())
   into facts;
   return pg_catalog.to_hex(pg_catalog.hashtextextended(facts, 0)) || '.' || pg_catalog.to_hex(pg_catalog.hashtextextended(facts, 1));
 end

@@ -49,16 +49,17 @@ begin
 
   -- Two refreshes must not compare with the same old rows.
   perform pg_advisory_xact_lock(1919249010, relation::oid::int8::bit(32)::int4);
-  drop table if exists pg_temp.relay_before;
-  create temporary table relay_before (key text, image text) on commit drop;
+  -- Emptied, not dropped: a second refresh in one transaction finds them, and no statement here counts as a change of the schema.
+  create temporary table if not exists relay_before (key text, image text) on commit drop;
+  create temporary table if not exists relay_after (key text, image text) on commit drop;
+  truncate pg_temp.relay_before, pg_temp.relay_after;
   if view.relispopulated then
     insert into pg_temp.relay_before select * from relay.row_images(relation);
     execute format('refresh materialized view concurrently %s', relation);
   else
     execute format('refresh materialized view %s', relation);
   end if;
-  drop table if exists pg_temp.relay_after;
-  create temporary table relay_after on commit drop as select * from relay.row_images(relation);
+  insert into pg_temp.relay_after select * from relay.row_images(relation);
 
   -- Rows equal on both sides cancel out, one for one, first. A unique index lets a null key come twice: the n-th such row is
   -- then paired with the n-th.
@@ -85,7 +86,6 @@ begin
   if changed > 0 and not pg_try_advisory_xact_lock_shared(1919249009, 1) then
     perform relay.ring(relation::text, 'refresh');
   end if;
-  drop table pg_temp.relay_before, pg_temp.relay_after;
   return changed;
 end
 $$;

@@ -11,7 +11,7 @@ grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_write
 grant usage on sequence relay.change_number to relay_writer;
 grant execute on function relay.log_change(int, "char", boolean, json, json), relay.ring(text, text), relay.key(regclass),
   relay.shorten(json, text[]), relay.sizes_query(oid), relay.short_query(oid, int[], boolean),
-  relay.reduced_image(anyelement, oid), relay.capture_carefully(anyelement, anyelement, oid, int, "char"),
+  relay.capture_whole(anyelement, anyelement, int, "char"),
   relay.current_segment() to relay_writer;
 
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
@@ -19,5 +19,5 @@ grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, re
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint), relay.flush(),
   relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
-  relay.policy_for(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text),
+  relay.policy_for(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text), relay.schema_changes_are_logged(),
   relay.repair(), relay.run_refreshes() to relay_reader;

@@ -24,10 +24,12 @@ async fn output(arguments: &[&str]) -> (i32, String, String) {
 
 /// `relay serve`, and the address it says it serves on.
 async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>, String) {
-    let mut child = relay(&["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0"]).args(arguments).spawn().unwrap();
+    let mut child =
+        relay(&["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0"]).args(arguments).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let address = line_with(&mut lines, "supabase-js at ").await;
-    let address = address.split("supabase-js at ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+    let address =
+        address.split("supabase-js at ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     line_with(&mut lines, "reading the changelog").await;
     (child, lines, address)
 }
@@ -54,11 +56,15 @@ fn signal(child: &Child, name: &str) {
 async fn an_empty_database_needs_only_install_watch_and_a_client() {
     let database = Database::bare().await;
     let (mut child, _lines, address) = serve(&["--database-url", &database.url, "--install"]).await;
-    database.run("create table todos (id int primary key, title text); grant select on todos to authenticated").await;
+    database
+        .run("create table todos (id int primary key, title text); grant select on todos to authenticated")
+        .await;
     database.run("select relay.watch('public.todos')").await;
 
     let token = token("authenticated", None, json!({}));
-    let mut tail = relay(&["tail", "todos", "--url", &address, "--token", &token, "--filter", "id=gt.1"]).spawn().unwrap();
+    let mut tail = relay(&["tail", "todos", "--url", &address, "--token", &token, "--filter", "id=gt.1"])
+        .spawn()
+        .unwrap();
     let mut told = BufReader::new(tail.stderr.take().unwrap()).lines();
     let mut changes: Lines<BufReader<ChildStdout>> = BufReader::new(tail.stdout.take().unwrap()).lines();
     line_with(&mut told, "following public.todos").await;
@@ -67,7 +73,10 @@ async fn an_empty_database_needs_only_install_watch_and_a_client() {
     assert!(line.ends_with(r#"INSERT public.todos {"id":2,"title":"this"}"#), "{line}");
 
     signal(&child, "-TERM");
-    let ended = tokio::time::timeout(Duration::from_secs(10), child.wait()).await.expect("it ends on SIGTERM").unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(10), child.wait())
+        .await
+        .expect("it ends on SIGTERM")
+        .unwrap();
     assert_eq!(ended.code(), Some(0));
     line_with(&mut told, "trying again").await;
     signal(&tail, "-INT");
@@ -82,8 +91,16 @@ async fn what_is_missing_is_said_at_once_and_together() {
         assert!(told.contains(part), "{part:?} is not in {told}");
     }
     let database = Database::bare().await;
-    let (code, _, told) =
-        output(&["serve", "--listen", "127.0.0.1:0", "--jwt-secret", SECRET, "--database-url", &database.url]).await;
+    let (code, _, told) = output(&[
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--jwt-secret",
+        SECRET,
+        "--database-url",
+        &database.url,
+    ])
+    .await;
     assert_eq!(code, 1);
     assert!(told.contains("relay install"), "{told}");
 }
@@ -92,7 +109,8 @@ async fn what_is_missing_is_said_at_once_and_together() {
 async fn watch_and_unwatch_say_what_they_did_or_why_not() {
     let database = Database::new().await;
     database.run("create table t (id int primary key); create view v as select * from t").await;
-    let run = async |command: &str, table: &str| output(&[command, table, "--database-url", &database.url]).await;
+    let run =
+        async |command: &str, table: &str| output(&[command, table, "--database-url", &database.url]).await;
     assert_eq!(run("watch", "t").await.0, 0);
     assert_eq!(database.value("select relation from relay.watched").await, "t");
     assert_eq!(run("unwatch", "public.t").await.0, 0);
@@ -130,7 +148,8 @@ async fn a_token_is_made_with_the_claims_that_were_asked_for() {
     let (code, token, _) =
         output(&["token", "--jwt-secret", SECRET, "--sub", "u-1", "--claims", claims, "--ttl", "90s"]).await;
     assert_eq!(code, 0);
-    let settings = relay::transport::auth::TokenSettings { secrets: vec![SECRET.to_owned()], ..Default::default() };
+    let settings =
+        relay::transport::auth::TokenSettings { secrets: vec![SECRET.to_owned()], ..Default::default() };
     let verifier = relay::transport::auth::Verifier::new(&settings).unwrap();
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let claims = verifier.verify(token.trim(), now).unwrap();

@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use crate::feed::outbox::Outbox;
 use crate::feed::router::{Command, Registration};
 use crate::model::change::RelationId;
-use crate::model::filter;
+use crate::model::filter::{self, Operator};
 use crate::model::policy::Identity;
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
@@ -141,6 +141,14 @@ impl Feed {
         if let Some(hidden) = conditions.iter().find(|condition| !sees(&condition.column)) {
             let why = format!("ERROR P0001 (raise_exception) invalid column for filter {}", hidden.column);
             return Err(exception(request, &why).into());
+        }
+        let is_pattern = |operator| matches!(operator, Operator::Match | Operator::Imatch);
+        if let Some(pattern) = conditions.iter().find(|condition| is_pattern(condition.operator)) {
+            let text = format!(
+                "Error parsing `filter` params: operator {} is not available here: one pattern could hold up everybody's changes",
+                pattern.operator.name()
+            );
+            return Err(Refusal(text).into());
         }
         let key = (relation.id(), request.filter.clone());
         if let Some(known) = self.known(relation, &key) {

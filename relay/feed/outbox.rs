@@ -1,17 +1,19 @@
 //! The bounded queue of frames to one client. Whoever fills it never waits; when it is full the client is closed.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::future::poll_fn;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
-use tokio::sync::Notify;
+
+use crate::model::session::ChannelId;
 
 /// Frames on their way to one client, bounded in bytes.
 #[derive(Debug)]
 pub struct Outbox {
     // Never held across an await, and only for a push or a take.
     queue: Mutex<Queue>,
-    changed: Notify,
     limit: usize,
 }
 
@@ -19,7 +21,11 @@ pub struct Outbox {
 struct Queue {
     frames: VecDeque<Bytes>,
     bytes: usize,
+    /// Channels to be bound anew.
+    rebind: Vec<ChannelId>,
     end: Option<End>,
+    /// The session's task, while it waits: it is woken once, not once per frame.
+    waiting: Option<Waker>,
 }
 
 /// Why nothing more goes into an outbox.
@@ -32,10 +38,12 @@ pub enum End {
 }
 
 /// What the session finds in its outbox.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
-    /// Frames, oldest first.
-    Frames(VecDeque<Bytes>),
+    /// Frames: they are in the queue that was given.
+    Frames,
+    /// A channel's relation is gone, or another: it is to be bound anew.
+    Rebind(ChannelId),
     /// Nothing more will come.
     End(End),
 }
@@ -43,69 +51,125 @@ pub enum Taken {
 impl Outbox {
     /// An empty outbox that holds up to `limit` bytes.
     pub fn new(limit: usize) -> Self {
-        Self { queue: Mutex::default(), changed: Notify::new(), limit }
+        Self { queue: Mutex::default(), limit }
     }
 
     /// Adds a frame. One frame is always taken, however large: otherwise it could never be delivered.
     pub fn push(&self, frame: Bytes) {
-        {
-            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-            if queue.end.is_some() {
-                return;
+        self.push_all(std::slice::from_ref(&frame));
+    }
+
+    /// Adds frames in one go.
+    pub fn push_all(&self, frames: &[Bytes]) {
+        let waiting = {
+            let mut queue = self.lock();
+            for frame in frames {
+                queue.add(frame, self.limit);
             }
-            if queue.bytes + frame.len() > self.limit && !queue.frames.is_empty() {
-                // What is queued would come before a gap: none of it may be delivered as if nothing were missing.
-                *queue = Queue { end: Some(End::Full), ..Queue::default() };
-            } else {
-                queue.bytes += frame.len();
-                queue.frames.push_back(frame);
-            }
+            queue.waiting.take()
+        };
+        if let Some(waiting) = waiting {
+            waiting.wake();
         }
-        self.changed.notify_one();
+    }
+
+    /// Asks the session to bind a channel anew, after the frames that are there.
+    pub fn rebind(&self, channel: ChannelId) {
+        let waiting = {
+            let mut queue = self.lock();
+            if !queue.rebind.contains(&channel) {
+                queue.rebind.push(channel);
+            }
+            queue.waiting.take()
+        };
+        if let Some(waiting) = waiting {
+            waiting.wake();
+        }
     }
 
     /// Lets what is queued go out, and nothing after it.
     pub fn shut_down(&self) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).end.get_or_insert(End::Shutdown);
-        self.changed.notify_one();
+        let waiting = {
+            let mut queue = self.lock();
+            queue.end.get_or_insert(End::Shutdown);
+            queue.waiting.take()
+        };
+        if let Some(waiting) = waiting {
+            waiting.wake();
+        }
     }
 
     /// Whether so much waits that another part of a page might not fit.
     pub fn is_behind(&self) -> bool {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = self.lock();
         queue.end.is_none() && queue.bytes > self.limit / 4
     }
 
     /// Whether it overflowed.
     pub fn is_full(&self) -> bool {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).end == Some(End::Full)
+        self.lock().is_full()
     }
 
-    /// Waits until there is something and takes it all. Cancel safe.
-    pub async fn take(&self) -> Taken {
-        loop {
-            let waiting = self.changed.notified();
-            if let Some(taken) = self.try_take() {
-                return taken;
-            }
-            waiting.await;
-        }
+    /// Waits until there is something and takes it all, in exchange for `empty`, whose room the next frames use.
+    /// Cancel safe. Only one task may wait at a time.
+    pub async fn take(&self, empty: &mut VecDeque<Bytes>) -> Taken {
+        poll_fn(|context| self.poll(context, |queue| queue.take(empty))).await
     }
 
-    /// Waits until it overflows. Cancel safe.
+    /// Waits until it overflows. Cancel safe. Only one task may wait at a time.
     pub async fn overflowed(&self) {
-        while !self.is_full() {
-            self.changed.notified().await;
+        poll_fn(|context| self.poll(context, |queue| queue.is_full().then_some(()))).await;
+    }
+
+    fn poll<T>(&self, context: &Context<'_>, find: impl FnOnce(&mut Queue) -> Option<T>) -> Poll<T> {
+        let mut queue = self.lock();
+        match find(&mut queue) {
+            Some(found) => Poll::Ready(found),
+            None => {
+                match &mut queue.waiting {
+                    Some(waiting) => waiting.clone_from(context.waker()),
+                    nobody => *nobody = Some(context.waker().clone()),
+                }
+                Poll::Pending
+            }
         }
     }
 
-    fn try_take(&self) -> Option<Taken> {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        if !queue.frames.is_empty() {
-            queue.bytes = 0;
-            return Some(Taken::Frames(std::mem::take(&mut queue.frames)));
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue {
+    fn add(&mut self, frame: &Bytes, limit: usize) {
+        if self.end.is_some() {
+            return;
         }
-        queue.end.map(Taken::End)
+        if self.bytes + frame.len() > limit && !self.frames.is_empty() {
+            // What is queued would come before a gap: none of it may be delivered as if nothing were missing.
+            self.end = Some(End::Full);
+            self.frames = VecDeque::new();
+            self.bytes = 0;
+        } else {
+            self.bytes += frame.len();
+            self.frames.push_back(frame.clone());
+        }
+    }
+
+    fn take(&mut self, empty: &mut VecDeque<Bytes>) -> Option<Taken> {
+        if !self.frames.is_empty() {
+            self.bytes = 0;
+            std::mem::swap(&mut self.frames, empty);
+            return Some(Taken::Frames);
+        }
+        if let Some(channel) = self.rebind.pop() {
+            return Some(Taken::Rebind(channel));
+        }
+        self.end.map(Taken::End)
+    }
+
+    fn is_full(&self) -> bool {
+        self.end == Some(End::Full)
     }
 }
 
@@ -117,13 +181,19 @@ mod tests {
         Bytes::from(vec![b'x'; bytes])
     }
 
+    async fn take(outbox: &Outbox) -> (Taken, usize) {
+        let mut frames = VecDeque::new();
+        let taken = outbox.take(&mut frames).await;
+        (taken, frames.len())
+    }
+
     #[tokio::test]
     async fn a_full_outbox_gives_nothing_but_its_end() {
         let outbox = Outbox::new(10);
         outbox.push(frame(6));
         outbox.push(frame(6));
         outbox.push(frame(1));
-        assert!(matches!(outbox.take().await, Taken::End(End::Full)));
+        assert_eq!(take(&outbox).await, (Taken::End(End::Full), 0));
         outbox.overflowed().await;
     }
 
@@ -131,7 +201,7 @@ mod tests {
     async fn a_frame_larger_than_the_limit_goes_alone() {
         let outbox = Outbox::new(10);
         outbox.push(frame(100));
-        assert!(matches!(outbox.take().await, Taken::Frames(frames) if frames.len() == 1));
+        assert_eq!(take(&outbox).await, (Taken::Frames, 1));
     }
 
     #[tokio::test]
@@ -140,7 +210,7 @@ mod tests {
         outbox.push(frame(3));
         outbox.shut_down();
         outbox.push(frame(3));
-        assert!(matches!(outbox.take().await, Taken::Frames(frames) if frames.len() == 1));
-        assert!(matches!(outbox.take().await, Taken::End(End::Shutdown)));
+        assert_eq!(take(&outbox).await, (Taken::Frames, 1));
+        assert_eq!(take(&outbox).await, (Taken::End(End::Shutdown), 0));
     }
 }

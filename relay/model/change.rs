@@ -23,6 +23,8 @@ pub enum Operation {
     Delete,
     /// All rows went at once: no images.
     Truncate,
+    /// Not of rows: from here on the schema, or who may see what, is another.
+    Schema,
 }
 
 impl Operation {
@@ -33,6 +35,7 @@ impl Operation {
             "U" => Some(Self::Update),
             "D" => Some(Self::Delete),
             "T" => Some(Self::Truncate),
+            "S" => Some(Self::Schema),
             _ => None,
         }
     }
@@ -44,6 +47,7 @@ impl Operation {
             Self::Update => "UPDATE",
             Self::Delete => "DELETE",
             Self::Truncate => "TRUNCATE",
+            Self::Schema => "SCHEMA",
         }
     }
 }
@@ -121,6 +125,18 @@ impl<'a> Row<'a> {
         let columns = deserializer.deserialize_map(Columns)?;
         deserializer.end()?;
         Ok(Self { columns })
+    }
+
+    /// The names of its columns, in order.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.columns.iter().map(|(name, _)| &**name)
+    }
+
+    /// The object without the values whose text is longer than this.
+    pub fn without_long_values(&self, most: usize) -> String {
+        self.project(|name| {
+            self.value(name).is_some_and(|value| value.len() <= most).then_some(Spelling::Plain)
+        })
     }
 
     /// The JSON text of a column's value; none when the image does not hold the column.

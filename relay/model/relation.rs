@@ -1,6 +1,6 @@
 //! The catalog as the relay knows it: watched relations, their columns and keys, and what each role may see.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -12,18 +12,24 @@ use crate::model::change::{RelationId, Spelling};
 pub struct Catalog {
     relations: HashMap<RelationId, Arc<Relation>>,
     roles: BTreeSet<String>,
+    ordered: bool,
 }
 
 impl Catalog {
-    /// The relations with the rights of exactly these roles.
-    pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>) -> Self {
+    /// The relations with the rights of exactly these roles. `ordered`: see [`Catalog::is_ordered`].
+    pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>, ordered: bool) -> Self {
         let relations = relations.into_iter().map(|relation| (relation.id(), Arc::new(relation))).collect();
-        Self { relations, roles }
+        Self { relations, roles, ordered }
     }
 
     /// Whether the rights of this role are part of the catalog.
     pub fn knows_role(&self, role: &str) -> bool {
         self.roles.contains(role)
+    }
+
+    /// Changes of the schema stand in the changelog, in order with the changes of rows.
+    pub fn is_ordered(&self) -> bool {
+        self.ordered
     }
 
     /// The relation watched under that number.
@@ -50,6 +56,8 @@ pub struct Relation {
     pub schema: String,
     /// Its name.
     pub table: String,
+    /// Its kind in `pg_class`: `r`, `p`, `m`, `f`.
+    pub kind: String,
     /// Rows that leave a subscriber's sight are reported to it.
     pub leave_events: bool,
     /// Replica identity is FULL: `old_record` is the whole old row.
@@ -58,7 +66,8 @@ pub struct Relation {
     pub key: Vec<String>,
     /// All columns, in table order.
     pub columns: Vec<Column>,
-    access: HashMap<String, Access>,
+    // A handful of roles, looked up for every subscriber and change: faster by order than by hash.
+    access: BTreeMap<String, Access>,
 }
 
 /// A column of a relation.

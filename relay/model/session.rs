@@ -12,6 +12,9 @@ use crate::model::subscription::{Refusal, Request};
 /// How many channels one client may join.
 pub const MOST_CHANNELS: usize = 100;
 
+/// How many entries of `postgres_changes` one channel may have: each is looked at for each change.
+pub const MOST_ENTRIES: usize = 100;
+
 /// PostgreSQL cannot be asked who may see what.
 const UNAVAILABLE: &str = "UnableToConnectToProject: Realtime was unable to connect to the project database";
 
@@ -164,6 +167,12 @@ impl Session {
                 state.farewell(frames)
             }
         }
+    }
+
+    /// What a channel was bound to is gone, or another: it is bound anew.
+    pub fn rebind(&mut self, channel: ChannelId) -> Vec<Action> {
+        let found = self.channels.values_mut().find(|state| state.id == channel && state.delivering);
+        found.map_or_else(Vec::new, |state| vec![state.bind()])
     }
 
     /// The outcome of [`Action::Bind`].
@@ -450,6 +459,9 @@ fn entries(payload: &Value) -> Result<Vec<Map<String, Value>>, String> {
     let list =
         payload.get("config").and_then(|config| config.get("postgres_changes")).and_then(Value::as_array);
     let wanted = list.into_iter().flatten().filter(|entry| !entry.is_null());
+    if list.is_some_and(|list| list.len() > MOST_ENTRIES) {
+        return Err(format!("ChannelRateLimitReached: More than {MOST_ENTRIES} postgres_changes entries"));
+    }
     wanted
         .map(|entry| match entry {
             Value::Object(entry) => Ok(entry.clone()),
@@ -466,4 +478,332 @@ fn with_id(entry: &Map<String, Value>, n: usize) -> Value {
 
 fn truthy(value: &Value) -> bool {
     matches!(value, Value::Bool(true)) || value.as_str() == Some("true")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOW: u64 = 1000;
+
+    /// Tokens are `name` or `name:expiry`; anything with a blank is none.
+    struct Names;
+
+    impl Tokens for Names {
+        fn verify(&self, token: &str) -> Result<Claims, TokenRefusal> {
+            if token.contains(' ') || token.is_empty() {
+                return Err(TokenRefusal { code: "MalformedJWT", text: "no token".to_owned() });
+            }
+            let (name, expiry) = token.split_once(':').unwrap_or((token, "5000"));
+            Ok(claims(name, expiry.parse().unwrap()))
+        }
+    }
+
+    fn claims(name: &str, expiry: u64) -> Claims {
+        let payload = json!({"role": "authenticated", "sub": name, "exp": expiry});
+        Claims::from_verified_payload(&payload.to_string()).unwrap()
+    }
+
+    fn session() -> Session {
+        Session::new(7, Version::V2, claims("own", 9000))
+    }
+
+    fn says(session: &mut Session, reference: &str, topic: &str, event: &str, payload: Value) -> Vec<Action> {
+        let message = Message {
+            join_ref: json!(reference),
+            ref_: json!(reference),
+            topic: topic.to_owned(),
+            event: event.to_owned(),
+            payload,
+        };
+        session.receive(message, NOW, &Names)
+    }
+
+    fn join(session: &mut Session, reference: &str, token: &str, more: Value) -> Vec<Action> {
+        let mut config = json!({"postgres_changes": [{"event": "*", "table": "todos"}]});
+        for (name, value) in more.as_object().unwrap() {
+            config[name] = value.clone();
+        }
+        says(session, reference, "realtime:t", "phx_join", json!({"config": config, "access_token": token}))
+    }
+
+    /// What is to be bound: channel, attempt and for whom.
+    fn bind(actions: &[Action]) -> (ChannelId, u32, String) {
+        let found = actions.iter().find_map(|action| match action {
+            Action::Bind { channel, attempt, identity, .. } => {
+                Some((*channel, *attempt, identity.claims().sub().unwrap().to_owned()))
+            }
+            _ => None,
+        });
+        found.unwrap_or_else(|| panic!("nothing is to be bound: {actions:?}"))
+    }
+
+    /// A session with one channel that delivers.
+    fn delivering() -> (Session, ChannelId) {
+        let mut session = session();
+        let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", json!({})));
+        session.bound(channel, attempt, Ok(()));
+        (session, channel)
+    }
+
+    /// The frames in order, each as `event status-or-message`, with what they are part of.
+    fn told(actions: &[Action]) -> Vec<String> {
+        let line = |kind: &str, frame: &String| {
+            let frame: Value = serde_json::from_str(frame).unwrap();
+            let payload = &frame[4];
+            let more = payload.get("message").or_else(|| payload["response"].get("reason"));
+            let more = more.or_else(|| payload.get("status")).map_or("", |text| text.as_str().unwrap());
+            format!("{kind}{} {} {more}", frame[0].as_str().unwrap_or("-"), frame[3].as_str().unwrap())
+        };
+        let lines = |action: &Action| match action {
+            Action::Send(frame) => vec![line("", frame)],
+            Action::Bind { .. } => vec!["bind".to_owned()],
+            Action::Join { greeting, .. } => greeting.iter().map(|frame| line("join: ", frame)).collect(),
+            Action::Leave { farewell, .. } if farewell.is_empty() => vec!["leave".to_owned()],
+            Action::Leave { farewell, .. } => farewell.iter().map(|frame| line("leave: ", frame)).collect(),
+        };
+        actions.iter().flat_map(lines).collect()
+    }
+
+    #[test]
+    fn a_join_is_answered_when_it_is_bound_and_before_any_change() {
+        let mut session = session();
+        let actions = join(&mut session, "1", "ann", json!({"presence": {"enabled": true}}));
+        assert_eq!(told(&actions), ["bind"]);
+        let (channel, attempt, who) = bind(&actions);
+        assert_eq!(who, "ann");
+        let actions = session.bound(channel, attempt, Ok(()));
+        let greeting =
+            ["join: 1 phx_reply ok", "join: 1 presence_state ", "join: 1 system Subscribed to PostgreSQL"];
+        assert_eq!(told(&actions), greeting);
+    }
+
+    #[test]
+    fn a_join_without_bindings_is_answered_at_once() {
+        let mut session = session();
+        let actions = join(&mut session, "1", "ann", json!({"postgres_changes": [null]}));
+        assert_eq!(told(&actions), ["1 phx_reply ok"]);
+        assert_eq!(told(&session.end()), [""; 0], "nothing was delivered to it");
+    }
+
+    #[test]
+    fn an_outcome_counts_only_for_the_latest_attempt() {
+        let mut session = session();
+        let (channel, first, _) = bind(&join(&mut session, "1", "ann", json!({})));
+        let token = json!({"access_token": "bob"});
+        let (_, second, who) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
+        assert_eq!((second, who.as_str()), (first + 1, "bob"));
+        assert_eq!(session.bound(channel, first, Ok(())), []);
+        assert_eq!(session.unavailable(channel, first), []);
+        assert_eq!(told(&session.bound(channel, second, Ok(()))).len(), 2);
+
+        // The same for a channel that is joined anew, or left, while it is being bound.
+        let (old, attempt, _) = bind(&join(&mut session, "2", "ann", json!({})));
+        let actions = join(&mut session, "3", "ann", json!({}));
+        assert_eq!(told(&actions), ["2 phx_close ", "bind"]);
+        let (new, ..) = bind(&actions);
+        assert_ne!(old, new);
+        assert_eq!(session.bound(old, attempt, Ok(())), []);
+        let left = says(&mut session, "3", "realtime:t", "phx_leave", json!({}));
+        assert_eq!(told(&left), ["3 phx_reply ok", "3 phx_close "]);
+        assert_eq!(session.bound(new, 1, Ok(())), []);
+    }
+
+    #[test]
+    fn a_refusal_is_told_beside_the_join_or_in_its_place() {
+        let refusal = || Err(Refusal("no".to_owned()));
+        let mut session = session();
+        let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", json!({})));
+        let actions = session.bound(channel, attempt, refusal());
+        assert_eq!(told(&actions), ["1 phx_reply ok", "1 system no"]);
+        assert_eq!(session.channel_count(), 1);
+
+        let waiting = json!({"postgres_changes_options": {"wait": true}});
+        let (channel, attempt, _) = bind(&join(&mut session, "2", "ann", waiting.clone()));
+        let actions = session.bound(channel, attempt, refusal());
+        assert_eq!(told(&actions), ["2 phx_reply RealtimeDisabledForConfiguration: no"]);
+        assert_eq!(session.channel_count(), 0);
+
+        let mut unreadable = waiting;
+        unreadable["postgres_changes"] = json!([{}]);
+        let actions = join(&mut session, "3", "ann", unreadable);
+        assert!(
+            told(&actions)[0].starts_with("3 phx_reply RealtimeDisabledForConfiguration: No subscription")
+        );
+        assert_eq!(session.channel_count(), 0);
+    }
+
+    #[test]
+    fn a_refusal_of_new_claims_ends_delivery_and_keeps_the_channel() {
+        let (mut session, channel) = delivering();
+        let token = json!({"access_token": "bob"});
+        let (_, attempt, _) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
+        let actions = session.bound(channel, attempt, Err(Refusal("no".to_owned())));
+        assert_eq!(told(&actions), ["leave: 1 system no"]);
+        assert_eq!(session.channel_count(), 1);
+        assert_eq!(told(&session.end()), [""; 0]);
+    }
+
+    #[test]
+    fn without_postgresql_a_client_is_sent_to_join_again() {
+        let mut joining = session();
+        let (channel, attempt, _) = bind(&join(&mut joining, "1", "ann", json!({})));
+        let actions = joining.unavailable(channel, attempt);
+        assert_eq!(told(&actions), [format!("1 phx_reply {UNAVAILABLE}")]);
+        assert_eq!(joining.channel_count(), 0);
+
+        let (mut session, channel) = delivering();
+        let token = json!({"access_token": "bob"});
+        let (_, attempt, _) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
+        let actions = session.unavailable(channel, attempt);
+        assert_eq!(
+            told(&actions),
+            [format!("leave: 1 system {UNAVAILABLE}"), "leave: 1 phx_error ".to_owned()]
+        );
+        assert_eq!(session.channel_count(), 0);
+    }
+
+    #[test]
+    fn what_ends_a_channel_comes_after_its_last_change() {
+        let (mut session, _) = delivering();
+        let bad = says(&mut session, "1", "realtime:t", "access_token", json!({"access_token": "no token"}));
+        assert_eq!(told(&bad), ["leave: 1 system no token", "leave: 1 phx_close "]);
+        let (mut session, _) = delivering();
+        let left = says(&mut session, "1", "realtime:t", "phx_leave", json!({}));
+        assert_eq!(told(&left), ["leave: 1 phx_reply ok", "leave: 1 phx_close "]);
+        let (mut session, _) = delivering();
+        let stale = says(&mut session, "0", "realtime:t", "phx_leave", json!({}));
+        assert_eq!(told(&stale), ["0 phx_reply ok"]);
+        assert_eq!(told(&session.end()), ["leave"]);
+    }
+
+    #[test]
+    fn tokens_that_say_nothing_new_do_nothing() {
+        let (mut session, _) = delivering();
+        for payload in [
+            json!({"access_token": "ann"}),
+            json!({"access_token": "sb_publishable_x"}),
+            json!({"access_token": null}),
+            json!({}),
+            json!(null),
+        ] {
+            assert_eq!(says(&mut session, "1", "realtime:t", "access_token", payload), []);
+        }
+    }
+
+    #[test]
+    fn a_channel_ends_with_its_token_and_no_other_does() {
+        let mut session = session();
+        assert_eq!(session.next_expiry(), None);
+        for (n, token) in ["ann:2000", "bob:3000", "sb_secret_x"].into_iter().enumerate() {
+            let payload = json!({"access_token": token});
+            says(&mut session, &n.to_string(), &format!("realtime:{n}"), "phx_join", payload);
+        }
+        assert_eq!(session.next_expiry(), Some(2000));
+        assert_eq!(session.expire(1999), []);
+        let ended = session.expire(2000);
+        assert_eq!(told(&ended), ["0 system Token has expired 0 seconds ago", "0 phx_close "]);
+        assert_eq!(session.next_expiry(), Some(3000));
+        let ended = session.expire(3007);
+        assert_eq!(told(&ended), ["1 system Token has expired 7 seconds ago", "1 phx_close "]);
+        assert_eq!(session.next_expiry(), Some(9000), "the connection's own");
+    }
+
+    #[test]
+    fn a_join_has_the_connections_identity_unless_it_shows_another() {
+        let mut session = session();
+        for (payload, expected) in [
+            (json!({}), "own"),
+            (json!({"access_token": null}), "own"),
+            (json!({"access_token": "sb_publishable_x"}), "own"),
+            (json!({"access_token": "ann"}), "ann"),
+            (json!({"access_token": "ann", "user_token": "bob"}), "bob"),
+            (json!({"access_token": "ann", "user_token": null}), "ann"),
+        ] {
+            let mut payload = payload;
+            payload["config"] = json!({"postgres_changes": [{"table": "todos"}]});
+            let (.., who) = bind(&says(&mut session, "1", "realtime:t", "phx_join", payload.clone()));
+            assert_eq!(who, expected, "{payload}");
+        }
+        let mut late = Session::new(7, Version::V2, claims("own", 900));
+        let actions = says(&mut late, "1", "realtime:t", "phx_join", json!({}));
+        assert_eq!(told(&actions), ["1 phx_reply InvalidJWTToken: Token has expired 100 seconds ago"]);
+    }
+
+    #[test]
+    fn channels_are_bounded() {
+        let mut session = session();
+        for n in 0..MOST_CHANNELS {
+            says(&mut session, "1", &format!("realtime:{n}"), "phx_join", json!({}));
+        }
+        let refused = says(&mut session, "1", "realtime:more", "phx_join", json!({}));
+        assert_eq!(told(&refused), ["1 phx_reply ChannelRateLimitReached: Too many channels"]);
+        let again = says(&mut session, "2", "realtime:5", "phx_join", json!({}));
+        assert_eq!(told(&again), ["1 phx_close ", "2 phx_reply ok"]);
+        assert_eq!(session.channel_count(), MOST_CHANNELS);
+    }
+
+    proptest! {
+        /// Whatever comes in whatever order: delivery that ends had begun, nothing is delivered to a channel that was
+        /// not bound for its latest identity, and at the end nothing is left.
+        #[test]
+        fn delivery_begins_and_ends_in_pairs(
+            steps in proptest::collection::vec((0_usize..8, 0_usize..3, 0_usize..3, any::<bool>()), 0..60)
+        ) {
+            let mut session = session();
+            let mut delivering: HashSet<ChannelId> = HashSet::new();
+            let mut binding: Vec<(ChannelId, u32, String)> = Vec::new();
+            let mut latest: HashMap<ChannelId, (u32, String)> = HashMap::new();
+            let mut now = NOW;
+            for (step, topic, token, flag) in steps {
+                let topic = format!("realtime:{topic}");
+                let token = ["ann", "bob", "cat:1200"][token];
+                let bindings = json!({"postgres_changes": [{"table": "todos"}], "postgres_changes_options": {"wait": flag}});
+                let actions = match step {
+                    0 | 1 => says(&mut session, "1", &topic, "phx_join", json!({"config": bindings, "access_token": token})),
+                    2 => says(&mut session, if flag { "1" } else { "0" }, &topic, "phx_leave", json!({})),
+                    3 => says(&mut session, "1", &topic, "access_token", json!({"access_token": if flag { token } else { "no token" }})),
+                    4 => {
+                        now += 50;
+                        session.expire(now)
+                    }
+                    5 if !binding.is_empty() => {
+                        let (channel, attempt, _) = binding.remove(0);
+                        session.unavailable(channel, attempt)
+                    }
+                    _ if binding.is_empty() => Vec::new(),
+                    _ => {
+                        let (channel, attempt, who) = binding.remove(0);
+                        let outcome = if flag { Ok(()) } else { Err(Refusal("no".to_owned())) };
+                        let actions = session.bound(channel, attempt, outcome);
+                        if actions.iter().any(|action| matches!(action, Action::Join { .. })) {
+                            prop_assert_eq!(&latest[&channel], &(attempt, who));
+                        }
+                        actions
+                    }
+                };
+                for action in actions {
+                    match action {
+                        Action::Bind { channel, attempt, identity, .. } => {
+                            let who = identity.claims().sub().unwrap().to_owned();
+                            binding.push((channel, attempt, who.clone()));
+                            latest.insert(channel, (attempt, who));
+                        }
+                        Action::Join { channel, .. } => _ = delivering.insert(channel),
+                        Action::Leave { channel, .. } => prop_assert!(delivering.remove(&channel)),
+                        Action::Send(frame) => prop_assert!(serde_json::from_str::<Value>(&frame).is_ok()),
+                    }
+                }
+            }
+            for action in session.end() {
+                let Action::Leave { channel, .. } = action else { panic!("{action:?}") };
+                prop_assert!(delivering.remove(&channel));
+            }
+            prop_assert!(delivering.is_empty());
+        }
+    }
 }

@@ -144,6 +144,7 @@ impl Request {
 /// A filter whose values PostgreSQL has read with the column's type.
 #[derive(Debug)]
 pub struct BoundFilter {
+    relation: (String, String),
     conditions: Vec<Typed>,
     /// The statement by which PostgreSQL judges row images against this filter.
     pub statement: Arc<str>,
@@ -164,16 +165,22 @@ pub struct Typed {
 
 impl BoundFilter {
     /// Brings conditions and statement together.
-    pub fn new(conditions: Vec<Typed>, statement: Arc<str>) -> Self {
-        Self { conditions, statement }
+    pub fn new(relation: &Relation, conditions: Vec<Typed>, statement: Arc<str>) -> Self {
+        let relation = (relation.schema.clone(), relation.table.clone());
+        Self { relation, conditions, statement }
     }
 
-    /// Whether the columns still have the types with which the filter was read.
+    fn says_the_same(&self, other: &Self) -> bool {
+        let conditions = |filter: &Self| filter.conditions.iter().map(|typed| typed.condition.clone()).collect::<Vec<_>>();
+        conditions(self) == conditions(other)
+    }
+
+    /// Whether relation and columns still have the names and types with which the filter was read.
     pub fn fits(&self, relation: &Relation) -> bool {
         let same = |typed: &Typed| {
             relation.column(&typed.condition.column).is_some_and(|now| now.kind == typed.kind)
         };
-        self.conditions.iter().all(same)
+        (&self.relation.0, &self.relation.1) == (&relation.schema, &relation.table) && self.conditions.iter().all(same)
     }
 
     /// The columns that the filter reads.
@@ -241,7 +248,8 @@ impl Typed {
     }
 }
 
-/// A request bound to a relation and to the rights of the claims it was made with.
+/// A request bound to a relation and to the rights of the claims it was made with. Equal when they mean the same; ids
+/// alone may collide.
 #[derive(Debug)]
 pub struct Binding {
     /// See [`Request::id`].
@@ -256,6 +264,25 @@ pub struct Binding {
     pub select: Option<Vec<String>>,
 }
 
+impl PartialEq for Binding {
+    fn eq(&self, other: &Self) -> bool {
+        let filters = (self.filter.as_ref(), other.filter.as_ref());
+        (self.id, self.events, &self.scope, &self.select) == (other.id, other.events, &other.scope, &other.select)
+            && match filters {
+                (Some(one), Some(other)) => one.says_the_same(other),
+                (one, other) => one.is_none() && other.is_none(),
+            }
+    }
+}
+
+impl Eq for Binding {}
+
+impl Hash for Binding {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.id.hash(state);
+    }
+}
+
 /// The relations of a binding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
@@ -268,10 +295,10 @@ pub enum Scope {
 }
 
 /// What one channel receives. It exists only bound to verified claims, and only [`Subscription::bind`] makes one.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Subscription {
     identity: Identity,
-    bindings: Vec<Binding>,
+    bindings: Arc<[Binding]>,
 }
 
 impl Subscription {
@@ -298,7 +325,7 @@ impl Subscription {
             let select = (!request.select.is_empty()).then(|| request.select.clone());
             bindings.push(Binding { id: request.id(), events: request.events, scope, filter, select });
         }
-        Ok(Self { identity, bindings })
+        Ok(Self { identity, bindings: bindings.into() })
     }
 
     /// Whose it is.
@@ -361,4 +388,247 @@ pub fn exception(request: &Request, error: &str) -> Refusal {
          parameters: {}. Exception: {error}",
         request.described()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::claims::Claims;
+    use crate::model::filter;
+    use crate::model::relation::tests::todos;
+
+    fn parse(entry: &Value) -> Result<Request, Refusal> {
+        Request::parse(entry.as_object().unwrap())
+    }
+
+    fn identity(role: &str) -> Identity {
+        let payload = json!({"role": role, "exp": 1}).to_string();
+        Identity::new(Claims::from_verified_payload(&payload).unwrap())
+    }
+
+    fn catalog() -> Catalog {
+        let roles = ["authenticated", "narrow", "blind"].map(str::to_owned);
+        Catalog::new(vec![todos(false, false)], BTreeSet::from(roles), true)
+    }
+
+    fn table(schema: &str, table: &str) -> Target {
+        Target::Table { schema: schema.to_owned(), table: table.to_owned() }
+    }
+
+    #[test]
+    fn an_entry_names_a_table_a_schema_or_everything() {
+        let schema = |name: &str| Target::Schema(name.to_owned());
+        for (entry, target) in [
+            (json!({"schema": "s", "table": "t"}), table("s", "t")),
+            (json!({"table": "t"}), table("public", "t")),
+            (json!({"schema": null, "table": "T.\"x"}), table("public", "T.\"x")),
+            (json!({"schema": "s"}), schema("s")),
+            (json!({"schema": "s", "table": "*"}), schema("s")),
+            (json!({"schema": "s", "table": ""}), schema("s")),
+            (json!({"table": "*"}), schema("public")),
+            (json!({"schema": "*"}), Target::All),
+            (json!({"schema": "*", "table": "*"}), Target::All),
+        ] {
+            assert_eq!(parse(&entry).unwrap().target, target, "{entry}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_text_does_not_count_as_absent() {
+        for entry in [
+            json!({}),
+            json!({"event": "*", "filter": "id=eq.1"}),
+            json!({"schema": "public", "table": 5}),
+            json!({"schema": ["public"], "table": "t"}),
+            json!({"schema": {}, "table": {}}),
+        ] {
+            let refusal = parse(&entry).unwrap_err().0;
+            assert!(refusal.starts_with("No subscription params provided."), "{refusal}");
+        }
+        for filter in [json!(5), json!(true), json!(["id=eq.1"]), json!({"id": 1})] {
+            let refusal = parse(&json!({"table": "t", "filter": filter})).unwrap_err().0;
+            assert_eq!(refusal, format!("Error parsing `filter` params: [{filter}]"));
+        }
+        for select in [json!("id"), json!([1]), json!({"id": true}), json!(["id", null])] {
+            let refusal = parse(&json!({"table": "t", "select": select})).unwrap_err().0;
+            assert!(refusal.starts_with("Error parsing `select` params:"), "{refusal}");
+        }
+        let refusal = parse(&json!({"schema": "public", "select": ["id"]})).unwrap_err().0;
+        assert!(refusal.starts_with("Column selection is not supported for wildcard subscriptions."));
+    }
+
+    #[test]
+    fn an_event_is_one_of_three_or_all() {
+        for (event, events) in [
+            (json!("INSERT"), Events::Only(Operation::Insert)),
+            (json!("update"), Events::Only(Operation::Update)),
+            (json!("Delete"), Events::Only(Operation::Delete)),
+            (json!("*"), Events::All),
+            (json!("TRUNCATE"), Events::All),
+            (json!(""), Events::All),
+            (json!(null), Events::All),
+        ] {
+            assert_eq!(parse(&json!({"table": "t", "event": event})).unwrap().events, events, "{event}");
+        }
+    }
+
+    #[test]
+    fn an_id_is_positive_and_that_of_every_equal_entry() {
+        let id = |entry: Value| parse(&entry).unwrap().id();
+        let plain = id(json!({"event": "*", "schema": "public", "table": "t"}));
+        assert_eq!(plain, id(json!({"table": "t", "filter": " ", "select": [], "extra": 1})));
+        let others = [
+            json!({"table": "u"}),
+            json!({"table": "t", "event": "INSERT"}),
+            json!({"table": "t", "filter": "id=eq.1"}),
+            json!({"table": "t", "select": ["id"]}),
+            json!({"schema": "public"}),
+        ];
+        let ids: BTreeSet<u32> = others.into_iter().map(id).chain([plain]).collect();
+        assert_eq!(ids.len(), 6);
+        assert!(ids.iter().all(|id| (1..1 << 27).contains(id)));
+    }
+
+    #[test]
+    fn an_echo_is_the_entry_with_its_id() {
+        let entry = json!({"event": "insert", "schema": "public", "table": "t", "filter": null, "more": [1]});
+        let request = parse(&entry).unwrap();
+        let mut expected = entry;
+        expected["id"] = json!(request.id());
+        assert_eq!(request.echo(), expected);
+    }
+
+    fn bind(role: &str, entry: &Value) -> Result<Subscription, String> {
+        let request = parse(entry).unwrap();
+        Subscription::bind(identity(role), &catalog(), &[request], vec![None]).map_err(|refusal| refusal.0)
+    }
+
+    #[test]
+    fn what_may_not_be_read_is_refused_like_what_is_not_there() {
+        let entry = |table: &str| json!({"event": "*", "schema": "public", "table": table});
+        assert!(bind("authenticated", &entry("todos")).is_ok());
+        let missing = bind("authenticated", &entry("missing")).unwrap_err();
+        for role in ["blind", "unknown"] {
+            let refusal = bind(role, &entry("todos")).unwrap_err();
+            assert_eq!(refusal.replace("todos", "missing"), missing, "{role}");
+        }
+        let select = |columns: Value| json!({"table": "todos", "select": columns});
+        assert!(bind("narrow", &select(json!(["id", "title"]))).is_ok());
+        for (role, columns) in [("narrow", json!(["id", "owner"])), ("authenticated", json!(["nope"]))] {
+            let refusal = bind(role, &select(columns.clone())).unwrap_err();
+            let column = columns.as_array().unwrap().last().unwrap().as_str().unwrap();
+            assert!(refusal.ends_with(&format!("invalid column for select {column}")), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_scope_is_the_relation_its_schema_or_all() {
+        let relation = todos(false, false);
+        for (entry, concerns) in [
+            (json!({"table": "todos"}), true),
+            (json!({"schema": "public"}), true),
+            (json!({"schema": "*"}), true),
+            (json!({"schema": "other"}), false),
+        ] {
+            let subscription = bind("authenticated", &entry).unwrap();
+            assert_eq!(subscription.concerning(&relation).count(), usize::from(concerns), "{entry}");
+        }
+    }
+
+    fn typed(filter: &str, kind: &str, comparable: bool) -> BoundFilter {
+        let conditions = filter::parse(filter).unwrap();
+        let typed = conditions.into_iter().map(|condition| {
+            let values = condition.values.clone();
+            Typed { condition, kind: kind.to_owned(), comparable, values }
+        });
+        BoundFilter::new(&todos(false, false), typed.collect(), "".into())
+    }
+
+    #[track_caller]
+    fn check(filter: &str, kind: &str, value: &str, expected: Option<bool>) {
+        let image = format!(r#"{{"id":1,"c":{value}}}"#);
+        let found = typed(filter, kind, true).decide(&Row::parse(&image).unwrap());
+        assert_eq!(found, expected, "{filter} on {value} of {kind}");
+    }
+
+    #[test]
+    fn a_filter_is_decided_here_only_where_equal_values_have_equal_texts() {
+        for (filter, value, expected) in [
+            ("c=eq.5", "5", true),
+            ("c=eq.5", "-5", false),
+            ("c=neq.5", "6", true),
+            ("c=lt.10", "9", true),
+            ("c=gt.-10", "-9", true),
+            ("c=lte.9223372036854775807", "9223372036854775807", true),
+            ("c=gte.5", "4", false),
+            ("c=in.(1,5)", "5", true),
+            ("c=not.in.(1,5)", "5", false),
+            ("c=gt.1,c=not.eq.5", "6", true),
+            ("c=gt.1,c=not.eq.5", "5", false),
+        ] {
+            check(filter, "int8", value, Some(expected));
+        }
+        check("c=eq.a\"b", "text", r#""a\"b""#, Some(true));
+        check("c=eq.ü", "text", r#""\u00fc""#, Some(true));
+        check("c=in.(x,\"\")", "text", r#""""#, Some(true));
+        check("c=eq.true", "bool", "true", Some(true));
+        check("c=neq.true", "bool", "false", Some(true));
+        for (filter, kind, value) in [
+            ("c=lt.b", "text", r#""a""#),
+            ("c=like.a%", "text", r#""a""#),
+            ("c=eq.5", "numeric", "5.0"),
+            ("c=eq.a", "bpchar", r#""a  ""#),
+            ("c=eq.2026-01-05", "date", r#""2026-01-05""#),
+            ("c=lt.true", "bool", "false"),
+            ("c=in.()", "int4", "5"),
+        ] {
+            check(filter, kind, value, None);
+        }
+        let image = Row::parse(r#"{"id":1,"c":5}"#).unwrap();
+        assert_eq!(typed("c=eq.5", "int4", false).decide(&image), None, "a collation may say otherwise");
+        assert_eq!(typed("gone=eq.5", "int4", true).decide(&image), None);
+    }
+
+    #[test]
+    fn null_is_neither_equal_nor_different_and_only_postgresql_knows_the_rest() {
+        for kind in ["int4", "text", "uuid", "bool"] {
+            for filter in ["c=eq.5", "c=neq.5", "c=not.eq.5", "c=in.(5)", "c=not.in.(5)"] {
+                check(filter, kind, "null", Some(false));
+            }
+            for filter in ["c=is.null", "c=not.is.null", "c=isdistinct.5", "c=in.()", "c=not.in.()"] {
+                check(filter, kind, "null", None);
+            }
+        }
+        check("c=lt.5", "int4", "null", Some(false));
+        check("c=not.gte.5", "int4", "null", Some(false));
+    }
+
+    #[test]
+    fn a_filter_fits_while_its_columns_have_the_types_it_was_read_with() {
+        assert!(typed("id=eq.5", "int8", true).fits(&todos(false, false)));
+        assert!(!typed("id=eq.5", "int4", true).fits(&todos(false, false)));
+        assert!(!typed("gone=eq.5", "int8", true).fits(&todos(false, false)));
+        let columns = typed("id=eq.5,id=gt.1", "int8", true);
+        assert_eq!(columns.columns().collect::<Vec<_>>(), ["id", "id"]);
+    }
+
+    #[test]
+    fn subscriptions_are_the_same_only_if_they_mean_the_same_whatever_their_ids() {
+        let subscription = |filter: Option<&str>, events| {
+            let filter = filter.map(|filter| Arc::new(typed(filter, "int8", true)));
+            let scope = Scope::Relation(RelationId(7));
+            let bindings = Arc::new([Binding { id: 1, events, scope, filter, select: None }]);
+            Subscription { identity: identity("authenticated"), bindings }
+        };
+        let plain = subscription(None, Events::All);
+        assert_eq!(plain, subscription(None, Events::All));
+        assert_eq!(subscription(Some("id=eq.1"), Events::All), subscription(Some("id=eq.1"), Events::All));
+        assert_ne!(plain, subscription(Some("id=eq.1"), Events::All));
+        assert_ne!(subscription(Some("id=eq.2"), Events::All), subscription(Some("id=eq.1"), Events::All));
+        assert_ne!(plain, subscription(None, Events::Only(Operation::Insert)));
+    }
 }

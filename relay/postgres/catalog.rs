@@ -8,20 +8,22 @@ use deadpool_postgres::Pool;
 use serde::Deserialize;
 use tokio::sync::Mutex;
 
-use crate::model::change::RelationId;
 use crate::model::filter::Condition;
 use crate::model::relation::{Catalog, Relation};
 use crate::model::subscription::{BoundFilter, Typed};
 use crate::postgres::connect::Error;
 
-/// How old the knowledge of policies, grants and memberships may be when a change is judged or a channel bound.
+/// How old the knowledge of role memberships may be when a change is judged.
 /// A change of the rules must count within a second; four looks a second cost nothing that can be measured, and
-/// none is made while nothing happens.
+/// none is made while nothing happens. Policies, grants and columns are told by the changelog itself; where it
+/// cannot, each page of changes is preceded by a look.
 const FRESH: Duration = Duration::from_millis(250);
 
 /// Keeps the catalog.
 pub struct CatalogKeeper {
     pool: Pool,
+    /// Apart from the pool, because what runs there comes from clients.
+    filters: Pool,
     judge: Option<String>,
     // Held across the query on purpose: whoever comes meanwhile wants the same answer.
     state: Mutex<State>,
@@ -36,28 +38,30 @@ struct State {
 
 #[derive(Deserialize)]
 struct Answer {
+    ordered: bool,
     relations: Vec<Relation>,
 }
 
 impl CatalogKeeper {
-    /// Knows nothing at first. `judge` is the login that judges, when it is not the pool's own.
-    pub fn new(pool: Pool, judge: Option<String>) -> Self {
+    /// Knows nothing at first. `filters` are connections with a short time limit for what clients ask; `judge` is the login that judges, when it is not the pool's own.
+    pub fn new(pool: Pool, filters: Pool, judge: Option<String>) -> Self {
         let state = State {
             catalog: Arc::default(),
             roles: BTreeSet::new(),
             fingerprint: String::new(),
             checked: None,
         };
-        Self { pool, judge, state: Mutex::new(state) }
+        Self { pool, filters, judge, state: Mutex::new(state) }
     }
 
-    /// The catalog as it is now, or was at most 250 ms ago.
+    /// The catalog that is right for changes that were just read, unless the changelog says that the schema changed.
     ///
     /// # Errors
     /// As the connection.
     pub async fn fresh(&self) -> Result<Arc<Catalog>, Error> {
         let mut state = self.state.lock().await;
-        if state.checked.is_none_or(|checked| checked.elapsed() > FRESH) {
+        let allowed = if state.catalog.is_ordered() { FRESH } else { Duration::ZERO };
+        if state.checked.is_none_or(|checked| checked.elapsed() > allowed) {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
@@ -68,9 +72,11 @@ impl CatalogKeeper {
     /// # Errors
     /// As the connection.
     pub async fn with_role(&self, role: &str) -> Result<Arc<Catalog>, Error> {
+        let asked = Instant::now();
         let mut state = self.state.lock().await;
         state.roles.insert(role.to_owned());
-        if !state.catalog.knows_role(role) || state.checked.is_none_or(|checked| checked.elapsed() > FRESH) {
+        // Whoever waited for another's look has had its own.
+        if !state.catalog.knows_role(role) || state.checked.is_none_or(|checked| checked < asked) {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
@@ -84,15 +90,6 @@ impl CatalogKeeper {
         let mut state = self.state.lock().await;
         self.refresh(&mut state).await?;
         Ok(Arc::clone(&state.catalog))
-    }
-
-    /// The catalog that knows the relation, looked at anew when the one at hand does not.
-    ///
-    /// # Errors
-    /// As the connection.
-    pub async fn knowing(&self, relation: RelationId) -> Result<Arc<Catalog>, Error> {
-        let catalog = self.fresh().await?;
-        if catalog.relation(relation).is_some() { Ok(catalog) } else { self.reloaded().await }
     }
 
     async fn refresh(&self, state: &mut State) -> Result<(), Error> {
@@ -109,9 +106,13 @@ impl CatalogKeeper {
             let answer: Answer = serde_json::from_str(&text).map_err(|error| {
                 Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
             })?;
-            state.catalog = Arc::new(Catalog::new(answer.relations, state.roles.clone()));
+            state.catalog = Arc::new(Catalog::new(answer.relations, state.roles.clone(), answer.ordered));
             state.fingerprint = fingerprint;
             tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
+            // A column added since may need a more careful trigger. Not worth failing for: `relay.watch` does it too.
+            if let Err(error) = client.execute("select relay.repair()", &[]).await {
+                tracing::debug!(error = %Error::from(error), "triggers could not be adapted");
+            }
         }
         state.checked = Some(asked);
         Ok(())
@@ -132,7 +133,7 @@ impl CatalogKeeper {
             values: Vec<String>,
             comparable: bool,
         }
-        let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        let client = self.filters.get().await.map_err(|error| Error::Pool(error.to_string()))?;
         let read = client
             .prepare_cached("select relay.filter_condition(relation, $2, $3, $4)::text from relay.watch_list where id = $1")
             .await?;
@@ -158,6 +159,6 @@ impl CatalogKeeper {
             .await?;
         let text: String =
             client.query_one(&statement, &[&relation.id().0, &terms.join(" and ")]).await?.get(0);
-        Ok(BoundFilter::new(typed, text.into()))
+        Ok(BoundFilter::new(relation, typed, text.into()))
     }
 }

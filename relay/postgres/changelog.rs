@@ -7,7 +7,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use time::OffsetDateTime;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
-use crate::model::change::{Change, Operation, RelationId};
+use crate::model::change::{self, Change, Operation, RelationId};
 use crate::model::cursor::{Epoch, Snapshot};
 use crate::postgres::connect::{Error, Server};
 
@@ -58,7 +58,11 @@ impl Changelog {
             )));
         }
         // Parallel workers would give up the order of the rows; the JIT compiler would cost more than the statement.
-        client.batch_execute("set max_parallel_workers_per_gather = 0; set jit = off").await?;
+        // A plan made while the changelog was small would scan all of it until the next analyze, and one made for each
+        // look would cost more than the look: hence the index, and one plan.
+        let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; \
+                        set plan_cache_mode = force_generic_plan";
+        client.batch_execute(settings).await?;
         let page = client
             .prepare("select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3)")
             .await?;
@@ -124,9 +128,27 @@ pub async fn flush(pool: &Pool) -> Result<(), Error> {
     Ok(())
 }
 
+/// An image over this is cut down to its short values. Writers do so themselves where they can tell cheaply; a
+/// value that is small as it is stored and large as text they cannot.
+const MOST_IMAGE: usize = 1 << 20;
+/// The longest value that is kept of such an image.
+const SHORT: usize = 1026;
+
+fn image(row: &Row, name: &str, oversize: &mut bool) -> Result<Option<String>, Error> {
+    let image: Option<String> = row.try_get(name)?;
+    let Some(text) = image.as_deref().filter(|text| text.len() > MOST_IMAGE) else {
+        return Ok(image);
+    };
+    *oversize = true;
+    let parsed = change::Row::parse(text).map_err(|_| unfit("relay.page gave an image that is no object"))?;
+    Ok(Some(parsed.without_long_values(SHORT)))
+}
+
 fn change(row: &Row) -> Result<Change, Error> {
     let operation: &str = row.try_get("operation")?;
     let xid: &str = row.try_get("xid")?;
+    let mut oversize = row.try_get("oversize")?;
+    let (before, after) = (image(row, "before", &mut oversize)?, image(row, "after", &mut oversize)?);
     Ok(Change {
         number: row.try_get("number")?,
         xid: xid.parse().map_err(|_| unfit("relay.page gave no transaction id"))?,
@@ -134,9 +156,9 @@ fn change(row: &Row) -> Result<Change, Error> {
         relation: RelationId(row.try_get("relation")?),
         operation: Operation::from_letter(operation)
             .ok_or_else(|| unfit("relay.page gave an unknown operation"))?,
-        oversize: row.try_get("oversize")?,
-        before: row.try_get("before")?,
-        after: row.try_get("after")?,
+        oversize,
+        before,
+        after,
     })
 }
 

@@ -101,22 +101,23 @@ impl Server {
         Ok(Self { config, tls: tls(authority)? })
     }
 
-    /// A pool of `size` connections whose commits wait for the flush, whatever the database's default is.
+    /// A pool of `size` connections whose commits wait for the flush, whatever the database's default is, and whose
+    /// statements end after `limit`.
     ///
     /// # Errors
     /// When the pool cannot be built.
-    pub fn pool(&self, size: usize) -> Result<Pool, Error> {
-        let settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let manager = Manager::from_config(self.config.clone(), self.tls.clone(), settings);
+    pub fn pool(&self, size: usize, limit: Duration) -> Result<Pool, Error> {
+        let settings = format!("set synchronous_commit = on; set statement_timeout = {}", limit.as_millis());
+        let manager_settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_config(self.config.clone(), self.tls.clone(), manager_settings);
         Pool::builder(manager)
             .max_size(size)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_secs(5)))
             .create_timeout(Some(Duration::from_secs(5)))
-            .post_create(deadpool_postgres::Hook::async_fn(|client, _| {
-                Box::pin(async move {
-                    client.batch_execute("set synchronous_commit = on").await.map_err(HookError::Backend)
-                })
+            .post_create(deadpool_postgres::Hook::async_fn(move |client, _| {
+                let settings = settings.clone();
+                Box::pin(async move { client.batch_execute(&settings).await.map_err(HookError::Backend) })
             }))
             .build()
             .map_err(|error| Error::Pool(error.to_string()))

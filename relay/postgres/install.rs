@@ -17,8 +17,10 @@ const FILES: &[(&str, &str)] = &[
     ("105_catalog.sql", include_str!("../../sql/105_catalog.sql")),
     ("106_refresh.sql", include_str!("../../sql/106_refresh.sql")),
     ("107_auth.sql", include_str!("../../sql/107_auth.sql")),
+    ("108_schema_changes.sql", include_str!("../../sql/108_schema_changes.sql")),
     ("901_rights.sql", include_str!("../../sql/901_rights.sql")),
     ("902_history.sql", include_str!("../../sql/902_history.sql")),
+    ("903_event_trigger.sql", include_str!("../../sql/903_event_trigger.sql")),
 ];
 
 /// The advisory lock that makes installers queue.

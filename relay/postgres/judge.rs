@@ -1,8 +1,8 @@
 //! Asks PostgreSQL who may see which row images: role and claims of a subscriber, a whole page of images in one statement.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures_util::future::{BoxFuture, ready};
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
@@ -28,6 +28,8 @@ pub struct Judge {
     server: Server,
     limit: Duration,
     session: Mutex<Option<Session>>,
+    /// Statements that took too long, and until when they are not asked again.
+    slow: std::sync::Mutex<HashMap<Arc<str>, Instant>>,
 }
 
 struct Session {
@@ -49,6 +51,7 @@ pub struct Verdict {
 }
 
 /// What is asked: which of these images does the statement allow to this identity?
+#[derive(Clone)]
 pub struct Question<'a> {
     /// Who wants to see them.
     pub identity: Identity,
@@ -67,7 +70,7 @@ impl Verdict {
 impl Judge {
     /// Judges as the login of `server`, each statement within `limit`.
     pub fn new(server: Server, limit: Duration) -> Self {
-        Self { server, limit, session: Mutex::new(None) }
+        Self { server, limit, session: Mutex::new(None), slow: std::sync::Mutex::default() }
     }
 
     /// Forgets all plans. Before PostgreSQL 15.19 and its siblings a cached plan outlives a revoked membership.
@@ -88,6 +91,38 @@ impl Judge {
     /// # Errors
     /// Only when the connection fails, so that nothing was judged: ask again.
     pub async fn judge(&self, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
+        let is_slow: Vec<bool> = questions.iter().map(|question| self.is_slow(&question.statement)).collect();
+        let asked: Vec<Question<'_>> =
+            questions.iter().zip(&is_slow).filter(|(_, slow)| !**slow).map(|(question, _)| question.clone()).collect();
+        let mut answers = self.judge_all(&asked).await?.into_iter();
+        let verdicts = questions.iter().zip(is_slow).map(|(question, slow)| match slow {
+            true => Verdict::none(question.images, Denied::TimedOut),
+            false => answers.next().unwrap_or_else(|| Verdict::none(question.images, Denied::Raised)),
+        });
+        let verdicts: Vec<Verdict> = verdicts.collect();
+        for (question, verdict) in questions.iter().zip(&verdicts) {
+            if verdict.denied == Some(Denied::TimedOut) {
+                self.note_slow(&question.statement);
+            }
+        }
+        Ok(verdicts)
+    }
+
+    fn is_slow(&self, statement: &Arc<str>) -> bool {
+        let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
+        slow.retain(|_, until| *until > Instant::now());
+        slow.contains_key(statement)
+    }
+
+    fn note_slow(&self, statement: &Arc<str>) {
+        let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
+        slow.entry(Arc::clone(statement)).or_insert_with(|| Instant::now() + self.limit * BREAK);
+    }
+
+    async fn judge_all(&self, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
+        if questions.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut held = self.session.lock().await;
         if let Ok(verdicts) = self.ask(&mut held, questions).await {
             return Ok(verdicts);
@@ -166,7 +201,7 @@ impl Session {
         }
         for question in questions {
             if !self.statements.contains_key(&question.statement)
-                && let Err(denied) = self.prepare(question.identity.claims(), &question.statement).await?
+                && let Err(denied) = self.prepare(question.identity.claims(), &question.statement, limit).await?
             {
                 refusals.insert(Arc::clone(&question.statement), denied);
             }
@@ -250,12 +285,19 @@ impl Session {
     /// Prepares under the subscriber's role, or else our own: a policy may call what is in a schema that its subscribers
     /// may not use, since PostgreSQL resolves the names in it when it is made. Rights on tables and functions are
     /// those of whoever is judged in any case.
-    async fn prepare(&mut self, claims: &Claims, statement: &Arc<str>) -> Result<Result<(), Denied>, Error> {
+    async fn prepare(
+        &mut self,
+        claims: &Claims,
+        statement: &Arc<str>,
+        limit: Duration,
+    ) -> Result<Result<(), Denied>, Error> {
+        // Limited as well: a table that a policy reads may be locked, and then the statement cannot even be read.
+        let limit = format!("{}ms", limit.as_millis());
         let client = &self.client;
         let role = claims.role();
         client.execute(&self.begin, &[]).await?;
         let (json, sub) = (&**claims.json(), claims.sub().unwrap_or_default());
-        let became = client.execute(&self.become_subscriber, &[&role, &json, &sub, &"0"]).await;
+        let became = client.execute(&self.become_subscriber, &[&role, &json, &sub, &limit]).await;
         let prepared = match became {
             Ok(_) => client.prepare(statement).await,
             Err(error) => Err(error),
@@ -283,8 +325,13 @@ impl Session {
 /// PostgreSQL. Past this number all are prepared anew, which bounds the server's memory.
 const MOST_STATEMENTS: usize = 1000;
 
-/// Questions on the way at once: enough to hide the round trips, few enough that a dropped connection repeats little.
-const IN_FLIGHT: usize = 16;
+/// Questions on the way at once: enough to hide the round trips, few enough that a policy that has become slow delays
+/// the others by so many time limits at most before it is noticed.
+const IN_FLIGHT: usize = 4;
+
+/// A statement that took too long is not asked again for this many times the limit, so that it does not hold up everybody
+/// else for more than a fraction of the time.
+const BREAK: u32 = 10;
 
 /// What PostgreSQL's "no" counts as. A policy can raise any code, so none says that nobody answered.
 fn refused(error: &tokio_postgres::Error) -> Denied {

@@ -55,7 +55,7 @@ pub enum SettingsError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
     /// There is none.
-    #[error("API key is missing")]
+    #[error("The token provided is not a valid JWT")]
     Missing,
     /// Not a JWT.
     #[error("The token provided is not a valid JWT")]
@@ -84,10 +84,11 @@ pub enum TokenError {
 }
 
 impl TokenError {
-    /// The text for a handshake, where an expiry is told without its time.
+    /// The text for a handshake, where an expiry is told without its time and what is missing is a key.
     pub fn connect_text(&self) -> String {
         match self {
             Self::Expired { .. } => "Token has expired".to_owned(),
+            Self::Missing => "API key is missing".to_owned(),
             other => other.to_string(),
         }
     }

@@ -1,5 +1,10 @@
 //! Drives one session over one WebSocket: frames in, the outbox out, time, and the end.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::ready;
+use std::io::ErrorKind;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -7,7 +12,8 @@ use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::task::coop::consume_budget;
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::frame::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -30,10 +36,19 @@ const SILENCE: Duration = Duration::from_secs(60);
 const WRITE: Duration = Duration::from_secs(30);
 /// The largest message a client may send, as on the real server.
 const MOST_BYTES: usize = 5_000_000;
-/// Frames are written together up to this size. The reader's buffer is small because it lives as long as the
-/// socket: the library's default of 128 KiB would be resident for every idle client.
-const WRITE_BUFFER: usize = 32 * 1024;
+/// Frames are written together up to this size.
+const TOGETHER: usize = 64 * 1024;
+/// A client's queue keeps room for this many frames: enough for steady changes, little for an idle client.
+const ROOM: usize = 16;
+/// After this many writes in a row the client is heard, the clock looked at and so on.
+const TURNS: u8 = 16;
+/// Small, because it lives as long as the socket: the library's default of 128 KiB would be resident for every client.
 const READ_BUFFER: usize = 1024;
+
+thread_local! {
+    /// Where frames are put together for one system call: a thread's, as nothing stays in it when the call is done.
+    static WRITTEN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 type Socket = WebSocketStream<TcpStream>;
 
@@ -49,7 +64,7 @@ enum Over {
 pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, version: Version, claims: Claims) {
     let mut config = WebSocketConfig::default();
     config.read_buffer_size = READ_BUFFER;
-    config.write_buffer_size = WRITE_BUFFER;
+    config.write_buffer_size = 0;
     config.max_write_buffer_size = usize::MAX;
     config.max_message_size = Some(MOST_BYTES);
     config.max_frame_size = Some(MOST_BYTES);
@@ -58,14 +73,28 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, version: Ver
     let number = app.next_session();
     let outbox = Arc::new(Outbox::new(app.outbox_bytes));
     let session = Session::new(number, version, claims);
-    let mut driver =
-        Driver { app: Arc::clone(&app), socket, session, outbox, binds: FuturesUnordered::new() };
+    let binds = FuturesUnordered::new();
+    let mut driver = Driver {
+        app: Arc::clone(&app),
+        socket,
+        session,
+        outbox,
+        rest: Vec::new(),
+        frames: VecDeque::new(),
+        turns: 0,
+        binds,
+    };
     let over = driver.run().await;
     let actions = driver.session.end();
     driver.obey(actions, &mut None);
     if let Over::Close(code, reason) = over {
         let close = CloseFrame { code: CloseCode::from(code), reason: Utf8Bytes::from_static(reason) };
-        let _ = timeout(Duration::from_secs(1), driver.socket.close(Some(close))).await;
+        let _ = timeout(Duration::from_secs(1), async {
+            driver.frames.clear();
+            driver.write().await?;
+            driver.socket.close(Some(close)).await.map_err(|_| Over::Gone)
+        })
+        .await;
         // The client answers with its own close frame; cutting before that could cost it the last frames.
         let _ = timeout(Duration::from_secs(1), async {
             while driver.socket.next().await.is_some_and(|frame| frame.is_ok()) {}
@@ -80,6 +109,12 @@ struct Driver {
     socket: Socket,
     session: Session,
     outbox: Arc<Outbox>,
+    /// The end of a frame that the socket has not taken yet. Nothing else may be written before it.
+    rest: Vec<u8>,
+    /// What was taken from the outbox and is not written yet.
+    frames: VecDeque<Bytes>,
+    /// Writes since everything else had its turn.
+    turns: u8,
     binds: FuturesUnordered<futures_util::future::BoxFuture<'static, Outcome>>,
 }
 
@@ -87,24 +122,23 @@ type Outcome = (ChannelId, u32, Result<Subscription, BindError>);
 
 impl Driver {
     async fn run(&mut self) -> Over {
+        let app = Arc::clone(&self.app);
+        let mut ended = pin!(app.end.cancelled());
         let mut heard = Instant::now();
+        // Moved only when it is due or a token ends before it: most turns of the loop concern neither.
+        let mut alarm = pin!(sleep_until(heard + SILENCE));
         loop {
-            let silent = heard + SILENCE;
-            let expiry = self
-                .session
-                .next_expiry()
-                .map(|at| Instant::now() + Duration::from_secs(at.saturating_sub(now()).min(86_400)));
             tokio::select! {
-                () = self.app.end.cancelled() => {
-                    if let Some(Taken::Frames(frames)) = self.outbox.take().now_or_never() {
-                        let _ = timeout(Duration::from_secs(1), write(&mut self.socket, frames)).await;
-                    }
-                    return Over::Close(1012, "the relay restarts, connect again");
-                }
-                taken = self.outbox.take() => match taken {
-                    Taken::Frames(frames) => if let Err(over) = self.write(frames).await {
+                // Writing first, as that is what most turns are for; the last branch keeps the others from waiting for ever.
+                biased;
+                taken = self.outbox.take(&mut self.frames), if self.turns < TURNS => match taken {
+                    Taken::Frames => if let Err(over) = self.write_in_time().await {
                         return over;
                     },
+                    Taken::Rebind(channel) => {
+                        let actions = self.session.rebind(channel);
+                        self.obey(actions, &mut None);
+                    }
                     Taken::End(End::Full) => return self.full(),
                     Taken::End(End::Shutdown) => return Over::Close(1012, "the relay restarts, connect again"),
                 },
@@ -113,15 +147,38 @@ impl Driver {
                     if let Err(over) = self.hear(frame) {
                         return over;
                     }
+                    self.be_woken_for_expiry(alarm.as_mut());
                 }
-                Some(outcome) = self.binds.next(), if !self.binds.is_empty() => self.bound(outcome),
-                () = sleep_until(expiry.map_or(silent, |expiry| expiry.min(silent))) => {
-                    if Instant::now() >= silent {
+                Some(outcome) = self.binds.next(), if !self.binds.is_empty() => {
+                    self.bound(outcome);
+                    self.be_woken_for_expiry(alarm.as_mut());
+                }
+                () = ended.as_mut() => {
+                    if let Some(Taken::Frames) = self.outbox.take(&mut self.frames).now_or_never() {
+                        let _ = timeout(Duration::from_secs(1), self.write()).await;
+                    }
+                    return Over::Close(1012, "the relay restarts, connect again");
+                }
+                () = alarm.as_mut() => {
+                    if heard.elapsed() >= SILENCE {
                         return Over::Close(1000, "no heartbeat came");
                     }
                     let actions = self.session.expire(now());
                     self.obey(actions, &mut None);
+                    alarm.as_mut().reset(heard + SILENCE);
+                    self.be_woken_for_expiry(alarm.as_mut());
                 }
+                () = ready(()), if self.turns >= TURNS => self.turns = 0,
+            }
+        }
+    }
+
+    /// Sets the alarm earlier when a token ends before it.
+    fn be_woken_for_expiry(&self, alarm: Pin<&mut Sleep>) {
+        if let Some(at) = self.session.next_expiry() {
+            let expiry = Instant::now() + Duration::from_secs(at.saturating_sub(now()).min(86_400));
+            if expiry < alarm.deadline() {
+                alarm.reset(expiry);
             }
         }
     }
@@ -131,13 +188,67 @@ impl Driver {
         Over::Close(1013, "the client reads too slowly: connect again and read the rows anew")
     }
 
-    async fn write(&mut self, frames: impl IntoIterator<Item = Bytes>) -> Result<(), Over> {
+    /// Writes what was taken, unless the client takes too long for it.
+    async fn write_in_time(&mut self) -> Result<(), Over> {
+        // A client to which there is always something to write must not keep its thread from the others.
+        consume_budget().await;
+        self.turns += 1;
+        if self.write_now()? {
+            return Ok(());
+        }
+        self.turns = TURNS;
         let outbox = Arc::clone(&self.outbox);
         tokio::select! {
-            written = write(&mut self.socket, frames) => written.map_err(|_| Over::Gone),
+            written = timeout(WRITE, self.write()) => written.unwrap_or_else(|_| Err(self.full())),
             () = outbox.overflowed() => Err(self.full()),
-            () = sleep(WRITE) => Err(self.full()),
         }
+    }
+
+    /// Writes what was taken, however long that takes.
+    async fn write(&mut self) -> Result<(), Over> {
+        while !self.write_now()? {
+            self.socket.flush().await.map_err(|_| Over::Gone)?;
+            self.socket.get_ref().writable().await.map_err(|_| Over::Gone)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what the socket takes at once; true when that was everything.
+    ///
+    /// Past the library, which would copy each frame into a buffer of this client's own, and keep that for good.
+    fn write_now(&mut self) -> Result<bool, Over> {
+        // What the library has to say by itself (a pong) must not end up inside a frame of ours.
+        match self.socket.flush().now_or_never() {
+            Some(flushed) => flushed.map_err(|_| Over::Gone)?,
+            None => return Ok(false),
+        }
+        let stream = self.socket.get_ref();
+        if !self.rest.is_empty() {
+            let count = write_some(stream, &self.rest)?;
+            self.rest.drain(..count);
+            if !self.rest.is_empty() {
+                return Ok(false);
+            }
+            self.rest = Vec::new();
+        }
+        WRITTEN.with_borrow_mut(|written| {
+            while !self.frames.is_empty() {
+                written.clear();
+                while written.len() < TOGETHER
+                    && let Some(frame) = self.frames.pop_front()
+                {
+                    put_text(written, &frame);
+                }
+                let count = write_some(stream, written)?;
+                self.rest.extend_from_slice(&written[count..]);
+                written.shrink_to(2 * TOGETHER);
+                if !self.rest.is_empty() {
+                    return Ok(false);
+                }
+            }
+            self.frames.shrink_to(ROOM);
+            Ok(true)
+        })
     }
 
     fn hear(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), Over> {
@@ -214,15 +325,30 @@ impl Driver {
     }
 }
 
-async fn write(socket: &mut Socket, frames: impl IntoIterator<Item = Bytes>) -> Result<(), SocketError> {
-    for frame in frames {
-        // Frames are made from strings; the check is the price of sharing their bytes.
-        let Ok(text) = Utf8Bytes::try_from(frame) else {
-            continue;
-        };
-        socket.feed(Frame::Text(text)).await?;
+/// One text frame, as a server writes it.
+fn put_text(written: &mut Vec<u8>, text: &[u8]) {
+    written.push(0x81);
+    match text.len() {
+        length @ 0..126 => written.push(length as u8),
+        length @ 126..0x1_0000 => {
+            written.push(126);
+            written.extend_from_slice(&(length as u16).to_be_bytes());
+        }
+        length => {
+            written.push(127);
+            written.extend_from_slice(&(length as u64).to_be_bytes());
+        }
     }
-    socket.flush().await
+    written.extend_from_slice(text);
+}
+
+/// How much of it the socket takes at once.
+fn write_some(stream: &TcpStream, bytes: &[u8]) -> Result<usize, Over> {
+    match stream.try_write(bytes) {
+        Ok(count) => Ok(count),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+        Err(_) => Err(Over::Gone),
+    }
 }
 
 struct Verifying<'a>(&'a Verifier);

@@ -21,21 +21,30 @@ pub struct Socket {
 impl Socket {
     /// Opens one of this version (`1.0.0`, `2.0.0`) with a token.
     pub async fn open(relay: &Relay, version: &'static str, token: &str) -> Self {
+        Self::at(&relay.address.to_string(), version, token).await
+    }
+
+    /// The same at the address of a relay that may be another process.
+    pub async fn at(address: &str, version: &'static str, token: &str) -> Self {
         let path = format!("/realtime/v1/websocket?apikey={token}&vsn={version}");
-        let mut socket = Self::handshake(relay, &path, &[])
-            .await
-            .unwrap_or_else(|(status, body)| panic!("{status} {body}"));
+        let opened = Self::try_at(address, &path, &[]).await;
+        let mut socket = opened.unwrap_or_else(|(status, body)| panic!("{status} {body}"));
         socket.version = version;
         socket
     }
 
-    /// Opens one at any path, or gives the status and body with which that was refused.
+    /// Opens one of the first version at any path, or gives the status and body with which that was refused.
     pub async fn handshake(
         relay: &Relay,
         path: &str,
         headers: &[(&str, &str)],
     ) -> Result<Self, (u16, String)> {
-        let mut request = format!("ws://{}{path}", relay.address).into_client_request().unwrap();
+        Self::try_at(&relay.address.to_string(), path, headers).await
+    }
+
+    /// The same at an address.
+    pub async fn try_at(address: &str, path: &str, headers: &[(&str, &str)]) -> Result<Self, (u16, String)> {
+        let mut request = format!("ws://{address}{path}").into_client_request().unwrap();
         for (name, value) in headers {
             let name: HeaderName = name.parse().unwrap();
             request.headers_mut().insert(name, HeaderValue::from_str(value).unwrap());

@@ -69,10 +69,10 @@ impl Stage {
     /// All changes that the client is told, up to now.
     pub async fn changes(&self, client: &mut Client) -> Vec<Value> {
         let id = self.database.value("insert into marker default values returning id").await;
+        let id: i64 = id.parse().unwrap();
         let is_marker = |change: &Value| change["table"] == "marker";
-        let mut changes = client
-            .changes_until(|change| is_marker(change) && change["record"]["id"].to_string() == id)
-            .await;
+        let mut changes =
+            client.changes_until(|change| is_marker(change) && change["record"]["id"] == id).await;
         changes.retain(|change| !is_marker(change));
         changes
     }

@@ -1,0 +1,245 @@
+//! Channels that get the same frames, and how a change becomes one frame for all of them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::feed::gate::{Verdict, Verdicts};
+use crate::feed::outbox::Outbox;
+use crate::model::change::{Change, Operation, RelationId};
+use crate::model::delivery::{View, data};
+use crate::model::phoenix::{Version, changes_frame, fan_out};
+use crate::model::policy::{Meaning, meaning};
+use crate::model::relation::{Catalog, Relation};
+use crate::model::session::ChannelId;
+use crate::model::subscription::{Binding, Events, Scope, Subscription};
+
+/// Channels with the same topic, version, claims and bindings.
+pub struct Audience {
+    version: Version,
+    topic: String,
+    subscription: Subscription,
+    members: BTreeMap<ChannelId, Arc<Outbox>>,
+}
+
+/// Texts of one change that were written already, for the next audience that gets the same.
+#[derive(Default)]
+pub struct Written<'a> {
+    data: HashMap<DataKey<'a>, Option<Arc<str>>>,
+    frames: HashMap<FrameKey<'a>, Bytes>,
+    /// The frame used last, which as a rule is the next one too.
+    last: Option<(FrameKey<'a>, Bytes)>,
+}
+
+/// What is being put together for one audience; kept for its allocations.
+#[derive(Default)]
+pub struct Desk<'a> {
+    /// What the bindings want of the change at hand: columns, meaning, id.
+    wanted: Vec<(Option<&'a [String]>, Meaning, u32)>,
+    ids: Vec<u32>,
+    /// Relations of which a change was lost.
+    lost: Vec<RelationId>,
+    /// The frames of the part so far.
+    frames: Vec<Bytes>,
+}
+
+impl Desk<'_> {
+    /// For the next audience.
+    pub fn clear(&mut self) {
+        self.lost.clear();
+        self.frames.clear();
+    }
+}
+
+/// What the text of a change depends on: rights, selected columns, meaning.
+type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning);
+
+/// What a frame depends on: where it goes, the ids it names, the text it holds.
+type FrameKey<'a> = (Version, &'a str, Vec<u32>, DataKey<'a>);
+
+impl Audience {
+    /// With its first channel.
+    pub fn new(
+        version: Version,
+        topic: String,
+        subscription: Subscription,
+        channel: ChannelId,
+        outbox: Arc<Outbox>,
+    ) -> Self {
+        Self { version, topic, subscription, members: BTreeMap::from([(channel, outbox)]) }
+    }
+
+    /// Takes in another channel. The newest subscription serves all: its filters were read with today's column types.
+    pub fn add(&mut self, channel: ChannelId, outbox: Arc<Outbox>, subscription: Subscription) {
+        self.subscription = subscription;
+        self.members.insert(channel, outbox);
+    }
+
+    /// Lets a channel go.
+    pub fn remove(&mut self, channel: ChannelId) {
+        self.members.remove(&channel);
+    }
+
+    /// Whether no channel is left.
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// What its channels get.
+    pub fn subscription(&self) -> &Subscription {
+        &self.subscription
+    }
+
+    /// Whether a client of it has much to read.
+    pub fn is_behind(&self) -> bool {
+        self.members.values().any(|outbox| outbox.is_behind())
+    }
+
+    /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
+    /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew.
+    pub fn leave_what_is_gone(&self, catalog: &Catalog) {
+        let is_stale = |binding: &Binding| match &binding.scope {
+            Scope::Relation(relation) => match catalog.relation(*relation) {
+                Some(relation) => binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation)),
+                None => true,
+            },
+            Scope::Schema(_) | Scope::All => false,
+        };
+        if self.subscription.bindings().iter().any(is_stale) {
+            self.tell_gap("a table of this channel was altered, dropped or watched anew, read its rows again");
+            for (channel, outbox) in &self.members {
+                outbox.rebind(*channel);
+            }
+        }
+    }
+
+    /// Adds what one change is to this audience to the frames on the desk.
+    pub fn write<'a>(
+        &'a self,
+        index: usize,
+        change: &Change,
+        relation: &'a Relation,
+        verdicts: &Verdicts,
+        written: &mut Written<'a>,
+        desk: &mut Desk<'a>,
+    ) {
+        let identity = self.subscription.identity();
+        let role = identity.claims().role();
+        let Some(access) = relation.access(role) else {
+            return;
+        };
+        if change.operation == Operation::Truncate {
+            if self.subscription.concerning(relation).next().is_some() {
+                let why =
+                    format!("{}.{} was truncated, read its rows again", relation.schema, relation.table);
+                desk.frames.push(self.gap(&why));
+            }
+            return;
+        }
+        desk.wanted.clear();
+        if self.subscription.concerning(relation).next().is_none() {
+            return;
+        }
+        let policy = match verdicts.policy(index, relation, access, identity) {
+            Verdict::Sight(sight) => sight,
+            Verdict::Lost(why) => return self.lose(relation, why, desk),
+        };
+        for binding in self.subscription.concerning(relation) {
+            let sight = match &binding.filter {
+                None => policy,
+                Some(filter) if filter.fits(relation) && filter.columns().all(|column| access.sees(column)) => {
+                    match verdicts.filter(index, access, filter) {
+                        Verdict::Sight(matches) => policy.and(matches),
+                        Verdict::Lost(why) => return self.lose(relation, why, desk),
+                    }
+                }
+                Some(_) => continue,
+            };
+            let Some(meaning) = meaning(change.operation, sight, relation.leave_events) else {
+                continue;
+            };
+            if wants(binding, meaning) {
+                desk.wanted.push((binding.select.as_deref(), meaning, binding.id));
+            }
+        }
+        // One message per channel, naming all ids; bindings that select different columns need different messages.
+        // Likewise one binding that loses the row from another that keeps it.
+        let kind = |(select, meaning, _): &(Option<&'a [String]>, Meaning, u32)| (*select, *meaning <= Meaning::Delete);
+        desk.wanted.sort_by_key(kind);
+        for group in desk.wanted.chunk_by(|one, other| kind(one) == kind(other)) {
+            let select = group[0].0;
+            let Some(meaning) = group.iter().map(|(_, meaning, _)| *meaning).max() else {
+                continue;
+            };
+            desk.ids.clear();
+            desk.ids.extend(group.iter().map(|(_, _, id)| *id));
+            let key: DataKey<'a> = (role, select, meaning);
+            if let Some(((version, topic, ids, last), frame)) = &written.last
+                && (*version, *topic, ids, *last) == (self.version, self.topic.as_str(), &desk.ids, key)
+            {
+                desk.frames.push(frame.clone());
+                continue;
+            }
+            let view = View { relation, access, select, meaning };
+            let text = written.data.entry(key).or_insert_with(|| data(change, view).map(Arc::from));
+            let Some(text) = text else { continue };
+            let key: FrameKey<'a> = (self.version, &self.topic, desk.ids.clone(), key);
+            let frame = written.frames.entry(key.clone()).or_insert_with_key(|(version, topic, ids, _)| {
+                changes_frame(*version, topic, ids, text).into()
+            });
+            desk.frames.push(frame.clone());
+            written.last = Some((key, frame.clone()));
+        }
+    }
+
+    /// Hands what is on the desk to all members; returns how many frames that makes.
+    pub fn send(&self, desk: &Desk<'_>) -> usize {
+        self.hand_out(&desk.frames)
+    }
+
+    fn hand_out(&self, frames: &[Bytes]) -> usize {
+        if frames.is_empty() {
+            return 0;
+        }
+        for outbox in self.members.values() {
+            outbox.push_all(frames);
+        }
+        frames.len() * self.members.len()
+    }
+
+    /// A change that this audience might have had to be told cannot be told: says so, once per relation and part.
+    fn lose(&self, relation: &Relation, why: &str, desk: &mut Desk<'_>) {
+        if !desk.lost.contains(&relation.id()) {
+            desk.lost.push(relation.id());
+            let why = format!("{}.{}: {why}, read its rows again", relation.schema, relation.table);
+            desk.frames.push(self.gap(&why));
+        }
+    }
+
+    /// Tells all members that changes are missing.
+    pub fn tell_gap(&self, why: &str) {
+        self.hand_out(&[self.gap(why)]);
+    }
+
+    fn gap(&self, why: &str) -> Bytes {
+        let payload = serde_json::json!({
+            "channel": self.topic.strip_prefix("realtime:").unwrap_or(&self.topic),
+            "extension": "postgres_changes",
+            "message": format!("Gap: {why}"),
+            "status": "error",
+        });
+        Bytes::from(fan_out(self.version, &self.topic, "system", &payload.to_string()))
+    }
+}
+
+fn wants(binding: &Binding, meaning: Meaning) -> bool {
+    match binding.events {
+        Events::All => true,
+        Events::Only(operation) => match meaning {
+            Meaning::Insert => operation == Operation::Insert,
+            Meaning::Update | Meaning::Enter => operation == Operation::Update,
+            Meaning::Delete | Meaning::Leave => operation == Operation::Delete,
+        },
+    }
+}

@@ -1,0 +1,33 @@
+-- Changes of the schema stand in the changelog too, in order with the changes of rows: from here on, other rules or columns.
+--
+-- Only where the installer may create an event trigger; elsewhere the relay looks at the catalog for every page.
+
+-- relay.log_schema_change() : event trigger
+-- Logs that something was created, altered, dropped, granted or revoked, as operation S of no relation, in the same
+-- transaction. What it was is not said: the relay looks at the catalog anew. Temporary objects do not count.
+create or replace function relay.log_schema_change() returns event_trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+begin
+  if tg_tag in ('REFRESH MATERIALIZED VIEW', 'COMMENT', 'CREATE INDEX')
+     or exists (select from pg_event_trigger_ddl_commands())
+        and not exists (select from pg_event_trigger_ddl_commands() d where d.schema_name is distinct from 'pg_temp') then
+    return;
+  end if;
+  perform relay.log_change(0, 'S', false, null, null);
+  perform relay.ring('schema', tg_tag);
+end
+$$;
+comment on function relay.log_schema_change() is 'event trigger: logs that the schema changed, in order with the changes of rows';
+
+do $$
+begin
+  if (select p.proowner <> 'relay_writer'::regrole from pg_catalog.pg_proc p
+      where p.oid = 'relay.log_schema_change()'::pg_catalog.regprocedure) then
+    grant create on schema relay to relay_writer;
+    alter function relay.log_schema_change() owner to relay_writer;
+    revoke create on schema relay from relay_writer;
+  end if;
+end
+$$;
+revoke all on function relay.log_schema_change() from public;
