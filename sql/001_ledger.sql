@@ -11,7 +11,7 @@ declare
   created boolean;
   superuser constant boolean := (select r.rolsuper from pg_catalog.pg_roles r where r.rolname = current_user);
 begin
-  foreach wanted in array array['relay_writer', 'relay_reader', 'anon', 'authenticated', 'service_role'] loop
+  foreach wanted in array array['relay_writer', 'relay_image', 'relay_reader', 'anon', 'authenticated', 'service_role'] loop
     created := false;
     if not exists (select from pg_catalog.pg_roles r where r.rolname = wanted) then
       begin
@@ -30,7 +30,7 @@ begin
       end;
     end if;
     -- Owning relay.capture() through relay_writer needs membership; the others are what the relay judges as.
-    if not superuser and (created or wanted = 'relay_writer')
+    if not superuser and (created or wanted in ('relay_writer', 'relay_image'))
        and not pg_catalog.pg_has_role(current_user, wanted, 'usage') then
       begin
         execute pg_catalog.format('grant %I to current_user', wanted);

@@ -81,7 +81,7 @@ comment on function relay.sizes_query(oid) is 'query that measures each column o
 -- Without `whole`, only of columns of the system's own types, whose conversion cannot fail.
 create or replace function relay.short_query(relation oid, sizes int[], whole boolean) returns text
 language sql stable as $$
-  select pg_catalog.format('select pg_catalog.row_to_json(s) from (select %s from (select $1 as r offset 0) v) s',
+  select pg_catalog.format('select relay.image(s) from (select %s from (select $1 as r offset 0) v) s',
     pg_catalog.string_agg(pg_catalog.format('(v.r).%1$I as %1$I', a.attname), ', ' order by a.attnum))
   from (select a.*, pg_catalog.row_number() over (order by a.attnum) as place
         from pg_catalog.pg_attribute a
@@ -90,6 +90,17 @@ language sql stable as $$
     and (a.attname = any (relay.key($1)) or coalesce($2[a.place], 0) <= 2048)
 $$;
 comment on function relay.short_query(oid, int[], boolean) is 'query that makes a reduced image of a row';
+
+-- relay.image(row) : row_to_json as a role without any right
+-- A row can hold types whose conversion runs casts that users wrote; as relay_writer those could log changes of their own.
+create or replace function relay.image(the_row record) returns json
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp as $$
+begin
+  return row_to_json(the_row);
+end
+$$;
+comment on function relay.image(record) is 'row image, made as relay_image, a role that may do nothing';
 
 -- relay.capture_whole(...) : logs a change if both images can be made and are at most 1 MiB; returns whether it did
 -- For what relay.capture() does not do on its common way: pins the rarer settings, and bears a conversion that fails, at
@@ -105,8 +116,8 @@ declare
   new_image json;
 begin
   begin
-    old_image := row_to_json(old_row);
-    new_image := row_to_json(new_row);
+    old_image := relay.image(old_row);
+    new_image := relay.image(new_row);
   exception when others then
     return false;
   end;
@@ -123,8 +134,8 @@ comment on function relay.capture_whole(anyelement, anyelement, int, "char") is
 -- relay.capture() : row trigger; arguments: id in relay.watch_list, and 'careful' where relay.needs_care says so
 -- Promises: logs each change of a row once, with images whose text does not depend on the writer's session; waits for no
 -- other writer; does not fail for what the row holds; notifies only if the relay sleeps. Where an image is over 1 MiB or
--- cannot be made, both are reduced to the key and the short columns, and oversize is true. Runs as relay_writer, because
--- converting a row to JSON can run casts written by users. Writes one of relay.changes_0 .. 2.
+-- cannot be made, both are reduced to the key and the short columns, and oversize is true. Runs as relay_writer, and
+-- whatever may run casts written by users as relay_image. Writes one of relay.changes_0 .. 2.
 --
 -- Each statement, expression and setting costs a single-row transaction a microsecond or two. Hence the test of the row
 -- stands in the insert, one expression asks whether anything is left to do, and only those settings are pinned that
@@ -219,16 +230,20 @@ end
 $$;
 comment on function relay.capture_truncate() is 'truncate trigger of watched relations: logs it, rings if the relay sleeps';
 
--- A function changes hands only to a role that may create in its schema: for that moment relay_writer may.
+-- A function changes hands only to a role that may create in its schema: for that moment its owner to be may.
 do $$
 declare
-  trigger_function regprocedure;
+  hand record;
 begin
-  foreach trigger_function in array array['relay.capture()', 'relay.capture_truncate()']::regprocedure[] loop
-    if (select p.proowner <> 'relay_writer'::regrole from pg_catalog.pg_proc p where p.oid = trigger_function) then
-      grant create on schema relay to relay_writer;
-      execute pg_catalog.format('alter function %s owner to relay_writer', trigger_function);
-      revoke create on schema relay from relay_writer;
+  for hand in
+    select f::regprocedure as function, r::regrole as role
+    from (values ('relay.capture()', 'relay_writer'), ('relay.capture_truncate()', 'relay_writer'),
+                 ('relay.image(record)', 'relay_image')) h (f, r)
+  loop
+    if (select p.proowner <> hand.role from pg_catalog.pg_proc p where p.oid = hand.function) then
+      execute pg_catalog.format('grant create on schema relay to %s', hand.role);
+      execute pg_catalog.format('alter function %s owner to %s', hand.function, hand.role);
+      execute pg_catalog.format('revoke create on schema relay from %s', hand.role);
     end if;
   end loop;
 end

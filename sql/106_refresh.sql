@@ -154,6 +154,10 @@ begin
     changed := null;
     failure := null;
     begin
+      -- Not waited for: the other jobs would wait too.
+      if not pg_try_advisory_xact_lock(1919249010, job.relation::oid::int8::bit(32)::int4) then
+        raise exception 'another refresh of % is running', job.relation;
+      end if;
       changed := relay.refresh(job.relation);
     exception
       when query_canceled then

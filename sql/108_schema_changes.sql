@@ -14,6 +14,14 @@ begin
         and not exists (select from pg_event_trigger_ddl_commands() d where d.schema_name is distinct from 'pg_temp') then
     return;
   end if;
+  if tg_tag in ('ALTER TABLE', 'CREATE CAST') then
+    begin
+      -- A new column may need a more careful trigger, and the very next write already.
+      perform relay.repair();
+    exception when others then
+      raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
+    end;
+  end if;
   perform relay.log_change(0, 'S', false, null, null);
   perform relay.ring('schema', tg_tag);
 end

@@ -10,9 +10,9 @@ grant usage on schema relay to relay_writer, relay_reader;
 grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_writer;
 grant usage on sequence relay.change_number to relay_writer;
 grant execute on function relay.log_change(int, "char", boolean, json, json), relay.ring(text, text), relay.key(regclass),
-  relay.shorten(json, text[]), relay.sizes_query(oid), relay.short_query(oid, int[], boolean),
+  relay.image(record), relay.shorten(json, text[]), relay.sizes_query(oid), relay.short_query(oid, int[], boolean),
   relay.capture_whole(anyelement, anyelement, int, "char"),
-  relay.current_segment() to relay_writer;
+  relay.current_segment(), relay.repair() to relay_writer;
 
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
   relay.refresh_jobs to relay_reader;

@@ -55,6 +55,7 @@ async fn examine(server: &Server) -> Result<Vec<Finding>, Error> {
     findings.push(queue(&client).await?);
     findings.push(writable_schemas(&client).await?);
     findings.extend(roles(&client).await?);
+    findings.push(power(&client).await?);
     findings.extend(relations(&client).await?);
     findings.extend(refreshes(&client).await?);
     Ok(findings)
@@ -180,6 +181,29 @@ async fn roles(client: &Client) -> Result<Vec<Finding>, Error> {
         });
     }
     Ok(findings)
+}
+
+/// A policy can give back the role that it is judged as, and then acts as the login.
+async fn power(client: &Client) -> Result<Finding, Error> {
+    let row = client
+        .query_one(
+            "select (select rolsuper from pg_roles where rolname = current_user), \
+             has_table_privilege('relay.changes', 'select')",
+            &[],
+        )
+        .await?;
+    let (superuser, reads): (bool, bool) = (row.get(0), row.get(1));
+    let risk = match (superuser, reads) {
+        (true, _) => "is a superuser, so whoever may write a policy of a watched table may do anything",
+        (false, true) => "may read the changelog, so whoever may write a policy of a watched table may too",
+        (false, false) => {
+            return Ok(Good(String::from("policies judged as this login can reach nothing of the relay")));
+        }
+    };
+    Ok(Note(format!(
+        "this login {risk}. Unless those people may anyway, give `serve` a --judge-url with a login of its own: \
+         create role relay_judge login noinherit in role anon, authenticated, service_role"
+    )))
 }
 
 async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {

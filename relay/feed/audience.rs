@@ -107,7 +107,9 @@ impl Audience {
             Scope::Schema(_) | Scope::All => false,
         };
         if self.subscription.bindings().iter().any(is_stale) {
-            self.tell_gap("a table of this channel was altered, dropped or watched anew, read its rows again");
+            self.tell_gap(
+                "a table of this channel was altered, dropped or watched anew, read its rows again",
+            );
             for (channel, outbox) in &self.members {
                 outbox.rebind(*channel);
             }
@@ -148,7 +150,9 @@ impl Audience {
         for binding in self.subscription.concerning(relation) {
             let sight = match &binding.filter {
                 None => policy,
-                Some(filter) if filter.fits(relation) && filter.columns().all(|column| access.sees(column)) => {
+                Some(filter)
+                    if filter.fits(relation) && filter.columns().all(|column| access.sees(column)) =>
+                {
                     match verdicts.filter(index, access, filter) {
                         Verdict::Sight(matches) => policy.and(matches),
                         Verdict::Lost(why) => return self.lose(relation, why, desk),
@@ -165,7 +169,9 @@ impl Audience {
         }
         // One message per channel, naming all ids; bindings that select different columns need different messages.
         // Likewise one binding that loses the row from another that keeps it.
-        let kind = |(select, meaning, _): &(Option<&'a [String]>, Meaning, u32)| (*select, *meaning <= Meaning::Delete);
+        let kind = |(select, meaning, _): &(Option<&'a [String]>, Meaning, u32)| {
+            (*select, *meaning <= Meaning::Delete)
+        };
         desk.wanted.sort_by_key(kind);
         for group in desk.wanted.chunk_by(|one, other| kind(one) == kind(other)) {
             let select = group[0].0;

@@ -176,7 +176,8 @@ fn layout(relation: Option<&Arc<Relation>>, change: &Change) -> Layout {
             return Layout::Other;
         }
         if known < relation.columns.len() {
-            let missing = relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
+            let missing =
+                relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
             lacking.extend(missing.cloned());
         }
     }

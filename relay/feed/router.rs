@@ -259,6 +259,7 @@ impl Router {
 
 /// A partitioned table is truncated part by part; its subscribers hear of it once.
 fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
-    let told = |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
+    let told =
+        |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
     index > 0 && told(&changes[index]).is_some() && told(&changes[index]) == told(&changes[index - 1])
 }

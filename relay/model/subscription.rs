@@ -171,7 +171,8 @@ impl BoundFilter {
     }
 
     fn says_the_same(&self, other: &Self) -> bool {
-        let conditions = |filter: &Self| filter.conditions.iter().map(|typed| typed.condition.clone()).collect::<Vec<_>>();
+        let conditions =
+            |filter: &Self| filter.conditions.iter().map(|typed| typed.condition.clone()).collect::<Vec<_>>();
         conditions(self) == conditions(other)
     }
 
@@ -180,7 +181,8 @@ impl BoundFilter {
         let same = |typed: &Typed| {
             relation.column(&typed.condition.column).is_some_and(|now| now.kind == typed.kind)
         };
-        (&self.relation.0, &self.relation.1) == (&relation.schema, &relation.table) && self.conditions.iter().all(same)
+        (&self.relation.0, &self.relation.1) == (&relation.schema, &relation.table)
+            && self.conditions.iter().all(same)
     }
 
     /// The columns that the filter reads.
@@ -267,7 +269,8 @@ pub struct Binding {
 impl PartialEq for Binding {
     fn eq(&self, other: &Self) -> bool {
         let filters = (self.filter.as_ref(), other.filter.as_ref());
-        (self.id, self.events, &self.scope, &self.select) == (other.id, other.events, &other.scope, &other.select)
+        (self.id, self.events, &self.scope, &self.select)
+            == (other.id, other.events, &other.scope, &other.select)
             && match filters {
                 (Some(one), Some(other)) => one.says_the_same(other),
                 (one, other) => one.is_none() && other.is_none(),

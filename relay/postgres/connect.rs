@@ -69,6 +69,10 @@ fn told(error: &tokio_postgres::Error) -> String {
     }
 }
 
+/// Our connections idle for long and read long pages, whatever the database's defaults for others are.
+const PATIENT: &str = "set idle_session_timeout = 0; set idle_in_transaction_session_timeout = 0; \
+     set statement_timeout = 0; set lock_timeout = 0";
+
 /// Where and how to connect.
 #[derive(Clone)]
 pub struct Server {
@@ -107,7 +111,8 @@ impl Server {
     /// # Errors
     /// When the pool cannot be built.
     pub fn pool(&self, size: usize, limit: Duration) -> Result<Pool, Error> {
-        let settings = format!("set synchronous_commit = on; set statement_timeout = {}", limit.as_millis());
+        let settings =
+            format!("{PATIENT}; set synchronous_commit = on; set statement_timeout = {}", limit.as_millis());
         let manager_settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_config(self.config.clone(), self.tls.clone(), manager_settings);
         Pool::builder(manager)
@@ -135,6 +140,7 @@ impl Server {
     pub async fn connect(&self) -> Result<Client, Error> {
         let (client, connection) = self.config.connect(self.tls.clone()).await?;
         tokio::spawn(connection);
+        client.batch_execute(PATIENT).await?;
         Ok(client)
     }
 
@@ -154,6 +160,7 @@ impl Server {
                 }
             }
         });
+        client.batch_execute(PATIENT).await?;
         Ok((client, notifications))
     }
 }

@@ -92,8 +92,12 @@ impl Judge {
     /// Only when the connection fails, so that nothing was judged: ask again.
     pub async fn judge(&self, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
         let is_slow: Vec<bool> = questions.iter().map(|question| self.is_slow(&question.statement)).collect();
-        let asked: Vec<Question<'_>> =
-            questions.iter().zip(&is_slow).filter(|(_, slow)| !**slow).map(|(question, _)| question.clone()).collect();
+        let asked: Vec<Question<'_>> = questions
+            .iter()
+            .zip(&is_slow)
+            .filter(|(_, slow)| !**slow)
+            .map(|(question, _)| question.clone())
+            .collect();
         let mut answers = self.judge_all(&asked).await?.into_iter();
         let verdicts = questions.iter().zip(is_slow).map(|(question, slow)| match slow {
             true => Verdict::none(question.images, Denied::TimedOut),
@@ -201,7 +205,8 @@ impl Session {
         }
         for question in questions {
             if !self.statements.contains_key(&question.statement)
-                && let Err(denied) = self.prepare(question.identity.claims(), &question.statement, limit).await?
+                && let Err(denied) =
+                    self.prepare(question.identity.claims(), &question.statement, limit).await?
             {
                 refusals.insert(Arc::clone(&question.statement), denied);
             }

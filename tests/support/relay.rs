@@ -48,9 +48,8 @@ impl Relay {
         let serving =
             relay::server::serve(config, listener, shutdown, |running| _ = built.send(running.observe));
         let task = tokio::spawn(serving);
-        let observe = match building.await {
-            Ok(observe) => observe,
-            Err(_) => panic!("the relay did not start: {:?}", task.await),
+        let Ok(observe) = building.await else {
+            panic!("the relay did not start: {:?}", task.await);
         };
         eventually("the relay is ready", || async { observe.is_ready().then_some(()) }).await;
         Self { address, observe, stop: Some(stop), task }
