@@ -22,36 +22,37 @@
 #[deny(clippy::disallowed_methods)]
 pub mod model {
     pub mod change;
-    pub mod claims;
     pub mod cursor;
-    pub mod delivery;
-    pub mod filter;
-    pub mod phoenix;
-    pub mod policy;
+    pub mod claims;
     pub mod relation;
-    pub mod session;
+    pub mod policy;
+    pub mod filter;
     pub mod subscription;
+    pub mod delivery;
+    pub mod phoenix;
+    pub mod join;
+    pub mod session;
 }
 
 /// Everything that speaks SQL. Never knows that there are clients.
 pub mod postgres {
-    pub mod catalog;
-    pub mod changelog;
     pub mod connect;
-    pub mod doorbell;
     pub mod install;
-    pub mod jobs;
+    pub mod doorbell;
+    pub mod changelog;
+    pub mod catalog;
     pub mod judge;
+    pub mod jobs;
 }
 
-/// From the changelog to the subscribers' outboxes. Never waits for a client.
+/// From the changelog to the subscribers' outboxes. Never waits for a client that does not read.
 pub mod feed {
-    pub mod audience;
-    pub mod binding;
-    pub mod gate;
-    pub mod outbox;
-    pub mod router;
     pub mod source;
+    pub mod gate;
+    pub mod router;
+    pub mod audience;
+    pub mod outbox;
+    pub mod binding;
 }
 
 /// Bytes to and from clients. Never says SQL.
@@ -67,7 +68,7 @@ pub mod server;
 
 /// The commands beside `serve`, one a file.
 pub mod command {
-    pub mod doctor;
-    pub mod tail;
     pub mod token;
+    pub mod tail;
+    pub mod doctor;
 }

@@ -37,9 +37,6 @@ const EMPTY_NAMES: &[&str] =
 
 const LONGEST: usize = 400;
 
-/// Too long today; whoever shortens one takes it off this list.
-const TO_BE_SPLIT: &[&str] = &["model/session.rs"];
-
 struct Source {
     /// Relative to `relay/`.
     path: PathBuf,
@@ -193,12 +190,7 @@ fn no_file_is_too_long_to_read() {
     let mut faults = Vec::new();
     for source in sources() {
         let lines = source.program().lines().count();
-        if TO_BE_SPLIT.contains(&source.path.to_str().unwrap()) {
-            if lines <= LONGEST {
-                faults
-                    .push(format!("relay/{}: short enough now, take it off the list", source.path.display()));
-            }
-        } else if lines > LONGEST {
+        if lines > LONGEST {
             faults.push(format!(
                 "relay/{}: {lines} lines without tests, {LONGEST} are the most",
                 source.path.display()

@@ -9,7 +9,7 @@ use crate::feed::gate::{Verdict, Verdicts};
 use crate::feed::outbox::Outbox;
 use crate::model::change::{Change, Operation, RelationId};
 use crate::model::delivery::{View, data};
-use crate::model::phoenix::{Version, changes_frame, fan_out};
+use crate::model::phoenix::{Version, changes_frame, fan_out, system};
 use crate::model::policy::{Meaning, meaning};
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
@@ -229,13 +229,8 @@ impl Audience {
     }
 
     fn gap(&self, why: &str) -> Bytes {
-        let payload = serde_json::json!({
-            "channel": self.topic.strip_prefix("realtime:").unwrap_or(&self.topic),
-            "extension": "postgres_changes",
-            "message": format!("Gap: {why}"),
-            "status": "error",
-        });
-        Bytes::from(fan_out(self.version, &self.topic, "system", &payload.to_string()))
+        let payload = system(&self.topic, "postgres_changes", "error", &format!("Gap: {why}"));
+        Bytes::from(fan_out(self.version, &self.topic, "system", &payload))
     }
 }
 

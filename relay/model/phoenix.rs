@@ -204,6 +204,12 @@ pub fn error(version: Version, join_ref: &Value, topic: &str) -> String {
     frame(version, join_ref, join_ref, topic, "phx_error", "{}")
 }
 
+/// The payload of a `system` message, as JSON; clients want all four of its fields.
+pub fn system(topic: &str, extension: &str, status: &str, message: &str) -> String {
+    let channel = topic.strip_prefix("realtime:").unwrap_or(topic);
+    json!({"channel": channel, "extension": extension, "message": message, "status": status}).to_string()
+}
+
 /// One change for the subscriptions `ids` of a channel. `data` is the JSON that all channels share, so it is
 /// copied once and nothing else is built on the way.
 pub fn changes_frame(version: Version, topic: &str, ids: &[u32], data: &str) -> String {

@@ -2,18 +2,16 @@
 
 use std::collections::HashMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::model::claims::Claims;
-use crate::model::phoenix::{Message, Status, Version, close, error, push, reply};
+use crate::model::join::Join;
+use crate::model::phoenix::{Message, Status, Version, close, error, push, reply, system};
 use crate::model::policy::Identity;
 use crate::model::subscription::{Refusal, Request};
 
 /// How many channels one client may join.
 pub const MOST_CHANNELS: usize = 100;
-
-/// How many entries of `postgres_changes` one channel may have: each is looked at for each change.
-pub const MOST_ENTRIES: usize = 100;
 
 /// PostgreSQL cannot be asked who may see what.
 const UNAVAILABLE: &str = "UnableToConnectToProject: Realtime was unable to connect to the project database";
@@ -98,17 +96,9 @@ struct Channel {
     requests: Vec<Request>,
     attempt: u32,
     /// The join that still waits for its reply.
-    joining: Option<Box<Joining>>,
+    joining: Option<Box<Join>>,
     /// The router delivers to it.
     delivering: bool,
-}
-
-#[derive(Debug)]
-struct Joining {
-    message: Message,
-    /// The client wants a failed subscription to fail the join.
-    waits: bool,
-    presence: bool,
 }
 
 impl Session {
@@ -136,7 +126,7 @@ impl Session {
     pub fn receive(&mut self, message: Message, now: u64, tokens: &impl Tokens) -> Vec<Action> {
         match (message.topic.as_str(), message.event.as_str()) {
             ("phoenix", "heartbeat") => vec![self.reply_ok(&message)],
-            (_, "phx_join") => self.join(message, now, tokens),
+            (_, "phx_join") => self.join(&message, now, tokens),
             (topic, "phx_leave") if !self.channels.contains_key(topic) => vec![self.reply_ok(&message)],
             (topic, _) if !self.channels.contains_key(topic) => {
                 vec![self.refuse(&message, "unmatched topic")]
@@ -158,10 +148,11 @@ impl Session {
             return Vec::new();
         };
         match state.joining.take() {
-            Some(joining) => vec![self.refuse(&joining.message, UNAVAILABLE)],
+            Some(join) => vec![Action::Send(join.refuse(self.version, UNAVAILABLE))],
             None => {
+                let told = system(&topic, "system", "error", UNAVAILABLE);
                 let frames = vec![
-                    system(self.version, &state.join_ref, &topic, "system", "error", UNAVAILABLE),
+                    push(self.version, &state.join_ref, &topic, "system", &told),
                     error(self.version, &state.join_ref, &topic),
                 ];
                 state.farewell(frames)
@@ -186,21 +177,14 @@ impl Session {
         }
         let topic = topic.clone();
         let mut frames = Vec::new();
-        if let Some(joining) = state.joining.take() {
-            if let (Err(refusal), true) = (&outcome, joining.waits) {
-                let reason = format!("RealtimeDisabledForConfiguration: {refusal}");
+        if let Some(join) = state.joining.take() {
+            if let (Err(refusal), true) = (&outcome, join.waits()) {
                 self.channels.remove(&topic);
-                return vec![self.refuse(&joining.message, &reason)];
+                return vec![Action::Send(join.refuse(version, &disabled(refusal)))];
             }
-            frames.extend(greeting(version, &joining, &state.requests));
+            frames.extend(join.accept(version));
         }
-        let system = match &outcome {
-            Ok(()) => {
-                system(version, &state.join_ref, &topic, "postgres_changes", "ok", "Subscribed to PostgreSQL")
-            }
-            Err(refusal) => system(version, &state.join_ref, &topic, "postgres_changes", "error", &refusal.0),
-        };
-        frames.push(system);
+        frames.push(changes_system(version, &state.join_ref, &topic, outcome.as_ref().map(|()| ())));
         match outcome {
             Ok(()) => {
                 state.delivering = true;
@@ -236,96 +220,58 @@ impl Session {
         delivering.map(|channel| Action::Leave { channel: channel.id, farewell: Vec::new() }).collect()
     }
 
-    fn join(&mut self, message: Message, now: u64, tokens: &impl Tokens) -> Vec<Action> {
-        match message.topic.strip_prefix("realtime:") {
-            None => return vec![self.refuse(&message, "unmatched topic")],
-            Some("") => {
-                return vec![self.refuse(&message, "TopicNameRequired: You must provide a topic name")];
-            }
-            Some(_) => {}
-        }
+    fn join(&mut self, message: &Message, now: u64, tokens: &impl Tokens) -> Vec<Action> {
+        let join = match Join::read(message) {
+            Ok(join) => Box::new(join),
+            Err(reason) => return vec![self.refuse(message, &reason)],
+        };
         let mut actions = Vec::new();
-        if let Some(old) = self.channels.remove(&message.topic) {
-            let frame = close(self.version, &old.join_ref, &message.topic);
+        if let Some(old) = self.channels.remove(join.topic()) {
+            let frame = close(self.version, &old.join_ref, join.topic());
             actions.extend(old.farewell(vec![frame]));
         }
         if self.channels.len() >= MOST_CHANNELS {
-            actions.push(self.refuse(&message, "ChannelRateLimitReached: Too many channels"));
+            actions.push(self.refuse(message, "ChannelRateLimitReached: Too many channels"));
             return actions;
         }
-        let identity = match self.identity(&message.payload, now, tokens) {
+        let identity = match self.identity(&join, now, tokens) {
             Ok(identity) => identity,
             Err(refusal) => {
-                actions.push(self.refuse(&message, &format!("{}: {}", refusal.code, refusal.text)));
+                actions.push(self.refuse(message, &format!("{}: {}", refusal.code, refusal.text)));
                 return actions;
             }
         };
-        let entries = match entries(&message.payload) {
-            Ok(entries) => entries,
-            Err(reason) => {
-                actions.push(self.refuse(&message, &reason));
+        let requests = match join.requests() {
+            Ok(requests) => requests,
+            Err(refusal) if join.waits() => {
+                actions.push(self.refuse(message, &disabled(&refusal)));
                 return actions;
+            }
+            Err(refusal) => {
+                actions.extend(join.accept(self.version).into_iter().map(Action::Send));
+                let frame = changes_system(self.version, join.join_ref(), join.topic(), Err(&refusal));
+                actions.push(Action::Send(frame));
+                Vec::new()
             }
         };
         self.joins += 1;
         let id = ChannelId { session: self.number, channel: self.joins };
-        let config = message.payload.get("config");
-        let setting = |group: &str, name: &str| {
-            config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
-        };
-        let joining = Box::new(Joining {
-            waits: setting("postgres_changes_options", "wait"),
-            presence: setting("presence", "enabled"),
-            message,
-        });
-        let topic = joining.message.topic.clone();
-        let join_ref = joining.message.join_ref.clone();
-        let parsed: Result<Vec<Request>, Refusal> = entries.iter().map(Request::parse).collect();
-        let requests = match parsed {
-            Ok(mut requests) => {
-                requests.shrink_to_fit();
-                requests
-            }
-            Err(refusal) if joining.waits => {
-                let reason = format!("RealtimeDisabledForConfiguration: {refusal}");
-                actions.push(self.refuse(&joining.message, &reason));
-                return actions;
-            }
-            Err(refusal) => {
-                // The entries are echoed all the same, with ids that nothing will ever carry.
-                let echo = entries.iter().enumerate().map(|(n, entry)| with_id(entry, n)).collect();
-                let answer = answer_join(self.version, &joining, echo);
-                actions.extend(answer.into_iter().map(Action::Send));
-                actions.push(Action::Send(system(
-                    self.version,
-                    &join_ref,
-                    &topic,
-                    "postgres_changes",
-                    "error",
-                    &refusal.0,
-                )));
-                Vec::new()
-            }
-        };
-        let waits_for_binding = !requests.is_empty();
-        let refused = !entries.is_empty() && !waits_for_binding;
+        let (topic, join_ref) = (join.topic().to_owned(), join.join_ref().clone());
         let mut channel =
             Channel { id, join_ref, identity, requests, attempt: 0, joining: None, delivering: false };
-        if waits_for_binding {
-            channel.joining = Some(joining);
+        if !channel.requests.is_empty() {
+            channel.joining = Some(join);
             actions.push(channel.bind());
-        } else if !refused {
-            actions.extend(greeting(self.version, &joining, &[]).into_iter().map(Action::Send));
+        } else if !join.wants_changes() {
+            actions.extend(join.accept(self.version).into_iter().map(Action::Send));
         }
         self.channels.insert(topic, Box::new(channel));
         actions
     }
 
-    /// Whose channel it will be: the token in the payload, or the connection's own identity.
-    fn identity(&self, payload: &Value, now: u64, tokens: &impl Tokens) -> Result<Identity, TokenRefusal> {
-        let text = |name: &str| payload.get(name).and_then(Value::as_str);
-        let given = text("user_token").or_else(|| text("access_token"));
-        if let Some(token) = given.filter(|token| !token.starts_with("sb_")) {
+    /// Whose channel it will be: the token in the join, or the connection's own identity.
+    fn identity(&self, join: &Join, now: u64, tokens: &impl Tokens) -> Result<Identity, TokenRefusal> {
+        if let Some(token) = join.token() {
             return tokens.verify(token).map(Identity::new);
         }
         let expired = self.own.claims().expires_at();
@@ -389,7 +335,7 @@ impl Session {
             return Vec::new();
         };
         let frames = vec![
-            system(self.version, &channel.join_ref, topic, "system", "error", text),
+            push(self.version, &channel.join_ref, topic, "system", &system(topic, "system", "error", text)),
             close(self.version, &channel.join_ref, topic),
         ];
         channel.farewell(frames)
@@ -429,55 +375,17 @@ impl Channel {
     }
 }
 
-fn greeting(version: Version, joining: &Joining, requests: &[Request]) -> Vec<String> {
-    answer_join(version, joining, requests.iter().map(Request::echo).collect())
+/// The outcome of a subscription as the client is told it.
+fn changes_system(version: Version, join_ref: &Value, topic: &str, outcome: Result<(), &Refusal>) -> String {
+    let (status, message) = match outcome {
+        Ok(()) => ("ok", "Subscribed to PostgreSQL"),
+        Err(refusal) => ("error", refusal.0.as_str()),
+    };
+    push(version, join_ref, topic, "system", &system(topic, "postgres_changes", status, message))
 }
 
-fn answer_join(version: Version, joining: &Joining, echo: Vec<Value>) -> Vec<String> {
-    let mut frames = vec![reply(version, &joining.message, Status::Ok, &json!({"postgres_changes": echo}))];
-    if joining.presence {
-        frames.push(push(version, &joining.message.join_ref, &joining.message.topic, "presence_state", "{}"));
-    }
-    frames
-}
-
-fn system(
-    version: Version,
-    join_ref: &Value,
-    topic: &str,
-    extension: &str,
-    status: &str,
-    message: &str,
-) -> String {
-    let channel = topic.strip_prefix("realtime:").unwrap_or(topic);
-    let payload = json!({"channel": channel, "extension": extension, "message": message, "status": status});
-    push(version, join_ref, topic, "system", &payload.to_string())
-}
-
-/// The entries of `config.postgres_changes`; null and `[null]` mean none.
-fn entries(payload: &Value) -> Result<Vec<Map<String, Value>>, String> {
-    let list =
-        payload.get("config").and_then(|config| config.get("postgres_changes")).and_then(Value::as_array);
-    let wanted = list.into_iter().flatten().filter(|entry| !entry.is_null());
-    if list.is_some_and(|list| list.len() > MOST_ENTRIES) {
-        return Err(format!("ChannelRateLimitReached: More than {MOST_ENTRIES} postgres_changes entries"));
-    }
-    wanted
-        .map(|entry| match entry {
-            Value::Object(entry) => Ok(entry.clone()),
-            other => Err(format!("UnknownErrorOnChannel: expected a map, got: {other}")),
-        })
-        .collect()
-}
-
-fn with_id(entry: &Map<String, Value>, n: usize) -> Value {
-    let mut entry = entry.clone();
-    entry.insert(String::from("id"), Value::from(n + 1));
-    Value::Object(entry)
-}
-
-fn truthy(value: &Value) -> bool {
-    matches!(value, Value::Bool(true)) || value.as_str() == Some("true")
+fn disabled(refusal: &Refusal) -> String {
+    format!("RealtimeDisabledForConfiguration: {refusal}")
 }
 
 #[cfg(test)]

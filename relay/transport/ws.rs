@@ -24,7 +24,7 @@ use crate::feed::binding::BindError;
 use crate::feed::outbox::{End, Outbox, Taken};
 use crate::feed::router::Registration;
 use crate::model::claims::Claims;
-use crate::model::phoenix::{Binary, Version, decode_binary, decode_text, fan_out};
+use crate::model::phoenix::{Binary, Version, decode_binary, decode_text, fan_out, system};
 use crate::model::session::{Action, ChannelId, Session, TokenRefusal, Tokens};
 use crate::model::subscription::Subscription;
 use crate::transport::auth::Verifier;
@@ -275,10 +275,8 @@ impl Driver {
                 self.obey(actions, &mut None);
             }
             Err(error) => {
-                let payload = serde_json::json!({
-                    "channel": "phoenix", "extension": "system", "status": "error", "message": error.to_string(),
-                });
-                self.outbox.push(fan_out(version, "phoenix", "system", &payload.to_string()).into());
+                let payload = system("phoenix", "system", "error", &error.to_string());
+                self.outbox.push(fan_out(version, "phoenix", "system", &payload).into());
             }
         }
         Ok(())

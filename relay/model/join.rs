@@ -1,0 +1,166 @@
+//! A client's wish to join a channel: what it asks for, and the frames that answer it.
+
+use serde_json::{Map, Value, json};
+
+use crate::model::phoenix::{Message, Status, Version, push, reply};
+use crate::model::subscription::{Refusal, Request};
+
+/// How many entries of `postgres_changes` one channel may have: each is looked at for each change.
+pub const MOST_ENTRIES: usize = 100;
+
+/// A join that has a topic and a readable configuration.
+#[derive(Debug)]
+pub struct Join {
+    message: Message,
+    entries: Vec<Map<String, Value>>,
+}
+
+impl Join {
+    /// Reads a `phx_join`.
+    ///
+    /// # Errors
+    /// With the reason for the reply: no topic of ours, or entries of `postgres_changes` that are too many or no objects.
+    pub fn read(message: &Message) -> Result<Self, String> {
+        match message.topic.strip_prefix("realtime:") {
+            None => return Err(String::from("unmatched topic")),
+            Some("") => return Err(String::from("TopicNameRequired: You must provide a topic name")),
+            Some(_) => {}
+        }
+        Ok(Self { entries: entries(&message.payload)?, message: message.clone() })
+    }
+
+    /// Its topic.
+    pub fn topic(&self) -> &str {
+        &self.message.topic
+    }
+
+    /// The reference that ties the channel's frames to this join.
+    pub fn join_ref(&self) -> &Value {
+        &self.message.join_ref
+    }
+
+    /// The token that it shows, if it shows one; an opaque key (`sb_…`) is none.
+    pub fn token(&self) -> Option<&str> {
+        let text = |name: &str| self.message.payload.get(name).and_then(Value::as_str);
+        text("user_token").or_else(|| text("access_token")).filter(|token| !token.starts_with("sb_"))
+    }
+
+    /// Whether changes are asked for at all.
+    pub fn wants_changes(&self) -> bool {
+        !self.entries.is_empty()
+    }
+
+    /// What is to be bound.
+    ///
+    /// # Errors
+    /// When an entry cannot be served as it is written.
+    pub fn requests(&self) -> Result<Vec<Request>, Refusal> {
+        let mut requests: Vec<Request> = self.entries.iter().map(Request::parse).collect::<Result<_, _>>()?;
+        requests.shrink_to_fit();
+        Ok(requests)
+    }
+
+    /// Whether a failed subscription is to fail the join.
+    pub fn waits(&self) -> bool {
+        self.setting("postgres_changes_options", "wait")
+    }
+
+    /// The frames that say yes. Every entry is echoed; one that cannot be served with an id that nothing will carry.
+    pub fn accept(&self, version: Version) -> Vec<String> {
+        let echo = |(n, entry): (usize, &Map<String, Value>)| match Request::parse(entry) {
+            Ok(request) => request.echo(),
+            Err(_) => with_id(entry, n + 1),
+        };
+        let echo: Vec<Value> = self.entries.iter().enumerate().map(echo).collect();
+        let mut frames = vec![reply(version, &self.message, Status::Ok, &json!({"postgres_changes": echo}))];
+        if self.setting("presence", "enabled") {
+            frames.push(push(version, self.join_ref(), self.topic(), "presence_state", "{}"));
+        }
+        frames
+    }
+
+    /// The frame that says no.
+    pub fn refuse(&self, version: Version, reason: &str) -> String {
+        reply(version, &self.message, Status::Error, &json!({"reason": reason}))
+    }
+
+    fn setting(&self, group: &str, name: &str) -> bool {
+        let config = self.message.payload.get("config");
+        config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
+    }
+}
+
+/// The entries of `config.postgres_changes`; null and `[null]` mean none.
+fn entries(payload: &Value) -> Result<Vec<Map<String, Value>>, String> {
+    let list =
+        payload.get("config").and_then(|config| config.get("postgres_changes")).and_then(Value::as_array);
+    let list = list.map(Vec::as_slice).unwrap_or_default();
+    if list.len() > MOST_ENTRIES {
+        return Err(format!("ChannelRateLimitReached: More than {MOST_ENTRIES} postgres_changes entries"));
+    }
+    list.iter()
+        .filter(|entry| !entry.is_null())
+        .map(|entry| match entry {
+            Value::Object(entry) => Ok(entry.clone()),
+            other => Err(format!("UnknownErrorOnChannel: expected a map, got: {other}")),
+        })
+        .collect()
+}
+
+fn with_id(entry: &Map<String, Value>, id: usize) -> Value {
+    let mut entry = entry.clone();
+    entry.insert(String::from("id"), Value::from(id));
+    Value::Object(entry)
+}
+
+fn truthy(value: &Value) -> bool {
+    matches!(value, Value::Bool(true)) || value.as_str() == Some("true")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(topic: &str, payload: Value) -> Result<Join, String> {
+        let (join_ref, ref_) = (json!("1"), json!("1"));
+        Join::read(&Message {
+            join_ref,
+            ref_,
+            topic: topic.to_owned(),
+            event: "phx_join".to_owned(),
+            payload,
+        })
+    }
+
+    #[test]
+    fn a_topic_is_needed_and_entries_are_bounded_objects() {
+        let with = |entries: Value| read("realtime:t", json!({"config": {"postgres_changes": entries}}));
+        assert_eq!(read("phoenix", json!({})).unwrap_err(), "unmatched topic");
+        assert!(read("realtime:", json!({})).unwrap_err().starts_with("TopicNameRequired"));
+        assert!(with(json!(["x"])).unwrap_err().starts_with("UnknownErrorOnChannel"));
+        assert!(with(json!(vec![json!({}); 101])).unwrap_err().starts_with("ChannelRateLimitReached"));
+        assert!(!with(json!([null])).unwrap().wants_changes());
+        assert!(!with(json!(null)).unwrap().wants_changes());
+        assert!(with(json!([{"table": "t"}])).unwrap().wants_changes());
+    }
+
+    #[test]
+    fn the_older_name_of_the_token_wins_and_opaque_keys_are_no_tokens() {
+        let token = |payload: Value| read("realtime:t", payload).unwrap().token().map(str::to_owned);
+        assert_eq!(token(json!({"user_token": "a", "access_token": "b"})).as_deref(), Some("a"));
+        assert_eq!(token(json!({"user_token": null, "access_token": "b"})).as_deref(), Some("b"));
+        assert_eq!(token(json!({"access_token": "sb_publishable_x"})), None);
+        assert_eq!(token(json!({})), None);
+    }
+
+    #[test]
+    fn settings_are_read_as_booleans_or_their_words() {
+        let waits = |value: Value| {
+            read("realtime:t", json!({"config": {"postgres_changes_options": {"wait": value}}}))
+                .unwrap()
+                .waits()
+        };
+        assert!(waits(json!(true)) && waits(json!("true")));
+        assert!(!waits(json!(false)) && !waits(json!(1)) && !waits(json!(null)));
+    }
+}
