@@ -1,4 +1,4 @@
-//! A Postgres change-feed relay: row changes to subscribers, past the table's own policies.
+//! A Postgres change-feed relay: each row change to those who may see it by the table's own policies.
 //!
 //! ```text
 //! writer ── SQL ──▶ trigger ──▶ relay.changes          the changelog, same transaction

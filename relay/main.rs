@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// A Postgres change-feed relay: row changes to WebSocket subscribers, past the table's own policies.
+/// A Postgres change-feed relay: each row change to those who may see it by the table's own policies.
 ///
 /// First steps with a database of your own:
 ///

@@ -56,7 +56,11 @@ pub async fn serve(
     let main = server(&config.database_url, "relay")?;
     let bell = server(&config.doorbell_url, "relay doorbell")?;
     let judge = server(&config.judge_url, "relay judge")?;
-    prepare(&main, config.install).await?;
+    tokio::pin!(shutdown);
+    tokio::select! {
+        prepared = prepare(&main, config.install) => prepared?,
+        () = &mut shutdown => return Ok(()),
+    }
 
     let observe = Arc::new(Observe::new());
     let end = CancellationToken::new();
@@ -96,7 +100,7 @@ pub async fn serve(
     started(Running { observe: Arc::clone(&observe) });
 
     tokio::select! {
-        () = shutdown => {}
+        () = &mut shutdown => {}
         () = accept(&app, &listener) => {}
     }
     tracing::info!(session.count = observe.session_count(), "ending");

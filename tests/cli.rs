@@ -158,3 +158,18 @@ async fn a_token_is_made_with_the_claims_that_were_asked_for() {
     assert!(claims.json().contains(r#""role":"admin""#));
     assert_eq!(output(&["token", "--jwt-secret", SECRET, "--ttl", "soon"]).await.0, 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_for_the_database_can_be_ended() {
+    let away = "postgres://nobody@127.0.0.1:1/nowhere";
+    let arguments = ["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0", "--database-url", away];
+    let mut child = relay(&arguments).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    line_with(&mut lines, "waiting for the database").await;
+    signal(&child, "-TERM");
+    let ended = tokio::time::timeout(Duration::from_secs(10), child.wait())
+        .await
+        .expect("it ends on SIGTERM")
+        .unwrap();
+    assert_eq!(ended.code(), Some(0));
+}

@@ -200,18 +200,21 @@ impl Audience {
     }
 
     /// Hands what is on the desk to all members; returns how many frames that makes.
-    pub fn send(&self, desk: &Desk<'_>) -> usize {
-        self.hand_out(&desk.frames)
-    }
-
-    fn hand_out(&self, frames: &[Bytes]) -> usize {
-        if frames.is_empty() {
+    pub fn send(&self, desk: &mut Desk<'_>) -> usize {
+        if desk.frames.is_empty() {
             return 0;
         }
-        for outbox in self.members.values() {
-            outbox.push_all(frames);
+        let count = desk.frames.len() * self.members.len();
+        let mut members = self.members.values();
+        // The last one, as a rule the only one, takes them as they are: a frame's count of owners is a bottleneck.
+        let last = members.next_back();
+        for outbox in members {
+            outbox.push_all(desk.frames.iter().cloned());
         }
-        frames.len() * self.members.len()
+        if let Some(outbox) = last {
+            outbox.push_all(desk.frames.drain(..));
+        }
+        count
     }
 
     /// A change that this audience might have had to be told cannot be told: says so, once per relation and part.
@@ -225,7 +228,10 @@ impl Audience {
 
     /// Tells all members that changes are missing.
     pub fn tell_gap(&self, why: &str) {
-        self.hand_out(&[self.gap(why)]);
+        let gap = self.gap(why);
+        for outbox in self.members.values() {
+            outbox.push(gap.clone());
+        }
     }
 
     fn gap(&self, why: &str) -> Bytes {

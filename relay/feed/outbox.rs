@@ -56,11 +56,11 @@ impl Outbox {
 
     /// Adds a frame. One frame is always taken, however large: otherwise it could never be delivered.
     pub fn push(&self, frame: Bytes) {
-        self.push_all(std::slice::from_ref(&frame));
+        self.push_all([frame]);
     }
 
     /// Adds frames in one go.
-    pub fn push_all(&self, frames: &[Bytes]) {
+    pub fn push_all(&self, frames: impl IntoIterator<Item = Bytes>) {
         let waiting = {
             let mut queue = self.lock();
             for frame in frames {
@@ -141,7 +141,7 @@ impl Outbox {
 }
 
 impl Queue {
-    fn add(&mut self, frame: &Bytes, limit: usize) {
+    fn add(&mut self, frame: Bytes, limit: usize) {
         if self.end.is_some() {
             return;
         }
@@ -152,7 +152,7 @@ impl Queue {
             self.bytes = 0;
         } else {
             self.bytes += frame.len();
-            self.frames.push_back(frame.clone());
+            self.frames.push_back(frame);
         }
     }
 

@@ -230,7 +230,7 @@ impl Router {
                     audience.write(index, change, relation, &verdicts, &mut written[index], &mut desk);
                 }
             }
-            frames += audience.send(&desk);
+            frames += audience.send(&mut desk);
             desk.clear();
         }
         self.observe.frames_delivered(frames);

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::model::change::Change;
 use crate::model::cursor::Epoch;
 use crate::observe::Observe;
-use crate::postgres::changelog::{self, Changelog, Page, Position};
+use crate::postgres::changelog::{self, Changelog, Flush, Page, Position};
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::{Doorbell, Ring};
 
@@ -141,14 +141,14 @@ impl Source {
     /// The position of this moment, safe from a crash.
     async fn start(&self, changelog: &Changelog) -> Result<Position, Error> {
         let now = changelog.now().await?;
-        self.flush().await?;
+        self.flush(Flush::AtOnce).await?;
         Ok(Position::after(now))
     }
 
     /// What a crash could take back is never shown: waits until everything up to now is flushed.
-    async fn flush(&self) -> Result<(), Error> {
+    async fn flush(&self, how: Flush) -> Result<(), Error> {
         let started = Instant::now();
-        changelog::flush(&self.pool).await?;
+        changelog::flush(&self.pool, how).await?;
         self.observe.flushed(started.elapsed());
         Ok(())
     }
@@ -188,7 +188,7 @@ impl Reading<'_> {
         let mut found = Instant::now();
         loop {
             self.pass_on(doorbell);
-            match self.look().await? {
+            match self.look(Flush::WithWriters).await? {
                 Look::Over => return Ok(Look::Over),
                 Look::Plenty => found = Instant::now(),
                 Look::Some => {
@@ -209,7 +209,7 @@ impl Reading<'_> {
     /// Holds the lock, so everybody rings: looks once for those who came before, then once per ring.
     async fn asleep(&mut self, doorbell: &mut Doorbell) -> Result<Look, Error> {
         self.source.observe.asleep();
-        if self.look().await?.is_over() {
+        if self.look(Flush::AtOnce).await?.is_over() {
             return Ok(Look::Over);
         }
         let mut rush = Instant::now();
@@ -220,7 +220,7 @@ impl Reading<'_> {
                 if wait == PROBE && !doorbell.is_heard().await? {
                     return Err(Error::Unfit(String::from("the doorbell is not heard any more")));
                 }
-                match self.look().await? {
+                match self.look(Flush::AtOnce).await? {
                     Look::Over => return Ok(Look::Over),
                     Look::Nothing => {}
                     Look::Some | Look::Plenty => self.source.observe.found_by_polling(),
@@ -246,7 +246,7 @@ impl Reading<'_> {
                 self.source.observe.awake();
                 return Ok(Look::Some);
             }
-            if self.look().await?.is_over() {
+            if self.look(Flush::AtOnce).await?.is_over() {
                 return Ok(Look::Over);
             }
         }
@@ -256,7 +256,7 @@ impl Reading<'_> {
         let mut pause = POLL;
         loop {
             self.pass_on(doorbell);
-            match self.look().await? {
+            match self.look(Flush::WithWriters).await? {
                 Look::Over => return Ok(()),
                 Look::Plenty => pause = POLL,
                 Look::Some => {
@@ -279,7 +279,7 @@ impl Reading<'_> {
     }
 
     /// Reads one page and hands it on in parts. The position moves with what was handed on.
-    async fn look(&mut self) -> Result<Look, Error> {
+    async fn look(&mut self, how: Flush) -> Result<Look, Error> {
         let mut page = self.changelog.open(&self.place.position).await?;
         let until = page.until.clone();
         let mut total = 0;
@@ -290,7 +290,7 @@ impl Reading<'_> {
                 break;
             };
             if !flushed {
-                self.source.flush().await?;
+                self.source.flush(how).await?;
                 flushed = true;
             }
             total += changes.len();

@@ -184,7 +184,7 @@ impl Session {
             }
             frames.extend(join.accept(version));
         }
-        frames.push(changes_system(version, &state.join_ref, &topic, outcome.as_ref().map(|()| ())));
+        frames.push(changes_system(version, &state.join_ref, &topic, outcome.as_ref().copied()));
         match outcome {
             Ok(()) => {
                 state.delivering = true;

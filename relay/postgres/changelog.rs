@@ -1,10 +1,12 @@
 //! The changelog, read between two snapshots: one statement gives the new snapshot and what became visible since.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use deadpool_postgres::Pool;
 use futures_util::{StreamExt, TryStreamExt};
 use time::OffsetDateTime;
+use tokio::time::sleep;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use crate::model::change::{self, Change, Operation, RelationId};
@@ -117,12 +119,35 @@ impl Page {
     }
 }
 
-/// Makes everything up to now survive a crash. On a connection beside the one that streams a page.
+/// Who sees to it that the log is flushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flush {
+    /// We, now: nobody else may be about to.
+    AtOnce,
+    /// Writers, by their own commits, for a few milliseconds: another flush of ours would make each of them wait for it.
+    WithWriters,
+}
+
+/// How long writers' commits are waited for: a few of them on a slow disk.
+const PAUSES: [Duration; 6] = [Duration::from_micros(500); 6];
+
+/// Waits until everything up to now survives a crash.
 ///
 /// # Errors
 /// As the connection.
-pub async fn flush(pool: &Pool) -> Result<(), Error> {
+pub async fn flush(pool: &Pool, how: Flush) -> Result<(), Error> {
     let client = pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+    if how == Flush::WithWriters {
+        let now = client.prepare_cached("select pg_current_wal_insert_lsn()::text").await?;
+        let position: String = client.query_one(&now, &[]).await?.get(0);
+        let reached = client.prepare_cached("select pg_current_wal_flush_lsn() >= $1::text::pg_lsn").await?;
+        for pause in PAUSES {
+            sleep(pause).await;
+            if client.query_one(&reached, &[&position]).await?.get(0) {
+                return Ok(());
+            }
+        }
+    }
     let flush = client.prepare_cached("select relay.flush()").await?;
     client.execute(&flush, &[]).await?;
     Ok(())

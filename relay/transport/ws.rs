@@ -82,6 +82,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, version: Ver
         rest: Vec::new(),
         frames: VecDeque::new(),
         turns: 0,
+        answers: false,
         binds,
     };
     let over = driver.run().await;
@@ -115,6 +116,8 @@ struct Driver {
     frames: VecDeque<Bytes>,
     /// Writes since everything else had its turn.
     turns: u8,
+    /// The library may have something to say by itself: a pong.
+    answers: bool,
     binds: FuturesUnordered<futures_util::future::BoxFuture<'static, Outcome>>,
 }
 
@@ -144,6 +147,7 @@ impl Driver {
                 },
                 frame = self.socket.next() => {
                     heard = Instant::now();
+                    self.answers = true;
                     if let Err(over) = self.hear(frame) {
                         return over;
                     }
@@ -217,10 +221,13 @@ impl Driver {
     ///
     /// Past the library, which would copy each frame into a buffer of this client's own, and keep that for good.
     fn write_now(&mut self) -> Result<bool, Over> {
-        // What the library has to say by itself (a pong) must not end up inside a frame of ours.
-        match self.socket.flush().now_or_never() {
-            Some(flushed) => flushed.map_err(|_| Over::Gone)?,
-            None => return Ok(false),
+        // An answer of the library's own must not end up inside a frame of ours.
+        if self.answers {
+            match self.socket.flush().now_or_never() {
+                Some(flushed) => flushed.map_err(|_| Over::Gone)?,
+                None => return Ok(false),
+            }
+            self.answers = false;
         }
         let stream = self.socket.get_ref();
         if !self.rest.is_empty() {
