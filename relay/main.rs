@@ -47,9 +47,9 @@ enum Command {
         #[command(flatten)]
         database: Database,
     },
-    /// Take that back
+    /// Stop publishing a table; leaves no trace on it
     Unwatch {
-        /// Its name
+        /// Its name, with the schema if it is not on the search path
         table: String,
         #[command(flatten)]
         database: Database,
@@ -59,7 +59,13 @@ enum Command {
     /// Print the changes of a table as they come
     Tail(tail::Options),
     /// Check the database and say what to do; exit code 1 on a fault
-    Doctor(Database),
+    Doctor {
+        #[command(flatten)]
+        database: Database,
+        /// The login that judges policies, when `serve` has one of its own
+        #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
+        judge_url: Option<String>,
+    },
 }
 
 #[derive(Args)]
@@ -98,7 +104,11 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Install(database) => {
             let mut client = database.server()?.connect().await?;
             let applied = install::install(&mut client).await?;
-            say(&format!("installed: {}", applied.join(", ")));
+            let version = env!("CARGO_PKG_VERSION");
+            say(&match applied.iter().filter(|file| !file.starts_with('9')).count() {
+                0 => format!("schema relay is that of version {version} already"),
+                count => format!("schema relay is that of version {version} now ({count} files applied)"),
+            });
         }
         Command::Serve(settings) => serve(*settings).await?,
         Command::Watch { table, leave_events, database } => {
@@ -106,16 +116,28 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             install::check(&client).await?;
             let watch = "select relay.watch($1::text::regclass, $2)";
             client.execute(watch, &[&table, &leave_events]).await.map_err(named)?;
-            say(&format!("{table} is watched"));
+            say(&format!("{table} is watched{}", if leave_events { ", with leave events" } else { "" }));
         }
         Command::Unwatch { table, database } => {
             let client = database.server()?.connect().await?;
+            let watched = "select exists (select from relay.watch_list where relation = $1::text::regclass)";
+            if !client.query_one(watched, &[&table]).await.map_err(named)?.get::<_, bool>(0) {
+                say(&format!("{table} was not watched"));
+                return Ok(ExitCode::SUCCESS);
+            }
             client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(named)?;
             say(&format!("{table} is not watched any more"));
         }
         Command::Token(options) => token::run(&options)?,
         Command::Tail(options) => tail::run(options).await?,
-        Command::Doctor(database) => return Ok(doctor::run(&database.server()?).await),
+        Command::Doctor { database, judge_url } => {
+            let server = database.server()?;
+            let judge = match judge_url {
+                Some(url) => Server::parse(&url, "relay", database.database_ca.as_deref())?,
+                None => server.clone(),
+            };
+            return Ok(doctor::run(&server, &judge).await);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -125,8 +147,9 @@ async fn serve(settings: Settings) -> Result<(), Failure> {
     for skipped in config.verifier.skipped_keys() {
         tracing::warn!("a key of the JWK set is not used: {skipped}");
     }
-    let listener =
-        TcpListener::bind(config.listen).await.map_err(|error| format!("{}: {error}", config.listen))?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .map_err(|error| format!("{}: {error}; --listen takes another address", config.listen))?;
     let address = listener.local_addr()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let end = Arc::new(tokio::sync::Notify::new());

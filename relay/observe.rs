@@ -37,6 +37,7 @@ pub struct Observe {
     timed_out: Counter,
     role_lost: Counter,
     warned: AtomicU64,
+    refusal_told: AtomicU64,
     ready: AtomicBool,
     ending: AtomicBool,
 }
@@ -106,6 +107,7 @@ impl Observe {
             timed_out,
             role_lost,
             warned: AtomicU64::new(0),
+            refusal_told: AtomicU64::new(0),
             ready: AtomicBool::new(false),
             ending: AtomicBool::new(false),
         }
@@ -127,9 +129,13 @@ impl Observe {
         self.sessions_full.inc();
     }
 
-    /// A connection was refused.
-    pub fn connection_refused(&self) {
+    /// A connection was refused. A browser cannot read why, so it stands in the log, once a second at most.
+    pub fn connection_refused(&self, why: &str) {
         self.refused.inc();
+        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
+        if self.refusal_told.swap(now, Ordering::Relaxed) != now {
+            tracing::warn!(why, "a connection was refused");
+        }
     }
 
     /// How many clients are connected.
@@ -220,8 +226,8 @@ impl Observe {
         self.judgements.inc_by(questions as u64);
     }
 
-    /// A judgement failed and counts as "no".
-    pub fn judgement_failed(&self, denied: Denied) {
+    /// A judgement on rows of this relation failed and counts as "no".
+    pub fn judgement_failed(&self, denied: Denied, relation: &str) {
         match denied {
             Denied::Raised => self.raised.inc(),
             Denied::TimedOut => self.timed_out.inc(),
@@ -230,7 +236,7 @@ impl Observe {
         let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
         // Once a second is enough to notice; a policy that raises for every row must not fill the disk.
         if self.warned.swap(now, Ordering::Relaxed) != now {
-            tracing::warn!(why = ?denied, "a policy could not be judged: denied");
+            tracing::warn!(relation.name = relation, why = ?denied, "a policy or filter could not be judged: denied");
         }
     }
 

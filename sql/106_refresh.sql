@@ -96,8 +96,8 @@ create or replace function relay.refresh_every(relation regclass, every interval
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 begin
-  if every is null or every <= interval '0' then
-    raise exception 'the interval must be longer than nothing' using errcode = 'invalid_parameter_value',
+  if every is null or every < interval '100 milliseconds' then
+    raise exception 'the interval must be at least 100 milliseconds' using errcode = 'invalid_parameter_value',
       hint = 'select relay.refresh_every(''public.totals'', ''10 seconds'')';
   elsif (select c.relkind from pg_class c where c.oid = refresh_every.relation) is distinct from 'm' then
     raise exception '% is not a materialized view', relation using errcode = 'wrong_object_type';

@@ -26,7 +26,7 @@ finish() {
   $cluster drop $work/cluster
 }
 trap finish EXIT
-trap 'echo; exit 130' INT
+trap 'echo; echo Stopped.; exit 0' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
 

@@ -25,5 +25,5 @@ select pg_sleep(0.5);
 update worker set state = case when state = 'lost' or random() < 0.4 then 'idle' when random() < 0.1 then 'lost' else 'busy' end
 where name in (select name from worker order by random() limit 1);
 insert into system_alerts (severity, message)
-select 'info', format('%s documents are waiting', count(*)) from document where state = 'waiting' having random() < 0.25;
+select 'info', format('%s documents are waiting', count(*)) from document where state = 'waiting' having count(*) > 1 and random() < 0.25;
 select pg_sleep(0.6);

@@ -22,8 +22,10 @@ enum Finding {
 use Finding::{Fault, Good, Note};
 
 /// Prints a line per finding; the exit code is 1 when there is a fault.
-pub async fn run(server: &Server) -> ExitCode {
-    let findings = match examine(server).await {
+///
+/// `judge` is where policies are evaluated; as a rule the same as `server`.
+pub async fn run(server: &Server, judge: &Server) -> ExitCode {
+    let findings = match examine(server, judge).await {
         Ok(findings) => findings,
         Err(error) => vec![Fault(error.to_string())],
     };
@@ -42,8 +44,9 @@ pub async fn run(server: &Server) -> ExitCode {
     if faults == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-async fn examine(server: &Server) -> Result<Vec<Finding>, Error> {
+async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
     let client = server.connect().await?;
+    let judging = judge.connect().await?;
     let mut findings = vec![version(&client).await?, primary(&client).await?];
     if let Err(error) = install::check(&client).await {
         findings.push(Fault(error.to_string()));
@@ -54,8 +57,8 @@ async fn examine(server: &Server) -> Result<Vec<Finding>, Error> {
     findings.push(prepared_transactions(&client).await?);
     findings.push(queue(&client).await?);
     findings.push(writable_schemas(&client).await?);
-    findings.extend(roles(&client).await?);
-    findings.push(power(&client).await?);
+    findings.extend(roles(&judging).await?);
+    findings.push(power(&judging).await?);
     findings.extend(relations(&client).await?);
     findings.extend(refreshes(&client).await?);
     Ok(findings)
@@ -123,7 +126,7 @@ async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {
              `alter database … set relay.doorbell = 'off'` (or for a role); the relay polls then",
         ))
     } else {
-        Good(String::from("two-phase commit and the doorbell do not meet"))
+        Good(String::from("no prepared transactions, or the doorbell is off"))
     })
 }
 
@@ -188,7 +191,8 @@ async fn power(client: &Client) -> Result<Finding, Error> {
     let row = client
         .query_one(
             "select (select rolsuper from pg_roles where rolname = current_user), \
-             has_table_privilege('relay.changes', 'select')",
+             exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace \
+             where n.nspname = 'relay' and c.relname = 'changes' and has_table_privilege(c.oid, 'select'))",
             &[],
         )
         .await?;
@@ -201,8 +205,8 @@ async fn power(client: &Client) -> Result<Finding, Error> {
         }
     };
     Ok(Note(format!(
-        "this login {risk}. Unless those people may anyway, give `serve` a --judge-url with a login of its own: \
-         create role relay_judge login noinherit in role anon, authenticated, service_role"
+        "the login that judges policies {risk}. If not everybody who may do that is trusted so far, give `serve` a \
+         --judge-url with a login of its own: create role relay_judge login noinherit in role anon, authenticated, service_role"
     )))
 }
 
@@ -210,7 +214,9 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
     let rows = client
         .query(
             "select w.relation::text, w.intact, cardinality(w.key) > 0, c.relrowsecurity, c.relkind::text, \
-             exists (select from pg_policy p where p.polrelid = c.oid) \
+             exists (select from pg_policy p where p.polrelid = c.oid), \
+             exists (select from pg_roles r where r.rolname in ('anon', 'authenticated', 'service_role') \
+             and relay.access(c.oid, r.oid) is not null) \
              from relay.watched w join pg_class c on c.oid = w.relation order by 1",
             &[],
         )
@@ -224,10 +230,15 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
     for row in rows {
         let (name, intact, keyed, secured): (String, bool, bool, bool) =
             (row.get(0), row.get(1), row.get(2), row.get(3));
-        let (kind, policies): (String, bool) = (row.get(4), row.get(5));
+        let (kind, policies, readable): (String, bool, bool) = (row.get(4), row.get(5), row.get(6));
         if !intact {
             findings.push(Fault(format!(
                 "{name}: its triggers are missing or disabled, changes are lost: select relay.watch('{name}')"
+            )));
+        } else if !readable {
+            findings.push(Note(format!(
+                "{name}: none of anon, authenticated and service_role may read it: grant select on {name} to \
+                 authenticated (and usage on its schema)"
             )));
         } else if secured && !policies {
             findings.push(Note(format!(

@@ -1,10 +1,13 @@
 //! `relay tail`: joins one table's channel at a running relay and prints the changes.
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use futures_util::{SinkExt, StreamExt};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use tokio::time::{interval, sleep};
 use tokio_tungstenite::connect_async;
@@ -113,29 +116,61 @@ async fn follow(url: &str, options: &Options) -> Result<Ended, Failure> {
                         "\nThis tail acts as service_role: grant select on {schema}.{table} to service_role, or give --token"
                     )
                 };
+                let reason = reason.strip_prefix("RealtimeDisabledForConfiguration: ").unwrap_or(reason);
                 return Err(format!("{reason}{hint}").into());
             }
             Some("system") if frame[4]["status"] == "ok" => {
                 subscribed = true;
                 note(&format!("following {schema}.{table}, Ctrl-C ends"));
             }
-            Some("system") => note(frame[4]["message"].as_str().unwrap_or_default()),
+            Some("system") => {
+                let message = frame[4]["message"].as_str().unwrap_or_default();
+                if !message.starts_with("Gap:") {
+                    return Err(message.into());
+                }
+                note(message);
+            }
             Some("phx_close") => return Err("the channel was closed: the token has ended?".into()),
-            Some("postgres_changes") => writeln!(std::io::stdout(), "{}", line(&frame[4]["data"]))?,
+            Some("postgres_changes") => writeln!(std::io::stdout(), "{}", line(text)?)?,
             _ => {}
         }
     }
     Ok(if subscribed { Ended::AfterSubscribing } else { Ended::Lost(String::from("the connection broke")) })
 }
 
-fn line(data: &Value) -> String {
-    let text = |name: &str| data[name].as_str().unwrap_or_default();
-    let shown = match (data.get("record"), data.get("old_record")) {
+/// A change as it came, digit by digit.
+#[derive(Deserialize)]
+struct Change<'a> {
+    commit_timestamp: &'a str,
+    #[serde(rename = "type")]
+    operation: &'a str,
+    schema: Cow<'a, str>,
+    table: Cow<'a, str>,
+    #[serde(borrow)]
+    record: Option<&'a RawValue>,
+    #[serde(borrow)]
+    old_record: Option<&'a RawValue>,
+    errors: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct Payload<'a> {
+    #[serde(borrow)]
+    data: Change<'a>,
+}
+
+fn line(frame: &str) -> Result<String, serde_json::Error> {
+    let (_, _, _, _, payload): (&RawValue, &RawValue, &RawValue, &RawValue, &RawValue) =
+        serde_json::from_str(frame)?;
+    let change = serde_json::from_str::<Payload<'_>>(payload.get())?.data;
+    let shown = match (change.record, change.old_record) {
         (Some(new), Some(old)) => format!("{old} → {new}"),
         (Some(one), None) | (None, Some(one)) => one.to_string(),
         (None, None) => String::new(),
     };
-    format!("{} {} {}.{} {shown}", text("commit_timestamp"), text("type"), text("schema"), text("table"))
+    let errors = change.errors.map(|errors| format!(" ({})", errors.join(", "))).unwrap_or_default();
+    let Change { commit_timestamp, operation, schema, table, .. } = change;
+    Ok(format!("{commit_timestamp} {operation} {schema}.{table} {shown}{errors}"))
 }
 
 fn everything(secret: &str) -> Result<String, Failure> {
@@ -147,4 +182,19 @@ fn everything(secret: &str) -> Result<String, Failure> {
 fn note(text: &str) {
     // A closed pipe is the reader's choice, not a failure.
     let _ = writeln!(std::io::stderr(), "relay: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_printed_as_it_came() {
+        let frame = r#"[null,null,"realtime:tail","postgres_changes",{"ids":[1],"data":{"schema":"public","table":"t",
+            "commit_timestamp":"2026-01-02T03:04:05.678Z","type":"UPDATE","columns":[],"record":{"n":12345678901234567890.1200},
+            "old_record":{"n":50.00},"errors":["Error 413: Payload Too Large"]}}]"#;
+        let expected = "2026-01-02T03:04:05.678Z UPDATE public.t {\"n\":50.00} → {\"n\":12345678901234567890.1200} \
+                        (Error 413: Payload Too Large)";
+        assert_eq!(line(frame).unwrap(), expected);
+    }
 }

@@ -153,7 +153,7 @@ impl Audience {
                 Some(filter)
                     if filter.fits(relation) && filter.columns().all(|column| access.sees(column)) =>
                 {
-                    match verdicts.filter(index, access, filter) {
+                    match verdicts.filter(index, relation, access, filter) {
                         Verdict::Sight(matches) => policy.and(matches),
                         Verdict::Lost(why) => return self.lose(relation, why, desk),
                     }

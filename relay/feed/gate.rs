@@ -55,7 +55,15 @@ pub enum Verdict {
 enum Asked {
     Policy(RelationId, Identity),
     /// A filter, for a role: what one role may not evaluate, another may.
-    Filter(usize, usize),
+    Filter(RelationId, usize, usize),
+}
+
+impl Asked {
+    fn relation(&self) -> RelationId {
+        match self {
+            Self::Policy(relation, _) | Self::Filter(relation, ..) => *relation,
+        }
+    }
 }
 
 impl Verdicts {
@@ -85,7 +93,7 @@ impl Verdicts {
                 for binding in subscription.concerning(relation) {
                     concerned = true;
                     let Some(filter) = &binding.filter else { continue };
-                    let key = filter_key(filter, access);
+                    let key = filter_key(relation, filter, access);
                     if !asked.insert(key.clone()) {
                         continue;
                     }
@@ -105,7 +113,8 @@ impl Verdicts {
         let (keys, questions): (Vec<Asked>, Vec<Question<'_>>) = questions.into_iter().unzip();
         for (key, verdict) in keys.into_iter().zip(judge.judge(&questions).await?) {
             if let Some(denied) = verdict.denied {
-                observe.judgement_failed(denied);
+                let relation = catalog.relation(key.relation());
+                observe.judgement_failed(denied, relation.map_or("", |relation| &relation.table));
             }
             answers.insert(
                 key,
@@ -135,8 +144,14 @@ impl Verdicts {
     }
 
     /// Which images of the change at `index` match the filter.
-    pub fn filter(&self, index: usize, access: &Access, filter: &Arc<BoundFilter>) -> Verdict {
-        let key = filter_key(filter, access);
+    pub fn filter(
+        &self,
+        index: usize,
+        relation: &Relation,
+        access: &Access,
+        filter: &Arc<BoundFilter>,
+    ) -> Verdict {
+        let key = filter_key(relation, filter, access);
         self.verdict(index, Some(&key), |column| filter.columns().any(|name| name == column))
     }
 
@@ -162,8 +177,8 @@ impl Verdicts {
 }
 
 /// Filters and rights are told apart by address: both outlive the part that is being judged.
-fn filter_key(filter: &Arc<BoundFilter>, access: &Access) -> Asked {
-    Asked::Filter(Arc::as_ptr(filter).addr(), std::ptr::from_ref(access).addr())
+fn filter_key(relation: &Relation, filter: &Arc<BoundFilter>, access: &Access) -> Asked {
+    Asked::Filter(relation.id(), Arc::as_ptr(filter).addr(), std::ptr::from_ref(access).addr())
 }
 
 fn layout(relation: Option<&Arc<Relation>>, change: &Change) -> Layout {

@@ -63,7 +63,10 @@ impl Error {
 
 fn told(error: &tokio_postgres::Error) -> String {
     match (error.as_db_error(), std::error::Error::source(error)) {
-        (Some(db), _) => format!("{} ({})", db.message(), db.code().code()),
+        (Some(db), _) => match db.hint() {
+            Some(hint) => format!("{} ({}). {hint}", db.message(), db.code().code()),
+            None => format!("{} ({})", db.message(), db.code().code()),
+        },
         (None, Some(source)) => format!("{error}: {source}"),
         (None, None) => error.to_string(),
     }
@@ -89,7 +92,10 @@ impl Server {
     /// When the string cannot be read, or the authority file holds no certificate.
     pub fn parse(url: &str, name: &str, authority: Option<&str>) -> Result<Self, Error> {
         let mut config: tokio_postgres::Config = url.parse().map_err(|error: tokio_postgres::Error| {
-            Error::Unfit(format!("the database URL cannot be read: {}", told(&error)))
+            Error::Unfit(format!(
+                "the database URL cannot be read ({}): postgres://user@host:port/database is expected",
+                told(&error)
+            ))
         })?;
         if config.get_application_name().is_none() {
             config.application_name(name);

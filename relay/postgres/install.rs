@@ -62,9 +62,14 @@ async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
     Ok(applied)
 }
 
+/// What helps when PostgreSQL itself has no hint.
+const ADVICE: &str = "The login needs to own the database and have CREATEROLE, or be a superuser";
+
 fn named(name: &str, error: &tokio_postgres::Error) -> Error {
-    let why = error.as_db_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
-    Error::Unfit(format!("sql/{name} could not be applied: {why}"))
+    let why = error
+        .as_db_error()
+        .map_or_else(|| error.to_string(), |db| format!("{}. {}", db.message(), db.hint().unwrap_or(ADVICE)));
+    Error::Unfit(format!("the database side could not be installed ({name}): {why}"))
 }
 
 async fn is_due(client: &Client, name: &str, text: &str) -> Result<bool, Error> {

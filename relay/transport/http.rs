@@ -103,26 +103,27 @@ fn answer(app: &Arc<App>, request: Request<Incoming>) -> Answer {
 }
 
 fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
-    let refused = |answer: Answer| {
-        app.observe.connection_refused();
-        answer
+    let refused = |status: StatusCode, why: &str| {
+        app.observe.connection_refused(why);
+        error(status, why)
     };
     let Some(key) = upgrade_key(&request) else {
-        return refused(error(StatusCode::BAD_REQUEST, "a WebSocket handshake is expected here"));
+        return refused(StatusCode::BAD_REQUEST, "a WebSocket handshake is expected here");
     };
     if !origin_is_allowed(&app.allowed_origins, request.headers()) {
-        return refused(error(StatusCode::FORBIDDEN, "this origin is not allowed"));
+        return refused(StatusCode::FORBIDDEN, "this origin is not allowed");
     }
     let query = request.uri().query().unwrap_or_default();
     let Some(version) = Version::from_vsn(parameter(query, "vsn").as_deref()) else {
-        return refused(empty(StatusCode::FORBIDDEN));
+        app.observe.connection_refused("this version of the protocol (vsn) is not known");
+        return empty(StatusCode::FORBIDDEN);
     };
     let claims = match identify(app, request.headers(), query) {
         Ok(claims) => claims,
-        Err(why) => return refused(error(StatusCode::UNAUTHORIZED, &why)),
+        Err(why) => return refused(StatusCode::UNAUTHORIZED, &why),
     };
     if app.observe.session_count() >= app.max_connections {
-        return refused(error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users"));
+        return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
     let upgrade = hyper::upgrade::on(&mut request);
     let session = Arc::clone(app);
