@@ -134,6 +134,10 @@ async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
     database.run("create policy p on t using (true); select relay.watch('t')").await;
     let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
     assert_eq!(code, 0, "{findings}");
+    assert!(findings.contains("grant select on t to authenticated"), "{findings}");
+    database.run("grant select on t to authenticated").await;
+    let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
+    assert_eq!(code, 0, "{findings}");
     assert!(findings.contains("ok    t is watched"), "{findings}");
 
     database.run("alter table t disable trigger all").await;

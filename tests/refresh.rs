@@ -102,7 +102,7 @@ async fn the_relay_runs_the_schedule_until_it_is_stopped() {
     let database = thousand().await;
     let relay = Relay::start(&database.url).await;
     let mut client = subscriber(&relay, json!({})).await;
-    database.run("select relay.refresh_every('m', '50 milliseconds')").await;
+    database.run("select relay.refresh_every('m', '100 milliseconds')").await;
     for v in 1..=3 {
         database.run(&format!("update source set v = {v} where id = 42")).await;
         let change = client.change().await;
@@ -111,7 +111,7 @@ async fn the_relay_runs_the_schedule_until_it_is_stopped() {
     let job = "select every, error is null, last_run is not null, duration is not null, next_run > last_run from relay.refresh_jobs";
     assert_eq!(
         database.value(&format!("select row(j.*)::text from ({job}) j")).await,
-        "(00:00:00.05,t,t,t,t)"
+        "(00:00:00.1,t,t,t,t)"
     );
 
     database.run("select relay.refresh_stop('m')").await;
@@ -175,7 +175,7 @@ async fn a_failing_refresh_is_recorded_and_stops_no_other() {
     database
         .run(
             "update source set v = 10 where id = 5;
-             select relay.refresh_every('m', '50 milliseconds'), relay.refresh_every('healthy', '50 milliseconds')",
+             select relay.refresh_every('m', '100 milliseconds'), relay.refresh_every('healthy', '100 milliseconds')",
         )
         .await;
     assert_eq!(client.change().await["record"], json!({"id": 5, "v": 10}));
