@@ -79,8 +79,9 @@ pub async fn run(report: &mut Report) {
     tell("   floor: p50", percentile(&mut floor.latencies, 0.5), "ms", Target::None, beside);
     tell("   floor: p99", floor_99, "ms", Target::None, beside);
     tell("L2 fan-out, p99 against the floor", relay_99 / floor_99, "", Target::AtMost(2.5), how);
-    let how =
-        format!("{CLIENTS} clients, writer at most {AHEAD} rows ahead, median of {repetitions}x {seconds} s");
+    let how = format!(
+        "{CLIENTS} clients, writer at most {AHEAD} rows ahead, its commits asynchronous, median of {repetitions}x {seconds} s"
+    );
     tell("F2 saturated, CPU per message", median(&relay.saturated), "µs", Target::AtMost(1.3), &how);
     tell("   floor: CPU per message", median(&floor.saturated), "µs", Target::None, beside);
     let against = ratio(&relay.saturated, &floor.saturated);

@@ -108,10 +108,10 @@ async fn run(hellos: Vec<Hello>, address: SocketAddr, ledger: Arc<Ledger>, ended
         let beat = HEARTBEAT.mul_f64(index as f64 / count as f64);
         tokio::task::spawn_local(async move {
             let mut client = Client { ledger, last: 0, offset: 0, rest: Vec::new(), latencies: Vec::new() };
-            if let Err(why) = client.live(hello, address, &gate, &scratch, beat).await {
-                if client.ledger.broken.fetch_add(1, Relaxed) < 3 {
-                    println!("   client {index}: {why}");
-                }
+            if let Err(why) = client.live(hello, address, &gate, &scratch, beat).await
+                && client.ledger.broken.fetch_add(1, Relaxed) < 3
+            {
+                println!("   client {index}: {why}");
             }
         });
     }

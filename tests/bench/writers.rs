@@ -33,11 +33,12 @@ pub async fn run(report: &mut Report) {
     scripts.run(&database.url, "bench_watched", 4, 1);
     for (clients, target) in CLIENTS {
         let (mut ratios, mut plain_rates) = (Vec::new(), Vec::new());
-        let (mut rings, mut commits) = (0.0, 0.0);
+        let (mut rings, mut commits, mut cpu) = (0.0, 0.0, 0.0);
         for _ in 0..repetitions {
             let plain = scripts.run(&database.url, "bench_plain", clients, seconds);
             let rung = server.metric("relay_doorbell_rings_total").await;
             let read = server.metric("relay_changes_read_total").await;
+            let before = server.cpu();
             let watched = scripts.run(&database.url, "bench_watched", clients, seconds);
             // What the relay still has to read is not the next run's work.
             while server.metric("relay_changes_read_total").await < read + watched.commits {
@@ -45,6 +46,7 @@ pub async fn run(report: &mut Report) {
             }
             rings += server.metric("relay_doorbell_rings_total").await - rung;
             commits += watched.commits;
+            cpu += (server.cpu() - before).as_secs_f64();
             ratios.push(watched.per_second / plain.per_second);
             plain_rates.push(plain.per_second);
         }
@@ -62,6 +64,8 @@ pub async fn run(report: &mut Report) {
         );
         let how = format!("{rings:.0} notifications for {commits:.0} commits");
         report.figure("   notifications per commit", rings / commits, "", &Target::None, &how);
+        let how = "its process alone, reading without a subscriber";
+        report.figure("   the relay's CPU per change", cpu * 1e6 / commits, "µs", &Target::None, how);
     }
 }
 
