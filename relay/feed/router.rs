@@ -161,7 +161,7 @@ impl Router {
         match part {
             Part::Changes { changes, more } => {
                 if !self.audiences.is_empty() {
-                    self.deliver_when_judged(&changes).await;
+                    self.deliver_when_judged(&changes, more).await;
                 }
                 self.observe.delivered_through(&changes);
                 if more {
@@ -189,10 +189,10 @@ impl Router {
 
     /// A part waits as long as PostgreSQL cannot be asked: to deliver without a verdict would show hidden rows, to go
     /// on without delivering would lose changes.
-    async fn deliver_when_judged(&mut self, changes: &[Change]) {
+    async fn deliver_when_judged(&mut self, changes: &[Change], more: bool) {
         let mut pause = Duration::from_millis(50);
         loop {
-            match self.deliver(changes).await {
+            match self.deliver(changes, more).await {
                 Ok(()) => return,
                 Err(error) => {
                     tracing::warn!(error = %error, "changes wait for their judgement");
@@ -203,8 +203,8 @@ impl Router {
         }
     }
 
-    async fn deliver(&mut self, changes: &[Change]) -> Result<(), Error> {
-        let catalog = self.catalog_for(changes).await?;
+    async fn deliver(&mut self, changes: &[Change], more: bool) -> Result<(), Error> {
+        let catalog = self.catalog_for(changes, more).await?;
         let subscriptions = self.audiences.values().map(Audience::subscription);
         let verdicts = Verdicts::gather(&self.judge, &self.observe, &catalog, changes, subscriptions).await?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -237,13 +237,15 @@ impl Router {
         Ok(())
     }
 
-    async fn catalog_for(&mut self, changes: &[Change]) -> Result<Arc<Catalog>, Error> {
+    /// The catalog to judge these changes by. Where the page goes on (`more`), a change of the schema may stand further
+    /// down although it was committed before them.
+    async fn catalog_for(&mut self, changes: &[Change], more: bool) -> Result<Arc<Catalog>, Error> {
         let mut catalog = self.catalog.fresh().await?;
         let is_news = |change: &Change| match change.operation {
             Operation::Schema => true,
             _ => catalog.relation(change.relation).is_none(),
         };
-        if changes.iter().any(is_news) {
+        if more || changes.iter().any(is_news) {
             catalog = self.catalog.reloaded().await?;
         }
         if !self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, &catalog)) {
