@@ -101,6 +101,9 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, version: Ver
             while driver.socket.next().await.is_some_and(|frame| frame.is_ok()) {}
         })
         .await;
+    } else if driver.rest.is_empty() {
+        // The answer to the client's own close frame is still with the library.
+        let _ = timeout(Duration::from_millis(100), driver.socket.flush()).await;
     }
     app.observe.session_closed();
 }
