@@ -140,7 +140,7 @@ comment on function relay.capture_whole(anyelement, anyelement, int, "char") is
 -- Each statement, expression and setting costs a single-row transaction a microsecond or two. Hence the test of the row
 -- stands in the insert, one expression asks whether anything is left to do, and only those settings are pinned that
 -- common types need: the others are pinned where relay.needs_care asks for it. What 4000 stored bytes were compressed
--- from cannot make an image that hurts.
+-- from may still be large as text: the relay cuts such an image down when it reads it.
 create or replace function relay.capture() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp

@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::Message;
 
+use relay::model::cursor::{Cursor, Epoch};
+
 use crate::support::client::Client;
 use crate::support::database::Database;
 use crate::support::relay::Relay;
@@ -445,4 +447,28 @@ async fn a_type_whose_conversion_fails_costs_the_image_and_not_the_write() {
     assert_eq!(change["record"], json!({"id": 1, "v": "a"}));
     assert_eq!(change["errors"], json!(["Error 413: Payload Too Large"]));
     relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cursor_that_sql_gives_is_the_one_that_the_relay_reads() {
+    let database = Database::new().await;
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let session = database.connect().await;
+        session.batch_execute("begin; select pg_current_xact_id()").await.unwrap();
+        open.push(session);
+        database.run("select pg_current_xact_id()").await;
+    }
+    let reader = database.connect().await;
+    reader.batch_execute("begin isolation level repeatable read").await.unwrap();
+    let row = reader
+        .query_one("select relay.cursor(), relay.epoch(), pg_current_snapshot()::text", &[])
+        .await
+        .unwrap();
+    let (text, epoch, snapshot): (String, i64, String) = (row.get(0), row.get(1), row.get(2));
+    let cursor: Cursor = text.parse().unwrap();
+    assert_eq!((cursor.epoch(), cursor.seen().to_string()), (Epoch(epoch), snapshot));
+    assert!(cursor.seen().running().len() >= 3, "{:?}", cursor.seen());
+    assert!(cursor.within().is_none());
+    assert_eq!(cursor.to_string(), text);
 }

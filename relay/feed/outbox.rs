@@ -23,18 +23,9 @@ struct Queue {
     bytes: usize,
     /// Channels to be bound anew.
     rebind: Vec<ChannelId>,
-    end: Option<End>,
+    full: bool,
     /// The session's task, while it waits: it is woken once, not once per frame.
     waiting: Option<Waker>,
-}
-
-/// Why nothing more goes into an outbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// It was full: the client reads too slowly and should come back.
-    Full,
-    /// The relay shuts down.
-    Shutdown,
 }
 
 /// What the session finds in its outbox.
@@ -44,8 +35,8 @@ pub enum Taken {
     Frames,
     /// A channel's relation is gone, or another: it is to be bound anew.
     Rebind(ChannelId),
-    /// Nothing more will come.
-    End(End),
+    /// It was full, and nothing more will come: the client reads too slowly and should come back.
+    Full,
 }
 
 impl Outbox {
@@ -87,22 +78,10 @@ impl Outbox {
         }
     }
 
-    /// Lets what is queued go out, and nothing after it.
-    pub fn shut_down(&self) {
-        let waiting = {
-            let mut queue = self.lock();
-            queue.end.get_or_insert(End::Shutdown);
-            queue.waiting.take()
-        };
-        if let Some(waiting) = waiting {
-            waiting.wake();
-        }
-    }
-
     /// Whether so much waits that another part of a page might not fit.
     pub fn is_behind(&self) -> bool {
         let queue = self.lock();
-        queue.end.is_none() && queue.bytes > self.limit / 4
+        !queue.full && queue.bytes > self.limit / 4
     }
 
     /// Whether it overflowed.
@@ -142,12 +121,12 @@ impl Outbox {
 
 impl Queue {
     fn add(&mut self, frame: Bytes, limit: usize) {
-        if self.end.is_some() {
+        if self.full {
             return;
         }
         if self.bytes + frame.len() > limit && !self.frames.is_empty() {
             // What is queued would come before a gap: none of it may be delivered as if nothing were missing.
-            self.end = Some(End::Full);
+            self.full = true;
             self.frames = VecDeque::new();
             self.bytes = 0;
         } else {
@@ -165,11 +144,11 @@ impl Queue {
         if let Some(channel) = self.rebind.pop() {
             return Some(Taken::Rebind(channel));
         }
-        self.end.map(Taken::End)
+        self.full.then_some(Taken::Full)
     }
 
     fn is_full(&self) -> bool {
-        self.end == Some(End::Full)
+        self.full
     }
 }
 
@@ -193,7 +172,7 @@ mod tests {
         outbox.push(frame(6));
         outbox.push(frame(6));
         outbox.push(frame(1));
-        assert_eq!(take(&outbox).await, (Taken::End(End::Full), 0));
+        assert_eq!(take(&outbox).await, (Taken::Full, 0));
         outbox.overflowed().await;
     }
 
@@ -202,15 +181,5 @@ mod tests {
         let outbox = Outbox::new(10);
         outbox.push(frame(100));
         assert_eq!(take(&outbox).await, (Taken::Frames, 1));
-    }
-
-    #[tokio::test]
-    async fn shutting_down_lets_the_queue_out_first() {
-        let outbox = Outbox::new(10);
-        outbox.push(frame(3));
-        outbox.shut_down();
-        outbox.push(frame(3));
-        assert_eq!(take(&outbox).await, (Taken::Frames, 1));
-        assert_eq!(take(&outbox).await, (Taken::End(End::Shutdown), 0));
     }
 }

@@ -21,7 +21,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame, Utf8Bytes};
 
 use crate::feed::binding::BindError;
-use crate::feed::outbox::{End, Outbox, Taken};
+use crate::feed::outbox::{Outbox, Taken};
 use crate::feed::router::Registration;
 use crate::model::claims::Claims;
 use crate::model::phoenix::{Binary, Version, decode_binary, decode_text, fan_out, system};
@@ -145,8 +145,7 @@ impl Driver {
                         let actions = self.session.rebind(channel);
                         self.obey(actions, &mut None);
                     }
-                    Taken::End(End::Full) => return self.full(),
-                    Taken::End(End::Shutdown) => return Over::Close(1012, "the relay restarts, connect again"),
+                    Taken::Full => return self.full(),
                 },
                 frame = self.socket.next() => {
                     heard = Instant::now();
