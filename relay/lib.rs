@@ -24,7 +24,11 @@ pub mod model {
     pub mod change;
     pub mod cursor;
     pub mod claims;
+    pub mod datum;
     pub mod relation;
+    pub mod image;
+    pub mod term;
+    pub mod predicate;
     pub mod policy;
     pub mod filter;
     pub mod subscription;

@@ -1,0 +1,208 @@
+//! Values whose equality and order are PostgreSQL's own: booleans, integers, uuids, texts compared byte by byte, enum labels.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+/// Types of columns whose values are read here. Everything else is PostgreSQL's to compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// `boolean`
+    Bool,
+    /// `smallint`
+    Int2,
+    /// `integer`
+    Int4,
+    /// `bigint`
+    Int8,
+    /// `uuid`
+    Uuid,
+    /// `text` with a deterministic collation: equal means the same bytes. Its order is the collation's, not ours.
+    Text,
+    /// `varchar`, likewise.
+    Varchar,
+    /// An enum; its values are equal when their labels are. Their order is not known here.
+    Enum,
+}
+
+/// One value that is not null.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Datum {
+    /// `boolean`
+    Bool(bool),
+    /// An integer of any size.
+    Int(i64),
+    /// `uuid`
+    Uuid(u128),
+    /// `text`, `varchar`, or an enum's label.
+    Text(Arc<str>),
+}
+
+/// What a text is as a value of some type.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Read {
+    /// This value.
+    Value(Datum),
+    /// PostgreSQL raises an error.
+    Raises,
+    /// One of the rarer spellings; PostgreSQL knows.
+    Unsure,
+}
+
+impl Kind {
+    /// Whether values of the kind are numbers.
+    pub fn is_integer(self) -> bool {
+        matches!(self, Self::Int2 | Self::Int4 | Self::Int8)
+    }
+
+    /// Whether `<` between values of the kind is known here.
+    pub fn is_ordered(self) -> bool {
+        self.is_integer()
+    }
+
+    /// Whether both compare by the same equality.
+    pub fn compares_with(self, other: Self) -> bool {
+        self == other || (self.is_integer() && other.is_integer())
+    }
+
+    /// The kind of a type by PostgreSQL's name of it.
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "boolean" | "bool" => Self::Bool,
+            "smallint" | "int2" => Self::Int2,
+            "integer" | "int" | "int4" => Self::Int4,
+            "bigint" | "int8" => Self::Int8,
+            "uuid" => Self::Uuid,
+            "text" => Self::Text,
+            "character varying" | "varchar" => Self::Varchar,
+            _ => return None,
+        })
+    }
+
+    /// Reads a text as PostgreSQL's input function of the type does.
+    pub fn read(self, text: &str) -> Read {
+        match self {
+            Self::Text | Self::Varchar | Self::Enum => Read::Value(Datum::Text(text.into())),
+            Self::Bool => match text {
+                "true" | "t" => Read::Value(Datum::Bool(true)),
+                "false" | "f" => Read::Value(Datum::Bool(false)),
+                _ if text.trim().starts_with(|c: char| "tTfFyYnNoO01".contains(c)) => Read::Unsure,
+                _ => Read::Raises,
+            },
+            Self::Uuid => read_uuid(text),
+            Self::Int2 => read_integer(text, i16::MIN.into(), i16::MAX.into()),
+            Self::Int4 => read_integer(text, i32::MIN.into(), i32::MAX.into()),
+            Self::Int8 => read_integer(text, i64::MIN, i64::MAX),
+        }
+    }
+
+    /// The value of a column of this kind from the JSON text in a row image; none when it is not one.
+    pub fn from_json(self, json: &str) -> Option<Datum> {
+        match self {
+            Self::Bool => serde_json::from_str(json).ok().map(Datum::Bool),
+            Self::Int2 | Self::Int4 | Self::Int8 => json.parse().ok().map(Datum::Int),
+            Self::Uuid => match read_uuid(&serde_json::from_str::<String>(json).ok()?) {
+                Read::Value(uuid) => Some(uuid),
+                _ => None,
+            },
+            Self::Text | Self::Varchar | Self::Enum => {
+                serde_json::from_str::<String>(json).ok().map(|text| Datum::Text(text.into()))
+            }
+        }
+    }
+}
+
+impl Datum {
+    /// The text that a cast to `text` gives.
+    pub fn to_text(&self) -> Arc<str> {
+        match self {
+            Self::Bool(value) => (if *value { "true" } else { "false" }).into(),
+            Self::Int(value) => value.to_string().into(),
+            Self::Uuid(value) => uuid_text(*value).into(),
+            Self::Text(text) => Arc::clone(text),
+        }
+    }
+}
+
+fn uuid_text(value: u128) -> String {
+    let hex = format!("{value:032x}");
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}
+
+/// PostgreSQL also takes braces and leaves the hyphens to the writer.
+fn read_uuid(text: &str) -> Read {
+    let bytes = text.as_bytes();
+    let hyphens = [8, 13, 18, 23];
+    let is_plain = bytes.len() == 36
+        && bytes.iter().enumerate().all(|(at, byte)| match hyphens.contains(&at) {
+            true => *byte == b'-',
+            false => byte.is_ascii_hexdigit(),
+        });
+    if is_plain {
+        let hex: String = text.chars().filter(|c| *c != '-').collect();
+        if let Ok(value) = u128::from_str_radix(&hex, 16) {
+            return Read::Value(Datum::Uuid(value));
+        }
+    }
+    let digits = bytes.iter().filter(|byte| byte.is_ascii_hexdigit()).count();
+    let is_possible = bytes.iter().all(|byte| byte.is_ascii_hexdigit() || b"-{}".contains(byte));
+    if digits == 32 && is_possible { Read::Unsure } else { Read::Raises }
+}
+
+fn read_integer(text: &str, least: i64, most: i64) -> Read {
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    if !digits.is_empty() && digits.len() <= 19 && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return match text.parse::<i64>() {
+            Ok(value) if (least..=most).contains(&value) => Read::Value(Datum::Int(value)),
+            _ => Read::Raises,
+        };
+    }
+    if text.bytes().any(|byte| byte.is_ascii_digit()) { Read::Unsure } else { Read::Raises }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: &str = "0a1b2c3d-0000-4000-8000-00000000000f";
+
+    #[test]
+    fn common_spellings_are_read_and_rare_ones_left_to_postgresql() {
+        let uuid = Datum::Uuid(0x0a1b_2c3d_0000_4000_8000_0000_0000_000f);
+        for (kind, text, expected) in [
+            (Kind::Uuid, UUID, Read::Value(uuid.clone())),
+            (Kind::Uuid, &UUID.to_uppercase(), Read::Value(uuid)),
+            (Kind::Uuid, &format!("{{{UUID}}}"), Read::Unsure),
+            (Kind::Uuid, "auth0|17", Read::Raises),
+            (Kind::Uuid, "", Read::Raises),
+            (Kind::Int4, "-17", Read::Value(Datum::Int(-17))),
+            (Kind::Int4, "2147483648", Read::Raises),
+            (Kind::Int2, "32767", Read::Value(Datum::Int(32767))),
+            (Kind::Int8, "9223372036854775807", Read::Value(Datum::Int(i64::MAX))),
+            (Kind::Int8, "9223372036854775808", Read::Raises),
+            (Kind::Int4, " 17 ", Read::Unsure),
+            (Kind::Int4, "1.5", Read::Unsure),
+            (Kind::Int4, "many", Read::Raises),
+            (Kind::Bool, "true", Read::Value(Datum::Bool(true))),
+            (Kind::Bool, "YES", Read::Unsure),
+            (Kind::Bool, "maybe", Read::Raises),
+        ] {
+            assert_eq!(kind.read(text), expected, "{kind:?} {text}");
+        }
+    }
+
+    #[test]
+    fn values_come_from_images_and_go_to_texts() {
+        for (kind, json, text) in [
+            (Kind::Int8, "9223372036854775807", "9223372036854775807"),
+            (Kind::Bool, "true", "true"),
+            (Kind::Uuid, &format!("\"{UUID}\""), UUID),
+            (Kind::Text, r#""a \"b\" \u00fc""#, "a \"b\" ü"),
+        ] {
+            assert_eq!(kind.from_json(json).map(|datum| datum.to_text()).as_deref(), Some(text));
+        }
+        assert_eq!(Kind::Int4.from_json("1.5"), None);
+        assert_eq!(Kind::Uuid.from_json("\"x\""), None);
+    }
+}
