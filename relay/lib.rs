@@ -29,6 +29,8 @@ pub mod model {
     pub mod image;
     pub mod term;
     pub mod predicate;
+    pub mod anchor;
+    pub mod index;
     pub mod policy;
     pub mod filter;
     pub mod subscription;
