@@ -31,6 +31,8 @@ pub mod model {
     pub mod predicate;
     pub mod anchor;
     pub mod index;
+    pub mod plan;
+    pub mod compile;
     pub mod policy;
     pub mod filter;
     pub mod subscription;

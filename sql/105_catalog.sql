@@ -13,52 +13,202 @@ set search_path = '' as $$
 $$;
 comment on function relay.subscriber_roles(text[], text) is 'those of the roles that the judging login may act as, superusers apart';
 
+-- The next ones are plpgsql for its plans, which are kept: planning takes longer than the queries, and each is asked for
+-- every table and role.
+
+-- relay.policies_for(relation, role) : the policies by which row security lets the role read, in PostgreSQL's own order
+-- One that raises may stand behind one that decides. Deparsed under an empty search_path, so that every name outside
+-- pg_catalog is qualified.
+create or replace function relay.policies_for(relation regclass, role oid)
+returns table (policy oid, name text, permissive boolean, condition text)
+language plpgsql stable rows 4
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return query
+    select p.oid, p.polname::text, p.polpermissive, '(' || pg_catalog.pg_get_expr(p.polqual, p.polrelid) || ')'
+    from pg_catalog.pg_policy p
+    where p.polrelid = relation and p.polcmd in ('r', '*') and p.polqual is not null
+      and (0::oid = any (p.polroles)
+           or exists (select from pg_catalog.unnest(p.polroles) m where pg_catalog.pg_has_role(role, m, 'usage')))
+    order by p.polpermissive, case when p.polpermissive then null else p.polname end, p.polname desc;
+end
+$$;
+comment on function relay.policies_for(regclass, oid) is 'policies by which row security lets a role read a relation';
+
+-- relay.is_secured(relation, role) : whether row security holds for the role
+-- Not for superusers, BYPASSRLS, and the owner unless forced.
+create or replace function relay.is_secured(relation regclass, role oid) returns boolean
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select c.relrowsecurity and not r.rolsuper and not r.rolbypassrls
+           and (c.relforcerowsecurity or not pg_catalog.pg_has_role(r.oid, c.relowner, 'usage'))
+    from pg_catalog.pg_class c, pg_catalog.pg_roles r
+    where c.oid = relation and r.oid = role);
+end
+$$;
+comment on function relay.is_secured(regclass, oid) is 'whether row security of a relation holds for a role';
+
 -- relay.policy_for(relation, role) : the condition under which the role sees a row
--- null: every row. As PostgreSQL does it: no row security for superusers, BYPASSRLS, and the owner unless forced;
--- permissive policies joined by OR, restrictive ones by AND, each in PostgreSQL's own order, as one that raises may stand
--- behind one that decides; none permissive = no row. Deparsed under an empty search_path, so
--- that every name outside pg_catalog is qualified.
+-- null: every row. As PostgreSQL does it: permissive policies joined by OR, restrictive ones by AND; none permissive =
+-- no row.
 create or replace function relay.policy_for(relation regclass, role oid) returns text
-language sql stable
-set search_path = '' as $$
-  select case
-    when r.rolsuper or r.rolbypassrls then null
-    when c.relkind in ('m', 'f') then (select '(' || a.policy || E'\n)' from relay.read_policies a where a.relation = $1)
-    when not c.relrowsecurity then null
-    when pg_catalog.pg_has_role(r.oid, c.relowner, 'usage') and not c.relforcerowsecurity then null
-    else (
-      select case when count(*) filter (where p.polpermissive) = 0 then 'false' else
-        pg_catalog.concat_ws(' and ',
-          pg_catalog.string_agg(p.condition, ' and ' order by p.polname) filter (where not p.polpermissive),
-          '(' || pg_catalog.string_agg(p.condition, ' or ' order by p.polname desc) filter (where p.polpermissive) || ')') end
-      from (
-        select p.polname, p.polpermissive, '(' || pg_catalog.pg_get_expr(p.polqual, p.polrelid) || ')' as condition
-        from pg_catalog.pg_policy p
-        where p.polrelid = $1 and p.polcmd in ('r', '*') and p.polqual is not null
-          and (0::oid = any (p.polroles)
-               or exists (select from pg_catalog.unnest(p.polroles) m where pg_catalog.pg_has_role(r.oid, m, 'usage')))
-      ) p)
-    end
-  from pg_catalog.pg_class c, pg_catalog.pg_roles r
-  where c.oid = $1 and r.oid = $2
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select case
+      when r.rolsuper or r.rolbypassrls then null
+      when c.relkind in ('m', 'f') then (select '(' || a.policy || E'\n)' from relay.read_policies a where a.relation = policy_for.relation)
+      when not relay.is_secured(relation, role) then null
+      else (
+        select case when count(*) filter (where p.permissive) = 0 then 'false' else
+          pg_catalog.concat_ws(' and ',
+            pg_catalog.string_agg(p.condition, ' and ' order by p.name) filter (where not p.permissive),
+            '(' || pg_catalog.string_agg(p.condition, ' or ' order by p.name desc) filter (where p.permissive) || ')') end
+        from relay.policies_for(relation, role) p)
+      end
+    from pg_catalog.pg_class c, pg_catalog.pg_roles r
+    where c.oid = relation and r.oid = role);
+end
 $$;
 comment on function relay.policy_for(regclass, oid) is 'condition under which a role sees a row of the relation; null: every row';
 
+-- relay.policy_parts(relation) : what its read policies refer to beyond the system and the relation itself
+create or replace function relay.policy_parts(relation regclass) returns table (class regclass, object oid)
+language plpgsql stable rows 4
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return query
+    select distinct d.refclassid::regclass, d.refobjid
+    from pg_catalog.pg_policy p
+    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
+    where p.polrelid = relation and p.polcmd in ('r', '*') and d.refobjid <> p.polrelid;
+end
+$$;
+comment on function relay.policy_parts(regclass) is 'functions, tables, operators and types that the read policies of a relation name';
+
+-- relay.helpers(relation, role) : functions that stand for their body, with their text: {"auth.uid": {"returns": "uuid", "body": "..."}}
+-- Those of SQL without arguments, which run with the caller's rights, that the policies name or that Supabase's own
+-- helpers call. Names in a body are looked up along the search path of the caller, so pg_catalog must come first in it.
+create or replace function relay.helpers(relation regclass, role oid) returns jsonb
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select coalesce(pg_catalog.jsonb_object_agg(
+      pg_catalog.format('%I.%I', n.nspname, p.proname),
+      pg_catalog.jsonb_build_object('returns', pg_catalog.format_type(p.prorettype, null), 'body', p.prosrc)), '{}')
+    from (
+      select d.object from relay.policy_parts(relation) d where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass
+      union
+      select f.oid from pg_catalog.pg_proc f
+      where f.proname in ('uid', 'jwt', 'role', 'email')
+        and f.pronamespace = (select a.oid from pg_catalog.pg_namespace a where a.nspname = 'auth')) named (oid)
+    join pg_catalog.pg_proc p on p.oid = named.oid
+    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+    join pg_catalog.pg_language l on l.oid = p.prolang
+    where l.lanname = 'sql' and p.pronargs = 0 and p.prokind = 'f' and not p.proretset and not p.prosecdef
+      and p.prosqlbody is null and p.proconfig is null
+      and pg_catalog.has_function_privilege(role, p.oid, 'execute') and pg_catalog.has_schema_privilege(role, n.oid, 'usage'));
+end
+$$;
+comment on function relay.helpers(regclass, oid) is 'functions without arguments whose body may stand for them in policies';
+
+-- relay.plain_tables(relation, role) : tables that the read policies look into and that show the role all their rows
+create or replace function relay.plain_tables(relation regclass, role oid) returns jsonb
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select coalesce(pg_catalog.jsonb_agg(pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
+    from relay.policy_parts(relation) d
+    join pg_catalog.pg_class c on c.oid = d.object
+    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+    where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass and c.relkind in ('r', 'p', 'm') and not relay.is_secured(c.oid, role));
+end
+$$;
+comment on function relay.plain_tables(regclass, oid) is 'tables read by the policies of a relation, without row security for the role';
+
+-- relay.obstacles(relation, role) -> ["..."] : why nobody can tell what the read policies depend on
+-- Functions and operators of users may read any setting; a type of theirs brings its own, enums apart; where equality is
+-- not that of bytes, values cannot be told apart by their text.
+create or replace function relay.obstacles(relation regclass, role oid) returns jsonb
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select coalesce(pg_catalog.jsonb_agg(o.why order by o.why), '[]')
+    from (select relay.helpers(relation, role) as functions offset 0) known
+    cross join relay.policy_parts(relation) d
+    cross join lateral (
+      select case
+        when d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass then (
+          select pg_catalog.format('%I.%I() may read any claim', n.nspname, p.proname)
+          from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+          where p.oid = d.object and not (known.functions ? pg_catalog.format('%I.%I', n.nspname, p.proname) and p.pronargs = 0))
+        when d.class = 'pg_catalog.pg_operator'::pg_catalog.regclass then (
+          select pg_catalog.format('operator %I.%s may read any claim', n.nspname, p.oprname)
+          from pg_catalog.pg_operator p join pg_catalog.pg_namespace n on n.oid = p.oprnamespace where p.oid = d.object)
+        when d.class = 'pg_catalog.pg_type'::pg_catalog.regclass then (
+          select pg_catalog.format('type %s brings functions of its own', pg_catalog.format_type(t.oid, null))
+          from pg_catalog.pg_type t left join pg_catalog.pg_type e on e.oid = t.typelem
+          where t.oid = d.object and t.typtype <> 'e' and not (t.typcategory = 'A' and e.typtype = 'e'))
+        when d.class = 'pg_catalog.pg_collation'::pg_catalog.regclass then 'a collation of its own is used'
+        when d.class = 'pg_catalog.pg_class'::pg_catalog.regclass then (
+          select pg_catalog.format('equality in %s follows a collation and not the bytes', d.object::pg_catalog.regclass)
+          where exists (select from pg_catalog.pg_attribute a join pg_catalog.pg_collation l on l.oid = a.attcollation
+                        where a.attrelid = d.object and a.attnum > 0 and not l.collisdeterministic))
+        else pg_catalog.format('it depends on an object of %s', d.class)
+      end as why) o
+    where o.why is not null);
+end
+$$;
+comment on function relay.obstacles(regclass, oid) is 'why what the read policies of a relation depend on is not known';
+
 -- relay.access(relation, role) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role may select nothing
 create or replace function relay.access(relation regclass, role oid) returns jsonb
-language sql stable
-set search_path = '' as $$
-  select pg_catalog.jsonb_build_object('columns', may.columns, 'policy', rule.policy,
-                                       'judge', relay.judge_statement($1, rule.policy))
-  from pg_catalog.pg_class c
-  cross join lateral (
-    select pg_catalog.jsonb_agg(a.attname order by a.attnum) as columns
-    from pg_catalog.pg_attribute a
-    where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-      and pg_catalog.has_column_privilege($2, a.attrelid, a.attnum, 'select')) may
-  cross join lateral (select relay.policy_for($1, $2) as policy) rule
-  where c.oid = $1 and may.columns is not null
-    and pg_catalog.has_schema_privilege($2, c.relnamespace, 'usage')
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select pg_catalog.jsonb_build_object('columns', may.columns, 'policy', rule.policy,
+      'judge', relay.judge_statement(relation, rule.policy),
+      'rights', pg_catalog.jsonb_build_object(
+        'policies', case when rule.policy is null or c.relkind in ('m', 'f') then '[]' else (
+          select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+            'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
+          from relay.policies_for(relation, role) p) end,
+        'helpers', relay.helpers(relation, role), 'tables', relay.plain_tables(relation, role), 'obstacles', relay.obstacles(relation, role)))
+    from pg_catalog.pg_class c
+    cross join lateral (
+      select pg_catalog.jsonb_agg(a.attname order by a.attnum) as columns
+      from pg_catalog.pg_attribute a
+      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+        and pg_catalog.has_column_privilege(role, a.attrelid, a.attnum, 'select')) may
+    cross join lateral (select relay.policy_for(relation, role) as policy) rule
+    where c.oid = relation and may.columns is not null
+      and pg_catalog.has_schema_privilege(role, c.relnamespace, 'usage'));
+end
 $$;
 comment on function relay.access(regclass, oid) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
 
@@ -70,11 +220,30 @@ set search_path = '' as $$
 $$;
 comment on function relay.schema_changes_are_logged() is 'whether changes of the schema stand in the changelog';
 
+-- relay.known_kind(type, collation) : the kind of values, or of an array's elements, that the relay compares as PostgreSQL does
+-- null for all others, and for texts whose collation finds different texts equal.
+create or replace function relay.known_kind(type oid, collation oid) returns text
+language sql stable
+set search_path = '' as $$
+  select case
+    when t.typtype = 'e' then 'enum'
+    when t.typnamespace <> 'pg_catalog'::pg_catalog.regnamespace then null
+    when pg_catalog.ltrim(t.typname, '_') in ('bool', 'int2', 'int4', 'int8', 'uuid') then pg_catalog.ltrim(t.typname, '_')
+    when pg_catalog.ltrim(t.typname, '_') in ('text', 'varchar')
+      and not exists (select from pg_catalog.pg_collation l where l.oid = $2 and not l.collisdeterministic)
+      then pg_catalog.ltrim(t.typname, '_')
+    end
+  from pg_catalog.pg_type t
+  where t.oid = $1
+$$;
+comment on function relay.known_kind(oid, oid) is 'kind of values that the relay compares as PostgreSQL does';
+
 -- relay.catalog(roles) : every watched relation that exists, and what each of the roles may see of it
 -- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access".
 create or replace function relay.catalog(roles text[]) returns jsonb
 language sql stable
-set search_path = '' as $$
+set search_path = ''
+set jit = off as $$
   select pg_catalog.jsonb_build_object('ordered', relay.schema_changes_are_logged(), 'relations', coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
     'id', w.id,
     'oid', c.oid::bigint,
@@ -86,7 +255,9 @@ set search_path = '' as $$
     'key', pg_catalog.to_jsonb(relay.key(w.relation)),
     'columns', (
       select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
-        'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, a.atttypmod)) order by a.attnum), '[]')
+        'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, null),
+        'known', relay.known_kind(a.atttypid, a.attcollation), 'many', t.typcategory = 'A',
+        'plain', t.typtype in ('b', 'e', 'r', 'm')) order by a.attnum), '[]')
       from pg_catalog.pg_attribute a
       join pg_catalog.pg_type t on t.oid = a.atttypid
       where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
@@ -102,8 +273,9 @@ $$;
 comment on function relay.catalog(text[]) is 'watched relations with columns, key, and what each role may see of them';
 
 -- relay.catalog_fingerprint(roles) : differs whenever relay.catalog(roles) could
--- Made of the values the catalog is made of and not of row versions, which TRUNCATE or VACUUM FULL change too. A policy's
--- text also changes with the names of what it refers to, so these are in it. plpgsql and a generic plan, because planning
+-- Made of the values the catalog is made of and not of row versions, which TRUNCATE or VACUUM FULL change too. Of a
+-- policy it takes the parsed form and the names of what that refers to: to write it as text would lock the tables in it,
+-- and wait for whoever alters one of them. plpgsql and a generic plan, because planning
 -- takes longer than the query.
 create or replace function relay.catalog_fingerprint(roles text[]) returns text
 language plpgsql stable
@@ -135,9 +307,27 @@ begin
      from pg_catalog.pg_index i
      where i.indrelid = any (relations) and i.indisunique),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.polrelid, p.polname, p.polpermissive, p.polcmd, p.polroles::text,
-              pg_catalog.pg_get_expr(p.polqual, p.polrelid)), ';' order by p.oid)
+              p.polqual::text), ';' order by p.oid)
      from pg_catalog.pg_policy p
      where p.polrelid = any (relations)),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
+              c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, a.attname, a.attcollation,
+              f.proname, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text, t.typname,
+              (select pg_catalog.string_agg(e.enumlabel, '/' order by e.oid) from pg_catalog.pg_enum e where e.enumtypid = t.oid)), ';'
+              order by d.refclassid, d.refobjid, d.refobjsubid)
+     from (select distinct d.refclassid, d.refobjid, d.refobjsubid
+           from pg_catalog.pg_policy p
+           join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
+           where p.polrelid = any (relations) and d.refobjid <> p.polrelid) d
+     left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = d.refobjid
+     left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
+     left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and f.oid = d.refobjid
+     left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
+     left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace)),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', f.oid, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
+              n.nspacl::text), ';' order by f.oid)
+     from pg_catalog.pg_namespace n join pg_catalog.pg_proc f on f.pronamespace = n.oid
+     where n.nspname = 'auth' and f.proname in ('uid', 'jwt', 'role', 'email')),
     (with recursive reachable (oid) as (
        select r.oid from pg_catalog.pg_roles r where r.rolname = any (roles)
        union

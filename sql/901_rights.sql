@@ -19,5 +19,7 @@ grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, re
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint), relay.flush(),
   relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
-  relay.policy_for(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text), relay.schema_changes_are_logged(),
+  relay.policy_for(regclass, oid), relay.policies_for(regclass, oid), relay.is_secured(regclass, oid),
+  relay.policy_parts(regclass), relay.helpers(regclass, oid), relay.plain_tables(regclass, oid), relay.obstacles(regclass, oid),
+  relay.known_kind(oid, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text), relay.schema_changes_are_logged(),
   relay.repair(), relay.run_refreshes() to relay_reader;

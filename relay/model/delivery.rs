@@ -84,7 +84,7 @@ fn columns(view: View<'_>) -> String {
         .columns
         .iter()
         .filter(|column| view.shows(&column.name))
-        .map(|Column { name, kind }| format!(r#"{{"name":{},"type":{}}}"#, quoted(name), quoted(kind)))
+        .map(|Column { name, kind, .. }| format!(r#"{{"name":{},"type":{}}}"#, quoted(name), quoted(kind)))
         .collect();
     format!("[{}]", shown.join(","))
 }

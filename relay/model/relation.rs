@@ -6,6 +6,9 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::model::change::{RelationId, Spelling};
+use crate::model::compile::compile;
+use crate::model::datum::Kind;
+use crate::model::plan::{Obstacle, Plan};
 
 /// All watched relations at one moment. Immutable: a change of the catalog makes a new one.
 #[derive(Debug, Default)]
@@ -18,7 +21,8 @@ pub struct Catalog {
 impl Catalog {
     /// The relations with the rights of exactly these roles. `ordered`: see [`Catalog::is_ordered`].
     pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>, ordered: bool) -> Self {
-        let relations = relations.into_iter().map(|relation| (relation.id(), Arc::new(relation))).collect();
+        let prepared = |relation: Relation| (relation.id(), Arc::new(relation.prepared()));
+        let relations = relations.into_iter().map(prepared).collect();
         Self { relations, roles, ordered }
     }
 
@@ -78,9 +82,41 @@ pub struct Column {
     /// Its type's name in `pg_type` (`int4`, `_text`).
     #[serde(rename = "type")]
     pub kind: String,
+    /// Its type as one writes it, with its schema where it is not the system's.
+    #[serde(default)]
+    pub readable_type: String,
+    /// The kind of its values, or of its elements, when they can be compared here.
+    #[serde(default)]
+    known: Option<Kind>,
+    /// Whether it is an array.
+    #[serde(default)]
+    many: bool,
+    /// Whether `is null` asks for one value: neither a row nor a domain over one.
+    #[serde(default)]
+    pub plain: bool,
+}
+
+/// How the values of a column are read here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// One value.
+    One(Kind),
+    /// An array of values.
+    Many(Kind),
+    /// Not at all.
+    Foreign,
 }
 
 impl Column {
+    /// How its values are read here.
+    pub fn shape(&self) -> Shape {
+        match (self.known, self.many) {
+            (Some(kind), false) => Shape::One(kind),
+            (Some(kind), true) => Shape::Many(kind),
+            (None, _) => Shape::Foreign,
+        }
+    }
+
     /// How its values are written for clients.
     pub fn spelling(&self) -> Spelling {
         if self.kind == "bytea" { Spelling::BareHex } else { Spelling::Plain }
@@ -96,6 +132,45 @@ pub struct Access {
     pub policy: Option<String>,
     /// The statement by which PostgreSQL judges row images under that policy.
     pub judge: Option<Arc<str>>,
+    /// What the policy may rely on.
+    #[serde(default)]
+    pub rights: Rights,
+    /// How the policy is decided.
+    #[serde(skip, default = "Plan::everything")]
+    pub plan: Plan,
+}
+
+/// What policies of a relation refer to, as far as the role may use it.
+#[derive(Debug, Default, Deserialize)]
+pub struct Rights {
+    /// The policies that apply to the role, in the order in which PostgreSQL tries them.
+    pub policies: Vec<Policy>,
+    /// Functions without arguments whose body is one expression, by their names.
+    pub helpers: BTreeMap<String, Helper>,
+    /// Tables without row security of their own for the role, by their names.
+    pub tables: BTreeSet<String>,
+    /// Why nobody knows what the policies depend on.
+    pub obstacles: Vec<String>,
+}
+
+/// One policy.
+#[derive(Debug, Deserialize)]
+pub struct Policy {
+    /// Its name.
+    pub name: String,
+    /// Whether it lets rows through; a restrictive one only keeps them back.
+    pub permissive: bool,
+    /// Its condition as SQL.
+    pub condition: String,
+}
+
+/// A function that stands for its body.
+#[derive(Debug, Deserialize)]
+pub struct Helper {
+    /// The type it returns.
+    pub returns: String,
+    /// Its text.
+    pub body: String,
 }
 
 impl Access {
@@ -109,6 +184,25 @@ impl Relation {
     /// The number under which it is watched.
     pub fn id(&self) -> RelationId {
         RelationId(self.id)
+    }
+
+    /// With the policies compiled.
+    fn prepared(mut self) -> Self {
+        let mut roles = std::mem::take(&mut self.access);
+        for access in roles.values_mut() {
+            access.plan = match &access.policy {
+                None => Plan::everything(),
+                Some(policy) if matches!(self.kind.as_str(), "m" | "f") => Plan::opaque(Obstacle {
+                    part: policy.clone(),
+                    why: String::from(
+                        "the policy of relay.allow is text, of which PostgreSQL keeps no parsed form",
+                    ),
+                }),
+                Some(policy) => compile(policy, &self, &access.rights),
+            };
+        }
+        self.access = roles;
+        self
     }
 
     /// What the role may see; none means nothing at all.
@@ -137,14 +231,25 @@ pub(crate) mod tests {
             "id": 7, "oid": 16400, "schema": "public", "table": "todos", "kind": "r",
             "leave_events": leave_events, "full": full, "key": ["id"],
             "columns": [
-                {"name": "id", "type": "int8"}, {"name": "owner", "type": "uuid"},
-                {"name": "title", "type": "text"}, {"name": "raw", "type": "bytea"},
+                {"name": "id", "type": "int8", "known": "int8"},
+                {"name": "owner", "type": "uuid", "known": "uuid", "plain": true},
+                {"name": "title", "type": "text", "known": "text", "plain": true},
+                {"name": "raw", "type": "bytea", "plain": true},
             ],
             "access": {
                 "authenticated": {"columns": ["id", "owner", "title", "raw"], "policy": "true", "judge": "select"},
                 "narrow": {"columns": ["id", "title"], "policy": null, "judge": null},
                 "blind": {"columns": [], "policy": null, "judge": null},
             },
+        }))
+        .unwrap()
+    }
+
+    /// A relation with one column `c`, all of whose values are of this kind, if they can be compared here.
+    pub(crate) fn one_column(kind: &str, known: Option<&str>) -> Relation {
+        serde_json::from_value(serde_json::json!({
+            "id": 8, "schema": "public", "table": "ones", "kind": "r", "leave_events": false, "full": false, "key": [],
+            "columns": [{"name": "c", "type": kind, "known": known, "plain": true}], "access": {},
         }))
         .unwrap()
     }

@@ -1,0 +1,278 @@
+//! From a policy's SQL to a [`Plan`]: what can be decided here is, the rest becomes questions to PostgreSQL.
+//!
+//! The text is PostgreSQL's own deparsed form: names outside `pg_catalog` are qualified, constants carry their types,
+//! operators of users are spelled out. Only what has one meaning in that form is compiled; a part that has not is asked of
+//! PostgreSQL, once for all readers where nothing in it can depend on the reader, otherwise reader by reader.
+
+use std::cell::RefCell;
+
+use sqlparser::ast::{BinaryOperator, Expr, Statement, UnaryOperator, VisitMut, VisitorMut};
+use sqlparser::dialect::PostgreSqlDialect;
+use sqlparser::parser::Parser;
+
+use crate::model::compile::known::contents;
+use crate::model::compile::list::only_expression;
+use crate::model::compile::operand::{Operand, Type};
+use crate::model::datum::Kind;
+use crate::model::plan::{Leaf, Obstacle, Plan, Way};
+use crate::model::predicate::{Predicate, Scalar};
+use crate::model::relation::{Relation, Rights};
+use crate::model::term::Term;
+
+mod condition;
+mod invert;
+mod known;
+mod list;
+mod operand;
+
+/// Why something is not compiled; fit for whoever wrote the policy.
+#[derive(Debug, Clone)]
+struct Refused(String);
+
+fn refuse(why: &str) -> Refused {
+    Refused(why.to_owned())
+}
+
+/// How deep expressions may nest: PostgreSQL's own text of a sane policy stays far below.
+const DEEPEST: usize = 200;
+
+/// Compiles a policy of `relation` for a role with these rights. Never fails: the worst plan is to ask one by one.
+pub fn compile(policy: &str, relation: &Relation, rights: &Rights) -> Plan {
+    let expr = match parse(policy) {
+        Ok(expr) => expr,
+        Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
+    };
+    let compiler = Compiler {
+        relation,
+        rights,
+        without_columns: false,
+        depth: 0,
+        terms: RefCell::default(),
+        leaves: RefCell::default(),
+        obstacles: RefCell::default(),
+    };
+    let predicate = compiler.predicate(&expr, true);
+    let obstacles = compiler.obstacles.borrow().clone();
+    if obstacles.is_empty() {
+        let leaves = compiler.leaves.into_inner();
+        let way = if leaves.is_empty() { Way::Compiled } else { Way::Inverted };
+        let terms = compiler.terms.into_inner();
+        return Plan { way, predicate, terms, reads_all: false, leaves, obstacles };
+    }
+    let reads_all = !compiler.claims_are_known(&expr);
+    // What is asked one by one is asked whole: nobody needs the leaves.
+    let predicate = without_leaves(predicate);
+    let terms = compiler.terms.into_inner();
+    Plan { way: Way::OneByOne, predicate, terms, reads_all, leaves: Vec::new(), obstacles }
+}
+
+fn without_leaves(predicate: Predicate) -> Predicate {
+    let all = |list: Vec<Predicate>| list.into_iter().map(without_leaves).collect();
+    let boxed = |inner: Box<Predicate>| Box::new(without_leaves(*inner));
+    match predicate {
+        Predicate::Fact(_) | Predicate::Readers { .. } => Predicate::Opaque,
+        Predicate::And(list) => Predicate::And(all(list)),
+        Predicate::Or(list) => Predicate::Or(all(list)),
+        Predicate::Not(inner) => Predicate::Not(boxed(inner)),
+        Predicate::Is(inner, wanted) => Predicate::Is(boxed(inner), wanted),
+        Predicate::IsUnknown(inner) => Predicate::IsUnknown(boxed(inner)),
+        Predicate::Case(branches, otherwise) => Predicate::Case(
+            branches.into_iter().map(|(one, then)| (without_leaves(one), without_leaves(then))).collect(),
+            boxed(otherwise),
+        ),
+        other => other,
+    }
+}
+
+fn parser(text: &str) -> Result<Parser<'static>, Refused> {
+    const DIALECT: PostgreSqlDialect = PostgreSqlDialect {};
+    let parser = Parser::new(&DIALECT).with_recursion_limit(DEEPEST).try_with_sql(text);
+    parser.map_err(|error| Refused(format!("it is not understood: {error}")))
+}
+
+fn parse(text: &str) -> Result<Expr, Refused> {
+    let not_understood = |error| Refused(format!("it is not understood: {error}"));
+    let mut parser = parser(text)?;
+    let expr = parser.parse_expr().map_err(not_understood)?;
+    parser.expect_token(&sqlparser::tokenizer::Token::EOF).map_err(not_understood)?;
+    Ok(expr)
+}
+
+/// The expression that the body of an SQL function gives.
+fn parse_body(text: &str) -> Result<Expr, Refused> {
+    let statements = parser(text)?.parse_statements().map_err(|error| Refused(error.to_string()))?;
+    match statements.as_slice() {
+        [Statement::Query(query)] => {
+            only_expression(query).cloned().ok_or_else(|| refuse("it is more than one expression"))
+        }
+        _ => Err(refuse("it is more than one query")),
+    }
+}
+
+struct Compiler<'a> {
+    relation: &'a Relation,
+    rights: &'a Rights,
+    /// In the body of a function, where a name is not a column of the table.
+    without_columns: bool,
+    depth: usize,
+    terms: RefCell<Vec<Term>>,
+    leaves: RefCell<Vec<Leaf>>,
+    obstacles: RefCell<Vec<Obstacle>>,
+}
+
+impl Compiler<'_> {
+    /// In the body of a function.
+    fn inside(&self) -> Self {
+        Compiler {
+            relation: self.relation,
+            rights: self.rights,
+            without_columns: true,
+            depth: self.depth + 1,
+            terms: RefCell::default(),
+            leaves: RefCell::default(),
+            obstacles: RefCell::default(),
+        }
+    }
+
+    fn term(&self, term: Term) -> usize {
+        place(&mut self.terms.borrow_mut(), term)
+    }
+
+    fn leaf(&self, leaf: Leaf) -> usize {
+        place(&mut self.leaves.borrow_mut(), leaf)
+    }
+
+    fn scalar(&self, operand: Operand) -> Scalar {
+        match operand {
+            Operand::Row(scalar, _) => scalar,
+            Operand::Claim(term, _) => Scalar::Term(self.term(term)),
+        }
+    }
+
+    /// A condition. `lenient`: false and null mean the same here, since only `and` and `or` stand around it.
+    fn predicate(&self, expr: &Expr, lenient: bool) -> Predicate {
+        match expr {
+            Expr::Nested(inner) => self.predicate(inner, lenient),
+            Expr::BinaryOp { left, op: BinaryOperator::And, right } => {
+                joined(self.predicate(left, lenient), self.predicate(right, lenient), true)
+            }
+            Expr::BinaryOp { left, op: BinaryOperator::Or, right } => {
+                joined(self.predicate(left, lenient), self.predicate(right, lenient), false)
+            }
+            Expr::UnaryOp { op: UnaryOperator::Not, expr } => {
+                Predicate::Not(Box::new(self.predicate(expr, false)))
+            }
+            Expr::IsTrue(inner) => Predicate::Is(Box::new(self.predicate(inner, false)), true),
+            Expr::IsFalse(inner) => Predicate::Is(Box::new(self.predicate(inner, false)), false),
+            Expr::IsNotTrue(inner) => not(Predicate::Is(Box::new(self.predicate(inner, false)), true)),
+            Expr::IsNotFalse(inner) => not(Predicate::Is(Box::new(self.predicate(inner, false)), false)),
+            Expr::IsUnknown(inner) => Predicate::IsUnknown(Box::new(self.predicate(inner, false))),
+            Expr::IsNotUnknown(inner) => not(Predicate::IsUnknown(Box::new(self.predicate(inner, false)))),
+            Expr::Case { operand: None, conditions, else_result, .. } => {
+                let branches = conditions.iter().map(|branch| {
+                    (self.predicate(&branch.condition, false), self.predicate(&branch.result, lenient))
+                });
+                let branches = branches.collect();
+                let otherwise = else_result.as_ref().map(|result| self.predicate(result, lenient));
+                Predicate::Case(branches, Box::new(otherwise.unwrap_or(Predicate::Constant(None))))
+            }
+            Expr::Exists { subquery, negated: true } => {
+                let exists = Expr::Exists { subquery: subquery.clone(), negated: false };
+                not(self.predicate(&exists, false))
+            }
+            Expr::InSubquery { expr, subquery, negated: true } => {
+                let found =
+                    Expr::InSubquery { expr: expr.clone(), subquery: subquery.clone(), negated: false };
+                not(self.predicate(&found, false))
+            }
+            _ => {
+                let terms = self.terms.borrow().len();
+                self.compared(expr).unwrap_or_else(|why| {
+                    self.terms.borrow_mut().truncate(terms);
+                    self.asked(expr, lenient, why)
+                })
+            }
+        }
+    }
+
+    /// A condition that PostgreSQL is asked: once for all if it can be.
+    fn asked(&self, expr: &Expr, lenient: bool, why: Refused) -> Predicate {
+        let found = contents(expr, self.rights);
+        let obstacle = self.rights.obstacles.first().cloned().or(found.obstacle);
+        let outcome = match obstacle {
+            Some(obstacle) => Err(Refused(obstacle)),
+            None if !found.claims => {
+                return Predicate::Fact(self.leaf(Leaf::Fact { expression: expr.to_string() }));
+            }
+            None => self.inverted(expr, lenient, why),
+        };
+        let readers = |leaf: usize| {
+            let by = self.leaves.borrow()[leaf].by().iter().map(|(term, _)| *term).collect();
+            Predicate::Readers { leaf, by }
+        };
+        outcome.map(readers).unwrap_or_else(|why| {
+            let mut part = expr.clone();
+            while let Expr::Nested(inner) = part {
+                part = *inner;
+            }
+            self.obstacles.borrow_mut().push(Obstacle { part: part.to_string(), why: why.0 });
+            Predicate::Opaque
+        })
+    }
+
+    /// Whether all that the policy reads of the claims is among the terms. Adds what is missing.
+    fn claims_are_known(&self, expr: &Expr) -> bool {
+        let found = contents(expr, self.rights);
+        if !self.rights.obstacles.is_empty() || found.obstacle.is_some() {
+            return false;
+        }
+        let mut rest = expr.clone();
+        self.replace_claims(&mut rest, &mut |_, _| Expr::value(sqlparser::ast::Value::Null));
+        !contents(&rest, self.rights).claims
+    }
+
+    /// Puts something else in the place of each largest expression of claims, whose number and type it gets.
+    fn replace_claims(&self, within: &mut impl VisitMut, by: &mut dyn FnMut(usize, Kind) -> Expr) {
+        let _ = within.visit(&mut Replace { compiler: self, by });
+    }
+}
+
+struct Replace<'a, 'c> {
+    compiler: &'a Compiler<'c>,
+    by: &'a mut dyn FnMut(usize, Kind) -> Expr,
+}
+
+impl VisitorMut for Replace<'_, '_> {
+    type Break = ();
+
+    fn pre_visit_expr(&mut self, expr: &mut Expr) -> std::ops::ControlFlow<()> {
+        if let Ok(Operand::Claim(term, Type::Known(kind))) = self.compiler.inside().operand(expr)
+            && !term.is_constant()
+        {
+            *expr = (self.by)(self.compiler.term(term), kind);
+        }
+        std::ops::ControlFlow::Continue(())
+    }
+}
+
+fn place<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
+    list.iter().position(|held| *held == item).unwrap_or_else(|| {
+        list.push(item);
+        list.len() - 1
+    })
+}
+
+fn not(predicate: Predicate) -> Predicate {
+    Predicate::Not(Box::new(predicate))
+}
+
+fn joined(one: Predicate, other: Predicate, all: bool) -> Predicate {
+    let mut list = Vec::new();
+    for side in [one, other] {
+        match (side, all) {
+            (Predicate::And(inner), true) | (Predicate::Or(inner), false) => list.extend(inner),
+            (other, _) => list.push(other),
+        }
+    }
+    if all { Predicate::And(list) } else { Predicate::Or(list) }
+}
