@@ -49,6 +49,8 @@ pub mod postgres {
     pub mod doorbell;
     pub mod changelog;
     pub mod catalog;
+    mod breaker;
+    mod stand_in;
     pub mod judge;
     pub mod jobs;
 }

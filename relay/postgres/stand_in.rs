@@ -1,0 +1,194 @@
+//! A session that acts as somebody else for the length of one statement: role and claims are set, and taken back whatever happens.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row, Statement};
+
+use crate::model::claims::Claims;
+use crate::model::policy::Denied;
+use crate::postgres::connect::{Error, Server};
+
+/// Becomes the subscriber for the rest of the transaction. The role comes last: after it, nothing else is ours to set.
+const BECOME: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
+     set_config('request.jwt.claim.role', $1, true), set_config('statement_timeout', $4, true), \
+     set_config('role', $1, true)";
+
+/// A policy can undo the role that we took; whoever has another name afterwards is not to be believed.
+const WHO: &str = "select current_user::text";
+
+/// Statements kept prepared: one per relation, role and policy text, and one per distinct filter that needs
+/// PostgreSQL. Past this number all are prepared anew, which bounds the server's memory.
+const MOST_STATEMENTS: usize = 1000;
+
+/// The session.
+pub(super) struct StandIn {
+    /// Its connection, for what is to be done as the login itself.
+    pub client: Client,
+    begin: Statement,
+    become_somebody: Statement,
+    who: Statement,
+    end: Statement,
+    statements: HashMap<Arc<str>, Statement>,
+    limit: String,
+}
+
+/// Whom to act as.
+#[derive(Clone, Copy)]
+pub(super) struct Somebody<'a> {
+    role: &'a str,
+    json: &'a str,
+    sub: &'a str,
+}
+
+impl<'a> Somebody<'a> {
+    /// Somebody with these claims.
+    pub fn with(claims: &'a Claims) -> Self {
+        Self { role: claims.role(), json: claims.json(), sub: claims.sub().unwrap_or_default() }
+    }
+
+    /// Nobody in particular, who has this role.
+    pub fn of_role(role: &'a str) -> Self {
+        Self { role, json: "", sub: "" }
+    }
+}
+
+impl StandIn {
+    /// Connects. `settings` are statements for the session.
+    pub async fn open(server: &Server, settings: &str, limit: Duration) -> Result<Self, Error> {
+        let client = server.connect().await?;
+        client.batch_execute(settings).await?;
+        Ok(Self {
+            begin: client.prepare("begin read only").await?,
+            become_somebody: client.prepare(BECOME).await?,
+            who: client.prepare(WHO).await?,
+            // What a policy set for the session goes with the transaction: a rollback undoes it, a commit would not.
+            end: client.prepare("rollback").await?,
+            statements: HashMap::new(),
+            limit: format!("{}ms", limit.as_millis()),
+            client,
+        })
+    }
+
+    /// Makes room for so many statements. All at once and before any is prepared: none that is about to be asked may go.
+    pub fn make_room(&mut self, count: usize) {
+        if self.statements.len() + count > MOST_STATEMENTS {
+            self.statements.clear();
+        }
+    }
+
+    /// A statement that was prepared.
+    pub fn prepared(&self, statement: &str) -> Option<&Statement> {
+        self.statements.get(statement)
+    }
+
+    /// Prepares under the subscriber's role, or else our own: a policy may call what is in a schema that its subscribers
+    /// may not use, since PostgreSQL resolves the names in it when it is made. Rights on tables and functions are
+    /// those of whoever is judged in any case.
+    pub async fn prepare(
+        &mut self,
+        somebody: Somebody<'_>,
+        statement: &Arc<str>,
+    ) -> Result<Result<(), Denied>, Error> {
+        if self.statements.contains_key(statement) {
+            return Ok(Ok(()));
+        }
+        let client = &self.client;
+        client.execute(&self.begin, &[]).await?;
+        // Limited as well: a table that a policy reads may be locked, and then the statement cannot even be read.
+        let became = client
+            .execute(&self.become_somebody, &[&somebody.role, &somebody.json, &somebody.sub, &self.limit])
+            .await;
+        let prepared = match became {
+            Ok(_) => client.prepare(statement).await,
+            Err(error) => Err(error),
+        };
+        client.execute(&self.end, &[]).await?;
+        let prepared = match prepared {
+            Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                let prepared = client.prepare(statement).await;
+                client.execute(&self.end, &[]).await?;
+                prepared
+            }
+            prepared => prepared,
+        };
+        match prepared {
+            Ok(prepared) => {
+                self.statements.insert(Arc::clone(statement), prepared);
+                Ok(Ok(()))
+            }
+            Err(error) => Ok(Err(refused(&error))),
+        }
+    }
+
+    /// What the statement gives to somebody. One round trip: the five steps leave together.
+    ///
+    /// # Errors
+    /// When the session ended or is of no use any more. What PostgreSQL refused is the inner result.
+    pub async fn ask(
+        &self,
+        somebody: Somebody<'_>,
+        statement: &Statement,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Result<Vec<Row>, Denied>, Error> {
+        let client = &self.client;
+        let whom: &[&(dyn ToSql + Sync)] = &[&somebody.role, &somebody.json, &somebody.sub, &self.limit];
+        let (begun, became, answered, who, ended) = tokio::join!(
+            client.execute(&self.begin, &[]),
+            client.execute(&self.become_somebody, whom),
+            client.query(statement, parameters),
+            client.query_one(&self.who, &[]),
+            client.execute(&self.end, &[]),
+        );
+        begun?;
+        // Where the end went through the session is sound, and whatever failed before it was PostgreSQL's "no".
+        ended?;
+        if became.is_err() {
+            return Ok(Err(Denied::Role));
+        }
+        let rows = match answered {
+            Ok(rows) => rows,
+            Err(error) => return Ok(Err(refused(&error))),
+        };
+        Ok(match who {
+            Ok(who) if who.get::<_, &str>(0) == somebody.role => Ok(rows),
+            Ok(_) => Err(Denied::Role),
+            Err(error) => Err(refused(&error)),
+        })
+    }
+}
+
+/// What PostgreSQL's "no" counts as. A policy can raise any code, so none says that nobody answered.
+fn refused(error: &tokio_postgres::Error) -> Denied {
+    match error.code() {
+        Some(code) if *code == SqlState::QUERY_CANCELED => Denied::TimedOut,
+        _ => Denied::Raised,
+    }
+}
+
+/// A page of images asked whole, and in halves of what raised, down to the images that do.
+pub(super) struct Halves(Vec<Range<usize>>);
+
+impl Halves {
+    /// All of so many.
+    pub fn of(count: usize) -> Self {
+        Self(std::iter::once(0..count).filter(|all| !all.is_empty()).collect())
+    }
+
+    /// What is to be asked next.
+    pub fn next(&mut self) -> Option<Range<usize>> {
+        self.0.pop()
+    }
+
+    /// These raised.
+    pub fn split(&mut self, raised: Range<usize>) {
+        if raised.len() > 1 {
+            let middle = raised.start + raised.len() / 2;
+            self.0.extend([raised.start..middle, middle..raised.end]);
+        }
+    }
+}
