@@ -52,6 +52,7 @@ pub mod postgres {
     mod breaker;
     mod stand_in;
     pub mod judge;
+    pub mod census;
     pub mod jobs;
 }
 
