@@ -35,6 +35,7 @@ pub mod model {
     pub mod compile;
     pub mod policy;
     pub mod filter;
+    pub mod bound_filter;
     pub mod subscription;
     pub mod delivery;
     pub mod phoenix;
@@ -59,6 +60,9 @@ pub mod postgres {
 /// From the changelog to the subscribers' outboxes. Never waits for a client that does not read.
 pub mod feed {
     pub mod source;
+    pub mod readership;
+    pub mod place;
+    mod finder;
     pub mod gate;
     pub mod router;
     pub mod audience;

@@ -13,10 +13,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::feed::binding::Feed;
+use crate::feed::gate::Gate;
 use crate::feed::router::Router;
 use crate::feed::source::Source;
 use crate::observe::Observe;
 use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::census::Census;
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::judge::Judge;
 use crate::postgres::{install, jobs};
@@ -82,8 +84,9 @@ pub async fn serve(
     };
     let feed_end = CancellationToken::new();
     tasks.spawn(source.run(parts_in, end.clone()));
-    let router =
-        Router::new(Arc::clone(&catalog), Judge::new(judge, config.judge_timeout), Arc::clone(&observe));
+    let census = Census::new(judge.clone(), config.judge_timeout);
+    let gate = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
+    let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
     tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
     let app = Arc::new(App {

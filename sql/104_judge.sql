@@ -39,7 +39,7 @@ set search_path = '' as $$
 $$;
 comment on function relay.operator_for(oid, text) is 'an operator of a type, qualified where it is not the system''s';
 
--- relay.filter_condition(relation, column_name, operator, value) -> {"sql": "(...)", "values": [canonical texts], "comparable": true}
+-- relay.filter_condition(relation, column_name, operator, value) -> {"sql": "(...)", "values": [canonical texts]}
 -- Operators: eq neq lt lte gt gte in like ilike is match imatch isdistinct. Values are cast to the column's type; where
 -- the cast, the operator or a regular expression fails, PostgreSQL's own error is raised.
 create or replace function relay.filter_condition(relation regclass, column_name text, operator text, value text[]) returns jsonb
@@ -123,12 +123,7 @@ begin
   -- No row is needed to learn that an operator does not exist, nor a right on the table.
   execute pg_catalog.format('select %s from pg_catalog.json_populate_record(null::%I.%I, ''{}'') as %3$I where false',
                             condition, col.nspname, col.relname);
-  -- Comparable: equal values have equal texts, unless a collation says otherwise.
-  return pg_catalog.jsonb_build_object(
-    'sql', condition, 'values', pg_catalog.to_jsonb(canonical),
-    'comparable', not exists (
-      select from pg_catalog.pg_attribute a join pg_catalog.pg_collation l on l.oid = a.attcollation
-      where a.attrelid = relation and a.attname = column_name and not l.collisdeterministic));
+  return pg_catalog.jsonb_build_object('sql', condition, 'values', pg_catalog.to_jsonb(canonical));
 end
 $$;
 comment on function relay.filter_condition(regclass, text, text, text[]) is

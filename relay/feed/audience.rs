@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::feed::gate::{Verdict, Verdicts};
+use crate::feed::gate::{Candidate, Verdict, Verdicts};
 use crate::feed::outbox::Outbox;
 use crate::model::change::{Change, Operation, RelationId};
 use crate::model::delivery::{View, data};
@@ -15,10 +15,20 @@ use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Binding, Events, Scope, Subscription};
 
+/// What makes channels one audience: they get the same frames.
+#[derive(PartialEq, Eq, Hash)]
+pub struct AudienceKey {
+    /// How frames are written.
+    pub version: Version,
+    /// The topic, as on the wire.
+    pub topic: String,
+    /// What is received.
+    pub subscription: Subscription,
+}
+
 /// Channels with the same topic, version, claims and bindings.
 pub struct Audience {
-    version: Version,
-    topic: String,
+    key: Arc<AudienceKey>,
     subscription: Subscription,
     members: BTreeMap<ChannelId, Arc<Outbox>>,
 }
@@ -60,14 +70,14 @@ type FrameKey<'a> = (Version, &'a str, Vec<u32>, DataKey<'a>);
 
 impl Audience {
     /// With its first channel.
-    pub fn new(
-        version: Version,
-        topic: String,
-        subscription: Subscription,
-        channel: ChannelId,
-        outbox: Arc<Outbox>,
-    ) -> Self {
-        Self { version, topic, subscription, members: BTreeMap::from([(channel, outbox)]) }
+    pub fn new(key: Arc<AudienceKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
+        let subscription = key.subscription.clone();
+        Self { key, subscription, members: BTreeMap::from([(channel, outbox)]) }
+    }
+
+    /// What its channels have in common.
+    pub fn key(&self) -> &AudienceKey {
+        &self.key
     }
 
     /// Takes in another channel. The newest subscription serves all: its filters were read with today's column types.
@@ -116,44 +126,35 @@ impl Audience {
         }
     }
 
-    /// Adds what one change is to this audience to the frames on the desk.
+    /// Adds what one change is to this audience, a candidate for it, to the frames on the desk.
     pub fn write<'a>(
         &'a self,
-        index: usize,
+        candidate: &Candidate,
         change: &Change,
         relation: &'a Relation,
         verdicts: &Verdicts,
         written: &mut Written<'a>,
         desk: &mut Desk<'a>,
     ) {
-        let identity = self.subscription.identity();
-        let role = identity.claims().role();
+        let role = self.subscription.identity().claims().role();
         let Some(access) = relation.access(role) else {
             return;
         };
         if change.operation == Operation::Truncate {
-            if self.subscription.concerning(relation).next().is_some() {
-                let why =
-                    format!("{}.{} was truncated, read its rows again", relation.schema, relation.table);
-                desk.frames.push(self.gap(&why));
-            }
+            let why = format!("{}.{} was truncated, read its rows again", relation.schema, relation.table);
+            desk.frames.push(self.gap(&why));
             return;
         }
         desk.wanted.clear();
-        if self.subscription.concerning(relation).next().is_none() {
-            return;
-        }
-        let policy = match verdicts.policy(index, relation, access, identity) {
+        let policy = match verdicts.policy(candidate) {
             Verdict::Sight(sight) => sight,
             Verdict::Lost(why) => return self.lose(relation, why, desk),
         };
         for binding in self.subscription.concerning(relation) {
             let sight = match &binding.filter {
                 None => policy,
-                Some(filter)
-                    if filter.fits(relation) && filter.columns().all(|column| access.sees(column)) =>
-                {
-                    match verdicts.filter(index, relation, access, filter) {
+                Some(filter) if filter.is_usable(relation, access) => {
+                    match verdicts.filter(candidate, access, filter) {
                         Verdict::Sight(matches) => policy.and(matches),
                         Verdict::Lost(why) => return self.lose(relation, why, desk),
                     }
@@ -182,7 +183,8 @@ impl Audience {
             desk.ids.extend(group.iter().map(|(_, _, id)| *id));
             let key: DataKey<'a> = (role, select, meaning);
             if let Some(((version, topic, ids, last), frame)) = &written.last
-                && (*version, *topic, ids, *last) == (self.version, self.topic.as_str(), &desk.ids, key)
+                && (*version, *topic, ids, *last)
+                    == (self.key.version, self.key.topic.as_str(), &desk.ids, key)
             {
                 desk.frames.push(frame.clone());
                 continue;
@@ -190,7 +192,7 @@ impl Audience {
             let view = View { relation, access, select, meaning };
             let text = written.data.entry(key).or_insert_with(|| data(change, view).map(Arc::from));
             let Some(text) = text else { continue };
-            let key: FrameKey<'a> = (self.version, &self.topic, desk.ids.clone(), key);
+            let key: FrameKey<'a> = (self.key.version, &self.key.topic, desk.ids.clone(), key);
             let frame = written.frames.entry(key.clone()).or_insert_with_key(|(version, topic, ids, _)| {
                 changes_frame(*version, topic, ids, text).into()
             });
@@ -235,8 +237,8 @@ impl Audience {
     }
 
     fn gap(&self, why: &str) -> Bytes {
-        let payload = system(&self.topic, "postgres_changes", "error", &format!("Gap: {why}"));
-        Bytes::from(fan_out(self.version, &self.topic, "system", &payload))
+        let payload = system(&self.key.topic, "postgres_changes", "error", &format!("Gap: {why}"));
+        Bytes::from(fan_out(self.key.version, &self.key.topic, "system", &payload))
     }
 }
 

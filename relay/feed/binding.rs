@@ -10,12 +10,13 @@ use tokio::time::{sleep, timeout};
 
 use crate::feed::outbox::Outbox;
 use crate::feed::router::{Command, Registration};
+use crate::model::bound_filter::BoundFilter;
 use crate::model::change::RelationId;
 use crate::model::filter::{self, Operator};
 use crate::model::policy::Identity;
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
-use crate::model::subscription::{BoundFilter, Refusal, Request, Subscription, Target, exception, readable};
+use crate::model::subscription::{Refusal, Request, Subscription, Target, exception, readable};
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
 

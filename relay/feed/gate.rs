@@ -1,49 +1,34 @@
-//! Who may see what: for one part of the changelog, the verdict of every policy and filter that somebody's subscription needs.
+//! Who may see what: for one part of the changelog, whom it concerns and what of it each may see.
+//!
+//! The index names candidates by the values of a row, PostgreSQL names others for policies that lead to readers by a table. What
+//! can be told of a candidate here is; what cannot is asked, once for all whom the rule cannot tell apart. Unknown means "no".
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::model::change::{Change, RelationId, Row};
+use crate::feed::finder::Finder;
+use crate::feed::place::places;
+use crate::feed::readership::{AudienceId, Readership, Readerships};
+use crate::model::bound_filter::BoundFilter;
+use crate::model::change::Change;
 use crate::model::policy::{Denied, Identity, Sight};
+use crate::model::predicate::Truth;
 use crate::model::relation::{Access, Catalog, Relation};
-use crate::model::subscription::{BoundFilter, Subscription};
+use crate::model::subscription::Subscription;
 use crate::observe::Observe;
+use crate::postgres::census::{Census, Inquiry, Said};
 use crate::postgres::connect::Error;
 use crate::postgres::judge::{Judge, Question};
 
-/// Asks and remembers for the length of one part. Unknown means "no".
-pub struct Verdicts {
-    places: Vec<Place>,
-    answers: HashMap<Asked, Answer>,
-}
-
-/// What is known of one change before anybody asks.
-struct Place {
-    /// Where its images stand among the images of its relation.
-    before: Option<usize>,
-    after: Option<usize>,
-    layout: Layout,
-}
-
-/// How the columns of a change's images compare with those of its relation now.
-enum Layout {
-    /// The same names.
-    Same,
-    /// Some are left out, because the row was too large.
-    Lacking(Vec<String>),
-    /// Others: the relation was altered in between, and a rule would read the wrong values.
-    Other,
-}
-
-/// The answer to one question.
-enum Answer {
-    /// For each image of the relation.
-    Allowed(Vec<bool>),
-    /// It took too long, so nobody knows.
-    TookTooLong,
+/// Asks and remembers for the length of one part.
+pub struct Gate {
+    judge: Judge,
+    census: Census,
+    observe: Arc<Observe>,
 }
 
 /// What a rule says of a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Which images may be seen.
     Sight(Sight),
@@ -51,177 +36,180 @@ pub enum Verdict {
     Lost(&'static str),
 }
 
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum Asked {
-    Policy(RelationId, Identity),
-    /// A filter, for a role: what one role may not evaluate, another may.
-    Filter(RelationId, usize, usize),
+/// A change that may concern an audience.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidate {
+    /// Whom.
+    pub audience: AudienceId,
+    /// Which change of the part.
+    pub change: usize,
+    /// What the policy says of it; none for a change without images.
+    pub(super) policy: Option<usize>,
 }
 
-impl Asked {
-    fn relation(&self) -> RelationId {
-        match self {
-            Self::Policy(relation, _) | Self::Filter(relation, ..) => *relation,
+/// What was found out about a part.
+#[derive(Default)]
+pub struct Verdicts {
+    /// In order of the changes.
+    pub candidates: Vec<Candidate>,
+    pub(super) policies: Vec<Ruling>,
+    pub(super) filters: HashMap<FilterKey, Ruling>,
+    /// Statements asked of PostgreSQL.
+    pub statements: usize,
+}
+
+/// What a rule says of the images before and after.
+pub(super) type Ruling = [Truth; 2];
+
+/// A filter, for a role: what one role may not evaluate, another may. Filters and rights are told apart by address:
+/// both outlive the part that is being judged. Then the change.
+pub(super) type FilterKey = (usize, usize, usize);
+
+/// What one rule is asked, and where its answers go.
+pub(super) struct Asked<'a> {
+    pub(super) identity: &'a Identity,
+    pub(super) statement: &'a Arc<str>,
+    pub(super) relation: &'a Relation,
+    pub(super) images: Vec<&'a str>,
+    pub(super) answers: Vec<Answer>,
+}
+
+/// A side of a ruling, 0 before and 1 after.
+pub(super) enum Answer {
+    Policy(usize, usize),
+    Filter(FilterKey, usize),
+}
+
+const TOO_LONG: &str = "the policy or filter took too long";
+const ALTERED: &str = "its columns changed while a change was on its way";
+
+impl Gate {
+    /// Asks by these two.
+    pub fn new(judge: Judge, census: Census, observe: Arc<Observe>) -> Self {
+        Self { judge, census, observe }
+    }
+
+    /// The rules are others now.
+    pub async fn forget(&self) {
+        self.judge.discard_plans().await;
+        self.census.forget().await;
+    }
+
+    /// Finds whom `changes` concern among the readers, and what each may see.
+    ///
+    /// # Errors
+    /// Only when PostgreSQL cannot be asked; then nothing may be delivered yet.
+    pub async fn verdicts<'a>(
+        &self,
+        catalog: &'a Catalog,
+        changes: &'a [Change],
+        readerships: &'a Readerships,
+        subscription: impl Fn(AudienceId) -> &'a Subscription,
+    ) -> Result<Verdicts, Error> {
+        let (places, images) = places(catalog, changes);
+        let mut verdicts = Verdicts::default();
+        let mut said: HashMap<u64, Vec<Vec<Said>>> = HashMap::new();
+        for (relation, images) in &images {
+            for readership in readerships.of(*relation) {
+                let (answers, statements) = self.inquire(readership, images).await?;
+                verdicts.statements += statements;
+                said.insert(readership.number(), answers);
+            }
         }
+        let mut asked: Vec<Asked<'a>> = Vec::new();
+        {
+            let mut finder = Finder { verdicts: &mut verdicts, asked: &mut asked, questions: HashMap::new() };
+            for (index, change) in changes.iter().enumerate() {
+                for readership in readerships.of(change.relation) {
+                    let said = said.get(&readership.number()).map_or(&[][..], Vec::as_slice);
+                    let place = places[index].as_ref();
+                    finder.find((index, change), place, readership, said, &images, &subscription);
+                }
+            }
+        }
+        drop(places);
+        self.ask(&mut verdicts, asked).await?;
+        self.observe.judged(verdicts.statements);
+        Ok(verdicts)
+    }
+
+    /// What PostgreSQL tells once for all readers: for each leaf of the plan what it says of each image.
+    async fn inquire(
+        &self,
+        readership: &Readership,
+        images: &[&str],
+    ) -> Result<(Vec<Vec<Said>>, usize), Error> {
+        let Some(access) = readership.access() else { return Ok((Vec::new(), 0)) };
+        let mut answers = Vec::with_capacity(access.plan.leaves.len());
+        let mut statements = 0;
+        for leaf in access.plan.leaves.iter().enumerate() {
+            let (relation, role) = (&**readership.relation(), readership.role());
+            let inquiry = Inquiry { relation, role, leaf, roster: readership, images };
+            let (said, asked) = self.census.ask(&inquiry).await?;
+            for truth in [Truth::Late, Truth::Raises] {
+                if said.contains(&Said::Nothing(truth)) {
+                    let denied = if truth == Truth::Late { Denied::TimedOut } else { Denied::Raised };
+                    self.observe.judgement_failed(denied, &relation.table);
+                }
+            }
+            statements += asked;
+            answers.push(said);
+        }
+        Ok((answers, statements))
+    }
+
+    /// Asks what could not be told, and puts the answers in their places.
+    async fn ask(&self, verdicts: &mut Verdicts, asked: Vec<Asked<'_>>) -> Result<(), Error> {
+        let questions: Vec<Question<'_>> = asked
+            .iter()
+            .map(|asked| Question {
+                identity: asked.identity.clone(),
+                statement: Arc::clone(asked.statement),
+                images: &asked.images,
+            })
+            .collect();
+        verdicts.statements += questions.len();
+        for (asked, answer) in asked.iter().zip(self.judge.judge(&questions).await?) {
+            if let Some(denied) = answer.denied {
+                self.observe.judgement_failed(denied, &asked.relation.table);
+            }
+            let is_late = answer.denied == Some(Denied::TimedOut);
+            for (place, allowed) in asked.answers.iter().zip(answer.allowed) {
+                let truth = if is_late { Truth::Late } else { allowed.into() };
+                match place {
+                    Answer::Policy(policy, side) => verdicts.policies[*policy][*side] = truth,
+                    Answer::Filter(key, side) => {
+                        if let Some(ruling) = verdicts.filters.get_mut(key) {
+                            ruling[*side] = truth;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }
 
 impl Verdicts {
-    /// Judges `changes` for these subscriptions. A rule that can be decided here is; PostgreSQL is asked for the rest,
-    /// once per distinct claims and relation.
-    ///
-    /// # Errors
-    /// Only when PostgreSQL cannot be asked; then nothing may be delivered yet.
-    pub async fn gather<'a>(
-        judge: &Judge,
-        observe: &Observe,
-        catalog: &Catalog,
-        changes: &[Change],
-        subscriptions: impl Iterator<Item = &'a Subscription>,
-    ) -> Result<Self, Error> {
-        let (places, images) = places(catalog, changes);
-        let mut answers: HashMap<Asked, Answer> = HashMap::new();
-        let mut questions: Vec<(Asked, Question<'_>)> = Vec::new();
-        let mut asked: HashSet<Asked> = HashSet::new();
-        let relations: Vec<(&Relation, &Vec<&str>)> =
-            images.iter().filter_map(|(id, images)| Some((&**catalog.relation(*id)?, images))).collect();
-        for subscription in subscriptions {
-            let identity = subscription.identity();
-            for (relation, images) in &relations {
-                let Some(access) = relation.access(identity.claims().role()) else { continue };
-                let mut concerned = false;
-                for binding in subscription.concerning(relation) {
-                    concerned = true;
-                    let Some(filter) = &binding.filter else { continue };
-                    let key = filter_key(relation, filter, access);
-                    if !asked.insert(key.clone()) {
-                        continue;
-                    }
-                    match decide_here(filter, images) {
-                        Some(allowed) => _ = answers.insert(key, Answer::Allowed(allowed)),
-                        None => questions.push((key, question(identity, &filter.statement, images))),
-                    }
-                }
-                if let Some(statement) = access.judge.as_ref().filter(|_| concerned) {
-                    let key = Asked::Policy(relation.id(), identity.clone());
-                    if asked.insert(key.clone()) {
-                        questions.push((key, question(identity, statement, images)));
-                    }
-                }
-            }
-        }
-        let (keys, questions): (Vec<Asked>, Vec<Question<'_>>) = questions.into_iter().unzip();
-        for (key, verdict) in keys.into_iter().zip(judge.judge(&questions).await?) {
-            if let Some(denied) = verdict.denied {
-                let relation = catalog.relation(key.relation());
-                observe.judgement_failed(denied, relation.map_or("", |relation| &relation.table));
-            }
-            answers.insert(
-                key,
-                match verdict.denied {
-                    Some(Denied::TimedOut) => Answer::TookTooLong,
-                    _ => Answer::Allowed(verdict.allowed),
-                },
-            );
-        }
-        observe.judged(questions.len());
-        Ok(Self { places, answers })
+    /// What the candidate may see by the relation's policy alone.
+    pub fn policy(&self, candidate: &Candidate) -> Verdict {
+        candidate.policy.map_or(Verdict::Lost(ALTERED), |policy| verdict(&self.policies[policy]))
     }
 
-    /// What somebody with this identity may see of the images of the change at `index` by the relation's policy alone.
-    /// `access` is what the identity's role has to the relation.
-    pub fn policy(&self, index: usize, relation: &Relation, access: &Access, identity: &Identity) -> Verdict {
-        let Some(policy) = &access.policy else { return self.verdict(index, None, |_| false) };
-        let key = Asked::Policy(relation.id(), identity.clone());
-        // The text of a policy of row security is PostgreSQL's own; a name that only looks like a column's denies too
-        // much, never too little. Other policies are as somebody wrote them, and may read any column in any spelling.
-        let reads = |column: &str| {
-            matches!(relation.kind.as_str(), "m" | "f")
-                || policy.contains(&column.replace('"', "\"\""))
-                || policy.contains(".*")
-        };
-        self.verdict(index, Some(&key), reads)
-    }
-
-    /// Which images of the change at `index` match the filter.
-    pub fn filter(
-        &self,
-        index: usize,
-        relation: &Relation,
-        access: &Access,
-        filter: &Arc<BoundFilter>,
-    ) -> Verdict {
-        let key = filter_key(relation, filter, access);
-        self.verdict(index, Some(&key), |column| filter.columns().any(|name| name == column))
-    }
-
-    /// The answer to a question about a change; no question means everything may be seen. An image that lacks a column
-    /// which the rule reads is answered with "no": judged as null it could pass.
-    fn verdict(&self, index: usize, asked: Option<&Asked>, reads: impl Fn(&str) -> bool) -> Verdict {
-        let place = &self.places[index];
-        match &place.layout {
-            Layout::Same => {}
-            Layout::Lacking(columns) if !columns.iter().any(|column| reads(column)) => {}
-            Layout::Lacking(_) => return Verdict::Sight(Sight::NONE),
-            Layout::Other => return Verdict::Lost("its columns changed while a change was on its way"),
-        }
-        let allowed = match asked.map(|asked| self.answers.get(asked)) {
-            None => None,
-            Some(Some(Answer::Allowed(allowed))) => Some(allowed.as_slice()),
-            Some(Some(Answer::TookTooLong)) => return Verdict::Lost("the policy or filter took too long"),
-            Some(None) => Some([].as_slice()),
-        };
-        let sees = |image: usize| allowed.is_none_or(|allowed| allowed.get(image) == Some(&true));
-        Verdict::Sight(Sight { before: place.before.is_some_and(sees), after: place.after.is_some_and(sees) })
+    /// Which images of the candidate's change match the filter.
+    pub fn filter(&self, candidate: &Candidate, access: &Access, filter: &Arc<BoundFilter>) -> Verdict {
+        let ruling = self.filters.get(&filter_key(candidate.change, access, filter));
+        ruling.map_or(Verdict::Sight(Sight::NONE), verdict)
     }
 }
 
-/// Filters and rights are told apart by address: both outlive the part that is being judged.
-fn filter_key(relation: &Relation, filter: &Arc<BoundFilter>, access: &Access) -> Asked {
-    Asked::Filter(relation.id(), Arc::as_ptr(filter).addr(), std::ptr::from_ref(access).addr())
-}
-
-fn layout(relation: Option<&Arc<Relation>>, change: &Change) -> Layout {
-    let Some(relation) = relation else { return Layout::Same };
-    let mut lacking = Vec::new();
-    for image in [&change.before, &change.after].into_iter().flatten() {
-        let Ok(row) = Row::parse(image) else { return Layout::Other };
-        let known = row.names().filter(|name| relation.column(name).is_some()).count();
-        if known < row.names().len() {
-            return Layout::Other;
-        }
-        if known < relation.columns.len() {
-            let missing =
-                relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
-            lacking.extend(missing.cloned());
-        }
+fn verdict(ruling: &Ruling) -> Verdict {
+    if ruling.contains(&Truth::Late) {
+        return Verdict::Lost(TOO_LONG);
     }
-    match (lacking.is_empty(), change.oversize) {
-        (true, _) => Layout::Same,
-        (false, true) => Layout::Lacking(lacking),
-        (false, false) => Layout::Other,
-    }
+    Verdict::Sight(Sight { before: ruling[0] == Truth::True, after: ruling[1] == Truth::True })
 }
 
-fn question<'a>(identity: &Identity, statement: &Arc<str>, images: &'a [&'a str]) -> Question<'a> {
-    Question { identity: identity.clone(), statement: Arc::clone(statement), images }
-}
-
-fn places<'a>(catalog: &Catalog, changes: &'a [Change]) -> (Vec<Place>, HashMap<RelationId, Vec<&'a str>>) {
-    let mut images: HashMap<RelationId, Vec<&str>> = HashMap::new();
-    let mut places = Vec::with_capacity(changes.len());
-    for change in changes {
-        let images = images.entry(change.relation).or_default();
-        let mut add = |image: &'a Option<String>| -> Option<usize> {
-            images.push(image.as_deref()?);
-            Some(images.len() - 1)
-        };
-        let (before, after) = (add(&change.before), add(&change.after));
-        places.push(Place { before, after, layout: layout(catalog.relation(change.relation), change) });
-    }
-    (places, images)
-}
-
-fn decide_here(filter: &BoundFilter, images: &[&str]) -> Option<Vec<bool>> {
-    images.iter().map(|image| Row::parse(image).ok().and_then(|row| filter.decide(&row))).collect()
+pub(super) fn filter_key(change: usize, access: &Access, filter: &Arc<BoundFilter>) -> FilterKey {
+    (Arc::as_ptr(filter).addr(), std::ptr::from_ref(access).addr(), change)
 }

@@ -1,27 +1,27 @@
 //! From changes to outboxes: who is subscribed to what, one frame for all who get the same, and never a wait for a client.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use slab::Slab;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio_util::sync::CancellationToken;
 
-use crate::feed::audience::{Audience, Desk, Written};
-use crate::feed::gate::Verdicts;
+use crate::feed::audience::{Audience, AudienceKey, Desk, Written};
+use crate::feed::gate::{Candidate, Gate};
 use crate::feed::outbox::Outbox;
+use crate::feed::readership::{AudienceId, Readerships};
 use crate::feed::source::Part;
 use crate::model::change::{Change, Operation};
 use crate::model::phoenix::Version;
-use crate::model::relation::{Catalog, Relation};
+use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
 use crate::observe::Observe;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
-use crate::postgres::judge::Judge;
 
 /// The longest pause between two parts of a page.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -60,33 +60,29 @@ pub struct Registration {
     pub outbox: Arc<Outbox>,
 }
 
-/// What makes channels one audience: they get the same frames.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct AudienceKey {
-    version: Version,
-    topic: String,
-    subscription: Subscription,
-}
-
 /// The task that owns all subscriptions.
 pub struct Router {
     catalog: Arc<CatalogKeeper>,
-    judge: Judge,
+    gate: Gate,
     observe: Arc<Observe>,
-    audiences: HashMap<AudienceKey, Audience>,
-    channels: HashMap<ChannelId, AudienceKey>,
+    audiences: Slab<Audience>,
+    by_key: HashMap<Arc<AudienceKey>, AudienceId>,
+    channels: HashMap<ChannelId, AudienceId>,
+    readerships: Readerships,
     judged_with: Option<Arc<Catalog>>,
 }
 
 impl Router {
     /// Without any subscription.
-    pub fn new(catalog: Arc<CatalogKeeper>, judge: Judge, observe: Arc<Observe>) -> Self {
+    pub fn new(catalog: Arc<CatalogKeeper>, gate: Gate, observe: Arc<Observe>) -> Self {
         Self {
             catalog,
-            judge,
+            gate,
             observe,
-            audiences: HashMap::new(),
+            audiences: Slab::new(),
+            by_key: HashMap::new(),
             channels: HashMap::new(),
+            readerships: Readerships::default(),
             judged_with: None,
         }
     }
@@ -126,14 +122,24 @@ impl Router {
                 for frame in greeting {
                     outbox.push(frame);
                 }
-                let key = AudienceKey { version, topic: topic.clone(), subscription: subscription.clone() };
-                match self.audiences.entry(key.clone()) {
-                    Entry::Occupied(mut known) => known.get_mut().add(channel, outbox, subscription),
-                    Entry::Vacant(free) => {
-                        _ = free.insert(Audience::new(version, topic, subscription, channel, outbox));
+                let key = AudienceKey { version, topic, subscription: subscription.clone() };
+                let audience = match self.by_key.get(&key) {
+                    Some(known) => {
+                        self.audiences[*known].add(channel, outbox, subscription);
+                        *known
                     }
-                }
-                self.channels.insert(channel, key);
+                    None => {
+                        let key = Arc::new(key);
+                        let audience = Audience::new(Arc::clone(&key), channel, outbox);
+                        let audience = self.audiences.insert(audience);
+                        self.by_key.insert(key, audience);
+                        audience
+                    }
+                };
+                self.channels.insert(channel, audience);
+                let catalog = self.judged_with.as_ref();
+                let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
+                self.readerships.join(audience, self.audiences[audience].subscription(), relation);
             }
             Command::Leave { channel, outbox, farewell } => {
                 self.remove(channel);
@@ -146,14 +152,13 @@ impl Router {
     }
 
     fn remove(&mut self, channel: ChannelId) {
-        let Some(key) = self.channels.remove(&channel) else {
-            return;
-        };
-        if let Some(audience) = self.audiences.get_mut(&key) {
-            audience.remove(channel);
-            if audience.is_empty() {
-                self.audiences.remove(&key);
-            }
+        let Some(number) = self.channels.remove(&channel) else { return };
+        let audience = &mut self.audiences[number];
+        audience.remove(channel);
+        if audience.is_empty() {
+            self.readerships.leave(number);
+            self.by_key.remove(audience.key());
+            self.audiences.remove(number);
         }
     }
 
@@ -169,7 +174,7 @@ impl Router {
                 }
             }
             Part::Gap(why) => {
-                for audience in self.audiences.values() {
+                for (_, audience) in &self.audiences {
                     audience.tell_gap(&why);
                 }
             }
@@ -181,7 +186,7 @@ impl Router {
     /// then its outbox is full.
     async fn let_clients_read(&self) {
         let started = Instant::now();
-        let is_behind = || self.audiences.values().any(Audience::is_behind);
+        let is_behind = || self.audiences.iter().any(|(_, audience)| audience.is_behind());
         while is_behind() && started.elapsed() < PAUSE {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -205,29 +210,36 @@ impl Router {
 
     async fn deliver(&mut self, changes: &[Change], more: bool) -> Result<(), Error> {
         let catalog = self.catalog_for(changes, more).await?;
-        let subscriptions = self.audiences.values().map(Audience::subscription);
-        let verdicts = Verdicts::gather(&self.judge, &self.observe, &catalog, changes, subscriptions).await?;
+        for change in changes {
+            if let Some(relation) = catalog.relation(change.relation) {
+                let audiences = self.audiences.iter().map(|(id, audience)| (id, audience.subscription()));
+                self.readerships.prepare(relation, audiences);
+            }
+        }
+        let audiences = &self.audiences;
+        let verdicts = self
+            .gate
+            .verdicts(&catalog, changes, &self.readerships, |audience| audiences[audience].subscription())
+            .await?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        let live: Vec<&Audience> = self
-            .audiences
-            .values()
-            .filter(|audience| audience.subscription().identity().claims().expires_at() > now)
-            .collect();
-        let relations: Vec<Option<&Arc<Relation>>> = changes
-            .iter()
-            .enumerate()
-            .map(|(index, change)| {
-                catalog.relation(change.relation).filter(|_| !is_repeated_truncate(changes, index))
-            })
-            .collect();
         let mut written: Vec<Written<'_>> = changes.iter().map(|_| Written::default()).collect();
         let mut desk = Desk::default();
         let mut frames = 0;
         // Audience by audience, not change by change: what a part holds for a client reaches it in one piece.
-        for audience in live {
-            for (index, change) in changes.iter().enumerate() {
-                if let Some(relation) = relations[index] {
-                    audience.write(index, change, relation, &verdicts, &mut written[index], &mut desk);
+        for candidates in by_audience(&verdicts.candidates) {
+            let Some(audience) = candidates.first().map(|candidate| &audiences[candidate.audience]) else {
+                continue;
+            };
+            if audience.subscription().identity().claims().expires_at() <= now {
+                continue;
+            }
+            for candidate in candidates {
+                let index = candidate.change;
+                if let Some(relation) = catalog.relation(changes[index].relation)
+                    && !is_repeated_truncate(changes, index)
+                {
+                    let (change, written) = (&changes[index], &mut written[index]);
+                    audience.write(&candidate, change, relation, &verdicts, written, &mut desk);
                 }
             }
             frames += audience.send(&mut desk);
@@ -249,14 +261,29 @@ impl Router {
             catalog = self.catalog.reloaded().await?;
         }
         if !self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, &catalog)) {
-            self.judge.discard_plans().await;
-            for audience in self.audiences.values() {
+            self.gate.forget().await;
+            self.readerships.forget();
+            for (_, audience) in &self.audiences {
                 audience.leave_what_is_gone(&catalog);
             }
             self.judged_with = Some(Arc::clone(&catalog));
         }
         Ok(catalog)
     }
+}
+
+/// The candidates of each audience, in order of the changes.
+fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
+    let mut places: HashMap<AudienceId, usize> = HashMap::new();
+    let mut groups: Vec<Vec<Candidate>> = Vec::new();
+    for candidate in candidates {
+        let place = *places.entry(candidate.audience).or_insert_with(|| {
+            groups.push(Vec::new());
+            groups.len() - 1
+        });
+        groups[place].push(*candidate);
+    }
+    groups
 }
 
 /// A partitioned table is truncated part by part; its subscribers hear of it once.

@@ -8,9 +8,9 @@ use deadpool_postgres::Pool;
 use serde::Deserialize;
 use tokio::sync::Mutex;
 
+use crate::model::bound_filter::{BoundFilter, Typed};
 use crate::model::filter::Condition;
 use crate::model::relation::{Catalog, Relation};
-use crate::model::subscription::{BoundFilter, Typed};
 use crate::postgres::connect::Error;
 
 /// How old the knowledge of role memberships may be when a change is judged.
@@ -131,7 +131,6 @@ impl CatalogKeeper {
         struct Read {
             sql: String,
             values: Vec<String>,
-            comparable: bool,
         }
         let client = self.filters.get().await.map_err(|error| Error::Pool(error.to_string()))?;
         let read = client
@@ -152,7 +151,7 @@ impl CatalogKeeper {
             terms.push(if condition.negated { format!("(not {})", answer.sql) } else { answer.sql });
             let kind =
                 relation.column(&condition.column).map(|column| column.kind.clone()).unwrap_or_default();
-            typed.push(Typed { condition, kind, comparable: answer.comparable, values: answer.values });
+            typed.push(Typed { condition, kind, values: answer.values });
         }
         let statement = client
             .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")

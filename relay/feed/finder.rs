@@ -1,0 +1,224 @@
+//! Finds whom a change may concern, decides what can be decided here, and gathers what PostgreSQL has to be asked.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::feed::gate::{Answer, Asked, Candidate, Verdicts, filter_key};
+use crate::feed::place::{Layout, Place};
+use crate::feed::readership::{AudienceId, Readership};
+use crate::model::bound_filter::BoundFilter;
+use crate::model::change::{Change, Operation, RelationId};
+use crate::model::policy::Identity;
+use crate::model::predicate::{Answers, Truth};
+use crate::model::relation::{Access, Relation};
+use crate::model::subscription::Subscription;
+use crate::postgres::census::Said;
+
+/// Finds the candidates of one change after another.
+pub(super) struct Finder<'v, 'a> {
+    pub(super) verdicts: &'v mut Verdicts,
+    pub(super) asked: &'v mut Vec<Asked<'a>>,
+    /// Where a rule's questions are gathered: by its readership and group, or by filter and rights.
+    pub(super) questions: HashMap<(u64, u64), usize>,
+}
+
+/// What the leaves said of one image, for one group.
+struct Heard<'s> {
+    said: &'s [Vec<Said>],
+    slot: usize,
+    group: u64,
+    /// The image lacks something that the policy reads.
+    lacks: bool,
+}
+
+impl Answers for Heard<'_> {
+    fn fact(&self, leaf: usize) -> Truth {
+        match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
+            _ if self.lacks => Truth::Raises,
+            Some(Said::Fact(truth) | Said::Nothing(truth)) => *truth,
+            Some(Said::Readers(_)) | None => Truth::Unsure,
+        }
+    }
+
+    fn reads(&self, leaf: usize) -> Truth {
+        match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
+            _ if self.lacks => Truth::Raises,
+            Some(Said::Readers(readers)) => readers.binary_search(&self.group).is_ok().into(),
+            Some(Said::Nothing(truth)) => *truth,
+            Some(Said::Fact(_)) | None => Truth::Unsure,
+        }
+    }
+}
+
+/// One change as one readership looks at it.
+struct Scene<'s, 'a> {
+    index: usize,
+    place: &'s Place<'a>,
+    readership: &'a Readership,
+    access: &'a Access,
+    /// What the leaves of the policy said, leaf by leaf.
+    said: &'s [Vec<Said>],
+    /// The images of the relation in this part.
+    images: &'s [&'a str],
+    /// An image lacks something that the policy reads.
+    lacks: bool,
+}
+
+impl<'a> Finder<'_, 'a> {
+    /// Adds the candidates among a readership for the change at `index`.
+    pub(super) fn find(
+        &mut self,
+        (index, change): (usize, &Change),
+        place: Option<&Place<'a>>,
+        readership: &'a Readership,
+        said: &[Vec<Said>],
+        images: &HashMap<RelationId, Vec<&'a str>>,
+        subscription: &impl Fn(AudienceId) -> &'a Subscription,
+    ) {
+        let Some(access) = readership.access() else { return };
+        let place = place.filter(|place| !matches!(place.layout, Layout::Other));
+        let Some(place) = place else {
+            // Truncated, or altered under way: everybody has to hear of it.
+            let told = |audience| Candidate { audience, change: index, policy: None };
+            if change.operation != Operation::Schema {
+                self.verdicts.candidates.extend(readership.everybody().map(told));
+            }
+            return;
+        };
+        let lacks = place.lacks(|column| reads(readership.relation(), access, column));
+        let images = images.get(&change.relation).map_or(&[][..], Vec::as_slice);
+        let scene = Scene { index, place, readership, access, said, images, lacks };
+        let mut found = scene.concerned();
+        found.sort_unstable();
+        found.dedup();
+        // Neighbours are of one group as a rule.
+        let mut last: Option<(u64, usize)> = None;
+        let mut known: HashMap<u64, usize> = HashMap::new();
+        for audience in found {
+            let Some(group) = readership.group_of(audience) else { continue };
+            let policy = match last {
+                Some((same, policy)) if same == group => policy,
+                _ => *known.entry(group).or_insert_with(|| self.rule(&scene, group)),
+            };
+            last = Some((group, policy));
+            if self.verdicts.policies[policy].iter().all(|truth| is_no(*truth)) {
+                continue;
+            }
+            let subscription = subscription(audience);
+            for binding in subscription.concerning(readership.relation()) {
+                if let Some(filter) = &binding.filter
+                    && filter.is_usable(readership.relation(), access)
+                {
+                    self.filter(&scene, filter, subscription.identity());
+                }
+            }
+            self.verdicts.candidates.push(Candidate { audience, change: index, policy: Some(policy) });
+        }
+    }
+
+    /// What the policy says of a change to a group; gathers what has to be asked. Gives the number of the ruling.
+    fn rule(&mut self, scene: &Scene<'_, 'a>, group: u64) -> usize {
+        let &Scene { readership, access, said, lacks, .. } = scene;
+        let number = self.verdicts.policies.len();
+        let mut ruling = [Truth::False; 2];
+        for (side, truth) in ruling.iter_mut().enumerate() {
+            let Some((image, slot)) = scene.place.image(side) else { continue };
+            *truth = readership.truth(group, image, &Heard { said, slot, group, lacks });
+            if *truth != Truth::Unsure {
+                continue;
+            }
+            let whom = readership.group(group).map(|group| &group.identity);
+            match (&access.judge, whom) {
+                (Some(statement), Some(identity)) if !lacks => {
+                    let rule = (readership.number(), group);
+                    let answer = Answer::Policy(number, side);
+                    self.question(
+                        rule,
+                        readership.relation(),
+                        identity,
+                        statement,
+                        scene.images[slot],
+                        answer,
+                    );
+                }
+                _ => *truth = Truth::Raises,
+            }
+        }
+        self.verdicts.policies.push(ruling);
+        number
+    }
+
+    /// Likewise a filter.
+    fn filter(&mut self, scene: &Scene<'_, 'a>, filter: &'a Arc<BoundFilter>, identity: &'a Identity) {
+        let key = filter_key(scene.index, scene.access, filter);
+        if self.verdicts.filters.contains_key(&key) {
+            return;
+        }
+        let lacks = scene.place.lacks(|column| filter.columns().any(|read| read == column));
+        let mut ruling = [Truth::False; 2];
+        for (side, truth) in ruling.iter_mut().enumerate() {
+            let Some((image, slot)) = scene.place.image(side) else { continue };
+            *truth = if lacks { Truth::Raises } else { filter.truth(image) };
+            if *truth == Truth::Unsure {
+                let rule = (key.0 as u64, key.1 as u64);
+                let (relation, answer) = (scene.readership.relation(), Answer::Filter(key, side));
+                self.question(rule, relation, identity, &filter.statement, scene.images[slot], answer);
+            }
+        }
+        self.verdicts.filters.insert(key, ruling);
+    }
+
+    fn question(
+        &mut self,
+        rule: (u64, u64),
+        relation: &'a Relation,
+        identity: &'a Identity,
+        statement: &'a Arc<str>,
+        image: &'a str,
+        answer: Answer,
+    ) {
+        let number = *self.questions.entry(rule).or_insert_with(|| {
+            let (images, answers) = (Vec::new(), Vec::new());
+            self.asked.push(Asked { identity, statement, relation, images, answers });
+            self.asked.len() - 1
+        });
+        self.asked[number].images.push(image);
+        self.asked[number].answers.push(answer);
+    }
+}
+
+impl Scene<'_, '_> {
+    /// Whom the index and the leaves name; some more than once.
+    fn concerned(&self) -> Vec<AudienceId> {
+        let mut found = Vec::new();
+        for (image, slot) in (0..2).filter_map(|side| self.place.image(side)) {
+            self.readership.look_up(image, |audience| found.push(audience));
+            for said in self.said {
+                match said.get(slot) {
+                    Some(Said::Readers(groups)) => {
+                        found.extend(groups.iter().flat_map(|group| self.readership.named(*group)));
+                    }
+                    Some(Said::Nothing(Truth::Late | Truth::Unsure)) => {
+                        found.extend(self.readership.all_named());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        found
+    }
+}
+
+fn is_no(truth: Truth) -> bool {
+    matches!(truth, Truth::False | Truth::Null | Truth::Raises)
+}
+
+/// Whether the policy may read a column. The text of a policy of row security is PostgreSQL's own; a name that only looks like
+/// a column's denies too much, never too little. Other policies are as somebody wrote them, and may read any column in
+/// any spelling.
+fn reads(relation: &Relation, access: &Access, column: &str) -> bool {
+    let Some(policy) = &access.policy else { return false };
+    matches!(relation.kind.as_str(), "m" | "f")
+        || policy.contains(&column.replace('"', "\"\""))
+        || policy.contains(".*")
+}
