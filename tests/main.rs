@@ -24,6 +24,7 @@ mod policy_generated;
 mod policy_hostile;
 mod policy_live;
 mod policy_shapes;
+mod policy_ways;
 mod refresh;
 mod tokens;
 mod wire;

@@ -7,6 +7,7 @@ pub mod relay;
 pub mod script;
 pub mod socket;
 pub mod stage;
+pub mod ways;
 
 use std::time::Duration;
 

@@ -1,0 +1,180 @@
+//! One policy asked every way: of the table itself under the reader's role, one by one, and as the relay decides it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use relay::feed::gate::{Gate, Verdict};
+use relay::feed::readership::Readerships;
+use relay::model::change::{Change, Operation};
+use relay::model::claims::Claims;
+use relay::model::plan::Way;
+use relay::model::policy::Identity;
+use relay::model::relation::{Catalog, Relation};
+use relay::model::subscription::{Request, Subscription};
+use relay::observe::Observe;
+use relay::postgres::catalog::CatalogKeeper;
+use relay::postgres::census::Census;
+use relay::postgres::connect::Server;
+use relay::postgres::judge::{Judge, Question};
+use serde_json::{Map, Value, json};
+
+use super::database::Database;
+
+/// A database in which a table can be asked.
+pub struct Ways {
+    /// The database, as its superuser.
+    pub database: Database,
+    keeper: CatalogKeeper,
+    gate: Gate,
+    judge: Judge,
+}
+
+/// What one reader may see of the rows, by id: none where PostgreSQL raises.
+pub type Seen = BTreeMap<i64, Option<bool>>;
+
+impl Ways {
+    /// Runs `sql` in a database of its own.
+    pub async fn new(sql: &str) -> Self {
+        let database = Database::new().await;
+        database.run(sql).await;
+        let server = Server::parse(&database.url, "relay", None).unwrap();
+        let pool = || server.pool(2, Duration::from_secs(30)).unwrap();
+        let limit = Duration::from_secs(5);
+        let keeper = CatalogKeeper::new(pool(), pool(), None);
+        let judge = || Judge::new(server.clone(), limit);
+        let gate = Gate::new(judge(), Census::new(server.clone(), limit), Arc::new(Observe::new()));
+        Self { database, keeper, gate, judge: judge() }
+    }
+
+    /// Looks at the catalog anew.
+    pub async fn catalog(&self) -> Arc<Catalog> {
+        self.keeper.with_role("authenticated").await.unwrap();
+        let catalog = self.keeper.reloaded().await.unwrap();
+        self.gate.forget().await;
+        catalog
+    }
+
+    /// The images of all rows of a table, by id, as the trigger logs them.
+    pub async fn images(&self, table: &str) -> BTreeMap<i64, String> {
+        self.database
+            .run(
+                "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; \
+                 set bytea_output = 'hex'; set extra_float_digits = 1",
+            )
+            .await;
+        let images = format!("select id::bigint, to_json(t)::text from {table} t");
+        let rows = self.database.client.query(&images, &[]);
+        rows.await.unwrap().iter().map(|row| (row.get(0), row.get(1))).collect()
+    }
+
+    /// What the table shows to somebody with these claims, and whether `claims_raise()`: both it and `sees_TABLE(id)` have
+    /// to be there.
+    pub async fn shown(&self, table: &str, claims: &Value) -> (Seen, bool) {
+        let client = &self.database.client;
+        let become_somebody = format!(
+            "begin; select set_config('request.jwt.claims', $claims${claims}$claims$, true),
+                    set_config('request.jwt.claim.sub', $sub${}$sub$, true),
+                    set_config('request.jwt.claim.role', 'authenticated', true); set local role authenticated",
+            claims["sub"].as_str().unwrap_or_default()
+        );
+        client.batch_execute(&become_somebody).await.unwrap();
+        let ids = format!("select id::bigint, sees_{table}(id) from ids_{table}");
+        let rows = client.query(&ids, &[]).await.unwrap();
+        let raise: bool = client.query_one("select claims_raise()", &[]).await.unwrap().get(0);
+        client.batch_execute("rollback").await.unwrap();
+        (rows.iter().map(|row| (row.get(0), row.get(1))).collect(), raise)
+    }
+
+    /// The same, reader by reader, on the images.
+    pub async fn one_by_one(
+        &self,
+        relation: &Relation,
+        images: &BTreeMap<i64, String>,
+        claims: &Value,
+    ) -> Seen {
+        let access = relation.access("authenticated").unwrap();
+        let Some(statement) = &access.judge else {
+            return images.keys().map(|id| (*id, Some(access.policy.is_none()))).collect();
+        };
+        let texts: Vec<&str> = images.values().map(String::as_str).collect();
+        let question =
+            Question { identity: identity(claims), statement: Arc::clone(statement), images: &texts };
+        let verdict = self.judge.judge(&[question]).await.unwrap().remove(0);
+        images.keys().copied().zip(verdict.allowed.into_iter().map(Some)).collect()
+    }
+
+    /// What the relay shows to each of these readers, and how many statements that took.
+    pub async fn ours(
+        &self,
+        catalog: &Catalog,
+        relation: &Arc<Relation>,
+        images: &BTreeMap<i64, String>,
+        readers: &[Value],
+    ) -> (Vec<Seen>, usize) {
+        let entry: Map<String, Value> =
+            json!({"event": "*", "schema": "public", "table": relation.table}).as_object().unwrap().clone();
+        let request = [Request::parse(&entry).unwrap()];
+        let subscription =
+            |claims: &Value| Subscription::bind(identity(claims), catalog, &request, vec![None]).unwrap();
+        let subscriptions: Vec<Subscription> = readers.iter().map(subscription).collect();
+        let mut readerships = Readerships::default();
+        readerships.prepare(relation, subscriptions.iter().enumerate());
+        let change = |image: &String| Change {
+            number: 1,
+            xid: 1,
+            at: time::OffsetDateTime::UNIX_EPOCH,
+            relation: relation.id(),
+            operation: Operation::Insert,
+            oversize: false,
+            before: None,
+            after: Some(image.clone()),
+        };
+        let changes: Vec<Change> = images.values().map(change).collect();
+        let verdicts = self
+            .gate
+            .verdicts(catalog, &changes, &readerships, |reader| &subscriptions[reader])
+            .await
+            .unwrap();
+        let ids: Vec<i64> = images.keys().copied().collect();
+        let mut seen: Vec<Seen> =
+            readers.iter().map(|_| ids.iter().map(|id| (*id, Some(false))).collect()).collect();
+        for candidate in &verdicts.candidates {
+            let Verdict::Sight(sight) = verdicts.policy(candidate) else { panic!("lost") };
+            seen[candidate.audience].insert(ids[candidate.change], Some(sight.after));
+        }
+        (seen, verdicts.statements)
+    }
+
+    /// Asks every way and compares; returns how the relay decides it and how many answers were compared.
+    pub async fn check(&self, table: &str, readers: &[Value], context: &str) -> (Way, usize) {
+        let catalog = self.catalog().await;
+        let relation = catalog.named("public", table).unwrap();
+        let images = self.images(table).await;
+        let (ours, _) = self.ours(&catalog, relation, &images, readers).await;
+        for (claims, ours) in readers.iter().zip(&ours) {
+            let (shown, raise) = self.shown(table, claims).await;
+            let asked = self.one_by_one(relation, &images, claims).await;
+            for (id, ours) in ours {
+                let answers = [shown[id].unwrap_or(false), asked[id].unwrap()];
+                let ours = ours.unwrap();
+                // When something raises depends on PostgreSQL's plan, which may put off what decides, or look at a claim
+                // while it plans. Then no is never wrong, and yes must be what one of its plans says.
+                let undecided = raise || shown[id].is_none() || answers[0] != answers[1];
+                assert!(
+                    if undecided { !ours || answers.contains(&true) } else { ours == answers[0] },
+                    "row {} to {claims}: {ours}, but the table says {:?}, one by one {:?}\n{context}\n{:?}",
+                    images[id],
+                    shown[id],
+                    asked[id],
+                    relation.access("authenticated").unwrap().plan,
+                );
+            }
+        }
+        (relation.access("authenticated").unwrap().plan.way, readers.len() * images.len())
+    }
+}
+
+fn identity(claims: &Value) -> Identity {
+    Identity::new(Claims::from_verified_payload(&claims.to_string()).unwrap())
+}
