@@ -54,6 +54,7 @@ pub mod postgres {
     mod stand_in;
     pub mod judge;
     pub mod census;
+    pub mod enquiry;
     pub mod jobs;
 }
 
@@ -68,6 +69,7 @@ pub mod feed {
     pub mod audience;
     pub mod outbox;
     pub mod binding;
+    pub mod explain;
 }
 
 /// Bytes to and from clients. Never says SQL.
@@ -85,5 +87,6 @@ pub mod server;
 pub mod command {
     pub mod token;
     pub mod tail;
+    pub mod explain;
     pub mod doctor;
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
-use relay::command::{doctor, tail, token};
+use relay::command::{doctor, explain, tail, token};
 use relay::config::Settings;
 use relay::postgres::connect::Server;
 use relay::postgres::install;
@@ -58,6 +58,16 @@ enum Command {
     Token(token::Options),
     /// Print the changes of a table as they come
     Tail(tail::Options),
+    /// Say why somebody gets the rows of a table or does not, and how that is decided
+    Explain {
+        #[command(flatten)]
+        options: explain::Options,
+        #[command(flatten)]
+        database: Database,
+        /// The login that judges policies, when `serve` has one of its own
+        #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
+        judge_url: Option<String>,
+    },
     /// Check the database and say what to do; exit code 1 on a fault
     Doctor {
         #[command(flatten)]
@@ -81,6 +91,12 @@ struct Database {
 impl Database {
     fn server(&self) -> Result<Server, relay::postgres::connect::Error> {
         Server::parse(&self.database_url, "relay", self.database_ca.as_deref())
+    }
+
+    /// Where policies are judged: by default the same.
+    fn judge(&self, url: Option<&str>) -> Result<Server, relay::postgres::connect::Error> {
+        let url = url.unwrap_or(&self.database_url);
+        Server::parse(url, "relay", self.database_ca.as_deref())
     }
 }
 
@@ -131,12 +147,12 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Token(options) => token::run(&options)?,
         Command::Tail(options) => tail::run(options).await?,
         Command::Doctor { database, judge_url } => {
-            let server = database.server()?;
-            let judge = match judge_url {
-                Some(url) => Server::parse(&url, "relay", database.database_ca.as_deref())?,
-                None => server.clone(),
-            };
+            let (server, judge) = (database.server()?, database.judge(judge_url.as_deref())?);
             return Ok(doctor::run(&server, &judge).await);
+        }
+        Command::Explain { options, database, judge_url } => {
+            let (server, judge) = (database.server()?, database.judge(judge_url.as_deref())?);
+            explain::run(&options, &server, &judge).await?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -22,4 +22,5 @@ grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot,
   relay.policy_for(regclass, oid), relay.policies_for(regclass, oid), relay.is_secured(regclass, oid),
   relay.policy_parts(regclass), relay.helpers(regclass, oid), relay.plain_tables(regclass, oid), relay.obstacles(regclass, oid),
   relay.known_kind(oid, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text), relay.schema_changes_are_logged(),
+  relay.hindrances(text, text, text), relay.row_like(regclass, jsonb),
   relay.repair(), relay.run_refreshes() to relay_reader;

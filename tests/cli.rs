@@ -1,26 +1,14 @@
 //! The program itself, as a person starts it.
 
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{Child, ChildStderr, ChildStdout, Command};
+use tokio::process::{Child, ChildStderr, ChildStdout};
 
 use crate::support::database::Database;
+use crate::support::program::{output, relay};
 use crate::support::{PATIENCE, SECRET, token};
-
-fn relay(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
-    command.args(arguments).env_clear().kill_on_drop(true).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-async fn output(arguments: &[&str]) -> (i32, String, String) {
-    let output = relay(arguments).output().await.unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
-}
 
 /// `relay serve`, and the address it says it serves on.
 async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>, String) {

@@ -15,6 +15,7 @@ mod clients;
 mod crash;
 mod doorbell;
 mod drift;
+mod explain;
 mod filter;
 mod install;
 mod layers;

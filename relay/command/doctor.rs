@@ -2,9 +2,12 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use crate::model::plan::Way;
+use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::Doorbell;
 use crate::postgres::install;
@@ -20,6 +23,9 @@ enum Finding {
 }
 
 use Finding::{Fault, Good, Note};
+
+/// How long one question may take.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Prints a line per finding; the exit code is 1 when there is a fault.
 ///
@@ -59,7 +65,9 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.push(writable_schemas(&client).await?);
     findings.extend(roles(&judging).await?);
     findings.push(power(&judging).await?);
+    findings.push(temporary_tables(&judging).await?);
     findings.extend(relations(&client).await?);
+    findings.extend(policies(server, judge).await?);
     findings.extend(refreshes(&client).await?);
     Ok(findings)
 }
@@ -208,6 +216,47 @@ async fn power(client: &Client) -> Result<Finding, Error> {
         "the login that judges policies {risk}. If not everybody who may do that is trusted so far, give `serve` a \
          --judge-url with a login of its own: create role relay_judge login noinherit in role anon, authenticated, service_role"
     )))
+}
+
+/// Readers who are connected stand in temporary tables when PostgreSQL is asked who may see a row.
+async fn temporary_tables(judging: &Client) -> Result<Finding, Error> {
+    let may = "select has_database_privilege(current_database(), 'temporary'), current_user::text, current_database()::text";
+    let row = judging.query_one(may, &[]).await?;
+    Ok(if row.get(0) {
+        Good(String::from("the login that judges may keep temporary tables"))
+    } else {
+        Note(format!(
+            "the login that judges may not keep temporary tables, so policies that look into other tables are asked reader by \
+             reader: grant temporary on database {} to {}",
+            row.get::<_, String>(2),
+            row.get::<_, String>(1)
+        ))
+    })
+}
+
+/// Policies that are asked reader by reader cost PostgreSQL a statement for each.
+async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
+    let login = judge.login().map(str::to_owned);
+    let keeper = CatalogKeeper::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
+    keeper.with_role("anon").await?;
+    let catalog = keeper.with_role("authenticated").await?;
+    let mut findings = Vec::new();
+    for relation in catalog.relations() {
+        for role in ["authenticated", "anon"] {
+            let Some(plan) = relation.access(role).map(|access| &access.plan) else { continue };
+            if let (Way::OneByOne, Some(obstacle)) = (plan.way, plan.obstacles.first()) {
+                let name = format!("{}.{}", relation.schema, relation.table);
+                findings.push(Note(format!(
+                    "{name}: for {role}, each reader costs a statement a page, because {}. Where many read it: compare claims \
+                     with columns in the policy itself, look into membership tables by `exists (select from … where … = auth.uid())` \
+                     instead of by a function, and keep row security off those tables. More by: relay explain {name} --role {role}",
+                    obstacle.why
+                )));
+                break;
+            }
+        }
+    }
+    Ok(findings)
 }
 
 async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {

@@ -1,5 +1,6 @@
 //! Expressions over claims alone, with the meaning that they have in a policy: `auth.jwt() ->> 'org'` and their like.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -164,6 +165,38 @@ impl Term {
                 }
                 Ok(Found::Null)
             }
+        }
+    }
+}
+
+impl fmt::Display for Term {
+    /// As SQL, with `auth.jwt()` for the claims.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Constant(None) => f.write_str("null"),
+            Self::Constant(Some(datum)) => write!(f, "'{}'", datum.to_text()),
+            Self::Claims | Self::Unset => f.write_str("auth.jwt()"),
+            Self::Subject => f.write_str("auth.jwt() ->> 'sub'"),
+            Self::Role => f.write_str("auth.jwt() ->> 'role'"),
+            // What stands around the claims to make them a document, or nothing of an empty text, is no news.
+            Self::Document(inner, _) | Self::NullIf(inner, _) => inner.fmt(f),
+            Self::Part(inner, step) => write!(f, "{inner} -> {step}"),
+            Self::PartText(inner, step) => write!(f, "{inner} ->> {step}"),
+            Self::Texts(inner, _) => write!(f, "elements of {inner}"),
+            Self::Cast(inner, kind) => write!(f, "({inner})::{}", format!("{kind:?}").to_lowercase()),
+            Self::Coalesce(terms) => {
+                let terms: Vec<String> = terms.iter().map(ToString::to_string).collect();
+                write!(f, "coalesce({})", terms.join(", "))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key(key) => write!(f, "'{key}'"),
+            Self::Index(index) => write!(f, "{index}"),
         }
     }
 }

@@ -18,6 +18,7 @@ const FILES: &[(&str, &str)] = &[
     ("106_refresh.sql", include_str!("../../sql/106_refresh.sql")),
     ("107_auth.sql", include_str!("../../sql/107_auth.sql")),
     ("108_schema_changes.sql", include_str!("../../sql/108_schema_changes.sql")),
+    ("109_explain.sql", include_str!("../../sql/109_explain.sql")),
     ("901_rights.sql", include_str!("../../sql/901_rights.sql")),
     ("902_history.sql", include_str!("../../sql/902_history.sql")),
     ("903_event_trigger.sql", include_str!("../../sql/903_event_trigger.sql")),

@@ -1,0 +1,202 @@
+//! `relay explain`: why somebody gets the rows of a table, or does not.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use clap::Args;
+use serde_json::{Map, Value, json};
+use tokio::sync::mpsc;
+
+use crate::feed::binding::Feed;
+use crate::feed::explain::{Explanation, Sought, Wanted, explain};
+use crate::model::claims::Claims;
+use crate::model::policy::Identity;
+use crate::model::relation::Relation;
+use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::connect::Server;
+use crate::postgres::enquiry::Enquiry;
+use crate::postgres::install;
+use crate::postgres::judge::Judge;
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Of which table, for whom.
+#[derive(Args)]
+pub struct Options {
+    /// The table, as in SQL
+    table: String,
+    /// For the bearer of this token; its signature and expiry are not looked at
+    #[arg(long, env = "RELAY_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    token: Option<String>,
+    /// For somebody with this role, without a token
+    #[arg(long, default_value = "authenticated", conflicts_with = "token")]
+    role: String,
+    /// … and this id, what auth.uid() returns
+    #[arg(long, value_name = "UUID", conflicts_with = "token")]
+    sub: Option<String>,
+    /// … and more claims, as a JSON object
+    #[arg(long, value_name = "JSON", conflicts_with = "token")]
+    claims: Option<String>,
+    /// With this filter, e.g. list_id=eq.7
+    #[arg(long, value_name = "FILTER")]
+    filter: Option<String>,
+    /// Would the row with this key be seen? A value, or a JSON object of columns
+    #[arg(long, value_name = "VALUE")]
+    key: Option<String>,
+    /// Would this row be seen? A JSON object of all columns; it need not be in the table
+    #[arg(long, value_name = "JSON", conflicts_with = "key")]
+    row: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// How long one question may take.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Prints the explanation.
+///
+/// # Errors
+/// When an option cannot be used, or the database cannot be asked.
+pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(), Failure> {
+    install::check(&server.connect().await?).await?;
+    let login = judge.login().map(str::to_owned);
+    let keeper = Arc::new(CatalogKeeper::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login.clone()));
+    let feed = Feed::new(Arc::clone(&keeper), mpsc::unbounded_channel().0);
+    let enquiry = Enquiry::connect(server, login.as_deref()).await?;
+    let identity = Identity::new(claims(options)?);
+    let catalog = keeper.with_role(identity.claims().role()).await?;
+    let named = enquiry.named(&options.table).await?;
+    let relation = named.and_then(|(schema, table)| catalog.named(&schema, &table));
+    let row = sought(options, relation.map(|relation| &**relation))?;
+    let wanted = Wanted { table: options.table.clone(), identity, filter: options.filter.clone(), row };
+    let explanation = explain(&keeper, &feed, &Judge::new(judge.clone(), LIMIT), &enquiry, &wanted).await?;
+    let mut out = std::io::stdout().lock();
+    match options.json {
+        true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
+        false => write!(out, "{}", in_words(&explanation))?,
+    }
+    Ok(())
+}
+
+fn claims(options: &Options) -> Result<Claims, Failure> {
+    let payload = match &options.token {
+        Some(token) => {
+            let payload = token.split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
+            payload.and_then(|bytes| String::from_utf8(bytes).ok()).ok_or("--token is not a JWT")?
+        }
+        None => {
+            let more = options.claims.as_deref().unwrap_or("{}");
+            let mut claims: Map<String, Value> =
+                serde_json::from_str(more).map_err(|error| format!("--claims is no JSON object: {error}"))?;
+            claims.insert(String::from("role"), Value::from(options.role.clone()));
+            if let Some(sub) = &options.sub {
+                claims.insert(String::from("sub"), Value::from(sub.clone()));
+            }
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+            claims.entry("exp").or_insert_with(|| Value::from(now + 3600));
+            Value::Object(claims).to_string()
+        }
+    };
+    Claims::from_verified_payload(&payload)
+        .map_err(|error| format!("these claims cannot be used: {error}").into())
+}
+
+fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<Sought>, Failure> {
+    if let Some(row) = &options.row {
+        let columns: Map<String, Value> =
+            serde_json::from_str(row).map_err(|error| format!("--row is no JSON object: {error}"))?;
+        return Ok(Some(Sought::Image(Value::Object(columns).to_string())));
+    }
+    let (Some(text), Some(relation)) = (&options.key, relation) else { return Ok(None) };
+    if let Ok(columns @ Value::Object(_)) = serde_json::from_str(text) {
+        return Ok(Some(Sought::Like(columns)));
+    }
+    let [key] = relation.key.as_slice() else {
+        return Err("the table has no key of one column: give --key a JSON object of columns".into());
+    };
+    let kind = relation.column(key).map_or("", |column| &column.kind);
+    let is_number = matches!(kind, "int2" | "int4" | "int8" | "numeric" | "float4" | "float8");
+    let value = match serde_json::from_str(text) {
+        Ok(value @ Value::Number(_)) if is_number => value,
+        _ => json!(text),
+    };
+    Ok(Some(Sought::Like(json!({key.as_str(): value}))))
+}
+
+/// The explanation for a terminal.
+fn in_words(of: &Explanation) -> String {
+    let mut lines = vec![format!("{} for the role {}", of.table, of.role)];
+    let mut line = |text: String| lines.push(format!("  {text}"));
+    for hindrance in &of.hindrances {
+        line(format!("nothing comes: {hindrance}"));
+    }
+    if !of.hidden_columns.is_empty() {
+        line(format!("columns that the role may not read: {}", of.hidden_columns.join(", ")));
+    }
+    if let Some(way) = of.way {
+        line(format!(
+            "decided: {way}{}",
+            match way {
+                "compiled" => ", without a question to PostgreSQL",
+                "inverted" => ", PostgreSQL is asked once a page who may see its rows",
+                _ => ", PostgreSQL is asked once a page for each distinct set of the claims that are read",
+            }
+        ));
+        for obstacle in &of.obstacles {
+            line(format!("  because of: {}", obstacle.part));
+            line(format!("  where {}", obstacle.why));
+        }
+        line(match &of.claims_read {
+            None => String::from("claims read: any"),
+            Some(claims) if claims.is_empty() => String::from("claims read: none"),
+            Some(claims) => format!("claims read: {}", claims.join(", ")),
+        });
+        line(match &of.index {
+            None => String::from("index: none, each change of the table is looked at"),
+            Some(keys) if keys.is_empty() => String::from("index: no row can be seen with these claims"),
+            Some(keys) => format!("index: {}", keys.join("; or ")),
+        });
+        for question in &of.questions {
+            line(format!("PostgreSQL is asked {question}"));
+        }
+        for policy in &of.policies {
+            let says = policy.says.map_or_else(String::new, |says| format!(", of this row: {says}"));
+            line(format!(
+                "{} policy {} ({}{says}): {}",
+                policy.kind,
+                policy.name,
+                policy.way,
+                one_line(&policy.condition)
+            ));
+        }
+    }
+    if let Some(filter) = &of.filter {
+        line(match &filter.refused {
+            None => format!("the filter {} is accepted", filter.text),
+            Some(why) => format!("the filter {} is refused: {why}", filter.text),
+        });
+    }
+    if let Some(row) = &of.row {
+        line(match (row.found, row.allowed, row.by.as_slice()) {
+            (false, ..) => String::from("there is no such row"),
+            (_, true, []) => String::from("the row is seen: no policy applies"),
+            (_, true, by) => format!("the row is seen, by {}", by.join(", ")),
+            (_, false, []) => String::from("the row is hidden: no permissive policy lets it through"),
+            (_, false, by) => format!("the row is hidden by {}", by.join(", ")),
+        });
+        if let Some(matches) = row.matches {
+            line(format!("it {} the filter", if matches { "matches" } else { "does not match" }));
+        }
+    }
+    lines.join("\n") + "\n"
+}
+
+/// Without the line breaks that PostgreSQL writes, nor the parentheses around it all.
+fn one_line(condition: &str) -> String {
+    let words: Vec<&str> = condition.split_whitespace().collect();
+    let text = words.join(" ");
+    text.strip_prefix('(').and_then(|text| text.strip_suffix(')')).map_or(text.clone(), str::to_owned)
+}

@@ -1,0 +1,298 @@
+//! Why somebody gets a row, or does not: what a subscription comes to, with the reasons.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::feed::binding::{BindError, Feed};
+use crate::model::anchor::Anchors;
+use crate::model::bound_filter::BoundFilter;
+use crate::model::compile::compile;
+use crate::model::plan::{Leaf, Plan};
+use crate::model::policy::{Denied, Identity};
+use crate::model::relation::{Access, Relation};
+use crate::model::subscription::Request;
+use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::connect::Error;
+use crate::postgres::enquiry::Enquiry;
+use crate::postgres::judge::{Judge, Question};
+
+/// What is to be explained.
+pub struct Wanted {
+    /// The table as in SQL.
+    pub table: String,
+    /// Who subscribes.
+    pub identity: Identity,
+    /// With which filter.
+    pub filter: Option<String>,
+    /// Whether this row would be seen.
+    pub row: Option<Sought>,
+}
+
+/// A row.
+pub enum Sought {
+    /// One of the table that has these values.
+    Like(Value),
+    /// One as it would be logged.
+    Image(String),
+}
+
+/// The answer. As JSON it is a contract: fields come, but do not go.
+#[derive(Debug, Serialize)]
+pub struct Explanation {
+    /// Schema and name.
+    pub table: String,
+    /// The role of the subscriber.
+    pub role: String,
+    /// Why nothing would ever come, and what to do; empty when something may.
+    pub hindrances: Vec<String>,
+    /// Columns that the role may not read, and that appear nowhere.
+    pub hidden_columns: Vec<String>,
+    /// `compiled`, `inverted` or `one by one`; none where nothing would come.
+    pub way: Option<&'static str>,
+    /// What keeps the policies from a cheaper way.
+    pub obstacles: Vec<Reason>,
+    /// The claims that the policies read; none when it may be any.
+    pub claims_read: Option<Vec<String>>,
+    /// What PostgreSQL is asked, once a page for all readers.
+    pub questions: Vec<String>,
+    /// Columns by whose values a change finds this subscription, each line one way to it; none when every change of the table
+    /// is looked at.
+    pub index: Option<Vec<String>>,
+    /// The policies that apply to the role.
+    pub policies: Vec<PolicyPart>,
+    /// The filter, when one was given.
+    pub filter: Option<FilterPart>,
+    /// The row, when one was given.
+    pub row: Option<RowPart>,
+}
+
+/// A part of a policy and what about it.
+#[derive(Debug, Serialize)]
+pub struct Reason {
+    /// The part as SQL.
+    pub part: String,
+    /// What about it.
+    pub why: String,
+}
+
+/// One policy.
+#[derive(Debug, Serialize)]
+pub struct PolicyPart {
+    /// Its name.
+    pub name: String,
+    /// `permissive` or `restrictive`.
+    pub kind: &'static str,
+    /// Its condition as PostgreSQL reads it.
+    pub condition: String,
+    /// How it would be decided alone.
+    pub way: &'static str,
+    /// What it says of the row: `yes`, `no`, or why not even that.
+    pub says: Option<&'static str>,
+}
+
+/// The filter.
+#[derive(Debug, Serialize)]
+pub struct FilterPart {
+    /// Its text.
+    pub text: String,
+    /// Why it is refused.
+    pub refused: Option<String>,
+}
+
+/// The row.
+#[derive(Debug, Serialize)]
+pub struct RowPart {
+    /// Whether there is one.
+    pub found: bool,
+    /// Whether the policies let the subscriber see it.
+    pub allowed: bool,
+    /// The policies that decided: those that let it through, or the restrictive ones that kept it back; none when no
+    /// permissive one let it through, or when no policy applies.
+    pub by: Vec<String>,
+    /// Whether it matches the filter, when one was given that is accepted.
+    pub matches: Option<bool>,
+}
+
+/// Explains.
+///
+/// # Errors
+/// As the connections.
+pub async fn explain(
+    keeper: &CatalogKeeper,
+    feed: &Feed,
+    judge: &Judge,
+    enquiry: &Enquiry,
+    wanted: &Wanted,
+) -> Result<Explanation, Error> {
+    let role = wanted.identity.claims().role();
+    let catalog = keeper.with_role(role).await?;
+    let named = enquiry.named(&wanted.table).await?;
+    let relation = named.as_ref().and_then(|(schema, table)| catalog.named(schema, table));
+    let mut explanation = Explanation {
+        table: named
+            .as_ref()
+            .map_or_else(|| wanted.table.clone(), |(schema, table)| format!("{schema}.{table}")),
+        role: role.to_owned(),
+        hindrances: enquiry.hindrances(&wanted.table, role).await?,
+        hidden_columns: Vec::new(),
+        way: None,
+        obstacles: Vec::new(),
+        claims_read: Some(Vec::new()),
+        questions: Vec::new(),
+        index: None,
+        policies: Vec::new(),
+        filter: None,
+        row: None,
+    };
+    let Some((relation, access)) = relation.and_then(|relation| Some((relation, relation.access(role)?)))
+    else {
+        return Ok(explanation);
+    };
+    let hidden = relation.columns.iter().filter(|column| !access.sees(&column.name));
+    explanation.hidden_columns = hidden.map(|column| column.name.clone()).collect();
+    explanation.way = Some(access.plan.way.word());
+    let reasons = access.plan.obstacles.iter();
+    explanation.obstacles =
+        reasons.map(|obstacle| Reason { part: obstacle.part.clone(), why: obstacle.why.clone() }).collect();
+    explanation.claims_read = claims_read(&access.plan);
+    explanation.questions = access.plan.leaves.iter().map(question).collect();
+    let mut anchors = access.plan.predicate.anchors(&access.plan.values(wanted.identity.claims()));
+    for policy in &access.rights.policies {
+        explanation.policies.push(PolicyPart {
+            name: policy.name.clone(),
+            kind: if policy.permissive { "permissive" } else { "restrictive" },
+            condition: policy.condition.clone(),
+            way: compile(&policy.condition, relation, &access.rights).way.word(),
+            says: None,
+        });
+    }
+    let mut bound = None;
+    if let Some(text) = &wanted.filter {
+        match filter(feed, wanted, relation, text).await {
+            Ok(filter) => {
+                anchors = filter.as_ref().map_or(Anchors::Any, |filter| filter.anchors()).and(anchors);
+                bound = filter;
+                explanation.filter = Some(FilterPart { text: text.clone(), refused: None });
+            }
+            Err(why) => explanation.filter = Some(FilterPart { text: text.clone(), refused: Some(why) }),
+        }
+    }
+    explanation.index = index(&anchors, relation);
+    if let Some(sought) = &wanted.row {
+        let bench = Bench { judge, enquiry, identity: &wanted.identity };
+        let row = bench.row(relation, access, sought, &mut explanation.policies, bound.as_deref()).await?;
+        explanation.row = Some(row);
+    }
+    Ok(explanation)
+}
+
+fn claims_read(plan: &Plan) -> Option<Vec<String>> {
+    let terms = plan.terms.iter().filter(|term| !term.is_constant());
+    (!plan.reads_all).then(|| terms.map(ToString::to_string).collect())
+}
+
+fn question(leaf: &Leaf) -> String {
+    match leaf {
+        Leaf::Fact { expression } => format!("which rows fulfil: {expression}"),
+        Leaf::Found { query, .. } => format!("which readers are found by: {query}"),
+        Leaf::Equals { expression, .. } => format!("which readers' claim equals: {expression}"),
+    }
+}
+
+fn index(anchors: &Anchors, relation: &Relation) -> Option<Vec<String>> {
+    let Anchors::OneOf(anchors) = anchors else { return None };
+    let name = |column: &usize| relation.columns.get(*column).map_or("?", |column| &column.name);
+    let mut lines: Vec<String> = anchors
+        .iter()
+        .map(|anchor| match (&anchor.equal[..], &anchor.range) {
+            _ if anchor.named => String::from("named by PostgreSQL"),
+            ([], Some((column, _))) => format!("{} in a range", name(column)),
+            (equal, _) => {
+                equal.iter().map(|(column, _)| name(column)).collect::<Vec<_>>().join(" and ") + " by hash"
+            }
+        })
+        .collect();
+    lines.sort();
+    lines.dedup();
+    Some(lines)
+}
+
+/// The filter as it was read, or why it is refused.
+async fn filter(
+    feed: &Feed,
+    wanted: &Wanted,
+    relation: &Relation,
+    text: &str,
+) -> Result<Option<Arc<BoundFilter>>, String> {
+    let mut entry = Map::new();
+    for (name, value) in [("schema", relation.schema.as_str()), ("table", &relation.table), ("filter", text)]
+    {
+        entry.insert(name.to_owned(), Value::from(value));
+    }
+    let request = Request::parse(&entry).map_err(|refusal| refusal.0)?;
+    match feed.bind(wanted.identity.clone(), &[request]).await {
+        Ok(subscription) => Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone())),
+        Err(BindError::Refused(refusal)) => Err(refusal.0),
+        Err(BindError::Unavailable) => Err(String::from("the database could not be asked in time")),
+    }
+}
+
+/// Where one row is judged for one subscriber.
+struct Bench<'a> {
+    judge: &'a Judge,
+    enquiry: &'a Enquiry,
+    identity: &'a Identity,
+}
+
+impl Bench<'_> {
+    async fn row(
+        &self,
+        relation: &Relation,
+        access: &Access,
+        sought: &Sought,
+        policies: &mut [PolicyPart],
+        filter: Option<&BoundFilter>,
+    ) -> Result<RowPart, Error> {
+        let image = match sought {
+            Sought::Image(image) => Some(image.clone()),
+            Sought::Like(values) => self.enquiry.row(relation, values).await?,
+        };
+        let Some(image) = image else {
+            return Ok(RowPart { found: false, allowed: false, by: Vec::new(), matches: None });
+        };
+        for policy in policies.iter_mut() {
+            let judgement = self.enquiry.judgement(relation, &policy.condition).await?;
+            policy.says = Some(self.says(&image, judgement).await?);
+        }
+        let allowed = match (&access.policy, &access.judge) {
+            (None, _) => true,
+            (Some(_), Some(statement)) => self.says(&image, Arc::clone(statement)).await? == YES,
+            (Some(_), None) => false,
+        };
+        let (kind, says_yes) = if allowed { ("permissive", true) } else { ("restrictive", false) };
+        let decided = |policy: &PolicyPart| policy.kind == kind && (policy.says == Some(YES)) == says_yes;
+        let by = policies.iter().filter(|policy| decided(policy)).map(|policy| policy.name.clone());
+        let by = by.collect();
+        let matches = match filter {
+            Some(filter) => Some(self.says(&image, Arc::clone(&filter.statement)).await? == YES),
+            None => None,
+        };
+        Ok(RowPart { found: true, allowed, by, matches })
+    }
+
+    async fn says(&self, image: &str, statement: Arc<str>) -> Result<&'static str, Error> {
+        let question = Question { identity: self.identity.clone(), statement, images: &[image] };
+        let verdict = self.judge.judge(&[question]).await?;
+        Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
+            Some((_, Some(Denied::TimedOut))) => "it took too long",
+            Some((_, Some(Denied::Role))) => "it cannot be asked in this role",
+            Some((Some(true), _)) => YES,
+            Some((_, Some(Denied::Raised))) => "it raises an error",
+            _ => "no",
+        })
+    }
+}
+
+const YES: &str = "yes";

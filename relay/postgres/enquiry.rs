@@ -1,0 +1,83 @@
+//! What is asked of the database to explain a subscription: hindrances, a row, the statement that judges one policy.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use tokio_postgres::Client;
+
+use crate::model::relation::Relation;
+use crate::postgres::connect::{Error, Server};
+
+/// A connection for questions.
+pub struct Enquiry {
+    client: Client,
+    judge: Option<String>,
+}
+
+impl Enquiry {
+    /// Connects. `judge` is the login that judges, when it is another.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn connect(server: &Server, judge: Option<&str>) -> Result<Self, Error> {
+        Ok(Self { client: server.connect().await?, judge: judge.map(str::to_owned) })
+    }
+
+    /// Schema and name of the relation that is meant by a name as in SQL; none when there is no such relation.
+    ///
+    /// # Errors
+    /// As the connection, or when the name is none.
+    pub async fn named(&self, name: &str) -> Result<Option<(String, String)>, Error> {
+        let found = self
+            .client
+            .query_opt(
+                "select n.nspname::text, c.relname::text from pg_class c join pg_namespace n on n.oid = c.relnamespace \
+                 where c.oid = to_regclass($1)",
+                &[&name],
+            )
+            .await?;
+        Ok(found.map(|row| (row.get(0), row.get(1))))
+    }
+
+    /// Why subscribers of the role get nothing of a relation, and what to do.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn hindrances(&self, name: &str, role: &str) -> Result<Vec<String>, Error> {
+        let row = self
+            .client
+            .query_one("select relay.hindrances($1, $2, $3)", &[&name, &role, &self.judge])
+            .await?;
+        Ok(row.get(0))
+    }
+
+    /// The first row that has these values, as an image.
+    ///
+    /// # Errors
+    /// As the connection, or when this login may not read the table.
+    pub async fn row(&self, relation: &Relation, values: &Value) -> Result<Option<String>, Error> {
+        let row = self
+            .client
+            .query_one(
+                "select relay.row_like(relation, $2) from relay.watch_list where id = $1",
+                &[&relation.id().0, values],
+            )
+            .await?;
+        Ok(row.get(0))
+    }
+
+    /// The statement that judges images of the relation by one condition.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn judgement(&self, relation: &Relation, condition: &str) -> Result<Arc<str>, Error> {
+        let row = self
+            .client
+            .query_one(
+                "select relay.judge_statement(relation, $2) from relay.watch_list where id = $1",
+                &[&relation.id().0, &condition],
+            )
+            .await?;
+        Ok(row.get::<_, String>(0).into())
+    }
+}

@@ -1,0 +1,61 @@
+-- What `relay explain` asks: why somebody would get nothing, and a row as the trigger would log it.
+
+-- relay.hindrances(relation, role, login) : why subscribers of the role get nothing of the relation, and what to do; empty if nothing hinders
+-- `login` is the login that judges, null for the caller.
+create or replace function relay.hindrances(relation text, role text, login text) returns text[]
+language plpgsql stable
+set jit = off as $$
+declare
+  found constant oid := pg_catalog.to_regclass(relation);
+  named constant text := (select pg_catalog.format('%I.%I', n.nspname, c.relname) from pg_catalog.pg_class c
+                          join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = found);
+  subscriber constant oid := (select r.oid from pg_catalog.pg_roles r where r.rolname = role);
+  judge constant text := coalesce(login, current_user);
+  reasons text[] := '{}';
+begin
+  if found is null then
+    return array[pg_catalog.format('there is no relation %s here', relation)];
+  end if;
+  if not exists (select from relay.watch_list w where w.relation = found) then
+    reasons := reasons || pg_catalog.format('it is not watched: select relay.watch(%L)', named);
+  end if;
+  if subscriber is null then
+    return reasons || pg_catalog.format('the role %I does not exist', role);
+  elsif (select r.rolsuper from pg_catalog.pg_roles r where r.oid = subscriber) then
+    reasons := reasons || pg_catalog.format('%I is a superuser, and tokens of superusers are shown nothing', role);
+  elsif not coalesce(pg_catalog.pg_has_role((select r.oid from pg_catalog.pg_roles r where r.rolname = judge), subscriber, 'member'), false) then
+    reasons := reasons || pg_catalog.format('the login that judges may not act as it: grant %I to %I', role, judge);
+  end if;
+  if not pg_catalog.has_schema_privilege(subscriber, (select c.relnamespace from pg_catalog.pg_class c where c.oid = found), 'usage') then
+    reasons := reasons || pg_catalog.format('%I may not use its schema: grant usage on schema %I to %1$I', role,
+      (select n.nspname from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = found));
+  end if;
+  if not pg_catalog.has_any_column_privilege(subscriber, found, 'select') then
+    reasons := reasons || pg_catalog.format('%I may not read it: grant select on %s to %1$I', role, named);
+  end if;
+  if relay.is_secured(found, subscriber) and not exists (select from relay.policies_for(found, subscriber) p where p.permissive) then
+    reasons := reasons || pg_catalog.format(
+      'row security is on and no permissive policy lets %I read: create policy ... on %s for select to %1$I using (...)', role, named);
+  end if;
+  return reasons;
+end
+$$;
+comment on function relay.hindrances(text, text, text) is 'why subscribers of a role get nothing of a relation, and what to do';
+
+-- relay.row_like(relation, columns) : the first row that has these values, as the trigger would log it; null if there is none
+create or replace function relay.row_like(relation regclass, columns jsonb) returns text
+language plpgsql stable
+set timezone = 'UTC'
+set datestyle = 'ISO, MDY'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1 as $$
+declare
+  image text;
+begin
+  execute pg_catalog.format('select pg_catalog.to_json(t)::text from %s t where pg_catalog.to_jsonb(t) @> $1 limit 1', relation)
+    into image using columns;
+  return image;
+end
+$$;
+comment on function relay.row_like(regclass, jsonb) is 'first row with these values as JSON, with the caller''s rights';

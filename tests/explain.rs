@@ -1,0 +1,136 @@
+//! `relay explain` and `relay doctor` say how policies are decided, and why somebody would get nothing.
+
+use serde_json::{Value, json};
+
+use crate::support::database::Database;
+use crate::support::program::output;
+use crate::support::token;
+
+const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+
+async fn database() -> Database {
+    let database = Database::new().await;
+    database
+        .run(&format!(
+            "create table members (team int, member uuid);
+             create table docs (id int primary key, owner uuid, team int, title text, secret text);
+             alter table docs enable row level security;
+             grant select on members to authenticated; grant select (id, owner, team, title) on docs to authenticated;
+             create policy own on docs for select to authenticated using (owner = (select auth.uid()));
+             create policy team on docs for select to authenticated using (
+               exists (select from members m where m.team = docs.team and m.member = auth.uid()));
+             create policy mfa on docs as restrictive for select to authenticated using (auth.jwt() ->> 'aal' = 'aal2');
+             select relay.watch('docs');
+             insert into docs values (1, '{ANN}', 5, 'hers', 's'), (2, null, 6, 'other', 's');
+             create function is_member(team int) returns bool language plpgsql as 'begin return true; end';
+             create table notes (id int primary key, team int); grant select on notes to authenticated;
+             alter table notes enable row level security;
+             create policy p on notes using (is_member(team)); select relay.watch('notes')"
+        ))
+        .await;
+    database
+}
+
+async fn explained(database: &Database, arguments: &[&str]) -> Value {
+    let all = [&["explain", "--json", "--database-url", &database.url], arguments].concat();
+    let (code, text, error) = output(&all).await;
+    assert_eq!((code, error.as_str()), (0, ""), "{arguments:?}");
+    serde_json::from_str(&text).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_tells_the_way_the_index_and_what_decided() {
+    let database = database().await;
+    let second_factor = token("authenticated", Some(ANN), json!({"aal": "aal2"}));
+    let found =
+        explained(&database, &["docs", "--token", &second_factor, "--key", "1", "--filter", "title=eq.hers"])
+            .await;
+    assert_eq!(found["way"], "inverted");
+    assert_eq!(found["hidden_columns"], json!(["secret"]));
+    assert_eq!(found["index"], json!(["named by PostgreSQL", "owner and title by hash"]));
+    assert_eq!(found["claims_read"], json!(["auth.jwt() ->> 'aal'", "(auth.jwt() ->> 'sub')::uuid"]));
+    assert_eq!(found["row"], json!({"found": true, "allowed": true, "by": ["own"], "matches": true}));
+    let ways: Vec<&Value> =
+        found["policies"].as_array().unwrap().iter().map(|policy| &policy["way"]).collect();
+    assert_eq!(ways, ["compiled", "inverted", "compiled"]);
+
+    let found = explained(&database, &["docs", "--sub", ANN, "--key", "1"]).await;
+    assert_eq!(found["row"], json!({"found": true, "allowed": false, "by": ["mfa"], "matches": null}));
+    assert_eq!(found["index"], json!([]), "no row can be seen with these claims");
+    let found = explained(&database, &["docs", "--token", &second_factor, "--key", "2"]).await;
+    assert_eq!(found["row"], json!({"found": true, "allowed": false, "by": [], "matches": null}));
+    let row = json!({"id": 9, "owner": ANN, "team": 1, "title": "", "secret": ""}).to_string();
+    let found = explained(&database, &["docs", "--token", &second_factor, "--row", &row]).await;
+    assert_eq!(found["row"]["allowed"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_tells_which_part_keeps_a_policy_from_being_compiled() {
+    let database = database().await;
+    let found = explained(&database, &["notes", "--sub", ANN]).await;
+    assert_eq!(found["way"], "one by one");
+    assert_eq!(
+        found["obstacles"],
+        json!([{"part": "public.is_member(team)", "why": "public.is_member() may read any claim"}])
+    );
+    assert_eq!((&found["claims_read"], &found["index"]), (&Value::Null, &Value::Null));
+    let (_, text, _) = output(&["doctor", "--database-url", &database.url]).await;
+    let line = text.lines().find(|line| line.contains("public.notes")).unwrap_or_else(|| panic!("{text}"));
+    assert!(line.starts_with("note") && line.contains("public.is_member() may read any claim"), "{line}");
+    assert!(!text.contains("public.docs: for"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_tells_why_somebody_would_get_nothing() {
+    let database = database().await;
+    database.run("create table quiet (id int); alter table docs add hidden int").await;
+    for (arguments, why) in [
+        (vec!["nowhere"], "there is no relation nowhere here"),
+        (vec!["quiet"], "it is not watched: select relay.watch('public.quiet')"),
+        (vec!["quiet"], "authenticated may not read it: grant select on public.quiet to authenticated"),
+        (vec!["docs", "--role", "nobody"], "the role nobody does not exist"),
+        (
+            vec!["docs", "--role", "postgres"],
+            "postgres is a superuser, and tokens of superusers are shown nothing",
+        ),
+        (
+            vec!["docs", "--role", "anon"],
+            "row security is on and no permissive policy lets anon read: create policy ... on public.docs for select to \
+             anon using (...)",
+        ),
+    ] {
+        let found = explained(&database, &arguments).await;
+        let hindrances = found["hindrances"].as_array().unwrap();
+        assert!(hindrances.iter().any(|hindrance| hindrance == why), "{arguments:?}: {hindrances:?}");
+        assert_eq!(found["way"], Value::Null, "{arguments:?}");
+    }
+    let found = explained(&database, &["docs", "--filter", "secret=eq.s"]).await;
+    let refused = found["filter"]["refused"].as_str().unwrap();
+    assert!(refused.ends_with("invalid column for filter secret"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_tells_a_person_in_words() {
+    let database = database().await;
+    let arguments = ["explain", "docs", "--database-url", &database.url, "--sub", ANN, "--key", "1"];
+    let (code, text, error) = output(&arguments).await;
+    assert_eq!((code, error.as_str()), (0, ""));
+    for line in [
+        "public.docs for the role authenticated",
+        "  columns that the role may not read: secret",
+        "  decided: inverted, PostgreSQL is asked once a page who may see its rows",
+        "  permissive policy own (compiled, of this row: yes): (owner = ( SELECT auth.uid() AS uid))",
+        "  the row is hidden by mfa",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
+    }
+    for (wrong, told) in [
+        (["--token", "x"], "--token is not a JWT"),
+        (["--claims", "[]"], "--claims is no JSON object"),
+        (["--row", "1"], "--row is no JSON object"),
+    ] {
+        let arguments = [&["explain", "docs", "--database-url", &database.url], &wrong[..]].concat();
+        let (code, _, error) = output(&arguments).await;
+        assert!(code == 1 && error.contains(told), "{error}");
+    }
+}
