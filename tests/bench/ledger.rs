@@ -7,10 +7,16 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-/// Rows are numbered from 1 in the order of their commits; every client must get each once, in that order.
+/// Whether a row, by its number, is for a user.
+pub type IsFor = fn(user: usize, row: u64) -> bool;
+
+/// Rows are numbered from 1 in the order of their commits; every client must get each that is for it once, in that order.
 pub struct Ledger {
     epoch: Instant,
-    clients: u32,
+    /// Clients for whom a row is.
+    readers: u32,
+    /// None: every row is for everybody.
+    is_for: Option<IsFor>,
     rows: Box<[Row]>,
     /// Clients whose subscription is confirmed.
     pub joined: AtomicUsize,
@@ -21,6 +27,8 @@ pub struct Ledger {
     pub bytes: AtomicU64,
     lost: AtomicU64,
     repeated: AtomicU64,
+    /// Rows that were shown to somebody for whom they are not.
+    leaked: AtomicU64,
     /// Clients that were refused or cut off.
     pub broken: AtomicU64,
     /// Microseconds from the statement to each receipt.
@@ -36,10 +44,21 @@ struct Row {
 }
 
 impl Ledger {
+    /// Every row is for every client.
     pub fn new(clients: usize, rows: usize) -> Self {
+        Self::with(clients, rows, None)
+    }
+
+    /// Each row is for so many clients.
+    pub fn selective(readers: usize, rows: usize, is_for: IsFor) -> Self {
+        Self::with(readers, rows, Some(is_for))
+    }
+
+    fn with(readers: usize, rows: usize, is_for: Option<IsFor>) -> Self {
         Self {
             epoch: Instant::now(),
-            clients: clients as u32,
+            readers: readers as u32,
+            is_for,
             rows: (0..=rows).map(|_| Row::default()).collect(),
             joined: AtomicUsize::new(0),
             complete: AtomicU64::new(0),
@@ -48,6 +67,7 @@ impl Ledger {
             bytes: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             repeated: AtomicU64::new(0),
+            leaked: AtomicU64::new(0),
             broken: AtomicU64::new(0),
             latencies: Mutex::default(),
         }
@@ -67,16 +87,19 @@ impl Ledger {
     }
 
     /// A client that has everything up to `last` got `id`; returns what it has now.
-    pub fn received(&self, last: u64, id: u64, now: u64, latencies: &mut Vec<u32>) -> u64 {
+    pub fn received(&self, user: usize, last: u64, id: u64, now: u64, latencies: &mut Vec<u32>) -> u64 {
         if id <= last || id as usize >= self.rows.len() {
             self.repeated.fetch_add(1, Relaxed);
             return last;
         }
-        self.lost.fetch_add(id - last - 1, Relaxed);
+        match self.is_for {
+            None => _ = self.lost.fetch_add(id - last - 1, Relaxed),
+            Some(is_for) => _ = self.leaked.fetch_add(u64::from(!is_for(user, id)), Relaxed),
+        }
         let row = &self.rows[id as usize];
         latencies.push((now.saturating_sub(row.sent.load(Relaxed)) / 1000) as u32);
         row.received.store(now, Relaxed);
-        if row.holders.fetch_add(1, Relaxed) + 1 == self.clients {
+        if row.holders.fetch_add(1, Relaxed) + 1 == self.readers {
             self.complete.fetch_add(1, Relaxed);
             self.progress.notify_one();
         }
@@ -116,12 +139,13 @@ impl Ledger {
     }
 
     /// What must be zero, after `rows` rows.
-    pub fn faults(&self, rows: u64) -> [(&'static str, u64); 3] {
-        let owed = rows * u64::from(self.clients);
+    pub fn faults(&self, rows: u64) -> [(&'static str, u64); 4] {
+        let owed = rows * u64::from(self.readers);
         let missing = owed.saturating_sub(self.messages.load(Relaxed) - self.repeated.load(Relaxed));
         [
             ("lost", missing.max(self.lost.load(Relaxed))),
             ("repeated or out of order", self.repeated.load(Relaxed)),
+            ("shown to somebody else", self.leaked.load(Relaxed)),
             ("clients broken", self.broken.load(Relaxed)),
         ]
     }

@@ -1,5 +1,5 @@
 //! The relay's figures in one run, against targets: `make bench`, or with the URL of a throwaway cluster in
-//! `RELAY_TEST_DATABASE_URL`: `cargo bench -- [--quick] [latency] [writers] [fanout] [memory]`.
+//! `RELAY_TEST_DATABASE_URL`: `cargo bench -- [--quick] [latency] [writers] [fanout] [policies] [memory]`.
 //!
 //! The relay is the release binary in a process of its own; writers and clients are here. What a machine and its kernel
 //! can do at all is measured beside it in the same run, by a server that knows neither policy nor protocol (`floor`).
@@ -17,6 +17,7 @@ mod latency;
 mod ledger;
 mod machine;
 mod memory;
+mod policies;
 mod process;
 mod report;
 mod side;
@@ -29,7 +30,7 @@ mod writers;
 
 use report::Report;
 
-const SECTIONS: [&str; 4] = ["latency", "writers", "fanout", "memory"];
+const SECTIONS: [&str; 5] = ["latency", "writers", "fanout", "policies", "memory"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -54,6 +55,7 @@ fn main() {
                     "latency" => latency::run(&mut report).await,
                     "writers" => writers::run(&mut report).await,
                     "fanout" => fanout::run(&mut report).await,
+                    "policies" => policies::run(&mut report).await,
                     _ => memory::run(&mut report).await,
                 }
             }

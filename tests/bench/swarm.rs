@@ -41,6 +41,7 @@ pub struct Swarm {
 }
 
 struct Hello {
+    user: usize,
     path: String,
     join: Option<Vec<u8>>,
 }
@@ -83,19 +84,26 @@ impl Swarm {
 
 fn hello(peer: &Peer, user: usize) -> Hello {
     match peer {
-        Peer::Floor => Hello { path: String::from("/"), join: None },
+        Peer::Floor => Hello { user, path: String::from("/"), join: None },
         Peer::Relay { table } => {
-            let token = token("authenticated", Some(&format!("{user:032x}")), serde_json::json!({}));
+            let org = format!("org {user}");
+            let token = token("authenticated", Some(&sub(user)), serde_json::json!({"org": org}));
             let change = serde_json::json!({"event": "*", "schema": "public", "table": table});
             let payload =
                 serde_json::json!({"config": {"postgres_changes": [change]}, "access_token": token});
             let join = serde_json::json!(["1", "1", "realtime:bench", "phx_join", payload]);
             Hello {
+                user,
                 path: format!("/realtime/v1/websocket?apikey={token}&vsn=2.0.0"),
                 join: Some(masked(&join.to_string())),
             }
         }
     }
+}
+
+/// The id of a user, what `auth.uid()` returns.
+pub fn sub(user: usize) -> String {
+    format!("00000000-0000-4000-8000-{user:012x}")
 }
 
 async fn run(hellos: Vec<Hello>, address: SocketAddr, ledger: Arc<Ledger>, ended: oneshot::Receiver<()>) {
@@ -107,7 +115,14 @@ async fn run(hellos: Vec<Hello>, address: SocketAddr, ledger: Arc<Ledger>, ended
         // Spread evenly, as those of clients that came at any time are.
         let beat = HEARTBEAT.mul_f64(index as f64 / count as f64);
         tokio::task::spawn_local(async move {
-            let mut client = Client { ledger, last: 0, offset: 0, rest: Vec::new(), latencies: Vec::new() };
+            let mut client = Client {
+                user: hello.user,
+                ledger,
+                last: 0,
+                offset: 0,
+                rest: Vec::new(),
+                latencies: Vec::new(),
+            };
             if let Err(why) = client.live(hello, address, &gate, &scratch, beat).await
                 && client.ledger.broken.fetch_add(1, Relaxed) < 3
             {
@@ -119,6 +134,7 @@ async fn run(hellos: Vec<Hello>, address: SocketAddr, ledger: Arc<Ledger>, ended
 }
 
 struct Client {
+    user: usize,
     ledger: Arc<Ledger>,
     /// The row up to which it has everything.
     last: u64,
@@ -227,7 +243,7 @@ impl Client {
             if let Some(id) = self.row(text) {
                 messages += 1;
                 payload += text.len() as u64;
-                self.last = self.ledger.received(self.last, id, now, &mut self.latencies);
+                self.last = self.ledger.received(self.user, self.last, id, now, &mut self.latencies);
             }
         }
         if messages > 0 {
