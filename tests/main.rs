@@ -21,6 +21,7 @@ mod install;
 mod layers;
 mod order;
 mod policy;
+mod policy_cost;
 mod policy_generated;
 mod policy_hostile;
 mod policy_live;

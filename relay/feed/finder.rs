@@ -91,6 +91,7 @@ impl<'a> Finder<'_, 'a> {
         let mut found = scene.concerned();
         found.sort_unstable();
         found.dedup();
+        self.verdicts.considered += found.len();
         // Neighbours are of one group as a rule.
         let mut last: Option<(u64, usize)> = None;
         let mut known: HashMap<u64, usize> = HashMap::new();

@@ -56,6 +56,8 @@ pub struct Verdicts {
     pub(super) filters: HashMap<FilterKey, Ruling>,
     /// Statements asked of PostgreSQL.
     pub statements: usize,
+    /// Audiences that were looked at, change by change.
+    pub considered: usize,
 }
 
 /// What a rule says of the images before and after.

@@ -279,13 +279,12 @@ impl Readerships {
         }
     }
 
-    /// An audience went.
+    /// An audience went. A readership that nobody is left of stays: PostgreSQL may keep a table for it.
     pub fn leave(&mut self, audience: AudienceId) {
         for readerships in self.0.values_mut() {
             for readership in readerships.iter_mut() {
                 readership.unseat(audience);
             }
-            readerships.retain(|readership| !readership.seats.is_empty());
         }
     }
 

@@ -130,24 +130,19 @@ fn uuid_text(value: u128) -> String {
     [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
 }
 
-/// PostgreSQL also takes braces and leaves the hyphens to the writer.
+/// With all its hyphens, or with none. PostgreSQL also takes braces, and some of the hyphens.
 fn read_uuid(text: &str) -> Read {
     let bytes = text.as_bytes();
-    let hyphens = [8, 13, 18, 23];
-    let is_plain = bytes.len() == 36
-        && bytes.iter().enumerate().all(|(at, byte)| match hyphens.contains(&at) {
-            true => *byte == b'-',
-            false => byte.is_ascii_hexdigit(),
-        });
-    if is_plain {
-        let hex: String = text.chars().filter(|c| *c != '-').collect();
-        if let Ok(value) = u128::from_str_radix(&hex, 16) {
-            return Read::Value(Datum::Uuid(value));
-        }
-    }
-    let digits = bytes.iter().filter(|byte| byte.is_ascii_hexdigit()).count();
+    let hyphens: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at] == b'-').collect();
+    let digits: String = text.chars().filter(|c| *c != '-').collect();
     let is_possible = bytes.iter().all(|byte| byte.is_ascii_hexdigit() || b"-{}".contains(byte));
-    if digits == 32 && is_possible { Read::Unsure } else { Read::Raises }
+    if !is_possible || digits.trim_matches(['{', '}']).len() != 32 {
+        return Read::Raises;
+    }
+    match u128::from_str_radix(&digits, 16) {
+        Ok(value) if hyphens.is_empty() || hyphens == [8, 13, 18, 23] => Read::Value(Datum::Uuid(value)),
+        _ => Read::Unsure,
+    }
 }
 
 fn read_integer(text: &str, least: i64, most: i64) -> Read {
@@ -173,7 +168,10 @@ mod tests {
         for (kind, text, expected) in [
             (Kind::Uuid, UUID, Read::Value(uuid.clone())),
             (Kind::Uuid, &UUID.to_uppercase(), Read::Value(uuid)),
+            (Kind::Uuid, &UUID.replace('-', ""), Kind::Uuid.read(UUID)),
             (Kind::Uuid, &format!("{{{UUID}}}"), Read::Unsure),
+            (Kind::Uuid, &UUID.replace("-4", "4"), Read::Unsure),
+            (Kind::Uuid, &UUID[1..], Read::Raises),
             (Kind::Uuid, "auth0|17", Read::Raises),
             (Kind::Uuid, "", Read::Raises),
             (Kind::Int4, "-17", Read::Value(Datum::Int(-17))),

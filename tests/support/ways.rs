@@ -30,6 +30,15 @@ pub struct Ways {
     judge: Judge,
 }
 
+/// What it took to decide a page.
+#[derive(Debug)]
+pub struct Cost {
+    /// Readers that were looked at, change by change.
+    pub candidates: usize,
+    /// Statements that PostgreSQL was asked.
+    pub statements: usize,
+}
+
 /// What one reader may see of the rows, by id: none where PostgreSQL raises.
 pub type Seen = BTreeMap<i64, Option<bool>>;
 
@@ -104,14 +113,14 @@ impl Ways {
         images.keys().copied().zip(verdict.allowed.into_iter().map(Some)).collect()
     }
 
-    /// What the relay shows to each of these readers, and how many statements that took.
+    /// What the relay shows to each of these readers, and what that took.
     pub async fn ours(
         &self,
         catalog: &Catalog,
         relation: &Arc<Relation>,
         images: &BTreeMap<i64, String>,
         readers: &[Value],
-    ) -> (Vec<Seen>, usize) {
+    ) -> (Vec<Seen>, Cost) {
         let entry: Map<String, Value> =
             json!({"event": "*", "schema": "public", "table": relation.table}).as_object().unwrap().clone();
         let request = [Request::parse(&entry).unwrap()];
@@ -143,7 +152,7 @@ impl Ways {
             let Verdict::Sight(sight) = verdicts.policy(candidate) else { panic!("lost") };
             seen[candidate.audience].insert(ids[candidate.change], Some(sight.after));
         }
-        (seen, verdicts.statements)
+        (seen, Cost { candidates: verdicts.considered, statements: verdicts.statements })
     }
 
     /// Asks every way and compares; returns how the relay decides it and how many answers were compared.

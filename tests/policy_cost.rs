@@ -1,0 +1,108 @@
+//! What a change costs follows from who sees it, not from who is waiting: statements, rows and readers are counted.
+
+use serde_json::{Value, json};
+
+use crate::support::eventually;
+use crate::support::ways::Ways;
+
+const READERS: usize = 1000;
+const ROWS: usize = 100;
+/// Users of a team.
+const TEAM: usize = 10;
+
+fn sub(user: usize) -> String {
+    format!("00000000-0000-4000-8000-{user:012x}")
+}
+
+/// A thousand users, each with a token of its own.
+fn readers() -> Vec<Value> {
+    let claims = |user: usize| {
+        let exp = 4_000_000_000_u64 + user as u64;
+        json!({"role": "authenticated", "exp": exp, "sub": sub(user), "org": format!("org {}", user % 50)})
+    };
+    (0..READERS).map(claims).collect()
+}
+
+/// `t` with a hundred rows of as many owners, organisations and teams, under this policy.
+async fn ways(policy: &str) -> Ways {
+    Ways::new(&format!(
+        "create function user_id(n int) returns uuid language sql immutable as
+           $$ select ('00000000-0000-4000-8000-' || lpad(to_hex(n), 12, '0'))::uuid $$;
+         create function opaque(owner uuid) returns bool language plpgsql stable as
+           $$ begin return owner = auth.uid(); end $$;
+         create table members (team int, member uuid, primary key (team, member));
+         insert into members select n / {TEAM}, user_id(n) from generate_series(0, {READERS} * 20) n; analyze members;
+         grant select on members to authenticated;
+         create table t (id int primary key, owner uuid, org text, team int);
+         alter table t enable row level security; create policy p on t using ({policy}); grant select on t to authenticated;
+         insert into t select n, user_id(n), 'org ' || n % 50, n from generate_series(0, {ROWS} - 1) n;
+         select relay.watch('t')"
+    ))
+    .await
+}
+
+/// How many of a thousand readers are told of a page of a hundred rows, how many were looked at, and the statements it took.
+async fn counted(ways: &Ways) -> (usize, usize, usize) {
+    let catalog = ways.catalog().await;
+    let relation = catalog.named("public", "t").unwrap();
+    let images = ways.images("t").await;
+    let (seen, cost) = ways.ours(&catalog, relation, &images, &readers()).await;
+    let told = seen.iter().flat_map(|seen| seen.values()).filter(|seen| **seen == Some(true)).count();
+    (told, cost.candidates, cost.statements)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ownership_policy_looks_at_the_owner_alone_and_asks_nobody() {
+    let ways = ways("owner = (select auth.uid())").await;
+    assert_eq!(counted(&ways).await, (ROWS, ROWS, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_policy_looks_at_those_with_the_claim_and_asks_nobody() {
+    let ways = ways("org = (auth.jwt() ->> 'org')").await;
+    let of_an_org = READERS / 50;
+    assert_eq!(counted(&ways).await, (ROWS * of_an_org, ROWS * of_an_org, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_membership_policy_asks_once_a_page_and_reads_the_members_of_the_rows() {
+    let ways = ways("exists (select from members m where m.team = t.team and m.member = auth.uid())").await;
+    let read = "select coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) from pg_stat_user_tables where relname = 'members'";
+    let made = "select pg_stat_clear_snapshot()";
+    let before: i64 = ways.database.value(read).await.parse().unwrap();
+    assert_eq!(counted(&ways).await, (ROWS * TEAM, ROWS * TEAM, 1));
+    // What a session counted is there for others when it ends.
+    ways.catalog().await;
+    let rows = eventually("the rows that were read are counted", || async {
+        ways.database.run(made).await;
+        let rows: i64 = ways.database.value(read).await.parse().unwrap();
+        (rows > before).then_some(rows - before)
+    })
+    .await;
+    assert!(rows <= 2 * (ROWS * TEAM) as i64, "{rows} members were read for {ROWS} rows of {TEAM} each");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opaque_policy_asks_once_for_each_claims_and_page() {
+    let ways = ways("opaque(owner)").await;
+    assert_eq!(counted(&ways).await, (ROWS, ROWS * READERS, READERS));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_be_told_here_narrows_whom_an_opaque_part_is_asked_for() {
+    let ways = ways("org = (auth.jwt() ->> 'org') and owner = auth.uid() and opaque(owner)").await;
+    assert_eq!(counted(&ways).await, (ROWS, ROWS, ROWS));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn claims_that_no_policy_reads_part_nobody() {
+    let ways = ways("length(org) > length(auth.jwt() ->> 'org')").await;
+    let (_, _, statements) = counted(&ways).await;
+    assert_eq!(statements, 50, "one for each organisation, whatever else their tokens say");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_condition_of_the_row_alone_is_asked_once_for_all() {
+    let ways = ways("length(org) = 5").await;
+    assert_eq!(counted(&ways).await, (20 * READERS, ROWS * READERS, 1));
+}
