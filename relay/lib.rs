@@ -39,6 +39,7 @@ pub mod model {
     pub mod subscription;
     pub mod delivery;
     pub mod phoenix;
+    pub mod dress;
     pub mod join;
     pub mod session;
 }
@@ -65,9 +66,11 @@ pub mod feed {
     pub mod place;
     mod finder;
     pub mod gate;
+    pub mod stretch;
     pub mod router;
     pub mod audience;
     pub mod outbox;
+    pub mod follower;
     pub mod binding;
     pub mod explain;
 }

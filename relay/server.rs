@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::feed::binding::Feed;
+use crate::feed::binding::{Binder, Feed};
+use crate::feed::follower::Past;
 use crate::feed::gate::Gate;
 use crate::feed::router::Router;
 use crate::feed::source::Source;
@@ -85,13 +86,16 @@ pub async fn serve(
     let feed_end = CancellationToken::new();
     tasks.spawn(source.run(parts_in, end.clone()));
     let census = Census::new(judge.clone(), config.judge_timeout);
-    let gate = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
+    let gate = Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, Arc::clone(&observe));
+    let census = Census::new(judge.clone(), config.judge_timeout);
+    let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
+    let past = Arc::new(Past::new(main.clone(), Arc::clone(&catalog), past));
     let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
     tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
     let app = Arc::new(App {
         verifier: config.verifier,
-        feed: Feed::new(catalog, commands_in),
+        feed: Feed::new(Binder::new(catalog), commands_in, past),
         observe: Arc::clone(&observe),
         allowed_origins: config.allowed_origins,
         max_connections: config.max_connections,

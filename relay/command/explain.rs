@@ -8,9 +8,8 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use clap::Args;
 use serde_json::{Map, Value, json};
-use tokio::sync::mpsc;
 
-use crate::feed::binding::Feed;
+use crate::feed::binding::Binder;
 use crate::feed::explain::{Explanation, Sought, Wanted, explain};
 use crate::model::claims::Claims;
 use crate::model::policy::Identity;
@@ -64,7 +63,7 @@ pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(
     install::check(&server.connect().await?).await?;
     let login = judge.login().map(str::to_owned);
     let keeper = Arc::new(CatalogKeeper::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login.clone()));
-    let feed = Feed::new(Arc::clone(&keeper), mpsc::unbounded_channel().0);
+    let binder = Binder::new(Arc::clone(&keeper));
     let enquiry = Enquiry::connect(server, login.as_deref()).await?;
     let identity = Identity::new(claims(options)?);
     let catalog = keeper.with_role(identity.claims().role()).await?;
@@ -72,7 +71,7 @@ pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(
     let relation = named.and_then(|(schema, table)| catalog.named(&schema, &table));
     let row = sought(options, relation.map(|relation| &**relation))?;
     let wanted = Wanted { table: options.table.clone(), identity, filter: options.filter.clone(), row };
-    let explanation = explain(&keeper, &feed, &Judge::new(judge.clone(), LIMIT), &enquiry, &wanted).await?;
+    let explanation = explain(&keeper, &binder, &Judge::new(judge.clone(), LIMIT), &enquiry, &wanted).await?;
     let mut out = std::io::stdout().lock();
     match options.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,

@@ -1,5 +1,6 @@
 //! Channels that get the same frames, and how a change becomes one frame for all of them.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -8,8 +9,9 @@ use bytes::Bytes;
 use crate::feed::gate::{Candidate, Verdict, Verdicts};
 use crate::feed::outbox::Outbox;
 use crate::model::change::{Change, Operation, RelationId};
+use crate::model::cursor::{Cursor, Span};
 use crate::model::delivery::{View, data};
-use crate::model::phoenix::{Version, changes_frame, fan_out, system};
+use crate::model::dress::{Dress, with_cursor};
 use crate::model::policy::{Meaning, meaning};
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
@@ -19,14 +21,14 @@ use crate::model::subscription::{Binding, Events, Scope, Subscription};
 #[derive(PartialEq, Eq, Hash)]
 pub struct AudienceKey {
     /// How frames are written.
-    pub version: Version,
-    /// The topic, as on the wire.
-    pub topic: String,
+    pub dress: Dress,
     /// What is received.
     pub subscription: Subscription,
+    /// What its channels have already, when they came with a cursor.
+    pub since: Option<Cursor>,
 }
 
-/// Channels with the same topic, version, claims and bindings.
+/// Channels with the same dress, claims and bindings.
 pub struct Audience {
     key: Arc<AudienceKey>,
     subscription: Subscription,
@@ -34,9 +36,11 @@ pub struct Audience {
 }
 
 /// Texts of one change that were written already, for the next audience that gets the same.
-#[derive(Default)]
 pub struct Written<'a> {
-    data: HashMap<DataKey<'a>, Option<Arc<str>>>,
+    /// Where one stands after the change, written when it is first asked for.
+    cursor: OnceCell<String>,
+    after: (&'a Span, i64, bool),
+    data: HashMap<(DataKey<'a>, bool), Option<Arc<str>>>,
     frames: HashMap<FrameKey<'a>, Bytes>,
     /// The frame used last, which as a rule is the next one too.
     last: Option<(FrameKey<'a>, Bytes)>,
@@ -66,7 +70,20 @@ impl Desk<'_> {
 type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning);
 
 /// What a frame depends on: where it goes, the ids it names, the text it holds.
-type FrameKey<'a> = (Version, &'a str, Vec<u32>, DataKey<'a>);
+type FrameKey<'a> = (&'a Dress, Vec<u32>, DataKey<'a>);
+
+impl<'a> Written<'a> {
+    /// Nothing yet of the change of this number on a page; `last` when nothing of the page comes after it.
+    pub fn new(span: &'a Span, number: i64, last: bool) -> Self {
+        let after = (span, number, last);
+        Self { cursor: OnceCell::new(), after, data: HashMap::new(), frames: HashMap::new(), last: None }
+    }
+
+    fn cursor(&self) -> &str {
+        let (span, number, last) = self.after;
+        self.cursor.get_or_init(|| span.after(number, last).to_string())
+    }
+}
 
 impl Audience {
     /// With its first channel.
@@ -108,7 +125,7 @@ impl Audience {
 
     /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
     /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew.
-    pub fn leave_what_is_gone(&self, catalog: &Catalog) {
+    pub fn leave_what_is_gone(&self, catalog: &Catalog, cursor: &str) {
         let is_stale = |binding: &Binding| match &binding.scope {
             Scope::Relation(relation) => match catalog.relation(*relation) {
                 Some(relation) => binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation)),
@@ -119,6 +136,7 @@ impl Audience {
         if self.subscription.bindings().iter().any(is_stale) {
             self.tell_gap(
                 "a table of this channel was altered, dropped or watched anew, read its rows again",
+                cursor,
             );
             for (channel, outbox) in &self.members {
                 outbox.rebind(*channel);
@@ -136,19 +154,22 @@ impl Audience {
         written: &mut Written<'a>,
         desk: &mut Desk<'a>,
     ) {
+        if self.key.since.as_ref().is_some_and(|since| since.has(change.xid, change.number)) {
+            return;
+        }
         let role = self.subscription.identity().claims().role();
         let Some(access) = relation.access(role) else {
             return;
         };
         if change.operation == Operation::Truncate {
             let why = format!("{}.{} was truncated, read its rows again", relation.schema, relation.table);
-            desk.frames.push(self.gap(&why));
+            desk.frames.push(self.gap(&why, written.cursor()));
             return;
         }
         desk.wanted.clear();
         let policy = match verdicts.policy(candidate) {
             Verdict::Sight(sight) => sight,
-            Verdict::Lost(why) => return self.lose(relation, why, desk),
+            Verdict::Lost(why) => return self.lose(relation, why, written.cursor(), desk),
         };
         for binding in self.subscription.concerning(relation) {
             let sight = match &binding.filter {
@@ -156,7 +177,7 @@ impl Audience {
                 Some(filter) if filter.is_usable(relation, access) => {
                     match verdicts.filter(candidate, access, filter) {
                         Verdict::Sight(matches) => policy.and(matches),
-                        Verdict::Lost(why) => return self.lose(relation, why, desk),
+                        Verdict::Lost(why) => return self.lose(relation, why, written.cursor(), desk),
                     }
                 }
                 Some(_) => continue,
@@ -182,20 +203,25 @@ impl Audience {
             desk.ids.clear();
             desk.ids.extend(group.iter().map(|(_, _, id)| *id));
             let key: DataKey<'a> = (role, select, meaning);
-            if let Some(((version, topic, ids, last), frame)) = &written.last
-                && (*version, *topic, ids, *last)
-                    == (self.key.version, self.key.topic.as_str(), &desk.ids, key)
+            let dress = &self.key.dress;
+            if let Some(((last_dress, ids, last), frame)) = &written.last
+                && (*last_dress, ids, *last) == (dress, &desk.ids, key)
             {
                 desk.frames.push(frame.clone());
                 continue;
             }
             let view = View { relation, access, select, meaning };
-            let text = written.data.entry(key).or_insert_with(|| data(change, view).map(Arc::from));
-            let Some(text) = text else { continue };
-            let key: FrameKey<'a> = (self.key.version, &self.key.topic, desk.ids.clone(), key);
-            let frame = written.frames.entry(key.clone()).or_insert_with_key(|(version, topic, ids, _)| {
-                changes_frame(*version, topic, ids, text).into()
+            let cursor = if dress.tells_cursor() { written.cursor().to_owned() } else { String::new() };
+            let text = written.data.entry((key, dress.tells_cursor())).or_insert_with(|| {
+                let text = data(change, view)?;
+                Some(if dress.tells_cursor() { with_cursor(&text, &cursor).into() } else { text.into() })
             });
+            let Some(text) = text else { continue };
+            let key: FrameKey<'a> = (dress, desk.ids.clone(), key);
+            let frame = written
+                .frames
+                .entry(key.clone())
+                .or_insert_with_key(|(dress, ids, _)| dress.change(ids, text, &cursor).into());
             desk.frames.push(frame.clone());
             written.last = Some((key, frame.clone()));
         }
@@ -220,25 +246,24 @@ impl Audience {
     }
 
     /// A change that this audience might have had to be told cannot be told: says so, once per relation and part.
-    fn lose(&self, relation: &Relation, why: &str, desk: &mut Desk<'_>) {
+    fn lose(&self, relation: &Relation, why: &str, cursor: &str, desk: &mut Desk<'_>) {
         if !desk.lost.contains(&relation.id()) {
             desk.lost.push(relation.id());
             let why = format!("{}.{}: {why}, read its rows again", relation.schema, relation.table);
-            desk.frames.push(self.gap(&why));
+            desk.frames.push(self.gap(&why, cursor));
         }
     }
 
-    /// Tells all members that changes are missing.
-    pub fn tell_gap(&self, why: &str) {
-        let gap = self.gap(why);
+    /// Tells all members that changes are missing before the cursor.
+    pub fn tell_gap(&self, why: &str, cursor: &str) {
+        let gap = self.gap(why, cursor);
         for outbox in self.members.values() {
             outbox.push(gap.clone());
         }
     }
 
-    fn gap(&self, why: &str) -> Bytes {
-        let payload = system(&self.key.topic, "postgres_changes", "error", &format!("Gap: {why}"));
-        Bytes::from(fan_out(self.key.version, &self.key.topic, "system", &payload))
+    fn gap(&self, why: &str, cursor: &str) -> Bytes {
+        Bytes::from(self.key.dress.gap(why, cursor))
     }
 }
 

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{sleep, timeout};
 
+use crate::feed::follower::Past;
 use crate::feed::outbox::Outbox;
 use crate::feed::router::{Command, Registration};
 use crate::model::bound_filter::BoundFilter;
@@ -23,10 +24,16 @@ use crate::postgres::connect::Error;
 /// A session's handle on the feed.
 #[derive(Clone)]
 pub struct Feed {
-    catalog: Arc<CatalogKeeper>,
+    binder: Arc<Binder>,
     // Unbounded, because a session has at most one command per channel on the way and must never wait to leave.
     router: UnboundedSender<Command>,
-    filters: Arc<Filters>,
+    past: Arc<Past>,
+}
+
+/// Binds requests to rights.
+pub struct Binder {
+    catalog: Arc<CatalogKeeper>,
+    filters: Filters,
 }
 
 /// Filters in use, so that equal ones are read by PostgreSQL and decided per change once.
@@ -63,9 +70,44 @@ impl From<Refusal> for Attempt {
 }
 
 impl Feed {
-    /// Joins catalog and router.
-    pub fn new(catalog: Arc<CatalogKeeper>, router: UnboundedSender<Command>) -> Self {
-        Self { catalog, router, filters: Arc::default() }
+    /// Joins the parts.
+    pub fn new(binder: Binder, router: UnboundedSender<Command>, past: Arc<Past>) -> Self {
+        Self { binder: Arc::new(binder), router, past }
+    }
+
+    /// Binds a channel's requests to an identity.
+    ///
+    /// # Errors
+    /// As [`Binder::bind`].
+    pub async fn bind(&self, identity: Identity, requests: &[Request]) -> Result<Subscription, BindError> {
+        self.binder.bind(identity, requests).await
+    }
+
+    /// Starts delivery to a channel, or changes what is delivered; `greeting` goes out first.
+    pub fn join(&self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
+        // The router is gone only when the relay ends, and then nobody waits for a greeting.
+        let _ = self.router.send(Command::Join { channel, registration, greeting });
+    }
+
+    /// Ends delivery to a channel; `farewell` goes out after everything that was delivered.
+    pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
+        let _ =
+            self.router.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
+    }
+
+    pub(super) fn send(&self, command: Command) {
+        let _ = self.router.send(command);
+    }
+
+    pub(super) fn past(&self) -> &Past {
+        &self.past
+    }
+}
+
+impl Binder {
+    /// Binds by the rights in this catalog.
+    pub fn new(catalog: Arc<CatalogKeeper>) -> Self {
+        Self { catalog, filters: Filters::default() }
     }
 
     /// Binds a channel's requests to an identity, as long as PostgreSQL may still come back in time.
@@ -92,17 +134,6 @@ impl Feed {
             }
         };
         timeout(PATIENCE, tries).await.unwrap_or(Err(BindError::Unavailable))
-    }
-
-    /// Starts delivery to a channel, or changes what is delivered; `greeting` goes out first.
-    pub fn join(&self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
-        // The router is gone only when the relay ends, and then nobody waits for a greeting.
-        let _ = self.router.send(Command::Join { channel, registration, greeting });
-    }
-
-    /// Ends delivery to a channel; `farewell` goes out after everything that was delivered.
-    pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
-        let _ = self.router.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell });
     }
 
     async fn try_bind(&self, identity: &Identity, requests: &[Request]) -> Result<Subscription, Attempt> {

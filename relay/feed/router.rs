@@ -2,20 +2,23 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use slab::Slab;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::feed::audience::{Audience, AudienceKey, Desk, Written};
-use crate::feed::gate::{Candidate, Gate};
+use crate::feed::audience::{Audience, AudienceKey};
+use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::readership::{AudienceId, Readerships};
 use crate::feed::source::Part;
+use crate::feed::stretch::{Recent, Stretch, tell, tell_one};
 use crate::model::change::{Change, Operation};
-use crate::model::phoenix::Version;
+use crate::model::cursor::Cursor;
+use crate::model::dress::Dress;
 use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
@@ -37,6 +40,17 @@ pub enum Command {
         /// Frames that go out before any change.
         greeting: Vec<Bytes>,
     },
+    /// Deliver to this channel what comes after the registration's cursor, as soon as that is near enough.
+    Follow {
+        /// Which channel.
+        channel: ChannelId,
+        /// What, where to, and since when.
+        registration: Registration,
+        /// The cursor is known not to be of the future.
+        checked: bool,
+        /// Hears what came of it.
+        outcome: oneshot::Sender<Handover>,
+    },
     /// Deliver nothing more to this channel.
     Leave {
         /// Which channel.
@@ -45,17 +59,34 @@ pub enum Command {
         outbox: Arc<Outbox>,
         /// Frames that go out after the last change.
         farewell: Vec<Bytes>,
+        /// Hears up to where everything was delivered.
+        until: Option<oneshot::Sender<Option<Cursor>>>,
     },
+}
+
+/// What came of a wish to follow.
+#[derive(Debug)]
+pub enum Handover {
+    /// Delivered from here on.
+    Live,
+    /// The cursor is of a moment that was not delivered yet, if it has been at all.
+    Ahead,
+    /// Too far back: what lies before this cursor has to be read from the changelog.
+    Behind(Cursor),
+    /// Nobody can say what was missed; why.
+    Gap(&'static str),
+    /// The changelog is not being read yet.
+    NotYet,
 }
 
 /// A channel's place in the router.
 pub struct Registration {
     /// How its frames are written.
-    pub version: Version,
-    /// Its topic, as on the wire.
-    pub topic: String,
+    pub dress: Dress,
     /// What it receives.
     pub subscription: Subscription,
+    /// What it has already, when it came with a cursor.
+    pub since: Option<Cursor>,
     /// Where frames go.
     pub outbox: Arc<Outbox>,
 }
@@ -70,6 +101,10 @@ pub struct Router {
     channels: HashMap<ChannelId, AudienceId>,
     readerships: Readerships,
     judged_with: Option<Arc<Catalog>>,
+    /// Up to where everything was delivered.
+    position: Option<Cursor>,
+    /// What was delivered last, for those who come with a cursor.
+    recent: Recent,
 }
 
 impl Router {
@@ -84,6 +119,8 @@ impl Router {
             channels: HashMap::new(),
             readerships: Readerships::default(),
             judged_with: None,
+            position: None,
+            recent: Recent::default(),
         }
     }
 
@@ -100,7 +137,7 @@ impl Router {
                 biased;
                 () = end.cancelled() => return,
                 command = commands.recv() => match command {
-                    Some(command) => self.obey(command),
+                    Some(command) => self.obey(command).await,
                     None => return,
                 },
                 part = parts.recv() => match part {
@@ -114,41 +151,85 @@ impl Router {
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    async fn obey(&mut self, command: Command) {
         match command {
             Command::Join { channel, registration, greeting } => {
                 self.remove(channel);
-                let Registration { version, topic, subscription, outbox } = registration;
                 for frame in greeting {
-                    outbox.push(frame);
+                    registration.outbox.push(frame);
                 }
-                let key = AudienceKey { version, topic, subscription: subscription.clone() };
-                let audience = match self.by_key.get(&key) {
-                    Some(known) => {
-                        self.audiences[*known].add(channel, outbox, subscription);
-                        *known
-                    }
-                    None => {
-                        let key = Arc::new(key);
-                        let audience = Audience::new(Arc::clone(&key), channel, outbox);
-                        let audience = self.audiences.insert(audience);
-                        self.by_key.insert(key, audience);
-                        audience
-                    }
-                };
-                self.channels.insert(channel, audience);
-                let catalog = self.judged_with.as_ref();
-                let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
-                self.readerships.join(audience, self.audiences[audience].subscription(), relation);
+                self.take_in(channel, registration);
             }
-            Command::Leave { channel, outbox, farewell } => {
+            Command::Follow { channel, registration, checked, outcome } => {
+                let handover = self.follow(channel, registration, checked).await;
+                // Whoever wished it may be gone; then its leave is on the way.
+                let _ = outcome.send(handover);
+            }
+            Command::Leave { channel, outbox, farewell, until } => {
                 self.remove(channel);
                 for frame in farewell {
                     outbox.push(frame);
                 }
+                if let Some(until) = until {
+                    let _ = until.send(self.position.clone());
+                }
             }
         }
         self.observe.subscriptions(self.channels.len(), self.audiences.len());
+    }
+
+    fn take_in(&mut self, channel: ChannelId, registration: Registration) {
+        let Registration { dress, subscription, since, outbox } = registration;
+        let key = AudienceKey { dress, subscription: subscription.clone(), since };
+        let audience = match self.by_key.get(&key) {
+            Some(known) => {
+                self.audiences[*known].add(channel, outbox, subscription);
+                *known
+            }
+            None => {
+                let key = Arc::new(key);
+                let audience = self.audiences.insert(Audience::new(Arc::clone(&key), channel, outbox));
+                self.by_key.insert(key, audience);
+                audience
+            }
+        };
+        self.channels.insert(channel, audience);
+        let catalog = self.judged_with.as_ref();
+        let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
+        self.readerships.join(audience, self.audiences[audience].subscription(), relation);
+    }
+
+    /// Takes in somebody who came with a cursor, if what was missed since is still at hand, and delivers that first.
+    async fn follow(&mut self, channel: ChannelId, registration: Registration, checked: bool) -> Handover {
+        let (Some(since), Some(position)) = (&registration.since, &self.position) else {
+            return Handover::NotYet;
+        };
+        if since.epoch() != position.epoch() {
+            return Handover::Gap("the cursor is of another database, or of an older state of it");
+        }
+        if !checked && !position.is_at_or_after(since) && since.is_at_or_after(position) {
+            return Handover::Ahead;
+        }
+        let Some(missed) = self.recent.since(since, position) else {
+            return Handover::Behind(Cursor::after(position.epoch(), position.seen().clone()));
+        };
+        if !missed.is_empty() {
+            let Ok(catalog) = self.catalog.fresh().await else { return Handover::NotYet };
+            let key = AudienceKey {
+                dress: registration.dress.clone(),
+                subscription: registration.subscription.clone(),
+                since: registration.since.clone(),
+            };
+            let alone = Audience::new(Arc::new(key), channel, Arc::clone(&registration.outbox));
+            for stretch in missed {
+                if tell_one(&self.gate, &catalog, &stretch, &alone).await.is_err() {
+                    return Handover::NotYet;
+                }
+            }
+        }
+        self.remove(channel);
+        self.take_in(channel, registration);
+        Handover::Live
     }
 
     fn remove(&mut self, channel: ChannelId) {
@@ -164,19 +245,29 @@ impl Router {
 
     async fn deliver_part(&mut self, part: Part) {
         match part {
-            Part::Changes { changes, more } => {
+            Part::Changes { changes, more, span } => {
+                let stretch = Arc::new(Stretch { changes, more, span });
                 if !self.audiences.is_empty() {
-                    self.deliver_when_judged(&changes, more).await;
+                    self.deliver_when_judged(&stretch).await;
                 }
-                self.observe.delivered_through(&changes);
+                self.observe.delivered_through(&stretch.changes);
+                if let Some(end) = stretch.end() {
+                    self.recent.add(self.position.replace(end), Arc::clone(&stretch));
+                }
                 if more {
                     self.let_clients_read().await;
                 }
             }
+            Part::Quiet(cursor) => {
+                self.recent.moved(&self.position, &cursor);
+                self.position = Some(cursor);
+            }
             Part::Gap(why) => {
                 for (_, audience) in &self.audiences {
-                    audience.tell_gap(&why);
+                    audience.tell_gap(&why, "");
                 }
+                self.recent = Recent::default();
+                self.position = None;
             }
         }
     }
@@ -194,10 +285,10 @@ impl Router {
 
     /// A part waits as long as PostgreSQL cannot be asked: to deliver without a verdict would show hidden rows, to go
     /// on without delivering would lose changes.
-    async fn deliver_when_judged(&mut self, changes: &[Change], more: bool) {
+    async fn deliver_when_judged(&mut self, stretch: &Stretch) {
         let mut pause = Duration::from_millis(50);
         loop {
-            match self.deliver(changes, more).await {
+            match self.deliver(stretch).await {
                 Ok(()) => return,
                 Err(error) => {
                     tracing::warn!(error = %error, "changes wait for their judgement");
@@ -208,43 +299,15 @@ impl Router {
         }
     }
 
-    async fn deliver(&mut self, changes: &[Change], more: bool) -> Result<(), Error> {
-        let catalog = self.catalog_for(changes, more).await?;
-        for change in changes {
+    async fn deliver(&mut self, stretch: &Stretch) -> Result<(), Error> {
+        let catalog = self.catalog_for(&stretch.changes, stretch.more).await?;
+        for change in &stretch.changes {
             if let Some(relation) = catalog.relation(change.relation) {
                 let audiences = self.audiences.iter().map(|(id, audience)| (id, audience.subscription()));
                 self.readerships.prepare(relation, audiences);
             }
         }
-        let audiences = &self.audiences;
-        let verdicts = self
-            .gate
-            .verdicts(&catalog, changes, &self.readerships, |audience| audiences[audience].subscription())
-            .await?;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        let mut written: Vec<Written<'_>> = changes.iter().map(|_| Written::default()).collect();
-        let mut desk = Desk::default();
-        let mut frames = 0;
-        // Audience by audience, not change by change: what a part holds for a client reaches it in one piece.
-        for candidates in by_audience(&verdicts.candidates) {
-            let Some(audience) = candidates.first().map(|candidate| &audiences[candidate.audience]) else {
-                continue;
-            };
-            if audience.subscription().identity().claims().expires_at() <= now {
-                continue;
-            }
-            for candidate in candidates {
-                let index = candidate.change;
-                if let Some(relation) = catalog.relation(changes[index].relation)
-                    && !is_repeated_truncate(changes, index)
-                {
-                    let (change, written) = (&changes[index], &mut written[index]);
-                    audience.write(&candidate, change, relation, &verdicts, written, &mut desk);
-                }
-            }
-            frames += audience.send(&mut desk);
-            desk.clear();
-        }
+        let frames = tell(&self.gate, &catalog, stretch, &self.readerships, |id| &self.audiences[id]).await?;
         self.observe.frames_delivered(frames);
         Ok(())
     }
@@ -263,32 +326,12 @@ impl Router {
         if !self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, &catalog)) {
             self.gate.forget().await;
             self.readerships.forget();
+            let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
             for (_, audience) in &self.audiences {
-                audience.leave_what_is_gone(&catalog);
+                audience.leave_what_is_gone(&catalog, &here);
             }
             self.judged_with = Some(Arc::clone(&catalog));
         }
         Ok(catalog)
     }
-}
-
-/// The candidates of each audience, in order of the changes.
-fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
-    let mut places: HashMap<AudienceId, usize> = HashMap::new();
-    let mut groups: Vec<Vec<Candidate>> = Vec::new();
-    for candidate in candidates {
-        let place = *places.entry(candidate.audience).or_insert_with(|| {
-            groups.push(Vec::new());
-            groups.len() - 1
-        });
-        groups[place].push(*candidate);
-    }
-    groups
-}
-
-/// A partitioned table is truncated part by part; its subscribers hear of it once.
-fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
-    let told =
-        |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
-    index > 0 && told(&changes[index]).is_some() && told(&changes[index]) == told(&changes[index - 1])
 }

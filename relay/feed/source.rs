@@ -10,9 +10,9 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::change::Change;
-use crate::model::cursor::Epoch;
+use crate::model::cursor::{Cursor, Epoch, Span};
 use crate::observe::Observe;
-use crate::postgres::changelog::{self, Changelog, Flush, Page, Position};
+use crate::postgres::changelog::{self, Changelog, Flush, Position};
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::{Doorbell, Ring};
 
@@ -38,6 +38,9 @@ const DEAF: Duration = Duration::from_millis(100);
 /// Asleep, the bell is rung by ourselves this often, to prove that it is still heard.
 const PROBE: Duration = Duration::from_secs(30);
 
+/// Where we are is told this often when there is nothing else to tell, so that cursors do not grow old.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// What goes from the source to the router.
 pub enum Part {
     /// Changes in the order of their numbers.
@@ -46,7 +49,11 @@ pub enum Part {
         changes: Vec<Change>,
         /// The page goes on: more comes at once.
         more: bool,
+        /// The page.
+        span: Arc<Span>,
     },
+    /// There was nothing for anybody up to here.
+    Quiet(Cursor),
     /// Changes may be missing here and cannot be had any more; the text says why.
     Gap(String),
 }
@@ -122,6 +129,12 @@ impl Source {
             }
         }
         let Some(place) = place else { return Ok(()) };
+        if place.position.until.is_none() {
+            let here = Cursor::after(place.epoch, place.position.seen.clone());
+            if parts.send(Part::Quiet(here)).await.is_err() {
+                return Ok(());
+            }
+        }
         let hears = if doorbell.is_off().await? {
             tracing::info!("relay.doorbell is off in this database: polling");
             false
@@ -134,7 +147,7 @@ impl Source {
             false
         };
         self.observe.source_up(hears);
-        let mut reading = Reading { source: self, changelog, place, parts };
+        let mut reading = Reading { source: self, changelog, place, parts, told: Instant::now() };
         if hears { reading.by_bell(&mut doorbell).await } else { reading.by_polling(&mut doorbell).await }
     }
 
@@ -160,6 +173,8 @@ struct Reading<'a> {
     changelog: Changelog,
     place: &'a mut Place,
     parts: &'a Sender<Part>,
+    /// When somebody last heard where we are.
+    told: Instant,
 }
 
 /// What a look at the changelog found.
@@ -282,10 +297,12 @@ impl Reading<'_> {
     async fn look(&mut self, how: Flush) -> Result<Look, Error> {
         let mut page = self.changelog.open(&self.place.position).await?;
         let until = page.until.clone();
+        let seen = self.place.position.seen.clone();
+        let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
         let mut total = 0;
         let mut flushed = !page.unflushed;
         loop {
-            let (changes, more) = part(&mut page).await?;
+            let (changes, more) = page.part(PART_CHANGES, PART_BYTES).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
                 break;
             };
@@ -295,9 +312,11 @@ impl Reading<'_> {
             }
             total += changes.len();
             self.source.observe.read(changes.len());
-            if self.parts.send(Part::Changes { changes, more }).await.is_err() {
+            let span = Arc::clone(&span);
+            if self.parts.send(Part::Changes { changes, more, span }).await.is_err() {
                 return Ok(Look::Over);
             }
+            self.told = Instant::now();
             self.place.position.until = Some(until.clone());
             self.place.position.after = last;
             if !more {
@@ -308,6 +327,12 @@ impl Reading<'_> {
         // moves the position only when it is safe by itself.
         if flushed {
             self.place.position = Position::after(until);
+            if total == 0 && span.seen != span.until && self.told.elapsed() > QUIET {
+                self.told = Instant::now();
+                if self.parts.send(Part::Quiet(span.end())).await.is_err() {
+                    return Ok(Look::Over);
+                }
+            }
         }
         Ok(match total {
             0 => Look::Nothing,
@@ -321,18 +346,4 @@ impl Look {
     fn is_over(&self) -> bool {
         matches!(self, Self::Over)
     }
-}
-
-/// The next part of a page, and whether more may follow.
-async fn part(page: &mut Page) -> Result<(Vec<Change>, bool), Error> {
-    let mut changes = Vec::new();
-    let mut bytes = 0;
-    while let Some(change) = page.next().await? {
-        bytes += change.before.as_ref().map_or(0, String::len) + change.after.as_ref().map_or(0, String::len);
-        changes.push(change);
-        if changes.len() >= PART_CHANGES || bytes >= PART_BYTES {
-            return Ok((changes, true));
-        }
-    }
-    Ok((changes, false))
 }

@@ -188,6 +188,57 @@ impl Cursor {
     }
 }
 
+impl Cursor {
+    /// Whether the reader has this change, given the transaction that wrote it and its number.
+    pub fn has(&self, xid: u64, number: i64) -> bool {
+        let inside = |within: &Within| number <= within.number && within.until.has_finished(xid);
+        self.seen.has_finished(xid) || self.within.as_ref().is_some_and(inside)
+    }
+
+    /// Whether a reader here has everything that one at `other` has. False of another epoch.
+    pub fn is_at_or_after(&self, other: &Self) -> bool {
+        let reached = match (&self.within, &other.within) {
+            _ if self.epoch != other.epoch => false,
+            (_, None) => other.seen.is_before_or_equal(&self.seen),
+            (None, Some(theirs)) => theirs.until.is_before_or_equal(&self.seen),
+            (Some(ours), Some(theirs)) => {
+                self.seen == other.seen && ours.until == theirs.until && ours.number >= theirs.number
+            }
+        };
+        reached
+            || other.within.as_ref().is_some_and(|theirs| {
+                self.epoch == other.epoch && theirs.until.is_before_or_equal(&self.seen)
+            })
+    }
+}
+
+/// A page of the changelog: what finished after one snapshot and up to another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The history it belongs to.
+    pub epoch: Epoch,
+    /// The snapshot that it begins after.
+    pub seen: Snapshot,
+    /// The snapshot at its end.
+    pub until: Snapshot,
+}
+
+impl Span {
+    /// After everything of the page.
+    pub fn end(&self) -> Cursor {
+        Cursor::after(self.epoch, self.until.clone())
+    }
+
+    /// After the change of this number; `last` when nothing of the page comes after it.
+    pub fn after(&self, number: i64, last: bool) -> Cursor {
+        let within = Within { until: self.until.clone(), number };
+        match last {
+            true => self.end(),
+            false => Cursor { epoch: self.epoch, seen: self.seen.clone(), within: Some(within) },
+        }
+    }
+}
+
 impl Within {
     /// Where the page ends.
     pub fn until(&self) -> &Snapshot {

@@ -107,11 +107,29 @@ impl Changelog {
 }
 
 impl Page {
+    /// The next changes, up to so many or so many bytes of images, and whether more may follow.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn part(&mut self, most: usize, most_bytes: usize) -> Result<(Vec<Change>, bool), Error> {
+        let mut changes = Vec::new();
+        let mut bytes = 0;
+        while let Some(change) = self.next().await? {
+            bytes +=
+                change.before.as_ref().map_or(0, String::len) + change.after.as_ref().map_or(0, String::len);
+            changes.push(change);
+            if changes.len() >= most || bytes >= most_bytes {
+                return Ok((changes, true));
+            }
+        }
+        Ok((changes, false))
+    }
+
     /// The next change; none at the end.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn next(&mut self) -> Result<Option<Change>, Error> {
+    async fn next(&mut self) -> Result<Option<Change>, Error> {
         match self.changes.next().await {
             None => Ok(None),
             Some(row) => change(&row?).map(Some),

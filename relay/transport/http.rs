@@ -125,12 +125,13 @@ fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
     if app.observe.session_count() >= app.max_connections {
         return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
+    let with_cursor = parameter(query, "cursor").as_deref() == Some("true");
     let upgrade = hyper::upgrade::on(&mut request);
     let session = Arc::clone(app);
     app.sessions.spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
         let Some((stream, read)) = taken_over(upgraded) else { return };
-        ws::serve(session, stream, read, version, claims).await;
+        ws::serve(session, stream, read, version, with_cursor, claims).await;
     });
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();

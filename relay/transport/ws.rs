@@ -24,6 +24,7 @@ use crate::feed::binding::BindError;
 use crate::feed::outbox::{Outbox, Taken};
 use crate::feed::router::Registration;
 use crate::model::claims::Claims;
+use crate::model::dress::Dress;
 use crate::model::phoenix::{Binary, Version, decode_binary, decode_text, fan_out, system};
 use crate::model::session::{Action, ChannelId, Session, TokenRefusal, Tokens};
 use crate::model::subscription::Subscription;
@@ -61,7 +62,14 @@ enum Over {
 }
 
 /// Takes over a connection after the handshake and serves it to its end.
-pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, version: Version, claims: Claims) {
+pub async fn serve(
+    app: Arc<App>,
+    stream: TcpStream,
+    read: Vec<u8>,
+    version: Version,
+    with_cursor: bool,
+    claims: Claims,
+) {
     let mut config = WebSocketConfig::default();
     config.read_buffer_size = READ_BUFFER;
     config.write_buffer_size = 0;
@@ -83,6 +91,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, version: Ver
         frames: VecDeque::new(),
         turns: 0,
         answers: false,
+        with_cursor,
         binds,
     };
     let over = driver.run().await;
@@ -121,6 +130,8 @@ struct Driver {
     turns: u8,
     /// The library may have something to say by itself: a pong.
     answers: bool,
+    /// The client asked for cursors.
+    with_cursor: bool,
     binds: FuturesUnordered<futures_util::future::BoxFuture<'static, Outcome>>,
 }
 
@@ -316,7 +327,8 @@ impl Driver {
                     };
                     let outbox = Arc::clone(&self.outbox);
                     let version = self.session.version();
-                    let registration = Registration { version, topic, subscription, outbox };
+                    let dress = Dress::Phoenix { version, topic, with_cursor: self.with_cursor };
+                    let registration = Registration { dress, subscription, since: None, outbox };
                     self.app.feed.join(
                         channel,
                         registration,

@@ -1,0 +1,210 @@
+//! Somebody who comes with a cursor: first what was missed, from the changelog, then what is delivered to everybody.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::sleep;
+
+use crate::feed::audience::{Audience, AudienceKey};
+use crate::feed::binding::Feed;
+use crate::feed::gate::Gate;
+use crate::feed::outbox::Outbox;
+use crate::feed::router::{Command, Handover, Registration};
+use crate::feed::stretch::{Stretch, tell_one};
+use crate::model::cursor::{Cursor, Span};
+use crate::model::dress::Dress;
+use crate::model::session::ChannelId;
+use crate::model::subscription::Subscription;
+use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::changelog::{Changelog, Position};
+use crate::postgres::connect::{Error, Server};
+
+/// Readers of the past at a time: a storm of them queues here, and not at the database.
+const AT_ONCE: usize = 4;
+/// Changes read at a time.
+const CHANGES: usize = 250;
+/// … or so many bytes of images.
+const BYTES: usize = 128 * 1024;
+
+/// Reads the past for those who missed it.
+pub struct Past {
+    server: Server,
+    catalog: Arc<CatalogKeeper>,
+    /// Apart from the gate of what happens now, which must not wait for the past.
+    gate: Gate,
+    turns: Semaphore,
+}
+
+/// A channel that came with a cursor. It leaves when it is dropped.
+pub struct Follower {
+    feed: Feed,
+    channel: ChannelId,
+    subscription: Subscription,
+    dress: Dress,
+    since: Cursor,
+    /// Where pieces arrive.
+    pub outbox: Arc<Outbox>,
+    /// The database was asked whether the cursor is of its future.
+    is_known: bool,
+}
+
+/// How far a follower has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Everything missed is in the outbox, and what comes will be.
+    Live,
+    /// The outbox has so much that it is to be read first.
+    More,
+}
+
+/// Why a cursor leads nowhere.
+#[derive(Debug)]
+pub enum Missed {
+    /// What was missed cannot be had any more, and why: read the rows again.
+    Gap(&'static str),
+    /// The database cannot be asked now.
+    Unavailable(Error),
+}
+
+impl From<Error> for Missed {
+    fn from(error: Error) -> Self {
+        Self::Unavailable(error)
+    }
+}
+
+impl Past {
+    /// Reads the changelog of `server`.
+    pub fn new(server: Server, catalog: Arc<CatalogKeeper>, gate: Gate) -> Self {
+        Self { server, catalog, gate, turns: Semaphore::new(AT_ONCE) }
+    }
+
+    /// Whether the cursor is of a moment that has been, and whose changes are still there.
+    async fn check(&self, cursor: &Cursor) -> Result<(), Missed> {
+        let changelog = Changelog::connect(&self.server).await?;
+        let now = changelog.now().await?;
+        let reach = cursor.within().map_or(cursor.seen().xmax(), |within| within.until().xmax());
+        match () {
+            () if changelog.epoch().await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
+            () if reach > now.xmax() => Err(Missed::Gap("the cursor is of a moment that has not been")),
+            () => Ok(()),
+        }
+    }
+
+    /// Tells an audience of one what lies between two cursors; stops when its outbox has enough. Gives where it stands then.
+    async fn tell(
+        &self,
+        since: &Cursor,
+        to: &Cursor,
+        audience: &Audience,
+        outbox: &Outbox,
+    ) -> Result<Cursor, Missed> {
+        let _turn = self.turns.acquire().await;
+        self.check(since).await?;
+        let changelog = Changelog::connect(&self.server).await?;
+        let mut position = Position::after(since.seen().clone());
+        if let Some(within) = since.within() {
+            position.until = Some(within.until().clone());
+            position.after = within.number();
+        }
+        loop {
+            let until = position.until.clone().unwrap_or_else(|| to.seen().clone());
+            position.until = Some(until.clone());
+            let span =
+                Arc::new(Span { epoch: since.epoch(), seen: position.seen.clone(), until: until.clone() });
+            let mut page = changelog.open(&position).await?;
+            loop {
+                let (changes, more) = page.part(CHANGES, BYTES).await?;
+                let Some(last) = changes.last().map(|change| change.number) else { break };
+                let catalog = self.catalog.fresh().await?;
+                let stretch = Stretch { changes, more, span: Arc::clone(&span) };
+                tell_one(&self.gate, &catalog, &stretch, audience).await?;
+                if more && outbox.is_behind() {
+                    return Ok(span.after(last, false));
+                }
+                if !more {
+                    break;
+                }
+            }
+            if until == *to.seen() || outbox.is_behind() {
+                return Ok(span.end());
+            }
+            position = Position::after(until);
+        }
+    }
+}
+
+const ELSEWHERE: &str = "the cursor is of another database, or of an older state of it";
+
+impl Follower {
+    /// Whoever comes with this cursor; nothing is delivered before [`Self::go_on`].
+    pub fn new(
+        feed: Feed,
+        channel: ChannelId,
+        subscription: Subscription,
+        dress: Dress,
+        since: Cursor,
+        outbox: Arc<Outbox>,
+    ) -> Self {
+        Self { feed, channel, subscription, dress, since, outbox, is_known: false }
+    }
+
+    /// Goes on until everything missed is delivered, or there is enough to read for now.
+    ///
+    /// # Errors
+    /// When what was missed cannot be had.
+    pub async fn go_on(&mut self) -> Result<Progress, Missed> {
+        loop {
+            let (outcome, heard) = oneshot::channel();
+            let registration = Registration {
+                dress: self.dress.clone(),
+                subscription: self.subscription.clone(),
+                since: Some(self.since.clone()),
+                outbox: Arc::clone(&self.outbox),
+            };
+            let checked = self.is_known;
+            self.feed.send(Command::Follow { channel: self.channel, registration, checked, outcome });
+            match heard.await {
+                Ok(Handover::Live) => return Ok(Progress::Live),
+                Ok(Handover::Ahead) => {
+                    self.feed.past().check(&self.since).await?;
+                    self.is_known = true;
+                }
+                Ok(Handover::Behind(to)) => {
+                    let key = AudienceKey {
+                        dress: self.dress.clone(),
+                        subscription: self.subscription.clone(),
+                        since: None,
+                    };
+                    let alone = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
+                    self.since = self.feed.past().tell(&self.since, &to, &alone, &self.outbox).await?;
+                    if self.outbox.is_behind() {
+                        return Ok(Progress::More);
+                    }
+                }
+                Ok(Handover::Gap(why)) => return Err(Missed::Gap(why)),
+                Ok(Handover::NotYet) | Err(_) => sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// Up to where it was told everything from the past.
+    pub fn since(&self) -> &Cursor {
+        &self.since
+    }
+
+    /// Ends delivery; everything up to the cursor that comes back is in the outbox.
+    pub async fn leave(&self) -> Option<Cursor> {
+        let (until, heard) = oneshot::channel();
+        let outbox = Arc::clone(&self.outbox);
+        let farewell = Vec::new();
+        self.feed.send(Command::Leave { channel: self.channel, outbox, farewell, until: Some(until) });
+        heard.await.ok().flatten()
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.feed.leave(self.channel, &self.outbox, Vec::new());
+    }
+}

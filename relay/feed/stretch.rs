@@ -1,0 +1,173 @@
+//! A stretch of the changelog on its way to its readers, and the last ones, kept for those who come with a cursor.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::feed::audience::{Audience, Desk, Written};
+use crate::feed::gate::{Candidate, Gate};
+use crate::feed::readership::{AudienceId, Readerships};
+use crate::model::change::{Change, Operation};
+use crate::model::cursor::{Cursor, Span};
+use crate::model::relation::Catalog;
+use crate::postgres::connect::Error;
+
+/// A part of a page.
+pub struct Stretch {
+    /// Its changes.
+    pub changes: Vec<Change>,
+    /// The page goes on after it.
+    pub more: bool,
+    /// The page.
+    pub span: Arc<Span>,
+}
+
+impl Stretch {
+    /// Where one stands after it; none when it is empty.
+    pub fn end(&self) -> Option<Cursor> {
+        Some(self.span.after(self.changes.last()?.number, !self.more))
+    }
+
+    fn bytes(&self) -> usize {
+        let image = |image: &Option<String>| image.as_ref().map_or(0, String::len);
+        self.changes.iter().map(|change| 100 + image(&change.before) + image(&change.after)).sum()
+    }
+}
+
+/// Tells a stretch to all whom it concerns; returns how many frames that makes.
+///
+/// # Errors
+/// Only when PostgreSQL cannot be asked; then nobody was told anything.
+pub async fn tell<'a>(
+    gate: &Gate,
+    catalog: &'a Catalog,
+    stretch: &'a Stretch,
+    readerships: &'a Readerships,
+    audience: impl Fn(AudienceId) -> &'a Audience,
+) -> Result<usize, Error> {
+    let changes = &stretch.changes;
+    let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).subscription()).await?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let last = changes.len().saturating_sub(1);
+    let is_last = |index: usize| index == last && !stretch.more;
+    let written =
+        |(index, change): (usize, &Change)| Written::new(&stretch.span, change.number, is_last(index));
+    let mut written: Vec<Written<'_>> = changes.iter().enumerate().map(written).collect();
+    let mut desk = Desk::default();
+    let mut frames = 0;
+    // Audience by audience, not change by change: what a stretch holds for a client reaches it in one piece.
+    for candidates in by_audience(&verdicts.candidates) {
+        let Some(first) = candidates.first() else { continue };
+        let audience = audience(first.audience);
+        if audience.subscription().identity().claims().expires_at() <= now {
+            continue;
+        }
+        for candidate in &candidates {
+            let index = candidate.change;
+            if let Some(relation) = catalog.relation(changes[index].relation)
+                && !is_repeated_truncate(changes, index)
+            {
+                audience.write(
+                    candidate,
+                    &changes[index],
+                    relation,
+                    &verdicts,
+                    &mut written[index],
+                    &mut desk,
+                );
+            }
+        }
+        frames += audience.send(&mut desk);
+        desk.clear();
+    }
+    Ok(frames)
+}
+
+/// Tells a stretch to one audience alone.
+///
+/// # Errors
+/// As [`tell`].
+pub async fn tell_one(
+    gate: &Gate,
+    catalog: &Catalog,
+    stretch: &Stretch,
+    audience: &Audience,
+) -> Result<usize, Error> {
+    let mut readerships = Readerships::default();
+    for change in &stretch.changes {
+        if let Some(relation) = catalog.relation(change.relation) {
+            readerships.prepare(relation, std::iter::once((0, audience.subscription())));
+        }
+    }
+    tell(gate, catalog, stretch, &readerships, |_| audience).await
+}
+
+/// The candidates of each audience, in order of the changes.
+fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
+    let mut places: HashMap<AudienceId, usize> = HashMap::new();
+    let mut groups: Vec<Vec<Candidate>> = Vec::new();
+    for candidate in candidates {
+        let place = *places.entry(candidate.audience).or_insert_with(|| {
+            groups.push(Vec::new());
+            groups.len() - 1
+        });
+        groups[place].push(*candidate);
+    }
+    groups
+}
+
+/// A partitioned table is truncated part by part; its subscribers hear of it once.
+fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
+    let told =
+        |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
+    index > 0 && told(&changes[index]).is_some() && told(&changes[index]) == told(&changes[index - 1])
+}
+
+/// What was delivered last, bounded in bytes: those who come back after a moment need not go to the changelog.
+#[derive(Default)]
+pub struct Recent {
+    /// Where one stood before the first of them.
+    start: Option<Cursor>,
+    stretches: VecDeque<(Arc<Stretch>, usize)>,
+    bytes: usize,
+}
+
+/// The bound.
+const MOST_BYTES: usize = 4 << 20;
+
+impl Recent {
+    /// Adds what was delivered after `start`.
+    pub fn add(&mut self, start: Option<Cursor>, stretch: Arc<Stretch>) {
+        if self.start.is_none() {
+            self.start = start;
+        }
+        let bytes = stretch.bytes();
+        self.bytes += bytes;
+        self.stretches.push_back((stretch, bytes));
+        while self.bytes > MOST_BYTES
+            && let Some((oldest, bytes)) = self.stretches.pop_front()
+        {
+            self.bytes -= bytes;
+            self.start = oldest.end();
+        }
+    }
+
+    /// The position moved without anything to deliver.
+    pub fn moved(&mut self, from: &Option<Cursor>, to: &Cursor) {
+        // With nothing at hand, whoever stands between the two has missed nothing either.
+        if self.start.is_none() {
+            self.start = Some(from.as_ref().unwrap_or(to).clone());
+        }
+    }
+
+    /// What was delivered after the cursor, up to `position`; none when that is not all at hand.
+    pub fn since(&self, cursor: &Cursor, position: &Cursor) -> Option<Vec<Arc<Stretch>>> {
+        if cursor.is_at_or_after(position) {
+            return Some(Vec::new());
+        }
+        let start = self.start.as_ref()?;
+        cursor
+            .is_at_or_after(start)
+            .then(|| self.stretches.iter().map(|(stretch, _)| Arc::clone(stretch)).collect())
+    }
+}
