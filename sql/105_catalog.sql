@@ -82,8 +82,10 @@ end
 $$;
 comment on function relay.policy_for(regclass, oid) is 'condition under which a role sees a row of the relation; null: every row';
 
--- relay.policy_parts(relation) : what its read policies refer to beyond the system and the relation itself
-create or replace function relay.policy_parts(relation regclass) returns table (class regclass, object oid)
+-- relay.policy_parts(relation, role) : what the policies by which the role reads refer to, beyond the system and the relation itself
+-- With the columns where they are named: part 0 stands for the whole.
+create or replace function relay.policy_parts(relation regclass, role oid)
+returns table (class regclass, object oid, part int)
 language plpgsql stable rows 4
 set search_path = ''
 set jit = off
@@ -91,17 +93,17 @@ set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
   return query
-    select distinct d.refclassid::regclass, d.refobjid
-    from pg_catalog.pg_policy p
-    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
-    where p.polrelid = relation and p.polcmd in ('r', '*') and d.refobjid <> p.polrelid;
+    select distinct d.refclassid::regclass, d.refobjid, d.refobjsubid
+    from relay.policies_for(relation, role) p
+    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.policy
+    where d.refobjid <> relation;
 end
 $$;
-comment on function relay.policy_parts(regclass) is 'functions, tables, operators and types that the read policies of a relation name';
+comment on function relay.policy_parts(regclass, oid) is 'what the policies by which a role reads a relation refer to';
 
 -- relay.helpers(relation, role) : functions that stand for their body, with their text: {"auth.uid": {"returns": "uuid", "body": "..."}}
--- Those of SQL without arguments, which run with the caller's rights, that the policies name or that Supabase's own
--- helpers call. Names in a body are looked up along the search path of the caller, so pg_catalog must come first in it.
+-- Those of SQL without arguments that the policies name or that Supabase's own helpers call. With whose rights they run is no
+-- matter, for only bodies that read nothing but claims take their place. Names in a body are looked up along the search path of the caller, so pg_catalog must come first in it.
 create or replace function relay.helpers(relation regclass, role oid) returns jsonb
 language plpgsql stable
 set search_path = ''
@@ -113,7 +115,7 @@ begin
       pg_catalog.format('%I.%I', n.nspname, p.proname),
       pg_catalog.jsonb_build_object('returns', pg_catalog.format_type(p.prorettype, null), 'body', p.prosrc)), '{}')
     from (
-      select d.object from relay.policy_parts(relation) d where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass
+      select d.object from relay.policy_parts(relation, role) d where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass
       union
       select f.oid from pg_catalog.pg_proc f
       where f.proname in ('uid', 'jwt', 'role', 'email')
@@ -121,8 +123,8 @@ begin
     join pg_catalog.pg_proc p on p.oid = named.oid
     join pg_catalog.pg_namespace n on n.oid = p.pronamespace
     join pg_catalog.pg_language l on l.oid = p.prolang
-    where l.lanname = 'sql' and p.pronargs = 0 and p.prokind = 'f' and not p.proretset and not p.prosecdef
-      and p.prosqlbody is null and p.proconfig is null
+    where l.lanname = 'sql' and p.pronargs = 0 and p.prokind = 'f' and not p.proretset and p.prosqlbody is null
+      and (p.proconfig is null or p.proconfig = array['search_path=""'])
       and pg_catalog.has_function_privilege(role, p.oid, 'execute') and pg_catalog.has_schema_privilege(role, n.oid, 'usage'));
 end
 $$;
@@ -136,14 +138,66 @@ set jit = off
 set plan_cache_mode = force_generic_plan as $$
 begin
   return (
-    select coalesce(pg_catalog.jsonb_agg(pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
-    from relay.policy_parts(relation) d
+    select coalesce(pg_catalog.jsonb_agg(distinct pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
+    from relay.policy_parts(relation, role) d
     join pg_catalog.pg_class c on c.oid = d.object
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
     where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass and c.relkind in ('r', 'p', 'm') and not relay.is_secured(c.oid, role));
 end
 $$;
 comment on function relay.plain_tables(regclass, oid) is 'tables read by the policies of a relation, without row security for the role';
+
+-- relay.unreadable(relation, role) : a table that the read policies look into without the role's right to; null when there is none
+-- Then every look at the relation raises, whatever else its policies say.
+create or replace function relay.unreadable(relation regclass, role oid) returns text
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select pg_catalog.min(d.object::pg_catalog.regclass::text)
+    from relay.policy_parts(relation, role) d
+    where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass
+      and (select c.relkind from pg_catalog.pg_class c where c.oid = d.object) in ('r', 'p', 'm', 'v', 'f')
+      and not pg_catalog.has_table_privilege(role, d.object, 'select')
+      and not case when d.part > 0
+        then pg_catalog.has_column_privilege(role, d.object, d.part::smallint, 'select')
+        else pg_catalog.has_any_column_privilege(role, d.object, 'select') end);
+end
+$$;
+comment on function relay.unreadable(regclass, oid) is 'a table that the read policies of a relation look into and the role may not read';
+
+-- relay.has_own_casts() : whether somebody made a cast between types of the system, which gives it another meaning
+create or replace function relay.has_own_casts() returns boolean
+language sql stable
+set search_path = '' as $$
+  select exists (select from pg_catalog.pg_cast c where c.oid >= 16384 and c.castsource < 16384 and c.casttarget < 16384)
+$$;
+comment on function relay.has_own_casts() is 'whether there is a cast of a user between types of the system';
+
+-- relay.calls_own(relation, role) : whether its read policies call functions of users, whose bodies may depend on the search path
+-- Tables and types count where functions may stand behind them.
+create or replace function relay.calls_own(relation regclass, role oid) returns boolean
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return exists (
+    select from relay.policy_parts(relation, role) d
+    where case d.class
+      when 'pg_catalog.pg_proc'::pg_catalog.regclass then not exists (
+        select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+        where p.oid = d.object and n.nspname = 'auth' and p.proname in ('uid', 'jwt', 'role', 'email'))
+      when 'pg_catalog.pg_class'::pg_catalog.regclass then not exists (
+        select from pg_catalog.pg_class c where c.oid = d.object and c.relkind in ('r', 'p', 'm') and not c.relrowsecurity)
+      when 'pg_catalog.pg_type'::pg_catalog.regclass then not exists (
+        select from pg_catalog.pg_type t where t.oid = d.object and t.typtype = 'e')
+      else true end);
+end
+$$;
+comment on function relay.calls_own(regclass, oid) is 'whether the read policies of a relation call functions of users';
 
 -- relay.obstacles(relation, role) -> ["..."] : why nobody can tell what the read policies depend on
 -- Functions and operators of users may read any setting; a type of theirs brings its own, enums apart; where equality is
@@ -155,9 +209,9 @@ set jit = off
 set plan_cache_mode = force_generic_plan as $$
 begin
   return (
-    select coalesce(pg_catalog.jsonb_agg(o.why order by o.why), '[]')
+    select coalesce(pg_catalog.jsonb_agg(distinct o.why), '[]')
     from (select relay.helpers(relation, role) as functions offset 0) known
-    cross join relay.policy_parts(relation) d
+    cross join relay.policy_parts(relation, role) d
     cross join lateral (
       select case
         when d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass then (
@@ -198,7 +252,8 @@ begin
           select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
             'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
           from relay.policies_for(relation, role) p) end,
-        'helpers', relay.helpers(relation, role), 'tables', relay.plain_tables(relation, role), 'obstacles', relay.obstacles(relation, role)))
+        'helpers', relay.helpers(relation, role), 'tables', relay.plain_tables(relation, role), 'calls_own', relay.calls_own(relation, role),
+        'unreadable', relay.unreadable(relation, role), 'own_casts', relay.has_own_casts(), 'obstacles', relay.obstacles(relation, role)))
     from pg_catalog.pg_class c
     cross join lateral (
       select pg_catalog.jsonb_agg(a.attname order by a.attnum) as columns
@@ -296,7 +351,7 @@ begin
               c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, '.', n.nspname, n.nspowner, n.nspacl::text), ';' order by c.oid)
      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
      where c.oid = any (relations)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attacl::text,
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attcollation, a.attacl::text,
               case when a.atttypid >= 16384
                 then (select t.typname || ',' || t.typnamespace from pg_catalog.pg_type t where t.oid = a.atttypid) end),
               ';' order by a.attrelid, a.attnum)
@@ -311,8 +366,9 @@ begin
      from pg_catalog.pg_policy p
      where p.polrelid = any (relations)),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
-              c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, a.attname, a.attcollation,
-              f.proname, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text, t.typname,
+              c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, a.attname, a.attcollation,
+              a.attacl::text,
+              f.proname, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text, t.typname, o.oprname,
               (select pg_catalog.string_agg(e.enumlabel, '/' order by e.oid) from pg_catalog.pg_enum e where e.enumtypid = t.oid)), ';'
               order by d.refclassid, d.refobjid, d.refobjsubid)
      from (select distinct d.refclassid, d.refobjid, d.refobjsubid
@@ -323,7 +379,9 @@ begin
      left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
      left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and f.oid = d.refobjid
      left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
-     left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace)),
+     left join pg_catalog.pg_operator o on d.refclassid = 'pg_catalog.pg_operator'::pg_catalog.regclass and o.oid = d.refobjid
+     left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)),
+    relay.has_own_casts(),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', f.oid, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
               n.nspacl::text), ';' order by f.oid)
      from pg_catalog.pg_namespace n join pg_catalog.pg_proc f on f.pronamespace = n.oid

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::feed::binding::{BindError, Feed};
+use crate::feed::binding::{BindError, Binder};
 use crate::model::anchor::Anchors;
 use crate::model::bound_filter::BoundFilter;
 use crate::model::compile::compile;
@@ -121,7 +121,7 @@ pub struct RowPart {
 /// As the connections.
 pub async fn explain(
     keeper: &CatalogKeeper,
-    feed: &Feed,
+    binder: &Binder,
     judge: &Judge,
     enquiry: &Enquiry,
     wanted: &Wanted,
@@ -170,7 +170,7 @@ pub async fn explain(
     }
     let mut bound = None;
     if let Some(text) = &wanted.filter {
-        match filter(feed, wanted, relation, text).await {
+        match filter(binder, wanted, relation, text).await {
             Ok(filter) => {
                 anchors = filter.as_ref().map_or(Anchors::Any, |filter| filter.anchors()).and(anchors);
                 bound = filter;
@@ -221,7 +221,7 @@ fn index(anchors: &Anchors, relation: &Relation) -> Option<Vec<String>> {
 
 /// The filter as it was read, or why it is refused.
 async fn filter(
-    feed: &Feed,
+    binder: &Binder,
     wanted: &Wanted,
     relation: &Relation,
     text: &str,
@@ -232,7 +232,7 @@ async fn filter(
         entry.insert(name.to_owned(), Value::from(value));
     }
     let request = Request::parse(&entry).map_err(|refusal| refusal.0)?;
-    match feed.bind(wanted.identity.clone(), &[request]).await {
+    match binder.bind(wanted.identity.clone(), &[request]).await {
         Ok(subscription) => Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone())),
         Err(BindError::Refused(refusal)) => Err(refusal.0),
         Err(BindError::Unavailable) => Err(String::from("the database could not be asked in time")),
@@ -264,11 +264,11 @@ impl Bench<'_> {
         };
         for policy in policies.iter_mut() {
             let judgement = self.enquiry.judgement(relation, &policy.condition).await?;
-            policy.says = Some(self.says(&image, judgement).await?);
+            policy.says = Some(self.says(&image, judgement, access.rights.calls_own).await?);
         }
         let allowed = match (&access.policy, &access.judge) {
             (None, _) => true,
-            (Some(_), Some(statement)) => self.says(&image, Arc::clone(statement)).await? == YES,
+            (Some(_), Some(statement)) => self.says(&image, Arc::clone(statement), true).await? == YES,
             (Some(_), None) => false,
         };
         let (kind, says_yes) = if allowed { ("permissive", true) } else { ("restrictive", false) };
@@ -276,14 +276,14 @@ impl Bench<'_> {
         let by = policies.iter().filter(|policy| decided(policy)).map(|policy| policy.name.clone());
         let by = by.collect();
         let matches = match filter {
-            Some(filter) => Some(self.says(&image, Arc::clone(&filter.statement)).await? == YES),
+            Some(filter) => Some(self.says(&image, Arc::clone(&filter.statement), false).await? == YES),
             None => None,
         };
         Ok(RowPart { found: true, allowed, by, matches })
     }
 
-    async fn says(&self, image: &str, statement: Arc<str>) -> Result<&'static str, Error> {
-        let question = Question { identity: self.identity.clone(), statement, images: &[image] };
+    async fn says(&self, image: &str, statement: Arc<str>, with_path: bool) -> Result<&'static str, Error> {
+        let question = Question { identity: self.identity.clone(), statement, images: &[image], with_path };
         let verdict = self.judge.judge(&[question]).await?;
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
             Some((_, Some(Denied::TimedOut))) => "it took too long",

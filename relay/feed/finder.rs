@@ -180,7 +180,9 @@ impl<'a> Finder<'_, 'a> {
     ) {
         let number = *self.questions.entry(rule).or_insert_with(|| {
             let (images, answers) = (Vec::new(), Vec::new());
-            self.asked.push(Asked { identity, statement, relation, images, answers });
+            // A filter calls nothing; a policy may.
+            let with_path = matches!(answer, Answer::Policy(..)) && needs_path(relation, identity);
+            self.asked.push(Asked { identity, statement, relation, images, answers, with_path });
             self.asked.len() - 1
         });
         self.asked[number].images.push(image);
@@ -208,6 +210,12 @@ impl Scene<'_, '_> {
         }
         found
     }
+}
+
+/// Whether the policy calls functions of users, or is text of somebody's.
+fn needs_path(relation: &Relation, identity: &Identity) -> bool {
+    let access = relation.access(identity.claims().role());
+    matches!(relation.kind.as_str(), "m" | "f") || access.is_none_or(|access| access.rights.calls_own)
 }
 
 fn is_no(truth: Truth) -> bool {

@@ -74,6 +74,7 @@ pub(super) struct Asked<'a> {
     pub(super) relation: &'a Relation,
     pub(super) images: Vec<&'a str>,
     pub(super) answers: Vec<Answer>,
+    pub(super) with_path: bool,
 }
 
 /// A side of a ruling, 0 before and 1 after.
@@ -168,6 +169,7 @@ impl Gate {
                 identity: asked.identity.clone(),
                 statement: Arc::clone(asked.statement),
                 images: &asked.images,
+                with_path: asked.with_path,
             })
             .collect();
         verdicts.statements += questions.len();

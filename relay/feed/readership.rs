@@ -52,6 +52,12 @@ struct GroupKey {
     identity: Option<Identity>,
 }
 
+impl GroupKey {
+    fn raises(&self) -> bool {
+        self.terms.contains(&TermValue::Raises)
+    }
+}
+
 struct Seat {
     group: u64,
     anchors: Anchors,
@@ -140,8 +146,11 @@ impl Readership {
         self.unseat(audience);
         let number = self.grouped(&access.plan, subscription.identity());
         let Some(group) = self.groups.get_mut(&number) else { return };
-        let anchors =
-            access.plan.predicate.anchors(&group.key.terms).and(wanted(subscription, &relation, access));
+        let anchors = match group.key.raises() {
+            true => Anchors::Any,
+            false => access.plan.predicate.anchors(&group.key.terms),
+        };
+        let anchors = anchors.and(wanted(subscription, &relation, access));
         group.seats.insert(audience);
         match &anchors {
             Anchors::Any => self.index.insert(None, audience),
@@ -223,7 +232,7 @@ impl Roster for Readership {
         let from = number.map_or(Bound::Unbounded, Bound::Excluded);
         let texts = |group: &Group| {
             let text = |(term, _): &(usize, Kind)| match group.key.terms.get(*term) {
-                Some(TermValue::One(datum)) => Some(datum.to_text()),
+                Some(TermValue::One(datum)) if datum.is_short() => Some(datum.to_text()),
                 _ => None,
             };
             terms.iter().map(text).collect::<Option<Vec<_>>>()

@@ -29,6 +29,8 @@ pub struct Typed {
     pub condition: Condition,
     /// The column's type (`pg_type.typname`).
     pub kind: String,
+    /// How its values were read here: a collation that changes does not change the type's name.
+    pub shape: Shape,
     /// Its values as `value::type::text` spells them.
     pub values: Vec<String>,
 }
@@ -52,7 +54,8 @@ impl BoundFilter {
     /// Whether relation and columns still have the names and types with which the filter was read.
     pub fn fits(&self, relation: &Relation) -> bool {
         let same = |typed: &Typed| {
-            relation.column(&typed.condition.column).is_some_and(|now| now.kind == typed.kind)
+            let now = relation.column(&typed.condition.column);
+            now.is_some_and(|now| now.kind == typed.kind && now.shape() == typed.shape)
         };
         (&self.relation.0, &self.relation.1) == (&relation.schema, &relation.table)
             && self.conditions.iter().all(same)
@@ -148,7 +151,12 @@ pub(crate) mod tests {
         let conditions = filter::parse(filter).unwrap();
         let typed = conditions.into_iter().map(|condition| {
             let values = condition.values.clone();
-            Typed { condition, kind: relation.columns[0].kind.clone(), values }
+            Typed {
+                condition,
+                kind: relation.columns[0].kind.clone(),
+                shape: relation.columns[0].shape(),
+                values,
+            }
         });
         BoundFilter::new(relation, typed.collect(), "".into())
     }

@@ -36,12 +36,34 @@ fn refuse(why: &str) -> Refused {
 /// How deep expressions may nest: PostgreSQL's own text of a sane policy stays far below.
 const DEEPEST: usize = 200;
 
+/// How many conditions a policy may join: the parser and what walks through its tree go one level deeper for each.
+const LONGEST: usize = 300;
+
 /// Compiles a policy of `relation` for a role with these rights. Never fails: the worst plan is to ask one by one.
 pub fn compile(policy: &str, relation: &Relation, rights: &Rights) -> Plan {
+    if invert::is_ours(&relation.table) {
+        let why = String::from("the table has a name that the relay's own statements use");
+        return Plan::opaque(Obstacle { part: relation.table.clone(), why });
+    }
+    let links = policy.matches(" AND ").count() + policy.matches(" OR ").count();
+    for (odd, why) in [
+        (rights.own_casts, "a cast between types of the system was made by somebody"),
+        (links > LONGEST, "it is too long to be taken apart"),
+    ] {
+        if odd {
+            return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.to_owned() });
+        }
+    }
     let expr = match parse(policy) {
         Ok(expr) => expr,
         Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
     };
+    // Named for the fields of its rows alone, it is not looked at.
+    if let Some(table) = rights.unreadable.as_ref().filter(|table| known::looks_into(&expr, table)) {
+        let why = String::from("the role may not read it, so that every look at the table raises");
+        let obstacles = vec![Obstacle { part: table.clone(), why }];
+        return Plan { obstacles, ..Plan::of(Predicate::Constant(Some(false))) };
+    }
     let compiler = Compiler {
         relation,
         rights,
@@ -151,13 +173,55 @@ impl Compiler<'_> {
 
     /// A condition. `lenient`: false and null mean the same here, since only `and` and `or` stand around it.
     fn predicate(&self, expr: &Expr, lenient: bool) -> Predicate {
+        let leaves = self.leaves.borrow().len();
+        let predicate = self.by_parts(expr, lenient);
+        let is_whole = matches!(predicate, Predicate::Fact(_));
+        if self.leaves.borrow().len() > leaves && !is_whole && self.is_of_row(expr) {
+            // Whole, PostgreSQL keeps what guards from what raises.
+            self.leaves.borrow_mut().truncate(leaves);
+            return self.fact(expr.to_string());
+        }
+        predicate
+    }
+
+    /// Whether it depends on the row alone, and PostgreSQL can be asked.
+    fn is_of_row(&self, expr: &Expr) -> bool {
+        let found = contents(expr, self.rights);
+        !found.claims && found.obstacle.is_none() && self.rights.obstacles.is_empty()
+    }
+
+    fn fact(&self, expression: String) -> Predicate {
+        Predicate::Fact(self.leaf(Leaf::Fact { expression }))
+    }
+
+    /// Conditions joined by `and` or `or`. What is asked of the row has those before it in its question, for they may guard
+    /// it from raising.
+    fn chain(&self, expr: &Expr, op: &BinaryOperator, lenient: bool) -> Predicate {
+        let mut parts = Vec::new();
+        links(expr, op, &mut parts);
+        let word = if *op == BinaryOperator::And { " and " } else { " or " };
+        let mut guards: Vec<String> = Vec::new();
+        let mut list = Vec::with_capacity(parts.len());
+        for part in parts {
+            let leaves = self.leaves.borrow().len();
+            let mut predicate = self.predicate(part, lenient);
+            if self.is_of_row(part) {
+                guards.push(format!("({part})"));
+                if self.leaves.borrow().len() > leaves {
+                    self.leaves.borrow_mut().truncate(leaves);
+                    predicate = self.fact(guards.join(word));
+                }
+            }
+            list.push(predicate);
+        }
+        joined(list, *op == BinaryOperator::And)
+    }
+
+    fn by_parts(&self, expr: &Expr, lenient: bool) -> Predicate {
         match expr {
             Expr::Nested(inner) => self.predicate(inner, lenient),
-            Expr::BinaryOp { left, op: BinaryOperator::And, right } => {
-                joined(self.predicate(left, lenient), self.predicate(right, lenient), true)
-            }
-            Expr::BinaryOp { left, op: BinaryOperator::Or, right } => {
-                joined(self.predicate(left, lenient), self.predicate(right, lenient), false)
+            Expr::BinaryOp { op: op @ (BinaryOperator::And | BinaryOperator::Or), .. } => {
+                self.chain(expr, op, lenient)
             }
             Expr::UnaryOp { op: UnaryOperator::Not, expr } => {
                 Predicate::Not(Box::new(self.predicate(expr, false)))
@@ -201,9 +265,7 @@ impl Compiler<'_> {
         let obstacle = self.rights.obstacles.first().cloned().or(found.obstacle);
         let outcome = match obstacle {
             Some(obstacle) => Err(Refused(obstacle)),
-            None if !found.claims => {
-                return Predicate::Fact(self.leaf(Leaf::Fact { expression: expr.to_string() }));
-            }
+            None if !found.claims => return self.fact(expr.to_string()),
             None => self.inverted(expr, lenient, why),
         };
         let readers = |leaf: usize| {
@@ -266,13 +328,24 @@ fn not(predicate: Predicate) -> Predicate {
     Predicate::Not(Box::new(predicate))
 }
 
-fn joined(one: Predicate, other: Predicate, all: bool) -> Predicate {
-    let mut list = Vec::new();
-    for side in [one, other] {
-        match (side, all) {
-            (Predicate::And(inner), true) | (Predicate::Or(inner), false) => list.extend(inner),
-            (other, _) => list.push(other),
+/// The parts of a chain of `and` or `or`, from left to right: in a loop, for chains may be long.
+fn links<'a>(expr: &'a Expr, op: &BinaryOperator, parts: &mut Vec<&'a Expr>) {
+    let mut open = vec![expr];
+    while let Some(expr) = open.pop() {
+        match expr {
+            Expr::Nested(inner) => open.push(inner),
+            Expr::BinaryOp { left, op: same, right } if same == op => open.extend([&**right, &**left]),
+            part => parts.push(part),
         }
     }
-    if all { Predicate::And(list) } else { Predicate::Or(list) }
+}
+
+fn joined(list: Vec<Predicate>, all: bool) -> Predicate {
+    // PostgreSQL looks no further either, whatever stands before it.
+    let decides = Predicate::Constant(Some(!all));
+    match all {
+        _ if list.contains(&decides) => decides,
+        true => Predicate::And(list),
+        false => Predicate::Or(list),
+    }
 }

@@ -114,6 +114,11 @@ impl Kind {
 }
 
 impl Datum {
+    /// Whether an index of PostgreSQL takes it, beside others of its kind.
+    pub fn is_short(&self) -> bool {
+        !matches!(self, Self::Text(text) if text.len() > 500)
+    }
+
     /// The text that a cast to `text` gives.
     pub fn to_text(&self) -> Arc<str> {
         match self {

@@ -282,9 +282,9 @@ pub(super) fn known_by(by: &[usize], terms: &[TermValue]) -> Option<bool> {
     let mut is_known = true;
     for term in by {
         match terms.get(*term) {
-            Some(TermValue::One(_)) => {}
+            Some(TermValue::One(datum)) if datum.is_short() => {}
             Some(TermValue::Null) => is_known = false,
-            Some(TermValue::List(_) | TermValue::Raises | TermValue::Unsure) | None => return None,
+            Some(_) | None => return None,
         }
     }
     Some(is_known)

@@ -151,6 +151,12 @@ pub struct Rights {
     pub tables: BTreeSet<String>,
     /// Why nobody knows what the policies depend on.
     pub obstacles: Vec<String>,
+    /// They call functions of users, whose bodies may depend on the search path.
+    pub calls_own: bool,
+    /// A table that they look into and the role may not read.
+    pub unreadable: Option<String>,
+    /// Somebody made a cast between types of the system.
+    pub own_casts: bool,
 }
 
 /// One policy.

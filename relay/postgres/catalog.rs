@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 
 use crate::model::bound_filter::{BoundFilter, Typed};
 use crate::model::filter::Condition;
-use crate::model::relation::{Catalog, Relation};
+use crate::model::relation::{Catalog, Column, Relation, Shape};
 use crate::postgres::connect::Error;
 
 /// How old the knowledge of role memberships may be when a change is judged.
@@ -149,9 +149,10 @@ impl CatalogKeeper {
                 Error::Unfit(format!("relay.filter_condition gave what this relay cannot read: {error}"))
             })?;
             terms.push(if condition.negated { format!("(not {})", answer.sql) } else { answer.sql });
-            let kind =
-                relation.column(&condition.column).map(|column| column.kind.clone()).unwrap_or_default();
-            typed.push(Typed { condition, kind, values: answer.values });
+            let column = relation.column(&condition.column);
+            let kind = column.map(|column| column.kind.clone()).unwrap_or_default();
+            let shape = column.map_or(Shape::Foreign, Column::shape);
+            typed.push(Typed { condition, kind, shape, values: answer.values });
         }
         let statement = client
             .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
@@ -27,6 +28,8 @@ pub struct Census {
     limit: Duration,
     session: Mutex<Option<Open>>,
     slow: Breaker,
+    /// Sessions in a row that ended over a question.
+    losses: AtomicU32,
 }
 
 struct Open {
@@ -89,7 +92,13 @@ pub enum Said {
 impl Census {
     /// Asks as the login of `server`, each statement within `limit`.
     pub fn new(server: Server, limit: Duration) -> Self {
-        Self { server, limit, session: Mutex::new(None), slow: Breaker::new(limit) }
+        Self {
+            server,
+            limit,
+            session: Mutex::new(None),
+            slow: Breaker::new(limit),
+            losses: AtomicU32::new(0),
+        }
     }
 
     /// Forgets all readers and plans: the rules are others now.
@@ -120,7 +129,7 @@ impl Census {
             if !open.without_tables
                 && let Err(error) = open.bring_up_to_date(inquiry).await
             {
-                if open.stand_in.client.is_closed() || error.is_transient() {
+                if open.stand_in.client.is_closed() {
                     return Err(error);
                 }
                 tracing::warn!(error = %error, "readers are judged one by one: the judging login cannot keep temporary tables");
@@ -131,7 +140,11 @@ impl Census {
                 return nothing(Truth::Unsure);
             }
         }
-        let (said, asked, denied) = open.answer(inquiry, &statement).await?;
+        let (said, asked, denied) = match open.answer(inquiry, &statement).await {
+            Ok(answered) => answered,
+            Err(error) => return self.lost(&mut held, error, inquiry),
+        };
+        self.losses.store(0, Relaxed);
         if denied == Some(Denied::TimedOut) {
             self.slow.open(&statement);
         }
@@ -139,6 +152,23 @@ impl Census {
             *held = Some(open);
         }
         Ok((said, asked))
+    }
+}
+
+impl Census {
+    /// The session ended. Once that is the server's affair, and asked again; more often the question ends it, and then it
+    /// must not hold up everybody.
+    fn lost(
+        &self,
+        held: &mut Option<Open>,
+        error: Error,
+        inquiry: &Inquiry<'_>,
+    ) -> Result<(Vec<Said>, usize), Error> {
+        *held = None;
+        match self.losses.fetch_add(1, Relaxed) {
+            0..2 => Err(error),
+            _ => Ok((vec![Said::Nothing(Truth::Unsure); inquiry.images.len()], 1)),
+        }
     }
 }
 
@@ -156,7 +186,7 @@ impl Open {
                 });
             let first: Vec<String> = (0..leaf.by().len()).map(|at| format!("v{at}")).collect();
             let make = format!(
-                "create temporary table {name} (id bigint primary key{columns}); create index on {name} ({}); \
+                "set relay.quiet = 'on'; create temporary table {name} (id bigint primary key{columns}); create index on {name} ({}); \
                  grant select on {name} to public",
                 first.join(", ")
             );
@@ -204,7 +234,11 @@ impl Open {
         let somebody = Somebody::of_role(inquiry.role);
         self.stand_in.make_room(1);
         if let Err(denied) = self.stand_in.prepare(somebody, statement).await? {
-            return Ok((all(truth_of(denied)), 1, Some(denied)));
+            let truth = match denied {
+                Denied::Raised if !matches!(inquiry.leaf.1, Leaf::Fact { .. }) => Truth::Unsure,
+                denied => truth_of(denied),
+            };
+            return Ok((all(truth), 1, Some(denied)));
         }
         let Some(prepared) = self.stand_in.prepared(statement) else {
             return Ok((all(Truth::Raises), 1, None));
@@ -218,6 +252,10 @@ impl Open {
             let rows = match self.stand_in.ask(somebody, prepared, &[&images]).await? {
                 Ok(rows) => rows,
                 Err(Denied::Raised) => {
+                    // What raises for one reader need not for another; a fact raises for all.
+                    if range.len() == 1 && !matches!(inquiry.leaf.1, Leaf::Fact { .. }) {
+                        said[range.start] = Said::Nothing(Truth::Unsure);
+                    }
                     halves.split(range);
                     continue;
                 }
@@ -264,7 +302,8 @@ fn truth_of(denied: Denied) -> Truth {
 
 /// What the session has set. Names are qualified in all that is asked here, and a plan that is made once is as good as any.
 const SETTINGS: &str = "set search_path = ''; set jit = off; set lc_monetary = 'C'; set plan_cache_mode = force_generic_plan; \
-     set join_collapse_limit = 12; set from_collapse_limit = 12; set synchronous_commit = off";
+     set join_collapse_limit = 12; set from_collapse_limit = 12; set synchronous_commit = off; \
+     set default_transaction_read_only = off";
 
 /// Readers who left stay in their table up to so many, or as many as are there.
 const SLACK: usize = 1000;

@@ -39,6 +39,8 @@ pub struct Question<'a> {
     pub statement: Arc<str>,
     /// Row images as JSON.
     pub images: &'a [&'a str],
+    /// The statement calls functions of users, which may rely on the search path.
+    pub with_path: bool,
 }
 
 impl Verdict {
@@ -156,7 +158,7 @@ async fn answer(session: &mut StandIn, questions: &[Question<'_>]) -> Result<Vec
     let mut refusals: HashMap<Arc<str>, Denied> = HashMap::new();
     session.make_room(questions.len());
     for question in questions {
-        let somebody = Somebody::with(question.identity.claims());
+        let somebody = Somebody::with(question.identity.claims(), question.with_path);
         if let Err(denied) = session.prepare(somebody, &question.statement).await? {
             refusals.insert(Arc::clone(&question.statement), denied);
         }
@@ -176,7 +178,7 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
     let Some(judgement) = session.prepared(&question.statement) else {
         return Ok(Verdict::none(question.images, Denied::Raised));
     };
-    let somebody = Somebody::with(question.identity.claims());
+    let somebody = Somebody::with(question.identity.claims(), question.with_path);
     let mut verdict = Verdict { allowed: vec![false; question.images.len()], denied: None };
     let mut halves = Halves::of(question.images.len());
     while let Some(range) = halves.next() {

@@ -16,7 +16,7 @@ use crate::postgres::connect::{Error, Server};
 /// Becomes the subscriber for the rest of the transaction. The role comes last: after it, nothing else is ours to set.
 const BECOME: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
      set_config('request.jwt.claim.role', $1, true), set_config('statement_timeout', $4, true), \
-     set_config('role', $1, true)";
+     set_config('search_path', $5, true), set_config('role', $1, true)";
 
 /// A policy can undo the role that we took; whoever has another name afterwards is not to be believed.
 const WHO: &str = "select current_user::text";
@@ -24,6 +24,8 @@ const WHO: &str = "select current_user::text";
 /// Statements kept prepared: one per relation, role and policy text, and one per distinct filter that needs
 /// PostgreSQL. Past this number all are prepared anew, which bounds the server's memory.
 const MOST_STATEMENTS: usize = 1000;
+
+static NO_PATH: String = String::new();
 
 /// The session.
 pub(super) struct StandIn {
@@ -35,6 +37,8 @@ pub(super) struct StandIn {
     end: Statement,
     statements: HashMap<Arc<str>, Statement>,
     limit: String,
+    /// The search path of the login.
+    path: String,
 }
 
 /// Whom to act as.
@@ -43,17 +47,20 @@ pub(super) struct Somebody<'a> {
     role: &'a str,
     json: &'a str,
     sub: &'a str,
+    /// With the login's search path, which functions of users may rely on. Otherwise with none, where nothing can get between
+    /// a name and what it means.
+    with_path: bool,
 }
 
 impl<'a> Somebody<'a> {
     /// Somebody with these claims.
-    pub fn with(claims: &'a Claims) -> Self {
-        Self { role: claims.role(), json: claims.json(), sub: claims.sub().unwrap_or_default() }
+    pub fn with(claims: &'a Claims, with_path: bool) -> Self {
+        Self { role: claims.role(), json: claims.json(), sub: claims.sub().unwrap_or_default(), with_path }
     }
 
     /// Nobody in particular, who has this role.
     pub fn of_role(role: &'a str) -> Self {
-        Self { role, json: "", sub: "" }
+        Self { role, json: "", sub: "", with_path: false }
     }
 }
 
@@ -62,7 +69,9 @@ impl StandIn {
     pub async fn open(server: &Server, settings: &str, limit: Duration) -> Result<Self, Error> {
         let client = server.connect().await?;
         client.batch_execute(settings).await?;
+        let path = client.query_one("select current_setting('search_path')", &[]).await?.get(0);
         Ok(Self {
+            path,
             begin: client.prepare("begin read only").await?,
             become_somebody: client.prepare(BECOME).await?,
             who: client.prepare(WHO).await?,
@@ -100,9 +109,7 @@ impl StandIn {
         let client = &self.client;
         client.execute(&self.begin, &[]).await?;
         // Limited as well: a table that a policy reads may be locked, and then the statement cannot even be read.
-        let became = client
-            .execute(&self.become_somebody, &[&somebody.role, &somebody.json, &somebody.sub, &self.limit])
-            .await;
+        let became = client.execute(&self.become_somebody, &self.whom(&somebody)).await;
         let prepared = match became {
             Ok(_) => client.prepare(statement).await,
             Err(error) => Err(error),
@@ -125,6 +132,11 @@ impl StandIn {
         }
     }
 
+    fn whom<'p>(&'p self, somebody: &'p Somebody<'_>) -> [&'p (dyn ToSql + Sync); 5] {
+        let path = if somebody.with_path { &self.path } else { &NO_PATH };
+        [&somebody.role, &somebody.json, &somebody.sub, &self.limit, path]
+    }
+
     /// What the statement gives to somebody. One round trip: the five steps leave together.
     ///
     /// # Errors
@@ -136,10 +148,10 @@ impl StandIn {
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Result<Vec<Row>, Denied>, Error> {
         let client = &self.client;
-        let whom: &[&(dyn ToSql + Sync)] = &[&somebody.role, &somebody.json, &somebody.sub, &self.limit];
+        let whom = self.whom(&somebody);
         let (begun, became, answered, who, ended) = tokio::join!(
             client.execute(&self.begin, &[]),
-            client.execute(&self.become_somebody, whom),
+            client.execute(&self.become_somebody, &whom),
             client.query(statement, parameters),
             client.query_one(&self.who, &[]),
             client.execute(&self.end, &[]),

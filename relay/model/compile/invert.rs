@@ -4,8 +4,11 @@
 //! table in it: `… from members m where m.team = t.team and m.user_id = reader.v0`, joined and not nested, so that the
 //! planner walks from the row by index to its members, and from those by index to the readers who are connected.
 
+use std::ops::ControlFlow;
+
 use sqlparser::ast::{
-    BinaryOperator, Expr, Ident, Query, Select, SelectItem, SetExpr, TableFactor, TableWithJoins, Value,
+    BinaryOperator, Distinct, Expr, Ident, ObjectName, Query, Select, SelectItem, SetExpr, TableFactor,
+    TableWithJoins, Value, visit_expressions,
 };
 
 use super::known::contents;
@@ -86,6 +89,12 @@ impl Compiler<'_> {
     ) -> Result<Query, Refused> {
         let odd = || refuse("it is more than `select … from … where …`");
         let select = plain_select(query).ok_or_else(odd)?;
+        // Aggregates make one row of none, sets make many or none of one: neither is a row found.
+        if !select.projection.iter().all(|item| self.gives_a_row(item))
+            || matches!(select.distinct, Some(Distinct::On(_)))
+        {
+            return Err(odd());
+        }
         let mut conditions = Vec::new();
         if let Some(selection) = &select.selection {
             conjuncts(selection, &mut conditions);
@@ -111,6 +120,10 @@ impl Compiler<'_> {
                 Expr::InSubquery { expr, subquery, negated: false }
                     if only_expression(&subquery).is_none() =>
                 {
+                    // A bare name is of columns that a join merged; inside, it could be another's.
+                    if has_bare_names(&expr) {
+                        return Err(refuse("it compares a column that a join merged"));
+                    }
                     let inner = self.turn(&subquery, Some(*expr), readers, nested)?;
                     turned.from.push(lateral(&inner, nested)?);
                 }
@@ -136,6 +149,24 @@ impl Compiler<'_> {
         }
     }
 
+    /// A column, a constant, a claim, everything: what gives one value for each row.
+    fn gives_a_row(&self, item: &SelectItem) -> bool {
+        fn is_plain(expr: &Expr) -> bool {
+            match expr {
+                Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => is_plain(inner),
+                Expr::Identifier(_) | Expr::CompoundIdentifier(_) | Expr::Value(_) => true,
+                _ => false,
+            }
+        }
+        match item {
+            SelectItem::UnnamedExpr(expr) | SelectItem::ExprWithAlias { expr, .. } => {
+                is_plain(expr) || self.inside().operand(expr).is_ok()
+            }
+            SelectItem::Wildcard(_) | SelectItem::QualifiedWildcard(..) => true,
+            SelectItem::ExprWithAliases { .. } => false,
+        }
+    }
+
     /// Bare columns of the table get its name, since they go where other tables are.
     fn qualify(&self, expr: &mut Expr) {
         let table = &self.relation.table;
@@ -144,7 +175,7 @@ impl Compiler<'_> {
                 let column = Ident::with_quote('"', column.value.clone());
                 *expr = Expr::CompoundIdentifier(vec![Ident::with_quote('"', table.clone()), column]);
             }
-            std::ops::ControlFlow::<()>::Continue(())
+            ControlFlow::<()>::Continue(())
         });
     }
 }
@@ -186,16 +217,34 @@ fn note_equality(condition: &Expr, readers: &mut Readers) {
     }
 }
 
+fn has_bare_names(expr: &Expr) -> bool {
+    visit_expressions(expr, |expr| match expr {
+        Expr::Identifier(_) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })
+    .is_break()
+}
+
 fn only_tables(source: &TableWithJoins) -> Result<(), Refused> {
     let factors = std::iter::once(&source.relation).chain(source.joins.iter().map(|join| &join.relation));
     for factor in factors {
         match factor {
-            TableFactor::Table { args: None, .. } => {}
+            TableFactor::Table { name, args: None, alias, .. }
+                if !is_ours(alias.as_ref().map_or_else(|| last_part(name), |alias| &alias.name.value)) => {}
             TableFactor::NestedJoin { table_with_joins, .. } => only_tables(table_with_joins)?,
             other => return Err(refuse(&format!("{other} is not a table"))),
         }
     }
     Ok(())
+}
+
+fn last_part(name: &ObjectName) -> &str {
+    name.0.last().and_then(|part| part.as_ident()).map_or("", |part| &part.value)
+}
+
+/// Whether a table has a name that our statements give to something else.
+pub(super) fn is_ours(name: &str) -> bool {
+    name.starts_with("relay ")
 }
 
 fn lateral(query: &Query, nested: &mut usize) -> Result<TableWithJoins, Refused> {

@@ -3,7 +3,7 @@
 
 use std::ops::ControlFlow;
 
-use sqlparser::ast::{Expr, Function, ObjectName, Query, TableFactor, Visit, Visitor};
+use sqlparser::ast::{Expr, Function, ObjectName, Query, TableFactor, Visit, Visitor, visit_relations};
 
 use crate::model::relation::Rights;
 
@@ -168,6 +168,15 @@ pub(super) fn contents(of: &impl Visit, rights: &Rights) -> Contents {
     look.contents
 }
 
+/// Whether it has a table of this name among those that it looks into.
+pub(super) fn looks_into(expr: &Expr, table: &str) -> bool {
+    let is_it = |name: &ObjectName| match written(name) == table {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
+    };
+    visit_relations(expr, is_it).is_break()
+}
+
 /// The name as one writes it, with quotes where they are needed.
 pub(super) fn written(name: &ObjectName) -> String {
     name.to_string()
@@ -181,7 +190,9 @@ struct Look<'a> {
 impl Look<'_> {
     fn call(&mut self, name: &ObjectName) {
         let written = written(name);
-        let bare = written.strip_prefix("pg_catalog.").unwrap_or(&written).to_ascii_lowercase();
+        // Some names are written in quotes because they are words of the grammar, too.
+        let bare =
+            written.strip_prefix("pg_catalog.").unwrap_or(&written).trim_matches('"').to_ascii_lowercase();
         if bare == "current_setting" || self.rights.helpers.contains_key(&written) {
             self.contents.claims = true;
         } else if bare != "array" && HARMLESS.binary_search(&bare.as_str()).is_err() {

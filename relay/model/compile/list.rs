@@ -1,8 +1,8 @@
 //! Lists in a policy: array columns, and the elements of a claim that is an array.
 
 use sqlparser::ast::{
-    Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Query, Select, SelectItem,
-    SetExpr, TableFactor,
+    Distinct, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, Query,
+    Select, SelectItem, SetExpr, TableFactor,
 };
 
 use super::operand::{Operand, Type};
@@ -41,29 +41,23 @@ impl Compiler<'_> {
 
     /// The values of a query that lists claims.
     pub(super) fn listed(&self, query: &Query) -> Result<Operand, Refused> {
-        let select = plain_select(query).ok_or_else(|| refuse("a sub-select is PostgreSQL's"))?;
-        let projected = projected(select).ok_or_else(|| refuse("a sub-select is PostgreSQL's"))?;
-        if select.selection.is_some() {
-            return Err(refuse("a sub-select is PostgreSQL's"));
+        let odd = || refuse("a sub-select is PostgreSQL's");
+        let select = plain_select(query).ok_or_else(odd)?;
+        let projected = projected(select).ok_or_else(odd)?;
+        if select.selection.is_some() || matches!(select.distinct, Some(Distinct::On(_))) {
+            return Err(odd());
         }
-        let source = match select.from.as_slice() {
-            [] => None,
-            [one] if one.joins.is_empty() => match &one.relation {
-                TableFactor::Table { name, args: Some(args), .. } => {
-                    let [FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))] = args.args.as_slice() else {
-                        return Err(refuse("a sub-select is PostgreSQL's"));
-                    };
-                    Some((name.to_string(), argument))
-                }
-                _ => return Err(refuse("a sub-select is PostgreSQL's")),
-            },
-            _ => return Err(refuse("a sub-select is PostgreSQL's")),
-        };
-        self.elements(projected, source.as_ref().map(|(name, argument)| (name.as_str(), *argument)))
+        match select.from.as_slice() {
+            [] => self.elements(projected, None),
+            [one] if one.joins.is_empty() => {
+                self.elements(projected, Some(&Source::of(&one.relation).ok_or_else(odd)?))
+            }
+            _ => Err(odd()),
+        }
     }
 
     /// Each element of a list of claims, perhaps cast.
-    fn elements(&self, expr: &Expr, source: Option<(&str, &Expr)>) -> Result<Operand, Refused> {
+    fn elements(&self, expr: &Expr, source: Option<&Source<'_>>) -> Result<Operand, Refused> {
         let texts = |name: &str, argument: &Expr| -> Result<Operand, Refused> {
             let bare = name.strip_prefix("pg_catalog.").unwrap_or(name);
             match (bare, self.operand(argument)?) {
@@ -85,8 +79,8 @@ impl Compiler<'_> {
                     _ => Err(refuse(&format!("the cast to {data_type} is PostgreSQL's"))),
                 }
             }
-            (Expr::Identifier(_) | Expr::CompoundIdentifier(_), Some((name, argument))) => {
-                texts(name, argument)
+            (column, Some(source)) if source.is_its_column(column) => {
+                texts(&source.function, source.argument)
             }
             (Expr::Function(Function { name, args: FunctionArguments::List(list), .. }), None) => {
                 match list.args.as_slice() {
@@ -97,6 +91,39 @@ impl Compiler<'_> {
                 }
             }
             _ => Err(refuse("this kind of list is PostgreSQL's")),
+        }
+    }
+}
+
+/// `from jsonb_array_elements_text(…) alias (column)`
+struct Source<'a> {
+    function: String,
+    argument: &'a Expr,
+    alias: &'a Ident,
+    column: &'a Ident,
+}
+
+impl<'a> Source<'a> {
+    fn of(factor: &'a TableFactor) -> Option<Self> {
+        let TableFactor::Table { name, args: Some(args), alias: Some(alias), with_ordinality: false, .. } =
+            factor
+        else {
+            return None;
+        };
+        let [FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))] = args.args.as_slice() else {
+            return None;
+        };
+        let [column] = alias.columns.as_slice() else { return None };
+        Some(Self { function: name.to_string(), argument, alias: &alias.name, column: &column.name })
+    }
+
+    fn is_its_column(&self, expr: &Expr) -> bool {
+        match expr {
+            Expr::Identifier(column) => column == self.column,
+            Expr::CompoundIdentifier(parts) => {
+                matches!(parts.as_slice(), [alias, column] if alias == self.alias && column == self.column)
+            }
+            _ => false,
         }
     }
 }

@@ -1,8 +1,7 @@
 //! Values in a policy: columns of the row, and expressions over claims.
 
 use sqlparser::ast::{
-    BinaryOperator, CastKind, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Ident,
-    UnaryOperator, Value,
+    BinaryOperator, CastKind, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Ident, Value,
 };
 
 use super::list::only_expression;
@@ -77,12 +76,6 @@ impl Compiler<'_> {
                 _ => Err(refuse("it is not a column of the table")),
             },
             Expr::Value(value) => constant(&value.value),
-            Expr::UnaryOp { op: UnaryOperator::Minus, expr: inner } => match self.operand(inner)? {
-                Operand::Claim(Term::Constant(Some(Datum::Int(value))), of) => {
-                    Ok(Operand::Claim(Term::Constant(Some(Datum::Int(-value))), of))
-                }
-                _ => Err(refuse("arithmetic is PostgreSQL's")),
-            },
             Expr::Cast { kind: CastKind::DoubleColon | CastKind::Cast, expr, data_type, .. } => {
                 self.cast(expr, &data_type.to_string().to_ascii_lowercase(), &data_type.to_string())
             }
@@ -182,6 +175,10 @@ impl Compiler<'_> {
         };
         let mut steps = if path { keys(right)? } else { vec![self.step(right)?] };
         let Some(last) = steps.pop() else { return Err(refuse("the path is empty")) };
+        // Of a key that stands twice, `json` looks into the first and we into the last.
+        if of == Type::Json && !steps.is_empty() {
+            return Err(refuse("a path into json is PostgreSQL's to read"));
+        }
         let inner = steps.into_iter().fold(document, |inner, step| Term::Part(Box::new(inner), step));
         Ok(match for_text {
             true => Operand::Claim(Term::PartText(Box::new(inner), last), Type::Known(Kind::Text)),
@@ -217,7 +214,10 @@ impl Compiler<'_> {
             return Err(refuse(&format!("{written} is PostgreSQL's")));
         };
         match (bare.as_str(), arguments.as_slice()) {
-            ("current_setting", [name, ..]) => self.setting(name),
+            ("current_setting", [name]) => self.setting(name, false),
+            ("current_setting", [name, Expr::Value(may_miss)]) => {
+                self.setting(name, may_miss.value == Value::Boolean(true))
+            }
             ("nullif", [one, other]) => match (self.operand(one)?, self.operand(other)?) {
                 (Operand::Claim(one, of), other) => match other.typed_as(&of)? {
                     Operand::Claim(other, same) if same == of && matches!(of, Type::Known(_)) => {
@@ -233,13 +233,13 @@ impl Compiler<'_> {
         }
     }
 
-    fn setting(&self, name: &Expr) -> Result<Operand, Refused> {
+    fn setting(&self, name: &Expr, may_miss: bool) -> Result<Operand, Refused> {
         let term = match self.operand(name)? {
             Operand::Claim(Term::Constant(Some(Datum::Text(name))), _) => match &*name {
                 "request.jwt.claims" => Term::Claims,
                 "request.jwt.claim.sub" => Term::Subject,
                 "request.jwt.claim.role" => Term::Role,
-                name if name.starts_with("request.jwt.claim") => Term::Unset,
+                name if may_miss && name.starts_with("request.jwt.claim") => Term::Unset,
                 _ => return Err(refuse("this setting is PostgreSQL's")),
             },
             _ => return Err(refuse("the setting's name is not a constant")),
