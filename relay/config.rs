@@ -61,6 +61,9 @@ pub struct Settings {
     /// How many bytes may wait for one client before it is closed [default: 1048576]
     #[arg(long, env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
+    /// How many rows of a table are given at once to whoever asks for them [default: 10000]
+    #[arg(long, env = "RELAY_MOST_ROWS", value_name = "N")]
+    pub most_rows: Option<usize>,
     /// Look at the changelog this often even if nobody rings, in milliseconds [default: 5000]
     #[arg(long, env = "RELAY_POLL_MS", value_name = "MS")]
     pub poll_ms: Option<u64>,
@@ -96,6 +99,8 @@ pub struct Config {
     pub max_connections: usize,
     /// Per client.
     pub outbox_bytes: usize,
+    /// Rows of a table given at once.
+    pub most_rows: usize,
     /// The longest sleep.
     pub poll: Duration,
     /// The longest judgement.
@@ -135,6 +140,7 @@ impl Settings {
             allowed_origin: list(self.allowed_origin, file.allowed_origin),
             max_connections: self.max_connections.or(file.max_connections),
             outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
+            most_rows: self.most_rows.or(file.most_rows),
             poll_ms: self.poll_ms.or(file.poll_ms),
             judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
             install: self.install || file.install,
@@ -201,6 +207,7 @@ impl Settings {
             allowed_origins: self.allowed_origin,
             max_connections: self.max_connections.unwrap_or(10_000),
             outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
+            most_rows: self.most_rows.unwrap_or(10_000),
             poll,
             judge_timeout,
             install: self.install,

@@ -56,6 +56,7 @@ pub mod postgres {
     pub mod judge;
     pub mod census;
     pub mod enquiry;
+    pub mod rows;
     pub mod jobs;
 }
 
@@ -79,6 +80,8 @@ pub mod feed {
 pub mod transport {
     pub mod auth;
     pub mod http;
+    pub mod changes;
+    pub mod stream;
     pub mod ws;
 }
 

@@ -22,6 +22,7 @@ use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::census::Census;
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::judge::Judge;
+use crate::postgres::rows::Rows;
 use crate::postgres::{install, jobs};
 use crate::transport::http::{self, App};
 
@@ -78,7 +79,7 @@ pub async fn serve(
     let source = Source {
         server: main.clone(),
         bell,
-        pool,
+        pool: pool.clone(),
         poll: config.poll,
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
@@ -88,18 +89,20 @@ pub async fn serve(
     let census = Census::new(judge.clone(), config.judge_timeout);
     let gate = Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, Arc::clone(&observe));
     let census = Census::new(judge.clone(), config.judge_timeout);
+    let rows = Rows::new(pool.clone(), &judge, config.judge_timeout)?;
     let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
-    let past = Arc::new(Past::new(main.clone(), Arc::clone(&catalog), past));
+    let past = Past::new(main.clone(), Arc::clone(&catalog), past);
     let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
     tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
     let app = Arc::new(App {
         verifier: config.verifier,
-        feed: Feed::new(Binder::new(catalog), commands_in, past),
+        feed: Feed::new(Binder::new(catalog), commands_in, past, rows),
         observe: Arc::clone(&observe),
         allowed_origins: config.allowed_origins,
         max_connections: config.max_connections,
         outbox_bytes: config.outbox_bytes,
+        most_rows: config.most_rows,
         end: end.clone(),
         sessions: TaskTracker::new(),
         numbers: AtomicU64::new(1),

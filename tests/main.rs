@@ -10,6 +10,7 @@ mod support;
 
 mod browser;
 mod capture;
+mod changes;
 mod cli;
 mod clients;
 mod crash;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use crate::feed::follower::Past;
@@ -13,13 +14,16 @@ use crate::feed::outbox::Outbox;
 use crate::feed::router::{Command, Registration};
 use crate::model::bound_filter::BoundFilter;
 use crate::model::change::RelationId;
+use crate::model::cursor::Cursor;
+use crate::model::delivery::record;
 use crate::model::filter::{self, Operator};
 use crate::model::policy::Identity;
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
-use crate::model::subscription::{Refusal, Request, Subscription, Target, exception, readable};
+use crate::model::subscription::{Refusal, Request, Scope, Subscription, Target, exception, readable};
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
+use crate::postgres::rows::{Found, Rows};
 
 /// A session's handle on the feed.
 #[derive(Clone)]
@@ -28,6 +32,7 @@ pub struct Feed {
     // Unbounded, because a session has at most one command per channel on the way and must never wait to leave.
     router: UnboundedSender<Command>,
     past: Arc<Past>,
+    rows: Arc<Rows>,
 }
 
 /// Binds requests to rights.
@@ -71,8 +76,8 @@ impl From<Refusal> for Attempt {
 
 impl Feed {
     /// Joins the parts.
-    pub fn new(binder: Binder, router: UnboundedSender<Command>, past: Arc<Past>) -> Self {
-        Self { binder: Arc::new(binder), router, past }
+    pub fn new(binder: Binder, router: UnboundedSender<Command>, past: Past, rows: Rows) -> Self {
+        Self { binder: Arc::new(binder), router, past: Arc::new(past), rows: Arc::new(rows) }
     }
 
     /// Binds a channel's requests to an identity.
@@ -93,6 +98,39 @@ impl Feed {
     pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
         let _ =
             self.router.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
+    }
+
+    /// Up to where everything was delivered; none while the changelog is not being read.
+    pub async fn position(&self, channel: ChannelId, outbox: &Arc<Outbox>) -> Option<Cursor> {
+        let (until, heard) = oneshot::channel();
+        let outbox = Arc::clone(outbox);
+        self.send(Command::Leave { channel, outbox, farewell: Vec::new(), until: Some(until) });
+        heard.await.ok().flatten()
+    }
+
+    /// The rows that a subscription of one table may see now, at most so many, and the cursor after which it goes on.
+    ///
+    /// # Errors
+    /// As [`Rows::read`]; also when the table is gone.
+    pub async fn rows(&self, subscription: &Subscription, most: usize) -> Result<Found, Error> {
+        let claims = subscription.identity().claims();
+        let catalog = self.binder.catalog.with_role(claims.role()).await?;
+        let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
+            Scope::Relation(id) => Some((catalog.relation(id)?, binding)),
+            Scope::Schema(_) | Scope::All => None,
+        });
+        let access = relation.and_then(|(relation, _)| relation.access(claims.role()));
+        let (Some((relation, binding)), Some(access)) = (relation, access) else {
+            return Err(Error::Unfit(String::from("the table is gone")));
+        };
+        let condition = binding.filter.as_ref().map(|filter| filter.condition.as_str());
+        let mut found = self.rows.read(claims, relation, access, condition, most).await?;
+        for row in &mut found.rows {
+            if let Some(told) = record(row, relation, access, binding.select.as_deref()) {
+                *row = told;
+            }
+        }
+        Ok(found)
     }
 
     pub(super) fn send(&self, command: Command) {

@@ -108,6 +108,7 @@ impl Past {
             position.after = within.number();
         }
         loop {
+            // The page in which the cursor stands goes first, to its own end.
             let until = position.until.clone().unwrap_or_else(|| to.seen().clone());
             position.until = Some(until.clone());
             let span =
@@ -126,7 +127,7 @@ impl Past {
                     break;
                 }
             }
-            if until == *to.seen() || outbox.is_behind() {
+            if to.seen().is_before_or_equal(&until) || outbox.is_behind() {
                 return Ok(span.end());
             }
             position = Position::after(until);
@@ -186,6 +187,11 @@ impl Follower {
                 Ok(Handover::NotYet) | Err(_) => sleep(Duration::from_millis(50)).await,
             }
         }
+    }
+
+    /// What it receives.
+    pub fn subscription(&self) -> &Subscription {
+        &self.subscription
     }
 
     /// Up to where it was told everything from the past.

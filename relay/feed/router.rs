@@ -211,7 +211,12 @@ impl Router {
             return Handover::Ahead;
         }
         let Some(missed) = self.recent.since(since, position) else {
-            return Handover::Behind(Cursor::after(position.epoch(), position.seen().clone()));
+            // A page that is being delivered right now cannot be read from the changelog up to here; it ends soon.
+            let is_there = position.seen().is_before_or_equal(since.seen()) && since.within().is_none();
+            return match is_there {
+                true => Handover::NotYet,
+                false => Handover::Behind(Cursor::after(position.epoch(), position.seen().clone())),
+            };
         };
         if !missed.is_empty() {
             let Ok(catalog) = self.catalog.fresh().await else { return Handover::NotYet };

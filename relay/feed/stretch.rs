@@ -134,6 +134,8 @@ pub struct Recent {
 
 /// The bound.
 const MOST_BYTES: usize = 4 << 20;
+/// How much of it one client is handed.
+const MOST_AT_ONCE: usize = 256 << 10;
 
 impl Recent {
     /// Adds what was delivered after `start`.
@@ -166,8 +168,14 @@ impl Recent {
             return Some(Vec::new());
         }
         let start = self.start.as_ref()?;
-        cursor
-            .is_at_or_after(start)
-            .then(|| self.stretches.iter().map(|(stretch, _)| Arc::clone(stretch)).collect())
+        if !cursor.is_at_or_after(start) {
+            return None;
+        }
+        let is_missed = |stretch: &Stretch| stretch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
+        let missed: Vec<&(Arc<Stretch>, usize)> =
+            self.stretches.iter().filter(|(stretch, _)| is_missed(stretch)).collect();
+        // More than a client should get in one go is read from the changelog, as fast as the client reads.
+        let bytes: usize = missed.iter().map(|(_, bytes)| bytes).sum();
+        (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(stretch, _)| Arc::clone(stretch)).collect())
     }
 }

@@ -18,6 +18,8 @@ pub struct BoundFilter {
     /// What is known of it here.
     predicate: Predicate,
     constants: Vec<TermValue>,
+    /// It as an SQL condition.
+    pub condition: String,
     /// The statement by which PostgreSQL judges row images against this filter.
     pub statement: Arc<str>,
 }
@@ -37,11 +39,18 @@ pub struct Typed {
 
 impl BoundFilter {
     /// Brings conditions and statement together.
-    pub fn new(relation: &Relation, conditions: Vec<Typed>, statement: Arc<str>) -> Self {
+    pub fn new(relation: &Relation, conditions: Vec<Typed>, condition: String, statement: Arc<str>) -> Self {
         let mut constants = Vec::new();
         let predicates = conditions.iter().map(|typed| typed.predicate(relation, &mut constants)).collect();
         let name = (relation.schema.clone(), relation.table.clone());
-        Self { relation: name, conditions, predicate: Predicate::And(predicates), constants, statement }
+        Self {
+            relation: name,
+            conditions,
+            predicate: Predicate::And(predicates),
+            constants,
+            condition,
+            statement,
+        }
     }
 
     /// Whether both have the same conditions.
@@ -158,7 +167,7 @@ pub(crate) mod tests {
                 values,
             }
         });
-        BoundFilter::new(relation, typed.collect(), "".into())
+        BoundFilter::new(relation, typed.collect(), String::new(), "".into())
     }
 
     /// `None`: only PostgreSQL knows.

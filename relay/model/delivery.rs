@@ -55,7 +55,7 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
         columns(view),
     );
     if operation != Operation::Delete {
-        let _ = write!(text, r#","record":{}"#, record(change.after.as_deref()?, view)?);
+        let _ = write!(text, r#","record":{}"#, told(change.after.as_deref()?, view)?);
     }
     match view.meaning {
         Meaning::Insert => {}
@@ -66,7 +66,7 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
         }
         Meaning::Update | Meaning::Delete => {
             let before = change.before.as_deref()?;
-            let old = if view.relation.full { record(before, view)? } else { key(before, view)? };
+            let old = if view.relation.full { told(before, view)? } else { key(before, view)? };
             let _ = write!(text, r#","old_record":{old}"#);
         }
     }
@@ -76,6 +76,11 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
         r#","errors":null}"#
     });
     Some(text)
+}
+
+/// A row as it is told to somebody with these rights who selected these columns; none when it is no row.
+pub fn record(row: &str, relation: &Relation, access: &Access, select: Option<&[String]>) -> Option<String> {
+    told(row, View { relation, access, select, meaning: Meaning::Insert })
 }
 
 fn columns(view: View<'_>) -> String {
@@ -89,7 +94,7 @@ fn columns(view: View<'_>) -> String {
     format!("[{}]", shown.join(","))
 }
 
-fn record(image: &str, view: View<'_>) -> Option<String> {
+fn told(image: &str, view: View<'_>) -> Option<String> {
     Some(Row::parse(image).ok()?.project(|name| view.spelling(name)))
 }
 

@@ -157,8 +157,8 @@ impl CatalogKeeper {
         let statement = client
             .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")
             .await?;
-        let text: String =
-            client.query_one(&statement, &[&relation.id().0, &terms.join(" and ")]).await?.get(0);
-        Ok(BoundFilter::new(relation, typed, text.into()))
+        let condition = terms.join(" and ");
+        let text: String = client.query_one(&statement, &[&relation.id().0, &condition]).await?.get(0);
+        Ok(BoundFilter::new(relation, typed, condition, text.into()))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
@@ -25,6 +25,7 @@ use crate::model::claims::Claims;
 use crate::model::phoenix::Version;
 use crate::observe::Observe;
 use crate::transport::auth::Verifier;
+use crate::transport::changes::{self, Answer};
 use crate::transport::ws;
 
 /// A client has this long to send its request's head.
@@ -48,6 +49,8 @@ pub struct App {
     pub max_connections: usize,
     /// The bound of each client's outbox.
     pub outbox_bytes: usize,
+    /// How many rows of a table are told at once.
+    pub most_rows: usize,
     /// The end of the relay.
     pub end: CancellationToken,
     /// Every session's task.
@@ -63,14 +66,12 @@ impl App {
     }
 }
 
-type Answer = Response<Full<Bytes>>;
-
 /// Serves one connection until it ends or becomes a session.
 pub async fn serve(app: Arc<App>, stream: TcpStream) {
     let end = app.end.clone();
     let service = service_fn(move |request| {
         let app = Arc::clone(&app);
-        async move { Ok::<_, Infallible>(answer(&app, request)) }
+        async move { Ok::<_, Infallible>(answer(app, request).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -88,17 +89,27 @@ pub async fn serve(app: Arc<App>, stream: TcpStream) {
     }
 }
 
-fn answer(app: &Arc<App>, request: Request<Incoming>) -> Answer {
+async fn answer(app: Arc<App>, request: Request<Incoming>) -> Answer {
     if request.method() == Method::OPTIONS {
         return preflight();
     }
     match request.uri().path() {
-        "/realtime/v1/websocket" | "/socket/websocket" => handshake(app, request),
+        "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, request),
+        "/realtime/v1/changes" if !origin_is_allowed(&app.allowed_origins, request.headers()) => {
+            error(StatusCode::FORBIDDEN, "this origin is not allowed")
+        }
+        "/realtime/v1/changes" if request.method() != Method::GET => {
+            error(StatusCode::METHOD_NOT_ALLOWED, "changes are read by GET")
+        }
+        "/realtime/v1/changes" => changes::serve(app, request).await,
         "/healthcheck" | "/livez" => text(StatusCode::OK, "ok"),
         "/readyz" if app.observe.is_ready() => text(StatusCode::OK, "ready"),
         "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the changelog is not being read"),
         "/metrics" => text(StatusCode::OK, app.observe.text()),
-        _ => error(StatusCode::NOT_FOUND, "nothing is here; the WebSocket is at /realtime/v1/websocket"),
+        _ => error(
+            StatusCode::NOT_FOUND,
+            "nothing is here; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes",
+        ),
     }
 }
 
@@ -185,7 +196,7 @@ fn origin_is_allowed(allowed: &[String], headers: &HeaderMap) -> bool {
 }
 
 /// A parameter of the query, percent-decoded.
-fn parameter(query: &str, name: &str) -> Option<String> {
+pub fn parameter(query: &str, name: &str) -> Option<String> {
     let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;
     let mut bytes = Vec::with_capacity(value.len());
     let mut rest = value.as_bytes();
@@ -217,7 +228,7 @@ fn preflight() -> Answer {
 }
 
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Full::new(body.into()));
+    let mut answer = Response::new(Full::new(body.into()).boxed_unsync());
     *answer.status_mut() = status;
     let headers = answer.headers_mut();
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
@@ -231,8 +242,14 @@ fn empty(status: StatusCode) -> Answer {
     answer
 }
 
-fn error(status: StatusCode, why: &str) -> Answer {
-    let mut answer = text(status, serde_json::json!({ "error": why }).to_string());
+/// An error as JSON.
+pub fn error(status: StatusCode, why: &str) -> Answer {
+    json(status, serde_json::json!({ "error": why }).to_string())
+}
+
+/// A JSON text as answer.
+pub fn json(status: StatusCode, body: String) -> Answer {
+    let mut answer = text(status, body);
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
 }

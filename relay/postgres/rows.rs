@@ -1,0 +1,111 @@
+//! The rows of a table as somebody may see them, and the cursor of that very moment.
+
+use std::time::Duration;
+
+use deadpool_postgres::Pool;
+
+use crate::model::claims::Claims;
+use crate::model::relation::{Access, Relation};
+use crate::postgres::connect::{Error, Server};
+
+/// Connections that read rows as somebody else.
+const READERS: usize = 2;
+
+/// What makes the text of a row that of the changelog's images.
+const SPELLING: &str = "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; \
+     set bytea_output = 'hex'; set extra_float_digits = 1; set lc_monetary = 'C'";
+
+/// Reads rows.
+pub struct Rows {
+    /// Takes the snapshot and its cursor.
+    main: Pool,
+    /// Reads in that snapshot, with the reader's role and claims.
+    readers: Pool,
+}
+
+/// Rows, and where the feed goes on after them.
+#[derive(Debug)]
+pub struct Found {
+    /// Rows as JSON objects, in order of the key.
+    pub rows: Vec<String>,
+    /// There are more than were asked for.
+    pub more: bool,
+    /// The cursor.
+    pub cursor: String,
+}
+
+impl Rows {
+    /// Reads as the login of `judge`, each statement within `limit`.
+    ///
+    /// # Errors
+    /// When the pool cannot be built.
+    pub fn new(main: Pool, judge: &Server, limit: Duration) -> Result<Self, Error> {
+        Ok(Self { main, readers: judge.pool(READERS, limit)? })
+    }
+
+    /// The rows that somebody may see and that fulfil a condition, at most so many.
+    ///
+    /// # Errors
+    /// As the connections, or what the policies raise.
+    pub async fn read(
+        &self,
+        claims: &Claims,
+        relation: &Relation,
+        access: &Access,
+        condition: Option<&str>,
+        most: usize,
+    ) -> Result<Found, Error> {
+        let pool = |error: deadpool_postgres::PoolError| Error::Pool(error.to_string());
+        let mut main = self.main.get().await.map_err(pool)?;
+        let snapshot = main
+            .build_transaction()
+            .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+            .start()
+            .await?;
+        let taken = snapshot.query_one("select relay.cursor(), pg_export_snapshot()", &[]).await?;
+        let (cursor, name): (String, String) = (taken.get(0), taken.get(1));
+        let mut reader = self.readers.get().await.map_err(pool)?;
+        let reading = reader
+            .build_transaction()
+            .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+            .read_only(true)
+            .start()
+            .await?;
+        // The name is PostgreSQL's own, of digits and hyphens.
+        reading.batch_execute(&format!("set transaction snapshot '{name}'; {}", local(SPELLING))).await?;
+        let become_somebody = "select set_config('request.jwt.claims', $2, true), \
+             set_config('request.jwt.claim.sub', $3, true), set_config('request.jwt.claim.role', $1, true), \
+             set_config('role', $1, true)";
+        let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
+        reading.execute(become_somebody, &[&role, &json, &sub]).await?;
+        let found = reading.query(&query(relation, access, condition, most + 1), &[]).await?;
+        let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
+        reading.rollback().await?;
+        // Its commit is what keeps a crash from taking back what the cursor counts as seen.
+        snapshot.commit().await?;
+        if who != role {
+            return Err(Error::Unfit(String::from("a policy changed the role of whoever reads")));
+        }
+        let more = found.len() > most;
+        let rows = found.into_iter().take(most).map(|row| row.get(0)).collect();
+        Ok(Found { rows, more, cursor })
+    }
+}
+
+fn local(settings: &str) -> String {
+    settings.replace("set ", "set local ")
+}
+
+fn query(relation: &Relation, access: &Access, condition: Option<&str>, most: usize) -> String {
+    let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
+    let list = |names: &[String]| names.iter().map(|name| quote(name)).collect::<Vec<_>>().join(", ");
+    let (schema, table) = (quote(&relation.schema), quote(&relation.table));
+    let condition = condition.map_or(String::new(), |condition| format!(" where {condition}"));
+    let seen: Vec<String> = relation.key.iter().filter(|name| access.sees(name)).cloned().collect();
+    let order = if seen.is_empty() { String::new() } else { format!(" order by {}", list(&seen)) };
+    format!(
+        "select pg_catalog.row_to_json(\"relay row\")::text from (select {} from {schema}.{table}{condition}{order} limit {most}) \
+         as \"relay row\"",
+        list(&access.columns)
+    )
+}

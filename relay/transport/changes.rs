@@ -1,0 +1,259 @@
+//! `GET /realtime/v1/changes`: rows with a cursor, the changes since one, and the changes as a stream.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+use hyper::header::{self, HeaderMap};
+use hyper::{Request, Response, StatusCode};
+use serde_json::{Map, Value};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+
+use crate::feed::binding::BindError;
+use crate::feed::follower::{Follower, Missed, Progress};
+use crate::feed::outbox::{Outbox, Taken};
+use crate::model::cursor::Cursor;
+use crate::model::dress::{Bare, Dress};
+use crate::model::policy::Identity;
+use crate::model::session::ChannelId;
+use crate::model::subscription::{Request as Wanted, Subscription};
+use crate::transport::http::{App, error, json, parameter};
+use crate::transport::{stream, ws};
+
+/// An answer with a body of any kind.
+pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+
+/// How long a poll waits by default, and at most, in seconds: below what proxies allow an answer.
+const WAIT: u64 = 25;
+const MOST_WAIT: u64 = 55;
+/// PostgreSQL has this long to let a poll begin.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// A text that means neither a stream nor JSON is JSON.
+const STREAM: &str = "text/event-stream";
+
+/// A request that was understood.
+struct Call {
+    subscription: Subscription,
+    since: Option<Cursor>,
+    wait: Duration,
+    channel: ChannelId,
+    outbox: Arc<Outbox>,
+}
+
+/// Answers a request.
+pub async fn serve(app: Arc<App>, request: Request<Incoming>) -> Answer {
+    let wants_stream = request
+        .headers()
+        .get(header::ACCEPT)
+        .and_then(|accept| accept.to_str().ok())
+        .is_some_and(|accept| accept.contains(STREAM));
+    let call = match understand(&app, &request).await {
+        Ok(call) => call,
+        Err(refused) => return refused,
+    };
+    match (&call.since, wants_stream) {
+        (None, false) => rows(&app, &call).await,
+        (Some(_), false) => poll(&app, call).await,
+        (_, true) => follow(app, call).await,
+    }
+}
+
+async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answer> {
+    let query = request.uri().query().unwrap_or_default();
+    let refused = |status: StatusCode, why: &str| error(status, why);
+    let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
+    let claims = app
+        .verifier
+        .identify(token.trim(), ws::now())
+        .map_err(|why| refused(StatusCode::UNAUTHORIZED, &why.connect_text()))?;
+    if parameter(query, "topic").is_some() {
+        return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
+    }
+    let mut entry = Map::new();
+    for name in ["event", "schema", "table", "filter"] {
+        if let Some(value) = parameter(query, name) {
+            entry.insert(name.to_owned(), Value::from(value));
+        }
+    }
+    if let Some(columns) = parameter(query, "select").filter(|columns| columns != "*") {
+        entry.insert(String::from("select"), columns.split(',').map(str::trim).map(Value::from).collect());
+    }
+    if parameter(query, "table").is_none_or(|table| table.is_empty() || table == "*") {
+        return Err(refused(
+            StatusCode::BAD_REQUEST,
+            "which table? ?table=todos (&schema=public&filter=id=gt.7)",
+        ));
+    }
+    let wanted = Wanted::parse(&entry).map_err(|why| refused(StatusCode::BAD_REQUEST, &why.0))?;
+    let last = request.headers().get("last-event-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
+    let since = match last.filter(|id| !id.is_empty()).or_else(|| parameter(query, "since")) {
+        None => None,
+        Some(word) => Some(word.parse::<Cursor>().map_err(|why| {
+            refused(
+                StatusCode::BAD_REQUEST,
+                &format!("since: {why}; without it you get the rows and a cursor"),
+            )
+        })?),
+    };
+    let wait = match parameter(query, "wait") {
+        None => WAIT,
+        Some(seconds) => seconds.parse().ok().filter(|seconds| *seconds <= MOST_WAIT).ok_or_else(|| {
+            refused(StatusCode::BAD_REQUEST, &format!("wait: seconds are expected, at most {MOST_WAIT}"))
+        })?,
+    };
+    let subscription = app.feed.bind(Identity::new(claims), &[wanted]).await.map_err(|why| match why {
+        BindError::Refused(refusal) => refused(StatusCode::BAD_REQUEST, &refusal.0),
+        BindError::Unavailable => unavailable(),
+    })?;
+    Ok(Call {
+        subscription,
+        since,
+        wait: Duration::from_secs(wait),
+        channel: ChannelId { session: app.next_session(), channel: 0 },
+        outbox: Arc::new(Outbox::new(app.outbox_bytes)),
+    })
+}
+
+/// The token of an `Authorization` header, or an API key.
+fn bearer(headers: &HeaderMap) -> Option<String> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let bearer = text("authorization").and_then(|value| value.strip_prefix("Bearer "));
+    bearer.or_else(|| text("apikey")).or_else(|| text("x-api-key")).map(str::to_owned)
+}
+
+/// The current rows, and the cursor after them.
+async fn rows(app: &App, call: &Call) -> Answer {
+    let most = app.most_rows;
+    match app.feed.rows(&call.subscription, most).await {
+        Ok(found) if found.more => error(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            &format!(
+                "more than {most} rows: narrow them by filter=, or have the relay started with a larger --most-rows"
+            ),
+        ),
+        Ok(found) => json(
+            StatusCode::OK,
+            format!(r#"{{"cursor":"{}","rows":[{}]}}"#, found.cursor, found.rows.join(",")),
+        ),
+        Err(why) => {
+            tracing::debug!(error = %why, "rows could not be read");
+            match why.refusal() {
+                Some(_) if !why.is_transient() => error(StatusCode::FORBIDDEN, "the rows may not be read"),
+                _ => unavailable(),
+            }
+        }
+    }
+}
+
+/// The changes since the cursor, as soon as there is one.
+async fn poll(app: &App, call: Call) -> Answer {
+    let Call { subscription, since: Some(since), wait, channel, outbox } = call else { return unavailable() };
+    let until = Instant::now() + wait;
+    let expiry = subscription.identity().claims().expires_at().saturating_sub(ws::now());
+    let until = until.min(Instant::now() + Duration::from_secs(expiry));
+    let mut follower = Follower::new(
+        app.feed.clone(),
+        channel,
+        subscription,
+        Dress::Bare,
+        since.clone(),
+        Arc::clone(&outbox),
+    );
+    let progress = match timeout(PATIENCE, follower.go_on()).await {
+        Ok(Ok(progress)) => progress,
+        Ok(Err(Missed::Gap(why))) => return gap(why),
+        Ok(Err(Missed::Unavailable(why))) => {
+            tracing::debug!(error = %why, "the past could not be read");
+            return unavailable();
+        }
+        Err(_) => return unavailable(),
+    };
+    let mut pieces = VecDeque::new();
+    let taken = match outbox.take(&mut pieces).now_or_never() {
+        Some(taken) => Some(taken),
+        None if progress == Progress::More => None,
+        None => tokio::select! {
+            taken = timeout_at(until, outbox.take(&mut pieces)) => taken.ok(),
+            () = app.end.cancelled() => None,
+        },
+    };
+    if progress == Progress::More || taken == Some(Taken::Frames) {
+        let cursor = follower.since().to_string();
+        return changes(&pieces, &cursor, progress == Progress::More);
+    }
+    if taken == Some(Taken::Full) {
+        // More came at once than may wait for one client: it is read from the changelog next time.
+        return changes(&pieces, &since.to_string(), true);
+    }
+    let cursor = follower.leave().await.filter(|cursor| cursor.is_at_or_after(&since)).unwrap_or(since);
+    // What was delivered while we left is there now.
+    let _ = outbox.take(&mut pieces).now_or_never();
+    changes(&pieces, &cursor.to_string(), false)
+}
+
+/// The pieces as an answer; the cursor is that of the last, or the given one.
+fn changes(pieces: &VecDeque<Bytes>, cursor: &str, more: bool) -> Answer {
+    let mut last = cursor;
+    let mut list = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        match std::str::from_utf8(piece).ok().and_then(Bare::parse) {
+            Some((cursor, Bare::Change(change))) => {
+                last = cursor;
+                list.push(change);
+            }
+            // What stands before a gap is told first; the gap is met again from there.
+            Some((_, Bare::Gap(why))) if list.is_empty() => return gap(why),
+            _ => break,
+        }
+    }
+    let more = if more { r#","more":true"# } else { "" };
+    json(StatusCode::OK, format!(r#"{{"cursor":"{last}","changes":[{}]{more}}}"#, list.join(",")))
+}
+
+async fn follow(app: Arc<App>, call: Call) -> Answer {
+    let Call { subscription, since, channel, outbox, .. } = call;
+    let since = match since {
+        Some(since) => since,
+        None => match now(&app, channel, &outbox).await {
+            Some(since) => since,
+            None => return unavailable(),
+        },
+    };
+    let mut follower =
+        Follower::new(app.feed.clone(), channel, subscription, Dress::Bare, since, Arc::clone(&outbox));
+    match timeout(PATIENCE, follower.go_on()).await {
+        Ok(Ok(progress)) => stream::answer(app, follower, progress),
+        Ok(Err(Missed::Gap(why))) => gap(why),
+        Ok(Err(Missed::Unavailable(_))) | Err(_) => unavailable(),
+    }
+}
+
+/// The position of this moment, once the changelog is read.
+async fn now(app: &App, channel: ChannelId, outbox: &Arc<Outbox>) -> Option<Cursor> {
+    let patience = Instant::now() + PATIENCE;
+    loop {
+        match app.feed.position(channel, outbox).await {
+            Some(position) => return Some(position),
+            None if Instant::now() > patience => return None,
+            None => sleep_until(Instant::now() + Duration::from_millis(50)).await,
+        }
+    }
+}
+
+/// What was missed cannot be had: 410, and how to begin again.
+fn gap(why: &str) -> Answer {
+    let body = serde_json::json!({
+        "error": format!("Gap: {why}"),
+        "hint": "ask again without since: you get the rows as they are now, and a cursor",
+    });
+    json(StatusCode::GONE, body.to_string())
+}
+
+fn unavailable() -> Answer {
+    error(StatusCode::SERVICE_UNAVAILABLE, "the database cannot be asked now, try again")
+}

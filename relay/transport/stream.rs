@@ -1,0 +1,161 @@
+//! An event stream: each change an event whose id is its cursor, so that a client that comes back misses nothing.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::stream::unfold;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use hyper::header::{self, HeaderValue};
+use tokio::time::{Instant, sleep_until};
+
+use crate::feed::follower::{Follower, Missed, Progress};
+use crate::feed::outbox::Taken;
+use crate::model::dress::Bare;
+use crate::transport::changes::Answer;
+use crate::transport::http::App;
+use crate::transport::ws;
+
+/// A comment this often keeps proxies from taking a quiet stream for a dead one.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// What a client is to wait before it comes back, in milliseconds.
+const RETRY: u32 = 1000;
+
+struct Stream {
+    app: Arc<App>,
+    follower: Follower,
+    progress: Progress,
+    pieces: VecDeque<Bytes>,
+    /// When the token ends.
+    expiry: Instant,
+    begun: bool,
+    over: bool,
+}
+
+/// The stream of a follower.
+pub fn answer(app: Arc<App>, follower: Follower, progress: Progress) -> Answer {
+    let left = follower.subscription().identity().claims().expires_at().saturating_sub(ws::now());
+    let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
+    app.observe.session_opened();
+    let (begun, over) = (false, false);
+    let stream = Stream { app, follower, progress, pieces: VecDeque::new(), expiry, begun, over };
+    let body = StreamBody::new(unfold(stream, async |mut stream| {
+        let chunk = stream.next().await?;
+        Some((Ok::<_, Infallible>(Frame::data(Bytes::from(chunk))), stream))
+    }));
+    let mut answer = Answer::new(body.boxed_unsync());
+    let headers = answer.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+    answer
+}
+
+impl Stream {
+    /// The next bytes; none at the end.
+    async fn next(&mut self) -> Option<String> {
+        if !self.begun {
+            self.begun = true;
+            return Some(format!("retry: {RETRY}\n\n"));
+        }
+        loop {
+            if self.over {
+                return None;
+            }
+            // What is there first, so that there is room for what comes.
+            if let Some(taken) = self.follower.outbox.take(&mut self.pieces).now_or_never()
+                && let Some(text) = self.told(taken)
+            {
+                return Some(text);
+            }
+            if self.progress == Progress::More {
+                match self.follower.go_on().await {
+                    Ok(progress) => self.progress = progress,
+                    Err(missed) => return Some(self.ended(&missed)),
+                }
+                continue;
+            }
+            let outbox = Arc::clone(&self.follower.outbox);
+            tokio::select! {
+                taken = outbox.take(&mut self.pieces) => if let Some(text) = self.told(taken) {
+                    return Some(text);
+                },
+                () = sleep_until(self.expiry) => {
+                    self.over = true;
+                    return Some(String::from("event: error\ndata: {\"error\":\"the token has expired\"}\n\n"));
+                }
+                () = self.app.end.cancelled() => return None,
+                () = sleep_until(Instant::now() + KEEP_ALIVE) => return Some(String::from(": still here\n\n")),
+            }
+        }
+    }
+
+    /// What was taken, as events; none when there is nothing to tell.
+    fn told(&mut self, taken: Taken) -> Option<String> {
+        if taken == Taken::Full {
+            self.app.observe.session_full();
+        }
+        if taken != Taken::Frames {
+            // Too slow, or its table is another: it comes back with its last id.
+            self.over = true;
+            return None;
+        }
+        let mut text = String::new();
+        for piece in self.pieces.drain(..) {
+            match std::str::from_utf8(&piece).ok().and_then(Bare::parse) {
+                Some((cursor, Bare::Change(change))) => event(&mut text, "change", cursor, change),
+                Some((cursor, Bare::Gap(why))) => {
+                    event(
+                        &mut text,
+                        "gap",
+                        cursor,
+                        &serde_json::json!({ "error": format!("Gap: {why}") }).to_string(),
+                    );
+                }
+                None => {}
+            }
+        }
+        Some(text)
+    }
+
+    fn ended(&mut self, missed: &Missed) -> String {
+        self.over = true;
+        let mut text = String::new();
+        match missed {
+            // Without an id: whoever comes back with the last one is told by status 410.
+            Missed::Gap(why) => {
+                let _ = write!(
+                    text,
+                    "event: gap\ndata: {}\n\n",
+                    serde_json::json!({ "error": format!("Gap: {why}") })
+                );
+            }
+            Missed::Unavailable(_) => text.push_str(": the database cannot be asked now\n\n"),
+        }
+        text
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.app.observe.session_closed();
+    }
+}
+
+/// One event. A line break in the data would end its line: `json` columns keep those they were written with.
+fn event(text: &mut String, name: &str, id: &str, data: &str) {
+    let _ = writeln!(text, "event: {name}");
+    if !id.is_empty() {
+        let _ = writeln!(text, "id: {id}");
+    }
+    for line in data.split(['\n', '\r']) {
+        let _ = writeln!(text, "data: {line}");
+    }
+    text.push('\n');
+}

@@ -1,0 +1,196 @@
+//! Rows, polls and event streams: one cursor, the same rights as on the socket, nothing lost and nothing twice.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::http::{Answer, Events, get};
+use crate::support::stage::Stage;
+use crate::support::token;
+
+const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+
+/// `t (id, owner, v, secret)` with "own rows only", of which nobody may read `secret`.
+async fn stage() -> Stage {
+    Stage::new(
+        "create table t (id int primary key, owner uuid, v text, secret text); alter table t enable row level security;
+         create policy own on t using (owner = auth.uid()); grant select (id, owner, v) on t to authenticated;
+         select relay.watch('t')",
+    )
+    .await
+}
+
+fn path(sub: &str, more: &str) -> String {
+    format!("/realtime/v1/changes?table=t&apikey={}{more}", token("authenticated", Some(sub), json!({})))
+}
+
+async fn ask(stage: &Stage, sub: &str, more: &str) -> Answer {
+    get(stage.relay.address, &path(sub, more), "").await
+}
+
+async fn write(stage: &Stage, id: i32, owner: &str) {
+    stage.run(&format!("insert into t values ({id}, '{owner}', 'v', 'hidden')")).await;
+}
+
+/// The rows' ids, and the cursor.
+fn told(answer: &Answer) -> (Vec<i64>, String) {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let id = |row: &Value| row["id"].as_i64().unwrap();
+    let ids = match &answer.body["rows"] {
+        Value::Array(rows) => rows.iter().map(id).collect(),
+        _ => answer.body["changes"].as_array().unwrap().iter().map(|change| id(&change["record"])).collect(),
+    };
+    (ids, answer.body["cursor"].as_str().unwrap().to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rows_of_now_come_with_the_cursor_after_which_changes_go_on() {
+    let stage = stage().await;
+    for (id, owner) in [(2, ANN), (1, ANN), (3, BOB)] {
+        write(&stage, id, owner).await;
+    }
+    let answer = ask(&stage, ANN, "").await;
+    assert_eq!(
+        answer.body["rows"][0],
+        json!({"id": 1, "owner": ANN, "v": "v"}),
+        "without what may not be read"
+    );
+    let (rows, cursor) = told(&answer);
+    assert_eq!(rows, [1, 2]);
+    for (id, owner) in [(4, ANN), (5, BOB), (6, ANN)] {
+        write(&stage, id, owner).await;
+    }
+    let mut seen = Vec::new();
+    let mut since = cursor.clone();
+    while seen.len() < 2 {
+        let (ids, cursor) = told(&ask(&stage, ANN, &format!("&since={since}")).await);
+        seen.extend(ids);
+        since = cursor;
+    }
+    assert_eq!(seen, [4, 6]);
+    let change = ask(&stage, ANN, &format!("&since={cursor}")).await.body["changes"][0].clone();
+    assert_eq!(
+        (&change["type"], &change["table"], &change["old_record"]),
+        (&json!("INSERT"), &json!("t"), &Value::Null)
+    );
+    assert_eq!(change["record"], json!({"id": 4, "owner": ANN, "v": "v"}));
+    let (rows, _) = told(&ask(&stage, ANN, "&filter=id=gt.3&select=id").await);
+    assert_eq!(rows, [4, 6]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_poll_waits_for_a_change_and_ends_with_a_cursor_when_none_comes() {
+    let stage = stage().await;
+    let (_, cursor) = told(&ask(&stage, ANN, "").await);
+    let started = Instant::now();
+    let (ids, later) = told(&ask(&stage, ANN, &format!("&since={cursor}&wait=1")).await);
+    assert_eq!(ids, [0; 0]);
+    assert!(started.elapsed() >= Duration::from_secs(1));
+    let since = format!("&since={later}&wait=20");
+    let (answer, ()) = tokio::join!(ask(&stage, ANN, &since), async {
+        crate::support::eventually("the poll waits", || async {
+            stage.relay.observe.text().contains("relay_channels_open 1\n").then_some(())
+        })
+        .await;
+        write(&stage, 1, BOB).await;
+        write(&stage, 2, ANN).await;
+    });
+    assert_eq!(told(&answer).0, [2]);
+    assert!(started.elapsed() < Duration::from_secs(15), "it is answered at once");
+    crate::support::eventually("the poll leaves nothing behind", || async {
+        stage.relay.observe.text().contains("relay_channels_open 0\n").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_goes_on_after_its_last_event_on_whichever_relay() {
+    let stage = stage().await;
+    let mut events = Events::open(stage.relay.address, &path(ANN, ""), None).await;
+    write(&stage, 1, ANN).await;
+    let first = events.next().await.unwrap();
+    assert_eq!((first.name.as_str(), &first.data["record"]["id"]), ("change", &json!(1)));
+    assert_eq!(first.data["cursor"], first.id.as_str());
+    drop(events);
+    write(&stage, 2, ANN).await;
+    write(&stage, 3, BOB).await;
+    let other = crate::support::relay::Relay::start(&stage.database.url).await;
+    for relay in [&stage.relay, &other] {
+        let mut events = Events::open(relay.address, &path(ANN, ""), Some(&first.id)).await;
+        assert_eq!(events.next().await.unwrap().data["record"]["id"], 2);
+        write(&stage, if std::ptr::eq(relay, &other) { 5 } else { 4 }, ANN).await;
+        assert_eq!(events.next().await.unwrap().data["record"]["id"], 4);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_of_thousands_of_rows_comes_in_answers_of_bounded_size() {
+    let stage = stage().await;
+    let (_, mut cursor) = told(&ask(&stage, ANN, "").await);
+    stage
+        .run(&format!(
+            "insert into t select n, '{ANN}', repeat('x', 200), '' from generate_series(1, 20000) n"
+        ))
+        .await;
+    let mut seen = Vec::new();
+    while seen.len() < 20_000 {
+        let answer = ask(&stage, ANN, &format!("&since={cursor}")).await;
+        let size = answer.body.to_string().len();
+        assert!(size < 3 << 20, "{size} bytes in one answer");
+        let (ids, later) = told(&answer);
+        seen.extend(ids);
+        cursor = later;
+    }
+    assert_eq!(seen, (1..=20_000).collect::<Vec<i64>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_is_told_with_what_to_do() {
+    let stage = stage().await;
+    let (_, cursor) = told(&ask(&stage, ANN, "").await);
+    let other = Stage::new(
+        "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')",
+    )
+    .await;
+    let (_, foreign) = told(&ask(&other, ANN, "").await);
+    for (more, status, text) in [
+        (String::from("&since=!"), 400, "since: the cursor is malformed"),
+        (format!("&since={foreign}"), 410, "Gap: the cursor is of another database"),
+        (format!("&since={cursor}&wait=soon"), 400, "wait: seconds are expected, at most 55"),
+        (String::from("&filter=secret=eq.x"), 400, "invalid column for filter secret"),
+        (String::from("&filter=id=like"), 400, "Error parsing `filter` params"),
+        (String::from("&schema=nowhere"), 400, "Unable to subscribe to changes"),
+    ] {
+        let answer = ask(&stage, ANN, &more).await;
+        let told = answer.body["error"].as_str().unwrap_or_default();
+        assert!(answer.status == status && told.contains(text), "{more}: {answer:?}");
+    }
+    let address = stage.relay.address;
+    assert_eq!(get(address, "/realtime/v1/changes?table=t", "").await.status, 401);
+    assert_eq!(get(address, &path(ANN, "").replace("table=t", "table="), "").await.status, 400);
+    let bearer = format!("authorization: Bearer {}\r\n", token("authenticated", Some(ANN), json!({})));
+    assert_eq!(get(address, "/realtime/v1/changes?table=t", &bearer).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cursor_of_a_moment_that_has_not_been_is_a_gap() {
+    let stage = stage().await;
+    let (_, cursor) = told(&ask(&stage, ANN, "").await);
+    let cursor: relay::model::cursor::Cursor = cursor.parse().unwrap();
+    let later = relay::model::cursor::Snapshot::new(cursor.seen().xmax() + 1_000_000, vec![]).unwrap();
+    let future = relay::model::cursor::Cursor::after(cursor.epoch(), later);
+    let answer = ask(&stage, ANN, &format!("&since={future}")).await;
+    assert_eq!(answer.status, 410, "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_rows_than_may_be_told_at_once_are_refused_with_advice() {
+    let sql =
+        "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t');
+               insert into t select generate_series(1, 6)";
+    let stage = Stage::with(sql, |settings, _| settings.most_rows = Some(5)).await;
+    let answer = ask(&stage, ANN, "").await;
+    assert_eq!(answer.status, 413, "{answer:?}");
+    assert_eq!(told(&ask(&stage, ANN, "&filter=id=gt.1").await).0, [2, 3, 4, 5, 6]);
+}

@@ -1,0 +1,103 @@
+//! Plain requests to a relay, and event streams, over a bare connection.
+
+use std::net::SocketAddr;
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::PATIENCE;
+
+/// An answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    /// Its body; null when it is no JSON.
+    pub body: Value,
+}
+
+/// `GET` with these headers, a line each.
+pub async fn get(address: SocketAddr, path: &str, headers: &str) -> Answer {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n{headers}\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    timeout(PATIENCE * 2, stream.read_to_string(&mut text)).await.expect("no answer came").unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    Answer { status, body: serde_json::from_str(body).unwrap_or(Value::Null) }
+}
+
+/// An event of a stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// Its data.
+    pub data: Value,
+}
+
+/// An open event stream.
+pub struct Events {
+    stream: TcpStream,
+    rest: Vec<u8>,
+}
+
+impl Events {
+    /// Opens one; `last` is the id of the last event that was seen.
+    pub async fn open(address: SocketAddr, path: &str, last: Option<&str>) -> Self {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let last = last.map_or(String::new(), |last| format!("last-event-id: {last}\r\n"));
+        let request =
+            format!("GET {path} HTTP/1.1\r\nhost: relay\r\naccept: text/event-stream\r\n{last}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut events = Self { stream, rest: Vec::new() };
+        let head = events.until(b"\r\n\r\n").await.unwrap();
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert_eq!(events.block().await.unwrap(), "retry: 1000");
+        events
+    }
+
+    /// The next event; none at the end of the stream.
+    pub async fn next(&mut self) -> Option<Event> {
+        loop {
+            let block = self.block().await?;
+            let field = |name: &str| {
+                let lines = block.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+                lines.collect::<Vec<_>>().join("\n")
+            };
+            if !field("event").is_empty() {
+                let data = serde_json::from_str(&field("data")).unwrap();
+                return Some(Event { name: field("event"), id: field("id"), data });
+            }
+        }
+    }
+
+    /// The next block of lines, without the chunks' lengths.
+    async fn block(&mut self) -> Option<String> {
+        self.until(b"\n\n").await
+    }
+
+    async fn until(&mut self, end: &[u8]) -> Option<String> {
+        loop {
+            if let Some(at) = self.rest.windows(end.len()).position(|part| part == end) {
+                let text: Vec<u8> = self.rest.drain(..at + end.len()).collect();
+                let text = String::from_utf8(text).unwrap();
+                // The length of a chunk stands on a line of its own, before its text or after the one before.
+                let is_length =
+                    |line: &&str| line.is_empty() || line.bytes().all(|byte| byte.is_ascii_hexdigit());
+                let lines: Vec<&str> = text.trim().lines().skip_while(is_length).collect();
+                return Some(lines.join("\n"));
+            }
+            let mut bytes = vec![0; 16 * 1024];
+            match timeout(PATIENCE, self.stream.read(&mut bytes)).await.expect("no event came").unwrap_or(0) {
+                0 => return None,
+                count => self.rest.extend(&bytes[..count]),
+            }
+        }
+    }
+}
