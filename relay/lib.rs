@@ -58,6 +58,7 @@ pub mod postgres {
     pub mod enquiry;
     pub mod rows;
     pub mod jobs;
+    pub mod retention;
 }
 
 /// From the changelog to the subscribers' outboxes. Never waits for a client that does not read.

@@ -29,6 +29,7 @@ pub struct Observe {
     sleeps: Counter,
     wakes: Counter,
     source_up: Gauge,
+    changelog_bytes: Gauge,
     source_downs: Counter,
     flush: Histogram,
     lag: Histogram,
@@ -73,6 +74,7 @@ impl Observe {
         };
         let sessions = gauge("sessions_open", "Clients connected now");
         let channels = gauge("channels_open", "Channels with changes subscribed now");
+        let changelog_bytes = gauge("changelog_bytes", "Size of the changelog in the database");
         let audiences = gauge("audiences_open", "Groups of channels that get the same frames");
         let source_up =
             gauge("source_up", "1 while the changelog is being read, 2 when the doorbell is heard too");
@@ -99,6 +101,7 @@ impl Observe {
             sleeps,
             wakes,
             source_up,
+            changelog_bytes,
             source_downs,
             flush,
             lag,
@@ -147,6 +150,11 @@ impl Observe {
     pub fn subscriptions(&self, channels: usize, audiences: usize) {
         self.channels.set(channels as i64);
         self.audiences.set(audiences as i64);
+    }
+
+    /// How large the changelog is.
+    pub fn changelog_bytes(&self, bytes: i64) {
+        self.changelog_bytes.set(bytes);
     }
 
     /// Changes came from the changelog.

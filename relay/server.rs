@@ -23,7 +23,7 @@ use crate::postgres::census::Census;
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::judge::Judge;
 use crate::postgres::rows::Rows;
-use crate::postgres::{install, jobs};
+use crate::postgres::{install, jobs, retention};
 use crate::transport::http::{self, App};
 
 /// Connections for looking at the catalog, binding and flushing. None is held while nothing happens.
@@ -94,6 +94,7 @@ pub async fn serve(
     let past = Past::new(main.clone(), Arc::clone(&catalog), past);
     let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
+    tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
     tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
     let app = Arc::new(App {
         verifier: config.verifier,

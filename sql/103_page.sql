@@ -1,15 +1,16 @@
 -- Reading the changelog between two snapshots: relay.epoch, relay.cursor, relay.page, relay.flush.
 
 -- relay.epoch() : names this history of transaction ids
--- Changes with the database (mark), the cluster (system identifier) and every promotion (timeline). The timeline is
+-- Changes with the database (its mark, and its number, as a copy has the same mark), the cluster (system identifier) and every promotion (timeline). The timeline is
 -- taken from the WAL file name, because the control file lags after a promotion; on a standby this raises, which is
 -- right: the changelog is never read there. Reads relay.history.
 create or replace function relay.epoch() returns bigint
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
   select ('x' || left(encode(sha256(convert_to(
-           h.mark::text || '/' || s.system_identifier || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8), 'UTF8')), 'hex'), 16))::bit(64)::bigint
-  from relay.history h, pg_control_system() s
+           h.mark::text || '/' || d.oid || '/' || s.system_identifier || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8), 'UTF8')), 'hex'), 16))::bit(64)::bigint
+  from relay.history h, pg_control_system() s, pg_database d
+  where d.datname = current_database()
 $$;
 comment on function relay.epoch() is 'number that names this history; a cursor of another epoch is a gap';
 

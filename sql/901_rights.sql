@@ -15,12 +15,12 @@ grant execute on function relay.log_change(int, "char", boolean, json, json), re
   relay.current_segment(), relay.repair() to relay_writer;
 
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
-  relay.refresh_jobs to relay_reader;
+  relay.refresh_jobs, relay.retention, relay.segments, relay.health to relay_reader;
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint), relay.flush(),
   relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
   relay.policy_for(regclass, oid), relay.policies_for(regclass, oid), relay.is_secured(regclass, oid),
   relay.policy_parts(regclass, oid), relay.helpers(regclass, oid), relay.plain_tables(regclass, oid), relay.obstacles(regclass, oid),
   relay.known_kind(oid, oid), relay.unreadable(regclass, oid), relay.has_own_casts(), relay.calls_own(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text), relay.schema_changes_are_logged(),
-  relay.hindrances(text, text, text), relay.row_like(regclass, jsonb),
+  relay.tend(), relay.horizon(), relay.current_segment(), relay.hindrances(text, text, text), relay.row_like(regclass, jsonb),
   relay.repair(), relay.run_refreshes() to relay_reader;

@@ -9,5 +9,8 @@ begin
     truncate relay.changes_0, relay.changes_1, relay.changes_2;
     update relay.history set mark = pg_catalog.gen_random_uuid();
   end if;
+  -- Nor may what was kept there be asked of here.
+  update relay.history set horizon = pg_catalog.pg_current_snapshot()
+  where pg_catalog.pg_snapshot_xmax(horizon) > pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot());
 end
 $$;

@@ -38,6 +38,7 @@ mod policy_shapes;
 mod policy_ways;
 mod policy_withdrawn;
 mod refresh;
+mod retention;
 mod tokens;
 mod wire;
 mod wire_bindings;

@@ -69,6 +69,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.extend(relations(&client).await?);
     findings.extend(policies(server, judge).await?);
     findings.extend(refreshes(&client).await?);
+    findings.push(retention(&client).await?);
     Ok(findings)
 }
 
@@ -305,6 +306,27 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
         }
     }
     Ok(findings)
+}
+
+/// Whether the changelog is trimmed as it should be.
+async fn retention(client: &Client) -> Result<Finding, Error> {
+    let row = client
+        .query_one(
+            "select pg_size_pretty(bytes), coalesce(oldest > 2 * kept_for, false), bytes > 2 * kept_bytes, kept_for::text \
+             from relay.health",
+            &[],
+        )
+        .await?;
+    let (size, is_old, is_large, kept): (String, bool, bool, String) =
+        (row.get(0), row.get(1), row.get(2), row.get(3));
+    Ok(if is_old || is_large {
+        Note(format!(
+            "the changelog has {size} and is not trimmed (kept are {kept}): no relay runs, or a transaction is held open; \
+             select * from pg_stat_activity order by xact_start"
+        ))
+    } else {
+        Good(format!("the changelog has {size}; kept are {kept} (select relay.retain(…) changes that)"))
+    })
 }
 
 async fn refreshes(client: &Client) -> Result<Vec<Finding>, Error> {

@@ -82,11 +82,16 @@ impl Past {
     /// Whether the cursor is of a moment that has been, and whose changes are still there.
     async fn check(&self, cursor: &Cursor) -> Result<(), Missed> {
         let changelog = Changelog::connect(&self.server).await?;
+        self.check_with(&changelog, cursor).await
+    }
+
+    async fn check_with(&self, changelog: &Changelog, cursor: &Cursor) -> Result<(), Missed> {
         let now = changelog.now().await?;
         let reach = cursor.within().map_or(cursor.seen().xmax(), |within| within.until().xmax());
         match () {
             () if changelog.epoch().await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
             () if reach > now.xmax() => Err(Missed::Gap("the cursor is of a moment that has not been")),
+            () if !changelog.horizon().await?.is_before_or_equal(cursor.seen()) => Err(Missed::Gap(TOO_OLD)),
             () => Ok(()),
         }
     }
@@ -100,8 +105,8 @@ impl Past {
         outbox: &Outbox,
     ) -> Result<Cursor, Missed> {
         let _turn = self.turns.acquire().await;
-        self.check(since).await?;
         let changelog = Changelog::connect(&self.server).await?;
+        self.check_with(&changelog, since).await?;
         let mut position = Position::after(since.seen().clone());
         if let Some(within) = since.within() {
             position.until = Some(within.until().clone());
@@ -127,6 +132,10 @@ impl Past {
                     break;
                 }
             }
+            // What was trimmed while it was read may be missing in it.
+            if !changelog.horizon().await?.is_before_or_equal(&position.seen) {
+                return Err(Missed::Gap(TOO_OLD));
+            }
             if to.seen().is_before_or_equal(&until) || outbox.is_behind() {
                 return Ok(span.end());
             }
@@ -135,6 +144,7 @@ impl Past {
     }
 }
 
+const TOO_OLD: &str = "the cursor is older than what is kept of the changelog";
 const ELSEWHERE: &str = "the cursor is of another database, or of an older state of it";
 
 impl Follower {

@@ -114,12 +114,15 @@ impl Source {
         let changelog = Changelog::connect(&self.server).await?;
         let epoch = changelog.epoch().await?;
         match place {
-            Some(known) if known.epoch == epoch => {}
+            Some(known)
+                if known.epoch == epoch
+                    && changelog.horizon().await?.is_before_or_equal(&known.position.seen) => {}
             Some(known) => {
                 known.epoch = epoch;
                 known.position = self.start(&changelog).await?;
-                let why =
-                    String::from("the database is another one, or an older state of it, read the rows again");
+                let why = String::from(
+                    "the database is another one, or an older state of it, or was away for too long, read the rows again",
+                );
                 if parts.send(Part::Gap(why)).await.is_err() {
                     return Ok(());
                 }

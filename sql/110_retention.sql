@@ -1,0 +1,94 @@
+-- Retention: the changelog is trimmed by whole segments, never row by row, and nobody waits for it.
+
+-- relay.retain(age, bytes) : keeps changes for so long, and at most about so many bytes; null leaves it as it is
+create or replace function relay.retain(age interval default null, bytes bigint default null) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+  update relay.retention r set age = coalesce($1, r.age), bytes = coalesce($2, r.bytes)
+$$;
+comment on function relay.retain(interval, bigint) is 'how long changes are kept, and how many bytes of them at most';
+
+-- relay.tend() : moves writers on to the next segment, and truncates what need not be kept; returns what it did
+-- To be called every few seconds. Each lock is tried for a moment only: a transaction that is held open delays a truncation and
+-- nothing else. One caller at a time; the others return at once.
+create or replace function relay.tend() returns text[]
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '20ms' as $$
+declare
+  rule relay.retention;
+  one record;
+  current constant int := relay.current_segment();
+  next constant int := (relay.current_segment() + 1) % 3;
+  total bigint;
+  done text[] := '{}';
+begin
+  if not pg_try_advisory_xact_lock(1919249009, 4) then
+    return done;
+  end if;
+  -- What is made anew here is no news of the schema.
+  perform set_config('relay.quiet', 'on', true);
+  select * into rule from relay.retention;
+  total := (select sum(pg_total_relation_size(format('relay.changes_%s', s)::regclass)) from generate_series(0, 2) s);
+
+  -- Closed segments: once everybody who wrote to one is done, a snapshot says so; later it is truncated.
+  for one in select * from relay.segments s where s.closed_at is not null order by s.closed_at loop
+    begin
+      if one.settled is null then
+        -- Conflicts with writers, not with readers.
+        execute format('lock table relay.changes_%s in share row exclusive mode', one.segment);
+        update relay.segments s set settled = pg_current_snapshot() where s.segment = one.segment;
+        done := done || format('settled %s', one.segment);
+      elsif one.closed_at < clock_timestamp() - rule.age or total > rule.bytes then
+        execute format('truncate relay.changes_%s', one.segment);
+        update relay.segments s set opened_at = null, closed_at = null, settled = null where s.segment = one.segment;
+        update relay.history h set horizon = one.settled;
+        total := total - pg_total_relation_size(format('relay.changes_%s', one.segment)::regclass);
+        done := done || format('truncated %s', one.segment);
+        exit;
+      end if;
+    exception when lock_not_available then
+      null;
+    end;
+  end loop;
+
+  -- The open one: writers move on when it is old or large enough, and the next is empty.
+  select * into one from relay.segments s where s.segment = current;
+  if (select s.opened_at is null from relay.segments s where s.segment = next)
+     and (one.opened_at < clock_timestamp() - rule.age / 2
+          or pg_total_relation_size(format('relay.changes_%s', current)::regclass) > rule.bytes / 3)
+     and exists (select from relay.changes) then
+    execute format('create or replace function relay.current_segment() returns int language sql immutable as ''select %s''', next);
+    update relay.segments s set closed_at = clock_timestamp() where s.segment = current;
+    update relay.segments s set opened_at = clock_timestamp() where s.segment = next;
+    done := done || format('moved on to %s', next);
+  end if;
+  perform set_config('relay.quiet', '', true);
+  return done;
+end
+$$;
+comment on function relay.tend() is 'trims the changelog by the rule of relay.retain; run by the relay';
+
+-- relay.horizon() : before this snapshot the changelog is not kept
+create or replace function relay.horizon() returns text
+language sql stable security definer
+set search_path = pg_catalog, pg_temp as $$
+  select h.horizon::text from relay.history h
+$$;
+comment on function relay.horizon() is 'snapshot before which the changelog is not kept; an older cursor is a gap';
+
+-- relay.health : how the changelog and the doorbell are
+create or replace view relay.health as
+select
+  (select pg_catalog.sum(pg_catalog.pg_total_relation_size(pg_catalog.format('relay.changes_%s', s)::pg_catalog.regclass))
+   from pg_catalog.generate_series(0, 2) s)::bigint as bytes,
+  (select pg_catalog.now() - pg_catalog.min(s.opened_at) from relay.segments s) as oldest,
+  r.age as kept_for,
+  r.bytes as kept_bytes,
+  relay.current_segment() as segment,
+  exists (select from pg_catalog.pg_locks l
+          where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 1 and l.mode = 'ExclusiveLock' and l.granted
+            and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as asleep,
+  pg_catalog.pg_notification_queue_usage() as notify_queue
+from relay.retention r;
+comment on view relay.health is 'size and age of the changelog, what is kept, whether the relay sleeps, how full the queue of NOTIFY is';

@@ -1,0 +1,110 @@
+//! The changelog is trimmed by whole segments: what is kept can be resumed from, what is not is a gap, and nobody waits.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::support::database::Database;
+use crate::support::http::get;
+use crate::support::relay::Relay;
+use crate::support::{eventually, token};
+
+/// What was done by one look after the changelog.
+async fn tend(database: &Database) -> String {
+    let started = Instant::now();
+    let done = database.value("select relay.tend()").await;
+    assert!(started.elapsed() < Duration::from_secs(1), "it waits for nobody");
+    done
+}
+
+async fn database() -> Database {
+    let database = Database::new().await;
+    database
+        .run(
+            "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t');
+             select relay.retain(age => '1 second')",
+        )
+        .await;
+    database
+}
+
+async fn count(database: &Database) -> i32 {
+    database.value("select count(*) from relay.changes where relation > 0").await.parse().unwrap()
+}
+
+/// Looks after the changelog until it did this.
+async fn tend_until(database: &Database, wanted: &str) {
+    eventually(wanted, || async { tend(database).await.contains(wanted).then_some(()) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_segments_are_truncated_and_young_ones_kept() {
+    let database = database().await;
+    database.run("insert into t values (1)").await;
+    tend_until(&database, "moved on to 1").await;
+    database.run("insert into t values (2)").await;
+    assert_eq!(count(&database).await, 2);
+    tend_until(&database, "truncated 0").await;
+    let left =
+        database.value("select string_agg(after ->> 'id', ',') from relay.changes where relation > 0").await;
+    assert_eq!(left, "2");
+    tend_until(&database, "truncated 1").await;
+    assert_eq!(count(&database).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_held_open_delays_a_truncation_and_nothing_else() {
+    let database = database().await;
+    let held = database.connect().await;
+    held.batch_execute("begin; insert into t values (1)").await.unwrap();
+    database.run("insert into t values (2)").await;
+    tend_until(&database, "moved on to 1").await;
+    // The held one goes on where it began, the others in the next segment, and none of them waits.
+    held.batch_execute("insert into t values (3)").await.unwrap();
+    database.run("insert into t values (4)").await;
+    let rule = Instant::now();
+    while rule.elapsed() < Duration::from_millis(1500) {
+        let done = tend(&database).await;
+        assert!(!done.contains("truncated") && !done.contains("settled 0"), "{done}");
+    }
+    held.batch_execute("commit").await.unwrap();
+    tend_until(&database, "settled 0").await;
+    tend_until(&database, "truncated 0").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cursor_older_than_what_is_kept_is_a_gap_and_a_younger_one_goes_on() {
+    let database = database().await;
+    let old = database.value("select relay.cursor()").await;
+    database.run("insert into t values (1)").await;
+    tend_until(&database, "moved on to 1").await;
+    database.run("insert into t values (2)").await;
+    tend_until(&database, "settled 0").await;
+    let young = database.value("select relay.cursor()").await;
+    tend_until(&database, "truncated 0").await;
+    database.run("select relay.retain(age => '1 day'); insert into t values (3)").await;
+    // It has nothing in its memory: it has to look into the changelog.
+    let relay = Relay::start(&database.url).await;
+    let path = format!("/realtime/v1/changes?table=t&apikey={}", token("authenticated", None, json!({})));
+    let since = async |cursor: &str| get(relay.address, &format!("{path}&wait=1&since={cursor}"), "").await;
+    assert_eq!(since(&old).await.status, 410);
+    let answer = since(&young).await;
+    assert_eq!(answer.body["changes"][0]["record"]["id"], 3, "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_trims_by_itself_and_its_metrics_show_the_size() {
+    let database = database().await;
+    let relay = Relay::start(&database.url).await;
+    database.run("insert into t select generate_series(1, 1000)").await;
+    eventually("the relay moved on and truncated", || async { (count(&database).await == 0).then_some(()) })
+        .await;
+    let bytes = |text: String| -> f64 {
+        let line = text.lines().find_map(|line| line.strip_prefix("relay_changelog_bytes ")).unwrap();
+        line.parse().unwrap()
+    };
+    assert!(bytes(relay.observe.text()) > 0.0);
+    let health =
+        database.value("select segment || ' ' || (bytes > 0) || ' ' || kept_for from relay.health").await;
+    assert!(health.ends_with("true 00:00:01"), "{health}");
+}
