@@ -1,7 +1,8 @@
 # The build itself is cargo's; this is what stands around it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint bench clean
+.PHONY: help setup demo test soak unit lint bench clean
+MINUTES ?= 10
 
 # Node.js from here where the system's is too old.
 export PATH := $(CURDIR)/target/node/bin:$(PATH)
@@ -21,6 +22,10 @@ demo: ## start everything and serve a page with live rows; Ctrl-C stops it
 test: ## all tests, on a throwaway PostgreSQL cluster, with the real clients
 	@tests/support/setup.sh postgres node python browser
 	@$(cluster) run target/cluster -c fsync=off -- cargo test
+
+soak: ## the fault run for MINUTES=10: kills relays and PostgreSQL under writers and readers
+	@tests/support/setup.sh postgres
+	@RELAY_TEST_MINUTES=$(MINUTES) $(cluster) run target/cluster -- cargo test --test main -- faults --nocapture
 
 unit: ## the tests of the pure parts; no PostgreSQL
 	@tests/support/setup.sh cargo

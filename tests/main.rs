@@ -17,6 +17,7 @@ mod crash;
 mod doorbell;
 mod drift;
 mod explain;
+mod faults;
 mod filter;
 mod install;
 mod layers;

@@ -25,7 +25,12 @@ impl Client {
 
     /// Connects, or says with which status the handshake was refused.
     pub async fn open(relay: &Relay, token: &str) -> Result<Self, String> {
-        let url = format!("ws://{}/realtime/v1/websocket?apikey={token}&vsn=2.0.0", relay.address);
+        Self::at(relay.address, token, "").await
+    }
+
+    /// The same by address, with more parameters.
+    pub async fn at(address: std::net::SocketAddr, token: &str, more: &str) -> Result<Self, String> {
+        let url = format!("ws://{address}/realtime/v1/websocket?apikey={token}&vsn=2.0.0{more}");
         let (socket, _) = connect_async(url).await.map_err(|error| match error {
             tokio_tungstenite::tungstenite::Error::Http(answer) => {
                 let body = answer.body().clone().unwrap_or_default();

@@ -20,14 +20,20 @@ pub struct Answer {
 
 /// `GET` with these headers, a line each.
 pub async fn get(address: SocketAddr, path: &str, headers: &str) -> Answer {
-    let mut stream = TcpStream::connect(address).await.unwrap();
+    try_get(address, path, headers).await.expect("an answer")
+}
+
+/// The same; none when the connection cannot be had, or ends before the answer is whole.
+pub async fn try_get(address: SocketAddr, path: &str, headers: &str) -> Option<Answer> {
+    let mut stream = TcpStream::connect(address).await.ok()?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n{headers}\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
+    stream.write_all(request.as_bytes()).await.ok()?;
     let mut text = String::new();
-    timeout(PATIENCE * 2, stream.read_to_string(&mut text)).await.expect("no answer came").unwrap();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    Answer { status, body: serde_json::from_str(body).unwrap_or(Value::Null) }
+    timeout(PATIENCE * 2, stream.read_to_string(&mut text)).await.expect("no answer came").ok()?;
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let length: usize = head.lines().find_map(|line| line.strip_prefix("content-length: "))?.parse().ok()?;
+    let status: u16 = head.split(' ').nth(1)?.parse().ok()?;
+    (body.len() == length).then(|| Answer { status, body: serde_json::from_str(body).unwrap_or(Value::Null) })
 }
 
 /// An event of a stream.
@@ -50,16 +56,24 @@ pub struct Events {
 impl Events {
     /// Opens one; `last` is the id of the last event that was seen.
     pub async fn open(address: SocketAddr, path: &str, last: Option<&str>) -> Self {
-        let mut stream = TcpStream::connect(address).await.unwrap();
+        Self::try_open(address, path, last).await.expect("a stream")
+    }
+
+    /// The same, or the status with which it was refused; none when there is no answer.
+    pub async fn try_open(address: SocketAddr, path: &str, last: Option<&str>) -> Result<Self, Option<u16>> {
+        let mut stream = TcpStream::connect(address).await.map_err(|_| None)?;
         let last = last.map_or(String::new(), |last| format!("last-event-id: {last}\r\n"));
         let request =
             format!("GET {path} HTTP/1.1\r\nhost: relay\r\naccept: text/event-stream\r\n{last}\r\n");
-        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.map_err(|_| None)?;
         let mut events = Self { stream, rest: Vec::new() };
-        let head = events.until(b"\r\n\r\n").await.unwrap();
-        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
-        assert_eq!(events.block().await.unwrap(), "retry: 1000");
-        events
+        let head = events.until(b"\r\n\r\n").await.ok_or(None)?;
+        match head.split(' ').nth(1).and_then(|status| status.parse().ok()) {
+            Some(200) => {}
+            status => return Err(status),
+        }
+        assert_eq!(events.block().await.ok_or(None)?, "retry: 1000");
+        Ok(events)
     }
 
     /// The next event; none at the end of the stream.
