@@ -101,73 +101,6 @@ end
 $$;
 comment on function relay.policy_parts(regclass, oid) is 'what the policies by which a role reads a relation refer to';
 
--- relay.helpers(relation, role) : functions that stand for their body, with their text: {"auth.uid": {"returns": "uuid", "body": "..."}}
--- Those of SQL without arguments that the policies name or that Supabase's own helpers call. With whose rights they run is no
--- matter, for only bodies that read nothing but claims take their place. Names in a body are looked up along the search path of the caller, so pg_catalog must come first in it.
-create or replace function relay.helpers(relation regclass, role oid) returns jsonb
-language plpgsql stable
-set search_path = ''
-set jit = off
-set plan_cache_mode = force_generic_plan as $$
-begin
-  return (
-    select coalesce(pg_catalog.jsonb_object_agg(
-      pg_catalog.format('%I.%I', n.nspname, p.proname),
-      pg_catalog.jsonb_build_object('returns', pg_catalog.format_type(p.prorettype, null), 'body', p.prosrc)), '{}')
-    from (
-      select d.object from relay.policy_parts(relation, role) d where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass
-      union
-      select f.oid from pg_catalog.pg_proc f
-      where f.proname in ('uid', 'jwt', 'role', 'email')
-        and f.pronamespace = (select a.oid from pg_catalog.pg_namespace a where a.nspname = 'auth')) named (oid)
-    join pg_catalog.pg_proc p on p.oid = named.oid
-    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-    join pg_catalog.pg_language l on l.oid = p.prolang
-    where l.lanname = 'sql' and p.pronargs = 0 and p.prokind = 'f' and not p.proretset and p.prosqlbody is null
-      and (p.proconfig is null or p.proconfig = array['search_path=""'])
-      and pg_catalog.has_function_privilege(role, p.oid, 'execute') and pg_catalog.has_schema_privilege(role, n.oid, 'usage'));
-end
-$$;
-comment on function relay.helpers(regclass, oid) is 'functions without arguments whose body may stand for them in policies';
-
--- relay.plain_tables(relation, role) : tables that the read policies look into and that show the role all their rows
-create or replace function relay.plain_tables(relation regclass, role oid) returns jsonb
-language plpgsql stable
-set search_path = ''
-set jit = off
-set plan_cache_mode = force_generic_plan as $$
-begin
-  return (
-    select coalesce(pg_catalog.jsonb_agg(distinct pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
-    from relay.policy_parts(relation, role) d
-    join pg_catalog.pg_class c on c.oid = d.object
-    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-    where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass and c.relkind in ('r', 'p', 'm') and not relay.is_secured(c.oid, role));
-end
-$$;
-comment on function relay.plain_tables(regclass, oid) is 'tables read by the policies of a relation, without row security for the role';
-
--- relay.unreadable(relation, role) : a table that the read policies look into without the role's right to; null when there is none
--- Then every look at the relation raises, whatever else its policies say.
-create or replace function relay.unreadable(relation regclass, role oid) returns text
-language plpgsql stable
-set search_path = ''
-set jit = off
-set plan_cache_mode = force_generic_plan as $$
-begin
-  return (
-    select pg_catalog.min(d.object::pg_catalog.regclass::text)
-    from relay.policy_parts(relation, role) d
-    where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass
-      and (select c.relkind from pg_catalog.pg_class c where c.oid = d.object) in ('r', 'p', 'm', 'v', 'f')
-      and not pg_catalog.has_table_privilege(role, d.object, 'select')
-      and not case when d.part > 0
-        then pg_catalog.has_column_privilege(role, d.object, d.part::smallint, 'select')
-        else pg_catalog.has_any_column_privilege(role, d.object, 'select') end);
-end
-$$;
-comment on function relay.unreadable(regclass, oid) is 'a table that the read policies of a relation look into and the role may not read';
-
 -- relay.has_own_casts() : whether somebody made a cast between types of the system, which gives it another meaning
 create or replace function relay.has_own_casts() returns boolean
 language sql stable
@@ -176,66 +109,106 @@ set search_path = '' as $$
 $$;
 comment on function relay.has_own_casts() is 'whether there is a cast of a user between types of the system';
 
--- relay.calls_own(relation, role) : whether its read policies call functions of users, whose bodies may depend on the search path
--- Tables and types count where functions may stand behind them.
-create or replace function relay.calls_own(relation regclass, role oid) returns boolean
+-- relay.rights(relation, role) : what the policies by which the role reads may rely on
+-- {"policies": [{"name", "permissive", "condition"}]  in PostgreSQL's own order
+--  "helpers": {"auth.uid": {"returns": "uuid", "body": "..."}}  functions that stand for their body
+--  "tables": ["public.members"]  tables that are looked into and show the role all their rows
+--  "unreadable": "public.secret"  a table that the role may not look into: then every look at the relation raises
+--  "calls_own": true  functions of users are called, whose bodies may depend on the search path
+--  "own_casts": false, "obstacles": ["..."]  why nobody can tell what the policies depend on}
+-- Helpers are those of SQL without arguments that the policies name or that Supabase's own call. With whose rights they run is
+-- no matter, for only bodies that read nothing but claims take their place. Names in a body are looked up along the search path
+-- of the caller, so pg_catalog must come first in it. Functions and operators of users may read any setting; a type of theirs
+-- brings its own, enums apart; where equality is not that of bytes, values cannot be told apart by their text.
+create or replace function relay.rights(relation regclass, role oid) returns jsonb
 language plpgsql stable
 set search_path = ''
 set jit = off
 set plan_cache_mode = force_generic_plan as $$
+declare
+  procs oid[];
+  classes oid[];
+  parts int[];
+  types oid[];
+  others text[];
+  policies jsonb;
+  helpers jsonb;
+  helping oid[];
 begin
-  return exists (
-    select from relay.policy_parts(relation, role) d
-    where case d.class
-      when 'pg_catalog.pg_proc'::pg_catalog.regclass then not exists (
-        select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-        where p.oid = d.object and n.nspname = 'auth' and p.proname in ('uid', 'jwt', 'role', 'email'))
-      when 'pg_catalog.pg_class'::pg_catalog.regclass then not exists (
-        select from pg_catalog.pg_class c where c.oid = d.object and c.relkind in ('r', 'p', 'm') and not c.relrowsecurity)
-      when 'pg_catalog.pg_type'::pg_catalog.regclass then not exists (
-        select from pg_catalog.pg_type t where t.oid = d.object and t.typtype = 'e')
-      else true end);
-end
-$$;
-comment on function relay.calls_own(regclass, oid) is 'whether the read policies of a relation call functions of users';
+  select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+      'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
+    into policies
+  from relay.policies_for(relation, role) p;
+  select coalesce(pg_catalog.array_agg(distinct d.object) filter (where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass), '{}'),
+         coalesce(pg_catalog.array_agg(d.object order by d.object, d.part) filter (where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass), '{}'),
+         coalesce(pg_catalog.array_agg(d.part order by d.object, d.part) filter (where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass), '{}'),
+         coalesce(pg_catalog.array_agg(distinct d.object) filter (where d.class = 'pg_catalog.pg_type'::pg_catalog.regclass), '{}'),
+         coalesce(pg_catalog.array_agg(distinct case d.class
+             when 'pg_catalog.pg_operator'::pg_catalog.regclass then (
+               select pg_catalog.format('operator %I.%s may read any claim', n.nspname, o.oprname)
+               from pg_catalog.pg_operator o join pg_catalog.pg_namespace n on n.oid = o.oprnamespace where o.oid = d.object)
+             when 'pg_catalog.pg_collation'::pg_catalog.regclass then 'a collation of its own is used'
+             else pg_catalog.format('it depends on an object of %s', d.class) end)
+           filter (where d.class not in ('pg_catalog.pg_proc'::pg_catalog.regclass, 'pg_catalog.pg_class'::pg_catalog.regclass,
+                                         'pg_catalog.pg_type'::pg_catalog.regclass)), '{}')
+    into procs, classes, parts, types, others
+  from relay.policy_parts(relation, role) d;
 
--- relay.obstacles(relation, role) -> ["..."] : why nobody can tell what the read policies depend on
--- Functions and operators of users may read any setting; a type of theirs brings its own, enums apart; where equality is
--- not that of bytes, values cannot be told apart by their text.
-create or replace function relay.obstacles(relation regclass, role oid) returns jsonb
-language plpgsql stable
-set search_path = ''
-set jit = off
-set plan_cache_mode = force_generic_plan as $$
-begin
-  return (
-    select coalesce(pg_catalog.jsonb_agg(distinct o.why), '[]')
-    from (select relay.helpers(relation, role) as functions offset 0) known
-    cross join relay.policy_parts(relation, role) d
-    cross join lateral (
-      select case
-        when d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass then (
-          select pg_catalog.format('%I.%I() may read any claim', n.nspname, p.proname)
-          from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-          where p.oid = d.object and not (known.functions ? pg_catalog.format('%I.%I', n.nspname, p.proname) and p.pronargs = 0))
-        when d.class = 'pg_catalog.pg_operator'::pg_catalog.regclass then (
-          select pg_catalog.format('operator %I.%s may read any claim', n.nspname, p.oprname)
-          from pg_catalog.pg_operator p join pg_catalog.pg_namespace n on n.oid = p.oprnamespace where p.oid = d.object)
-        when d.class = 'pg_catalog.pg_type'::pg_catalog.regclass then (
-          select pg_catalog.format('type %s brings functions of its own', pg_catalog.format_type(t.oid, null))
-          from pg_catalog.pg_type t left join pg_catalog.pg_type e on e.oid = t.typelem
-          where t.oid = d.object and t.typtype <> 'e' and not (t.typcategory = 'A' and e.typtype = 'e'))
-        when d.class = 'pg_catalog.pg_collation'::pg_catalog.regclass then 'a collation of its own is used'
-        when d.class = 'pg_catalog.pg_class'::pg_catalog.regclass then (
-          select pg_catalog.format('equality in %s follows a collation and not the bytes', d.object::pg_catalog.regclass)
-          where exists (select from pg_catalog.pg_attribute a join pg_catalog.pg_collation l on l.oid = a.attcollation
-                        where a.attrelid = d.object and a.attnum > 0 and not l.collisdeterministic))
-        else pg_catalog.format('it depends on an object of %s', d.class)
-      end as why) o
-    where o.why is not null);
+  select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.format('%I.%I', n.nspname, p.proname), pg_catalog.jsonb_build_object(
+           'returns', pg_catalog.format_type(p.prorettype, null), 'body', p.prosrc)), '{}'),
+         coalesce(pg_catalog.array_agg(p.oid), '{}')
+    into helpers, helping
+  from pg_catalog.pg_proc p
+  join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+  join pg_catalog.pg_language l on l.oid = p.prolang
+  where p.oid = any (procs || array(
+      select f.oid from pg_catalog.pg_proc f
+      where f.proname in ('uid', 'jwt', 'role', 'email')
+        and f.pronamespace = (select a.oid from pg_catalog.pg_namespace a where a.nspname = 'auth')))
+    and l.lanname = 'sql' and p.pronargs = 0 and p.prokind = 'f' and not p.proretset and p.prosqlbody is null
+    and (p.proconfig is null or p.proconfig = array['search_path=""'])
+    and pg_catalog.has_function_privilege(role, p.oid, 'execute') and pg_catalog.has_schema_privilege(role, n.oid, 'usage');
+
+  return pg_catalog.jsonb_build_object(
+    'policies', policies,
+    'helpers', helpers,
+    'tables', (
+      select coalesce(pg_catalog.jsonb_agg(distinct pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
+      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+      where c.oid = any (classes) and c.relkind in ('r', 'p', 'm') and not relay.is_secured(c.oid, role)),
+    'unreadable', (
+      select pg_catalog.min(c.oid::pg_catalog.regclass::text)
+      from unnest(classes, parts) d (object, part)
+      join pg_catalog.pg_class c on c.oid = d.object
+      where c.relkind in ('r', 'p', 'm', 'v', 'f')
+        and not pg_catalog.has_table_privilege(role, c.oid, 'select')
+        and not case when d.part > 0 then pg_catalog.has_column_privilege(role, c.oid, d.part::smallint, 'select')
+                     else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end),
+    -- Tables and types count where functions may stand behind them.
+    'calls_own', others <> '{}'
+      or exists (
+        select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+        where p.oid = any (procs) and not (n.nspname = 'auth' and p.proname in ('uid', 'jwt', 'role', 'email')))
+      or exists (
+        select from pg_catalog.pg_class c
+        where c.oid = any (classes) and (c.relkind not in ('r', 'p', 'm') or c.relrowsecurity))
+      or exists (select from pg_catalog.pg_type t where t.oid = any (types) and t.typtype <> 'e'),
+    'own_casts', relay.has_own_casts(),
+    'obstacles', pg_catalog.to_jsonb(others || array(
+      select pg_catalog.format('%I.%I() may read any claim', n.nspname, p.proname)
+      from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+      where p.oid = any (procs) and p.oid <> all (helping)
+      union all
+      select pg_catalog.format('type %s brings functions of its own', pg_catalog.format_type(t.oid, null))
+      from pg_catalog.pg_type t left join pg_catalog.pg_type e on e.oid = t.typelem
+      where t.oid = any (types) and t.typtype <> 'e' and not (t.typcategory = 'A' and e.typtype = 'e')
+      union all
+      select distinct pg_catalog.format('equality in %s follows a collation and not the bytes', a.attrelid::pg_catalog.regclass)
+      from pg_catalog.pg_attribute a join pg_catalog.pg_collation l on l.oid = a.attcollation
+      where a.attrelid = any (classes) and a.attnum > 0 and not l.collisdeterministic)));
 end
 $$;
-comment on function relay.obstacles(regclass, oid) is 'why what the read policies of a relation depend on is not known';
+comment on function relay.rights(regclass, oid) is 'what the policies by which a role reads a relation may rely on';
 
 -- relay.access(relation, role) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role may select nothing
 create or replace function relay.access(relation regclass, role oid) returns jsonb
@@ -247,13 +220,7 @@ begin
   return (
     select pg_catalog.jsonb_build_object('columns', may.columns, 'policy', rule.policy,
       'judge', relay.judge_statement(relation, rule.policy),
-      'rights', pg_catalog.jsonb_build_object(
-        'policies', case when rule.policy is null or c.relkind in ('m', 'f') then '[]' else (
-          select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
-            'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
-          from relay.policies_for(relation, role) p) end,
-        'helpers', relay.helpers(relation, role), 'tables', relay.plain_tables(relation, role), 'calls_own', relay.calls_own(relation, role),
-        'unreadable', relay.unreadable(relation, role), 'own_casts', relay.has_own_casts(), 'obstacles', relay.obstacles(relation, role)))
+      'rights', case when rule.policy is not null and c.relkind not in ('m', 'f') then relay.rights(relation, role) else '{}' end)
     from pg_catalog.pg_class c
     cross join lateral (
       select pg_catalog.jsonb_agg(a.attname order by a.attnum) as columns

@@ -94,12 +94,22 @@ struct Reader {
     cursor: Option<String>,
     ids: Vec<i64>,
     client: Option<Client>,
+    /// How many it has, for whoever waits for it.
+    count: Arc<AtomicU64>,
 }
 
 impl Reader {
     fn new(run: &Arc<Run>, place: usize) -> Self {
         let path = format!("/realtime/v1/changes?table=events&apikey={}", Self::token(place));
-        Self { run: Arc::clone(run), place, path, cursor: None, ids: Vec::new(), client: None }
+        Self {
+            run: Arc::clone(run),
+            place,
+            path,
+            cursor: None,
+            ids: Vec::new(),
+            client: None,
+            count: Arc::default(),
+        }
     }
 
     fn token(place: usize) -> String {
@@ -115,6 +125,7 @@ impl Reader {
     fn take(&mut self, change: &Value) {
         assert_eq!(change["record"]["owner"], [ANN, BOB][self.place], "a row of somebody else's");
         self.ids.push(change["record"]["id"].as_i64().unwrap());
+        self.count.fetch_add(1, Ordering::Relaxed);
         self.cursor = Some(change["cursor"].as_str().unwrap().to_owned());
     }
 
@@ -238,21 +249,21 @@ async fn what_was_committed_is_told_once_whatever_is_killed_and_by_whichever_tra
     }
     let minutes: f64 = std::env::var("RELAY_TEST_MINUTES").map_or(0.2, |minutes| minutes.parse().unwrap());
     let end = Instant::now() + Duration::from_secs_f64(60.0 * minutes);
-    let reading: Vec<_> = readers
-        .into_iter()
-        .map(|(kind, mut reader)| {
-            tokio::spawn(async move {
-                reader.listen(40).await;
-                while !reader.is_done() {
-                    match (kind, reader.ids.len() / 50 % 2) {
-                        ("poll", _) | ("all", 0) => reader.poll().await,
-                        _ => reader.stream(30).await,
-                    }
+    let read = |(kind, mut reader): (&'static str, Reader)| {
+        let (count, place) = (Arc::clone(&reader.count), reader.place);
+        let reading = tokio::spawn(async move {
+            reader.listen(40).await;
+            while !reader.is_done() {
+                match (kind, reader.ids.len() / 50 % 2) {
+                    ("poll", _) | ("all", 0) => reader.poll().await,
+                    _ => reader.stream(30).await,
                 }
-                (kind, reader.place, reader.ids)
-            })
-        })
-        .collect();
+            }
+            reader.ids
+        });
+        (kind, place, count, reading)
+    };
+    let reading: Vec<_> = readers.into_iter().map(read).collect();
     let writing: Vec<_> = (1..=WRITERS).map(|number| tokio::spawn(write(Arc::clone(&run), number))).collect();
 
     let mut faults = 0;
@@ -285,9 +296,17 @@ async fn what_was_committed_is_told_once_whatever_is_killed_and_by_whichever_tra
         owed.push(ids);
     }
     run.settled.store(true, Ordering::Relaxed);
-    for reader in reading {
-        let (kind, place, mut ids) =
-            timeout(PATIENCE * 2, reader).await.expect("a reader never got everything").unwrap();
+    for (kind, place, count, mut reading) in reading {
+        let mut before = 0;
+        let mut ids = loop {
+            if let Ok(ids) = timeout(PATIENCE, &mut reading).await {
+                break ids.unwrap();
+            }
+            let now = count.load(Ordering::Relaxed);
+            let owed = owed[place].len();
+            assert!(now > before, "{kind} {place}: stopped at {now} of {owed} rows");
+            before = now;
+        };
         let count = ids.len();
         ids.sort_unstable();
         ids.dedup();

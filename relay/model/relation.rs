@@ -142,6 +142,7 @@ pub struct Access {
 
 /// What policies of a relation refer to, as far as the role may use it.
 #[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 pub struct Rights {
     /// The policies that apply to the role, in the order in which PostgreSQL tries them.
     pub policies: Vec<Policy>,
