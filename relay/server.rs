@@ -79,7 +79,7 @@ pub async fn serve(
     let source = Source {
         server: main.clone(),
         bell,
-        pool: pool.clone(),
+        pool,
         poll: config.poll,
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
@@ -89,7 +89,7 @@ pub async fn serve(
     let census = Census::new(judge.clone(), config.judge_timeout);
     let gate = Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, Arc::clone(&observe));
     let census = Census::new(judge.clone(), config.judge_timeout);
-    let rows = Rows::new(pool.clone(), &judge, config.judge_timeout)?;
+    let rows = Rows::new(&main, &judge, config.judge_timeout)?;
     let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
     let past = Past::new(main.clone(), Arc::clone(&catalog), past);
     let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));

@@ -14,6 +14,7 @@ mod changes;
 mod cli;
 mod clients;
 mod crash;
+mod cursors;
 mod doorbell;
 mod drift;
 mod explain;

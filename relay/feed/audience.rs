@@ -15,7 +15,7 @@ use crate::model::dress::{Dress, with_cursor};
 use crate::model::policy::{Meaning, meaning};
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
-use crate::model::subscription::{Binding, Events, Scope, Subscription};
+use crate::model::subscription::{Binding, Events, Subscription};
 
 /// What makes channels one audience: they get the same frames.
 #[derive(PartialEq, Eq, Hash)]
@@ -126,18 +126,8 @@ impl Audience {
     /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
     /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew.
     pub fn leave_what_is_gone(&self, catalog: &Catalog, cursor: &str) {
-        let is_stale = |binding: &Binding| match &binding.scope {
-            Scope::Relation(relation) => match catalog.relation(*relation) {
-                Some(relation) => binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation)),
-                None => true,
-            },
-            Scope::Schema(_) | Scope::All => false,
-        };
-        if self.subscription.bindings().iter().any(is_stale) {
-            self.tell_gap(
-                "a table of this channel was altered, dropped or watched anew, read its rows again",
-                cursor,
-            );
+        if self.subscription.is_stale(catalog) {
+            self.tell_gap(ALTERED, cursor);
             for (channel, outbox) in &self.members {
                 outbox.rebind(*channel);
             }
@@ -266,6 +256,9 @@ impl Audience {
         Bytes::from(self.key.dress.gap(why, cursor))
     }
 }
+
+/// What is told to whoever subscribed to a table that is another now.
+pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";
 
 fn wants(binding: &Binding, meaning: Meaning) -> bool {
     match binding.events {

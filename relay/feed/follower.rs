@@ -1,12 +1,12 @@
 //! Somebody who comes with a cursor: first what was missed, from the changelog, then what is delivered to everybody.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::sleep;
 
-use crate::feed::audience::{Audience, AudienceKey};
+use crate::feed::audience::{ALTERED, Audience, AudienceKey};
 use crate::feed::binding::Feed;
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
@@ -14,6 +14,7 @@ use crate::feed::router::{Command, Handover, Registration};
 use crate::feed::stretch::{Stretch, tell_one};
 use crate::model::cursor::{Cursor, Span};
 use crate::model::dress::Dress;
+use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
 use crate::postgres::catalog::CatalogKeeper;
@@ -26,6 +27,8 @@ const AT_ONCE: usize = 4;
 const CHANGES: usize = 250;
 /// … or so many bytes of images.
 const BYTES: usize = 128 * 1024;
+/// One reader's turn; a long past takes several.
+const TURN: Duration = Duration::from_secs(2);
 
 /// Reads the past for those who missed it.
 pub struct Past {
@@ -34,6 +37,7 @@ pub struct Past {
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
     turns: Semaphore,
+    judged_with: Mutex<Option<Arc<Catalog>>>,
 }
 
 /// A channel that came with a cursor. It leaves when it is dropped.
@@ -76,11 +80,12 @@ impl From<Error> for Missed {
 impl Past {
     /// Reads the changelog of `server`.
     pub fn new(server: Server, catalog: Arc<CatalogKeeper>, gate: Gate) -> Self {
-        Self { server, catalog, gate, turns: Semaphore::new(AT_ONCE) }
+        Self { server, catalog, gate, turns: Semaphore::new(AT_ONCE), judged_with: Mutex::new(None) }
     }
 
     /// Whether the cursor is of a moment that has been, and whose changes are still there.
     async fn check(&self, cursor: &Cursor) -> Result<(), Missed> {
+        let _turn = self.turns.acquire().await;
         let changelog = Changelog::connect(&self.server).await?;
         self.check_with(&changelog, cursor).await
     }
@@ -96,17 +101,31 @@ impl Past {
         }
     }
 
-    /// Tells an audience of one what lies between two cursors; stops when its outbox has enough. Gives where it stands then.
+    /// The rules of now; what was planned with others is forgotten.
+    async fn catalog(&self) -> Result<Arc<Catalog>, Error> {
+        let catalog = self.catalog.reloaded().await?;
+        let mut judged_with = self.judged_with.lock().await;
+        if !judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, &catalog)) {
+            self.gate.forget().await;
+            *judged_with = Some(Arc::clone(&catalog));
+        }
+        Ok(catalog)
+    }
+
+    /// Tells an audience of one what lies between two cursors; stops when its outbox has enough, or for others to have their
+    /// turn. Gives where it stands then, and whether that is the end.
     async fn tell(
         &self,
         since: &Cursor,
         to: &Cursor,
         audience: &Audience,
         outbox: &Outbox,
-    ) -> Result<Cursor, Missed> {
+    ) -> Result<(Cursor, bool), Missed> {
         let _turn = self.turns.acquire().await;
         let changelog = Changelog::connect(&self.server).await?;
         self.check_with(&changelog, since).await?;
+        let started = Instant::now();
+        let has_enough = || outbox.is_behind() || outbox.is_full() || started.elapsed() > TURN;
         let mut position = Position::after(since.seen().clone());
         if let Some(within) = since.within() {
             position.until = Some(within.until().clone());
@@ -122,11 +141,14 @@ impl Past {
             loop {
                 let (changes, more) = page.part(CHANGES, BYTES).await?;
                 let Some(last) = changes.last().map(|change| change.number) else { break };
-                let catalog = self.catalog.fresh().await?;
+                let catalog = self.catalog().await?;
+                if audience.subscription().is_stale(&catalog) {
+                    return Err(Missed::Gap(ALTERED));
+                }
                 let stretch = Stretch { changes, more, span: Arc::clone(&span) };
                 tell_one(&self.gate, &catalog, &stretch, audience).await?;
-                if more && outbox.is_behind() {
-                    return Ok(span.after(last, false));
+                if more && has_enough() {
+                    return Ok((span.after(last, false), false));
                 }
                 if !more {
                     break;
@@ -136,8 +158,9 @@ impl Past {
             if !changelog.horizon().await?.is_before_or_equal(&position.seen) {
                 return Err(Missed::Gap(TOO_OLD));
             }
-            if to.seen().is_before_or_equal(&until) || outbox.is_behind() {
-                return Ok(span.end());
+            let is_there = to.seen().is_before_or_equal(&until);
+            if is_there || has_enough() {
+                return Ok((span.end(), is_there));
             }
             position = Position::after(until);
         }
@@ -188,8 +211,10 @@ impl Follower {
                         since: None,
                     };
                     let alone = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
-                    self.since = self.feed.past().tell(&self.since, &to, &alone, &self.outbox).await?;
-                    if self.outbox.is_behind() {
+                    let (since, is_there) =
+                        self.feed.past().tell(&self.since, &to, &alone, &self.outbox).await?;
+                    self.since = since;
+                    if !is_there || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
                 }

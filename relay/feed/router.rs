@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::feed::audience::{Audience, AudienceKey};
+use crate::feed::audience::{ALTERED, Audience, AudienceKey};
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::readership::{AudienceId, Readerships};
@@ -219,7 +219,15 @@ impl Router {
             };
         };
         if !missed.is_empty() {
-            let Ok(catalog) = self.catalog.fresh().await else { return Handover::NotYet };
+            let is_news = |stretch: &Arc<Stretch>| stretch.more || stretch.changes.iter().any(is_of_schema);
+            let catalog = match missed.iter().any(is_news) {
+                true => self.catalog.reloaded().await,
+                false => self.catalog.fresh().await,
+            };
+            let Ok(catalog) = catalog else { return Handover::NotYet };
+            if registration.subscription.is_stale(&catalog) {
+                return Handover::Gap(ALTERED);
+            }
             let key = AudienceKey {
                 dress: registration.dress.clone(),
                 subscription: registration.subscription.clone(),
@@ -231,6 +239,9 @@ impl Router {
                     return Handover::NotYet;
                 }
             }
+        }
+        if self.judged_with.as_ref().is_some_and(|catalog| registration.subscription.is_stale(catalog)) {
+            return Handover::Gap(ALTERED);
         }
         self.remove(channel);
         self.take_in(channel, registration);
@@ -252,7 +263,8 @@ impl Router {
         match part {
             Part::Changes { changes, more, span } => {
                 let stretch = Arc::new(Stretch { changes, more, span });
-                if !self.audiences.is_empty() {
+                // Other rules count for those who come later, too.
+                if !self.audiences.is_empty() || stretch.changes.iter().any(is_of_schema) {
                     self.deliver_when_judged(&stretch).await;
                 }
                 self.observe.delivered_through(&stretch.changes);
@@ -339,4 +351,8 @@ impl Router {
         }
         Ok(catalog)
     }
+}
+
+fn is_of_schema(change: &Change) -> bool {
+    change.operation == Operation::Schema
 }

@@ -38,6 +38,8 @@ const DEAF: Duration = Duration::from_millis(100);
 /// Asleep, the bell is rung by ourselves this often, to prove that it is still heard.
 const PROBE: Duration = Duration::from_secs(30);
 
+/// Trimming takes several looks after the changelog, so what was read a moment ago cannot be affected.
+const TRIMMED: Duration = Duration::from_millis(100);
 /// Where we are is told this often when there is nothing else to tell, so that cursors do not grow old.
 const QUIET: Duration = Duration::from_secs(1);
 
@@ -118,8 +120,9 @@ impl Source {
                 if known.epoch == epoch
                     && changelog.horizon().await?.is_before_or_equal(&known.position.seen) => {}
             Some(known) => {
-                known.epoch = epoch;
-                known.position = self.start(&changelog).await?;
+                // Both or neither: if the start fails, the next try has to find the difference again.
+                let position = self.start(&changelog).await?;
+                *known = Place { epoch, position };
                 let why = String::from(
                     "the database is another one, or an older state of it, or was away for too long, read the rows again",
                 );
@@ -150,7 +153,15 @@ impl Source {
             false
         };
         self.observe.source_up(hears);
-        let mut reading = Reading { source: self, changelog, place, parts, told: Instant::now() };
+        let mut reading = Reading {
+            source: self,
+            changelog,
+            place,
+            parts,
+            told: Instant::now(),
+            unheard: false,
+            looked: Instant::now(),
+        };
         if hears { reading.by_bell(&mut doorbell).await } else { reading.by_polling(&mut doorbell).await }
     }
 
@@ -178,6 +189,10 @@ struct Reading<'a> {
     parts: &'a Sender<Part>,
     /// When somebody last heard where we are.
     told: Instant,
+    /// The position moved since, with nothing to tell.
+    unheard: bool,
+    /// When the last look at the changelog began; handing on what it found may have taken long.
+    looked: Instant,
 }
 
 /// What a look at the changelog found.
@@ -298,22 +313,35 @@ impl Reading<'_> {
 
     /// Reads one page and hands it on in parts. The position moves with what was handed on.
     async fn look(&mut self, how: Flush) -> Result<Look, Error> {
+        let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
         let mut page = self.changelog.open(&self.place.position).await?;
         let until = page.until.clone();
         let seen = self.place.position.seen.clone();
         let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
-        let mut total = 0;
+        let (mut total, mut goes_on) = (0, false);
         let mut flushed = !page.unflushed;
         loop {
             let (changes, more) = page.part(PART_CHANGES, PART_BYTES).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
                 break;
             };
+            // What was trimmed before it was read would be missing in the page. While the page is open nothing more can be.
+            if total == 0 && slept > TRIMMED {
+                let horizon = changelog::horizon(&self.source.pool).await?;
+                if !horizon.is_before_or_equal(&span.seen) {
+                    self.place.position = Position::after(horizon);
+                    let why =
+                        String::from("changes were trimmed before they could be told, read the rows again");
+                    let over = self.parts.send(Part::Gap(why)).await.is_err();
+                    return Ok(if over { Look::Over } else { Look::Plenty });
+                }
+            }
             if !flushed {
                 self.source.flush(how).await?;
                 flushed = true;
             }
             total += changes.len();
+            goes_on = more;
             self.source.observe.read(changes.len());
             let span = Arc::clone(&span);
             if self.parts.send(Part::Changes { changes, more, span }).await.is_err() {
@@ -330,8 +358,11 @@ impl Reading<'_> {
         // moves the position only when it is safe by itself.
         if flushed {
             self.place.position = Position::after(until);
-            if total == 0 && span.seen != span.until && self.told.elapsed() > QUIET {
+            self.unheard = goes_on || (total == 0 && (self.unheard || span.seen != span.until));
+            // Whoever was told that a page goes on is told at once that it does not.
+            if goes_on || (self.unheard && self.told.elapsed() > QUIET) {
                 self.told = Instant::now();
+                self.unheard = false;
                 if self.parts.send(Part::Quiet(span.end())).await.is_err() {
                     return Ok(Look::Over);
                 }

@@ -232,6 +232,18 @@ impl Subscription {
         &self.bindings
     }
 
+    /// Whether a relation it names is not watched any more, or watched anew, or has another name or other types than its
+    /// filter was read with: then it would wait for ever.
+    pub fn is_stale(&self, catalog: &Catalog) -> bool {
+        self.bindings.iter().any(|binding| match &binding.scope {
+            Scope::Relation(relation) => match catalog.relation(*relation) {
+                Some(relation) => binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation)),
+                None => true,
+            },
+            Scope::Schema(_) | Scope::All => false,
+        })
+    }
+
     /// The bindings that concern a relation.
     pub fn concerning<'a>(&'a self, relation: &'a Relation) -> impl Iterator<Item = &'a Binding> {
         self.bindings.iter().filter(|binding| match &binding.scope {

@@ -155,6 +155,16 @@ pub enum Flush {
     WithWriters,
 }
 
+/// The snapshot before which changes are not kept any more.
+///
+/// # Errors
+/// As the connection.
+pub async fn horizon(pool: &Pool) -> Result<Snapshot, Error> {
+    let client = pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+    let horizon = client.prepare_cached("select relay.horizon()").await?;
+    parse(client.query_one(&horizon, &[]).await?.get(0))
+}
+
 /// How long writers' commits are waited for: a few of them on a slow disk.
 const PAUSES: [Duration; 6] = [Duration::from_micros(500); 6];
 

@@ -39,8 +39,8 @@ impl Rows {
     ///
     /// # Errors
     /// When the pool cannot be built.
-    pub fn new(main: Pool, judge: &Server, limit: Duration) -> Result<Self, Error> {
-        Ok(Self { main, readers: judge.pool(READERS, limit)? })
+    pub fn new(main: &Server, judge: &Server, limit: Duration) -> Result<Self, Error> {
+        Ok(Self { main: main.pool(READERS, limit)?, readers: judge.pool(READERS, limit)? })
     }
 
     /// The rows that somebody may see and that fulfil a condition, at most so many.
@@ -56,6 +56,8 @@ impl Rows {
         most: usize,
     ) -> Result<Found, Error> {
         let pool = |error: deadpool_postgres::PoolError| Error::Pool(error.to_string());
+        // The scarcer one first: whoever waits for it holds nothing.
+        let mut reader = self.readers.get().await.map_err(pool)?;
         let mut main = self.main.get().await.map_err(pool)?;
         let snapshot = main
             .build_transaction()
@@ -64,7 +66,6 @@ impl Rows {
             .await?;
         let taken = snapshot.query_one("select relay.cursor(), pg_export_snapshot()", &[]).await?;
         let (cursor, name): (String, String) = (taken.get(0), taken.get(1));
-        let mut reader = self.readers.get().await.map_err(pool)?;
         let reading = reader
             .build_transaction()
             .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
@@ -100,7 +101,14 @@ fn query(relation: &Relation, access: &Access, condition: Option<&str>, most: us
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let list = |names: &[String]| names.iter().map(|name| quote(name)).collect::<Vec<_>>().join(", ");
     let (schema, table) = (quote(&relation.schema), quote(&relation.table));
-    let condition = condition.map_or(String::new(), |condition| format!(" where {condition}"));
+    // Row security is PostgreSQL's own to add; the read policy of a relation that cannot have it is not.
+    let policy = access.policy.as_deref().filter(|_| matches!(relation.kind.as_str(), "m" | "f"));
+    let conditions: Vec<String> =
+        policy.into_iter().chain(condition).map(|condition| format!("({condition}\n)")).collect();
+    let condition = match conditions.is_empty() {
+        true => String::new(),
+        false => format!(" where {}", conditions.join(" and ")),
+    };
     let seen: Vec<String> = relation.key.iter().filter(|name| access.sees(name)).cloned().collect();
     let order = if seen.is_empty() { String::new() } else { format!(" order by {}", list(&seen)) };
     format!(

@@ -21,8 +21,8 @@ use crate::model::cursor::Cursor;
 use crate::model::dress::{Bare, Dress};
 use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
-use crate::model::subscription::{Request as Wanted, Subscription};
-use crate::transport::http::{App, error, json, parameter};
+use crate::model::subscription::{Request as Wanted, Subscription, Target};
+use crate::transport::http::{App, error, is_unreadable, json, parameter};
 use crate::transport::{stream, ws};
 
 /// An answer with a body of any kind.
@@ -31,6 +31,11 @@ pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 /// How long a poll waits by default, and at most, in seconds: below what proxies allow an answer.
 const WAIT: u64 = 25;
 const MOST_WAIT: u64 = 55;
+/// What a request may say.
+const PARAMETERS: [&str; 9] =
+    ["apikey", "topic", "event", "schema", "table", "filter", "select", "since", "wait"];
+/// Room for the largest change beside a part of others: what is read from the past waits for its reader.
+const LEAST_OUTBOX: usize = 4 << 20;
 /// PostgreSQL has this long to let a poll begin.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// A text that means neither a stream nor JSON is JSON.
@@ -74,6 +79,11 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
     if parameter(query, "topic").is_some() {
         return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
     }
+    for name in PARAMETERS {
+        if is_unreadable(query, name) {
+            return Err(refused(StatusCode::BAD_REQUEST, &format!("{name}: this is not UTF-8")));
+        }
+    }
     let mut entry = Map::new();
     for name in ["event", "schema", "table", "filter"] {
         if let Some(value) = parameter(query, name) {
@@ -90,6 +100,9 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
         ));
     }
     let wanted = Wanted::parse(&entry).map_err(|why| refused(StatusCode::BAD_REQUEST, &why.0))?;
+    if !matches!(wanted.target, Target::Table { .. }) {
+        return Err(refused(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
+    }
     let last = request.headers().get("last-event-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
     let since = match last.filter(|id| !id.is_empty()).or_else(|| parameter(query, "since")) {
         None => None,
@@ -115,14 +128,17 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
         since,
         wait: Duration::from_secs(wait),
         channel: ChannelId { session: app.next_session(), channel: 0 },
-        outbox: Arc::new(Outbox::new(app.outbox_bytes)),
+        outbox: Arc::new(Outbox::new(app.outbox_bytes.max(LEAST_OUTBOX))),
     })
 }
 
 /// The token of an `Authorization` header, or an API key.
 fn bearer(headers: &HeaderMap) -> Option<String> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let bearer = text("authorization").and_then(|value| value.strip_prefix("Bearer "));
+    let bearer = text("authorization").and_then(|value| {
+        let (scheme, token) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(token)
+    });
     bearer.or_else(|| text("apikey")).or_else(|| text("x-api-key")).map(str::to_owned)
 }
 
@@ -182,23 +198,31 @@ async fn poll(app: &App, call: Call) -> Answer {
             () = app.end.cancelled() => None,
         },
     };
-    if progress == Progress::More || taken == Some(Taken::Frames) {
-        let cursor = follower.since().to_string();
-        return changes(&pieces, &cursor, progress == Progress::More);
+    if progress == Progress::More {
+        // It has come further than the last change that may be seen.
+        return changes(&pieces, Some(&follower.since().to_string()), true);
+    }
+    if taken == Some(Taken::Frames) {
+        return changes(&pieces, None, false);
     }
     if taken == Some(Taken::Full) {
         // More came at once than may wait for one client: it is read from the changelog next time.
-        return changes(&pieces, &since.to_string(), true);
+        return changes(&VecDeque::new(), Some(&since.to_string()), true);
     }
-    let cursor = follower.leave().await.filter(|cursor| cursor.is_at_or_after(&since)).unwrap_or(since);
+    // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
+    let ends_at = follower.subscription().identity().claims().expires_at();
+    let reached = follower.leave().await.filter(|cursor| cursor.is_at_or_after(&since));
+    let cursor = reached.filter(|_| ws::now() < ends_at).unwrap_or_else(|| since.clone());
     // What was delivered while we left is there now.
-    let _ = outbox.take(&mut pieces).now_or_never();
-    changes(&pieces, &cursor.to_string(), false)
+    match outbox.take(&mut pieces).now_or_never() {
+        Some(Taken::Full) => changes(&VecDeque::new(), Some(&since.to_string()), true),
+        _ => changes(&pieces, Some(&cursor.to_string()), false),
+    }
 }
 
-/// The pieces as an answer; the cursor is that of the last, or the given one.
-fn changes(pieces: &VecDeque<Bytes>, cursor: &str, more: bool) -> Answer {
-    let mut last = cursor;
+/// The pieces as an answer; the cursor is the given one, or that of the last piece.
+fn changes(pieces: &VecDeque<Bytes>, cursor: Option<&str>, more: bool) -> Answer {
+    let (mut last, mut end) = ("", cursor);
     let mut list = Vec::with_capacity(pieces.len());
     for piece in pieces {
         match std::str::from_utf8(piece).ok().and_then(Bare::parse) {
@@ -208,14 +232,20 @@ fn changes(pieces: &VecDeque<Bytes>, cursor: &str, more: bool) -> Answer {
             }
             // What stands before a gap is told first; the gap is met again from there.
             Some((_, Bare::Gap(why))) if list.is_empty() => return gap(why),
-            _ => break,
+            _ => {
+                end = None;
+                break;
+            }
         }
     }
-    let more = if more { r#","more":true"# } else { "" };
+    let (last, more) = (end.unwrap_or(last), if more { r#","more":true"# } else { "" });
     json(StatusCode::OK, format!(r#"{{"cursor":"{last}","changes":[{}]{more}}}"#, list.join(",")))
 }
 
 async fn follow(app: Arc<App>, call: Call) -> Answer {
+    if app.observe.session_count() >= app.max_connections {
+        return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
+    }
     let Call { subscription, since, channel, outbox, .. } = call;
     let since = match since {
         Some(since) => since,

@@ -195,6 +195,12 @@ fn origin_is_allowed(allowed: &[String], headers: &HeaderMap) -> bool {
     }
 }
 
+/// Whether the query has this parameter and it is no text.
+pub fn is_unreadable(query: &str, name: &str) -> bool {
+    let is_it = |pair: &str| pair.strip_prefix(name).is_some_and(|rest| rest.starts_with('='));
+    query.split('&').any(is_it) && parameter(query, name).is_none()
+}
+
 /// A parameter of the query, percent-decoded.
 pub fn parameter(query: &str, name: &str) -> Option<String> {
     let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;

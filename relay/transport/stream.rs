@@ -62,7 +62,8 @@ impl Stream {
     async fn next(&mut self) -> Option<String> {
         if !self.begun {
             self.begun = true;
-            return Some(format!("retry: {RETRY}\n\n"));
+            // Whoever loses the stream before its first event comes back to here.
+            return Some(format!("retry: {RETRY}\nid: {}\n\n", self.follower.since()));
         }
         loop {
             if self.over {
@@ -111,6 +112,8 @@ impl Stream {
             match std::str::from_utf8(&piece).ok().and_then(Bare::parse) {
                 Some((cursor, Bare::Change(change))) => event(&mut text, "change", cursor, change),
                 Some((cursor, Bare::Gap(why))) => {
+                    // Without a cursor it is another history, in which this stream has no place.
+                    self.over |= cursor.is_empty();
                     event(
                         &mut text,
                         "gap",

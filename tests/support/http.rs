@@ -72,7 +72,7 @@ impl Events {
             Some(200) => {}
             status => return Err(status),
         }
-        assert_eq!(events.block().await.ok_or(None)?, "retry: 1000");
+        assert!(events.block().await.ok_or(None)?.starts_with("retry: 1000\nid: "));
         Ok(events)
     }
 
