@@ -21,6 +21,7 @@ declare
   current constant int := relay.current_segment();
   next constant int := (relay.current_segment() + 1) % 3;
   total bigint;
+  late boolean;
   done text[] := '{}';
 begin
   if not pg_try_advisory_xact_lock(1919249009, 4) then
@@ -40,12 +41,22 @@ begin
         update relay.segments s set settled = pg_current_snapshot() where s.segment = one.segment;
         done := done || format('settled %s', one.segment);
       elsif one.closed_at < clock_timestamp() - rule.age or total > rule.bytes then
-        execute format('truncate relay.changes_%s', one.segment);
-        update relay.segments s set opened_at = null, closed_at = null, settled = null where s.segment = one.segment;
-        update relay.history h set horizon = one.settled;
-        total := total - pg_total_relation_size(format('relay.changes_%s', one.segment)::regclass);
-        done := done || format('truncated %s', one.segment);
-        exit;
+        execute format('lock table relay.changes_%s in access exclusive mode', one.segment);
+        -- Somebody may have chosen the segment before the move and written to it long after.
+        execute format('select exists (select from relay.changes_%s c where c.xid >= pg_snapshot_xmax($1)
+                        or c.xid = any (array(select pg_snapshot_xip($1))))', one.segment)
+          into late using one.settled;
+        if late then
+          update relay.segments s set settled = pg_current_snapshot(), closed_at = clock_timestamp() where s.segment = one.segment;
+          done := done || format('settled %s again', one.segment);
+        else
+          total := total - pg_total_relation_size(format('relay.changes_%s', one.segment)::regclass);
+          execute format('truncate relay.changes_%s', one.segment);
+          update relay.segments s set opened_at = null, closed_at = null, settled = null where s.segment = one.segment;
+          update relay.history h set horizon = one.settled;
+          done := done || format('truncated %s', one.segment);
+          exit;
+        end if;
       end if;
     exception when lock_not_available then
       null;

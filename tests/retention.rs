@@ -73,6 +73,24 @@ async fn a_transaction_held_open_delays_a_truncation_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_to_a_segment_after_it_was_settled_is_kept_as_long_as_the_rest() {
+    let database = database().await;
+    database.run("insert into t values (1)").await;
+    tend_until(&database, "moved on to 1").await;
+    tend_until(&database, "settled 0").await;
+    // As a writer would that chose its segment before the move and was halted since.
+    database
+        .run(
+            "insert into relay.changes_0 (number, xid, at, relation, operation, oversize)
+             values (nextval('relay.change_number'), pg_current_xact_id(), now(), 1, 'T', false)",
+        )
+        .await;
+    tend_until(&database, "settled 0 again").await;
+    assert_eq!(database.value("select count(*) from relay.changes_0 where operation = 'T'").await, "1");
+    tend_until(&database, "truncated 0").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cursor_older_than_what_is_kept_is_a_gap_and_a_younger_one_goes_on() {
     let database = database().await;
     let old = database.value("select relay.cursor()").await;
