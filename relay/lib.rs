@@ -18,7 +18,7 @@
     reason = "the clock is forbidden in `model` alone, which turns this lint on again"
 )]
 
-/// What things mean: pure values and rules. Never a socket, a clock, a task, SQL or a log line.
+/// What things mean: pure values and rules. Never a socket, a clock, a task, a question to PostgreSQL or a log line.
 #[deny(clippy::disallowed_methods)]
 pub mod model {
     pub mod change;

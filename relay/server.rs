@@ -79,7 +79,7 @@ pub async fn serve(
     let source = Source {
         server: main.clone(),
         bell,
-        pool,
+        pool: pool.clone(),
         poll: config.poll,
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
@@ -91,7 +91,7 @@ pub async fn serve(
     let census = Census::new(judge.clone(), config.judge_timeout);
     let rows = Rows::new(&main, &judge, config.judge_timeout)?;
     let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
-    let past = Past::new(main.clone(), Arc::clone(&catalog), past);
+    let past = Past::new(main.clone(), pool, Arc::clone(&catalog), past);
     let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
     tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));

@@ -17,6 +17,7 @@ use tokio_postgres::{Client as Session, NoTls};
 use crate::crash::Cluster;
 use crate::support::client::Client;
 use crate::support::database::connect;
+use crate::support::dice::Dice;
 use crate::support::http::{Events, try_get};
 use crate::support::program;
 use crate::support::{PATIENCE, SECRET, eventually, token};
@@ -33,17 +34,6 @@ struct Run {
     /// When nothing is written any more: how many rows each reader is owed.
     owed: [AtomicU64; 2],
     settled: AtomicBool,
-}
-
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
 }
 
 async fn session(url: &str) -> Session {

@@ -10,6 +10,7 @@ use tokio_postgres::{Client as Session, Error};
 
 use crate::support::client::Client;
 use crate::support::database::Database;
+use crate::support::dice::Dice;
 use crate::support::relay::Relay;
 use crate::support::{PATIENCE, token};
 
@@ -36,18 +37,6 @@ const DELETE: &str = "with w as (delete from items where id = $1 returning id, m
 const UPSERT: &str = "with w as (insert into items values ($1, $2)
         on conflict (id) do update set mark = excluded.mark returning id, mark, xmax::text = '0' as fresh)
     insert into audit (id, operation, mark) select id, case when fresh then 'INSERT' else 'UPDATE' end, mark from w";
-
-/// Throws that can be thrown again: the seed is printed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
 
 #[derive(Default)]
 struct Tally {

@@ -18,8 +18,17 @@ use crate::postgres::census::Said;
 pub(super) struct Finder<'v, 'a> {
     pub(super) verdicts: &'v mut Verdicts,
     pub(super) asked: &'v mut Vec<Asked<'a>>,
-    /// Where a rule's questions are gathered: by its readership and group, or by filter and rights.
-    pub(super) questions: HashMap<(u64, u64), usize>,
+    /// Where a rule's questions are gathered.
+    pub(super) questions: HashMap<Rule, usize>,
+}
+
+/// What images are asked of together.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Rule {
+    /// The policy of a readership, for one of its groups.
+    Policy(u64, u64),
+    /// A filter, for a role: by their addresses, as in a [`FilterKey`](crate::feed::gate::FilterKey).
+    Filter(usize, usize),
 }
 
 /// What the leaves said of one image, for one group.
@@ -131,7 +140,7 @@ impl<'a> Finder<'_, 'a> {
             let whom = readership.group(group).map(|group| &group.identity);
             match (&access.judge, whom) {
                 (Some(statement), Some(identity)) if !lacks => {
-                    let rule = (readership.number(), group);
+                    let rule = Rule::Policy(readership.number(), group);
                     let answer = Answer::Policy(number, side);
                     self.question(
                         rule,
@@ -161,7 +170,7 @@ impl<'a> Finder<'_, 'a> {
             let Some((image, slot)) = scene.place.image(side) else { continue };
             *truth = if lacks { Truth::Raises } else { filter.truth(image) };
             if *truth == Truth::Unsure {
-                let rule = (key.0 as u64, key.1 as u64);
+                let rule = Rule::Filter(key.0, key.1);
                 let (relation, answer) = (scene.readership.relation(), Answer::Filter(key, side));
                 self.question(rule, relation, identity, &filter.statement, scene.images[slot], answer);
             }
@@ -171,7 +180,7 @@ impl<'a> Finder<'_, 'a> {
 
     fn question(
         &mut self,
-        rule: (u64, u64),
+        rule: Rule,
         relation: &'a Relation,
         identity: &'a Identity,
         statement: &'a Arc<str>,
@@ -181,7 +190,7 @@ impl<'a> Finder<'_, 'a> {
         let number = *self.questions.entry(rule).or_insert_with(|| {
             let (images, answers) = (Vec::new(), Vec::new());
             // A filter calls nothing; a policy may.
-            let with_path = matches!(answer, Answer::Policy(..)) && needs_path(relation, identity);
+            let with_path = matches!(rule, Rule::Policy(..)) && needs_path(relation, identity);
             self.asked.push(Asked { identity, statement, relation, images, answers, with_path });
             self.asked.len() - 1
         });

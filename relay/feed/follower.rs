@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use deadpool_postgres::Pool;
 use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::sleep;
 
@@ -11,28 +12,26 @@ use crate::feed::binding::Feed;
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::router::{Command, Handover, Registration};
+use crate::feed::source::{PART_BYTES, PART_CHANGES};
 use crate::feed::stretch::{Stretch, tell_one};
-use crate::model::cursor::{Cursor, Span};
+use crate::model::cursor::{Cursor, Snapshot, Span};
 use crate::model::dress::Dress;
 use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
 use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::changelog::{Changelog, Position};
+use crate::postgres::changelog::{self, Changelog, Position};
 use crate::postgres::connect::{Error, Server};
 
 /// Readers of the past at a time: a storm of them queues here, and not at the database.
 const AT_ONCE: usize = 4;
-/// Changes read at a time.
-const CHANGES: usize = 250;
-/// … or so many bytes of images.
-const BYTES: usize = 128 * 1024;
 /// One reader's turn; a long past takes several.
 const TURN: Duration = Duration::from_secs(2);
 
 /// Reads the past for those who missed it.
 pub struct Past {
     server: Server,
+    pool: Pool,
     catalog: Arc<CatalogKeeper>,
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
@@ -78,9 +77,9 @@ impl From<Error> for Missed {
 }
 
 impl Past {
-    /// Reads the changelog of `server`.
-    pub fn new(server: Server, catalog: Arc<CatalogKeeper>, gate: Gate) -> Self {
-        Self { server, catalog, gate, turns: Semaphore::new(AT_ONCE), judged_with: Mutex::new(None) }
+    /// Reads the changelog of `server`; `pool` is for questions while a page is open.
+    pub fn new(server: Server, pool: Pool, catalog: Arc<CatalogKeeper>, gate: Gate) -> Self {
+        Self { server, pool, catalog, gate, turns: Semaphore::new(AT_ONCE), judged_with: Mutex::new(None) }
     }
 
     /// Whether the cursor is of a moment that has been, and whose changes are still there.
@@ -96,8 +95,15 @@ impl Past {
         match () {
             () if changelog.epoch().await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
             () if reach > now.xmax() => Err(Missed::Gap("the cursor is of a moment that has not been")),
-            () if !changelog.horizon().await?.is_before_or_equal(cursor.seen()) => Err(Missed::Gap(TOO_OLD)),
-            () => Ok(()),
+            () => self.check_kept(cursor.seen()).await,
+        }
+    }
+
+    /// Whether everything after the snapshot is still there.
+    async fn check_kept(&self, seen: &Snapshot) -> Result<(), Missed> {
+        match changelog::horizon(&self.pool).await?.is_before_or_equal(seen) {
+            true => Ok(()),
+            false => Err(Missed::Gap(TOO_OLD)),
         }
     }
 
@@ -138,8 +144,10 @@ impl Past {
             let span =
                 Arc::new(Span { epoch: since.epoch(), seen: position.seen.clone(), until: until.clone() });
             let mut page = changelog.open(&position).await?;
+            // While it is open nothing can be trimmed; what was trimmed before would be missing in it.
+            self.check_kept(&position.seen).await?;
             loop {
-                let (changes, more) = page.part(CHANGES, BYTES).await?;
+                let (changes, more) = page.part(PART_CHANGES, PART_BYTES).await?;
                 let Some(last) = changes.last().map(|change| change.number) else { break };
                 let catalog = self.catalog().await?;
                 if audience.subscription().is_stale(&catalog) {
@@ -153,10 +161,6 @@ impl Past {
                 if !more {
                     break;
                 }
-            }
-            // What was trimmed while it was read may be missing in it.
-            if !changelog.horizon().await?.is_before_or_equal(&position.seen) {
-                return Err(Missed::Gap(TOO_OLD));
             }
             let is_there = to.seen().is_before_or_equal(&until);
             if is_there || has_enough() {

@@ -84,7 +84,7 @@ pub(super) enum Answer {
 }
 
 const TOO_LONG: &str = "the policy or filter took too long";
-const ALTERED: &str = "its columns changed while a change was on its way";
+const COLUMNS_CHANGED: &str = "its columns changed while a change was on its way";
 
 impl Gate {
     /// Asks by these two.
@@ -197,7 +197,7 @@ impl Gate {
 impl Verdicts {
     /// What the candidate may see by the relation's policy alone.
     pub fn policy(&self, candidate: &Candidate) -> Verdict {
-        candidate.policy.map_or(Verdict::Lost(ALTERED), |policy| verdict(&self.policies[policy]))
+        candidate.policy.map_or(Verdict::Lost(COLUMNS_CHANGED), |policy| verdict(&self.policies[policy]))
     }
 
     /// Which images of the candidate's change match the filter.

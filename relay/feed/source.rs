@@ -17,10 +17,10 @@ use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::{Doorbell, Ring};
 
 /// A part of a page goes on at this many changes …
-const PART_CHANGES: usize = 250;
+pub(super) const PART_CHANGES: usize = 250;
 /// … or this many bytes of row images, whichever comes first. It bounds the memory of what is on its way, and its
 /// frames must fit well into an empty outbox.
-const PART_BYTES: usize = 128 * 1024;
+pub(super) const PART_BYTES: usize = 128 * 1024;
 
 /// Awake, the pause after a page that was not full: the added wait stays under a millisecond or two, the load on
 /// PostgreSQL under a few hundred small statements a second.
@@ -118,7 +118,7 @@ impl Source {
         match place {
             Some(known)
                 if known.epoch == epoch
-                    && changelog.horizon().await?.is_before_or_equal(&known.position.seen) => {}
+                    && changelog::horizon(&self.pool).await?.is_before_or_equal(&known.position.seen) => {}
             Some(known) => {
                 // Both or neither: if the start fails, the next try has to find the difference again.
                 let position = self.start(&changelog).await?;

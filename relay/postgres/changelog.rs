@@ -79,15 +79,6 @@ impl Changelog {
         Ok(Epoch(self.client.query_one("select relay.epoch()", &[]).await?.get(0)))
     }
 
-    /// The snapshot before which changes are not kept any more.
-    ///
-    /// # Errors
-    /// As the connection.
-    pub async fn horizon(&self) -> Result<Snapshot, Error> {
-        let text: String = self.client.query_one("select relay.horizon()", &[]).await?.get(0);
-        parse(&text)
-    }
-
     /// The snapshot of this moment.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod database;
+pub mod dice;
 pub mod http;
 pub mod program;
 pub mod proxy;
