@@ -25,6 +25,8 @@ use crate::postgres::connect::{Error, Server};
 
 /// Readers of the past at a time: a storm of them queues here, and not at the database.
 const AT_ONCE: usize = 4;
+/// The longest pause before the router is asked again whether it is ready.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// One reader's turn; a long past takes several.
 const TURN: Duration = Duration::from_secs(2);
 
@@ -50,6 +52,8 @@ pub struct Follower {
     pub outbox: Arc<Outbox>,
     /// The database was asked whether the cursor is of its future.
     is_known: bool,
+    /// Delivery goes on without it.
+    stays: bool,
 }
 
 /// How far a follower has come.
@@ -107,15 +111,27 @@ impl Past {
         }
     }
 
-    /// The rules of now; what was planned with others is forgotten.
-    async fn catalog(&self) -> Result<Arc<Catalog>, Error> {
-        let catalog = self.catalog.reloaded().await?;
+    /// What was planned with other rules is forgotten.
+    async fn judge_with(&self, catalog: &Arc<Catalog>) {
         let mut judged_with = self.judged_with.lock().await;
-        if !judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, &catalog)) {
+        if !judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog)) {
             self.gate.forget().await;
-            *judged_with = Some(Arc::clone(&catalog));
+            *judged_with = Some(Arc::clone(catalog));
         }
-        Ok(catalog)
+    }
+
+    /// Tells an audience of one what was delivered to others a moment ago.
+    async fn tell_again(&self, missed: &[Arc<Stretch>], audience: &Audience) -> Result<(), Missed> {
+        let is_news = missed.iter().any(|stretch| stretch.more || stretch.is_news());
+        let catalog = if is_news { self.catalog.reloaded().await? } else { self.catalog.fresh().await? };
+        self.judge_with(&catalog).await;
+        if audience.subscription().is_stale(&catalog) {
+            return Err(Missed::Gap(ALTERED));
+        }
+        for stretch in missed {
+            tell_one(&self.gate, &catalog, stretch, audience).await?;
+        }
+        Ok(())
     }
 
     /// Tells an audience of one what lies between two cursors; stops when its outbox has enough, or for others to have their
@@ -149,7 +165,8 @@ impl Past {
             loop {
                 let (changes, more) = page.part(PART_CHANGES, PART_BYTES).await?;
                 let Some(last) = changes.last().map(|change| change.number) else { break };
-                let catalog = self.catalog().await?;
+                let catalog = self.catalog.reloaded().await?;
+                self.judge_with(&catalog).await;
                 if audience.subscription().is_stale(&catalog) {
                     return Err(Missed::Gap(ALTERED));
                 }
@@ -184,7 +201,7 @@ impl Follower {
         since: Cursor,
         outbox: Arc<Outbox>,
     ) -> Self {
-        Self { feed, channel, subscription, dress, since, outbox, is_known: false }
+        Self { feed, channel, subscription, dress, since, outbox, is_known: false, stays: false }
     }
 
     /// Goes on until everything missed is delivered, or there is enough to read for now.
@@ -192,29 +209,23 @@ impl Follower {
     /// # Errors
     /// When what was missed cannot be had.
     pub async fn go_on(&mut self) -> Result<Progress, Missed> {
+        let mut pause = Duration::from_millis(50);
         loop {
-            let (outcome, heard) = oneshot::channel();
-            let registration = Registration {
-                dress: self.dress.clone(),
-                subscription: self.subscription.clone(),
-                since: Some(self.since.clone()),
-                outbox: Arc::clone(&self.outbox),
-            };
-            let checked = self.is_known;
-            self.feed.send(Command::Follow { channel: self.channel, registration, checked, outcome });
-            match heard.await {
-                Ok(Handover::Live) => return Ok(Progress::Live),
-                Ok(Handover::Ahead) => {
+            match self.ask().await {
+                Some(Handover::Live) => return Ok(Progress::Live),
+                Some(Handover::Ahead) => {
                     self.feed.past().check(&self.since).await?;
                     self.is_known = true;
                 }
-                Ok(Handover::Behind(to)) => {
-                    let key = AudienceKey {
-                        dress: self.dress.clone(),
-                        subscription: self.subscription.clone(),
-                        since: None,
-                    };
-                    let alone = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
+                Some(Handover::Missed(missed, to)) => {
+                    self.feed.past().tell_again(&missed, &self.alone(Some(self.since.clone()))).await?;
+                    self.since = to;
+                    if self.outbox.is_behind() {
+                        return Ok(Progress::More);
+                    }
+                }
+                Some(Handover::Behind(to)) => {
+                    let alone = self.alone(None);
                     let (since, is_there) =
                         self.feed.past().tell(&self.since, &to, &alone, &self.outbox).await?;
                     self.since = since;
@@ -222,10 +233,38 @@ impl Follower {
                         return Ok(Progress::More);
                     }
                 }
-                Ok(Handover::Gap(why)) => return Err(Missed::Gap(why)),
-                Ok(Handover::NotYet) | Err(_) => sleep(Duration::from_millis(50)).await,
+                Some(Handover::Gap(why)) => return Err(Missed::Gap(why)),
+                Some(Handover::NotYet) | None => {
+                    sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
             }
         }
+    }
+
+    /// Asks the router to deliver from here on. None when the relay ends.
+    async fn ask(&self) -> Option<Handover> {
+        let (outcome, heard) = oneshot::channel();
+        let registration = Registration {
+            dress: self.dress.clone(),
+            subscription: self.subscription.clone(),
+            since: Some(self.since.clone()),
+            outbox: Arc::clone(&self.outbox),
+        };
+        let checked = self.is_known;
+        self.feed.send(Command::Follow { channel: self.channel, registration, checked, outcome });
+        heard.await.ok()
+    }
+
+    /// An audience of this channel alone, which has what lies before `since`.
+    fn alone(&self, since: Option<Cursor>) -> Audience {
+        let key = AudienceKey { dress: self.dress.clone(), subscription: self.subscription.clone(), since };
+        Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox))
+    }
+
+    /// Ends, while delivery goes on until the channel is left.
+    pub fn settle(mut self) {
+        self.stays = true;
     }
 
     /// What it receives.
@@ -250,6 +289,8 @@ impl Follower {
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        self.feed.leave(self.channel, &self.outbox, Vec::new());
+        if !self.stays {
+            self.feed.leave(self.channel, &self.outbox, Vec::new());
+        }
     }
 }

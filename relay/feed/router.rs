@@ -15,7 +15,7 @@ use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::readership::{AudienceId, Readerships};
 use crate::feed::source::Part;
-use crate::feed::stretch::{Recent, Stretch, tell, tell_one};
+use crate::feed::stretch::{Recent, Stretch, tell};
 use crate::model::change::{Change, Operation};
 use crate::model::cursor::Cursor;
 use crate::model::dress::Dress;
@@ -65,12 +65,13 @@ pub enum Command {
 }
 
 /// What came of a wish to follow.
-#[derive(Debug)]
 pub enum Handover {
     /// Delivered from here on.
     Live,
     /// The cursor is of a moment that was not delivered yet, if it has been at all.
     Ahead,
+    /// What was missed up to this cursor is still at hand: tell it, then ask again.
+    Missed(Vec<Arc<Stretch>>, Cursor),
     /// Too far back: what lies before this cursor has to be read from the changelog.
     Behind(Cursor),
     /// Nobody can say what was missed; why.
@@ -137,7 +138,7 @@ impl Router {
                 biased;
                 () = end.cancelled() => return,
                 command = commands.recv() => match command {
-                    Some(command) => self.obey(command).await,
+                    Some(command) => self.obey(command),
                     None => return,
                 },
                 part = parts.recv() => match part {
@@ -151,7 +152,7 @@ impl Router {
         }
     }
 
-    async fn obey(&mut self, command: Command) {
+    fn obey(&mut self, command: Command) {
         match command {
             Command::Join { channel, registration, greeting } => {
                 self.remove(channel);
@@ -161,7 +162,7 @@ impl Router {
                 self.take_in(channel, registration);
             }
             Command::Follow { channel, registration, checked, outcome } => {
-                let handover = self.follow(channel, registration, checked).await;
+                let handover = self.follow(channel, registration, checked);
                 // Whoever wished it may be gone; then its leave is on the way.
                 let _ = outcome.send(handover);
             }
@@ -199,8 +200,8 @@ impl Router {
         self.readerships.join(audience, self.audiences[audience].subscription(), relation);
     }
 
-    /// Takes in somebody who came with a cursor, if what was missed since is still at hand, and delivers that first.
-    async fn follow(&mut self, channel: ChannelId, registration: Registration, checked: bool) -> Handover {
+    /// Takes in somebody who came with a cursor and has missed nothing; else says where what was missed is to be had.
+    fn follow(&mut self, channel: ChannelId, mut registration: Registration, checked: bool) -> Handover {
         let (Some(since), Some(position)) = (&registration.since, &self.position) else {
             return Handover::NotYet;
         };
@@ -219,29 +220,14 @@ impl Router {
             };
         };
         if !missed.is_empty() {
-            let is_news = |stretch: &Arc<Stretch>| stretch.more || stretch.changes.iter().any(is_of_schema);
-            let catalog = match missed.iter().any(is_news) {
-                true => self.catalog.reloaded().await,
-                false => self.catalog.fresh().await,
-            };
-            let Ok(catalog) = catalog else { return Handover::NotYet };
-            if registration.subscription.is_stale(&catalog) {
-                return Handover::Gap(ALTERED);
-            }
-            let key = AudienceKey {
-                dress: registration.dress.clone(),
-                subscription: registration.subscription.clone(),
-                since: registration.since.clone(),
-            };
-            let alone = Audience::new(Arc::new(key), channel, Arc::clone(&registration.outbox));
-            for stretch in missed {
-                if tell_one(&self.gate, &catalog, &stretch, &alone).await.is_err() {
-                    return Handover::NotYet;
-                }
-            }
+            return Handover::Missed(missed, position.clone());
         }
         if self.judged_with.as_ref().is_some_and(|catalog| registration.subscription.is_stale(catalog)) {
             return Handover::Gap(ALTERED);
+        }
+        // Nothing that comes is known to it: it shares its frames with all others.
+        if position.is_at_or_after(since) {
+            registration.since = None;
         }
         self.remove(channel);
         self.take_in(channel, registration);
@@ -264,7 +250,7 @@ impl Router {
             Part::Changes { changes, more, span } => {
                 let stretch = Arc::new(Stretch { changes, more, span });
                 // Other rules count for those who come later, too.
-                if !self.audiences.is_empty() || stretch.changes.iter().any(is_of_schema) {
+                if !self.audiences.is_empty() || stretch.is_news() {
                     self.deliver_when_judged(&stretch).await;
                 }
                 self.observe.delivered_through(&stretch.changes);
@@ -351,8 +337,4 @@ impl Router {
         }
         Ok(catalog)
     }
-}
-
-fn is_of_schema(change: &Change) -> bool {
-    change.operation == Operation::Schema
 }

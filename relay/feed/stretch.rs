@@ -28,6 +28,11 @@ impl Stretch {
         Some(self.span.after(self.changes.last()?.number, !self.more))
     }
 
+    /// Whether a change of the schema stands in it.
+    pub fn is_news(&self) -> bool {
+        self.changes.iter().any(|change| change.operation == Operation::Schema)
+    }
+
     fn bytes(&self) -> usize {
         let image = |image: &Option<String>| image.as_ref().map_or(0, String::len);
         self.changes.iter().map(|change| 100 + image(&change.before) + image(&change.after)).sum()
