@@ -64,6 +64,9 @@ pub struct Settings {
     /// How many rows of a table are given at once to whoever asks for them [default: 10000]
     #[arg(long, env = "RELAY_MOST_ROWS", value_name = "N")]
     pub most_rows: Option<usize>,
+    /// How long a client that named its session may be away and be given what it missed, in seconds [default: 3600]
+    #[arg(long, env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
+    pub resume_seconds: Option<u64>,
     /// Look at the changelog this often even if nobody rings, in milliseconds [default: 5000]
     #[arg(long, env = "RELAY_POLL_MS", value_name = "MS")]
     pub poll_ms: Option<u64>,
@@ -101,6 +104,8 @@ pub struct Config {
     pub outbox_bytes: usize,
     /// Rows of a table given at once.
     pub most_rows: usize,
+    /// How long a session may be away.
+    pub resume: Duration,
     /// The longest sleep.
     pub poll: Duration,
     /// The longest judgement.
@@ -141,6 +146,7 @@ impl Settings {
             max_connections: self.max_connections.or(file.max_connections),
             outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
             most_rows: self.most_rows.or(file.most_rows),
+            resume_seconds: self.resume_seconds.or(file.resume_seconds),
             poll_ms: self.poll_ms.or(file.poll_ms),
             judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
             install: self.install || file.install,
@@ -208,6 +214,7 @@ impl Settings {
             max_connections: self.max_connections.unwrap_or(10_000),
             outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
             most_rows: self.most_rows.unwrap_or(10_000),
+            resume: Duration::from_secs(self.resume_seconds.unwrap_or(3600)),
             poll,
             judge_timeout,
             install: self.install,

@@ -24,6 +24,7 @@ pub mod model {
     pub mod change;
     pub mod cursor;
     pub mod claims;
+    pub mod bookmark;
     pub mod datum;
     pub mod relation;
     pub mod image;
@@ -59,6 +60,7 @@ pub mod postgres {
     pub mod rows;
     pub mod jobs;
     pub mod retention;
+    pub mod bookmarks;
 }
 
 /// From the changelog to the subscribers' outboxes. Never waits for a client that does not read.
@@ -73,6 +75,7 @@ pub mod feed {
     pub mod audience;
     pub mod outbox;
     pub mod follower;
+    pub mod bookmarks;
     pub mod binding;
     pub mod explain;
 }
@@ -83,6 +86,8 @@ pub mod transport {
     pub mod http;
     pub mod changes;
     pub mod stream;
+    pub mod writer;
+    pub mod resume;
     pub mod ws;
 }
 

@@ -13,11 +13,13 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::feed::binding::{Binder, Feed};
+use crate::feed::bookmarks::Keeper;
 use crate::feed::follower::Past;
 use crate::feed::gate::Gate;
 use crate::feed::router::Router;
 use crate::feed::source::Source;
 use crate::observe::Observe;
+use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::census::Census;
 use crate::postgres::connect::{Error, Server};
@@ -92,17 +94,20 @@ pub async fn serve(
     let rows = Rows::new(&main, &judge, config.judge_timeout)?;
     let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
     let past = Past::new(main.clone(), pool, Arc::clone(&catalog), past);
+    let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume)?);
+    tasks.spawn(keeping.run(feed_end.clone()));
     let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
     tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
     tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
     let app = Arc::new(App {
         verifier: config.verifier,
-        feed: Feed::new(Binder::new(catalog), commands_in, past, rows),
+        feed: Feed::new(Binder::new(catalog), commands_in, past, rows, bookmarks),
         observe: Arc::clone(&observe),
         allowed_origins: config.allowed_origins,
         max_connections: config.max_connections,
         outbox_bytes: config.outbox_bytes,
+        resume: config.resume,
         most_rows: config.most_rows,
         end: end.clone(),
         sessions: TaskTracker::new(),

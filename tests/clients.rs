@@ -34,6 +34,7 @@ clients! {
         subscribes_with_an_opaque_key_alone
         gets_changes_again_after_its_socket_was_cut
         gets_changes_again_after_the_relay_was_restarted
+        misses_nothing_while_the_relay_is_away_when_it_named_its_session
         has_channels_that_come_and_go_on_their_own
         is_told_why_a_subscription_fails
         is_refused_with_an_expired_token_and_let_in_with_a_new_one

@@ -40,6 +40,7 @@ mod policy_shapes;
 mod policy_ways;
 mod policy_withdrawn;
 mod refresh;
+mod resume;
 mod retention;
 mod tokens;
 mod wire;

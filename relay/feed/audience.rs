@@ -200,11 +200,12 @@ impl Audience {
                 desk.frames.push(frame.clone());
                 continue;
             }
-            let view = View { relation, access, select, meaning };
-            let cursor = if dress.tells_cursor() { written.cursor().to_owned() } else { String::new() };
-            let text = written.data.entry((key, dress.tells_cursor())).or_insert_with(|| {
+            let exact = dress.tells_cursor();
+            let view = View { relation, access, select, meaning, exact };
+            let cursor = if exact { written.cursor().to_owned() } else { String::new() };
+            let text = written.data.entry((key, exact)).or_insert_with(|| {
                 let text = data(change, view)?;
-                Some(if dress.tells_cursor() { with_cursor(&text, &cursor).into() } else { text.into() })
+                Some(if exact { with_cursor(&text, &cursor).into() } else { text.into() })
             });
             let Some(text) = text else { continue };
             let key: FrameKey<'a> = (dress, desk.ids.clone(), key);
@@ -227,10 +228,10 @@ impl Audience {
         // The last one, as a rule the only one, takes them as they are: a frame's count of owners is a bottleneck.
         let last = members.next_back();
         for outbox in members {
-            outbox.push_all(desk.frames.iter().cloned());
+            outbox.deliver(desk.frames.iter().cloned());
         }
         if let Some(outbox) = last {
-            outbox.push_all(desk.frames.drain(..));
+            outbox.deliver(desk.frames.drain(..));
         }
         count
     }

@@ -9,9 +9,11 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
+use crate::feed::bookmarks::Keeper;
 use crate::feed::follower::Past;
 use crate::feed::outbox::Outbox;
 use crate::feed::router::{Command, Registration};
+use crate::model::bookmark::{BookmarkKey, Opened};
 use crate::model::bound_filter::BoundFilter;
 use crate::model::change::RelationId;
 use crate::model::cursor::Cursor;
@@ -33,6 +35,7 @@ pub struct Feed {
     router: UnboundedSender<Command>,
     past: Arc<Past>,
     rows: Arc<Rows>,
+    bookmarks: Keeper,
 }
 
 /// Binds requests to rights.
@@ -76,8 +79,14 @@ impl From<Refusal> for Attempt {
 
 impl Feed {
     /// Joins the parts.
-    pub fn new(binder: Binder, router: UnboundedSender<Command>, past: Past, rows: Rows) -> Self {
-        Self { binder: Arc::new(binder), router, past: Arc::new(past), rows: Arc::new(rows) }
+    pub fn new(
+        binder: Binder,
+        router: UnboundedSender<Command>,
+        past: Past,
+        rows: Rows,
+        bookmarks: Keeper,
+    ) -> Self {
+        Self { binder: Arc::new(binder), router, past: Arc::new(past), rows: Arc::new(rows), bookmarks }
     }
 
     /// Binds a channel's requests to an identity.
@@ -100,12 +109,54 @@ impl Feed {
             self.router.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
     }
 
-    /// Up to where everything was delivered; none while the changelog is not being read.
-    pub async fn position(&self, channel: ChannelId, outbox: &Arc<Outbox>) -> Option<Cursor> {
+    /// Up to where everything was delivered; none while the changelog is not being read. The frame, if there is one, goes
+    /// out after all that was delivered up to there.
+    pub async fn position(
+        &self,
+        channel: ChannelId,
+        outbox: &Arc<Outbox>,
+        then: Option<Bytes>,
+    ) -> Option<Cursor> {
         let (until, heard) = oneshot::channel();
         let outbox = Arc::clone(outbox);
-        self.send(Command::Leave { channel, outbox, farewell: Vec::new(), until: Some(until) });
+        let farewell = then.into_iter().collect();
+        self.send(Command::Leave { channel, outbox, farewell, until: Some(until) });
         heard.await.ok().flatten()
+    }
+
+    /// The same, as soon as the changelog is read; none when that takes too long.
+    pub async fn position_soon(&self, channel: ChannelId, outbox: &Arc<Outbox>) -> Option<Cursor> {
+        let tries = async {
+            loop {
+                if let Some(position) = self.position(channel, outbox, None).await {
+                    return position;
+                }
+                sleep(Duration::from_millis(50)).await;
+            }
+        };
+        timeout(PATIENCE, tries).await.ok()
+    }
+
+    /// Takes over a bookmark, or makes it where the feed is now; `channel` is one that nothing is delivered to.
+    ///
+    /// # Errors
+    /// When PostgreSQL cannot be asked in time.
+    pub async fn bookmark(
+        &self,
+        key: BookmarkKey,
+        channel: ChannelId,
+        outbox: &Arc<Outbox>,
+    ) -> Result<Opened, BindError> {
+        let opened = async {
+            let here = self.position_soon(channel, outbox).await?;
+            self.bookmarks.open(key, here).await
+        };
+        timeout(PATIENCE, opened).await.ok().flatten().ok_or(BindError::Unavailable)
+    }
+
+    /// Where bookmarks are kept.
+    pub fn bookmarks(&self) -> &Keeper {
+        &self.bookmarks
     }
 
     /// The rows that a subscription of one table may see now, at most so many, and the cursor after which it goes on.

@@ -24,6 +24,8 @@ struct Queue {
     /// Channels to be bound anew.
     rebind: Vec<ChannelId>,
     full: bool,
+    /// Something was delivered since somebody asked.
+    delivered: bool,
     /// The session's task, while it waits: it is woken once, not once per frame.
     waiting: Option<Waker>,
 }
@@ -47,13 +49,18 @@ impl Outbox {
 
     /// Adds a frame. One frame is always taken, however large: otherwise it could never be delivered.
     pub fn push(&self, frame: Bytes) {
-        self.push_all([frame]);
+        self.add([frame], false);
     }
 
-    /// Adds frames in one go.
-    pub fn push_all(&self, frames: impl IntoIterator<Item = Bytes>) {
+    /// Adds frames that tell changes, in one go.
+    pub fn deliver(&self, frames: impl IntoIterator<Item = Bytes>) {
+        self.add(frames, true);
+    }
+
+    fn add(&self, frames: impl IntoIterator<Item = Bytes>, delivered: bool) {
         let waiting = {
             let mut queue = self.lock();
+            queue.delivered |= delivered;
             for frame in frames {
                 queue.add(frame, self.limit);
             }
@@ -87,6 +94,11 @@ impl Outbox {
     /// Whether it overflowed.
     pub fn is_full(&self) -> bool {
         self.lock().is_full()
+    }
+
+    /// Whether changes were delivered since this was asked last.
+    pub fn was_delivered_to(&self) -> bool {
+        std::mem::take(&mut self.lock().delivered)
     }
 
     /// Waits until there is something and takes it all, in exchange for `empty`, whose room the next frames use.

@@ -82,6 +82,13 @@ impl Change {
             format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
         self.at.format(shape).unwrap_or_else(|_| String::from("1970-01-01T00:00:00.000Z"))
     }
+
+    /// The same with microseconds, as exact as PostgreSQL knows it: together with table and key it is one change's own.
+    pub fn exact_timestamp(&self) -> String {
+        let shape =
+            format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
+        self.at.format(shape).unwrap_or_else(|_| String::from("1970-01-01T00:00:00.000000Z"))
+    }
 }
 
 impl fmt::Debug for Change {

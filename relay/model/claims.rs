@@ -34,6 +34,24 @@ pub enum ClaimsError {
     BadExpiry,
 }
 
+/// Where tokens are verified.
+pub trait Tokens {
+    /// The claims of a token that is good now.
+    ///
+    /// # Errors
+    /// When it is not, with the words for the client.
+    fn verify(&self, token: &str) -> Result<Claims, TokenRefusal>;
+}
+
+/// Why a token is not good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRefusal {
+    /// The code of a refused join (`InvalidJWTToken`).
+    pub code: &'static str,
+    /// The text.
+    pub text: String,
+}
+
 impl Claims {
     /// Reads the payload of a token whose signature has been verified; nothing here verifies it.
     pub fn from_verified_payload(json: &str) -> Result<Self, ClaimsError> {

@@ -17,6 +17,8 @@ pub struct View<'a> {
     pub select: Option<&'a [String]>,
     /// What the change means to the subscriber.
     pub meaning: Meaning,
+    /// The time is told in microseconds, to whoever may get a change twice.
+    pub exact: bool,
 }
 
 impl View<'_> {
@@ -50,7 +52,7 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
         r#"{{"schema":{},"table":{},"commit_timestamp":"{}","type":"{}","columns":{}"#,
         quoted(&view.relation.schema),
         quoted(&view.relation.table),
-        change.commit_timestamp(),
+        if view.exact { change.exact_timestamp() } else { change.commit_timestamp() },
         operation.word(),
         columns(view),
     );
@@ -80,7 +82,7 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
 
 /// A row as it is told to somebody with these rights who selected these columns; none when it is no row.
 pub fn record(row: &str, relation: &Relation, access: &Access, select: Option<&[String]>) -> Option<String> {
-    told(row, View { relation, access, select, meaning: Meaning::Insert })
+    told(row, View { relation, access, select, meaning: Meaning::Insert, exact: false })
 }
 
 fn columns(view: View<'_>) -> String {
@@ -135,7 +137,13 @@ mod tests {
         let relation = todos(full, false);
         let before = r#"{"id":1,"owner":"a","title":"old","raw":"\\x01"}"#;
         let after = r#"{"id":2,"owner":"b","title":"new","raw":"\\x02"}"#;
-        let view = View { relation: &relation, access: relation.access(role).unwrap(), select, meaning };
+        let view = View {
+            relation: &relation,
+            access: relation.access(role).unwrap(),
+            select,
+            meaning,
+            exact: false,
+        };
         let text = data(&change(Some(before), Some(after)), view).unwrap();
         let told: serde_json::Value = serde_json::from_str(&text).unwrap();
         for name in ["record", "old_record", "leave", "type"] {

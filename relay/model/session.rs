@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-use crate::model::claims::Claims;
+use crate::model::claims::{Claims, TokenRefusal, Tokens};
 use crate::model::join::Join;
 use crate::model::phoenix::{Message, Status, Version, close, error, push, reply, system};
 use crate::model::policy::Identity;
@@ -23,24 +23,6 @@ pub struct ChannelId {
     pub session: u64,
     /// The channel's number in it.
     pub channel: u32,
-}
-
-/// Where tokens are verified.
-pub trait Tokens {
-    /// The claims of a token that is good now.
-    ///
-    /// # Errors
-    /// When it is not, with the words for the client.
-    fn verify(&self, token: &str) -> Result<Claims, TokenRefusal>;
-}
-
-/// Why a token is not good.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TokenRefusal {
-    /// The code of a refused join (`InvalidJWTToken`).
-    pub code: &'static str,
-    /// The text.
-    pub text: String,
 }
 
 /// What the driver has to do, in order.
@@ -67,6 +49,11 @@ pub enum Action {
         topic: String,
         /// What the client hears before any change.
         greeting: Vec<String>,
+    },
+    /// The client left this channel by itself, and will not come back to it.
+    Forget {
+        /// Which channel.
+        channel: ChannelId,
     },
     /// End delivery; the frames go out after the last change.
     Leave {
@@ -115,6 +102,11 @@ impl Session {
     /// How many channels are joined.
     pub fn channel_count(&self) -> usize {
         self.channels.len()
+    }
+
+    /// The topic of a channel.
+    pub fn topic(&self, channel: ChannelId) -> Option<&str> {
+        self.channels.iter().find(|(_, state)| state.id == channel).map(|(topic, _)| topic.as_str())
     }
 
     /// The second at which the first token of a channel ends.
@@ -294,7 +286,12 @@ impl Session {
             reply(self.version, message, Status::Ok, &json!({})),
             close(self.version, &channel.join_ref, &message.topic),
         ];
-        self.channels.remove(&message.topic).map_or_else(Vec::new, |channel| channel.farewell(frames))
+        let Some(channel) = self.channels.remove(&message.topic) else {
+            return Vec::new();
+        };
+        let mut actions = vec![Action::Forget { channel: channel.id }];
+        actions.extend(channel.farewell(frames));
+        actions
     }
 
     fn access_token(&mut self, message: &Message, tokens: &impl Tokens) -> Vec<Action> {
@@ -471,6 +468,7 @@ mod tests {
             Action::Send(frame) => vec![line("", frame)],
             Action::Bind { .. } => vec!["bind".to_owned()],
             Action::Join { greeting, .. } => greeting.iter().map(|frame| line("join: ", frame)).collect(),
+            Action::Forget { .. } => Vec::new(),
             Action::Leave { farewell, .. } if farewell.is_empty() => vec!["leave".to_owned()],
             Action::Leave { farewell, .. } => farewell.iter().map(|frame| line("leave: ", frame)).collect(),
         };
@@ -703,6 +701,7 @@ mod tests {
                         }
                         Action::Join { channel, .. } => _ = delivering.insert(channel),
                         Action::Leave { channel, .. } => prop_assert!(delivering.remove(&channel)),
+                        Action::Forget { .. } => {}
                         Action::Send(frame) => prop_assert!(serde_json::from_str::<Value>(&frame).is_ok()),
                     }
                 }

@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap};
 use hyper::{Request, Response, StatusCode};
 use serde_json::{Map, Value};
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::feed::binding::BindError;
 use crate::feed::follower::{Follower, Missed, Progress};
@@ -249,7 +249,7 @@ async fn follow(app: Arc<App>, call: Call) -> Answer {
     let Call { subscription, since, channel, outbox, .. } = call;
     let since = match since {
         Some(since) => since,
-        None => match now(&app, channel, &outbox).await {
+        None => match app.feed.position_soon(channel, &outbox).await {
             Some(since) => since,
             None => return unavailable(),
         },
@@ -260,18 +260,6 @@ async fn follow(app: Arc<App>, call: Call) -> Answer {
         Ok(Ok(progress)) => stream::answer(app, follower, progress),
         Ok(Err(Missed::Gap(why))) => gap(why),
         Ok(Err(Missed::Unavailable(_))) | Err(_) => unavailable(),
-    }
-}
-
-/// The position of this moment, once the changelog is read.
-async fn now(app: &App, channel: ChannelId, outbox: &Arc<Outbox>) -> Option<Cursor> {
-    let patience = Instant::now() + PATIENCE;
-    loop {
-        match app.feed.position(channel, outbox).await {
-            Some(position) => return Some(position),
-            None if Instant::now() > patience => return None,
-            None => sleep_until(Instant::now() + Duration::from_millis(50)).await,
-        }
     }
 }
 

@@ -21,12 +21,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::feed::binding::Feed;
+use crate::model::bookmark::NoSessionName;
 use crate::model::claims::Claims;
 use crate::model::phoenix::Version;
 use crate::observe::Observe;
 use crate::transport::auth::Verifier;
 use crate::transport::changes::{self, Answer};
-use crate::transport::ws;
+use crate::transport::ws::{self, Greeting};
 
 /// A client has this long to send its request's head.
 const HEAD: Duration = Duration::from_secs(10);
@@ -49,6 +50,8 @@ pub struct App {
     pub max_connections: usize,
     /// The bound of each client's outbox.
     pub outbox_bytes: usize,
+    /// How long a client that named its session may be away.
+    pub resume: Duration,
     /// How many rows of a table are told at once.
     pub most_rows: usize,
     /// The end of the relay.
@@ -137,12 +140,21 @@ fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
         return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
     let with_cursor = parameter(query, "cursor").as_deref() == Some("true");
+    let name = match parameter(query, "session") {
+        None if is_unreadable(query, "session") => Err(NoSessionName),
+        name => name.map(|name| name.parse()).transpose(),
+    };
+    let name = match name {
+        Ok(name) => name,
+        Err(error) => return refused(StatusCode::BAD_REQUEST, &error.to_string()),
+    };
+    let greeting = Greeting { version, with_cursor, name, claims };
     let upgrade = hyper::upgrade::on(&mut request);
     let session = Arc::clone(app);
     app.sessions.spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
         let Some((stream, read)) = taken_over(upgraded) else { return };
-        ws::serve(session, stream, read, version, with_cursor, claims).await;
+        ws::serve(session, stream, read, greeting).await;
     });
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();

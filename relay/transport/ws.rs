@@ -1,14 +1,13 @@
 //! Drives one session over one WebSocket: frames in, the outbox out, time, and the end.
 
-use std::cell::RefCell;
-use std::collections::VecDeque;
-use std::future::ready;
-use std::io::ErrorKind;
+use std::convert::Infallible;
+use std::future::{pending, ready};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::net::TcpStream;
@@ -23,13 +22,16 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame, Utf
 use crate::feed::binding::BindError;
 use crate::feed::outbox::{Outbox, Taken};
 use crate::feed::router::Registration;
-use crate::model::claims::Claims;
+use crate::model::bookmark::{Opened, SessionName};
+use crate::model::claims::{Claims, TokenRefusal, Tokens};
 use crate::model::dress::Dress;
 use crate::model::phoenix::{Binary, Version, decode_binary, decode_text, fan_out, system};
-use crate::model::session::{Action, ChannelId, Session, TokenRefusal, Tokens};
+use crate::model::session::{Action, ChannelId, Session};
 use crate::model::subscription::Subscription;
 use crate::transport::auth::Verifier;
 use crate::transport::http::App;
+use crate::transport::resume::Resume;
+use crate::transport::writer::{Broken, Socket, Writer};
 
 /// A client that says nothing for this long is gone; clients send a heartbeat every 25 seconds.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -37,21 +39,10 @@ const SILENCE: Duration = Duration::from_secs(60);
 const WRITE: Duration = Duration::from_secs(30);
 /// The largest message a client may send, as on the real server.
 const MOST_BYTES: usize = 5_000_000;
-/// Frames are written together up to this size.
-const TOGETHER: usize = 64 * 1024;
-/// A client's queue keeps room for this many frames: enough for steady changes, little for an idle client.
-const ROOM: usize = 16;
 /// After this many writes in a row the client is heard, the clock looked at and so on.
 const TURNS: u8 = 16;
 /// Small, because it lives as long as the socket: the library's default of 128 KiB would be resident for every client.
 const READ_BUFFER: usize = 1024;
-
-thread_local! {
-    /// Where frames are put together for one system call: a thread's, as nothing stays in it when the call is done.
-    static WRITTEN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-type Socket = WebSocketStream<TcpStream>;
 
 /// Why a session ends.
 enum Over {
@@ -61,15 +52,26 @@ enum Over {
     Close(u16, &'static str),
 }
 
+/// What a client said when it connected.
+pub struct Greeting {
+    /// The serialisation of frames.
+    pub version: Version,
+    /// It wants to be told cursors.
+    pub with_cursor: bool,
+    /// It named its session.
+    pub name: Option<SessionName>,
+    /// Who it is.
+    pub claims: Claims,
+}
+
+impl From<Broken> for Over {
+    fn from(_: Broken) -> Self {
+        Self::Gone
+    }
+}
+
 /// Takes over a connection after the handshake and serves it to its end.
-pub async fn serve(
-    app: Arc<App>,
-    stream: TcpStream,
-    read: Vec<u8>,
-    version: Version,
-    with_cursor: bool,
-    claims: Claims,
-) {
+pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Greeting) {
     let mut config = WebSocketConfig::default();
     config.read_buffer_size = READ_BUFFER;
     config.write_buffer_size = 0;
@@ -80,28 +82,31 @@ pub async fn serve(
     app.observe.session_opened();
     let number = app.next_session();
     let outbox = Arc::new(Outbox::new(app.outbox_bytes));
+    let Greeting { version, with_cursor, name, claims } = greeting;
     let session = Session::new(number, version, claims);
+    let resume = name
+        .map(|name| Box::new(Resume::new(name, number, app.feed.clone(), Arc::clone(&outbox), app.resume)));
     let binds = FuturesUnordered::new();
     let mut driver = Driver {
         app: Arc::clone(&app),
         socket,
         session,
         outbox,
-        rest: Vec::new(),
-        frames: VecDeque::new(),
+        writer: Writer::default(),
         turns: 0,
-        answers: false,
         with_cursor,
+        resume,
         binds,
     };
     let over = driver.run().await;
     let actions = driver.session.end();
     driver.obey(actions, &mut None);
+    driver.resume = None;
     if let Over::Close(code, reason) = over {
         let close = CloseFrame { code: CloseCode::from(code), reason: Utf8Bytes::from_static(reason) };
         let _ = timeout(Duration::from_secs(1), async {
-            driver.frames.clear();
-            driver.write().await?;
+            driver.writer.frames.clear();
+            driver.writer.write(&mut driver.socket).await?;
             driver.socket.close(Some(close)).await.map_err(|_| Over::Gone)
         })
         .await;
@@ -110,7 +115,7 @@ pub async fn serve(
             while driver.socket.next().await.is_some_and(|frame| frame.is_ok()) {}
         })
         .await;
-    } else if driver.rest.is_empty() {
+    } else if !driver.writer.is_amid_a_frame() {
         // The answer to the client's own close frame is still with the library.
         let _ = timeout(Duration::from_millis(100), driver.socket.flush()).await;
     }
@@ -122,20 +127,26 @@ struct Driver {
     socket: Socket,
     session: Session,
     outbox: Arc<Outbox>,
-    /// The end of a frame that the socket has not taken yet. Nothing else may be written before it.
-    rest: Vec<u8>,
-    /// What was taken from the outbox and is not written yet.
-    frames: VecDeque<Bytes>,
+    /// With what was taken from the outbox and is not written yet.
+    writer: Writer,
     /// Writes since everything else had its turn.
     turns: u8,
-    /// The library may have something to say by itself: a pong.
-    answers: bool,
     /// The client asked for cursors.
     with_cursor: bool,
-    binds: FuturesUnordered<futures_util::future::BoxFuture<'static, Outcome>>,
+    /// The client named its session.
+    resume: Option<Box<Resume>>,
+    binds: FuturesUnordered<BoxFuture<'static, Outcome>>,
 }
 
-type Outcome = (ChannelId, u32, Result<Subscription, BindError>);
+/// What came of binding a channel, at this attempt.
+type Outcome = (ChannelId, u32, Result<Bound, BindError>);
+
+/// What delivery begins with.
+struct Bound {
+    subscription: Subscription,
+    /// The channel's bookmark, when it was opened for it.
+    opened: Option<Opened>,
+}
 
 impl Driver {
     async fn run(&mut self) -> Over {
@@ -148,7 +159,7 @@ impl Driver {
             tokio::select! {
                 // Writing first, as that is what most turns are for; the last branch keeps the others from waiting for ever.
                 biased;
-                taken = self.outbox.take(&mut self.frames), if self.turns < TURNS => match taken {
+                taken = self.outbox.take(&mut self.writer.frames), if self.turns < TURNS => match taken {
                     Taken::Frames => if let Err(over) = self.write_in_time().await {
                         return over;
                     },
@@ -160,7 +171,7 @@ impl Driver {
                 },
                 frame = self.socket.next() => {
                     heard = Instant::now();
-                    self.answers = true;
+                    self.writer.heard();
                     if let Err(over) = self.hear(frame) {
                         return over;
                     }
@@ -170,9 +181,10 @@ impl Driver {
                     self.bound(outcome);
                     self.be_woken_for_expiry(alarm.as_mut());
                 }
+                _ = work(&mut self.resume) => {}
                 () = ended.as_mut() => {
-                    if let Some(Taken::Frames) = self.outbox.take(&mut self.frames).now_or_never() {
-                        let _ = timeout(Duration::from_secs(1), self.write()).await;
+                    if let Some(Taken::Frames) = self.outbox.take(&mut self.writer.frames).now_or_never() {
+                        let _ = timeout(Duration::from_secs(1), self.writer.write(&mut self.socket)).await;
                     }
                     return Over::Close(1012, "the relay restarts, connect again");
                 }
@@ -210,65 +222,21 @@ impl Driver {
         // A client to which there is always something to write must not keep its thread from the others.
         consume_budget().await;
         self.turns += 1;
-        if self.write_now()? {
-            return Ok(());
+        if !self.writer.write_now(&mut self.socket)? {
+            self.turns = TURNS;
+            let outbox = Arc::clone(&self.outbox);
+            tokio::select! {
+                written = timeout(WRITE, self.writer.write(&mut self.socket)) => match written {
+                    Ok(written) => written?,
+                    Err(_) => return Err(self.full()),
+                },
+                () = outbox.overflowed() => return Err(self.full()),
+            }
         }
-        self.turns = TURNS;
-        let outbox = Arc::clone(&self.outbox);
-        tokio::select! {
-            written = timeout(WRITE, self.write()) => written.unwrap_or_else(|_| Err(self.full())),
-            () = outbox.overflowed() => Err(self.full()),
-        }
-    }
-
-    /// Writes what was taken, however long that takes.
-    async fn write(&mut self) -> Result<(), Over> {
-        while !self.write_now()? {
-            self.socket.flush().await.map_err(|_| Over::Gone)?;
-            self.socket.get_ref().writable().await.map_err(|_| Over::Gone)?;
+        if let Some(resume) = &mut self.resume {
+            resume.written();
         }
         Ok(())
-    }
-
-    /// Writes what the socket takes at once; true when that was everything.
-    ///
-    /// Past the library, which would copy each frame into a buffer of this client's own, and keep that for good.
-    fn write_now(&mut self) -> Result<bool, Over> {
-        // An answer of the library's own must not end up inside a frame of ours.
-        if self.answers {
-            match self.socket.flush().now_or_never() {
-                Some(flushed) => flushed.map_err(|_| Over::Gone)?,
-                None => return Ok(false),
-            }
-            self.answers = false;
-        }
-        let stream = self.socket.get_ref();
-        if !self.rest.is_empty() {
-            let count = write_some(stream, &self.rest)?;
-            self.rest.drain(..count);
-            if !self.rest.is_empty() {
-                return Ok(false);
-            }
-            self.rest = Vec::new();
-        }
-        WRITTEN.with_borrow_mut(|written| {
-            while !self.frames.is_empty() {
-                written.clear();
-                while written.len() < TOGETHER
-                    && let Some(frame) = self.frames.pop_front()
-                {
-                    put_text(written, &frame);
-                }
-                let count = write_some(stream, written)?;
-                self.rest.extend_from_slice(&written[count..]);
-                written.shrink_to(2 * TOGETHER);
-                if !self.rest.is_empty() {
-                    return Ok(false);
-                }
-            }
-            self.frames.shrink_to(ROOM);
-            Ok(true)
-        })
     }
 
     fn hear(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), Over> {
@@ -287,6 +255,12 @@ impl Driver {
                 Ok(Binary::Opaque(_)) => return Ok(()),
                 Err(error) => Err(error),
             },
+            Some(Ok(Frame::Pong(payload))) => {
+                if let Some(resume) = &mut self.resume {
+                    resume.pong(&payload);
+                }
+                return Ok(());
+            }
             Some(Ok(_)) => return Ok(()),
         };
         match message {
@@ -303,70 +277,75 @@ impl Driver {
     }
 
     fn bound(&mut self, (channel, attempt, outcome): Outcome) {
-        let (actions, mut subscription) = match outcome {
-            Ok(subscription) => (self.session.bound(channel, attempt, Ok(())), Some(subscription)),
+        let (actions, mut bound) = match outcome {
+            Ok(bound) => (self.session.bound(channel, attempt, Ok(())), Some(bound)),
             Err(BindError::Refused(refusal)) => (self.session.bound(channel, attempt, Err(refusal)), None),
             Err(BindError::Unavailable) => (self.session.unavailable(channel, attempt), None),
         };
-        self.obey(actions, &mut subscription);
+        self.obey(actions, &mut bound);
     }
 
-    fn obey(&mut self, actions: Vec<Action>, subscription: &mut Option<Subscription>) {
+    fn obey(&mut self, actions: Vec<Action>, bound: &mut Option<Bound>) {
         for action in actions {
             match action {
                 Action::Send(frame) => self.outbox.push(frame.into()),
                 Action::Bind { channel, attempt, identity, requests } => {
                     let feed = self.app.feed.clone();
-                    self.binds.push(
-                        async move { (channel, attempt, feed.bind(identity, &requests).await) }.boxed(),
-                    );
+                    let topic = self.session.topic(channel).unwrap_or_default();
+                    let opening =
+                        self.resume.as_ref().map(|resume| resume.open(channel, identity.claims(), topic));
+                    let bind = async move {
+                        let subscription = feed.bind(identity, &requests).await?;
+                        let opened = match opening {
+                            Some(opening) => opening.await?,
+                            None => None,
+                        };
+                        Ok(Bound { subscription, opened })
+                    };
+                    self.binds.push(async move { (channel, attempt, bind.await) }.boxed());
                 }
                 Action::Join { channel, topic, greeting } => {
-                    let Some(subscription) = subscription.take() else {
-                        continue;
-                    };
-                    let outbox = Arc::clone(&self.outbox);
-                    let version = self.session.version();
-                    let dress = Dress::Phoenix { version, topic, with_cursor: self.with_cursor };
-                    let registration = Registration { dress, subscription, since: None, outbox };
-                    self.app.feed.join(
-                        channel,
-                        registration,
-                        greeting.into_iter().map(Bytes::from).collect(),
-                    );
+                    if let Some(bound) = bound.take() {
+                        self.join(channel, topic, greeting, bound);
+                    }
+                }
+                Action::Forget { channel } => {
+                    if let Some(resume) = &mut self.resume {
+                        resume.forget(channel);
+                    }
                 }
                 Action::Leave { channel, farewell } => {
+                    if let Some(resume) = &mut self.resume {
+                        resume.stop(channel);
+                    }
                     let farewell = farewell.into_iter().map(Bytes::from).collect();
                     self.app.feed.leave(channel, &self.outbox, farewell);
                 }
             }
         }
     }
-}
 
-/// One text frame, as a server writes it.
-fn put_text(written: &mut Vec<u8>, text: &[u8]) {
-    written.push(0x81);
-    match text.len() {
-        length @ 0..126 => written.push(length as u8),
-        length @ 126..0x1_0000 => {
-            written.push(126);
-            written.extend_from_slice(&(length as u16).to_be_bytes());
-        }
-        length => {
-            written.push(127);
-            written.extend_from_slice(&(length as u64).to_be_bytes());
+    fn join(&mut self, channel: ChannelId, topic: String, greeting: Vec<String>, bound: Bound) {
+        let Bound { subscription, opened } = bound;
+        let with_cursor = self.with_cursor || self.resume.is_some();
+        let dress = Dress::Phoenix { version: self.session.version(), topic, with_cursor };
+        let greeting = greeting.into_iter().map(Bytes::from).collect();
+        match &mut self.resume {
+            Some(resume) => resume.start(channel, subscription, dress, greeting, opened),
+            None => {
+                let outbox = Arc::clone(&self.outbox);
+                let registration = Registration { dress, subscription, since: None, outbox };
+                self.app.feed.join(channel, registration, greeting);
+            }
         }
     }
-    written.extend_from_slice(text);
 }
 
-/// How much of it the socket takes at once.
-fn write_some(stream: &TcpStream, bytes: &[u8]) -> Result<usize, Over> {
-    match stream.try_write(bytes) {
-        Ok(count) => Ok(count),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
-        Err(_) => Err(Over::Gone),
+/// The work of a session that can be resumed; for ever.
+async fn work(resume: &mut Option<Box<Resume>>) -> Infallible {
+    match resume {
+        Some(resume) => resume.work().await,
+        None => pending().await,
     }
 }
 

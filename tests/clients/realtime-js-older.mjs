@@ -4,8 +4,8 @@ import { RealtimeClient } from 'realtime-js-older'
 import ws from 'ws'
 import { play } from './scenarios.mjs'
 
-await play(async (url, key, token) => {
-  const client = new RealtimeClient(`${url}/realtime/v1`, { params: { apikey: key }, transport: ws })
+await play(async (url, key, token, params = {}) => {
+  const client = new RealtimeClient(`${url}/realtime/v1`, { params: { apikey: key, ...params }, transport: ws })
   if (token) await client.setAuth(token)
   return client
 }, { tries: false })

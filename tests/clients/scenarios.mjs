@@ -1,7 +1,8 @@
-// What both JavaScript clients must do. They differ only in how they connect: `connect(url, key, token)` gives the
+// What both JavaScript clients must do. They differ only in how they connect: `connect(url, key, token, parameters)` gives the
 // client's `channel` and `removeChannel`, and `setAuth(token)`. Without a token the key is all that they show. One that
 // `tries` joins again by itself after a join was refused.
 import assert from 'node:assert/strict'
+import { randomUUID } from 'node:crypto'
 import { Inbox, PROXY, RELAY, order, run, token, within, write } from './harness.mjs'
 
 const ALICE = 'aaaaaaaa-0000-4000-8000-000000000001'
@@ -172,6 +173,24 @@ export const play = (connect, { tries = true } = {}) => run({
     await write(`insert into board values (1, 7, 'a')`)
     await write(`insert into notes (id, owner, title) values (1, '${BOB}', 'b'), (2, '${ALICE}', 'a')`)
     assert.deepEqual([await briefs(board, 1), await briefs(notes, 1)], [['INSERT 1'], ['INSERT 2']])
+  },
+
+  async misses_nothing_while_the_relay_is_away_when_it_named_its_session() {
+    const client = await connect(RELAY, await token('anon'), await token('alice'), { session: randomUUID() })
+    const notes = await subscribed(client, 'notes', NOTES)
+    await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a')`)
+    const identity = ({ new: { id }, commit_timestamp: at }) => `${id} ${at}`
+    const first = await notes.changes.next()
+    await order('STOP')
+    await notes.reaches('CHANNEL_ERROR')
+    await write(`insert into notes (id, owner, title) values (2, '${ALICE}', 'b'), (3, '${BOB}', 'c'), (4, '${ALICE}', 'd')`)
+    await order('START')
+    await notes.reaches('SUBSCRIBED')
+    await write(`insert into notes (id, owner, title) values (5, '${ALICE}', 'e')`)
+    const came = new Map([[identity(first), first]])
+    await notes.changes.until((change) => came.set(identity(change), change) && change.new.id === 5)
+    // What it may have got twice is one change by its time and key.
+    assert.deepEqual([...came.values()].map(brief), [1, 2, 4, 5].map((id) => `INSERT ${id}`))
   },
 
   async has_channels_that_come_and_go_on_their_own() {

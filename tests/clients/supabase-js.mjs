@@ -3,9 +3,9 @@ import { createClient } from '@supabase/supabase-js'
 import ws from 'ws'
 import { play } from './scenarios.mjs'
 
-await play(async (url, key, token) => {
+await play(async (url, key, token, params = {}) => {
   let current = token
-  const options = { realtime: { transport: ws }, ...(token && { accessToken: async () => current }) }
+  const options = { realtime: { transport: ws, params }, ...(token && { accessToken: async () => current }) }
   const client = createClient(url, key, options)
   // Without waiting for the first token the first join would show the key alone.
   if (token) await client.realtime.setAuth()

@@ -1,0 +1,108 @@
+//! Bookmarks in the database, where they outlive sockets and relays: opened, moved and dropped many at a time.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use deadpool_postgres::Pool;
+
+use crate::model::bookmark::{Bookmark, BookmarkKey, Opened};
+use crate::model::cursor::Cursor;
+use crate::postgres::connect::{Error, Server};
+
+/// Statements are short; one that takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Where bookmarks are kept.
+pub struct Bookmarks {
+    pool: Pool,
+    /// Seconds after which whoever comes back is not resumed.
+    resume: f64,
+}
+
+impl Bookmarks {
+    /// In the database of `server`; `resume` is how long a client may be away.
+    ///
+    /// # Errors
+    /// When the pool cannot be built.
+    pub fn new(server: &Server, resume: Duration) -> Result<Self, Error> {
+        Ok(Self { pool: server.pool(1, LIMIT)?, resume: resume.as_secs_f64() })
+    }
+
+    /// Takes over these bookmarks, or makes them at these cursors. No key may come twice. They outlive a crash.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn open(&self, wanted: &[(BookmarkKey, Cursor)]) -> Result<Vec<Opened>, Error> {
+        let client = self.client().await?;
+        let statement =
+            client.prepare_cached("select * from relay.open_bookmarks($1::text[]::uuid[], $2, $3)").await?;
+        let (sessions, channels) = keys(wanted.iter().map(|(key, _)| key));
+        let cursors: Vec<String> = wanted.iter().map(|(_, cursor)| cursor.to_string()).collect();
+        let rows = client.query(&statement, &[&sessions, &channels, &cursors]).await?;
+        let mut opened = Vec::with_capacity(rows.len());
+        for row in rows {
+            let unfit = || Error::Unfit(String::from("relay.open_bookmarks gave what is no bookmark"));
+            let session = row.try_get::<_, &str>(0)?.parse().map_err(|_| unfit())?;
+            let channel: &[u8] = row.try_get(1)?;
+            let key = BookmarkKey { session, channel: channel.try_into().map_err(|_| unfit())? };
+            let bookmark = Bookmark { key, owner: row.try_get(2)? };
+            let age: f64 = row.try_get(4)?;
+            opened.push(match row.try_get::<_, &str>(3)?.parse() {
+                Ok(cursor) if age <= self.resume => Opened::At(bookmark, cursor),
+                _ => Opened::Lapsed(bookmark),
+            });
+        }
+        Ok(opened)
+    }
+
+    /// Moves those that were not taken over; gives the owners of those that were moved.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn move_to(&self, moves: &[(Bookmark, Cursor)]) -> Result<HashSet<String>, Error> {
+        let client = self.client().await?;
+        let statement = client
+            .prepare_cached("select relay.move_bookmarks($1::text[]::uuid[], $2, $3::text[]::uuid[], $4)")
+            .await?;
+        let (sessions, channels) = keys(moves.iter().map(|(bookmark, _)| &bookmark.key));
+        let owners: Vec<&str> = moves.iter().map(|(bookmark, _)| bookmark.owner.as_str()).collect();
+        let cursors: Vec<String> = moves.iter().map(|(_, cursor)| cursor.to_string()).collect();
+        let rows = client.query(&statement, &[&sessions, &channels, &owners, &cursors]).await?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    }
+
+    /// Drops those that were not taken over.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn forget(&self, bookmarks: &[Bookmark]) -> Result<(), Error> {
+        let client = self.client().await?;
+        let statement = client
+            .prepare_cached("select relay.drop_bookmarks($1::text[]::uuid[], $2, $3::text[]::uuid[])")
+            .await?;
+        let (sessions, channels) = keys(bookmarks.iter().map(|bookmark| &bookmark.key));
+        let owners: Vec<&str> = bookmarks.iter().map(|bookmark| bookmark.owner.as_str()).collect();
+        client.execute(&statement, &[&sessions, &channels, &owners]).await?;
+        Ok(())
+    }
+
+    /// Drops those of clients that have been away for much longer than they are resumed: until then they are told that
+    /// they come too late.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn trim(&self) -> Result<(), Error> {
+        let client = self.client().await?;
+        let age = self.resume * 2.0 + 86_400.0;
+        client.execute("select relay.trim_bookmarks(make_interval(secs => $1))", &[&age]).await?;
+        Ok(())
+    }
+
+    async fn client(&self) -> Result<deadpool_postgres::Object, Error> {
+        self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))
+    }
+}
+
+fn keys<'a>(keys: impl Iterator<Item = &'a BookmarkKey>) -> (Vec<String>, Vec<&'a [u8]>) {
+    keys.map(|key| (key.session.to_string(), &key.channel[..])).unzip()
+}

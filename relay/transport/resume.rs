@@ -1,0 +1,361 @@
+//! What makes a socket one that can be resumed: its channels begin where their bookmarks are, and the bookmarks follow
+//! what the client has surely received.
+//!
+//! A ping goes out behind everything up to a known place of the feed. Its pong says that the client has all of that.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
+use std::future::{pending, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::time::{Instant, Sleep, sleep};
+
+use crate::feed::binding::{BindError, Feed};
+use crate::feed::follower::{Follower, Missed, Progress};
+use crate::feed::outbox::Outbox;
+use crate::feed::router::Registration;
+use crate::model::bookmark::{Bookmark, BookmarkKey, Opened, SessionName};
+use crate::model::claims::Claims;
+use crate::model::cursor::Cursor;
+use crate::model::dress::Dress;
+use crate::model::session::ChannelId;
+use crate::model::subscription::Subscription;
+use crate::transport::writer::ping;
+
+/// After something was delivered, the client is asked so much later what it has.
+const SOON: Duration = Duration::from_secs(1);
+/// Without anything delivered, bookmarks move at least this often.
+const LATE: Duration = Duration::from_secs(240);
+/// When the past cannot be read, the next try comes so much later.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// So many pings may be without their pong.
+const MOST_PINGS: usize = 16;
+
+/// What is told to whoever was away for too long.
+const LAPSED: &str = "this session was away for longer than it is kept, read the rows again";
+/// What is told to a connection whose session goes on elsewhere.
+const TAKEN: &str =
+    "another connection goes on with this session: what this one misses from here on is not given back";
+
+/// A channel's way from its bookmark to the present.
+struct Reading {
+    subscription: Subscription,
+    dress: Dress,
+    /// Where its last step began.
+    since: Cursor,
+    step: Step,
+}
+
+enum Step {
+    Reads(BoxFuture<'static, (Follower, Result<Progress, Missed>)>),
+    /// The client has to read first.
+    Waits(Follower),
+}
+
+/// Up to where a channel is received once a pong has come.
+type Mark = (ChannelId, Bookmark, Cursor);
+
+/// The position is being asked for, with a ping behind it.
+struct Asked {
+    ping: u64,
+    /// The channels for which it will count: those that were delivered to.
+    channels: Vec<(ChannelId, Bookmark)>,
+    position: BoxFuture<'static, Option<Cursor>>,
+}
+
+/// The channels of one socket that named its session.
+pub struct Resume {
+    name: SessionName,
+    /// For questions about the position; no channel has its number.
+    nobody: ChannelId,
+    feed: Feed,
+    outbox: Arc<Outbox>,
+    /// Without anything delivered, bookmarks move this often, so that they do not grow old.
+    late: Duration,
+    bookmarks: BTreeMap<ChannelId, (Bookmark, Dress)>,
+    readings: BTreeMap<ChannelId, Reading>,
+    asked: Option<Asked>,
+    /// What the client has when the pong of this number comes.
+    pings: VecDeque<(u64, Vec<Mark>)>,
+    last_ping: u64,
+    last_pong: u64,
+    due: Pin<Box<Sleep>>,
+    /// The bookmarks belong to another connection now, and whether the client was told.
+    taken: Arc<AtomicBool>,
+    told: bool,
+}
+
+impl Resume {
+    /// For the session of this name, on the socket of this number; `away` is how long it may be away.
+    pub fn new(name: SessionName, socket: u64, feed: Feed, outbox: Arc<Outbox>, away: Duration) -> Self {
+        let late = LATE.min(away / 4);
+        Self {
+            name,
+            nobody: ChannelId { session: socket, channel: 0 },
+            feed,
+            outbox,
+            late,
+            bookmarks: BTreeMap::new(),
+            readings: BTreeMap::new(),
+            asked: None,
+            pings: VecDeque::new(),
+            last_ping: 0,
+            last_pong: 0,
+            due: Box::pin(sleep(late)),
+            taken: Arc::default(),
+            told: false,
+        }
+    }
+
+    /// Opens the bookmark of a channel; none inside when the channel has it in hand.
+    pub fn open(
+        &self,
+        channel: ChannelId,
+        claims: &Claims,
+        topic: &str,
+    ) -> impl Future<Output = Result<Option<Opened>, BindError>> + use<> {
+        let key = BookmarkKey::new(self.name, claims, topic);
+        let has_it = self.bookmarks.get(&channel).is_some_and(|(bookmark, _)| bookmark.key == key);
+        let (feed, nobody, outbox) = (self.feed.clone(), self.nobody, Arc::clone(&self.outbox));
+        async move {
+            match has_it {
+                true => Ok(None),
+                false => feed.bookmark(key, nobody, &outbox).await.map(Some),
+            }
+        }
+    }
+
+    /// Delivers to a channel from its bookmark on, after the greeting. With a bookmark in hand: goes on, as somebody else
+    /// or with other rights.
+    pub fn start(
+        &mut self,
+        channel: ChannelId,
+        subscription: Subscription,
+        dress: Dress,
+        greeting: Vec<Bytes>,
+        opened: Option<Opened>,
+    ) {
+        let mut since = self.readings.remove(&channel).map(|reading| reading.since);
+        let mut gap = None;
+        if let Some(opened) = opened {
+            self.bookmarks.insert(channel, (opened.bookmark().clone(), dress.clone()));
+            (since, gap) = match opened {
+                Opened::At(_, cursor) => (Some(cursor), None),
+                Opened::Lapsed(_) => (None, Some(LAPSED)),
+            };
+        }
+        match since {
+            Some(since) => self.read(channel, subscription, dress, greeting, since),
+            None => self.begin_anew(channel, subscription, dress, greeting, gap),
+        }
+    }
+
+    fn read(
+        &mut self,
+        channel: ChannelId,
+        subscription: Subscription,
+        dress: Dress,
+        greeting: Vec<Bytes>,
+        since: Cursor,
+    ) {
+        // What was delivered until now, if anything, was for other rights.
+        self.feed.leave(channel, &self.outbox, greeting);
+        let (feed, outbox) = (self.feed.clone(), Arc::clone(&self.outbox));
+        let follower =
+            Follower::new(feed, channel, subscription.clone(), dress.clone(), since.clone(), outbox);
+        let step = Step::Reads(go_on(follower, Duration::ZERO));
+        self.readings.insert(channel, Reading { subscription, dress, since, step });
+    }
+
+    /// Delivers from now on; `gap` says why what came before is missing.
+    fn begin_anew(
+        &mut self,
+        channel: ChannelId,
+        subscription: Subscription,
+        dress: Dress,
+        mut greeting: Vec<Bytes>,
+        gap: Option<&str>,
+    ) {
+        greeting.extend(gap.map(|why| Bytes::from(dress.gap(why, ""))));
+        let outbox = Arc::clone(&self.outbox);
+        self.feed.join(channel, Registration { dress, subscription, since: None, outbox }, greeting);
+        if gap.is_some() {
+            self.due.as_mut().reset(Instant::now());
+        }
+    }
+
+    /// Delivery to a channel ends; its client may come back to it.
+    pub fn stop(&mut self, channel: ChannelId) {
+        self.readings.remove(&channel);
+        self.bookmarks.remove(&channel);
+    }
+
+    /// A client left a channel and will not come back to it.
+    pub fn forget(&mut self, channel: ChannelId) {
+        if let Some((bookmark, _)) = self.bookmarks.remove(&channel) {
+            self.feed.bookmarks().forget(bookmark);
+        }
+    }
+
+    /// The client has everything before the ping of this number.
+    pub fn pong(&mut self, payload: &[u8]) {
+        let Ok(number) = payload.try_into().map(u64::from_be_bytes) else { return };
+        if number > self.last_pong && number <= self.last_ping {
+            self.last_pong = number;
+            self.receive();
+        }
+    }
+
+    /// Frames were written.
+    pub fn written(&mut self) {
+        if self.outbox.was_delivered_to() && self.due.deadline() > Instant::now() + SOON {
+            self.due.as_mut().reset(Instant::now() + SOON);
+        }
+        if !self.readings.is_empty() && !self.outbox.is_behind() {
+            for reading in self.readings.values_mut() {
+                reading.go_on();
+            }
+        }
+    }
+
+    /// Does what there is to do, for ever. Cancel safe.
+    pub async fn work(&mut self) -> Infallible {
+        poll_fn(|context| {
+            while self.step(context) {}
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Whether something was done.
+    fn step(&mut self, context: &mut Context<'_>) -> bool {
+        let mut done = None;
+        for (channel, reading) in &mut self.readings {
+            if let Step::Reads(reads) = &mut reading.step
+                && let Poll::Ready(outcome) = reads.poll_unpin(context)
+            {
+                done = Some((*channel, outcome));
+                break;
+            }
+        }
+        if let Some((channel, (follower, outcome))) = done {
+            self.has_read(channel, follower, outcome);
+            return true;
+        }
+        if let Some(asked) = &mut self.asked
+            && let Poll::Ready(position) = asked.position.poll_unpin(context)
+        {
+            if let (Some(asked), Some(position)) = (self.asked.take(), position) {
+                let mark = |(channel, bookmark)| (channel, bookmark, position.clone());
+                self.pings.push_back((asked.ping, asked.channels.into_iter().map(mark).collect()));
+                self.receive();
+            }
+            return true;
+        }
+        if self.due.as_mut().poll(context).is_ready() {
+            self.due.as_mut().reset(Instant::now() + self.late);
+            self.ask();
+            return true;
+        }
+        false
+    }
+
+    fn has_read(&mut self, channel: ChannelId, follower: Follower, outcome: Result<Progress, Missed>) {
+        let Some(mut reading) = self.readings.remove(&channel) else { return };
+        match outcome {
+            Ok(Progress::Live) => {
+                follower.settle();
+                self.due.as_mut().reset(Instant::now() + SOON);
+            }
+            Ok(Progress::More) => {
+                reading.since = follower.since().clone();
+                if let Some((bookmark, _)) = self.bookmarks.get(&channel) {
+                    let mark = (channel, bookmark.clone(), reading.since.clone());
+                    self.last_ping += 1;
+                    self.pings.push_back((self.last_ping, vec![mark]));
+                    self.outbox.push(ping(self.last_ping));
+                }
+                reading.step = Step::Waits(follower);
+                if !self.outbox.is_behind() {
+                    reading.go_on();
+                }
+                self.readings.insert(channel, reading);
+            }
+            Err(Missed::Gap(why)) => {
+                drop(follower);
+                self.begin_anew(channel, reading.subscription, reading.dress, Vec::new(), Some(why));
+            }
+            Err(Missed::Unavailable(error)) => {
+                tracing::debug!(error = %error, "a session waits for what it missed");
+                reading.since = follower.since().clone();
+                reading.step = Step::Reads(go_on(follower, PAUSE));
+                self.readings.insert(channel, reading);
+            }
+        }
+    }
+
+    /// Asks where the feed is, with a ping behind everything up to there.
+    fn ask(&mut self) {
+        if self.taken.load(Ordering::Relaxed) && !std::mem::replace(&mut self.told, true) {
+            for (_, dress) in self.bookmarks.values() {
+                self.outbox.push(dress.gap(TAKEN, "").into());
+            }
+        }
+        let is_delivered_to = |channel: &&ChannelId| !self.readings.contains_key(channel);
+        let delivered = self.bookmarks.keys().filter(is_delivered_to);
+        let channels: Vec<_> =
+            delivered.map(|channel| (*channel, self.bookmarks[channel].0.clone())).collect();
+        // Whoever does not answer pings is not asked for ever.
+        if self.asked.is_some() || self.told || channels.is_empty() || self.pings.len() >= MOST_PINGS {
+            return;
+        }
+        self.last_ping += 1;
+        let (feed, nobody, outbox) = (self.feed.clone(), self.nobody, Arc::clone(&self.outbox));
+        let then = Some(ping(self.last_ping));
+        let position = async move { feed.position(nobody, &outbox, then).await }.boxed();
+        self.asked = Some(Asked { ping: self.last_ping, channels, position });
+    }
+
+    /// Moves bookmarks to what the last pong says.
+    fn receive(&mut self) {
+        while self.pings.front().is_some_and(|(number, _)| *number <= self.last_pong) {
+            for (channel, bookmark, to) in self.pings.pop_front().map(|(_, marks)| marks).unwrap_or_default()
+            {
+                if self.bookmarks.get(&channel).is_some_and(|(known, _)| *known == bookmark) {
+                    self.feed.bookmarks().move_to(bookmark, to, &self.taken);
+                }
+            }
+        }
+    }
+}
+
+impl Reading {
+    /// Reads on, if it waited.
+    fn go_on(&mut self) {
+        let nothing = Step::Reads(pending().boxed());
+        self.step = match std::mem::replace(&mut self.step, nothing) {
+            Step::Waits(follower) => Step::Reads(go_on(follower, Duration::ZERO)),
+            reads => reads,
+        };
+    }
+}
+
+fn go_on(
+    mut follower: Follower,
+    pause: Duration,
+) -> BoxFuture<'static, (Follower, Result<Progress, Missed>)> {
+    async move {
+        sleep(pause).await;
+        let outcome = follower.go_on().await;
+        (follower, outcome)
+    }
+    .boxed()
+}

@@ -1,0 +1,47 @@
+-- Bookmarks, many at a time: relay.open_bookmarks, relay.move_bookmarks, relay.drop_bookmarks, relay.trim_bookmarks.
+
+-- relay.open_bookmarks(sessions, channels, cursors) : takes over these bookmarks, or makes them at these cursors
+-- The arrays are of one length and name no bookmark twice. Gives for each its new owner, where it is, and its age in
+-- seconds since it was moved last.
+create or replace function relay.open_bookmarks(sessions uuid[], channels bytea[], cursors text[])
+returns table (session text, channel bytea, owner text, cursor text, age float8)
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+  insert into relay.bookmarks as b (session, channel, owner, cursor, at)
+  select s, c, gen_random_uuid(), k, clock_timestamp() from unnest($1, $2, $3) as u (s, c, k) order by s, c
+  on conflict (session, channel) do update set owner = gen_random_uuid()
+  returning b.session::text, b.channel, b.owner::text, b.cursor, extract(epoch from clock_timestamp() - b.at)::float8
+$$;
+comment on function relay.open_bookmarks(uuid[], bytea[], text[]) is 'takes over bookmarks, or makes them at these cursors';
+
+-- relay.move_bookmarks(sessions, channels, owners, cursors) : moves those that still belong to these owners
+-- Gives the owners of those that were moved: the others were taken over by another connection.
+create or replace function relay.move_bookmarks(sessions uuid[], channels bytea[], owners uuid[], cursors text[])
+returns setof text
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+  update relay.bookmarks b set cursor = m.k, at = clock_timestamp()
+  from (select s, c, o, k from unnest($1, $2, $3, $4) as u (s, c, o, k) order by s, c) m
+  where b.session = m.s and b.channel = m.c and b.owner = m.o
+  returning b.owner::text
+$$;
+comment on function relay.move_bookmarks(uuid[], bytea[], uuid[], text[]) is 'moves the bookmarks that still belong to these owners';
+
+-- relay.drop_bookmarks(sessions, channels, owners) : drops those that still belong to these owners
+create or replace function relay.drop_bookmarks(sessions uuid[], channels bytea[], owners uuid[]) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+  delete from relay.bookmarks b using unnest($1, $2, $3) as u (s, c, o)
+  where b.session = u.s and b.channel = u.c and b.owner = u.o
+$$;
+comment on function relay.drop_bookmarks(uuid[], bytea[], uuid[]) is 'drops the bookmarks that still belong to these owners';
+
+-- relay.trim_bookmarks(age) : drops those that were not moved for so long
+-- Longer than anybody is resumed: a client that comes back too late has to be told so.
+create or replace function relay.trim_bookmarks(age interval) returns bigint
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+  with dropped as (delete from relay.bookmarks b where b.at < clock_timestamp() - $1 returning 1)
+  select count(*) from dropped
+$$;
+comment on function relay.trim_bookmarks(interval) is 'drops bookmarks that were not moved for so long; run by the relay';

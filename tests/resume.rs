@@ -1,0 +1,264 @@
+//! Sockets that name their session: after any interruption they get what they missed before anything new.
+
+use std::time::{Duration, Instant};
+
+use relay::model::cursor::Cursor;
+use serde_json::{Value, json};
+
+use crate::support::client::Client;
+use crate::support::proxy::Proxy;
+use crate::support::relay::Relay;
+use crate::support::stage::Stage;
+use crate::support::{eventually, token};
+
+const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+const NAME: &str = "5e551011-0000-4000-8000-000000000001";
+
+fn ann() -> String {
+    token("authenticated", Some(ANN), json!({}))
+}
+
+/// `t (id, owner)`: each sees their own rows.
+async fn stage() -> Stage {
+    Stage::new(
+        "create table t (id int primary key, owner uuid); alter table t enable row level security;
+         create policy own on t using (owner = auth.uid()); grant select on t to authenticated; select relay.watch('t')",
+    )
+    .await
+}
+
+/// Connects as the session of this name, and joins.
+async fn come(relay: &Relay, token: &str, name: &str) -> Client {
+    come_at(relay.address, token, name).await
+}
+
+async fn come_at(address: std::net::SocketAddr, token: &str, name: &str) -> Client {
+    let mut client = Client::at(address, token, &format!("&session={name}")).await.unwrap();
+    client.subscribe("realtime:t", bindings()).await;
+    client
+}
+
+fn bindings() -> Value {
+    json!([{"event": "*", "schema": "public", "table": "t"}, {"event": "*", "schema": "public", "table": "marker"}])
+}
+
+async fn insert(stage: &Stage, ids: std::ops::Range<i64>) {
+    stage
+        .run(&format!(
+            "insert into t select n, '{ANN}' from generate_series({}, {}) n",
+            ids.start,
+            ids.end - 1
+        ))
+        .await;
+}
+
+/// What a client was told up to now: ids of `t`, and gaps.
+async fn heard(stage: &Stage, client: &mut Client) -> (Vec<i64>, Vec<String>) {
+    let marker: i64 =
+        stage.database.value("insert into marker default values returning id").await.parse().unwrap();
+    let (mut ids, mut gaps) = (Vec::new(), Vec::new());
+    loop {
+        let frame = client.frame().await;
+        let data = &frame[4]["data"];
+        match frame[3].as_str() {
+            Some("system") if frame[4]["status"] == "error" => {
+                gaps.push(frame[4]["message"].as_str().unwrap().to_owned());
+            }
+            Some("postgres_changes") if data["table"] == "t" => {
+                ids.push(data["record"]["id"].as_i64().unwrap());
+            }
+            Some("postgres_changes") if data["record"]["id"] == marker => return (ids, gaps),
+            _ => {}
+        }
+    }
+}
+
+/// Waits until the bookmarks say that everything up to now was received.
+async fn bookmarked(stage: &Stage, client: &mut Client) {
+    let id: i64 =
+        stage.database.value("insert into marker default values returning id").await.parse().unwrap();
+    let changes =
+        client.changes_until(|change| change["table"] == "marker" && change["record"]["id"] == id).await;
+    let cursor = |text: &str| text.parse::<Cursor>().unwrap();
+    let here = cursor(changes.last().unwrap()["cursor"].as_str().unwrap());
+    let started = Instant::now();
+    loop {
+        let bookmarks = stage.database.value("select string_agg(cursor, ' ') from relay.bookmarks").await;
+        if bookmarks.split(' ').all(|bookmark| cursor(bookmark).is_at_or_after(&here)) {
+            return;
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "the bookmark does not move");
+        // The pong is sent by whoever reads.
+        client.frame_within(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_comes_back_gets_what_it_missed_before_anything_new() {
+    let stage = stage().await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    insert(&stage, 1..4).await;
+    assert_eq!(heard(&stage, &mut client).await.0, [1, 2, 3]);
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    insert(&stage, 4..7).await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    insert(&stage, 7..8).await;
+    assert_eq!(heard(&stage, &mut client).await, (vec![4, 5, 6, 7], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_into_a_dead_connection_comes_again() {
+    let stage = stage().await;
+    let proxy = Proxy::start(stage.relay.address).await;
+    let mut client = come_at(proxy.address, &ann(), NAME).await;
+    insert(&stage, 1..3).await;
+    assert_eq!(heard(&stage, &mut client).await.0, [1, 2]);
+    bookmarked(&stage, &mut client).await;
+    let mut beside = stage.join(&ann()).await;
+    proxy.hold();
+    insert(&stage, 3..6).await;
+    // A client beside it has them: as far as the relay can tell, so has ours.
+    assert_eq!(heard(&stage, &mut beside).await.0, [3, 4, 5]);
+    proxy.cut();
+    drop(client);
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    assert_eq!(heard(&stage, &mut client).await, (vec![3, 4, 5], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_relay_goes_on_where_the_first_one_ended() {
+    let stage = stage().await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    bookmarked(&stage, &mut client).await;
+    let other = Relay::start(&stage.database.url).await;
+    insert(&stage, 1..3).await;
+    assert_eq!(heard(&stage, &mut client).await.0, [1, 2]);
+    drop(client);
+    insert(&stage, 3..4).await;
+    let mut client = come(&other, &ann(), NAME).await;
+    let (ids, gaps) = heard(&stage, &mut client).await;
+    // What was told a moment ago may come again, in order.
+    assert!(ids.ends_with(&[3]) && ids.is_sorted(), "{ids:?} {gaps:?}");
+    other.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn somebody_else_with_the_same_name_gets_nothing_of_it() {
+    let stage = stage().await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    insert(&stage, 1..3).await;
+    let mut stranger = come(&stage.relay, &token("authenticated", Some(BOB), json!({})), NAME).await;
+    stage.run(&format!("insert into t values (9, '{BOB}')")).await;
+    assert_eq!(heard(&stage, &mut stranger).await, (vec![9], vec![]));
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    assert_eq!(heard(&stage, &mut client).await, (vec![1, 2], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_that_was_left_begins_anew() {
+    let stage = stage().await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    bookmarked(&stage, &mut client).await;
+    client.push(Some("1"), "realtime:t", "phx_leave", json!({})).await;
+    eventually("the bookmark is dropped", || async {
+        (stage.database.value("select count(*) from relay.bookmarks").await == "0").then_some(())
+    })
+    .await;
+    let mut beside = stage.join(&ann()).await;
+    insert(&stage, 1..3).await;
+    assert_eq!(heard(&stage, &mut beside).await.0, [1, 2]);
+    client.subscribe("realtime:t", bindings()).await;
+    insert(&stage, 3..4).await;
+    assert_eq!(heard(&stage, &mut client).await, (vec![3], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_comes_back_too_late_is_told_of_a_gap() {
+    let stage = Stage::with(
+        "create table t (id int primary key, owner uuid); grant select on t to authenticated; select relay.watch('t')",
+        |settings, _| settings.resume_seconds = Some(600),
+    )
+    .await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    insert(&stage, 1..3).await;
+    stage.run("update relay.bookmarks set at = at - interval '11 minutes'").await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    insert(&stage, 3..4).await;
+    let (ids, gaps) = heard(&stage, &mut client).await;
+    assert_eq!(ids, [3]);
+    assert!(gaps.len() == 1 && gaps[0].starts_with("Gap: this session was away"), "{gaps:?}");
+    // From there on it is resumed again.
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    insert(&stage, 4..5).await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    assert_eq!(heard(&stage, &mut client).await, (vec![4], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_absence_is_given_back_as_fast_as_the_client_reads() {
+    let stage = stage().await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    insert(&stage, 1..20_001).await;
+    stage.run(&format!("insert into t values (0, '{BOB}')")).await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    insert(&stage, 20_001..20_002).await;
+    let (ids, gaps) = heard(&stage, &mut client).await;
+    assert_eq!(gaps, [""; 0]);
+    assert!(ids.iter().copied().eq(1..20_002), "{} ids, sorted: {}", ids.len(), ids.is_sorted());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_connections_with_one_name_the_older_is_told_that_it_is_not_resumed() {
+    let stage = stage().await;
+    let mut older = come(&stage.relay, &ann(), NAME).await;
+    let mut newer = come(&stage.relay, &ann(), NAME).await;
+    insert(&stage, 1..2).await;
+    assert_eq!(heard(&stage, &mut newer).await, (vec![1], vec![]));
+    let told = async {
+        loop {
+            let frame = older.frame().await;
+            if frame[3] == "system" && frame[4]["status"] == "error" {
+                return frame[4]["message"].as_str().unwrap().to_owned();
+            }
+            if frame[4]["data"]["table"] == "marker" {
+                stage.run("insert into marker default values").await;
+            }
+        }
+    };
+    assert!(told.await.starts_with("Gap: another connection goes on with this session"));
+    insert(&stage, 2..3).await;
+    assert!(heard(&stage, &mut newer).await.0.ends_with(&[2]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_tells_its_exact_time_and_cursor_to_whoever_may_get_it_twice() {
+    let stage = stage().await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    let mut plain = stage.join(&ann()).await;
+    insert(&stage, 1..2).await;
+    let (change, other) = (client.change().await, plain.change().await);
+    assert!(change["cursor"].is_string() && other.get("cursor").is_none());
+    let time = |change: &Value| change["commit_timestamp"].as_str().unwrap().to_owned();
+    assert_eq!((time(&change).len(), time(&other).len()), (27, 24), "{change} {other}");
+    assert_eq!(time(&change)[..23], time(&other)[..23]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_has_a_uuid_for_a_name() {
+    let stage = stage().await;
+    for name in ["1", "", "5e551011-0000-4000-8000-00000000000g", "%ff"] {
+        let Err(refused) = Client::at(stage.relay.address, &ann(), &format!("&session={name}")).await else {
+            panic!("{name} is no name");
+        };
+        assert!(refused.starts_with("400") && refused.contains("session: a UUID is expected"), "{refused}");
+    }
+}
