@@ -16,7 +16,7 @@ use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::connect::Error;
 
 /// Bookmarks that moved are written together, at most so much later.
-const TOGETHER: Duration = Duration::from_millis(250);
+const TOGETHER: Duration = Duration::from_secs(1);
 /// So many at a time, in one statement.
 const MOST: usize = 1000;
 /// After a failure the next try comes so much later.

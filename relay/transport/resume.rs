@@ -30,7 +30,7 @@ use crate::model::subscription::Subscription;
 use crate::transport::writer::ping;
 
 /// After something was delivered, the client is asked so much later what it has.
-const SOON: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_millis(500);
 /// Without anything delivered, bookmarks move at least this often.
 const LATE: Duration = Duration::from_secs(240);
 /// When the past cannot be read, the next try comes so much later.

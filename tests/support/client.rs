@@ -95,6 +95,30 @@ impl Client {
         .ok()
     }
 
+    /// The next frame, if one comes in time; an error when the connection is over.
+    pub async fn try_frame(&mut self, time: Duration) -> Result<Option<Value>, String> {
+        let next = async {
+            loop {
+                match self.socket.next().await {
+                    Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str(&text).unwrap()),
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    other => return Err(format!("{other:?}")),
+                }
+            }
+        };
+        match tokio::time::timeout(time, next).await {
+            Ok(frame) => frame.map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Joins with these bindings; what comes of it is to be read.
+    pub async fn try_join(&mut self, topic: &str, bindings: Value) -> Result<(), String> {
+        let payload = json!({"config": {"postgres_changes": bindings}});
+        let text = json!(["1", "1", topic, "phx_join", payload]).to_string();
+        self.socket.send(Message::text(text)).await.map_err(|error| error.to_string())
+    }
+
     /// The `data` of the next change.
     pub async fn change(&mut self) -> Value {
         loop {
