@@ -105,6 +105,41 @@ async fn a_poll_waits_for_a_change_and_ends_with_a_cursor_when_none_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn many_polls_that_wait_at_one_cursor_cost_one_question_for_each_claims() {
+    let stage = Stage::new(
+        "do $$ begin execute format('alter database %I set track_functions = pl', current_database()); end $$;
+         create function may(owner uuid) returns bool language plpgsql stable as $$ begin return owner = auth.uid(); end $$;
+         create table t (id int primary key, owner uuid, v text, secret text); alter table t enable row level security;
+         create policy own on t using (may(owner)); grant select on t to authenticated; select relay.watch('t')",
+    )
+    .await;
+    let (_, cursor) = told(&ask(&stage, ANN, "").await);
+    let (ann, bob) = (path(ANN, ""), path(BOB, ""));
+    let address = stage.relay.address;
+    let wait = |path: &str| {
+        let path = format!("{path}&since={cursor}&wait=20");
+        tokio::spawn(async move { get(address, &path, "").await })
+    };
+    let anns: Vec<_> = (0..20).map(|_| wait(&ann)).collect();
+    let bobs: Vec<_> = (0..20).map(|_| wait(&bob)).collect();
+    crate::support::eventually("all polls wait", || async {
+        stage.relay.observe.text().contains("relay_channels_open 40\n").then_some(())
+    })
+    .await;
+    stage.run(&format!("insert into t values (1, '{ANN}'); insert into t values (2, '{BOB}')")).await;
+    for (polls, id) in [(anns, 1), (bobs, 2)] {
+        for poll in polls {
+            assert_eq!(told(&poll.await.unwrap()).0, [id]);
+        }
+    }
+    // What a session counted is there for others when it ends.
+    let Stage { relay, database, .. } = stage;
+    relay.stop().await;
+    let calls = database.value("select sum(calls) from pg_stat_user_functions where funcname = 'may'").await;
+    assert_eq!(calls, "4", "two rows, for two users, whoever waits");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stream_goes_on_after_its_last_event_on_whichever_relay() {
     let stage = stage().await;
     let mut events = Events::open(stage.relay.address, &path(ANN, ""), None).await;
