@@ -25,6 +25,8 @@ use crate::postgres::connect::{Error, Server};
 
 /// Readers of the past at a time: a storm of them queues here, and not at the database.
 const AT_ONCE: usize = 4;
+/// A connection is kept so long for the next reader.
+const SPARE: Duration = Duration::from_secs(5);
 /// The longest pause before the router is asked again whether it is ready.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// One reader's turn; a long past takes several.
@@ -38,6 +40,8 @@ pub struct Past {
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
     turns: Semaphore,
+    /// Connections whose last reader came to the end, and since when nobody has used them.
+    spare: Mutex<Vec<(Changelog, Instant)>>,
     judged_with: Mutex<Option<Arc<Catalog>>>,
 }
 
@@ -83,14 +87,42 @@ impl From<Error> for Missed {
 impl Past {
     /// Reads the changelog of `server`; `pool` is for questions while a page is open.
     pub fn new(server: Server, pool: Pool, catalog: Arc<CatalogKeeper>, gate: Gate) -> Self {
-        Self { server, pool, catalog, gate, turns: Semaphore::new(AT_ONCE), judged_with: Mutex::new(None) }
+        Self {
+            server,
+            pool,
+            catalog,
+            gate,
+            turns: Semaphore::new(AT_ONCE),
+            spare: Mutex::default(),
+            judged_with: Mutex::new(None),
+        }
     }
 
     /// Whether the cursor is of a moment that has been, and whose changes are still there.
     async fn check(&self, cursor: &Cursor) -> Result<(), Missed> {
         let _turn = self.turns.acquire().await;
-        let changelog = Changelog::connect(&self.server).await?;
-        self.check_with(&changelog, cursor).await
+        let changelog = self.changelog().await?;
+        let checked = self.check_with(&changelog, cursor).await;
+        self.put_back(changelog).await;
+        checked
+    }
+
+    /// The connection of a reader before, when many come one after the other; else a new one.
+    async fn changelog(&self) -> Result<Changelog, Error> {
+        let mut spare = self.spare.lock().await;
+        spare.retain(|(changelog, since)| since.elapsed() < SPARE && changelog.is_open());
+        let known = spare.pop();
+        drop(spare);
+        match known {
+            Some((changelog, _)) => Ok(changelog),
+            None => Changelog::connect(&self.server).await,
+        }
+    }
+
+    /// Keeps a connection for the next reader. One on which a page was not read to its end is dropped instead: the rest
+    /// of the page would still come.
+    async fn put_back(&self, changelog: Changelog) {
+        self.spare.lock().await.push((changelog, Instant::now()));
     }
 
     async fn check_with(&self, changelog: &Changelog, cursor: &Cursor) -> Result<(), Missed> {
@@ -144,7 +176,7 @@ impl Past {
         outbox: &Outbox,
     ) -> Result<(Cursor, bool), Missed> {
         let _turn = self.turns.acquire().await;
-        let changelog = Changelog::connect(&self.server).await?;
+        let changelog = self.changelog().await?;
         self.check_with(&changelog, since).await?;
         let started = Instant::now();
         let has_enough = || outbox.is_behind() || outbox.is_full() || started.elapsed() > TURN;
@@ -180,7 +212,9 @@ impl Past {
                 }
             }
             let is_there = to.seen().is_before_or_equal(&until);
+            drop(page);
             if is_there || has_enough() {
+                self.put_back(changelog).await;
                 return Ok((span.end(), is_there));
             }
             position = Position::after(until);

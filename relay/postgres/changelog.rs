@@ -71,6 +71,11 @@ impl Changelog {
         Ok(Self { client, page })
     }
 
+    /// Whether the connection still stands, as far as is known.
+    pub fn is_open(&self) -> bool {
+        !self.client.is_closed()
+    }
+
     /// The name of this history; another one makes every position void.
     ///
     /// # Errors
