@@ -1,6 +1,7 @@
 //! Sockets that name their session: after any interruption they get what they missed before anything new.
 
-use std::time::{Duration, Instant};
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant, SystemTime};
 
 use relay::model::cursor::Cursor;
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use crate::support::client::Client;
 use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
-use crate::support::{eventually, token};
+use crate::support::{eventually, token, token_for};
 
 const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
@@ -237,6 +238,37 @@ async fn of_two_connections_with_one_name_the_older_is_told_that_it_is_not_resum
     assert!(told.await.starts_with("Gap: another connection goes on with this session"));
     insert(&stage, 2..3).await;
     assert!(heard(&stage, &mut newer).await.0.ends_with(&[2]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_as_a_token_ends_comes_with_the_next_one() {
+    let stage = stage().await;
+    // The channel is closed some hundred milliseconds after its token's end, and is not delivered to in between; what
+    // comes shortly before makes that the moment in which its client is asked what it has.
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let until = |time: Duration| tokio::time::sleep(time.saturating_sub(now()));
+    let second = Duration::from_secs(now().as_secs());
+    until(second + Duration::from_millis(1500)).await;
+    let short = token_for("authenticated", Some(ANN), json!({}), Duration::from_secs(3));
+    let mut client = come(&stage.relay, &short, NAME).await;
+    until(second + Duration::from_millis(3700)).await;
+    let mut told = BTreeSet::new();
+    let mut id = 0;
+    // Its pongs go out while it reads.
+    while let Ok(frame) = client.try_frame(Duration::from_millis(20)).await {
+        let frame = frame.unwrap_or_default();
+        if frame[3] == "phx_close" {
+            break;
+        }
+        told.extend(frame[4]["data"]["record"]["id"].as_i64());
+        id += 1;
+        insert(&stage, id..id + 1).await;
+    }
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    let (ids, gaps) = heard(&stage, &mut client).await;
+    told.extend(ids);
+    assert_eq!(gaps, [""; 0]);
+    assert!(told.iter().copied().eq(1..=id), "{id} rows, not {}", told.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

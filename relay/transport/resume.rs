@@ -28,6 +28,7 @@ use crate::model::dress::Dress;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
 use crate::transport::writer::ping;
+use crate::transport::ws;
 
 /// After something was delivered, the client is asked so much later what it has.
 const SOON: Duration = Duration::from_millis(500);
@@ -60,6 +61,16 @@ enum Step {
     Waits(Follower),
 }
 
+/// A channel's bookmark in our hands.
+struct Held {
+    bookmark: Bookmark,
+    /// It was taken over by another connection.
+    taken: Arc<AtomicBool>,
+    dress: Dress,
+    /// The second at which the channel's token ends: from then on nothing is delivered to it, whatever the position.
+    expires_at: u64,
+}
+
 /// Up to where a channel is received once a pong has come.
 type Mark = (ChannelId, Bookmark, Cursor);
 
@@ -80,7 +91,7 @@ pub struct Resume {
     outbox: Arc<Outbox>,
     /// Without anything delivered, bookmarks move this often, so that they do not grow old.
     late: Duration,
-    bookmarks: BTreeMap<ChannelId, (Bookmark, Dress)>,
+    held: BTreeMap<ChannelId, Held>,
     readings: BTreeMap<ChannelId, Reading>,
     asked: Option<Asked>,
     /// What the client has when the pong of this number comes.
@@ -88,9 +99,6 @@ pub struct Resume {
     last_ping: u64,
     last_pong: u64,
     due: Pin<Box<Sleep>>,
-    /// The bookmarks belong to another connection now, and whether the client was told.
-    taken: Arc<AtomicBool>,
-    told: bool,
 }
 
 impl Resume {
@@ -103,15 +111,13 @@ impl Resume {
             feed,
             outbox,
             late,
-            bookmarks: BTreeMap::new(),
+            held: BTreeMap::new(),
             readings: BTreeMap::new(),
             asked: None,
             pings: VecDeque::new(),
             last_ping: 0,
             last_pong: 0,
             due: Box::pin(sleep(late)),
-            taken: Arc::default(),
-            told: false,
         }
     }
 
@@ -123,7 +129,7 @@ impl Resume {
         topic: &str,
     ) -> impl Future<Output = Result<Option<Opened>, BindError>> + use<> {
         let key = BookmarkKey::new(self.name, claims, topic);
-        let has_it = self.bookmarks.get(&channel).is_some_and(|(bookmark, _)| bookmark.key == key);
+        let has_it = self.held.get(&channel).is_some_and(|held| held.bookmark.key == key);
         let (feed, nobody, outbox) = (self.feed.clone(), self.nobody, Arc::clone(&self.outbox));
         async move {
             match has_it {
@@ -145,8 +151,13 @@ impl Resume {
     ) {
         let mut since = self.readings.remove(&channel).map(|reading| reading.since);
         let mut gap = None;
+        let expires_at = subscription.identity().claims().expires_at();
+        if let Some(held) = self.held.get_mut(&channel) {
+            held.expires_at = expires_at;
+        }
         if let Some(opened) = opened {
-            self.bookmarks.insert(channel, (opened.bookmark().clone(), dress.clone()));
+            let (bookmark, taken) = (opened.bookmark().clone(), Arc::default());
+            self.held.insert(channel, Held { bookmark, taken, dress: dress.clone(), expires_at });
             (since, gap) = match opened {
                 Opened::At(_, cursor) => (Some(cursor), None),
                 Opened::Lapsed(_) => (None, Some(LAPSED)),
@@ -195,13 +206,13 @@ impl Resume {
     /// Delivery to a channel ends; its client may come back to it.
     pub fn stop(&mut self, channel: ChannelId) {
         self.readings.remove(&channel);
-        self.bookmarks.remove(&channel);
+        self.held.remove(&channel);
     }
 
     /// A client left a channel and will not come back to it.
     pub fn forget(&mut self, channel: ChannelId) {
-        if let Some((bookmark, _)) = self.bookmarks.remove(&channel) {
-            self.feed.bookmarks().forget(bookmark);
+        if let Some(held) = self.held.remove(&channel) {
+            self.feed.bookmarks().forget(held.bookmark);
         }
     }
 
@@ -254,8 +265,10 @@ impl Resume {
             && let Poll::Ready(position) = asked.position.poll_unpin(context)
         {
             if let (Some(asked), Some(position)) = (self.asked.take(), position) {
-                let mark = |(channel, bookmark)| (channel, bookmark, position.clone());
-                self.pings.push_back((asked.ping, asked.channels.into_iter().map(mark).collect()));
+                let delivered = asked.channels.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
+                let marks =
+                    delivered.map(|(channel, bookmark)| (channel, bookmark, position.clone())).collect();
+                self.pings.push_back((asked.ping, marks));
                 self.receive();
             }
             return true;
@@ -276,9 +289,11 @@ impl Resume {
                 self.due.as_mut().reset(Instant::now() + SOON);
             }
             Ok(Progress::More) => {
-                reading.since = follower.since().clone();
-                if let Some((bookmark, _)) = self.bookmarks.get(&channel) {
-                    let mark = (channel, bookmark.clone(), reading.since.clone());
+                if self.is_in_force(channel)
+                    && let Some(held) = self.held.get(&channel)
+                {
+                    reading.since = follower.since().clone();
+                    let mark = (channel, held.bookmark.clone(), reading.since.clone());
                     self.last_ping += 1;
                     self.pings.push_back((self.last_ping, vec![mark]));
                     self.outbox.push(ping(self.last_ping));
@@ -295,26 +310,30 @@ impl Resume {
             }
             Err(Missed::Unavailable(error)) => {
                 tracing::debug!(error = %error, "a session waits for what it missed");
-                reading.since = follower.since().clone();
                 reading.step = Step::Reads(go_on(follower, PAUSE));
                 self.readings.insert(channel, reading);
             }
         }
     }
 
+    /// Whether everything up to now was delivered to a channel: its token has not ended.
+    fn is_in_force(&self, channel: ChannelId) -> bool {
+        self.held.get(&channel).is_some_and(|held| ws::now() < held.expires_at)
+    }
+
     /// Asks where the feed is, with a ping behind everything up to there.
     fn ask(&mut self) {
-        if self.taken.load(Ordering::Relaxed) && !std::mem::replace(&mut self.told, true) {
-            for (_, dress) in self.bookmarks.values() {
-                self.outbox.push(dress.gap(TAKEN, "").into());
+        self.held.retain(|_, held| {
+            let is_ours = !held.taken.load(Ordering::Relaxed);
+            if !is_ours {
+                self.outbox.push(held.dress.gap(TAKEN, "").into());
             }
-        }
-        let is_delivered_to = |channel: &&ChannelId| !self.readings.contains_key(channel);
-        let delivered = self.bookmarks.keys().filter(is_delivered_to);
-        let channels: Vec<_> =
-            delivered.map(|channel| (*channel, self.bookmarks[channel].0.clone())).collect();
+            is_ours
+        });
+        let delivered = self.held.iter().filter(|(channel, _)| !self.readings.contains_key(channel));
+        let channels: Vec<_> = delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect();
         // Whoever does not answer pings is not asked for ever.
-        if self.asked.is_some() || self.told || channels.is_empty() || self.pings.len() >= MOST_PINGS {
+        if self.asked.is_some() || channels.is_empty() || self.pings.len() >= MOST_PINGS {
             return;
         }
         self.last_ping += 1;
@@ -329,8 +348,10 @@ impl Resume {
         while self.pings.front().is_some_and(|(number, _)| *number <= self.last_pong) {
             for (channel, bookmark, to) in self.pings.pop_front().map(|(_, marks)| marks).unwrap_or_default()
             {
-                if self.bookmarks.get(&channel).is_some_and(|(known, _)| *known == bookmark) {
-                    self.feed.bookmarks().move_to(bookmark, to, &self.taken);
+                if let Some(held) = self.held.get(&channel)
+                    && held.bookmark == bookmark
+                {
+                    self.feed.bookmarks().move_to(bookmark, to, &held.taken);
                 }
             }
         }
