@@ -188,7 +188,7 @@ async fn whoever_comes_back_too_late_is_told_of_a_gap() {
     bookmarked(&stage, &mut client).await;
     drop(client);
     insert(&stage, 1..3).await;
-    stage.run("update relay.bookmarks set at = at - interval '11 minutes'").await;
+    stage.run("update relay.bookmarks set at = at - interval '11 minutes', owner = gen_random_uuid()").await;
     let mut client = come(&stage.relay, &ann(), NAME).await;
     insert(&stage, 3..4).await;
     let (ids, gaps) = heard(&stage, &mut client).await;
