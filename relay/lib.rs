@@ -12,7 +12,7 @@
 //! resume from a cursor. A subscription exists only bound to verified claims.
 //!
 //! Imports go one way, down this page: `main`, `server` → `transport` → `feed` → `postgres` → `model`, with
-//! `config` and `observe` beside them. `tests/layers.rs` holds the rule.
+//! `config`, `observe` and `tls` beside them. `tests/layers.rs` holds the rule.
 #![allow(
     clippy::disallowed_methods,
     reason = "the clock is forbidden in `model` alone, which turns this lint on again"
@@ -94,6 +94,7 @@ pub mod transport {
 
 pub mod config;
 pub mod observe;
+pub mod tls;
 pub mod server;
 
 /// The commands beside `serve`, one a file.

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 const IMPORTS: &[(&str, &[&str])] = &[
     ("model", &["model"]),
     ("observe", &["model"]),
-    ("postgres", &["postgres", "model", "observe"]),
+    ("tls", &[]),
+    ("postgres", &["postgres", "model", "observe", "tls"]),
     ("feed", &["feed", "postgres", "model", "observe"]),
-    ("transport", &["transport", "feed", "model", "observe"]),
+    ("transport", &["transport", "feed", "model", "observe", "tls"]),
     ("config", &["transport::auth", "model"]),
 ];
 

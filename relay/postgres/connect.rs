@@ -1,16 +1,15 @@
 //! Connections to PostgreSQL: the pool, single connections, TLS, and which errors are worth another try.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_postgres::{HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use futures_util::future::poll_fn;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
 use tokio::sync::mpsc;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, Notification};
 use tokio_postgres_rustls::MakeRustlsConnect;
+
+use crate::tls;
 
 /// What can go wrong with PostgreSQL.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +107,8 @@ impl Server {
             .keepalives_interval(Duration::from_secs(5))
             .keepalives_retries(3);
         config.tcp_user_timeout(Duration::from_secs(30));
-        Ok(Self { config, tls: tls(authority)? })
+        let tls = tls::trusting(authority).map_err(|error| Error::Unfit(error.to_string()))?;
+        Ok(Self { config, tls: MakeRustlsConnect::new(tls) })
     }
 
     /// A pool of `size` connections whose commits wait for the flush, whatever the database's default is, and whose
@@ -169,27 +169,4 @@ impl Server {
         client.batch_execute(PATIENT).await?;
         Ok((client, notifications))
     }
-}
-
-fn tls(authority: Option<&str>) -> Result<MakeRustlsConnect, Error> {
-    let mut roots = rustls::RootCertStore::empty();
-    match authority {
-        Some(path) => {
-            let unfit =
-                |why: &dyn std::fmt::Display| Error::Unfit(format!("certificate authority {path}: {why}"));
-            for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unfit(&error))? {
-                roots.add(certificate.map_err(|error| unfit(&error))?).map_err(|error| unfit(&error))?;
-            }
-        }
-        None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        }
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| Error::Unfit(error.to_string()))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(MakeRustlsConnect::new(config))
 }
