@@ -1,13 +1,14 @@
 //! Settings as they are written (flags, environment, a TOML file), and the configuration that comes of them.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use serde::Deserialize;
 
 use crate::transport::auth::{TokenSettings, Verifier};
+use crate::transport::keys::{Keeper, Schedule};
 
 /// What `relay serve` was told, as written. Flags win over the environment, both win over the file.
 #[derive(Args, Deserialize, Default, Clone)]
@@ -22,9 +23,15 @@ pub struct Settings {
     /// The secret that signs tokens (HS256/384/512), at least 32 bytes
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     pub jwt_secret: Option<String>,
-    /// A file of public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA)
+    /// A file of public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA); it is read anew when it changes
     #[arg(long, env = "RELAY_JWKS", value_name = "FILE")]
     pub jwks: Option<String>,
+    /// Read the JWK set anew this often, in milliseconds [default: 10000]
+    #[arg(long, env = "RELAY_JWKS_REFRESH_MS", value_name = "MS")]
+    pub jwks_refresh_ms: Option<u64>,
+    /// A token of an unknown key has the JWK set read at once, but not more often than this, in milliseconds [default: 30000]
+    #[arg(long, env = "RELAY_JWKS_COOLDOWN_MS", value_name = "MS")]
+    pub jwks_cooldown_ms: Option<u64>,
     /// Accept only tokens whose `aud` is this
     #[arg(long, env = "RELAY_JWT_AUDIENCE", value_name = "AUD")]
     pub jwt_audience: Option<String>,
@@ -96,6 +103,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Who somebody is.
     pub verifier: Verifier,
+    /// Who reads published keys anew.
+    pub keeper: Option<Keeper>,
     /// Empty means any.
     pub allowed_origins: Vec<String>,
     /// How many clients.
@@ -135,6 +144,8 @@ impl Settings {
             listen: self.listen.or(file.listen),
             jwt_secret: self.jwt_secret.or(file.jwt_secret),
             jwks: self.jwks.or(file.jwks),
+            jwks_refresh_ms: self.jwks_refresh_ms.or(file.jwks_refresh_ms),
+            jwks_cooldown_ms: self.jwks_cooldown_ms.or(file.jwks_cooldown_ms),
             jwt_audience: self.jwt_audience.or(file.jwt_audience),
             jwt_issuer: self.jwt_issuer.or(file.jwt_issuer),
             publishable_key: list(self.publishable_key, file.publishable_key),
@@ -171,24 +182,6 @@ impl Settings {
             ));
             SocketAddr::from(([127, 0, 0, 1], 0))
         });
-        let jwks = self.jwks.and_then(|path| match std::fs::read_to_string(&path) {
-            Ok(text) => Some(text),
-            Err(error) => {
-                mistakes.push(format!("--jwks {path}: {error}"));
-                None
-            }
-        });
-        let tokens = TokenSettings {
-            secrets: self.jwt_secret.into_iter().collect(),
-            jwks,
-            audience: self.jwt_audience,
-            issuer: self.jwt_issuer,
-            publishable_keys: self.publishable_key,
-            secret_keys: self.secret_key,
-        };
-        let verifier = Verifier::new(&tokens).map_err(|error| {
-            mistakes.push(format!("tokens cannot be verified: {error} (--jwt-secret, --jwks)"));
-        });
         let positive = |name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>| match value
         {
             Some(0) => {
@@ -197,6 +190,36 @@ impl Settings {
             }
             value => value.unwrap_or(default),
         };
+        let schedule = Schedule {
+            refresh: Duration::from_millis(positive(
+                "jwks-refresh-ms",
+                self.jwks_refresh_ms,
+                10_000,
+                &mut mistakes,
+            )),
+            cooldown: Duration::from_millis(self.jwks_cooldown_ms.unwrap_or(30_000)),
+        };
+        let (keys, keeper) = self
+            .jwks
+            .map(|path| match Keeper::of_file(Path::new(&path), schedule) {
+                Ok((keys, keeper)) => (Some(keys), keeper),
+                Err(error) => {
+                    mistakes.push(format!("--jwks {path}: {error}"));
+                    (None, None)
+                }
+            })
+            .unwrap_or_default();
+        let tokens = TokenSettings {
+            secrets: self.jwt_secret.into_iter().collect(),
+            keys,
+            audience: self.jwt_audience,
+            issuer: self.jwt_issuer,
+            publishable_keys: self.publishable_key,
+            secret_keys: self.secret_key,
+        };
+        let verifier = Verifier::new(&tokens).map_err(|error| {
+            mistakes.push(format!("tokens cannot be verified: {error} (--jwt-secret, --jwks)"));
+        });
         let poll = Duration::from_millis(positive("poll-ms", self.poll_ms, 5000, &mut mistakes));
         let judge_timeout =
             Duration::from_millis(positive("judge-timeout-ms", self.judge_timeout_ms, 1000, &mut mistakes));
@@ -210,6 +233,7 @@ impl Settings {
             database_ca: self.database_ca,
             listen,
             verifier,
+            keeper,
             allowed_origins: self.allowed_origin,
             max_connections: self.max_connections.unwrap_or(10_000),
             outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),

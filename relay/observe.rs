@@ -37,6 +37,9 @@ pub struct Observe {
     raised: Counter,
     timed_out: Counter,
     role_lost: Counter,
+    keys_not_read: Counter,
+    keys: Gauge,
+    keys_stale: Gauge,
     warned: AtomicU64,
     refusal_told: AtomicU64,
     ready: AtomicBool,
@@ -67,6 +70,7 @@ impl Observe {
         let timed_out = counter("judgements_timed_out", "Policies that took too long; denied for that page");
         let role_lost =
             counter("judgements_role", "Roles that could not be taken or were changed by a policy; denied");
+        let keys_not_read = counter("jwks_read_failures", "Readings of the JWK set that failed");
         let mut gauge = |name: &str, help: &str| {
             let gauge: Gauge<i64, AtomicI64> = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -78,6 +82,8 @@ impl Observe {
         let audiences = gauge("audiences_open", "Groups of channels that get the same frames");
         let source_up =
             gauge("source_up", "1 while the changelog is being read, 2 when the doorbell is heard too");
+        let keys = gauge("jwks_keys", "Keys of the JWK set that are in force");
+        let keys_stale = gauge("jwks_stale", "1 while the JWK set cannot be read anew");
         let flush = Histogram::new(exponential_buckets(0.000_05, 2.0, 14));
         registry.register("flush_seconds", "Waits for the WAL flush before a page was shown", flush.clone());
         let lag = Histogram::new(exponential_buckets(0.000_1, 2.0, 18));
@@ -109,6 +115,9 @@ impl Observe {
             raised,
             timed_out,
             role_lost,
+            keys_not_read,
+            keys,
+            keys_stale,
             warned: AtomicU64::new(0),
             refusal_told: AtomicU64::new(0),
             ready: AtomicBool::new(false),
@@ -212,6 +221,19 @@ impl Observe {
         self.source_up.set(0);
         self.source_downs.inc();
         self.ready.store(false, Ordering::Relaxed);
+    }
+
+    /// The JWK set was read; so many of its keys are in force.
+    pub fn keys_read(&self, count: usize) {
+        self.keys.set(count as i64);
+        self.keys_stale.set(0);
+    }
+
+    /// The JWK set could not be read; so many keys are still in force.
+    pub fn keys_not_read(&self, count: usize) {
+        self.keys.set(count as i64);
+        self.keys_stale.set(1);
+        self.keys_not_read.inc();
     }
 
     /// The relay begins to end.

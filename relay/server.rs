@@ -100,6 +100,9 @@ pub async fn serve(
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
     tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
     tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
+    if let Some(keeper) = config.keeper {
+        tasks.spawn(keeper.run(Arc::clone(&observe), end.clone()));
+    }
     let app = Arc::new(App {
         verifier: config.verifier,
         feed: Feed::new(Binder::new(catalog), commands_in, past, rows, bookmarks),

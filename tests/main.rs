@@ -21,6 +21,7 @@ mod explain;
 mod faults;
 mod filter;
 mod install;
+mod keys;
 mod layers;
 mod order;
 mod policy;

@@ -1,15 +1,17 @@
 //! Tokens: from what a client shows to claims that are verified.
 
 use std::fmt;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, AlgorithmFamily, DecodingKey, EncodingKey, Header, crypto};
 use serde_json::{Map, Value};
 
-use crate::model::claims::{Claims, ClaimsError, LATEST_EXPIRY};
-use crate::transport::key_set::{BadJwks, KeySet, ShortSecret, algorithm_of, strong};
+use crate::model::claims::{Claims, ClaimsError, LATEST_EXPIRY, TokenRefusal, Tokens};
+use crate::transport::key_set::{KeySet, ShortSecret, algorithm_of, strong};
+use crate::transport::keys::Keys;
 
 /// Clocks of issuer and relay differ by seconds; PostgREST grants the same.
 const LEEWAY: f64 = 30.0;
@@ -21,8 +23,8 @@ const LONGEST_TOKEN: usize = 64 * 1024;
 pub struct TokenSettings {
     /// Secrets for HS256, HS384 and HS512; more than one while a secret is being changed.
     pub secrets: Vec<String>,
-    /// The text of a JWK set.
-    pub jwks: Option<String>,
+    /// Published keys.
+    pub keys: Option<Arc<Keys>>,
     /// What `aud` must be or contain.
     pub audience: Option<String>,
     /// What `iss` must be.
@@ -39,9 +41,6 @@ pub enum SettingsError {
     /// A secret is too short.
     #[error(transparent)]
     ShortSecret(#[from] ShortSecret),
-    /// The JWK set can't be read at all.
-    #[error(transparent)]
-    BadJwks(#[from] BadJwks),
     /// There is nothing to verify with.
     #[error("there is no JWT secret, no usable JWK and no opaque key")]
     NoKeys,
@@ -121,34 +120,34 @@ impl From<ClaimsError> for TokenError {
 /// Verifies tokens with the keys of one configuration.
 pub struct Verifier {
     secrets: Vec<DecodingKey>,
-    published: KeySet,
+    keys: Arc<Keys>,
     audience: Option<String>,
     issuer: Option<String>,
     opaque: Vec<(String, Claims)>,
 }
 
 impl Verifier {
-    /// Reads the keys. Unusable keys of the JWK set are left out, see [`skipped_keys`](Self::skipped_keys).
+    /// Reads the secrets.
+    ///
+    /// # Errors
+    /// When a secret is too short, or there is nothing to verify with and never will be.
     pub fn new(settings: &TokenSettings) -> Result<Self, SettingsError> {
         let mut secrets = Vec::new();
         for secret in &settings.secrets {
             secrets.push(DecodingKey::from_secret(strong(secret.as_bytes())?));
         }
-        let published = match &settings.jwks {
-            Some(text) => KeySet::parse(text)?,
-            None => KeySet::default(),
-        };
+        let keys = settings.keys.clone().unwrap_or_else(|| Arc::new(Keys::fixed(KeySet::default())));
         let mut opaque = Vec::new();
         for (role, keys) in [("anon", &settings.publishable_keys), ("service_role", &settings.secret_keys)] {
             let keys = keys.iter().filter(|key| !key.is_empty());
             opaque.extend(keys.map(|key| (key.clone(), standing_for(role))));
         }
-        if secrets.is_empty() && published.is_empty() && opaque.is_empty() {
+        if secrets.is_empty() && opaque.is_empty() && !keys.are_kept() && keys.current().is_empty() {
             return Err(SettingsError::NoKeys);
         }
         Ok(Self {
             secrets,
-            published,
+            keys,
             audience: settings.audience.clone(),
             issuer: settings.issuer.clone(),
             opaque,
@@ -156,8 +155,22 @@ impl Verifier {
     }
 
     /// The keys of the JWK set that can't be used, each with the reason.
-    pub fn skipped_keys(&self) -> &[String] {
-        self.published.skipped()
+    pub fn skipped_keys(&self) -> Vec<String> {
+        self.keys.current().skipped().to_vec()
+    }
+
+    /// Has the published keys read anew for a token whose key is not among them, and waits for that. None when there
+    /// is nothing to wait for: the token can be judged, or the keys were read for such a token a short time ago.
+    pub fn refresh_for(&self, token: &str) -> Option<impl Future<Output = ()> + Send + use<>> {
+        if !self.keys.are_kept() {
+            return None;
+        }
+        let parts = Parts::of(token.trim()).ok()?;
+        let (published, algorithm, kid) = (self.keys.current(), parts.algorithm?, parts.kid());
+        if published.has(kid) || !self.candidates(&published, algorithm, kid).is_empty() {
+            return None;
+        }
+        self.keys.refresh()
     }
 
     /// Claims for what a client connects with: an opaque key, or a token.
@@ -171,28 +184,11 @@ impl Verifier {
 
     /// Claims of a token, if it is signed by one of our keys, in force and meant for us.
     pub fn verify(&self, token: &str, now_unix: u64) -> Result<Claims, TokenError> {
-        let token = token.trim();
-        if token.is_empty() {
-            return Err(TokenError::Missing);
-        }
-        if token.len() > LONGEST_TOKEN {
-            return Err(TokenError::Malformed);
-        }
-        let (message, signature) = token.rsplit_once('.').ok_or(TokenError::Malformed)?;
-        let (header, payload) = message.split_once('.').ok_or(TokenError::Malformed)?;
-        let header = decode_part(header)?;
-        let header: Map<String, Value> =
-            serde_json::from_slice(&header).map_err(|_| TokenError::Malformed)?;
-        // A critical extension must be understood or the token refused, and we know none.
-        if payload.contains('.') || header.contains_key("crit") {
-            return Err(TokenError::Malformed);
-        }
-        let Some(Value::String(name)) = header.get("alg") else {
-            return Err(TokenError::Malformed);
-        };
-        let kid = header.get("kid").and_then(Value::as_str);
-        let algorithm = algorithm_of(name).ok_or(TokenError::Signer)?;
-        let candidates = self.candidates(algorithm, kid);
+        let parts = Parts::of(token.trim())?;
+        let Parts { message, payload, signature, algorithm, .. } = parts;
+        let algorithm = algorithm.ok_or(TokenError::Signer)?;
+        let published = self.keys.current();
+        let candidates = self.candidates(&published, algorithm, parts.kid());
         if candidates.is_empty() {
             return Err(TokenError::Signer);
         }
@@ -212,8 +208,13 @@ impl Verifier {
     }
 
     /// The keys that may have signed a token of this header.
-    fn candidates(&self, algorithm: Algorithm, kid: Option<&str>) -> Vec<&DecodingKey> {
-        let mut keys: Vec<_> = self.published.candidates(algorithm, kid).collect();
+    fn candidates<'a>(
+        &'a self,
+        published: &'a KeySet,
+        algorithm: Algorithm,
+        kid: Option<&str>,
+    ) -> Vec<&'a DecodingKey> {
+        let mut keys: Vec<_> = published.candidates(algorithm, kid).collect();
         // Issuers that sign with the secret name all sorts of things in `kid`.
         if algorithm.family() == AlgorithmFamily::Hmac && (keys.is_empty() || kid.is_none()) {
             keys.extend(&self.secrets);
@@ -240,9 +241,61 @@ impl Verifier {
     }
 }
 
+impl Tokens for Verifier {
+    fn verify(&self, token: &str) -> Result<Claims, TokenRefusal> {
+        self.verify(token, now())
+            .map_err(|error| TokenRefusal { code: error.code(), text: error.to_string() })
+    }
+}
+
+/// The second of the Unix epoch. Tokens are judged by the wall clock, read anew each time.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 impl fmt::Debug for Verifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Verifier").finish_non_exhaustive()
+    }
+}
+
+/// A token taken apart; nothing of it is verified.
+struct Parts<'a> {
+    /// What is signed: header and payload, as they came.
+    message: &'a str,
+    payload: &'a str,
+    signature: &'a str,
+    header: Map<String, Value>,
+    /// None when it is not known here.
+    algorithm: Option<Algorithm>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(token: &'a str) -> Result<Self, TokenError> {
+        if token.is_empty() {
+            return Err(TokenError::Missing);
+        }
+        if token.len() > LONGEST_TOKEN {
+            return Err(TokenError::Malformed);
+        }
+        let (message, signature) = token.rsplit_once('.').ok_or(TokenError::Malformed)?;
+        let (header, payload) = message.split_once('.').ok_or(TokenError::Malformed)?;
+        let header = decode_part(header)?;
+        let header: Map<String, Value> =
+            serde_json::from_slice(&header).map_err(|_| TokenError::Malformed)?;
+        // A critical extension must be understood or the token refused, and we know none.
+        if payload.contains('.') || header.contains_key("crit") {
+            return Err(TokenError::Malformed);
+        }
+        let Some(Value::String(name)) = header.get("alg") else {
+            return Err(TokenError::Malformed);
+        };
+        let algorithm = algorithm_of(name);
+        Ok(Self { message, payload, signature, header, algorithm })
+    }
+
+    fn kid(&self) -> Option<&str> {
+        self.header.get("kid").and_then(Value::as_str)
     }
 }
 
@@ -319,7 +372,7 @@ mod tests {
     fn settings() -> TokenSettings {
         TokenSettings {
             secrets: vec![SECRET.to_owned()],
-            jwks: Some(jwks().to_string()),
+            keys: Some(Arc::new(Keys::fixed(KeySet::parse(&jwks().to_string()).unwrap()))),
             publishable_keys: vec!["sb_publishable_one".to_owned()],
             secret_keys: vec!["sb_secret_one".to_owned()],
             ..TokenSettings::default()
@@ -525,14 +578,6 @@ mod tests {
         let refused = |settings| Verifier::new(&settings).unwrap_err();
         let none = TokenSettings::default;
         assert_eq!(refused(none()), SettingsError::NoKeys);
-        assert_eq!(
-            refused(TokenSettings { jwks: Some("{}".to_owned()), ..none() }),
-            SettingsError::BadJwks(BadJwks)
-        );
-        assert_eq!(
-            refused(TokenSettings { jwks: Some("{".to_owned()), ..none() }),
-            SettingsError::BadJwks(BadJwks)
-        );
         let short = TokenSettings { secrets: vec!["short".to_owned()], ..none() };
         assert_eq!(refused(short).to_string(), "the JWT secret has 5 bytes, at least 32 are needed");
     }

@@ -72,10 +72,8 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
     let query = request.uri().query().unwrap_or_default();
     let refused = |status: StatusCode, why: &str| error(status, why);
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    let claims = app
-        .verifier
-        .identify(token.trim(), ws::now())
-        .map_err(|why| refused(StatusCode::UNAUTHORIZED, &why.connect_text()))?;
+    let claims =
+        app.identify(&token).await.map_err(|why| refused(StatusCode::UNAUTHORIZED, &why.connect_text()))?;
     if parameter(query, "topic").is_some() {
         return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
     }

@@ -25,7 +25,7 @@ use crate::model::bookmark::NoSessionName;
 use crate::model::claims::Claims;
 use crate::model::phoenix::Version;
 use crate::observe::Observe;
-use crate::transport::auth::Verifier;
+use crate::transport::auth::{TokenError, Verifier};
 use crate::transport::changes::{self, Answer};
 use crate::transport::ws::{self, Greeting};
 
@@ -67,6 +67,22 @@ impl App {
     pub fn next_session(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
+
+    /// Claims for what a client connects with. A token of an unknown key waits for the keys to be read anew.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn identify(&self, key: &str) -> Result<Claims, TokenError> {
+        match self.verifier.identify(key, ws::now()) {
+            Err(TokenError::Signer) => {
+                if let Some(refreshed) = self.verifier.refresh_for(key) {
+                    refreshed.await;
+                }
+                self.verifier.identify(key, ws::now())
+            }
+            outcome => outcome,
+        }
+    }
 }
 
 /// Serves one connection until it ends or becomes a session.
@@ -97,7 +113,7 @@ async fn answer(app: Arc<App>, request: Request<Incoming>) -> Answer {
         return preflight();
     }
     match request.uri().path() {
-        "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, request),
+        "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, request).await,
         "/realtime/v1/changes" if !origin_is_allowed(&app.allowed_origins, request.headers()) => {
             error(StatusCode::FORBIDDEN, "this origin is not allowed")
         }
@@ -116,7 +132,7 @@ async fn answer(app: Arc<App>, request: Request<Incoming>) -> Answer {
     }
 }
 
-fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
+async fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
     let refused = |status: StatusCode, why: &str| {
         app.observe.connection_refused(why);
         error(status, why)
@@ -132,9 +148,9 @@ fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
         app.observe.connection_refused("this version of the protocol (vsn) is not known");
         return empty(StatusCode::FORBIDDEN);
     };
-    let claims = match identify(app, request.headers(), query) {
+    let claims = match app.identify(&shown(request.headers(), query)).await {
         Ok(claims) => claims,
-        Err(why) => return refused(StatusCode::UNAUTHORIZED, &why),
+        Err(why) => return refused(StatusCode::UNAUTHORIZED, &why.connect_text()),
     };
     if app.observe.session_count() >= app.max_connections {
         return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
@@ -173,10 +189,10 @@ fn taken_over(upgraded: Upgraded) -> Option<(TcpStream, Vec<u8>)> {
     Some((parts.io.into_inner(), parts.read_buf.to_vec()))
 }
 
-fn identify(app: &App, headers: &HeaderMap, query: &str) -> Result<Claims, String> {
+/// The key or token that a handshake shows.
+fn shown(headers: &HeaderMap, query: &str) -> String {
     let header = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let key = header.or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    app.verifier.identify(key.trim(), ws::now()).map_err(|error| error.connect_text())
+    header.or_else(|| parameter(query, "apikey")).unwrap_or_default()
 }
 
 fn upgrade_key(request: &Request<Incoming>) -> Option<String> {

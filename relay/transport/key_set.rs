@@ -70,6 +70,11 @@ impl KeySet {
         self.keys.is_empty()
     }
 
+    /// Whether there is a key of this name, or one without a name.
+    pub fn has(&self, kid: Option<&str>) -> bool {
+        self.keys.iter().any(|key| key.kid.as_deref() == kid)
+    }
+
     /// The keys that may have signed a token of this header.
     pub fn candidates(&self, algorithm: Algorithm, kid: Option<&str>) -> impl Iterator<Item = &DecodingKey> {
         let fits =

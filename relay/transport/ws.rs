@@ -4,10 +4,10 @@ use std::convert::Infallible;
 use std::future::{pending, ready};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::net::TcpStream;
@@ -23,12 +23,12 @@ use crate::feed::binding::BindError;
 use crate::feed::outbox::{Outbox, Taken};
 use crate::feed::router::Registration;
 use crate::model::bookmark::{Opened, SessionName};
-use crate::model::claims::{Claims, TokenRefusal, Tokens};
+use crate::model::claims::Claims;
 use crate::model::dress::Dress;
-use crate::model::phoenix::{Binary, Version, decode_binary, decode_text, fan_out, system};
+use crate::model::phoenix::{Binary, Message, Version, decode_binary, decode_text, fan_out, system};
 use crate::model::session::{Action, ChannelId, Session};
 use crate::model::subscription::Subscription;
-use crate::transport::auth::Verifier;
+pub use crate::transport::auth::now;
 use crate::transport::http::App;
 use crate::transport::resume::Resume;
 use crate::transport::writer::{Broken, Socket, Writer};
@@ -97,6 +97,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
         with_cursor,
         resume,
         binds,
+        held: None,
     };
     let over = driver.run().await;
     let actions = driver.session.end();
@@ -136,6 +137,8 @@ struct Driver {
     /// The client named its session.
     resume: Option<Box<Resume>>,
     binds: FuturesUnordered<BoxFuture<'static, Outcome>>,
+    /// A message whose token waits for keys to be read anew. Those after it wait in the socket.
+    held: Option<BoxFuture<'static, Message>>,
 }
 
 /// What came of binding a channel, at this attempt.
@@ -169,7 +172,12 @@ impl Driver {
                     }
                     Taken::Full => return self.full(),
                 },
-                frame = self.socket.next() => {
+                Some(message) = OptionFuture::from(self.held.as_mut()) => {
+                    self.held = None;
+                    self.receive(message);
+                    self.be_woken_for_expiry(alarm.as_mut());
+                }
+                frame = self.socket.next(), if self.held.is_none() => {
                     heard = Instant::now();
                     self.writer.heard();
                     if let Err(over) = self.hear(frame) {
@@ -265,8 +273,13 @@ impl Driver {
         };
         match message {
             Ok(message) => {
-                let actions = self.session.receive(message, now(), &Verifying(&self.app.verifier));
-                self.obey(actions, &mut None);
+                let refreshed = ["user_token", "access_token"]
+                    .into_iter()
+                    .find_map(|name| self.app.verifier.refresh_for(message.payload.get(name)?.as_str()?));
+                match refreshed {
+                    Some(refreshed) => self.held = Some(refreshed.map(|()| message).boxed()),
+                    None => self.receive(message),
+                }
             }
             Err(error) => {
                 let payload = system("phoenix", "system", "error", &error.to_string());
@@ -274,6 +287,11 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    fn receive(&mut self, message: Message) {
+        let actions = self.session.receive(message, now(), &self.app.verifier);
+        self.obey(actions, &mut None);
     }
 
     fn bound(&mut self, (channel, attempt, outcome): Outcome) {
@@ -347,19 +365,4 @@ async fn work(resume: &mut Option<Box<Resume>>) -> Infallible {
         Some(resume) => resume.work().await,
         None => pending().await,
     }
-}
-
-struct Verifying<'a>(&'a Verifier);
-
-impl Tokens for Verifying<'_> {
-    fn verify(&self, token: &str) -> Result<Claims, TokenRefusal> {
-        self.0
-            .verify(token, now())
-            .map_err(|error| TokenRefusal { code: error.code(), text: error.to_string() })
-    }
-}
-
-/// Tokens are judged by the wall clock, read anew each time.
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -4,6 +4,7 @@ pub mod client;
 pub mod database;
 pub mod dice;
 pub mod http;
+pub mod issuer;
 pub mod program;
 pub mod proxy;
 pub mod relay;
