@@ -8,6 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use crate::transport::auth::{TokenSettings, Verifier};
+use crate::transport::fetch::Endpoint;
 use crate::transport::keys::{Keeper, Schedule};
 
 /// What `relay serve` was told, as written. Flags win over the environment, both win over the file.
@@ -23,15 +24,21 @@ pub struct Settings {
     /// The secret that signs tokens (HS256/384/512), at least 32 bytes
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     pub jwt_secret: Option<String>,
-    /// A file of public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA); it is read anew when it changes
-    #[arg(long, env = "RELAY_JWKS", value_name = "FILE")]
+    /// The public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA): a file or an https:// URL, both read anew again and again
+    #[arg(long, env = "RELAY_JWKS", value_name = "FILE|URL")]
     pub jwks: Option<String>,
-    /// Read the JWK set anew this often, in milliseconds [default: 10000]
+    /// The URL may lead to a private address or this machine, then also by http://
+    #[arg(long, env = "RELAY_JWKS_ALLOW_PRIVATE")]
+    pub jwks_allow_private: bool,
+    /// Read the JWK set anew this often, in milliseconds [default: 600000 for a URL, 10000 for a file]
     #[arg(long, env = "RELAY_JWKS_REFRESH_MS", value_name = "MS")]
     pub jwks_refresh_ms: Option<u64>,
     /// A token of an unknown key has the JWK set read at once, but not more often than this, in milliseconds [default: 30000]
     #[arg(long, env = "RELAY_JWKS_COOLDOWN_MS", value_name = "MS")]
     pub jwks_cooldown_ms: Option<u64>,
+    /// How long keys stay in force while their URL cannot be read, in milliseconds [default: 86400000, a day]
+    #[arg(long, env = "RELAY_JWKS_KEEP_MS", value_name = "MS")]
+    pub jwks_keep_ms: Option<u64>,
     /// Accept only tokens whose `aud` is this
     #[arg(long, env = "RELAY_JWT_AUDIENCE", value_name = "AUD")]
     pub jwt_audience: Option<String>,
@@ -144,8 +151,10 @@ impl Settings {
             listen: self.listen.or(file.listen),
             jwt_secret: self.jwt_secret.or(file.jwt_secret),
             jwks: self.jwks.or(file.jwks),
+            jwks_allow_private: self.jwks_allow_private || file.jwks_allow_private,
             jwks_refresh_ms: self.jwks_refresh_ms.or(file.jwks_refresh_ms),
             jwks_cooldown_ms: self.jwks_cooldown_ms.or(file.jwks_cooldown_ms),
+            jwks_keep_ms: self.jwks_keep_ms.or(file.jwks_keep_ms),
             jwt_audience: self.jwt_audience.or(file.jwt_audience),
             jwt_issuer: self.jwt_issuer.or(file.jwt_issuer),
             publishable_key: list(self.publishable_key, file.publishable_key),
@@ -190,25 +199,32 @@ impl Settings {
             }
             value => value.unwrap_or(default),
         };
+        let is_url = self.jwks.as_ref().is_some_and(|place| place.contains("://"));
+        let refresh = if is_url { 600_000 } else { 10_000 };
+        let refresh = positive("jwks-refresh-ms", self.jwks_refresh_ms, refresh, &mut mistakes);
         let schedule = Schedule {
-            refresh: Duration::from_millis(positive(
-                "jwks-refresh-ms",
-                self.jwks_refresh_ms,
-                10_000,
-                &mut mistakes,
-            )),
+            refresh: Duration::from_millis(refresh),
             cooldown: Duration::from_millis(self.jwks_cooldown_ms.unwrap_or(30_000)),
+            keep: Duration::from_millis(self.jwks_keep_ms.unwrap_or(86_400_000)),
         };
-        let (keys, keeper) = self
-            .jwks
-            .map(|path| match Keeper::of_file(Path::new(&path), schedule) {
-                Ok((keys, keeper)) => (Some(keys), keeper),
-                Err(error) => {
-                    mistakes.push(format!("--jwks {path}: {error}"));
-                    (None, None)
-                }
+        let published = self.jwks.map(|place| {
+            let read = if is_url {
+                Endpoint::parse(&place, self.jwks_allow_private).map(|endpoint| {
+                    let (keys, keeper) = Keeper::of_endpoint(endpoint, schedule);
+                    (Some(keys), Some(keeper))
+                })
+            } else {
+                let read = Keeper::of_file(Path::new(&place), schedule);
+                read.map(|(keys, keeper)| (Some(keys), keeper)).map_err(|error| error.to_string())
+            };
+            read.unwrap_or_else(|error| {
+                // A URL may hold what is not to be told.
+                let place = if is_url { "URL" } else { &place };
+                mistakes.push(format!("--jwks {place}: {error}"));
+                (None, None)
             })
-            .unwrap_or_default();
+        });
+        let (keys, keeper) = published.unwrap_or_default();
         let tokens = TokenSettings {
             secrets: self.jwt_secret.into_iter().collect(),
             keys,

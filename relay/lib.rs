@@ -83,6 +83,7 @@ pub mod feed {
 /// Bytes to and from clients. Never says SQL.
 pub mod transport {
     pub mod key_set;
+    pub mod fetch;
     pub mod keys;
     pub mod auth;
     pub mod http;

@@ -2,12 +2,15 @@
 
 use std::path::PathBuf;
 
+use futures_util::future::join_all;
+use relay::config::Settings;
 use serde_json::{Value, json};
 
-use crate::support::eventually;
-use crate::support::issuer::{jwks, signed};
+use crate::support::http::get;
+use crate::support::issuer::{Behaviour, Issuer, jwks, signed, signed_as};
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
+use crate::support::{eventually, token};
 
 const TABLE: &str =
     "create table t (id int primary key); grant select on t to service_role; select relay.watch('t')";
@@ -108,4 +111,197 @@ async fn a_broken_file_leaves_the_keys_at_hand_in_force() {
     eventually("it is missed", || async { (count(&stage, "relay_jwks_stale") == 1).then_some(()) }).await;
     assert_eq!(refusal(&stage, &signed(1, "service_role")).await, None);
     assert_eq!(count(&stage, "relay_jwks_keys"), 1);
+}
+
+/// A relay that knows nothing but the keys of this issuer, changed further by `more`.
+async fn with_issuer(issuer: &Issuer, more: impl FnOnce(&mut Settings)) -> Stage {
+    Stage::with(TABLE, |settings, _| {
+        settings.jwt_secret = None;
+        settings.jwks = Some(issuer.url());
+        settings.jwks_allow_private = true;
+        settings.jwks_refresh_ms = Some(3_600_000);
+        settings.jwks_cooldown_ms = Some(0);
+        more(settings);
+    })
+    .await
+}
+
+/// Waits until this many keys are in force.
+async fn have_keys(stage: &Stage, keys: u64) {
+    eventually("the keys are there", || async { (count(stage, "relay_jwks_keys") == keys).then_some(()) })
+        .await;
+}
+
+/// Waits until the keys can be read, or cannot.
+async fn is_stale(stage: &Stage, stale: bool) {
+    let is = || async { (count(stage, "relay_jwks_stale") == u64::from(stale)).then_some(()) };
+    eventually(if stale { "the keys are stale" } else { "the keys are fresh" }, is).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_key_of_the_endpoint_counts_at_once_and_a_removed_one_no_more() {
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
+    let stage = with_issuer(&issuer, |_| {}).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await, None);
+    issuer.publish(&[1, 2]);
+    assert_eq!(refusal(&stage, &signed(2, "service_role")).await, None);
+    issuer.publish(&[2, 3]);
+    let headers = format!("authorization: Bearer {}\r\n", signed(3, "service_role"));
+    assert_eq!(get(stage.relay.address, "/realtime/v1/changes?table=t", &headers).await.status, 200);
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await.as_deref(), Some(SIGNER));
+    assert_eq!(refusal(&stage, &signed(2, "service_role")).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_endpoint_is_asked_again_by_the_clock() {
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1, 2]))).await;
+    let stage = with_issuer(&issuer, |settings| settings.jwks_refresh_ms = Some(20)).await;
+    have_keys(&stage, 2).await;
+    issuer.publish(&[2]);
+    have_keys(&stage, 1).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await.as_deref(), Some(SIGNER));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storm_of_unknown_keys_asks_the_endpoint_once_within_the_cooldown() {
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
+    let stage = with_issuer(&issuer, |settings| settings.jwks_cooldown_ms = Some(3_600_000)).await;
+    have_keys(&stage, 1).await;
+    assert_eq!(issuer.asked(), 1);
+    for _ in 0..2 {
+        let forged: Vec<_> =
+            (0..50).map(|n| signed_as(3, &json!(format!("forged-{n}")), "service_role")).collect();
+        let refusals = join_all(forged.iter().map(|token| refusal(&stage, token))).await;
+        assert!(refusals.iter().all(|text| text.as_deref() == Some(SIGNER)), "{refusals:?}");
+        assert_eq!(issuer.asked(), 2);
+    }
+    // A known key that signed badly is no unknown key.
+    let bad = signed_as(3, &json!("key-1"), "service_role");
+    assert_eq!(refusal(&stage, &bad).await.as_deref(), Some("Failed to validate JWT signature"));
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await, None);
+    assert_eq!(issuer.asked(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_endpoint_answers_with_something_else_the_keys_at_hand_count() {
+    let elsewhere = Issuer::start(Behaviour::Text(jwks(&[3]))).await;
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
+    let stage = with_issuer(&issuer, |settings| settings.jwks_refresh_ms = Some(20)).await;
+    have_keys(&stage, 1).await;
+    for behaviour in [
+        Behaviour::Status(500),
+        Behaviour::Status(204),
+        Behaviour::Text("<html>".to_owned()),
+        Behaviour::Text("{}".to_owned()),
+        Behaviour::Redirect(elsewhere.url()),
+        Behaviour::Redirect("/elsewhere".to_owned()),
+        Behaviour::Long,
+    ] {
+        issuer.behave(behaviour);
+        is_stale(&stage, true).await;
+        assert_eq!(refusal(&stage, &signed(1, "service_role")).await, None);
+        assert_eq!(refusal(&stage, &signed(3, "service_role")).await.as_deref(), Some(SIGNER));
+        issuer.publish(&[1]);
+        is_stale(&stage, false).await;
+    }
+    assert_eq!(elsewhere.asked(), 0, "a redirect was followed");
+    assert!(issuer.sent() > 0, "the long answer was not asked for");
+    let address = issuer.address;
+    drop(issuer);
+    is_stale(&stage, true).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await, None);
+    let _issuer = Issuer::at(address, Behaviour::Text(jwks(&[1, 2]))).await;
+    have_keys(&stage, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_answer_is_not_read_to_its_end() {
+    let issuer = Issuer::start(Behaviour::Long).await;
+    let stage = with_issuer(&issuer, |_| {}).await;
+    is_stale(&stage, true).await;
+    // What the kernel's buffers hold has left, too.
+    assert!(issuer.sent() < 50, "{} MiB of 100 were read", issuer.sent());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_hangs_is_given_up_and_holds_up_nobody_with_a_known_key() {
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
+    let stage = with_issuer(&issuer, |settings| settings.jwks_refresh_ms = Some(20)).await;
+    have_keys(&stage, 1).await;
+    for behaviour in [Behaviour::Silent, Behaviour::Drip] {
+        issuer.behave(behaviour);
+        let asked = issuer.asked();
+        eventually("it hangs", || async { (issuer.asked() > asked).then_some(()) }).await;
+        let (unknown, known) = (signed(3, "service_role"), signed(1, "service_role"));
+        let waiting = refusal(&stage, &unknown);
+        tokio::pin!(waiting);
+        // While somebody waits for an unknown key, others come in.
+        tokio::select! {
+            biased;
+            early = &mut waiting => panic!("nobody can know yet: {early:?}"),
+            refused = refusal(&stage, &known) => assert_eq!(refused, None),
+        }
+        assert_eq!(waiting.await.as_deref(), Some(SIGNER));
+        is_stale(&stage, true).await;
+        issuer.publish(&[1]);
+        is_stale(&stage, false).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_nobody_confirms_for_too_long_are_in_force_no_longer() {
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
+    let stage = with_issuer(&issuer, |settings| {
+        settings.jwks_refresh_ms = Some(20);
+        settings.jwks_keep_ms = Some(500);
+    })
+    .await;
+    have_keys(&stage, 1).await;
+    issuer.behave(Behaviour::Status(503));
+    is_stale(&stage, true).await;
+    have_keys(&stage, 0).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await.as_deref(), Some(SIGNER));
+    issuer.publish(&[1]);
+    have_keys(&stage, 1).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_whose_endpoint_is_down_starts_and_refuses_until_keys_come() {
+    let issuer = Issuer::start(Behaviour::Status(503)).await;
+    let stage = with_issuer(&issuer, |settings| {
+        settings.jwt_secret = Some(crate::support::SECRET.to_owned());
+        settings.jwks_refresh_ms = Some(20);
+    })
+    .await;
+    is_stale(&stage, true).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await.as_deref(), Some(SIGNER));
+    assert_eq!(refusal(&stage, &token("service_role", None, json!({}))).await, None);
+    issuer.publish(&[1]);
+    is_stale(&stage, false).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_private_address_is_not_asked_without_leave() {
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
+    let port = issuer.address.port();
+    for url in [format!("https://127.0.0.1:{port}/"), format!("https://[::1]:{port}/"), issuer.url()] {
+        let settings = Settings {
+            database_url: Some(String::from("postgres://nowhere/")),
+            jwks: Some(url.clone()),
+            ..Settings::default()
+        };
+        let mistakes = settings.resolve().err().unwrap_or_else(|| panic!("{url} is allowed"));
+        assert!(mistakes.to_string().contains("--jwks-allow-private"), "{mistakes}");
+    }
+    // A name shows only when it is resolved where it leads.
+    let stage = with_issuer(&issuer, |settings| {
+        settings.jwks = Some(format!("https://localhost:{port}/"));
+        settings.jwks_allow_private = false;
+    })
+    .await;
+    is_stale(&stage, true).await;
+    assert_eq!(refusal(&stage, &signed(1, "service_role")).await.as_deref(), Some(SIGNER));
+    assert_eq!(issuer.asked(), 0);
 }

@@ -1,6 +1,7 @@
 //! The published keys of now, and their keeper, which reads them anew: by the clock, and when a token names a key
 //! that is not known.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::observe::Observe;
+use crate::transport::fetch::{Endpoint, FetchError};
 use crate::transport::key_set::{BadJwks, KeySet};
 
 /// A set of keys is some KiB long; what is longer is something else.
@@ -99,6 +101,8 @@ pub struct Schedule {
     pub refresh: Duration,
     /// Between readings that unknown keys cause.
     pub cooldown: Duration,
+    /// How long keys are believed that an endpoint does not confirm. Those of a file are believed until it says otherwise.
+    pub keep: Duration,
 }
 
 /// Why keys could not be read.
@@ -107,18 +111,29 @@ pub enum ReadError {
     /// The file cannot be read.
     #[error("{0}")]
     File(#[from] io::Error),
+    /// The endpoint does not give it.
+    #[error(transparent)]
+    Endpoint(#[from] FetchError),
     /// It is no JWK set.
     #[error(transparent)]
     Bad(#[from] BadJwks),
 }
 
+/// Where keys are read.
+enum Place {
+    File(PathBuf),
+    Endpoint(Endpoint),
+}
+
 /// Reads the keys of one place again and again.
 pub struct Keeper {
     keys: Arc<Keys>,
-    path: PathBuf,
+    place: Place,
     schedule: Schedule,
-    /// What was last read.
+    /// What is in force.
     text: Option<String>,
+    /// When that was last confirmed.
+    confirmed: Instant,
     /// The last try failed.
     fails: bool,
 }
@@ -134,10 +149,19 @@ impl Keeper {
         if !path.metadata()?.is_file() {
             return Ok((Arc::new(Keys::fixed(set)), None));
         }
+        let keeper = Self::new(Place::File(path.to_owned()), schedule, set, Some(text));
+        Ok((Arc::clone(&keeper.keys), Some(keeper)))
+    }
+
+    /// The keys of an endpoint. There are none before it was asked.
+    pub fn of_endpoint(endpoint: Endpoint, schedule: Schedule) -> (Arc<Keys>, Self) {
+        let keeper = Self::new(Place::Endpoint(endpoint), schedule, KeySet::default(), None);
+        (Arc::clone(&keeper.keys), keeper)
+    }
+
+    fn new(place: Place, schedule: Schedule, set: KeySet, text: Option<String>) -> Self {
         let keys = Arc::new(Keys::new(set, Some(schedule.cooldown)));
-        let path = path.to_owned();
-        let keeper = Self { keys: Arc::clone(&keys), path, schedule, text: Some(text), fails: false };
-        Ok((keys, Some(keeper)))
+        Self { keys, place, schedule, text, confirmed: Instant::now(), fails: false }
     }
 
     /// Keeps the keys until the end.
@@ -172,9 +196,14 @@ impl Keeper {
     }
 
     async fn read(&self) -> Result<String, ReadError> {
-        let path = self.path.clone();
-        let reading = spawn_blocking(move || read_file(&path));
-        Ok(reading.await.map_err(io::Error::other)??)
+        match &self.place {
+            Place::Endpoint(endpoint) => Ok(endpoint.fetch(MOST_BYTES).await?),
+            Place::File(path) => {
+                let path = path.clone();
+                let reading = spawn_blocking(move || read_file(&path));
+                Ok(reading.await.map_err(io::Error::other)??)
+            }
+        }
     }
 
     /// Puts what was read in force, if it is something else than before.
@@ -183,7 +212,7 @@ impl Keeper {
             return Ok(());
         }
         let set = KeySet::parse(&text)?;
-        tracing::info!(from = %self.path.display(), key.count = set.len(), "the JWK set was read");
+        tracing::info!(from = %self.place, key.count = set.len(), "the JWK set was read");
         for skipped in set.skipped().iter().take(TOLD) {
             tracing::warn!("a key of the JWK set is not used: {skipped}");
         }
@@ -193,17 +222,37 @@ impl Keeper {
     }
 
     fn succeeded(&mut self, observe: &Observe) {
+        self.confirmed = Instant::now();
         observe.keys_read(self.keys.current().len());
         if std::mem::take(&mut self.fails) {
-            tracing::info!(from = %self.path.display(), "the JWK set can be read again");
+            tracing::info!(from = %self.place, "the JWK set can be read again");
         }
     }
 
-    /// Told once, not at each try.
+    /// Told when it begins and when its consequences change, not at each try.
     fn failed(&mut self, error: &ReadError, observe: &Observe) {
+        let began = !std::mem::replace(&mut self.fails, true);
+        if began && self.keys.current().is_empty() {
+            tracing::warn!(from = %self.place, %error, "the JWK set cannot be read: until it can, tokens of its keys are refused");
+        } else if began {
+            tracing::warn!(from = %self.place, %error, "the JWK set cannot be read: the keys at hand stay in force");
+        }
+        let is_endpoint = matches!(self.place, Place::Endpoint(_));
+        if is_endpoint && self.text.is_some() && self.confirmed.elapsed() >= self.schedule.keep {
+            tracing::warn!(from = %self.place, %error, "the JWK set could not be read for too long: its keys are in force no longer");
+            self.text = None;
+            self.keys.current.send_replace(Arc::default());
+        }
         observe.keys_not_read(self.keys.current().len());
-        if !std::mem::replace(&mut self.fails, true) {
-            tracing::warn!(from = %self.path.display(), %error, "the JWK set cannot be read: the keys at hand stay in force");
+    }
+}
+
+impl fmt::Display for Place {
+    /// Of a URL only the host: the rest may hold what is not for the log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Endpoint(endpoint) => f.write_str(endpoint.host()),
         }
     }
 }

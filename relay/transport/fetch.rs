@@ -1,0 +1,315 @@
+//! One small document over HTTP, from a server that is trusted with nothing else: where it may be, how long it may
+//! take and how much it may send are bounded.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
+use hyper::client::conn::http1;
+use hyper::header::{self, HeaderValue};
+use hyper::{Request, StatusCode, Uri};
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use crate::tls;
+
+/// The whole of it, from the name to the last byte.
+const LIMIT: Duration = Duration::from_secs(5);
+/// One address of several, so that a dead one does not take the time of the others.
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// What is fetched, and how.
+pub struct Endpoint {
+    host: String,
+    port: u16,
+    path: Uri,
+    authority: HeaderValue,
+    /// None for plain HTTP.
+    tls: Option<TlsConnector>,
+    allow_private: bool,
+}
+
+/// Why there is no document. Nothing of what the server said is part of it.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// It took too long.
+    #[error("no answer within {} seconds", LIMIT.as_secs())]
+    Slow,
+    /// The name has no address.
+    #[error("{0} cannot be resolved: {1}")]
+    Unresolved(String, io::Error),
+    /// It is where nothing is fetched from without leave.
+    #[error("{0} is no public address; --jwks-allow-private allows it")]
+    Private(IpAddr),
+    /// It is plain HTTP across a network of others.
+    #[error("{0} is a public address, which must be asked by https://")]
+    Plain(IpAddr),
+    /// No connection, or no TLS that is trusted.
+    #[error("no connection: {0}")]
+    Unreachable(#[from] io::Error),
+    /// What came is not HTTP, or broke off.
+    #[error("no HTTP answer: {0}")]
+    Broken(#[from] hyper::Error),
+    /// It names another place.
+    #[error("status {0}: redirects are not followed")]
+    Redirect(u16),
+    /// It refuses.
+    #[error("status {0}")]
+    Status(u16),
+    /// It is too long.
+    #[error("the answer is longer than {0} bytes")]
+    Large(usize),
+    /// It is no text.
+    #[error("the answer is not UTF-8")]
+    NotText,
+}
+
+impl Endpoint {
+    /// Reads a URL. Private addresses are asked only if `allow_private`, and only they may be asked by plain HTTP.
+    ///
+    /// # Errors
+    /// When it is no URL that is ever fetched; the text says why.
+    pub fn parse(url: &str, allow_private: bool) -> Result<Self, String> {
+        let uri = Uri::from_str(url).map_err(|error| error.to_string())?;
+        let tls = match uri.scheme_str() {
+            Some("https") => {
+                let client = tls::trusting(None).map_err(|error| error.to_string())?;
+                Some(TlsConnector::from(Arc::new(client)))
+            }
+            Some("http") if allow_private => None,
+            Some("http") => {
+                return Err("http:// is only for private addresses, with --jwks-allow-private".to_owned());
+            }
+            _ => return Err("https:// is expected".to_owned()),
+        };
+        let authority = uri.authority().ok_or("there is no host in it")?;
+        if authority.as_str().contains('@') {
+            return Err("a name or password in it is not supported".to_owned());
+        }
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        if let (Ok(address), false) = (host.parse(), allow_private)
+            && !is_public(address)
+        {
+            return Err(FetchError::Private(address).to_string());
+        }
+        let port = authority.port_u16().unwrap_or(if tls.is_some() { 443 } else { 80 });
+        let path = uri.path_and_query().map_or("/", |path| path.as_str());
+        Ok(Self {
+            host,
+            port,
+            path: path.parse().map_err(|_| "its path cannot be read")?,
+            authority: HeaderValue::from_str(authority.as_str()).map_err(|_| "its host cannot be read")?,
+            tls,
+            allow_private,
+        })
+    }
+
+    /// Its host, for the log: the rest of the URL may hold what is nobody's business.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The document, if it is a text of at most so many bytes.
+    ///
+    /// # Errors
+    /// Anything else.
+    pub async fn fetch(&self, most_bytes: usize) -> Result<String, FetchError> {
+        let fetched = timeout(LIMIT, async {
+            let stream = self.connect().await?;
+            match &self.tls {
+                None => self.ask(stream, most_bytes).await,
+                Some(tls) => {
+                    let name = ServerName::try_from(self.host.clone()).map_err(io::Error::other)?;
+                    self.ask(tls.connect(name, stream).await?, most_bytes).await
+                }
+            }
+        });
+        fetched.await.unwrap_or(Err(FetchError::Slow))
+    }
+
+    /// Resolved once: what is connected to is the very address that was looked at.
+    async fn connect(&self) -> Result<TcpStream, FetchError> {
+        let unresolved = |error| FetchError::Unresolved(self.host.clone(), error);
+        let found: Vec<SocketAddr> =
+            lookup_host((self.host.as_str(), self.port)).await.map_err(unresolved)?.collect();
+        let mut outcome = FetchError::Unresolved(self.host.clone(), io::ErrorKind::NotFound.into());
+        for address in found {
+            match self.permits(address.ip()) {
+                Ok(()) => match timeout(CONNECT, TcpStream::connect(address)).await {
+                    Ok(Ok(stream)) => return Ok(stream),
+                    Ok(Err(error)) => outcome = FetchError::Unreachable(error),
+                    Err(_) => outcome = FetchError::Unreachable(io::ErrorKind::TimedOut.into()),
+                },
+                Err(refused) => outcome = refused,
+            }
+        }
+        Err(outcome)
+    }
+
+    fn permits(&self, address: IpAddr) -> Result<(), FetchError> {
+        match is_public(address) {
+            false if !self.allow_private => Err(FetchError::Private(address)),
+            true if self.tls.is_none() => Err(FetchError::Plain(address)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn ask<S>(&self, stream: S, most_bytes: usize) -> Result<String, FetchError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        // Dropped with this call, which ends the connection whatever is still on its way.
+        let mut driver = JoinSet::new();
+        driver.spawn(connection);
+        let mut request = Request::new(Empty::<Bytes>::new());
+        *request.uri_mut() = self.path.clone();
+        let headers = request.headers_mut();
+        headers.insert(header::HOST, self.authority.clone());
+        headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
+        headers.insert(header::USER_AGENT, HeaderValue::from_static("relay"));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        let answer = sender.send_request(request).await?;
+        match answer.status() {
+            StatusCode::OK => {}
+            status if status.is_redirection() => return Err(FetchError::Redirect(status.as_u16())),
+            status => return Err(FetchError::Status(status.as_u16())),
+        }
+        let body = Limited::new(answer.into_body(), most_bytes).collect().await;
+        let body = body.map_err(|error| match error.downcast::<hyper::Error>() {
+            Ok(error) => FetchError::Broken(*error),
+            Err(error) if error.is::<LengthLimitError>() => FetchError::Large(most_bytes),
+            Err(error) => FetchError::Unreachable(io::Error::other(error)),
+        })?;
+        String::from_utf8(body.to_bytes().into()).map_err(|_| FetchError::NotText)
+    }
+}
+
+/// Whether an address is one of the internet, not of this machine, its neighbours or nobody.
+fn is_public(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => is_public_v4(address),
+        IpAddr::V6(address) => is_public_v6(address),
+    }
+}
+
+fn is_public_v4(address: Ipv4Addr) -> bool {
+    let [a, b, c, _] = address.octets();
+    !(address.is_private()
+        || address.is_loopback()
+        || address.is_link_local()
+        || address.is_multicast()
+        || address.is_documentation()
+        || a == 0
+        || a >= 240
+        // Shared between a provider and its customers, protocol assignments, benchmarks.
+        || (a == 100 && b & 0xc0 == 64)
+        || (a, b, c) == (192, 0, 0)
+        || (a == 198 && b & 0xfe == 18))
+}
+
+fn is_public_v6(address: Ipv6Addr) -> bool {
+    let segments = address.segments();
+    match segments {
+        // What a NAT64 makes of an IPv4 address is as public as that.
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
+            let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
+            is_public_v4(Ipv4Addr::new(a, b, c, d))
+        }
+        // Tunnels that carry an IPv4 address of anybody's choice, protocol assignments, documentation.
+        [0x2001, second, ..] if second < 0x200 || second == 0xdb8 => false,
+        [0x2002, ..] => false,
+        [0x3fff, second, ..] if second < 0x1000 => false,
+        [first, ..] => first & 0xe000 == 0x2000,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_near_is_not_public() {
+        for near in [
+            "127.0.0.1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.168.1.1",
+            "169.254.169.254",
+            "0.0.0.0",
+            "100.64.0.1",
+            "192.0.0.8",
+            "192.0.2.1",
+            "198.18.0.1",
+            "198.19.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "::127.0.0.1",
+            "fe80::1",
+            "fc00::1",
+            "fd12::1",
+            "fec0::1",
+            "ff02::1",
+            "64:ff9b::7f00:1",
+            "64:ff9b:1::1",
+            "2002:7f00:1::",
+            "2001::1",
+            "2001:db8::1",
+            "3fff::1",
+        ] {
+            assert!(!is_public(near.parse().unwrap()), "{near}");
+        }
+        for far in [
+            "1.1.1.1",
+            "8.8.8.8",
+            "172.32.0.1",
+            "100.128.0.1",
+            "198.20.0.1",
+            "192.0.1.1",
+            "::ffff:8.8.8.8",
+            "2606:4700::1111",
+            "2001:4860:4860::8888",
+            "64:ff9b::808:808",
+            "2a00::1",
+        ] {
+            assert!(is_public(far.parse().unwrap()), "{far}");
+        }
+    }
+
+    #[test]
+    fn only_https_is_fetched_from_public_places() {
+        let check = |url: &str, allow_private, refused: Option<&str>| {
+            let error = Endpoint::parse(url, allow_private).err();
+            assert_eq!(error.as_deref(), refused, "{url}");
+        };
+        check("https://id.example/jwks.json?v=1", false, None);
+        check("HTTPS://id.example", false, None);
+        check("https://[2606:4700::1111]:8443/", false, None);
+        let plain = "http:// is only for private addresses, with --jwks-allow-private";
+        check("http://id.example/", false, Some(plain));
+        check("http://localhost:1/", true, None);
+        for near in ["127.0.0.1", "169.254.169.254", "::1"] {
+            let host = if near.contains(':') { format!("[{near}]") } else { near.to_owned() };
+            let refused = format!("{near} is no public address; --jwks-allow-private allows it");
+            check(&format!("https://{host}/"), false, Some(&refused));
+            check(&format!("https://{host}/"), true, None);
+        }
+        check("https://ann:secret@id.example/", false, Some("a name or password in it is not supported"));
+        check("ftp://id.example/", false, Some("https:// is expected"));
+        assert!(Endpoint::parse("https://", true).is_err());
+    }
+}
