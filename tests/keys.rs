@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use relay::config::Settings;
 use serde_json::{Value, json};
 
-use crate::support::http::get;
+use crate::support::http::{Events, get};
 use crate::support::issuer::{Behaviour, Issuer, jwks, signed, signed_as};
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
@@ -304,4 +304,44 @@ async fn a_private_address_is_not_asked_without_leave() {
     is_stale(&stage, true).await;
     assert_eq!(refusal(&stage, &signed(1, "service_role")).await.as_deref(), Some(SIGNER));
     assert_eq!(issuer.asked(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_withdrawn_key_ends_what_its_tokens_opened_at_once_and_nothing_else() {
+    let issuer = Issuer::start(Behaviour::Text(jwks(&[1, 2]))).await;
+    let stage = with_issuer(&issuer, |settings| settings.jwks_refresh_ms = Some(20)).await;
+    have_keys(&stage, 2).await;
+    let mut socket = Socket::open(&stage.relay, "2.0.0", &signed(2, "service_role")).await;
+    let bindings = json!({"postgres_changes": [{"event": "*", "schema": "public", "table": "t"}]});
+    for (topic, token) in [("realtime:one", Some(signed(1, "service_role"))), ("realtime:two", None)] {
+        let join = json!({"config": bindings, "access_token": token});
+        socket.push(json!("1"), json!("1"), topic, "phx_join", join).await;
+        assert_eq!(socket.frame().await[4]["status"], "ok");
+        assert_eq!(socket.frame().await[4]["message"], "Subscribed to PostgreSQL");
+    }
+    let path = |n| format!("/realtime/v1/changes?table=t&apikey={}", signed(n, "service_role"));
+    let mut first = Events::open(stage.relay.address, &path(1), None).await;
+    let mut second = Events::open(stage.relay.address, &path(2), None).await;
+    let cursor = stage.database.value("select relay.cursor()").await;
+    let address = stage.relay.address;
+    let poll = tokio::spawn(async move { get(address, &format!("{}&since={cursor}", path(1)), "").await });
+    let all = || async { (count(&stage, "relay_channels_open") == 5).then_some(()) };
+    eventually("the poll waits, beside two channels and two streams", all).await;
+    issuer.publish(&[2]);
+    assert_eq!(socket.frame().await[4]["message"], SIGNER);
+    let closed = socket.frame().await;
+    assert_eq!((&closed[2], &closed[3]), (&json!("realtime:one"), &json!("phx_close")));
+    assert_eq!(first.next().await.unwrap().data, json!({"error": "the token's key was withdrawn"}));
+    assert!(first.next().await.is_none());
+    assert_eq!(poll.await.unwrap().status, 401);
+    stage.run("insert into t values (1)").await;
+    let change = socket.frame().await;
+    assert_eq!((&change[2], &change[3]), (&json!("realtime:two"), &json!("postgres_changes")));
+    assert_eq!(second.next().await.unwrap().name, "change");
+    // What the socket was opened with is gone, too: what stands on it ends and does not come back.
+    issuer.publish(&[1]);
+    assert_eq!(socket.frame().await[4]["message"], SIGNER);
+    assert_eq!(socket.frame().await[3], "phx_close");
+    socket.join("2", "realtime:two", bindings).await;
+    assert_eq!(socket.frame().await[4]["response"]["reason"], format!("JwtSignerError: {SIGNER}"));
 }

@@ -11,14 +11,19 @@ pub const LATEST_EXPIRY: u64 = 253_402_300_799;
 
 /// The claims of one verified token.
 ///
-/// Two claims are equal when their payloads are the same text.
+/// Two claims are equal when their payloads are the same text and the same key signed them.
 #[derive(Clone)]
 pub struct Claims {
     role: String,
     expires_at: u64,
     json: Arc<str>,
     sub: Option<String>,
+    key: Option<KeyId>,
 }
+
+/// A key that signs tokens and may be withdrawn: equal for equal keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyId(pub u64);
 
 /// Why a verified payload can't be claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -41,6 +46,12 @@ pub trait Tokens {
     /// # Errors
     /// When it is not, with the words for the client.
     fn verify(&self, token: &str) -> Result<Claims, TokenRefusal>;
+
+    /// Whether the key that signed these claims still counts.
+    ///
+    /// # Errors
+    /// When it was withdrawn, with the words for the client.
+    fn recheck(&self, claims: &Claims) -> Result<(), TokenRefusal>;
 }
 
 /// Why a token is not good.
@@ -68,7 +79,13 @@ impl Claims {
             expires_at: exp.as_f64().map(whole_second).ok_or(ClaimsError::BadExpiry)?,
             json: Arc::from(json),
             sub: text("sub").map(str::to_owned),
+            key: None,
         })
+    }
+
+    /// The same, signed by this key, if it is one that may be withdrawn.
+    pub fn signed_by(self, key: Option<KeyId>) -> Self {
+        Self { key, ..self }
     }
 
     /// The database role to act as. Whether it may be used is decided elsewhere.
@@ -86,6 +103,11 @@ impl Claims {
         &self.json
     }
 
+    /// The key that signed them, if it may be withdrawn.
+    pub fn key(&self) -> Option<KeyId> {
+        self.key
+    }
+
     /// The subject, when the token names one as a string.
     pub fn sub(&self) -> Option<&str> {
         self.sub.as_deref()
@@ -94,7 +116,7 @@ impl Claims {
 
 impl PartialEq for Claims {
     fn eq(&self, other: &Self) -> bool {
-        self.json == other.json
+        self.json == other.json && self.key == other.key
     }
 }
 

@@ -188,21 +188,15 @@ impl Session {
 
     /// Time passed: channels whose token ended are closed.
     pub fn expire(&mut self, now: u64) -> Vec<Action> {
-        let ended = |channel: &Channel| channel.identity.claims().expires_at() <= now;
-        let topics: Vec<String> = self
-            .channels
-            .iter()
-            .filter(|(_, channel)| ended(channel))
-            .map(|(topic, _)| topic.clone())
-            .collect();
-        let mut actions = Vec::new();
-        for topic in topics {
-            let expired =
-                self.channels.get(&topic).map_or(0, |channel| channel.identity.claims().expires_at());
-            let text = format!("Token has expired {} seconds ago", now.saturating_sub(expired));
-            actions.extend(self.shut(&topic, &text));
-        }
-        actions
+        self.shut_where(|claims| {
+            let seconds_ago = now.checked_sub(claims.expires_at())?;
+            Some(format!("Token has expired {seconds_ago} seconds ago"))
+        })
+    }
+
+    /// The keys are others: channels whose token was signed by one that is gone are closed.
+    pub fn recheck(&mut self, tokens: &impl Tokens) -> Vec<Action> {
+        self.shut_where(|claims| tokens.recheck(claims).err().map(|refusal| refusal.text))
     }
 
     /// The socket is gone: delivery to all channels ends.
@@ -266,6 +260,7 @@ impl Session {
         if let Some(token) = join.token() {
             return tokens.verify(token).map(Identity::new);
         }
+        tokens.recheck(self.own.claims())?;
         let expired = self.own.claims().expires_at();
         if expired <= now {
             let text = format!("Token has expired {} seconds ago", now - expired);
@@ -324,6 +319,15 @@ impl Session {
                 &format!("NotAvailable: {event} is not available in this version of the relay"),
             ),
         ]
+    }
+
+    /// Closes the channels to whose claims there is an objection.
+    fn shut_where(&mut self, objection: impl Fn(&Claims) -> Option<String>) -> Vec<Action> {
+        let channels = self.channels.iter();
+        let met = channels
+            .filter_map(|(topic, channel)| Some((topic.clone(), objection(channel.identity.claims())?)));
+        let met: Vec<_> = met.collect();
+        met.iter().flat_map(|(topic, text)| self.shut(topic, text)).collect()
     }
 
     /// Closes a channel with a reason.
@@ -392,6 +396,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::claims::KeyId;
 
     const NOW: u64 = 1000;
 
@@ -405,6 +410,13 @@ mod tests {
             }
             let (name, expiry) = token.split_once(':').unwrap_or((token, "5000"));
             Ok(claims(name, expiry.parse().unwrap()))
+        }
+
+        fn recheck(&self, claims: &Claims) -> Result<(), TokenRefusal> {
+            match claims.key() {
+                None => Ok(()),
+                Some(_) => Err(TokenRefusal { code: "JwtSignerError", text: "no key".to_owned() }),
+            }
         }
     }
 
@@ -638,6 +650,25 @@ mod tests {
         let mut late = Session::new(7, Version::V2, claims("own", 900));
         let actions = says(&mut late, "1", "realtime:t", "phx_join", json!({}));
         assert_eq!(told(&actions), ["1 phx_reply InvalidJWTToken: Token has expired 100 seconds ago"]);
+    }
+
+    #[test]
+    fn channels_of_a_withdrawn_key_are_closed_and_not_joined_again() {
+        let own = claims("own", 9000).signed_by(Some(KeyId(7)));
+        let mut session = Session::new(7, Version::V2, own);
+        join(&mut session, "1", "ann", json!({}));
+        let bindings = json!({"config": {"postgres_changes": [{"event": "*", "table": "todos"}]}});
+        // Its claims are those of the connection, which were good when it joined.
+        session.own = Identity::new(claims("own", 9000));
+        says(&mut session, "2", "realtime:own", "phx_join", bindings.clone());
+        session.own = Identity::new(claims("own", 9000).signed_by(Some(KeyId(7))));
+        assert_eq!(session.recheck(&Names), []);
+        let refused = says(&mut session, "3", "realtime:own", "phx_join", bindings);
+        assert_eq!(told(&refused), ["2 phx_close ", "3 phx_reply JwtSignerError: no key"]);
+        let channel = session.channels.get_mut("realtime:t").unwrap();
+        channel.identity = Identity::new(claims("ann", 5000).signed_by(Some(KeyId(7))));
+        assert_eq!(told(&session.recheck(&Names)), ["1 system no key", "1 phx_close "]);
+        assert_eq!(session.channel_count(), 0);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Tokens: from what a client shows to claims that are verified.
 
 use std::fmt;
+use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -8,8 +9,9 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, AlgorithmFamily, DecodingKey, EncodingKey, Header, crypto};
 use serde_json::{Map, Value};
+use tokio::sync::watch;
 
-use crate::model::claims::{Claims, ClaimsError, LATEST_EXPIRY, TokenRefusal, Tokens};
+use crate::model::claims::{Claims, ClaimsError, KeyId, LATEST_EXPIRY, TokenRefusal, Tokens};
 use crate::transport::key_set::{KeySet, ShortSecret, algorithm_of, strong};
 use crate::transport::keys::Keys;
 
@@ -173,6 +175,20 @@ impl Verifier {
         self.keys.refresh()
     }
 
+    /// Done once the key that signed these claims is withdrawn; mostly never.
+    pub async fn withdrawn(&self, claims: &Claims) {
+        let mut keys = self.keys.follow();
+        let is_gone = |keys: &Arc<KeySet>| claims.key().is_some_and(|id| !keys.holds(id));
+        if keys.wait_for(is_gone).await.is_err() {
+            pending::<()>().await;
+        }
+    }
+
+    /// Tells when the published keys are others, as a cause to [`recheck`](Tokens::recheck).
+    pub fn follow_keys(&self) -> watch::Receiver<Arc<KeySet>> {
+        self.keys.follow()
+    }
+
     /// Claims for what a client connects with: an opaque key, or a token.
     pub fn identify(&self, key: &str, now_unix: u64) -> Result<Claims, TokenError> {
         let key = key.trim();
@@ -194,11 +210,10 @@ impl Verifier {
         }
         decode_part(signature)?;
         let mut candidates = candidates.into_iter();
-        if !candidates.any(|key| is_signed(message, signature, key, algorithm)) {
-            return Err(TokenError::BadSignature);
-        }
+        let signer = candidates.find(|(_, key)| is_signed(message, signature, key, algorithm));
+        let (id, _) = signer.ok_or(TokenError::BadSignature)?;
         let payload = String::from_utf8(decode_part(payload)?).map_err(|_| TokenError::Malformed)?;
-        let claims = Claims::from_verified_payload(&payload)?;
+        let claims = Claims::from_verified_payload(&payload)?.signed_by(id);
         if claims.expires_at() <= now_unix {
             let seconds_ago = now_unix - claims.expires_at();
             return Err(TokenError::Expired { seconds_ago });
@@ -213,11 +228,12 @@ impl Verifier {
         published: &'a KeySet,
         algorithm: Algorithm,
         kid: Option<&str>,
-    ) -> Vec<&'a DecodingKey> {
-        let mut keys: Vec<_> = published.candidates(algorithm, kid).collect();
+    ) -> Vec<(Option<KeyId>, &'a DecodingKey)> {
+        let mut keys: Vec<_> =
+            published.candidates(algorithm, kid).map(|(id, key)| (Some(id), key)).collect();
         // Issuers that sign with the secret name all sorts of things in `kid`.
         if algorithm.family() == AlgorithmFamily::Hmac && (keys.is_empty() || kid.is_none()) {
-            keys.extend(&self.secrets);
+            keys.extend(self.secrets.iter().map(|key| (None, key)));
         }
         keys
     }
@@ -243,8 +259,20 @@ impl Verifier {
 
 impl Tokens for Verifier {
     fn verify(&self, token: &str) -> Result<Claims, TokenRefusal> {
-        self.verify(token, now())
-            .map_err(|error| TokenRefusal { code: error.code(), text: error.to_string() })
+        self.verify(token, now()).map_err(TokenRefusal::from)
+    }
+
+    fn recheck(&self, claims: &Claims) -> Result<(), TokenRefusal> {
+        match claims.key() {
+            Some(id) if !self.keys.current().holds(id) => Err(TokenError::Signer.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl From<TokenError> for TokenRefusal {
+    fn from(error: TokenError) -> Self {
+        Self { code: error.code(), text: error.to_string() }
     }
 }
 

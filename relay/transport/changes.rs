@@ -22,6 +22,7 @@ use crate::model::dress::{Bare, Dress};
 use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Subscription, Target};
+use crate::transport::auth::TokenError;
 use crate::transport::http::{App, error, is_unreadable, json, parameter};
 use crate::transport::{stream, ws};
 
@@ -193,6 +194,9 @@ async fn poll(app: &App, call: Call) -> Answer {
         None if progress == Progress::More => None,
         None => tokio::select! {
             taken = timeout_at(until, outbox.take(&mut pieces)) => taken.ok(),
+            () = app.verifier.withdrawn(follower.subscription().identity().claims()) => {
+                return error(StatusCode::UNAUTHORIZED, &TokenError::Signer.connect_text());
+            }
             () = app.end.cancelled() => None,
         },
     };

@@ -4,6 +4,9 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, DecodingKey, crypto};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::model::claims::KeyId;
 
 /// RFC 7518 asks for a key as long as the hash of HS256; shorter secrets have been guessed.
 const SHORTEST_SECRET: usize = 32;
@@ -27,6 +30,7 @@ pub struct KeySet {
 
 /// A key of a JWK set, bound to what it may verify: the header of a token only chooses within that.
 struct PublishedKey {
+    id: KeyId,
     kid: Option<String>,
     algorithms: Vec<Algorithm>,
     key: DecodingKey,
@@ -75,11 +79,20 @@ impl KeySet {
         self.keys.iter().any(|key| key.kid.as_deref() == kid)
     }
 
+    /// Whether this very key is among them.
+    pub fn holds(&self, id: KeyId) -> bool {
+        self.keys.iter().any(|key| key.id == id)
+    }
+
     /// The keys that may have signed a token of this header.
-    pub fn candidates(&self, algorithm: Algorithm, kid: Option<&str>) -> impl Iterator<Item = &DecodingKey> {
+    pub fn candidates(
+        &self,
+        algorithm: Algorithm,
+        kid: Option<&str>,
+    ) -> impl Iterator<Item = (KeyId, &DecodingKey)> {
         let fits =
             move |key: &&PublishedKey| key.kid.as_deref() == kid && key.algorithms.contains(&algorithm);
-        self.keys.iter().filter(fits).map(|key| &key.key)
+        self.keys.iter().filter(fits).map(|key| (key.id, &key.key))
     }
 }
 
@@ -139,7 +152,18 @@ fn read_jwk(jwk: &Value) -> Result<PublishedKey, String> {
         return Err("its `alg` is not supported for its type".to_owned());
     }
     let kid = text("kid").map(str::to_owned);
-    Ok(PublishedKey { kid, algorithms, key })
+    Ok(PublishedKey { id: id_of(jwk), kid, algorithms, key })
+}
+
+/// By everything that decides which tokens a key verifies, in whatever order it stands.
+fn id_of(jwk: &Value) -> KeyId {
+    let mut hash = Sha256::new();
+    for name in ["kid", "kty", "alg", "crv", "n", "e", "x", "y", "k"] {
+        hash.update(jwk.get(name).unwrap_or(&Value::Null).to_string());
+        hash.update([0]);
+    }
+    let first = hash.finalize().first_chunk().copied();
+    KeyId(u64::from_be_bytes(first.unwrap_or_default()))
 }
 
 /// Sizes as RFC 7518 asks (2048 bits at least) and as the library can take (4096 at most).

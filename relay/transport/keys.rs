@@ -66,6 +66,11 @@ impl Keys {
         Arc::clone(&self.current.borrow())
     }
 
+    /// The keys of now and of whenever they are others.
+    pub fn follow(&self) -> watch::Receiver<Arc<KeySet>> {
+        self.current.subscribe()
+    }
+
     /// Whether there may be other keys one day.
     pub fn are_kept(&self) -> bool {
         self.cooldown.is_some()

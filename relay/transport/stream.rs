@@ -91,6 +91,10 @@ impl Stream {
                     self.over = true;
                     return Some(String::from("event: error\ndata: {\"error\":\"the token has expired\"}\n\n"));
                 }
+                () = self.app.verifier.withdrawn(self.follower.subscription().identity().claims()) => {
+                    self.over = true;
+                    return Some(String::from("event: error\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n"));
+                }
                 () = self.app.end.cancelled() => return None,
                 () = sleep_until(Instant::now() + KEEP_ALIVE) => return Some(String::from(": still here\n\n")),
             }

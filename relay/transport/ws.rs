@@ -155,6 +155,7 @@ impl Driver {
     async fn run(&mut self) -> Over {
         let app = Arc::clone(&self.app);
         let mut ended = pin!(app.end.cancelled());
+        let mut keys = app.verifier.follow_keys();
         let mut heard = Instant::now();
         // Moved only when it is due or a token ends before it: most turns of the loop concern neither.
         let mut alarm = pin!(sleep_until(heard + SILENCE));
@@ -190,6 +191,10 @@ impl Driver {
                     self.be_woken_for_expiry(alarm.as_mut());
                 }
                 _ = work(&mut self.resume) => {}
+                Ok(()) = keys.changed() => {
+                    let actions = self.session.recheck(&app.verifier);
+                    self.obey(actions, &mut None);
+                }
                 () = ended.as_mut() => {
                     if let Some(Taken::Frames) = self.outbox.take(&mut self.writer.frames).now_or_never() {
                         let _ = timeout(Duration::from_secs(1), self.writer.write(&mut self.socket)).await;
