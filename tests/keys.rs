@@ -5,12 +5,16 @@ use std::path::PathBuf;
 use futures_util::future::join_all;
 use relay::config::Settings;
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::time::timeout;
 
+use crate::support::database::Database;
 use crate::support::http::{Events, get};
 use crate::support::issuer::{Behaviour, Issuer, jwks, signed, signed_as};
+use crate::support::program::relay;
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
-use crate::support::{eventually, token};
+use crate::support::{PATIENCE, eventually, token};
 
 const TABLE: &str =
     "create table t (id int primary key); grant select on t to service_role; select relay.watch('t')";
@@ -344,4 +348,31 @@ async fn a_withdrawn_key_ends_what_its_tokens_opened_at_once_and_nothing_else() 
     assert_eq!(socket.frame().await[3], "phx_close");
     socket.join("2", "realtime:two", bindings).await;
     assert_eq!(socket.frame().await[4]["response"]["reason"], format!("JwtSignerError: {SIGNER}"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_is_believed_by_its_certificate_and_its_failure_is_told_once() {
+    let database = Database::new().await;
+    let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/tls/authority.pem");
+    for (trusted, told) in [(Some(authority), "the JWK set was read"), (None, "the JWK set cannot be read")] {
+        let issuer = Issuer::start_tls(Behaviour::Text(jwks(&[1]))).await;
+        let url = format!("https://localhost:{}/jwks.json?canary", issuer.address.port());
+        let mut program = relay(&["serve", "--listen", "127.0.0.1:0", "--database-url", &database.url]);
+        program.args(["--jwks", &url, "--jwks-allow-private", "--jwks-refresh-ms", "20"]);
+        let mut program = program.envs(trusted.map(|path| ("SSL_CERT_FILE", path))).spawn().unwrap();
+        let mut said = BufReader::new(program.stderr.take().unwrap());
+        let mut log = String::new();
+        while !log.contains(told) {
+            let read = timeout(PATIENCE, said.read_line(&mut log)).await;
+            assert!(read.expect("nothing more is told").unwrap() > 0, "it ended: {log}");
+        }
+        let asked = issuer.asked();
+        eventually("more tries", || async { (issuer.asked() > asked + 3).then_some(()) }).await;
+        program.kill().await.unwrap();
+        said.read_to_string(&mut log).await.unwrap();
+        let told: Vec<&str> = log.lines().filter(|line| line.contains("JWK")).collect();
+        assert_eq!(told.len(), 1, "{log}");
+        assert_eq!(told[0].contains("invalid peer certificate: UnknownIssuer"), trusted.is_none(), "{log}");
+        assert!(!log.contains("canary"), "{log}");
+    }
 }

@@ -19,10 +19,14 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use jsonwebtoken::{Algorithm, EncodingKey, crypto};
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::task::AbortHandle;
 use tokio::time::sleep;
+use tokio_rustls::TlsAcceptor;
 
 /// The public halves of the Ed25519 keys whose seeds are 32 times 1, 2 and 3; the names are `key-1` and so on.
 const PUBLIC: [&str; 3] = [
@@ -92,8 +96,25 @@ impl Issuer {
         Self::at("127.0.0.1:0".parse().unwrap(), behaviour).await
     }
 
-    /// The same at a known address.
+    /// One that speaks TLS as `localhost`, by the word of the authority in `tests/support/tls`.
+    pub async fn start_tls(behaviour: Behaviour) -> Self {
+        // Made with openssl, good for a hundred years; the authority's own key is gone.
+        let pem = include_bytes!("tls/localhost.pem");
+        let certificate = CertificateDer::from_pem_slice(pem).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(pem).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let config = config.unwrap().with_no_client_auth().with_single_cert(vec![certificate], key);
+        let tls = TlsAcceptor::from(Arc::new(config.unwrap()));
+        Self::listen("127.0.0.1:0".parse().unwrap(), behaviour, Some(tls)).await
+    }
+
+    /// One at a known address.
     pub async fn at(address: SocketAddr, behaviour: Behaviour) -> Self {
+        Self::listen(address, behaviour, None).await
+    }
+
+    async fn listen(address: SocketAddr, behaviour: Behaviour, tls: Option<TlsAcceptor>) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let counts = || AtomicUsize::new(0);
@@ -105,7 +126,17 @@ impl Issuer {
                 shared.connections.fetch_add(1, Ordering::SeqCst);
                 let state = Arc::clone(&shared);
                 let service = service_fn(move |_| answer(Arc::clone(&state)));
-                tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+                let server = http1::Builder::new();
+                match tls.clone() {
+                    None => _ = tokio::spawn(server.serve_connection(TokioIo::new(stream), service)),
+                    Some(tls) => {
+                        tokio::spawn(async move {
+                            if let Ok(stream) = tls.accept(stream).await {
+                                let _ = server.serve_connection(TokioIo::new(stream), service).await;
+                            }
+                        });
+                    }
+                }
             }
         });
         Self { address, state, accepting: accepting.abort_handle() }
