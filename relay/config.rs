@@ -279,6 +279,27 @@ mod tests {
     }
 
     #[test]
+    fn a_key_set_without_a_usable_key_is_a_mistake_where_nothing_else_verifies() {
+        let path = std::env::temp_dir().join(format!("relay-no-keys-{}.json", std::process::id()));
+        std::fs::write(&path, r#"{"keys": []}"#).unwrap();
+        let settings = || Settings {
+            database_url: Some(String::from("postgres://x/")),
+            jwks: Some(path.to_str().unwrap().to_owned()),
+            ..Settings::default()
+        };
+        let mistake = settings().resolve().err().unwrap().to_string();
+        assert!(mistake.contains("no usable JWK"), "{mistake}");
+        let with_secret = Settings {
+            jwt_secret: Some(String::from("a secret of more than 32 bytes for tests")),
+            ..settings()
+        };
+        assert!(with_secret.resolve().is_ok());
+        let url = Settings { jwks: Some(String::from("https://id.example/jwks.json")), ..settings() };
+        assert!(url.resolve().is_ok(), "its keys may come");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
     fn the_file_fills_what_flags_leave_open() {
         let path = std::env::temp_dir().join(format!("relay-config-{}.toml", std::process::id()));
         std::fs::write(&path, "database-url = \"postgres://file/\"\npoll-ms = 7\ninstall = true\n").unwrap();

@@ -80,7 +80,7 @@ pub mod feed {
     pub mod explain;
 }
 
-/// Bytes to and from clients. Never says SQL.
+/// Bytes to and from clients, and the keys that verify their tokens. Never says SQL.
 pub mod transport {
     pub mod key_set;
     pub mod fetch;

@@ -86,16 +86,19 @@ async fn a_key_written_into_the_file_counts_and_one_taken_out_does_not() {
 async fn a_token_of_a_new_key_has_the_file_read_at_once() {
     let file = Temporary::new("asked", &jwks(&[1]));
     let stage = with_file(&file, 3_600_000).await;
-    file.write(&jwks(&[1, 2]));
-    assert_eq!(refusal(&stage, &signed(2, "service_role")).await, None);
-    // On a socket that is open, too: no join and no new token is refused for a key that is published.
-    file.write(&jwks(&[1, 2, 3]));
     let mut socket = Socket::open(&stage.relay, "2.0.0", &signed(1, "service_role")).await;
+    file.write(&jwks(&[1, 2]));
     let bindings = json!([{"event": "*", "schema": "public", "table": "t"}]);
-    let join = json!({"config": {"postgres_changes": bindings}, "access_token": signed(3, "service_role")});
+    let join = json!({"config": {"postgres_changes": bindings}, "access_token": signed(2, "service_role")});
     socket.push(json!("1"), json!("1"), "realtime:t", "phx_join", join).await;
     assert_eq!(socket.frame().await[4]["status"], "ok");
     assert_eq!(socket.frame().await[4]["message"], "Subscribed to PostgreSQL");
+    // A client does not join again by itself where its new token was refused.
+    file.write(&jwks(&[1, 2, 3]));
+    let refreshed = json!({"access_token": signed(3, "service_role")});
+    socket.push(json!("1"), json!("2"), "realtime:t", "access_token", refreshed).await;
+    assert_eq!(socket.frame().await[4]["message"], "Subscribed to PostgreSQL");
+    socket.is_quiet().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -132,7 +132,7 @@ impl Verifier {
     /// Reads the secrets.
     ///
     /// # Errors
-    /// When a secret is too short, or there is nothing to verify with and never will be.
+    /// When a secret is too short, or there is nothing to verify with, nor to come.
     pub fn new(settings: &TokenSettings) -> Result<Self, SettingsError> {
         let mut secrets = Vec::new();
         for secret in &settings.secrets {
@@ -144,7 +144,7 @@ impl Verifier {
             let keys = keys.iter().filter(|key| !key.is_empty());
             opaque.extend(keys.map(|key| (key.clone(), standing_for(role))));
         }
-        if secrets.is_empty() && opaque.is_empty() && !keys.are_kept() && keys.current().is_empty() {
+        if secrets.is_empty() && opaque.is_empty() && keys.are_none() {
             return Err(SettingsError::NoKeys);
         }
         Ok(Self {

@@ -36,6 +36,8 @@ pub struct Keys {
     served: watch::Sender<u64>,
     /// None when nobody reads them anew.
     cooldown: Option<Duration>,
+    /// At the start it is not known yet which they are.
+    come_later: bool,
 }
 
 /// What was asked for because of unknown keys.
@@ -48,12 +50,13 @@ struct Demand {
 impl Keys {
     /// Keys that stay as they are.
     pub fn fixed(set: KeySet) -> Self {
-        Self::new(set, None)
+        Self::new(Some(set), None)
     }
 
-    fn new(set: KeySet, cooldown: Option<Duration>) -> Self {
+    fn new(set: Option<KeySet>, cooldown: Option<Duration>) -> Self {
         Self {
-            current: watch::Sender::new(Arc::new(set)),
+            come_later: set.is_none(),
+            current: watch::Sender::new(Arc::new(set.unwrap_or_default())),
             demand: Mutex::default(),
             asked: Notify::new(),
             served: watch::Sender::new(0),
@@ -69,6 +72,11 @@ impl Keys {
     /// The keys of now and of whenever they are others.
     pub fn follow(&self) -> watch::Receiver<Arc<KeySet>> {
         self.current.subscribe()
+    }
+
+    /// Whether there is none and none is to come.
+    pub fn are_none(&self) -> bool {
+        !self.come_later && self.current().is_empty()
     }
 
     /// Whether there may be other keys one day.
@@ -154,17 +162,17 @@ impl Keeper {
         if !path.metadata()?.is_file() {
             return Ok((Arc::new(Keys::fixed(set)), None));
         }
-        let keeper = Self::new(Place::File(path.to_owned()), schedule, set, Some(text));
+        let keeper = Self::new(Place::File(path.to_owned()), schedule, Some(set), Some(text));
         Ok((Arc::clone(&keeper.keys), Some(keeper)))
     }
 
     /// The keys of an endpoint. There are none before it was asked.
     pub fn of_endpoint(endpoint: Endpoint, schedule: Schedule) -> (Arc<Keys>, Self) {
-        let keeper = Self::new(Place::Endpoint(endpoint), schedule, KeySet::default(), None);
+        let keeper = Self::new(Place::Endpoint(endpoint), schedule, None, None);
         (Arc::clone(&keeper.keys), keeper)
     }
 
-    fn new(place: Place, schedule: Schedule, set: KeySet, text: Option<String>) -> Self {
+    fn new(place: Place, schedule: Schedule, set: Option<KeySet>, text: Option<String>) -> Self {
         let keys = Arc::new(Keys::new(set, Some(schedule.cooldown)));
         Self { keys, place, schedule, text, confirmed: Instant::now(), fails: false }
     }
@@ -219,7 +227,7 @@ impl Keeper {
         let set = KeySet::parse(&text)?;
         tracing::info!(from = %self.place, key.count = set.len(), "the JWK set was read");
         for skipped in set.skipped().iter().take(TOLD) {
-            tracing::warn!("a key of the JWK set is not used: {skipped}");
+            tracing::warn!("a key of the JWK set is not used: {skipped:.200}");
         }
         self.keys.current.send_replace(Arc::new(set));
         self.text = Some(text);
