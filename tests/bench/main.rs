@@ -1,5 +1,5 @@
 //! The relay's figures in one run, against targets: `make bench`, or with the URL of a throwaway cluster in
-//! `RELAY_TEST_DATABASE_URL`: `cargo bench -- [--quick] [latency] [writers] [fanout] [policies] [memory]`.
+//! `RELAY_TEST_DATABASE_URL`: `cargo bench -- [--quick] [SECTION ...]`, where a section is one of `SECTIONS`.
 //!
 //! The relay is the release binary in a process of its own; writers and clients are here. What a machine and its kernel
 //! can do at all is measured beside it in the same run, by a server that knows neither policy nor protocol (`floor`).
@@ -21,6 +21,7 @@ mod policies;
 mod process;
 mod report;
 mod side;
+mod stalled;
 #[path = "../support/mod.rs"]
 #[allow(dead_code, reason = "the tests use the rest")]
 mod support;
@@ -30,7 +31,7 @@ mod writers;
 
 use report::Report;
 
-const SECTIONS: [&str; 5] = ["latency", "writers", "fanout", "policies", "memory"];
+const SECTIONS: [&str; 6] = ["latency", "writers", "fanout", "policies", "memory", "stalled"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -56,7 +57,8 @@ fn main() {
                     "writers" => writers::run(&mut report).await,
                     "fanout" => fanout::run(&mut report).await,
                     "policies" => policies::run(&mut report).await,
-                    _ => memory::run(&mut report).await,
+                    "memory" => memory::run(&mut report).await,
+                    _ => stalled::run(&mut report).await,
                 }
             }
         }

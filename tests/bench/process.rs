@@ -11,6 +11,8 @@ use tokio::net::TcpStream;
 use crate::machine;
 use crate::support::{SECRET, eventually};
 
+const RELAY: &str = env!("CARGO_BIN_EXE_relay");
+
 pub struct Server {
     child: Child,
     pub address: SocketAddr,
@@ -19,12 +21,17 @@ pub struct Server {
 impl Server {
     /// The relay, installed, reading the changelog.
     pub async fn relay(database_url: &str) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
+        Self::relay_with(database_url, &[]).await
+    }
+
+    /// The same with more flags.
+    pub async fn relay_with(database_url: &str, flags: &[&str]) -> Self {
+        let mut command = Command::new(RELAY);
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RELAY_")) {
             command.env_remove(name);
         }
         command.args(["serve", "--install", "--listen", "127.0.0.1:0", "--max-connections", "20000"]);
-        command.args(["--database-url", database_url, "--jwt-secret", SECRET, "--log-json"]);
+        command.args(["--database-url", database_url, "--jwt-secret", SECRET, "--log-json"]).args(flags);
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let address = loop {
@@ -57,12 +64,28 @@ impl Server {
         Self { child, address: line.trim().parse().unwrap() }
     }
 
+    /// Whether `relay serve` has this flag.
+    pub fn knows(flag: &str) -> bool {
+        let output = Command::new(RELAY).args(["serve", "--help"]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).split_whitespace().any(|word| word == flag)
+    }
+
     pub fn cpu(&self) -> Duration {
         machine::cpu(self.child.id())
     }
 
     pub fn resident_kib(&self) -> u64 {
         machine::resident_kib(self.child.id())
+    }
+
+    /// From now on the peak is that of what follows.
+    pub fn forget_peak(&self) {
+        machine::forget_peak(self.child.id());
+    }
+
+    /// The most that was resident, in KiB.
+    pub fn peak_kib(&self) -> u64 {
+        machine::peak_kib(self.child.id())
     }
 
     /// One of the relay's counters.

@@ -40,10 +40,11 @@ pub struct Swarm {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-struct Hello {
+/// What a client says first.
+pub struct Hello {
     user: usize,
     path: String,
-    join: Option<Vec<u8>>,
+    pub join: Option<Vec<u8>>,
 }
 
 impl Swarm {
@@ -57,13 +58,7 @@ impl Swarm {
         // Made beforehand: signing is none of what is measured.
         let hellos: Vec<Hello> = users.map(|user| hello(&peer, user)).collect();
         let wanted = ledger.joined.load(Relaxed) + hellos.len();
-        let (end, ended) = oneshot::channel();
-        let shared = Arc::clone(ledger);
-        let thread = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let tasks = tokio::task::LocalSet::new();
-            tasks.block_on(&runtime, run(hellos, address, shared, ended));
-        });
+        let swarm = Self::start(hellos, AT_ONCE, address, ledger);
         let started = Instant::now();
         while ledger.joined.load(Relaxed) < wanted {
             sleep(Duration::from_millis(1)).await;
@@ -71,6 +66,18 @@ impl Swarm {
             assert!(broken == 0, "{broken} clients were refused, {joined} joined");
             assert!(started.elapsed() < Duration::from_secs(60), "only {joined} of {wanted} clients joined");
         }
+        swarm
+    }
+
+    /// Lets clients connect, so many of them at the same time, and doesn't wait for that: the ledger tells who joined.
+    pub fn start(hellos: Vec<Hello>, at_once: usize, address: SocketAddr, ledger: &Arc<Ledger>) -> Self {
+        let (end, ended) = oneshot::channel();
+        let ledger = Arc::clone(ledger);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let tasks = tokio::task::LocalSet::new();
+            tasks.block_on(&runtime, run(hellos, at_once, address, ledger, ended));
+        });
         Self { _end: end, thread: Some(thread) }
     }
 
@@ -85,20 +92,37 @@ impl Swarm {
 fn hello(peer: &Peer, user: usize) -> Hello {
     match peer {
         Peer::Floor => Hello { user, path: String::from("/"), join: None },
-        Peer::Relay { table } => {
-            let org = format!("org {user}");
-            let token = token("authenticated", Some(&sub(user)), serde_json::json!({"org": org}));
-            let change = serde_json::json!({"event": "*", "schema": "public", "table": table});
-            let payload =
-                serde_json::json!({"config": {"postgres_changes": [change]}, "access_token": token});
-            let join = serde_json::json!(["1", "1", "realtime:bench", "phx_join", payload]);
-            Hello {
-                user,
-                path: format!("/realtime/v1/websocket?apikey={token}&vsn=2.0.0"),
-                join: Some(masked(&join.to_string())),
-            }
+        Peer::Relay { table } => Hello::relay(table, "bench", user),
+    }
+}
+
+impl Hello {
+    /// To the relay, from this user, who joins one topic for a table.
+    pub fn relay(table: &str, topic: &str, user: usize) -> Self {
+        let token = token_of(user);
+        let change = serde_json::json!({"event": "*", "schema": "public", "table": table});
+        let payload = serde_json::json!({"config": {"postgres_changes": [change]}, "access_token": token});
+        let join = serde_json::json!(["1", "1", format!("realtime:{topic}"), "phx_join", payload]);
+        Self {
+            user,
+            path: format!("/realtime/v1/websocket?apikey={token}&vsn=2.0.0"),
+            join: Some(masked(&join.to_string())),
         }
     }
+
+    /// The request that asks for a WebSocket.
+    pub fn request(&self) -> String {
+        format!(
+            "GET {} HTTP/1.1\r\nHost: bench\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+            self.path
+        )
+    }
+}
+
+/// The token of a user.
+pub fn token_of(user: usize) -> String {
+    token("authenticated", Some(&sub(user)), serde_json::json!({"org": format!("org {user}")}))
 }
 
 /// The id of a user, what `auth.uid()` returns.
@@ -106,9 +130,15 @@ pub fn sub(user: usize) -> String {
     format!("00000000-0000-4000-8000-{user:012x}")
 }
 
-async fn run(hellos: Vec<Hello>, address: SocketAddr, ledger: Arc<Ledger>, ended: oneshot::Receiver<()>) {
+async fn run(
+    hellos: Vec<Hello>,
+    at_once: usize,
+    address: SocketAddr,
+    ledger: Arc<Ledger>,
+    ended: oneshot::Receiver<()>,
+) {
     let count = hellos.len();
-    let gate = Rc::new(Semaphore::new(AT_ONCE));
+    let gate = Rc::new(Semaphore::new(at_once));
     let scratch = Rc::new(RefCell::new(vec![0; SCRATCH]));
     for (index, hello) in hellos.into_iter().enumerate() {
         let (ledger, gate, scratch) = (Arc::clone(&ledger), Rc::clone(&gate), Rc::clone(&scratch));
@@ -158,12 +188,7 @@ impl Client {
         let turn = gate.acquire().await.unwrap();
         let mut stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
         stream.set_nodelay(true).unwrap();
-        let request = format!(
-            "GET {} HTTP/1.1\r\nHost: bench\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
-            hello.path
-        );
-        stream.write_all(request.as_bytes()).await.map_err(|error| error.to_string())?;
+        stream.write_all(hello.request().as_bytes()).await.map_err(|error| error.to_string())?;
         while !self.accepted()? {
             let rest = &mut self.rest;
             read(&mut stream, scratch, |bytes| rest.extend(bytes)).await?;
@@ -240,7 +265,7 @@ impl Client {
         while let Some((body, end)) = frame(&bytes[used..])? {
             let text = &bytes[used + body..used + end];
             used += end;
-            if let Some(id) = self.row(text) {
+            if let Some(id) = row(text, &mut self.offset) {
                 messages += 1;
                 payload += text.len() as u64;
                 self.last = self.ledger.received(self.user, self.last, id, now, &mut self.latencies);
@@ -253,16 +278,16 @@ impl Client {
         }
         Ok(used)
     }
+}
 
-    /// The number of the row in a change, which stands at the same place in nearly every frame.
-    fn row(&mut self, text: &[u8]) -> Option<u64> {
-        const MARK: &[u8] = br#""record":{"id":"#;
-        if !text.get(self.offset..).is_some_and(|tail| tail.starts_with(MARK)) {
-            self.offset = text.windows(MARK.len()).position(|part| part == MARK)?;
-        }
-        let digits = text[self.offset + MARK.len()..].iter().take_while(|byte| byte.is_ascii_digit());
-        Some(digits.fold(0, |number, digit| number * 10 + u64::from(digit - b'0')))
+/// The number of the row in a change, which stands at the same place in nearly every frame: at `offset`.
+pub fn row(text: &[u8], offset: &mut usize) -> Option<u64> {
+    const MARK: &[u8] = br#""record":{"id":"#;
+    if !text.get(*offset..).is_some_and(|tail| tail.starts_with(MARK)) {
+        *offset = text.windows(MARK.len()).position(|part| part == MARK)?;
     }
+    let digits = text[*offset + MARK.len()..].iter().take_while(|byte| byte.is_ascii_digit());
+    Some(digits.fold(0, |number, digit| number * 10 + u64::from(digit - b'0')))
 }
 
 /// Reads once, into one buffer that all clients share. Cancel safe.
@@ -284,7 +309,7 @@ async fn read<T>(
 }
 
 /// Where the first frame's payload begins and ends, once it is there whole.
-fn frame(bytes: &[u8]) -> Result<Option<(usize, usize)>, String> {
+pub fn frame(bytes: &[u8]) -> Result<Option<(usize, usize)>, String> {
     let [first, length, ..] = *bytes else { return Ok(None) };
     if first != 0x81 {
         return Err(format!("a frame that begins with {first:#x}: {}", String::from_utf8_lossy(bytes)));

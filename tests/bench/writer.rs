@@ -27,11 +27,16 @@ pub struct Stage {
 impl Stage {
     /// The table watched, with every user allowed to read it. The relay must have been installed.
     pub async fn watched(database: &Database, table: &str) -> Self {
+        Self::watched_with(database, table, BODY).await
+    }
+
+    /// The same with rows of another body.
+    pub async fn watched_with(database: &Database, table: &str, body: &str) -> Self {
         make_table(database, table).await;
         database
             .run(&format!("grant select on {table} to authenticated; select relay.watch('{table}')"))
             .await;
-        Self::with(database, table).await
+        Self::with(database, table, body).await
     }
 
     /// The table with a trigger that notifies the floor of each row.
@@ -44,12 +49,12 @@ impl Stage {
             floor::CHANNEL
         );
         database.run(&notify).await;
-        Self::with(database, table).await
+        Self::with(database, table, BODY).await
     }
 
-    async fn with(database: &Database, table: &str) -> Self {
+    async fn with(database: &Database, table: &str, body: &str) -> Self {
         let client = database.connect().await;
-        let insert = format!("insert into {table} (id, device, body) values ($1, 'station 7', '{BODY}')");
+        let insert = format!("insert into {table} (id, device, body) values ($1, 'station 7', '{body}')");
         let insert = client.prepare(&insert).await.unwrap();
         Self { client, insert }
     }
