@@ -13,6 +13,7 @@
 
 mod fanout;
 mod floor;
+mod follower;
 mod latency;
 mod ledger;
 mod machine;
@@ -26,12 +27,14 @@ mod stalled;
 #[allow(dead_code, reason = "the tests use the rest")]
 mod support;
 mod swarm;
+mod transaction;
 mod writer;
 mod writers;
 
 use report::Report;
 
-const SECTIONS: [&str; 6] = ["latency", "writers", "fanout", "policies", "memory", "stalled"];
+const SECTIONS: [&str; 7] =
+    ["latency", "writers", "fanout", "policies", "memory", "stalled", "transaction"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -58,7 +61,8 @@ fn main() {
                     "fanout" => fanout::run(&mut report).await,
                     "policies" => policies::run(&mut report).await,
                     "memory" => memory::run(&mut report).await,
-                    _ => stalled::run(&mut report).await,
+                    "stalled" => stalled::run(&mut report).await,
+                    _ => transaction::run(&mut report).await,
                 }
             }
         }

@@ -174,7 +174,7 @@ async fn until_gone(server: &Server, patience: Duration) -> Option<Duration> {
     Some(started.elapsed())
 }
 
-/// A client that joins and then doesn't read.
+/// A client that joins and then doesn't read, or slowly.
 pub struct Stalled {
     stream: TcpStream,
     rest: Vec<u8>,
@@ -213,6 +213,21 @@ impl Stalled {
         let head = rest.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
         rest.drain(..head + 4);
         Self { stream, rest }
+    }
+
+    /// Reads so many bytes a second, to the end of the connection.
+    pub async fn read_slowly(mut self, per_second: f64) {
+        let started = Instant::now();
+        let mut read = 0;
+        loop {
+            sleep(Duration::from_millis(10)).await;
+            let mut room = (started.elapsed().as_secs_f64() * per_second) as usize - read;
+            while room > 0 {
+                self.rest.resize(room, 0);
+                let Ok(count @ 1..) = self.stream.read(&mut self.rest).await else { return };
+                (read, room) = (read + count, room - count);
+            }
+        }
     }
 
     /// Reads what there is, to the end of the connection.
