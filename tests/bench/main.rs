@@ -23,6 +23,7 @@ mod process;
 mod report;
 mod side;
 mod stalled;
+mod storm;
 #[path = "../support/mod.rs"]
 #[allow(dead_code, reason = "the tests use the rest")]
 mod support;
@@ -33,8 +34,8 @@ mod writers;
 
 use report::Report;
 
-const SECTIONS: [&str; 7] =
-    ["latency", "writers", "fanout", "policies", "memory", "stalled", "transaction"];
+const SECTIONS: [&str; 8] =
+    ["latency", "writers", "fanout", "policies", "memory", "stalled", "transaction", "storm"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -62,7 +63,8 @@ fn main() {
                     "policies" => policies::run(&mut report).await,
                     "memory" => memory::run(&mut report).await,
                     "stalled" => stalled::run(&mut report).await,
-                    _ => transaction::run(&mut report).await,
+                    "transaction" => transaction::run(&mut report).await,
+                    _ => storm::run(&mut report).await,
                 }
             }
         }
