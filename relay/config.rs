@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Deserialize;
 
+use crate::model::limits::Limits;
 use crate::transport::auth::{TokenSettings, Verifier};
 use crate::transport::fetch::Endpoint;
 use crate::transport::keys::{Keeper, Schedule};
@@ -75,6 +76,9 @@ pub struct Settings {
     /// How many bytes may wait for one client before it is closed [default: 1048576]
     #[arg(long, env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
+    /// How many bytes may wait for all clients before those are closed for which most waits [default: 268435456]
+    #[arg(long, env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
+    pub total_outbox_bytes: Option<usize>,
     /// How many rows of a table are given at once to whoever asks for them [default: 10000]
     #[arg(long, env = "RELAY_MOST_ROWS", value_name = "N")]
     pub most_rows: Option<usize>,
@@ -114,12 +118,8 @@ pub struct Config {
     pub keeper: Option<Keeper>,
     /// Empty means any.
     pub allowed_origins: Vec<String>,
-    /// How many clients.
-    pub max_connections: usize,
-    /// Per client.
-    pub outbox_bytes: usize,
-    /// Rows of a table given at once.
-    pub most_rows: usize,
+    /// What clients may ask for and hold.
+    pub limits: Limits,
     /// How long a session may be away.
     pub resume: Duration,
     /// The longest sleep.
@@ -165,6 +165,7 @@ impl Settings {
             allowed_origin: list(self.allowed_origin, file.allowed_origin),
             max_connections: self.max_connections.or(file.max_connections),
             outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
+            total_outbox_bytes: self.total_outbox_bytes.or(file.total_outbox_bytes),
             most_rows: self.most_rows.or(file.most_rows),
             resume_seconds: self.resume_seconds.or(file.resume_seconds),
             poll_ms: self.poll_ms.or(file.poll_ms),
@@ -239,6 +240,12 @@ impl Settings {
         let poll = Duration::from_millis(positive("poll-ms", self.poll_ms, 5000, &mut mistakes));
         let judge_timeout =
             Duration::from_millis(positive("judge-timeout-ms", self.judge_timeout_ms, 1000, &mut mistakes));
+        let limits = Limits {
+            connections: self.max_connections.unwrap_or(10_000),
+            outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
+            total_outbox_bytes: self.total_outbox_bytes.unwrap_or(256 << 20),
+            rows: self.most_rows.unwrap_or(10_000),
+        };
         let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {
             return Err(Mistakes(mistakes));
         };
@@ -251,9 +258,7 @@ impl Settings {
             verifier,
             keeper,
             allowed_origins: self.allowed_origin,
-            max_connections: self.max_connections.unwrap_or(10_000),
-            outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
-            most_rows: self.most_rows.unwrap_or(10_000),
+            limits,
             resume: Duration::from_secs(self.resume_seconds.unwrap_or(3600)),
             poll,
             judge_timeout,

@@ -43,6 +43,7 @@ pub mod model {
     pub mod dress;
     pub mod join;
     pub mod session;
+    pub mod limits;
 }
 
 /// Everything that speaks SQL. Never knows that there are clients.
@@ -73,6 +74,7 @@ pub mod feed {
     pub mod stretch;
     pub mod router;
     pub mod audience;
+    pub mod budget;
     pub mod outbox;
     pub mod follower;
     pub mod bookmarks;

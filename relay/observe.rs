@@ -20,6 +20,7 @@ pub struct Observe {
     sessions_total: Counter,
     sessions_full: Counter,
     refused: Counter,
+    waiting_bytes: Gauge,
     channels: Gauge,
     audiences: Gauge,
     changes_read: Counter,
@@ -77,6 +78,8 @@ impl Observe {
             gauge
         };
         let sessions = gauge("sessions_open", "Clients connected now");
+        let waiting_bytes =
+            gauge("outbox_bytes", "Bytes that wait for clients, a frame for many counted once");
         let channels = gauge("channels_open", "Channels with changes subscribed now");
         let changelog_bytes = gauge("changelog_bytes", "Size of the changelog in the database");
         let audiences = gauge("audiences_open", "Groups of channels that get the same frames");
@@ -98,6 +101,7 @@ impl Observe {
             sessions_total,
             sessions_full,
             refused,
+            waiting_bytes,
             channels,
             audiences,
             changes_read,
@@ -139,6 +143,21 @@ impl Observe {
     /// A client was closed because it read too slowly.
     pub fn session_full(&self) {
         self.sessions_full.inc();
+    }
+
+    /// So many bytes more wait for clients.
+    pub fn waits(&self, bytes: usize) {
+        self.waiting_bytes.inc_by(bytes as i64);
+    }
+
+    /// So many bytes less wait for clients.
+    pub fn waits_no_more(&self, bytes: usize) {
+        self.waiting_bytes.dec_by(bytes as i64);
+    }
+
+    /// How many bytes wait for clients.
+    pub fn waiting_bytes(&self) -> usize {
+        usize::try_from(self.waiting_bytes.get()).unwrap_or(0)
     }
 
     /// A connection was refused. A browser cannot read why, so it stands in the log, once a second at most.

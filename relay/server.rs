@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::feed::binding::{Binder, Feed};
 use crate::feed::bookmarks::Keeper;
+use crate::feed::budget::Budget;
 use crate::feed::follower::Past;
 use crate::feed::gate::Gate;
 use crate::feed::router::Router;
@@ -108,10 +109,9 @@ pub async fn serve(
         feed: Feed::new(Binder::new(catalog), commands_in, past, rows, bookmarks),
         observe: Arc::clone(&observe),
         allowed_origins: config.allowed_origins,
-        max_connections: config.max_connections,
-        outbox_bytes: config.outbox_bytes,
+        budget: Arc::new(Budget::new(config.limits.total_outbox_bytes, Arc::clone(&observe))),
+        limits: config.limits,
         resume: config.resume,
-        most_rows: config.most_rows,
         end: end.clone(),
         sessions: TaskTracker::new(),
         numbers: AtomicU64::new(1),

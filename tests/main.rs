@@ -23,6 +23,7 @@ mod filter;
 mod install;
 mod keys;
 mod layers;
+mod limits;
 mod order;
 mod policy;
 mod policy_cost;

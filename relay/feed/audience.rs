@@ -212,7 +212,7 @@ impl Audience {
             let frame = written
                 .frames
                 .entry(key.clone())
-                .or_insert_with_key(|(dress, ids, _)| dress.change(ids, text, &cursor).into());
+                .or_insert_with_key(|(dress, ids, _)| self.counted(dress.change(ids, text, &cursor)));
             desk.frames.push(frame.clone());
             written.last = Some((key, frame.clone()));
         }
@@ -247,14 +247,22 @@ impl Audience {
 
     /// Tells all members that changes are missing before the cursor.
     pub fn tell_gap(&self, why: &str, cursor: &str) {
-        let gap = self.gap(why, cursor);
+        let gap = Bytes::from(self.key.dress.gap(why, cursor));
         for outbox in self.members.values() {
             outbox.push(gap.clone());
         }
     }
 
     fn gap(&self, why: &str, cursor: &str) -> Bytes {
-        Bytes::from(self.key.dress.gap(why, cursor))
+        self.counted(self.key.dress.gap(why, cursor))
+    }
+
+    /// A frame for the members and for others.
+    fn counted(&self, frame: String) -> Bytes {
+        match self.members.values().next() {
+            Some(outbox) => outbox.counted(frame),
+            None => Bytes::from(frame),
+        }
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 
+use crate::feed::budget::Budget;
 use crate::model::session::ChannelId;
 
 /// Frames on their way to one client, bounded in bytes.
@@ -15,6 +16,7 @@ pub struct Outbox {
     // Never held across an await, and only for a push or a take.
     queue: Mutex<Queue>,
     limit: usize,
+    budget: Arc<Budget>,
 }
 
 #[derive(Debug, Default)]
@@ -28,6 +30,8 @@ struct Queue {
     delivered: bool,
     /// The session's task, while it waits: it is woken once, not once per frame.
     waiting: Option<Waker>,
+    /// Whoever waits for nothing but its end.
+    watching: Option<Waker>,
 }
 
 /// What the session finds in its outbox.
@@ -42,47 +46,53 @@ pub enum Taken {
 }
 
 impl Outbox {
-    /// An empty outbox that holds up to `limit` bytes.
-    pub fn new(limit: usize) -> Self {
-        Self { queue: Mutex::default(), limit }
+    /// An empty outbox that holds up to `limit` bytes of what `budget` allows all together.
+    pub fn new(limit: usize, budget: Arc<Budget>) -> Self {
+        budget.outbox_opened();
+        Self { queue: Mutex::default(), limit, budget }
     }
 
     /// Adds a frame. One frame is always taken, however large: otherwise it could never be delivered.
     pub fn push(&self, frame: Bytes) {
-        self.add([frame], false);
+        self.add([self.budget.count(frame)], false);
     }
 
-    /// Adds frames that tell changes, in one go.
+    /// Adds frames that tell changes and are counted already ([`Self::counted`]), in one go.
     pub fn deliver(&self, frames: impl IntoIterator<Item = Bytes>) {
         self.add(frames, true);
     }
 
     fn add(&self, frames: impl IntoIterator<Item = Bytes>, delivered: bool) {
-        let waiting = {
+        let wakers = {
             let mut queue = self.lock();
             queue.delivered |= delivered;
+            // Whoever has nothing waiting is never the one for whom there is no room.
+            if self.budget.is_exceeded_by(queue.bytes) {
+                queue.end();
+            }
             for frame in frames {
                 queue.add(frame, self.limit);
             }
-            queue.waiting.take()
+            queue.wakers()
         };
-        if let Some(waiting) = waiting {
-            waiting.wake();
-        }
+        wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    /// A frame for this outbox and others, counted once.
+    pub fn counted(&self, frame: impl Into<Bytes>) -> Bytes {
+        self.budget.count(frame)
     }
 
     /// Asks the session to bind a channel anew, after the frames that are there.
     pub fn rebind(&self, channel: ChannelId) {
-        let waiting = {
+        let wakers = {
             let mut queue = self.lock();
             if !queue.rebind.contains(&channel) {
                 queue.rebind.push(channel);
             }
-            queue.waiting.take()
+            queue.wakers()
         };
-        if let Some(waiting) = waiting {
-            waiting.wake();
-        }
+        wakers.into_iter().flatten().for_each(Waker::wake);
     }
 
     /// Whether so much waits that another part of a page might not fit.
@@ -93,7 +103,7 @@ impl Outbox {
 
     /// Whether it overflowed.
     pub fn is_full(&self) -> bool {
-        self.lock().is_full()
+        self.lock().full
     }
 
     /// Whether changes were delivered since this was asked last.
@@ -104,31 +114,39 @@ impl Outbox {
     /// Waits until there is something and takes it all, in exchange for `empty`, whose room the next frames use.
     /// Cancel safe. Only one task may wait at a time.
     pub async fn take(&self, empty: &mut VecDeque<Bytes>) -> Taken {
-        poll_fn(|context| self.poll(context, |queue| queue.take(empty))).await
+        poll_fn(|context| {
+            let mut queue = self.lock();
+            queue.take(empty).map_or_else(|| wait(&mut queue.waiting, context), Poll::Ready)
+        })
+        .await
     }
 
-    /// Waits until it overflows. Cancel safe. Only one task may wait at a time.
+    /// Waits until it overflows, also while somebody waits to take. Cancel safe. Only one task may wait at a time.
     pub async fn overflowed(&self) {
-        poll_fn(|context| self.poll(context, |queue| queue.is_full().then_some(()))).await;
-    }
-
-    fn poll<T>(&self, context: &Context<'_>, find: impl FnOnce(&mut Queue) -> Option<T>) -> Poll<T> {
-        let mut queue = self.lock();
-        match find(&mut queue) {
-            Some(found) => Poll::Ready(found),
-            None => {
-                match &mut queue.waiting {
-                    Some(waiting) => waiting.clone_from(context.waker()),
-                    nobody => *nobody = Some(context.waker().clone()),
-                }
-                Poll::Pending
-            }
-        }
+        poll_fn(|context| {
+            let mut queue = self.lock();
+            if queue.full { Poll::Ready(()) } else { wait(&mut queue.watching, context) }
+        })
+        .await;
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.budget.outbox_closed();
+    }
+}
+
+fn wait<T>(place: &mut Option<Waker>, context: &Context<'_>) -> Poll<T> {
+    match place {
+        Some(waker) => waker.clone_from(context.waker()),
+        nobody => *nobody = Some(context.waker().clone()),
+    }
+    Poll::Pending
 }
 
 impl Queue {
@@ -137,14 +155,23 @@ impl Queue {
             return;
         }
         if self.bytes + frame.len() > limit && !self.frames.is_empty() {
-            // What is queued would come before a gap: none of it may be delivered as if nothing were missing.
-            self.full = true;
-            self.frames = VecDeque::new();
-            self.bytes = 0;
+            self.end();
         } else {
             self.bytes += frame.len();
             self.frames.push_back(frame);
         }
+    }
+
+    /// What is queued would come before a gap: none of it may be delivered as if nothing were missing.
+    fn end(&mut self) {
+        self.full = true;
+        self.frames = VecDeque::new();
+        self.bytes = 0;
+    }
+
+    /// Whom to wake for what came.
+    fn wakers(&mut self) -> [Option<Waker>; 2] {
+        [self.waiting.take(), if self.full { self.watching.take() } else { None }]
     }
 
     fn take(&mut self, empty: &mut VecDeque<Bytes>) -> Option<Taken> {
@@ -158,15 +185,23 @@ impl Queue {
         }
         self.full.then_some(Taken::Full)
     }
-
-    fn is_full(&self) -> bool {
-        self.full
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
+    use crate::observe::Observe;
+
+    fn budget(limit: usize) -> (Arc<Budget>, Arc<Observe>) {
+        let observe = Arc::new(Observe::new());
+        (Arc::new(Budget::new(limit, Arc::clone(&observe))), observe)
+    }
+
+    fn outbox(limit: usize) -> Outbox {
+        Outbox::new(limit, budget(usize::MAX).0)
+    }
 
     fn frame(bytes: usize) -> Bytes {
         Bytes::from(vec![b'x'; bytes])
@@ -180,7 +215,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_outbox_gives_nothing_but_its_end() {
-        let outbox = Outbox::new(10);
+        let outbox = outbox(10);
         outbox.push(frame(6));
         outbox.push(frame(6));
         outbox.push(frame(1));
@@ -190,8 +225,54 @@ mod tests {
 
     #[tokio::test]
     async fn a_frame_larger_than_the_limit_goes_alone() {
-        let outbox = Outbox::new(10);
+        let outbox = outbox(10);
         outbox.push(frame(100));
         assert_eq!(take(&outbox).await, (Taken::Frames, 1));
+    }
+
+    #[tokio::test]
+    async fn its_end_is_heard_by_who_watches_while_another_waits_to_take() {
+        let outbox = Arc::new(outbox(10));
+        let watched = Arc::clone(&outbox);
+        let watching = tokio::spawn(async move { watched.overflowed().await });
+        tokio::task::yield_now().await;
+        let mut frames = VecDeque::new();
+        assert_eq!(outbox.take(&mut frames).now_or_never(), None);
+        outbox.push(frame(6));
+        outbox.push(frame(6));
+        watching.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn when_too_much_waits_for_all_who_has_most_of_it_ends_and_who_has_nothing_never() {
+        let (budget, observe) = budget(100);
+        let outboxes: Vec<Outbox> = (0..4).map(|_| Outbox::new(1000, Arc::clone(&budget))).collect();
+        let [slow, small, idle, _] = &outboxes[..] else { panic!("there are four") };
+        small.push(frame(10));
+        slow.push(frame(30));
+        slow.push(frame(60));
+        assert!(!slow.is_full(), "it was not too much before");
+        idle.push(frame(50));
+        small.push(frame(1));
+        assert!(!idle.is_full() && !small.is_full(), "these have less than their part");
+        slow.push(frame(1));
+        assert!(slow.is_full());
+        assert_eq!(observe.waiting_bytes(), 61);
+        drop(outboxes);
+        assert_eq!(observe.waiting_bytes(), 0);
+    }
+
+    #[test]
+    fn a_frame_for_many_counts_once_until_the_last_has_read_it() {
+        let (budget, observe) = budget(100);
+        let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, budget));
+        let frame = one.counted(frame(7));
+        one.deliver([frame.clone()]);
+        other.deliver([frame]);
+        assert_eq!(observe.waiting_bytes(), 7);
+        drop(one);
+        assert_eq!(observe.waiting_bytes(), 7);
+        drop(other);
+        assert_eq!(observe.waiting_bytes(), 0);
     }
 }

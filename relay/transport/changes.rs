@@ -127,7 +127,7 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
         since,
         wait: Duration::from_secs(wait),
         channel: ChannelId { session: app.next_session(), channel: 0 },
-        outbox: Arc::new(Outbox::new(app.outbox_bytes.max(LEAST_OUTBOX))),
+        outbox: Arc::new(Outbox::new(app.limits.outbox_bytes.max(LEAST_OUTBOX), Arc::clone(&app.budget))),
     })
 }
 
@@ -143,7 +143,7 @@ fn bearer(headers: &HeaderMap) -> Option<String> {
 
 /// The current rows, and the cursor after them.
 async fn rows(app: &App, call: &Call) -> Answer {
-    let most = app.most_rows;
+    let most = app.limits.rows;
     match app.feed.rows(&call.subscription, most).await {
         Ok(found) if found.more => error(
             StatusCode::PAYLOAD_TOO_LARGE,
@@ -245,7 +245,7 @@ fn changes(pieces: &VecDeque<Bytes>, cursor: Option<&str>, more: bool) -> Answer
 }
 
 async fn follow(app: Arc<App>, call: Call) -> Answer {
-    if app.observe.session_count() >= app.max_connections {
+    if app.observe.session_count() >= app.limits.connections {
         return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
     let Call { subscription, since, channel, outbox, .. } = call;

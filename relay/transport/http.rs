@@ -21,8 +21,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::feed::binding::Feed;
+use crate::feed::budget::Budget;
 use crate::model::bookmark::NoSessionName;
 use crate::model::claims::Claims;
+use crate::model::limits::Limits;
 use crate::model::phoenix::Version;
 use crate::observe::Observe;
 use crate::transport::auth::{TokenError, Verifier};
@@ -46,14 +48,12 @@ pub struct App {
     pub observe: Arc<Observe>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
-    /// How many clients may be connected.
-    pub max_connections: usize,
-    /// The bound of each client's outbox.
-    pub outbox_bytes: usize,
+    /// What clients may ask for and hold.
+    pub limits: Limits,
+    /// What may wait for all of them together.
+    pub budget: Arc<Budget>,
     /// How long a client that named its session may be away.
     pub resume: Duration,
-    /// How many rows of a table are told at once.
-    pub most_rows: usize,
     /// The end of the relay.
     pub end: CancellationToken,
     /// Every session's task.
@@ -152,7 +152,7 @@ async fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
         Ok(claims) => claims,
         Err(why) => return refused(StatusCode::UNAUTHORIZED, &why.connect_text()),
     };
-    if app.observe.session_count() >= app.max_connections {
+    if app.observe.session_count() >= app.limits.connections {
         return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
     let with_cursor = parameter(query, "cursor").as_deref() == Some("true");

@@ -81,7 +81,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
     let socket = WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
     app.observe.session_opened();
     let number = app.next_session();
-    let outbox = Arc::new(Outbox::new(app.outbox_bytes));
+    let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
     let Greeting { version, with_cursor, name, claims } = greeting;
     let session = Session::new(number, version, claims);
     let resume = name

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -114,4 +114,26 @@ impl Events {
             }
         }
     }
+}
+
+/// A connection that reads a little beyond its handshake, if anything, and joins a topic for the changes of a table.
+pub async fn stalled(address: SocketAddr, token: &str, topic: &str, table: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let handshake = format!(
+        "GET /socket/websocket?vsn=2.0.0&apikey={token} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    );
+    stream.write_all(handshake.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    let config = json!({"postgres_changes": [{"event": "*", "schema": "public", "table": table}]});
+    let join = json!(["1", "1", topic, "phx_join", {"config": config}]).to_string();
+    let mut frame = vec![0x81, 0x80 | 126];
+    frame.extend((join.len() as u16).to_be_bytes());
+    frame.extend([0; 4]);
+    frame.extend(join.as_bytes());
+    stream.write_all(&frame).await.unwrap();
+    stream
 }
