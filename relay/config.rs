@@ -85,6 +85,9 @@ pub struct Settings {
     /// How long a client that named its session may be away and be given what it missed, in seconds [default: 3600]
     #[arg(long, env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
     pub resume_seconds: Option<u64>,
+    /// How long a client may take nothing of what is sent to it, in milliseconds [default: 30000]
+    #[arg(long, env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
+    pub write_timeout_ms: Option<u64>,
     /// Look at the changelog this often even if nobody rings, in milliseconds [default: 5000]
     #[arg(long, env = "RELAY_POLL_MS", value_name = "MS")]
     pub poll_ms: Option<u64>,
@@ -168,6 +171,7 @@ impl Settings {
             total_outbox_bytes: self.total_outbox_bytes.or(file.total_outbox_bytes),
             most_rows: self.most_rows.or(file.most_rows),
             resume_seconds: self.resume_seconds.or(file.resume_seconds),
+            write_timeout_ms: self.write_timeout_ms.or(file.write_timeout_ms),
             poll_ms: self.poll_ms.or(file.poll_ms),
             judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
             install: self.install || file.install,
@@ -237,14 +241,17 @@ impl Settings {
         let verifier = Verifier::new(&tokens).map_err(|error| {
             mistakes.push(format!("tokens cannot be verified: {error} (--jwt-secret, --jwks)"));
         });
-        let poll = Duration::from_millis(positive("poll-ms", self.poll_ms, 5000, &mut mistakes));
-        let judge_timeout =
-            Duration::from_millis(positive("judge-timeout-ms", self.judge_timeout_ms, 1000, &mut mistakes));
+        let mut millis =
+            |name, value, default| Duration::from_millis(positive(name, value, default, &mut mistakes));
+        let poll = millis("poll-ms", self.poll_ms, 5000);
+        let judge_timeout = millis("judge-timeout-ms", self.judge_timeout_ms, 1000);
+        let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
         let limits = Limits {
             connections: self.max_connections.unwrap_or(10_000),
             outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
             total_outbox_bytes: self.total_outbox_bytes.unwrap_or(256 << 20),
             rows: self.most_rows.unwrap_or(10_000),
+            write,
         };
         let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {
             return Err(Mistakes(mistakes));

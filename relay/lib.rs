@@ -88,6 +88,7 @@ pub mod transport {
     pub mod fetch;
     pub mod keys;
     pub mod auth;
+    pub mod deadline;
     pub mod http;
     pub mod changes;
     pub mod stream;

@@ -1,9 +1,10 @@
 //! What one client may hold or ask for is bounded, and whoever goes beyond it is closed without hurting the others.
 
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::http::stalled;
+use crate::support::http::{Events, stalled};
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
 use crate::support::{eventually, token};
@@ -57,4 +58,79 @@ async fn two_hundred_clients_that_read_nothing_hold_no_more_than_all_may_togethe
     .await;
     stage.run("insert into t values (-1, 'after')").await;
     assert_eq!(stage.told(&mut good).await, [r#"INSERT {"id":-1,"v":"after"}"#]);
+}
+
+/// A request whose answer is not read.
+async fn asked(relay: &Relay, path: &str, headers: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(relay.address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: relay\r\n{headers}\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream
+}
+
+async fn closed(relay: &Relay, clients: i64) {
+    eventually("who does not read is closed", || async {
+        (metric(relay, "relay_sessions_closed_full_total") == clients).then_some(())
+    })
+    .await;
+    eventually("nothing is held for it", || async {
+        let held = ["relay_sessions_open", "relay_channels_open", "relay_outbox_bytes"];
+        held.iter().all(|name| metric(relay, name) == 0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_hardly_read_ends_once_too_much_waits_and_goes_on_after_its_last_id() {
+    let stage = Stage::new(TABLE).await;
+    let path = format!("/realtime/v1/changes?table=t&apikey={}", anon());
+    let mut idle = Events::open(stage.relay.address, &path, None).await;
+    let mut slow = asked(&stage.relay, &path, "accept: text/event-stream\r\n").await;
+    eventually("both follow", || async { (metric(&stage.relay, "relay_channels_open") == 2).then_some(()) })
+        .await;
+    let mut written = 0;
+    while metric(&stage.relay, "relay_sessions_closed_full_total") < 2 {
+        assert!(written < 400, "40 MB went to clients that read nothing");
+        stage.run(&format!("insert into t values ({written}, repeat('x', 100000))")).await;
+        let _ = slow.read_u8().await;
+        written += 1;
+        eventually("it is delivered", || async {
+            (metric(&stage.relay, "relay_changes_read_total") >= written).then_some(())
+        })
+        .await;
+    }
+    closed(&stage.relay, 2).await;
+    let mut last = None;
+    let mut next = 0;
+    for _ in 0..2 {
+        while next < written
+            && let Some(event) = idle.next().await
+        {
+            assert_eq!(event.data["record"]["id"], next);
+            next += 1;
+            last = Some(event.id);
+        }
+        idle = Events::open(stage.relay.address, &path, last.as_deref()).await;
+    }
+    assert_eq!(next, written);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_nobody_takes_is_given_up() {
+    let sql = format!("{TABLE} insert into t select n, repeat('x', 100000) from generate_series(1, 300) n");
+    let stage = Stage::with(&sql, |settings, _| {
+        settings.write_timeout_ms = Some(300);
+        settings.judge_timeout_ms = Some(10_000);
+    })
+    .await;
+    let path = format!("/realtime/v1/changes?table=t&apikey={}", anon());
+    let mut client = asked(&stage.relay, &path, "").await;
+    eventually("the answer waits", || async {
+        (metric(&stage.relay, "relay_outbox_bytes") > 30_000_000).then_some(())
+    })
+    .await;
+    closed(&stage.relay, 1).await;
+    let mut got = Vec::new();
+    let _ = client.read_to_end(&mut got).await;
+    assert!(got.len() < 30_000_000, "it was cut");
 }

@@ -1,5 +1,7 @@
 //! How much one client may ask for, hold and take its time over.
 
+use std::time::Duration;
+
 /// The bounds of a relay towards its clients.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -11,4 +13,6 @@ pub struct Limits {
     pub total_outbox_bytes: usize,
     /// Rows of one answer.
     pub rows: usize,
+    /// A client that takes nothing for this long is gone.
+    pub write: Duration,
 }

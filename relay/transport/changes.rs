@@ -23,7 +23,7 @@ use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Subscription, Target};
 use crate::transport::auth::TokenError;
-use crate::transport::http::{App, error, is_unreadable, json, parameter};
+use crate::transport::http::{App, Watched, error, is_unreadable, json, parameter};
 use crate::transport::{stream, ws};
 
 /// An answer with a body of any kind.
@@ -52,12 +52,15 @@ struct Call {
 }
 
 /// Answers a request.
-pub async fn serve(app: Arc<App>, request: Request<Incoming>) -> Answer {
+pub async fn serve(app: Arc<App>, request: Request<Incoming>, watched: Watched) -> Answer {
     let wants_stream = request
         .headers()
         .get(header::ACCEPT)
         .and_then(|accept| accept.to_str().ok())
         .is_some_and(|accept| accept.contains(STREAM));
+    if app.budget.is_exceeded() {
+        return error(StatusCode::SERVICE_UNAVAILABLE, "too much waits for clients now, try again");
+    }
     let call = match understand(&app, &request).await {
         Ok(call) => call,
         Err(refused) => return refused,
@@ -65,7 +68,7 @@ pub async fn serve(app: Arc<App>, request: Request<Incoming>) -> Answer {
     match (&call.since, wants_stream) {
         (None, false) => rows(&app, &call).await,
         (Some(_), false) => poll(&app, call).await,
-        (_, true) => follow(app, call).await,
+        (_, true) => follow(app, call, watched).await,
     }
 }
 
@@ -151,10 +154,10 @@ async fn rows(app: &App, call: &Call) -> Answer {
                 "more than {most} rows: narrow them by filter=, or have the relay started with a larger --most-rows"
             ),
         ),
-        Ok(found) => json(
-            StatusCode::OK,
-            format!(r#"{{"cursor":"{}","rows":[{}]}}"#, found.cursor, found.rows.join(",")),
-        ),
+        Ok(found) => {
+            let body = format!(r#"{{"cursor":"{}","rows":[{}]}}"#, found.cursor, found.rows.join(","));
+            json(StatusCode::OK, app.budget.count(body))
+        }
         Err(why) => {
             tracing::debug!(error = %why, "rows could not be read");
             match why.refusal() {
@@ -244,7 +247,7 @@ fn changes(pieces: &VecDeque<Bytes>, cursor: Option<&str>, more: bool) -> Answer
     json(StatusCode::OK, format!(r#"{{"cursor":"{last}","changes":[{}]{more}}}"#, list.join(",")))
 }
 
-async fn follow(app: Arc<App>, call: Call) -> Answer {
+async fn follow(app: Arc<App>, call: Call, watched: Watched) -> Answer {
     if app.observe.session_count() >= app.limits.connections {
         return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
@@ -259,7 +262,7 @@ async fn follow(app: Arc<App>, call: Call) -> Answer {
     let mut follower =
         Follower::new(app.feed.clone(), channel, subscription, Dress::Bare, since, Arc::clone(&outbox));
     match timeout(PATIENCE, follower.go_on()).await {
-        Ok(Ok(progress)) => stream::answer(app, follower, progress),
+        Ok(Ok(progress)) => stream::answer(app, follower, progress, watched),
         Ok(Err(Missed::Gap(why))) => gap(why),
         Ok(Err(Missed::Unavailable(_))) | Err(_) => unavailable(),
     }

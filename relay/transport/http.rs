@@ -1,6 +1,9 @@
 //! The one port: the WebSocket handshake, and the pages for machines.
 
 use std::convert::Infallible;
+use std::error::Error;
+use std::future::pending;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,6 +18,7 @@ use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::feed::binding::Feed;
 use crate::feed::budget::Budget;
+use crate::feed::outbox::Outbox;
 use crate::model::bookmark::NoSessionName;
 use crate::model::claims::Claims;
 use crate::model::limits::Limits;
@@ -29,6 +34,7 @@ use crate::model::phoenix::Version;
 use crate::observe::Observe;
 use crate::transport::auth::{TokenError, Verifier};
 use crate::transport::changes::{self, Answer};
+use crate::transport::deadline::Deadline;
 use crate::transport::ws::{self, Greeting};
 
 /// A client has this long to send its request's head.
@@ -85,30 +91,69 @@ impl App {
     }
 }
 
+/// Where an answer that takes long says whose overflow ends its connection. The body of a client that does not read is
+/// not polled: it cannot notice by itself.
+pub type Watched = watch::Sender<Option<Arc<Outbox>>>;
+
 /// Serves one connection until it ends or becomes a session.
 pub async fn serve(app: Arc<App>, stream: TcpStream) {
-    let end = app.end.clone();
+    let (watched, watching) = watch::channel(None);
+    let answering = Arc::clone(&app);
     let service = service_fn(move |request| {
-        let app = Arc::clone(&app);
-        async move { Ok::<_, Infallible>(answer(app, request).await) }
+        let (app, watched) = (Arc::clone(&answering), watched.clone());
+        async move { Ok::<_, Infallible>(answer(app, request, watched).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), service)
+        .serve_connection(TokioIo::new(Deadline::new(stream, app.limits.write)), service)
         .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
-        _ = connection.as_mut() => {}
-        () = end.cancelled() => {
+        // The overflow first: the stream would tell its end to somebody who does not listen.
+        biased;
+        () = overflowed(watching) => app.observe.session_full(),
+        served = connection.as_mut() => if served.is_err_and(|error| is_too_slow(&error)) {
+            app.observe.session_full();
+        },
+        () = app.end.cancelled() => {
             connection.as_mut().graceful_shutdown();
             let _ = timeout(LAST_ANSWER, connection).await;
         }
     }
 }
 
-async fn answer(app: Arc<App>, request: Request<Incoming>) -> Answer {
+async fn overflowed(mut watching: watch::Receiver<Option<Arc<Outbox>>>) {
+    loop {
+        let outbox = watching.borrow_and_update().clone();
+        tokio::select! {
+            () = async {
+                match &outbox {
+                    Some(outbox) => outbox.overflowed().await,
+                    None => pending().await,
+                }
+            } => return,
+            changed = watching.changed() => if changed.is_err() {
+                pending::<()>().await;
+            },
+        }
+    }
+}
+
+/// Whether a connection ended because its client took nothing.
+fn is_too_slow(error: &hyper::Error) -> bool {
+    let mut source = error.source();
+    while let Some(error) = source {
+        if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::TimedOut) {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+async fn answer(app: Arc<App>, request: Request<Incoming>, watched: Watched) -> Answer {
     if request.method() == Method::OPTIONS {
         return preflight();
     }
@@ -120,7 +165,7 @@ async fn answer(app: Arc<App>, request: Request<Incoming>) -> Answer {
         "/realtime/v1/changes" if request.method() != Method::GET => {
             error(StatusCode::METHOD_NOT_ALLOWED, "changes are read by GET")
         }
-        "/realtime/v1/changes" => changes::serve(app, request).await,
+        "/realtime/v1/changes" => changes::serve(app, request, watched).await,
         "/healthcheck" | "/livez" => text(StatusCode::OK, "ok"),
         "/readyz" if app.observe.is_ready() => text(StatusCode::OK, "ready"),
         "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the changelog is not being read"),
@@ -185,8 +230,8 @@ async fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
 /// The bare connection, and what was read of it beyond the request. The reader's buffer of 8 KiB ends here: held by
 /// the session's future it would be most of what an idle client costs.
 fn taken_over(upgraded: Upgraded) -> Option<(TcpStream, Vec<u8>)> {
-    let parts = upgraded.downcast::<TokioIo<TcpStream>>().ok()?;
-    Some((parts.io.into_inner(), parts.read_buf.to_vec()))
+    let parts = upgraded.downcast::<TokioIo<Deadline>>().ok()?;
+    Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
 }
 
 /// The key or token that a handshake shows.
@@ -282,7 +327,7 @@ pub fn error(status: StatusCode, why: &str) -> Answer {
 }
 
 /// A JSON text as answer.
-pub fn json(status: StatusCode, body: String) -> Answer {
+pub fn json(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     let mut answer = text(status, body);
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer

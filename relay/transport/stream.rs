@@ -18,16 +18,19 @@ use crate::feed::follower::{Follower, Missed, Progress};
 use crate::feed::outbox::Taken;
 use crate::model::dress::Bare;
 use crate::transport::changes::Answer;
-use crate::transport::http::App;
+use crate::transport::http::{App, Watched};
 use crate::transport::ws;
 
 /// A comment this often keeps proxies from taking a quiet stream for a dead one.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// What a client is to wait before it comes back, in milliseconds.
 const RETRY: u32 = 1000;
+/// Events are written together up to this size; the rest stays counted as waiting.
+const TOGETHER: usize = 64 * 1024;
 
 struct Stream {
     app: Arc<App>,
+    watched: Watched,
     follower: Follower,
     progress: Progress,
     pieces: VecDeque<Bytes>,
@@ -38,12 +41,13 @@ struct Stream {
 }
 
 /// The stream of a follower.
-pub fn answer(app: Arc<App>, follower: Follower, progress: Progress) -> Answer {
+pub fn answer(app: Arc<App>, follower: Follower, progress: Progress, watched: Watched) -> Answer {
     let left = follower.subscription().identity().claims().expires_at().saturating_sub(ws::now());
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
     app.observe.session_opened();
+    watched.send_replace(Some(Arc::clone(&follower.outbox)));
     let (begun, over) = (false, false);
-    let stream = Stream { app, follower, progress, pieces: VecDeque::new(), expiry, begun, over };
+    let stream = Stream { app, watched, follower, progress, pieces: VecDeque::new(), expiry, begun, over };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
         Some((Ok::<_, Infallible>(Frame::data(Bytes::from(chunk))), stream))
@@ -69,7 +73,10 @@ impl Stream {
             if self.over {
                 return None;
             }
-            // What is there first, so that there is room for what comes.
+            // What was taken first, then what is there, so that there is room for what comes.
+            if !self.pieces.is_empty() {
+                return self.told(Taken::Frames);
+            }
             if let Some(taken) = self.follower.outbox.take(&mut self.pieces).now_or_never()
                 && let Some(text) = self.told(taken)
             {
@@ -103,16 +110,15 @@ impl Stream {
 
     /// What was taken, as events; none when there is nothing to tell.
     fn told(&mut self, taken: Taken) -> Option<String> {
-        if taken == Taken::Full {
-            self.app.observe.session_full();
-        }
         if taken != Taken::Frames {
             // Too slow, or its table is another: it comes back with its last id.
             self.over = true;
             return None;
         }
         let mut text = String::new();
-        for piece in self.pieces.drain(..) {
+        while text.len() < TOGETHER
+            && let Some(piece) = self.pieces.pop_front()
+        {
             match std::str::from_utf8(&piece).ok().and_then(Bare::parse) {
                 Some((cursor, Bare::Change(change))) => event(&mut text, "change", cursor, change),
                 Some((cursor, Bare::Gap(why))) => {
@@ -151,6 +157,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        self.watched.send_replace(None);
         self.app.observe.session_closed();
     }
 }

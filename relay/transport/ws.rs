@@ -35,8 +35,6 @@ use crate::transport::writer::{Broken, Socket, Writer};
 
 /// A client that says nothing for this long is gone; clients send a heartbeat every 25 seconds.
 const SILENCE: Duration = Duration::from_secs(60);
-/// A client that takes nothing for this long is gone.
-const WRITE: Duration = Duration::from_secs(30);
 /// The largest message a client may send, as on the real server.
 const MOST_BYTES: usize = 5_000_000;
 /// After this many writes in a row the client is heard, the clock looked at and so on.
@@ -237,9 +235,9 @@ impl Driver {
         self.turns += 1;
         if !self.writer.write_now(&mut self.socket)? {
             self.turns = TURNS;
-            let outbox = Arc::clone(&self.outbox);
+            let (outbox, limit) = (Arc::clone(&self.outbox), self.app.limits.write);
             tokio::select! {
-                written = timeout(WRITE, self.writer.write(&mut self.socket)) => match written {
+                written = timeout(limit, self.writer.write(&mut self.socket)) => match written {
                     Ok(written) => written?,
                     Err(_) => return Err(self.full()),
                 },
