@@ -88,6 +88,9 @@ pub struct Settings {
     /// How long a client may take nothing of what is sent to it, in milliseconds [default: 30000]
     #[arg(long, env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
     pub write_timeout_ms: Option<u64>,
+    /// How often a quiet event stream says that it lives, in milliseconds [default: 15000]
+    #[arg(long, env = "RELAY_KEEP_ALIVE_MS", value_name = "MS")]
+    pub keep_alive_ms: Option<u64>,
     /// Look at the changelog this often even if nobody rings, in milliseconds [default: 5000]
     #[arg(long, env = "RELAY_POLL_MS", value_name = "MS")]
     pub poll_ms: Option<u64>,
@@ -172,6 +175,7 @@ impl Settings {
             most_rows: self.most_rows.or(file.most_rows),
             resume_seconds: self.resume_seconds.or(file.resume_seconds),
             write_timeout_ms: self.write_timeout_ms.or(file.write_timeout_ms),
+            keep_alive_ms: self.keep_alive_ms.or(file.keep_alive_ms),
             poll_ms: self.poll_ms.or(file.poll_ms),
             judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
             install: self.install || file.install,
@@ -246,12 +250,14 @@ impl Settings {
         let poll = millis("poll-ms", self.poll_ms, 5000);
         let judge_timeout = millis("judge-timeout-ms", self.judge_timeout_ms, 1000);
         let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
+        let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
         let limits = Limits {
             connections: self.max_connections.unwrap_or(10_000),
             outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
             total_outbox_bytes: self.total_outbox_bytes.unwrap_or(256 << 20),
             rows: self.most_rows.unwrap_or(10_000),
             write,
+            keep_alive,
         };
         let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {
             return Err(Mistakes(mistakes));

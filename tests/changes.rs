@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::support::http::{Answer, Events, get};
+use crate::support::relay::Relay;
 use crate::support::stage::Stage;
 use crate::support::token;
 
@@ -155,13 +156,49 @@ async fn a_stream_goes_on_after_its_last_event_on_whichever_relay() {
     drop(events);
     write(&stage, 2, ANN).await;
     write(&stage, 3, BOB).await;
-    let other = crate::support::relay::Relay::start(&stage.database.url).await;
+    let other = Relay::start(&stage.database.url).await;
     for relay in [&stage.relay, &other] {
         let mut events = Events::open(relay.address, &path(ANN, ""), Some(&first.id)).await;
         assert_eq!(events.next().await.unwrap().data["record"]["id"], 2);
         write(&stage, if std::ptr::eq(relay, &other) { 5 } else { 4 }, ANN).await;
         assert_eq!(events.next().await.unwrap().data["record"]["id"], 4);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_id_of_a_stream_is_never_ahead_of_its_events() {
+    const ROWS: i32 = 300;
+    let stage = stage().await;
+    let relay = Relay::with(&stage.database.url, |settings| settings.keep_alive_ms = Some(1)).await;
+    let writer = stage.database.connect().await;
+    let mut events = Events::open(relay.address, &path(ANN, ""), None).await;
+    let writing = async {
+        for id in 1..=ROWS {
+            let sql = format!("insert into t values ({id}, '{ANN}'); insert into t values (-{id}, '{BOB}')");
+            writer.batch_execute(&sql).await.unwrap();
+        }
+    };
+    let reading = async {
+        let mut seen = Vec::new();
+        let mut quiet = 0;
+        while seen.len() < ROWS as usize {
+            let last = events.last.clone();
+            match events.step().await.unwrap() {
+                Some(event) => seen.push(event.data["record"]["id"].as_i64().unwrap() as i32),
+                // It is lost as soon as it said where it stands without an event.
+                None if events.last != last => {
+                    quiet += 1;
+                    let last = events.last.clone();
+                    events = Events::open(relay.address, &path(ANN, ""), Some(&last)).await;
+                }
+                None => {}
+            }
+        }
+        assert!(quiet > 0);
+        assert_eq!(seen, (1..=ROWS).collect::<Vec<_>>());
+    };
+    let both = async { tokio::join!(writing, reading) };
+    tokio::time::timeout(crate::support::PATIENCE, both).await.expect("rows are missing");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::support::database::Database;
-use crate::support::http::get;
+use crate::support::http::{Events, get};
 use crate::support::relay::Relay;
 use crate::support::{eventually, token};
 
@@ -125,4 +125,33 @@ async fn a_relay_trims_by_itself_and_its_metrics_show_the_size() {
     let health =
         database.value("select segment || ' ' || (bytes > 0) || ' ' || kept_for from relay.health").await;
     assert!(health.ends_with("true 00:00:01"), "{health}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_a_quiet_table_comes_back_after_what_it_began_with_was_trimmed() {
+    let database = database().await;
+    database
+        .run("create table other (id int generated always as identity); select relay.watch('other')")
+        .await;
+    let relay = Relay::with(&database.url, |settings| settings.keep_alive_ms = Some(50)).await;
+    // It has nothing in its memory, and looks into the changelog for everything.
+    let elsewhere = Relay::start(&database.url).await;
+    let path = format!("/realtime/v1/changes?table=t&apikey={}", token("authenticated", None, json!({})));
+    let mut stream = Events::open(relay.address, &path, None).await;
+    let began = stream.last.clone();
+    let status =
+        async |since: &str| get(elsewhere.address, &format!("{path}&wait=0&since={since}"), "").await.status;
+    eventually("what it began with is trimmed", || async {
+        database.run("insert into other default values").await;
+        (status(&began).await == 410).then_some(())
+    })
+    .await;
+    while status(&stream.last).await == 410 {
+        stream.moves().await;
+    }
+    let last = stream.last.clone();
+    drop(stream);
+    database.run("insert into t values (1)").await;
+    let mut stream = Events::open(elsewhere.address, &path, Some(&last)).await;
+    assert_eq!(stream.next().await.unwrap().data["record"]["id"], 1);
 }

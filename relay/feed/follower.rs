@@ -311,6 +311,13 @@ impl Follower {
         &self.since
     }
 
+    /// Up to where everything is in the outbox; none while the changelog is not being read.
+    pub async fn position(&self) -> Option<Cursor> {
+        // Asked as a channel that never was, because this one stays.
+        let nobody = ChannelId { channel: u32::MAX, ..self.channel };
+        self.feed.position(nobody, &self.outbox, None).await
+    }
+
     /// Ends delivery; everything up to the cursor that comes back is in the outbox.
     pub async fn leave(&self) -> Option<Cursor> {
         let (until, heard) = oneshot::channel();

@@ -15,4 +15,6 @@ pub struct Limits {
     pub rows: usize,
     /// A client that takes nothing for this long is gone.
     pub write: Duration,
+    /// A stream says this often that it lives, and where it stands.
+    pub keep_alive: Duration,
 }

@@ -12,17 +12,18 @@ use futures_util::stream::unfold;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use hyper::header::{self, HeaderValue};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::feed::follower::{Follower, Missed, Progress};
 use crate::feed::outbox::Taken;
+use crate::model::cursor::Cursor;
 use crate::model::dress::Bare;
 use crate::transport::changes::Answer;
 use crate::transport::http::{App, Watched};
 use crate::transport::ws;
 
-/// A comment this often keeps proxies from taking a quiet stream for a dead one.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// A quiet stream waits this long to hear where it stands.
+const ASKED: Duration = Duration::from_secs(1);
 /// What a client is to wait before it comes back, in milliseconds.
 const RETRY: u32 = 1000;
 /// Events are written together up to this size; the rest stays counted as waiting.
@@ -34,6 +35,8 @@ struct Stream {
     follower: Follower,
     progress: Progress,
     pieces: VecDeque<Bytes>,
+    /// What it said last of a quiet time.
+    stands: Cursor,
     /// When the token ends.
     expiry: Instant,
     begun: bool,
@@ -46,8 +49,9 @@ pub fn answer(app: Arc<App>, follower: Follower, progress: Progress, watched: Wa
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
     app.observe.session_opened();
     watched.send_replace(Some(Arc::clone(&follower.outbox)));
-    let (begun, over) = (false, false);
-    let stream = Stream { app, watched, follower, progress, pieces: VecDeque::new(), expiry, begun, over };
+    let (pieces, stands) = (VecDeque::new(), follower.since().clone());
+    let stream =
+        Stream { app, watched, follower, progress, pieces, stands, expiry, begun: false, over: false };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
         Some((Ok::<_, Infallible>(Frame::data(Bytes::from(chunk))), stream))
@@ -103,9 +107,32 @@ impl Stream {
                     return Some(String::from("event: error\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n"));
                 }
                 () = self.app.end.cancelled() => return None,
-                () = sleep_until(Instant::now() + KEEP_ALIVE) => return Some(String::from(": still here\n\n")),
+                () = sleep_until(Instant::now() + self.app.limits.keep_alive) => {
+                    if let Some(text) = self.still_here().await {
+                        return Some(text);
+                    }
+                }
             }
         }
+    }
+
+    /// What keeps proxies from taking a quiet stream for a dead one, with the id that it has come to: whoever lost it long
+    /// after its last event would have a cursor older than what is kept.
+    async fn still_here(&mut self) -> Option<String> {
+        let position = timeout(ASKED, self.follower.position()).await.ok().flatten();
+        // What was delivered before the answer goes first, and has ids of its own.
+        if let Some(taken) = self.follower.outbox.take(&mut self.pieces).now_or_never() {
+            return self.told(taken);
+        }
+        // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
+        let is_good = ws::now() < self.follower.subscription().identity().claims().expires_at();
+        let moved = position.filter(|position| is_good && position.is_at_or_after(&self.stands));
+        let Some(position) = moved.filter(|position| *position != self.stands) else {
+            return Some(String::from(": still here\n\n"));
+        };
+        let text = format!("id: {position}\n\n");
+        self.stands = position;
+        Some(text)
     }
 
     /// What was taken, as events; none when there is nothing to tell.

@@ -49,6 +49,8 @@ pub struct Event {
 
 /// An open event stream.
 pub struct Events {
+    /// The last id that came, with an event or without.
+    pub last: String,
     stream: TcpStream,
     rest: Vec<u8>,
 }
@@ -66,7 +68,7 @@ impl Events {
         let request =
             format!("GET {path} HTTP/1.1\r\nhost: relay\r\naccept: text/event-stream\r\n{last}\r\n");
         stream.write_all(request.as_bytes()).await.map_err(|_| None)?;
-        let mut events = Self { stream, rest: Vec::new() };
+        let mut events = Self { last: String::new(), stream, rest: Vec::new() };
         let head = events.until(b"\r\n\r\n").await.ok_or(None)?;
         match head.split(' ').nth(1).and_then(|status| status.parse().ok()) {
             Some(200) => {}
@@ -79,21 +81,44 @@ impl Events {
     /// The next event; none at the end of the stream.
     pub async fn next(&mut self) -> Option<Event> {
         loop {
-            let block = self.block().await?;
-            let field = |name: &str| {
-                let lines = block.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
-                lines.collect::<Vec<_>>().join("\n")
-            };
-            if !field("event").is_empty() {
-                let data = serde_json::from_str(&field("data")).unwrap();
-                return Some(Event { name: field("event"), id: field("id"), data });
+            if let Some(event) = self.step().await? {
+                return Some(event);
             }
         }
     }
 
+    /// The next block, which is an event or not; none at the end of the stream.
+    pub async fn step(&mut self) -> Option<Option<Event>> {
+        let block = self.block().await?;
+        let field = |name: &str| {
+            let lines = block.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+            lines.collect::<Vec<_>>().join("\n")
+        };
+        if !field("event").is_empty() {
+            let data = serde_json::from_str(&field("data")).unwrap();
+            return Some(Some(Event { name: field("event"), id: field("id"), data }));
+        }
+        Some(None)
+    }
+
+    /// Waits until another id comes, with an event or without.
+    pub async fn moves(&mut self) {
+        let last = self.last.clone();
+        let moved = async {
+            while self.last == last {
+                self.block().await.expect("the stream goes on");
+            }
+        };
+        timeout(PATIENCE, moved).await.expect("it never moved");
+    }
+
     /// The next block of lines, without the chunks' lengths.
     async fn block(&mut self) -> Option<String> {
-        self.until(b"\n\n").await
+        let block = self.until(b"\n\n").await?;
+        if let Some(id) = block.lines().find_map(|line| line.strip_prefix("id: ")) {
+            self.last = id.to_owned();
+        }
+        Some(block)
     }
 
     async fn until(&mut self, end: &[u8]) -> Option<String> {
