@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Deserialize;
 
-use crate::model::limits::Limits;
+use crate::model::limits::{Limits, MostRows};
 use crate::transport::auth::{TokenSettings, Verifier};
 use crate::transport::fetch::Endpoint;
 use crate::transport::keys::{Keeper, Schedule};
@@ -82,6 +82,9 @@ pub struct Settings {
     /// How many rows of a table are given at once to whoever asks for them [default: 10000]
     #[arg(long, env = "RELAY_MOST_ROWS", value_name = "N")]
     pub most_rows: Option<usize>,
+    /// How many bytes of rows are given at once [default: 67108864]
+    #[arg(long, env = "RELAY_MOST_ROW_BYTES", value_name = "N")]
+    pub most_row_bytes: Option<usize>,
     /// How long a client that named its session may be away and be given what it missed, in seconds [default: 3600]
     #[arg(long, env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
     pub resume_seconds: Option<u64>,
@@ -173,6 +176,7 @@ impl Settings {
             outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
             total_outbox_bytes: self.total_outbox_bytes.or(file.total_outbox_bytes),
             most_rows: self.most_rows.or(file.most_rows),
+            most_row_bytes: self.most_row_bytes.or(file.most_row_bytes),
             resume_seconds: self.resume_seconds.or(file.resume_seconds),
             write_timeout_ms: self.write_timeout_ms.or(file.write_timeout_ms),
             keep_alive_ms: self.keep_alive_ms.or(file.keep_alive_ms),
@@ -255,7 +259,10 @@ impl Settings {
             connections: self.max_connections.unwrap_or(10_000),
             outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
             total_outbox_bytes: self.total_outbox_bytes.unwrap_or(256 << 20),
-            rows: self.most_rows.unwrap_or(10_000),
+            rows: MostRows {
+                number: self.most_rows.unwrap_or(10_000),
+                bytes: self.most_row_bytes.unwrap_or(64 << 20),
+            },
             write,
             keep_alive,
         };

@@ -271,3 +271,15 @@ async fn more_rows_than_may_be_told_at_once_are_refused_with_advice() {
     assert_eq!(answer.status, 413, "{answer:?}");
     assert_eq!(told(&ask(&stage, ANN, "&filter=id=gt.1").await).0, [2, 3, 4, 5, 6]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_more_bytes_than_may_be_told_at_once_are_refused_with_advice() {
+    let sql = "create table t (id int primary key, v text); grant select on t to authenticated; select relay.watch('t');
+               insert into t select n, repeat('x', 1000) from generate_series(1, 250) n";
+    let stage = Stage::with(sql, |settings, _| settings.most_row_bytes = Some(230_000)).await;
+    let answer = ask(&stage, ANN, "").await;
+    assert_eq!(answer.status, 413, "{answer:?}");
+    assert!(answer.body["error"].as_str().unwrap().contains("--most-row-bytes"), "{answer:?}");
+    // More than are asked for at a time, and all of them.
+    assert_eq!(told(&ask(&stage, ANN, "&filter=id=gt.30").await).0, (31..=250).collect::<Vec<_>>());
+}

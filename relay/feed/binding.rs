@@ -19,6 +19,7 @@ use crate::model::change::RelationId;
 use crate::model::cursor::Cursor;
 use crate::model::delivery::record;
 use crate::model::filter::{self, Operator};
+use crate::model::limits::MostRows;
 use crate::model::policy::Identity;
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
@@ -159,11 +160,12 @@ impl Feed {
         &self.bookmarks
     }
 
-    /// The rows that a subscription of one table may see now, at most so many, and the cursor after which it goes on.
+    /// The rows that a subscription of one table may see now, unless there are more than `most`, and the cursor after
+    /// which it goes on.
     ///
     /// # Errors
     /// As [`Rows::read`]; also when the table is gone.
-    pub async fn rows(&self, subscription: &Subscription, most: usize) -> Result<Found, Error> {
+    pub async fn rows(&self, subscription: &Subscription, most: MostRows) -> Result<Found, Error> {
         let claims = subscription.identity().claims();
         let catalog = self.binder.catalog.with_role(claims.role()).await?;
         let relation = subscription.bindings().first().and_then(|binding| match binding.scope {

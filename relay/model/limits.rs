@@ -12,9 +12,27 @@ pub struct Limits {
     /// Bytes that wait for all clients together.
     pub total_outbox_bytes: usize,
     /// Rows of one answer.
-    pub rows: usize,
+    pub rows: MostRows,
     /// A client that takes nothing for this long is gone.
     pub write: Duration,
     /// A stream says this often that it lives, and where it stands.
     pub keep_alive: Duration,
+}
+
+/// How many rows are given at once.
+#[derive(Debug, Clone, Copy)]
+pub struct MostRows {
+    /// So many.
+    pub number: usize,
+    /// So many bytes of them, as JSON.
+    pub bytes: usize,
+}
+
+/// What is beyond a bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beyond {
+    /// The number.
+    Number,
+    /// The bytes.
+    Bytes,
 }

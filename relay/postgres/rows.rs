@@ -1,15 +1,22 @@
 //! The rows of a table as somebody may see them, and the cursor of that very moment.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use deadpool_postgres::Pool;
+use futures_util::TryStreamExt;
+use tokio_postgres::Transaction;
 
 use crate::model::claims::Claims;
+use crate::model::limits::{Beyond, MostRows};
 use crate::model::relation::{Access, Relation};
 use crate::postgres::connect::{Error, Server};
 
 /// Connections that read rows as somebody else.
 const READERS: usize = 2;
+
+/// Rows asked for at a time.
+const AT_ONCE: i32 = 100;
 
 /// What makes the text of a row that of the changelog's images.
 const SPELLING: &str = "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; \
@@ -28,8 +35,8 @@ pub struct Rows {
 pub struct Found {
     /// Rows as JSON objects, in order of the key.
     pub rows: Vec<String>,
-    /// There are more than were asked for.
-    pub more: bool,
+    /// There are more than may be given.
+    pub beyond: Option<Beyond>,
     /// The cursor.
     pub cursor: String,
 }
@@ -43,7 +50,7 @@ impl Rows {
         Ok(Self { main: main.pool(READERS, limit)?, readers: judge.pool(READERS, limit)? })
     }
 
-    /// The rows that somebody may see and that fulfil a condition, at most so many.
+    /// The rows that somebody may see and that fulfil a condition; none of them when there are more than `most`.
     ///
     /// # Errors
     /// As the connections, or what the policies raise.
@@ -53,7 +60,7 @@ impl Rows {
         relation: &Relation,
         access: &Access,
         condition: Option<&str>,
-        most: usize,
+        most: MostRows,
     ) -> Result<Found, Error> {
         let pool = |error: deadpool_postgres::PoolError| Error::Pool(error.to_string());
         // The scarcer one first: whoever waits for it holds nothing.
@@ -79,7 +86,8 @@ impl Rows {
              set_config('role', $1, true)";
         let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
         reading.execute(become_somebody, &[&role, &json, &sub]).await?;
-        let found = reading.query(&query(relation, access, condition, most + 1), &[]).await?;
+        let (rows, beyond) =
+            fetch(&reading, &query(relation, access, condition, most.number + 1), most).await?;
         let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
         reading.rollback().await?;
         // Its commit is what keeps a crash from taking back what the cursor counts as seen.
@@ -87,9 +95,35 @@ impl Rows {
         if who != role {
             return Err(Error::Unfit(String::from("a policy changed the role of whoever reads")));
         }
-        let more = found.len() > most;
-        let rows = found.into_iter().take(most).map(|row| row.get(0)).collect();
-        Ok(Found { rows, more, cursor })
+        Ok(Found { rows, beyond, cursor })
+    }
+}
+
+/// Reads a few rows at a time: what comes after the bound is never asked for.
+async fn fetch(
+    reading: &Transaction<'_>,
+    query: &str,
+    most: MostRows,
+) -> Result<(Vec<String>, Option<Beyond>), Error> {
+    let portal = reading.bind(query, &[]).await?;
+    let (mut rows, mut bytes) = (Vec::new(), 0);
+    loop {
+        let before = rows.len();
+        let mut found = pin!(reading.query_portal_raw(&portal, AT_ONCE).await?);
+        while let Some(row) = found.try_next().await? {
+            let row: String = row.try_get(0)?;
+            bytes += row.len();
+            rows.push(row);
+            let beyond = match () {
+                () if rows.len() > most.number => Beyond::Number,
+                () if bytes > most.bytes => Beyond::Bytes,
+                () => continue,
+            };
+            return Ok((Vec::new(), Some(beyond)));
+        }
+        if rows.len() < before + AT_ONCE as usize {
+            return Ok((rows, None));
+        }
     }
 }
 

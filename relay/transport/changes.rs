@@ -19,6 +19,7 @@ use crate::feed::follower::{Follower, Missed, Progress};
 use crate::feed::outbox::{Outbox, Taken};
 use crate::model::cursor::Cursor;
 use crate::model::dress::{Bare, Dress};
+use crate::model::limits::{Beyond, MostRows};
 use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Subscription, Target};
@@ -148,16 +149,10 @@ fn bearer(headers: &HeaderMap) -> Option<String> {
 async fn rows(app: &App, call: &Call) -> Answer {
     let most = app.limits.rows;
     match app.feed.rows(&call.subscription, most).await {
-        Ok(found) if found.more => error(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            &format!(
-                "more than {most} rows: narrow them by filter=, or have the relay started with a larger --most-rows"
-            ),
-        ),
-        Ok(found) => {
-            let body = format!(r#"{{"cursor":"{}","rows":[{}]}}"#, found.cursor, found.rows.join(","));
-            json(StatusCode::OK, app.budget.count(body))
-        }
+        Ok(found) => match found.beyond {
+            Some(beyond) => error(StatusCode::PAYLOAD_TOO_LARGE, &too_much(most, beyond)),
+            None => json(StatusCode::OK, app.budget.count(told(&found.cursor, found.rows))),
+        },
         Err(why) => {
             tracing::debug!(error = %why, "rows could not be read");
             match why.refusal() {
@@ -166,6 +161,27 @@ async fn rows(app: &App, call: &Call) -> Answer {
             }
         }
     }
+}
+
+fn too_much(most: MostRows, beyond: Beyond) -> String {
+    let (what, setting) = match beyond {
+        Beyond::Number => (format!("{} rows", most.number), "--most-rows"),
+        Beyond::Bytes => (format!("{} bytes of rows", most.bytes), "--most-row-bytes"),
+    };
+    format!("more than {what}: narrow them by filter=, or have the relay started with a larger {setting}")
+}
+
+/// Rows as an answer. Each is let go once it is part of it: all of them twice would be twice the bound.
+fn told(cursor: &str, rows: Vec<String>) -> String {
+    let mut body = format!(r#"{{"cursor":"{cursor}","rows":["#);
+    for (number, row) in rows.into_iter().enumerate() {
+        if number > 0 {
+            body.push(',');
+        }
+        body.push_str(&row);
+    }
+    body.push_str("]}");
+    body
 }
 
 /// The changes since the cursor, as soon as there is one.
