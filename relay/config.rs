@@ -73,6 +73,18 @@ pub struct Settings {
     /// How many clients may be connected [default: 10000]
     #[arg(long, env = "RELAY_MAX_CONNECTIONS", value_name = "N")]
     pub max_connections: Option<usize>,
+    /// How many channels one client may join [default: 100]
+    #[arg(long, env = "RELAY_MAX_CHANNELS", value_name = "N")]
+    pub max_channels: Option<usize>,
+    /// How many joins a second one client may send, on average over a minute [default: 100]
+    #[arg(long, env = "RELAY_JOINS_PER_SECOND", value_name = "N")]
+    pub joins_per_second: Option<u32>,
+    /// How many messages a second one client may send, on average over a minute [default: 100]
+    #[arg(long, env = "RELAY_MESSAGES_PER_SECOND", value_name = "N")]
+    pub messages_per_second: Option<u32>,
+    /// How many bytes a message from a client may have [default: 5000000]
+    #[arg(long, env = "RELAY_MESSAGE_BYTES", value_name = "N")]
+    pub message_bytes: Option<usize>,
     /// How many bytes may wait for one client before it is closed [default: 1048576]
     #[arg(long, env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
@@ -91,6 +103,9 @@ pub struct Settings {
     /// How long a client may take nothing of what is sent to it, in milliseconds [default: 30000]
     #[arg(long, env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
     pub write_timeout_ms: Option<u64>,
+    /// How long a socket may say nothing, in milliseconds; clients send a heartbeat every 25 seconds [default: 60000]
+    #[arg(long, env = "RELAY_SILENCE_MS", value_name = "MS")]
+    pub silence_ms: Option<u64>,
     /// How often a quiet event stream says that it lives, in milliseconds [default: 15000]
     #[arg(long, env = "RELAY_KEEP_ALIVE_MS", value_name = "MS")]
     pub keep_alive_ms: Option<u64>,
@@ -173,12 +188,17 @@ impl Settings {
             database_ca: self.database_ca.or(file.database_ca),
             allowed_origin: list(self.allowed_origin, file.allowed_origin),
             max_connections: self.max_connections.or(file.max_connections),
+            max_channels: self.max_channels.or(file.max_channels),
+            joins_per_second: self.joins_per_second.or(file.joins_per_second),
+            messages_per_second: self.messages_per_second.or(file.messages_per_second),
+            message_bytes: self.message_bytes.or(file.message_bytes),
             outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
             total_outbox_bytes: self.total_outbox_bytes.or(file.total_outbox_bytes),
             most_rows: self.most_rows.or(file.most_rows),
             most_row_bytes: self.most_row_bytes.or(file.most_row_bytes),
             resume_seconds: self.resume_seconds.or(file.resume_seconds),
             write_timeout_ms: self.write_timeout_ms.or(file.write_timeout_ms),
+            silence_ms: self.silence_ms.or(file.silence_ms),
             keep_alive_ms: self.keep_alive_ms.or(file.keep_alive_ms),
             poll_ms: self.poll_ms.or(file.poll_ms),
             judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
@@ -254,9 +274,14 @@ impl Settings {
         let poll = millis("poll-ms", self.poll_ms, 5000);
         let judge_timeout = millis("judge-timeout-ms", self.judge_timeout_ms, 1000);
         let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
+        let silence = millis("silence-ms", self.silence_ms, 60_000);
         let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
         let limits = Limits {
             connections: self.max_connections.unwrap_or(10_000),
+            channels: self.max_channels.unwrap_or(100),
+            joins_per_second: self.joins_per_second.unwrap_or(100),
+            messages_per_second: self.messages_per_second.unwrap_or(100),
+            message_bytes: self.message_bytes.unwrap_or(5_000_000),
             outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
             total_outbox_bytes: self.total_outbox_bytes.unwrap_or(256 << 20),
             rows: MostRows {
@@ -264,6 +289,7 @@ impl Settings {
                 bytes: self.most_row_bytes.unwrap_or(64 << 20),
             },
             write,
+            silence,
             keep_alive,
         };
         let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {

@@ -44,6 +44,7 @@ pub mod model {
     pub mod join;
     pub mod session;
     pub mod limits;
+    pub mod pace;
 }
 
 /// Everything that speaks SQL. Never knows that there are clients.

@@ -24,6 +24,7 @@ mod install;
 mod keys;
 mod layers;
 mod limits;
+mod limits_speech;
 mod order;
 mod policy;
 mod policy_cost;

@@ -7,6 +7,14 @@ use std::time::Duration;
 pub struct Limits {
     /// Clients at a time.
     pub connections: usize,
+    /// Channels that one client may join.
+    pub channels: usize,
+    /// Joins of one client a second, on average over a minute.
+    pub joins_per_second: u32,
+    /// Messages of one client a second, on average over a minute.
+    pub messages_per_second: u32,
+    /// Bytes of one message from a client.
+    pub message_bytes: usize,
     /// Bytes that wait for one client.
     pub outbox_bytes: usize,
     /// Bytes that wait for all clients together.
@@ -15,6 +23,8 @@ pub struct Limits {
     pub rows: MostRows,
     /// A client that takes nothing for this long is gone.
     pub write: Duration,
+    /// A socket that says nothing for this long is gone; clients send a heartbeat every 25 seconds.
+    pub silence: Duration,
     /// A stream says this often that it lives, and where it stands.
     pub keep_alive: Duration,
 }

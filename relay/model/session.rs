@@ -10,9 +10,6 @@ use crate::model::phoenix::{Message, Status, Version, close, error, push, reply,
 use crate::model::policy::Identity;
 use crate::model::subscription::{Refusal, Request};
 
-/// How many channels one client may join.
-pub const MOST_CHANNELS: usize = 100;
-
 /// PostgreSQL cannot be asked who may see what.
 const UNAVAILABLE: &str = "UnableToConnectToProject: Realtime was unable to connect to the project database";
 
@@ -72,6 +69,7 @@ pub struct Session {
     own: Identity,
     // Boxed: a map has room for a few more than it holds, and most clients have one channel.
     channels: HashMap<String, Box<Channel>>,
+    most_channels: usize,
     joins: u32,
 }
 
@@ -89,9 +87,16 @@ struct Channel {
 }
 
 impl Session {
-    /// A client that connected with these claims.
-    pub fn new(number: u64, version: Version, claims: Claims) -> Self {
-        Self { number, version, own: Identity::new(claims), channels: HashMap::new(), joins: 0 }
+    /// A client that connected with these claims, and how many channels it may join.
+    pub fn new(number: u64, version: Version, claims: Claims, most_channels: usize) -> Self {
+        Self {
+            number,
+            version,
+            own: Identity::new(claims),
+            channels: HashMap::new(),
+            most_channels,
+            joins: 0,
+        }
     }
 
     /// The serialisation of its frames.
@@ -216,7 +221,7 @@ impl Session {
             let frame = close(self.version, &old.join_ref, join.topic());
             actions.extend(old.farewell(vec![frame]));
         }
-        if self.channels.len() >= MOST_CHANNELS {
+        if self.channels.len() >= self.most_channels {
             actions.push(self.refuse(message, "ChannelRateLimitReached: Too many channels"));
             return actions;
         }
@@ -330,8 +335,8 @@ impl Session {
         met.iter().flat_map(|(topic, text)| self.shut(topic, text)).collect()
     }
 
-    /// Closes a channel with a reason.
-    fn shut(&mut self, topic: &str, text: &str) -> Vec<Action> {
+    /// Closes a channel with a reason; nothing when there is none of this topic.
+    pub fn shut(&mut self, topic: &str, text: &str) -> Vec<Action> {
         let Some(channel) = self.channels.remove(topic) else {
             return Vec::new();
         };
@@ -346,7 +351,8 @@ impl Session {
         Action::Send(reply(self.version, message, Status::Ok, &json!({})))
     }
 
-    fn refuse(&self, message: &Message, reason: &str) -> Action {
+    /// The reply to a message that is not obeyed.
+    pub fn refuse(&self, message: &Message, reason: &str) -> Action {
         Action::Send(reply(self.version, message, Status::Error, &json!({"reason": reason})))
     }
 }
@@ -399,6 +405,7 @@ mod tests {
     use crate::model::claims::KeyId;
 
     const NOW: u64 = 1000;
+    const MOST_CHANNELS: usize = 100;
 
     /// Tokens are `name` or `name:expiry`; anything with a blank is none.
     struct Names;
@@ -426,7 +433,7 @@ mod tests {
     }
 
     fn session() -> Session {
-        Session::new(7, Version::V2, claims("own", 9000))
+        Session::new(7, Version::V2, claims("own", 9000), MOST_CHANNELS)
     }
 
     fn says(session: &mut Session, reference: &str, topic: &str, event: &str, payload: Value) -> Vec<Action> {
@@ -647,7 +654,7 @@ mod tests {
             let (.., who) = bind(&says(&mut session, "1", "realtime:t", "phx_join", payload.clone()));
             assert_eq!(who, expected, "{payload}");
         }
-        let mut late = Session::new(7, Version::V2, claims("own", 900));
+        let mut late = Session::new(7, Version::V2, claims("own", 900), MOST_CHANNELS);
         let actions = says(&mut late, "1", "realtime:t", "phx_join", json!({}));
         assert_eq!(told(&actions), ["1 phx_reply InvalidJWTToken: Token has expired 100 seconds ago"]);
     }
@@ -655,7 +662,7 @@ mod tests {
     #[test]
     fn channels_of_a_withdrawn_key_are_closed_and_not_joined_again() {
         let own = claims("own", 9000).signed_by(Some(KeyId(7)));
-        let mut session = Session::new(7, Version::V2, own);
+        let mut session = Session::new(7, Version::V2, own, MOST_CHANNELS);
         join(&mut session, "1", "ann", json!({}));
         let bindings = json!({"config": {"postgres_changes": [{"event": "*", "table": "todos"}]}});
         // Its claims are those of the connection, which were good when it joined.

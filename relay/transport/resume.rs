@@ -380,3 +380,11 @@ fn go_on(
     }
     .boxed()
 }
+
+/// The work of a session that can be resumed; for ever.
+pub async fn work(resume: &mut Option<Box<Resume>>) -> Infallible {
+    match resume {
+        Some(resume) => resume.work().await,
+        None => pending().await,
+    }
+}

@@ -1,7 +1,6 @@
 //! Drives one session over one WebSocket: frames in, the outbox out, time, and the end.
 
-use std::convert::Infallible;
-use std::future::{pending, ready};
+use std::future::ready;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,18 +24,19 @@ use crate::feed::router::Registration;
 use crate::model::bookmark::{Opened, SessionName};
 use crate::model::claims::Claims;
 use crate::model::dress::Dress;
+use crate::model::pace::Pace;
 use crate::model::phoenix::{Binary, Message, Version, decode_binary, decode_text, fan_out, system};
 use crate::model::session::{Action, ChannelId, Session};
 use crate::model::subscription::Subscription;
 pub use crate::transport::auth::now;
 use crate::transport::http::App;
-use crate::transport::resume::Resume;
+use crate::transport::resume::{Resume, work};
 use crate::transport::writer::{Broken, Socket, Writer};
 
-/// A client that says nothing for this long is gone; clients send a heartbeat every 25 seconds.
-const SILENCE: Duration = Duration::from_secs(60);
-/// The largest message a client may send, as on the real server.
-const MOST_BYTES: usize = 5_000_000;
+/// Each step of an end in order may take this long.
+const LAST: Duration = Duration::from_secs(1);
+/// A client speaks faster than it may.
+const TOO_MANY: &str = "Too many messages per second";
 /// After this many writes in a row the client is heard, the clock looked at and so on.
 const TURNS: u8 = 16;
 /// Small, because it lives as long as the socket: the library's default of 128 KiB would be resident for every client.
@@ -74,14 +74,14 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
     config.read_buffer_size = READ_BUFFER;
     config.write_buffer_size = 0;
     config.max_write_buffer_size = usize::MAX;
-    config.max_message_size = Some(MOST_BYTES);
-    config.max_frame_size = Some(MOST_BYTES);
+    config.max_message_size = Some(app.limits.message_bytes);
+    config.max_frame_size = Some(app.limits.message_bytes);
     let socket = WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
     app.observe.session_opened();
     let number = app.next_session();
     let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
     let Greeting { version, with_cursor, name, claims } = greeting;
-    let session = Session::new(number, version, claims);
+    let session = Session::new(number, version, claims, app.limits.channels);
     let resume = name
         .map(|name| Box::new(Resume::new(name, number, app.feed.clone(), Arc::clone(&outbox), app.resume)));
     let binds = FuturesUnordered::new();
@@ -92,6 +92,8 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
         outbox,
         writer: Writer::default(),
         turns: 0,
+        began: Instant::now(),
+        pace: Pace::new(&app.limits),
         with_cursor,
         resume,
         binds,
@@ -103,17 +105,16 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
     driver.resume = None;
     if let Over::Close(code, reason) = over {
         let close = CloseFrame { code: CloseCode::from(code), reason: Utf8Bytes::from_static(reason) };
-        let _ = timeout(Duration::from_secs(1), async {
+        let _ = timeout(LAST, async {
             driver.writer.frames.clear();
             driver.writer.write(&mut driver.socket).await?;
             driver.socket.close(Some(close)).await.map_err(|_| Over::Gone)
         })
         .await;
         // The client answers with its own close frame; cutting before that could cost it the last frames.
-        let _ = timeout(Duration::from_secs(1), async {
-            while driver.socket.next().await.is_some_and(|frame| frame.is_ok()) {}
-        })
-        .await;
+        let _ =
+            timeout(LAST, async { while driver.socket.next().await.is_some_and(|frame| frame.is_ok()) {} })
+                .await;
     } else if !driver.writer.is_amid_a_frame() {
         // The answer to the client's own close frame is still with the library.
         let _ = timeout(Duration::from_millis(100), driver.socket.flush()).await;
@@ -130,6 +131,8 @@ struct Driver {
     writer: Writer,
     /// Writes since everything else had its turn.
     turns: u8,
+    began: Instant,
+    pace: Pace,
     /// The client asked for cursors.
     with_cursor: bool,
     /// The client named its session.
@@ -154,9 +157,10 @@ impl Driver {
         let app = Arc::clone(&self.app);
         let mut ended = pin!(app.end.cancelled());
         let mut keys = app.verifier.follow_keys();
+        let silence = app.limits.silence;
         let mut heard = Instant::now();
         // Moved only when it is due or a token ends before it: most turns of the loop concern neither.
-        let mut alarm = pin!(sleep_until(heard + SILENCE));
+        let mut alarm = pin!(sleep_until(heard + silence));
         loop {
             tokio::select! {
                 // Writing first, as that is what most turns are for; the last branch keeps the others from waiting for ever.
@@ -180,6 +184,12 @@ impl Driver {
                     heard = Instant::now();
                     self.writer.heard();
                     if let Err(over) = self.hear(frame) {
+                        if matches!(over, Over::Close(..)) {
+                            // What the router has to say before it, such as the end of a channel, goes first.
+                            let nobody = ChannelId { session: app.next_session(), channel: 0 };
+                            let _ = timeout(LAST, app.feed.position(nobody, &self.outbox, None)).await;
+                            self.write_last().await;
+                        }
                         return over;
                     }
                     self.be_woken_for_expiry(alarm.as_mut());
@@ -194,18 +204,16 @@ impl Driver {
                     self.obey(actions, &mut None);
                 }
                 () = ended.as_mut() => {
-                    if let Some(Taken::Frames) = self.outbox.take(&mut self.writer.frames).now_or_never() {
-                        let _ = timeout(Duration::from_secs(1), self.writer.write(&mut self.socket)).await;
-                    }
+                    self.write_last().await;
                     return Over::Close(1012, "the relay restarts, connect again");
                 }
                 () = alarm.as_mut() => {
-                    if heard.elapsed() >= SILENCE {
+                    if heard.elapsed() >= silence {
                         return Over::Close(1000, "no heartbeat came");
                     }
                     let actions = self.session.expire(now());
                     self.obey(actions, &mut None);
-                    alarm.as_mut().reset(heard + SILENCE);
+                    alarm.as_mut().reset(heard + silence);
                     self.be_woken_for_expiry(alarm.as_mut());
                 }
                 () = ready(()), if self.turns >= TURNS => self.turns = 0,
@@ -220,6 +228,13 @@ impl Driver {
             if expiry < alarm.deadline() {
                 alarm.reset(expiry);
             }
+        }
+    }
+
+    /// Writes what there is before the end, if the client takes it.
+    async fn write_last(&mut self) {
+        if let Some(Taken::Frames) = self.outbox.take(&mut self.writer.frames).now_or_never() {
+            let _ = timeout(LAST, self.writer.write(&mut self.socket)).await;
         }
     }
 
@@ -251,7 +266,9 @@ impl Driver {
     }
 
     fn hear(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), Over> {
-        let version = self.session.version();
+        let (version, at) = (self.session.version(), self.began.elapsed());
+        // A pong is no message: it answers a ping of ours.
+        let is_in_time = matches!(frame, Some(Ok(Frame::Pong(_)))) || self.pace.messages.take(at);
         let message = match frame {
             None | Some(Ok(Frame::Close(_))) => return Err(Over::Gone),
             Some(Err(SocketError::Capacity(_))) => return Err(Over::Close(1009, "the message is too large")),
@@ -263,7 +280,7 @@ impl Driver {
             Some(Ok(Frame::Text(text))) => decode_text(version, &text),
             Some(Ok(Frame::Binary(bytes))) => match decode_binary(version, &bytes) {
                 Ok(Binary::Message(message)) => Ok(message),
-                Ok(Binary::Opaque(_)) => return Ok(()),
+                Ok(Binary::Opaque(_)) => return may_stay(is_in_time),
                 Err(error) => Err(error),
             },
             Some(Ok(Frame::Pong(payload))) => {
@@ -272,9 +289,20 @@ impl Driver {
                 }
                 return Ok(());
             }
-            Some(Ok(_)) => return Ok(()),
+            Some(Ok(_)) => return may_stay(is_in_time),
         };
         match message {
+            Ok(message) if !is_in_time => {
+                let actions = self.session.shut(&message.topic, TOO_MANY);
+                may_stay(!actions.is_empty())?;
+                self.obey(actions, &mut None);
+            }
+            Ok(message) if message.event == "phx_join" && !self.pace.joins.take(at) => {
+                let reason = "ClientJoinRateLimitReached: Too many joins per second";
+                let refused = self.session.refuse(&message, reason);
+                self.obey(vec![refused], &mut None);
+                return Err(Over::Close(1001, "Too many joins per second"));
+            }
             Ok(message) => {
                 let refreshed = ["user_token", "access_token"]
                     .into_iter()
@@ -284,6 +312,7 @@ impl Driver {
                     None => self.receive(message),
                 }
             }
+            Err(_) if !is_in_time => return may_stay(is_in_time),
             Err(error) => {
                 let payload = system("phoenix", "system", "error", &error.to_string());
                 self.outbox.push(fan_out(version, "phoenix", "system", &payload).into());
@@ -362,10 +391,7 @@ impl Driver {
     }
 }
 
-/// The work of a session that can be resumed; for ever.
-async fn work(resume: &mut Option<Box<Resume>>) -> Infallible {
-    match resume {
-        Some(resume) => resume.work().await,
-        None => pending().await,
-    }
+/// Whoever speaks too fast and has no channel that could be closed for it is closed itself.
+fn may_stay(is_in_time: bool) -> Result<(), Over> {
+    if is_in_time { Ok(()) } else { Err(Over::Close(1008, TOO_MANY)) }
 }
