@@ -73,6 +73,9 @@ pub struct Settings {
     /// How many clients may be connected [default: 10000]
     #[arg(long, env = "RELAY_MAX_CONNECTIONS", value_name = "N")]
     pub max_connections: Option<usize>,
+    /// How many connections one address may have; behind a proxy all have its address [default: any number]
+    #[arg(long, env = "RELAY_CONNECTIONS_PER_ADDRESS", value_name = "N")]
+    pub connections_per_address: Option<usize>,
     /// How many channels one client may join [default: 100]
     #[arg(long, env = "RELAY_MAX_CHANNELS", value_name = "N")]
     pub max_channels: Option<usize>,
@@ -100,6 +103,9 @@ pub struct Settings {
     /// How long a client that named its session may be away and be given what it missed, in seconds [default: 3600]
     #[arg(long, env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
     pub resume_seconds: Option<u64>,
+    /// How long a connection may take for the head of a request, in milliseconds [default: 10000]
+    #[arg(long, env = "RELAY_HEAD_TIMEOUT_MS", value_name = "MS")]
+    pub head_timeout_ms: Option<u64>,
     /// How long a client may take nothing of what is sent to it, in milliseconds [default: 30000]
     #[arg(long, env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
     pub write_timeout_ms: Option<u64>,
@@ -188,6 +194,7 @@ impl Settings {
             database_ca: self.database_ca.or(file.database_ca),
             allowed_origin: list(self.allowed_origin, file.allowed_origin),
             max_connections: self.max_connections.or(file.max_connections),
+            connections_per_address: self.connections_per_address.or(file.connections_per_address),
             max_channels: self.max_channels.or(file.max_channels),
             joins_per_second: self.joins_per_second.or(file.joins_per_second),
             messages_per_second: self.messages_per_second.or(file.messages_per_second),
@@ -197,6 +204,7 @@ impl Settings {
             most_rows: self.most_rows.or(file.most_rows),
             most_row_bytes: self.most_row_bytes.or(file.most_row_bytes),
             resume_seconds: self.resume_seconds.or(file.resume_seconds),
+            head_timeout_ms: self.head_timeout_ms.or(file.head_timeout_ms),
             write_timeout_ms: self.write_timeout_ms.or(file.write_timeout_ms),
             silence_ms: self.silence_ms.or(file.silence_ms),
             keep_alive_ms: self.keep_alive_ms.or(file.keep_alive_ms),
@@ -273,11 +281,13 @@ impl Settings {
             |name, value, default| Duration::from_millis(positive(name, value, default, &mut mistakes));
         let poll = millis("poll-ms", self.poll_ms, 5000);
         let judge_timeout = millis("judge-timeout-ms", self.judge_timeout_ms, 1000);
+        let head = millis("head-timeout-ms", self.head_timeout_ms, 10_000);
         let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
         let silence = millis("silence-ms", self.silence_ms, 60_000);
         let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
         let limits = Limits {
             connections: self.max_connections.unwrap_or(10_000),
+            connections_per_address: self.connections_per_address,
             channels: self.max_channels.unwrap_or(100),
             joins_per_second: self.joins_per_second.unwrap_or(100),
             messages_per_second: self.messages_per_second.unwrap_or(100),
@@ -288,6 +298,7 @@ impl Settings {
                 number: self.most_rows.unwrap_or(10_000),
                 bytes: self.most_row_bytes.unwrap_or(64 << 20),
             },
+            head,
             write,
             silence,
             keep_alive,

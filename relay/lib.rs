@@ -89,6 +89,7 @@ pub mod transport {
     pub mod fetch;
     pub mod keys;
     pub mod auth;
+    pub mod admission;
     pub mod deadline;
     pub mod http;
     pub mod changes;

@@ -27,6 +27,7 @@ use crate::postgres::connect::{Error, Server};
 use crate::postgres::judge::Judge;
 use crate::postgres::rows::Rows;
 use crate::postgres::{install, jobs, retention};
+use crate::transport::admission::Admission;
 use crate::transport::http::{self, App};
 
 /// Connections for looking at the catalog, binding and flushing. None is held while nothing happens.
@@ -110,6 +111,7 @@ pub async fn serve(
         observe: Arc::clone(&observe),
         allowed_origins: config.allowed_origins,
         budget: Arc::new(Budget::new(config.limits.total_outbox_bytes, Arc::clone(&observe))),
+        admission: Arc::new(Admission::new(config.limits.connections, config.limits.connections_per_address)),
         limits: config.limits,
         resume: config.resume,
         end: end.clone(),
@@ -166,10 +168,10 @@ async fn prepare(server: &Server, wanted: bool) -> Result<(), Error> {
 async fn accept(app: &Arc<App>, listener: &TcpListener) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, address)) => {
                 // Frames are small and wanted at once.
                 let _ = stream.set_nodelay(true);
-                app.sessions.spawn(http::serve(Arc::clone(app), stream));
+                app.sessions.spawn(http::serve(Arc::clone(app), stream, address.ip()));
             }
             Err(error) => {
                 // Usually no file descriptors are left: those who are connected go on, others wait.

@@ -20,6 +20,7 @@ mod drift;
 mod explain;
 mod faults;
 mod filter;
+mod http_edges;
 mod install;
 mod keys;
 mod layers;

@@ -7,6 +7,8 @@ use std::time::Duration;
 pub struct Limits {
     /// Clients at a time.
     pub connections: usize,
+    /// Connections from one address at a time; none means any number.
+    pub connections_per_address: Option<usize>,
     /// Channels that one client may join.
     pub channels: usize,
     /// Joins of one client a second, on average over a minute.
@@ -21,6 +23,8 @@ pub struct Limits {
     pub total_outbox_bytes: usize,
     /// Rows of one answer.
     pub rows: MostRows,
+    /// A connection that sends no whole head of a request for this long is gone.
+    pub head: Duration,
     /// A client that takes nothing for this long is gone.
     pub write: Duration,
     /// A socket that says nothing for this long is gone; clients send a heartbeat every 25 seconds.

@@ -4,13 +4,14 @@ use std::convert::Infallible;
 use std::error::Error;
 use std::future::pending;
 use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -32,13 +33,12 @@ use crate::model::claims::Claims;
 use crate::model::limits::Limits;
 use crate::model::phoenix::Version;
 use crate::observe::Observe;
+use crate::transport::admission::{Admission, Admitted};
 use crate::transport::auth::{TokenError, Verifier};
 use crate::transport::changes::{self, Answer};
 use crate::transport::deadline::Deadline;
 use crate::transport::ws::{self, Greeting};
 
-/// A client has this long to send its request's head.
-const HEAD: Duration = Duration::from_secs(10);
 /// An answer on its way when the relay ends gets this long.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// The largest head. Tokens travel in it, so it must hold a few of them.
@@ -54,6 +54,8 @@ pub struct App {
     pub observe: Arc<Observe>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
+    /// Who may connect.
+    pub admission: Arc<Admission>,
     /// What clients may ask for and hold.
     pub limits: Limits,
     /// What may wait for all of them together.
@@ -96,16 +98,23 @@ impl App {
 pub type Watched = watch::Sender<Option<Arc<Outbox>>>;
 
 /// Serves one connection until it ends or becomes a session.
-pub async fn serve(app: Arc<App>, stream: TcpStream) {
+pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
+    let place = match app.admission.admit(address) {
+        Ok(admitted) => Arc::new(admitted),
+        Err(refused) => {
+            app.observe.connection_refused(refused.why);
+            return app.admission.turn_away(stream, refused).await;
+        }
+    };
     let (watched, watching) = watch::channel(None);
     let answering = Arc::clone(&app);
     let service = service_fn(move |request| {
-        let (app, watched) = (Arc::clone(&answering), watched.clone());
-        async move { Ok::<_, Infallible>(answer(app, request, watched).await) }
+        let (app, place, watched) = (Arc::clone(&answering), Arc::clone(&place), watched.clone());
+        async move { Ok::<_, Infallible>(answer(app, place, request, watched).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
+        .header_read_timeout(app.limits.head)
         .max_buf_size(HEAD_BYTES)
         .serve_connection(TokioIo::new(Deadline::new(stream, app.limits.write)), service)
         .with_upgrades();
@@ -153,12 +162,26 @@ fn is_too_slow(error: &hyper::Error) -> bool {
     false
 }
 
-async fn answer(app: Arc<App>, request: Request<Incoming>, watched: Watched) -> Answer {
+/// Nobody here reads the body of a request, so a connection on which one comes ends with the answer.
+async fn answer(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>, watched: Watched) -> Answer {
+    let has_body = !request.body().is_end_stream();
+    let mut answer = if request.headers().contains_key(header::TRANSFER_ENCODING) {
+        error(StatusCode::BAD_REQUEST, "a request without a body is expected here")
+    } else {
+        route(app, place, request, watched).await
+    };
+    if has_body {
+        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer
+}
+
+async fn route(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>, watched: Watched) -> Answer {
     if request.method() == Method::OPTIONS {
         return preflight();
     }
     match request.uri().path() {
-        "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, request).await,
+        "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, place, request).await,
         "/realtime/v1/changes" if !origin_is_allowed(&app.allowed_origins, request.headers()) => {
             error(StatusCode::FORBIDDEN, "this origin is not allowed")
         }
@@ -177,7 +200,7 @@ async fn answer(app: Arc<App>, request: Request<Incoming>, watched: Watched) -> 
     }
 }
 
-async fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
+async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<Incoming>) -> Answer {
     let refused = |status: StatusCode, why: &str| {
         app.observe.connection_refused(why);
         error(status, why)
@@ -216,6 +239,7 @@ async fn handshake(app: &Arc<App>, mut request: Request<Incoming>) -> Answer {
         let Ok(upgraded) = upgrade.await else { return };
         let Some((stream, read)) = taken_over(upgraded) else { return };
         ws::serve(session, stream, read, greeting).await;
+        drop(place);
     });
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
@@ -250,6 +274,7 @@ fn upgrade_key(request: &Request<Incoming>) -> Option<String> {
             .any(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
     };
     let is_handshake = request.method() == Method::GET
+        && request.body().is_end_stream()
         && has(header::CONNECTION, "upgrade")
         && has(header::UPGRADE, "websocket")
         && has(header::SEC_WEBSOCKET_VERSION, "13");

@@ -1,0 +1,118 @@
+//! Who may connect: so many connections in all, also those that are no clients yet, and so many from one address.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+/// Beside the clients so many connections may be open: requests, and those that say nothing.
+const SPARE: usize = 1000;
+/// So many at a time are told why they may not stay; others are cut.
+const TOLD: usize = 100;
+/// They have this long to hear it.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Counts connections.
+pub struct Admission {
+    most: usize,
+    most_of_one: Option<usize>,
+    open: Mutex<Open>,
+    told: Semaphore,
+}
+
+#[derive(Default)]
+struct Open {
+    all: usize,
+    /// Only where it matters.
+    by_address: HashMap<IpAddr, usize>,
+}
+
+/// A connection that may stay; its place is free when this is dropped.
+pub struct Admitted {
+    admission: Arc<Admission>,
+    address: IpAddr,
+}
+
+/// Why a connection may not stay: status line and words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refused {
+    status: &'static str,
+    /// The words.
+    pub why: &'static str,
+}
+
+impl Admission {
+    /// For so many clients, and so many connections from one address.
+    pub fn new(clients: usize, of_one: Option<usize>) -> Self {
+        Self {
+            most: clients.saturating_add(SPARE),
+            most_of_one: of_one,
+            open: Mutex::default(),
+            told: Semaphore::new(TOLD),
+        }
+    }
+
+    /// Takes in a connection.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub fn admit(self: &Arc<Self>, address: IpAddr) -> Result<Admitted, Refused> {
+        let address = address.to_canonical();
+        let mut open = self.lock();
+        if open.all >= self.most {
+            return Err(Refused { status: "503 Service Unavailable", why: "Too many connections" });
+        }
+        if let Some(most) = self.most_of_one {
+            let count = open.by_address.entry(address).or_default();
+            if *count >= most {
+                let why = "Too many connections from this address";
+                return Err(Refused { status: "429 Too Many Requests", why });
+            }
+            *count += 1;
+        }
+        open.all += 1;
+        Ok(Admitted { admission: Arc::clone(self), address })
+    }
+
+    /// Says why, without waiting for the request.
+    pub async fn turn_away(&self, mut stream: TcpStream, refused: Refused) {
+        let Ok(_told) = self.told.try_acquire() else { return };
+        let body = format!(r#"{{"error":"{}"}}"#, refused.why);
+        let answer = format!(
+            "HTTP/1.1 {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            refused.status,
+            body.len()
+        );
+        let _ = timeout(LINGER, async {
+            stream.write_all(answer.as_bytes()).await?;
+            stream.shutdown().await?;
+            // Closing before the request is read could cost the client the answer.
+            let mut request = [0; 1024];
+            while stream.read(&mut request).await? > 0 {}
+            std::io::Result::Ok(())
+        })
+        .await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        let mut open = self.admission.lock();
+        open.all -= 1;
+        if let Some(count) = open.by_address.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                open.by_address.remove(&self.address);
+            }
+        }
+    }
+}
