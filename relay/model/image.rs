@@ -62,21 +62,100 @@ impl<'a> Image<'a> {
                     });
                     Some(())
                 };
-                flatten(json, &mut take).map_or(Held::Foreign, |()| Held::Many(elements))
+                flatten(json, MOST_DIMENSIONS, &mut take).map_or(Held::Foreign, |()| Held::Many(elements))
             }
             (Some(_), Shape::Foreign) => Held::Foreign,
         })
     }
 }
 
-/// Calls `take` for each element of an array of any dimensions; none when it is no array.
-fn flatten(json: &str, take: &mut impl FnMut(&str) -> Option<()>) -> Option<()> {
+/// PostgreSQL's own limit. What is nested deeper is no array of its.
+const MOST_DIMENSIONS: usize = 6;
+
+/// Calls `take` for each element of an array of so many dimensions at most; none when it is no such array.
+fn flatten(json: &str, dimensions: usize, take: &mut impl FnMut(&str) -> Option<()>) -> Option<()> {
+    let dimensions = dimensions.checked_sub(1)?;
     let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;
     for element in elements {
         match element.get() {
-            nested if nested.starts_with('[') => flatten(nested, take)?,
+            nested if nested.starts_with('[') => flatten(nested, dimensions, take)?,
             element => take(element)?,
         }
     }
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn lists() -> Relation {
+        let column = |name: &str, known: &str, many: bool| serde_json::json!({"name": name, "type": "t", "known": known, "many": many});
+        serde_json::from_value(serde_json::json!({
+            "id": 7, "schema": "public", "table": "lists", "kind": "r", "leave_events": false, "full": false, "key": [],
+            "columns": [column("many", "int4", true), column("one", "text", false), column("yes", "bool", false)],
+            "access": {},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn lists_have_the_elements_of_all_their_dimensions() {
+        let relation = lists();
+        let many = |json: &str| {
+            let image = format!(r#"{{"many":{json}}}"#);
+            Image::parse(&image, &relation).unwrap().held(0).clone()
+        };
+        let one = |n| Some(Datum::Int(n));
+        assert_eq!(many("[[1,2],[3,null]]"), Held::Many(vec![one(1), one(2), one(3), None]));
+        assert_eq!(many("[[[[[[1]]]]]]"), Held::Many(vec![one(1)]));
+        assert_eq!(many("[1,\"x\"]"), Held::Foreign);
+        assert_eq!(many("{}"), Held::Foreign);
+    }
+
+    #[test]
+    fn a_nesting_that_no_array_has_is_not_followed() {
+        let relation = lists();
+        let image = format!(r#"{{"many":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(*Image::parse(&image, &relation).unwrap().held(0), Held::Foreign);
+    }
+
+    fn json() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            Just("null".to_owned()),
+            Just("true".to_owned()),
+            "-?(0|[1-9][0-9]{0,19})(\\.[0-9]{1,3})?(e[0-9]{1,3})?",
+            "\"[a-z\u{e9} \u{1f600}]{0,6}\"",
+            Just(r#""\\x00ff""#.to_owned()),
+            Just(r#""\ud83d""#.to_owned()),
+        ];
+        leaf.prop_recursive(8, 30, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4)
+                    .prop_map(|list| format!("[{}]", list.join(","))),
+                proptest::collection::vec(inner, 0..3).prop_map(|list| {
+                    let fields: Vec<String> =
+                        list.iter().enumerate().map(|(n, value)| format!("\"k{n}\" : {value}")).collect();
+                    format!("{{{}}}", fields.join(","))
+                }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_value_is_read_or_foreign(many in json(), one in json(), yes in json()) {
+            let relation = lists();
+            let text = format!(r#"{{"many":{many},"one":{one},"yes":{yes}}}"#);
+            let image = Image::parse(&text, &relation).unwrap();
+            for (column, (json, one)) in [(&many, false), (&one, true), (&yes, true)].into_iter().enumerate() {
+                let held = image.held(column);
+                prop_assert_eq!(*held == Held::Null, json == "null");
+                prop_assert!(*held != Held::Missing && !(one && matches!(held, Held::Many(_))));
+            }
+            prop_assert_eq!(image.held(3), &Held::Missing);
+        }
+    }
 }
