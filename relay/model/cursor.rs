@@ -535,6 +535,29 @@ mod tests {
         }
     }
 
+    prop_compose! {
+        /// Places on one way through a feed of few transactions, where snapshots follow each other, and some off it.
+        fn any_places()(
+            steps in proptest::collection::vec((1..6_u64, any::<u64>(), 0..5_i64, 0..4_u8), 1..6)
+        ) -> Vec<Cursor> {
+            let (mut seen, mut places) = (Snapshot::new(3, vec![1]).unwrap(), Vec::new());
+            for (begin, bits, number, kind) in steps {
+                let xmax = seen.xmax + begin;
+                let open = (1..xmax).filter(|xid| !seen.has_finished(*xid) && bits >> (xid % 64) & 1 == 1);
+                let until = Snapshot::new(xmax, open.collect()).unwrap();
+                let epoch = Epoch(if kind == 3 { 2 } else { 1 });
+                places.push(match kind {
+                    0 => Cursor::after(epoch, until.clone()),
+                    _ => Cursor::inside(epoch, seen.clone(), until.clone(), number).unwrap(),
+                });
+                if kind != 1 {
+                    seen = until;
+                }
+            }
+            places
+        }
+    }
+
     proptest! {
         #[test]
         fn snapshots_come_back(snapshot in any_snapshot()) {
@@ -552,6 +575,22 @@ mod tests {
             let (seen, until) = page;
             let cursor = Cursor::inside(Epoch(epoch), seen, until, number).unwrap();
             prop_assert_eq!(cursor.to_string().parse(), Ok(cursor));
+        }
+
+        /// Whoever is at or after another has every change that the other has; and the order is one.
+        #[test]
+        fn at_or_after_means_having_at_least_as_much(places in any_places()) {
+            for one in &places {
+                prop_assert!(one.is_at_or_after(one));
+                for other in places.iter().filter(|other| one.is_at_or_after(other)) {
+                    for (xid, number) in (1..40).flat_map(|xid| (0..6).map(move |number| (xid, number))) {
+                        prop_assert!(one.has(xid, number) || !other.has(xid, number), "{one:?} {other:?} {xid} {number}");
+                    }
+                    for third in places.iter().filter(|third| other.is_at_or_after(third)) {
+                        prop_assert!(one.is_at_or_after(third), "{one:?} {other:?} {third:?}");
+                    }
+                }
+            }
         }
 
         #[test]

@@ -107,6 +107,7 @@ fn key(image: &str, view: View<'_>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use time::OffsetDateTime;
 
     use super::*;
@@ -221,5 +222,37 @@ mod tests {
     #[test]
     fn time_is_utc_with_milliseconds() {
         assert_eq!(change(None, None).commit_timestamp(), "2026-11-20T09:15:42.318Z");
+    }
+
+    proptest! {
+        #[test]
+        fn only_columns_that_may_be_seen_and_are_wanted_are_told(
+            names in proptest::sample::subsequence(vec!["raw", "title", "id", "unknown", "owner"], 0..=5).prop_shuffle(),
+            value in prop_oneof![
+                Just("null"), Just(r#""\\xff""#), Just(r#""\\x""#), Just("1.50"), Just(r#"{"a" : [1, 2]}"#), Just(r#""\ud800""#),
+            ],
+            select in proptest::option::of(proptest::sample::subsequence(vec!["id", "title", "owner"], 1..3)),
+            full: bool, narrow: bool, meaning in 0..5_usize,
+        ) {
+            let relation = todos(full, false);
+            let access = relation.access(if narrow { "narrow" } else { "authenticated" }).unwrap();
+            let select: Option<Vec<String>> = select.map(|names| names.into_iter().map(str::to_owned).collect());
+            let select = select.as_deref();
+            let meaning = [Meaning::Insert, Meaning::Update, Meaning::Enter, Meaning::Delete, Meaning::Leave][meaning];
+            let fields: Vec<String> = names.iter().map(|name| format!("\"{name}\" : {value}")).collect();
+            let image = format!("{{{}}}", fields.join(","));
+            let view = View { relation: &relation, access, select, meaning, exact: false };
+            let text = data(&change(Some(&image), Some(&image)), view).unwrap();
+            let told = Row::parse(&text).unwrap();
+            for record in ["record", "old_record"].iter().filter_map(|name| told.value(name)) {
+                let record = Row::parse(record).unwrap();
+                for name in record.names() {
+                    let wanted = relation.is_key(name) || select.is_none_or(|names| names.iter().any(|one| one == name));
+                    prop_assert!(access.sees(name) && wanted && relation.column(name).is_some(), "{}", text);
+                    let kept = if name == "raw" { value.replacen(r"\\x", "", 1) } else { value.to_owned() };
+                    prop_assert_eq!(record.value(name), Some(&*kept));
+                }
+            }
+        }
     }
 }

@@ -377,6 +377,28 @@ mod tests {
         check_error("a=eq.\0", unacceptable);
     }
 
+    /// Texts that are filters, or nearly.
+    fn nearly() -> impl Strategy<Value = String> {
+        let column = prop_oneof![8 => "[a-z ]{1,3}", 1 => "[a-z.(\",)]{0,3}"];
+        let not = prop_oneof![Just(""), Just("not."), Just("not")];
+        let names = "eq neq lt lte gt gte in like ilike is match imatch isdistinct fts";
+        let operator = proptest::sample::select(names.split(' ').collect::<Vec<_>>());
+        let item =
+            || prop_oneof!["[a-z0-9 ]{0,4}", "\"([a-z, ()]|\\\\[\"\\\\a]){0,5}\"", "[a(\",.\\\\ )]{0,4}"];
+        let list = proptest::collection::vec(item(), 0..4).prop_map(|items| format!("({})", items.join(",")));
+        let state = proptest::sample::select(vec!["null", "TRUE", "\"false\"", "unknown", "5"]);
+        let value = prop_oneof![item(), list, state.prop_map(str::to_owned)];
+        let condition = (column, not, operator, value)
+            .prop_map(|(a, not, operator, value)| format!("{a}={not}{operator}.{value}"));
+        proptest::collection::vec(condition, 0..4).prop_map(|conditions| conditions.join(","))
+    }
+
+    fn written(condition: &Condition) -> String {
+        let values = condition.values.iter().map(|value| quote(value)).collect::<Vec<_>>().join(",");
+        let values = if condition.operator == Operator::In { format!("({values})") } else { values };
+        format!("{}={}.{values}", condition.column, name(condition))
+    }
+
     fn quote(value: &str) -> String {
         format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))
     }
@@ -386,6 +408,26 @@ mod tests {
         fn no_text_panics(filter in "\\PC*", near in "[ab=.,()\"\\\\ innotei]{0,40}") {
             let _ = parse(&filter);
             let _ = parse(&near);
+        }
+
+        #[test]
+        fn what_is_read_says_the_same_when_it_is_written_again(filter in nearly()) {
+            let found = match parse(&filter) {
+                Ok(found) => found,
+                Err(refused) => {
+                    prop_assert!(refused.to_string().len() < 1000);
+                    return Ok(());
+                }
+            };
+            for condition in &found {
+                prop_assert_eq!(Operator::from_name(condition.operator.name()), Some(condition.operator));
+                prop_assert!(condition.operator == Operator::In || condition.values.len() == 1);
+            }
+            // A column with signs of the grammar in it has no second spelling.
+            let plain = |condition: &&Condition| !condition.column.contains(['"', '(', ')', ',']);
+            let plain: Vec<Condition> = found.iter().filter(plain).cloned().collect();
+            let again = plain.iter().map(written).collect::<Vec<_>>().join(",");
+            prop_assert_eq!(parse(&again), Ok(plain));
         }
 
         #[test]

@@ -403,6 +403,7 @@ mod tests {
 
     use super::*;
     use crate::model::claims::KeyId;
+    use crate::model::phoenix::decode_text;
 
     const NOW: u64 = 1000;
     const MOST_CHANNELS: usize = 100;
@@ -750,5 +751,100 @@ mod tests {
             }
             prop_assert!(delivering.is_empty());
         }
+
+        /// Frames that make sense, or nearly, in any order: each answer is one frame of the version.
+        #[test]
+        fn every_answer_is_a_frame_of_its_version(version in 1..3_u8, frames in proptest::collection::vec(nearly(), 0..12)) {
+            let version = if version == 1 { Version::V1 } else { Version::V2 };
+            let mut session = Session::new(7, version, claims("own", 9000));
+            let mut delivering = HashSet::new();
+            for [join_ref, reference, topic, event, payload] in frames {
+                let frame = match version {
+                    Version::V1 => format!(
+                        r#"{{"topic":{topic},"event":{event},"payload":{payload},"ref":{reference},"join_ref":{join_ref}}}"#
+                    ),
+                    Version::V2 => format!("[{join_ref},{reference},{topic},{event},{payload}]"),
+                };
+                let Ok(message) = decode_text(version, &frame) else { continue };
+                let mut actions = session.receive(message, NOW, &Names);
+                let binds: Vec<(ChannelId, u32)> = actions
+                    .iter()
+                    .filter_map(|action| match action {
+                        Action::Bind { channel, attempt, .. } => Some((*channel, *attempt)),
+                        _ => None,
+                    })
+                    .collect();
+                for (channel, attempt) in binds {
+                    actions.extend(session.bound(channel, attempt, Ok(())));
+                }
+                for action in actions {
+                    let frames = match action {
+                        Action::Send(frame) => vec![frame],
+                        Action::Bind { .. } | Action::Forget { .. } => Vec::new(),
+                        Action::Join { channel, greeting, .. } => {
+                            delivering.insert(channel);
+                            greeting
+                        }
+                        Action::Leave { channel, farewell } => {
+                            prop_assert!(delivering.remove(&channel));
+                            farewell
+                        }
+                    };
+                    for frame in frames {
+                        let message = decode_text(version, &frame);
+                        prop_assert!(message.is_ok_and(|message| !message.event.is_empty()), "{}", frame);
+                    }
+                }
+            }
+            prop_assert_eq!(session.end().len(), delivering.len());
+        }
+    }
+
+    /// The five parts of a frame as JSON, mostly of the right kind.
+    fn nearly() -> impl Strategy<Value = [String; 5]> {
+        let texts = |texts: &[&str]| {
+            proptest::sample::select(texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>())
+        };
+        let reference = || texts(&["null", r#""1""#, r#""2""#, "3", "4.5", r#""\u00e9\"""#, "[]"]);
+        let topic = texts(&[
+            r#""realtime:t""#,
+            r#""realtime:u\"\\""#,
+            r#""realtime:""#,
+            r#""phoenix""#,
+            r#""other""#,
+            "7",
+        ]);
+        let event = texts(&[
+            r#""phx_join""#,
+            r#""phx_join""#,
+            r#""phx_leave""#,
+            r#""access_token""#,
+            r#""heartbeat""#,
+            r#""broadcast""#,
+            r#""presence""#,
+            r#""\u0000""#,
+            "null",
+        ]);
+        let entry = texts(&[
+            r#"{"event":"*","schema":"public","table":"todos"}"#,
+            r#"{"event":"INSERT","table":"todos","filter":"id=eq.\"1\"","select":["id"]}"#,
+            r#"{"schema":"*"}"#,
+            r#"{"table":7}"#,
+            "{}",
+            "null",
+            "7",
+        ]);
+        let entries = proptest::collection::vec(entry, 0..3);
+        let token = texts(&[r#""ann""#, r#""bob""#, r#""no token""#, "null", "{}"]);
+        let payload = (entries, token, any::<bool>(), any::<bool>()).prop_map(|(entries, token, wait, presence)| {
+            let entries = entries.join(",");
+            format!(
+                r#"{{"config":{{"postgres_changes":[{entries}],"postgres_changes_options":{{"wait":{wait}}},"presence":{{"enabled":{presence}}}}},"access_token":{token}}}"#
+            )
+        });
+        let payload = prop_oneof![8 => payload, 1 => texts(&["{}", "null", "[1]", r#"{"config":7}"#])];
+        (reference(), reference(), topic, event, payload).prop_map(
+            |(join_ref, reference, topic, event, payload)| [join_ref, reference, topic, event, payload],
+        )
     }
 }
