@@ -47,6 +47,7 @@ mod refresh;
 mod resume;
 mod retention;
 mod tokens;
+mod websocket;
 mod wire;
 mod wire_bindings;
 mod wire_edges;
