@@ -1,7 +1,7 @@
 # The build itself is cargo's; this is what stands around it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak unit lint bench clean
+.PHONY: help setup demo test soak fuzz unit lint bench clean
 MINUTES ?= 10
 
 # Node.js from here where the system's is too old.
@@ -26,6 +26,10 @@ test: ## all tests, on a throwaway PostgreSQL cluster, with the real clients
 soak: ## the fault run for MINUTES=10: kills relays and PostgreSQL under writers and readers
 	@tests/support/setup.sh postgres
 	@RELAY_TEST_MINUTES=$(MINUTES) $(cluster) run target/cluster -- cargo test --test main -- faults --nocapture
+
+fuzz: ## random input for the parsers, MINUTES=10 each
+	@tests/support/setup.sh fuzz
+	@tests/fuzz/run.sh $(MINUTES)
 
 unit: ## the tests of the pure parts; no PostgreSQL
 	@tests/support/setup.sh cargo

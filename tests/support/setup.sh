@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs what is missing for: cargo postgres node python browser (all of them unless named). Quick when nothing is.
+# Installs what is missing for: cargo postgres node python browser (all of them unless named), fuzz. Quick when nothing is.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/../.."
 
 node_floor=20
 node_pin=22.23.3
+fuzz_pin=0.13.2
 
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(cargo postgres node python browser)
@@ -118,6 +119,17 @@ if wants node; then
     say "installing the npm packages of tests/clients/package-lock.json"
     (cd tests/clients && npm ci --no-audit --no-fund --loglevel=error --ignore-scripts 9>&- >&2)
     echo "$stamp" >tests/clients/node_modules/.stamp
+  fi
+fi
+
+if wants fuzz; then
+  cargo +nightly --version >/dev/null 2>&1 || {
+    say "installing the nightly toolchain, the only one that can instrument"
+    rustup toolchain install nightly --profile minimal --no-self-update 9>&- >&2
+  }
+  if [ "$(target/fuzz/bin/cargo-fuzz --version 2>/dev/null)" != "cargo-fuzz $fuzz_pin" ]; then
+    say "building cargo-fuzz $fuzz_pin into target/fuzz"
+    cargo install --quiet --locked --root target/fuzz "cargo-fuzz@$fuzz_pin" 9>&- >&2
   fi
 fi
 
