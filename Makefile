@@ -1,7 +1,7 @@
 # The build itself is cargo's; this is what stands around it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak fuzz unit lint bench clean
+.PHONY: help setup demo test soak fuzz autobahn unit lint bench clean
 MINUTES ?= 10
 
 # Node.js from here where the system's is too old.
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/target/node/bin:$(PATH)
 cluster := tests/support/cluster.sh
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: PostgreSQL, Node.js, npm and Python packages, Chromium
 	@tests/support/setup.sh
@@ -30,6 +30,10 @@ soak: ## the fault run for MINUTES=10: kills relays and PostgreSQL under writers
 fuzz: ## random input for the parsers, MINUTES=10 each
 	@tests/support/setup.sh fuzz
 	@tests/fuzz/run.sh $(MINUTES)
+
+autobahn: ## the Autobahn test suite of WebSocket servers; wants a Python 2.7
+	@tests/support/setup.sh cargo
+	@python=$$(tests/autobahn/setup.sh) && RELAY_TEST_AUTOBAHN=$$python cargo test --test main -- autobahn:: --nocapture
 
 unit: ## the tests of the pure parts; no PostgreSQL
 	@tests/support/setup.sh cargo

@@ -8,6 +8,7 @@
 
 mod support;
 
+mod autobahn;
 mod browser;
 mod capture;
 mod changes;
