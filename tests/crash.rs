@@ -83,7 +83,7 @@ impl Drop for Cluster {
 /// The walwriter stays away for ten seconds, so that what nobody flushed is really lost in a crash.
 const SETTINGS: [&str; 2] = ["-c", "wal_writer_delay=10s"];
 
-async fn reconnected(url: &str) -> Session {
+pub async fn reconnected(url: &str) -> Session {
     eventually("PostgreSQL takes connections", || async {
         let (session, connection) = tokio_postgres::connect(url, NoTls).await.ok()?;
         tokio::spawn(connection);

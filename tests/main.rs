@@ -22,6 +22,7 @@ mod explain;
 mod faults;
 mod filter;
 mod http_edges;
+mod history;
 mod install;
 mod keys;
 mod layers;

@@ -116,8 +116,10 @@ impl Source {
         let changelog = Changelog::connect(&self.server).await?;
         let epoch = changelog.epoch().await?;
         match place {
+            // The files of an earlier moment, put back, have the same epoch but have not come as far yet.
             Some(known)
                 if known.epoch == epoch
+                    && known.position.is_reached_by(&changelog.now().await?)
                     && changelog::horizon(&self.pool).await?.is_before_or_equal(&known.position.seen) => {}
             Some(known) => {
                 // Both or neither: if the start fails, the next try has to find the difference again.

@@ -35,6 +35,11 @@ impl Position {
     pub fn after(seen: Snapshot) -> Self {
         Self { seen, until: None, after: 0 }
     }
+
+    /// Whether a server with this snapshot has handed out all transaction ids that the position knows.
+    pub fn is_reached_by(&self, now: &Snapshot) -> bool {
+        self.until.as_ref().unwrap_or(&self.seen).xmax() <= now.xmax()
+    }
 }
 
 /// A page being read: its end is known, its changes arrive.
