@@ -1,4 +1,4 @@
-//! Histories that end: a standby takes over, a disk is put back, a dump comes into another cluster.
+//! Histories that end: a standby takes over, a disk is put back, a dump comes into another cluster, the schema is dropped.
 //! Whoever was there is told of a gap and then of everything after it; nobody waits in vain for what will never come.
 
 use std::path::PathBuf;
@@ -12,6 +12,7 @@ use crate::support::client::Client;
 use crate::support::database::{Database, connect, with_database};
 use crate::support::http::get;
 use crate::support::relay::Relay;
+use crate::support::stage::Stage;
 use crate::support::{eventually, token};
 
 const TABLE: &str = "create table t (id int primary key); grant select on t to authenticated;";
@@ -204,4 +205,35 @@ async fn a_changelog_that_came_with_a_dump_never_comes_up_as_new() {
     told(&mut client, 2..=3).await;
     assert_eq!(resumed(&relay, &foreign).await, 410);
     relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_drops_the_schema_and_installs_it_again_gets_a_gap_and_then_the_feed() {
+    // Nobody rings when the triggers are gone.
+    let often = |settings: &mut relay::config::Settings, _: &str| settings.poll_ms = Some(50);
+    let stage = Stage::with(&format!("{TABLE} select relay.watch('t')"), often).await;
+    let mut client = joined(&stage.relay).await;
+    stage.run("insert into t values (1)").await;
+    told(&mut client, 1..=1).await;
+    let old = cursor(&stage.relay).await;
+    stage.run("drop schema relay cascade; insert into t values (2)").await;
+    eventually("the feed is interrupted", || async { (!stage.relay.observe.is_ready()).then_some(()) }).await;
+    // Another table gets the number that `t` had.
+    stage
+        .run("create table other (id int primary key); grant select on other to authenticated; insert into other values (7)")
+        .await;
+    install(&stage.database.url).await;
+    stage.run("select relay.watch('other'), relay.watch('marker'), relay.watch('t')").await;
+    gap(&mut client).await;
+    assert_eq!(resumed(&stage.relay, &old).await, 410);
+    // The channel is bound anew: from its confirmation on everything is told, and nothing of the other table.
+    let confirmed = loop {
+        let frame = client.frame().await;
+        if frame[4]["status"] == "ok" && frame[3] == "system" {
+            break frame;
+        }
+    };
+    assert_eq!(confirmed[4]["message"], "Subscribed to PostgreSQL");
+    stage.run("insert into other values (8); insert into t values (3)").await;
+    assert_eq!(client.change().await["record"], json!({"id": 3}));
 }

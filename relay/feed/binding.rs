@@ -169,7 +169,9 @@ impl Feed {
         let claims = subscription.identity().claims();
         let catalog = self.binder.catalog.with_role(claims.role()).await?;
         let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
-            Scope::Relation(id) => Some((catalog.relation(id)?, binding)),
+            Scope::Relation(id, oid) => {
+                Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))
+            }
             Scope::Schema(_) | Scope::All => None,
         });
         let access = relation.and_then(|(relation, _)| relation.access(claims.role()));

@@ -56,6 +56,9 @@ impl Catalog {
 #[derive(Debug, Deserialize)]
 pub struct Relation {
     id: i32,
+    /// Its number in `pg_class`. The one under which it is watched is given out anew where the relay is installed anew.
+    #[serde(default)]
+    pub oid: u32,
     /// Its schema.
     pub schema: String,
     /// Its name.

@@ -180,8 +180,8 @@ impl Hash for Binding {
 /// The relations of a binding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
-    /// One relation.
-    Relation(RelationId),
+    /// One relation: the number under which it is watched, and its own.
+    Relation(RelationId, u32),
     /// Every watched relation of a schema, also those to come.
     Schema(String),
     /// Every watched relation, also those to come.
@@ -214,7 +214,10 @@ impl Subscription {
             let scope = match &request.target {
                 Target::All => Scope::All,
                 Target::Schema(schema) => Scope::Schema(schema.clone()),
-                Target::Table { .. } => Scope::Relation(readable(&identity, catalog, request)?.id()),
+                Target::Table { .. } => {
+                    let relation = readable(&identity, catalog, request)?;
+                    Scope::Relation(relation.id(), relation.oid)
+                }
             };
             let select = (!request.select.is_empty()).then(|| request.select.clone());
             bindings.push(Binding { id: request.id(), events: request.events, scope, filter, select });
@@ -236,9 +239,11 @@ impl Subscription {
     /// filter was read with: then it would wait for ever.
     pub fn is_stale(&self, catalog: &Catalog) -> bool {
         self.bindings.iter().any(|binding| match &binding.scope {
-            Scope::Relation(relation) => match catalog.relation(*relation) {
-                Some(relation) => binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation)),
-                None => true,
+            Scope::Relation(id, oid) => match catalog.relation(*id) {
+                Some(relation) if relation.oid == *oid => {
+                    binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation))
+                }
+                _ => true,
             },
             Scope::Schema(_) | Scope::All => false,
         })
@@ -247,7 +252,7 @@ impl Subscription {
     /// The bindings that concern a relation.
     pub fn concerning<'a>(&'a self, relation: &'a Relation) -> impl Iterator<Item = &'a Binding> {
         self.bindings.iter().filter(|binding| match &binding.scope {
-            Scope::Relation(id) => *id == relation.id(),
+            Scope::Relation(id, oid) => (*id, *oid) == (relation.id(), relation.oid),
             Scope::Schema(schema) => *schema == relation.schema,
             Scope::All => true,
         })
@@ -449,7 +454,7 @@ mod tests {
     fn subscriptions_are_the_same_only_if_they_mean_the_same_whatever_their_ids() {
         let subscription = |filter: Option<&str>, events| {
             let filter = filter.map(|filter| Arc::new(bound(filter, &one_column("int8", Some("int8")))));
-            let scope = Scope::Relation(RelationId(7));
+            let scope = Scope::Relation(RelationId(7), 0);
             let bindings = Arc::new([Binding { id: 1, events, scope, filter, select: None }]);
             Subscription { identity: identity("authenticated"), bindings }
         };
