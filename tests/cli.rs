@@ -11,7 +11,7 @@ use crate::support::program::{output, relay};
 use crate::support::{PATIENCE, SECRET, token};
 
 /// `relay serve`, and the address it says it serves on.
-async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>, String) {
+pub async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>, String) {
     let mut child =
         relay(&["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0"]).args(arguments).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -22,7 +22,7 @@ async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>, Str
     (child, lines, address)
 }
 
-async fn line_with(lines: &mut Lines<impl tokio::io::AsyncBufRead + Unpin>, text: &str) -> String {
+pub async fn line_with(lines: &mut Lines<impl tokio::io::AsyncBufRead + Unpin>, text: &str) -> String {
     tokio::time::timeout(PATIENCE, async {
         loop {
             let line = lines.next_line().await.unwrap().unwrap_or_else(|| panic!("no line has {text:?}"));
@@ -35,7 +35,7 @@ async fn line_with(lines: &mut Lines<impl tokio::io::AsyncBufRead + Unpin>, text
     .unwrap_or_else(|_| panic!("never said: {text:?}"))
 }
 
-fn signal(child: &Child, name: &str) {
+pub fn signal(child: &Child, name: &str) {
     let process = child.id().unwrap().to_string();
     assert!(std::process::Command::new("kill").args([name, &process]).status().unwrap().success());
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_postgres::{Client as Session, Notification};
 
 use relay::postgres::connect::Server;
@@ -52,8 +52,9 @@ async fn asleep(relay: &Relay, database: &Database) {
 
 /// Somebody else who listens, and the session to end with.
 async fn listener(database: &Database) -> (Session, UnboundedReceiver<Notification>) {
-    let (session, heard) =
-        Server::parse(&database.url, "listener", None).unwrap().connect_listening().await.unwrap();
+    let (sender, heard) = unbounded_channel();
+    let server = Server::parse(&database.url, "listener", None).unwrap();
+    let session = server.connect_listening(move |notification| _ = sender.send(notification)).await.unwrap();
     session.batch_execute("listen relay").await.unwrap();
     (session, heard)
 }

@@ -48,6 +48,7 @@ mod policy_withdrawn;
 mod refresh;
 mod resume;
 mod retention;
+mod strangers;
 mod tokens;
 mod websocket;
 mod wire;

@@ -166,7 +166,8 @@ async fn a_policy_that_notifies_is_not_heard() {
     let body = "perform pg_notify('evil', 'from the policy'); return true;";
     let stage = Stage::new(&with_evil(body)).await;
     let server = relay::postgres::connect::Server::parse(&stage.database.url, "test", None).unwrap();
-    let (listener, mut heard) = server.connect_listening().await.unwrap();
+    let (sender, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let listener = server.connect_listening(move |notification| _ = sender.send(notification)).await.unwrap();
     listener.batch_execute("listen evil").await.unwrap();
     check_others_unharmed(&stage).await;
     stage.run("notify evil, 'from the test'").await;

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use deadpool_postgres::{HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use futures_util::future::poll_fn;
-use tokio::sync::mpsc;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, Notification};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -150,23 +149,23 @@ impl Server {
         Ok(client)
     }
 
-    /// One connection that also hands on what it hears by LISTEN. The receiver ends when the connection does.
+    /// One connection that hands what it hears by LISTEN to `heard`, which is dropped when the connection ends.
     ///
     /// # Errors
     /// When the server cannot be reached or refuses.
-    pub async fn connect_listening(&self) -> Result<(Client, mpsc::UnboundedReceiver<Notification>), Error> {
+    pub async fn connect_listening(
+        &self,
+        mut heard: impl FnMut(Notification) + Send + 'static,
+    ) -> Result<Client, Error> {
         let (client, mut connection) = self.config.connect(self.tls.clone()).await?;
-        let (heard, notifications) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
-                if let AsyncMessage::Notification(notification) = message
-                    && heard.send(notification).is_err()
-                {
-                    break;
+                if let AsyncMessage::Notification(notification) = message {
+                    heard(notification);
                 }
             }
         });
         client.batch_execute(PATIENT).await?;
-        Ok((client, notifications))
+        Ok(client)
     }
 }

@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_postgres::{Client, Notification};
+use tokio_postgres::Client;
 
 use crate::postgres::connect::{Error, Server};
 
@@ -17,9 +17,19 @@ const PROBE: Duration = Duration::from_secs(2);
 /// The listening connection.
 pub struct Doorbell {
     client: Client,
-    heard: UnboundedReceiver<Notification>,
-    /// Among the rings that nobody waited for was one about the refresh schedule.
-    refresh_jobs: bool,
+    heard: watch::Receiver<Heard>,
+    /// What of it was answered.
+    answered: Heard,
+}
+
+/// How often it rang. Counted and not kept: anybody in the database may ring, as often as he likes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Heard {
+    rings: usize,
+    /// Of these, about the refresh schedule.
+    jobs: usize,
+    /// Of these, our own.
+    probes: usize,
 }
 
 /// What was heard at the door.
@@ -37,9 +47,17 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn connect(server: &Server) -> Result<Self, Error> {
-        let (client, heard) = server.connect_listening().await?;
+        let (ringing, heard) = watch::channel(Heard::default());
+        let ring = move |payload: &str| {
+            ringing.send_modify(|heard| {
+                heard.rings += 1;
+                heard.jobs += usize::from(payload.contains("\"refresh_jobs\""));
+                heard.probes += usize::from(payload.contains("\"probe\""));
+            });
+        };
+        let client = server.connect_listening(move |notification| ring(notification.payload())).await?;
         client.batch_execute("listen relay").await?;
-        Ok(Self { client, heard, refresh_jobs: false })
+        Ok(Self { client, heard, answered: Heard::default() })
     }
 
     /// Rings at our own door and tells whether it was heard.
@@ -47,17 +65,12 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn is_heard(&mut self) -> Result<bool, Error> {
+        let before = self.heard.borrow().probes;
         self.client.batch_execute("select pg_notify('relay', '{\"probe\":true}')").await?;
-        let probe = async {
-            while let Some(notification) = self.heard.recv().await {
-                if notification.payload().contains("\"probe\"") {
-                    return true;
-                }
-                self.refresh_jobs |= tells_of_jobs(&notification);
-            }
-            false
-        };
-        Ok(timeout(PROBE, probe).await.unwrap_or(false))
+        let probe = self.heard.wait_for(|heard| heard.probes > before);
+        let is_heard = timeout(PROBE, probe).await.is_ok_and(|probe| probe.is_ok());
+        self.drain();
+        Ok(is_heard)
     }
 
     /// Whether this database tells writers not to ring (`relay.doorbell = off`).
@@ -87,13 +100,13 @@ impl Doorbell {
     /// Whether the refresh schedule changed while nobody waited for a ring. Rings of writers are forgotten.
     pub fn refresh_jobs(&mut self) -> bool {
         self.drain();
-        std::mem::take(&mut self.refresh_jobs)
+        let jobs = self.heard.borrow().jobs;
+        std::mem::replace(&mut self.answered.jobs, jobs) < jobs
     }
 
+    /// Rings up to now need no answer, but for those about the refresh schedule.
     fn drain(&mut self) {
-        while let Ok(notification) = self.heard.try_recv() {
-            self.refresh_jobs |= tells_of_jobs(&notification);
-        }
+        self.answered = Heard { jobs: self.answered.jobs, ..*self.heard.borrow() };
     }
 
     /// Tells writers that they need not ring.
@@ -109,20 +122,12 @@ impl Doorbell {
     ///
     /// Cancel safe: a ring that was not returned is still there.
     pub async fn rung(&mut self) -> Option<Ring> {
-        if std::mem::take(&mut self.refresh_jobs) {
-            return Some(Ring::RefreshJobs);
-        }
-        let first = self.heard.recv().await?;
-        let mut jobs = tells_of_jobs(&first);
-        let mut count = 1;
-        while let Ok(more) = self.heard.try_recv() {
-            jobs |= tells_of_jobs(&more);
-            count += 1;
-        }
-        Some(if jobs { Ring::RefreshJobs } else { Ring::Changes(count) })
+        let before = self.answered;
+        let is_new = |heard: &Heard| heard.rings > before.rings || heard.jobs > before.jobs;
+        self.answered = *self.heard.wait_for(is_new).await.ok()?;
+        Some(match self.answered.jobs > before.jobs {
+            true => Ring::RefreshJobs,
+            false => Ring::Changes(self.answered.rings - before.rings),
+        })
     }
-}
-
-fn tells_of_jobs(notification: &Notification) -> bool {
-    notification.payload().contains("\"refresh_jobs\"")
 }

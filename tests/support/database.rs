@@ -81,6 +81,11 @@ pub fn with_database(url: &str, name: &str) -> String {
     format!("{server}/{name}")
 }
 
+/// The same database, as somebody else.
+pub fn with_login(url: &str, login: &str) -> String {
+    url.replacen("postgres@", &format!("{login}@"), 1)
+}
+
 fn template() -> String {
     format!("relay_template_{}", std::process::id())
 }
