@@ -216,3 +216,70 @@ async fn a_flood_of_rings_while_changes_wait_for_their_judgement_takes_no_memory
     drop(child);
     reading.await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_policy_or_filter_raises_is_in_no_log_and_no_answer_of_rows_and_polls() {
+    let database = Database::new().await;
+    database
+        .run(
+            "create table t (id int primary key, v text); alter table t enable row level security;
+             create function loud(text) returns bool language plpgsql as
+               $$ begin raise exception 'canary-raised % %', $1, current_setting('request.jwt.claims'); end $$;
+             create policy loud on t using (loud(v)); grant select on t to authenticated;
+             create table u (id int primary key, v text); alter table u enable row level security;
+             create policy cast_it on u using (v::int > 0); grant select on u to authenticated;
+             insert into t values (1, 'canary-row'); insert into u values (1, 'canary-row');
+             select relay.watch('t'), relay.watch('u')",
+        )
+        .await;
+    let mut program = crate::support::program::relay(&["serve", "--jwt-secret", crate::support::SECRET]);
+    program.args(["--listen", "127.0.0.1:0", "--database-url", &database.url]).env("RELAY_LOG", "trace");
+    let mut child = program.spawn().unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let (sender, mut said) = tokio::sync::watch::channel(String::new());
+    let reading = tokio::spawn(async move {
+        let mut piece = [0; 4096];
+        while let Ok(count @ 1..) = tokio::io::AsyncReadExt::read(&mut stderr, &mut piece).await {
+            sender.send_modify(|all| *all += &String::from_utf8_lossy(&piece[..count]));
+        }
+        sender
+    });
+    let is_up = said.wait_for(|text| text.contains("reading the changelog")).await.unwrap().clone();
+    let address = is_up.split("http://").nth(1).unwrap().split_whitespace().next().unwrap().parse().unwrap();
+    let token = token("authenticated", Some(ANN), json!({"email": "canary-email"}));
+    let mut answers = Vec::new();
+    for (query, headers) in [
+        ("table=t", ""),
+        ("table=u", ""),
+        ("table=t&filter=v=eq.canary-filter", ""),
+        ("table=t&filter=id=eq.canary-filter", ""),
+        ("table=canary-table", ""),
+        ("table=t&since=canary-cursor", ""),
+        ("table=t&canary=1", "x-canary: canary-header\r\nuser-agent: canary\r\n"),
+        ("table=t&wait=canary", ""),
+    ] {
+        let answer = get(address, &format!("/realtime/v1/changes?{query}&apikey={token}"), headers).await;
+        answers.push((query, answer.body.to_string()));
+    }
+    assert_eq!(get(address, "/realtime/v1/changes?table=t&apikey=canary.k.ey", "").await.status, 401);
+    let mut socket = Socket::at(&address.to_string(), "2.0.0", &token).await;
+    socket
+        .join("1", "realtime:canary-\u{1b}[31m\ntopic", json!({"postgres_changes": [{"table": "u"}]}))
+        .await;
+    let (_reply, _subscribed) = (socket.frame().await, socket.frame().await);
+    socket.try_send(Message::text("canary")).await;
+    database.run("update t set v = 'canary-after'; update u set v = 'canary-after'").await;
+    let judged = "relay_judgements_raised_total 0\n";
+    eventually("the policy raised", || async {
+        let metrics = crate::tokens::get(&address.to_string(), "/metrics").await;
+        (!metrics.contains(judged)).then_some(())
+    })
+    .await;
+    child.start_kill().unwrap();
+    let log = reading.await.unwrap().borrow().clone();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("canary") || line.contains(ANN)).collect();
+    assert!(told.is_empty(), "{}", told.join("\n"));
+    for (query, answer) in answers {
+        assert!(!answer.contains("canary-r") && !answer.contains("canary-email"), "{query}: {answer}");
+    }
+}

@@ -41,6 +41,14 @@ impl Error {
         }
     }
 
+    /// PostgreSQL's code for it, when it was PostgreSQL that refused.
+    pub fn code(&self) -> Option<&str> {
+        match self {
+            Self::Postgres(error) => error.code().map(SqlState::code),
+            Self::Pool(_) | Self::Unfit(_) => None,
+        }
+    }
+
     /// PostgreSQL's own word on it as `ERROR 22P02 (invalid_text_representation) …`, when it was PostgreSQL that refused.
     pub fn refusal(&self) -> Option<String> {
         let Self::Postgres(error) = self else { return None };

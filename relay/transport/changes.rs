@@ -154,7 +154,11 @@ async fn rows(app: &App, call: &Call) -> Answer {
             None => json(StatusCode::OK, app.budget.count(told(&found.cursor, found.rows))),
         },
         Err(why) => {
-            tracing::debug!(error = %why, "rows could not be read");
+            // What a policy raises may tell of rows and claims.
+            match why.code() {
+                Some(code) => tracing::debug!(code, "rows could not be read: PostgreSQL refused"),
+                None => tracing::debug!(error = %why, "rows could not be read"),
+            }
             match why.refusal() {
                 Some(_) if !why.is_transient() => error(StatusCode::FORBIDDEN, "the rows may not be read"),
                 _ => unavailable(),
