@@ -55,3 +55,4 @@ mod wire;
 mod wire_bindings;
 mod wire_edges;
 mod wire_life;
+mod writers;

@@ -1,0 +1,193 @@
+//! What writers and owners of tables may do beside plain inserts: two-phase commits, savepoints by the thousand, keys that
+//! change places, tables without a key, transactions held open, tables dropped and changelogs locked.
+
+use serde_json::{Value, json};
+
+use crate::crash::Cluster;
+use crate::support::client::Client;
+use crate::support::database::connect;
+use crate::support::relay::Relay;
+use crate::support::stage::Stage;
+use crate::support::{eventually, token};
+
+fn user() -> String {
+    token("authenticated", None, json!({}))
+}
+
+/// `t` with these columns, which everybody may read.
+async fn stage(columns: &str) -> Stage {
+    Stage::new(&format!(
+        "create table t ({columns}); grant select on t to authenticated; select relay.watch('t')"
+    ))
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prepared_transaction_is_told_once_it_is_committed_where_the_doorbell_is_off() {
+    let cluster = Cluster::start(&["-c", "max_prepared_transactions=4", "-c", "fsync=off"]).await;
+    let mut session = connect(&cluster.url).await;
+    relay::postgres::install::install(&mut session).await.unwrap();
+    session
+        .batch_execute(
+            "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')",
+        )
+        .await
+        .unwrap();
+    let relay = Relay::with(&cluster.url, |settings| settings.poll_ms = Some(20)).await;
+    let mut client = Client::connect(&relay, &user()).await;
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    eventually("the relay sleeps, so that writers ring", || async {
+        let row = session.query_one("select asleep from relay.health", &[]).await.unwrap();
+        row.get::<_, bool>(0).then_some(())
+    })
+    .await;
+    let refused = session.batch_execute("begin; insert into t values (0); prepare transaction 'loud'").await;
+    assert!(refused.unwrap_err().as_db_error().unwrap().message().contains("NOTIFY"));
+    session.batch_execute("rollback; set relay.doorbell = 'off'").await.unwrap();
+    for sql in [
+        "begin; insert into t values (1); prepare transaction 'one'",
+        "begin; insert into t values (2); prepare transaction 'two'",
+        "insert into t values (3)",
+    ] {
+        session.batch_execute(sql).await.unwrap();
+    }
+    assert_eq!(client.change().await["record"]["id"], 3);
+    session.batch_execute("rollback prepared 'two'").await.unwrap();
+    session.batch_execute("insert into t values (4)").await.unwrap();
+    assert_eq!(client.change().await["record"]["id"], 4);
+    session.batch_execute("commit prepared 'one'").await.unwrap();
+    assert_eq!(client.change().await["record"]["id"], 1);
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_thousand_savepoints_only_what_was_kept_is_told() {
+    let stage = stage("id int primary key").await;
+    let mut client = stage.join(&user()).await;
+    let step = |id: i32| {
+        let end = if id % 3 == 0 { "rollback to" } else { "release" };
+        format!("savepoint s; insert into t values ({id}); {end} s;")
+    };
+    stage.run(&format!("begin; {} commit", (1..=1000).map(step).collect::<String>())).await;
+    let told = stage.changes(&mut client).await;
+    let ids: Vec<i64> = told.iter().map(|change| change["record"]["id"].as_i64().unwrap()).collect();
+    assert_eq!(ids, (1..=1000).filter(|id| id % 3 != 0).collect::<Vec<i64>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_change_their_keys_are_told_with_the_old_key_and_the_new_one() {
+    let stage = stage("id int primary key deferrable, v text").await;
+    let mut client = stage.join(&user()).await;
+    stage.run("insert into t values (1, 'a'), (2, 'b'), (3, 'c')").await;
+    assert_eq!(stage.told(&mut client).await.len(), 3);
+    // Two change places, one moves away, and another comes to where it was.
+    stage.run("update t set id = 3 - id where id in (1, 2); update t set id = 9 where id = 3").await;
+    stage.run("insert into t values (3, 'd')").await;
+    let expected = [
+        r#"UPDATE {"id":2,"v":"a"} {"id":1}"#,
+        r#"UPDATE {"id":1,"v":"b"} {"id":2}"#,
+        r#"UPDATE {"id":9,"v":"c"} {"id":3}"#,
+        r#"INSERT {"id":3,"v":"d"}"#,
+    ];
+    assert_eq!(stage.told(&mut client).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_without_a_key_is_told_of_with_empty_old_rows_or_whole_ones() {
+    let stage = stage("v text").await;
+    let mut client = stage.join(&user()).await;
+    stage.run("insert into t values ('a'), ('a'); update t set v = 'b'; delete from t").await;
+    let expected = [
+        r#"INSERT {"v":"a"}"#,
+        r#"INSERT {"v":"a"}"#,
+        r#"UPDATE {"v":"b"} {}"#,
+        r#"UPDATE {"v":"b"} {}"#,
+        "DELETE {}",
+        "DELETE {}",
+    ];
+    assert_eq!(stage.told(&mut client).await, expected);
+    stage.run("alter table t replica identity full; insert into t values ('c'); update t set v = 'd'; delete from t").await;
+    let expected = [r#"INSERT {"v":"c"}"#, r#"UPDATE {"v":"d"} {"v":"c"}"#, r#"DELETE {"v":"d"}"#];
+    assert_eq!(stage.told(&mut client).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_held_open_holds_up_nobody_and_makes_no_look_dearer() {
+    let stage = stage("id int primary key").await;
+    let mut client = stage.join(&user()).await;
+    let holder = stage.database.connect().await;
+    holder.batch_execute("begin; insert into t values (-1)").await.unwrap();
+    stage
+        .run("do $$ begin for id in 1 .. 20000 loop insert into t values (id); commit; end loop; end $$")
+        .await;
+    let told = stage.changes(&mut client).await;
+    assert_eq!(told.len(), 20_000);
+    // What a look reads of the 20,000 changes that the open transaction is older than: pages of the index and the table.
+    let seen = stage.database.value("select pg_current_snapshot()").await;
+    stage.run("insert into t values (20001)").await;
+    let session = stage.database.connect().await;
+    session.batch_execute("set enable_seqscan = off").await.unwrap();
+    let explained =
+        format!("explain (analyze, buffers, format json) select * from relay.page('{seen}', null, 0)");
+    let plan: String = session
+        .simple_query(&explained)
+        .await
+        .unwrap()
+        .iter()
+        .find_map(|message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+            _ => None,
+        })
+        .unwrap();
+    let plan: Value = serde_json::from_str(&plan).unwrap();
+    let pages = &plan[0]["Plan"]["Shared Hit Blocks"].as_i64().unwrap()
+        + plan[0]["Plan"]["Shared Read Blocks"].as_i64().unwrap();
+    assert!(pages < 100, "{pages} pages: {plan}");
+    holder.batch_execute("commit").await.unwrap();
+    assert_eq!(stage.told(&mut client).await, [r#"INSERT {"id":20001}"#, r#"INSERT {"id":-1}"#]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_dropped_is_told_of_as_a_gap_and_ends_the_channel() {
+    let stage = stage("id int primary key").await;
+    let mut client = Client::connect(&stage.relay, &user()).await;
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    let mut other = stage.join(&user()).await;
+    stage.run("insert into t values (1); drop table t").await;
+    let mut told = Vec::new();
+    while told.len() < 2 {
+        let frame = client.frame().await;
+        if frame[3] == "system" {
+            told.push(frame[4]["message"].as_str().unwrap().to_owned());
+        }
+    }
+    assert!(
+        told[0].starts_with("Gap: ") && told[1].starts_with("Unable to subscribe to changes"),
+        "{told:?}"
+    );
+    // Nobody else is disturbed.
+    stage.changes(&mut other).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changelog_that_somebody_locks_delays_changes_and_loses_none() {
+    let stage = stage("id int primary key").await;
+    let mut client = stage.join(&user()).await;
+    stage.run("insert into t values (1)").await;
+    assert_eq!(stage.told(&mut client).await.len(), 1);
+    let (holder, writer) = (stage.database.connect().await, stage.database.connect().await);
+    holder
+        .batch_execute("begin; lock relay.changes, relay.changes_0 in access exclusive mode")
+        .await
+        .unwrap();
+    let writing = tokio::spawn(async move { writer.batch_execute("insert into t values (2)").await });
+    eventually("the writer and the relay wait", || async {
+        let waiting = "select count(*) >= 2 from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()";
+        stage.run("select pg_notify('relay', '')").await;
+        (stage.database.value(waiting).await == "t").then_some(())
+    })
+    .await;
+    holder.batch_execute("rollback").await.unwrap();
+    writing.await.unwrap().unwrap();
+    assert_eq!(stage.told(&mut client).await, [r#"INSERT {"id":2}"#]);
+}
