@@ -128,6 +128,12 @@ async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
     assert_eq!(code, 0, "{findings}");
     assert!(findings.contains("ok    t is watched"), "{findings}");
 
+    database.run("alter sequence relay.change_number cache 50").await;
+    let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
+    assert_eq!(code, 1);
+    assert!(findings.contains("alter sequence relay.change_number increment 1 cache 1"), "{findings}");
+    database.run("alter sequence relay.change_number increment 1 cache 1").await;
+
     database.run("alter table t disable trigger all").await;
     let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
     assert_eq!(code, 1);

@@ -62,6 +62,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.push(bell(server).await?);
     findings.push(prepared_transactions(&client).await?);
     findings.push(queue(&client).await?);
+    findings.push(numbers(&client).await?);
     findings.push(writable_schemas(&client).await?);
     findings.extend(roles(&judging).await?);
     findings.push(power(&judging).await?);
@@ -149,6 +150,19 @@ async fn queue(client: &Client) -> Result<Finding, Error> {
         ))
     } else {
         Good(format!("the NOTIFY queue is {percent:.1} % full"))
+    })
+}
+
+/// Each session takes numbers in advance when the sequence has a cache, and then not in the order of its writes.
+async fn numbers(client: &Client) -> Result<Finding, Error> {
+    let cached = "select seqcache > 1 or seqincrement < 1 from pg_sequence where seqrelid = 'relay.change_number'::regclass";
+    Ok(if client.query_one(cached, &[]).await?.get(0) {
+        Fault(String::from(
+            "the sequence relay.change_number was altered, so that changes of one row may come in the wrong order: \
+             alter sequence relay.change_number increment 1 cache 1",
+        ))
+    } else {
+        Good(String::from("changes are numbered in the order of their writes"))
     })
 }
 
