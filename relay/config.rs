@@ -362,6 +362,17 @@ mod tests {
     }
 
     #[test]
+    fn without_an_address_only_this_machine_is_listened_to() {
+        let settings = Settings {
+            database_url: Some(String::from("postgres://here/")),
+            jwt_secret: Some("s".repeat(32)),
+            ..Settings::default()
+        };
+        let Ok(config) = settings.resolve() else { panic!("these settings can be resolved") };
+        assert!(config.listen.ip().is_loopback());
+    }
+
+    #[test]
     fn the_file_fills_what_flags_leave_open() {
         let path = std::env::temp_dir().join(format!("relay-config-{}.toml", std::process::id()));
         std::fs::write(&path, "database-url = \"postgres://file/\"\npoll-ms = 7\ninstall = true\n").unwrap();

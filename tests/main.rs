@@ -28,6 +28,7 @@ mod keys;
 mod layers;
 mod limits;
 mod limits_speech;
+mod machine;
 mod order;
 mod policy;
 mod policy_cost;

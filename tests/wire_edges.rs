@@ -212,10 +212,15 @@ async fn a_message_may_have_five_megabytes_and_not_one_byte_more() {
 
 /// A raw connection after its handshake, for frames that no client library would send.
 async fn raw(stage: &Stage) -> TcpStream {
+    raw_with(stage, "").await
+}
+
+/// The same with more headers, a line each.
+async fn raw_with(stage: &Stage, headers: &str) -> TcpStream {
     let mut stream = TcpStream::connect(stage.relay.address).await.unwrap();
     let request = format!(
         "GET /socket/websocket?vsn=2.0.0&apikey={} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n",
         anon()
     );
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -226,7 +231,21 @@ async fn raw(stage: &Stage) -> TcpStream {
     let head = String::from_utf8(head).unwrap();
     assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
     assert!(head.to_lowercase().contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="), "{head}");
+    assert!(!head.to_lowercase().contains("sec-websocket-extensions"), "{head}");
     stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compression_is_not_agreed_on_and_a_compressed_frame_closes_the_socket() {
+    let stage = Stage::new("").await;
+    let offer = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n";
+    let mut stream = raw_with(&stage, offer).await;
+    // The text "Hello" as a client that compresses would send it.
+    let frame = [0xc1, 0x87, 0, 0, 0, 0, 0xf2, 0x48, 0xcd, 0xc9, 0xc9, 0x07, 0x00];
+    stream.write_all(&frame).await.unwrap();
+    let mut close = [0; 4];
+    stream.read_exact(&mut close).await.unwrap();
+    assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1002));
 }
 
 #[tokio::test(flavor = "multi_thread")]

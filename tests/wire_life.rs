@@ -227,3 +227,45 @@ async fn a_refresh_in_time_carries_a_channel_past_the_end_of_its_first_token() {
     stage.run(&format!("insert into t values (1, '{ANN}')")).await;
     assert_eq!(client.frame().await[3], "postgres_changes", "neither an end nor a close came before");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_comes_to_a_channel_after_the_reply_to_its_leave_however_much_is_on_its_way() {
+    let stage = Stage::new(TABLE).await;
+    let config = json!({"postgres_changes": [{"event": "*", "schema": "public", "table": "t"}]});
+    let writer = stage.database.connect().await;
+    let writing = tokio::spawn(async move {
+        for id in 1.. {
+            writer.batch_execute(&format!("insert into t values ({id}, '{ANN}')")).await.unwrap();
+        }
+    });
+    for _ in 0..20 {
+        let mut socket = Socket::open(&stage.relay, "2.0.0", &user(ANN)).await;
+        socket.join("1", "realtime:t", config.clone()).await;
+        while socket.frame().await[3] != "postgres_changes" {}
+        socket.push(json!("1"), json!("2"), "realtime:t", "phx_leave", json!({})).await;
+        let reply = loop {
+            let frame = socket.frame().await;
+            if frame[3] != "postgres_changes" {
+                break frame;
+            }
+        };
+        assert_eq!((&reply[1], &reply[3]), (&json!("2"), &json!("phx_reply")));
+        assert_eq!(socket.frame().await, json!(["1", "1", "realtime:t", "phx_close", {}]));
+        socket.is_quiet().await;
+    }
+    writing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_writes_upon_the_reply_to_a_join_is_told_of_it() {
+    let stage = Stage::new(TABLE).await;
+    let config = json!({"postgres_changes": [{"event": "*", "schema": "public", "table": "t"}]});
+    for id in 1..=30 {
+        let mut socket = Socket::open(&stage.relay, "2.0.0", &user(ANN)).await;
+        socket.join("1", "realtime:t", config.clone()).await;
+        assert_eq!(socket.frame().await[3], "phx_reply");
+        stage.run(&format!("insert into t values ({id}, '{ANN}')")).await;
+        assert_eq!(socket.frame().await[3], "system");
+        assert_eq!(socket.frame().await[4]["data"]["record"]["id"], id);
+    }
+}

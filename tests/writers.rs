@@ -191,3 +191,44 @@ async fn a_changelog_that_somebody_locks_delays_changes_and_loses_none() {
     writing.await.unwrap().unwrap();
     assert_eq!(stage.told(&mut client).await, [r#"INSERT {"id":2}"#]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_replication_brings_are_told() {
+    let (from, to) = (Cluster::start(&["-c", "wal_level=logical"]).await, Cluster::start(&[]).await);
+    let table = "create table t (id int primary key, v text)";
+    let source = connect(&from.url).await;
+    source.batch_execute(&format!("{table}; insert into t values (1, 'before')")).await.unwrap();
+    source.batch_execute("create publication p for table t").await.unwrap();
+    let mut session = connect(&to.url).await;
+    relay::postgres::install::install(&mut session).await.unwrap();
+    session
+        .batch_execute(&format!("{table}; grant select on t to authenticated; select relay.watch('t')"))
+        .await
+        .unwrap();
+    let relay = Relay::start(&to.url).await;
+    let mut client = Client::connect(&relay, &user()).await;
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    session
+        .batch_execute(&format!("create subscription s connection '{}' publication p", from.url))
+        .await
+        .unwrap();
+    assert_eq!(client.change().await["record"], json!({"id": 1, "v": "before"}));
+    source
+        .batch_execute(
+            "insert into t values (2, 'a'); update t set v = 'b' where id = 2; delete from t where id = 1",
+        )
+        .await
+        .unwrap();
+    let mut told = Vec::new();
+    for _ in 0..3 {
+        let change = client.change().await;
+        told.push((change["type"].as_str().unwrap().to_owned(), change["record"]["v"].clone()));
+    }
+    assert_eq!(
+        told,
+        [("INSERT", json!("a")), ("UPDATE", json!("b")), ("DELETE", Value::Null)]
+            .map(|(kind, v)| (kind.to_owned(), v))
+    );
+    session.batch_execute("drop subscription s").await.unwrap();
+    relay.stop().await;
+}
