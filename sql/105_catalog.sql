@@ -260,7 +260,16 @@ set search_path = '' as $$
 $$;
 comment on function relay.known_kind(oid, oid) is 'kind of values that the relay compares as PostgreSQL does';
 
--- relay.catalog(roles) : every watched relation that exists, and what each of the roles may see of it
+-- relay.capture_mode(relation, id) : how its capturing trigger is enabled, as pg_trigger.tgenabled says; null: there is none
+create or replace function relay.capture_mode(relation oid, id int) returns "char"
+language sql stable as $$
+  select t.tgenabled from pg_catalog.pg_trigger t
+  where t.tgrelid = $1 and t.tgname = ('00_relay_capture_' || $2)::pg_catalog.name
+$$;
+comment on function relay.capture_mode(oid, int) is 'how the capturing trigger of a watched relation is enabled';
+
+-- relay.catalog(roles) : every watched relation whose changes are captured, and what each of the roles may see of it
+-- Whoever is subscribed to one that drops out, because its trigger was disabled or dropped, is told so.
 -- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access".
 create or replace function relay.catalog(roles text[]) returns jsonb
 language sql stable
@@ -291,6 +300,7 @@ set jit = off as $$
   from relay.watch_list w
   join pg_catalog.pg_class c on c.oid = w.relation
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+  where c.relkind = 'm' or relay.capture_mode(w.relation, w.id) in ('A', 'O')
 $$;
 comment on function relay.catalog(text[]) is 'watched relations with columns, key, and what each role may see of them';
 
@@ -310,7 +320,7 @@ begin
   select pg_catalog.concat_ws('|',
     -- The roles themselves too: one more of them may be reachable from the others already.
     roles::text,
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', w.id, w.relation::oid, w.leave_events), ';' order by w.id)
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', w.id, w.relation::oid, w.leave_events, relay.capture_mode(w.relation, w.id)), ';' order by w.id)
      from relay.watch_list w),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.relation::oid, p.policy), ';' order by p.relation::oid)
      from relay.read_policies p),

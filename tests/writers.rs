@@ -170,6 +170,43 @@ async fn a_table_that_is_dropped_is_told_of_as_a_gap_and_ends_the_channel() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_table_whose_trigger_is_disabled_or_dropped_is_told_of_as_a_gap_and_refused_until_it_is_watched_anew()
+ {
+    let stage = stage("id int primary key").await;
+    let binding = json!({"event": "*", "schema": "public", "table": "t"});
+    let trigger =
+        stage.database.value("select tgname from pg_trigger where tgrelid = 't'::regclass order by 1").await;
+    for (id, change) in [
+        (1, String::from("alter table t disable trigger all")),
+        (2, String::from("alter table t disable trigger user")),
+        (3, format!("alter table t enable replica trigger \"{trigger}\"")),
+        (4, format!("drop trigger \"{trigger}\" on t")),
+    ] {
+        let mut client = stage.subscribe(&user(), json!([binding])).await;
+        stage.run(&change).await;
+        let mut told = Vec::new();
+        while told.len() < 2 {
+            let frame = client.frame().await;
+            assert_eq!(frame[3], "system", "{frame}");
+            told.push(frame[4]["message"].as_str().unwrap().to_owned());
+        }
+        assert!(told[0].starts_with("Gap: ") && told[1].contains("The table must be watched"), "{told:?}");
+        assert!(
+            stage.answer(&user(), binding.clone()).await.contains("The table must be watched"),
+            "{change}"
+        );
+        stage.run("select relay.watch('t')").await;
+        let mut client = stage.subscribe(&user(), json!([binding])).await;
+        stage.run(&format!("insert into t values ({id})")).await;
+        assert_eq!(stage.told(&mut client).await, [format!(r#"INSERT {{"id":{id}}}"#)]);
+    }
+    // Enabled again by hand it captures what ordinary sessions write.
+    let mut client = stage.subscribe(&user(), json!([binding])).await;
+    stage.run("begin; alter table t disable trigger all; alter table t enable trigger all; commit; insert into t values (9)").await;
+    assert_eq!(stage.told(&mut client).await, [r#"INSERT {"id":9}"#]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_changelog_that_somebody_locks_delays_changes_and_loses_none() {
     let stage = stage("id int primary key").await;
     let mut client = stage.join(&user()).await;
