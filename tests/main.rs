@@ -46,6 +46,7 @@ mod policy_rewrites;
 mod policy_shapes;
 mod policy_ways;
 mod policy_withdrawn;
+mod promises;
 mod refresh;
 mod resume;
 mod retention;

@@ -1,0 +1,49 @@
+//! The table of faults in `FAULTS.md` names only tests that there are, and leaves none of its rows without a word.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// All functions of the sources, each as `file::name`.
+fn functions() -> BTreeSet<String> {
+    fn collect(folder: &Path, found: &mut BTreeSet<String>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let module = path.file_stem().unwrap().to_str().unwrap();
+                let text = fs::read_to_string(&path).unwrap();
+                for name in text.lines().filter_map(|line| line.split_once("fn ")?.1.split_once('(')) {
+                    found.insert(format!("{module}::{}", name.0));
+                }
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = BTreeSet::new();
+    for folder in ["relay", "tests"] {
+        collect(&root.join(folder), &mut found);
+    }
+    found
+}
+
+#[test]
+fn every_fault_has_a_test_that_there_is_or_a_reason_why_not() {
+    let table = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/FAULTS.md")).unwrap();
+    let functions = functions();
+    let mut rows = 0;
+    for line in table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| #")) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        rows += 1;
+        assert!(cells.len() == 4 && cells[0] == rows.to_string(), "row {rows}: {line}");
+        let shown = cells[3];
+        let tests: Vec<&str> = shown.split('`').skip(1).step_by(2).collect();
+        for test in &tests {
+            assert!(functions.contains(*test), "row {rows}: there is no test {test}");
+        }
+        let is_told = !tests.is_empty() || shown == "(to come)" || shown.starts_with("none: ");
+        assert!(is_told, "row {rows}: neither a test nor a reason: {line}");
+    }
+    assert!(rows > 90, "where is the table?");
+}
