@@ -140,7 +140,7 @@ async fn a_transaction_held_open_holds_up_nobody_and_makes_no_look_dearer() {
         })
         .unwrap();
     let plan: Value = serde_json::from_str(&plan).unwrap();
-    let pages = &plan[0]["Plan"]["Shared Hit Blocks"].as_i64().unwrap()
+    let pages = plan[0]["Plan"]["Shared Hit Blocks"].as_i64().unwrap()
         + plan[0]["Plan"]["Shared Read Blocks"].as_i64().unwrap();
     assert!(pages < 100, "{pages} pages: {plan}");
     holder.batch_execute("commit").await.unwrap();
@@ -204,6 +204,29 @@ async fn a_table_whose_trigger_is_disabled_or_dropped_is_told_of_as_a_gap_and_re
     let mut client = stage.subscribe(&user(), json!([binding])).await;
     stage.run("begin; alter table t disable trigger all; alter table t enable trigger all; commit; insert into t values (9)").await;
     assert_eq!(stage.told(&mut client).await, [r#"INSERT {"id":9}"#]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_follows_a_whole_schema_and_may_see_a_table_is_told_when_it_is_watched_no_more() {
+    for change in ["alter table t disable trigger all", "select relay.unwatch('t')", "drop table t"] {
+        let stage = stage("id int primary key").await;
+        let mut ann = stage.join(&user()).await;
+        let mut stranger = stage.join(&token("anon", None, json!({}))).await;
+        stage.run("insert into t values (1)").await;
+        assert_eq!(stage.told(&mut ann).await.len(), 1);
+        assert_eq!(stage.told(&mut stranger).await.len(), 0);
+        stage.run(&format!("{change}; insert into marker values (default), (default)")).await;
+        for (client, expected) in [(&mut ann, 1), (&mut stranger, 0)] {
+            let mut gaps = 0;
+            let mut markers = 0;
+            while markers < 2 {
+                let frame = client.frame().await;
+                gaps += i32::from(frame[4]["message"].as_str().is_some_and(|text| text.starts_with("Gap: ")));
+                markers += i32::from(frame[4]["data"]["table"] == "marker");
+            }
+            assert_eq!(gaps, expected, "{change}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

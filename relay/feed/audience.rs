@@ -125,12 +125,15 @@ impl Audience {
 
     /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
     /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew.
-    pub fn leave_what_is_gone(&self, catalog: &Catalog, cursor: &str) {
+    /// Whoever subscribed to a whole schema is told of what was there `before` and is not any more.
+    pub fn leave_what_is_gone(&self, before: Option<&Catalog>, catalog: &Catalog, cursor: &str) {
         if self.subscription.is_stale(catalog) {
             self.tell_gap(ALTERED, cursor);
             for (channel, outbox) in &self.members {
                 outbox.rebind(*channel);
             }
+        } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
+            self.tell_gap(ALTERED, cursor);
         }
     }
 

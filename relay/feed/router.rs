@@ -331,7 +331,7 @@ impl Router {
             self.readerships.forget();
             let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
             for (_, audience) in &self.audiences {
-                audience.leave_what_is_gone(&catalog, &here);
+                audience.leave_what_is_gone(self.judged_with.as_deref(), &catalog, &here);
             }
             self.judged_with = Some(Arc::clone(&catalog));
         }

@@ -249,6 +249,16 @@ impl Subscription {
         })
     }
 
+    /// Whether a relation that it had `before` is not watched any more.
+    pub fn loses(&self, before: &Catalog, now: &Catalog) -> bool {
+        let is_gone = |had: &Relation| now.relation(had.id()).is_none_or(|has| has.oid != had.oid);
+        let had = |relation: &Relation| {
+            self.concerning(relation).next().is_some()
+                && relation.access(self.identity.claims().role()).is_some()
+        };
+        before.relations().any(|relation| is_gone(relation) && had(relation))
+    }
+
     /// The bindings that concern a relation.
     pub fn concerning<'a>(&'a self, relation: &'a Relation) -> impl Iterator<Item = &'a Binding> {
         self.bindings.iter().filter(|binding| match &binding.scope {
