@@ -39,6 +39,8 @@ const FILTER_LIMIT: Duration = Duration::from_secs(1);
 const LIMIT: Duration = Duration::from_secs(60);
 /// Parts on their way from the source to the router: one being judged, one read ahead.
 const PARTS: usize = 2;
+/// Files that clients leave open: connections to PostgreSQL may have to be made anew while all others are taken.
+const SPARE: usize = 48;
 /// Sessions and tasks get this long to end.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -165,8 +167,24 @@ async fn prepare(server: &Server, wanted: bool) -> Result<(), Error> {
     }
 }
 
+/// How many connections there may be, by how many files this process may have open, where the system tells it.
+fn most_connections() -> usize {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let files =
+        limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
+    files
+        .and_then(|files| files.parse::<usize>().ok())
+        .map_or(usize::MAX, |files| files.saturating_sub(SPARE))
+}
+
 async fn accept(app: &Arc<App>, listener: &TcpListener) {
+    let most = most_connections();
     loop {
+        if app.sessions.len() >= most {
+            tracing::warn!(most, "a connection could not be accepted: too few files may be open (ulimit -n)");
+            sleep(Duration::from_millis(100)).await;
+            continue;
+        }
         match listener.accept().await {
             Ok((stream, address)) => {
                 // Frames are small and wanted at once.
