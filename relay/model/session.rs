@@ -756,7 +756,7 @@ mod tests {
         #[test]
         fn every_answer_is_a_frame_of_its_version(version in 1..3_u8, frames in proptest::collection::vec(nearly(), 0..12)) {
             let version = if version == 1 { Version::V1 } else { Version::V2 };
-            let mut session = Session::new(7, version, claims("own", 9000));
+            let mut session = Session::new(7, version, claims("own", 9000), 100);
             let mut delivering = HashSet::new();
             for [join_ref, reference, topic, event, payload] in frames {
                 let frame = match version {

@@ -62,7 +62,7 @@ struct Stage {
 impl Stage {
     fn new(version: Version) -> Self {
         Self {
-            session: Session::new(7, version, claims("own", 9000)),
+            session: Session::new(7, version, claims("own", 9000), 100),
             now: 1000,
             binding: VecDeque::new(),
             latest: HashMap::new(),
