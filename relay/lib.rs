@@ -74,9 +74,13 @@ pub mod feed {
     pub mod gate;
     pub mod stretch;
     pub mod router;
+    pub mod command;
+    pub mod audiences;
     pub mod audience;
     pub mod budget;
     pub mod outbox;
+    pub mod past;
+    pub mod convoy;
     pub mod follower;
     pub mod bookmarks;
     pub mod binding;

@@ -15,8 +15,8 @@ use crate::config::Config;
 use crate::feed::binding::{Binder, Feed};
 use crate::feed::bookmarks::Keeper;
 use crate::feed::budget::Budget;
-use crate::feed::follower::Past;
 use crate::feed::gate::Gate;
+use crate::feed::past::Past;
 use crate::feed::router::Router;
 use crate::feed::source::Source;
 use crate::observe::Observe;
@@ -97,10 +97,11 @@ pub async fn serve(
     let census = Census::new(judge.clone(), config.judge_timeout);
     let rows = Rows::new(&main, &judge, config.judge_timeout)?;
     let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
-    let past = Past::new(main.clone(), pool, Arc::clone(&catalog), past);
+    let past = Arc::new(Past::new(main.clone(), pool, Arc::clone(&catalog), past));
     let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume)?);
     tasks.spawn(keeping.run(feed_end.clone()));
-    let router = Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe));
+    let router =
+        Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe), Arc::clone(&past), commands_in.clone());
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
     tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
     tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));

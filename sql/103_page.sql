@@ -98,6 +98,21 @@ $$;
 comment on function relay.page(pg_snapshot, pg_snapshot, bigint) is
   'one page of the changelog: a header row, then the changes finished after the first snapshot, in order';
 
+-- relay.page_relations(seen, until, after_number) : the relations of the changes of such a page; 0 is the schema
+create or replace function relay.page_relations(seen pg_snapshot, until pg_snapshot, after_number bigint) returns setof int
+language sql stable as $$
+  select c.relation
+  from relay.changes c
+  where c.xid >= pg_catalog.pg_snapshot_xmax($1) and c.xid < pg_catalog.pg_snapshot_xmax($2)
+    and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
+  union
+  select c.relation
+  from relay.changes c
+  where c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
+    and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
+$$;
+comment on function relay.page_relations(pg_snapshot, pg_snapshot, bigint) is 'the relations of a page''s changes after a number';
+
 -- relay.flush() : makes everything up to now survive a crash, once the caller has committed with synchronous_commit on
 create or replace function relay.flush() returns void
 language sql volatile

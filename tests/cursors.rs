@@ -318,8 +318,8 @@ async fn who_comes_back_after_a_large_transaction_waits_for_nobody() {
     let stage = stage().await;
     let start = cursor(&ask(&stage.relay, "t", "").await);
     stage.run("insert into t select n, null, repeat('x', 400) from generate_series(1, 20000) n").await;
-    eventually("all is read", || async {
-        (count(&stage.relay, "relay_changes_read_total") >= 20_000.0).then_some(())
+    eventually("it is being read", || async {
+        (count(&stage.relay, "relay_changes_read_total") >= 4_000.0).then_some(())
     })
     .await;
     let mut since = start;

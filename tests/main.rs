@@ -25,6 +25,7 @@ mod http_edges;
 mod history;
 mod install;
 mod keys;
+mod large_transactions;
 mod layers;
 mod limits;
 mod limits_speech;

@@ -17,6 +17,18 @@ use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Binding, Events, Subscription};
 
+/// A channel's place among the audiences.
+pub struct Registration {
+    /// How its frames are written.
+    pub dress: Dress,
+    /// What it receives.
+    pub subscription: Subscription,
+    /// What it has already, when it came with a cursor.
+    pub since: Option<Cursor>,
+    /// Where frames go.
+    pub outbox: Arc<Outbox>,
+}
+
 /// What makes channels one audience: they get the same frames.
 #[derive(PartialEq, Eq, Hash)]
 pub struct AudienceKey {
@@ -106,6 +118,15 @@ impl Audience {
     /// Lets a channel go.
     pub fn remove(&mut self, channel: ChannelId) {
         self.members.remove(&channel);
+    }
+
+    /// Its channels, each as it was registered.
+    pub fn into_registrations(self) -> impl Iterator<Item = (ChannelId, Registration)> {
+        let Self { key, subscription, members } = self;
+        members.into_iter().map(move |(channel, outbox)| {
+            let (dress, since) = (key.dress.clone(), key.since.clone());
+            (channel, Registration { dress, subscription: subscription.clone(), since, outbox })
+        })
     }
 
     /// Whether no channel is left.

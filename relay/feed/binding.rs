@@ -9,10 +9,11 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
+use crate::feed::audience::Registration;
 use crate::feed::bookmarks::Keeper;
-use crate::feed::follower::Past;
+use crate::feed::command::Command;
 use crate::feed::outbox::Outbox;
-use crate::feed::router::{Command, Registration};
+use crate::feed::past::Past;
 use crate::model::bookmark::{BookmarkKey, Opened};
 use crate::model::bound_filter::BoundFilter;
 use crate::model::change::RelationId;
@@ -83,11 +84,11 @@ impl Feed {
     pub fn new(
         binder: Binder,
         router: UnboundedSender<Command>,
-        past: Past,
+        past: Arc<Past>,
         rows: Rows,
         bookmarks: Keeper,
     ) -> Self {
-        Self { binder: Arc::new(binder), router, past: Arc::new(past), rows: Arc::new(rows), bookmarks }
+        Self { binder: Arc::new(binder), router, past, rows: Arc::new(rows), bookmarks }
     }
 
     /// Binds a channel's requests to an identity.
@@ -192,8 +193,8 @@ impl Feed {
         let _ = self.router.send(command);
     }
 
-    pub(super) fn past(&self) -> &Past {
-        &self.past
+    pub(super) fn past(&self) -> Arc<Past> {
+        Arc::clone(&self.past)
     }
 }
 

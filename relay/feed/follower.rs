@@ -1,49 +1,26 @@
-//! Somebody who comes with a cursor: first what was missed, from the changelog, then what is delivered to everybody.
+//! Somebody who comes with a cursor: first what was missed, then what is delivered to everybody.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use deadpool_postgres::Pool;
-use tokio::sync::{Mutex, Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::sleep;
 
-use crate::feed::audience::{ALTERED, Audience, AudienceKey};
+use crate::feed::audience::{ALTERED, Audience, AudienceKey, Registration};
 use crate::feed::binding::Feed;
+use crate::feed::command::{Command, Handover};
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
-use crate::feed::router::{Command, Handover, Registration};
-use crate::feed::source::{PART_BYTES, PART_CHANGES};
+use crate::feed::past::{Listeners, Missed};
 use crate::feed::stretch::{Stretch, tell_one};
-use crate::model::cursor::{Cursor, Snapshot, Span};
+use crate::model::cursor::Cursor;
 use crate::model::dress::Dress;
 use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
-use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::changelog::{self, Changelog, Position};
-use crate::postgres::connect::{Error, Server};
 
-/// Readers of the past at a time: a storm of them queues here, and not at the database.
-const AT_ONCE: usize = 4;
-/// A connection is kept so long for the next reader.
-const SPARE: Duration = Duration::from_secs(5);
 /// The longest pause before the router is asked again whether it is ready.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// One reader's turn; a long past takes several.
-const TURN: Duration = Duration::from_secs(2);
-
-/// Reads the past for those who missed it.
-pub struct Past {
-    server: Server,
-    pool: Pool,
-    catalog: Arc<CatalogKeeper>,
-    /// Apart from the gate of what happens now, which must not wait for the past.
-    gate: Gate,
-    turns: Semaphore,
-    /// Connections whose last reader came to the end, and since when nobody has used them.
-    spare: Mutex<Vec<(Changelog, Instant)>>,
-    judged_with: Mutex<Option<Arc<Catalog>>>,
-}
 
 /// A channel that came with a cursor. It leaves when it is dropped.
 pub struct Follower {
@@ -68,162 +45,6 @@ pub enum Progress {
     /// The outbox has so much that it is to be read first.
     More,
 }
-
-/// Why a cursor leads nowhere.
-#[derive(Debug)]
-pub enum Missed {
-    /// What was missed cannot be had any more, and why: read the rows again.
-    Gap(&'static str),
-    /// The database cannot be asked now.
-    Unavailable(Error),
-}
-
-impl From<Error> for Missed {
-    fn from(error: Error) -> Self {
-        Self::Unavailable(error)
-    }
-}
-
-impl Past {
-    /// Reads the changelog of `server`; `pool` is for questions while a page is open.
-    pub fn new(server: Server, pool: Pool, catalog: Arc<CatalogKeeper>, gate: Gate) -> Self {
-        Self {
-            server,
-            pool,
-            catalog,
-            gate,
-            turns: Semaphore::new(AT_ONCE),
-            spare: Mutex::default(),
-            judged_with: Mutex::new(None),
-        }
-    }
-
-    /// Whether the cursor is of a moment that has been, and whose changes are still there.
-    async fn check(&self, cursor: &Cursor) -> Result<(), Missed> {
-        let _turn = self.turns.acquire().await;
-        let changelog = self.changelog().await?;
-        let checked = self.check_with(&changelog, cursor).await;
-        self.put_back(changelog).await;
-        checked
-    }
-
-    /// The connection of a reader before, when many come one after the other; else a new one.
-    async fn changelog(&self) -> Result<Changelog, Error> {
-        let mut spare = self.spare.lock().await;
-        spare.retain(|(changelog, since)| since.elapsed() < SPARE && changelog.is_open());
-        let known = spare.pop();
-        drop(spare);
-        match known {
-            Some((changelog, _)) => Ok(changelog),
-            None => Changelog::connect(&self.server).await,
-        }
-    }
-
-    /// Keeps a connection for the next reader. One on which a page was not read to its end is dropped instead: the rest
-    /// of the page would still come.
-    async fn put_back(&self, changelog: Changelog) {
-        self.spare.lock().await.push((changelog, Instant::now()));
-    }
-
-    async fn check_with(&self, changelog: &Changelog, cursor: &Cursor) -> Result<(), Missed> {
-        let now = changelog.now().await?;
-        let reach = cursor.within().map_or(cursor.seen().xmax(), |within| within.until().xmax());
-        match () {
-            () if changelog.epoch().await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
-            () if reach > now.xmax() => Err(Missed::Gap("the cursor is of a moment that has not been")),
-            () => self.check_kept(cursor.seen()).await,
-        }
-    }
-
-    /// Whether everything after the snapshot is still there.
-    async fn check_kept(&self, seen: &Snapshot) -> Result<(), Missed> {
-        match changelog::horizon(&self.pool).await?.is_before_or_equal(seen) {
-            true => Ok(()),
-            false => Err(Missed::Gap(TOO_OLD)),
-        }
-    }
-
-    /// What was planned with other rules is forgotten.
-    async fn judge_with(&self, catalog: &Arc<Catalog>) {
-        let mut judged_with = self.judged_with.lock().await;
-        if !judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog)) {
-            self.gate.forget().await;
-            *judged_with = Some(Arc::clone(catalog));
-        }
-    }
-
-    /// Tells an audience of one what was delivered to others a moment ago.
-    async fn tell_again(&self, missed: &[Arc<Stretch>], audience: &Audience) -> Result<(), Missed> {
-        let is_news = missed.iter().any(|stretch| stretch.more || stretch.is_news());
-        let catalog = if is_news { self.catalog.reloaded().await? } else { self.catalog.fresh().await? };
-        self.judge_with(&catalog).await;
-        if audience.subscription().is_stale(&catalog) {
-            return Err(Missed::Gap(ALTERED));
-        }
-        for stretch in missed {
-            tell_one(&self.gate, &catalog, stretch, audience).await?;
-        }
-        Ok(())
-    }
-
-    /// Tells an audience of one what lies between two cursors; stops when its outbox has enough, or for others to have their
-    /// turn. Gives where it stands then, and whether that is the end.
-    async fn tell(
-        &self,
-        since: &Cursor,
-        to: &Cursor,
-        audience: &Audience,
-        outbox: &Outbox,
-    ) -> Result<(Cursor, bool), Missed> {
-        let _turn = self.turns.acquire().await;
-        let changelog = self.changelog().await?;
-        self.check_with(&changelog, since).await?;
-        let started = Instant::now();
-        let has_enough = || outbox.is_behind() || outbox.is_full() || started.elapsed() > TURN;
-        let mut position = Position::after(since.seen().clone());
-        if let Some(within) = since.within() {
-            position.until = Some(within.until().clone());
-            position.after = within.number();
-        }
-        loop {
-            // The page in which the cursor stands goes first, to its own end.
-            let until = position.until.clone().unwrap_or_else(|| to.seen().clone());
-            position.until = Some(until.clone());
-            let span =
-                Arc::new(Span { epoch: since.epoch(), seen: position.seen.clone(), until: until.clone() });
-            let mut page = changelog.open(&position).await?;
-            // While it is open nothing can be trimmed; what was trimmed before would be missing in it.
-            self.check_kept(&position.seen).await?;
-            loop {
-                let (changes, more) = page.part(PART_CHANGES, PART_BYTES).await?;
-                let Some(last) = changes.last().map(|change| change.number) else { break };
-                let catalog = self.catalog.reloaded().await?;
-                self.judge_with(&catalog).await;
-                if audience.subscription().is_stale(&catalog) {
-                    return Err(Missed::Gap(ALTERED));
-                }
-                let stretch = Stretch { changes, more, span: Arc::clone(&span) };
-                tell_one(&self.gate, &catalog, &stretch, audience).await?;
-                if more && has_enough() {
-                    return Ok((span.after(last, false), false));
-                }
-                if !more {
-                    break;
-                }
-            }
-            let is_there = to.seen().is_before_or_equal(&until);
-            drop(page);
-            if is_there || has_enough() {
-                self.put_back(changelog).await;
-                return Ok((span.end(), is_there));
-            }
-            position = Position::after(until);
-        }
-    }
-}
-
-const TOO_OLD: &str = "the cursor is older than what is kept of the changelog";
-const ELSEWHERE: &str = "the cursor is of another database, or of an older state of it";
 
 impl Follower {
     /// Whoever comes with this cursor; nothing is delivered before [`Self::go_on`].
@@ -252,17 +73,16 @@ impl Follower {
                     self.is_known = true;
                 }
                 Some(Handover::Missed(missed, to)) => {
-                    self.feed.past().tell_again(&missed, &self.alone(Some(self.since.clone()))).await?;
+                    let past = self.feed.past();
+                    past.tell_again(&missed, &mut self.alone(true)).await?;
                     self.since = to;
                     if self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
                 }
                 Some(Handover::Behind(to)) => {
-                    let alone = self.alone(None);
-                    let (since, is_there) =
-                        self.feed.past().tell(&self.since, &to, &alone, &self.outbox).await?;
-                    self.since = since;
+                    let (past, since) = (self.feed.past(), self.since.clone());
+                    let is_there = past.tell_one(&since, &to, &mut self.alone(false)).await?;
                     if !is_there || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
@@ -290,10 +110,15 @@ impl Follower {
         heard.await.ok()
     }
 
-    /// An audience of this channel alone, which has what lies before `since`.
-    fn alone(&self, since: Option<Cursor>) -> Audience {
-        let key = AudienceKey { dress: self.dress.clone(), subscription: self.subscription.clone(), since };
-        Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox))
+    /// This channel alone, as somebody to whom the past is told. What was delivered to others may begin with what it has.
+    fn alone(&mut self, has_some: bool) -> Alone<'_> {
+        let key = AudienceKey {
+            dress: self.dress.clone(),
+            subscription: self.subscription.clone(),
+            since: has_some.then(|| self.since.clone()),
+        };
+        let audience = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
+        Alone { audience, outbox: &self.outbox, since: &mut self.since }
     }
 
     /// Ends, while delivery goes on until the channel is left.
@@ -333,5 +158,30 @@ impl Drop for Follower {
         if !self.stays {
             self.feed.leave(self.channel, &self.outbox, Vec::new());
         }
+    }
+}
+
+/// A follower while it is told the past.
+struct Alone<'a> {
+    audience: Audience,
+    outbox: &'a Outbox,
+    since: &'a mut Cursor,
+}
+
+impl Listeners for Alone<'_> {
+    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
+        if self.audience.subscription().is_stale(catalog) {
+            return Err(Missed::Gap(ALTERED));
+        }
+        tell_one(gate, catalog, stretch, &self.audience).await?;
+        Ok(())
+    }
+
+    fn reached(&mut self, here: Cursor) {
+        *self.since = here;
+    }
+
+    fn has_enough(&self) -> bool {
+        self.outbox.is_behind() || self.outbox.is_full()
     }
 }

@@ -1,127 +1,79 @@
 //! From changes to outboxes: who is subscribed to what, one frame for all who get the same, and never a wait for a client.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use slab::Slab;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
-use tokio::sync::oneshot;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
-use crate::feed::audience::{ALTERED, Audience, AudienceKey};
+use crate::feed::audience::{ALTERED, Registration};
+use crate::feed::audiences::Audiences;
+use crate::feed::command::{Command, Handover};
+use crate::feed::convoy::{Convoy, Numbered};
 use crate::feed::gate::Gate;
-use crate::feed::outbox::Outbox;
-use crate::feed::readership::{AudienceId, Readerships};
+use crate::feed::past::Past;
 use crate::feed::source::Part;
-use crate::feed::stretch::{Recent, Stretch, tell};
-use crate::model::change::{Change, Operation};
-use crate::model::cursor::Cursor;
-use crate::model::dress::Dress;
+use crate::feed::stretch::{Recent, Stretch};
+use crate::model::change::{Change, Operation, RelationId};
+use crate::model::cursor::{Cursor, Span};
 use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
-use crate::model::subscription::Subscription;
 use crate::observe::Observe;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
 
-/// The longest pause between two parts of a page.
-const PAUSE: Duration = Duration::from_millis(500);
-
-/// What a session asks of the router.
-pub enum Command {
-    /// Deliver to this channel from now on, in place of what it had.
-    Join {
-        /// Which channel.
-        channel: ChannelId,
-        /// What, and where to.
-        registration: Registration,
-        /// Frames that go out before any change.
-        greeting: Vec<Bytes>,
-    },
-    /// Deliver to this channel what comes after the registration's cursor, as soon as that is near enough.
-    Follow {
-        /// Which channel.
-        channel: ChannelId,
-        /// What, where to, and since when.
-        registration: Registration,
-        /// The cursor is known not to be of the future.
-        checked: bool,
-        /// Hears what came of it.
-        outcome: oneshot::Sender<Handover>,
-    },
-    /// Deliver nothing more to this channel.
-    Leave {
-        /// Which channel.
-        channel: ChannelId,
-        /// Its client's outbox.
-        outbox: Arc<Outbox>,
-        /// Frames that go out after the last change.
-        farewell: Vec<Bytes>,
-        /// Hears up to where everything was delivered.
-        until: Option<oneshot::Sender<Option<Cursor>>>,
-    },
-}
-
-/// What came of a wish to follow.
-pub enum Handover {
-    /// Delivered from here on.
-    Live,
-    /// The cursor is of a moment that was not delivered yet, if it has been at all.
-    Ahead,
-    /// What was missed up to this cursor is still at hand: tell it, then ask again.
-    Missed(Vec<Arc<Stretch>>, Cursor),
-    /// Too far back: what lies before this cursor has to be read from the changelog.
-    Behind(Cursor),
-    /// Nobody can say what was missed; why.
-    Gap(&'static str),
-    /// The changelog is not being read yet.
-    NotYet,
-}
-
-/// A channel's place in the router.
-pub struct Registration {
-    /// How its frames are written.
-    pub dress: Dress,
-    /// What it receives.
-    pub subscription: Subscription,
-    /// What it has already, when it came with a cursor.
-    pub since: Option<Cursor>,
-    /// Where frames go.
-    pub outbox: Arc<Outbox>,
-}
+/// The longest pause between two parts of a page, for clients that have much to read …
+const PAUSE: Duration = Duration::from_millis(100);
+/// … as long as these pauses are not more than this together, and a tenth of all time.
+const PAUSES: Duration = Duration::from_secs(1);
 
 /// The task that owns all subscriptions.
 pub struct Router {
     catalog: Arc<CatalogKeeper>,
     gate: Gate,
     observe: Arc<Observe>,
-    audiences: Slab<Audience>,
-    by_key: HashMap<Arc<AudienceKey>, AudienceId>,
-    channels: HashMap<ChannelId, AudienceId>,
-    readerships: Readerships,
-    judged_with: Option<Arc<Catalog>>,
+    audiences: Audiences,
     /// Up to where everything was delivered.
     position: Option<Cursor>,
     /// What was delivered last, for those who come with a cursor.
     recent: Recent,
+    /// The rules are to be looked at anew before anything else is judged.
+    is_news: bool,
+    /// What is left of [`PAUSES`], and when that was.
+    pauses: (Duration, Instant),
+    past: Arc<Past>,
+    /// The way back to us, for convoys.
+    router: UnboundedSender<Command>,
+    convoys: HashMap<u64, UnboundedSender<Numbered>>,
+    last_convoy: u64,
+    /// Channels that are with a convoy, with which, and how many commands about them were passed on.
+    away: BTreeMap<ChannelId, (u64, u32)>,
 }
 
 impl Router {
-    /// Without any subscription.
-    pub fn new(catalog: Arc<CatalogKeeper>, gate: Gate, observe: Arc<Observe>) -> Self {
+    /// Without any subscription; `router` is where its commands come from.
+    pub fn new(
+        catalog: Arc<CatalogKeeper>,
+        gate: Gate,
+        observe: Arc<Observe>,
+        past: Arc<Past>,
+        router: UnboundedSender<Command>,
+    ) -> Self {
         Self {
             catalog,
             gate,
             observe,
-            audiences: Slab::new(),
-            by_key: HashMap::new(),
-            channels: HashMap::new(),
-            readerships: Readerships::default(),
-            judged_with: None,
+            audiences: Audiences::default(),
             position: None,
             recent: Recent::default(),
+            is_news: false,
+            pauses: (PAUSES, Instant::now()),
+            past,
+            router,
+            convoys: HashMap::new(),
+            last_convoy: 0,
+            away: BTreeMap::new(),
         }
     }
 
@@ -154,12 +106,13 @@ impl Router {
 
     fn obey(&mut self, command: Command) {
         match command {
+            Command::Join { channel, .. } | Command::Leave { channel, .. }
+                if let Some(convoy) = self.convoy_of(channel, &command) =>
+            {
+                self.pass_on(channel, convoy, command);
+            }
             Command::Join { channel, registration, greeting } => {
-                self.remove(channel);
-                for frame in greeting {
-                    registration.outbox.push(frame);
-                }
-                self.take_in(channel, registration);
+                self.audiences.join(channel, registration, greeting);
             }
             Command::Follow { channel, registration, checked, outcome } => {
                 let handover = self.follow(channel, registration, checked);
@@ -167,42 +120,47 @@ impl Router {
                 let _ = outcome.send(handover);
             }
             Command::Leave { channel, outbox, farewell, until } => {
-                self.remove(channel);
-                for frame in farewell {
-                    outbox.push(frame);
-                }
+                self.audiences.leave(channel, &outbox, farewell);
                 if let Some(until) = until {
-                    let _ = until.send(self.position.clone());
+                    let _ = until.send(self.position_of(channel));
+                }
+            }
+            Command::Return(convoy) => self.welcome(convoy),
+            Command::Left { channel, convoy, command } => {
+                if self.away.get(&channel) == Some(&(convoy, command)) {
+                    self.away.remove(&channel);
                 }
             }
         }
-        self.observe.subscriptions(self.channels.len(), self.audiences.len());
-    }
-
-    fn take_in(&mut self, channel: ChannelId, registration: Registration) {
-        let Registration { dress, subscription, since, outbox } = registration;
-        let key = AudienceKey { dress, subscription: subscription.clone(), since };
-        let audience = match self.by_key.get(&key) {
-            Some(known) => {
-                self.audiences[*known].add(channel, outbox, subscription);
-                *known
-            }
-            None => {
-                let key = Arc::new(key);
-                let audience = self.audiences.insert(Audience::new(Arc::clone(&key), channel, outbox));
-                self.by_key.insert(key, audience);
-                audience
-            }
-        };
-        self.channels.insert(channel, audience);
-        let catalog = self.judged_with.as_ref();
-        let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
-        self.readerships.join(audience, self.audiences[audience].subscription(), relation);
+        let (channels, audiences) = self.audiences.count();
+        self.observe.subscriptions(channels + self.away.len(), audiences);
     }
 
     /// Takes in somebody who came with a cursor and has missed nothing; else says where what was missed is to be had.
     fn follow(&mut self, channel: ChannelId, mut registration: Registration, checked: bool) -> Handover {
-        let (Some(since), Some(position)) = (&registration.since, &self.position) else {
+        let Some(since) = &registration.since else { return Handover::NotYet };
+        // It left its convoy, but that has not heard of it.
+        if self.away.contains_key(&channel) {
+            return Handover::NotYet;
+        }
+        let handover = self.handover(since, checked);
+        if !matches!(handover, Handover::Live) {
+            return handover;
+        }
+        if self.audiences.is_stale(&registration.subscription) {
+            return Handover::Gap(ALTERED);
+        }
+        // Nothing that comes is known to it: it shares its frames with all others.
+        if self.position.as_ref().is_some_and(|position| position.is_at_or_after(since)) {
+            registration.since = None;
+        }
+        self.audiences.join(channel, registration, Vec::new());
+        Handover::Live
+    }
+
+    /// Where what comes after a cursor is to be had.
+    fn handover(&self, since: &Cursor, checked: bool) -> Handover {
+        let Some(position) = &self.position else {
             return Handover::NotYet;
         };
         if since.epoch() != position.epoch() {
@@ -211,37 +169,99 @@ impl Router {
         if !checked && !position.is_at_or_after(since) && since.is_at_or_after(position) {
             return Handover::Ahead;
         }
-        let Some(missed) = self.recent.since(since, position) else {
+        match self.recent.since(since, position) {
+            Some(missed) if missed.is_empty() => Handover::Live,
+            Some(missed) => Handover::Missed(missed, position.clone()),
             // A page that is being delivered right now cannot be read from the changelog up to here; it ends soon.
-            let is_there = position.seen().is_before_or_equal(since.seen()) && since.within().is_none();
-            return match is_there {
-                true => Handover::NotYet,
-                false => Handover::Behind(Cursor::after(position.epoch(), position.seen().clone())),
-            };
-        };
-        if !missed.is_empty() {
-            return Handover::Missed(missed, position.clone());
+            None if position.seen().is_before_or_equal(since.seen()) && since.within().is_none() => {
+                Handover::NotYet
+            }
+            None => Handover::Behind(Cursor::after(position.epoch(), position.seen().clone())),
         }
-        if self.judged_with.as_ref().is_some_and(|catalog| registration.subscription.is_stale(catalog)) {
-            return Handover::Gap(ALTERED);
-        }
-        // Nothing that comes is known to it: it shares its frames with all others.
-        if position.is_at_or_after(since) {
-            registration.since = None;
-        }
-        self.remove(channel);
-        self.take_in(channel, registration);
-        Handover::Live
     }
 
-    fn remove(&mut self, channel: ChannelId) {
-        let Some(number) = self.channels.remove(&channel) else { return };
-        let audience = &mut self.audiences[number];
-        audience.remove(channel);
-        if audience.is_empty() {
-            self.readerships.leave(number);
-            self.by_key.remove(audience.key());
-            self.audiences.remove(number);
+    /// The convoy that a command is for: the channel's own; for a question on behalf of no channel, the one in which
+    /// the session has channels: there everything is delivered to only as far as the convoy is.
+    fn convoy_of(&self, channel: ChannelId, command: &Command) -> Option<u64> {
+        let own = self.away.get(&channel).map(|(convoy, _)| *convoy);
+        own.or_else(|| match command {
+            Command::Leave { until: Some(_), .. } if !self.audiences.has(channel) => {
+                let convoys = self.convoys_of(channel.session);
+                convoys.first().copied().filter(|_| convoys.len() == 1)
+            }
+            _ => None,
+        })
+    }
+
+    fn convoys_of(&self, session: u64) -> BTreeSet<u64> {
+        let all = ChannelId { session, channel: 0 }..=ChannelId { session, channel: u32::MAX };
+        self.away.range(all).map(|(_, (convoy, _))| *convoy).collect()
+    }
+
+    /// Up to where everything was delivered to a session; nobody knows while its channels are in several convoys.
+    fn position_of(&self, channel: ChannelId) -> Option<Cursor> {
+        self.position.clone().filter(|_| self.convoys_of(channel.session).is_empty())
+    }
+
+    fn pass_on(&mut self, channel: ChannelId, convoy: u64, command: Command) {
+        let number = match self.away.get_mut(&channel) {
+            Some((_, number)) => {
+                *number += 1;
+                *number
+            }
+            None => 0,
+        };
+        // It is there until it returns.
+        if let Some(commands) = self.convoys.get(&convoy) {
+            let _ = commands.send((command, number));
+        }
+    }
+
+    /// The rest of a page goes to those whom it concerns by itself; the others have nothing to wait for.
+    fn send_off(&mut self, span: &Span, after: i64, relations: &HashSet<RelationId>) {
+        let concerned = self.audiences.split_off(relations);
+        self.position = Some(span.end());
+        self.recent = Recent::default();
+        self.recent.moved(&self.position, &span.end());
+        // Something of the schema changed: that is told as relation 0.
+        self.is_news |= relations.contains(&RelationId(0));
+        if concerned.is_empty() {
+            return;
+        }
+        self.last_convoy += 1;
+        let number = self.last_convoy;
+        self.away.extend(concerned.channels().map(|channel| (channel, (number, 0))));
+        let (past, router, observe) =
+            (Arc::clone(&self.past), self.router.clone(), Arc::clone(&self.observe));
+        let since = span.after(after, false);
+        let to = span.end();
+        let (convoy, commands) = Convoy::new(number, concerned, since, past, router, observe);
+        self.convoys.insert(number, commands);
+        tokio::spawn(convoy.run(Handover::Behind(to)));
+    }
+
+    /// Takes a convoy in when it has missed nothing, else sends it on.
+    fn welcome(&mut self, mut convoy: Box<Convoy>) {
+        let handover = match &convoy.since {
+            Some(since) if !convoy.audiences.is_empty() => self.handover(since, true),
+            _ => Handover::Live,
+        };
+        match handover {
+            Handover::Live => {}
+            Handover::Gap(why) => convoy.tell_gap(why),
+            handover => {
+                tokio::spawn(convoy.run(handover));
+                return;
+            }
+        }
+        let number = convoy.number();
+        self.convoys.remove(&number);
+        self.away.retain(|_, (convoy, _)| *convoy != number);
+        let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
+        let Convoy { audiences, mut commands, .. } = *convoy;
+        self.audiences.absorb(audiences, &here);
+        while let Ok((command, _)) = commands.try_recv() {
+            self.obey(command);
         }
     }
 
@@ -261,12 +281,13 @@ impl Router {
                     self.let_clients_read().await;
                 }
             }
+            Part::Rest { span, after, relations } => self.send_off(&span, after, &relations),
             Part::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);
             }
             Part::Gap(why) => {
-                for (_, audience) in &self.audiences {
+                for audience in self.audiences.iter() {
                     audience.tell_gap(&why, "");
                 }
                 self.recent = Recent::default();
@@ -276,18 +297,15 @@ impl Router {
     }
 
     /// Between the parts of a large page, clients that read get the time to do so: a transaction of thousands of rows
-    /// must not look like a client that is too slow. Whoever does not read costs the others this pause once or twice,
-    /// then its outbox is full.
-    async fn let_clients_read(&self) {
-        let started = Instant::now();
-        let is_behind = || self.audiences.iter().any(|(_, audience)| audience.is_behind());
-        while is_behind() && started.elapsed() < PAUSE {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+    /// must not look like a client that is too slow. Whoever reads too slowly costs the others no more than [`PAUSES`];
+    /// then its outbox fills.
+    async fn let_clients_read(&mut self) {
+        let (left, then) = self.pauses;
+        let left = PAUSES.min(left + then.elapsed() / 10);
+        let paused = self.audiences.let_clients_read(PAUSE.min(left)).await;
+        self.pauses = (left.saturating_sub(paused), Instant::now());
     }
 
-    /// A part waits as long as PostgreSQL cannot be asked: to deliver without a verdict would show hidden rows, to go
-    /// on without delivering would lose changes.
     async fn deliver_when_judged(&mut self, stretch: &Stretch) {
         let mut pause = Duration::from_millis(50);
         loop {
@@ -304,13 +322,7 @@ impl Router {
 
     async fn deliver(&mut self, stretch: &Stretch) -> Result<(), Error> {
         let catalog = self.catalog_for(&stretch.changes, stretch.more).await?;
-        for change in &stretch.changes {
-            if let Some(relation) = catalog.relation(change.relation) {
-                let audiences = self.audiences.iter().map(|(id, audience)| (id, audience.subscription()));
-                self.readerships.prepare(relation, audiences);
-            }
-        }
-        let frames = tell(&self.gate, &catalog, stretch, &self.readerships, |id| &self.audiences[id]).await?;
+        let frames = self.audiences.tell(&self.gate, &catalog, stretch).await?;
         self.observe.frames_delivered(frames);
         Ok(())
     }
@@ -323,17 +335,13 @@ impl Router {
             Operation::Schema => true,
             _ => catalog.relation(change.relation).is_none(),
         };
-        if more || changes.iter().any(is_news) {
+        if more || self.is_news || changes.iter().any(is_news) {
             catalog = self.catalog.reloaded().await?;
+            self.is_news = false;
         }
-        if !self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, &catalog)) {
+        let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
+        if self.audiences.judge_with(&catalog, &here) {
             self.gate.forget().await;
-            self.readerships.forget();
-            let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
-            for (_, audience) in &self.audiences {
-                audience.leave_what_is_gone(self.judged_with.as_deref(), &catalog, &here);
-            }
-            self.judged_with = Some(Arc::clone(&catalog));
         }
         Ok(catalog)
     }

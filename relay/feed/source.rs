@@ -1,5 +1,6 @@
 //! Reads the changelog page after page, and decides when to poll and when to sleep until somebody rings.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::change::Change;
+use crate::model::change::{Change, RelationId};
 use crate::model::cursor::{Cursor, Epoch, Span};
 use crate::observe::Observe;
 use crate::postgres::changelog::{self, Changelog, Flush, Position};
@@ -21,6 +22,9 @@ pub(super) const PART_CHANGES: usize = 250;
 /// … or this many bytes of row images, whichever comes first. It bounds the memory of what is on its way, and its
 /// frames must fit well into an empty outbox.
 pub(super) const PART_BYTES: usize = 128 * 1024;
+
+/// After so many parts a page is large: everybody waits for them, and no longer.
+const PARTS: usize = 16;
 
 /// Awake, the pause after a page that was not full: the added wait stays under a millisecond or two, the load on
 /// PostgreSQL under a few hundred small statements a second.
@@ -53,6 +57,15 @@ pub enum Part {
         more: bool,
         /// The page.
         span: Arc<Span>,
+    },
+    /// The page goes on, but is too large for everybody to wait for it: who wants its rest reads that by itself.
+    Rest {
+        /// The page.
+        span: Arc<Span>,
+        /// The number of the last change that was handed on.
+        after: i64,
+        /// The relations of the others; 0 is the schema.
+        relations: HashSet<RelationId>,
     },
     /// There was nothing for anybody up to here.
     Quiet(Cursor),
@@ -320,7 +333,7 @@ impl Reading<'_> {
         let until = page.until.clone();
         let seen = self.place.position.seen.clone();
         let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
-        let (mut total, mut goes_on) = (0, false);
+        let (mut total, mut goes_on, mut parts) = (0, false, 0);
         let mut flushed = !page.unflushed;
         loop {
             let (changes, more) = page.part(PART_CHANGES, PART_BYTES).await?;
@@ -345,8 +358,8 @@ impl Reading<'_> {
             total += changes.len();
             goes_on = more;
             self.source.observe.read(changes.len());
-            let span = Arc::clone(&span);
-            if self.parts.send(Part::Changes { changes, more, span }).await.is_err() {
+            let part = Part::Changes { changes, more, span: Arc::clone(&span) };
+            if self.parts.send(part).await.is_err() {
                 return Ok(Look::Over);
             }
             self.told = Instant::now();
@@ -354,6 +367,10 @@ impl Reading<'_> {
             self.place.position.after = last;
             if !more {
                 break;
+            }
+            parts += 1;
+            if parts == PARTS {
+                return self.hand_over_rest(&span, last).await;
             }
         }
         // Without the flush an id counted as finished here could be handed out again after a crash, so an empty page
@@ -375,6 +392,19 @@ impl Reading<'_> {
             _ if total < PART_CHANGES => Look::Some,
             _ => Look::Plenty,
         })
+    }
+}
+
+impl Reading<'_> {
+    /// Leaves the rest of a page to whom it concerns.
+    async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<Look, Error> {
+        // On the connection that streams the page, all of it would have to come first.
+        self.changelog = Changelog::connect(&self.source.server).await?;
+        let relations = self.changelog.relations(&span.seen, &span.until, after).await?;
+        self.place.position = Position::after(span.until.clone());
+        self.unheard = false;
+        let rest = Part::Rest { span: Arc::clone(span), after, relations };
+        Ok(if self.parts.send(rest).await.is_err() { Look::Over } else { Look::Plenty })
     }
 }
 

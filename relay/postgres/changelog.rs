@@ -1,5 +1,6 @@
 //! The changelog, read between two snapshots: one statement gives the new snapshot and what became visible since.
 
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -96,6 +97,21 @@ impl Changelog {
     pub async fn now(&self) -> Result<Snapshot, Error> {
         let text: String = self.client.query_one("select pg_current_snapshot()::text", &[]).await?.get(0);
         parse(&text)
+    }
+
+    /// The relations of the changes of a page after a number.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn relations(
+        &self,
+        seen: &Snapshot,
+        until: &Snapshot,
+        after: i64,
+    ) -> Result<HashSet<RelationId>, Error> {
+        let question = "select relay.page_relations($1::text::pg_snapshot, $2::text::pg_snapshot, $3)";
+        let rows = self.client.query(question, &[&seen.to_string(), &until.to_string(), &after]).await?;
+        rows.iter().map(|row| Ok(RelationId(row.try_get(0)?))).collect()
     }
 
     /// Opens a page. Its changes must be read to the end, or the page dropped, before the next is opened.

@@ -15,8 +15,9 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::feed::binding::BindError;
-use crate::feed::follower::{Follower, Missed, Progress};
+use crate::feed::follower::{Follower, Progress};
 use crate::feed::outbox::{Outbox, Taken};
+use crate::feed::past::Missed;
 use crate::model::cursor::Cursor;
 use crate::model::dress::{Bare, Dress};
 use crate::model::limits::{Beyond, MostRows};

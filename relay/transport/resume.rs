@@ -17,10 +17,11 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep, sleep};
 
+use crate::feed::audience::Registration;
 use crate::feed::binding::{BindError, Feed};
-use crate::feed::follower::{Follower, Missed, Progress};
+use crate::feed::follower::{Follower, Progress};
 use crate::feed::outbox::Outbox;
-use crate::feed::router::Registration;
+use crate::feed::past::Missed;
 use crate::model::bookmark::{Bookmark, BookmarkKey, Opened, SessionName};
 use crate::model::claims::Claims;
 use crate::model::cursor::Cursor;

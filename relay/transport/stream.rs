@@ -14,8 +14,9 @@ use hyper::body::Frame;
 use hyper::header::{self, HeaderValue};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::feed::follower::{Follower, Missed, Progress};
+use crate::feed::follower::{Follower, Progress};
 use crate::feed::outbox::Taken;
+use crate::feed::past::Missed;
 use crate::model::cursor::Cursor;
 use crate::model::dress::Bare;
 use crate::transport::changes::Answer;

@@ -18,9 +18,9 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame, Utf8Bytes};
 
+use crate::feed::audience::Registration;
 use crate::feed::binding::BindError;
 use crate::feed::outbox::{Outbox, Taken};
-use crate::feed::router::Registration;
 use crate::model::bookmark::{Opened, SessionName};
 use crate::model::claims::Claims;
 use crate::model::dress::Dress;

@@ -1,0 +1,75 @@
+//! What is asked of whoever delivers, and what comes of it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use crate::feed::audience::Registration;
+use crate::feed::convoy::Convoy;
+use crate::feed::outbox::Outbox;
+use crate::feed::stretch::Stretch;
+use crate::model::cursor::Cursor;
+use crate::model::session::ChannelId;
+
+/// What a session asks of the router.
+pub enum Command {
+    /// Deliver to this channel from now on, in place of what it had.
+    Join {
+        /// Which channel.
+        channel: ChannelId,
+        /// What, and where to.
+        registration: Registration,
+        /// Frames that go out before any change.
+        greeting: Vec<Bytes>,
+    },
+    /// Deliver to this channel what comes after the registration's cursor, as soon as that is near enough.
+    Follow {
+        /// Which channel.
+        channel: ChannelId,
+        /// What, where to, and since when.
+        registration: Registration,
+        /// The cursor is known not to be of the future.
+        checked: bool,
+        /// Hears what came of it.
+        outcome: oneshot::Sender<Handover>,
+    },
+    /// Deliver nothing more to this channel.
+    Leave {
+        /// Which channel.
+        channel: ChannelId,
+        /// Its client's outbox.
+        outbox: Arc<Outbox>,
+        /// Frames that go out after the last change.
+        farewell: Vec<Bytes>,
+        /// Hears up to where everything was delivered.
+        until: Option<oneshot::Sender<Option<Cursor>>>,
+    },
+    /// A convoy has come as far as it was sent.
+    Return(Box<Convoy>),
+    /// A channel left its convoy, by the command of this number.
+    Left {
+        /// Which channel.
+        channel: ChannelId,
+        /// Which convoy.
+        convoy: u64,
+        /// Of the commands about the channel that the convoy was given, which one.
+        command: u32,
+    },
+}
+
+/// What came of a wish to follow.
+pub enum Handover {
+    /// Delivered from here on.
+    Live,
+    /// The cursor is of a moment that was not delivered yet, if it has been at all.
+    Ahead,
+    /// What was missed up to this cursor is still at hand: tell it, then ask again.
+    Missed(Vec<Arc<Stretch>>, Cursor),
+    /// Too far back: what lies before this cursor has to be read from the changelog.
+    Behind(Cursor),
+    /// Nobody can say what was missed; why.
+    Gap(&'static str),
+    /// The changelog is not being read yet.
+    NotYet,
+}

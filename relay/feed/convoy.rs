@@ -1,0 +1,130 @@
+//! Those who have the rest of a large page before them: they are told it beside the others, who go on meanwhile.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::sleep;
+
+use crate::feed::audiences::Audiences;
+use crate::feed::command::{Command, Handover};
+use crate::feed::gate::Gate;
+use crate::feed::past::{Listeners, Missed, Past};
+use crate::feed::stretch::Stretch;
+use crate::model::cursor::Cursor;
+use crate::model::relation::Catalog;
+use crate::observe::Observe;
+
+/// After each part, clients that have much to read get so much time for it: whoever takes half a megabyte a second is
+/// waited for, and is never too slow.
+const PAUSE: Duration = Duration::from_millis(250);
+/// The pause before the next try, when PostgreSQL cannot be asked or the router is not ready.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// A command, and which one it is of those about its channel.
+pub type Numbered = (Command, u32);
+
+/// Audiences on their way through the past.
+pub struct Convoy {
+    number: u64,
+    /// Those who are told.
+    pub audiences: Audiences,
+    /// Up to where they were told everything; none when that cannot be had any more, which they know.
+    pub since: Option<Cursor>,
+    /// Commands about its channels, which are not the router's meanwhile.
+    pub commands: UnboundedReceiver<Numbered>,
+    past: Arc<Past>,
+    router: UnboundedSender<Command>,
+    observe: Arc<Observe>,
+}
+
+impl Convoy {
+    /// A convoy of this number, and where its commands go.
+    pub fn new(
+        number: u64,
+        audiences: Audiences,
+        since: Cursor,
+        past: Arc<Past>,
+        router: UnboundedSender<Command>,
+        observe: Arc<Observe>,
+    ) -> (Box<Self>, UnboundedSender<Numbered>) {
+        let (sender, commands) = unbounded_channel();
+        let since = Some(since);
+        (Box::new(Self { number, audiences, since, commands, past, router, observe }), sender)
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Tells what the router says is still before it, then goes back to the router.
+    pub async fn run(mut self: Box<Self>, handover: Handover) {
+        let past = Arc::clone(&self.past);
+        let told = match (handover, self.since.clone()) {
+            (Handover::Missed(missed, _), _) => past.tell_again(&missed, &mut *self).await,
+            (Handover::Behind(to), Some(since)) => past.tell_many(&since, &to, &mut *self).await,
+            _ => {
+                sleep(AGAIN).await;
+                Ok(())
+            }
+        };
+        match told {
+            Ok(()) => {}
+            Err(Missed::Gap(why)) => self.tell_gap(why),
+            Err(Missed::Unavailable(error)) => {
+                tracing::warn!(error = %error, "changes of a large transaction wait");
+                sleep(AGAIN).await;
+            }
+        }
+        self.obey_all();
+        let router = self.router.clone();
+        let _ = router.send(Command::Return(self));
+    }
+
+    /// What is before it cannot be had any more: tells everybody so.
+    pub fn tell_gap(&mut self, why: &str) {
+        self.audiences.iter().for_each(|audience| audience.tell_gap(why, ""));
+        self.since = None;
+    }
+
+    fn obey_all(&mut self) {
+        while let Ok((command, number)) = self.commands.try_recv() {
+            match command {
+                Command::Join { channel, registration, greeting } => {
+                    self.audiences.join(channel, registration, greeting);
+                }
+                Command::Leave { channel, outbox, farewell, until } => {
+                    self.audiences.leave(channel, &outbox, farewell);
+                    if let Some(until) = until {
+                        let _ = until.send(self.since.clone());
+                    }
+                    let left = Command::Left { channel, convoy: self.number, command: number };
+                    let _ = self.router.send(left);
+                }
+                // Nobody follows a convoy: the router says "not yet".
+                Command::Follow { .. } | Command::Return(_) | Command::Left { .. } => {}
+            }
+        }
+    }
+}
+
+impl Listeners for Convoy {
+    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
+        self.obey_all();
+        let here = self.since.as_ref().map(ToString::to_string).unwrap_or_default();
+        self.audiences.judge_with(catalog, &here);
+        let frames = self.audiences.tell(gate, catalog, stretch).await?;
+        self.observe.frames_delivered(frames);
+        self.audiences.let_clients_read(PAUSE).await;
+        Ok(())
+    }
+
+    fn reached(&mut self, here: Cursor) {
+        self.since = Some(here);
+    }
+
+    fn has_enough(&self) -> bool {
+        self.audiences.is_empty()
+    }
+}

@@ -1,0 +1,154 @@
+//! A large transaction: whoever follows its table gets all of it, in order; nobody else waits for it.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::client::Client;
+use crate::support::http::{Events, get};
+use crate::support::stage::Stage;
+use crate::support::token;
+
+const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+const MANY: i64 = 40_000;
+
+fn ann() -> String {
+    token("authenticated", Some(ANN), json!({}))
+}
+
+/// `t (id, v)` and `other (id)`, which everybody may read.
+async fn stage() -> Stage {
+    Stage::new(
+        "create table t (id int primary key, v int default 0); create table other (id int primary key);
+         grant select on t, other to authenticated; select relay.watch('t'), relay.watch('other')",
+    )
+    .await
+}
+
+async fn join(stage: &Stage, table: &str, more: &str) -> Client {
+    let mut client = Client::at(stage.relay.address, &ann(), more).await.unwrap();
+    client
+        .subscribe(&format!("realtime:{table}"), json!([{"event": "*", "schema": "public", "table": table}]))
+        .await;
+    client
+}
+
+async fn insert(stage: &Stage, from: i64, to: i64) {
+    stage.run(&format!("insert into t select generate_series({from}, {to})")).await;
+}
+
+fn id(change: &Value) -> i64 {
+    change["record"]["id"].as_i64().unwrap()
+}
+
+/// The ids of the changes up to this one, which must be in order and whole.
+async fn all_until(client: &mut Client, last: i64) {
+    for expected in 1..=last {
+        assert_eq!(id(&client.change().await), expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_follows_another_table_does_not_wait_for_it() {
+    let stage = stage().await;
+    let (mut one, mut other) = (join(&stage, "t", "").await, join(&stage, "other", "").await);
+    insert(&stage, 1, MANY).await;
+    stage.run("insert into other values (1)").await;
+    let reading = tokio::spawn(async move {
+        all_until(&mut one, MANY).await;
+        one
+    });
+    assert_eq!(id(&other.change().await), 1);
+    assert!(!reading.is_finished(), "it came after all of the large one");
+    // What comes later to the one who was told beside the others comes after all of it, and then as to everybody.
+    stage.run("update t set v = 1 where id = 1; insert into other values (2)").await;
+    assert_eq!(id(&other.change().await), 2);
+    let mut one = reading.await.unwrap();
+    let change = one.change().await;
+    assert_eq!((change["type"].as_str(), id(&change)), (Some("UPDATE"), 1));
+    insert(&stage, MANY + 1, MANY + 1).await;
+    assert_eq!(id(&one.change().await), MANY + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_and_polls_that_wait_for_it_get_each_change_once() {
+    let stage = stage().await;
+    let path = format!("/realtime/v1/changes?table=t&apikey={}", ann());
+    let cursor = get(stage.relay.address, &path, "").await.body["cursor"].as_str().unwrap().to_owned();
+    let mut events = Events::open(stage.relay.address, &path, Some(&cursor)).await;
+    let address = stage.relay.address;
+    let polling = tokio::spawn(async move {
+        let (mut cursor, mut ids) = (cursor, Vec::new());
+        while ids.len() < MANY as usize {
+            let answer = get(address, &format!("{path}&since={cursor}"), "").await;
+            ids.extend(
+                answer.body["changes"].as_array().unwrap_or_else(|| panic!("{answer:?}")).iter().map(id),
+            );
+            cursor = answer.body["cursor"].as_str().unwrap().to_owned();
+        }
+        ids
+    });
+    insert(&stage, 1, MANY).await;
+    for expected in 1..=MANY {
+        assert_eq!(id(&events.next().await.unwrap().data), expected);
+    }
+    assert!(polling.await.unwrap().into_iter().eq(1..=MANY));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_may_leave_and_come_while_it_is_told() {
+    let stage = stage().await;
+    let mut client = join(&stage, "t", "").await;
+    insert(&stage, 1, MANY).await;
+    all_until(&mut client, 10_000).await;
+    client.push(Some("1"), "realtime:t", "phx_leave", json!({})).await;
+    while client.frame().await[3] != "phx_close" {}
+    assert_eq!(client.frame_within(Duration::from_millis(300)).await, None, "nothing comes after the leave");
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    insert(&stage, MANY + 1, MANY + 1).await;
+    while id(&client.change().await) != MANY + 1 {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_is_cut_off_in_the_middle_gets_the_rest() {
+    let stage = stage().await;
+    let session = "&session=5e551011-0000-4000-8000-000000000002";
+    let mut client = join(&stage, "t", session).await;
+    insert(&stage, 1, MANY).await;
+    all_until(&mut client, 15_000).await;
+    drop(client);
+    let mut client = join(&stage, "t", session).await;
+    let first = id(&client.change().await);
+    assert!((1..=15_001).contains(&first), "{first}");
+    for expected in first + 1..=MANY {
+        assert_eq!(id(&client.change().await), expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_takes_its_time_does_not_make_the_others_wait() {
+    let stage = stage().await;
+    let mut slow = join(&stage, "t", "").await;
+    let mut other = join(&stage, "other", "").await;
+    let slowly = tokio::spawn(async move {
+        for expected in 1..=MANY {
+            match slow.try_frame(Duration::from_secs(20)).await {
+                Ok(Some(frame)) => assert_eq!(id(&frame[4]["data"]), expected),
+                // Too slow: it is told to come back.
+                other => return assert!(format!("{other:?}").contains("reads too slowly"), "{other:?}"),
+            }
+            if expected % 25 == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    });
+    insert(&stage, 1, MANY).await;
+    for n in 1..=20 {
+        let started = std::time::Instant::now();
+        stage.run(&format!("insert into other values ({n})")).await;
+        assert_eq!(id(&other.change().await), n);
+        assert!(started.elapsed() < Duration::from_secs(3), "{n}: {:?}", started.elapsed());
+    }
+    assert!(!slowly.is_finished());
+    slowly.await.unwrap();
+}
