@@ -14,6 +14,10 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+/// Gives memory back when many frames are dropped at once, which the system's allocator does not.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// A Postgres change-feed relay: each row change to those who may see it by the table's own policies.
 ///
 /// First steps with a database of your own:
