@@ -8,6 +8,9 @@ use bytes::Bytes;
 
 use crate::observe::Observe;
 
+/// What it takes to keep a frame beside its text: its counters, its place in a queue, and what the allocator adds.
+pub const KEPT: usize = 256;
+
 /// The bound of all outboxes of a relay, in bytes.
 pub struct Budget {
     limit: usize,
@@ -32,7 +35,7 @@ impl Budget {
     /// The same bytes, counted until the last copy of them is gone.
     pub fn count(self: &Arc<Self>, text: impl Into<Bytes>) -> Bytes {
         let text = text.into();
-        self.observe.waits(text.len());
+        self.observe.waits(KEPT + text.len());
         Bytes::from_owner(Counted { text, budget: Arc::clone(self) })
     }
 
@@ -65,7 +68,7 @@ impl AsRef<[u8]> for Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.budget.observe.waits_no_more(self.text.len());
+        self.budget.observe.waits_no_more(KEPT + self.text.len());
     }
 }
 
