@@ -271,7 +271,7 @@ impl Router {
                 let stretch = Arc::new(Stretch { changes, more, span });
                 // Other rules count for those who come later, too.
                 if !self.audiences.is_empty() || stretch.is_news() {
-                    self.deliver_when_judged(&stretch).await;
+                    self.deliver_when_judged(Some(&stretch)).await;
                 }
                 self.observe.delivered_through(&stretch.changes);
                 if let Some(end) = stretch.end() {
@@ -292,6 +292,8 @@ impl Router {
                 }
                 self.recent = Recent::default();
                 self.position = None;
+                // What was watched may be another by now, and no change may ever say so.
+                self.deliver_when_judged(None).await;
             }
         }
     }
@@ -306,7 +308,9 @@ impl Router {
         self.pauses = (left.saturating_sub(paused), Instant::now());
     }
 
-    async fn deliver_when_judged(&mut self, stretch: &Stretch) {
+    /// A part waits as long as PostgreSQL cannot be asked: to deliver without a verdict would show hidden rows, to go
+    /// on without delivering would lose changes. Without a part, only the rules are looked at anew.
+    async fn deliver_when_judged(&mut self, stretch: Option<&Stretch>) {
         let mut pause = Duration::from_millis(50);
         loop {
             match self.deliver(stretch).await {
@@ -320,7 +324,8 @@ impl Router {
         }
     }
 
-    async fn deliver(&mut self, stretch: &Stretch) -> Result<(), Error> {
+    async fn deliver(&mut self, stretch: Option<&Stretch>) -> Result<(), Error> {
+        let Some(stretch) = stretch else { return self.catalog_for(&[], true).await.map(|_| ()) };
         let catalog = self.catalog_for(&stretch.changes, stretch.more).await?;
         let frames = self.audiences.tell(&self.gate, &catalog, stretch).await?;
         self.observe.frames_delivered(frames);
