@@ -50,6 +50,7 @@ pub mod model {
 /// Everything that speaks SQL. Never knows that there are clients.
 pub mod postgres {
     pub mod connect;
+    pub mod backoff;
     pub mod install;
     pub mod doorbell;
     pub mod changelog;

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 use crate::model::bound_filter::{BoundFilter, Typed};
 use crate::model::filter::Condition;
 use crate::model::relation::{Catalog, Column, Relation, Shape};
-use crate::postgres::connect::Error;
+use crate::postgres::connect::{Error, Lease};
 
 /// How old the knowledge of role memberships may be when a change is judged.
 /// A change of the rules must count within a second; four looks a second cost nothing that can be measured, and
@@ -93,7 +93,13 @@ impl CatalogKeeper {
     }
 
     async fn refresh(&self, state: &mut State) -> Result<(), Error> {
-        let client = self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        let lease = Lease::of(&self.pool).await?;
+        let refreshed = self.refresh_by(lease.client()?, state).await;
+        lease.done();
+        refreshed
+    }
+
+    async fn refresh_by(&self, client: &deadpool_postgres::Client, state: &mut State) -> Result<(), Error> {
         let roles: Vec<&String> = state.roles.iter().collect();
         let asked = Instant::now();
         let look =

@@ -12,7 +12,7 @@ use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use crate::model::change::{self, Change, Operation, RelationId};
 use crate::model::cursor::{Epoch, Snapshot};
-use crate::postgres::connect::{Error, Server};
+use crate::postgres::connect::{Error, Lease, Server};
 
 /// A connection that reads pages.
 pub struct Changelog {
@@ -80,6 +80,11 @@ impl Changelog {
     /// Whether the connection still stands, as far as is known.
     pub fn is_open(&self) -> bool {
         !self.client.is_closed()
+    }
+
+    /// The connection itself, to ring from.
+    pub fn client(&self) -> &Client {
+        &self.client
     }
 
     /// The name of this history; another one makes every position void.
@@ -177,9 +182,15 @@ pub enum Flush {
 /// # Errors
 /// As the connection.
 pub async fn horizon(pool: &Pool) -> Result<Snapshot, Error> {
-    let client = pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
-    let horizon = client.prepare_cached("select relay.horizon()").await?;
-    parse(client.query_one(&horizon, &[]).await?.get(0))
+    let lease = Lease::of(pool).await?;
+    let asked = async {
+        let client = lease.client()?;
+        let horizon = client.prepare_cached("select relay.horizon()").await?;
+        parse(client.query_one(&horizon, &[]).await?.get(0))
+    };
+    let horizon = asked.await;
+    lease.done();
+    horizon
 }
 
 /// How long writers' commits are waited for: a few of them on a slow disk.
@@ -190,7 +201,13 @@ const PAUSES: [Duration; 6] = [Duration::from_micros(500); 6];
 /// # Errors
 /// As the connection.
 pub async fn flush(pool: &Pool, how: Flush) -> Result<(), Error> {
-    let client = pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+    let lease = Lease::of(pool).await?;
+    let flushed = flush_by(lease.client()?, how).await;
+    lease.done();
+    flushed
+}
+
+async fn flush_by(client: &deadpool_postgres::Client, how: Flush) -> Result<(), Error> {
     if how == Flush::WithWriters {
         let now = client.prepare_cached("select pg_current_wal_insert_lsn()::text").await?;
         let position: String = client.query_one(&now, &[]).await?.get(0);

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::{HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
 use futures_util::future::poll_fn;
+use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, Notification};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -22,13 +23,16 @@ pub enum Error {
     /// The database is not as the relay needs it; the text says what to do.
     #[error("{0}")]
     Unfit(String),
+    /// The connection is of no use any more, as far as can be seen from here; the text says why.
+    #[error("{0}")]
+    Lost(&'static str),
 }
 
 impl Error {
     /// Whether the same thing may succeed later without anybody changing anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Pool(_) => true,
+            Self::Pool(_) | Self::Lost(_) => true,
             Self::Unfit(_) => false,
             Self::Postgres(error) => match error.code() {
                 None => true,
@@ -45,7 +49,22 @@ impl Error {
     pub fn code(&self) -> Option<&str> {
         match self {
             Self::Postgres(error) => error.code().map(SqlState::code),
-            Self::Pool(_) | Self::Unfit(_) => None,
+            Self::Pool(_) | Self::Unfit(_) | Self::Lost(_) => None,
+        }
+    }
+
+    /// What it is, in words that anybody may read: no name, no address.
+    pub fn kind(&self) -> &'static str {
+        if matches!(self, Self::Unfit(_)) {
+            return "the database is not as the relay needs it, its log says why";
+        }
+        match self.code() {
+            None => "PostgreSQL cannot be reached",
+            Some("53300") => "PostgreSQL has no connection left",
+            Some("42501") => "PostgreSQL refuses the relay a right that it needs",
+            Some(code) if code.starts_with("28") => "PostgreSQL refuses the relay's login",
+            Some(code) if code.starts_with("57") => "PostgreSQL is stopping or starting",
+            Some(_) => "PostgreSQL refuses, the relay's log says why",
         }
     }
 
@@ -81,6 +100,9 @@ fn told(error: &tokio_postgres::Error) -> String {
 /// Our connections idle for long and read long pages, whatever the database's defaults for others are.
 const PATIENT: &str = "set idle_session_timeout = 0; set idle_in_transaction_session_timeout = 0; \
      set statement_timeout = 0; set lock_timeout = 0";
+
+/// How long a connection may take to begin, password and settings included.
+const BEGIN: Duration = Duration::from_secs(10);
 
 /// Where and how to connect.
 #[derive(Clone)]
@@ -151,10 +173,13 @@ impl Server {
     /// # Errors
     /// When the server cannot be reached or refuses.
     pub async fn connect(&self) -> Result<Client, Error> {
-        let (client, connection) = self.config.connect(self.tls.clone()).await?;
-        tokio::spawn(connection);
-        client.batch_execute(PATIENT).await?;
-        Ok(client)
+        let begin = async {
+            let (client, connection) = self.config.connect(self.tls.clone()).await?;
+            tokio::spawn(connection);
+            client.batch_execute(PATIENT).await?;
+            Ok(client)
+        };
+        begun(begin).await
     }
 
     /// One connection that hands what it hears by LISTEN to `heard`, which is dropped when the connection ends.
@@ -165,15 +190,68 @@ impl Server {
         &self,
         mut heard: impl FnMut(Notification) + Send + 'static,
     ) -> Result<Client, Error> {
-        let (client, mut connection) = self.config.connect(self.tls.clone()).await?;
-        tokio::spawn(async move {
-            while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
-                if let AsyncMessage::Notification(notification) = message {
-                    heard(notification);
+        let begin = async {
+            let (client, mut connection) = self.config.connect(self.tls.clone()).await?;
+            tokio::spawn(async move {
+                while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+                    if let AsyncMessage::Notification(notification) = message {
+                        heard(notification);
+                    }
                 }
-            }
-        });
-        client.batch_execute(PATIENT).await?;
-        Ok(client)
+            });
+            client.batch_execute(PATIENT).await?;
+            Ok(client)
+        };
+        begun(begin).await
+    }
+}
+
+/// The limit of the socket's connection counts until it is open; whoever answers then may still say nothing.
+async fn begun<T>(begin: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, Error> {
+    match timeout(BEGIN, begin).await {
+        Ok(begun) => Ok(begun?),
+        Err(_) => Err(Error::Lost("PostgreSQL does not answer")),
+    }
+}
+
+/// A connection of a pool, for as long as something is asked on it.
+///
+/// Whoever gives up waiting drops it before [`Self::done`]. On that connection, and on those that idle in the pool since
+/// as long, nothing may come ever again, though none of them is closed: they are not used again.
+pub struct Lease {
+    pool: Pool,
+    client: Option<Object>,
+}
+
+impl Lease {
+    /// One connection.
+    ///
+    /// # Errors
+    /// When none can be had in time.
+    pub async fn of(pool: &Pool) -> Result<Self, Error> {
+        let client = pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        Ok(Self { pool: pool.clone(), client: Some(client) })
+    }
+
+    /// The connection.
+    ///
+    /// # Errors
+    /// None in fact: it is there until [`Self::done`].
+    pub fn client(&self) -> Result<&deadpool_postgres::Client, Error> {
+        self.client.as_ref().ok_or(Error::Lost("the connection was given back"))
+    }
+
+    /// PostgreSQL has answered, whatever it said.
+    pub fn done(mut self) {
+        self.client = None;
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(client) = self.client.take() {
+            drop(Object::take(client));
+            self.pool.retain(|_, _| false);
+        }
     }
 }
