@@ -121,6 +121,9 @@ pub struct Settings {
     /// The longest that a policy may take for a page of changes, in milliseconds [default: 1000]
     #[arg(long, env = "RELAY_JUDGE_TIMEOUT_MS", value_name = "MS")]
     pub judge_timeout_ms: Option<u64>,
+    /// Tell clients when changes could not be read or judged for this long [default: 10]
+    #[arg(long, env = "RELAY_STALL_SECONDS", value_name = "SECONDS")]
+    pub stall_seconds: Option<u64>,
     /// Install or update the database side before serving
     #[arg(long, env = "RELAY_INSTALL")]
     pub install: bool,
@@ -156,6 +159,8 @@ pub struct Config {
     pub poll: Duration,
     /// The longest judgement.
     pub judge_timeout: Duration,
+    /// The longest time without changes that nobody is told of.
+    pub stall: Duration,
     /// Install first.
     pub install: bool,
 }
@@ -210,6 +215,7 @@ impl Settings {
             keep_alive_ms: self.keep_alive_ms.or(file.keep_alive_ms),
             poll_ms: self.poll_ms.or(file.poll_ms),
             judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
+            stall_seconds: self.stall_seconds.or(file.stall_seconds),
             install: self.install || file.install,
             config: self.config,
         })
@@ -303,6 +309,7 @@ impl Settings {
             silence,
             keep_alive,
         };
+        let stall = Duration::from_secs(positive("stall-seconds", self.stall_seconds, 10, &mut mistakes));
         let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {
             return Err(Mistakes(mistakes));
         };
@@ -319,6 +326,7 @@ impl Settings {
             resume: Duration::from_secs(self.resume_seconds.unwrap_or(3600)),
             poll,
             judge_timeout,
+            stall,
             install: self.install,
         })
     }

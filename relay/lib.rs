@@ -68,7 +68,9 @@ pub mod postgres {
 
 /// From the changelog to the subscribers' outboxes. Never waits for a client that does not read.
 pub mod feed {
+    pub mod pulse;
     pub mod source;
+    mod reading;
     pub mod readership;
     pub mod place;
     mod finder;

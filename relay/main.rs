@@ -130,7 +130,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
                 count => format!("schema relay is that of version {version} now ({count} files applied)"),
             });
         }
-        Command::Serve(settings) => serve(*settings).await?,
+        Command::Serve(settings) => Box::pin(serve(*settings)).await?,
         Command::Watch { table, leave_events, database } => {
             let client = database.server()?.connect().await?;
             install::check(&client).await?;

@@ -1,6 +1,6 @@
 //! Builds the parts, serves until told to end, and ends in order. The only place that sees every layer.
 
-use std::future::Future;
+use std::future::{Future, pending};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -17,9 +17,11 @@ use crate::feed::bookmarks::Keeper;
 use crate::feed::budget::Budget;
 use crate::feed::gate::Gate;
 use crate::feed::past::Past;
+use crate::feed::pulse::Pulse;
 use crate::feed::router::Router;
 use crate::feed::source::Source;
 use crate::observe::Observe;
+use crate::postgres::backoff::Backoff;
 use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::census::Census;
@@ -37,6 +39,8 @@ const FILTERS: usize = 2;
 const FILTER_LIMIT: Duration = Duration::from_secs(1);
 /// A look at the catalog, a flush or a listing of filters is done in milliseconds; a minute means that it hangs.
 const LIMIT: Duration = Duration::from_secs(60);
+/// PostgreSQL gets so many times the bound of a stall for one page: sorting a million changes takes seconds.
+const PATIENCE: u32 = 3;
 /// Parts on their way from the source to the router: one being judged, one read ahead.
 const PARTS: usize = 2;
 /// Files that clients leave open: connections to PostgreSQL may have to be made anew while all others are taken.
@@ -52,7 +56,7 @@ pub struct Running {
 
 /// Serves on `listener` until `shutdown` is done, then ends in order. `started` hears once everything is built.
 ///
-/// The database may be away at first (unless it is to be installed): the relay keeps trying.
+/// The database may be away at first: clients connect, and the relay keeps trying.
 ///
 /// # Errors
 /// When a URL cannot be read, the installation fails, or the database side is missing or too old.
@@ -66,11 +70,6 @@ pub async fn serve(
     let main = server(&config.database_url, "relay")?;
     let bell = server(&config.doorbell_url, "relay doorbell")?;
     let judge = server(&config.judge_url, "relay judge")?;
-    tokio::pin!(shutdown);
-    tokio::select! {
-        prepared = prepare(&main, config.install) => prepared?,
-        () = &mut shutdown => return Ok(()),
-    }
 
     let observe = Arc::new(Observe::new());
     let end = CancellationToken::new();
@@ -82,16 +81,22 @@ pub async fn serve(
     let (parts_in, parts) = mpsc::channel(PARTS);
     let (commands_in, commands) = mpsc::unbounded_channel();
 
+    let pulse = Arc::new(Pulse::new(config.stall));
     let source = Source {
         server: main.clone(),
         bell,
         pool: pool.clone(),
         poll: config.poll,
+        patience: config.stall * PATIENCE,
+        pulse: Arc::clone(&pulse),
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
     };
     let feed_end = CancellationToken::new();
-    tasks.spawn(source.run(parts_in, end.clone()));
+    tasks.spawn({
+        let (pulse, end) = (Arc::clone(&pulse), end.clone());
+        async move { pulse.run(end).await }
+    });
     let census = Census::new(judge.clone(), config.judge_timeout);
     let gate = Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, Arc::clone(&observe));
     let census = Census::new(judge.clone(), config.judge_timeout);
@@ -100,11 +105,10 @@ pub async fn serve(
     let past = Arc::new(Past::new(main.clone(), pool, Arc::clone(&catalog), past));
     let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume)?);
     tasks.spawn(keeping.run(feed_end.clone()));
+    let (way_back, pulsing) = (commands_in.clone(), Arc::clone(&pulse));
     let router =
-        Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe), Arc::clone(&past), commands_in.clone());
+        Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe), Arc::clone(&past), way_back, pulsing);
     tasks.spawn(router.run(commands, parts, feed_end.clone()));
-    tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
-    tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
     if let Some(keeper) = config.keeper {
         tasks.spawn(keeper.run(Arc::clone(&observe), end.clone()));
     }
@@ -112,6 +116,7 @@ pub async fn serve(
         verifier: config.verifier,
         feed: Feed::new(Binder::new(catalog), commands_in, past, rows, bookmarks),
         observe: Arc::clone(&observe),
+        pulse: Arc::clone(&pulse),
         allowed_origins: config.allowed_origins,
         budget: Arc::new(Budget::new(config.limits.total_outbox_bytes, Arc::clone(&observe))),
         admission: Arc::new(Admission::new(config.limits.connections, config.limits.connections_per_address)),
@@ -123,10 +128,19 @@ pub async fn serve(
     });
     started(Running { observe: Arc::clone(&observe) });
 
-    tokio::select! {
-        () = &mut shutdown => {}
-        () = accept(&app, &listener) => {}
-    }
+    // What reads the database begins once that is known to be as it should; clients may come before.
+    let reading = async {
+        prepare(&main, config.install, &pulse).await?;
+        tasks.spawn(source.run(parts_in, end.clone()));
+        tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
+        tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
+        pending::<Result<(), Error>>().await
+    };
+    let served = tokio::select! {
+        () = shutdown => Ok(()),
+        () = accept(&app, &listener) => Ok(()),
+        failed = reading => failed,
+    };
     tracing::info!(session.count = observe.session_count(), "ending");
     observe.ending();
     drop(listener);
@@ -140,12 +154,12 @@ pub async fn serve(
     if timeout(GRACE, tasks.wait()).await.is_err() {
         tracing::warn!(task.count = tasks.len(), "tasks did not end in time");
     }
-    Ok(())
+    served
 }
 
 /// Installs if asked to, and refuses a database side that is missing or too old. A database that is away is waited for.
-async fn prepare(server: &Server, wanted: bool) -> Result<(), Error> {
-    let mut pause = Duration::from_millis(200);
+async fn prepare(server: &Server, wanted: bool, pulse: &Pulse) -> Result<(), Error> {
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
         let outcome = async {
             let mut client = server.connect().await?;
@@ -159,9 +173,10 @@ async fn prepare(server: &Server, wanted: bool) -> Result<(), Error> {
         };
         match outcome.await {
             Err(error) if error.is_transient() => {
+                pulse.is_cut_off(error.kind());
+                let pause = backoff.pause();
                 tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "waiting for the database");
                 sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(5));
             }
             outcome => return outcome,
         }

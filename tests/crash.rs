@@ -64,6 +64,13 @@ impl Cluster {
         self.control("start", settings);
     }
 
+    /// Stopped, it starts as a standby that waits for a primary.
+    pub fn become_standby(&self) {
+        let note = PathBuf::from(format!("{}.path", self.folder.display()));
+        let folder = std::fs::read_to_string(note).map_or(self.folder.clone(), |path| path.trim().into());
+        std::fs::write(folder.join("data/standby.signal"), "").unwrap();
+    }
+
     fn control(&self, word: &str, settings: &[&str]) {
         let mut command = script(&[word, self.folder.to_str().unwrap()]);
         let status = command.args(settings).stdout(Stdio::null()).status().unwrap();

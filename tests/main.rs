@@ -31,6 +31,7 @@ mod limits;
 mod limits_speech;
 mod machine;
 mod order;
+mod outage;
 mod policy;
 mod policy_cost;
 mod policy_generated;

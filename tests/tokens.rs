@@ -290,7 +290,9 @@ async fn secrets_tokens_claims_and_rows_are_in_no_log_and_no_metric() {
         let at = text
             .split_once("http://")
             .map(|(_, rest)| rest.split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit()).next());
-        if let Some(Some(address)) = at.filter(|_| text.ends_with('\n')) {
+        if let Some(Some(address)) =
+            at.filter(|_| text.contains("reading the changelog") && text.ends_with('\n'))
+        {
             break address.to_owned();
         }
     };

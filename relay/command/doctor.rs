@@ -59,7 +59,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
         return Ok(findings);
     }
     findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
-    findings.push(bell(server).await?);
+    findings.push(bell(server, &client).await?);
     findings.push(prepared_transactions(&client).await?);
     findings.push(queue(&client).await?);
     findings.push(numbers(&client).await?);
@@ -107,12 +107,12 @@ async fn primary(client: &Client) -> Result<Finding, Error> {
     })
 }
 
-async fn bell(server: &Server) -> Result<Finding, Error> {
+async fn bell(server: &Server, client: &Client) -> Result<Finding, Error> {
     let mut doorbell = Doorbell::connect(server).await?;
     if doorbell.is_off().await? {
         return Ok(Note(String::from("relay.doorbell is off: writers do not ring, the relay polls")));
     }
-    Ok(if doorbell.is_heard().await? {
+    Ok(if doorbell.is_heard(client).await? {
         Good(String::from("NOTIFY is heard"))
     } else {
         Note(String::from(

@@ -277,6 +277,15 @@ impl Audience {
         }
     }
 
+    /// Tells all members that nothing comes for now, or that it goes on.
+    pub fn tell_stall(&self, stalls: bool) {
+        if let Some(frame) = self.key.dress.stall(stalls).map(Bytes::from) {
+            for outbox in self.members.values() {
+                outbox.push(frame.clone());
+            }
+        }
+    }
+
     fn gap(&self, why: &str, cursor: &str) -> Bytes {
         self.counted(self.key.dress.gap(why, cursor))
     }

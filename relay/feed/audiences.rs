@@ -104,18 +104,21 @@ impl Audiences {
         }
     }
 
-    /// From now on changes are judged with this catalog. Whoever subscribed to what is gone is told so, with the
-    /// cursor. True when it is another one than before.
-    pub fn judge_with(&mut self, catalog: &Arc<Catalog>, here: &str) -> bool {
-        if self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog)) {
-            return false;
+    /// Whether changes are judged with this catalog already.
+    pub fn is_judged_with(&self, catalog: &Arc<Catalog>) -> bool {
+        self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
+    }
+
+    /// From now on changes are judged with this catalog. Whoever subscribed to what is gone is told so, with the cursor.
+    pub fn judge_with(&mut self, catalog: &Arc<Catalog>, here: &str) {
+        if self.is_judged_with(catalog) {
+            return;
         }
         self.readerships.forget();
         for (_, audience) in &self.audiences {
             audience.leave_what_is_gone(self.judged_with.as_deref(), catalog, here);
         }
         self.judged_with = Some(Arc::clone(catalog));
-        true
     }
 
     /// Tells a stretch to all whom it concerns; returns how many frames that makes.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +14,7 @@ use crate::feed::command::{Command, Handover};
 use crate::feed::convoy::{Convoy, Numbered};
 use crate::feed::gate::Gate;
 use crate::feed::past::Past;
+use crate::feed::pulse::{Cause, Pulse, Stalls};
 use crate::feed::source::Part;
 use crate::feed::stretch::{Recent, Stretch};
 use crate::model::change::{Change, Operation, RelationId};
@@ -40,6 +42,10 @@ pub struct Router {
     recent: Recent,
     /// The rules are to be looked at anew before anything else is judged.
     is_news: bool,
+    pulse: Arc<Pulse>,
+    stalls: Stalls,
+    /// Everybody was told that the feed stalls, and not yet that it goes on.
+    stalled: bool,
     /// What is left of [`PAUSES`], and when that was.
     pauses: (Duration, Instant),
     past: Arc<Past>,
@@ -59,8 +65,13 @@ impl Router {
         observe: Arc<Observe>,
         past: Arc<Past>,
         router: UnboundedSender<Command>,
+        pulse: Arc<Pulse>,
     ) -> Self {
+        let stalls = pulse.watch();
         Self {
+            pulse,
+            stalls,
+            stalled: false,
             catalog,
             gate,
             observe,
@@ -100,6 +111,17 @@ impl Router {
                     },
                     None => return,
                 },
+                Ok(()) = self.stalls.changed() => self.tell_stall(),
+            }
+        }
+    }
+
+    /// Tells everybody that the feed stalls or goes on, if that is news.
+    fn tell_stall(&mut self) {
+        let stalls = self.stalls.borrow_and_update().is_some();
+        if std::mem::replace(&mut self.stalled, stalls) != stalls {
+            for audience in self.audiences.iter() {
+                audience.tell_stall(stalls);
             }
         }
     }
@@ -111,7 +133,9 @@ impl Router {
             {
                 self.pass_on(channel, convoy, command);
             }
-            Command::Join { channel, registration, greeting } => {
+            Command::Join { channel, registration, mut greeting } => {
+                let stalled = self.stalled.then(|| registration.dress.stall(true)).flatten();
+                greeting.extend(stalled.map(Bytes::from));
                 self.audiences.join(channel, registration, greeting);
             }
             Command::Follow { channel, registration, checked, outcome } => {
@@ -220,6 +244,10 @@ impl Router {
     /// The rest of a page goes to those whom it concerns by itself; the others have nothing to wait for.
     fn send_off(&mut self, span: &Span, after: i64, relations: &HashSet<RelationId>) {
         let concerned = self.audiences.split_off(relations);
+        // They are told changes, so for them the feed goes on.
+        if self.stalled {
+            concerned.iter().for_each(|audience| audience.tell_stall(false));
+        }
         self.position = Some(span.end());
         self.recent = Recent::default();
         self.recent.moved(&self.position, &span.end());
@@ -259,6 +287,9 @@ impl Router {
         self.away.retain(|_, (convoy, _)| *convoy != number);
         let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
         let Convoy { audiences, mut commands, .. } = *convoy;
+        if self.stalled {
+            audiences.iter().for_each(|audience| audience.tell_stall(true));
+        }
         self.audiences.absorb(audiences, &here);
         while let Ok((command, _)) = commands.try_recv() {
             self.obey(command);
@@ -312,10 +343,18 @@ impl Router {
     /// on without delivering would lose changes. Without a part, only the rules are looked at anew.
     async fn deliver_when_judged(&mut self, stretch: Option<&Stretch>) {
         let mut pause = Duration::from_millis(50);
+        self.pulse.waits(Cause::Judgement);
         loop {
-            match self.deliver(stretch).await {
-                Ok(()) => return,
+            let mut stalls = self.pulse.watch();
+            let delivered = tokio::select! {
+                delivered = self.deliver(stretch) => delivered,
+                // Asked anew, on a new connection: nothing may come on the old one ever again.
+                Ok(()) = stalls.changed() => Err(Error::Lost("the judgement takes too long")),
+            };
+            match delivered {
+                Ok(()) => return self.pulse.goes_on(Cause::Judgement),
                 Err(error) => {
+                    self.tell_stall();
                     tracing::warn!(error = %error, "changes wait for their judgement");
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
@@ -344,9 +383,11 @@ impl Router {
             catalog = self.catalog.reloaded().await?;
             self.is_news = false;
         }
-        let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
-        if self.audiences.judge_with(&catalog, &here) {
+        if !self.audiences.is_judged_with(&catalog) {
+            // First, so that it is not left out where this is given up and tried again.
             self.gate.forget().await;
+            let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
+            self.audiences.judge_with(&catalog, &here);
         }
         Ok(catalog)
     }

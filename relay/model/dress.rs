@@ -18,6 +18,12 @@ pub enum Dress {
     Bare,
 }
 
+/// What clients are told when the feed stalls …
+pub const STALLED: &str =
+    "Stalled: the database cannot be asked now, changes follow in order once it is back";
+/// … and when it goes on.
+pub const RESUMED: &str = "Feed resumed";
+
 /// A piece without a frame around it, taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bare<'a> {
@@ -42,6 +48,15 @@ impl Dress {
             Self::Phoenix { version, topic, .. } => changes_frame(*version, topic, ids, data),
             Self::Bare => format!("C{cursor}\n{data}"),
         }
+    }
+
+    /// The news that nothing comes for now, or that it goes on. None for what is bare: whoever writes that hears of it
+    /// by itself.
+    pub fn stall(&self, stalls: bool) -> Option<String> {
+        let Self::Phoenix { version, topic, .. } = self else { return None };
+        let (status, text) = if stalls { ("error", STALLED) } else { ("ok", RESUMED) };
+        let payload = system(topic, "postgres_changes", status, text);
+        Some(fan_out(*version, topic, "system", &payload))
     }
 
     /// The news that changes are missing before the cursor.

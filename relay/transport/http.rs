@@ -28,6 +28,7 @@ use tokio_util::task::TaskTracker;
 use crate::feed::binding::Feed;
 use crate::feed::budget::Budget;
 use crate::feed::outbox::Outbox;
+use crate::feed::pulse::{Cause, Pulse};
 use crate::model::bookmark::NoSessionName;
 use crate::model::claims::Claims;
 use crate::model::limits::Limits;
@@ -52,6 +53,8 @@ pub struct App {
     pub feed: Feed,
     /// What is counted.
     pub observe: Arc<Observe>,
+    /// Whether the feed goes on.
+    pub pulse: Arc<Pulse>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
     /// Who may connect.
@@ -71,6 +74,17 @@ pub struct App {
 }
 
 impl App {
+    /// Why clients should not be sent here, if they should not.
+    fn unready(&self) -> Option<&'static str> {
+        match (self.pulse.why_cut_off(), self.pulse.stalled()) {
+            (Some(why), _) => Some(why),
+            (None, Some(Cause::Changelog)) => Some("the changelog could not be read for too long"),
+            (None, Some(Cause::Judgement)) => Some("policies could not be judged for too long"),
+            (None, None) if self.observe.is_ready() => None,
+            (None, None) => Some("the changelog is not being read"),
+        }
+    }
+
     /// A number that no session had before.
     pub fn next_session(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
@@ -190,8 +204,10 @@ async fn route(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>, 
         }
         "/realtime/v1/changes" => changes::serve(app, request, watched).await,
         "/healthcheck" | "/livez" => text(StatusCode::OK, "ok"),
-        "/readyz" if app.observe.is_ready() => text(StatusCode::OK, "ready"),
-        "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the changelog is not being read"),
+        "/readyz" => match app.unready() {
+            None => text(StatusCode::OK, "ready"),
+            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}")),
+        },
         "/metrics" => text(StatusCode::OK, app.observe.text()),
         _ => error(
             StatusCode::NOT_FOUND,

@@ -17,8 +17,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::feed::follower::{Follower, Progress};
 use crate::feed::outbox::Taken;
 use crate::feed::past::Missed;
+use crate::feed::pulse::Stalls;
 use crate::model::cursor::Cursor;
-use crate::model::dress::Bare;
+use crate::model::dress::{Bare, RESUMED, STALLED};
 use crate::transport::changes::Answer;
 use crate::transport::http::{App, Watched};
 use crate::transport::ws;
@@ -40,6 +41,7 @@ struct Stream {
     stands: Cursor,
     /// When the token ends.
     expiry: Instant,
+    stalls: Stalls,
     begun: bool,
     over: bool,
 }
@@ -50,9 +52,13 @@ pub fn answer(app: Arc<App>, follower: Follower, progress: Progress, watched: Wa
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
     app.observe.session_opened();
     watched.send_replace(Some(Arc::clone(&follower.outbox)));
+    let mut stalls = app.pulse.watch();
+    if app.pulse.stalled().is_some() {
+        stalls.mark_changed();
+    }
     let (pieces, stands) = (VecDeque::new(), follower.since().clone());
-    let stream =
-        Stream { app, watched, follower, progress, pieces, stands, expiry, begun: false, over: false };
+    let (begun, over) = (false, false);
+    let stream = Stream { app, watched, follower, progress, pieces, stands, expiry, stalls, begun, over };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
         Some((Ok::<_, Infallible>(Frame::data(Bytes::from(chunk))), stream))
@@ -106,6 +112,13 @@ impl Stream {
                 () = self.app.verifier.withdrawn(self.follower.subscription().identity().claims()) => {
                     self.over = true;
                     return Some(String::from("event: error\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n"));
+                }
+                Ok(()) = self.stalls.changed() => {
+                    let (name, data) = match *self.stalls.borrow_and_update() {
+                        Some(_) => ("stalled", serde_json::json!({ "error": STALLED })),
+                        None => ("resumed", serde_json::json!({ "message": RESUMED })),
+                    };
+                    return Some(format!("event: {name}\ndata: {data}\n\n"));
                 }
                 () = self.app.end.cancelled() => return None,
                 () = sleep_until(Instant::now() + self.app.limits.keep_alive) => {

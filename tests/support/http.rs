@@ -162,3 +162,14 @@ pub async fn stalled(address: SocketAddr, token: &str, topic: &str, table: &str)
     stream.write_all(&frame).await.unwrap();
     stream
 }
+
+/// Status and body of a page for machines.
+pub async fn text(address: SocketAddr, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut text)).await.expect("no answer came").unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}

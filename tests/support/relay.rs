@@ -30,6 +30,17 @@ impl Relay {
 
     /// The same with settings changed.
     pub async fn with(database_url: &str, change: impl FnOnce(&mut Settings)) -> Self {
+        let relay = Self::unready(database_url, change).await;
+        eventually("the relay is ready", || async {
+            assert!(!relay.task.is_finished(), "the relay ended");
+            relay.observe.is_ready().then_some(())
+        })
+        .await;
+        relay
+    }
+
+    /// The same without waiting for the database.
+    pub async fn unready(database_url: &str, change: impl FnOnce(&mut Settings)) -> Self {
         let mut settings = Settings {
             database_url: Some(database_url.to_owned()),
             jwt_secret: Some(SECRET.to_owned()),
@@ -51,7 +62,6 @@ impl Relay {
         let Ok(observe) = building.await else {
             panic!("the relay did not start: {:?}", task.await);
         };
-        eventually("the relay is ready", || async { observe.is_ready().then_some(()) }).await;
         Self { address, observe, stop: Some(stop), task }
     }
 

@@ -1,0 +1,116 @@
+//! Whether the feed goes on: what it waits for, since when, and who is to hear that this takes long.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// What the feed may wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The next page of the changelog, or a connection to read it by.
+    Changelog,
+    /// Verdicts on the changes at hand.
+    Judgement,
+}
+
+/// Hears of each stall: what the feed waits for, or that it goes on.
+pub type Stalls = watch::Receiver<Option<Cause>>;
+
+/// The feed's pulse.
+pub struct Pulse {
+    bound: Duration,
+    // Held for a moment, once or twice a page.
+    waits: Mutex<Waits>,
+    stalled: watch::Sender<Option<Cause>>,
+}
+
+#[derive(Default)]
+struct Waits {
+    changelog: Option<Instant>,
+    judgement: Option<Instant>,
+    /// Why there is no connection, in a few words that anybody may read.
+    why: Option<&'static str>,
+}
+
+impl Waits {
+    fn since(&mut self, cause: Cause) -> &mut Option<Instant> {
+        match cause {
+            Cause::Changelog => &mut self.changelog,
+            Cause::Judgement => &mut self.judgement,
+        }
+    }
+}
+
+impl Pulse {
+    /// Of a feed that stalls when it has waited for `bound`. It waits for its first page.
+    pub fn new(bound: Duration) -> Self {
+        let waits = Waits { changelog: Some(Instant::now()), ..Waits::default() };
+        Self { bound, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
+    }
+
+    /// It waits from now on, if it does not yet.
+    pub fn waits(&self, cause: Cause) {
+        self.change(|waits| {
+            waits.since(cause).get_or_insert_with(Instant::now);
+        });
+    }
+
+    /// It has what it waited for.
+    pub fn goes_on(&self, cause: Cause) {
+        self.change(|waits| {
+            *waits.since(cause) = None;
+            if cause == Cause::Changelog {
+                waits.why = None;
+            }
+        });
+    }
+
+    /// It has no connection, and why.
+    pub fn is_cut_off(&self, why: &'static str) {
+        self.waits(Cause::Changelog);
+        self.change(|waits| waits.why = Some(why));
+    }
+
+    /// Why there is no connection.
+    pub fn why_cut_off(&self) -> Option<&'static str> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner).why
+    }
+
+    /// What it has waited for longer than the bound.
+    pub fn stalled(&self) -> Option<Cause> {
+        *self.stalled.borrow()
+    }
+
+    /// Hears when it stalls, and when it goes on.
+    pub fn watch(&self) -> Stalls {
+        self.stalled.subscribe()
+    }
+
+    /// Looks after it until the end.
+    pub async fn run(&self, end: CancellationToken) {
+        let tick = (self.bound / 10).clamp(Duration::from_millis(20), Duration::from_secs(1));
+        while end.run_until_cancelled(tokio::time::sleep(tick)).await.is_some() {
+            let is_long = |since: Option<Instant>| since.is_some_and(|since| since.elapsed() > self.bound);
+            let mut now = None;
+            self.change(|waits| {
+                now = match () {
+                    () if is_long(waits.changelog) => Some(Cause::Changelog),
+                    () if is_long(waits.judgement) => Some(Cause::Judgement),
+                    () => None,
+                };
+            });
+            let is_news = self.stalled.send_if_modified(|stalled| std::mem::replace(stalled, now) != now);
+            match now {
+                Some(cause) if is_news => tracing::warn!(cause = ?cause, "the feed stalls"),
+                None if is_news => tracing::info!("the feed goes on"),
+                _ => {}
+            }
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Waits)) {
+        change(&mut self.waits.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}

@@ -1,0 +1,275 @@
+//! Reads the changelog page after page while its connections hold, and decides when to poll and when to sleep until
+//! somebody rings.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::Sender;
+use tokio::time::timeout;
+
+use crate::feed::source::{PART_BYTES, PART_CHANGES, Part, Place, Source};
+use crate::model::cursor::Span;
+use crate::postgres::changelog::{Changelog, Flush, Position};
+use crate::postgres::connect::Error;
+use crate::postgres::doorbell::{Doorbell, Rings};
+
+/// After so many parts a page is large: everybody waits for them, and no longer.
+const PARTS: usize = 16;
+
+/// Awake, the pause after a page that was not full: the added wait stays under a millisecond or two, the load on
+/// PostgreSQL under a few hundred small statements a second.
+const POLL: Duration = Duration::from_millis(2);
+/// Awake without finding anything for this long, the source tries to sleep.
+const IDLE: Duration = Duration::from_millis(30);
+/// The pause between two tries to sleep while a writer that did not ring is in flight.
+const CALM: Duration = Duration::from_millis(10);
+/// This many rings within [`RUSH`] end the sleep: at a few hundred commits a second polling is cheaper for writers.
+const RUSH_RINGS: usize = 6;
+/// See [`RUSH_RINGS`].
+const RUSH: Duration = Duration::from_millis(20);
+/// Without a bell (a pooler swallows it, or the database turned it off) the source polls, at most this slowly.
+const DEAF: Duration = Duration::from_millis(100);
+/// Asleep, the bell is rung by ourselves this often, to prove that it is still heard.
+const PROBE: Duration = Duration::from_secs(10);
+/// Trimming takes several looks after the changelog, so what was read a moment ago cannot be affected.
+const TRIMMED: Duration = Duration::from_millis(100);
+/// Where we are is told this often when there is nothing else to tell, so that cursors do not grow old.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// The source while its connections hold.
+pub(super) struct Reading<'a> {
+    source: &'a Source,
+    changelog: Changelog,
+    doorbell: Doorbell,
+    place: &'a mut Place,
+    parts: &'a Sender<Part>,
+    /// When somebody last heard where we are.
+    told: Instant,
+    /// The position moved since, with nothing to tell.
+    unheard: bool,
+    /// When the last look at the changelog began; handing on what it found may have taken long.
+    looked: Instant,
+}
+
+/// What a look at the changelog found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// Nothing new.
+    Nothing,
+    /// Some changes.
+    Some,
+    /// More than a part: look again at once.
+    Plenty,
+    /// Nobody takes parts any more.
+    Over,
+}
+
+impl<'a> Reading<'a> {
+    pub(super) fn new(
+        source: &'a Source,
+        changelog: Changelog,
+        doorbell: Doorbell,
+        place: &'a mut Place,
+        parts: &'a Sender<Part>,
+    ) -> Self {
+        let now = Instant::now();
+        Self { source, changelog, doorbell, place, parts, told: now, unheard: false, looked: now }
+    }
+
+    /// Sleeps when nothing happens. Ends well, as all of these, when nobody takes parts any more.
+    pub(super) async fn by_bell(&mut self) -> Result<(), Error> {
+        loop {
+            if self.awake().await?.is_over() || self.asleep().await?.is_over() {
+                return Ok(());
+            }
+        }
+    }
+
+    pub(super) async fn by_polling(&mut self) -> Result<(), Error> {
+        let mut pause = POLL;
+        loop {
+            self.pass_on();
+            match self.look(Flush::WithWriters).await? {
+                Look::Over => return Ok(()),
+                Look::Plenty => pause = POLL,
+                Look::Some => {
+                    pause = POLL;
+                    tokio::time::sleep(pause).await;
+                }
+                Look::Nothing => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(DEAF);
+                }
+            }
+        }
+    }
+
+    /// What was rung, if anything was in time.
+    async fn rung_within(&mut self, wait: Duration) -> Result<Option<Rings>, Error> {
+        let Ok(rung) = timeout(wait, self.doorbell.rung()).await else { return Ok(None) };
+        let rings = rung.ok_or(Error::Lost("the listening connection ended"))?;
+        if rings.refresh_jobs {
+            self.source.refresh_jobs.notify_one();
+        }
+        self.source.observe.rung(rings.count);
+        Ok(Some(rings))
+    }
+
+    /// Polls until it is quiet and every writer that did not ring is done.
+    async fn awake(&mut self) -> Result<Look, Error> {
+        let mut found = Instant::now();
+        loop {
+            self.pass_on();
+            match self.look(Flush::WithWriters).await? {
+                Look::Over => return Ok(Look::Over),
+                Look::Plenty => found = Instant::now(),
+                Look::Some => {
+                    found = Instant::now();
+                    tokio::time::sleep(POLL).await;
+                }
+                Look::Nothing if found.elapsed() < IDLE => tokio::time::sleep(POLL).await,
+                Look::Nothing => {
+                    if self.doorbell.try_sleep().await? {
+                        return Ok(Look::Nothing);
+                    }
+                    tokio::time::sleep(CALM).await;
+                }
+            }
+        }
+    }
+
+    /// Holds the lock, so everybody rings: looks once for those who came before, then once per ring.
+    async fn asleep(&mut self) -> Result<Look, Error> {
+        self.source.observe.asleep();
+        if self.look(Flush::AtOnce).await?.is_over() {
+            return Ok(Look::Over);
+        }
+        let mut rush = Instant::now();
+        let mut count = 0;
+        let mut heard = Instant::now();
+        loop {
+            let wait = (self.source.poll.saturating_sub(self.looked.elapsed()))
+                .min(PROBE.saturating_sub(heard.elapsed()));
+            let Some(rings) = self.rung_within(wait).await? else {
+                if heard.elapsed() >= PROBE {
+                    if !self.doorbell.is_heard(self.changelog.client()).await? {
+                        return Err(Error::Lost("the doorbell is not heard any more"));
+                    }
+                    heard = Instant::now();
+                }
+                match self.look(Flush::AtOnce).await? {
+                    Look::Over => return Ok(Look::Over),
+                    Look::Nothing => {}
+                    Look::Some | Look::Plenty => self.source.observe.found_by_polling(),
+                }
+                continue;
+            };
+            if rush.elapsed() > RUSH {
+                rush = Instant::now();
+                count = 0;
+            }
+            count += rings.count;
+            if count >= RUSH_RINGS {
+                self.doorbell.wake().await?;
+                self.source.observe.awake();
+                return Ok(Look::Some);
+            }
+            if self.look(Flush::AtOnce).await?.is_over() {
+                return Ok(Look::Over);
+            }
+        }
+    }
+
+    /// Awake, nobody waits for rings; one about the refresh schedule must count all the same.
+    fn pass_on(&mut self) {
+        if self.doorbell.refresh_jobs() {
+            self.source.refresh_jobs.notify_one();
+        }
+    }
+
+    /// Reads one page and hands it on in parts. The position moves with what was handed on.
+    async fn look(&mut self, how: Flush) -> Result<Look, Error> {
+        let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
+        let mut page = self.source.page(self.changelog.open(&self.place.position)).await?;
+        let until = page.until.clone();
+        let seen = self.place.position.seen.clone();
+        let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
+        let (mut total, mut goes_on, mut parts) = (0, false, 0);
+        let mut flushed = !page.unflushed;
+        loop {
+            let (changes, more) = self.source.page(page.part(PART_CHANGES, PART_BYTES)).await?;
+            let Some(last) = changes.last().map(|change| change.number) else {
+                break;
+            };
+            // What was trimmed before it was read would be missing in the page. While the page is open nothing more can be.
+            if total == 0 && slept > TRIMMED {
+                let horizon = self.source.page(self.source.horizon()).await?;
+                if !horizon.is_before_or_equal(&span.seen) {
+                    self.place.position = Position::after(horizon);
+                    let why =
+                        String::from("changes were trimmed before they could be told, read the rows again");
+                    let over = self.parts.send(Part::Gap(why)).await.is_err();
+                    return Ok(if over { Look::Over } else { Look::Plenty });
+                }
+            }
+            if !flushed {
+                self.source.page(self.source.flush(how)).await?;
+                flushed = true;
+            }
+            total += changes.len();
+            goes_on = more;
+            self.source.observe.read(changes.len());
+            let part = Part::Changes { changes, more, span: Arc::clone(&span) };
+            if self.parts.send(part).await.is_err() {
+                return Ok(Look::Over);
+            }
+            self.told = Instant::now();
+            self.place.position.until = Some(until.clone());
+            self.place.position.after = last;
+            if !more {
+                break;
+            }
+            parts += 1;
+            if parts == PARTS {
+                return self.hand_over_rest(&span, last).await;
+            }
+        }
+        // Without the flush an id counted as finished here could be handed out again after a crash, so an empty page
+        // moves the position only when it is safe by itself.
+        if flushed {
+            self.place.position = Position::after(until);
+            self.unheard = goes_on || (total == 0 && (self.unheard || span.seen != span.until));
+            // Whoever was told that a page goes on is told at once that it does not.
+            if goes_on || (self.unheard && self.told.elapsed() > QUIET) {
+                self.told = Instant::now();
+                self.unheard = false;
+                if self.parts.send(Part::Quiet(span.end())).await.is_err() {
+                    return Ok(Look::Over);
+                }
+            }
+        }
+        Ok(match total {
+            0 => Look::Nothing,
+            _ if total < PART_CHANGES => Look::Some,
+            _ => Look::Plenty,
+        })
+    }
+
+    /// Leaves the rest of a page to whom it concerns.
+    async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<Look, Error> {
+        // On the connection that streams the page, all of it would have to come first.
+        self.changelog = Changelog::connect(&self.source.server).await?;
+        let relations = self.changelog.relations(&span.seen, &span.until, after);
+        let relations = self.source.page(relations).await?;
+        self.place.position = Position::after(span.until.clone());
+        self.unheard = false;
+        let rest = Part::Rest { span: Arc::clone(span), after, relations };
+        Ok(if self.parts.send(rest).await.is_err() { Look::Over } else { Look::Plenty })
+    }
+}
+
+impl Look {
+    fn is_over(&self) -> bool {
+        matches!(self, Self::Over)
+    }
+}
