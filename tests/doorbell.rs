@@ -13,6 +13,7 @@ use relay::postgres::connect::Server;
 use crate::order::CROWD;
 use crate::support::client::Client;
 use crate::support::database::Database;
+use crate::support::pooler::Pooler;
 use crate::support::relay::Relay;
 use crate::support::{PATIENCE, eventually, token};
 
@@ -258,5 +259,22 @@ async fn an_idle_relay_asks_postgresql_nothing() {
     // Nothing can be waited for where nothing is to happen; a second holds 500 polls.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(database.value(LAST).await, last);
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_lock() {
+    const HELD: &str = "select count(*) from pg_locks l join pg_database d on d.oid = l.database
+        where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 1";
+    let database = watched().await;
+    let pooler = Pooler::start(&database.url).await;
+    let relay = Relay::with(&database.url, |settings| settings.doorbell_url = Some(pooler.url.clone())).await;
+    assert_eq!(figure(&relay, "relay_source_up"), 1, "it knows that it hears nothing");
+    let mut client = subscriber(&relay).await;
+    for id in 1..=20 {
+        database.run(&format!("insert into t values ({id})")).await;
+        assert_eq!(client.change().await["record"]["id"], id);
+    }
+    assert_eq!(database.value(HELD).await, "0");
     relay.stop().await;
 }

@@ -5,6 +5,7 @@ pub mod database;
 pub mod dice;
 pub mod http;
 pub mod issuer;
+pub mod pooler;
 pub mod program;
 pub mod proxy;
 pub mod relay;

@@ -76,6 +76,16 @@ command -v cc >/dev/null || missing "A C compiler (cargo links with it)" build-e
 if wants postgres; then
   tests/support/cluster.sh bin >/dev/null 2>&1 || missing "A PostgreSQL server, 14 or newer," postgresql
 fi
+# The pooler of a test is unpacked, not installed: Debian would start it as a service.
+if wants postgres && ! command -v pgbouncer >/dev/null && [ ! -x target/pgbouncer/usr/sbin/pgbouncer ]; then
+  say "fetching pgbouncer with apt-get"
+  mkdir -p target/pgbouncer
+  (
+    cd target/pgbouncer
+    apt-get -qq download pgbouncer $(apt-cache depends pgbouncer | awk '$2 ~ /^lib(event|c-ares)/ { print $2 }') >../apt.log 2>&1
+    for package in *.deb; do dpkg -x "$package" .; done
+  ) || { say "pgbouncer is missing: install the Debian package pgbouncer or the like"; exit 1; }
+fi
 if wants node; then
   has_node || missing "Node.js" nodejs ca-certificates
 fi
