@@ -30,6 +30,7 @@ pub struct Observe {
     sleeps: Counter,
     wakes: Counter,
     source_up: Gauge,
+    leader: Gauge,
     changelog_bytes: Gauge,
     source_downs: Counter,
     flush: Histogram,
@@ -87,6 +88,10 @@ impl Observe {
             gauge("source_up", "1 while the changelog is being read, 2 when the doorbell is heard too");
         let keys = gauge("jwks_keys", "Keys of the JWK set that are in force");
         let keys_stale = gauge("jwks_stale", "1 while the JWK set cannot be read anew");
+        let leader = gauge(
+            "leader",
+            "1 while this relay is the one of its database that writers ring and that rings the others",
+        );
         let flush = Histogram::new(exponential_buckets(0.000_05, 2.0, 14));
         registry.register("flush_seconds", "Waits for the WAL flush before a page was shown", flush.clone());
         let lag = Histogram::new(exponential_buckets(0.000_1, 2.0, 18));
@@ -111,6 +116,7 @@ impl Observe {
             sleeps,
             wakes,
             source_up,
+            leader,
             changelog_bytes,
             source_downs,
             flush,
@@ -238,6 +244,7 @@ impl Observe {
     /// The changelog cannot be read.
     pub fn source_down(&self) {
         self.source_up.set(0);
+        self.leader.set(0);
         self.source_downs.inc();
         self.ready.store(false, Ordering::Relaxed);
     }
@@ -253,6 +260,11 @@ impl Observe {
         self.keys.set(count as i64);
         self.keys_stale.set(1);
         self.keys_not_read.inc();
+    }
+
+    /// This relay leads from now on.
+    pub fn leads(&self) {
+        self.leader.set(1);
     }
 
     /// The relay begins to end.

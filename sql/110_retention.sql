@@ -100,6 +100,13 @@ select
   exists (select from pg_catalog.pg_locks l
           where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 1 and l.mode = 'ExclusiveLock' and l.granted
             and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as asleep,
-  pg_catalog.pg_notification_queue_usage() as notify_queue
+  pg_catalog.pg_notification_queue_usage() as notify_queue,
+  (select l.pid from pg_catalog.pg_locks l
+   where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 5 and l.mode = 'ExclusiveLock' and l.granted
+     and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as leader,
+  (select pg_catalog.count(*) from pg_catalog.pg_locks l
+   where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 6 and l.mode = 'ShareLock' and l.granted
+     and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as deputies
 from relay.retention r;
-comment on view relay.health is 'size and age of the changelog, what is kept, whether the relay sleeps, how full the queue of NOTIFY is';
+comment on view relay.health is
+  'size and age of the changelog, what is kept, whether the relay sleeps, how full the queue of NOTIFY is, which backend is the leader''s, how many other relays there are';

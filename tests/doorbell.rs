@@ -265,7 +265,7 @@ async fn an_idle_relay_asks_postgresql_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_lock() {
     const HELD: &str = "select count(*) from pg_locks l join pg_database d on d.oid = l.database
-        where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 1";
+        where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1919249009 and l.objid in (1, 5, 6)";
     let database = watched().await;
     let pooler = Pooler::start(&database.url).await;
     let relay = Relay::with(&database.url, |settings| settings.doorbell_url = Some(pooler.url.clone())).await;
@@ -276,5 +276,6 @@ async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_loc
         assert_eq!(client.change().await["record"]["id"], id);
     }
     assert_eq!(database.value(HELD).await, "0");
+    assert_eq!(figure(&relay, "relay_leader"), 0);
     relay.stop().await;
 }

@@ -27,6 +27,7 @@ mod install;
 mod keys;
 mod large_transactions;
 mod layers;
+mod leader;
 mod limits;
 mod limits_speech;
 mod machine;

@@ -225,6 +225,29 @@ async fn asleep(database: &Database) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_doorbell_that_goes_silent_is_noticed_and_the_relay_leads_again_at_once() {
+    let (database, relay, _changelog, bell) = behind_proxies().await;
+    let mut client = join(&relay).await;
+    asleep(&database).await;
+    let silent = Instant::now();
+    bell.hold();
+    // Its connection stands at both ends, with all its locks; polling is an hour away.
+    database.run("insert into t values (1)").await;
+    eventually("the probe fails", || async {
+        (figure(&relay, "relay_source_interruptions_total") > 0).then_some(())
+    })
+    .await;
+    assert!(silent.elapsed() < Duration::from_secs(15), "{:?}", silent.elapsed());
+    bell.release();
+    eventually("it leads", || async { (figure(&relay, "relay_leader") == 1).then_some(()) }).await;
+    told(&mut client, 1..=1).await;
+    database.run("insert into t values (2)").await;
+    told(&mut client, 2..=2).await;
+    assert_eq!(database.value("select deputies from relay.health").await, "0");
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_changelog_that_goes_silent_stalls_the_feed_and_is_read_on_from_where_it_was() {
     let (database, relay, changelog, _bell) = behind_proxies().await;
     let mut client = join(&relay).await;

@@ -60,6 +60,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     }
     findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
     findings.push(bell(server, &client).await?);
+    findings.push(relays(&client).await?);
     findings.push(prepared_transactions(&client).await?);
     findings.push(queue(&client).await?);
     findings.push(numbers(&client).await?);
@@ -119,6 +120,18 @@ async fn bell(server: &Server, client: &Client) -> Result<Finding, Error> {
             "NOTIFY is not heard, probably because of a pooler: give `serve` a direct --doorbell-url, else it polls",
         ))
     })
+}
+
+/// Who reads the changelog now.
+async fn relays(client: &Client) -> Result<Finding, Error> {
+    let row = client.query_one("select leader, deputies from relay.health", &[]).await?;
+    Ok(Good(match (row.get::<_, Option<i32>>(0), row.get::<_, i64>(1)) {
+        (Some(leader), 0) => format!("a relay reads the changelog (its doorbell is backend {leader})"),
+        (Some(leader), others) => {
+            format!("a relay leads (its doorbell is backend {leader}), others on this database: {others}")
+        }
+        (None, _) => String::from("no relay that hears the doorbell runs on this database now"),
+    }))
 }
 
 async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {

@@ -1,5 +1,5 @@
-//! Reads the changelog page after page while its connections hold, and decides when to poll and when to sleep until
-//! somebody rings.
+//! Reads the changelog page after page while its connections hold, and decides when to poll, and when to sleep until
+//! somebody rings: writers for the leader, the leader for its deputies.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,6 +31,9 @@ const RUSH: Duration = Duration::from_millis(20);
 const DEAF: Duration = Duration::from_millis(100);
 /// Asleep, the bell is rung by ourselves this often, to prove that it is still heard.
 const PROBE: Duration = Duration::from_secs(10);
+/// A deputy tries this often to lead, so that it does within half a second when the leader is gone.
+const SUCCEED: Duration = Duration::from_millis(400);
+
 /// Trimming takes several looks after the changelog, so what was read a moment ago cannot be affected.
 const TRIMMED: Duration = Duration::from_millis(100);
 /// Where we are is told this often when there is nothing else to tell, so that cursors do not grow old.
@@ -76,13 +79,24 @@ impl<'a> Reading<'a> {
         Self { source, changelog, doorbell, place, parts, told: now, unheard: false, looked: now }
     }
 
-    /// Sleeps when nothing happens. Ends well, as all of these, when nobody takes parts any more.
+    /// Sleeps when nothing happens, once it leads. Ends well, as all of these, when nobody takes parts any more.
     pub(super) async fn by_bell(&mut self) -> Result<(), Error> {
+        if self.until_leader().await?.is_over() {
+            return Ok(());
+        }
         loop {
             if self.awake().await?.is_over() || self.asleep().await?.is_over() {
                 return Ok(());
             }
         }
+    }
+
+    /// Polls for itself and its deputies, once it leads: writers do not ring.
+    pub(super) async fn by_polling_for_all(&mut self) -> Result<(), Error> {
+        if self.until_leader().await?.is_over() {
+            return Ok(());
+        }
+        self.by_polling().await
     }
 
     pub(super) async fn by_polling(&mut self) -> Result<(), Error> {
@@ -100,6 +114,62 @@ impl<'a> Reading<'a> {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(DEAF);
                 }
+            }
+        }
+    }
+
+    /// Looks when the leader rings, until this relay leads itself.
+    async fn until_leader(&mut self) -> Result<Look, Error> {
+        if self.try_lead().await? {
+            return Ok(Look::Nothing);
+        }
+        self.doorbell.assist().await?;
+        tracing::info!("another relay leads: this one is its deputy");
+        let (mut tried, mut rung) = (Instant::now(), true);
+        loop {
+            let found = self.look_to_the_end().await?;
+            match found {
+                Look::Over => return Ok(Look::Over),
+                Look::Some if !rung => self.source.observe.found_by_polling(),
+                _ => {}
+            }
+            // Asked and not only waited for: under many rings in a row the leader may be another one by now.
+            loop {
+                if tried.elapsed() >= SUCCEED {
+                    tried = Instant::now();
+                    if self.try_lead().await? {
+                        // Whatever happened since the other's end has to be looked for; being awake does.
+                        self.source.refresh_jobs.notify_one();
+                        return Ok(Look::Nothing);
+                    }
+                }
+                let wait = SUCCEED.saturating_sub(tried.elapsed());
+                let wait = wait.min(self.source.poll.saturating_sub(self.looked.elapsed()));
+                rung = self.rung_within(wait).await?.is_some();
+                if rung || self.looked.elapsed() >= self.source.poll {
+                    break;
+                }
+            }
+        }
+    }
+
+    async fn try_lead(&mut self) -> Result<bool, Error> {
+        let leads = self.doorbell.try_lead().await?;
+        if leads {
+            tracing::info!("this relay leads: it is the one that writers ring");
+            self.source.observe.leads();
+        }
+        Ok(leads)
+    }
+
+    /// Looks until a page is not full.
+    async fn look_to_the_end(&mut self) -> Result<Look, Error> {
+        let mut found = Look::Nothing;
+        loop {
+            match self.look(Flush::WithWriters).await? {
+                Look::Plenty => found = Look::Some,
+                Look::Nothing => return Ok(found),
+                last => return Ok(last),
             }
         }
     }
@@ -190,6 +260,7 @@ impl<'a> Reading<'a> {
     /// Reads one page and hands it on in parts. The position moves with what was handed on.
     async fn look(&mut self, how: Flush) -> Result<Look, Error> {
         let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
+        let resumed = self.place.position.until.is_some();
         let mut page = self.source.page(self.changelog.open(&self.place.position)).await?;
         let until = page.until.clone();
         let seen = self.place.position.seen.clone();
@@ -216,6 +287,7 @@ impl<'a> Reading<'a> {
                 self.source.page(self.source.flush(how)).await?;
                 flushed = true;
             }
+            let first = total == 0;
             total += changes.len();
             goes_on = more;
             self.source.observe.read(changes.len());
@@ -226,6 +298,9 @@ impl<'a> Reading<'a> {
             self.told = Instant::now();
             self.place.position.until = Some(until.clone());
             self.place.position.after = last;
+            if first {
+                self.doorbell.ring_deputies(true).await?;
+            }
             if !more {
                 break;
             }
@@ -248,7 +323,10 @@ impl<'a> Reading<'a> {
                 }
             }
         }
+        self.doorbell.ring_deputies(false).await?;
         Ok(match total {
+            // The end of a page that an interruption cut short; what came since is on the next.
+            _ if resumed => Look::Plenty,
             0 => Look::Nothing,
             _ if total < PART_CHANGES => Look::Some,
             _ => Look::Plenty,

@@ -19,7 +19,7 @@ use crate::observe::Observe;
 use crate::postgres::backoff::Backoff;
 use crate::postgres::changelog::{self, Changelog, Flush, Position};
 use crate::postgres::connect::{Error, Server};
-use crate::postgres::doorbell::Doorbell;
+use crate::postgres::doorbell::{Backend, Doorbell};
 
 /// A part of a page goes on at this many changes …
 pub(super) const PART_CHANGES: usize = 250;
@@ -85,13 +85,13 @@ pub(super) struct Place {
 impl Source {
     /// Reads until the end, over any number of connections.
     pub async fn run(self, parts: Sender<Part>, end: CancellationToken) {
-        let mut place = None;
+        let (mut place, mut bell) = (None, None);
         let mut backoff = Backoff::new(Duration::from_millis(50), LONGEST_PAUSE);
         loop {
             let started = Instant::now();
             let worked = tokio::select! {
                 () = end.cancelled() => return,
-                worked = self.work(&mut place, &parts) => worked,
+                worked = self.work(&mut place, &mut bell, &parts) => worked,
             };
             self.observe.source_down();
             let Err(error) = worked else { return };
@@ -113,10 +113,18 @@ impl Source {
     }
 
     /// One connection's life. Ends well only when nobody takes parts any more.
-    async fn work(&self, place: &mut Option<Place>, parts: &Sender<Part>) -> Result<(), Error> {
+    async fn work(
+        &self,
+        place: &mut Option<Place>,
+        bell: &mut Option<Backend>,
+        parts: &Sender<Part>,
+    ) -> Result<(), Error> {
         // Before the doorbell: on a standby there is neither, and this one says so.
         let changelog = Changelog::connect(&self.server).await?;
         let mut doorbell = Doorbell::connect(&self.bell).await?;
+        if let Some(lost) = bell.take() {
+            doorbell.end(&lost).await?;
+        }
         let epoch = self.in_time(changelog.epoch()).await?;
         match place {
             // The files of an earlier moment, put back, have the same epoch but have not come as far yet.
@@ -147,6 +155,8 @@ impl Source {
             }
         }
         let hears = doorbell.is_heard(changelog.client()).await?;
+        // Behind a pooler it would be somebody else's by then.
+        *bell = hears.then(|| doorbell.backend().clone());
         let rings = hears && !doorbell.is_off().await?;
         if !hears {
             tracing::warn!(
@@ -157,7 +167,11 @@ impl Source {
         }
         self.observe.source_up(rings);
         let mut reading = Reading::new(self, changelog, doorbell, place, parts);
-        if rings { reading.by_bell().await } else { reading.by_polling().await }
+        match (hears, rings) {
+            (true, true) => reading.by_bell().await,
+            (true, false) => reading.by_polling_for_all().await,
+            (false, _) => reading.by_polling().await.map(|_| ()),
+        }
     }
 
     /// The position of this moment, safe from a crash.

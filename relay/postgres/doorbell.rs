@@ -2,6 +2,9 @@
 //!
 //! While lock 1 is held, every writer rings (NOTIFY); while it is not, no writer does, and each keeps a shared lock
 //! until its transaction ends. So taking the lock again proves that all who did not ring are done.
+//!
+//! Of several relays on one database one leads: it holds lock 5, and it alone sleeps and is rung by writers. The others
+//! are its deputies: each shares lock 6, and the leader rings them for each page, as long as somebody shares that lock.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -17,8 +20,14 @@ const PROBE: Duration = Duration::from_secs(2);
 /// What is asked on this connection is a lock or a notification; longer than this, nobody is there.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// Nothing that is written here (notifications) has to survive a crash.
-const SETTINGS: &str = "set synchronous_commit = off; listen relay_probe; listen relay";
+/// A leader whose host is gone would keep the locks until PostgreSQL's own keepalives give it up, by default after two
+/// hours: this makes it half a minute. Nothing that is written here (notifications) has to survive a crash.
+const SETTINGS: &str = "set tcp_keepalives_idle = 15; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; \
+     set tcp_user_timeout = '30s'; set synchronous_commit = off; listen relay_probe";
+
+/// Its answer has no row when nobody shares lock 6. The lock that this tries ends with the statement.
+const RING: &str = "select pg_notify('relay_page', '') from (select pg_try_advisory_xact_lock(1919249009, 6) as alone) \
+     deputies where not alone";
 
 /// The listening connection.
 pub struct Doorbell {
@@ -27,6 +36,9 @@ pub struct Doorbell {
     /// What of it was answered.
     answered: Heard,
     backend: Backend,
+    part: Part,
+    /// As far as is known, there are deputies to ring.
+    has_deputies: bool,
 }
 
 /// How often it rang. Counted and not kept: anybody in the database may ring, as often as he likes.
@@ -36,6 +48,8 @@ struct Heard {
     rings: usize,
     /// Of these, about the refresh schedule.
     jobs: usize,
+    /// Of these, from new deputies, which do not know what pages were read before they came.
+    deputies: usize,
     /// Our own.
     probes: usize,
 }
@@ -45,6 +59,15 @@ struct Heard {
 pub struct Backend {
     number: i32,
     start: String,
+}
+
+/// Which part this relay has among those of its database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// None yet, or for good: where the bell is not heard, each relay reads for itself.
+    Alone,
+    Leader,
+    Deputy,
 }
 
 /// What was heard at the door, all at once.
@@ -57,7 +80,7 @@ pub struct Rings {
 }
 
 impl Doorbell {
-    /// Connects and listens.
+    /// Connects; neither a leader nor a deputy yet.
     ///
     /// # Errors
     /// As the connection.
@@ -75,7 +98,25 @@ impl Doorbell {
         let backend = Backend { number: backend.get(0), start: backend.get(1) };
         own.get_or_init(|| backend.name());
         in_time(client.batch_execute(SETTINGS)).await?;
-        Ok(Self { client, heard, answered: Heard::default(), backend })
+        let answered = Heard::default();
+        Ok(Self { client, heard, answered, backend, part: Part::Alone, has_deputies: false })
+    }
+
+    /// Who is at the other end, for [`Self::end`] when this is lost.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// Ends a doorbell of ours that was lost and still leads: PostgreSQL may notice only much later that we are gone.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn end(&self, lost: &Backend) -> Result<(), Error> {
+        let end = "select pg_terminate_backend(a.pid) from pg_stat_activity a join pg_locks l on l.pid = a.pid \
+             where a.pid = $1 and a.backend_start::text = $2 and l.locktype = 'advisory' \
+             and (l.classid, l.objid, l.mode) = (1919249009, 5, 'ExclusiveLock') and l.granted";
+        in_time(self.client.query(end, &[&lost.number, &lost.start])).await?;
+        Ok(())
     }
 
     /// Rings at our own door and tells whether it was heard in time. Rung `from` another connection: what is rung from
@@ -103,6 +144,53 @@ impl Doorbell {
         Ok(self.row(off).await?.get(0))
     }
 
+    /// Becomes the leader, unless another relay is. To be tried again and again: a statement that waits for the lock
+    /// would hold back vacuum for as long as the other leads.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn try_lead(&mut self) -> Result<bool, Error> {
+        if !self.row("select pg_try_advisory_lock(1919249009, 5)").await?.get::<_, bool>(0) {
+            return Ok(false);
+        }
+        let stop = if self.part == Part::Deputy {
+            "; unlisten relay_page; select pg_advisory_unlock_shared(1919249009, 6)"
+        } else {
+            ""
+        };
+        in_time(self.client.batch_execute(&format!("listen relay{stop}"))).await?;
+        self.part = Part::Leader;
+        self.has_deputies = true;
+        Ok(true)
+    }
+
+    /// Becomes a deputy: [`Self::rung`] then hears of each page that the leader reads after this.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn assist(&mut self) -> Result<(), Error> {
+        // The leader hears of us, and rings once more: a page that it read before that is seen by then, later ones are
+        // rung for.
+        let begin = "listen relay_page; select pg_advisory_lock_shared(1919249009, 6); notify relay, '{\"deputy\":true}'";
+        in_time(self.client.batch_execute(begin)).await?;
+        self.part = Part::Deputy;
+        Ok(())
+    }
+
+    /// Rings the deputies of a leader, if there are any, for a page with changes (`news`) or because one is new.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn ring_deputies(&mut self, news: bool) -> Result<(), Error> {
+        let deputies = self.heard.borrow().deputies;
+        let is_one_new = std::mem::replace(&mut self.answered.deputies, deputies) < deputies;
+        let is_due = is_one_new || (news && self.has_deputies);
+        if is_due && self.part == Part::Leader {
+            self.has_deputies = !in_time(self.client.query(RING, &[])).await?.is_empty();
+        }
+        Ok(())
+    }
+
     /// Asks writers to ring from now on. False while a writer that did not ring is still in flight.
     ///
     /// # Errors
@@ -123,9 +211,10 @@ impl Doorbell {
         std::mem::replace(&mut self.answered.jobs, jobs) < jobs
     }
 
-    /// Rings up to now need no answer, but for those about the refresh schedule.
+    /// Rings up to now need no answer, but for those about the refresh schedule and from new deputies.
     fn drain(&mut self) {
-        self.answered = Heard { jobs: self.answered.jobs, ..*self.heard.borrow() };
+        let Heard { jobs, deputies, .. } = self.answered;
+        self.answered = Heard { jobs, deputies, ..*self.heard.borrow() };
     }
 
     /// Tells writers that they need not ring.
@@ -142,11 +231,10 @@ impl Doorbell {
     pub async fn rung(&mut self) -> Option<Rings> {
         let before = self.answered;
         let is_new = |heard: &Heard| heard.rings > before.rings || heard.jobs > before.jobs;
-        self.answered = *self.heard.wait_for(is_new).await.ok()?;
-        Some(Rings {
-            count: self.answered.rings - before.rings,
-            refresh_jobs: self.answered.jobs > before.jobs,
-        })
+        let heard = *self.heard.wait_for(is_new).await.ok()?;
+        // New deputies are answered by ringing them.
+        self.answered = Heard { deputies: before.deputies, ..heard };
+        Some(Rings { count: heard.rings - before.rings, refresh_jobs: heard.jobs > before.jobs })
     }
 
     async fn row(&self, question: &str) -> Result<Row, Error> {
@@ -171,6 +259,7 @@ impl Heard {
         }
         self.rings += 1;
         self.jobs += usize::from(ring.payload().contains("\"refresh_jobs\""));
+        self.deputies += usize::from(ring.payload().contains("\"deputy\""));
         true
     }
 }
