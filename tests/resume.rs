@@ -187,8 +187,13 @@ async fn whoever_comes_back_too_late_is_told_of_a_gap() {
     let mut client = come(&stage.relay, &ann(), NAME).await;
     bookmarked(&stage, &mut client).await;
     drop(client);
+    let mut other = stage.subscribe(&ann(), bindings()).await;
     insert(&stage, 1..3).await;
     stage.run("update relay.bookmarks set at = at - interval '11 minutes', owner = gen_random_uuid()").await;
+    // What is told only after it came back is no more than new to it.
+    for id in 1..3 {
+        assert_eq!(other.change().await["record"]["id"], id);
+    }
     let mut client = come(&stage.relay, &ann(), NAME).await;
     insert(&stage, 3..4).await;
     let (ids, gaps) = heard(&stage, &mut client).await;
