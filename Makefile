@@ -20,7 +20,7 @@ demo: ## start everything and serve a page with live rows; Ctrl-C stops it
 	@examples/demo/run.sh
 
 test: ## all tests, on a throwaway PostgreSQL cluster, with the real clients
-	@tests/support/setup.sh postgres node python browser
+	@tests/support/setup.sh postgres pooler node python browser
 	@$(cluster) run target/cluster -c fsync=off -- cargo test
 
 soak: ## the fault run for MINUTES=10: kills relays and PostgreSQL under writers and readers

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing for: cargo postgres node python browser (all of them unless named), fuzz. Quick when nothing is.
+# Installs what is missing for: cargo postgres pooler node python browser (all of them unless named), fuzz. Quick when nothing is.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/../.."
 
@@ -8,7 +8,7 @@ node_pin=22.23.3
 fuzz_pin=0.13.2
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(cargo postgres node python browser)
+[ ${#parts[@]} -gt 0 ] || parts=(cargo postgres pooler node python browser)
 wants() { case " ${parts[*]} " in *" $1 "*) ;; *) return 1 ;; esac; }
 say() { echo "setup: $*" >&2; }
 
@@ -20,6 +20,13 @@ packages=() advice=()
 missing() { # what it is, then its Debian packages
   advice+=("$1 is missing: install the Debian package $2 or the like")
   packages+=("${@:2}")
+}
+
+# What packages there are, as far as we may ask.
+refresh_packages() {
+  local as_root=()
+  if [ "$(id -u)" != 0 ]; then as_root=(sudo -n); fi
+  ${as_root[@]+"${as_root[@]}"} apt-get -qq -o DPkg::Lock::Timeout=300 update >&2
 }
 
 install_packages() {
@@ -76,16 +83,6 @@ command -v cc >/dev/null || missing "A C compiler (cargo links with it)" build-e
 if wants postgres; then
   tests/support/cluster.sh bin >/dev/null 2>&1 || missing "A PostgreSQL server, 14 or newer," postgresql
 fi
-# The pooler of a test is unpacked, not installed: Debian would start it as a service.
-if wants postgres && ! command -v pgbouncer >/dev/null && [ ! -x target/pgbouncer/usr/sbin/pgbouncer ]; then
-  say "fetching pgbouncer with apt-get"
-  mkdir -p target/pgbouncer
-  (
-    cd target/pgbouncer
-    apt-get -qq download pgbouncer $(apt-cache depends pgbouncer | awk '$2 ~ /^lib(event|c-ares)/ { print $2 }') >../apt.log 2>&1
-    for package in *.deb; do dpkg -x "$package" .; done
-  ) || { say "pgbouncer is missing: install the Debian package pgbouncer or the like"; exit 1; }
-fi
 if wants node; then
   has_node || missing "Node.js" nodejs ca-certificates
 fi
@@ -101,6 +98,18 @@ if wants browser && [ -z "$(find_browser)" ]; then
   fi
 fi
 install_packages
+
+# The pooler of a test is unpacked, not installed: Debian would start it as a service.
+fetch_pooler() (
+  mkdir -p target/pgbouncer && cd target/pgbouncer && rm -f ./*.deb
+  apt-get -qq download pgbouncer $(apt-cache depends pgbouncer | awk '$2 ~ /^lib(event|c-ares)/ { print $2 }') >../apt.log 2>&1
+  for package in *.deb; do dpkg -x "$package" .; done
+)
+if wants pooler && ! command -v pgbouncer >/dev/null && [ ! -x target/pgbouncer/usr/sbin/pgbouncer ]; then
+  say "fetching pgbouncer with apt-get"
+  fetch_pooler || { refresh_packages && fetch_pooler; } \
+    || { say "pgbouncer is missing: install the Debian package pgbouncer or the like"; exit 1; }
+fi
 
 # Kept apart: a Node.js from elsewhere brings npm with it and refuses Debian's.
 if wants node && ! command -v npm >/dev/null; then
