@@ -57,10 +57,8 @@ declare
   one text;
   condition text;
 begin
-  select a.attname, a.atttypid, n.nspname, c.relname into col
+  select a.attname, a.atttypid into col
   from pg_catalog.pg_attribute a
-  join pg_catalog.pg_class c on c.oid = a.attrelid
-  join pg_catalog.pg_namespace n on n.oid = c.relnamespace
   where a.attrelid = relation and a.attname = column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
     raise exception 'invalid column for filter %', column_name using errcode = 'undefined_column';
@@ -120,9 +118,9 @@ begin
       execute pg_catalog.format('select ''''::%s %s %s', type_name, symbol, literals[1]);
     end if;
   end if;
-  -- No row is needed to learn that an operator does not exist, nor a right on the table.
-  execute pg_catalog.format('select %s from pg_catalog.json_populate_record(null::%I.%I, ''{}'') as %3$I where false',
-                            condition, col.nspname, col.relname);
+  -- No row is needed to learn that an operator does not exist, nor a right on the table or its schema.
+  execute pg_catalog.format('select %s from (select null::%s as %s) as "relay row" where false',
+                            condition, pg_catalog.format_type(base_type, -1), operand);
   return pg_catalog.jsonb_build_object('sql', condition, 'values', pg_catalog.to_jsonb(canonical));
 end
 $$;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio_postgres::{Client as Session, NoTls};
 
 use crate::support::client::Client;
-use crate::support::database::connect;
+use crate::support::database::{connect, make_logins};
 use crate::support::relay::Relay;
 use crate::support::{eventually, token};
 
@@ -104,6 +104,7 @@ async fn scene() -> (Cluster, Relay, Client) {
     let cluster = Cluster::start(&SETTINGS).await;
     let mut session = connect(&cluster.url).await;
     relay::postgres::install::install(&mut session).await.unwrap();
+    make_logins(&session).await;
     let table =
         "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')";
     session.batch_execute(table).await.unwrap();

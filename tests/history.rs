@@ -9,7 +9,7 @@ use tokio_postgres::Client as Session;
 
 use crate::crash::{Cluster, reconnected};
 use crate::support::client::Client;
-use crate::support::database::{Database, connect, with_database};
+use crate::support::database::{Database, connect, make_logins, with_database};
 use crate::support::http::get;
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
@@ -30,6 +30,7 @@ async fn joined(relay: &Relay) -> Client {
 async fn install(url: &str) -> Session {
     let mut session = connect(url).await;
     relay::postgres::install::install(&mut session).await.unwrap();
+    make_logins(&session).await;
     session
 }
 

@@ -7,7 +7,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::crash::Cluster;
 use crate::support::client::Client;
-use crate::support::database::{Database, connect};
+use crate::support::database::{Database, connect, make_logins};
 use crate::support::http::Events;
 use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
@@ -69,6 +69,7 @@ async fn installed(settings: &[&str]) -> Cluster {
     let cluster = Cluster::start(settings).await;
     let mut session = connect(&cluster.url).await;
     relay::postgres::install::install(&mut session).await.unwrap();
+    make_logins(&session).await;
     session.batch_execute(TABLE).await.unwrap();
     cluster
 }

@@ -61,6 +61,7 @@ async fn a_policy_may_call_what_its_subscribers_may_not_name() {
          create policy admins on t using (private.is_admin());
          create table u (id int primary key); alter table u enable row level security;
          create policy admins on u using (exists (select from private.admins where id = auth.uid()));
+         grant usage on schema private to relay_test_judge;
          grant select on t, u to authenticated; select relay.watch('t'), relay.watch('u')"
             .replace("ANN", ANN)
             .as_str(),

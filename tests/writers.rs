@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::crash::Cluster;
 use crate::support::client::Client;
-use crate::support::database::connect;
+use crate::support::database::{connect, make_logins};
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
 use crate::support::{eventually, token};
@@ -27,6 +27,7 @@ async fn a_prepared_transaction_is_told_once_it_is_committed_where_the_doorbell_
     let cluster = Cluster::start(&["-c", "max_prepared_transactions=4", "-c", "fsync=off"]).await;
     let mut session = connect(&cluster.url).await;
     relay::postgres::install::install(&mut session).await.unwrap();
+    make_logins(&session).await;
     session
         .batch_execute(
             "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')",
@@ -261,6 +262,7 @@ async fn rows_that_replication_brings_are_told() {
     source.batch_execute("create publication p for table t").await.unwrap();
     let mut session = connect(&to.url).await;
     relay::postgres::install::install(&mut session).await.unwrap();
+    make_logins(&session).await;
     session
         .batch_execute(&format!("{table}; grant select on t to authenticated; select relay.watch('t')"))
         .await

@@ -5,6 +5,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::sync::OnceCell;
 use tokio_postgres::{Client, NoTls};
 
+/// The login of a relay: it may read the changelog.
+pub const READER: &str = "relay_test_reader";
+/// The login that judges: it may act as the roles of subscribers.
+pub const JUDGE: &str = "relay_test_judge";
+
 static TEMPLATE: OnceCell<()> = OnceCell::const_new();
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -44,6 +49,19 @@ impl Database {
         }
     }
 
+    /// Lets the relay act as the roles of a test, which begin with the name of its database.
+    pub async fn let_judge(&self) {
+        let grant = format!(
+            "do $$ declare one name; begin
+               for one in select rolname from pg_roles
+                          where starts_with(rolname, current_database() || '_') and not rolcanlogin loop
+                 execute format('grant %I to {JUDGE}', one);
+               end loop;
+             end $$"
+        );
+        self.run(&grant).await;
+    }
+
     /// One value as text.
     pub async fn value(&self, sql: &str) -> String {
         let rows = self.client.simple_query(sql).await.unwrap();
@@ -59,6 +77,16 @@ impl Database {
     pub async fn connect(&self) -> Client {
         connect(&self.url).await
     }
+}
+
+/// The logins of relays in a cluster where the relay is installed, as the README has them.
+pub async fn make_logins(client: &Client) {
+    let logins = format!(
+        "create role {READER} login in role relay_reader;
+         create role {JUDGE} login noinherit in role anon, authenticated, service_role"
+    );
+    // Somebody else may have made them: they belong to the whole cluster.
+    let _ = client.batch_execute(&logins).await;
 }
 
 /// A connection to any URL.
@@ -95,6 +123,7 @@ async fn make_template() {
     admin.batch_execute(&format!("create database {}", template())).await.unwrap();
     let mut client = connect(&with_database(&cluster_url(), &template())).await;
     relay::postgres::install::install(&mut client).await.unwrap();
+    make_logins(&client).await;
     drop(client);
     // A database can be a template only while nobody is connected to it.
     super::eventually("the template is free", || async {

@@ -10,6 +10,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use super::database::{JUDGE, READER, with_login};
 use super::{SECRET, eventually};
 
 /// It ends when it is dropped, or better: stopped.
@@ -41,8 +42,11 @@ impl Relay {
 
     /// The same without waiting for the database.
     pub async fn unready(database_url: &str, change: impl FnOnce(&mut Settings)) -> Self {
+        // With the rights that the README asks for, and no others.
+        let login = |login: &str| Some(with_login(database_url, login));
         let mut settings = Settings {
-            database_url: Some(database_url.to_owned()),
+            database_url: login(READER),
+            judge_url: login(JUDGE),
             jwt_secret: Some(SECRET.to_owned()),
             listen: Some("127.0.0.1:0".to_owned()),
             // So that whatever arrives has been rung for.
@@ -50,6 +54,9 @@ impl Relay {
             ..Settings::default()
         };
         change(&mut settings);
+        if settings.install {
+            settings.database_url = Some(database_url.to_owned());
+        }
         let config = settings.resolve().unwrap();
         let listener = TcpListener::bind(config.listen).await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -35,6 +35,7 @@ impl Stage {
             )
             .await;
         database.run(&sql.replace("$DB", &name)).await;
+        database.let_judge().await;
         let url = database.url.clone();
         let relay = Relay::with(&url, |settings| change(settings, &url)).await;
         Self { database, relay, name }
@@ -43,6 +44,9 @@ impl Stage {
     /// Runs statements, in which `$DB` stands for the database's name.
     pub async fn run(&self, sql: &str) {
         self.database.run(&sql.replace("$DB", &self.name)).await;
+        if sql.contains("create role") {
+            self.database.let_judge().await;
+        }
     }
 
     /// A client that is told of everything in the schema `public` which its token may see.
