@@ -146,6 +146,25 @@ async fn many_polls_that_wait_at_one_cursor_cost_one_question_for_each_claims() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_lost_before_its_first_event_goes_on_where_it_came_from() {
+    let stage = stage().await;
+    let (_, cursor) = told(&ask(&stage, ANN, "").await);
+    write(&stage, 1, ANN).await;
+    let events = Events::open(stage.relay.address, &path(ANN, ""), Some(&cursor)).await;
+    assert_eq!(events.last, cursor);
+    let mut events = Events::open(stage.relay.address, &path(ANN, ""), Some(&events.last)).await;
+    assert_eq!(events.next().await.unwrap().data["record"]["id"], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parameter_that_is_not_known_is_refused() {
+    let stage = stage().await;
+    let answer = ask(&stage, ANN, "&filtre=id=eq.7").await;
+    assert_eq!(answer.status, 400, "{answer:?}");
+    assert!(answer.body["error"].as_str().unwrap().starts_with("filtre: there is no such parameter"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stream_goes_on_after_its_last_event_on_whichever_relay() {
     let stage = stage().await;
     let mut events = Events::open(stage.relay.address, &path(ANN, ""), None).await;

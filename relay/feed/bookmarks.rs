@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, interval, sleep_until, timeout};
+use tokio::time::{Instant, interval_at, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::bookmark::{Bookmark, BookmarkKey, Opened};
@@ -85,7 +85,7 @@ impl Keeper {
 impl Keeping {
     /// Serves until the end, which comes after that of all sessions; what moved is still written then.
     pub async fn run(mut self, end: CancellationToken) {
-        let mut trim = interval(TRIM);
+        let mut trim = interval_at(Instant::now() + TRIM, TRIM);
         loop {
             let due = self.due;
             tokio::select! {

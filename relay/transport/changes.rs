@@ -83,6 +83,12 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
     if parameter(query, "topic").is_some() {
         return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
     }
+    let known = |pair: &&str| PARAMETERS.contains(&pair.split('=').next().unwrap_or_default());
+    if let Some(unknown) = query.split('&').find(|pair| !pair.is_empty() && !known(pair)) {
+        let name: String = unknown.split('=').next().unwrap_or_default().chars().take(40).collect();
+        let why = format!("{name}: there is no such parameter, only {}", PARAMETERS.join(", "));
+        return Err(refused(StatusCode::BAD_REQUEST, &why));
+    }
     for name in PARAMETERS {
         if is_unreadable(query, name) {
             return Err(refused(StatusCode::BAD_REQUEST, &format!("{name}: this is not UTF-8")));
@@ -280,10 +286,16 @@ async fn follow(app: Arc<App>, call: Call, watched: Watched) -> Answer {
             None => return unavailable(),
         },
     };
-    let mut follower =
-        Follower::new(app.feed.clone(), channel, subscription, Dress::Bare, since, Arc::clone(&outbox));
+    let mut follower = Follower::new(
+        app.feed.clone(),
+        channel,
+        subscription,
+        Dress::Bare,
+        since.clone(),
+        Arc::clone(&outbox),
+    );
     match timeout(PATIENCE, follower.go_on()).await {
-        Ok(Ok(progress)) => stream::answer(app, follower, progress, watched),
+        Ok(Ok(progress)) => stream::answer(app, follower, since, progress, watched),
         Ok(Err(Missed::Gap(why))) => gap(why),
         Ok(Err(Missed::Unavailable(_))) | Err(_) => unavailable(),
     }

@@ -37,7 +37,7 @@ struct Stream {
     follower: Follower,
     progress: Progress,
     pieces: VecDeque<Bytes>,
-    /// What it said last of a quiet time.
+    /// Where it said that the client stands.
     stands: Cursor,
     /// When the token ends.
     expiry: Instant,
@@ -46,8 +46,14 @@ struct Stream {
     over: bool,
 }
 
-/// The stream of a follower.
-pub fn answer(app: Arc<App>, follower: Follower, progress: Progress, watched: Watched) -> Answer {
+/// The stream of a follower that came with the cursor `stands`; what it missed may be in its outbox already.
+pub fn answer(
+    app: Arc<App>,
+    follower: Follower,
+    stands: Cursor,
+    progress: Progress,
+    watched: Watched,
+) -> Answer {
     let left = follower.subscription().identity().claims().expires_at().saturating_sub(ws::now());
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
     app.observe.session_opened();
@@ -56,7 +62,7 @@ pub fn answer(app: Arc<App>, follower: Follower, progress: Progress, watched: Wa
     if app.pulse.stalled().is_some() {
         stalls.mark_changed();
     }
-    let (pieces, stands) = (VecDeque::new(), follower.since().clone());
+    let pieces = VecDeque::new();
     let (begun, over) = (false, false);
     let stream = Stream { app, watched, follower, progress, pieces, stands, expiry, stalls, begun, over };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
@@ -77,8 +83,8 @@ impl Stream {
     async fn next(&mut self) -> Option<String> {
         if !self.begun {
             self.begun = true;
-            // Whoever loses the stream before its first event comes back to here.
-            return Some(format!("retry: {RETRY}\nid: {}\n\n", self.follower.since()));
+            // Whoever loses the stream before its first event comes back to where it came from.
+            return Some(format!("retry: {RETRY}\nid: {}\n\n", self.stands));
         }
         loop {
             if self.over {
