@@ -12,6 +12,9 @@ use crate::transport::auth::{TokenSettings, Verifier};
 use crate::transport::fetch::Endpoint;
 use crate::transport::keys::{Keeper, Schedule};
 
+/// The longest time that can be set, in seconds or milliseconds: what PostgreSQL takes for a time-out.
+const LONGEST: u64 = i32::MAX as u64;
+
 /// What `relay serve` was told, as written. Flags win over the environment, both win over the file.
 #[derive(Args, Deserialize, Default, Clone)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -26,7 +29,7 @@ pub struct Settings {
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     pub jwt_secret: Option<String>,
     /// The public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA): a file or an https:// URL, both read anew again and again
-    #[arg(long, env = "RELAY_JWKS", value_name = "FILE|URL")]
+    #[arg(long, env = "RELAY_JWKS", hide_env_values = true, value_name = "FILE|URL")]
     pub jwks: Option<String>,
     /// The URL may lead to a private address or this machine, then also by http://
     #[arg(long, env = "RELAY_JWKS_ALLOW_PRIVATE")]
@@ -240,8 +243,8 @@ impl Settings {
         });
         let positive = |name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>| match value
         {
-            Some(0) => {
-                mistakes.push(format!("--{name} must be more than 0"));
+            Some(time) if time == 0 || time > LONGEST => {
+                mistakes.push(format!("--{name} must be more than 0, and {LONGEST} at most"));
                 default
             }
             value => value.unwrap_or(default),
@@ -291,15 +294,26 @@ impl Settings {
         let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
         let silence = millis("silence-ms", self.silence_ms, 60_000);
         let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
+        let resume = positive("resume-seconds", self.resume_seconds, 3600, &mut mistakes);
+        let mut count = |name, value: Option<usize>, default| {
+            // Nobody could connect, join or be told anything: a slip, and no limit.
+            if value == Some(0) {
+                mistakes.push(format!("--{name} must be more than 0"));
+            }
+            value.unwrap_or(default)
+        };
+        let rate = |rate: Option<u32>| rate.map(|rate| rate as usize);
+        let of_address = self.connections_per_address;
         let limits = Limits {
-            connections: self.max_connections.unwrap_or(10_000),
-            connections_per_address: self.connections_per_address,
-            channels: self.max_channels.unwrap_or(100),
-            joins_per_second: self.joins_per_second.unwrap_or(100),
-            messages_per_second: self.messages_per_second.unwrap_or(100),
-            message_bytes: self.message_bytes.unwrap_or(5_000_000),
-            outbox_bytes: self.outbox_bytes.unwrap_or(1 << 20),
-            total_outbox_bytes: self.total_outbox_bytes.unwrap_or(256 << 20),
+            connections: count("max-connections", self.max_connections, 10_000),
+            connections_per_address: of_address
+                .map(|most| count("connections-per-address", Some(most), most)),
+            channels: count("max-channels", self.max_channels, 100),
+            joins_per_second: count("joins-per-second", rate(self.joins_per_second), 100) as u32,
+            messages_per_second: count("messages-per-second", rate(self.messages_per_second), 100) as u32,
+            message_bytes: count("message-bytes", self.message_bytes, 5_000_000),
+            outbox_bytes: count("outbox-bytes", self.outbox_bytes, 1 << 20),
+            total_outbox_bytes: count("total-outbox-bytes", self.total_outbox_bytes, 256 << 20),
             rows: MostRows {
                 number: self.most_rows.unwrap_or(10_000),
                 bytes: self.most_row_bytes.unwrap_or(64 << 20),
@@ -323,7 +337,7 @@ impl Settings {
             keeper,
             allowed_origins: self.allowed_origin,
             limits,
-            resume: Duration::from_secs(self.resume_seconds.unwrap_or(3600)),
+            resume: Duration::from_secs(resume),
             poll,
             judge_timeout,
             stall,
@@ -346,6 +360,31 @@ mod tests {
         };
         let Err(Mistakes(mistakes)) = settings.resolve() else { panic!("these settings cannot be resolved") };
         assert_eq!(mistakes.len(), 4, "{mistakes:?}");
+    }
+
+    #[test]
+    fn settings_under_which_nobody_could_be_served_are_told_together() {
+        let (none, endless) = (Some(0), Some(u64::MAX));
+        let settings = Settings {
+            database_url: Some(String::from("postgres://x/")),
+            jwt_secret: Some("s".repeat(32)),
+            max_connections: none,
+            connections_per_address: none,
+            max_channels: none,
+            joins_per_second: Some(0),
+            messages_per_second: Some(0),
+            message_bytes: none,
+            outbox_bytes: none,
+            total_outbox_bytes: none,
+            resume_seconds: Some(0),
+            stall_seconds: endless,
+            judge_timeout_ms: endless,
+            silence_ms: endless,
+            ..Settings::default()
+        };
+        let Err(Mistakes(mistakes)) = settings.resolve() else { panic!("these settings cannot be resolved") };
+        assert_eq!(mistakes.len(), 12, "{mistakes:#?}");
+        assert!(mistakes.iter().all(|mistake| mistake.contains(" must be more than 0")), "{mistakes:#?}");
     }
 
     #[test]
