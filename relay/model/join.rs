@@ -8,6 +8,10 @@ use crate::model::subscription::{Refusal, Request};
 /// How many entries of `postgres_changes` one channel may have: each is looked at for each change.
 pub const MOST_ENTRIES: usize = 100;
 
+/// How many bytes of topic, configuration and token a join may have: most of them are kept as long as the channel is
+/// joined, and a client may have a hundred.
+pub const MOST_BYTES: usize = 256 * 1024;
+
 /// A join that has a topic and a readable configuration.
 #[derive(Debug)]
 pub struct Join {
@@ -19,8 +23,12 @@ impl Join {
     /// Reads a `phx_join`.
     ///
     /// # Errors
-    /// With the reason for the reply: no topic of ours, or entries of `postgres_changes` that are too many or no objects.
+    /// With the reason for the reply: no topic of ours, too many bytes, or entries of `postgres_changes` that are too many
+    /// or no objects.
     pub fn read(message: &Message) -> Result<Self, String> {
+        if message.topic.len() + message.payload.to_string().len() > MOST_BYTES {
+            return Err(format!("ChannelRateLimitReached: More than {MOST_BYTES} bytes"));
+        }
         match message.topic.strip_prefix("realtime:") {
             None => return Err(String::from("unmatched topic")),
             Some("") => return Err(String::from("TopicNameRequired: You must provide a topic name")),
@@ -142,6 +150,18 @@ mod tests {
         assert!(!with(json!([null])).unwrap().wants_changes());
         assert!(!with(json!(null)).unwrap().wants_changes());
         assert!(with(json!([{"table": "t"}])).unwrap().wants_changes());
+    }
+
+    #[test]
+    fn what_a_channel_keeps_is_bounded() {
+        let filter = |bytes| json!([{"table": "t", "filter": "x".repeat(bytes)}]);
+        let with = |topic: &str, bytes: usize| {
+            read(topic, json!({"config": {"postgres_changes": filter(bytes)}})).err()
+        };
+        assert_eq!(with("realtime:t", MOST_BYTES - 1000), None);
+        let refused = Some(format!("ChannelRateLimitReached: More than {MOST_BYTES} bytes"));
+        assert_eq!(with("realtime:t", MOST_BYTES), refused);
+        assert_eq!(with(&format!("realtime:{}", "t".repeat(MOST_BYTES)), 0), refused);
     }
 
     #[test]
