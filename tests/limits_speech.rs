@@ -7,7 +7,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Message;
 
+use crate::support::database::Database;
 use crate::support::http::stalled;
+use crate::support::proxy::Proxy;
+use crate::support::relay::Relay;
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
 use crate::support::{PATIENCE, token};
@@ -106,6 +109,28 @@ async fn channels_and_bytes_of_a_message_are_bounded_as_it_is_set() {
     assert_eq!(join("realtime:3").await, json!({"status": "error", "response": {"reason": reason}}));
     socket.try_send(Message::text("x".repeat(1001))).await;
     assert_eq!(socket.closed().await.0, 1009);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn joins_that_wait_for_postgresql_are_taken_no_faster_than_they_end() {
+    let database = Database::new().await;
+    database.run("create table t (id int); grant select on t to anon; select relay.watch('t')").await;
+    let (proxy, url) = Proxy::to_server(&database.url).await;
+    let relay = Relay::start(&url).await;
+    let mut socket = Socket::open(&relay, "2.0.0", &anon()).await;
+    proxy.hold();
+    let started = Instant::now();
+    for number in 0..12 {
+        let filter = format!("id=eq.{number}");
+        let binding = json!({"event": "*", "schema": "public", "table": "t", "filter": filter});
+        socket.join(&number.to_string(), "realtime:t", json!({"postgres_changes": [binding]})).await;
+    }
+    socket.try_send(Message::text(r#"[null,"h","phoenix","heartbeat",{}]"#)).await;
+    while socket.frame().await[1] != "h" {}
+    // The first ones were given up by then.
+    assert!(started.elapsed() > Duration::from_secs(5), "{:?}", started.elapsed());
+    proxy.release();
+    relay.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -39,6 +39,8 @@ const LAST: Duration = Duration::from_secs(1);
 const TOO_MANY: &str = "Too many messages per second";
 /// After this many writes in a row the client is heard, the clock looked at and so on.
 const TURNS: u8 = 16;
+/// So many joins that later ones made void may still be on their way. The next message waits in the socket for them.
+const VOID: usize = 8;
 /// Small, because it lives as long as the socket: the library's default of 128 KiB would be resident for every client.
 const READ_BUFFER: usize = 1024;
 
@@ -180,7 +182,8 @@ impl Driver {
                     self.receive(message);
                     self.be_woken_for_expiry(alarm.as_mut());
                 }
-                frame = self.socket.next(), if self.held.is_none() => {
+                frame = self.socket.next(), if self.held.is_none()
+                    && self.binds.len() <= self.session.channel_count() + VOID => {
                     heard = Instant::now();
                     self.writer.heard();
                     if let Err(over) = self.hear(frame) {
