@@ -120,6 +120,24 @@ async fn an_idle_pair_asks_postgresql_nothing_but_who_leads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_who_takes_the_leaders_lock_delays_the_first_change_and_no_other() {
+    let database = watched().await;
+    let stranger = database.connect().await;
+    stranger.batch_execute("select pg_advisory_lock(1919249009, 5)").await.unwrap();
+    let poll = Duration::from_secs(4);
+    let relay = Relay::with(&database.url, |settings| settings.poll_ms = Some(poll.as_millis() as u64)).await;
+    let mut client = subscriber(&relay).await;
+    let started = Instant::now();
+    for id in 1..=5 {
+        database.run(&format!("insert into t values ({id})")).await;
+        client.changes_until(|change| change["record"]["id"] == id).await;
+    }
+    // Each would have waited for the next poll.
+    assert!(started.elapsed() < 3 * poll, "{:?}", started.elapsed());
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lone_relay_notifies_nobody() {
     let database = watched().await;
     let relay = Relay::start(&database.url).await;

@@ -27,7 +27,8 @@ const CALM: Duration = Duration::from_millis(10);
 const RUSH_RINGS: usize = 6;
 /// See [`RUSH_RINGS`].
 const RUSH: Duration = Duration::from_millis(20);
-/// Without a bell (a pooler swallows it, or the database turned it off) the source polls, at most this slowly.
+/// Without a bell (a pooler swallows it, the database turned it off, whoever leads does not ring) the source polls, at
+/// most this slowly.
 const DEAF: Duration = Duration::from_millis(100);
 /// Asleep, the bell is rung by ourselves this often, to prove that it is still heard.
 const PROBE: Duration = Duration::from_secs(10);
@@ -125,12 +126,17 @@ impl<'a> Reading<'a> {
         }
         self.doorbell.assist().await?;
         tracing::info!("another relay leads: this one is its deputy");
-        let (mut tried, mut rung) = (Instant::now(), true);
+        let (mut tried, mut rung, mut poll) = (Instant::now(), true, self.source.poll);
         loop {
             let found = self.look_to_the_end().await?;
             match found {
                 Look::Over => return Ok(Look::Over),
-                Look::Some if !rung => self.source.observe.found_by_polling(),
+                // Anybody in the database may take the leader's lock: who does not ring is not relied on.
+                Look::Some if !rung => {
+                    self.source.observe.found_by_polling();
+                    poll = poll.min(DEAF);
+                }
+                _ if rung => poll = self.source.poll,
                 _ => {}
             }
             // Asked and not only waited for: under many rings in a row the leader may be another one by now.
@@ -144,9 +150,9 @@ impl<'a> Reading<'a> {
                     }
                 }
                 let wait = SUCCEED.saturating_sub(tried.elapsed());
-                let wait = wait.min(self.source.poll.saturating_sub(self.looked.elapsed()));
+                let wait = wait.min(poll.saturating_sub(self.looked.elapsed()));
                 rung = self.rung_within(wait).await?.is_some();
-                if rung || self.looked.elapsed() >= self.source.poll {
+                if rung || self.looked.elapsed() >= poll {
                     break;
                 }
             }
