@@ -77,6 +77,7 @@ pub async fn serve(
     let pool = main.pool(POOL, LIMIT)?;
     let filters = main.pool(FILTERS, FILTER_LIMIT)?;
     let catalog = Arc::new(CatalogKeeper::new(pool.clone(), filters, judge.login().map(str::to_owned)));
+    let judging = judge.clone();
     let refresh_jobs = Arc::new(Notify::new());
     let (parts_in, parts) = mpsc::channel(PARTS);
     let (commands_in, commands) = mpsc::unbounded_channel();
@@ -130,7 +131,7 @@ pub async fn serve(
 
     // What reads the database begins once that is known to be as it should; clients may come before.
     let reading = async {
-        prepare(&main, config.install, &pulse).await?;
+        prepare(&main, &judging, config.install, &pulse).await?;
         tasks.spawn(source.run(parts_in, end.clone()));
         tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
         tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
@@ -157,8 +158,9 @@ pub async fn serve(
     served
 }
 
-/// Installs if asked to, and refuses a database side that is missing or too old. A database that is away is waited for.
-async fn prepare(server: &Server, wanted: bool, pulse: &Pulse) -> Result<(), Error> {
+/// Installs if asked to, and refuses a database side that is missing or too old, and a judge that is not let in: nobody
+/// would be told anything. A database that is away is waited for.
+async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -> Result<(), Error> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
         let outcome = async {
@@ -169,7 +171,11 @@ async fn prepare(server: &Server, wanted: bool, pulse: &Pulse) -> Result<(), Err
                     tracing::info!(file.count = applied.len(), "installed");
                 }
             }
-            install::check(&client).await
+            install::check(&client).await?;
+            judge.connect().await.map(drop).map_err(|error| match error.is_transient() {
+                true => error,
+                false => Error::Unfit(format!("the login of --judge-url is refused: {error}")),
+            })
         };
         match outcome.await {
             Err(error) if error.is_transient() => {

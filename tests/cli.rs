@@ -94,6 +94,33 @@ async fn what_is_missing_is_said_at_once_and_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_url_without_a_host_is_a_mistake_and_no_server_that_is_away() {
+    let database = Database::new().await;
+    let login = ["--jwt-secret", SECRET, "--listen", "127.0.0.1:0"];
+    for urls in [
+        ["--database-url", &database.url, "--judge-url", ""],
+        ["--database-url", &database.url, "--doorbell-url", "postgres:///app"],
+        ["--database-url", "", "--judge-url", &database.url],
+    ] {
+        let arguments = [&["serve"], &login[..], &urls[..]].concat();
+        let (code, _, told) = tokio::time::timeout(PATIENCE, output(&arguments)).await.expect("it ends");
+        assert_eq!(code, 1);
+        assert!(told.contains("names no host"), "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_judging_login_that_is_not_there_is_a_mistake_and_no_silence() {
+    let database = Database::new().await;
+    let judge = database.url.replacen("postgres@", "nobody_of_this_name@", 1);
+    let urls = ["--database-url", &database.url, "--judge-url", &judge];
+    let arguments = [&["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0"], &urls[..]].concat();
+    let (code, _, told) = tokio::time::timeout(PATIENCE, output(&arguments)).await.expect("it ends");
+    assert_eq!(code, 1);
+    assert!(told.contains("--judge-url") && told.contains("nobody_of_this_name"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn watch_and_unwatch_say_what_they_did_or_why_not() {
     let database = Database::new().await;
     database.run("create table t (id int primary key); create view v as select * from t").await;

@@ -125,6 +125,11 @@ impl Server {
                 told(&error)
             ))
         })?;
+        // It would be found only when connecting, where it looks like a server that is away.
+        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+            let why = "the database URL names no host: postgres://user@host:port/database is expected";
+            return Err(Error::Unfit(String::from(why)));
+        }
         if config.get_application_name().is_none() {
             config.application_name(name);
         }
