@@ -21,6 +21,7 @@ mod drift;
 mod explain;
 mod faults;
 mod filter;
+mod hostile_cursors;
 mod http_edges;
 mod history;
 mod install;

@@ -70,7 +70,7 @@ impl Convoy {
             }
         };
         match told {
-            Ok(()) => {}
+            Ok(()) | Err(Missed::Ended) => {}
             Err(Missed::Gap(why)) => self.tell_gap(why),
             Err(Missed::Unavailable(error)) => {
                 tracing::warn!(error = %error, "changes of a large transaction wait");

@@ -12,7 +12,7 @@ use crate::feed::command::{Command, Handover};
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::past::{Listeners, Missed};
-use crate::feed::stretch::{Stretch, tell_one};
+use crate::feed::stretch::{Stretch, now, tell_one};
 use crate::model::cursor::Cursor;
 use crate::model::dress::Dress;
 use crate::model::relation::Catalog;
@@ -174,7 +174,11 @@ impl Listeners for Alone<'_> {
             return Err(Missed::Gap(ALTERED));
         }
         tell_one(gate, catalog, stretch, &self.audience).await?;
-        Ok(())
+        // It may not have been told all of it, so it has not come further.
+        match self.audience.subscription().identity().claims().expires_at() <= now() {
+            true => Err(Missed::Ended),
+            false => Ok(()),
+        }
     }
 
     fn reached(&mut self, here: Cursor) {

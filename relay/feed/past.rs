@@ -45,6 +45,8 @@ pub enum Missed {
     Gap(&'static str),
     /// The database cannot be asked now.
     Unavailable(Error),
+    /// The reader's token has ended: what is left is for its next one.
+    Ended,
 }
 
 impl From<Error> for Missed {

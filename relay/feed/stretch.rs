@@ -52,7 +52,7 @@ pub async fn tell<'a>(
 ) -> Result<usize, Error> {
     let changes = &stretch.changes;
     let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).subscription()).await?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = now();
     let last = changes.len().saturating_sub(1);
     let is_last = |index: usize| index == last && !stretch.more;
     let written =
@@ -86,6 +86,11 @@ pub async fn tell<'a>(
         desk.clear();
     }
     Ok(frames)
+}
+
+/// The time in seconds, as tokens count it: from the second on in which one ends nothing is told to who has it.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// Tells a stretch to one audience alone.

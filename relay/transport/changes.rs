@@ -216,6 +216,7 @@ async fn poll(app: &App, call: Call) -> Answer {
             tracing::debug!(error = %why, "the past could not be read");
             return unavailable();
         }
+        Ok(Err(Missed::Ended)) => return ended(follower.subscription()),
         Err(_) => return unavailable(),
     };
     let mut pieces = VecDeque::new();
@@ -230,6 +231,10 @@ async fn poll(app: &App, call: Call) -> Answer {
             () = app.end.cancelled() => None,
         },
     };
+    if taken == Some(Taken::Full) {
+        // More came at once than may wait, for one client or for all: it is read from the changelog next time.
+        return changes(&VecDeque::new(), Some(&since.to_string()), true);
+    }
     if progress == Progress::More {
         // It has come further than the last change that may be seen.
         return changes(&pieces, Some(&follower.since().to_string()), true);
@@ -237,18 +242,15 @@ async fn poll(app: &App, call: Call) -> Answer {
     if taken == Some(Taken::Frames) {
         return changes(&pieces, None, false);
     }
-    if taken == Some(Taken::Full) {
-        // More came at once than may wait for one client: it is read from the changelog next time.
-        return changes(&VecDeque::new(), Some(&since.to_string()), true);
-    }
     // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
     let ends_at = follower.subscription().identity().claims().expires_at();
     let reached = follower.leave().await.filter(|cursor| cursor.is_at_or_after(&since));
-    let cursor = reached.filter(|_| ws::now() < ends_at).unwrap_or_else(|| since.clone());
+    let cursor = reached.filter(|_| ws::now() < ends_at).map(|cursor| cursor.to_string());
     // What was delivered while we left is there now.
     match outbox.take(&mut pieces).now_or_never() {
         Some(Taken::Full) => changes(&VecDeque::new(), Some(&since.to_string()), true),
-        _ => changes(&pieces, Some(&cursor.to_string()), false),
+        Some(Taken::Frames) => changes(&pieces, cursor.as_deref(), false),
+        _ => changes(&pieces, Some(&cursor.unwrap_or_else(|| since.to_string())), false),
     }
 }
 
@@ -297,6 +299,7 @@ async fn follow(app: Arc<App>, call: Call, watched: Watched) -> Answer {
     match timeout(PATIENCE, follower.go_on()).await {
         Ok(Ok(progress)) => stream::answer(app, follower, since, progress, watched),
         Ok(Err(Missed::Gap(why))) => gap(why),
+        Ok(Err(Missed::Ended)) => ended(follower.subscription()),
         Ok(Err(Missed::Unavailable(_))) | Err(_) => unavailable(),
     }
 }
@@ -308,6 +311,12 @@ fn gap(why: &str) -> Answer {
         "hint": "ask again without since: you get the rows as they are now, and a cursor",
     });
     json(StatusCode::GONE, body.to_string())
+}
+
+/// The token has ended while it was answered: nothing of that is told, and the cursor is where it was.
+fn ended(subscription: &Subscription) -> Answer {
+    let seconds_ago = ws::now().saturating_sub(subscription.identity().claims().expires_at());
+    error(StatusCode::UNAUTHORIZED, &TokenError::Expired { seconds_ago }.connect_text())
 }
 
 fn unavailable() -> Answer {

@@ -309,8 +309,11 @@ impl Resume {
                 drop(follower);
                 self.begin_anew(channel, reading.subscription, reading.dress, Vec::new(), Some(why));
             }
-            Err(Missed::Unavailable(error)) => {
-                tracing::debug!(error = %error, "a session waits for what it missed");
+            Err(missed) => {
+                // The database is to be asked again; or the token has ended, and its channel does in a moment.
+                if let Missed::Unavailable(error) = missed {
+                    tracing::debug!(error = %error, "a session waits for what it missed");
+                }
                 reading.step = Step::Reads(go_on(follower, PAUSE));
                 self.readings.insert(channel, reading);
             }

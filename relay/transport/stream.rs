@@ -42,7 +42,8 @@ struct Stream {
     /// When the token ends.
     expiry: Instant,
     stalls: Stalls,
-    begun: bool,
+    /// Where the client was when it came; none once it was told so.
+    began: Option<Cursor>,
     over: bool,
 }
 
@@ -99,10 +100,18 @@ impl Stream {
             {
                 return Some(text);
             }
+            let claims = self.follower.subscription().identity().claims().clone();
             if self.progress == Progress::More {
-                match self.follower.go_on().await {
-                    Ok(progress) => self.progress = progress,
-                    Err(missed) => return Some(self.ended(&missed)),
+                tokio::select! {
+                    // A long past is no reason to go on after its token has ended.
+                    biased;
+                    () = sleep_until(self.expiry) => return Some(self.expired()),
+                    () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
+                    () = self.app.end.cancelled() => return None,
+                    went_on = self.follower.go_on() => match went_on {
+                        Ok(progress) => self.progress = progress,
+                        Err(missed) => return Some(self.ended(&missed)),
+                    },
                 }
                 continue;
             }
@@ -111,14 +120,8 @@ impl Stream {
                 taken = outbox.take(&mut self.pieces) => if let Some(text) = self.told(taken) {
                     return Some(text);
                 },
-                () = sleep_until(self.expiry) => {
-                    self.over = true;
-                    return Some(String::from("event: error\ndata: {\"error\":\"the token has expired\"}\n\n"));
-                }
-                () = self.app.verifier.withdrawn(self.follower.subscription().identity().claims()) => {
-                    self.over = true;
-                    return Some(String::from("event: error\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n"));
-                }
+                () = sleep_until(self.expiry) => return Some(self.expired()),
+                () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
                 Ok(()) = self.stalls.changed() => {
                     let (name, data) = match *self.stalls.borrow_and_update() {
                         Some(_) => ("stalled", serde_json::json!({ "error": STALLED })),
@@ -184,6 +187,16 @@ impl Stream {
         Some(text)
     }
 
+    fn expired(&mut self) -> String {
+        self.over = true;
+        String::from("event: error\ndata: {\"error\":\"the token has expired\"}\n\n")
+    }
+
+    fn withdrawn(&mut self) -> String {
+        self.over = true;
+        String::from("event: error\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n")
+    }
+
     fn ended(&mut self, missed: &Missed) -> String {
         self.over = true;
         let mut text = String::new();
@@ -196,6 +209,7 @@ impl Stream {
                     serde_json::json!({ "error": format!("Gap: {why}") })
                 );
             }
+            Missed::Ended => return self.expired(),
             Missed::Unavailable(_) => text.push_str(": the database cannot be asked now\n\n"),
         }
         text
