@@ -22,6 +22,7 @@ mod explain;
 mod faults;
 mod filter;
 mod hostile_cursors;
+mod hostile_tokens;
 mod http_edges;
 mod history;
 mod install;

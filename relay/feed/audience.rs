@@ -3,6 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 
@@ -27,6 +28,8 @@ pub struct Registration {
     pub since: Option<Cursor>,
     /// Where frames go.
     pub outbox: Arc<Outbox>,
+    /// Something came after its token had ended.
+    pub has_missed: bool,
 }
 
 /// What makes channels one audience: they get the same frames.
@@ -45,6 +48,8 @@ pub struct Audience {
     key: Arc<AudienceKey>,
     subscription: Subscription,
     members: BTreeMap<ChannelId, Arc<Outbox>>,
+    /// Something came after its token had ended.
+    has_missed: AtomicBool,
 }
 
 /// Texts of one change that were written already, for the next audience that gets the same.
@@ -101,7 +106,8 @@ impl Audience {
     /// With its first channel.
     pub fn new(key: Arc<AudienceKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let subscription = key.subscription.clone();
-        Self { key, subscription, members: BTreeMap::from([(channel, outbox)]) }
+        let members = BTreeMap::from([(channel, outbox)]);
+        Self { key, subscription, members, has_missed: AtomicBool::new(false) }
     }
 
     /// What its channels have in common.
@@ -122,10 +128,11 @@ impl Audience {
 
     /// Its channels, each as it was registered.
     pub fn into_registrations(self) -> impl Iterator<Item = (ChannelId, Registration)> {
-        let Self { key, subscription, members } = self;
+        let has_missed = self.has_missed();
+        let Self { key, subscription, members, .. } = self;
         members.into_iter().map(move |(channel, outbox)| {
             let (dress, since) = (key.dress.clone(), key.since.clone());
-            (channel, Registration { dress, subscription: subscription.clone(), since, outbox })
+            (channel, Registration { dress, subscription: subscription.clone(), since, outbox, has_missed })
         })
     }
 
@@ -137,6 +144,17 @@ impl Audience {
     /// What its channels get.
     pub fn subscription(&self) -> &Subscription {
         &self.subscription
+    }
+
+    /// Something came that may not be told to it, because its token has ended: whoever goes on with another one is to
+    /// know.
+    pub fn misses(&self) {
+        self.has_missed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether something came that was not told because its token had ended.
+    pub fn has_missed(&self) -> bool {
+        self.has_missed.load(Ordering::Relaxed)
     }
 
     /// Whether a client of it has much to read.
@@ -301,6 +319,10 @@ impl Audience {
 
 /// What is told to whoever subscribed to a table that is another now.
 pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";
+
+/// What is told to whoever goes on with a new token after something came for which the last one was too old.
+pub const BETWEEN: &str =
+    "something changed after the last token had ended and before this one came, read the rows again";
 
 fn wants(binding: &Binding, meaning: Meaning) -> bool {
     match binding.events {

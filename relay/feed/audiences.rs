@@ -8,7 +8,7 @@ use bytes::Bytes;
 use slab::Slab;
 use tokio::time::sleep;
 
-use crate::feed::audience::{Audience, AudienceKey, Registration};
+use crate::feed::audience::{Audience, AudienceKey, BETWEEN, Registration};
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::readership::{AudienceId, Readerships};
@@ -32,9 +32,14 @@ pub struct Audiences {
 impl Audiences {
     /// Delivers to this channel from now on, in place of what it had; the greeting goes out first.
     pub fn join(&mut self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
+        let before = self.channels.get(&channel).map(|number| &self.audiences[*number]);
+        let has_missed = before.is_some_and(Audience::has_missed);
         self.remove(channel);
         for frame in greeting {
             registration.outbox.push(frame);
+        }
+        if has_missed {
+            registration.outbox.push(registration.dress.gap(BETWEEN, "").into());
         }
         self.take_in(channel, registration);
     }
@@ -73,7 +78,7 @@ impl Audiences {
     }
 
     fn take_in(&mut self, channel: ChannelId, registration: Registration) {
-        let Registration { dress, subscription, since, outbox } = registration;
+        let Registration { dress, subscription, since, outbox, has_missed } = registration;
         let key = AudienceKey { dress, subscription: subscription.clone(), since };
         let audience = match self.by_key.get(&key) {
             Some(known) => {
@@ -88,6 +93,9 @@ impl Audiences {
             }
         };
         self.channels.insert(channel, audience);
+        if has_missed {
+            self.audiences[audience].misses();
+        }
         let catalog = self.judged_with.as_ref();
         let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
         self.readerships.join(audience, self.audiences[audience].subscription(), relation);

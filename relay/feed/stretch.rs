@@ -65,6 +65,7 @@ pub async fn tell<'a>(
         let Some(first) = candidates.first() else { continue };
         let audience = audience(first.audience);
         if audience.subscription().identity().claims().expires_at() <= now {
+            audience.misses();
             continue;
         }
         for candidate in &candidates {

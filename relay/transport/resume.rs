@@ -198,7 +198,11 @@ impl Resume {
     ) {
         greeting.extend(gap.map(|why| Bytes::from(dress.gap(why, ""))));
         let outbox = Arc::clone(&self.outbox);
-        self.feed.join(channel, Registration { dress, subscription, since: None, outbox }, greeting);
+        self.feed.join(
+            channel,
+            Registration { dress, subscription, since: None, outbox, has_missed: false },
+            greeting,
+        );
         if gap.is_some() {
             self.due.as_mut().reset(Instant::now());
         }

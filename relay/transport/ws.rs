@@ -387,7 +387,8 @@ impl Driver {
             Some(resume) => resume.start(channel, subscription, dress, greeting, opened),
             None => {
                 let outbox = Arc::clone(&self.outbox);
-                let registration = Registration { dress, subscription, since: None, outbox };
+                let registration =
+                    Registration { dress, subscription, since: None, outbox, has_missed: false };
                 self.app.feed.join(channel, registration, greeting);
             }
         }
