@@ -102,6 +102,7 @@ pub mod transport {
     pub mod changes;
     pub mod stream;
     pub mod writer;
+    pub mod pings;
     pub mod resume;
     pub mod ws;
 }

@@ -3,7 +3,7 @@
 //!
 //! A ping goes out behind everything up to a known place of the feed. Its pong says that the client has all of that.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::{pending, poll_fn};
 use std::pin::Pin;
@@ -28,6 +28,7 @@ use crate::model::cursor::Cursor;
 use crate::model::dress::Dress;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
+use crate::transport::pings::{Pings, Way};
 use crate::transport::writer::ping;
 use crate::transport::ws;
 
@@ -95,10 +96,7 @@ pub struct Resume {
     held: BTreeMap<ChannelId, Held>,
     readings: BTreeMap<ChannelId, Reading>,
     asked: Option<Asked>,
-    /// What the client has when the pong of this number comes.
-    pings: VecDeque<(u64, Vec<Mark>)>,
-    last_ping: u64,
-    last_pong: u64,
+    pings: Pings<Vec<Mark>>,
     due: Pin<Box<Sleep>>,
 }
 
@@ -115,9 +113,7 @@ impl Resume {
             held: BTreeMap::new(),
             readings: BTreeMap::new(),
             asked: None,
-            pings: VecDeque::new(),
-            last_ping: 0,
-            last_pong: 0,
+            pings: Pings::default(),
             due: Box::pin(sleep(late)),
         }
     }
@@ -224,10 +220,8 @@ impl Resume {
     /// The client has everything before the ping of this number.
     pub fn pong(&mut self, payload: &[u8]) {
         let Ok(number) = payload.try_into().map(u64::from_be_bytes) else { return };
-        if number > self.last_pong && number <= self.last_ping {
-            self.last_pong = number;
-            self.receive();
-        }
+        self.pings.answered(number);
+        self.receive();
     }
 
     /// Frames were written.
@@ -273,7 +267,7 @@ impl Resume {
                 let delivered = asked.channels.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
                 let marks =
                     delivered.map(|(channel, bookmark)| (channel, bookmark, position.clone())).collect();
-                self.pings.push_back((asked.ping, marks));
+                self.pings.note(asked.ping, marks);
                 self.receive();
             }
             return true;
@@ -299,9 +293,9 @@ impl Resume {
                 {
                     reading.since = follower.since().clone();
                     let mark = (channel, held.bookmark.clone(), reading.since.clone());
-                    self.last_ping += 1;
-                    self.pings.push_back((self.last_ping, vec![mark]));
-                    self.outbox.push(ping(self.last_ping));
+                    let number = self.pings.next(Way::Own);
+                    self.pings.note(number, vec![mark]);
+                    self.outbox.push(ping(number));
                 }
                 reading.step = Step::Waits(follower);
                 if !self.outbox.is_behind() {
@@ -341,21 +335,20 @@ impl Resume {
         let delivered = self.held.iter().filter(|(channel, _)| !self.readings.contains_key(channel));
         let channels: Vec<_> = delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect();
         // Whoever does not answer pings is not asked for ever.
-        if self.asked.is_some() || channels.is_empty() || self.pings.len() >= MOST_PINGS {
+        if self.asked.is_some() || channels.is_empty() || self.pings.waiting() >= MOST_PINGS {
             return;
         }
-        self.last_ping += 1;
+        let number = self.pings.next(Way::Router);
         let (feed, nobody, outbox) = (self.feed.clone(), self.nobody, Arc::clone(&self.outbox));
-        let then = Some(ping(self.last_ping));
+        let then = Some(ping(number));
         let position = async move { feed.position(nobody, &outbox, then).await }.boxed();
-        self.asked = Some(Asked { ping: self.last_ping, channels, position });
+        self.asked = Some(Asked { ping: number, channels, position });
     }
 
     /// Moves bookmarks to what the last pong says.
     fn receive(&mut self) {
-        while self.pings.front().is_some_and(|(number, _)| *number <= self.last_pong) {
-            for (channel, bookmark, to) in self.pings.pop_front().map(|(_, marks)| marks).unwrap_or_default()
-            {
+        while let Some(marks) = self.pings.received() {
+            for (channel, bookmark, to) in marks {
                 if let Some(held) = self.held.get(&channel)
                     && held.bookmark == bookmark
                 {
