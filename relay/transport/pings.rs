@@ -77,7 +77,7 @@ impl<T> Pings<T> {
 }
 
 fn way(number: u64) -> Way {
-    if number % 2 == 0 { Way::Own } else { Way::Router }
+    if number.is_multiple_of(2) { Way::Own } else { Way::Router }
 }
 
 #[cfg(test)]

@@ -42,8 +42,7 @@ struct Stream {
     /// When the token ends.
     expiry: Instant,
     stalls: Stalls,
-    /// Where the client was when it came; none once it was told so.
-    began: Option<Cursor>,
+    begun: bool,
     over: bool,
 }
 
