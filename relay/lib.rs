@@ -99,6 +99,7 @@ pub mod transport {
     pub mod admission;
     pub mod deadline;
     pub mod http;
+    pub mod query;
     pub mod changes;
     pub mod stream;
     pub mod writer;

@@ -25,7 +25,8 @@ use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Subscription, Target};
 use crate::transport::auth::TokenError;
-use crate::transport::http::{App, Watched, error, is_unreadable, json, parameter};
+use crate::transport::http::{App, Watched, error, json};
+use crate::transport::query::{is_unreadable, parameter};
 use crate::transport::{stream, ws};
 
 /// An answer with a body of any kind.

@@ -29,7 +29,7 @@ use crate::feed::binding::Feed;
 use crate::feed::budget::Budget;
 use crate::feed::outbox::Outbox;
 use crate::feed::pulse::{Cause, Pulse};
-use crate::model::bookmark::NoSessionName;
+use crate::model::bookmark::{NoSessionName, SessionName};
 use crate::model::claims::Claims;
 use crate::model::limits::Limits;
 use crate::model::phoenix::Version;
@@ -38,7 +38,8 @@ use crate::transport::admission::{Admission, Admitted};
 use crate::transport::auth::{TokenError, Verifier};
 use crate::transport::changes::{self, Answer};
 use crate::transport::deadline::Deadline;
-use crate::transport::ws::{self, Greeting};
+use crate::transport::query::{is_unreadable, parameter};
+use crate::transport::ws;
 
 /// An answer on its way when the relay ends gets this long.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
@@ -110,6 +111,18 @@ impl App {
 /// Where an answer that takes long says whose overflow ends its connection. The body of a client that does not read is
 /// not polled: it cannot notice by itself.
 pub type Watched = watch::Sender<Option<Arc<Outbox>>>;
+
+/// What a client said when it connected.
+pub struct Greeting {
+    /// The serialisation of frames.
+    pub version: Version,
+    /// It wants to be told cursors.
+    pub with_cursor: bool,
+    /// It named its session.
+    pub name: Option<SessionName>,
+    /// Who it is.
+    pub claims: Claims,
+}
 
 /// Serves one connection until it ends or becomes a session.
 pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
@@ -309,36 +322,6 @@ fn origin_is_allowed(allowed: &[String], headers: &HeaderMap) -> bool {
     }
 }
 
-/// Whether the query has this parameter and it is no text.
-pub fn is_unreadable(query: &str, name: &str) -> bool {
-    let is_it = |pair: &str| pair.strip_prefix(name).is_some_and(|rest| rest.starts_with('='));
-    query.split('&').any(is_it) && parameter(query, name).is_none()
-}
-
-/// A parameter of the query, percent-decoded.
-pub fn parameter(query: &str, name: &str) -> Option<String> {
-    let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;
-    let mut bytes = Vec::with_capacity(value.len());
-    let mut rest = value.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let hex = (*first == b'%')
-            .then(|| after.get(..2))
-            .flatten()
-            .and_then(|pair| std::str::from_utf8(pair).ok());
-        match hex.and_then(|pair| u8::from_str_radix(pair, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[2..];
-            }
-            None => {
-                bytes.push(if *first == b'+' { b' ' } else { *first });
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8(bytes).ok()
-}
-
 fn preflight() -> Answer {
     let mut answer = empty(StatusCode::NO_CONTENT);
     let headers = answer.headers_mut();
@@ -377,15 +360,6 @@ pub fn json(status: StatusCode, body: impl Into<Bytes>) -> Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn parameters_are_found_whole_and_decoded() {
-        let query = "xapikey=no&apikey=a%2Eb+c%zz&vsn=2.0.0&flag";
-        assert_eq!(parameter(query, "apikey").as_deref(), Some("a.b c%zz"));
-        assert_eq!(parameter(query, "vsn").as_deref(), Some("2.0.0"));
-        assert_eq!(parameter(query, "flag"), None);
-        assert_eq!(parameter("apikey=%ff", "apikey"), None);
-    }
 
     #[test]
     fn origins_count_only_against_a_list() {

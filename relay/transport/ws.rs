@@ -21,15 +21,14 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame, Utf
 use crate::feed::audience::Registration;
 use crate::feed::binding::BindError;
 use crate::feed::outbox::{Outbox, Taken};
-use crate::model::bookmark::{Opened, SessionName};
-use crate::model::claims::Claims;
+use crate::model::bookmark::Opened;
 use crate::model::dress::Dress;
 use crate::model::pace::Pace;
-use crate::model::phoenix::{Binary, Message, Version, decode_binary, decode_text, fan_out, system};
+use crate::model::phoenix::{Binary, Message, decode_binary, decode_text, fan_out, system};
 use crate::model::session::{Action, ChannelId, Session};
 use crate::model::subscription::Subscription;
 pub use crate::transport::auth::now;
-use crate::transport::http::App;
+use crate::transport::http::{App, Greeting};
 use crate::transport::resume::{Resume, work};
 use crate::transport::writer::{Broken, Socket, Writer};
 
@@ -50,18 +49,6 @@ enum Over {
     Gone,
     /// We end it with this close frame.
     Close(u16, &'static str),
-}
-
-/// What a client said when it connected.
-pub struct Greeting {
-    /// The serialisation of frames.
-    pub version: Version,
-    /// It wants to be told cursors.
-    pub with_cursor: bool,
-    /// It named its session.
-    pub name: Option<SessionName>,
-    /// Who it is.
-    pub claims: Claims,
 }
 
 impl From<Broken> for Over {
