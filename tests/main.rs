@@ -21,6 +21,7 @@ mod drift;
 mod explain;
 mod faults;
 mod filter;
+mod hostile_convoys;
 mod hostile_cursors;
 mod hostile_tokens;
 mod http_edges;

@@ -45,6 +45,8 @@ pub enum Command {
         /// Hears up to where everything was delivered.
         until: Option<oneshot::Sender<Option<Cursor>>>,
     },
+    /// The feed stalls, or goes on: told to all.
+    Stall(bool),
     /// A convoy has come as far as it was sent.
     Return(Box<Convoy>),
     /// A channel left its convoy, by the command of this number.

@@ -1,5 +1,6 @@
 //! Those who have the rest of a large page before them: they are told it beside the others, who go on meanwhile.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ pub struct Convoy {
     pub since: Option<Cursor>,
     /// Commands about its channels, which are not the router's meanwhile.
     pub commands: UnboundedReceiver<Numbered>,
+    /// They were told that the feed stalls, and not yet that it goes on.
+    stalled: bool,
     past: Arc<Past>,
     router: UnboundedSender<Command>,
     observe: Arc<Observe>,
@@ -50,7 +53,8 @@ impl Convoy {
     ) -> (Box<Self>, UnboundedSender<Numbered>) {
         let (sender, commands) = unbounded_channel();
         let since = Some(since);
-        (Box::new(Self { number, audiences, since, commands, past, router, observe }), sender)
+        let stalled = false;
+        (Box::new(Self { number, audiences, since, commands, stalled, past, router, observe }), sender)
     }
 
     /// Its number.
@@ -88,23 +92,35 @@ impl Convoy {
         self.since = None;
     }
 
+    /// Tells everybody that the feed stalls or goes on, if that is news.
+    pub fn tell_stall(&mut self, stalls: bool) {
+        if std::mem::replace(&mut self.stalled, stalls) != stalls {
+            self.audiences.iter().for_each(|audience| audience.tell_stall(stalls));
+        }
+    }
+
     fn obey_all(&mut self) {
-        while let Ok((command, number)) = self.commands.try_recv() {
-            match command {
-                Command::Join { channel, registration, greeting } => {
-                    self.audiences.join(channel, registration, greeting);
-                }
-                Command::Leave { channel, outbox, farewell, until } => {
-                    self.audiences.leave(channel, &outbox, farewell);
-                    if let Some(until) = until {
-                        let _ = until.send(self.since.clone());
-                    }
-                    let left = Command::Left { channel, convoy: self.number, command: number };
-                    let _ = self.router.send(left);
-                }
-                // Nobody follows a convoy: the router says "not yet".
-                Command::Follow { .. } | Command::Return(_) | Command::Left { .. } => {}
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+    }
+
+    fn obey(&mut self, (command, number): Numbered) {
+        match command {
+            Command::Join { channel, registration, greeting } => {
+                self.audiences.join(channel, registration, greeting);
             }
+            Command::Leave { channel, outbox, farewell, until } => {
+                self.audiences.leave(channel, &outbox, farewell);
+                if let Some(until) = until {
+                    let _ = until.send(self.since.clone());
+                }
+                let left = Command::Left { channel, convoy: self.number, command: number };
+                let _ = self.router.send(left);
+            }
+            // Nobody follows a convoy: the router says "not yet".
+            Command::Follow { .. } | Command::Return(_) | Command::Left { .. } => {}
+            Command::Stall(stalls) => self.tell_stall(stalls),
         }
     }
 }
@@ -118,6 +134,20 @@ impl Listeners for Convoy {
         self.observe.frames_delivered(frames);
         self.audiences.let_clients_read(PAUSE).await;
         Ok(())
+    }
+
+    /// Before its first page, or while PostgreSQL does not answer, it may wait for long: channels are left and have other
+    /// tokens all the same.
+    async fn meanwhile<T: Send>(&mut self, asked: impl Future<Output = T> + Send) -> T {
+        let mut asked = pin!(asked);
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut asked => return answer,
+                // The router keeps the other end as long as it is away.
+                Some(command) = self.commands.recv() => self.obey(command),
+            }
+        }
     }
 
     fn reached(&mut self, here: Cursor) {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use deadpool_postgres::Pool;
 use tokio::sync::{Mutex, Semaphore};
+use tokio::time::timeout;
 
 use crate::feed::gate::Gate;
 use crate::feed::source::{PART_BYTES, PART_CHANGES};
@@ -32,7 +33,9 @@ pub struct Past {
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
     turns: Semaphore,
-    convoys: Semaphore,
+    convoys: Arc<Semaphore>,
+    /// PostgreSQL may take this long for a page, or a part of one.
+    patience: Duration,
     /// Connections whose last reader came to the end, and since when nobody has used them.
     spare: Mutex<Vec<(Changelog, Instant)>>,
     judged_with: Mutex<Option<Arc<Catalog>>>,
@@ -65,6 +68,14 @@ pub trait Listeners {
         stretch: &Stretch,
     ) -> impl Future<Output = Result<(), Missed>> + Send;
 
+    /// Waits for something of the past. Whoever has others to listen to does so meanwhile.
+    fn meanwhile<T: Send>(
+        &mut self,
+        asked: impl Future<Output = T> + Send,
+    ) -> impl Future<Output = T> + Send {
+        async { asked.await }
+    }
+
     /// They were told everything up to here.
     fn reached(&mut self, here: Cursor);
 
@@ -73,15 +84,23 @@ pub trait Listeners {
 }
 
 impl Past {
-    /// Reads the changelog of `server`; `pool` is for questions while a page is open.
-    pub fn new(server: Server, pool: Pool, catalog: Arc<CatalogKeeper>, gate: Gate) -> Self {
+    /// Reads the changelog of `server`, which has `patience` for each part of a page; `pool` is for questions while a page
+    /// is open.
+    pub fn new(
+        server: Server,
+        pool: Pool,
+        catalog: Arc<CatalogKeeper>,
+        gate: Gate,
+        patience: Duration,
+    ) -> Self {
         Self {
             server,
             pool,
             catalog,
             gate,
             turns: Semaphore::new(AT_ONCE),
-            convoys: Semaphore::new(CONVOYS),
+            convoys: Arc::new(Semaphore::new(CONVOYS)),
+            patience,
             spare: Mutex::default(),
             judged_with: Mutex::new(None),
         }
@@ -118,12 +137,20 @@ impl Past {
     }
 
     async fn check_with(&self, changelog: &Changelog, cursor: &Cursor) -> Result<(), Missed> {
-        let now = changelog.now().await?;
+        let now = self.in_time(changelog.now()).await?;
         let reach = cursor.within().map_or(cursor.seen().xmax(), |within| within.until().xmax());
         match () {
-            () if changelog.epoch().await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
+            () if self.in_time(changelog.epoch()).await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
             () if reach > now.xmax() => Err(Missed::Gap("the cursor is of a moment that has not been")),
             () => self.check_kept(cursor.seen()).await,
+        }
+    }
+
+    /// A connection on which nothing comes any more may look open for ever.
+    async fn in_time<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        match timeout(self.patience, asked).await {
+            Ok(answered) => answered,
+            Err(_) => Err(Error::Lost("the connection that reads the past does not answer")),
         }
     }
 
@@ -190,7 +217,7 @@ impl Past {
         to: &Cursor,
         listeners: &mut impl Listeners,
     ) -> Result<(), Missed> {
-        let _place = self.convoys.acquire().await;
+        let _place = listeners.meanwhile(Arc::clone(&self.convoys).acquire_owned()).await;
         self.tell(since, to, None, listeners).await.map(|_| ())
     }
 
@@ -201,8 +228,8 @@ impl Past {
         until: Option<Instant>,
         listeners: &mut impl Listeners,
     ) -> Result<bool, Missed> {
-        let changelog = self.changelog().await?;
-        self.check_with(&changelog, since).await?;
+        let changelog = listeners.meanwhile(self.changelog()).await?;
+        listeners.meanwhile(self.check_with(&changelog, since)).await?;
         let is_over = |listeners: &mut _| {
             Listeners::has_enough(listeners) || until.is_some_and(|until| Instant::now() > until)
         };
@@ -217,13 +244,14 @@ impl Past {
             position.until = Some(until.clone());
             let span =
                 Arc::new(Span { epoch: since.epoch(), seen: position.seen.clone(), until: until.clone() });
-            let mut page = changelog.open(&position).await?;
+            let mut page = listeners.meanwhile(self.in_time(changelog.open(&position))).await?;
             // While it is open nothing can be trimmed; what was trimmed before would be missing in it.
-            self.check_kept(&position.seen).await?;
+            listeners.meanwhile(self.check_kept(&position.seen)).await?;
             loop {
-                let (changes, more) = page.part(PART_CHANGES, PART_BYTES).await?;
+                let (changes, more) =
+                    listeners.meanwhile(self.in_time(page.part(PART_CHANGES, PART_BYTES))).await?;
                 let Some(last) = changes.last().map(|change| change.number) else { break };
-                let catalog = self.catalog.reloaded().await?;
+                let catalog = listeners.meanwhile(self.catalog.reloaded()).await?;
                 self.judge_with(&catalog).await;
                 let stretch = Stretch { changes, more, span: Arc::clone(&span) };
                 listeners.tell(&self.gate, &catalog, &stretch).await?;

@@ -123,6 +123,9 @@ impl Router {
             for audience in self.audiences.iter() {
                 audience.tell_stall(stalls);
             }
+            for convoy in self.convoys.values() {
+                let _ = convoy.send((Command::Stall(stalls), 0));
+            }
         }
     }
 
@@ -149,6 +152,8 @@ impl Router {
                     let _ = until.send(self.position_of(channel));
                 }
             }
+            // Ours alone, and for convoys: one that is back was told with all others.
+            Command::Stall(_) => {}
             Command::Return(convoy) => self.welcome(convoy),
             Command::Left { channel, convoy, command } => {
                 if self.away.get(&channel) == Some(&(convoy, command)) {
@@ -285,11 +290,9 @@ impl Router {
         let number = convoy.number();
         self.convoys.remove(&number);
         self.away.retain(|_, (convoy, _)| *convoy != number);
+        convoy.tell_stall(self.stalled);
         let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
         let Convoy { audiences, mut commands, .. } = *convoy;
-        if self.stalled {
-            audiences.iter().for_each(|audience| audience.tell_stall(true));
-        }
         self.audiences.absorb(audiences, &here);
         while let Ok((command, _)) = commands.try_recv() {
             self.obey(command);
