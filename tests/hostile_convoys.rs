@@ -1,13 +1,11 @@
-//! Channels that are with a convoy: they are left, and told that nothing can come, as all others.
+//! Channels that are with a convoy are left as all others.
 
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::support::client::Client;
-use crate::support::database::Database;
 use crate::support::http::{stalled, text};
-use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
 use crate::support::{eventually, token};
@@ -56,39 +54,4 @@ async fn a_channel_is_left_at_once_while_its_convoy_waits_for_others() {
     while client.frame().await[3] != "phx_close" {}
     assert!(left.elapsed() < Duration::from_secs(3), "{:?}", left.elapsed());
     drop(others);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_channel_is_told_of_a_stall_in_the_middle_of_a_large_transaction() {
-    let database = Database::new().await;
-    database
-        .run("create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')")
-        .await;
-    let (proxy, through) = Proxy::to_server(&database.url).await;
-    let relay = Relay::with(&through, |settings| {
-        settings.stall_seconds = Some(1);
-        // So that it notices soon that nothing can be read, with nothing to wake it.
-        settings.poll_ms = Some(500);
-    })
-    .await;
-    let mut client = join(&relay, "t").await;
-    database.run(&format!("insert into t select generate_series(1, {MANY})")).await;
-    let mut heard = Vec::new();
-    let mut last = 0;
-    while last < MANY {
-        let frame = client.frame().await;
-        if frame[3] == "postgres_changes" {
-            last += 1;
-            assert_eq!(frame[4]["data"]["record"]["id"], last);
-            if last == 6000 {
-                proxy.hold();
-            }
-        } else if let Some(message) = frame[4]["message"].as_str() {
-            heard.push(message.get(..8).unwrap_or_default().to_owned());
-            if message.starts_with("Stalled") {
-                proxy.release();
-            }
-        }
-    }
-    assert!(heard.starts_with(&[String::from("Stalled:")]), "{heard:?}");
 }

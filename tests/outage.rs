@@ -403,3 +403,17 @@ async fn a_database_that_is_read_only_by_default_is_served() {
     assert_eq!(figure(&relay, "relay_source_interruptions_total"), 0);
     relay.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_subscribed_before_the_changelog_is_read_misses_nothing() {
+    let database = Database::new().await;
+    database.run(TABLE).await;
+    for id in 1..=5 {
+        // Joined while the relay is still on its way to the changelog.
+        let relay = Relay::unready(&database.url, |_| {}).await;
+        let mut client = join(&relay).await;
+        database.run(&format!("insert into t values ({id})")).await;
+        assert_eq!(client.change().await["record"]["id"], id);
+        relay.stop().await;
+    }
+}

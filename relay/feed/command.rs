@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use crate::feed::audience::Registration;
 use crate::feed::convoy::Convoy;
 use crate::feed::outbox::Outbox;
-use crate::feed::stretch::Stretch;
+use crate::feed::stretch::{Recent, Stretch};
 use crate::model::cursor::Cursor;
 use crate::model::session::ChannelId;
 
@@ -74,4 +74,26 @@ pub enum Handover {
     Gap(&'static str),
     /// The changelog is not being read yet.
     NotYet,
+}
+
+impl Handover {
+    /// Where what comes after a cursor is to be had, when everything up to `position` was delivered, the last of it
+    /// `recent`; `checked` says that the cursor is not of the future.
+    pub fn of(since: &Cursor, checked: bool, position: &Cursor, recent: &Recent) -> Self {
+        if since.epoch() != position.epoch() {
+            return Self::Gap("the cursor is of another database, or of an older state of it");
+        }
+        if !checked && !position.is_at_or_after(since) && since.is_at_or_after(position) {
+            return Self::Ahead;
+        }
+        match recent.since(since, position) {
+            Some(missed) if missed.is_empty() => Self::Live,
+            Some(missed) => Self::Missed(missed, position.clone()),
+            // A page that is being delivered right now cannot be read from the changelog up to here; it ends soon.
+            None if position.seen().is_before_or_equal(since.seen()) && since.within().is_none() => {
+                Self::NotYet
+            }
+            None => Self::Behind(Cursor::after(position.epoch(), position.seen().clone())),
+        }
+    }
 }

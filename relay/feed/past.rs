@@ -73,7 +73,7 @@ pub trait Listeners {
         &mut self,
         asked: impl Future<Output = T> + Send,
     ) -> impl Future<Output = T> + Send {
-        async { asked.await }
+        asked
     }
 
     /// They were told everything up to here.
@@ -204,7 +204,7 @@ impl Past {
         listener: &mut impl Listeners,
     ) -> Result<bool, Missed> {
         let _turn = self.turns.acquire().await;
-        self.tell(since, to, Some(Instant::now() + TURN), listener).await
+        Box::pin(self.tell(since, to, Some(Instant::now() + TURN), listener)).await
     }
 
     /// Tells many together what lies between two cursors, unless they have enough before.
@@ -218,7 +218,7 @@ impl Past {
         listeners: &mut impl Listeners,
     ) -> Result<(), Missed> {
         let _place = listeners.meanwhile(Arc::clone(&self.convoys).acquire_owned()).await;
-        self.tell(since, to, None, listeners).await.map(|_| ())
+        Box::pin(self.tell(since, to, None, listeners)).await.map(|_| ())
     }
 
     async fn tell(

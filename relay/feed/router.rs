@@ -55,6 +55,8 @@ pub struct Router {
     last_convoy: u64,
     /// Channels that are with a convoy, with which, and how many commands about them were passed on.
     away: BTreeMap<ChannelId, (u64, u32)>,
+    /// Who came and went before the changelog was read.
+    early: Vec<Command>,
 }
 
 impl Router {
@@ -85,6 +87,7 @@ impl Router {
             convoys: HashMap::new(),
             last_convoy: 0,
             away: BTreeMap::new(),
+            early: Vec::new(),
         }
     }
 
@@ -131,10 +134,14 @@ impl Router {
 
     fn obey(&mut self, command: Command) {
         match command {
+            // Whoever is told that it is subscribed misses nothing from then on: so not before there is a place to begin at.
+            Command::Join { .. } | Command::Leave { until: None, .. } if self.position.is_none() => {
+                self.early.push(command);
+            }
             Command::Join { channel, .. } | Command::Leave { channel, .. }
-                if let Some(convoy) = self.convoy_of(channel, &command) =>
+                if self.convoy_of(channel, &command).is_some() =>
             {
-                self.pass_on(channel, convoy, command);
+                self.pass_on(channel, command);
             }
             Command::Join { channel, registration, mut greeting } => {
                 let stalled = self.stalled.then(|| registration.dress.stall(true)).flatten();
@@ -187,26 +194,9 @@ impl Router {
         Handover::Live
     }
 
-    /// Where what comes after a cursor is to be had.
     fn handover(&self, since: &Cursor, checked: bool) -> Handover {
-        let Some(position) = &self.position else {
-            return Handover::NotYet;
-        };
-        if since.epoch() != position.epoch() {
-            return Handover::Gap("the cursor is of another database, or of an older state of it");
-        }
-        if !checked && !position.is_at_or_after(since) && since.is_at_or_after(position) {
-            return Handover::Ahead;
-        }
-        match self.recent.since(since, position) {
-            Some(missed) if missed.is_empty() => Handover::Live,
-            Some(missed) => Handover::Missed(missed, position.clone()),
-            // A page that is being delivered right now cannot be read from the changelog up to here; it ends soon.
-            None if position.seen().is_before_or_equal(since.seen()) && since.within().is_none() => {
-                Handover::NotYet
-            }
-            None => Handover::Behind(Cursor::after(position.epoch(), position.seen().clone())),
-        }
+        let position = self.position.as_ref();
+        position.map_or(Handover::NotYet, |position| Handover::of(since, checked, position, &self.recent))
     }
 
     /// The convoy that a command is for: the channel's own; for a question on behalf of no channel, the one in which
@@ -232,7 +222,8 @@ impl Router {
         self.position.clone().filter(|_| self.convoys_of(channel.session).is_empty())
     }
 
-    fn pass_on(&mut self, channel: ChannelId, convoy: u64, command: Command) {
+    fn pass_on(&mut self, channel: ChannelId, command: Command) {
+        let Some(convoy) = self.convoy_of(channel, &command) else { return };
         let number = match self.away.get_mut(&channel) {
             Some((_, number)) => {
                 *number += 1;
@@ -319,6 +310,9 @@ impl Router {
             Part::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);
+                for command in std::mem::take(&mut self.early) {
+                    self.obey(command);
+                }
             }
             Part::Gap(why) => {
                 for audience in self.audiences.iter() {
