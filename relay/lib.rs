@@ -54,6 +54,7 @@ pub mod postgres {
     pub mod install;
     pub mod doorbell;
     pub mod changelog;
+    pub mod portions;
     pub mod catalog;
     mod breaker;
     mod stand_in;

@@ -31,10 +31,6 @@ create table if not exists relay.changes_0 () inherits (relay.changes);
 create table if not exists relay.changes_1 () inherits (relay.changes);
 create table if not exists relay.changes_2 () inherits (relay.changes);
 
-create index if not exists changes_0_xid_number on relay.changes_0 (xid, number);
-create index if not exists changes_1_xid_number on relay.changes_1 (xid, number);
-create index if not exists changes_2_xid_number on relay.changes_2 (xid, number);
-
 -- Made once and then replaced by whoever moves on: applying this file again must not move writers back.
 do $$
 begin

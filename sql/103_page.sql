@@ -98,6 +98,29 @@ $$;
 comment on function relay.page(pg_snapshot, pg_snapshot, bigint) is
   'one page of the changelog: a header row, then the changes finished after the first snapshot, in order';
 
+-- relay.page_slice(seen, until, after_number, through_number) : of such a page, the changes with these numbers
+-- Shaped as relay.page, whose cost is all that is left of the page; here it is the slice. The transaction ids are asked
+-- for in a way that only the index of numbers can serve.
+create or replace function relay.page_slice(seen pg_snapshot, until pg_snapshot, after_number bigint, through_number bigint)
+returns table (number bigint, xid text, at timestamptz, relation int, operation text, oversize boolean,
+               before text, after text, snapshot text, unflushed boolean)
+language sql stable as $$
+  select null::bigint, null::text, null::timestamptz, null::int, null::text, null::boolean, null::text, null::text,
+         $2::text, false
+  union all
+  select p.number, p.xid::text, p.at, p.relation, p.operation::text, p.oversize, p.before::text, p.after::text,
+         null::text, null::boolean
+  from (
+    select c.*
+    from relay.changes c
+    where c.number > $3 and c.number <= $4
+      and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and not pg_catalog.pg_visible_in_snapshot(c.xid, $1)
+    order by number
+  ) p
+$$;
+comment on function relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint) is
+  'a header row, then the changes of a page with these numbers, in order';
+
 -- relay.page_relations(seen, until, after_number) : the relations of the changes of such a page; 0 is the schema
 create or replace function relay.page_relations(seen pg_snapshot, until pg_snapshot, after_number bigint) returns setof int
 language sql stable as $$

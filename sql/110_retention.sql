@@ -8,6 +8,23 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.retain(interval, bigint) is 'how long changes are kept, and how many bytes of them at most';
 
+-- relay.summarize() : makes what was written lately known to the indexes of numbers; a segment that is locked waits
+create or replace function relay.summarize() returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '20ms' as $$
+begin
+  for segment in 0 .. 2 loop
+    begin
+      perform brin_summarize_new_values(format('relay.changes_%s_number', segment)::regclass);
+    exception when lock_not_available then
+      null;
+    end;
+  end loop;
+end
+$$;
+comment on function relay.summarize() is 'keeps slices of large pages quick to find; run by the relay';
+
 -- relay.tend() : moves writers on to the next segment, and truncates what need not be kept; returns what it did
 -- To be called every few seconds. Each lock is tried for a moment only: a transaction that is held open delays a truncation and
 -- nothing else. One caller at a time; the others return at once.
@@ -27,6 +44,7 @@ begin
   if not pg_try_advisory_xact_lock(1919249009, 4) then
     return done;
   end if;
+  perform relay.summarize();
   -- What is made anew here is no news of the schema.
   perform set_config('relay.quiet', 'on', true);
   select * into rule from relay.retention;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::http::{Events, get};
 use crate::support::stage::Stage;
-use crate::support::token;
+use crate::support::{eventually, token};
 
 const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 const MANY: i64 = 40_000;
@@ -151,4 +151,30 @@ async fn a_reader_that_takes_its_time_does_not_make_the_others_wait() {
     }
     assert!(!slowly.is_finished());
     slowly.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reading_it_by_polls_costs_in_proportion_to_its_size() {
+    let stage = stage().await;
+    let path = format!("/realtime/v1/changes?table=t&apikey={}", ann());
+    let mut cursor = get(stage.relay.address, &path, "").await.body["cursor"].as_str().unwrap().to_owned();
+    insert(&stage, 1, MANY).await;
+    let (mut ids, mut polls) = (0, 0);
+    while ids < MANY {
+        let answer = get(stage.relay.address, &format!("{path}&since={cursor}&wait=0"), "").await;
+        ids += answer.body["changes"].as_array().unwrap_or_else(|| panic!("{answer:?}")).len() as i64;
+        cursor = answer.body["cursor"].as_str().unwrap().to_owned();
+        polls += 1;
+    }
+    assert!(polls >= 10, "{polls}: more would be needed to tell");
+    // A session counts what it read at the latest when it ends.
+    stage.relay.stop().await;
+    let others = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
+    eventually("the relay's sessions end", || async {
+        (stage.database.value(others).await == "0").then_some(())
+    })
+    .await;
+    let read = "select idx_tup_fetch + seq_tup_read from pg_stat_all_tables where relname = 'changes_0'";
+    let read: i64 = stage.database.value(read).await.parse().unwrap();
+    assert!(read < 12 * MANY, "{polls} polls read {read} rows of the changelog");
 }

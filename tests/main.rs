@@ -52,6 +52,7 @@ mod policy_rewrites;
 mod policy_shapes;
 mod policy_ways;
 mod policy_withdrawn;
+mod portions;
 mod promises;
 mod refresh;
 mod resume;

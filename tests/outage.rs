@@ -417,3 +417,28 @@ async fn whoever_is_subscribed_before_the_changelog_is_read_misses_nothing() {
         relay.stop().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changelog_that_goes_silent_in_the_middle_of_a_large_transaction_is_told_and_the_rest_follows() {
+    const MANY: i64 = 40_000;
+    let (database, relay, changelog, _bell) = behind_proxies().await;
+    let mut client = join(&relay).await;
+    database.run(&format!("insert into t select generate_series(1, {MANY})")).await;
+    told(&mut client, 1..=6000).await;
+    changelog.hold();
+    let mut next = 6001;
+    loop {
+        let frame = client.frame().await;
+        if frame[3] != "postgres_changes" {
+            assert_eq!(frame[4], stalled());
+            break;
+        }
+        assert_eq!(frame[4]["data"]["record"]["id"], next);
+        next += 1;
+    }
+    assert!(next < MANY, "all of it had been read before");
+    changelog.release();
+    let beside = told(&mut client, next..=MANY).await;
+    assert!(beside.is_empty() || beside == [resumed()], "{beside:?}");
+    relay.stop().await;
+}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::feed::audiences::Audiences;
 use crate::feed::command::{Command, Handover};
@@ -36,25 +36,30 @@ pub struct Convoy {
     pub commands: UnboundedReceiver<Numbered>,
     /// They were told that the feed stalls, and not yet that it goes on.
     stalled: bool,
+    /// When they came further last, and how long without that is a stall.
+    moved: Instant,
+    bound: Duration,
     past: Arc<Past>,
     router: UnboundedSender<Command>,
     observe: Arc<Observe>,
 }
 
 impl Convoy {
-    /// A convoy of this number, and where its commands go.
+    /// A convoy of this number, and where its commands go. It stalls when it comes no further for `bound`.
     pub fn new(
         number: u64,
         audiences: Audiences,
         since: Cursor,
+        bound: Duration,
         past: Arc<Past>,
         router: UnboundedSender<Command>,
         observe: Arc<Observe>,
     ) -> (Box<Self>, UnboundedSender<Numbered>) {
         let (sender, commands) = unbounded_channel();
-        let since = Some(since);
-        let stalled = false;
-        (Box::new(Self { number, audiences, since, commands, stalled, past, router, observe }), sender)
+        let (since, stalled, moved) = (Some(since), false, Instant::now());
+        let convoy =
+            Self { number, audiences, since, commands, stalled, moved, bound, past, router, observe };
+        (Box::new(convoy), sender)
     }
 
     /// Its number.
@@ -132,8 +137,11 @@ impl Listeners for Convoy {
         self.audiences.judge_with(catalog, &here);
         let frames = self.audiences.tell(gate, catalog, stretch).await?;
         self.observe.frames_delivered(frames);
-        self.audiences.let_clients_read(PAUSE).await;
         Ok(())
+    }
+
+    async fn let_read(&mut self) {
+        self.audiences.let_clients_read(PAUSE).await;
     }
 
     /// Before its first page, or while PostgreSQL does not answer, it may wait for long: channels are left and have other
@@ -141,9 +149,11 @@ impl Listeners for Convoy {
     async fn meanwhile<T: Send>(&mut self, asked: impl Future<Output = T> + Send) -> T {
         let mut asked = pin!(asked);
         loop {
+            let stalls_at = self.moved + self.bound;
             tokio::select! {
                 biased;
                 answer = &mut asked => return answer,
+                () = sleep_until(stalls_at), if !self.stalled => self.tell_stall(true),
                 // The router keeps the other end as long as it is away.
                 Some(command) = self.commands.recv() => self.obey(command),
             }
@@ -152,6 +162,8 @@ impl Listeners for Convoy {
 
     fn reached(&mut self, here: Cursor) {
         self.since = Some(here);
+        self.moved = Instant::now();
+        self.tell_stall(false);
     }
 
     fn has_enough(&self) -> bool {

@@ -13,17 +13,20 @@ use crate::feed::stretch::Stretch;
 use crate::model::cursor::{Cursor, Snapshot, Span};
 use crate::model::relation::Catalog;
 use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::changelog::{self, Changelog, Position};
+use crate::postgres::changelog;
 use crate::postgres::connect::{Error, Server};
+use crate::postgres::portions::{Bearing, Portion, Portions};
 
-/// Readers of the past at a time: a storm of them queues here, and not at the database.
+/// Portions of the past that are read and judged at a time: a storm of readers queues here, and not at the database.
 const AT_ONCE: usize = 4;
-/// A connection is kept so long for the next reader.
-const SPARE: Duration = Duration::from_secs(5);
-/// The same for convoys.
+/// The same for those of convoys.
 const CONVOYS: usize = 2;
-/// One reader's turn; a long past takes several.
+/// A connection is kept so long for the next portion.
+const SPARE: Duration = Duration::from_secs(5);
+/// One reader's turn, as somebody may wait for the answer; a long past takes several.
 const TURN: Duration = Duration::from_secs(2);
+/// What was written lately is summarized so often at most.
+const SUMMARIZED: Duration = Duration::from_secs(1);
 
 /// Reads the past for those who missed it.
 pub struct Past {
@@ -32,12 +35,13 @@ pub struct Past {
     catalog: Arc<CatalogKeeper>,
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
-    turns: Semaphore,
+    places: Arc<Semaphore>,
     convoys: Arc<Semaphore>,
-    /// PostgreSQL may take this long for a page, or a part of one.
+    /// PostgreSQL may take this long for a portion.
     patience: Duration,
-    /// Connections whose last reader came to the end, and since when nobody has used them.
-    spare: Mutex<Vec<(Changelog, Instant)>>,
+    /// Connections that nobody reads by, and since when.
+    spare: Mutex<Vec<(Portions, Instant)>>,
+    summarized: Mutex<Option<Instant>>,
     judged_with: Mutex<Option<Arc<Catalog>>>,
 }
 
@@ -76,6 +80,11 @@ pub trait Listeners {
         asked
     }
 
+    /// Reads what it was told, before more of it comes.
+    fn let_read(&mut self) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+
     /// They were told everything up to here.
     fn reached(&mut self, here: Cursor);
 
@@ -84,8 +93,7 @@ pub trait Listeners {
 }
 
 impl Past {
-    /// Reads the changelog of `server`, which has `patience` for each part of a page; `pool` is for questions while a page
-    /// is open.
+    /// Reads the changelog of `server`, which has `patience` for each portion; `pool` is for other questions.
     pub fn new(
         server: Server,
         pool: Pool,
@@ -98,10 +106,11 @@ impl Past {
             pool,
             catalog,
             gate,
-            turns: Semaphore::new(AT_ONCE),
+            places: Arc::new(Semaphore::new(AT_ONCE)),
             convoys: Arc::new(Semaphore::new(CONVOYS)),
             patience,
             spare: Mutex::default(),
+            summarized: Mutex::default(),
             judged_with: Mutex::new(None),
         }
     }
@@ -111,52 +120,59 @@ impl Past {
     /// # Errors
     /// When it is not.
     pub async fn check(&self, cursor: &Cursor) -> Result<(), Missed> {
-        let _turn = self.turns.acquire().await;
-        let changelog = self.changelog().await?;
-        let checked = self.check_with(&changelog, cursor).await;
-        self.put_back(changelog).await;
+        self.check_by(&self.places, cursor).await
+    }
+
+    async fn check_by(&self, places: &Arc<Semaphore>, cursor: &Cursor) -> Result<(), Missed> {
+        let _place = Arc::clone(places).acquire_owned().await;
+        let portions = self.connection().await?;
+        let checked = self.check_with(&portions, cursor).await;
+        if !matches!(checked, Err(Missed::Unavailable(_))) {
+            self.put_back(portions).await;
+        }
         checked
     }
 
     /// The connection of a reader before, when many come one after the other; else a new one.
-    async fn changelog(&self) -> Result<Changelog, Error> {
+    async fn connection(&self) -> Result<Portions, Error> {
         let mut spare = self.spare.lock().await;
-        spare.retain(|(changelog, since)| since.elapsed() < SPARE && changelog.is_open());
+        spare.retain(|(portions, since)| since.elapsed() < SPARE && portions.is_open());
         let known = spare.pop();
         drop(spare);
         match known {
-            Some((changelog, _)) => Ok(changelog),
-            None => Changelog::connect(&self.server).await,
+            Some((portions, _)) => Ok(portions),
+            None => self.in_time(Box::pin(Portions::connect(&self.server))).await,
         }
     }
 
-    /// Keeps a connection for the next reader. One on which a page was not read to its end is dropped instead: the rest
-    /// of the page would still come.
-    async fn put_back(&self, changelog: Changelog) {
-        self.spare.lock().await.push((changelog, Instant::now()));
+    async fn put_back(&self, portions: Portions) {
+        self.spare.lock().await.push((portions, Instant::now()));
     }
 
-    async fn check_with(&self, changelog: &Changelog, cursor: &Cursor) -> Result<(), Missed> {
-        let now = self.in_time(changelog.now()).await?;
+    async fn check_with(&self, portions: &Portions, cursor: &Cursor) -> Result<(), Missed> {
+        let now = self.in_time(portions.now()).await?;
         let reach = cursor.within().map_or(cursor.seen().xmax(), |within| within.until().xmax());
         match () {
-            () if self.in_time(changelog.epoch()).await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
+            () if self.in_time(portions.epoch()).await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
             () if reach > now.xmax() => Err(Missed::Gap("the cursor is of a moment that has not been")),
             () => self.check_kept(cursor.seen()).await,
         }
     }
 
-    /// A connection on which nothing comes any more may look open for ever.
+    /// A connection on which nothing comes any more may look open for ever, and so may those that wait for their next use.
     async fn in_time<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         match timeout(self.patience, asked).await {
             Ok(answered) => answered,
-            Err(_) => Err(Error::Lost("the connection that reads the past does not answer")),
+            Err(_) => {
+                self.spare.lock().await.clear();
+                Err(Error::Lost("the connection that reads the past does not answer"))
+            }
         }
     }
 
     /// Whether everything after the snapshot is still there.
     async fn check_kept(&self, seen: &Snapshot) -> Result<(), Missed> {
-        match changelog::horizon(&self.pool).await?.is_before_or_equal(seen) {
+        match self.in_time(changelog::horizon(&self.pool)).await?.is_before_or_equal(seen) {
             true => Ok(()),
             false => Err(Missed::Gap(TOO_OLD)),
         }
@@ -181,7 +197,10 @@ impl Past {
         listeners: &mut impl Listeners,
     ) -> Result<(), Missed> {
         let is_news = missed.iter().any(|stretch| stretch.more || stretch.is_news());
-        let catalog = if is_news { self.catalog.reloaded().await? } else { self.catalog.fresh().await? };
+        let catalog = match is_news {
+            true => self.in_time(self.catalog.reloaded()).await?,
+            false => self.in_time(self.catalog.fresh()).await?,
+        };
         self.judge_with(&catalog).await;
         for stretch in missed {
             listeners.tell(&self.gate, &catalog, stretch).await?;
@@ -192,7 +211,7 @@ impl Past {
         Ok(())
     }
 
-    /// Tells one reader what lies between two cursors; stops when it has enough, or for others to have their turn. True
+    /// Tells one reader what lies between two cursors; stops when it has enough, or for it to answer whom it tells. True
     /// when that was all.
     ///
     /// # Errors
@@ -203,8 +222,8 @@ impl Past {
         to: &Cursor,
         listener: &mut impl Listeners,
     ) -> Result<bool, Missed> {
-        let _turn = self.turns.acquire().await;
-        Box::pin(self.tell(since, to, Some(Instant::now() + TURN), listener)).await
+        let until = Some(Instant::now() + TURN);
+        Box::pin(self.tell(&self.places, since, to, until, listener)).await
     }
 
     /// Tells many together what lies between two cursors, unless they have enough before.
@@ -217,61 +236,88 @@ impl Past {
         to: &Cursor,
         listeners: &mut impl Listeners,
     ) -> Result<(), Missed> {
-        let _place = listeners.meanwhile(Arc::clone(&self.convoys).acquire_owned()).await;
-        Box::pin(self.tell(since, to, None, listeners)).await.map(|_| ())
+        Box::pin(self.tell(&self.convoys, since, to, None, listeners)).await.map(|_| ())
     }
 
     async fn tell(
         &self,
+        places: &Arc<Semaphore>,
         since: &Cursor,
         to: &Cursor,
         until: Option<Instant>,
         listeners: &mut impl Listeners,
     ) -> Result<bool, Missed> {
-        let changelog = listeners.meanwhile(self.changelog()).await?;
-        listeners.meanwhile(self.check_with(&changelog, since)).await?;
+        listeners.meanwhile(self.check_by(places, since)).await?;
         let is_over = |listeners: &mut _| {
             Listeners::has_enough(listeners) || until.is_some_and(|until| Instant::now() > until)
         };
-        let mut position = Position::after(since.seen().clone());
-        if let Some(within) = since.within() {
-            position.until = Some(within.until().clone());
-            position.after = within.number();
-        }
+        // The page in which the cursor stands goes first, to its own end.
+        let mut bearing = match since.within() {
+            Some(within) => Bearing::new(since.seen().clone(), within.until().clone(), within.number()),
+            None => Bearing::new(since.seen().clone(), to.seen().clone(), 0),
+        };
         loop {
-            // The page in which the cursor stands goes first, to its own end.
-            let until = position.until.clone().unwrap_or_else(|| to.seen().clone());
-            position.until = Some(until.clone());
-            let span =
-                Arc::new(Span { epoch: since.epoch(), seen: position.seen.clone(), until: until.clone() });
-            let mut page = listeners.meanwhile(self.in_time(changelog.open(&position))).await?;
-            // While it is open nothing can be trimmed; what was trimmed before would be missing in it.
-            listeners.meanwhile(self.check_kept(&position.seen)).await?;
+            let (seen, until) = (bearing.seen.clone(), bearing.until.clone());
+            let span = Arc::new(Span { epoch: since.epoch(), seen, until });
             loop {
-                let (changes, more) =
-                    listeners.meanwhile(self.in_time(page.part(PART_CHANGES, PART_BYTES))).await?;
-                let Some(last) = changes.last().map(|change| change.number) else { break };
-                let catalog = listeners.meanwhile(self.catalog.reloaded()).await?;
-                self.judge_with(&catalog).await;
-                let stretch = Stretch { changes, more, span: Arc::clone(&span) };
-                listeners.tell(&self.gate, &catalog, &stretch).await?;
-                listeners.reached(span.after(last, !more));
-                if more && is_over(listeners) {
-                    return Ok(false);
+                let portion = {
+                    let _place = listeners.meanwhile(Arc::clone(places).acquire_owned()).await;
+                    listeners.meanwhile(self.portion(&bearing)).await?
+                };
+                let mut parts = portion.parts.into_iter().peekable();
+                while let Some(changes) = parts.next() {
+                    let Some(last) = changes.last().map(|change| change.number) else { continue };
+                    let more = portion.next.is_some() || parts.peek().is_some();
+                    let stretch = Stretch { changes, more, span: Arc::clone(&span) };
+                    {
+                        let _place = listeners.meanwhile(Arc::clone(places).acquire_owned()).await;
+                        let catalog = listeners.meanwhile(self.in_time(self.catalog.reloaded())).await?;
+                        self.judge_with(&catalog).await;
+                        listeners.tell(&self.gate, &catalog, &stretch).await?;
+                    }
+                    listeners.reached(span.after(last, !more));
+                    if more && is_over(listeners) {
+                        return Ok(false);
+                    }
+                    // Whoever reads slowly has no place meanwhile.
+                    listeners.let_read().await;
                 }
-                if !more {
-                    break;
+                match portion.next {
+                    Some(next) => bearing = next,
+                    None => break,
+                }
+                if is_over(listeners) {
+                    return Ok(false);
                 }
             }
             listeners.reached(span.end());
-            let is_there = to.seen().is_before_or_equal(&until);
-            drop(page);
+            let is_there = to.seen().is_before_or_equal(&span.until);
             if is_there || is_over(listeners) {
-                self.put_back(changelog).await;
                 return Ok(is_there);
             }
-            position = Position::after(until);
+            bearing = Bearing::new(span.until.clone(), to.seen().clone(), 0);
         }
+    }
+
+    /// Reads a portion; nothing of it was trimmed before.
+    async fn portion(&self, from: &Bearing) -> Result<Portion, Missed> {
+        let portions = self.connection().await?;
+        if from.is_close() {
+            self.summarize(&portions).await?;
+        }
+        let portion = self.in_time(portions.read(from, PART_CHANGES, PART_BYTES)).await?;
+        self.put_back(portions).await;
+        self.check_kept(&from.seen).await?;
+        Ok(portion)
+    }
+
+    async fn summarize(&self, portions: &Portions) -> Result<(), Error> {
+        let mut summarized = self.summarized.lock().await;
+        if summarized.is_none_or(|when| when.elapsed() > SUMMARIZED) {
+            self.in_time(portions.summarize()).await?;
+            *summarized = Some(Instant::now());
+        }
+        Ok(())
     }
 }
 

@@ -50,6 +50,11 @@ impl Pulse {
         Self { bound, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
     }
 
+    /// How long a wait is a stall.
+    pub fn bound(&self) -> Duration {
+        self.bound
+    }
+
     /// It waits from now on, if it does not yet.
     pub fn waits(&self, cause: Cause) {
         self.change(|waits| {

@@ -128,7 +128,7 @@ impl<'a> Reading<'a> {
         tracing::info!("another relay leads: this one is its deputy");
         let (mut tried, mut rung, mut poll) = (Instant::now(), true, self.source.poll);
         loop {
-            let found = self.look_to_the_end().await?;
+            let found = self.look_to_the_end(Flush::WithWriters).await?;
             match found {
                 Look::Over => return Ok(Look::Over),
                 // Anybody in the database may take the leader's lock: who does not ring is not relied on.
@@ -169,10 +169,10 @@ impl<'a> Reading<'a> {
     }
 
     /// Looks until a page is not full.
-    async fn look_to_the_end(&mut self) -> Result<Look, Error> {
+    async fn look_to_the_end(&mut self, how: Flush) -> Result<Look, Error> {
         let mut found = Look::Nothing;
         loop {
-            match self.look(Flush::WithWriters).await? {
+            match self.look(how).await? {
                 Look::Plenty => found = Look::Some,
                 Look::Nothing => return Ok(found),
                 last => return Ok(last),
@@ -217,7 +217,7 @@ impl<'a> Reading<'a> {
     /// Holds the lock, so everybody rings: looks once for those who came before, then once per ring.
     async fn asleep(&mut self) -> Result<Look, Error> {
         self.source.observe.asleep();
-        if self.look(Flush::AtOnce).await?.is_over() {
+        if self.look_to_the_end(Flush::AtOnce).await?.is_over() {
             return Ok(Look::Over);
         }
         let mut rush = Instant::now();
@@ -233,7 +233,7 @@ impl<'a> Reading<'a> {
                     }
                     heard = Instant::now();
                 }
-                match self.look(Flush::AtOnce).await? {
+                match self.look_to_the_end(Flush::AtOnce).await? {
                     Look::Over => return Ok(Look::Over),
                     Look::Nothing => {}
                     Look::Some | Look::Plenty => self.source.observe.found_by_polling(),
@@ -250,7 +250,7 @@ impl<'a> Reading<'a> {
                 self.source.observe.awake();
                 return Ok(Look::Some);
             }
-            if self.look(Flush::AtOnce).await?.is_over() {
+            if self.look_to_the_end(Flush::AtOnce).await?.is_over() {
                 return Ok(Look::Over);
             }
         }

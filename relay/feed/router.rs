@@ -259,7 +259,8 @@ impl Router {
             (Arc::clone(&self.past), self.router.clone(), Arc::clone(&self.observe));
         let since = span.after(after, false);
         let to = span.end();
-        let (convoy, commands) = Convoy::new(number, concerned, since, past, router, observe);
+        let (convoy, commands) =
+            Convoy::new(number, concerned, since, self.pulse.bound(), past, router, observe);
         self.convoys.insert(number, commands);
         tokio::spawn(convoy.run(Handover::Behind(to)));
     }

@@ -124,10 +124,24 @@ impl Changelog {
     /// # Errors
     /// As the connection.
     pub async fn open(&self, position: &Position) -> Result<Page, Error> {
+        self.open_by(&self.page, position, None).await
+    }
+
+    /// The same by another statement, which takes one more number.
+    pub(super) async fn open_by(
+        &self,
+        statement: &Statement,
+        position: &Position,
+        number: Option<i64>,
+    ) -> Result<Page, Error> {
         let seen = position.seen.to_string();
         let until = position.until.as_ref().map(ToString::to_string);
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&seen, &until, &position.after];
-        let mut changes = Box::pin(self.client.query_raw(&self.page, parameters).await?);
+        let mut parameters: Vec<&(dyn tokio_postgres::types::ToSql + Sync)> =
+            vec![&seen, &until, &position.after];
+        if let Some(number) = &number {
+            parameters.push(number);
+        }
+        let mut changes = Box::pin(self.client.query_raw(statement, parameters).await?);
         let header = changes.try_next().await?.ok_or_else(|| unfit("relay.page gave no header"))?;
         Ok(Page {
             until: parse(header.try_get("snapshot")?)?,

@@ -12,6 +12,7 @@ const FILES: &[(&str, &str)] = &[
     ("003_watch_list.sql", include_str!("../../sql/003_watch_list.sql")),
     ("004_retention.sql", include_str!("../../sql/004_retention.sql")),
     ("005_bookmarks.sql", include_str!("../../sql/005_bookmarks.sql")),
+    ("006_indexes.sql", include_str!("../../sql/006_indexes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),
     ("102_watch.sql", include_str!("../../sql/102_watch.sql")),
     ("103_page.sql", include_str!("../../sql/103_page.sql")),

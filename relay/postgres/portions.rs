@@ -1,0 +1,145 @@
+//! A page of the changelog in portions, for those who read it long after: each is one statement of bounded cost, and between
+//! two of them nothing is held at the database.
+
+use tokio_postgres::Statement;
+
+use crate::model::change::Change;
+use crate::model::cursor::{Epoch, Snapshot};
+use crate::postgres::changelog::{Changelog, Page, Position};
+use crate::postgres::connect::{Error, Server};
+
+/// The first portion has at most so many changes …
+const FIRST: i64 = 250;
+/// … and the next up to twice as many as the one before, up to so many.
+const MOST: i64 = 2000;
+/// A portion ends with the part in which it has so many.
+const PARTS: usize = 8;
+
+/// A connection that reads portions.
+pub struct Portions {
+    changelog: Changelog,
+    head: Statement,
+    slice: Statement,
+}
+
+/// Where a reader is in a page.
+#[derive(Debug, Clone)]
+pub struct Bearing {
+    /// What was told before the page.
+    pub seen: Snapshot,
+    /// The page's end.
+    pub until: Snapshot,
+    /// What has numbers up to this one was told.
+    after: i64,
+    /// The next portion is looked for among all that is left: it is not known to begin close by.
+    far: bool,
+    size: i64,
+}
+
+/// A portion of a page.
+pub struct Portion {
+    /// Its changes, in parts of the size in which they are told.
+    pub parts: Vec<Vec<Change>>,
+    /// Where the next one begins; none when this was the last.
+    pub next: Option<Bearing>,
+}
+
+impl Bearing {
+    /// In the page between two snapshots, behind the change with this number; 0 at its start.
+    pub fn new(seen: Snapshot, until: Snapshot, after: i64) -> Self {
+        Self { seen, until, after, far: after == 0, size: FIRST }
+    }
+
+    /// Whether the portion is found by its numbers.
+    pub fn is_close(&self) -> bool {
+        !self.far
+    }
+}
+
+impl Portions {
+    /// Connects.
+    ///
+    /// # Errors
+    /// As [`Changelog::connect`].
+    pub async fn connect(server: &Server) -> Result<Self, Error> {
+        let changelog = Changelog::connect(server).await?;
+        let client = changelog.client();
+        // The first of what is left: PostgreSQL looks at all of it, and keeps but so many.
+        let head = "select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) limit $4";
+        let slice = "select * from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4)";
+        let (head, slice) = (client.prepare(head).await?, client.prepare(slice).await?);
+        Ok(Self { changelog, head, slice })
+    }
+
+    /// Whether the connection still stands, as far as is known.
+    pub fn is_open(&self) -> bool {
+        self.changelog.is_open()
+    }
+
+    /// As [`Changelog::epoch`].
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn epoch(&self) -> Result<Epoch, Error> {
+        self.changelog.epoch().await
+    }
+
+    /// As [`Changelog::now`].
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn now(&self) -> Result<Snapshot, Error> {
+        self.changelog.now().await
+    }
+
+    /// Makes what was written lately quick to find by its numbers.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn summarize(&self) -> Result<(), Error> {
+        self.changelog.client().execute("select relay.summarize()", &[]).await?;
+        Ok(())
+    }
+
+    /// Reads a portion, in parts of at most so many changes, or so many bytes of images and the change that goes beyond.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn read(&self, from: &Bearing, most: usize, most_bytes: usize) -> Result<Portion, Error> {
+        let position =
+            Position { seen: from.seen.clone(), until: Some(from.until.clone()), after: from.after };
+        let mut page = match from.far {
+            // One more row: the header.
+            true => self.changelog.open_by(&self.head, &position, Some(from.size + 1)).await?,
+            false => self.changelog.open_by(&self.slice, &position, Some(from.after + from.size)).await?,
+        };
+        let (parts, is_cut) = parts(&mut page, most, most_bytes).await?;
+        let read = parts.iter().map(Vec::len).sum::<usize>() as i64;
+        let last = parts.last().and_then(|part| part.last()).map(|change| change.number);
+        let size = if is_cut { read.max(1) } else { from.size.saturating_mul(2).min(MOST) };
+        let next = |after, far| Some(Bearing { after, far, size, ..from.clone() });
+        let next = match last {
+            Some(last) if is_cut => next(last, false),
+            Some(last) if from.far => (read == from.size).then(|| next(last, false)).flatten(),
+            None if from.far => None,
+            // Numbers of other pages and of what was rolled back lie in between.
+            last => next(from.after + from.size, last.is_none()),
+        };
+        Ok(Portion { parts, next })
+    }
+}
+
+/// The parts, and whether more would have come.
+async fn parts(page: &mut Page, most: usize, most_bytes: usize) -> Result<(Vec<Vec<Change>>, bool), Error> {
+    let mut parts = Vec::new();
+    while parts.len() < PARTS {
+        let (part, more) = page.part(most, most_bytes).await?;
+        if !part.is_empty() {
+            parts.push(part);
+        }
+        if !more {
+            return Ok((parts, false));
+        }
+    }
+    Ok((parts, true))
+}

@@ -1,0 +1,88 @@
+//! A page read in portions is the page: nothing is left out between two of them, nothing comes twice.
+
+use relay::model::cursor::Snapshot;
+use relay::postgres::connect::Server;
+use relay::postgres::portions::{Bearing, Portions};
+use tokio_postgres::Client as Session;
+
+use crate::support::database::Database;
+use crate::support::dice::Dice;
+
+const ROUNDS: u64 = 4;
+const STEPS: u64 = 60;
+
+/// Transactions that overlap, with savepoints, some rolled back; the snapshots of some moments in between.
+async fn write(database: &Database, writers: &[Session], dice: &mut Dice) -> Vec<Snapshot> {
+    let mut snapshots = Vec::new();
+    let mut is_open = vec![false; writers.len()];
+    for _ in 0..STEPS {
+        let one = dice.below(writers.len() as u64) as usize;
+        let insert = format!("insert into t select generate_series(1, {})", 1 + dice.below(40));
+        let step = match (is_open[one], dice.below(6)) {
+            (false, _) => format!("begin; {insert}"),
+            (true, 0 | 1) => String::from("commit"),
+            (true, 2) => String::from("rollback"),
+            (true, 3) => format!("savepoint s; {insert}; rollback to s"),
+            (true, _) => insert,
+        };
+        is_open[one] = !matches!(step.as_str(), "commit" | "rollback");
+        writers[one].batch_execute(&step).await.unwrap();
+        if dice.below(8) == 0 {
+            let now = database.value("select pg_current_snapshot()").await;
+            snapshots.push(Snapshot::parse(&now).unwrap());
+        }
+    }
+    for writer in writers {
+        writer.batch_execute("commit").await.unwrap();
+    }
+    snapshots
+}
+
+async fn in_portions(portions: &Portions, mut bearing: Bearing, most: usize, most_bytes: usize) -> Vec<i64> {
+    let mut numbers = Vec::new();
+    loop {
+        let portion = portions.read(&bearing, most, most_bytes).await.unwrap();
+        numbers.extend(portion.parts.iter().flatten().map(|change| change.number));
+        match portion.next {
+            Some(next) => bearing = next,
+            None => return numbers,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
+    let mut dice = Dice(20_261_120);
+    for round in 0..ROUNDS {
+        let database = Database::new().await;
+        database.run("create table t (v int default 0); select relay.watch('t')").await;
+        let writers = [database.connect().await, database.connect().await, database.connect().await];
+        let snapshots = write(&database, &writers, &mut dice).await;
+        let session = database.connect().await;
+        let server = Server::parse(&database.url, "portions", None).unwrap();
+        let portions = Portions::connect(&server).await.unwrap();
+        if round % 2 == 1 {
+            portions.summarize().await.unwrap();
+        }
+        for (place, seen) in snapshots.iter().enumerate() {
+            for until in &snapshots[place..] {
+                let page = "select number from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, 0) \
+                            where number is not null";
+                let rows = session.query(page, &[&seen.to_string(), &until.to_string()]).await.unwrap();
+                let numbers: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
+                let (most, most_bytes) = (1 + dice.below(30) as usize, 40 + dice.below(2000) as usize);
+                let from = |after| Bearing::new(seen.clone(), until.clone(), after);
+                assert_eq!(
+                    in_portions(&portions, from(0), most, most_bytes).await,
+                    numbers,
+                    "{seen} {until}"
+                );
+                if !numbers.is_empty() {
+                    let (told, left) = numbers.split_at(1 + dice.below(numbers.len() as u64) as usize);
+                    let rest = in_portions(&portions, from(told[told.len() - 1]), most, most_bytes).await;
+                    assert_eq!(rest, left, "{seen} {until} after {told:?}");
+                }
+            }
+        }
+    }
+}
