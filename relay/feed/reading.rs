@@ -267,7 +267,8 @@ impl<'a> Reading<'a> {
     async fn look(&mut self, how: Flush) -> Result<Look, Error> {
         let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
         let resumed = self.place.position.until.is_some();
-        let mut page = self.source.page(self.changelog.open(&self.place.position)).await?;
+        let mut page =
+            self.source.page(self.changelog.open(&self.place.position, PARTS * PART_CHANGES)).await?;
         let until = page.until.clone();
         let seen = self.place.position.seen.clone();
         let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
@@ -341,7 +342,7 @@ impl<'a> Reading<'a> {
 
     /// Leaves the rest of a page to whom it concerns.
     async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<Look, Error> {
-        // On the connection that streams the page, all of it would have to come first.
+        // On the connection that streams large rows, those that were not looked at would have to come first.
         self.changelog = Changelog::connect(&self.source.server).await?;
         let relations = self.changelog.relations(&span.seen, &span.until, after);
         let relations = self.source.page(relations).await?;

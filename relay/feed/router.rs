@@ -238,7 +238,11 @@ impl Router {
     }
 
     /// The rest of a page goes to those whom it concerns by itself; the others have nothing to wait for.
-    fn send_off(&mut self, span: &Span, after: i64, relations: &HashSet<RelationId>) {
+    async fn send_off(&mut self, span: &Span, after: i64, relations: &HashSet<RelationId>) {
+        // Something of the schema changed, which is told as relation 0: whom the rest concerns is said by the new rules.
+        if relations.contains(&RelationId(0)) {
+            self.deliver_when_judged(None).await;
+        }
         let concerned = self.audiences.split_off(relations);
         // They are told changes, so for them the feed goes on.
         if self.stalled {
@@ -247,8 +251,6 @@ impl Router {
         self.position = Some(span.end());
         self.recent = Recent::default();
         self.recent.moved(&self.position, &span.end());
-        // Something of the schema changed: that is told as relation 0.
-        self.is_news |= relations.contains(&RelationId(0));
         if concerned.is_empty() {
             return;
         }
@@ -307,7 +309,7 @@ impl Router {
                     self.let_clients_read().await;
                 }
             }
-            Part::Rest { span, after, relations } => self.send_off(&span, after, &relations),
+            Part::Rest { span, after, relations } => self.send_off(&span, after, &relations).await,
             Part::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);

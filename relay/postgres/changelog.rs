@@ -72,7 +72,9 @@ impl Changelog {
                         set plan_cache_mode = force_generic_plan";
         client.batch_execute(settings).await?;
         let page = client
-            .prepare("select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3)")
+            .prepare(
+                "select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) limit $4::bigint + 1",
+            )
             .await?;
         Ok(Self { client, page })
     }
@@ -119,28 +121,26 @@ impl Changelog {
         rows.iter().map(|row| Ok(RelationId(row.try_get(0)?))).collect()
     }
 
-    /// Opens a page. Its changes must be read to the end, or the page dropped, before the next is opened.
+    /// Opens a page, of which the first so many changes come: PostgreSQL looks at all of it, but neither sorts nor sends
+    /// more. They must be read to the end, or the page dropped, before the next is opened.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn open(&self, position: &Position) -> Result<Page, Error> {
-        self.open_by(&self.page, position, None).await
+    pub async fn open(&self, position: &Position, most: usize) -> Result<Page, Error> {
+        self.open_by(&self.page, position, i64::try_from(most).unwrap_or(i64::MAX - 1)).await
     }
 
-    /// The same by another statement, which takes one more number.
+    /// The same by another statement, which takes another number.
     pub(super) async fn open_by(
         &self,
         statement: &Statement,
         position: &Position,
-        number: Option<i64>,
+        number: i64,
     ) -> Result<Page, Error> {
         let seen = position.seen.to_string();
         let until = position.until.as_ref().map(ToString::to_string);
-        let mut parameters: Vec<&(dyn tokio_postgres::types::ToSql + Sync)> =
-            vec![&seen, &until, &position.after];
-        if let Some(number) = &number {
-            parameters.push(number);
-        }
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
+            [&seen, &until, &position.after, &number];
         let mut changes = Box::pin(self.client.query_raw(statement, parameters).await?);
         let header = changes.try_next().await?.ok_or_else(|| unfit("relay.page gave no header"))?;
         Ok(Page {

@@ -9,16 +9,15 @@ use crate::postgres::changelog::{Changelog, Page, Position};
 use crate::postgres::connect::{Error, Server};
 
 /// The first portion has at most so many changes …
-const FIRST: i64 = 250;
+const FIRST: usize = 250;
 /// … and the next up to twice as many as the one before, up to so many.
-const MOST: i64 = 2000;
+const MOST: usize = 2000;
 /// A portion ends with the part in which it has so many.
 const PARTS: usize = 8;
 
 /// A connection that reads portions.
 pub struct Portions {
     changelog: Changelog,
-    head: Statement,
     slice: Statement,
 }
 
@@ -33,7 +32,7 @@ pub struct Bearing {
     after: i64,
     /// The next portion is looked for among all that is left: it is not known to begin close by.
     far: bool,
-    size: i64,
+    size: usize,
 }
 
 /// A portion of a page.
@@ -63,12 +62,9 @@ impl Portions {
     /// As [`Changelog::connect`].
     pub async fn connect(server: &Server) -> Result<Self, Error> {
         let changelog = Changelog::connect(server).await?;
-        let client = changelog.client();
-        // The first of what is left: PostgreSQL looks at all of it, and keeps but so many.
-        let head = "select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) limit $4";
         let slice = "select * from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4)";
-        let (head, slice) = (client.prepare(head).await?, client.prepare(slice).await?);
-        Ok(Self { changelog, head, slice })
+        let slice = changelog.client().prepare(slice).await?;
+        Ok(Self { changelog, slice })
     }
 
     /// Whether the connection still stands, as far as is known.
@@ -108,13 +104,13 @@ impl Portions {
     pub async fn read(&self, from: &Bearing, most: usize, most_bytes: usize) -> Result<Portion, Error> {
         let position =
             Position { seen: from.seen.clone(), until: Some(from.until.clone()), after: from.after };
+        let through = from.after.saturating_add(from.size as i64);
         let mut page = match from.far {
-            // One more row: the header.
-            true => self.changelog.open_by(&self.head, &position, Some(from.size + 1)).await?,
-            false => self.changelog.open_by(&self.slice, &position, Some(from.after + from.size)).await?,
+            true => self.changelog.open(&position, from.size).await?,
+            false => self.changelog.open_by(&self.slice, &position, through).await?,
         };
         let (parts, is_cut) = parts(&mut page, most, most_bytes).await?;
-        let read = parts.iter().map(Vec::len).sum::<usize>() as i64;
+        let read = parts.iter().map(Vec::len).sum::<usize>();
         let last = parts.last().and_then(|part| part.last()).map(|change| change.number);
         let size = if is_cut { read.max(1) } else { from.size.saturating_mul(2).min(MOST) };
         let next = |after, far| Some(Bearing { after, far, size, ..from.clone() });
@@ -123,7 +119,7 @@ impl Portions {
             Some(last) if from.far => (read == from.size).then(|| next(last, false)).flatten(),
             None if from.far => None,
             // Numbers of other pages and of what was rolled back lie in between.
-            last => next(from.after + from.size, last.is_none()),
+            last => next(through, last.is_none()),
         };
         Ok(Portion { parts, next })
     }
