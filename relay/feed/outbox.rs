@@ -23,6 +23,8 @@ pub struct Outbox {
 struct Queue {
     frames: VecDeque<Bytes>,
     bytes: usize,
+    /// What was taken and cannot be written now.
+    stuck: usize,
     /// Channels to be bound anew.
     rebind: Vec<ChannelId>,
     full: bool,
@@ -67,7 +69,7 @@ impl Outbox {
             let mut queue = self.lock();
             queue.delivered |= delivered;
             // Whoever has nothing waiting is never the one for whom there is no room.
-            if self.budget.is_exceeded_by(queue.bytes) {
+            if self.budget.is_exceeded_by(queue.bytes + queue.stuck) {
                 queue.end();
             }
             for frame in frames {
@@ -93,6 +95,11 @@ impl Outbox {
             queue.wakers()
         };
         wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    /// So many bytes of what was taken cannot be written now. That counts beside the rest until more is taken.
+    pub fn is_stuck_with(&self, bytes: usize) {
+        self.lock().stuck = bytes;
     }
 
     /// Whether so much waits that another part of a page might not fit.
@@ -175,6 +182,7 @@ impl Queue {
     }
 
     fn take(&mut self, empty: &mut VecDeque<Bytes>) -> Option<Taken> {
+        self.stuck = 0;
         if !self.frames.is_empty() {
             self.bytes = 0;
             std::mem::swap(&mut self.frames, empty);
@@ -261,6 +269,19 @@ mod tests {
         assert_eq!(observe.waiting_bytes(), 6100 + 3 * KEPT);
         drop(outboxes);
         assert_eq!(observe.waiting_bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_written_counts_where_too_much_waits_for_all() {
+        let (budget, _) = budget(10_000);
+        let (stuck, other) = (Outbox::new(100_000, Arc::clone(&budget)), Outbox::new(100_000, budget));
+        stuck.push(frame(6000));
+        let mut frames = VecDeque::new();
+        stuck.take(&mut frames).await;
+        stuck.is_stuck_with(6000);
+        other.push(frame(5000));
+        stuck.push(frame(1));
+        assert!(stuck.is_full() && !other.is_full());
     }
 
     #[test]

@@ -15,6 +15,8 @@ const TOGETHER: usize = 64 * 1024;
 const ROOM: usize = 16;
 /// The first byte of a ping; no text begins with it.
 const PING: u8 = 0x89;
+/// The first byte of a text, whole.
+const TEXT: u8 = 0x81;
 
 thread_local! {
     /// Where frames are put together for one system call: a thread's, as nothing stays in it when the call is done.
@@ -35,8 +37,9 @@ pub struct Broken;
 pub struct Writer {
     /// Texts, and pings as [`ping`] makes them, that are not written yet.
     pub frames: VecDeque<Bytes>,
-    /// The end of a frame that the socket has not taken yet. Nothing else may be written before it.
-    rest: Vec<u8>,
+    /// How many bytes of the first of them the socket has taken, its head included. Nothing else may be written before
+    /// the others.
+    begun: usize,
     /// The library may have something to say by itself: a pong.
     answers: bool,
 }
@@ -47,9 +50,19 @@ impl Writer {
         self.answers = true;
     }
 
+    /// Gives up what is not written, but for a frame that was begun.
+    pub fn forget(&mut self) {
+        self.frames.truncate(usize::from(self.begun > 0));
+    }
+
+    /// How many bytes are not written.
+    pub fn left(&self) -> usize {
+        self.frames.iter().map(Bytes::len).sum::<usize>().saturating_sub(self.begun)
+    }
+
     /// Whether a frame was begun and not ended.
     pub fn is_amid_a_frame(&self) -> bool {
-        !self.rest.is_empty()
+        self.begun > 0
     }
 
     /// Writes all frames, however long that takes.
@@ -77,33 +90,52 @@ impl Writer {
             }
             self.answers = false;
         }
-        let stream = socket.get_ref();
-        if !self.rest.is_empty() {
-            let count = write_some(stream, &self.rest)?;
-            self.rest.drain(..count);
-            if !self.rest.is_empty() {
+        while let Some(first) = self.frames.front() {
+            let head = head_length(first);
+            let whole = if self.begun > head {
+                // What is left of a large frame is not put together again and again.
+                let left = &first[self.begun - head..];
+                let count = write_some(socket.get_ref(), left)?;
+                let whole = count == left.len();
+                self.took(count);
+                whole
+            } else {
+                WRITTEN.with_borrow_mut(|written| self.write_together(socket.get_ref(), written))?
+            };
+            if !whole {
                 return Ok(false);
             }
-            self.rest = Vec::new();
         }
-        WRITTEN.with_borrow_mut(|written| {
-            while !self.frames.is_empty() {
-                written.clear();
-                while written.len() < TOGETHER
-                    && let Some(frame) = self.frames.pop_front()
-                {
-                    put(written, &frame);
-                }
-                let count = write_some(stream, written)?;
-                self.rest.extend_from_slice(&written[count..]);
-                written.shrink_to(2 * TOGETHER);
-                if !self.rest.is_empty() {
-                    return Ok(false);
-                }
+        self.frames.shrink_to(ROOM);
+        Ok(true)
+    }
+
+    /// Writes the next frames in one call; true when the socket took them all.
+    fn write_together(&mut self, stream: &TcpStream, written: &mut Vec<u8>) -> Result<bool, Broken> {
+        written.clear();
+        for frame in &self.frames {
+            put(written, frame);
+            if written.len() >= TOGETHER {
+                break;
             }
-            self.frames.shrink_to(ROOM);
-            Ok(true)
-        })
+        }
+        let left = &written[self.begun..];
+        let count = write_some(stream, left)?;
+        let whole = count == left.len();
+        written.shrink_to(2 * TOGETHER);
+        self.took(count);
+        Ok(whole)
+    }
+
+    /// The socket took so many bytes more.
+    fn took(&mut self, count: usize) {
+        self.begun += count;
+        while let Some(first) = self.frames.front()
+            && let Some(left) = self.begun.checked_sub(head_length(first) + first.len())
+        {
+            self.begun = left;
+            self.frames.pop_front();
+        }
     }
 }
 
@@ -116,21 +148,30 @@ pub fn ping(number: u64) -> Bytes {
 
 /// One frame as a server writes it: a text, or a ping that is one already.
 fn put(written: &mut Vec<u8>, frame: &[u8]) {
-    if frame.first() != Some(&PING) {
-        written.push(0x81);
-        match frame.len() {
-            length @ 0..126 => written.push(length as u8),
-            length @ 126..0x1_0000 => {
-                written.push(126);
-                written.extend_from_slice(&(length as u16).to_be_bytes());
-            }
-            length => {
-                written.push(127);
-                written.extend_from_slice(&(length as u64).to_be_bytes());
-            }
+    let length = frame.len();
+    match head_length(frame) {
+        0 => {}
+        2 => written.extend_from_slice(&[TEXT, length as u8]),
+        4 => {
+            written.extend_from_slice(&[TEXT, 126]);
+            written.extend_from_slice(&(length as u16).to_be_bytes());
+        }
+        _ => {
+            written.extend_from_slice(&[TEXT, 127]);
+            written.extend_from_slice(&(length as u64).to_be_bytes());
         }
     }
     written.extend_from_slice(frame);
+}
+
+/// How many bytes stand before it in the socket.
+fn head_length(frame: &[u8]) -> usize {
+    match frame.len() {
+        _ if frame.first() == Some(&PING) => 0,
+        0..126 => 2,
+        126..0x1_0000 => 4,
+        _ => 10,
+    }
 }
 
 /// How much of it the socket takes at once.

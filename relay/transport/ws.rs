@@ -95,7 +95,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
     if let Over::Close(code, reason) = over {
         let close = CloseFrame { code: CloseCode::from(code), reason: Utf8Bytes::from_static(reason) };
         let _ = timeout(LAST, async {
-            driver.writer.frames.clear();
+            driver.writer.forget();
             driver.writer.write(&mut driver.socket).await?;
             driver.socket.close(Some(close)).await.map_err(|_| Over::Gone)
         })
@@ -240,6 +240,7 @@ impl Driver {
         self.turns += 1;
         if !self.writer.write_now(&mut self.socket)? {
             self.turns = TURNS;
+            self.outbox.is_stuck_with(self.writer.left());
             let (outbox, limit) = (Arc::clone(&self.outbox), self.app.limits.write);
             tokio::select! {
                 written = timeout(limit, self.writer.write(&mut self.socket)) => match written {
