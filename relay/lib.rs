@@ -37,6 +37,7 @@ pub mod model {
     pub mod policy;
     pub mod filter;
     pub mod bound_filter;
+    pub mod refusal;
     pub mod subscription;
     pub mod delivery;
     pub mod phoenix;

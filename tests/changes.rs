@@ -254,9 +254,13 @@ async fn what_cannot_be_is_told_with_what_to_do() {
         (String::from("&since=!"), 400, "since: the cursor is malformed"),
         (format!("&since={foreign}"), 410, "Gap: the cursor is of another database"),
         (format!("&since={cursor}&wait=soon"), 400, "wait: seconds are expected, at most 55"),
-        (String::from("&filter=secret=eq.x"), 400, "invalid column for filter secret"),
-        (String::from("&filter=id=like"), 400, "Error parsing `filter` params"),
-        (String::from("&schema=nowhere"), 400, "Unable to subscribe to changes"),
+        (
+            String::from("&filter=secret=eq.x"),
+            400,
+            "filter: public.t has no column secret that the role authenticated may read",
+        ),
+        (String::from("&filter=id=like"), 400, "a filter is column=op.value, such as id=gt.7"),
+        (String::from("&schema=nowhere"), 400, "grant select on nowhere.t to authenticated"),
     ] {
         let answer = ask(&stage, ANN, &more).await;
         let told = answer.body["error"].as_str().unwrap_or_default();

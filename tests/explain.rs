@@ -106,7 +106,7 @@ async fn it_tells_why_somebody_would_get_nothing() {
     }
     let found = explained(&database, &["docs", "--filter", "secret=eq.s"]).await;
     let refused = found["filter"]["refused"].as_str().unwrap();
-    assert!(refused.ends_with("invalid column for filter secret"), "{refused}");
+    assert!(refused.contains("has no column secret"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,9 +22,10 @@ use crate::model::delivery::record;
 use crate::model::filter::{self, Operator};
 use crate::model::limits::MostRows;
 use crate::model::policy::Identity;
+use crate::model::refusal::{FILTER, Refusal};
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
-use crate::model::subscription::{Refusal, Request, Scope, Subscription, Target, exception, readable};
+use crate::model::subscription::{Request, Scope, Subscription, Target, exception, readable};
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
 use crate::postgres::rows::{Found, Rows};
@@ -271,7 +272,7 @@ impl Binder {
         let is_pattern = |operator| matches!(operator, Operator::Match | Operator::Imatch);
         if let Some(pattern) = conditions.iter().find(|condition| is_pattern(condition.operator)) {
             let text = format!(
-                "Error parsing `filter` params: operator {} is not available here: one pattern could hold up everybody's changes",
+                "{FILTER}operator {} is not available here: one pattern could hold up everybody's changes",
                 pattern.operator.name()
             );
             return Err(Refusal(text).into());

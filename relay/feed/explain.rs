@@ -11,6 +11,7 @@ use crate::model::bound_filter::BoundFilter;
 use crate::model::compile::compile;
 use crate::model::plan::{Leaf, Plan};
 use crate::model::policy::{Denied, Identity};
+use crate::model::refusal::Refusal;
 use crate::model::relation::{Access, Relation};
 use crate::model::subscription::Request;
 use crate::postgres::catalog::CatalogKeeper;
@@ -231,10 +232,13 @@ async fn filter(
     {
         entry.insert(name.to_owned(), Value::from(value));
     }
-    let request = Request::parse(&entry).map_err(|refusal| refusal.0)?;
+    let plain = |refusal: Refusal| {
+        refusal.plain((&relation.schema, &relation.table), Some(wanted.identity.claims().role()))
+    };
+    let request = Request::parse(&entry).map_err(plain)?;
     match binder.bind(wanted.identity.clone(), &[request]).await {
         Ok(subscription) => Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone())),
-        Err(BindError::Refused(refusal)) => Err(refusal.0),
+        Err(BindError::Refused(refusal)) => Err(plain(refusal)),
         Err(BindError::Unavailable) => Err(String::from("the database could not be asked in time")),
     }
 }

@@ -3,7 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use crate::model::phoenix::{Message, Status, Version, push, reply};
-use crate::model::subscription::{Refusal, Request};
+use crate::model::refusal::Refusal;
+use crate::model::subscription::Request;
 
 /// How many entries of `postgres_changes` one channel may have: each is looked at for each change.
 pub const MOST_ENTRIES: usize = 100;

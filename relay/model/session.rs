@@ -8,10 +8,13 @@ use crate::model::claims::{Claims, TokenRefusal, Tokens};
 use crate::model::join::Join;
 use crate::model::phoenix::{Message, Status, Version, close, error, push, reply, system};
 use crate::model::policy::Identity;
-use crate::model::subscription::{Refusal, Request};
+use crate::model::refusal::Refusal;
+use crate::model::subscription::Request;
 
 /// PostgreSQL cannot be asked who may see what.
-const UNAVAILABLE: &str = "UnableToConnectToProject: Realtime was unable to connect to the project database";
+/// What a channel is told that cannot be bound while PostgreSQL is away; it may be joined again.
+pub const UNAVAILABLE: &str =
+    "UnableToConnectToProject: Realtime was unable to connect to the project database";
 
 /// A joined channel: unique in the process, never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::model::bound_filter::BoundFilter;
 use crate::model::change::{Operation, RelationId};
 use crate::model::policy::Identity;
+use crate::model::refusal::{CAUSE, EXCEPTION, FILTER, Refusal, UNREADABLE};
 use crate::model::relation::{Catalog, Relation};
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
@@ -49,11 +50,6 @@ pub enum Target {
     /// Every watched relation.
     All,
 }
-
-/// A request that cannot be served; the text is fit for the client.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Refusal(pub String);
 
 impl Request {
     /// Reads one entry.
@@ -104,7 +100,7 @@ impl Request {
             _ => Events::All,
         };
         if let Some(other) = entry.get("filter").filter(|_| !is_text("filter")) {
-            return Err(Refusal(format!("Error parsing `filter` params: [{other}]")));
+            return Err(Refusal(format!("{FILTER}[{other}]")));
         }
         let filter = word("filter").unwrap_or_default().trim().to_owned();
         Ok(Self { entry: entry.clone(), events, target, filter, select })
@@ -285,8 +281,7 @@ pub fn readable<'a>(
     let access = found.and_then(|relation| relation.access(identity.claims().role()));
     let (Some(relation), Some(access)) = (found, access) else {
         return Err(Refusal(format!(
-            "Unable to subscribe to changes with given parameters. Please check Realtime is enabled for the given \
-             connect parameters: {}. The table must be watched (select relay.watch('schema.table')) and the token's \
+            "{UNREADABLE} for the given connect parameters: {}. The table must be watched (select relay.watch('schema.table')) and the token's \
              role must be allowed to select from it",
             request.described()
         )));
@@ -305,8 +300,7 @@ pub fn readable<'a>(
 /// The real server's text for a subscription that PostgreSQL refused.
 pub fn exception(request: &Request, error: &str) -> Refusal {
     Refusal(format!(
-        "Unable to subscribe to changes with given parameters. An exception happened so please check your connect \
-         parameters: {}. Exception: {error}",
+        "{EXCEPTION} so please check your connect parameters: {}. {CAUSE}{error}",
         request.described()
     ))
 }

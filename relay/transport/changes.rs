@@ -111,9 +111,9 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
         ));
     }
     let wanted = Wanted::parse(&entry).map_err(|why| refused(StatusCode::BAD_REQUEST, &why.0))?;
-    if !matches!(wanted.target, Target::Table { .. }) {
+    let Target::Table { schema, table } = wanted.target.clone() else {
         return Err(refused(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
-    }
+    };
     let last = request.headers().get("last-event-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
     let since = match last.filter(|id| !id.is_empty()).or_else(|| parameter(query, "since")) {
         None => None,
@@ -130,8 +130,12 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
             refused(StatusCode::BAD_REQUEST, &format!("wait: seconds are expected, at most {MOST_WAIT}"))
         })?,
     };
-    let subscription = app.feed.bind(Identity::new(claims), &[wanted]).await.map_err(|why| match why {
-        BindError::Refused(refusal) => refused(StatusCode::BAD_REQUEST, &refusal.0),
+    let identity = Identity::new(claims);
+    let subscription = app.feed.bind(identity.clone(), &[wanted]).await.map_err(|why| match why {
+        BindError::Refused(refusal) => {
+            let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
+            refused(StatusCode::BAD_REQUEST, &plain)
+        }
         BindError::Unavailable => unavailable(),
     })?;
     Ok(Call {

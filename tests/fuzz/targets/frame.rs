@@ -14,7 +14,7 @@ use relay::model::claims::{Claims, TokenRefusal, Tokens};
 use relay::model::phoenix::{Binary, Message, Version, decode_binary, decode_text};
 use relay::model::policy::Identity;
 use relay::model::session::{Action, ChannelId, Session};
-use relay::model::subscription::Refusal;
+use relay::model::refusal::Refusal;
 use serde_json::{Value, json};
 
 fuzz_target!(|data: &[u8]| {

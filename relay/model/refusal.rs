@@ -1,0 +1,118 @@
+//! Why a request cannot be served: in the words of the contract, and in plain ones that say what to do.
+
+/// A request that cannot be served; the text is fit for the client.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(pub String);
+
+/// How the contract begins when no table is found that the role may read.
+pub const UNREADABLE: &str =
+    "Unable to subscribe to changes with given parameters. Please check Realtime is enabled";
+/// How the contract begins when PostgreSQL refused.
+pub const EXCEPTION: &str = "Unable to subscribe to changes with given parameters. An exception happened";
+/// What comes before PostgreSQL's own word.
+pub const CAUSE: &str = "Exception: ";
+/// How the contract begins when a filter cannot be read.
+pub const FILTER: &str = "Error parsing `filter` params: ";
+
+/// What PostgreSQL puts before a text that was raised on purpose.
+const RAISED: &str = "ERROR P0001 (raise_exception) ";
+const FORM: &str = "a filter is column=op.value, such as id=gt.7 or state=in.(open,done), several are joined by commas; \
+     op is one of eq neq lt lte gt gte in like ilike is isdistinct, or not. and one of them";
+
+impl Refusal {
+    /// The same for whoever does not come with the contract: a person at a terminal, a call by HTTP.
+    ///
+    /// `table` is what was asked for, with its schema; `role` is the asking role, where that is known.
+    pub fn plain(&self, table: (&str, &str), role: Option<&str>) -> String {
+        let text = self.0.as_str();
+        let (schema, name) = table;
+        let shown = format!("{schema}.{name}");
+        let reader =
+            role.map_or_else(|| String::from("the role of the token"), |role| format!("the role {role}"));
+        if text.starts_with(UNREADABLE) {
+            let to = role.unwrap_or("<role>");
+            let table = format!("{}.{}", identifier(schema), identifier(name));
+            let usage = match schema {
+                "public" => String::new(),
+                _ => format!(
+                    ", that role may use the schema (grant usage on schema {} to {to})",
+                    identifier(schema)
+                ),
+            };
+            return format!(
+                "{shown} cannot be followed by {reader}. It can when there is such a table, it is watched (select \
+                 relay.watch('{}')){usage} and that role may select from it (grant select on {table} to {to}). What is \
+                 missing is said by: relay explain {table} --role {to}",
+                table.replace('\'', "''"),
+            );
+        }
+        if let Some(why) = text.strip_prefix(FILTER) {
+            return format!("the filter cannot be used: {why}; {FORM}");
+        }
+        let Some((_, cause)) = text.starts_with(EXCEPTION).then(|| text.rsplit_once(CAUSE)).flatten() else {
+            return text.to_owned();
+        };
+        let cause = cause.strip_prefix(RAISED).unwrap_or(cause);
+        for what in ["filter", "select"] {
+            if let Some(column) = cause.strip_prefix(&format!("invalid column for {what} ")) {
+                return format!("{what}: {shown} has no column {column} that {reader} may read");
+            }
+        }
+        format!("the filter does not fit {shown}: {cause}")
+    }
+}
+
+/// A name as SQL wants it.
+fn identifier(name: &str) -> String {
+    let is_plain =
+        |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_';
+    match name.chars().all(is_plain) && !name.starts_with(|first: char| first.is_ascii_digit()) {
+        true => name.to_owned(),
+        false => format!("\"{}\"", name.replace('"', "\"\"")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, expected: &str) {
+        let plain = Refusal(text.to_owned()).plain(("public", "Todos"), Some("anon"));
+        assert!(plain.contains(expected), "{plain}");
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_is_said_with_the_statements_that_mend_it() {
+        let text = format!("{UNREADABLE} for the given connect parameters: […]");
+        check(&text, "public.Todos cannot be followed by the role anon");
+        check(&text, r#"select relay.watch('public."Todos"')"#);
+        check(&text, r#"grant select on public."Todos" to anon"#);
+        let elsewhere = Refusal(text).plain(("shop", "orders"), None);
+        assert!(elsewhere.contains("grant usage on schema shop to <role>"), "{elsewhere}");
+    }
+
+    #[test]
+    fn a_filter_that_cannot_be_read_is_said_with_the_right_form() {
+        check(&format!("{FILTER}[\"id>7\"]"), r#"["id>7"]; a filter is column=op.value, such as id=gt.7"#);
+    }
+
+    #[test]
+    fn what_postgresql_refused_is_said_without_what_was_asked() {
+        let exception =
+            |cause: &str| format!("{EXCEPTION} so please check your connect parameters: […]. {CAUSE}{cause}");
+        check(
+            &exception("ERROR P0001 (raise_exception) invalid column for filter x"),
+            "Todos has no column x that the role anon may read",
+        );
+        check(
+            &exception("ERROR 22P02 (invalid_text_representation) no"),
+            "does not fit public.Todos: ERROR 22P02",
+        );
+    }
+
+    #[test]
+    fn any_other_text_is_left_as_it_is() {
+        check("one table is expected", "one table is expected");
+    }
+}
