@@ -1,6 +1,7 @@
 //! `relay tail`: joins one table's channel at a running relay and prints the changes.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +14,9 @@ use tokio::time::{interval, sleep};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 
+use crate::model::dress::{RESUMED, STALLED};
+use crate::model::refusal::Refusal;
+use crate::model::session::UNAVAILABLE;
 use crate::transport::auth::mint;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -25,10 +29,10 @@ pub struct Options {
     /// Only rows that match, e.g. list_id=eq.7
     #[arg(long, value_name = "FILTER")]
     filter: Option<String>,
-    /// The relay
+    /// The address of the relay
     #[arg(long, env = "RELAY_URL", default_value = "http://127.0.0.1:4000")]
     url: String,
-    /// See what the bearer of this token sees [default: everything, by a token made with the secret]
+    /// See what the bearer of this token sees [default: what service_role may see, by a token made with the secret]
     #[arg(long, env = "RELAY_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<String>,
     /// The secret that `relay serve` verifies with, to make a token of the role service_role
@@ -51,21 +55,28 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         return Err(format!("--url {base}: http:// and the relay's address are expected").into());
     };
     let url = format!("ws://{host}/realtime/v1/websocket?vsn=2.0.0&apikey={token}");
-    let mut pause = Duration::from_millis(500);
+    let mut pause = FIRST_PAUSE;
+    // Each reason once, until the table is followed again: a relay may be away for a night.
+    let mut said = HashSet::new();
     loop {
         tokio::select! {
             _ = tokio::signal::ctrl_c() => return Ok(()),
             ended = follow(&url, &options) => match ended? {
-                Ended::Lost(why) => note(&format!("{why}; trying again")),
+                Ended::Lost(why) => {
+                    if said.insert(why.clone()) {
+                        note(&format!("waiting for a relay at {base}: {why}"));
+                    }
+                }
                 Ended::AfterSubscribing => {
-                    note("the relay went away; trying again, changes in between are not shown");
-                    pause = Duration::from_millis(500);
+                    note(&format!("the relay at {base} went away: trying again, changes in between are not shown"));
+                    pause = FIRST_PAUSE;
+                    said.clear();
                 }
             },
         }
         tokio::select! {
             _ = tokio::signal::ctrl_c() => return Ok(()),
-            () = sleep(pause) => pause = (pause * 2).min(Duration::from_secs(10)),
+            () = sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
         }
     }
 }
@@ -75,14 +86,23 @@ enum Ended {
     AfterSubscribing,
 }
 
+/// A relay that restarts is back within these; one that is away for long is not asked all the time.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
 async fn follow(url: &str, options: &Options) -> Result<Ended, Failure> {
     let mut socket = match connect_async(url).await {
         Ok((socket, _)) => socket,
         Err(SocketError::Http(answer)) if answer.status().is_client_error() => {
-            let body = answer.body().clone().unwrap_or_default();
-            return Err(format!("the relay refused: {}", String::from_utf8_lossy(&body)).into());
+            return Err(refused(
+                answer.status().as_u16(),
+                answer.body().as_deref().unwrap_or_default(),
+                options,
+            ));
         }
-        Err(error) => return Ok(Ended::Lost(format!("{}: {error}", options.url))),
+        Err(SocketError::Http(answer)) => return Ok(Ended::Lost(format!("it answers {}", answer.status()))),
+        Err(SocketError::Io(error)) => return Ok(Ended::Lost(error.to_string())),
+        Err(error) => return Ok(Ended::Lost(error.to_string())),
     };
     let (schema, table) = options.table.split_once('.').unwrap_or(("public", &options.table));
     let binding = json!({"event": "*", "schema": schema, "table": table, "filter": options.filter});
@@ -109,23 +129,28 @@ async fn follow(url: &str, options: &Options) -> Result<Ended, Failure> {
         match frame[3].as_str() {
             Some("phx_reply") if frame[4]["status"] == "error" => {
                 let reason = frame[4]["response"]["reason"].as_str().unwrap_or("the join was refused");
-                let hint = if options.token.is_some() {
-                    String::new()
-                } else {
-                    format!(
-                        "\nThis tail acts as service_role: grant select on {schema}.{table} to service_role, or give --token"
-                    )
-                };
+                if reason == UNAVAILABLE {
+                    return Ok(Ended::Lost(String::from("it cannot ask its database now")));
+                }
                 let reason = reason.strip_prefix("RealtimeDisabledForConfiguration: ").unwrap_or(reason);
-                return Err(format!("{reason}{hint}").into());
+                let role = options.token.is_none().then_some("service_role");
+                let hint = match role {
+                    Some(_) => {
+                        "\nWithout --token this is the role service_role; relay token makes one for a user"
+                    }
+                    None => "",
+                };
+                let plain = Refusal(reason.to_owned()).plain((schema, table), role);
+                return Err(format!("{plain}{hint}").into());
             }
+            Some("system") if frame[4]["message"] == RESUMED => note(RESUMED),
             Some("system") if frame[4]["status"] == "ok" => {
                 subscribed = true;
                 note(&format!("following {schema}.{table}, Ctrl-C ends"));
             }
             Some("system") => {
                 let message = frame[4]["message"].as_str().unwrap_or_default();
-                if !message.starts_with("Gap:") {
+                if !message.starts_with("Gap:") && message != STALLED {
                     return Err(message.into());
                 }
                 note(message);
@@ -136,6 +161,29 @@ async fn follow(url: &str, options: &Options) -> Result<Ended, Failure> {
         }
     }
     Ok(if subscribed { Ended::AfterSubscribing } else { Ended::Lost(String::from("the connection broke")) })
+}
+
+/// What a relay, or whatever listens there, said instead of opening the socket.
+fn refused(status: u16, body: &[u8], options: &Options) -> Failure {
+    let body = String::from_utf8_lossy(body);
+    let told =
+        serde_json::from_str::<Value>(&body).ok().and_then(|told| told["error"].as_str().map(str::to_owned));
+    let url = &options.url;
+    let why = match (status, told) {
+        (401, Some(why)) if options.token.is_some() => {
+            format!("the relay at {url} refuses the token: {why} (relay token --sub UUID makes one)")
+        }
+        (401, Some(why)) => {
+            format!(
+                "the relay at {url} refuses the secret: {why}. --jwt-secret has to be that of its `relay serve`"
+            )
+        }
+        (_, Some(why)) => format!("the relay at {url} refuses: {why}"),
+        (_, None) => {
+            format!("there is no relay at {url}: what listens there answers {status} (--url, or RELAY_URL)")
+        }
+    };
+    why.into()
 }
 
 /// A change as it came, digit by digit.
