@@ -178,13 +178,17 @@ async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -
             })
         };
         match outcome.await {
+            Ok(()) => {
+                tracing::info!("the database is reached");
+                return Ok(());
+            }
             Err(error) if error.is_transient() => {
                 pulse.is_cut_off(error.kind());
                 let pause = backoff.pause();
                 tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "waiting for the database");
                 sleep(pause).await;
             }
-            outcome => return outcome,
+            Err(error) => return Err(error),
         }
     }
 }
