@@ -29,29 +29,36 @@ pub struct Settings {
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     pub jwt_secret: Option<String>,
     /// The public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA): a file or an https:// URL, both read anew again and again
-    #[arg(long, env = "RELAY_JWKS", hide_env_values = true, value_name = "FILE|URL")]
+    #[arg(
+        long,
+        help_heading = "Tokens",
+        env = "RELAY_JWKS",
+        hide_env_values = true,
+        value_name = "FILE|URL"
+    )]
     pub jwks: Option<String>,
     /// The URL may lead to a private address or this machine, then also by http://
-    #[arg(long, env = "RELAY_JWKS_ALLOW_PRIVATE")]
+    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_ALLOW_PRIVATE")]
     pub jwks_allow_private: bool,
     /// Read the JWK set anew this often, in milliseconds [default: 600000 for a URL, 10000 for a file]
-    #[arg(long, env = "RELAY_JWKS_REFRESH_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_REFRESH_MS", value_name = "MS")]
     pub jwks_refresh_ms: Option<u64>,
     /// A token of an unknown key has the JWK set read at once, but not more often than this, in milliseconds [default: 30000]
-    #[arg(long, env = "RELAY_JWKS_COOLDOWN_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_COOLDOWN_MS", value_name = "MS")]
     pub jwks_cooldown_ms: Option<u64>,
     /// How long keys stay in force while their URL cannot be read, in milliseconds [default: 86400000, a day]
-    #[arg(long, env = "RELAY_JWKS_KEEP_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_KEEP_MS", value_name = "MS")]
     pub jwks_keep_ms: Option<u64>,
     /// Accept only tokens whose `aud` is this
-    #[arg(long, env = "RELAY_JWT_AUDIENCE", value_name = "AUD")]
+    #[arg(long, help_heading = "Tokens", env = "RELAY_JWT_AUDIENCE", value_name = "AUD")]
     pub jwt_audience: Option<String>,
     /// Accept only tokens whose `iss` is this
-    #[arg(long, env = "RELAY_JWT_ISSUER", value_name = "ISS")]
+    #[arg(long, help_heading = "Tokens", env = "RELAY_JWT_ISSUER", value_name = "ISS")]
     pub jwt_issuer: Option<String>,
     /// An opaque key that stands for the role anon (sb_publishable_…); repeatable
     #[arg(
         long,
+        help_heading = "Tokens",
         env = "RELAY_PUBLISHABLE_KEY",
         hide_env_values = true,
         value_name = "KEY",
@@ -59,73 +66,98 @@ pub struct Settings {
     )]
     pub publishable_key: Vec<String>,
     /// An opaque key that stands for the role service_role (sb_secret_…); repeatable
-    #[arg(long, env = "RELAY_SECRET_KEY", hide_env_values = true, value_name = "KEY", value_delimiter = ',')]
+    #[arg(
+        long,
+        help_heading = "Tokens",
+        env = "RELAY_SECRET_KEY",
+        hide_env_values = true,
+        value_name = "KEY",
+        value_delimiter = ','
+    )]
     pub secret_key: Vec<String>,
     /// A direct connection for LISTEN, when the main one goes through a pooler
-    #[arg(long, env = "RELAY_DOORBELL_URL", hide_env_values = true, value_name = "URL")]
+    #[arg(
+        long,
+        help_heading = "Database",
+        env = "RELAY_DOORBELL_URL",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
     pub doorbell_url: Option<String>,
     /// A login of its own that evaluates policies: member of the subscribers' roles, without any right on the changelog
-    #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
+    #[arg(
+        long,
+        help_heading = "Database",
+        env = "RELAY_JUDGE_URL",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
     pub judge_url: Option<String>,
     /// Certificate authorities for the database's TLS, as PEM [default: the system's]
-    #[arg(long, env = "RELAY_DATABASE_CA", value_name = "FILE")]
+    #[arg(long, help_heading = "Database", env = "RELAY_DATABASE_CA", value_name = "FILE")]
     pub database_ca: Option<String>,
     /// An origin that browsers may connect from; repeatable [default: any]
-    #[arg(long, env = "RELAY_ALLOWED_ORIGIN", value_name = "ORIGIN", value_delimiter = ',')]
+    #[arg(
+        long,
+        help_heading = "Limits",
+        env = "RELAY_ALLOWED_ORIGIN",
+        value_name = "ORIGIN",
+        value_delimiter = ','
+    )]
     pub allowed_origin: Vec<String>,
     /// How many clients may be connected [default: 10000]
-    #[arg(long, env = "RELAY_MAX_CONNECTIONS", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_MAX_CONNECTIONS", value_name = "N")]
     pub max_connections: Option<usize>,
     /// How many connections one address may have; behind a proxy all have its address [default: any number]
-    #[arg(long, env = "RELAY_CONNECTIONS_PER_ADDRESS", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_CONNECTIONS_PER_ADDRESS", value_name = "N")]
     pub connections_per_address: Option<usize>,
     /// How many channels one client may join [default: 100]
-    #[arg(long, env = "RELAY_MAX_CHANNELS", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_MAX_CHANNELS", value_name = "N")]
     pub max_channels: Option<usize>,
     /// How many joins a second one client may send, on average over a minute [default: 100]
-    #[arg(long, env = "RELAY_JOINS_PER_SECOND", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_JOINS_PER_SECOND", value_name = "N")]
     pub joins_per_second: Option<u32>,
     /// How many messages a second one client may send, on average over a minute [default: 100]
-    #[arg(long, env = "RELAY_MESSAGES_PER_SECOND", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGES_PER_SECOND", value_name = "N")]
     pub messages_per_second: Option<u32>,
     /// How many bytes a message from a client may have [default: 5000000]
-    #[arg(long, env = "RELAY_MESSAGE_BYTES", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGE_BYTES", value_name = "N")]
     pub message_bytes: Option<usize>,
     /// How many bytes may wait for one client before it is closed [default: 1048576]
-    #[arg(long, env = "RELAY_OUTBOX_BYTES", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
     /// How many bytes may wait for all clients before those are closed for which most waits [default: 268435456]
-    #[arg(long, env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
     pub total_outbox_bytes: Option<usize>,
     /// How many rows of a table are given at once to whoever asks for them [default: 10000]
-    #[arg(long, env = "RELAY_MOST_ROWS", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_MOST_ROWS", value_name = "N")]
     pub most_rows: Option<usize>,
     /// How many bytes of rows are given at once [default: 67108864]
-    #[arg(long, env = "RELAY_MOST_ROW_BYTES", value_name = "N")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_MOST_ROW_BYTES", value_name = "N")]
     pub most_row_bytes: Option<usize>,
     /// How long a client that named its session may be away and be given what it missed, in seconds [default: 3600]
-    #[arg(long, env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
     pub resume_seconds: Option<u64>,
     /// How long a connection may take for the head of a request, in milliseconds [default: 10000]
-    #[arg(long, env = "RELAY_HEAD_TIMEOUT_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_HEAD_TIMEOUT_MS", value_name = "MS")]
     pub head_timeout_ms: Option<u64>,
     /// How long a client may take nothing of what is sent to it, in milliseconds [default: 30000]
-    #[arg(long, env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
     pub write_timeout_ms: Option<u64>,
     /// How long a socket may say nothing, in milliseconds; clients send a heartbeat every 25 seconds [default: 60000]
-    #[arg(long, env = "RELAY_SILENCE_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_SILENCE_MS", value_name = "MS")]
     pub silence_ms: Option<u64>,
     /// How often a quiet event stream says that it lives, in milliseconds [default: 15000]
-    #[arg(long, env = "RELAY_KEEP_ALIVE_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Limits", env = "RELAY_KEEP_ALIVE_MS", value_name = "MS")]
     pub keep_alive_ms: Option<u64>,
     /// Look at the changelog this often even if nobody rings, in milliseconds [default: 5000]
-    #[arg(long, env = "RELAY_POLL_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Database", env = "RELAY_POLL_MS", value_name = "MS")]
     pub poll_ms: Option<u64>,
     /// The longest that a policy may take for a page of changes, in milliseconds [default: 1000]
-    #[arg(long, env = "RELAY_JUDGE_TIMEOUT_MS", value_name = "MS")]
+    #[arg(long, help_heading = "Database", env = "RELAY_JUDGE_TIMEOUT_MS", value_name = "MS")]
     pub judge_timeout_ms: Option<u64>,
     /// Tell clients when changes could not be read or judged for this long [default: 10]
-    #[arg(long, env = "RELAY_STALL_SECONDS", value_name = "SECONDS")]
+    #[arg(long, help_heading = "Database", env = "RELAY_STALL_SECONDS", value_name = "SECONDS")]
     pub stall_seconds: Option<u64>,
     /// Install or update the database side before serving
     #[arg(long, env = "RELAY_INSTALL")]

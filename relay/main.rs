@@ -20,11 +20,15 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// A Postgres change-feed relay: each row change to those who may see it by the table's own policies.
 ///
-/// First steps with a database of your own:
+/// First steps with a database and a table of your own:
 ///
-///   relay serve --database-url postgres://… --jwt-secret … --install
-///   relay watch public.todos --database-url postgres://…
-///   relay token --role authenticated --sub 6d1f… --jwt-secret …
+///   export DATABASE_URL=postgres://postgres@127.0.0.1:5432/app
+///   export RELAY_JWT_SECRET=$(openssl rand -hex 32)
+///   relay serve --install        installs schema `relay`, then serves; the rest in another terminal
+///   relay watch public.todos     from now on its changes are told
+///   relay tail todos             shows them here, as service_role: grant select on todos to service_role
+///   relay token --sub UUID       for a client: what it sees, the table's policies say
+///   relay doctor                 when nothing comes: what is wrong, and what to do
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment, arg_required_else_help = true)]
 struct Cli {
@@ -35,11 +39,24 @@ struct Cli {
     log_json: bool,
 }
 
+const TOKEN: &str = "\
+Examples:
+  relay token --sub 11111111-1111-4111-8111-111111111111
+  relay token --sub 11111111-1111-4111-8111-111111111111 --claims '{\"app_metadata\":{\"role\":\"admin\"}}' --ttl 7d";
+const TAIL: &str = "\
+Examples:
+  relay tail todos --filter list_id=eq.7
+  relay tail todos --token \"$(relay token --sub 11111111-1111-4111-8111-111111111111)\"";
+const EXPLAIN: &str = "\
+Examples:
+  relay explain todos --sub 11111111-1111-4111-8111-111111111111
+  relay explain todos --token \"$TOKEN\" --key 7";
+
 #[derive(Subcommand)]
 enum Command {
     /// Install or update the database side (schema `relay`); safe to repeat
     Install(Database),
-    /// Serve subscribers
+    /// Serve subscribers; needs a database and a secret or keys, all other settings have a default
     Serve(Box<Settings>),
     /// Publish the changes of a table, a partitioned table or a materialized view
     Watch {
@@ -59,10 +76,13 @@ enum Command {
         database: Database,
     },
     /// Make a token for trying things out
+    #[command(after_help = TOKEN)]
     Token(token::Options),
     /// Print the changes of a table as they come
+    #[command(after_help = TAIL)]
     Tail(tail::Options),
     /// Say why somebody gets the rows of a table or does not, and how that is decided
+    #[command(after_help = EXPLAIN)]
     Explain {
         #[command(flatten)]
         options: explain::Options,
@@ -188,7 +208,7 @@ async fn serve(settings: Settings) -> Result<(), Failure> {
         std::process::exit(130);
     });
     let stop = Arc::clone(&end);
-    let started = |_| tracing::info!(%address, "serving: point supabase-js at http://{address}");
+    let started = |_| tracing::info!(%address, "listening: point supabase-js at http://{address}");
     tokio::select! {
         served = server::serve(config, listener, async move { stop.notified().await }, started) => served?,
     }

@@ -17,7 +17,7 @@ pub struct Options {
     /// The database role of the bearer
     #[arg(long, default_value = "authenticated")]
     role: String,
-    /// The bearer's id, what auth.uid() returns
+    /// The bearer's id, what auth.uid() returns; without one it is null
     #[arg(long, value_name = "UUID")]
     sub: Option<String>,
     /// More claims, as a JSON object
