@@ -370,7 +370,7 @@ async fn secrets_tokens_claims_and_rows_are_in_no_log_and_no_metric() {
     assert!(terminated.success() && relay.wait().unwrap().success());
     let mut log = reading.join().unwrap();
     out.read_to_string(&mut log).unwrap();
-    assert!(log.contains("serving") && log.lines().count() > 5, "{log}");
+    assert!(log.contains("listening") && log.lines().count() > 5, "{log}");
     let (_, mac) = token.rsplit_once('.').unwrap();
     let payload = token.split('.').nth(1).unwrap();
     for canary in ["canary", ANN, mac, payload] {

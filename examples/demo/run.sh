@@ -72,6 +72,11 @@ says=(
   "Raise an alert. Only the admin sees it."
 )
 
+(
+  umask 077
+  printf 'export RELAY_URL=http://127.0.0.1:%s\nANA=%s\nBEN=%s\nEDDA=%s\n' \
+    "$relay_port" "$ana_token" "$ben_token" "$edda_token" >$work/tokens
+)
 cp examples/demo/page/* tests/clients/node_modules/@supabase/supabase-js/dist/umd/supabase.js $work/page/
 cat >$work/page/config.json <<T
 {
@@ -114,21 +119,24 @@ children+=($!)
 
 cat <<T
 
-  Page      http://127.0.0.1:$page_port
-  Relay     http://127.0.0.1:$relay_port
-  Database  $database
+  Open      http://127.0.0.1:$page_port
 
-  Tokens    Ana   $ana_token
-            Ben   $ben_token
-            Edda  $edda_token
-
-  Try
+  Then change rows from another terminal, and watch who sees it:
 
     ${lines[0]}
     ${lines[1]}
     ${lines[2]}
 
-  Ctrl-C stops everything.
+  The same without a page, as Ana, Ben and the admin Edda:
+
+    . target/demo/tokens
+    curl "\$RELAY_URL/realtime/v1/changes?table=agent_access" -H "Authorization: Bearer \$ANA"
+    $relay tail system_alerts --token "\$EDDA"
+
+  Relay     http://127.0.0.1:$relay_port, its log is $work/relay.log
+  Database  $database
+
+  Ctrl-C stops everything and removes the database.
 
 T
 

@@ -1,10 +1,5 @@
 -- One round of the demo's writer, about three seconds; run.sh repeats it. Nobody tells the relay or the page.
 
--- A subscription carries changes, not the rows of before: touching every row lets a page that opens now fill up.
-update agent_access set enabled = enabled;
-update user_status set last_active_at = case when is_online then now() else last_active_at end;
-select pg_sleep(0.3);
-
 insert into document default values;
 update document set state = 'working'
 where id in (select id from document where state = 'waiting' order by id limit (random() * 3)::integer);

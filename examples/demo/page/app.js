@@ -1,4 +1,4 @@
-// Three clients on one page. All rows come from postgres_changes; nothing is fetched beside them.
+// Three clients on one page. Each subscribes, reads the rows of now, and from then on changes what it shows by what it is told.
 
 const config = await (await fetch('config.json')).json();
 
@@ -43,32 +43,44 @@ function setTime(item, moment, instead = '') {
   tell(time);
 }
 
-function section(body, title, className, empty) {
+function section(body, title, className) {
   const made = element('section');
   const content = element('ul', className);
-  made.append(element('h3', '', title), content, element('p', 'empty', empty));
+  made.append(element('h3', '', title), content, element('p', 'empty', 'Reading the rows'));
   body.append(made);
   return content;
 }
 
-// A list with one item a row, in the order of the rows' keys: `make` builds an item, `fill` puts the row into it.
-function list(container, keyOf, make, fill) {
+// A list with one item a row: `make` builds an item, `fill` puts the row into it, `isBefore` compares two keys.
+function list(container, keyOf, make, fill, isBefore = (one, other) => one < other) {
   const items = new Map();
-  return ({ eventType, new: after, old: before }) => {
-    const key = keyOf(eventType === 'DELETE' ? before : after);
-    if (eventType === 'DELETE') {
-      items.get(key)?.remove();
-      items.delete(key);
-      return;
-    }
+  const put = (row) => {
+    const key = keyOf(row);
     let item = items.get(key);
     if (!item) {
-      item = make(after);
-      item.dataset.key = key;
+      item = make(row);
+      item.key = key;
       items.set(key, item);
-      container.insertBefore(item, [...container.children].find((other) => other.dataset.key > key) ?? null);
+      container.insertBefore(item, [...container.children].find((other) => isBefore(key, other.key)) ?? null);
     }
-    fill(item, after);
+    fill(item, row);
+  };
+  const remove = (key) => {
+    items.get(key)?.remove();
+    items.delete(key);
+  };
+  return {
+    keyOf,
+    change({ eventType, new: after, old: before }) {
+      if (eventType === 'DELETE') remove(keyOf(before));
+      else put(after);
+    },
+    // The rows of now, but for those that were told to have changed while they were read.
+    rows(rows, changed) {
+      const keys = new Set(rows.map(keyOf));
+      [...items.keys()].filter((key) => !keys.has(key) && !changed.has(key)).forEach(remove);
+      rows.filter((row) => !changed.has(keyOf(row))).forEach(put);
+    },
   };
 }
 
@@ -123,8 +135,7 @@ function metrics(tiles, workers) {
     users_online: 'online',
   };
   const values = {};
-  return ({ eventType, new: row }) => {
-    if (eventType === 'DELETE') return;
+  const put = (row) => {
     for (const [column, label] of Object.entries(labels)) {
       if (!values[column]) {
         const tile = element('li');
@@ -146,16 +157,32 @@ function metrics(tiles, workers) {
       show(item.querySelector('.state'), state);
     }
   };
+  return {
+    keyOf: (row) => row.id,
+    change: ({ eventType, new: row }) => eventType === 'DELETE' || put(row),
+    rows: (rows, changed) => changed.size || rows.forEach(put),
+  };
 }
 
 function alerts(container) {
-  return ({ new: row }) => {
-    const item = element('li', row.severity);
-    item.append(element('span', 'severity', row.severity), element('span', 'message', row.message), element('time'));
-    setTime(item, row.created_at);
-    container.prepend(item);
-    glow(item);
-    while (container.children.length > 200) container.lastChild.remove();
+  const all = list(
+    container,
+    (row) => row.id,
+    (row) => {
+      const item = element('li', row.severity);
+      item.append(element('span', 'severity', row.severity), element('span', 'message', row.message), element('time'));
+      return item;
+    },
+    (item, row) => setTime(item, row.created_at),
+    (one, other) => one > other,
+  );
+  return {
+    ...all,
+    change(change) {
+      all.change(change);
+      glow(container.firstChild);
+    },
+    rows: (rows, changed) => all.rows(rows.slice(-MOST_ALERTS), changed),
   };
 }
 
@@ -176,6 +203,8 @@ function everyonesAgents(container) {
   );
 }
 
+// A page that stays open for days keeps as many as it reads.
+const MOST_ALERTS = 200;
 const medianOf = (numbers) => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)];
 
 // Milliseconds since the change was written. Date.parse drops what is below a millisecond.
@@ -193,42 +222,71 @@ async function open(person) {
   document.getElementById('panels').append(panel);
 
   const chip = panel.querySelector('.chip');
-  const state = (name) => {
+  const state = (name, why = '') => {
     chip.textContent = name;
     chip.dataset.state = name;
+    chip.title = why;
   };
   state('connecting');
 
   const ages = [];
   let count = 0;
-  const counted = (handler) => (change) => {
-    handler(change);
+  let last = '';
+  setInterval(() => { if (last) panel.querySelector('.last').textContent = `, last ${ago(last)}`; }, 500);
+  const told = (change) => {
     ages.push(Math.max(0, age(change.commit_timestamp)));
     if (ages.length > 50) ages.shift();
     panel.querySelector('.latency').textContent = `${medianOf(ages).toFixed(1)} ms`;
     panel.querySelector('.count').textContent = (++count).toLocaleString('en');
+    last = change.commit_timestamp;
   };
 
   const client = supabase.createClient(config.url, config.key, { accessToken: async () => person.token });
   const channel = client.channel(person.admin ? 'admin-metrics' : 'my-rows');
-  const on = (event, table, handler) =>
-    channel.on('postgres_changes', { event, schema: 'public', table }, counted(handler));
+  const tables = [];
+  const on = (event, table, shown) => {
+    const changed = new Set();
+    tables.push({ name: table, shown, changed });
+    channel.on('postgres_changes', { event, schema: 'public', table }, (change) => {
+      changed.add(shown.keyOf(change.eventType === 'DELETE' ? change.old : change.new));
+      shown.change(change);
+      told(change);
+    });
+  };
+  // After the subscription, so that nothing can happen in between.
+  const read = async ({ name, shown, changed }) => {
+    changed.clear();
+    const headers = { Authorization: `Bearer ${person.token}` };
+    const answer = await fetch(`${config.url}/realtime/v1/changes?table=${name}`, { headers });
+    if (!answer.ok) throw new Error(await answer.text());
+    shown.rows((await answer.json()).rows, changed);
+  };
+  const readAll = () =>
+    Promise.all(tables.map(read))
+      .then(() => body.querySelectorAll('.empty').forEach((empty) => { empty.textContent = 'No rows'; }))
+      .catch((error) => state('incomplete', String(error)));
 
   const body = panel.querySelector('.body');
   if (person.admin) {
-    const tiles = section(body, 'Metrics', 'tiles', 'Waiting for the next refresh of the view');
-    const workers = section(body, 'Workers', 'chips', 'Waiting for the next refresh of the view');
+    const tiles = section(body, 'Metrics', 'tiles');
+    const workers = section(body, 'Workers', 'chips');
     on('*', 'admin_metrics_view', metrics(tiles, workers));
-    on('INSERT', 'system_alerts', alerts(section(body, 'Alerts', 'alerts', 'None since this page was opened')));
-    on('*', 'agent_access', everyonesAgents(section(body, 'Everyone’s agents', 'chips', 'Waiting for the first change')));
+    on('INSERT', 'system_alerts', alerts(section(body, 'Alerts', 'alerts')));
+    on('*', 'agent_access', everyonesAgents(section(body, 'Everyone’s agents', 'chips')));
   } else {
-    on('*', 'agent_access', agentItem(section(body, 'My agents', 'rows', 'Waiting for the first change')));
-    on('*', 'user_status', personItem(section(body, 'People in my conversations', 'rows', 'Waiting for the first change'), person.name));
+    on('*', 'agent_access', agentItem(section(body, 'My agents', 'rows')));
+    on('*', 'user_status', personItem(section(body, 'People in my conversations', 'rows'), person.name));
   }
+  channel.on('system', {}, ({ status, message }) => {
+    if (message.startsWith('Stalled:')) return state('stalled', message);
+    if (status === 'error' && !message.startsWith('Gap:')) return state('refused', message);
+    state('live', message);
+    if (message !== 'Feed resumed') readAll();
+  });
 
   // First, so that the channel joins with this token and not with the anon key.
   await client.realtime.setAuth();
-  channel.subscribe((status) => state(status === 'SUBSCRIBED' ? 'live' : 'reconnecting'));
+  channel.subscribe((status, error) => state(status === 'SUBSCRIBED' ? 'joined' : 'reconnecting', error?.message));
 }
 
 config.people.forEach(open);
@@ -236,7 +294,13 @@ config.people.forEach(open);
 const lines = document.querySelector('#try ol');
 for (const { says, line } of config.try) {
   const item = element('li');
-  item.append(element('p', '', says), element('pre', '', line));
+  const button = element('button', '', 'Copy');
+  button.onclick = async () => {
+    await navigator.clipboard.writeText(line);
+    button.textContent = 'Copied';
+    setTimeout(() => { button.textContent = 'Copy'; }, 1500);
+  };
+  item.append(element('p', '', says), element('pre', '', line), button);
   lines.append(item);
 }
 document.getElementById('try').hidden = config.try.length === 0;
