@@ -8,6 +8,7 @@ use tokio::process::{Child, ChildStderr, ChildStdout};
 
 use crate::support::database::Database;
 use crate::support::program::{output, relay};
+use crate::support::proxy::Proxy;
 use crate::support::{PATIENCE, SECRET, token};
 
 /// `relay serve`, and the address it says it serves on.
@@ -94,6 +95,26 @@ async fn a_tail_without_a_relay_says_once_that_it_waits_and_begins_when_there_is
     assert!(said[0].contains(&format!("waiting for a relay at {url}")), "{said:?}");
     let once: std::collections::HashSet<_> = said.iter().collect();
     assert_eq!(once.len(), said.len(), "{said:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tail_stays_while_the_database_is_away_and_shows_what_follows() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); grant select on t to service_role").await;
+    database.run("select relay.watch('t')").await;
+    let (proxy, through) = Proxy::to_server(&database.url).await;
+    let (_relay, _lines, url) = serve(&["--database-url", &through, "--stall-seconds", "1"]).await;
+    let mut tail = relay(&["tail", "t", "--url", &url, "--jwt-secret", SECRET]).spawn().unwrap();
+    let mut told = BufReader::new(tail.stderr.take().unwrap()).lines();
+    let mut changes = BufReader::new(tail.stdout.take().unwrap()).lines();
+    line_with(&mut told, "following public.t").await;
+    proxy.hold();
+    proxy.cut();
+    line_with(&mut told, "Stalled:").await;
+    proxy.release();
+    database.run("insert into t values (1)").await;
+    line_with(&mut changes, r#"INSERT public.t {"id":1}"#).await;
+    line_with(&mut told, "Feed resumed").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
