@@ -259,7 +259,7 @@ async fn what_cannot_be_is_told_with_what_to_do() {
             400,
             "filter: public.t has no column secret that the role authenticated may read",
         ),
-        (String::from("&filter=id=like"), 400, "a filter is column=op.value, such as id=gt.7"),
+        (String::from("&filter=id=like"), 400, "A filter is column=op.value, such as id=gt.7"),
         (String::from("&schema=nowhere"), 400, "grant select on nowhere.t to authenticated"),
     ] {
         let answer = ask(&stage, ANN, &more).await;

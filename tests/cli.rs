@@ -126,7 +126,7 @@ async fn a_tail_that_is_refused_says_in_plain_words_what_to_do() {
     let anon = token("anon", None, json!({}));
     for (more, expected) in [
         (vec!["t", "--jwt-secret", SECRET], "grant select on public.t to service_role"),
-        (vec!["t", "--token", &anon, "--filter", "id>7"], "a filter is column=op.value"),
+        (vec!["t", "--token", &anon, "--filter", "id>7"], "A filter is column=op.value"),
         (vec!["t", "--token", &anon, "--filter", "nope=eq.7"], "public.t has no column nope"),
         (vec!["t", "--token", "nonsense"], "refuses the token"),
         (vec!["t", "--jwt-secret", &"another ".repeat(4)], "has to be that of its `relay serve`"),

@@ -233,8 +233,8 @@ async fn a_filter_that_cannot_be_is_refused_with_the_words_of_the_protocol() {
     let parsing = |rest: &str| format!("Error parsing `filter` params: {rest}");
     let hundred = vec!["5"; 100].join(",");
     for (filter, text) in [
-        ("wrong", parsing(r#"["wrong"]"#)),
-        ("id=foo.1", parsing(r#"["foo", "1"]"#)),
+        ("wrong", parsing(r#"["wrong"]. A filter is column=op.value, such as id=gt.7"#)),
+        ("id=foo.1", parsing(r#"["foo", "1"]. A filter is column=op.value, such as id=gt.7"#)),
         ("id=in.1,2", parsing("`in` filter value must be wrapped by parentheses")),
         ("id=eq.1,,i=eq.2", parsing("filter must not contain empty segments (check for extra commas)")),
         (&format!("i=in.({hundred},5)"), parsing("too many values for `in` filter. Maximum 100")),

@@ -8,6 +8,8 @@ const MAX_ITEMS: usize = 100;
 const MAX_CONDITIONS: usize = 100;
 /// A hundred quoted values of some hundred characters fit; a join that carries more is not a filter.
 const MAX_LENGTH: usize = 64 * 1024;
+/// What a filter looks like, for whoever wrote something else.
+pub const FORM: &str = "A filter is column=op.value, such as id=gt.7";
 /// How much of a wrong condition is told back.
 const MAX_ECHO: usize = 200;
 
@@ -59,7 +61,7 @@ pub enum Operator {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FilterError {
     /// No column, no operator, or one that isn't known: the parts as they were understood.
-    #[error("Error parsing `filter` params: [{}]", quoted(.0))]
+    #[error("Error parsing `filter` params: [{}]. {form}", quoted(.0), form = FORM)]
     Unparsable(Vec<String>),
     /// The list of `in` stands without its parentheses.
     #[error("Error parsing `filter` params: `in` filter value must be wrapped by parentheses")]
@@ -356,14 +358,15 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_told_back_in_parts() {
-        check_error("wrong", r#"["wrong"]"#);
-        check_error("id=foo.1", r#"["foo", "1"]"#);
-        check_error("v=fts.x", r#"["fts", "x"]"#);
-        check_error("and=(id.gt.1)", r#"["(id", "gt.1)"]"#);
-        check_error("id=eq", r#"["eq"]"#);
-        check_error("id=not.eq", r#"["eq"]"#);
-        check_error("v=a\"b.\u{1b}\\", r#"["a\"b", "\u{1b}\\"]"#);
-        check_error(&"x".repeat(1000), &format!("[\"{}\"]", "x".repeat(200)));
+        let check_parts = |filter: &str, parts: &str| check_error(filter, &format!("{parts}. {FORM}"));
+        check_parts("wrong", r#"["wrong"]"#);
+        check_parts("id=foo.1", r#"["foo", "1"]"#);
+        check_parts("v=fts.x", r#"["fts", "x"]"#);
+        check_parts("and=(id.gt.1)", r#"["(id", "gt.1)"]"#);
+        check_parts("id=eq", r#"["eq"]"#);
+        check_parts("id=not.eq", r#"["eq"]"#);
+        check_parts("v=a\"b.\u{1b}\\", r#"["a\"b", "\u{1b}\\"]"#);
+        check_parts(&"x".repeat(1000), &format!("[\"{}\"]", "x".repeat(200)));
         for filter in ["a=eq.1,,b=eq.2", ",", "a=eq.1,", " ,a=eq.1"] {
             check_error(filter, "filter must not contain empty segments (check for extra commas)");
         }

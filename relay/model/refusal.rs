@@ -1,5 +1,7 @@
 //! Why a request cannot be served: in the words of the contract, and in plain ones that say what to do.
 
+use crate::model::filter::FORM;
+
 /// A request that cannot be served; the text is fit for the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -17,8 +19,8 @@ pub const FILTER: &str = "Error parsing `filter` params: ";
 
 /// What PostgreSQL puts before a text that was raised on purpose.
 const RAISED: &str = "ERROR P0001 (raise_exception) ";
-const FORM: &str = "a filter is column=op.value, such as id=gt.7 or state=in.(open,done), several are joined by commas; \
-     op is one of eq neq lt lte gt gte in like ilike is isdistinct, or not. and one of them";
+const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike is isdistinct, or not. and one of them; several \
+     filters are joined by commas";
 
 impl Refusal {
     /// The same for whoever does not come with the contract: a person at a terminal, a call by HTTP.
@@ -48,7 +50,8 @@ impl Refusal {
             );
         }
         if let Some(why) = text.strip_prefix(FILTER) {
-            return format!("the filter cannot be used: {why}; {FORM}");
+            let form = if why.contains(FORM) { String::new() } else { format!(". {FORM}") };
+            return format!("the filter cannot be used: {why}{form}; {OPERATORS}");
         }
         let Some((_, cause)) = text.starts_with(EXCEPTION).then(|| text.rsplit_once(CAUSE)).flatten() else {
             return text.to_owned();
@@ -94,7 +97,10 @@ mod tests {
 
     #[test]
     fn a_filter_that_cannot_be_read_is_said_with_the_right_form() {
-        check(&format!("{FILTER}[\"id>7\"]"), r#"["id>7"]; a filter is column=op.value, such as id=gt.7"#);
+        check(
+            &format!("{FILTER}[\"id>7\"]"),
+            r#"["id>7"]. A filter is column=op.value, such as id=gt.7; op is one of eq"#,
+        );
     }
 
     #[test]
