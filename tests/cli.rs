@@ -8,7 +8,6 @@ use tokio::process::{Child, ChildStderr, ChildStdout};
 
 use crate::support::database::Database;
 use crate::support::program::{output, relay};
-use crate::support::proxy::Proxy;
 use crate::support::{PATIENCE, SECRET, token};
 
 /// `relay serve`, and the address it says it serves on.
@@ -70,72 +69,6 @@ async fn an_empty_database_needs_only_install_watch_and_a_client() {
     line_with(&mut told, "trying again").await;
     signal(&tail, "-INT");
     assert_eq!(tail.wait().await.unwrap().code(), Some(0));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_tail_without_a_relay_says_once_that_it_waits_and_begins_when_there_is_one() {
-    let database = Database::new().await;
-    database.run("create table t (id int primary key); grant select on t to service_role").await;
-    database.run("select relay.watch('t')").await;
-    let place = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = place.local_addr().unwrap().to_string();
-    let url = format!("http://{address}");
-    let mut tail = relay(&["tail", "t", "--url", &url, "--jwt-secret", SECRET]).spawn().unwrap();
-    let mut told = BufReader::new(tail.stderr.take().unwrap()).lines();
-    for _ in 0..3 {
-        drop(tokio::time::timeout(PATIENCE, place.accept()).await.expect("it tries again").unwrap());
-    }
-    drop(place);
-    let options = ["serve", "--jwt-secret", SECRET, "--listen", &address, "--database-url", &database.url];
-    let _relay = relay(&options).spawn().unwrap();
-    let mut said = Vec::new();
-    while !said.last().is_some_and(|line: &String| line.contains("following public.t")) {
-        said.push(tokio::time::timeout(PATIENCE, told.next_line()).await.unwrap().unwrap().unwrap());
-    }
-    assert!(said[0].contains(&format!("waiting for a relay at {url}")), "{said:?}");
-    let once: std::collections::HashSet<_> = said.iter().collect();
-    assert_eq!(once.len(), said.len(), "{said:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_tail_stays_while_the_database_is_away_and_shows_what_follows() {
-    let database = Database::new().await;
-    database.run("create table t (id int primary key); grant select on t to service_role").await;
-    database.run("select relay.watch('t')").await;
-    let (proxy, through) = Proxy::to_server(&database.url).await;
-    let (_relay, _lines, url) = serve(&["--database-url", &through, "--stall-seconds", "1"]).await;
-    let mut tail = relay(&["tail", "t", "--url", &url, "--jwt-secret", SECRET]).spawn().unwrap();
-    let mut told = BufReader::new(tail.stderr.take().unwrap()).lines();
-    let mut changes = BufReader::new(tail.stdout.take().unwrap()).lines();
-    line_with(&mut told, "following public.t").await;
-    proxy.hold();
-    proxy.cut();
-    line_with(&mut told, "Stalled:").await;
-    proxy.release();
-    database.run("insert into t values (1)").await;
-    line_with(&mut changes, r#"INSERT public.t {"id":1}"#).await;
-    line_with(&mut told, "Feed resumed").await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_tail_that_is_refused_says_in_plain_words_what_to_do() {
-    let database = Database::new().await;
-    database.run("create table t (id int primary key); grant select on t to anon").await;
-    database.run("select relay.watch('t')").await;
-    let (_relay, _lines, url) = serve(&["--database-url", &database.url]).await;
-    let anon = token("anon", None, json!({}));
-    for (more, expected) in [
-        (vec!["t", "--jwt-secret", SECRET], "grant select on public.t to service_role"),
-        (vec!["t", "--token", &anon, "--filter", "id>7"], "A filter is column=op.value"),
-        (vec!["t", "--token", &anon, "--filter", "nope=eq.7"], "public.t has no column nope"),
-        (vec!["t", "--token", "nonsense"], "refuses the token"),
-        (vec!["t", "--jwt-secret", &"another ".repeat(4)], "has to be that of its `relay serve`"),
-    ] {
-        let arguments = [vec!["tail", "--url", &url], more].concat();
-        let (code, _, told) = tokio::time::timeout(PATIENCE, output(&arguments)).await.expect("it ends");
-        assert_eq!(code, 1);
-        assert!(told.contains(expected) && !told.contains("Realtime"), "{expected:?} is not in {told}");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,6 +13,7 @@ mod browser;
 mod capture;
 mod changes;
 mod cli;
+mod tail;
 mod clients;
 mod crash;
 mod cursors;
