@@ -267,7 +267,9 @@ async fn what_cannot_be_is_told_with_what_to_do() {
         assert!(answer.status == status && told.contains(text), "{more}: {answer:?}");
     }
     let address = stage.relay.address;
-    assert_eq!(get(address, "/realtime/v1/changes?table=t", "").await.status, 401);
+    let bare = get(address, "/realtime/v1/changes?table=t", "").await;
+    let told = bare.body["error"].as_str().unwrap_or_default();
+    assert!(bare.status == 401 && told.contains("Authorization: Bearer"), "{bare:?}");
     assert_eq!(get(address, &path(ANN, "").replace("table=t", "table="), "").await.status, 400);
     let bearer = format!("authorization: Bearer {}\r\n", token("authenticated", Some(ANN), json!({})));
     assert_eq!(get(address, "/realtime/v1/changes?table=t", &bearer).await.status, 200);

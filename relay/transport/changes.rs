@@ -80,7 +80,7 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
     let refused = |status: StatusCode, why: &str| error(status, why);
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
     let claims =
-        app.identify(&token).await.map_err(|why| refused(StatusCode::UNAUTHORIZED, &why.connect_text()))?;
+        app.identify(&token).await.map_err(|why| refused(StatusCode::UNAUTHORIZED, &told_why(why)))?;
     if parameter(query, "topic").is_some() {
         return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
     }
@@ -145,6 +145,16 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
         channel: ChannelId { session: app.next_session(), channel: 0 },
         outbox: Arc::new(Outbox::new(app.limits.outbox_bytes.max(LEAST_OUTBOX), Arc::clone(&app.budget))),
     })
+}
+
+/// Why a token is refused, and what to do where it is not plain.
+fn told_why(why: TokenError) -> String {
+    let advice = match why {
+        TokenError::Missing => ": give a token by the header `Authorization: Bearer …`, or by &apikey=…",
+        TokenError::BadSignature => ": the secret or key that signed it is not this relay's",
+        _ => "",
+    };
+    why.connect_text() + advice
 }
 
 /// The token of an `Authorization` header, or an API key.
