@@ -1,7 +1,7 @@
 //! Who may connect: so many connections in all, also those that are no clients yet, and so many from one address.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -62,7 +62,7 @@ impl Admission {
     /// # Errors
     /// When there are too many.
     pub fn admit(self: &Arc<Self>, address: IpAddr) -> Result<Admitted, Refused> {
-        let address = address.to_canonical();
+        let address = place(address);
         let mut open = self.lock();
         if open.all >= self.most {
             return Err(Refused { status: "503 Service Unavailable", why: "Too many connections" });
@@ -104,6 +104,14 @@ impl Admission {
     }
 }
 
+/// Which address a connection counts for. Whoever has an address of version 6 has all 2^64 of its network.
+fn place(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address => address,
+    }
+}
+
 impl Drop for Admitted {
     fn drop(&mut self) {
         let mut open = self.admission.lock();
@@ -114,5 +122,23 @@ impl Drop for Admitted {
                 open.by_address.remove(&self.address);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_one_ipv6_network_count_together() {
+        let admission = Arc::new(Admission::new(10, Some(1)));
+        let admit = |address: &str| admission.admit(address.parse().unwrap());
+        let first = admit("2001:db8:0:1::1").unwrap_or_else(|_| panic!("it is the first"));
+        assert!(admit("2001:db8:0:1:ffff::2").is_err());
+        let others = [admit("2001:db8:0:2::1"), admit("192.0.2.1"), admit("::ffff:192.0.2.2")];
+        assert!(others.iter().all(Result::is_ok));
+        assert!(admit("::ffff:192.0.2.1").is_err());
+        drop(first);
+        assert!(admit("2001:db8:0:1:ffff::2").is_ok());
     }
 }
