@@ -15,6 +15,11 @@ use crate::transport::keys::{Keeper, Schedule};
 /// The longest time that can be set, in seconds or milliseconds: what PostgreSQL takes for a time-out.
 const LONGEST: u64 = i32::MAX as u64;
 
+/// What to say where no database is named.
+pub const NO_DATABASE: &str = "--database-url URL (or DATABASE_URL) is missing: which database?";
+/// What to say where no secret is given.
+pub const NO_SECRET: &str = "--jwt-secret SECRET (or RELAY_JWT_SECRET) is missing: what signs tokens?";
+
 /// What `relay serve` was told, as written. Flags win over the environment, both win over the file.
 #[derive(Args, Deserialize, Default, Clone)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -263,7 +268,7 @@ impl Settings {
     pub fn resolve(self) -> Result<Config, Mistakes> {
         let mut mistakes = Vec::new();
         let database_url = self.database_url.unwrap_or_else(|| {
-            mistakes.push(String::from("--database-url URL (or DATABASE_URL) is missing: which database?"));
+            mistakes.push(String::from(NO_DATABASE));
             String::new()
         });
         let listen = self.listen.unwrap_or_else(|| String::from("127.0.0.1:4000"));
@@ -316,7 +321,9 @@ impl Settings {
             secret_keys: self.secret_key,
         };
         let verifier = Verifier::new(&tokens).map_err(|error| {
-            mistakes.push(format!("tokens cannot be verified: {error} (--jwt-secret, --jwks)"));
+            mistakes.push(format!(
+                "tokens cannot be verified: {error} (--jwt-secret or RELAY_JWT_SECRET, --jwks or RELAY_JWKS)"
+            ));
         });
         let mut millis =
             |name, value, default| Duration::from_millis(positive(name, value, default, &mut mistakes));

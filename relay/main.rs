@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use relay::command::{doctor, explain, tail, token};
-use relay::config::Settings;
-use relay::postgres::connect::Server;
+use relay::config::{NO_DATABASE, Settings};
+use relay::postgres::connect::{Error, Server};
 use relay::postgres::install;
 use relay::server;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_postgres::Client;
 use tracing_subscriber::EnvFilter;
 
 /// Gives memory back when many frames are dropped at once, which the system's allocator does not.
@@ -106,20 +107,31 @@ enum Command {
 struct Database {
     /// The database, e.g. postgres://postgres@127.0.0.1:5432/app
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    database_url: String,
+    database_url: Option<String>,
     /// Certificate authorities for the database's TLS, as PEM [default: the system's]
     #[arg(long, env = "RELAY_DATABASE_CA", value_name = "FILE")]
     database_ca: Option<String>,
 }
 
 impl Database {
-    fn server(&self) -> Result<Server, relay::postgres::connect::Error> {
-        Server::parse(&self.database_url, "relay", self.database_ca.as_deref())
+    fn url(&self) -> Result<&str, Error> {
+        let missing = || Error::Unfit(String::from(NO_DATABASE));
+        self.database_url.as_deref().ok_or_else(missing)
+    }
+
+    fn server(&self) -> Result<Server, Error> {
+        Server::parse(self.url()?, "relay", self.database_ca.as_deref())
+    }
+
+    /// A connection.
+    async fn connect(&self) -> Result<Client, Error> {
+        let server = self.server()?;
+        server.connect().await
     }
 
     /// Where policies are judged: by default the same.
-    fn judge(&self, url: Option<&str>) -> Result<Server, relay::postgres::connect::Error> {
-        let url = url.unwrap_or(&self.database_url);
+    fn judge(&self, url: Option<&str>) -> Result<Server, Error> {
+        let url = url.map_or_else(|| self.url(), Ok)?;
         Server::parse(url, "relay", self.database_ca.as_deref())
     }
 }
@@ -142,7 +154,7 @@ async fn main() -> ExitCode {
 async fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Install(database) => {
-            let mut client = database.server()?.connect().await?;
+            let mut client = database.connect().await?;
             let applied = install::install(&mut client).await?;
             let version = env!("CARGO_PKG_VERSION");
             say(&match applied.iter().filter(|file| !file.starts_with('9')).count() {
@@ -152,14 +164,14 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Serve(settings) => Box::pin(serve(*settings)).await?,
         Command::Watch { table, leave_events, database } => {
-            let client = database.server()?.connect().await?;
+            let client = database.connect().await?;
             install::check(&client).await?;
             let watch = "select relay.watch($1::text::regclass, $2)";
             client.execute(watch, &[&table, &leave_events]).await.map_err(named)?;
             say(&format!("{table} is watched{}", if leave_events { ", with leave events" } else { "" }));
         }
         Command::Unwatch { table, database } => {
-            let client = database.server()?.connect().await?;
+            let client = database.connect().await?;
             let watched = "select exists (select from relay.watch_list where relation = $1::text::regclass)";
             if !client.query_one(watched, &[&table]).await.map_err(named)?.get::<_, bool>(0) {
                 say(&format!("{table} was not watched"));
@@ -215,7 +227,7 @@ async fn serve(settings: Settings) -> Result<(), Failure> {
     Ok(())
 }
 
-fn named(error: tokio_postgres::Error) -> relay::postgres::connect::Error {
+fn named(error: tokio_postgres::Error) -> Error {
     error.into()
 }
 

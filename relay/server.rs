@@ -158,8 +158,7 @@ pub async fn serve(
     served
 }
 
-/// Installs if asked to, and refuses a database side that is missing or too old, and a judge that is not let in: nobody
-/// would be told anything. A database that is away is waited for.
+/// Installs if asked to, and refuses a database side that is missing or too old, and a judge that is not let in: nobody would be told anything. A database that is away is waited for.
 async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -> Result<(), Error> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
@@ -172,9 +171,12 @@ async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -
                 }
             }
             install::check(&client).await?;
-            judge.connect().await.map(drop).map_err(|error| match error.is_transient() {
-                true => error,
-                false => Error::Unfit(format!("the login of --judge-url is refused: {error}")),
+            let setting = "--judge-url (RELAY_JUDGE_URL)";
+            judge.connect().await.map(drop).map_err(|error| match error {
+                Error::Connect(_) if !error.is_transient() => {
+                    Error::Unfit(format!("the login of {setting} is refused: {error}"))
+                }
+                error => error,
             })
         };
         match outcome.await {

@@ -15,6 +15,7 @@ mod changes;
 mod cli;
 mod tail;
 mod clients;
+mod connections;
 mod crash;
 mod cursors;
 mod doorbell;

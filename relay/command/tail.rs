@@ -48,7 +48,12 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let token = match (&options.token, &options.jwt_secret) {
         (Some(token), _) => token.clone(),
         (None, Some(secret)) => everything(secret)?,
-        (None, None) => return Err("give --token, or --jwt-secret to see everything".into()),
+        (None, None) => {
+            return Err(
+                "give --token (or RELAY_TOKEN), or --jwt-secret (or RELAY_JWT_SECRET) to see everything"
+                    .into(),
+            );
+        }
     };
     let base = options.url.trim_end_matches('/');
     let Some(host) = base.strip_prefix("http://").or_else(|| base.strip_prefix("ws://")) else {

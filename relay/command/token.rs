@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use clap::Args;
 use serde_json::{Map, Value};
 
+use crate::config::NO_SECRET;
 use crate::transport::auth::mint;
 
 /// What the token says.
@@ -13,7 +14,7 @@ use crate::transport::auth::mint;
 pub struct Options {
     /// The secret that `relay serve` verifies with
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
-    jwt_secret: String,
+    jwt_secret: Option<String>,
     /// The database role of the bearer
     #[arg(long, default_value = "authenticated")]
     role: String,
@@ -33,6 +34,7 @@ pub struct Options {
 /// # Errors
 /// When an option cannot be used.
 pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let secret = options.jwt_secret.as_deref().ok_or(NO_SECRET)?;
     let mut claims: Map<String, Value> = match &options.claims {
         Some(text) => {
             serde_json::from_str(text).map_err(|error| format!("--claims is no JSON object: {error}"))?
@@ -44,7 +46,7 @@ pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + S
         claims.insert(String::from("sub"), Value::from(sub.clone()));
     }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
-    let token = mint(&options.jwt_secret, &claims, now, span(&options.ttl)?)?;
+    let token = mint(secret, &claims, now, span(&options.ttl)?)?;
     writeln!(std::io::stdout(), "{token}")?;
     Ok(())
 }

@@ -99,7 +99,7 @@ impl Bookmarks {
     }
 
     async fn client(&self) -> Result<deadpool_postgres::Object, Error> {
-        self.pool.get().await.map_err(|error| Error::Pool(error.to_string()))
+        Ok(self.pool.get().await?)
     }
 }
 

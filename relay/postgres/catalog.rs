@@ -138,7 +138,7 @@ impl CatalogKeeper {
             sql: String,
             values: Vec<String>,
         }
-        let client = self.filters.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        let client = self.filters.get().await?;
         let read = client
             .prepare_cached("select relay.filter_condition(relation, $2, $3, $4)::text from relay.watch_list where id = $1")
             .await?;

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::{HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{
+    HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
+};
 use futures_util::future::poll_fn;
 use tokio::time::timeout;
+use tokio_postgres::config::Host;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, Notification};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -17,7 +20,10 @@ pub enum Error {
     /// The server refused, or the connection broke. The chain below tells which.
     #[error("PostgreSQL: {}", told(.0))]
     Postgres(#[from] tokio_postgres::Error),
-    /// No connection could be had from the pool.
+    /// No connection could be had: the server refused it, or cannot be reached. Nothing of it is for clients.
+    #[error("no connection to PostgreSQL: {}", told(.0))]
+    Connect(tokio_postgres::Error),
+    /// No connection could be had from the pool, for no reason of PostgreSQL's.
     #[error("no connection to PostgreSQL: {0}")]
     Pool(String),
     /// The database is not as the relay needs it; the text says what to do.
@@ -34,7 +40,7 @@ impl Error {
         match self {
             Self::Pool(_) | Self::Lost(_) => true,
             Self::Unfit(_) => false,
-            Self::Postgres(error) => match error.code() {
+            Self::Postgres(error) | Self::Connect(error) => match error.code() {
                 None => true,
                 Some(code) => {
                     let class = &code.code()[..2];
@@ -48,7 +54,7 @@ impl Error {
     /// PostgreSQL's code for it, when it was PostgreSQL that refused.
     pub fn code(&self) -> Option<&str> {
         match self {
-            Self::Postgres(error) => error.code().map(SqlState::code),
+            Self::Postgres(error) | Self::Connect(error) => error.code().map(SqlState::code),
             Self::Pool(_) | Self::Unfit(_) | Self::Lost(_) => None,
         }
     }
@@ -68,7 +74,8 @@ impl Error {
         }
     }
 
-    /// PostgreSQL's own word on it as `ERROR 22P02 (invalid_text_representation) …`, when it was PostgreSQL that refused.
+    /// PostgreSQL's own word on it as `ERROR 22P02 (invalid_text_representation) …`, when it was PostgreSQL that refused
+    /// a statement.
     pub fn refusal(&self) -> Option<String> {
         let Self::Postgres(error) = self else { return None };
         let told = error.as_db_error()?;
@@ -83,6 +90,17 @@ impl Error {
             _ => "error",
         };
         Some(format!("ERROR {} ({name}) {}", told.code().code(), told.message()))
+    }
+}
+
+impl From<PoolError> for Error {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Backend(error) | PoolError::PostCreateHook(HookError::Backend(error)) => {
+                Self::Connect(error)
+            }
+            error => Self::Pool(error.to_string()),
+        }
     }
 }
 
@@ -184,7 +202,7 @@ impl Server {
             client.batch_execute(PATIENT).await?;
             Ok(client)
         };
-        begun(begin).await
+        self.begun(begin).await
     }
 
     /// One connection that hands what it hears by LISTEN to `heard`, which is dropped when the connection ends.
@@ -207,15 +225,38 @@ impl Server {
             client.batch_execute(PATIENT).await?;
             Ok(client)
         };
-        begun(begin).await
+        self.begun(begin).await
     }
-}
 
-/// The limit of the socket's connection counts until it is open; whoever answers then may still say nothing.
-async fn begun<T>(begin: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, Error> {
-    match timeout(BEGIN, begin).await {
-        Ok(begun) => Ok(begun?),
-        Err(_) => Err(Error::Lost("PostgreSQL does not answer")),
+    /// The limit of the socket's connection counts until it is open; whoever answers then may still say nothing.
+    async fn begun<T>(
+        &self,
+        begin: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, Error> {
+        match timeout(BEGIN, begin).await {
+            Ok(Ok(begun)) => Ok(begun),
+            Ok(Err(error)) if error.code() == Some(&SqlState::UNDEFINED_DATABASE) => {
+                Err(Error::Unfit(format!("{}: {}", told(&error), self.createdb())))
+            }
+            Ok(Err(error)) => Err(Error::Connect(error)),
+            Err(_) => Err(Error::Lost("PostgreSQL does not answer")),
+        }
+    }
+
+    /// The command that makes the database.
+    fn createdb(&self) -> String {
+        let mut command = String::from("createdb");
+        if let Some(Host::Tcp(host)) = self.config.get_hosts().first() {
+            command += &format!(" -h {host}");
+        }
+        if let Some(port) = self.config.get_ports().first() {
+            command += &format!(" -p {port}");
+        }
+        let user = self.config.get_user();
+        if let Some(user) = user {
+            command += &format!(" -U {user}");
+        }
+        format!("{command} {}", self.config.get_dbname().or(user).unwrap_or_default())
     }
 }
 
@@ -234,7 +275,7 @@ impl Lease {
     /// # Errors
     /// When none can be had in time.
     pub async fn of(pool: &Pool) -> Result<Self, Error> {
-        let client = pool.get().await.map_err(|error| Error::Pool(error.to_string()))?;
+        let client = pool.get().await?;
         Ok(Self { pool: pool.clone(), client: Some(client) })
     }
 

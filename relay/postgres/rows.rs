@@ -62,10 +62,9 @@ impl Rows {
         condition: Option<&str>,
         most: MostRows,
     ) -> Result<Found, Error> {
-        let pool = |error: deadpool_postgres::PoolError| Error::Pool(error.to_string());
         // The scarcer one first: whoever waits for it holds nothing.
-        let mut reader = self.readers.get().await.map_err(pool)?;
-        let mut main = self.main.get().await.map_err(pool)?;
+        let mut reader = self.readers.get().await?;
+        let mut main = self.main.get().await?;
         let snapshot = main
             .build_transaction()
             .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
