@@ -123,9 +123,10 @@ impl Database {
         Server::parse(self.url()?, "relay", self.database_ca.as_deref())
     }
 
-    /// A connection.
+    /// A connection that is a session of PostgreSQL.
     async fn connect(&self) -> Result<Client, Error> {
         let server = self.server()?;
+        server.check_sessions("--database-url (DATABASE_URL)").await?;
         server.connect().await
     }
 

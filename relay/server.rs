@@ -158,11 +158,13 @@ pub async fn serve(
     served
 }
 
-/// Installs if asked to, and refuses a database side that is missing or too old, and a judge that is not let in: nobody would be told anything. A database that is away is waited for.
+/// Installs if asked to, and refuses a pooler in between, a database side that is missing or too old, and a judge that is
+/// not let in: nobody would be told anything. A database that is away is waited for.
 async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -> Result<(), Error> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
         let outcome = async {
+            server.check_sessions("--database-url (DATABASE_URL)").await?;
             let mut client = server.connect().await?;
             if wanted {
                 let applied = install::install(&mut client).await?;
@@ -172,7 +174,7 @@ async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -
             }
             install::check(&client).await?;
             let setting = "--judge-url (RELAY_JUDGE_URL)";
-            judge.connect().await.map(drop).map_err(|error| match error {
+            judge.check_sessions(setting).await.map_err(|error| match error {
                 Error::Connect(_) if !error.is_transient() => {
                     Error::Unfit(format!("the login of {setting} is refused: {error}"))
                 }

@@ -2,13 +2,73 @@
 
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::time::timeout;
+use tokio_postgres::NoTls;
 
 use relay::postgres::connect::{Lease, Server};
 
+use crate::support::client::Client;
 use crate::support::database::{Database, with_database};
+use crate::support::pooler::Pooler;
 use crate::support::program::output;
-use crate::support::{PATIENCE, SECRET};
+use crate::support::relay::Relay;
+use crate::support::{PATIENCE, SECRET, token};
+
+/// What `relay serve` says as it ends.
+async fn refused(urls: &[&str]) -> String {
+    let serve = ["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0"];
+    let (code, _, told) = timeout(PATIENCE, output(&[&serve, urls].concat())).await.expect("it ends");
+    assert_eq!(code, 1, "{told}");
+    told
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pooler_in_transaction_mode_is_found_at_the_start_and_refused() {
+    let database = Database::new().await;
+    let pooler = Pooler::start(&database.url, "transaction").await;
+    for crowd in [0, 8] {
+        // Others who use the pooler get and give back its sessions all the time.
+        let mut others = tokio::task::JoinSet::new();
+        for _ in 0..crowd {
+            let (client, connection) = tokio_postgres::connect(&pooler.url, NoTls).await.unwrap();
+            others.spawn(async { _ = connection.await });
+            others.spawn(async move { while client.batch_execute("select").await.is_ok() {} });
+        }
+        for (urls, setting) in [
+            (vec!["--database-url", &pooler.url], "--database-url (DATABASE_URL)"),
+            (
+                vec!["--database-url", &database.url, "--judge-url", &pooler.url],
+                "--judge-url (RELAY_JUDGE_URL)",
+            ),
+        ] {
+            let told = refused(&urls).await;
+            assert!(told.contains(setting) && told.contains("transaction mode"), "{told}");
+        }
+        for command in [&["install"][..], &["watch", "t"], &["doctor"]] {
+            let (code, findings, told) = output(&[command, &["--database-url", &pooler.url]].concat()).await;
+            assert_eq!(code, 1);
+            assert!((findings + &told).contains("transaction mode"), "{command:?}: {told}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pooler_in_session_mode_is_as_good_as_none() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')").await;
+    let pooler = Pooler::start(&database.url, "session").await;
+    let through = |settings: &mut relay::config::Settings| {
+        settings.database_url = Some(pooler.url.clone());
+        settings.judge_url = Some(pooler.url.clone());
+    };
+    let relay = Relay::with(&database.url, through).await;
+    let mut client = Client::connect(&relay, &token("authenticated", None, json!({}))).await;
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    database.run("insert into t values (1)").await;
+    assert_eq!(client.change().await["record"]["id"], 1);
+    relay.stop().await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_says_why_postgresql_refuses() {

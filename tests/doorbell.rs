@@ -267,7 +267,7 @@ async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_loc
     const HELD: &str = "select count(*) from pg_locks l join pg_database d on d.oid = l.database
         where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1919249009 and l.objid in (1, 5, 6)";
     let database = watched().await;
-    let pooler = Pooler::start(&database.url).await;
+    let pooler = Pooler::start(&database.url, "transaction").await;
     let relay = Relay::with(&database.url, |settings| settings.doorbell_url = Some(pooler.url.clone())).await;
     assert_eq!(figure(&relay, "relay_source_up"), 1, "it knows that it hears nothing");
     let mut client = subscriber(&relay).await;

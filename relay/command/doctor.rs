@@ -51,6 +51,8 @@ pub async fn run(server: &Server, judge: &Server) -> ExitCode {
 }
 
 async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
+    server.check_sessions("--database-url (DATABASE_URL)").await?;
+    judge.check_sessions("--judge-url (RELAY_JUDGE_URL)").await?;
     let client = server.connect().await?;
     let judging = judge.connect().await?;
     let mut findings = vec![version(&client).await?, primary(&client).await?];

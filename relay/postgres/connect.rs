@@ -9,7 +9,7 @@ use futures_util::future::poll_fn;
 use tokio::time::timeout;
 use tokio_postgres::config::Host;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{AsyncMessage, Client, Notification};
+use tokio_postgres::{AsyncMessage, Client, Notification, SimpleQueryMessage};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::tls;
@@ -122,6 +122,9 @@ const PATIENT: &str = "set idle_session_timeout = 0; set idle_in_transaction_ses
 /// How long a connection may take to begin, password and settings included.
 const BEGIN: Duration = Duration::from_secs(10);
 
+/// So often each of two connections is asked who it is, to find a pooler that gives its sessions to others in between.
+const ROUNDS: usize = 8;
+
 /// Where and how to connect.
 #[derive(Clone)]
 pub struct Server {
@@ -191,6 +194,37 @@ impl Server {
         self.config.get_user()
     }
 
+    /// Refuses a pooler that gives each transaction another session: settings, locks, temporary tables and prepared
+    /// statements would be somebody else's. `setting` is named as what to change.
+    ///
+    /// Two connections that are never used at once are given the same session by such a pooler, or one of them another than
+    /// before. Nothing is set on them: it would stay with sessions that are others' next.
+    ///
+    /// # Errors
+    /// When there is such a pooler, or the server cannot be reached or refuses.
+    pub async fn check_sessions(&self, setting: &str) -> Result<(), Error> {
+        let is_own = async {
+            let (one, connection) = self.config.connect(self.tls.clone()).await?;
+            tokio::spawn(connection);
+            let (other, connection) = self.config.connect(self.tls.clone()).await?;
+            tokio::spawn(connection);
+            let first = (session(&one).await?, session(&other).await?);
+            for _ in 1..ROUNDS {
+                if first.0 == first.1 || (session(&one).await?, session(&other).await?) != first {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        };
+        match self.begun(is_own).await? {
+            true => Ok(()),
+            false => Err(Error::Unfit(format!(
+                "{setting} leads through a pooler in transaction mode, which gives each transaction another session of \
+                 PostgreSQL: give PostgreSQL's own address, or that of a pool in session mode"
+            ))),
+        }
+    }
+
     /// One connection of our own. It ends when the client is dropped.
     ///
     /// # Errors
@@ -258,6 +292,15 @@ impl Server {
         }
         format!("{command} {}", self.config.get_dbname().or(user).unwrap_or_default())
     }
+}
+
+/// Which session of PostgreSQL answers.
+async fn session(client: &Client) -> Result<Option<String>, tokio_postgres::Error> {
+    let answers = client.simple_query("select pg_backend_pid()").await?;
+    Ok(answers.iter().find_map(|answer| match answer {
+        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+        _ => None,
+    }))
 }
 
 /// A connection of a pool, for as long as something is asked on it.

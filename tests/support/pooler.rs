@@ -1,4 +1,4 @@
-//! PgBouncer in front of PostgreSQL, in transaction mode.
+//! PgBouncer in front of PostgreSQL.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,8 +16,8 @@ pub struct Pooler {
 }
 
 impl Pooler {
-    /// Starts one on a free port.
-    pub async fn start(url: &str) -> Self {
+    /// Starts one on a free port; `mode` is what a client keeps a session of PostgreSQL for.
+    pub async fn start(url: &str, mode: &str) -> Self {
         let (server, database) = url.rsplit_once('/').unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let folder = std::env::temp_dir().join(format!("relay-pooler-{}-{port}", std::process::id()));
@@ -26,7 +26,7 @@ impl Pooler {
         let server_port = server.rsplit_once(':').unwrap().1;
         let text = format!(
             "[databases]\n* = host=127.0.0.1 port={server_port} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
-             listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n"
+             listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\n"
         );
         std::fs::write(&settings, text).unwrap();
         let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/pgbouncer/usr");
