@@ -101,7 +101,7 @@ pub async fn serve(
     let census = Census::new(judge.clone(), config.judge_timeout);
     let gate = Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, Arc::clone(&observe));
     let census = Census::new(judge.clone(), config.judge_timeout);
-    let rows = Rows::new(&main, &judge, config.judge_timeout)?;
+    let rows = Rows::new(&main, &judge, config.judge_timeout, config.stall, config.stall * PATIENCE)?;
     let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
     let past = Arc::new(Past::new(main.clone(), pool, Arc::clone(&catalog), past, config.stall * PATIENCE));
     let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume)?);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
 
@@ -10,10 +11,12 @@ use relay::postgres::connect::{Lease, Server};
 
 use crate::support::client::Client;
 use crate::support::database::{Database, with_database};
+use crate::support::http::{Answer, get};
 use crate::support::pooler::Pooler;
 use crate::support::program::output;
+use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
-use crate::support::{PATIENCE, SECRET, token};
+use crate::support::{PATIENCE, SECRET, eventually, token};
 
 /// What `relay serve` says as it ends.
 async fn refused(urls: &[&str]) -> String {
@@ -29,7 +32,7 @@ async fn a_pooler_in_transaction_mode_is_found_at_the_start_and_refused() {
     let pooler = Pooler::start(&database.url, "transaction").await;
     for crowd in [0, 8] {
         // Others who use the pooler get and give back its sessions all the time.
-        let mut others = tokio::task::JoinSet::new();
+        let mut others = JoinSet::new();
         for _ in 0..crowd {
             let (client, connection) = tokio_postgres::connect(&pooler.url, NoTls).await.unwrap();
             others.spawn(async { _ = connection.await });
@@ -119,4 +122,76 @@ async fn a_setting_that_is_missing_is_named_as_flag_and_as_variable() {
             assert!(told.contains(name), "{command:?} does not name {name}: {told}");
         }
     }
+}
+
+/// A relay whose rows of the table `slow` take so many seconds, while rows of `t` are there at once.
+async fn slow_rows(seconds: f64, stall: u64) -> (Database, Relay) {
+    let database = Database::new().await;
+    let sql = format!(
+        "create table t (id int primary key); create table slow (id int primary key); insert into slow values (1);
+         alter table slow enable row level security; grant select on t, slow to authenticated;
+         create policy slow on slow using ((select pg_sleep({seconds})) is not null);
+         select relay.watch('t'), relay.watch('slow')"
+    );
+    database.run(&sql).await;
+    let relay = Relay::with(&database.url, |settings| {
+        settings.stall_seconds = Some(stall);
+        settings.judge_timeout_ms = Some(10_000);
+    })
+    .await;
+    (database, relay)
+}
+
+fn rows_of(table: &str) -> String {
+    format!("/realtime/v1/changes?table={table}&apikey={}", token("authenticated", None, json!({})))
+}
+
+/// Reads that take long, at every place there is for one.
+async fn fill_places(database: &Database, relay: &Relay) -> JoinSet<Answer> {
+    const SLEEPING: &str = "select count(*) from pg_stat_activity
+        where datname = current_database() and wait_event = 'PgSleep'";
+    let mut readers = JoinSet::new();
+    for _ in 0..2 {
+        let address = relay.address;
+        readers.spawn(async move { get(address, &rows_of("slow"), "").await });
+    }
+    eventually("both read", || async { (database.value(SLEEPING).await == "2").then_some(()) }).await;
+    readers
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_wants_rows_waits_for_those_who_read_many() {
+    let (database, relay) = slow_rows(7.0, 10).await;
+    let readers = fill_places(&database, &relay).await;
+    assert_eq!(get(relay.address, &rows_of("t"), "").await.status, 200);
+    assert!(readers.join_all().await.iter().all(|answer| answer.status == 200));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_would_wait_too_long_for_rows_is_told_to_come_again() {
+    let (database, relay) = slow_rows(2.0, 1).await;
+    let readers = fill_places(&database, &relay).await;
+    let answer = get(relay.address, &rows_of("t"), "").await;
+    assert_eq!(answer.status, 503);
+    assert!(answer.head.contains("\r\nretry-after: "), "{}", answer.head);
+    assert!(readers.join_all().await.iter().all(|answer| answer.status == 200));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_are_read_again_after_a_connection_on_which_nothing_passes_any_more() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')").await;
+    let (proxy, url) = Proxy::to_server(&database.url).await;
+    let relay = Relay::with(&database.url, |settings| {
+        settings.stall_seconds = Some(1);
+        settings.judge_url = Some(url);
+    })
+    .await;
+    let path = rows_of("t");
+    assert_eq!(get(relay.address, &path, "").await.status, 200);
+    proxy.hold();
+    assert_eq!(get(relay.address, &path, "").await.status, 503);
+    proxy.release();
+    assert_eq!(get(relay.address, &path, "").await.status, 200);
+    relay.stop().await;
 }

@@ -169,7 +169,8 @@ impl Feed {
     /// As [`Rows::read`]; also when the table is gone.
     pub async fn rows(&self, subscription: &Subscription, most: MostRows) -> Result<Found, Error> {
         let claims = subscription.identity().claims();
-        let catalog = self.binder.catalog.with_role(claims.role()).await?;
+        let catalog = timeout(PATIENCE, self.binder.catalog.with_role(claims.role())).await;
+        let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
         let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
             Scope::Relation(id, oid) => {
                 Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))

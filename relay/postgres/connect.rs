@@ -303,10 +303,15 @@ async fn session(client: &Client) -> Result<Option<String>, tokio_postgres::Erro
     }))
 }
 
-/// A connection of a pool, for as long as something is asked on it.
-///
-/// Whoever gives up waiting drops it before [`Self::done`]. On that connection, and on those that idle in the pool since
-/// as long, nothing may come ever again, though none of them is closed: they are not used again.
+/// Gives up a connection of a pool on which nothing came in time. On that one, and on those that idle in the pool since as
+/// long, nothing may come ever again, though none of them is closed: they are not used again.
+pub fn give_up(pool: &Pool, client: Object) {
+    drop(Object::take(client));
+    pool.retain(|_, _| false);
+}
+
+/// A connection of a pool, for as long as something is asked on it. Dropped before [`Self::done`], it is given up
+/// ([`give_up`]).
 pub struct Lease {
     pool: Pool,
     client: Option<Object>,
@@ -339,8 +344,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if let Some(client) = self.client.take() {
-            drop(Object::take(client));
-            self.pool.retain(|_, _| false);
+            give_up(&self.pool, client);
         }
     }
 }

@@ -3,14 +3,15 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use deadpool_postgres::Pool;
+use deadpool_postgres::{Client, Pool, Timeouts};
 use futures_util::TryStreamExt;
+use tokio::time::timeout;
 use tokio_postgres::Transaction;
 
 use crate::model::claims::Claims;
 use crate::model::limits::{Beyond, MostRows};
 use crate::model::relation::{Access, Relation};
-use crate::postgres::connect::{Error, Server};
+use crate::postgres::connect::{Error, Server, give_up};
 
 /// Connections that read rows as somebody else.
 const READERS: usize = 2;
@@ -28,6 +29,10 @@ pub struct Rows {
     main: Pool,
     /// Reads in that snapshot, with the reader's role and claims.
     readers: Pool,
+    /// How long to wait for one of them. Whoever came first gets it first.
+    wait: Duration,
+    /// How long one may read: others wait, and a connection on which nothing comes any more may look open for ever.
+    patience: Duration,
 }
 
 /// Rows, and where the feed goes on after them.
@@ -42,12 +47,19 @@ pub struct Found {
 }
 
 impl Rows {
-    /// Reads as the login of `judge`, each statement within `limit`.
+    /// Reads as the login of `judge`, each statement within `limit`, all of them within `patience`. Whoever finds no place
+    /// to read waits for one, for `wait`.
     ///
     /// # Errors
     /// When the pool cannot be built.
-    pub fn new(main: &Server, judge: &Server, limit: Duration) -> Result<Self, Error> {
-        Ok(Self { main: main.pool(READERS, limit)?, readers: judge.pool(READERS, limit)? })
+    pub fn new(
+        main: &Server,
+        judge: &Server,
+        limit: Duration,
+        wait: Duration,
+        patience: Duration,
+    ) -> Result<Self, Error> {
+        Ok(Self { main: main.pool(READERS, limit)?, readers: judge.pool(READERS, limit)?, wait, patience })
     }
 
     /// The rows that somebody may see and that fulfil a condition; none of them when there are more than `most`.
@@ -62,40 +74,60 @@ impl Rows {
         condition: Option<&str>,
         most: MostRows,
     ) -> Result<Found, Error> {
+        let wait = Timeouts { wait: Some(self.wait), ..self.readers.timeouts() };
         // The scarcer one first: whoever waits for it holds nothing.
-        let mut reader = self.readers.get().await?;
+        let mut reader = self.readers.timeout_get(&wait).await?;
         let mut main = self.main.get().await?;
-        let snapshot = main
-            .build_transaction()
-            .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
-            .start()
-            .await?;
-        let taken = snapshot.query_one("select relay.cursor(), pg_export_snapshot()", &[]).await?;
-        let (cursor, name): (String, String) = (taken.get(0), taken.get(1));
-        let reading = reader
-            .build_transaction()
-            .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
-            .read_only(true)
-            .start()
-            .await?;
-        // The name is PostgreSQL's own, of digits and hyphens.
-        reading.batch_execute(&format!("set transaction snapshot '{name}'; {}", local(SPELLING))).await?;
-        let become_somebody = "select set_config('request.jwt.claims', $2, true), \
+        let found = read_with(&mut main, &mut reader, claims, relation, access, condition, most);
+        match timeout(self.patience, found).await {
+            Ok(found) => found,
+            Err(_) => {
+                give_up(&self.readers, reader);
+                give_up(&self.main, main);
+                Err(Error::Lost("the rows were not read in time"))
+            }
+        }
+    }
+}
+
+async fn read_with(
+    main: &mut Client,
+    reader: &mut Client,
+    claims: &Claims,
+    relation: &Relation,
+    access: &Access,
+    condition: Option<&str>,
+    most: MostRows,
+) -> Result<Found, Error> {
+    let snapshot = main
+        .build_transaction()
+        .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+        .start()
+        .await?;
+    let taken = snapshot.query_one("select relay.cursor(), pg_export_snapshot()", &[]).await?;
+    let (cursor, name): (String, String) = (taken.get(0), taken.get(1));
+    let reading = reader
+        .build_transaction()
+        .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await?;
+    // The name is PostgreSQL's own, of digits and hyphens.
+    reading.batch_execute(&format!("set transaction snapshot '{name}'; {}", local(SPELLING))).await?;
+    let become_somebody = "select set_config('request.jwt.claims', $2, true), \
              set_config('request.jwt.claim.sub', $3, true), set_config('request.jwt.claim.role', $1, true), \
              set_config('role', $1, true)";
-        let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
-        reading.execute(become_somebody, &[&role, &json, &sub]).await?;
-        let (rows, beyond) =
-            fetch(&reading, &query(relation, access, condition, most.number + 1), most).await?;
-        let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
-        reading.rollback().await?;
-        // Its commit is what keeps a crash from taking back what the cursor counts as seen.
-        snapshot.commit().await?;
-        if who != role {
-            return Err(Error::Unfit(String::from("a policy changed the role of whoever reads")));
-        }
-        Ok(Found { rows, beyond, cursor })
+    let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
+    reading.execute(become_somebody, &[&role, &json, &sub]).await?;
+    let (rows, beyond) = fetch(&reading, &query(relation, access, condition, most.number + 1), most).await?;
+    let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
+    reading.rollback().await?;
+    // Its commit is what keeps a crash from taking back what the cursor counts as seen.
+    snapshot.commit().await?;
+    if who != role {
+        return Err(Error::Unfit(String::from("a policy changed the role of whoever reads")));
     }
+    Ok(Found { rows, beyond, cursor })
 }
 
 /// Reads a few rows at a time: what comes after the bound is never asked for.

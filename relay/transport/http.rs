@@ -46,6 +46,9 @@ const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// The largest head. Tokens travel in it, so it must hold a few of them.
 const HEAD_BYTES: usize = 64 * 1024;
 
+/// Seconds after which whoever is told to try again should.
+const RETRY_AFTER: &str = "2";
+
 /// What every connection needs.
 pub struct App {
     /// Who somebody is.
@@ -345,9 +348,13 @@ fn empty(status: StatusCode) -> Answer {
     answer
 }
 
-/// An error as JSON.
+/// An error as JSON. What may be otherwise soon is to be asked again.
 pub fn error(status: StatusCode, why: &str) -> Answer {
-    json(status, serde_json::json!({ "error": why }).to_string())
+    let mut answer = json(status, serde_json::json!({ "error": why }).to_string());
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+    }
+    answer
 }
 
 /// A JSON text as answer.

@@ -14,6 +14,8 @@ use super::PATIENCE;
 pub struct Answer {
     /// Its status.
     pub status: u16,
+    /// Its head: the status line and the headers, a line each.
+    pub head: String,
     /// Its body; null when it is no JSON.
     pub body: Value,
 }
@@ -33,7 +35,11 @@ pub async fn try_get(address: SocketAddr, path: &str, headers: &str) -> Option<A
     let (head, body) = text.split_once("\r\n\r\n")?;
     let length: usize = head.lines().find_map(|line| line.strip_prefix("content-length: "))?.parse().ok()?;
     let status: u16 = head.split(' ').nth(1)?.parse().ok()?;
-    (body.len() == length).then(|| Answer { status, body: serde_json::from_str(body).unwrap_or(Value::Null) })
+    (body.len() == length).then(|| Answer {
+        status,
+        head: head.to_owned(),
+        body: serde_json::from_str(body).unwrap_or(Value::Null),
+    })
 }
 
 /// An event of a stream.
