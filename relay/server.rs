@@ -104,7 +104,7 @@ pub async fn serve(
     let rows = Rows::new(&main, &judge, config.judge_timeout, config.stall, config.stall * PATIENCE)?;
     let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
     let past = Arc::new(Past::new(main.clone(), pool, Arc::clone(&catalog), past, config.stall * PATIENCE));
-    let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume)?);
+    let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume, config.stall)?);
     tasks.spawn(keeping.run(feed_end.clone()));
     let (way_back, pulsing) = (commands_in.clone(), Arc::clone(&pulse));
     let router =

@@ -195,3 +195,33 @@ async fn rows_are_read_again_after_a_connection_on_which_nothing_passes_any_more
     assert_eq!(get(relay.address, &path, "").await.status, 200);
     relay.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_are_found_again_after_a_connection_on_which_nothing_passes_any_more() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')").await;
+    let (proxy, url) = Proxy::to_server(&database.url).await;
+    let relay = Relay::with(&url, |settings| {
+        settings.stall_seconds = Some(1);
+        settings.judge_url = Some(database.url.clone());
+        settings.doorbell_url = Some(database.url.clone());
+    })
+    .await;
+    let bindings = json!([{"event": "*", "schema": "public", "table": "t"}]);
+    let come = async || {
+        let session = "&session=5e551011-0000-4000-8000-000000000001";
+        let mut client =
+            Client::at(relay.address, &token("authenticated", None, json!({})), session).await.unwrap();
+        client.subscribe("realtime:t", bindings.clone()).await;
+        client
+    };
+    let mut client = come().await;
+    proxy.hold();
+    database.run("insert into t values (1)").await;
+    let frame = client.frame().await;
+    assert_eq!(frame[4]["status"], "error", "it is told of the stall: {frame}");
+    proxy.release();
+    client.changes_until(|change| change["record"]["id"] == 1).await;
+    come().await;
+    relay.stop().await;
+}

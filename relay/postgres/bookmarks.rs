@@ -4,28 +4,30 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use deadpool_postgres::Pool;
+use tokio::time::timeout;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
 
 use crate::model::bookmark::{Bookmark, BookmarkKey, Opened};
 use crate::model::cursor::Cursor;
-use crate::postgres::connect::{Error, Server};
-
-/// Statements are short; one that takes longer hangs.
-const LIMIT: Duration = Duration::from_secs(10);
+use crate::postgres::connect::{Error, Lease, Server};
 
 /// Where bookmarks are kept.
 pub struct Bookmarks {
     pool: Pool,
+    /// Statements are short; one that takes longer hangs.
+    patience: Duration,
     /// Seconds after which whoever comes back is not resumed.
     resume: f64,
 }
 
 impl Bookmarks {
-    /// In the database of `server`; `resume` is how long a client may be away.
+    /// In the database of `server`, which has `patience` for each statement; `resume` is how long a client may be away.
     ///
     /// # Errors
     /// When the pool cannot be built.
-    pub fn new(server: &Server, resume: Duration) -> Result<Self, Error> {
-        Ok(Self { pool: server.pool(1, LIMIT)?, resume: resume.as_secs_f64() })
+    pub fn new(server: &Server, resume: Duration, patience: Duration) -> Result<Self, Error> {
+        Ok(Self { pool: server.pool(1, patience)?, patience, resume: resume.as_secs_f64() })
     }
 
     /// Takes over these bookmarks, or makes them at these cursors. No key may come twice. They outlive a crash.
@@ -33,12 +35,10 @@ impl Bookmarks {
     /// # Errors
     /// As the connection.
     pub async fn open(&self, wanted: &[(BookmarkKey, Cursor)]) -> Result<Vec<Opened>, Error> {
-        let client = self.client().await?;
-        let statement =
-            client.prepare_cached("select * from relay.open_bookmarks($1::text[]::uuid[], $2, $3)").await?;
         let (sessions, channels) = keys(wanted.iter().map(|(key, _)| key));
         let cursors: Vec<String> = wanted.iter().map(|(_, cursor)| cursor.to_string()).collect();
-        let rows = client.query(&statement, &[&sessions, &channels, &cursors]).await?;
+        let open = "select * from relay.open_bookmarks($1::text[]::uuid[], $2, $3)";
+        let rows = self.ask(open, &[&sessions, &channels, &cursors]).await?;
         let mut opened = Vec::with_capacity(rows.len());
         for row in rows {
             let unfit = || Error::Unfit(String::from("relay.open_bookmarks gave what is no bookmark"));
@@ -60,14 +60,11 @@ impl Bookmarks {
     /// # Errors
     /// As the connection.
     pub async fn move_to(&self, moves: &[(Bookmark, Cursor)]) -> Result<HashSet<String>, Error> {
-        let client = self.client().await?;
-        let statement = client
-            .prepare_cached("select relay.move_bookmarks($1::text[]::uuid[], $2, $3::text[]::uuid[], $4)")
-            .await?;
         let (sessions, channels) = keys(moves.iter().map(|(bookmark, _)| &bookmark.key));
         let owners: Vec<&str> = moves.iter().map(|(bookmark, _)| bookmark.owner.as_str()).collect();
         let cursors: Vec<String> = moves.iter().map(|(_, cursor)| cursor.to_string()).collect();
-        let rows = client.query(&statement, &[&sessions, &channels, &owners, &cursors]).await?;
+        let move_them = "select relay.move_bookmarks($1::text[]::uuid[], $2, $3::text[]::uuid[], $4)";
+        let rows = self.ask(move_them, &[&sessions, &channels, &owners, &cursors]).await?;
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 
@@ -76,14 +73,10 @@ impl Bookmarks {
     /// # Errors
     /// As the connection.
     pub async fn forget(&self, bookmarks: &[Bookmark]) -> Result<(), Error> {
-        let client = self.client().await?;
-        let statement = client
-            .prepare_cached("select relay.drop_bookmarks($1::text[]::uuid[], $2, $3::text[]::uuid[])")
-            .await?;
         let (sessions, channels) = keys(bookmarks.iter().map(|bookmark| &bookmark.key));
         let owners: Vec<&str> = bookmarks.iter().map(|bookmark| bookmark.owner.as_str()).collect();
-        client.execute(&statement, &[&sessions, &channels, &owners]).await?;
-        Ok(())
+        let drop_them = "select relay.drop_bookmarks($1::text[]::uuid[], $2, $3::text[]::uuid[])";
+        self.ask(drop_them, &[&sessions, &channels, &owners]).await.map(drop)
     }
 
     /// Drops those of clients that have been away for much longer than they are resumed: until then they are told that
@@ -92,14 +85,22 @@ impl Bookmarks {
     /// # Errors
     /// As the connection.
     pub async fn trim(&self) -> Result<(), Error> {
-        let client = self.client().await?;
         let age = self.resume * 2.0 + 86_400.0;
-        client.execute("select relay.trim_bookmarks(make_interval(secs => $1))", &[&age]).await?;
-        Ok(())
+        self.ask("select relay.trim_bookmarks(make_interval(secs => $1))", &[&age]).await.map(drop)
     }
 
-    async fn client(&self) -> Result<deadpool_postgres::Object, Error> {
-        Ok(self.pool.get().await?)
+    /// A connection on which nothing comes any more may look open for ever.
+    async fn ask(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Error> {
+        let lease = Lease::of(&self.pool).await?;
+        let client = lease.client()?;
+        let asked = async {
+            let statement = client.prepare_cached(statement).await?;
+            Ok(client.query(&statement, parameters).await?)
+        };
+        let lost = "the connection that keeps bookmarks does not answer";
+        let answered = timeout(self.patience, asked).await.map_err(|_| Error::Lost(lost))?;
+        lease.done();
+        answered
     }
 }
 
