@@ -263,8 +263,8 @@ impl Observe {
     }
 
     /// This relay leads from now on.
-    pub fn leads(&self) {
-        self.leader.set(1);
+    pub fn leads(&self, leads: bool) {
+        self.leader.set(i64::from(leads));
     }
 
     /// The relay begins to end.

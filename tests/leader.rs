@@ -13,6 +13,7 @@ use crate::support::client::Client;
 use crate::support::database::Database;
 use crate::support::http::get;
 use crate::support::program;
+use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::{SECRET, eventually, token};
 
@@ -218,6 +219,40 @@ async fn nothing_is_lost_while_the_lead_changes_hands_under_load() {
     let ids: Vec<i64> = changes.iter().map(|change| change["record"]["id"].as_i64().unwrap()).collect();
     assert_eq!(ids, (1..=1500).collect::<Vec<_>>());
     last.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_judge_does_not_answer_lets_another_lead() {
+    let database = Database::new().await;
+    let sql = "create function mine(int) returns boolean stable language plpgsql as 'begin return true; end';
+        create table t (id int primary key); alter table t enable row level security;
+        create policy own on t for select to authenticated using (mine(id));
+        grant select on t to authenticated; select relay.watch('t')";
+    database.run(sql).await;
+    let (proxy, through) = Proxy::to_server(&database.url).await;
+    let one = Relay::with(&database.url, |settings| {
+        settings.stall_seconds = Some(1);
+        settings.judge_url = Some(through);
+    })
+    .await;
+    let other = Relay::start(&database.url).await;
+    asleep(&database, 1).await;
+    let mut clients = [subscriber(&one).await, subscriber(&other).await];
+    proxy.hold();
+    let writer = database.connect().await;
+    for id in 1..=20 {
+        writer.execute("insert into t values ($1)", &[&id]).await.unwrap();
+        // Polling is an hour away: somebody who leads has rung for it.
+        assert_eq!(clients[1].change().await["record"]["id"], id);
+    }
+    assert_eq!((leads(&one), leads(&other)), (false, true));
+    proxy.release();
+    for id in 1..=20 {
+        assert_eq!(clients[0].change().await["record"]["id"], id);
+    }
+    asleep(&database, 1).await;
+    one.stop().await;
+    other.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,7 @@
 //! Reads the changelog page after page while its connections hold, and decides when to poll, and when to sleep until
 //! somebody rings: writers for the leader, the leader for its deputies.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,8 @@ pub(super) struct Reading<'a> {
     unheard: bool,
     /// When the last look at the changelog began; handing on what it found may have taken long.
     looked: Instant,
+    /// It led, and let another lead while nobody took what it read.
+    resigned: bool,
 }
 
 /// What a look at the changelog found.
@@ -77,7 +80,8 @@ impl<'a> Reading<'a> {
         parts: &'a Sender<Part>,
     ) -> Self {
         let now = Instant::now();
-        Self { source, changelog, doorbell, place, parts, told: now, unheard: false, looked: now }
+        let (unheard, resigned) = (false, false);
+        Self { source, changelog, doorbell, place, parts, told: now, unheard, looked: now, resigned }
     }
 
     /// Sleeps when nothing happens, once it leads. Ends well, as all of these, when nobody takes parts any more.
@@ -163,7 +167,7 @@ impl<'a> Reading<'a> {
         let leads = self.doorbell.try_lead().await?;
         if leads {
             tracing::info!("this relay leads: it is the one that writers ring");
-            self.source.observe.leads();
+            self.source.observe.leads(true);
         }
         Ok(leads)
     }
@@ -265,6 +269,14 @@ impl<'a> Reading<'a> {
 
     /// Reads one page and hands it on in parts. The position moves with what was handed on.
     async fn look(&mut self, how: Flush) -> Result<Look, Error> {
+        let found = self.read_page(how).await?;
+        match self.resigned {
+            false => Ok(found),
+            true => Err(Error::Lost("what was read could not be judged for long, so another relay leads")),
+        }
+    }
+
+    async fn read_page(&mut self, how: Flush) -> Result<Look, Error> {
         let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
         let resumed = self.place.position.until.is_some();
         let mut page =
@@ -286,8 +298,8 @@ impl<'a> Reading<'a> {
                     self.place.position = Position::after(horizon);
                     let why =
                         String::from("changes were trimmed before they could be told, read the rows again");
-                    let over = self.parts.send(Part::Gap(why)).await.is_err();
-                    return Ok(if over { Look::Over } else { Look::Plenty });
+                    let is_taken = self.hand_on(Part::Gap(why)).await;
+                    return Ok(if is_taken { Look::Plenty } else { Look::Over });
                 }
             }
             if !flushed {
@@ -299,7 +311,7 @@ impl<'a> Reading<'a> {
             goes_on = more;
             self.source.observe.read(changes.len());
             let part = Part::Changes { changes, more, span: Arc::clone(&span) };
-            if self.parts.send(part).await.is_err() {
+            if !self.hand_on(part).await {
                 return Ok(Look::Over);
             }
             self.told = Instant::now();
@@ -325,7 +337,7 @@ impl<'a> Reading<'a> {
             if goes_on || (self.unheard && self.told.elapsed() > QUIET) {
                 self.told = Instant::now();
                 self.unheard = false;
-                if self.parts.send(Part::Quiet(span.end())).await.is_err() {
+                if !self.hand_on(Part::Quiet(span.end())).await {
                     return Ok(Look::Over);
                 }
             }
@@ -340,6 +352,26 @@ impl<'a> Reading<'a> {
         })
     }
 
+    /// False when nobody takes parts any more. While nothing is taken for long, because policies cannot be judged, another
+    /// relay may be able to: it is to lead, since who waits here rings for nobody.
+    async fn hand_on(&mut self, part: Part) -> bool {
+        let parts = self.parts;
+        let mut room = pin!(parts.reserve());
+        let room = loop {
+            match timeout(self.source.patience, &mut room).await {
+                Ok(room) => break room,
+                Err(_) if self.doorbell.has_deputies() => {
+                    // Where this fails the connection does, which ends with the page.
+                    let _ = self.doorbell.resign().await;
+                    self.source.observe.leads(false);
+                    self.resigned = true;
+                }
+                Err(_) => {}
+            }
+        };
+        room.map(|room| room.send(part)).is_ok()
+    }
+
     /// Leaves the rest of a page to whom it concerns.
     async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<Look, Error> {
         // On the connection that streams large rows, those that were not looked at would have to come first.
@@ -349,7 +381,7 @@ impl<'a> Reading<'a> {
         self.place.position = Position::after(span.until.clone());
         self.unheard = false;
         let rest = Part::Rest { span: Arc::clone(span), after, relations };
-        Ok(if self.parts.send(rest).await.is_err() { Look::Over } else { Look::Plenty })
+        Ok(if self.hand_on(rest).await { Look::Plenty } else { Look::Over })
     }
 }
 

@@ -164,6 +164,22 @@ impl Doorbell {
         Ok(true)
     }
 
+    /// Whether somebody else would lead if this relay did not.
+    pub fn has_deputies(&self) -> bool {
+        let is_one_new = self.answered.deputies < self.heard.borrow().deputies;
+        self.part == Part::Leader && (self.has_deputies || is_one_new)
+    }
+
+    /// Leads no more: writers do not ring, and a deputy takes over.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn resign(&mut self) -> Result<(), Error> {
+        in_time(self.client.batch_execute("unlisten relay; select pg_advisory_unlock_all()")).await?;
+        self.part = Part::Alone;
+        Ok(())
+    }
+
     /// Becomes a deputy: [`Self::rung`] then hears of each page that the leader reads after this.
     ///
     /// # Errors
