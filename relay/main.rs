@@ -170,6 +170,10 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             let watch = "select relay.watch($1::text::regclass, $2)";
             client.execute(watch, &[&table, &leave_events]).await.map_err(named)?;
             say(&format!("{table} is watched{}", if leave_events { ", with leave events" } else { "" }));
+            let notes = client.query_one("select relay.notes($1::text::regclass)", &[&table]).await?;
+            for note in notes.get::<_, Vec<String>>(0) {
+                say(&format!("note: {note}"));
+            }
         }
         Command::Unwatch { table, database } => {
             let client = database.connect().await?;

@@ -92,16 +92,41 @@ end
 $$;
 comment on function relay.set_triggers(regclass, int) is 'makes the triggers of a watched relation anew';
 
+-- relay.notes(relation) : what somebody who watches a relation may not have meant, and what to do
+create or replace function relay.notes(relation regclass) returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  select array_remove(array[
+    case when c.relkind in ('r', 'p') and c.relreplident <> 'f' and relay.key($1) = '{}' then
+      format('it has no primary key, so updates and deletes name no row: alter table %s add primary key (...), or replica identity full', $1)
+    end,
+    case when c.relkind in ('r', 'p') and not c.relrowsecurity then
+      format('row security is off, so everybody with SELECT sees all rows: alter table %s enable row level security, and create policies', $1)
+    end,
+    case when c.relrowsecurity and not exists (select from pg_policy p where p.polrelid = c.oid) then
+      'row security is on and there is no policy, so nobody but its owner sees a row'
+    end,
+    case when not exists (
+        select from pg_roles r
+        where r.rolname in ('anon', 'authenticated', 'service_role')
+          and has_any_column_privilege(r.oid, c.oid, 'select') and has_schema_privilege(r.oid, c.relnamespace, 'usage')) then
+      format('none of anon, authenticated and service_role may read it: grant select on %s to authenticated (and usage on its schema)', $1)
+    end,
+    case when c.relpersistence = 'u' then 'it is unlogged, so a crash empties it without an event' end], null)
+  from pg_class c where c.oid = $1
+$$;
+comment on function relay.notes(regclass) is 'what somebody who watches a relation may not have meant, and what to do';
+
 -- relay.watch(relation, leave_events)
 -- Publishes a table, partitioned table, foreign table or materialized view. Idempotent: sets leave_events as given,
--- repairs what is missing or disabled, and locks the table only if there is something to repair.
+-- repairs what is missing or disabled, and locks the table only if there is something to repair. Tells relay.notes.
 create or replace function relay.watch(relation regclass, leave_events boolean default false) returns void
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-set client_min_messages = warning as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
   found_relation record;
   list_id int;
+  note text;
 begin
   select c.oid, c.relkind, c.relpersistence, n.nspname into found_relation
   from pg_class c join pg_namespace n on n.oid = c.relnamespace
@@ -128,10 +153,6 @@ begin
     raise exception 'materialized view % has no unique index', relation using errcode = 'object_not_in_prerequisite_state',
       hint = format('It tells which row is which: create unique index on %s (its key columns), without a condition.', relation);
   end if;
-  if found_relation.relpersistence = 'u' then
-    raise notice '% is unlogged: a crash empties it without an event', relation;
-  end if;
-
   if exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
              where i.inhparent = watch.relation and not c.relispartition) then
     raise warning 'tables inherit from %: their own rows are not watched with it', relation
@@ -146,6 +167,9 @@ begin
   if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
     perform relay.set_triggers(relation, list_id);
   end if;
+  foreach note in array relay.notes(relation) loop
+    raise notice '%: %', relation, note;
+  end loop;
 end
 $$;
 comment on function relay.watch(regclass, boolean) is
@@ -155,8 +179,7 @@ comment on function relay.watch(regclass, boolean) is
 -- Takes it back: no trigger remains, also not on partitions that were detached since. Harmless if it was not watched.
 create or replace function relay.unwatch(relation regclass) returns void
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-set client_min_messages = warning as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
   list_id int;
   leftover record;

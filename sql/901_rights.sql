@@ -19,7 +19,7 @@ grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, re
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint),
   relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint), relay.page_relations(pg_snapshot, pg_snapshot, bigint),
   relay.summarize(), relay.flush(),
-  relay.key(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
+  relay.key(regclass), relay.notes(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
   relay.policy_for(regclass, oid), relay.policies_for(regclass, oid), relay.is_secured(regclass, oid),
   relay.policy_parts(regclass, oid),

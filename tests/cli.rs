@@ -1,5 +1,6 @@
 //! The program itself, as a person starts it.
 
+use std::future::poll_fn;
 use std::time::Duration;
 
 use serde_json::json;
@@ -149,7 +150,7 @@ async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
     database.run("create policy p on t using (true); select relay.watch('t')").await;
     let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
     assert_eq!(code, 0, "{findings}");
-    assert!(findings.contains("grant select on t to authenticated"), "{findings}");
+    assert!(findings.contains("grant select on public.t to authenticated"), "{findings}");
     database.run("grant select on t to authenticated").await;
     let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
     assert_eq!(code, 0, "{findings}");
@@ -165,6 +166,38 @@ async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
     let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
     assert_eq!(code, 1);
     assert!(findings.contains("select relay.watch('t')"), "{findings}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_easily_forgotten_is_told_by_watch_in_sql_and_by_the_program_and_by_doctor() {
+    const NOTES: [&str; 3] = ["no primary key", "row security is off", "none of anon, authenticated"];
+    let database = Database::new().await;
+    database.run("create table t (id int)").await;
+    let (session, mut connection) =
+        tokio_postgres::connect(&database.url, tokio_postgres::NoTls).await.unwrap();
+    let listening = tokio::spawn(async move {
+        let mut notices = String::new();
+        while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+            if let tokio_postgres::AsyncMessage::Notice(notice) = message {
+                notices += notice.message();
+            }
+        }
+        notices
+    });
+    session.batch_execute("select relay.watch('t')").await.unwrap();
+    drop(session);
+    let url = ["--database-url", &database.url];
+    let (_, _, program) = output(&[&["watch", "t"], &url[..]].concat()).await;
+    let (_, doctor, _) = output(&[&["doctor"], &url[..]].concat()).await;
+    for told in [listening.await.unwrap(), program, doctor] {
+        for note in NOTES {
+            assert!(told.contains(note), "{note} is not in {told}");
+        }
+    }
+    let complete = "alter table t add primary key (id); alter table t enable row level security;
+        create policy p on t using (true); grant select on t to authenticated";
+    database.run(complete).await;
+    assert_eq!(database.value("select relay.notes('t')").await, "{}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

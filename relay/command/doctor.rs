@@ -290,16 +290,8 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
 }
 
 async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
-    let rows = client
-        .query(
-            "select w.relation::text, w.intact, cardinality(w.key) > 0, c.relrowsecurity, c.relkind::text, \
-             exists (select from pg_policy p where p.polrelid = c.oid), \
-             exists (select from pg_roles r where r.rolname in ('anon', 'authenticated', 'service_role') \
-             and relay.access(c.oid, r.oid) is not null) \
-             from relay.watched w join pg_class c on c.oid = w.relation order by 1",
-            &[],
-        )
-        .await?;
+    let watched = "select relation::text, intact, relay.notes(relation) from relay.watched order by 1";
+    let rows = client.query(watched, &[]).await?;
     if rows.is_empty() {
         return Ok(vec![Note(String::from(
             "nothing is watched yet: select relay.watch('public.your_table')",
@@ -307,32 +299,15 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
     }
     let mut findings = Vec::new();
     for row in rows {
-        let (name, intact, keyed, secured): (String, bool, bool, bool) =
-            (row.get(0), row.get(1), row.get(2), row.get(3));
-        let (kind, policies, readable): (String, bool, bool) = (row.get(4), row.get(5), row.get(6));
+        let (name, intact, notes): (String, bool, Vec<String>) = (row.get(0), row.get(1), row.get(2));
         if !intact {
             findings.push(Fault(format!(
                 "{name}: its triggers are missing or disabled, changes are lost: select relay.watch('{name}')"
             )));
-        } else if !readable {
-            findings.push(Note(format!(
-                "{name}: none of anon, authenticated and service_role may read it: grant select on {name} to \
-                 authenticated (and usage on its schema)"
-            )));
-        } else if secured && !policies {
-            findings.push(Note(format!(
-                "{name}: row security is on and there is no policy: nobody but its owner sees a row"
-            )));
-        } else if !secured && kind != "m" {
-            findings
-                .push(Note(format!("{name}: row security is off: every role with SELECT sees every row")));
-        } else if !keyed {
-            findings.push(Note(format!(
-                "{name}: without a primary key, old_record is empty (unless replica identity is full)"
-            )));
-        } else {
+        } else if notes.is_empty() {
             findings.push(Good(format!("{name} is watched")));
         }
+        findings.extend(notes.into_iter().map(|note| Note(format!("{name}: {note}"))));
     }
     Ok(findings)
 }
