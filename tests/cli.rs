@@ -7,9 +7,10 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout};
 
-use crate::support::database::Database;
+use crate::support::database::{Database, connect, with_login};
 use crate::support::program::{output, relay};
-use crate::support::{PATIENCE, SECRET, token};
+use crate::support::relay::Relay;
+use crate::support::{PATIENCE, SECRET, eventually, token};
 
 /// `relay serve`, and the address it says it serves on.
 pub async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>, String) {
@@ -166,6 +167,46 @@ async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
     let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;
     assert_eq!(code, 1);
     assert!(findings.contains("select relay.watch('t')"), "{findings}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_names_who_holds_a_lock_of_the_relays_and_is_none() {
+    let database = Database::new().await;
+    let name = database.url.rsplit_once('/').unwrap().1;
+    database.run(&format!("create role {name} login")).await;
+    let relay = Relay::start(&database.url).await;
+    let doctor = async || output(&["doctor", "--database-url", &database.url]).await.1;
+    eventually("the relay sleeps", || async {
+        (database.value("select asleep from relay.health").await == "t").then_some(())
+    })
+    .await;
+    let findings = doctor().await;
+    assert!(!findings.contains("1919249009"), "relays hold their own: {findings}");
+    relay.stop().await;
+    // A writer shares the lock until its transaction ends.
+    let writer = database.connect().await;
+    writer.batch_execute("begin; select pg_advisory_xact_lock_shared(1919249009, 1)").await.unwrap();
+    let findings = doctor().await;
+    assert!(!findings.contains("1919249009"), "{findings}");
+    writer.batch_execute("commit").await.unwrap();
+    let login = with_login(&database.url, name);
+    // The second calls itself a relay, but its login may not read the changelog.
+    for (url, application) in [(&database.url, "psql"), (&login, "relay doorbell")] {
+        for (function, key) in [("pg_advisory_lock", 5), ("pg_advisory_lock_shared", 1)] {
+            let stranger = connect(url).await;
+            let hold =
+                format!("set application_name = '{application}'; select {function}(1919249009, {key})");
+            stranger.batch_execute(&hold).await.unwrap();
+            let pid: i32 = stranger.query_one("select pg_backend_pid()", &[]).await.unwrap().get(0);
+            let findings = doctor().await;
+            let line = findings.lines().find(|line| line.contains(&format!("(1919249009, {key})")));
+            let line = line.unwrap_or_else(|| panic!("nothing of lock {key}: {findings}"));
+            for part in [application, url.split(['/', '@']).nth(2).unwrap(), &format!("backend {pid} ")] {
+                assert!(line.contains(part), "{part} is not in {line}");
+            }
+            stranger.batch_execute("select pg_advisory_unlock_all()").await.unwrap();
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -63,6 +63,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
     findings.push(bell(server, &client).await?);
     findings.push(relays(&client).await?);
+    findings.extend(locks(&client).await?);
     findings.push(prepared_transactions(&client).await?);
     findings.push(queue(&client).await?);
     findings.push(numbers(&client).await?);
@@ -134,6 +135,35 @@ async fn relays(client: &Client) -> Result<Finding, Error> {
         }
         (None, _) => String::from("no relay that hears the doorbell runs on this database now"),
     }))
+}
+
+/// Everybody in the database may take the locks of the relays. Those who do not look like one are named: they have another
+/// name, or a login that may not read the changelog. Writers share lock 1 as long as their transactions last.
+async fn locks(client: &Client) -> Result<Vec<Finding>, Error> {
+    let strange = "select l.objid::int, a.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, '') \
+         from pg_locks l join pg_stat_activity a using (pid) \
+         where l.locktype = 'advisory' and (l.classid, l.objsubid) = (1919249009, 2) and l.objid between 1 and 6 and l.granted \
+         and l.database = (select oid from pg_database where datname = current_database()) \
+         and not (l.objid = 1 and l.mode = 'ShareLock' and l.virtualtransaction not like '%/0') \
+         and not (a.application_name like 'relay%' \
+         and coalesce(has_table_privilege(a.usesysid, 'relay.changes', 'select'), false)) order by 1, 2";
+    let rows = client.query(strange, &[]).await?;
+    let told = |row: tokio_postgres::Row| {
+        let (key, backend): (i32, i32) = (row.get(0), row.get(1));
+        let (login, application): (String, String) = (row.get(2), row.get(3));
+        let harm = match key {
+            1 => "writers ring for nobody, or no relay can sleep",
+            3 => "nothing can be installed",
+            4 => "the changelog is not trimmed",
+            5 => "no relay leads, and all look for changes again and again",
+            _ => "relays ring for nobody",
+        };
+        Note(format!(
+            "backend {backend} (login {login}, application {application:?}) holds the advisory lock (1919249009, {key}) of the \
+             relays and does not look like one, so that {harm}. If it is none: select pg_terminate_backend({backend})"
+        ))
+    };
+    Ok(rows.into_iter().map(told).collect())
 }
 
 async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {
