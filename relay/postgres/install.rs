@@ -36,7 +36,7 @@ const UNLOCK: &str = "select pg_advisory_unlock(1919249009, 3)";
 /// Applies what is missing or changed; returns the names of the files that were applied.
 ///
 /// `0NN` files are structure, applied once. `1NN` are behaviour, applied when their text changed, unless a newer relay
-/// wrote it. `9NN` are rights, applied every time. Each file is one transaction together with its line in the ledger.
+/// wrote it: one of a later version, or of a build that knows more structure. `9NN` are rights, applied every time. Each file is one transaction together with its line in the ledger.
 ///
 /// # Errors
 /// When PostgreSQL refuses a file; what was applied before it stays.
@@ -83,11 +83,13 @@ async fn is_due(client: &Client, name: &str, text: &str) -> Result<bool, Error> 
     if !ledger.get::<_, bool>(0) || name.starts_with('9') {
         return Ok(true);
     }
-    let line =
-        client.query_opt("select checksum, version from relay.ledger where file = $1", &[&name]).await?;
-    let Some(line) = line else { return Ok(true) };
-    let (written, version): (String, String) = (line.get(0), line.get(1));
-    Ok(name.starts_with('1') && written != checksum(text) && !is_newer(&version, env!("CARGO_PKG_VERSION")))
+    let known: Vec<&str> = FILES.iter().map(|(file, _)| *file).collect();
+    let line = "select checksum, version, exists (select from relay.ledger where file like '0%' and file <> all ($2)) \
+         from relay.ledger where file = $1";
+    let Some(line) = client.query_opt(line, &[&name, &known]).await? else { return Ok(true) };
+    let (written, version, has_more): (String, String, bool) = (line.get(0), line.get(1), line.get(2));
+    let is_newer = has_more || is_newer(&version, env!("CARGO_PKG_VERSION"));
+    Ok(name.starts_with('1') && written != checksum(text) && !is_newer)
 }
 
 /// Whether the database side is what this version needs.
