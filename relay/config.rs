@@ -15,6 +15,10 @@ use crate::transport::keys::{Keeper, Schedule};
 /// The longest time that can be set, in seconds or milliseconds: what PostgreSQL takes for a time-out.
 const LONGEST: u64 = i32::MAX as u64;
 
+/// What names the main connection.
+pub const DATABASE: &str = "--database-url (DATABASE_URL)";
+/// What names the judging connection.
+pub const JUDGE: &str = "--judge-url (RELAY_JUDGE_URL)";
 /// What to say where no database is named.
 pub const NO_DATABASE: &str = "--database-url URL (or DATABASE_URL) is missing: which database?";
 /// What to say where no secret is given.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use relay::command::{doctor, explain, tail, token};
-use relay::config::{NO_DATABASE, Settings};
+use relay::config::{DATABASE, JUDGE, NO_DATABASE, Settings};
 use relay::postgres::connect::{Error, Server};
 use relay::postgres::install;
 use relay::server;
@@ -126,7 +126,7 @@ impl Database {
     /// A connection that is a session of PostgreSQL.
     async fn connect(&self) -> Result<Client, Error> {
         let server = self.server()?;
-        server.check_sessions("--database-url (DATABASE_URL)").await?;
+        server.check_sessions(DATABASE).await?;
         server.connect().await
     }
 
@@ -193,6 +193,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         }
         Command::Explain { options, database, judge_url } => {
             let (server, judge) = (database.server()?, database.judge(judge_url.as_deref())?);
+            server.check_sessions(DATABASE).await?;
+            judge.check_sessions(JUDGE).await?;
             explain::run(&options, &server, &judge).await?;
         }
     }

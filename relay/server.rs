@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::Config;
+use crate::config::{Config, DATABASE, JUDGE};
 use crate::feed::binding::{Binder, Feed};
 use crate::feed::bookmarks::Keeper;
 use crate::feed::budget::Budget;
@@ -164,7 +164,7 @@ async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
         let outcome = async {
-            server.check_sessions("--database-url (DATABASE_URL)").await?;
+            server.check_sessions(DATABASE).await?;
             let mut client = server.connect().await?;
             if wanted {
                 let applied = install::install(&mut client).await?;
@@ -173,10 +173,9 @@ async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -
                 }
             }
             install::check(&client).await?;
-            let setting = "--judge-url (RELAY_JUDGE_URL)";
-            judge.check_sessions(setting).await.map_err(|error| match error {
+            judge.check_sessions(JUDGE).await.map_err(|error| match error {
                 Error::Connect(_) if !error.is_transient() => {
-                    Error::Unfit(format!("the login of {setting} is refused: {error}"))
+                    Error::Unfit(format!("the login of {JUDGE} is refused: {error}"))
                 }
                 error => error,
             })

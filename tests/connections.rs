@@ -48,7 +48,7 @@ async fn a_pooler_in_transaction_mode_is_found_at_the_start_and_refused() {
             let told = refused(&urls).await;
             assert!(told.contains(setting) && told.contains("transaction mode"), "{told}");
         }
-        for command in [&["install"][..], &["watch", "t"], &["doctor"]] {
+        for command in [&["install"][..], &["watch", "t"], &["doctor"], &["explain", "t"]] {
             let (code, findings, told) = output(&[command, &["--database-url", &pooler.url]].concat()).await;
             assert_eq!(code, 1);
             assert!((findings + &told).contains("transaction mode"), "{command:?}: {told}");

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use crate::config::{DATABASE, JUDGE};
 use crate::model::plan::Way;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::{Error, Server};
@@ -51,8 +52,8 @@ pub async fn run(server: &Server, judge: &Server) -> ExitCode {
 }
 
 async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
-    server.check_sessions("--database-url (DATABASE_URL)").await?;
-    judge.check_sessions("--judge-url (RELAY_JUDGE_URL)").await?;
+    server.check_sessions(DATABASE).await?;
+    judge.check_sessions(JUDGE).await?;
     let client = server.connect().await?;
     let judging = judge.connect().await?;
     let mut findings = vec![version(&client).await?, primary(&client).await?];
