@@ -199,6 +199,7 @@ async fn doctor_names_who_holds_a_lock_of_the_relays_and_is_none() {
             stranger.batch_execute(&hold).await.unwrap();
             let pid: i32 = stranger.query_one("select pg_backend_pid()", &[]).await.unwrap().get(0);
             let findings = doctor().await;
+            assert!(findings.contains("no relay that hears the doorbell runs"), "{findings}");
             let line = findings.lines().find(|line| line.contains(&format!("(1919249009, {key})")));
             let line = line.unwrap_or_else(|| panic!("nothing of lock {key}: {findings}"));
             for part in [application, url.split(['/', '@']).nth(2).unwrap(), &format!("backend {pid} ")] {

@@ -63,8 +63,9 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     }
     findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
     findings.push(bell(server, &client).await?);
-    findings.push(relays(&client).await?);
-    findings.extend(locks(&client).await?);
+    let (strangers, locks) = locks(&client).await?;
+    findings.push(relays(&client, &strangers).await?);
+    findings.extend(locks);
     findings.push(prepared_transactions(&client).await?);
     findings.push(queue(&client).await?);
     findings.push(numbers(&client).await?);
@@ -126,10 +127,11 @@ async fn bell(server: &Server, client: &Client) -> Result<Finding, Error> {
     })
 }
 
-/// Who reads the changelog now.
-async fn relays(client: &Client) -> Result<Finding, Error> {
+/// Who reads the changelog now, strangers apart.
+async fn relays(client: &Client, strangers: &[i32]) -> Result<Finding, Error> {
     let row = client.query_one("select leader, deputies from relay.health", &[]).await?;
-    Ok(Good(match (row.get::<_, Option<i32>>(0), row.get::<_, i64>(1)) {
+    let leader = row.get::<_, Option<i32>>(0).filter(|leader| !strangers.contains(leader));
+    Ok(Good(match (leader, row.get::<_, i64>(1)) {
         (Some(leader), 0) => format!("a relay reads the changelog (its doorbell is backend {leader})"),
         (Some(leader), others) => {
             format!("a relay leads (its doorbell is backend {leader}), others on this database: {others}")
@@ -140,7 +142,7 @@ async fn relays(client: &Client) -> Result<Finding, Error> {
 
 /// Everybody in the database may take the locks of the relays. Those who do not look like one are named: they have another
 /// name, or a login that may not read the changelog. Writers share lock 1 as long as their transactions last.
-async fn locks(client: &Client) -> Result<Vec<Finding>, Error> {
+async fn locks(client: &Client) -> Result<(Vec<i32>, Vec<Finding>), Error> {
     let strange = "select l.objid::int, a.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, '') \
          from pg_locks l join pg_stat_activity a using (pid) \
          where l.locktype = 'advisory' and (l.classid, l.objsubid) = (1919249009, 2) and l.objid between 1 and 6 and l.granted \
@@ -149,6 +151,7 @@ async fn locks(client: &Client) -> Result<Vec<Finding>, Error> {
          and not (a.application_name like 'relay%' \
          and coalesce(has_table_privilege(a.usesysid, 'relay.changes', 'select'), false)) order by 1, 2";
     let rows = client.query(strange, &[]).await?;
+    let strangers = rows.iter().map(|row| row.get(1)).collect();
     let told = |row: tokio_postgres::Row| {
         let (key, backend): (i32, i32) = (row.get(0), row.get(1));
         let (login, application): (String, String) = (row.get(2), row.get(3));
@@ -164,7 +167,7 @@ async fn locks(client: &Client) -> Result<Vec<Finding>, Error> {
              relays and does not look like one, so that {harm}. If it is none: select pg_terminate_backend({backend})"
         ))
     };
-    Ok(rows.into_iter().map(told).collect())
+    Ok((strangers, rows.into_iter().map(told).collect()))
 }
 
 async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {
