@@ -177,3 +177,23 @@ async fn a_table_that_gets_another_name_is_told_of_as_a_gap() {
         assert!(message.starts_with(text), "{message}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_between_an_altered_table_and_its_new_binding_is_told_as_a_gap_after_it() {
+    let stage = Stage::new(
+        "create table t (id int primary key, v text); grant select on t to authenticated; select relay.watch('t')",
+    )
+    .await;
+    let mut ann =
+        stage.subscribe(&user(ANN), json!([{"event": "*", "table": "t", "filter": "v=eq.a"}])).await;
+    stage.run("begin; alter table t alter v type varchar; insert into t values (1, 'a'); commit").await;
+    for text in ["Gap: a table of this channel", "Subscribed to PostgreSQL", "Gap: a table of this channel"] {
+        let frame = ann.frame().await;
+        assert!(
+            frame[4]["message"].as_str().is_some_and(|message| message.starts_with(text)),
+            "{text}: {frame}"
+        );
+    }
+    stage.run("insert into t values (2, 'a')").await;
+    assert_eq!(ann.change().await["record"]["id"], 2);
+}

@@ -223,6 +223,54 @@ async fn a_long_absence_is_given_back_as_fast_as_the_client_reads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_as_a_table_is_altered_comes_with_the_new_binding() {
+    let stage = stage().await;
+    let mut client = Client::at(stage.relay.address, &ann(), &format!("&session={NAME}")).await.unwrap();
+    let mut filtered = bindings();
+    filtered[0]["filter"] = json!("id=gt.0");
+    client.subscribe("realtime:t", filtered).await;
+    bookmarked(&stage, &mut client).await;
+    stage
+        .run(&format!("begin; alter table t alter id type bigint; insert into t values (1, '{ANN}'); commit"))
+        .await;
+    while client.change().await["record"]["id"] != 1 {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_whose_table_is_altered_while_the_past_is_read_goes_on() {
+    let stage = stage().await;
+    let mut filtered = bindings();
+    filtered[0]["filter"] = json!("id=gt.0");
+    let (ann, name) = (ann(), format!("&session={NAME}"));
+    let connect = || Client::at(stage.relay.address, &ann, &name);
+    let mut client = connect().await.unwrap();
+    client.subscribe("realtime:t", filtered.clone()).await;
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    insert(&stage, 1..20_001).await;
+    let mut client = connect().await.unwrap();
+    client.subscribe("realtime:t", filtered).await;
+    client.change().await;
+    // Much is left, which waits for this client.
+    stage.run("alter table t alter id type bigint").await;
+    let mut beside = stage.join(&ann).await;
+    insert(&stage, 20_001..20_002).await;
+    assert!(heard(&stage, &mut beside).await.0.ends_with(&[20_001]));
+    let mut last = 20_001;
+    loop {
+        let Some(frame) = client.frame_within(Duration::from_millis(200)).await else {
+            last += 1;
+            assert!(last < 20_100, "it is told nothing any more");
+            insert(&stage, last..last + 1).await;
+            continue;
+        };
+        if frame[4]["data"]["record"]["id"].as_i64().is_some_and(|id| id > 20_001) {
+            break;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn of_two_connections_with_one_name_the_older_is_told_that_it_is_not_resumed() {
     let stage = stage().await;
     let mut older = come(&stage.relay, &ann(), NAME).await;

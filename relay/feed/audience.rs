@@ -2,8 +2,7 @@
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
@@ -28,8 +27,8 @@ pub struct Registration {
     pub since: Option<Cursor>,
     /// Where frames go.
     pub outbox: Arc<Outbox>,
-    /// Something came after its token had ended.
-    pub has_missed: bool,
+    /// Why something was not told to it, which it is to hear of when it goes on.
+    pub missed: Option<&'static str>,
 }
 
 /// What makes channels one audience: they get the same frames.
@@ -48,8 +47,8 @@ pub struct Audience {
     key: Arc<AudienceKey>,
     subscription: Subscription,
     members: BTreeMap<ChannelId, Arc<Outbox>>,
-    /// Something came after its token had ended.
-    has_missed: AtomicBool,
+    /// Why something may not have been told to it.
+    missed: OnceLock<&'static str>,
 }
 
 /// Texts of one change that were written already, for the next audience that gets the same.
@@ -107,7 +106,7 @@ impl Audience {
     pub fn new(key: Arc<AudienceKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let subscription = key.subscription.clone();
         let members = BTreeMap::from([(channel, outbox)]);
-        Self { key, subscription, members, has_missed: AtomicBool::new(false) }
+        Self { key, subscription, members, missed: OnceLock::new() }
     }
 
     /// What its channels have in common.
@@ -128,11 +127,11 @@ impl Audience {
 
     /// Its channels, each as it was registered.
     pub fn into_registrations(self) -> impl Iterator<Item = (ChannelId, Registration)> {
-        let has_missed = self.has_missed();
+        let missed = self.missed();
         let Self { key, subscription, members, .. } = self;
         members.into_iter().map(move |(channel, outbox)| {
             let (dress, since) = (key.dress.clone(), key.since.clone());
-            (channel, Registration { dress, subscription: subscription.clone(), since, outbox, has_missed })
+            (channel, Registration { dress, subscription: subscription.clone(), since, outbox, missed })
         })
     }
 
@@ -146,15 +145,15 @@ impl Audience {
         &self.subscription
     }
 
-    /// Something came that may not be told to it, because its token has ended: whoever goes on with another one is to
-    /// know.
-    pub fn misses(&self) {
-        self.has_missed.store(true, Ordering::Relaxed);
+    /// From now on something may come that is not told to it, and why: whoever goes on with another token or binding is
+    /// to know.
+    pub fn misses(&self, why: &'static str) {
+        let _ = self.missed.set(why);
     }
 
-    /// Whether something came that was not told because its token had ended.
-    pub fn has_missed(&self) -> bool {
-        self.has_missed.load(Ordering::Relaxed)
+    /// Why something may have come that was not told.
+    pub fn missed(&self) -> Option<&'static str> {
+        self.missed.get().copied()
     }
 
     /// Whether a client of it has much to read.
@@ -163,11 +162,13 @@ impl Audience {
     }
 
     /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
-    /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew.
+    /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew, and then
+    /// told again, because of what comes in between.
     /// Whoever subscribed to a whole schema is told of what was there `before` and is not any more.
     pub fn leave_what_is_gone(&self, before: Option<&Catalog>, catalog: &Catalog, cursor: &str) {
         if self.subscription.is_stale(catalog) {
             self.tell_gap(ALTERED, cursor);
+            self.misses(ALTERED);
             for (channel, outbox) in &self.members {
                 outbox.rebind(*channel);
             }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use slab::Slab;
 use tokio::time::sleep;
 
-use crate::feed::audience::{Audience, AudienceKey, BETWEEN, Registration};
+use crate::feed::audience::{Audience, AudienceKey, Registration};
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::readership::{AudienceId, Readerships};
@@ -27,19 +27,21 @@ pub struct Audiences {
     channels: HashMap<ChannelId, AudienceId>,
     readerships: Readerships,
     judged_with: Option<Arc<Catalog>>,
+    /// Somebody came who was bound by other rules than these. Which are the older ones shows when the next change is judged.
+    is_doubtful: bool,
 }
 
 impl Audiences {
     /// Delivers to this channel from now on, in place of what it had; the greeting goes out first.
     pub fn join(&mut self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
         let before = self.channels.get(&channel).map(|number| &self.audiences[*number]);
-        let has_missed = before.is_some_and(Audience::has_missed);
+        let missed = before.and_then(Audience::missed);
         self.remove(channel);
         for frame in greeting {
             registration.outbox.push(frame);
         }
-        if has_missed {
-            registration.outbox.push(registration.dress.gap(BETWEEN, "").into());
+        if let Some(why) = missed {
+            registration.outbox.push(registration.dress.gap(why, "").into());
         }
         self.take_in(channel, registration);
     }
@@ -78,7 +80,8 @@ impl Audiences {
     }
 
     fn take_in(&mut self, channel: ChannelId, registration: Registration) {
-        let Registration { dress, subscription, since, outbox, has_missed } = registration;
+        let Registration { dress, subscription, since, outbox, missed } = registration;
+        self.is_doubtful |= self.is_stale(&subscription);
         let key = AudienceKey { dress, subscription: subscription.clone(), since };
         let audience = match self.by_key.get(&key) {
             Some(known) => {
@@ -93,8 +96,8 @@ impl Audiences {
             }
         };
         self.channels.insert(channel, audience);
-        if has_missed {
-            self.audiences[audience].misses();
+        if let Some(why) = missed {
+            self.audiences[audience].misses(why);
         }
         let catalog = self.judged_with.as_ref();
         let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
@@ -114,7 +117,7 @@ impl Audiences {
 
     /// Whether changes are judged with this catalog already.
     pub fn is_judged_with(&self, catalog: &Arc<Catalog>) -> bool {
-        self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
+        !self.is_doubtful && self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
     }
 
     /// From now on changes are judged with this catalog. Whoever subscribed to what is gone is told so, with the cursor.
@@ -127,6 +130,7 @@ impl Audiences {
             audience.leave_what_is_gone(self.judged_with.as_deref(), catalog, here);
         }
         self.judged_with = Some(Arc::clone(catalog));
+        self.is_doubtful = false;
     }
 
     /// Tells a stretch to all whom it concerns; returns how many frames that makes.

@@ -104,7 +104,7 @@ impl Follower {
             subscription: self.subscription.clone(),
             since: Some(self.since.clone()),
             outbox: Arc::clone(&self.outbox),
-            has_missed: false,
+            missed: None,
         };
         let checked = self.is_known;
         self.feed.send(Command::Follow { channel: self.channel, registration, checked, outcome });

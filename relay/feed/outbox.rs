@@ -102,6 +102,11 @@ impl Outbox {
         self.lock().stuck = bytes;
     }
 
+    /// Whether a channel is to be bound anew, and the session did not hear of it yet: what comes is not told to it.
+    pub fn is_to_rebind(&self, channel: ChannelId) -> bool {
+        self.lock().rebind.contains(&channel)
+    }
+
     /// Whether so much waits that another part of a page might not fit.
     pub fn is_behind(&self) -> bool {
         let queue = self.lock();

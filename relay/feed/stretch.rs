@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::feed::audience::{Audience, Desk, Written};
+use crate::feed::audience::{Audience, BETWEEN, Desk, Written};
 use crate::feed::gate::{Candidate, Gate};
 use crate::feed::readership::{AudienceId, Readerships};
 use crate::model::change::{Change, Operation};
@@ -65,7 +65,7 @@ pub async fn tell<'a>(
         let Some(first) = candidates.first() else { continue };
         let audience = audience(first.audience);
         if audience.subscription().identity().claims().expires_at() <= now {
-            audience.misses();
+            audience.misses(BETWEEN);
             continue;
         }
         for candidate in &candidates {

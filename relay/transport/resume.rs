@@ -196,7 +196,7 @@ impl Resume {
         let outbox = Arc::clone(&self.outbox);
         self.feed.join(
             channel,
-            Registration { dress, subscription, since: None, outbox, has_missed: false },
+            Registration { dress, subscription, since: None, outbox, missed: None },
             greeting,
         );
         if gap.is_some() {
@@ -351,6 +351,7 @@ impl Resume {
             for (channel, bookmark, to) in marks {
                 if let Some(held) = self.held.get(&channel)
                     && held.bookmark == bookmark
+                    && !self.outbox.is_to_rebind(channel)
                 {
                     self.feed.bookmarks().move_to(bookmark, to, &held.taken);
                 }

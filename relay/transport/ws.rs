@@ -159,6 +159,10 @@ impl Driver {
                         return over;
                     },
                     Taken::Rebind(channel) => {
+                        // It goes on at its bookmark: of what comes in between nothing is told to it.
+                        if let Some(resume) = &mut self.resume {
+                            resume.stop(channel);
+                        }
                         let actions = self.session.rebind(channel);
                         self.obey(actions, &mut None);
                     }
@@ -375,8 +379,7 @@ impl Driver {
             Some(resume) => resume.start(channel, subscription, dress, greeting, opened),
             None => {
                 let outbox = Arc::clone(&self.outbox);
-                let registration =
-                    Registration { dress, subscription, since: None, outbox, has_missed: false };
+                let registration = Registration { dress, subscription, since: None, outbox, missed: None };
                 self.app.feed.join(channel, registration, greeting);
             }
         }
