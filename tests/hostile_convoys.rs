@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use relay::model::cursor::Cursor;
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
 
 use crate::support::client::Client;
 use crate::support::http::{stalled, text};
-use crate::support::relay::Relay;
 use crate::support::stage::Stage;
 use crate::support::{eventually, token};
 
@@ -16,36 +17,49 @@ fn reader() -> String {
     token("authenticated", None, json!({}))
 }
 
-async fn join(relay: &Relay, table: &str) -> Client {
-    let mut client = Client::connect(relay, &reader()).await;
-    client
-        .subscribe(&format!("realtime:{table}"), json!([{"event": "*", "schema": "public", "table": table}]))
-        .await;
-    client
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_channel_is_left_at_once_while_its_convoy_waits_for_others() {
+/// Tables `a`, `b`, `c`, and two clients that do not read what comes of `a` and `b`.
+async fn stage() -> (Stage, Vec<TcpStream>) {
     let stage = Stage::with(
         "create table a (id int primary key); create table b (id int primary key); create table c (id int primary key);
          grant select on a, b, c to authenticated; select relay.watch('a'), relay.watch('b'), relay.watch('c')",
         |settings, _| settings.outbox_bytes = Some(8 << 20),
     )
     .await;
-    let mut client = join(&stage.relay, "c").await;
     let mut others = Vec::new();
     for table in ["a", "b"] {
         others.push(stalled(stage.relay.address, &reader(), &format!("realtime:{table}"), table).await);
     }
+    (stage, others)
+}
+
+/// Large transactions of `a`, `b` and then `c`: of the places of convoys those who do not read have the only two.
+async fn fill(stage: &Stage, channels: usize) {
+    let open = format!("relay_channels_open {channels}\n");
     eventually("all are subscribed", || async {
-        text(stage.relay.address, "/metrics").await.1.contains("relay_channels_open 3\n").then_some(())
+        text(stage.relay.address, "/metrics").await.1.contains(&open).then_some(())
     })
     .await;
-    for table in ["a", "b"] {
-        stage.run(&format!("insert into {table} select generate_series(1, {})", 2 * MANY)).await;
+    for (table, rows) in [("a", 2 * MANY), ("b", 2 * MANY), ("c", MANY)] {
+        stage.run(&format!("insert into {table} select generate_series(1, {rows})")).await;
     }
-    // Of these, the convoys of those who do not read have the only places.
-    stage.run(&format!("insert into c select generate_series(1, {MANY})")).await;
+}
+
+/// The next change of the marker, whatever the convoy tells meanwhile.
+async fn marker(client: &mut Client) -> Value {
+    client.changes_until(|change| change["table"] == "marker").await.pop().unwrap()
+}
+
+async fn join(client: &mut Client, table: &str) {
+    let bindings = json!([{"event": "*", "schema": "public", "table": table}]);
+    client.subscribe(&format!("realtime:{table}"), bindings).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_is_left_at_once_while_its_convoy_waits_for_others() {
+    let (stage, others) = stage().await;
+    let mut client = Client::connect(&stage.relay, &reader()).await;
+    join(&mut client, "c").await;
+    fill(&stage, 3).await;
     for expected in 1..=4000 {
         assert_eq!(client.change().await["record"]["id"], expected);
     }
@@ -53,5 +67,42 @@ async fn a_channel_is_left_at_once_while_its_convoy_waits_for_others() {
     client.push(Some("1"), "realtime:c", "phx_leave", json!({})).await;
     while client.frame().await[3] != "phx_close" {}
     assert!(left.elapsed() < Duration::from_secs(3), "{:?}", left.elapsed());
+    drop(others);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_bookmark_of_a_session_moves_by_what_its_own_channel_has_received() {
+    let (stage, others) = stage().await;
+    let session = "&session=5e551011-0000-4000-8000-000000000003";
+    let mut client = Client::at(stage.relay.address, &reader(), session).await.unwrap();
+    join(&mut client, "c").await;
+    join(&mut client, "marker").await;
+    fill(&stage, 4).await;
+    for expected in 1..=4000 {
+        assert_eq!(client.change().await["record"]["id"], expected);
+    }
+    stage.run("insert into marker default values").await;
+    let cursor = |text: &str| text.parse::<Cursor>().unwrap();
+    let here = cursor(marker(&mut client).await["cursor"].as_str().unwrap());
+    let started = Instant::now();
+    loop {
+        let bookmarks = stage.database.value("select string_agg(cursor, ' ') from relay.bookmarks").await;
+        let bookmarks: Vec<Cursor> = bookmarks.split(' ').map(cursor).collect();
+        // The one is amid the large transaction, the other after what came since.
+        if bookmarks.iter().any(|bookmark| bookmark.within().is_some())
+            && bookmarks.iter().any(|bookmark| bookmark.is_at_or_after(&here))
+        {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(10), "{bookmarks:?}");
+        // The pong is sent by whoever reads.
+        client.frame_within(Duration::from_millis(50)).await;
+    }
+    // Whoever joins now begins now, too.
+    client.subscribe("realtime:other", json!([{"event": "*", "schema": "public", "table": "marker"}])).await;
+    stage.run("insert into marker default values").await;
+    for _ in 0..2 {
+        assert_eq!(marker(&mut client).await["record"]["id"], 2);
+    }
     drop(others);
 }

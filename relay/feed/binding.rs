@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::feed::audience::Registration;
 use crate::feed::bookmarks::Keeper;
-use crate::feed::command::Command;
+use crate::feed::command::{Command, Position};
 use crate::feed::outbox::Outbox;
 use crate::feed::past::Past;
 use crate::model::bookmark::{BookmarkKey, Opened};
@@ -112,27 +112,24 @@ impl Feed {
             self.router.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
     }
 
-    /// Up to where everything was delivered; none while the changelog is not being read. The frame, if there is one, goes
-    /// out after all that was delivered up to there.
+    /// Up to where everything was delivered to channels of one client, or by the feed when there are none; none while the
+    /// changelog is not being read. The frame, if there is one, goes out after all that was delivered up to there.
     pub async fn position(
         &self,
-        channel: ChannelId,
-        outbox: &Arc<Outbox>,
-        then: Option<Bytes>,
-    ) -> Option<Cursor> {
+        channels: Vec<ChannelId>,
+        then: Option<(Arc<Outbox>, Bytes)>,
+    ) -> Option<Position> {
         let (until, heard) = oneshot::channel();
-        let outbox = Arc::clone(outbox);
-        let farewell = then.into_iter().collect();
-        self.send(Command::Leave { channel, outbox, farewell, until: Some(until) });
-        heard.await.ok().flatten()
+        self.send(Command::Position { channels, then, until });
+        heard.await.ok()
     }
 
-    /// The same, as soon as the changelog is read; none when that takes too long.
-    pub async fn position_soon(&self, channel: ChannelId, outbox: &Arc<Outbox>) -> Option<Cursor> {
+    /// Where the feed is, as soon as the changelog is read; none when that takes too long.
+    pub async fn position_soon(&self) -> Option<Cursor> {
         let tries = async {
             loop {
-                if let Some(position) = self.position(channel, outbox, None).await {
-                    return position;
+                if let Some(position) = self.position(Vec::new(), None).await {
+                    return position.here;
                 }
                 sleep(Duration::from_millis(50)).await;
             }
@@ -140,18 +137,13 @@ impl Feed {
         timeout(PATIENCE, tries).await.ok()
     }
 
-    /// Takes over a bookmark, or makes it where the feed is now; `channel` is one that nothing is delivered to.
+    /// Takes over a bookmark, or makes it where the feed is now.
     ///
     /// # Errors
     /// When PostgreSQL cannot be asked in time.
-    pub async fn bookmark(
-        &self,
-        key: BookmarkKey,
-        channel: ChannelId,
-        outbox: &Arc<Outbox>,
-    ) -> Result<Opened, BindError> {
+    pub async fn bookmark(&self, key: BookmarkKey) -> Result<Opened, BindError> {
         let opened = async {
-            let here = self.position_soon(channel, outbox).await?;
+            let here = self.position_soon().await?;
             self.bookmarks.open(key, here).await
         };
         timeout(PATIENCE, opened).await.ok().flatten().ok_or(BindError::Unavailable)

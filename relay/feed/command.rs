@@ -42,8 +42,17 @@ pub enum Command {
         outbox: Arc<Outbox>,
         /// Frames that go out after the last change.
         farewell: Vec<Bytes>,
-        /// Hears up to where everything was delivered.
+        /// Hears up to where everything was delivered to it.
         until: Option<oneshot::Sender<Option<Cursor>>>,
+    },
+    /// Say up to where everything was delivered to some channels of one client.
+    Position {
+        /// Which; none for the feed as a whole. When they are told by several, one of those answers for its own.
+        channels: Vec<ChannelId>,
+        /// A frame that goes out behind all that was delivered up to there, and where to.
+        then: Option<(Arc<Outbox>, Bytes)>,
+        /// Hears it, unless nobody knows.
+        until: oneshot::Sender<Position>,
     },
     /// The feed stalls, or goes on: told to all.
     Stall(bool),
@@ -58,6 +67,31 @@ pub enum Command {
         /// Of the commands about the channel that the convoy was given, which one.
         command: u32,
     },
+}
+
+/// Up to where everything was delivered to some channels.
+pub struct Position {
+    /// The place.
+    pub here: Cursor,
+    /// Of the channels that were asked about, those for which it is true.
+    pub channels: Vec<ChannelId>,
+}
+
+impl Position {
+    /// Answers for these channels, with the frame behind what was delivered to them.
+    pub fn tell(
+        here: Option<Cursor>,
+        channels: Vec<ChannelId>,
+        then: Option<(Arc<Outbox>, Bytes)>,
+        until: oneshot::Sender<Self>,
+    ) {
+        if let Some((outbox, frame)) = then {
+            outbox.push(frame);
+        }
+        if let Some(here) = here {
+            let _ = until.send(Self { here, channels });
+        }
+    }
 }
 
 /// What came of a wish to follow.

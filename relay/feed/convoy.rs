@@ -8,7 +8,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::feed::audiences::Audiences;
-use crate::feed::command::{Command, Handover};
+use crate::feed::command::{Command, Handover, Position};
 use crate::feed::gate::Gate;
 use crate::feed::past::{Listeners, Missed, Past};
 use crate::feed::stretch::Stretch;
@@ -122,6 +122,10 @@ impl Convoy {
                 }
                 let left = Command::Left { channel, convoy: self.number, command: number };
                 let _ = self.router.send(left);
+            }
+            Command::Position { mut channels, then, until } => {
+                channels.retain(|channel| self.audiences.has(*channel));
+                Position::tell(self.since.clone(), channels, then, until);
             }
             // Nobody follows a convoy: the router says "not yet".
             Command::Follow { .. } | Command::Return(_) | Command::Left { .. } => {}

@@ -139,9 +139,7 @@ impl Follower {
 
     /// Up to where everything is in the outbox; none while the changelog is not being read.
     pub async fn position(&self) -> Option<Cursor> {
-        // Asked as a channel that never was, because this one stays.
-        let nobody = ChannelId { channel: u32::MAX, ..self.channel };
-        self.feed.position(nobody, &self.outbox, None).await
+        self.feed.position(vec![self.channel], None).await.map(|position| position.here)
     }
 
     /// Ends delivery; everything up to the cursor that comes back is in the outbox.

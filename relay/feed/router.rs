@@ -1,6 +1,6 @@
 //! From changes to outboxes: who is subscribed to what, one frame for all who get the same, and never a wait for a client.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::feed::audience::{ALTERED, Registration};
 use crate::feed::audiences::Audiences;
-use crate::feed::command::{Command, Handover};
+use crate::feed::command::{Command, Handover, Position};
 use crate::feed::convoy::{Convoy, Numbered};
 use crate::feed::gate::Gate;
 use crate::feed::past::Past;
@@ -139,7 +139,7 @@ impl Router {
                 self.early.push(command);
             }
             Command::Join { channel, .. } | Command::Leave { channel, .. }
-                if self.convoy_of(channel, &command).is_some() =>
+                if self.away.contains_key(&channel) =>
             {
                 self.pass_on(channel, command);
             }
@@ -156,7 +156,20 @@ impl Router {
             Command::Leave { channel, outbox, farewell, until } => {
                 self.audiences.leave(channel, &outbox, farewell);
                 if let Some(until) = until {
-                    let _ = until.send(self.position_of(channel));
+                    let _ = until.send(self.position.clone());
+                }
+            }
+            Command::Position { mut channels, then, until } => {
+                let away =
+                    channels.first().filter(|_| channels.iter().all(|one| self.away.contains_key(one)));
+                match away.and_then(|channel| self.convoys.get(&self.away.get(channel)?.0)) {
+                    Some(convoy) => {
+                        let _ = convoy.send((Command::Position { channels, then, until }, 0));
+                    }
+                    None => {
+                        channels.retain(|channel| !self.away.contains_key(channel));
+                        Position::tell(self.position.clone(), channels, then, until);
+                    }
                 }
             }
             // Ours alone, and for convoys: one that is back was told with all others.
@@ -199,41 +212,12 @@ impl Router {
         position.map_or(Handover::NotYet, |position| Handover::of(since, checked, position, &self.recent))
     }
 
-    /// The convoy that a command is for: the channel's own; for a question on behalf of no channel, the one in which
-    /// the session has channels: there everything is delivered to only as far as the convoy is.
-    fn convoy_of(&self, channel: ChannelId, command: &Command) -> Option<u64> {
-        let own = self.away.get(&channel).map(|(convoy, _)| *convoy);
-        own.or_else(|| match command {
-            Command::Leave { until: Some(_), .. } if !self.audiences.has(channel) => {
-                let convoys = self.convoys_of(channel.session);
-                convoys.first().copied().filter(|_| convoys.len() == 1)
-            }
-            _ => None,
-        })
-    }
-
-    fn convoys_of(&self, session: u64) -> BTreeSet<u64> {
-        let all = ChannelId { session, channel: 0 }..=ChannelId { session, channel: u32::MAX };
-        self.away.range(all).map(|(_, (convoy, _))| *convoy).collect()
-    }
-
-    /// Up to where everything was delivered to a session; nobody knows while its channels are in several convoys.
-    fn position_of(&self, channel: ChannelId) -> Option<Cursor> {
-        self.position.clone().filter(|_| self.convoys_of(channel.session).is_empty())
-    }
-
     fn pass_on(&mut self, channel: ChannelId, command: Command) {
-        let Some(convoy) = self.convoy_of(channel, &command) else { return };
-        let number = match self.away.get_mut(&channel) {
-            Some((_, number)) => {
-                *number += 1;
-                *number
-            }
-            None => 0,
-        };
+        let Some((convoy, number)) = self.away.get_mut(&channel) else { return };
+        *number += 1;
         // It is there until it returns.
-        if let Some(commands) = self.convoys.get(&convoy) {
-            let _ = commands.send((command, number));
+        if let Some(commands) = self.convoys.get(convoy) {
+            let _ = commands.send((command, *number));
         }
     }
 

@@ -298,7 +298,7 @@ async fn follow(app: Arc<App>, call: Call, watched: Watched) -> Answer {
     let Call { subscription, since, channel, outbox, .. } = call;
     let since = match since {
         Some(since) => since,
-        None => match app.feed.position_soon(channel, &outbox).await {
+        None => match app.feed.position_soon().await {
             Some(since) => since,
             None => return unavailable(),
         },

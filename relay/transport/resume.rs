@@ -19,6 +19,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::feed::audience::Registration;
 use crate::feed::binding::{BindError, Feed};
+use crate::feed::command::Position;
 use crate::feed::follower::{Follower, Progress};
 use crate::feed::outbox::Outbox;
 use crate::feed::past::Missed;
@@ -69,6 +70,8 @@ struct Held {
     /// It was taken over by another connection.
     taken: Arc<AtomicBool>,
     dress: Dress,
+    /// Where the client's pongs have brought it.
+    at: Option<Cursor>,
     /// The second at which the channel's token ends: from then on nothing is delivered to it, whatever the position.
     expires_at: u64,
 }
@@ -79,16 +82,14 @@ type Mark = (ChannelId, Bookmark, Cursor);
 /// The position is being asked for, with a ping behind it.
 struct Asked {
     ping: u64,
-    /// The channels for which it will count: those that were delivered to.
+    /// The channels that it is about: those that were delivered to.
     channels: Vec<(ChannelId, Bookmark)>,
-    position: BoxFuture<'static, Option<Cursor>>,
+    position: BoxFuture<'static, Option<Position>>,
 }
 
 /// The channels of one socket that named its session.
 pub struct Resume {
     name: SessionName,
-    /// For questions about the position; no channel has its number.
-    nobody: ChannelId,
     feed: Feed,
     outbox: Arc<Outbox>,
     /// Without anything delivered, bookmarks move this often, so that they do not grow old.
@@ -101,12 +102,11 @@ pub struct Resume {
 }
 
 impl Resume {
-    /// For the session of this name, on the socket of this number; `away` is how long it may be away.
-    pub fn new(name: SessionName, socket: u64, feed: Feed, outbox: Arc<Outbox>, away: Duration) -> Self {
+    /// For the session of this name; `away` is how long it may be away.
+    pub fn new(name: SessionName, feed: Feed, outbox: Arc<Outbox>, away: Duration) -> Self {
         let late = LATE.min(away / 4);
         Self {
             name,
-            nobody: ChannelId { session: socket, channel: 0 },
             feed,
             outbox,
             late,
@@ -127,11 +127,11 @@ impl Resume {
     ) -> impl Future<Output = Result<Option<Opened>, BindError>> + use<> {
         let key = BookmarkKey::new(self.name, claims, topic);
         let has_it = self.held.get(&channel).is_some_and(|held| held.bookmark.key == key);
-        let (feed, nobody, outbox) = (self.feed.clone(), self.nobody, Arc::clone(&self.outbox));
+        let feed = self.feed.clone();
         async move {
             match has_it {
                 true => Ok(None),
-                false => feed.bookmark(key, nobody, &outbox).await.map(Some),
+                false => feed.bookmark(key).await.map(Some),
             }
         }
     }
@@ -154,7 +154,7 @@ impl Resume {
         }
         if let Some(opened) = opened {
             let (bookmark, taken) = (opened.bookmark().clone(), Arc::default());
-            self.held.insert(channel, Held { bookmark, taken, dress: dress.clone(), expires_at });
+            self.held.insert(channel, Held { bookmark, taken, dress: dress.clone(), at: None, expires_at });
             (since, gap) = match opened {
                 Opened::At(_, cursor) => (Some(cursor), None),
                 Opened::Lapsed(_) => (None, Some(LAPSED)),
@@ -263,12 +263,17 @@ impl Resume {
         if let Some(asked) = &mut self.asked
             && let Poll::Ready(position) = asked.position.poll_unpin(context)
         {
-            if let (Some(asked), Some(position)) = (self.asked.take(), position) {
-                let delivered = asked.channels.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
-                let marks =
-                    delivered.map(|(channel, bookmark)| (channel, bookmark, position.clone())).collect();
+            if let (Some(asked), Some(Position { here, channels })) = (self.asked.take(), position) {
+                let is_told = |(channel, _): &(ChannelId, Bookmark)| channels.contains(channel);
+                let (told, rest) = asked.channels.into_iter().partition::<Vec<_>, _>(is_told);
+                let told = told.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
+                let marks = told.map(|(channel, bookmark)| (channel, bookmark, here.clone())).collect();
                 self.pings.note(asked.ping, marks);
                 self.receive();
+                // Those that are with somebody else, who is elsewhere.
+                if !channels.is_empty() {
+                    self.ask_about(rest);
+                }
             }
             return true;
         }
@@ -333,26 +338,31 @@ impl Resume {
             is_ours
         });
         let delivered = self.held.iter().filter(|(channel, _)| !self.readings.contains_key(channel));
-        let channels: Vec<_> = delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect();
+        self.ask_about(delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect());
+    }
+
+    fn ask_about(&mut self, channels: Vec<(ChannelId, Bookmark)>) {
         // Whoever does not answer pings is not asked for ever.
         if self.asked.is_some() || channels.is_empty() || self.pings.waiting() >= MOST_PINGS {
             return;
         }
         let number = self.pings.next(Way::Router);
-        let (feed, nobody, outbox) = (self.feed.clone(), self.nobody, Arc::clone(&self.outbox));
-        let then = Some(ping(number));
-        let position = async move { feed.position(nobody, &outbox, then).await }.boxed();
+        let asked = channels.iter().map(|(channel, _)| *channel).collect();
+        let (feed, then) = (self.feed.clone(), Some((Arc::clone(&self.outbox), ping(number))));
+        let position = async move { feed.position(asked, then).await }.boxed();
         self.asked = Some(Asked { ping: number, channels, position });
     }
 
-    /// Moves bookmarks to what the last pong says.
+    /// Moves bookmarks to what the last pong says, and never back: pongs of one way may come long after those of the other.
     fn receive(&mut self) {
         while let Some(marks) = self.pings.received() {
             for (channel, bookmark, to) in marks {
-                if let Some(held) = self.held.get(&channel)
+                if let Some(held) = self.held.get_mut(&channel)
                     && held.bookmark == bookmark
+                    && !held.at.as_ref().is_some_and(|at| *at != to && at.is_at_or_after(&to))
                     && !self.outbox.is_to_rebind(channel)
                 {
+                    held.at = Some(to.clone());
                     self.feed.bookmarks().move_to(bookmark, to, &held.taken);
                 }
             }

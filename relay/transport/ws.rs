@@ -71,8 +71,8 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
     let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
     let Greeting { version, with_cursor, name, claims } = greeting;
     let session = Session::new(number, version, claims, app.limits.channels);
-    let resume = name
-        .map(|name| Box::new(Resume::new(name, number, app.feed.clone(), Arc::clone(&outbox), app.resume)));
+    let resume =
+        name.map(|name| Box::new(Resume::new(name, app.feed.clone(), Arc::clone(&outbox), app.resume)));
     let binds = FuturesUnordered::new();
     let mut driver = Driver {
         app: Arc::clone(&app),
@@ -180,8 +180,7 @@ impl Driver {
                     if let Err(over) = self.hear(frame) {
                         if matches!(over, Over::Close(..)) {
                             // What the router has to say before it, such as the end of a channel, goes first.
-                            let nobody = ChannelId { session: app.next_session(), channel: 0 };
-                            let _ = timeout(LAST, app.feed.position(nobody, &self.outbox, None)).await;
+                            let _ = timeout(LAST, app.feed.position(Vec::new(), None)).await;
                             self.write_last().await;
                         }
                         return over;
