@@ -106,6 +106,7 @@ pub mod transport {
     pub mod stream;
     pub mod writer;
     pub mod pings;
+    mod catch_up;
     pub mod resume;
     pub mod ws;
 }

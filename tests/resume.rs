@@ -223,6 +223,33 @@ async fn a_long_absence_is_given_back_as_fast_as_the_client_reads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_renewed_while_the_past_is_read_repeats_nothing_of_it() {
+    // An outbox that has room for much is filled in one go.
+    let stage = Stage::with(
+        "create table t (id int primary key, owner uuid); grant select on t to authenticated; select relay.watch('t')",
+        |settings, _| settings.outbox_bytes = Some(64 << 20),
+    )
+    .await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    insert(&stage, 1..20_001).await;
+    // So that it is past.
+    let mut beside = stage.join(&ann()).await;
+    heard(&stage, &mut beside).await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    for expected in 1..20_001 {
+        assert_eq!(client.change().await["record"]["id"], expected);
+        if expected % 500 == 0 {
+            let renewed = json!({"access_token": token("authenticated", Some(ANN), json!({"n": expected}))});
+            client.push(Some("1"), "realtime:t", "access_token", renewed).await;
+        }
+    }
+    insert(&stage, 20_001..20_002).await;
+    assert_eq!(heard(&stage, &mut client).await, (vec![20_001], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_written_as_a_table_is_altered_comes_with_the_new_binding() {
     let stage = stage().await;
     let mut client = Client::at(stage.relay.address, &ann(), &format!("&session={NAME}")).await.unwrap();
@@ -248,12 +275,14 @@ async fn a_session_whose_table_is_altered_while_the_past_is_read_goes_on() {
     bookmarked(&stage, &mut client).await;
     drop(client);
     insert(&stage, 1..20_001).await;
+    // So that it is past.
+    let mut beside = stage.join(&ann).await;
+    heard(&stage, &mut beside).await;
     let mut client = connect().await.unwrap();
     client.subscribe("realtime:t", filtered).await;
     client.change().await;
     // Much is left, which waits for this client.
     stage.run("alter table t alter id type bigint").await;
-    let mut beside = stage.join(&ann).await;
     insert(&stage, 20_001..20_002).await;
     assert!(heard(&stage, &mut beside).await.0.ends_with(&[20_001]));
     let mut last = 20_001;

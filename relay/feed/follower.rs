@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 
 use crate::feed::audience::{ALTERED, Audience, AudienceKey, Registration};
@@ -28,7 +28,8 @@ pub struct Follower {
     channel: ChannelId,
     subscription: Subscription,
     dress: Dress,
-    since: Cursor,
+    /// Up to where it was told everything; whoever drops it amid a step knows it, too.
+    since: watch::Sender<Cursor>,
     /// Where pieces arrive.
     pub outbox: Arc<Outbox>,
     /// The database was asked whether the cursor is of its future.
@@ -56,6 +57,7 @@ impl Follower {
         since: Cursor,
         outbox: Arc<Outbox>,
     ) -> Self {
+        let since = watch::Sender::new(since);
         Self { feed, channel, subscription, dress, since, outbox, is_known: false, stays: false }
     }
 
@@ -69,19 +71,19 @@ impl Follower {
             match self.ask().await {
                 Some(Handover::Live) => return Ok(Progress::Live),
                 Some(Handover::Ahead) => {
-                    self.feed.past().check(&self.since).await?;
+                    self.feed.past().check(&self.since()).await?;
                     self.is_known = true;
                 }
                 Some(Handover::Missed(missed, to)) => {
                     let past = self.feed.past();
                     past.tell_again(&missed, &mut self.alone(true)).await?;
-                    self.since = to;
+                    self.since.send_replace(to);
                     if self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
                 }
                 Some(Handover::Behind(to)) => {
-                    let (past, since) = (self.feed.past(), self.since.clone());
+                    let (past, since) = (self.feed.past(), self.since());
                     let is_there = past.tell_one(&since, &to, &mut self.alone(false)).await?;
                     if !is_there || self.outbox.is_behind() {
                         return Ok(Progress::More);
@@ -102,7 +104,7 @@ impl Follower {
         let registration = Registration {
             dress: self.dress.clone(),
             subscription: self.subscription.clone(),
-            since: Some(self.since.clone()),
+            since: Some(self.since()),
             outbox: Arc::clone(&self.outbox),
             missed: None,
         };
@@ -112,14 +114,14 @@ impl Follower {
     }
 
     /// This channel alone, as somebody to whom the past is told. What was delivered to others may begin with what it has.
-    fn alone(&mut self, has_some: bool) -> Alone<'_> {
+    fn alone(&self, has_some: bool) -> Alone<'_> {
         let key = AudienceKey {
             dress: self.dress.clone(),
             subscription: self.subscription.clone(),
-            since: has_some.then(|| self.since.clone()),
+            since: has_some.then(|| self.since()),
         };
         let audience = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
-        Alone { audience, outbox: &self.outbox, since: &mut self.since }
+        Alone { audience, outbox: &self.outbox, since: &self.since }
     }
 
     /// Ends, while delivery goes on until the channel is left.
@@ -132,9 +134,19 @@ impl Follower {
         &self.subscription
     }
 
+    /// How its frames are written.
+    pub fn dress(&self) -> &Dress {
+        &self.dress
+    }
+
     /// Up to where it was told everything from the past.
-    pub fn since(&self) -> &Cursor {
-        &self.since
+    pub fn since(&self) -> Cursor {
+        self.since.borrow().clone()
+    }
+
+    /// The same, for as long as it goes on.
+    pub fn place(&self) -> watch::Receiver<Cursor> {
+        self.since.subscribe()
     }
 
     /// Up to where everything is in the outbox; none while the changelog is not being read.
@@ -164,7 +176,7 @@ impl Drop for Follower {
 struct Alone<'a> {
     audience: Audience,
     outbox: &'a Outbox,
-    since: &'a mut Cursor,
+    since: &'a watch::Sender<Cursor>,
 }
 
 impl Listeners for Alone<'_> {
@@ -181,7 +193,7 @@ impl Listeners for Alone<'_> {
     }
 
     fn reached(&mut self, here: Cursor) {
-        *self.since = here;
+        self.since.send_replace(here);
     }
 
     fn has_enough(&self) -> bool {

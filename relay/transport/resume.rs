@@ -29,6 +29,7 @@ use crate::model::cursor::Cursor;
 use crate::model::dress::Dress;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
+use crate::transport::catch_up::CatchUp;
 use crate::transport::pings::{Pings, Way};
 use crate::transport::writer::ping;
 use crate::transport::ws;
@@ -48,21 +49,6 @@ const LAPSED: &str = "this session was away for longer than it is kept, read the
 /// What is told to a connection whose session goes on elsewhere.
 const TAKEN: &str =
     "another connection goes on with this session: what this one misses from here on is not given back";
-
-/// A channel's way from its bookmark to the present.
-struct Reading {
-    subscription: Subscription,
-    dress: Dress,
-    /// Where its last step began.
-    since: Cursor,
-    step: Step,
-}
-
-enum Step {
-    Reads(BoxFuture<'static, (Follower, Result<Progress, Missed>)>),
-    /// The client has to read first.
-    Waits(Follower),
-}
 
 /// A channel's bookmark in our hands.
 struct Held {
@@ -95,7 +81,8 @@ pub struct Resume {
     /// Without anything delivered, bookmarks move this often, so that they do not grow old.
     late: Duration,
     held: BTreeMap<ChannelId, Held>,
-    readings: BTreeMap<ChannelId, Reading>,
+    /// Channels that are told what they missed.
+    behind: BTreeMap<ChannelId, CatchUp>,
     asked: Option<Asked>,
     pings: Pings<Vec<Mark>>,
     due: Pin<Box<Sleep>>,
@@ -111,7 +98,7 @@ impl Resume {
             outbox,
             late,
             held: BTreeMap::new(),
-            readings: BTreeMap::new(),
+            behind: BTreeMap::new(),
             asked: None,
             pings: Pings::default(),
             due: Box::pin(sleep(late)),
@@ -146,7 +133,7 @@ impl Resume {
         greeting: Vec<Bytes>,
         opened: Option<Opened>,
     ) {
-        let mut since = self.readings.remove(&channel).map(|reading| reading.since);
+        let mut since = self.behind.remove(&channel).map(|behind| behind.place());
         let mut gap = None;
         let expires_at = subscription.identity().claims().expires_at();
         if let Some(held) = self.held.get_mut(&channel) {
@@ -177,10 +164,8 @@ impl Resume {
         // What was delivered until now, if anything, was for other rights.
         self.feed.leave(channel, &self.outbox, greeting);
         let (feed, outbox) = (self.feed.clone(), Arc::clone(&self.outbox));
-        let follower =
-            Follower::new(feed, channel, subscription.clone(), dress.clone(), since.clone(), outbox);
-        let step = Step::Reads(go_on(follower, Duration::ZERO));
-        self.readings.insert(channel, Reading { subscription, dress, since, step });
+        let follower = Follower::new(feed, channel, subscription, dress, since, outbox);
+        self.behind.insert(channel, CatchUp::new(follower, Duration::ZERO));
     }
 
     /// Delivers from now on; `gap` says why what came before is missing.
@@ -206,7 +191,7 @@ impl Resume {
 
     /// Delivery to a channel ends; its client may come back to it.
     pub fn stop(&mut self, channel: ChannelId) {
-        self.readings.remove(&channel);
+        self.behind.remove(&channel);
         self.held.remove(&channel);
     }
 
@@ -229,10 +214,8 @@ impl Resume {
         if self.outbox.was_delivered_to() && self.due.deadline() > Instant::now() + SOON {
             self.due.as_mut().reset(Instant::now() + SOON);
         }
-        if !self.readings.is_empty() && !self.outbox.is_behind() {
-            for reading in self.readings.values_mut() {
-                reading.go_on();
-            }
+        if !self.behind.is_empty() && !self.outbox.is_behind() {
+            self.behind.values_mut().for_each(CatchUp::go_on);
         }
     }
 
@@ -248,10 +231,8 @@ impl Resume {
     /// Whether something was done.
     fn step(&mut self, context: &mut Context<'_>) -> bool {
         let mut done = None;
-        for (channel, reading) in &mut self.readings {
-            if let Step::Reads(reads) = &mut reading.step
-                && let Poll::Ready(outcome) = reads.poll_unpin(context)
-            {
+        for (channel, behind) in &mut self.behind {
+            if let Poll::Ready(outcome) = behind.poll(context) {
                 done = Some((*channel, outcome));
                 break;
             }
@@ -286,7 +267,7 @@ impl Resume {
     }
 
     fn has_read(&mut self, channel: ChannelId, follower: Follower, outcome: Result<Progress, Missed>) {
-        let Some(mut reading) = self.readings.remove(&channel) else { return };
+        self.behind.remove(&channel);
         match outcome {
             Ok(Progress::Live) => {
                 follower.settle();
@@ -296,29 +277,28 @@ impl Resume {
                 if self.is_in_force(channel)
                     && let Some(held) = self.held.get(&channel)
                 {
-                    reading.since = follower.since().clone();
-                    let mark = (channel, held.bookmark.clone(), reading.since.clone());
+                    let mark = (channel, held.bookmark.clone(), follower.since());
                     let number = self.pings.next(Way::Own);
                     self.pings.note(number, vec![mark]);
                     self.outbox.push(ping(number));
                 }
-                reading.step = Step::Waits(follower);
+                let mut behind = CatchUp::waiting(follower);
                 if !self.outbox.is_behind() {
-                    reading.go_on();
+                    behind.go_on();
                 }
-                self.readings.insert(channel, reading);
+                self.behind.insert(channel, behind);
             }
             Err(Missed::Gap(why)) => {
+                let (subscription, dress) = (follower.subscription().clone(), follower.dress().clone());
                 drop(follower);
-                self.begin_anew(channel, reading.subscription, reading.dress, Vec::new(), Some(why));
+                self.begin_anew(channel, subscription, dress, Vec::new(), Some(why));
             }
             Err(missed) => {
                 // The database is to be asked again; or the token has ended, and its channel does in a moment.
                 if let Missed::Unavailable(error) = missed {
                     tracing::debug!(error = %error, "a session waits for what it missed");
                 }
-                reading.step = Step::Reads(go_on(follower, PAUSE));
-                self.readings.insert(channel, reading);
+                self.behind.insert(channel, CatchUp::new(follower, PAUSE));
             }
         }
     }
@@ -337,7 +317,7 @@ impl Resume {
             }
             is_ours
         });
-        let delivered = self.held.iter().filter(|(channel, _)| !self.readings.contains_key(channel));
+        let delivered = self.held.iter().filter(|(channel, _)| !self.behind.contains_key(channel));
         self.ask_about(delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect());
     }
 
@@ -368,29 +348,6 @@ impl Resume {
             }
         }
     }
-}
-
-impl Reading {
-    /// Reads on, if it waited.
-    fn go_on(&mut self) {
-        let nothing = Step::Reads(pending().boxed());
-        self.step = match std::mem::replace(&mut self.step, nothing) {
-            Step::Waits(follower) => Step::Reads(go_on(follower, Duration::ZERO)),
-            reads => reads,
-        };
-    }
-}
-
-fn go_on(
-    mut follower: Follower,
-    pause: Duration,
-) -> BoxFuture<'static, (Follower, Result<Progress, Missed>)> {
-    async move {
-        sleep(pause).await;
-        let outcome = follower.go_on().await;
-        (follower, outcome)
-    }
-    .boxed()
 }
 
 /// The work of a session that can be resumed; for ever.
