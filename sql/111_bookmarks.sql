@@ -28,11 +28,12 @@ $$;
 comment on function relay.move_bookmarks(uuid[], bytea[], uuid[], text[]) is 'moves the bookmarks that still belong to these owners';
 
 -- relay.drop_bookmarks(sessions, channels, owners) : drops those that still belong to these owners
+-- An owner that is null stands for any.
 create or replace function relay.drop_bookmarks(sessions uuid[], channels bytea[], owners uuid[]) returns void
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
   delete from relay.bookmarks b using unnest($1, $2, $3) as u (s, c, o)
-  where b.session = u.s and b.channel = u.c and b.owner = u.o
+  where b.session = u.s and b.channel = u.c and b.owner = coalesce(u.o, b.owner)
 $$;
 comment on function relay.drop_bookmarks(uuid[], bytea[], uuid[]) is 'drops the bookmarks that still belong to these owners';
 

@@ -178,6 +178,27 @@ async fn a_channel_that_was_left_begins_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_channel_that_was_left_before_it_was_subscribed_begins_anew() {
+    let stage = stage().await;
+    let mut client = come(&stage.relay, &ann(), NAME).await;
+    bookmarked(&stage, &mut client).await;
+    drop(client);
+    let mut beside = stage.join(&ann()).await;
+    insert(&stage, 1..3).await;
+    assert_eq!(heard(&stage, &mut beside).await.0, [1, 2]);
+    let holder = stage.database.connect().await;
+    holder.batch_execute("begin; lock relay.bookmarks in access exclusive mode").await.unwrap();
+    let mut client = Client::at(stage.relay.address, &ann(), &format!("&session={NAME}")).await.unwrap();
+    client.try_join("realtime:t", bindings()).await.unwrap();
+    client.push(Some("1"), "realtime:t", "phx_leave", json!({})).await;
+    while client.frame().await[3] != "phx_close" {}
+    holder.batch_execute("rollback").await.unwrap();
+    client.subscribe("realtime:t", bindings()).await;
+    insert(&stage, 3..4).await;
+    assert_eq!(heard(&stage, &mut client).await, (vec![3], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_comes_back_too_late_is_told_of_a_gap() {
     let stage = Stage::with(
         "create table t (id int primary key, owner uuid); grant select on t to authenticated; select relay.watch('t')",

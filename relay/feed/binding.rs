@@ -137,13 +137,17 @@ impl Feed {
         timeout(PATIENCE, tries).await.ok()
     }
 
-    /// Takes over a bookmark, or makes it where the feed is now.
+    /// Takes over a bookmark, or makes it where the feed is now, unless it is not `wanted` any more by then.
     ///
     /// # Errors
     /// When PostgreSQL cannot be asked in time.
-    pub async fn bookmark(&self, key: BookmarkKey) -> Result<Opened, BindError> {
+    pub async fn bookmark(
+        &self,
+        key: BookmarkKey,
+        wanted: impl FnOnce() -> bool,
+    ) -> Result<Opened, BindError> {
         let opened = async {
-            let here = self.position_soon().await?;
+            let here = self.position_soon().await.filter(|_| wanted())?;
             self.bookmarks.open(key, here).await
         };
         timeout(PATIENCE, opened).await.ok().flatten().ok_or(BindError::Unavailable)

@@ -30,7 +30,7 @@ const LAST: Duration = Duration::from_secs(2);
 enum Command {
     Open(BookmarkKey, Cursor, oneshot::Sender<Opened>),
     Move(Bookmark, Cursor, Arc<AtomicBool>),
-    Forget(Bookmark),
+    Forget(BookmarkKey, Option<String>),
 }
 
 /// A session's handle on the bookmarks.
@@ -44,7 +44,8 @@ pub struct Keeping {
     opens: HashMap<BookmarkKey, (Cursor, oneshot::Sender<Opened>)>,
     /// By owner.
     moves: HashMap<String, (Bookmark, Cursor, Arc<AtomicBool>)>,
-    forgets: Vec<Bookmark>,
+    /// With the owner, when only that one's is to go.
+    forgets: Vec<(BookmarkKey, Option<String>)>,
     /// When what moved is to be written.
     due: Option<Instant>,
 }
@@ -77,8 +78,13 @@ impl Keeper {
     }
 
     /// Drops a bookmark: its client left the channel.
-    pub fn forget(&self, bookmark: Bookmark) {
-        let _ = self.0.send(Command::Forget(bookmark));
+    pub fn forget(&self, Bookmark { key, owner }: Bookmark) {
+        let _ = self.0.send(Command::Forget(key, Some(owner)));
+    }
+
+    /// Drops whatever bookmark there is: its client left the channel while it was being opened.
+    pub fn forget_opening(&self, key: BookmarkKey) {
+        let _ = self.0.send(Command::Forget(key, None));
     }
 }
 
@@ -113,8 +119,11 @@ impl Keeping {
                 self.moves.insert(bookmark.owner.clone(), (bookmark, to, taken));
                 Instant::now() + TOGETHER
             }
-            Command::Forget(bookmark) => {
-                self.forgets.push(bookmark);
+            Command::Forget(key, owner) => {
+                if owner.is_none() {
+                    self.opens.remove(&key);
+                }
+                self.forgets.push((key, owner));
                 Instant::now() + TOGETHER
             }
         };

@@ -68,13 +68,13 @@ impl Bookmarks {
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 
-    /// Drops those that were not taken over.
+    /// Drops those that still belong to the owner that is named, if one is.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn forget(&self, bookmarks: &[Bookmark]) -> Result<(), Error> {
-        let (sessions, channels) = keys(bookmarks.iter().map(|bookmark| &bookmark.key));
-        let owners: Vec<&str> = bookmarks.iter().map(|bookmark| bookmark.owner.as_str()).collect();
+    pub async fn forget(&self, bookmarks: &[(BookmarkKey, Option<String>)]) -> Result<(), Error> {
+        let (sessions, channels) = keys(bookmarks.iter().map(|(key, _)| key));
+        let owners: Vec<Option<&str>> = bookmarks.iter().map(|(_, owner)| owner.as_deref()).collect();
         let drop_them = "select relay.drop_bookmarks($1::text[]::uuid[], $2, $3::text[]::uuid[])";
         self.ask(drop_them, &[&sessions, &channels, &owners]).await.map(drop)
     }

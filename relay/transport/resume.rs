@@ -62,6 +62,14 @@ struct Held {
     expires_at: u64,
 }
 
+/// A bookmark that is being opened for a channel.
+struct Opening {
+    channel: ChannelId,
+    key: BookmarkKey,
+    /// Shared with whoever opens it. True when the client left the channel.
+    left: Arc<AtomicBool>,
+}
+
 /// Up to where a channel is received once a pong has come.
 type Mark = (ChannelId, Bookmark, Cursor);
 
@@ -81,6 +89,7 @@ pub struct Resume {
     /// Without anything delivered, bookmarks move this often, so that they do not grow old.
     late: Duration,
     held: BTreeMap<ChannelId, Held>,
+    opening: Vec<Opening>,
     /// Channels that are told what they missed.
     behind: BTreeMap<ChannelId, CatchUp>,
     asked: Option<Asked>,
@@ -98,6 +107,7 @@ impl Resume {
             outbox,
             late,
             held: BTreeMap::new(),
+            opening: Vec::new(),
             behind: BTreeMap::new(),
             asked: None,
             pings: Pings::default(),
@@ -107,18 +117,22 @@ impl Resume {
 
     /// Opens the bookmark of a channel; none inside when the channel has it in hand.
     pub fn open(
-        &self,
+        &mut self,
         channel: ChannelId,
         claims: &Claims,
         topic: &str,
     ) -> impl Future<Output = Result<Option<Opened>, BindError>> + use<> {
         let key = BookmarkKey::new(self.name, claims, topic);
         let has_it = self.held.get(&channel).is_some_and(|held| held.bookmark.key == key);
-        let feed = self.feed.clone();
+        let (feed, left) = (self.feed.clone(), Arc::<AtomicBool>::default());
+        self.opening.retain(Opening::goes_on);
+        if !has_it {
+            self.opening.push(Opening { channel, key: key.clone(), left: Arc::clone(&left) });
+        }
         async move {
             match has_it {
                 true => Ok(None),
-                false => feed.bookmark(key).await.map(Some),
+                false => feed.bookmark(key, || !left.load(Ordering::Relaxed)).await.map(Some),
             }
         }
     }
@@ -199,6 +213,11 @@ impl Resume {
     pub fn forget(&mut self, channel: ChannelId) {
         if let Some(held) = self.held.remove(&channel) {
             self.feed.bookmarks().forget(held.bookmark);
+        }
+        for opening in self.opening.extract_if(.., |opening| opening.channel == channel && opening.goes_on())
+        {
+            opening.left.store(true, Ordering::Relaxed);
+            self.feed.bookmarks().forget_opening(opening.key);
         }
     }
 
@@ -347,6 +366,13 @@ impl Resume {
                 }
             }
         }
+    }
+}
+
+impl Opening {
+    /// Somebody is about it still; else it is ours alone.
+    fn goes_on(&self) -> bool {
+        Arc::strong_count(&self.left) > 1
     }
 }
 

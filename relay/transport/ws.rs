@@ -337,7 +337,7 @@ impl Driver {
                     let feed = self.app.feed.clone();
                     let topic = self.session.topic(channel).unwrap_or_default();
                     let opening =
-                        self.resume.as_ref().map(|resume| resume.open(channel, identity.claims(), topic));
+                        self.resume.as_mut().map(|resume| resume.open(channel, identity.claims(), topic));
                     let bind = async move {
                         let subscription = feed.bind(identity, &requests).await?;
                         let opened = match opening {
