@@ -56,14 +56,15 @@ async fn ten_thousand_broadcasts_at_once_close_the_channel_then_the_socket_and_n
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn heartbeats_count_and_garbage_too() {
+async fn heartbeats_count_and_garbage_too_and_pongs_that_nobody_asked_for() {
     let stage = Stage::with("", |settings, _| settings.messages_per_second = Some(1)).await;
-    for message in [r#"[null,"1","phoenix","heartbeat",{}]"#, "garbage"] {
+    let heartbeat = Message::text(r#"[null,"1","phoenix","heartbeat",{}]"#);
+    for message in [heartbeat, Message::text("garbage"), Message::Pong("nobody asked".into())] {
         let mut socket = Socket::open(&stage.relay, "2.0.0", &anon()).await;
         for _ in 0..200 {
-            socket.try_send(Message::text(message)).await;
+            socket.try_send(message.clone()).await;
         }
-        assert_eq!(socket.closed().await.0, 1008, "{message}");
+        assert_eq!(socket.closed().await.0, 1008, "{message:?}");
     }
 }
 

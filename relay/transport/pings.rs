@@ -46,12 +46,14 @@ impl<T> Pings<T> {
         self.of(way(number)).waiting.push_back((number / 2, what));
     }
 
-    /// The pong of this number came. What was never sent is not heeded.
-    pub fn answered(&mut self, number: u64) {
+    /// The pong of this number came; whether it was waited for. Others are not heeded.
+    pub fn answered(&mut self, number: u64) -> bool {
         let sent = self.of(way(number));
-        if number / 2 <= sent.last {
-            sent.answered = sent.answered.max(number / 2);
+        let is_waited_for = (sent.answered + 1..=sent.last).contains(&(number / 2));
+        if is_waited_for {
+            sent.answered = number / 2;
         }
+        is_waited_for
     }
 
     /// The next of what the client has, once.
@@ -106,9 +108,10 @@ mod tests {
             let number = pings.next(Way::Own);
             pings.note(number, part);
         }
-        pings.answered(99);
+        assert!(!pings.answered(99));
         assert_eq!((pings.received(), pings.waiting()), (None, 3), "it was never sent");
-        pings.answered(4);
+        assert!(pings.answered(4));
+        assert!(!pings.answered(4) && !pings.answered(2), "it was answered");
         assert_eq!((pings.received(), pings.received(), pings.received()), (Some(1), Some(2), None));
     }
 }

@@ -221,11 +221,12 @@ impl Resume {
         }
     }
 
-    /// The client has everything before the ping of this number.
-    pub fn pong(&mut self, payload: &[u8]) {
-        let Ok(number) = payload.try_into().map(u64::from_be_bytes) else { return };
-        self.pings.answered(number);
+    /// A pong came: the client has everything before the ping of this number. False when it was not asked for.
+    pub fn pong(&mut self, payload: &[u8]) -> bool {
+        let Ok(number) = payload.try_into().map(u64::from_be_bytes) else { return false };
+        let is_asked_for = self.pings.answered(number);
         self.receive();
+        is_asked_for
     }
 
     /// Frames were written.

@@ -261,8 +261,12 @@ impl Driver {
 
     fn hear(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), Over> {
         let (version, at) = (self.session.version(), self.began.elapsed());
-        // A pong is no message: it answers a ping of ours.
-        let is_in_time = matches!(frame, Some(Ok(Frame::Pong(_)))) || self.pace.messages.take(at);
+        let is_asked_for = match (&frame, &mut self.resume) {
+            (Some(Ok(Frame::Pong(payload))), Some(resume)) => resume.pong(payload),
+            _ => false,
+        };
+        // The pong to a ping of ours is no message.
+        let is_in_time = is_asked_for || self.pace.messages.take(at);
         let message = match frame {
             None | Some(Ok(Frame::Close(_))) => return Err(Over::Gone),
             Some(Err(SocketError::Capacity(_))) => return Err(Over::Close(1009, "the message is too large")),
@@ -277,12 +281,6 @@ impl Driver {
                 Ok(Binary::Opaque(_)) => return may_stay(is_in_time),
                 Err(error) => Err(error),
             },
-            Some(Ok(Frame::Pong(payload))) => {
-                if let Some(resume) = &mut self.resume {
-                    resume.pong(&payload);
-                }
-                return Ok(());
-            }
             Some(Ok(_)) => return may_stay(is_in_time),
         };
         match message {
