@@ -115,7 +115,8 @@ impl Resume {
         }
     }
 
-    /// Opens the bookmark of a channel; none inside when the channel has it in hand.
+    /// Opens the bookmark of a channel; none inside when the channel has it in hand. Once its token has ended it has not:
+    /// from then on nothing was delivered to it, and it goes on at the bookmark.
     pub fn open(
         &mut self,
         channel: ChannelId,
@@ -123,7 +124,8 @@ impl Resume {
         topic: &str,
     ) -> impl Future<Output = Result<Option<Opened>, BindError>> + use<> {
         let key = BookmarkKey::new(self.name, claims, topic);
-        let has_it = self.held.get(&channel).is_some_and(|held| held.bookmark.key == key);
+        let has_it =
+            self.is_in_force(channel) && self.held.get(&channel).is_some_and(|held| held.bookmark.key == key);
         let (feed, left) = (self.feed.clone(), Arc::<AtomicBool>::default());
         self.opening.retain(Opening::goes_on);
         if !has_it {
