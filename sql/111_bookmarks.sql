@@ -37,12 +37,22 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.drop_bookmarks(uuid[], bytea[], uuid[]) is 'drops the bookmarks that still belong to these owners';
 
--- relay.trim_bookmarks(age) : drops those that were not moved for so long
--- Longer than anybody is resumed: a client that comes back too late has to be told so.
-create or replace function relay.trim_bookmarks(age interval) returns bigint
+-- relay.trim_bookmarks(age, most) : drops those that were not moved for so long, and of each subject all but so many
+-- The age is longer than anybody is resumed: a client that comes back too late has to be told so. Of a subject, which is
+-- the first half of `channel`, those go that were not moved for longest: else one could fill the table.
+drop function if exists relay.trim_bookmarks(interval);
+create or replace function relay.trim_bookmarks(age interval, most bigint default 10000) returns bigint
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
-  with dropped as (delete from relay.bookmarks b where b.at < clock_timestamp() - $1 returning 1)
+  with counted as (
+    select b.session, b.channel, b.at, row_number() over (partition by substr(b.channel, 1, 16) order by b.at desc) as place
+    from relay.bookmarks b
+  ), dropped as (
+    delete from relay.bookmarks b using counted c
+    where b.session = c.session and b.channel = c.channel and b.at = c.at
+      and (c.at < clock_timestamp() - $1 or c.place > $2)
+    returning 1
+  )
   select count(*) from dropped
 $$;
-comment on function relay.trim_bookmarks(interval) is 'drops bookmarks that were not moved for so long; run by the relay';
+comment on function relay.trim_bookmarks(interval, bigint) is 'drops bookmarks that were not moved for so long, and the oldest of subjects that have more than so many; run by the relay';

@@ -26,4 +26,4 @@ grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot,
   relay.capture_mode(oid, int), relay.known_kind(oid, oid), relay.has_own_casts(), relay.rights(regclass, oid), relay.access(regclass, oid), relay.catalog(text[]), relay.catalog_fingerprint(text[]), relay.subscriber_roles(text[], text), relay.schema_changes_are_logged(),
   relay.tend(), relay.horizon(), relay.current_segment(), relay.hindrances(text, text, text), relay.row_like(regclass, jsonb),
   relay.repair(), relay.run_refreshes(), relay.open_bookmarks(uuid[], bytea[], text[]), relay.move_bookmarks(uuid[], bytea[], uuid[], text[]),
-  relay.drop_bookmarks(uuid[], bytea[], uuid[]), relay.trim_bookmarks(interval) to relay_reader;
+  relay.drop_bookmarks(uuid[], bytea[], uuid[]), relay.trim_bookmarks(interval, bigint) to relay_reader;

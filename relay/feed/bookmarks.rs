@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, interval_at, sleep_until, timeout};
+use tokio::time::{Instant, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::bookmark::{Bookmark, BookmarkKey, Opened};
@@ -21,8 +21,10 @@ const TOGETHER: Duration = Duration::from_secs(1);
 const MOST: usize = 1000;
 /// After a failure the next try comes so much later.
 const PAUSE: Duration = Duration::from_millis(500);
-/// Bookmarks of clients that never came back are dropped this often.
+/// Bookmarks of clients that never came back, and the oldest of who has too many, are dropped this often …
 const TRIM: Duration = Duration::from_secs(600);
+/// … and after so many were opened.
+const MANY: usize = 5_000;
 /// When the relay ends, what moved is still written, within this.
 const LAST: Duration = Duration::from_secs(2);
 
@@ -46,6 +48,8 @@ pub struct Keeping {
     moves: HashMap<String, (Bookmark, Cursor, Arc<AtomicBool>)>,
     /// With the owner, when only that one's is to go.
     forgets: Vec<(BookmarkKey, Option<String>)>,
+    /// How many were opened since the last trim.
+    opened: usize,
     /// When what moved is to be written.
     due: Option<Instant>,
 }
@@ -60,6 +64,7 @@ impl Keeper {
             opens: HashMap::new(),
             moves: HashMap::new(),
             forgets: Vec::new(),
+            opened: 0,
             due: None,
         };
         (Self(sender), keeping)
@@ -91,7 +96,7 @@ impl Keeper {
 impl Keeping {
     /// Serves until the end, which comes after that of all sessions; what moved is still written then.
     pub async fn run(mut self, end: CancellationToken) {
-        let mut trim = interval_at(Instant::now() + TRIM, TRIM);
+        let mut trim = interval(TRIM);
         loop {
             let due = self.due;
             tokio::select! {
@@ -99,8 +104,16 @@ impl Keeping {
                     Some(command) => self.note(command),
                     None => return,
                 },
-                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.write().await,
-                _ = trim.tick() => self.report(self.bookmarks.trim().await),
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    self.write().await;
+                    if self.opened >= MANY {
+                        trim.reset_immediately();
+                    }
+                }
+                _ = trim.tick() => {
+                    self.opened = 0;
+                    self.report(self.bookmarks.trim().await);
+                }
                 () = end.cancelled() => break,
             }
         }
@@ -168,6 +181,7 @@ impl Keeping {
         let opens = self.opens.iter().take(MOST);
         let wanted: Vec<_> = opens.map(|(key, (here, _))| (key.clone(), here.clone())).collect();
         if !wanted.is_empty() {
+            self.opened += wanted.len();
             for opened in self.bookmarks.open(&wanted).await? {
                 if let Some((_, waiting)) = self.opens.remove(&opened.bookmark().key) {
                     let _ = waiting.send(opened);

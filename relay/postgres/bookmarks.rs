@@ -80,7 +80,7 @@ impl Bookmarks {
     }
 
     /// Drops those of clients that have been away for much longer than they are resumed: until then they are told that
-    /// they come too late.
+    /// they come too late. Likewise those of subjects that have very many, the oldest first.
     ///
     /// # Errors
     /// As the connection.

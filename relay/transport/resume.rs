@@ -47,8 +47,7 @@ const MOST_PINGS: usize = 16;
 /// What is told to whoever was away for too long.
 const LAPSED: &str = "this session was away for longer than it is kept, read the rows again";
 /// What is told to a connection whose session goes on elsewhere.
-const TAKEN: &str =
-    "another connection goes on with this session: what this one misses from here on is not given back";
+const TAKEN: &str = "another connection goes on with this session, or its user has too many of them: what this one misses from here on is not given back";
 
 /// A channel's bookmark in our hands.
 struct Held {
