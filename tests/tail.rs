@@ -77,3 +77,25 @@ async fn a_tail_that_is_refused_says_in_plain_words_what_to_do() {
         assert!(told.contains(expected) && !told.contains("Realtime"), "{expected:?} is not in {told}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tail_shows_what_was_written_while_the_relay_was_away_and_nothing_twice() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); grant select on t to service_role").await;
+    database.run("select relay.watch('t')").await;
+    let (mut relay_one, _lines, url) = serve(&["--database-url", &database.url]).await;
+    let address = url.strip_prefix("http://").unwrap();
+    let mut tail = relay(&["tail", "t", "--url", &url, "--jwt-secret", SECRET]).spawn().unwrap();
+    let mut told = BufReader::new(tail.stderr.take().unwrap()).lines();
+    let mut changes = BufReader::new(tail.stdout.take().unwrap()).lines();
+    line_with(&mut told, "following public.t").await;
+    database.run("insert into t values (1)").await;
+    line_with(&mut changes, r#"INSERT public.t {"id":1}"#).await;
+    relay_one.kill().await.unwrap();
+    line_with(&mut told, "went away").await;
+    database.run("insert into t values (2)").await;
+    let options = ["serve", "--jwt-secret", SECRET, "--listen", address, "--database-url", &database.url];
+    let _relay_two = relay(&options).spawn().unwrap();
+    let next = timeout(PATIENCE, changes.next_line()).await.unwrap().unwrap().unwrap();
+    assert!(next.contains(r#"INSERT public.t {"id":2}"#), "{next}");
+}

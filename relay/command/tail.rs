@@ -1,7 +1,8 @@
 //! `relay tail`: joins one table's channel at a running relay and prints the changes.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
 use std::time::{Duration, SystemTime};
 
@@ -59,21 +60,23 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let Some(host) = base.strip_prefix("http://").or_else(|| base.strip_prefix("ws://")) else {
         return Err(format!("--url {base}: http:// and the relay's address are expected").into());
     };
-    let url = format!("ws://{host}/realtime/v1/websocket?vsn=2.0.0&apikey={token}");
+    let session = session_name();
+    let url = format!("ws://{host}/realtime/v1/websocket?vsn=2.0.0&apikey={token}&session={session}");
     let mut pause = FIRST_PAUSE;
     // Each reason once, until the table is followed again: a relay may be away for a night.
     let mut said = HashSet::new();
+    let mut shown = Shown::default();
     loop {
         tokio::select! {
             _ = tokio::signal::ctrl_c() => return Ok(()),
-            ended = follow(&url, &options) => match ended? {
+            ended = follow(&url, &options, &mut shown) => match ended? {
                 Ended::Lost(why) => {
                     if said.insert(why.clone()) {
                         note(&format!("waiting for a relay at {base}: {why}"));
                     }
                 }
                 Ended::AfterSubscribing => {
-                    note(&format!("the relay at {base} went away: trying again, changes in between are not shown"));
+                    note(&format!("the relay at {base} went away: trying again, what is missed follows then"));
                     pause = FIRST_PAUSE;
                     said.clear();
                 }
@@ -95,7 +98,40 @@ enum Ended {
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-async fn follow(url: &str, options: &Options) -> Result<Ended, Failure> {
+/// A name for this session, by which the relay knows what was missed: any UUID.
+fn session_name() -> String {
+    let [high, low] = [0; 2].map(|zero: u64| RandomState::new().hash_one(zero));
+    let digits = format!("{high:016x}{low:016x}");
+    format!("{}-{}-{}-{}-{}", &digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..])
+}
+
+/// The last changes that were shown: after an interruption some of them come again.
+#[derive(Default)]
+struct Shown {
+    hasher: RandomState,
+    known: HashSet<u64>,
+    last: VecDeque<u64>,
+}
+
+impl Shown {
+    const MOST: usize = 10_000;
+
+    fn is_news(&mut self, line: &str) -> bool {
+        let line = self.hasher.hash_one(line);
+        if !self.known.insert(line) {
+            return false;
+        }
+        self.last.push_back(line);
+        if self.last.len() > Self::MOST
+            && let Some(oldest) = self.last.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+        true
+    }
+}
+
+async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended, Failure> {
     let mut socket = match connect_async(url).await {
         Ok((socket, _)) => socket,
         Err(SocketError::Http(answer)) if answer.status().is_client_error() => {
@@ -161,7 +197,12 @@ async fn follow(url: &str, options: &Options) -> Result<Ended, Failure> {
                 note(message);
             }
             Some("phx_close") => return Err("the channel was closed: the token has ended?".into()),
-            Some("postgres_changes") => writeln!(std::io::stdout(), "{}", line(text)?)?,
+            Some("postgres_changes") => {
+                let line = line(text)?;
+                if shown.is_news(&line) {
+                    writeln!(std::io::stdout(), "{line}")?;
+                }
+            }
             _ => {}
         }
     }
