@@ -44,11 +44,21 @@ pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + S
     claims.insert(String::from("role"), Value::from(options.role.clone()));
     if let Some(sub) = &options.sub {
         claims.insert(String::from("sub"), Value::from(sub.clone()));
+        if !is_uuid(sub) {
+            let note = "note: --sub is no UUID, and auth.uid() takes nothing else: policies with it will show nothing";
+            writeln!(std::io::stderr(), "{note}")?;
+        }
     }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
     let token = mint(secret, &claims, now, span(&options.ttl)?)?;
     writeln!(std::io::stdout(), "{token}")?;
     Ok(())
+}
+
+/// Whether PostgreSQL would read it as one: dashes and braces are as one likes.
+fn is_uuid(text: &str) -> bool {
+    let digits = text.chars().filter(char::is_ascii_hexdigit).count();
+    digits == 32 && text.chars().all(|c| c.is_ascii_hexdigit() || "-{}".contains(c))
 }
 
 fn span(text: &str) -> Result<Duration, String> {
@@ -68,6 +78,16 @@ fn span(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_id_that_is_no_uuid_is_noticed() {
+        assert!(is_uuid("0a000000-0000-4000-8000-00000000000A"));
+        for wrong in
+            ["", "u-1", "0a000000-0000-4000-8000-00000000000", "0a000000-0000-4000-8000-00000000000g"]
+        {
+            assert!(!is_uuid(wrong), "{wrong}");
+        }
+    }
 
     #[test]
     fn spans_are_read_with_their_unit() {
