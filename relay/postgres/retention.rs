@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::{Client, Row, Statement};
 use tokio_util::sync::CancellationToken;
 
 use crate::observe::Observe;
@@ -13,6 +14,8 @@ use crate::postgres::connect::{Error, Server};
 const AT_MOST: Duration = Duration::from_millis(250);
 /// … and at least, in between by how long it is kept.
 const AT_LEAST: Duration = Duration::from_secs(30);
+/// No look takes so long; on a connection on which nothing comes any more one would never end.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Looks after the changelog until the end. Several relays may: `relay.tend` never runs twice at once.
 pub async fn run(server: Server, observe: Arc<Observe>, end: CancellationToken) {
@@ -38,14 +41,21 @@ async fn work(server: &Server, observe: &Observe) -> Result<std::convert::Infall
         .prepare("select coalesce(bytes, 0), extract(epoch from kept_for)::float8 from relay.health")
         .await?;
     loop {
-        let done: Vec<String> = client.query_one(&tend, &[]).await?.get(0);
+        let done: Vec<String> = ask(&client, &tend).await?.get(0);
         if !done.is_empty() {
             tracing::info!(segments = done.join(", "), "the changelog was trimmed");
         }
-        let row = client.query_one(&health, &[]).await?;
+        let row = ask(&client, &health).await?;
         observe.changelog_bytes(row.get(0));
         let kept: f64 = row.get(1);
         let wait = Duration::try_from_secs_f64(kept / 8.0).unwrap_or(AT_LEAST);
         sleep(wait.clamp(AT_MOST, AT_LEAST)).await;
+    }
+}
+
+async fn ask(client: &Client, statement: &Statement) -> Result<Row, Error> {
+    match timeout(PATIENCE, client.query_one(statement, &[])).await {
+        Ok(answered) => Ok(answered?),
+        Err(_) => Err(Error::Lost("the connection that trims the changelog does not answer")),
     }
 }
