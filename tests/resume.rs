@@ -428,6 +428,33 @@ async fn what_is_written_after_a_tokens_end_comes_with_the_one_it_is_renewed_by(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_renewed_during_an_outage_does_not_take_the_session_from_its_own_connection() {
+    let stage = stage().await;
+    let (proxy, url) = Proxy::to_server(&stage.database.url).await;
+    let relay = Relay::with(&url, |settings| settings.resume_seconds = Some(4)).await;
+    let mut client = Client::at(relay.address, &ann(), &format!("&session={NAME}")).await.unwrap();
+    // Each try to bind comes twice as long after the one before.
+    let began = Instant::now();
+    proxy.cut();
+    client.try_join("realtime:t", bindings()).await.unwrap();
+    while began.elapsed() < Duration::from_millis(1800) {
+        proxy.cut();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let renewed = json!({"access_token": token("authenticated", Some(ANN), json!({"n": 1}))});
+    client.push(Some("1"), "realtime:t", "access_token", renewed).await;
+    while client.frame().await[4]["message"] != "Subscribed to PostgreSQL" {}
+    let subscribed = Instant::now();
+    let owner = || stage.database.value("select string_agg(owner::text, ' ') from relay.bookmarks");
+    let first = owner().await;
+    while subscribed.elapsed() < Duration::from_secs(4) {
+        assert_eq!(heard(&stage, &mut client).await, (vec![], vec![]));
+        assert_eq!(owner().await, first);
+    }
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_change_tells_its_exact_time_and_cursor_to_whoever_may_get_it_twice() {
     let stage = stage().await;
     let mut client = come(&stage.relay, &ann(), NAME).await;

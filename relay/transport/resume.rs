@@ -65,7 +65,7 @@ struct Held {
 struct Opening {
     channel: ChannelId,
     key: BookmarkKey,
-    /// Shared with whoever opens it. True when the client left the channel.
+    /// Shared with whoever opens it. True when the client left the channel, or opens another bookmark for it.
     left: Arc<AtomicBool>,
 }
 
@@ -127,6 +127,10 @@ impl Resume {
             self.is_in_force(channel) && self.held.get(&channel).is_some_and(|held| held.bookmark.key == key);
         let (feed, left) = (self.feed.clone(), Arc::<AtomicBool>::default());
         self.opening.retain(Opening::goes_on);
+        // An earlier try may come later than this one, and would take the bookmark from us.
+        for earlier in self.opening.iter().filter(|opening| opening.channel == channel) {
+            earlier.left.store(true, Ordering::Relaxed);
+        }
         if !has_it {
             self.opening.push(Opening { channel, key: key.clone(), left: Arc::clone(&left) });
         }
