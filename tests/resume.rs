@@ -428,6 +428,28 @@ async fn what_is_written_after_a_tokens_end_comes_with_the_one_it_is_renewed_by(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_while_a_renewed_token_waits_to_be_bound_comes_with_it() {
+    let stage = stage().await;
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let short = token_for("authenticated", Some(ANN), json!({}), Duration::from_secs(4));
+    let ended = now() + Duration::from_secs(5);
+    let mut client = come(&stage.relay, &short, NAME).await;
+    let mut beside = stage.join(&ann()).await;
+    let holder = stage.database.connect().await;
+    holder.batch_execute("begin; lock table relay.watch_list in access exclusive mode").await.unwrap();
+    let renewed = json!({"access_token": ann()});
+    client.push(Some("1"), "realtime:t", "access_token", renewed).await;
+    let waits = "select count(*) from pg_locks where not granted and relation = 'relay.watch_list'::regclass";
+    eventually("it waits to be bound", || async { (stage.database.value(waits).await != "0").then_some(()) })
+        .await;
+    insert(&stage, 1..2).await;
+    tokio::time::sleep(ended.saturating_sub(now())).await;
+    holder.batch_execute("rollback").await.unwrap();
+    assert_eq!(beside.change().await["record"]["id"], 1);
+    assert_eq!(heard(&stage, &mut client).await, (vec![1], vec![]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_token_renewed_during_an_outage_does_not_take_the_session_from_its_own_connection() {
     let stage = stage().await;
     let (proxy, url) = Proxy::to_server(&stage.database.url).await;

@@ -55,7 +55,7 @@ struct Held {
     /// It was taken over by another connection.
     taken: Arc<AtomicBool>,
     dress: Dress,
-    /// Where the client's pongs have brought it.
+    /// Where it was found, and then where the client's pongs have brought it.
     at: Option<Cursor>,
     /// The second at which the channel's token ends: from then on nothing is delivered to it, whatever the position.
     expires_at: u64,
@@ -155,16 +155,25 @@ impl Resume {
         let mut since = self.behind.remove(&channel).map(|behind| behind.place());
         let mut gap = None;
         let expires_at = subscription.identity().claims().expires_at();
+        let has_ended = !self.is_in_force(channel);
         if let Some(held) = self.held.get_mut(&channel) {
+            if has_ended {
+                // While this one was bound: from then on nothing was delivered, whatever a position says.
+                since = since.or_else(|| held.at.clone());
+                if let Some(asked) = &mut self.asked {
+                    asked.channels.retain(|(asked, _)| *asked != channel);
+                }
+            }
             held.expires_at = expires_at;
         }
         if let Some(opened) = opened {
             let (bookmark, taken) = (opened.bookmark().clone(), Arc::default());
-            self.held.insert(channel, Held { bookmark, taken, dress: dress.clone(), at: None, expires_at });
             (since, gap) = match opened {
                 Opened::At(_, cursor) => (Some(cursor), None),
                 Opened::Lapsed(_) => (None, Some(LAPSED)),
             };
+            let at = since.clone();
+            self.held.insert(channel, Held { bookmark, taken, dress: dress.clone(), at, expires_at });
         }
         match since {
             Some(since) => self.read(channel, subscription, dress, greeting, since),
