@@ -143,6 +143,10 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
         }
         Err(SocketError::Http(answer)) => return Ok(Ended::Lost(format!("it answers {}", answer.status()))),
         Err(SocketError::Io(error)) => return Ok(Ended::Lost(error.to_string())),
+        // Neither comes right by waiting.
+        Err(SocketError::HttpFormat(error)) => {
+            return Err(format!("--url or --token holds what cannot stand in an address: {error}").into());
+        }
         Err(error) => return Ok(Ended::Lost(error.to_string())),
     };
     let (schema, table) = options.table.split_once('.').unwrap_or(("public", &options.table));
