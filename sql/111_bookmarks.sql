@@ -39,20 +39,29 @@ comment on function relay.drop_bookmarks(uuid[], bytea[], uuid[]) is 'drops the 
 
 -- relay.trim_bookmarks(age, most) : drops those that were not moved for so long, and of each subject all but so many
 -- The age is longer than anybody is resumed: a client that comes back too late has to be told so. Of a subject, which is
--- the first half of `channel`, those go that were not moved for longest: else one could fill the table.
+-- the first half of `channel`, those go that were not moved for longest: else one could fill the table. Where that begins
+-- with 0 it is a role, whose bearers share it: they have a hundred times as many.
 drop function if exists relay.trim_bookmarks(interval);
 create or replace function relay.trim_bookmarks(age interval, most bigint default 10000) returns bigint
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
-  with counted as (
-    select b.session, b.channel, b.at, row_number() over (partition by substr(b.channel, 1, 16) order by b.at desc) as place
+  with crowded as (
+    select substr(b.channel, 1, 16) as subject, case get_byte(substr(b.channel, 1, 16), 0) when 0 then 100 else 1 end * $2 as most
     from relay.bookmarks b
+    group by 1
+    having count(*) > case get_byte(substr(b.channel, 1, 16), 0) when 0 then 100 else 1 end * $2
+  ), counted as (
+    select b.session, b.channel, b.at, row_number() over (partition by c.subject order by b.at desc) > c.most as beyond
+    from crowded c
+    join relay.bookmarks b on substr(b.channel, 1, 16) = c.subject
   ), dropped as (
     delete from relay.bookmarks b using counted c
-    where b.session = c.session and b.channel = c.channel and b.at = c.at
-      and (c.at < clock_timestamp() - $1 or c.place > $2)
+    where b.session = c.session and b.channel = c.channel and b.at = c.at and c.beyond
+    returning 1
+  ), old as (
+    delete from relay.bookmarks b where b.at < clock_timestamp() - $1
     returning 1
   )
-  select count(*) from dropped
+  select (select count(*) from dropped) + (select count(*) from old)
 $$;
 comment on function relay.trim_bookmarks(interval, bigint) is 'drops bookmarks that were not moved for so long, and the oldest of subjects that have more than so many; run by the relay';

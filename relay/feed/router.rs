@@ -110,11 +110,20 @@ impl Router {
                 part = parts.recv() => match part {
                     Some(part) => tokio::select! {
                         () = end.cancelled() => return,
-                        () = self.deliver_part(part) => {}
+                        () = self.deliver_part(part) => self.obey_early(),
                     },
                     None => return,
                 },
                 Ok(()) = self.stalls.changed() => self.tell_stall(),
+            }
+        }
+    }
+
+    /// What waited for a place in the feed comes before all that follows.
+    fn obey_early(&mut self) {
+        if self.position.is_some() {
+            for command in std::mem::take(&mut self.early) {
+                self.obey(command);
             }
         }
     }
@@ -297,9 +306,6 @@ impl Router {
             Part::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);
-                for command in std::mem::take(&mut self.early) {
-                    self.obey(command);
-                }
             }
             Part::Gap(why) => {
                 for audience in self.audiences.iter() {

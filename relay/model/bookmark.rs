@@ -24,7 +24,8 @@ pub struct BookmarkKey {
     /// Whose.
     pub session: SessionName,
     /// Half of the SHA-256 of the token's subject, then half of that of the subject and the topic: neither is anybody
-    /// else's business, but those of one subject can be counted.
+    /// else's business, but those of one subject can be counted. Where the first byte is 0 it is the role of a token that
+    /// has no subject.
     pub channel: [u8; 32],
 }
 
@@ -72,6 +73,7 @@ impl BookmarkKey {
             }
             half.copy_from_slice(&hash.clone().finalize()[..16]);
         }
+        channel[0] = claims.sub().map_or(0, |_| channel[0].max(1));
         Self { session, channel }
     }
 }
@@ -129,6 +131,8 @@ mod tests {
         let others = [key(r#","sub":"a""#, "u"), key(r#","sub":"b""#, "t"), key("", "t")];
         assert!(others.iter().all(|other| *other != key(r#","sub":"a""#, "t")));
         assert_ne!(key(r#","sub":"authenticated""#, "t"), key("", "t"));
+        assert_eq!(key("", "t").channel[0], 0);
+        assert_ne!(key(r#","sub":"a""#, "t").channel[0], 0);
         let subject = |key: BookmarkKey| key.channel[..16].to_vec();
         assert_eq!(subject(key(r#","sub":"a""#, "t")), subject(key(r#","sub":"a""#, "u")));
         assert_ne!(subject(key(r#","sub":"a""#, "t")), subject(key(r#","sub":"b""#, "t")));
