@@ -1,10 +1,13 @@
 //! What one client may hold or ask for is bounded, and whoever goes beyond it is closed without hurting the others.
 
+use futures_util::future::join_all;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::http::{Events, stalled};
+use crate::cli;
+use crate::support::database::Database;
+use crate::support::http::{Events, stalled, text};
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
 use crate::support::{eventually, token};
@@ -133,4 +136,27 @@ async fn an_answer_that_nobody_takes_is_given_up() {
     let mut got = Vec::new();
     let _ = client.read_to_end(&mut got).await;
     assert!(got.len() < 30_000_000, "it was cut");
+}
+
+/// The most that was resident of a process, in MiB.
+fn peak(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+    peak.unwrap().parse::<u64>().unwrap() / 1024
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_crowd_that_missed_large_rows_a_few_have_them_in_memory_at_a_time() {
+    let database = Database::new().await;
+    database.run(TABLE).await;
+    let (child, _lines, address) = cli::serve(&["--database-url", &database.url, "--install"]).await;
+    let address = address.strip_prefix("http://").unwrap().parse().unwrap();
+    let since = database.value("select relay.cursor()").await;
+    database.run("insert into t select n, repeat('x', 1000000) from generate_series(1, 12) n").await;
+    let path = format!("/realtime/v1/changes?table=t&since={since}&apikey={}", anon());
+    let answers = join_all((0..60).map(|_| text(address, &path))).await;
+    // Whoever is not answered in time comes again.
+    assert!(answers.iter().any(|(status, _)| *status == 200));
+    let peak = peak(child.id().unwrap());
+    assert!(peak < 256, "{peak} MiB");
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::feed::audience::Audience;
 use crate::feed::audiences::Audiences;
 use crate::feed::command::{Command, Handover, Position};
 use crate::feed::gate::Gate;
@@ -142,6 +143,10 @@ impl Listeners for Convoy {
         let frames = self.audiences.tell(gate, catalog, stretch).await?;
         self.observe.frames_delivered(frames);
         Ok(())
+    }
+
+    fn is_behind(&self) -> bool {
+        self.audiences.iter().any(Audience::is_behind)
     }
 
     async fn let_read(&mut self) {

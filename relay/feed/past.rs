@@ -80,7 +80,12 @@ pub trait Listeners {
         asked
     }
 
-    /// Reads what it was told, before more of it comes.
+    /// Whether they are to read what they were told before more of it comes.
+    fn is_behind(&self) -> bool {
+        false
+    }
+
+    /// Lets them read it.
     fn let_read(&mut self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
@@ -260,27 +265,29 @@ impl Past {
             let (seen, until) = (bearing.seen.clone(), bearing.until.clone());
             let span = Arc::new(Span { epoch: since.epoch(), seen, until });
             loop {
-                let portion = {
-                    let _place = listeners.meanwhile(Arc::clone(places).acquire_owned()).await;
-                    listeners.meanwhile(self.portion(&bearing)).await?
-                };
+                // Kept until the portion is told: those who wait for a place must not each have one in memory.
+                let mut place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
+                let portion = listeners.meanwhile(self.portion(&bearing)).await?;
                 let mut parts = portion.parts.into_iter().peekable();
                 while let Some(changes) = parts.next() {
                     let Some(last) = changes.last().map(|change| change.number) else { continue };
                     let more = portion.next.is_some() || parts.peek().is_some();
                     let stretch = Stretch { changes, more, span: Arc::clone(&span) };
-                    {
-                        let _place = listeners.meanwhile(Arc::clone(places).acquire_owned()).await;
-                        let catalog = listeners.meanwhile(self.in_time(self.catalog.reloaded())).await?;
-                        self.judge_with(&catalog).await;
-                        listeners.tell(&self.gate, &catalog, &stretch).await?;
+                    if place.is_none() {
+                        place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                     }
+                    let catalog = listeners.meanwhile(self.in_time(self.catalog.reloaded())).await?;
+                    self.judge_with(&catalog).await;
+                    listeners.tell(&self.gate, &catalog, &stretch).await?;
                     listeners.reached(span.after(last, !more));
                     if more && is_over(listeners) {
                         return Ok(false);
                     }
-                    // Whoever reads slowly has no place meanwhile.
-                    listeners.let_read().await;
+                    if listeners.is_behind() {
+                        // Whoever reads slowly has no place meanwhile.
+                        place = None;
+                        listeners.let_read().await;
+                    }
                 }
                 match portion.next {
                     Some(next) => bearing = next,
