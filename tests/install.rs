@@ -10,7 +10,7 @@ use crate::crash::Cluster;
 use crate::support::client::Client;
 use crate::support::database::{Database, connect, with_database};
 use crate::support::relay::Relay;
-use crate::support::token;
+use crate::support::{eventually, token};
 
 const LEDGER: &str =
     "select string_agg(concat_ws(' ', file, checksum, version, applied_at), ';' order by file)
@@ -126,6 +126,33 @@ async fn what_was_watched_before_an_update_is_watched_after_it() {
     database.run("insert into t values (2)").await;
     assert_eq!(client.change().await["record"]["id"], 2);
     relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_that_waits_for_an_open_transaction_does_not_hold_up_other_writers() {
+    let database = Database::new().await;
+    database.run("create table t (id int); select relay.watch('t')").await;
+    // As it was before there were these indexes.
+    database.run("delete from relay.ledger where file like '006%'; drop index relay.changes_0_xid").await;
+    database.run("create index changes_0_xid_number on relay.changes_0 (xid, number)").await;
+    let slow = database.connect().await;
+    slow.batch_execute("begin; insert into t values (1)").await.unwrap();
+    let mut installer = database.connect().await;
+    let installing = tokio::spawn(async move { install(&mut installer).await });
+    eventually("it waits for the lock", || async {
+        let waits = "select exists (select from pg_locks where not granted and locktype = 'relation' \
+                     and database = (select oid from pg_database where datname = current_database()))";
+        (database.value(waits).await == "t").then_some(())
+    })
+    .await;
+    database.run("set statement_timeout = '3s'; insert into t values (2)").await;
+    assert!(!installing.is_finished());
+    slow.batch_execute("commit").await.unwrap();
+    installing.await.unwrap().unwrap();
+    check(&database.client).await.unwrap();
+    let indexes = "select string_agg(indexrelid::regclass::text, ' ' order by 1) from pg_index \
+                   where indrelid = 'relay.changes_0'::regclass";
+    assert_eq!(database.value(indexes).await, "relay.changes_0_number relay.changes_0_xid");
 }
 
 #[tokio::test(flavor = "multi_thread")]
