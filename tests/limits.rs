@@ -1,9 +1,12 @@
 //! What one client may hold or ask for is bounded, and whoever goes beyond it is closed without hurting the others.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::sleep;
 
 use crate::cli;
 use crate::support::database::Database;
@@ -136,6 +139,26 @@ async fn an_answer_that_nobody_takes_is_given_up() {
     let mut got = Vec::new();
     let _ = client.read_to_end(&mut got).await;
     assert!(got.len() < 30_000_000, "it was cut");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_client_is_waited_for_as_long_as_it_takes_something() {
+    const ROWS: i64 = 40;
+    let stage = Stage::with(TABLE, |settings, _| {
+        settings.outbox_bytes = Some(64 << 20);
+        settings.write_timeout_ms = Some(1000);
+    })
+    .await;
+    let mut client =
+        stage.subscribe(&anon(), json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    stage
+        .run(&format!("insert into t select n, repeat('x', 1000000) from generate_series(1, {ROWS}) n"))
+        .await;
+    for expected in 1..=ROWS {
+        assert_eq!(client.change().await["record"]["id"], expected);
+        // All of it takes several times as long as nothing may be taken.
+        sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// The most that was resident of a process, in MiB.

@@ -71,10 +71,18 @@ impl Writer {
     /// When the connection is broken.
     pub async fn write(&mut self, socket: &mut Socket) -> Result<(), Broken> {
         while !self.write_now(socket)? {
-            socket.flush().await.map_err(|_| Broken)?;
-            socket.get_ref().writable().await.map_err(|_| Broken)?;
+            Self::room(socket).await?;
         }
         Ok(())
+    }
+
+    /// Waits until the socket takes something.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub async fn room(socket: &mut Socket) -> Result<(), Broken> {
+        socket.flush().await.map_err(|_| Broken)?;
+        socket.get_ref().writable().await.map_err(|_| Broken)
     }
 
     /// Writes what the socket takes at once; true when that was everything.

@@ -236,21 +236,20 @@ impl Driver {
         Over::Close(1013, "the client reads too slowly: connect again and read the rows anew")
     }
 
-    /// Writes what was taken, unless the client takes too long for it.
+    /// Writes what was taken, unless the client takes nothing for too long.
     async fn write_in_time(&mut self) -> Result<(), Over> {
         // A client to which there is always something to write must not keep its thread from the others.
         consume_budget().await;
         self.turns += 1;
-        if !self.writer.write_now(&mut self.socket)? {
+        while !self.writer.write_now(&mut self.socket)? {
             self.turns = TURNS;
             self.outbox.is_stuck_with(self.writer.left());
-            let (outbox, limit) = (Arc::clone(&self.outbox), self.app.limits.write);
             tokio::select! {
-                written = timeout(limit, self.writer.write(&mut self.socket)) => match written {
-                    Ok(written) => written?,
+                room = timeout(self.app.limits.write, Writer::room(&mut self.socket)) => match room {
+                    Ok(room) => room?,
                     Err(_) => return Err(self.full()),
                 },
-                () = outbox.overflowed() => return Err(self.full()),
+                () = self.outbox.overflowed() => return Err(self.full()),
             }
         }
         if let Some(resume) = &mut self.resume {
