@@ -10,6 +10,7 @@ use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::coop::consume_budget;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
@@ -29,6 +30,7 @@ use crate::model::session::{Action, ChannelId, Session};
 use crate::model::subscription::Subscription;
 pub use crate::transport::auth::now;
 use crate::transport::http::{App, Greeting};
+use crate::transport::key_set::KeySet;
 use crate::transport::resume::{Resume, work};
 use crate::transport::writer::{Broken, Socket, Writer};
 
@@ -155,7 +157,7 @@ impl Driver {
                 // Writing first, as that is what most turns are for; the last branch keeps the others from waiting for ever.
                 biased;
                 taken = self.outbox.take(&mut self.writer.frames), if self.turns < TURNS => match taken {
-                    Taken::Frames => if let Err(over) = self.write_in_time().await {
+                    Taken::Frames => if let Err(over) = self.write_in_time(&mut keys).await {
                         return over;
                     },
                     Taken::Rebind(channel) => {
@@ -237,7 +239,7 @@ impl Driver {
     }
 
     /// Writes what was taken, unless the client takes nothing for too long.
-    async fn write_in_time(&mut self) -> Result<(), Over> {
+    async fn write_in_time(&mut self, keys: &mut watch::Receiver<Arc<KeySet>>) -> Result<(), Over> {
         // A client to which there is always something to write must not keep its thread from the others.
         consume_budget().await;
         self.turns += 1;
@@ -250,6 +252,11 @@ impl Driver {
                     Err(_) => return Err(self.full()),
                 },
                 () = self.outbox.overflowed() => return Err(self.full()),
+                // Nothing more may be told by a token whose key is gone, however long this takes.
+                Ok(()) = keys.changed() => {
+                    let actions = self.session.recheck(&self.app.verifier);
+                    self.obey(actions, &mut None);
+                }
             }
         }
         if let Some(resume) = &mut self.resume {
