@@ -121,20 +121,26 @@ $$;
 comment on function relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint) is
   'a header row, then the changes of a page with these numbers, in order';
 
--- relay.page_relations(seen, until, after_number) : the relations of the changes of such a page; 0 is the schema
-create or replace function relay.page_relations(seen pg_snapshot, until pg_snapshot, after_number bigint) returns setof int
+-- relay.page_counts(seen, until, after_number) : how many changes of which relation are on such a page; 0 is the schema
+drop function if exists relay.page_relations(pg_snapshot, pg_snapshot, bigint);
+create or replace function relay.page_counts(seen pg_snapshot, until pg_snapshot, after_number bigint)
+returns table (relation int, count bigint)
 language sql stable as $$
-  select c.relation
-  from relay.changes c
-  where c.xid >= pg_catalog.pg_snapshot_xmax($1) and c.xid < pg_catalog.pg_snapshot_xmax($2)
-    and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
-  union
-  select c.relation
-  from relay.changes c
-  where c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
-    and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
+  select r, pg_catalog.count(*)
+  from (
+    select c.relation
+    from relay.changes c
+    where c.xid >= pg_catalog.pg_snapshot_xmax($1) and c.xid < pg_catalog.pg_snapshot_xmax($2)
+      and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
+    union all
+    select c.relation
+    from relay.changes c
+    where c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
+      and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
+  ) p (r)
+  group by r
 $$;
-comment on function relay.page_relations(pg_snapshot, pg_snapshot, bigint) is 'the relations of a page''s changes after a number';
+comment on function relay.page_counts(pg_snapshot, pg_snapshot, bigint) is 'how many changes of a page after a number are of which relation';
 
 -- relay.flush() : makes everything up to now survive a crash, once the caller has committed with synchronous_commit on
 create or replace function relay.flush() returns void

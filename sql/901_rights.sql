@@ -17,7 +17,7 @@ grant execute on function relay.log_change(int, "char", boolean, json, json), re
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
   relay.refresh_jobs, relay.retention, relay.segments, relay.health to relay_reader;
 grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint),
-  relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint), relay.page_relations(pg_snapshot, pg_snapshot, bigint),
+  relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint), relay.page_counts(pg_snapshot, pg_snapshot, bigint),
   relay.summarize(), relay.flush(),
   relay.key(regclass), relay.notes(regclass), relay.needs_care(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),

@@ -71,6 +71,23 @@ async fn whoever_follows_another_table_does_not_wait_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_only_a_few_changes_of_it_concern_does_not_wait_for_the_others() {
+    let stage = stage().await;
+    let (mut one, mut other) = (join(&stage, "t", "").await, join(&stage, "other", "").await);
+    stage
+        .run(&format!("insert into t select generate_series(1, {MANY}); insert into other values (1), (2)"))
+        .await;
+    let reading = tokio::spawn(async move { all_until(&mut one, MANY).await });
+    for expected in [1, 2] {
+        assert_eq!(id(&other.change().await), expected);
+    }
+    assert!(!reading.is_finished(), "they came after all of the others");
+    stage.run("insert into other values (3)").await;
+    assert_eq!(id(&other.change().await), 3);
+    reading.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn streams_and_polls_that_wait_for_it_get_each_change_once() {
     let stage = stage().await;
     let path = format!("/realtime/v1/changes?table=t&apikey={}", ann());

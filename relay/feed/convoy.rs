@@ -12,6 +12,7 @@ use crate::feed::audiences::Audiences;
 use crate::feed::command::{Command, Handover, Position};
 use crate::feed::gate::Gate;
 use crate::feed::past::{Listeners, Missed, Past};
+use crate::feed::pulse::Pulse;
 use crate::feed::stretch::Stretch;
 use crate::model::cursor::Cursor;
 use crate::model::relation::Catalog;
@@ -35,6 +36,8 @@ pub struct Convoy {
     pub since: Option<Cursor>,
     /// Commands about its channels, which are not the router's meanwhile.
     pub commands: UnboundedReceiver<Numbered>,
+    /// The relations that concern them, of the page with which they began; none when that is most of it.
+    pub only: Option<Arc<[i32]>>,
     /// They were told that the feed stalls, and not yet that it goes on.
     stalled: bool,
     /// When they came further last, and how long without that is a stall.
@@ -46,20 +49,21 @@ pub struct Convoy {
 }
 
 impl Convoy {
-    /// A convoy of this number, and where its commands go. It stalls when it comes no further for `bound`.
+    /// A convoy of this number, and where its commands go.
     pub fn new(
         number: u64,
         audiences: Audiences,
         since: Cursor,
-        bound: Duration,
+        pulse: &Pulse,
         past: Arc<Past>,
         router: UnboundedSender<Command>,
         observe: Arc<Observe>,
     ) -> (Box<Self>, UnboundedSender<Numbered>) {
         let (sender, commands) = unbounded_channel();
-        let (since, stalled, moved) = (Some(since), false, Instant::now());
+        let (since, only) = (Some(since), None);
+        let (stalled, moved, bound) = (false, Instant::now(), pulse.bound());
         let convoy =
-            Self { number, audiences, since, commands, stalled, moved, bound, past, router, observe };
+            Self { number, audiences, since, commands, only, stalled, moved, bound, past, router, observe };
         (Box::new(convoy), sender)
     }
 
@@ -169,7 +173,14 @@ impl Listeners for Convoy {
         }
     }
 
+    fn only(&self) -> Option<Arc<[i32]>> {
+        self.only.clone()
+    }
+
     fn reached(&mut self, here: Cursor) {
+        if here.within().is_none() {
+            self.only = None;
+        }
         self.since = Some(here);
         self.moved = Instant::now();
         self.tell_stall(false);

@@ -90,6 +90,11 @@ pub trait Listeners {
         std::future::ready(())
     }
 
+    /// The relations whose changes are all that concerns them of the page in which they stand, when that is known.
+    fn only(&self) -> Option<Arc<[i32]>> {
+        None
+    }
+
     /// They were told everything up to here.
     fn reached(&mut self, here: Cursor);
 
@@ -258,7 +263,8 @@ impl Past {
         };
         // The page in which the cursor stands goes first, to its own end.
         let mut bearing = match since.within() {
-            Some(within) => Bearing::new(since.seen().clone(), within.until().clone(), within.number()),
+            Some(within) => Bearing::new(since.seen().clone(), within.until().clone(), within.number())
+                .only(listeners.only()),
             None => Bearing::new(since.seen().clone(), to.seen().clone(), 0),
         };
         loop {

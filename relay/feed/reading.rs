@@ -376,11 +376,11 @@ impl<'a> Reading<'a> {
     async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<Look, Error> {
         // On the connection that streams large rows, those that were not looked at would have to come first.
         self.changelog = Changelog::connect(&self.source.server).await?;
-        let relations = self.changelog.relations(&span.seen, &span.until, after);
-        let relations = self.source.page(relations).await?;
+        let counts = self.changelog.counts(&span.seen, &span.until, after);
+        let counts = self.source.page(counts).await?;
         self.place.position = Position::after(span.until.clone());
         self.unheard = false;
-        let rest = Part::Rest { span: Arc::clone(span), after, relations };
+        let rest = Part::Rest { span: Arc::clone(span), after, counts };
         Ok(if self.hand_on(rest).await { Look::Plenty } else { Look::Over })
     }
 }

@@ -1,6 +1,6 @@
 //! From changes to outboxes: who is subscribed to what, one frame for all who get the same, and never a wait for a client.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ use crate::postgres::connect::Error;
 const PAUSE: Duration = Duration::from_millis(100);
 /// … as long as these pauses are not more than this together, and a tenth of all time.
 const PAUSES: Duration = Duration::from_secs(1);
+/// So many changes of one relation are more than those of others should wait for.
+const LARGE: i64 = 1000;
 
 /// The task that owns all subscriptions.
 pub struct Router {
@@ -230,34 +232,46 @@ impl Router {
         }
     }
 
-    /// The rest of a page goes to those whom it concerns by itself; the others have nothing to wait for.
-    async fn send_off(&mut self, span: &Span, after: i64, relations: &HashSet<RelationId>) {
+    /// The rest of a page goes to those whom it concerns by itself; the others have nothing to wait for. Those whom only
+    /// its smaller part concerns, which may be one row among a million, do not wait for the others either.
+    async fn send_off(&mut self, span: &Span, after: i64, counts: &HashMap<RelationId, i64>) {
         // Something of the schema changed, which is told as relation 0: whom the rest concerns is said by the new rules.
-        if relations.contains(&RelationId(0)) {
+        if counts.contains_key(&RelationId(0)) {
             self.deliver_when_judged(None).await;
         }
-        let concerned = self.audiences.split_off(relations);
-        // They are told changes, so for them the feed goes on.
-        if self.stalled {
-            concerned.iter().for_each(|audience| audience.tell_stall(false));
-        }
+        let large = |count: &i64| *count > LARGE;
+        let relations = |is_large| {
+            counts.iter().filter(move |(_, count)| large(count) == is_large).map(|(relation, _)| *relation)
+        };
+        let all = self.audiences.split_off(&relations(true).collect());
+        let few = self.audiences.split_off(&relations(false).collect());
+        let only = relations(false).chain([RelationId(0)]).map(|relation| relation.0).collect();
         self.position = Some(span.end());
         self.recent = Recent::default();
         self.recent.moved(&self.position, &span.end());
-        if concerned.is_empty() {
-            return;
+        for (audiences, only) in [(all, None), (few, Some(only))] {
+            if !audiences.is_empty() {
+                self.begin_convoy(audiences, span, after, only);
+            }
+        }
+    }
+
+    fn begin_convoy(&mut self, audiences: Audiences, span: &Span, after: i64, only: Option<Arc<[i32]>>) {
+        // They are told changes, so for them the feed goes on.
+        if self.stalled {
+            audiences.iter().for_each(|audience| audience.tell_stall(false));
         }
         self.last_convoy += 1;
         let number = self.last_convoy;
-        self.away.extend(concerned.channels().map(|channel| (channel, (number, 0))));
+        self.away.extend(audiences.channels().map(|channel| (channel, (number, 0))));
         let (past, router, observe) =
             (Arc::clone(&self.past), self.router.clone(), Arc::clone(&self.observe));
         let since = span.after(after, false);
-        let to = span.end();
-        let (convoy, commands) =
-            Convoy::new(number, concerned, since, self.pulse.bound(), past, router, observe);
+        let (mut convoy, commands) =
+            Convoy::new(number, audiences, since, &self.pulse, past, router, observe);
+        convoy.only = only;
         self.convoys.insert(number, commands);
-        tokio::spawn(convoy.run(Handover::Behind(to)));
+        tokio::spawn(convoy.run(Handover::Behind(span.end())));
     }
 
     /// Takes a convoy in when it has missed nothing, else sends it on.
@@ -302,7 +316,7 @@ impl Router {
                     self.let_clients_read().await;
                 }
             }
-            Part::Rest { span, after, relations } => self.send_off(&span, after, &relations).await,
+            Part::Rest { span, after, counts } => self.send_off(&span, after, &counts).await,
             Part::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);

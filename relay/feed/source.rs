@@ -1,6 +1,6 @@
 //! The source of changes: finds the place in the changelog and keeps it over any number of connections.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -47,8 +47,8 @@ pub enum Part {
         span: Arc<Span>,
         /// The number of the last change that was handed on.
         after: i64,
-        /// The relations of the others; 0 is the schema.
-        relations: HashSet<RelationId>,
+        /// How many of the others are of which relation; 0 is the schema.
+        counts: HashMap<RelationId, i64>,
     },
     /// There was nothing for anybody up to here.
     Quiet(Cursor),

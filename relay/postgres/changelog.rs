@@ -1,6 +1,6 @@
 //! The changelog, read between two snapshots: one statement gives the new snapshot and what became visible since.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use deadpool_postgres::Pool;
 use futures_util::{StreamExt, TryStreamExt};
 use time::OffsetDateTime;
 use tokio::time::sleep;
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use crate::model::change::{self, Change, Operation, RelationId};
@@ -106,19 +107,19 @@ impl Changelog {
         parse(&text)
     }
 
-    /// The relations of the changes of a page after a number.
+    /// How many changes of which relation a page has after a number.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn relations(
+    pub async fn counts(
         &self,
         seen: &Snapshot,
         until: &Snapshot,
         after: i64,
-    ) -> Result<HashSet<RelationId>, Error> {
-        let question = "select relay.page_relations($1::text::pg_snapshot, $2::text::pg_snapshot, $3)";
+    ) -> Result<HashMap<RelationId, i64>, Error> {
+        let question = "select * from relay.page_counts($1::text::pg_snapshot, $2::text::pg_snapshot, $3)";
         let rows = self.client.query(question, &[&seen.to_string(), &until.to_string(), &after]).await?;
-        rows.iter().map(|row| Ok(RelationId(row.try_get(0)?))).collect()
+        rows.iter().map(|row| Ok((RelationId(row.try_get(0)?), row.try_get(1)?))).collect()
     }
 
     /// Opens a page, of which the first so many changes come: PostgreSQL looks at all of it, but neither sorts nor sends
@@ -127,20 +128,21 @@ impl Changelog {
     /// # Errors
     /// As the connection.
     pub async fn open(&self, position: &Position, most: usize) -> Result<Page, Error> {
-        self.open_by(&self.page, position, i64::try_from(most).unwrap_or(i64::MAX - 1)).await
+        let most = i64::try_from(most).unwrap_or(i64::MAX - 1);
+        self.open_by(&self.page, position, &[&most]).await
     }
 
-    /// The same by another statement, which takes another number.
+    /// The same by another statement, which takes these parameters after those that say where.
     pub(super) async fn open_by(
         &self,
         statement: &Statement,
         position: &Position,
-        number: i64,
+        more: &[&(dyn ToSql + Sync)],
     ) -> Result<Page, Error> {
         let seen = position.seen.to_string();
         let until = position.until.as_ref().map(ToString::to_string);
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 4] =
-            [&seen, &until, &position.after, &number];
+        let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&seen, &until, &position.after];
+        parameters.extend(more);
         let mut changes = Box::pin(self.client.query_raw(statement, parameters).await?);
         let header = changes.try_next().await?.ok_or_else(|| unfit("relay.page gave no header"))?;
         Ok(Page {

@@ -1,6 +1,8 @@
 //! A page of the changelog in portions, for those who read it long after: each is one statement of bounded cost, and between
 //! two of them nothing is held at the database.
 
+use std::sync::Arc;
+
 use tokio_postgres::Statement;
 
 use crate::model::change::Change;
@@ -18,6 +20,7 @@ const PARTS: usize = 8;
 /// A connection that reads portions.
 pub struct Portions {
     changelog: Changelog,
+    head: Statement,
     slice: Statement,
 }
 
@@ -33,6 +36,8 @@ pub struct Bearing {
     /// The next portion is looked for among all that is left: it is not known to begin close by.
     far: bool,
     size: usize,
+    /// Of these relations alone, when not of all; 0 is the schema.
+    only: Option<Arc<[i32]>>,
 }
 
 /// A portion of a page.
@@ -46,7 +51,12 @@ pub struct Portion {
 impl Bearing {
     /// In the page between two snapshots, behind the change with this number; 0 at its start.
     pub fn new(seen: Snapshot, until: Snapshot, after: i64) -> Self {
-        Self { seen, until, after, far: after == 0, size: FIRST }
+        Self { seen, until, after, far: after == 0, size: FIRST, only: None }
+    }
+
+    /// The same for the changes of these relations alone; 0 is the schema.
+    pub fn only(self, relations: Option<Arc<[i32]>>) -> Self {
+        Self { only: relations, ..self }
     }
 
     /// Whether the portion is found by its numbers.
@@ -62,9 +72,14 @@ impl Portions {
     /// As [`Changelog::connect`].
     pub async fn connect(server: &Server) -> Result<Self, Error> {
         let changelog = Changelog::connect(server).await?;
-        let slice = "select * from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4)";
-        let slice = changelog.client().prepare(slice).await?;
-        Ok(Self { changelog, slice })
+        let client = changelog.client();
+        // The header has no number.
+        let head = "select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) \
+                    where $5::int[] is null or number is null or relation = any($5) limit $4::bigint + 1";
+        let slice = "select * from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4) \
+                     where $5::int[] is null or number is null or relation = any($5)";
+        let (head, slice) = (client.prepare(head).await?, client.prepare(slice).await?);
+        Ok(Self { changelog, head, slice })
     }
 
     /// Whether the connection still stands, as far as is known.
@@ -104,10 +119,11 @@ impl Portions {
     pub async fn read(&self, from: &Bearing, most: usize, most_bytes: usize) -> Result<Portion, Error> {
         let position =
             Position { seen: from.seen.clone(), until: Some(from.until.clone()), after: from.after };
+        let only = from.only.as_deref();
         let through = from.after.saturating_add(from.size as i64);
         let mut page = match from.far {
-            true => self.changelog.open(&position, from.size).await?,
-            false => self.changelog.open_by(&self.slice, &position, through).await?,
+            true => self.changelog.open_by(&self.head, &position, &[&(from.size as i64), &only]).await?,
+            false => self.changelog.open_by(&self.slice, &position, &[&through, &only]).await?,
         };
         let (parts, is_cut) = parts(&mut page, most, most_bytes).await?;
         let read = parts.iter().map(Vec::len).sum::<usize>();
