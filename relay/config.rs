@@ -135,7 +135,8 @@ pub struct Settings {
     /// How many bytes may wait for one client before it is closed [default: 1048576]
     #[arg(long, help_heading = "Limits", env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
-    /// How many bytes may wait for all clients before those are closed for which most waits [default: 268435456]
+    /// How many bytes of memory may go to what waits for all clients, before those are closed for which most waits
+    /// [default: 268435456]
     #[arg(long, help_heading = "Limits", env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
     pub total_outbox_bytes: Option<usize>,
     /// How many rows of a table are given at once to whoever asks for them [default: 10000]

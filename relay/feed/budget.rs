@@ -27,6 +27,11 @@ struct Counted {
 }
 
 impl Budget {
+    /// Of so much memory. A quarter of it is for what the allocator adds when a thousand clients come and go.
+    pub fn within(memory: usize, observe: Arc<Observe>) -> Self {
+        Self::new(memory - memory / 4, observe)
+    }
+
     /// Nothing waits yet.
     pub fn new(limit: usize, observe: Arc<Observe>) -> Self {
         Self { limit, outboxes: AtomicUsize::new(0), observe }
