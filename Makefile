@@ -1,15 +1,18 @@
 # The build itself is cargo's; this is what stands around it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak fuzz autobahn unit lint bench clean
+.PHONY: help setup demo test test-core test-clients test-browser soak fuzz autobahn unit lint bench clean
 MINUTES ?= 10
+# Tests mostly wait for each other's servers, so more of them run at a time than there are processors.
+TEST_THREADS ?= $(shell echo $$((3 * $$(nproc 2>/dev/null || echo 2))))
 
 # Node.js from here where the system's is too old.
 export PATH := $(CURDIR)/target/node/bin:$(PATH)
 cluster := tests/support/cluster.sh
+tests = $(cluster) run target/cluster -c fsync=off -- cargo test
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: PostgreSQL, Node.js, npm and Python packages, Chromium
 	@tests/support/setup.sh
@@ -19,9 +22,19 @@ demo: ## start everything and serve a page with live rows; Ctrl-C stops it
 	@cargo build --release
 	@examples/demo/run.sh
 
-test: ## all tests, on a throwaway PostgreSQL cluster, with the real clients
-	@tests/support/setup.sh postgres pooler node python browser
-	@$(cluster) run target/cluster -c fsync=off -- cargo test
+test: test-core test-clients test-browser ## all tests, on a throwaway PostgreSQL cluster, with the real clients
+
+test-core: ## all tests but those with the real clients
+	@tests/support/setup.sh postgres pooler
+	@$(tests) -- --test-threads=$(TEST_THREADS) --skip clients:: --skip browser::
+
+test-clients: ## the unmodified clients from npm and PyPI
+	@tests/support/setup.sh postgres node python
+	@$(tests) --test main -- --test-threads=$(TEST_THREADS) clients::
+
+test-browser: ## a page in a headless Chromium
+	@tests/support/setup.sh postgres node browser
+	@$(tests) --test main -- browser::
 
 soak: ## the fault run for MINUTES=10: kills relays and PostgreSQL under writers and readers
 	@tests/support/setup.sh postgres
