@@ -60,9 +60,9 @@ lint: ## formatting, clippy and rustdoc, warnings denied
 	cargo clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 
-bench: ## latency, writers' rate, fan-out and memory, as ratios in one run
+bench: ## latency, writers' rate, fan-out and memory; AGAINST=an older relay's binary measures both, BENCH=sections
 	@tests/support/setup.sh postgres
-	@$(cluster) run target/bench/cluster -- cargo bench
+	@$(cluster) run target/bench/cluster -- cargo bench -- $(if $(AGAINST),--against $(abspath $(AGAINST))) $(BENCH)
 
 clean: ## remove all that was built and stop our clusters
 	@for dir in target/cluster target/demo/cluster target/bench/cluster; do $(cluster) drop $$dir; done

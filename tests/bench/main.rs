@@ -1,5 +1,6 @@
 //! The relay's figures in one run, against targets: `make bench`, or with the URL of a throwaway cluster in
-//! `RELAY_TEST_DATABASE_URL`: `cargo bench -- [--quick] [SECTION ...]`, where a section is one of `SECTIONS`.
+//! `RELAY_TEST_DATABASE_URL`: `cargo bench -- [--quick] [--against BINARY] [SECTION ...]`, where a section is one of
+//! `SECTIONS`. With `--against` each section is measured with that older relay, too, right before it is with this one.
 //!
 //! The relay is the release binary in a process of its own; writers and clients are here. What a machine and its kernel
 //! can do at all is measured beside it in the same run, by a server that knows neither policy nor protocol (`floor`).
@@ -44,30 +45,51 @@ fn main() {
     {
         return floor::serve(url);
     }
-    let quick = arguments.iter().any(|argument| argument == "--quick");
-    let wanted: Vec<&str> =
-        arguments.iter().map(String::as_str).filter(|argument| *argument != "--quick").collect();
+    let (mut quick, mut against, mut wanted) = (false, None, Vec::new());
+    let mut rest = arguments.iter().map(String::as_str);
+    while let Some(argument) = rest.next() {
+        match argument {
+            "--quick" => quick = true,
+            "--against" => against = rest.next(),
+            section => wanted.push(section),
+        }
+    }
+    if let Some(missing) = against.filter(|binary| !std::path::Path::new(binary).is_file()) {
+        println!(
+            "--against {missing}: there is no such file; give the path of a relay that was built before"
+        );
+        std::process::exit(2);
+    }
     if let Some(unknown) = wanted.iter().find(|name| !SECTIONS.contains(name)) {
-        println!("unknown: {unknown}; choose among --quick {}", SECTIONS.join(" "));
+        println!("unknown: {unknown}; choose among --quick --against {}", SECTIONS.join(" "));
         std::process::exit(2);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
         let mut report = Report::begin(quick).await;
-        for section in SECTIONS {
-            if wanted.is_empty() || wanted.contains(&section) {
-                match section {
-                    "latency" => latency::run(&mut report).await,
-                    "writers" => writers::run(&mut report).await,
-                    "fanout" => fanout::run(&mut report).await,
-                    "policies" => policies::run(&mut report).await,
-                    "memory" => memory::run(&mut report).await,
-                    "stalled" => stalled::run(&mut report).await,
-                    "transaction" => transaction::run(&mut report).await,
-                    _ => storm::run(&mut report).await,
-                }
+        for section in SECTIONS.into_iter().filter(|section| wanted.is_empty() || wanted.contains(section)) {
+            if let Some(older) = against {
+                report.measure_older(true);
+                process::measure(older);
+                run(section, &mut report).await;
+                report.measure_older(false);
+                process::measure(process::RELAY);
             }
+            run(section, &mut report).await;
         }
         report.end();
     });
+}
+
+async fn run(section: &str, report: &mut Report) {
+    match section {
+        "latency" => latency::run(report).await,
+        "writers" => writers::run(report).await,
+        "fanout" => fanout::run(report).await,
+        "policies" => policies::run(report).await,
+        "memory" => memory::run(report).await,
+        "stalled" => stalled::run(report).await,
+        "transaction" => transaction::run(report).await,
+        _ => storm::run(report).await,
+    }
 }

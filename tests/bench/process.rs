@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -11,7 +12,20 @@ use tokio::net::TcpStream;
 use crate::machine;
 use crate::support::{SECRET, eventually};
 
-const RELAY: &str = env!("CARGO_BIN_EXE_relay");
+/// The relay of this build.
+pub const RELAY: &str = env!("CARGO_BIN_EXE_relay");
+
+/// The relay that is measured.
+static MEASURED: Mutex<Option<String>> = Mutex::new(None);
+
+/// Measures this binary from now on, which may be one of an older build.
+pub fn measure(binary: &str) {
+    *MEASURED.lock().unwrap() = Some(binary.to_owned());
+}
+
+fn measured() -> String {
+    MEASURED.lock().unwrap().clone().unwrap_or_else(|| RELAY.to_owned())
+}
 
 pub struct Server {
     child: Child,
@@ -26,7 +40,7 @@ impl Server {
 
     /// The same with more flags.
     pub async fn relay_with(database_url: &str, flags: &[&str]) -> Self {
-        let mut command = Command::new(RELAY);
+        let mut command = Command::new(measured());
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RELAY_")) {
             command.env_remove(name);
         }
@@ -66,7 +80,7 @@ impl Server {
 
     /// Whether `relay serve` has this flag.
     pub fn knows(flag: &str) -> bool {
-        let output = Command::new(RELAY).args(["serve", "--help"]).output().unwrap();
+        let output = Command::new(measured()).args(["serve", "--help"]).output().unwrap();
         String::from_utf8_lossy(&output.stdout).split_whitespace().any(|word| word == flag)
     }
 

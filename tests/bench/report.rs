@@ -9,6 +9,10 @@ pub struct Report {
     pub quick: bool,
     missed: usize,
     failed: usize,
+    /// The figures to come are those of an older relay.
+    older: bool,
+    /// By name: the figure of the older relay, and of this one.
+    compared: Vec<(String, Option<f64>, Option<f64>)>,
 }
 
 /// What a figure should be.
@@ -38,7 +42,23 @@ impl Report {
         );
         println!();
         println!("{:<52} {:>11}  {:<9} {:<4} how", "figure", "measured", "target", "met");
-        Self { quick, missed: 0, failed: 0 }
+        Self { quick, missed: 0, failed: 0, older: false, compared: Vec::new() }
+    }
+
+    /// The figures to come are those of an older relay, measured for comparison; its misses do not count.
+    pub fn measure_older(&mut self, older: bool) {
+        self.older = older;
+        println!("-- {}", if older { "the older relay" } else { "this relay" });
+    }
+
+    fn compare(&mut self, name: &str, measured: f64) {
+        if self.older {
+            self.compared.push((name.to_owned(), Some(measured), None));
+        } else if let Some(known) =
+            self.compared.iter_mut().find(|(known, _, new)| known == name && new.is_none())
+        {
+            known.2 = Some(measured);
+        }
     }
 
     /// One figure.
@@ -48,7 +68,8 @@ impl Report {
             Target::AtLeast(least) => (format!("≥ {}", number(*least)), Some(measured >= *least)),
             Target::None => (String::new(), None),
         };
-        self.missed += usize::from(met == Some(false));
+        self.compare(name, measured);
+        self.missed += usize::from(met == Some(false) && !self.older);
         let word = match met {
             Some(true) => "yes",
             Some(false) => "no",
@@ -62,7 +83,7 @@ impl Report {
     pub fn faults(&mut self, name: &str, faults: &[(&str, u64)]) {
         let told: Vec<String> = faults.iter().map(|(what, count)| format!("{what} {count}")).collect();
         let fine = faults.iter().all(|(_, count)| *count == 0);
-        self.failed += usize::from(!fine);
+        self.failed += usize::from(!fine && !self.older);
         println!("{name:<52} {}{}", told.join(", "), if fine { "" } else { "   WRONG" });
     }
 
@@ -74,6 +95,15 @@ impl Report {
     /// The sum. Faults fail the run; a missed target doesn't, as a busy machine misses some.
     pub fn end(self) {
         println!();
+        if !self.compared.is_empty() {
+            println!("{:<52} {:>11} {:>11} {:>9}", "compared", "older", "this", "ratio");
+        }
+        for (name, older, this) in &self.compared {
+            if let (Some(older), Some(this)) = (older, this) {
+                let ratio = if *older == 0.0 { String::new() } else { format!("×{:.2}", this / older) };
+                println!("{name:<52} {:>11} {:>11} {ratio:>9}", number(*older), number(*this));
+            }
+        }
         println!("{} targets missed, {} counts wrong, load {}", self.missed, self.failed, machine::load());
         if self.failed > 0 {
             std::process::exit(1);
