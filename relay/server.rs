@@ -92,6 +92,7 @@ pub async fn serve(
         pulse: Arc::clone(&pulse),
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
+        scope: catalog.scope(),
     };
     let feed_end = CancellationToken::new();
     tasks.spawn({

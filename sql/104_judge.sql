@@ -153,14 +153,21 @@ begin
   delete from relay.read_policies p where not exists (select from pg_catalog.pg_class c where c.oid = p.relation);
   insert into relay.read_policies as p (relation, policy) values (allow.relation, allow.policy)
   on conflict on constraint read_policies_pkey do update set policy = excluded.policy;
+  -- No event trigger fires for it.
+  perform relay.log_change(0, 'S', false, null, null);
+  perform relay.ring('schema', 'relay.allow');
 end
 $$;
 comment on function relay.allow(regclass, text) is
   'read policy for a materialized view or foreign table; without one the role''s SELECT right decides';
 
 create or replace function relay.disallow(relation regclass) returns void
-language sql volatile
+language plpgsql volatile
 set search_path = '' as $$
-  delete from relay.read_policies p where p.relation = $1
+begin
+  delete from relay.read_policies p where p.relation = disallow.relation;
+  perform relay.log_change(0, 'S', false, null, null);
+  perform relay.ring('schema', 'relay.disallow');
+end
 $$;
 comment on function relay.disallow(regclass) is 'takes back relay.allow: the role''s SELECT right decides again';

@@ -234,13 +234,59 @@ end
 $$;
 comment on function relay.access(regclass, oid) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
 
--- relay.schema_changes_are_logged() : whether the event trigger is there and enabled
+-- relay.schema_changes_are_logged() : whether the event trigger is there and fires always
+-- One that only fires in sessions of origin is silenced by session_replication_role.
 create or replace function relay.schema_changes_are_logged() returns boolean
 language sql stable
 set search_path = '' as $$
-  select exists (select from pg_catalog.pg_event_trigger e where e.evtname = 'relay_schema_changes' and e.evtenabled in ('O', 'A'))
+  select exists (
+    select from pg_catalog.pg_event_trigger e
+    where e.evtname = 'relay_schema_changes' and e.evtenabled = 'A'
+      and e.evtfoid = pg_catalog.to_regprocedure('relay.log_schema_change()'))
 $$;
 comment on function relay.schema_changes_are_logged() is 'whether changes of the schema stand in the changelog';
+
+-- relay.rule_scope(roles, login) : what relay.rules_mark() looks at for these roles and the login that judges
+-- roles: they and all roles that they are members of. owned: the watched relations and their schemas whose owner is one of
+-- those; REASSIGN OWNED gives them another.
+create or replace function relay.rule_scope(roles text[], login text) returns table (roles oid[], owned oid[])
+language sql stable
+set search_path = '' as $$
+  with recursive reachable (oid) as (
+    select r.oid from pg_catalog.pg_roles r where r.rolname = any ($1) or r.rolname = coalesce($2, current_user)
+    union
+    select m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid)
+  select array(select r.oid from reachable r order by r.oid), array(
+    select case when c.relowner in (select r.oid from reachable r) then c.oid else n.oid end
+    from relay.watch_list w
+    join pg_catalog.pg_class c on c.oid = w.relation
+    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+    where c.relowner in (select r.oid from reachable r) or n.nspowner in (select r.oid from reachable r)
+    order by 1)
+$$;
+comment on function relay.rule_scope(text[], text) is 'what relay.rules_mark looks at for roles and the judging login';
+
+-- relay.rules_mark(roles, owned) : sign of what decides who may see a row and fires no event trigger
+-- Roles, memberships, owners, and the event trigger itself, whose row version also tells that it was away for a moment. Takes
+-- what relay.rule_scope() gives. Language sql and without settings, so that it is inlined into the statement that reads a page,
+-- whose snapshot it shares: a rule that was changed together with a row, or before it, is another mark on the row's page.
+create or replace function relay.rules_mark(roles oid[], owned oid[]) returns table (mark bigint)
+language sql stable rows 1 as $$
+  select pg_catalog.hashtextextended(pg_catalog.concat_ws('|', $1::text, $2::text,
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', r.oid, r.rolname, r.rolsuper, r.rolbypassrls, r.rolinherit), ';' order by r.oid)
+     from pg_catalog.pg_roles r where r.oid = any ($1)),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', m.member, m.roleid, m.xmin::text), ';' order by m.member, m.roleid)
+     from pg_catalog.pg_auth_members m where m.member = any ($1)),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', c.oid, c.relowner), ';' order by c.oid)
+     from pg_catalog.pg_class c where c.oid = any ($2)),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', n.oid, n.nspowner), ';' order by n.oid)
+     from pg_catalog.pg_namespace n where n.oid = any ($2)),
+    (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()),
+    (select pg_catalog.concat_ws(',', e.oid, e.xmin::text, e.evtenabled, p.xmin::text)
+     from pg_catalog.pg_event_trigger e join pg_catalog.pg_proc p on p.oid = e.evtfoid
+     where e.evtname = 'relay_schema_changes')), 0)
+$$;
+comment on function relay.rules_mark(oid[], oid[]) is 'sign of what decides who may see a row and fires no event trigger';
 
 -- relay.known_kind(type, collation) : the kind of values, or of an array's elements, that the relay compares as PostgreSQL does
 -- null for all others, and for texts whose collation finds different texts equal.

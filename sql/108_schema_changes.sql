@@ -9,13 +9,13 @@ create or replace function relay.log_schema_change() returns event_trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
 begin
-  -- The relay's own temporary tables, whose grants do not say that they are temporary.
-  if current_setting('relay.quiet', true) = 'on' then
-    return;
-  end if;
+  -- Grants on temporary objects do not say that they are temporary, and are logged. Nor is the move of writers to another
+  -- segment of the changelog news.
   if tg_tag in ('REFRESH MATERIALIZED VIEW', 'COMMENT', 'CREATE INDEX')
      or exists (select from pg_event_trigger_ddl_commands())
-        and not exists (select from pg_event_trigger_ddl_commands() d where d.schema_name is distinct from 'pg_temp') then
+        and not exists (select from pg_event_trigger_ddl_commands() d
+                        where d.schema_name is distinct from 'pg_temp'
+                          and d.object_identity is distinct from 'relay.current_segment()') then
     return;
   end if;
   if tg_tag in ('ALTER TABLE', 'CREATE CAST') then

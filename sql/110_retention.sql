@@ -45,8 +45,6 @@ begin
     return done;
   end if;
   perform relay.summarize();
-  -- What is made anew here is no news of the schema.
-  perform set_config('relay.quiet', 'on', true);
   select * into rule from relay.retention;
   total := (select sum(pg_total_relation_size(format('relay.changes_%s', s)::regclass)) from generate_series(0, 2) s);
 
@@ -92,7 +90,6 @@ begin
     update relay.segments s set opened_at = clock_timestamp() where s.segment = next;
     done := done || format('moved on to %s', next);
   end if;
-  perform set_config('relay.quiet', '', true);
   return done;
 end
 $$;

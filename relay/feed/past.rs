@@ -206,11 +206,7 @@ impl Past {
         missed: &[Arc<Stretch>],
         listeners: &mut impl Listeners,
     ) -> Result<(), Missed> {
-        let is_news = missed.iter().any(|stretch| stretch.more || stretch.is_news());
-        let catalog = match is_news {
-            true => self.in_time(self.catalog.reloaded()).await?,
-            false => self.in_time(self.catalog.fresh()).await?,
-        };
+        let catalog = self.in_time(self.catalog.reloaded()).await?;
         self.judge_with(&catalog).await;
         for stretch in missed {
             listeners.tell(&self.gate, &catalog, stretch).await?;
@@ -278,7 +274,7 @@ impl Past {
                 while let Some(changes) = parts.next() {
                     let Some(last) = changes.last().map(|change| change.number) else { continue };
                     let more = portion.next.is_some() || parts.peek().is_some();
-                    let stretch = Stretch { changes, more, span: Arc::clone(&span) };
+                    let stretch = Stretch { changes, more, span: Arc::clone(&span), mark: None };
                     if place.is_none() {
                         place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                     }

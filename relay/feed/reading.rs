@@ -279,8 +279,9 @@ impl<'a> Reading<'a> {
     async fn read_page(&mut self, how: Flush) -> Result<Look, Error> {
         let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
         let resumed = self.place.position.until.is_some();
+        let scope = Arc::clone(&self.source.scope.borrow());
         let mut page =
-            self.source.page(self.changelog.open(&self.place.position, PARTS * PART_CHANGES)).await?;
+            self.source.page(self.changelog.open(&self.place.position, PARTS * PART_CHANGES, &scope)).await?;
         let until = page.until.clone();
         let seen = self.place.position.seen.clone();
         let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
@@ -310,7 +311,7 @@ impl<'a> Reading<'a> {
             total += changes.len();
             goes_on = more;
             self.source.observe.read(changes.len());
-            let part = Part::Changes { changes, more, span: Arc::clone(&span) };
+            let part = Part::Changes { changes, more, span: Arc::clone(&span), mark: page.mark };
             if !self.hand_on(part).await {
                 return Ok(Look::Over);
             }

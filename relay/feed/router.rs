@@ -302,8 +302,8 @@ impl Router {
 
     async fn deliver_part(&mut self, part: Part) {
         match part {
-            Part::Changes { changes, more, span } => {
-                let stretch = Arc::new(Stretch { changes, more, span });
+            Part::Changes { changes, more, span, mark } => {
+                let stretch = Arc::new(Stretch { changes, more, span, mark });
                 // Other rules count for those who come later, too.
                 if !self.audiences.is_empty() || stretch.is_news() {
                     self.deliver_when_judged(Some(&stretch)).await;
@@ -368,8 +368,8 @@ impl Router {
     }
 
     async fn deliver(&mut self, stretch: Option<&Stretch>) -> Result<(), Error> {
-        let Some(stretch) = stretch else { return self.catalog_for(&[], true).await.map(|_| ()) };
-        let catalog = self.catalog_for(&stretch.changes, stretch.more).await?;
+        let Some(stretch) = stretch else { return self.catalog_for(&[], true, None).await.map(|_| ()) };
+        let catalog = self.catalog_for(&stretch.changes, stretch.more, stretch.mark).await?;
         let frames = self.audiences.tell(&self.gate, &catalog, stretch).await?;
         self.observe.frames_delivered(frames);
         Ok(())
@@ -377,8 +377,13 @@ impl Router {
 
     /// The catalog to judge these changes by. Where the page goes on (`more`), a change of the schema may stand further
     /// down although it was committed before them.
-    async fn catalog_for(&mut self, changes: &[Change], more: bool) -> Result<Arc<Catalog>, Error> {
-        let mut catalog = self.catalog.fresh().await?;
+    async fn catalog_for(
+        &mut self,
+        changes: &[Change],
+        more: bool,
+        mark: Option<i64>,
+    ) -> Result<Arc<Catalog>, Error> {
+        let mut catalog = self.catalog.fresh(mark).await?;
         let is_news = |change: &Change| match change.operation {
             Operation::Schema => true,
             _ => catalog.relation(change.relation).is_none(),

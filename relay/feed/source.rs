@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::Pool;
-use tokio::sync::Notify;
 use tokio::sync::mpsc::Sender;
+use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +17,7 @@ use crate::model::change::{Change, RelationId};
 use crate::model::cursor::{Cursor, Epoch, Snapshot, Span};
 use crate::observe::Observe;
 use crate::postgres::backoff::Backoff;
+use crate::postgres::catalog::RuleScope;
 use crate::postgres::changelog::{self, Changelog, Flush, Position};
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::{Backend, Doorbell};
@@ -40,6 +41,8 @@ pub enum Part {
         more: bool,
         /// The page.
         span: Arc<Span>,
+        /// The sign of the rules at its end.
+        mark: Option<i64>,
     },
     /// The page goes on, but is too large for everybody to wait for it: who wants its rest reads that by itself.
     Rest {
@@ -74,6 +77,8 @@ pub struct Source {
     pub observe: Arc<Observe>,
     /// Told when the refresh schedule changed.
     pub refresh_jobs: Arc<Notify>,
+    /// What the mark of a page is made of.
+    pub scope: watch::Receiver<Arc<RuleScope>>,
 }
 
 /// Where the source stands; it outlives connections.

@@ -20,6 +20,8 @@ pub struct Stretch {
     pub more: bool,
     /// The page.
     pub span: Arc<Span>,
+    /// The sign of the rules at the end of the page, where it was read live.
+    pub mark: Option<i64>,
 }
 
 impl Stretch {

@@ -6,17 +6,16 @@ use std::time::{Duration, Instant};
 
 use deadpool_postgres::Pool;
 use serde::Deserialize;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use crate::model::bound_filter::{BoundFilter, Typed};
 use crate::model::filter::Condition;
 use crate::model::relation::{Catalog, Column, Relation, Shape};
 use crate::postgres::connect::{Error, Lease};
 
-/// How old the knowledge of role memberships may be when a change is judged.
-/// A change of the rules must count within a second; four looks a second cost nothing that can be measured, and
-/// none is made while nothing happens. Policies, grants and columns are told by the changelog itself; where it
-/// cannot, each page of changes is preceded by a look.
+/// How old the catalog may be when a change is judged, for what neither the changelog nor the mark of a page tells:
+/// policies, grants and columns stand in the changelog, roles and memberships in the mark. Where there is no event
+/// trigger, each page of changes is preceded by a look.
 const FRESH: Duration = Duration::from_millis(250);
 
 /// Keeps the catalog.
@@ -27,12 +26,24 @@ pub struct CatalogKeeper {
     judge: Option<String>,
     // Held across the query on purpose: whoever comes meanwhile wants the same answer.
     state: Mutex<State>,
+    scope: watch::Sender<Arc<RuleScope>>,
+}
+
+/// What the mark of a page is made of, by object numbers: see `relay.rules_mark()`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct RuleScope {
+    /// The roles of subscribers and of the judging login, and all that these are members of.
+    pub roles: Vec<u32>,
+    /// Watched relations and schemas that one of them owns.
+    pub owned: Vec<u32>,
 }
 
 struct State {
     catalog: Arc<Catalog>,
     roles: BTreeSet<String>,
     fingerprint: String,
+    /// The sign of what fires no event trigger, at the time of the last look.
+    mark: Option<i64>,
     checked: Option<Instant>,
 }
 
@@ -49,19 +60,26 @@ impl CatalogKeeper {
             catalog: Arc::default(),
             roles: BTreeSet::new(),
             fingerprint: String::new(),
+            mark: None,
             checked: None,
         };
-        Self { pool, filters, judge, state: Mutex::new(state) }
+        let scope = watch::Sender::default();
+        Self { pool, filters, judge, state: Mutex::new(state), scope }
     }
 
-    /// The catalog that is right for changes that were just read, unless the changelog says that the schema changed.
+    /// What the mark of the next page is to be made of.
+    pub fn scope(&self) -> watch::Receiver<Arc<RuleScope>> {
+        self.scope.subscribe()
+    }
+
+    /// The catalog that is right for changes of a page with this mark, unless the changelog says that the schema changed.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn fresh(&self) -> Result<Arc<Catalog>, Error> {
+    pub async fn fresh(&self, mark: Option<i64>) -> Result<Arc<Catalog>, Error> {
         let mut state = self.state.lock().await;
         let allowed = if state.catalog.is_ordered() { FRESH } else { Duration::ZERO };
-        if state.checked.is_none_or(|checked| checked.elapsed() > allowed) {
+        if state.mark != mark || state.checked.is_none_or(|checked| checked.elapsed() > allowed) {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
@@ -87,8 +105,11 @@ impl CatalogKeeper {
     /// # Errors
     /// As the connection.
     pub async fn reloaded(&self) -> Result<Arc<Catalog>, Error> {
+        let asked = Instant::now();
         let mut state = self.state.lock().await;
-        self.refresh(&mut state).await?;
+        if state.checked.is_none_or(|checked| checked < asked) {
+            self.refresh(&mut state).await?;
+        }
         Ok(Arc::clone(&state.catalog))
     }
 
@@ -102,9 +123,14 @@ impl CatalogKeeper {
     async fn refresh_by(&self, client: &deadpool_postgres::Client, state: &mut State) -> Result<(), Error> {
         let roles: Vec<&String> = state.roles.iter().collect();
         let asked = Instant::now();
-        let look =
-            client.prepare_cached("select relay.catalog_fingerprint(relay.subscriber_roles($1, $2))").await?;
-        let fingerprint: String = client.query_one(&look, &[&roles, &self.judge]).await?.get(0);
+        let look = client
+            .prepare_cached(
+                "select relay.catalog_fingerprint(relay.subscriber_roles($1, $2)), s.roles, s.owned, m.mark \
+                 from relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m",
+            )
+            .await?;
+        let seen = client.query_one(&look, &[&roles, &self.judge]).await?;
+        let fingerprint: String = seen.get(0);
         if fingerprint != state.fingerprint {
             let load =
                 client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2))::text").await?;
@@ -120,7 +146,16 @@ impl CatalogKeeper {
                 tracing::debug!(error = %Error::from(error), "triggers could not be adapted");
             }
         }
+        state.mark = seen.get(3);
         state.checked = Some(asked);
+        let scope = RuleScope { roles: seen.get(1), owned: seen.get(2) };
+        self.scope.send_if_modified(|known| {
+            let is_other = **known != scope;
+            if is_other {
+                *known = Arc::new(scope);
+            }
+            is_other
+        });
         Ok(())
     }
 

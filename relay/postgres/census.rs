@@ -186,7 +186,7 @@ impl Open {
                 });
             let first: Vec<String> = (0..leaf.by().len()).map(|at| format!("v{at}")).collect();
             let make = format!(
-                "set relay.quiet = 'on'; create temporary table {name} (id bigint primary key{columns}); create index on {name} ({}); \
+                "create temporary table {name} (id bigint primary key{columns}); create index on {name} ({}); \
                  grant select on {name} to public",
                 first.join(", ")
             );

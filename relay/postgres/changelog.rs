@@ -13,6 +13,7 @@ use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use crate::model::change::{self, Change, Operation, RelationId};
 use crate::model::cursor::{Epoch, Snapshot};
+use crate::postgres::catalog::RuleScope;
 use crate::postgres::connect::{Error, Lease, Server};
 
 /// A connection that reads pages.
@@ -50,6 +51,9 @@ pub struct Page {
     pub until: Snapshot,
     /// Not everything of it is known to be flushed: a crash could take it back.
     pub unflushed: bool,
+    /// The sign of the rules that fire no event trigger, as they were at its end; none for a page of the past.
+    pub mark: Option<i64>,
+    header: Row,
     changes: Pin<Box<RowStream>>,
 }
 
@@ -74,7 +78,8 @@ impl Changelog {
         client.batch_execute(settings).await?;
         let page = client
             .prepare(
-                "select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) limit $4::bigint + 1",
+                "select p.*, case when p.number is null then (select m.mark from relay.rules_mark($5, $6) m) end as mark \
+                 from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) p limit $4::bigint + 1",
             )
             .await?;
         Ok(Self { client, page })
@@ -127,9 +132,11 @@ impl Changelog {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn open(&self, position: &Position, most: usize) -> Result<Page, Error> {
+    pub async fn open(&self, position: &Position, most: usize, scope: &RuleScope) -> Result<Page, Error> {
         let most = i64::try_from(most).unwrap_or(i64::MAX - 1);
-        self.open_by(&self.page, position, &[&most]).await
+        let mut page = self.open_by(&self.page, position, &[&most, &scope.roles, &scope.owned]).await?;
+        page.mark = page.header.try_get("mark")?;
+        Ok(page)
     }
 
     /// The same by another statement, which takes these parameters after those that say where.
@@ -148,6 +155,8 @@ impl Changelog {
         Ok(Page {
             until: parse(header.try_get("snapshot")?)?,
             unflushed: header.try_get("unflushed")?,
+            mark: None,
+            header,
             changes,
         })
     }
