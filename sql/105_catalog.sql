@@ -272,19 +272,19 @@ comment on function relay.rule_scope(text[], text) is 'what relay.rules_mark loo
 -- whose snapshot it shares: a rule that was changed together with a row, or before it, is another mark on the row's page.
 create or replace function relay.rules_mark(roles oid[], owned oid[]) returns table (mark bigint)
 language sql stable rows 1 as $$
-  select pg_catalog.hashtextextended(pg_catalog.concat_ws('|', $1::text, $2::text,
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', r.oid, r.rolname, r.rolsuper, r.rolbypassrls, r.rolinherit), ';' order by r.oid)
-     from pg_catalog.pg_roles r where r.oid = any ($1)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', m.member, m.roleid, m.xmin::text), ';' order by m.member, m.roleid)
-     from pg_catalog.pg_auth_members m where m.member = any ($1)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', c.oid, c.relowner), ';' order by c.oid)
-     from pg_catalog.pg_class c where c.oid = any ($2)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', n.oid, n.nspowner), ';' order by n.oid)
-     from pg_catalog.pg_namespace n where n.oid = any ($2)),
-    (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()),
-    (select pg_catalog.concat_ws(',', e.oid, e.xmin::text, e.evtenabled, p.xmin::text)
-     from pg_catalog.pg_event_trigger e join pg_catalog.pg_proc p on p.oid = e.evtfoid
-     where e.evtname = 'relay_schema_changes')), 0)
+  select pg_catalog.hash_array_extended($1, 0)
+    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (r.oid, r.rolname, r.rolsuper, r.rolbypassrls, r.rolinherit), 1))
+              from pg_catalog.pg_roles r where r.oid = any ($1)), 0)
+    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (m.member, m.roleid, m.xmin), 2))
+              from pg_catalog.pg_auth_members m where m.member = any ($1)), 0)
+    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (c.oid, c.relowner), 3))
+              from pg_catalog.pg_class c where c.oid = any ($2)), 0)
+    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (n.oid, n.nspowner), 4))
+              from pg_catalog.pg_namespace n where n.oid = any ($2)), 0)
+    # coalesce((select pg_catalog.hash_record_extended(row (d.datdba, d.oid), 5)
+              from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()), 0)
+    # coalesce((select pg_catalog.hash_record_extended(row (e.oid, e.xmin, e.evtenabled), 6)
+              from pg_catalog.pg_event_trigger e where e.evtname = 'relay_schema_changes'), 0)
 $$;
 comment on function relay.rules_mark(oid[], oid[]) is 'sign of what decides who may see a row and fires no event trigger';
 
