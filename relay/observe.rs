@@ -69,7 +69,10 @@ impl Observe {
         let source_downs = counter("source_interruptions", "Times the connection to the changelog was lost");
         let judgements = counter("judgements", "Questions to PostgreSQL about who may see what");
         let raised = counter("judgements_raised", "Policies that raised an error; denied for those rows");
-        let timed_out = counter("judgements_timed_out", "Policies that took too long; denied for that page");
+        let timed_out = counter(
+            "judgements_timed_out",
+            "Policies that took too long, or read a locked table; told as a gap",
+        );
         let role_lost =
             counter("judgements_role", "Roles that could not be taken or were changed by a policy; denied");
         let keys_not_read = counter("jwks_read_failures", "Readings of the JWK set that failed");
@@ -291,7 +294,7 @@ impl Observe {
     pub fn judgement_failed(&self, denied: Denied, relation: &str) {
         match denied {
             Denied::Raised => self.raised.inc(),
-            Denied::TimedOut => self.timed_out.inc(),
+            Denied::TimedOut | Denied::Locked => self.timed_out.inc(),
             Denied::Role => self.role_lost.inc(),
         };
         let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();

@@ -211,25 +211,38 @@ $$;
 comment on function relay.rights(regclass, oid) is 'what the policies by which a role reads a relation may rely on';
 
 -- relay.access(relation, role) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role may select nothing
+-- {"columns": [...], "pending": true} where a policy cannot be read, because a table in it is locked: PostgreSQL opens each of
+-- them to write the policy as text. The caller sets lock_timeout; once it was waited for in vain, the others are given up fast.
 create or replace function relay.access(relation regclass, role oid) returns jsonb
 language plpgsql stable
 set search_path = ''
 set jit = off
 set plan_cache_mode = force_generic_plan as $$
+declare
+  kind "char";
+  columns jsonb;
+  policy text;
 begin
-  return (
-    select pg_catalog.jsonb_build_object('columns', may.columns, 'policy', rule.policy,
-      'judge', relay.judge_statement(relation, rule.policy),
-      'rights', case when rule.policy is not null and c.relkind not in ('m', 'f') then relay.rights(relation, role) else '{}' end)
-    from pg_catalog.pg_class c
-    cross join lateral (
-      select pg_catalog.jsonb_agg(a.attname order by a.attnum) as columns
+  select c.relkind, (
+      select pg_catalog.jsonb_agg(a.attname order by a.attnum)
       from pg_catalog.pg_attribute a
       where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-        and pg_catalog.has_column_privilege(role, a.attrelid, a.attnum, 'select')) may
-    cross join lateral (select relay.policy_for(relation, role) as policy) rule
-    where c.oid = relation and may.columns is not null
-      and pg_catalog.has_schema_privilege(role, c.relnamespace, 'usage'));
+        and pg_catalog.has_column_privilege(role, a.attrelid, a.attnum, 'select'))
+    into kind, columns
+  from pg_catalog.pg_class c
+  where c.oid = relation and pg_catalog.has_schema_privilege(role, c.relnamespace, 'usage');
+  if columns is null then
+    return null;
+  end if;
+  begin
+    policy := relay.policy_for(relation, role);
+    return pg_catalog.jsonb_build_object('columns', columns, 'policy', policy,
+      'judge', relay.judge_statement(relation, policy),
+      'rights', case when policy is not null and kind not in ('m', 'f') then relay.rights(relation, role) else '{}' end);
+  exception when lock_not_available then
+    perform pg_catalog.set_config('lock_timeout', '1ms', true);
+    return pg_catalog.jsonb_build_object('columns', columns, 'pending', true);
+  end;
 end
 $$;
 comment on function relay.access(regclass, oid) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
@@ -316,10 +329,12 @@ comment on function relay.capture_mode(oid, int) is 'how the capturing trigger o
 
 -- relay.catalog(roles) : every watched relation whose changes are captured, and what each of the roles may see of it
 -- Whoever is subscribed to one that drops out, because its trigger was disabled or dropped, is told so.
--- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access".
+-- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access". A table that is locked
+-- keeps only itself from being told.
 create or replace function relay.catalog(roles text[]) returns jsonb
 language sql stable
 set search_path = ''
+set lock_timeout = '20ms'
 set jit = off as $$
   select pg_catalog.jsonb_build_object('ordered', relay.schema_changes_are_logged(), 'relations', coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
     'id', w.id,

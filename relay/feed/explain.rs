@@ -291,6 +291,7 @@ impl Bench<'_> {
         let verdict = self.judge.judge(&[question]).await?;
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
             Some((_, Some(Denied::TimedOut))) => "it took too long",
+            Some((_, Some(Denied::Locked))) => "a table that it reads is locked",
             Some((_, Some(Denied::Role))) => "it cannot be asked in this role",
             Some((Some(true), _)) => YES,
             Some((_, Some(Denied::Raised))) => "it raises an error",

@@ -83,7 +83,7 @@ pub(super) enum Answer {
     Filter(FilterKey, usize),
 }
 
-const TOO_LONG: &str = "the policy or filter took too long";
+const TOO_LONG: &str = "the policy or filter took too long, or a table that it reads is locked";
 const COLUMNS_CHANGED: &str = "its columns changed while a change was on its way";
 
 impl Gate {
@@ -177,7 +177,7 @@ impl Gate {
             if let Some(denied) = answer.denied {
                 self.observe.judgement_failed(denied, &asked.relation.table);
             }
-            let is_late = answer.denied == Some(Denied::TimedOut);
+            let is_late = matches!(answer.denied, Some(Denied::TimedOut | Denied::Locked));
             for (place, allowed) in asked.answers.iter().zip(answer.allowed) {
                 let truth = if is_late { Truth::Late } else { allowed.into() };
                 match place {

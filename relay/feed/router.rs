@@ -392,6 +392,11 @@ impl Router {
             catalog = self.catalog.reloaded().await?;
             self.is_news = false;
         }
+        let is_pending =
+            |change: &Change| catalog.relation(change.relation).is_some_and(|relation| relation.is_pending());
+        if changes.iter().any(is_pending) {
+            catalog = self.catalog.retried().await?;
+        }
         if !self.audiences.is_judged_with(&catalog) {
             // First, so that it is not left out where this is given up and tried again.
             self.gate.forget().await;

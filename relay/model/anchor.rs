@@ -151,7 +151,8 @@ impl Predicate {
             | Self::Not(_)
             | Self::Case(..)
             | Self::Fact(_)
-            | Self::Opaque => Anchors::Any,
+            | Self::Opaque
+            | Self::Pending => Anchors::Any,
         }
     }
 }

@@ -115,6 +115,13 @@ impl Plan {
         Self { way: Way::OneByOne, reads_all: true, obstacles: vec![obstacle], ..Self::of(Predicate::Opaque) }
     }
 
+    /// Nothing is known of it yet, and nobody can be asked: what it would decide cannot be told.
+    pub fn pending() -> Self {
+        let why = String::from("a table that it reads is locked, so that it cannot be read itself");
+        let obstacles = vec![Obstacle { part: String::from("the policy"), why }];
+        Self { way: Way::OneByOne, obstacles, ..Self::of(Predicate::Pending) }
+    }
+
     /// What the terms come to for these claims.
     pub fn values(&self, claims: &Claims) -> Vec<TermValue> {
         self.terms.iter().map(|term| term.value(claims)).collect()

@@ -62,6 +62,8 @@ pub enum Denied {
     Raised,
     /// The policy took longer than the limit.
     TimedOut,
+    /// A table that it reads is locked.
+    Locked,
     /// The role cannot be taken, or the policy changed it.
     Role,
 }

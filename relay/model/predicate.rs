@@ -45,6 +45,8 @@ pub enum Predicate {
     },
     /// Only PostgreSQL can tell, for one reader at a time.
     Opaque,
+    /// The condition itself is not known yet.
+    Pending,
 }
 
 /// A value of the row or of the claims.
@@ -272,6 +274,7 @@ impl Predicate {
                 None => Truth::Unsure,
             },
             Self::Opaque => Truth::Unsure,
+            Self::Pending => Truth::Late,
         }
     }
 }

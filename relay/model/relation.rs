@@ -36,6 +36,11 @@ impl Catalog {
         self.ordered
     }
 
+    /// How many policies, relation by relation and role by role, could not be read because a table was locked.
+    pub fn pending(&self) -> usize {
+        self.relations().map(|relation| relation.pending()).sum()
+    }
+
     /// The relation watched under that number.
     pub fn relation(&self, id: RelationId) -> Option<&Arc<Relation>> {
         self.relations.get(&id)
@@ -138,6 +143,9 @@ pub struct Access {
     /// What the policy may rely on.
     #[serde(default)]
     pub rights: Rights,
+    /// The policy could not be read, because a table in it is locked.
+    #[serde(default)]
+    pub pending: bool,
     /// How the policy is decided.
     #[serde(skip, default = "Plan::everything")]
     pub plan: Plan,
@@ -201,6 +209,7 @@ impl Relation {
         let mut roles = std::mem::take(&mut self.access);
         for access in roles.values_mut() {
             access.plan = match &access.policy {
+                _ if access.pending => Plan::pending(),
                 None => Plan::everything(),
                 Some(policy) if matches!(self.kind.as_str(), "m" | "f") => Plan::opaque(Obstacle {
                     part: policy.clone(),
@@ -213,6 +222,16 @@ impl Relation {
         }
         self.access = roles;
         self
+    }
+
+    /// For how many roles its policies could not be read.
+    fn pending(&self) -> usize {
+        self.access.values().filter(|access| access.pending).count()
+    }
+
+    /// Whether policies of it could not be read.
+    pub fn is_pending(&self) -> bool {
+        self.pending() > 0
     }
 
     /// What the role may see; none means nothing at all.

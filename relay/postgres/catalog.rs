@@ -45,7 +45,12 @@ struct State {
     /// The sign of what fires no event trigger, at the time of the last look.
     mark: Option<i64>,
     checked: Option<Instant>,
+    /// When what is pending was asked for last.
+    retried: Option<Instant>,
 }
+
+/// What could not be read because of a lock is asked for again this often.
+const RETRY: Duration = Duration::from_millis(250);
 
 #[derive(Deserialize)]
 struct Answer {
@@ -62,6 +67,7 @@ impl CatalogKeeper {
             fingerprint: String::new(),
             mark: None,
             checked: None,
+            retried: None,
         };
         let scope = watch::Sender::default();
         Self { pool, filters, judge, state: Mutex::new(state), scope }
@@ -113,6 +119,17 @@ impl CatalogKeeper {
         Ok(Arc::clone(&state.catalog))
     }
 
+    /// The same, once more at once where policies could not be read the last time: a change waits for them.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn retried(&self) -> Result<Arc<Catalog>, Error> {
+        let mut state = self.state.lock().await;
+        state.retried = None;
+        self.refresh(&mut state).await?;
+        Ok(Arc::clone(&state.catalog))
+    }
+
     async fn refresh(&self, state: &mut State) -> Result<(), Error> {
         let lease = Lease::of(&self.pool).await?;
         let refreshed = self.refresh_by(lease.client()?, state).await;
@@ -131,19 +148,31 @@ impl CatalogKeeper {
             .await?;
         let seen = client.query_one(&look, &[&roles, &self.judge]).await?;
         let fingerprint: String = seen.get(0);
-        if fingerprint != state.fingerprint {
+        let is_other = fingerprint != state.fingerprint;
+        let pending = state.catalog.pending();
+        if is_other || pending > 0 && state.retried.is_none_or(|when| when.elapsed() >= RETRY) {
             let load =
                 client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2))::text").await?;
             let text: String = client.query_one(&load, &[&roles, &self.judge]).await?.get(0);
             let answer: Answer = serde_json::from_str(&text).map_err(|error| {
                 Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
             })?;
-            state.catalog = Arc::new(Catalog::new(answer.relations, state.roles.clone(), answer.ordered));
-            state.fingerprint = fingerprint;
-            tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
-            // A column added since may need a more careful trigger. Not worth failing for: `relay.watch` does it too.
-            if let Err(error) = client.execute("select relay.repair()", &[]).await {
-                tracing::debug!(error = %Error::from(error), "triggers could not be adapted");
+            let catalog = Catalog::new(answer.relations, state.roles.clone(), answer.ordered);
+            state.retried = Some(Instant::now());
+            // What is as it was keeps the plans that were made for it.
+            if is_other || catalog.pending() < pending {
+                if catalog.pending() > 0 {
+                    tracing::warn!(
+                        policy.count = catalog.pending(),
+                        "policies cannot be read, because tables are locked"
+                    );
+                }
+                state.catalog = Arc::new(catalog);
+                tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
+            }
+            if is_other {
+                state.fingerprint = fingerprint;
+                tokio::spawn(repair(self.pool.clone()));
             }
         }
         state.mark = seen.get(3);
@@ -201,5 +230,14 @@ impl CatalogKeeper {
         let condition = terms.join(" and ");
         let text: String = client.query_one(&statement, &[&relation.id().0, &condition]).await?.get(0);
         Ok(BoundFilter::new(relation, typed, condition, text.into()))
+    }
+}
+
+/// Lets triggers take the care that columns added since need. It may wait for a lock, which nothing else waits for. Not worth
+/// failing for: `relay.watch` does it, too.
+async fn repair(pool: Pool) {
+    let repaired = async { Ok::<_, Error>(pool.get().await?.execute("select relay.repair()", &[]).await?) };
+    if let Err(error) = repaired.await {
+        tracing::debug!(error = %error, "triggers could not be adapted");
     }
 }

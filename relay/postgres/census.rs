@@ -295,7 +295,7 @@ impl Open {
 
 fn truth_of(denied: Denied) -> Truth {
     match denied {
-        Denied::TimedOut => Truth::Late,
+        Denied::TimedOut | Denied::Locked => Truth::Late,
         Denied::Raised | Denied::Role => Truth::Raises,
     }
 }

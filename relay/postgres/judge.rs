@@ -193,7 +193,7 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
                 verdict.denied = Some(Denied::Raised);
                 halves.split(range);
             }
-            Err(denied @ (Denied::TimedOut | Denied::Role)) => {
+            Err(denied @ (Denied::TimedOut | Denied::Locked | Denied::Role)) => {
                 return Ok(Verdict::none(question.images, denied));
             }
         }

@@ -23,6 +23,9 @@ const AT_ONCE: i32 = 100;
 const SPELLING: &str = "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; \
      set bytea_output = 'hex'; set extra_float_digits = 1; set lc_monetary = 'C'";
 
+/// Who reads a table that is locked gives way to those who read others.
+const LOCK_WAIT: &str = "set local lock_timeout = '40ms'";
+
 /// Reads rows.
 pub struct Rows {
     /// Takes the snapshot and its cursor.
@@ -113,7 +116,8 @@ async fn read_with(
         .start()
         .await?;
     // The name is PostgreSQL's own, of digits and hyphens.
-    reading.batch_execute(&format!("set transaction snapshot '{name}'; {}", local(SPELLING))).await?;
+    let settings = format!("set transaction snapshot '{name}'; {}; {LOCK_WAIT}", local(SPELLING));
+    reading.batch_execute(&settings).await?;
     let become_somebody = "select set_config('request.jwt.claims', $2, true), \
              set_config('request.jwt.claim.sub', $3, true), set_config('request.jwt.claim.role', $1, true), \
              set_config('role', $1, true)";

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
@@ -16,7 +16,13 @@ use crate::postgres::connect::{Error, Server};
 /// Becomes the subscriber for the rest of the transaction. The role comes last: after it, nothing else is ours to set.
 const BECOME: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
      set_config('request.jwt.claim.role', $1, true), set_config('statement_timeout', $4, true), \
-     set_config('search_path', $5, true), set_config('role', $1, true)";
+     set_config('search_path', $5, true), set_config('lock_timeout', $6, true), set_config('role', $1, true)";
+
+/// A table that is locked is waited for so long, since the changes of other tables wait meanwhile …
+const LOCK_WAIT: &str = "20ms";
+/// … and, for a while after that was in vain, so long.
+const LOCK_GLANCE: &str = "1ms";
+const LOCKED_FOR: Duration = Duration::from_secs(1);
 
 /// A policy can undo the role that we took; whoever has another name afterwards is not to be believed.
 const WHO: &str = "select current_user::text";
@@ -37,6 +43,8 @@ pub(super) struct StandIn {
     end: Statement,
     statements: HashMap<Arc<str>, Statement>,
     limit: String,
+    /// When a lock was waited for in vain.
+    locked: Mutex<Option<Instant>>,
     /// The search path of the login.
     path: String,
 }
@@ -68,7 +76,7 @@ impl StandIn {
     /// Connects. `settings` are statements for the session.
     pub async fn open(server: &Server, settings: &str, limit: Duration) -> Result<Self, Error> {
         let client = server.connect().await?;
-        client.batch_execute(settings).await?;
+        client.batch_execute(&format!("{settings}; set lock_timeout = '{LOCK_WAIT}'")).await?;
         let path = client.query_one("select current_setting('search_path')", &[]).await?.get(0);
         Ok(Self {
             path,
@@ -79,6 +87,7 @@ impl StandIn {
             end: client.prepare("rollback").await?,
             statements: HashMap::new(),
             limit: format!("{}ms", limit.as_millis()),
+            locked: Mutex::new(None),
             client,
         })
     }
@@ -128,13 +137,31 @@ impl StandIn {
                 self.statements.insert(Arc::clone(statement), prepared);
                 Ok(Ok(()))
             }
-            Err(error) => Ok(Err(refused(&error))),
+            Err(error) => Ok(Err(self.refused(&error))),
         }
     }
 
-    fn whom<'p>(&'p self, somebody: &'p Somebody<'_>) -> [&'p (dyn ToSql + Sync); 5] {
+    fn whom<'p>(&'p self, somebody: &'p Somebody<'_>) -> [&'p (dyn ToSql + Sync); 6] {
         let path = if somebody.with_path { &self.path } else { &NO_PATH };
-        [&somebody.role, &somebody.json, &somebody.sub, &self.limit, path]
+        let locked = *self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        let wait =
+            if locked.is_some_and(|when| when.elapsed() < LOCKED_FOR) { &LOCK_GLANCE } else { &LOCK_WAIT };
+        [&somebody.role, &somebody.json, &somebody.sub, &self.limit, path, wait]
+    }
+
+    /// What PostgreSQL's "no" counts as. A policy can raise any code, so none says that nobody answered.
+    fn refused(&self, error: &tokio_postgres::Error) -> Denied {
+        match error.code() {
+            Some(code) if *code == SqlState::QUERY_CANCELED => Denied::TimedOut,
+            Some(code) if *code == SqlState::LOCK_NOT_AVAILABLE => {
+                let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+                if locked.is_none_or(|when| when.elapsed() >= LOCKED_FOR) {
+                    *locked = Some(Instant::now());
+                }
+                Denied::Locked
+            }
+            _ => Denied::Raised,
+        }
     }
 
     /// What the statement gives to somebody. One round trip: the five steps leave together.
@@ -164,21 +191,13 @@ impl StandIn {
         }
         let rows = match answered {
             Ok(rows) => rows,
-            Err(error) => return Ok(Err(refused(&error))),
+            Err(error) => return Ok(Err(self.refused(&error))),
         };
         Ok(match who {
             Ok(who) if who.get::<_, &str>(0) == somebody.role => Ok(rows),
             Ok(_) => Err(Denied::Role),
-            Err(error) => Err(refused(&error)),
+            Err(error) => Err(self.refused(&error)),
         })
-    }
-}
-
-/// What PostgreSQL's "no" counts as. A policy can raise any code, so none says that nobody answered.
-fn refused(error: &tokio_postgres::Error) -> Denied {
-    match error.code() {
-        Some(code) if *code == SqlState::QUERY_CANCELED => Denied::TimedOut,
-        _ => Denied::Raised,
     }
 }
 
