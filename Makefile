@@ -1,7 +1,7 @@
 # The build itself is cargo's; this is what stands around it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-core test-clients test-browser soak fuzz autobahn unit lint bench clean
+.PHONY: help setup demo test test-core test-clients test-browser test-versions soak fuzz autobahn unit lint bench clean
 MINUTES ?= 10
 # Tests mostly wait for each other's servers, so more of them run at a time than there are processors.
 TEST_THREADS ?= $(shell echo $$((3 * $$(nproc 2>/dev/null || echo 2))))
@@ -10,9 +10,11 @@ TEST_THREADS ?= $(shell echo $$((3 * $$(nproc 2>/dev/null || echo 2))))
 export PATH := $(CURDIR)/target/node/bin:$(PATH)
 cluster := tests/support/cluster.sh
 tests = $(cluster) run target/cluster -c fsync=off -- cargo test
+core = $(tests) -- --test-threads=$(TEST_THREADS) --skip clients:: --skip browser::
+VERSIONS ?= 14 15 16 17 18
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: PostgreSQL, Node.js, npm and Python packages, Chromium
 	@tests/support/setup.sh
@@ -26,7 +28,7 @@ test: test-core test-clients test-browser ## all tests, on a throwaway PostgreSQ
 
 test-core: ## all tests but those with the real clients
 	@tests/support/setup.sh postgres pooler
-	@$(tests) -- --test-threads=$(TEST_THREADS) --skip clients:: --skip browser::
+	@$(core)
 
 test-clients: ## the unmodified clients from npm and PyPI
 	@tests/support/setup.sh postgres node python
@@ -35,6 +37,17 @@ test-clients: ## the unmodified clients from npm and PyPI
 test-browser: ## a page in a headless Chromium
 	@tests/support/setup.sh postgres node browser
 	@$(tests) --test main -- browser::
+
+test-versions: ## test-core on each of VERSIONS="14 15 16 17 18" of PostgreSQL; the results are in target/versions
+	@tests/support/setup.sh postgres pooler versions
+	@cargo test --no-run --quiet
+	@mkdir -p target/versions; failed=; for version in $(VERSIONS); do \
+	  export RELAY_PG_BIN=$(CURDIR)/target/postgresql/$$version/bin; \
+	  echo "PostgreSQL $$("$$RELAY_PG_BIN"/postgres --version | grep -oE '[0-9.]+' | head -n 1):" \
+	    "target/versions/$$version.log"; \
+	  $(core) >target/versions/$$version.log 2>&1 || failed+=" $$version"; \
+	  grep -E '^test result|^test .* FAILED$$|^error' target/versions/$$version.log || true; \
+	done; if [ -n "$$failed" ]; then echo "Failed on:$$failed"; exit 1; fi
 
 soak: ## the fault run for MINUTES=10: kills relays and PostgreSQL under writers and readers
 	@tests/support/setup.sh postgres

