@@ -23,6 +23,7 @@
 pub mod model {
     pub mod change;
     pub mod cursor;
+    pub mod position;
     pub mod claims;
     pub mod bookmark;
     pub mod datum;

@@ -27,16 +27,16 @@ pub struct Epoch(pub i64);
 /// A place in the feed. Its text form is one URL-safe word.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Cursor {
-    epoch: Epoch,
-    seen: Snapshot,
-    within: Option<Within>,
+    pub(super) epoch: Epoch,
+    pub(super) seen: Snapshot,
+    pub(super) within: Option<Within>,
 }
 
 /// How far into a page a reader has come.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Within {
-    until: Snapshot,
-    number: i64,
+    pub(super) until: Snapshot,
+    pub(super) number: i64,
 }
 
 /// Why a text isn't a position.
@@ -188,30 +188,6 @@ impl Cursor {
     }
 }
 
-impl Cursor {
-    /// Whether the reader has this change, given the transaction that wrote it and its number.
-    pub fn has(&self, xid: u64, number: i64) -> bool {
-        let inside = |within: &Within| number <= within.number && within.until.has_finished(xid);
-        self.seen.has_finished(xid) || self.within.as_ref().is_some_and(inside)
-    }
-
-    /// Whether a reader here has everything that one at `other` has. False of another epoch.
-    pub fn is_at_or_after(&self, other: &Self) -> bool {
-        let reached = match (&self.within, &other.within) {
-            _ if self.epoch != other.epoch => false,
-            (_, None) => other.seen.is_before_or_equal(&self.seen),
-            (None, Some(theirs)) => theirs.until.is_before_or_equal(&self.seen),
-            (Some(ours), Some(theirs)) => {
-                self.seen == other.seen && ours.until == theirs.until && ours.number >= theirs.number
-            }
-        };
-        reached
-            || other.within.as_ref().is_some_and(|theirs| {
-                self.epoch == other.epoch && theirs.until.is_before_or_equal(&self.seen)
-            })
-    }
-}
-
 /// A page of the changelog: what finished after one snapshot and up to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
@@ -227,15 +203,6 @@ impl Span {
     /// After everything of the page.
     pub fn end(&self) -> Cursor {
         Cursor::after(self.epoch, self.until.clone())
-    }
-
-    /// After the change of this number; `last` when nothing of the page comes after it.
-    pub fn after(&self, number: i64, last: bool) -> Cursor {
-        let within = Within { until: self.until.clone(), number };
-        match last {
-            true => self.end(),
-            false => Cursor { epoch: self.epoch, seen: self.seen.clone(), within: Some(within) },
-        }
     }
 }
 
@@ -535,29 +502,6 @@ mod tests {
         }
     }
 
-    prop_compose! {
-        /// Places on one way through a feed of few transactions, where snapshots follow each other, and some off it.
-        fn any_places()(
-            steps in proptest::collection::vec((1..6_u64, any::<u64>(), 0..5_i64, 0..4_u8), 1..6)
-        ) -> Vec<Cursor> {
-            let (mut seen, mut places) = (Snapshot::new(3, vec![1]).unwrap(), Vec::new());
-            for (begin, bits, number, kind) in steps {
-                let xmax = seen.xmax + begin;
-                let open = (1..xmax).filter(|xid| !seen.has_finished(*xid) && bits >> (xid % 64) & 1 == 1);
-                let until = Snapshot::new(xmax, open.collect()).unwrap();
-                let epoch = Epoch(if kind == 3 { 2 } else { 1 });
-                places.push(match kind {
-                    0 => Cursor::after(epoch, until.clone()),
-                    _ => Cursor::inside(epoch, seen.clone(), until.clone(), number).unwrap(),
-                });
-                if kind != 1 {
-                    seen = until;
-                }
-            }
-            places
-        }
-    }
-
     proptest! {
         #[test]
         fn snapshots_come_back(snapshot in any_snapshot()) {
@@ -575,22 +519,6 @@ mod tests {
             let (seen, until) = page;
             let cursor = Cursor::inside(Epoch(epoch), seen, until, number).unwrap();
             prop_assert_eq!(cursor.to_string().parse(), Ok(cursor));
-        }
-
-        /// Whoever is at or after another has every change that the other has; and the order is one.
-        #[test]
-        fn at_or_after_means_having_at_least_as_much(places in any_places()) {
-            for one in &places {
-                prop_assert!(one.is_at_or_after(one));
-                for other in places.iter().filter(|other| one.is_at_or_after(other)) {
-                    for (xid, number) in (1..40).flat_map(|xid| (0..6).map(move |number| (xid, number))) {
-                        prop_assert!(one.has(xid, number) || !other.has(xid, number), "{one:?} {other:?} {xid} {number}");
-                    }
-                    for third in places.iter().filter(|third| other.is_at_or_after(third)) {
-                        prop_assert!(one.is_at_or_after(third), "{one:?} {other:?} {third:?}");
-                    }
-                }
-            }
         }
 
         #[test]
