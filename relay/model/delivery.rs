@@ -17,7 +17,8 @@ pub struct View<'a> {
     pub select: Option<&'a [String]>,
     /// What the change means to the subscriber.
     pub meaning: Meaning,
-    /// The time is told in microseconds, to whoever may get a change twice.
+    /// The change is told with its transaction, its number and the time in microseconds: who may get it twice knows it
+    /// again.
     pub exact: bool,
 }
 
@@ -49,10 +50,11 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
     let mut text = String::with_capacity(256 + change.after.as_ref().map_or(0, String::len));
     let _ = write!(
         text,
-        r#"{{"schema":{},"table":{},"commit_timestamp":"{}","type":"{}","columns":{}"#,
+        r#"{{"schema":{},"table":{},"commit_timestamp":"{}"{},"type":"{}","columns":{}"#,
         quoted(&view.relation.schema),
         quoted(&view.relation.table),
         if view.exact { change.exact_timestamp() } else { change.commit_timestamp() },
+        if view.exact { mark(change) } else { String::new() },
         operation.word(),
         columns(view),
     );
@@ -78,6 +80,11 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
         r#","errors":null}"#
     });
     Some(text)
+}
+
+/// Which change it is, as strings: neither number fits into JavaScript's.
+fn mark(change: &Change) -> String {
+    format!(r#","txid":"{}","number":"{}""#, change.xid, change.number)
 }
 
 /// A row as it is told to somebody with these rights who selected these columns; none when it is no row.
