@@ -1,6 +1,6 @@
 //! A page read in portions is the page: nothing is left out between two of them, nothing comes twice.
 
-use relay::model::cursor::Snapshot;
+use relay::model::cursor::{Epoch, Snapshot, Span};
 use relay::postgres::connect::Server;
 use relay::postgres::portions::{Bearing, Portions};
 use tokio_postgres::Client as Session;
@@ -71,7 +71,8 @@ async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
                 let rows = session.query(page, &[&seen.to_string(), &until.to_string()]).await.unwrap();
                 let numbers: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
                 let (most, most_bytes) = (1 + dice.below(30) as usize, 40 + dice.below(2000) as usize);
-                let from = |after| Bearing::new(seen.clone(), until.clone(), after);
+                let span = Span { epoch: Epoch(0), seen: seen.clone(), until: until.clone() };
+                let from = |after| Bearing::new(&span, after);
                 assert_eq!(
                     in_portions(&portions, from(0), most, most_bytes).await,
                     numbers,
@@ -81,6 +82,14 @@ async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
                     let (told, left) = numbers.split_at(1 + dice.below(numbers.len() as u64) as usize);
                     let rest = in_portions(&portions, from(told[told.len() - 1]), most, most_bytes).await;
                     assert_eq!(rest, left, "{seen} {until} after {told:?}");
+                    let through = told.last().copied();
+                    let first = from(0).through(through);
+                    let first = in_portions(&portions, first, most, most_bytes).await;
+                    assert_eq!(first, told, "{seen} {until} through {through:?}");
+                    let (skipped, between) = told.split_at(told.len() / 2);
+                    let second = from(skipped.last().copied().unwrap_or(0)).through(through);
+                    let second = in_portions(&portions, second, most, most_bytes).await;
+                    assert_eq!(second, between, "{seen} {until} after {skipped:?} through {through:?}");
                 }
             }
         }

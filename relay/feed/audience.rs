@@ -9,7 +9,7 @@ use bytes::Bytes;
 use crate::feed::gate::{Candidate, Verdict, Verdicts};
 use crate::feed::outbox::Outbox;
 use crate::model::change::{Change, Operation, RelationId};
-use crate::model::cursor::{Cursor, Span};
+use crate::model::cursor::{Cursor, Snapshot, Span};
 use crate::model::delivery::{View, data};
 use crate::model::dress::{Dress, with_cursor};
 use crate::model::policy::{Meaning, meaning};
@@ -23,7 +23,7 @@ pub struct Registration {
     pub dress: Dress,
     /// What it receives.
     pub subscription: Subscription,
-    /// What it has already, when it came with a cursor.
+    /// What it has already, when that is more than what was delivered to the others.
     pub since: Option<Cursor>,
     /// Where frames go.
     pub outbox: Arc<Outbox>,
@@ -38,7 +38,7 @@ pub struct AudienceKey {
     pub dress: Dress,
     /// What is received.
     pub subscription: Subscription,
-    /// What its channels have already, when they came with a cursor.
+    /// What its channels have already, when that is more than what was delivered to the others.
     pub since: Option<Cursor>,
 }
 
@@ -53,8 +53,10 @@ pub struct Audience {
 
 /// Texts of one change that were written already, for the next audience that gets the same.
 pub struct Written<'a> {
-    /// Where one stands after the change, written when it is first asked for.
+    /// Where a reader is after the change, written when it is first asked for.
     cursor: OnceCell<String>,
+    /// The same for readers who had seen more than what lies before the page.
+    based: HashMap<&'a Snapshot, String>,
     after: (&'a Span, i64, bool),
     data: HashMap<(DataKey<'a>, bool), Option<Arc<str>>>,
     frames: HashMap<FrameKey<'a>, Bytes>,
@@ -82,8 +84,9 @@ impl Desk<'_> {
     }
 }
 
-/// What the text of a change depends on: rights, selected columns, meaning.
-type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning);
+/// What the text of a change depends on: rights, selected columns, meaning, and what the cursor in it says that the
+/// reader had seen whole, when that is more than what lies before the page.
+type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning, Option<&'a Snapshot>);
 
 /// What a frame depends on: where it goes, the ids it names, the text it holds.
 type FrameKey<'a> = (&'a Dress, Vec<u32>, DataKey<'a>);
@@ -92,12 +95,23 @@ impl<'a> Written<'a> {
     /// Nothing yet of the change of this number on a page; `last` when nothing of the page comes after it.
     pub fn new(span: &'a Span, number: i64, last: bool) -> Self {
         let after = (span, number, last);
-        Self { cursor: OnceCell::new(), after, data: HashMap::new(), frames: HashMap::new(), last: None }
+        let (cursor, based) = (OnceCell::new(), HashMap::new());
+        Self { cursor, based, after, data: HashMap::new(), frames: HashMap::new(), last: None }
     }
 
-    fn cursor(&self) -> &str {
+    /// What a reader with this position had seen whole, when its cursors have to say so.
+    fn base(&self, position: Option<&'a Cursor>) -> Option<&'a Snapshot> {
+        position.and_then(|position| self.after.0.base(position))
+    }
+
+    fn cursor(&mut self, base: Option<&'a Snapshot>) -> &str {
         let (span, number, last) = self.after;
-        self.cursor.get_or_init(|| span.after(number, last).to_string())
+        match base {
+            None => self.cursor.get_or_init(|| span.after(number, last).to_string()),
+            Some(seen) => self.based.entry(seen).or_insert_with(|| {
+                span.after(number, last).and(&Cursor::after(span.epoch, seen.clone())).to_string()
+            }),
+        }
     }
 }
 
@@ -165,16 +179,25 @@ impl Audience {
     /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew, and then
     /// told again, because of what comes in between.
     /// Whoever subscribed to a whole schema is told of what was there `before` and is not any more.
-    pub fn leave_what_is_gone(&self, before: Option<&Catalog>, catalog: &Catalog, cursor: &str) {
+    ///
+    /// `here` is up to where everything was delivered to all.
+    pub fn leave_what_is_gone(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
-            self.tell_gap(ALTERED, cursor);
+            self.tell_gap(ALTERED, &self.reached(here));
             self.misses(ALTERED);
             for (channel, outbox) in &self.members {
                 outbox.rebind(*channel);
             }
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
-            self.tell_gap(ALTERED, cursor);
+            self.tell_gap(ALTERED, &self.reached(here));
         }
+    }
+
+    /// Where its channels are when everything up to `here` was delivered to all, as text.
+    fn reached(&self, here: Option<&Cursor>) -> String {
+        let here =
+            here.map(|here| self.key.since.as_ref().map_or_else(|| here.clone(), |since| here.and(since)));
+        here.map_or_else(String::new, |here| here.to_string())
     }
 
     /// Adds what one change is to this audience, a candidate for it, to the frames on the desk.
@@ -194,15 +217,16 @@ impl Audience {
         let Some(access) = relation.access(role) else {
             return;
         };
+        let base = written.base(self.key.since.as_ref());
         if change.operation == Operation::Truncate {
             let why = format!("{}.{} was truncated, read its rows again", relation.schema, relation.table);
-            desk.frames.push(self.gap(&why, written.cursor()));
+            desk.frames.push(self.gap(&why, written.cursor(base)));
             return;
         }
         desk.wanted.clear();
         let policy = match verdicts.policy(candidate) {
             Verdict::Sight(sight) => sight,
-            Verdict::Lost(why) => return self.lose(relation, why, written.cursor(), desk),
+            Verdict::Lost(why) => return self.lose(relation, why, written.cursor(base), desk),
         };
         for binding in self.subscription.concerning(relation) {
             let sight = match &binding.filter {
@@ -210,7 +234,7 @@ impl Audience {
                 Some(filter) if filter.is_usable(relation, access) => {
                     match verdicts.filter(candidate, access, filter) {
                         Verdict::Sight(matches) => policy.and(matches),
-                        Verdict::Lost(why) => return self.lose(relation, why, written.cursor(), desk),
+                        Verdict::Lost(why) => return self.lose(relation, why, written.cursor(base), desk),
                     }
                 }
                 Some(_) => continue,
@@ -235,17 +259,17 @@ impl Audience {
             };
             desk.ids.clear();
             desk.ids.extend(group.iter().map(|(_, _, id)| *id));
-            let key: DataKey<'a> = (role, select, meaning);
             let dress = &self.key.dress;
+            let exact = dress.tells_cursor();
+            let key: DataKey<'a> = (role, select, meaning, base.filter(|_| exact));
             if let Some(((last_dress, ids, last), frame)) = &written.last
                 && (*last_dress, ids, *last) == (dress, &desk.ids, key)
             {
                 desk.frames.push(frame.clone());
                 continue;
             }
-            let exact = dress.tells_cursor();
             let view = View { relation, access, select, meaning, exact };
-            let cursor = if exact { written.cursor().to_owned() } else { String::new() };
+            let cursor = if exact { written.cursor(base).to_owned() } else { String::new() };
             let text = written.data.entry((key, exact)).or_insert_with(|| {
                 let text = data(change, view)?;
                 Some(if exact { with_cursor(&text, &cursor).into() } else { text.into() })

@@ -1,6 +1,6 @@
 //! All audiences that are told together: who is in which, and who reads what.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use crate::feed::outbox::Outbox;
 use crate::feed::readership::{AudienceId, Readerships};
 use crate::feed::stretch::{Stretch, tell};
 use crate::model::change::RelationId;
+use crate::model::cursor::Cursor;
 use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
 use crate::model::subscription::Subscription;
@@ -25,6 +26,8 @@ pub struct Audiences {
     audiences: Slab<Audience>,
     by_key: HashMap<Arc<AudienceKey>, AudienceId>,
     channels: HashMap<ChannelId, AudienceId>,
+    /// Those that have more than what was delivered to the others.
+    ahead: BTreeSet<AudienceId>,
     readerships: Readerships,
     judged_with: Option<Arc<Catalog>>,
     /// Somebody came who was bound by other rules than these. Which are the older ones shows when the next change is judged.
@@ -81,6 +84,7 @@ impl Audiences {
 
     fn take_in(&mut self, channel: ChannelId, registration: Registration) {
         let Registration { dress, subscription, since, outbox, missed } = registration;
+        let is_ahead = since.is_some();
         self.is_doubtful |= self.is_stale(&subscription);
         let key = AudienceKey { dress, subscription: subscription.clone(), since };
         let audience = match self.by_key.get(&key) {
@@ -92,6 +96,9 @@ impl Audiences {
                 let key = Arc::new(key);
                 let audience = self.audiences.insert(Audience::new(Arc::clone(&key), channel, outbox));
                 self.by_key.insert(key, audience);
+                if is_ahead {
+                    self.ahead.insert(audience);
+                }
                 audience
             }
         };
@@ -109,9 +116,36 @@ impl Audiences {
         let audience = &mut self.audiences[number];
         audience.remove(channel);
         if audience.is_empty() {
-            self.readerships.leave(number);
-            self.by_key.remove(audience.key());
-            self.audiences.remove(number);
+            self.discard(number);
+        }
+    }
+
+    fn discard(&mut self, number: AudienceId) -> Audience {
+        let audience = self.audiences.remove(number);
+        self.readerships.leave(number);
+        self.by_key.remove(audience.key());
+        self.ahead.remove(&number);
+        audience
+    }
+
+    /// Up to where this channel, one of them, was told everything when `here` is what was delivered to all.
+    pub fn position(&self, channel: ChannelId, here: &Cursor) -> Cursor {
+        let audience = self.channels.get(&channel).and_then(|number| self.audiences.get(*number));
+        match audience.and_then(|audience| audience.key().since.as_ref()) {
+            Some(since) => here.and(since),
+            None => here.clone(),
+        }
+    }
+
+    /// Everything up to `here` was delivered to all: those that had as much before are not apart from the others any more.
+    /// Without a place all are in the same one.
+    pub fn moved(&mut self, here: Option<&Cursor>) {
+        let is_behind = |since: &Cursor| here.is_none_or(|here| here.is_at_or_after(since));
+        let met = |number: &AudienceId| self.audiences[*number].key().since.as_ref().is_none_or(is_behind);
+        for number in self.ahead.iter().copied().filter(met).collect::<Vec<_>>() {
+            for (channel, registration) in self.discard(number).into_registrations() {
+                self.take_in(channel, Registration { since: None, ..registration });
+            }
         }
     }
 
@@ -121,7 +155,7 @@ impl Audiences {
     }
 
     /// From now on changes are judged with this catalog. Whoever subscribed to what is gone is told so, with the cursor.
-    pub fn judge_with(&mut self, catalog: &Arc<Catalog>, here: &str) {
+    pub fn judge_with(&mut self, catalog: &Arc<Catalog>, here: Option<&Cursor>) {
         if self.is_judged_with(catalog) {
             return;
         }
@@ -167,10 +201,7 @@ impl Audiences {
         };
         let concerned = self.audiences.iter().filter(|(_, audience)| is_concerned(audience));
         for number in concerned.map(|(number, _)| number).collect::<Vec<_>>() {
-            let audience = self.audiences.remove(number);
-            self.readerships.leave(number);
-            self.by_key.remove(audience.key());
-            for (channel, registration) in audience.into_registrations() {
+            for (channel, registration) in self.discard(number).into_registrations() {
                 self.channels.remove(&channel);
                 others.take_in(channel, registration);
             }
@@ -179,7 +210,7 @@ impl Audiences {
     }
 
     /// Takes in all of `others`, whose rules may have been older ones.
-    pub fn absorb(&mut self, others: Self, here: &str) {
+    pub fn absorb(&mut self, others: Self, here: Option<&Cursor>) {
         for (_, audience) in others.audiences {
             if let Some(catalog) = &self.judged_with {
                 audience.leave_what_is_gone(others.judged_with.as_deref(), catalog, here);

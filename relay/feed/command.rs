@@ -69,19 +69,19 @@ pub enum Command {
     },
 }
 
-/// Up to where everything was delivered to some channels.
+/// Up to where everything was delivered.
 pub struct Position {
-    /// The place.
+    /// By the feed as a whole.
     pub here: Cursor,
-    /// Of the channels that were asked about, those for which it is true.
-    pub channels: Vec<ChannelId>,
+    /// To those of the channels that were asked about of which it is known.
+    pub channels: Vec<(ChannelId, Cursor)>,
 }
 
 impl Position {
     /// Answers for these channels, with the frame behind what was delivered to them.
     pub fn tell(
         here: Option<Cursor>,
-        channels: Vec<ChannelId>,
+        channels: Vec<(ChannelId, Cursor)>,
         then: Option<(Arc<Outbox>, Bytes)>,
         until: oneshot::Sender<Self>,
     ) {
@@ -98,11 +98,11 @@ impl Position {
 pub enum Handover {
     /// Delivered from here on.
     Live,
-    /// The cursor is of a moment that was not delivered yet, if it has been at all.
+    /// The cursor is of a moment that the feed has not come to, if it has been at all.
     Ahead,
     /// What was missed up to this cursor is still at hand: tell it, then ask again.
     Missed(Vec<Arc<Stretch>>, Cursor),
-    /// Too far back: what lies before this cursor has to be read from the changelog.
+    /// What lies before this cursor has to be read from the changelog.
     Behind(Cursor),
     /// Nobody can say what was missed; why.
     Gap(&'static str),
@@ -117,17 +117,18 @@ impl Handover {
         if since.epoch() != position.epoch() {
             return Self::Gap("the cursor is of another database, or of an older state of it");
         }
-        if !checked && !position.is_at_or_after(since) && since.is_at_or_after(position) {
+        if !since.fits(position) {
+            return Self::Gap("the cursor is of no moment of this database");
+        }
+        if !checked && !since.reach().is_before_or_equal(position.reach()) {
             return Self::Ahead;
         }
-        match recent.since(since, position) {
-            Some(missed) if missed.is_empty() => Self::Live,
+        if since.missing(position).is_none() {
+            return Self::Live;
+        }
+        match recent.since(since) {
             Some(missed) => Self::Missed(missed, position.clone()),
-            // A page that is being delivered right now cannot be read from the changelog up to here; it ends soon.
-            None if position.seen().is_before_or_equal(since.seen()) && since.within().is_none() => {
-                Self::NotYet
-            }
-            None => Self::Behind(Cursor::after(position.epoch(), position.seen().clone())),
+            None => Self::Behind(position.clone()),
         }
     }
 }

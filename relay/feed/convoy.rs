@@ -121,15 +121,18 @@ impl Convoy {
                 self.audiences.join(channel, registration, greeting);
             }
             Command::Leave { channel, outbox, farewell, until } => {
-                self.audiences.leave(channel, &outbox, farewell);
                 if let Some(until) = until {
-                    let _ = until.send(self.since.clone());
+                    let here = self.since.as_ref();
+                    let _ = until.send(here.map(|here| self.audiences.position(channel, here)));
                 }
+                self.audiences.leave(channel, &outbox, farewell);
                 let left = Command::Left { channel, convoy: self.number, command: number };
                 let _ = self.router.send(left);
             }
-            Command::Position { mut channels, then, until } => {
-                channels.retain(|channel| self.audiences.has(*channel));
+            Command::Position { channels, then, until } => {
+                let ours = channels.into_iter().filter(|channel| self.audiences.has(*channel));
+                let place = |channel| Some((channel, self.audiences.position(channel, self.since.as_ref()?)));
+                let channels = ours.filter_map(place).collect();
                 Position::tell(self.since.clone(), channels, then, until);
             }
             // Nobody follows a convoy: the router says "not yet".
@@ -142,8 +145,7 @@ impl Convoy {
 impl Listeners for Convoy {
     async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
         self.obey_all();
-        let here = self.since.as_ref().map(ToString::to_string).unwrap_or_default();
-        self.audiences.judge_with(catalog, &here);
+        self.audiences.judge_with(catalog, self.since.as_ref());
         let frames = self.audiences.tell(gate, catalog, stretch).await?;
         self.observe.frames_delivered(frames);
         Ok(())

@@ -76,15 +76,15 @@ impl Follower {
                 }
                 Some(Handover::Missed(missed, to)) => {
                     let past = self.feed.past();
-                    past.tell_again(&missed, &mut self.alone(true)).await?;
-                    self.since.send_replace(to);
+                    past.tell_again(&missed, &mut self.alone()).await?;
+                    self.since.send_replace(self.since().and(&to));
                     if self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
                 }
                 Some(Handover::Behind(to)) => {
                     let (past, since) = (self.feed.past(), self.since());
-                    let is_there = past.tell_one(&since, &to, &mut self.alone(false)).await?;
+                    let is_there = past.tell_one(&since, &to, &mut self.alone()).await?;
                     if !is_there || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
@@ -114,11 +114,11 @@ impl Follower {
     }
 
     /// This channel alone, as somebody to whom the past is told. What was delivered to others may begin with what it has.
-    fn alone(&self, has_some: bool) -> Alone<'_> {
+    fn alone(&self) -> Alone<'_> {
         let key = AudienceKey {
             dress: self.dress.clone(),
             subscription: self.subscription.clone(),
-            since: has_some.then(|| self.since()),
+            since: Some(self.since()),
         };
         let audience = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
         Alone { audience, outbox: &self.outbox, since: &self.since }
@@ -151,7 +151,8 @@ impl Follower {
 
     /// Up to where everything is in the outbox; none while the changelog is not being read.
     pub async fn position(&self) -> Option<Cursor> {
-        self.feed.position(vec![self.channel], None).await.map(|position| position.here)
+        let position = self.feed.position(vec![self.channel], None).await?;
+        position.channels.into_iter().next().map(|(_, here)| here)
     }
 
     /// Ends delivery; everything up to the cursor that comes back is in the outbox.
@@ -193,7 +194,7 @@ impl Listeners for Alone<'_> {
     }
 
     fn reached(&mut self, here: Cursor) {
-        self.since.send_replace(here);
+        self.since.send_modify(|since| *since = since.and(&here));
     }
 
     fn has_enough(&self) -> bool {

@@ -10,7 +10,8 @@ use tokio::time::timeout;
 use crate::feed::gate::Gate;
 use crate::feed::source::{PART_BYTES, PART_CHANGES};
 use crate::feed::stretch::Stretch;
-use crate::model::cursor::{Cursor, Snapshot, Span};
+use crate::model::cursor::{Cursor, Snapshot};
+use crate::model::position::Missing;
 use crate::model::relation::Catalog;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::changelog;
@@ -161,10 +162,11 @@ impl Past {
 
     async fn check_with(&self, portions: &Portions, cursor: &Cursor) -> Result<(), Missed> {
         let now = self.in_time(portions.now()).await?;
-        let reach = cursor.within().map_or(cursor.seen().xmax(), |within| within.until().xmax());
         match () {
             () if self.in_time(portions.epoch()).await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
-            () if reach > now.xmax() => Err(Missed::Gap("the cursor is of a moment that has not been")),
+            () if cursor.reach().xmax() > now.xmax() => {
+                Err(Missed::Gap("the cursor is of a moment that has not been"))
+            }
             () => self.check_kept(cursor.seen()).await,
         }
     }
@@ -257,15 +259,14 @@ impl Past {
         let is_over = |listeners: &mut _| {
             Listeners::has_enough(listeners) || until.is_some_and(|until| Instant::now() > until)
         };
-        // The page in which the cursor stands goes first, to its own end.
-        let mut bearing = match since.within() {
-            Some(within) => Bearing::new(since.seen().clone(), within.until().clone(), within.number())
-                .only(listeners.only()),
-            None => Bearing::new(since.seen().clone(), to.seen().clone(), 0),
-        };
-        loop {
-            let (seen, until) = (bearing.seen.clone(), bearing.until.clone());
-            let span = Arc::new(Span { epoch: since.epoch(), seen, until });
+        let mut here = since.clone();
+        // The page in which the cursor stands comes first.
+        while let Some(missing) = here.missing(to) {
+            here = missing.end();
+            let Missing { span, after, through } = missing;
+            let only = if after > 0 { listeners.only() } else { None };
+            let mut bearing = Bearing::new(&span, after).through(through).only(only);
+            let span = Arc::new(span);
             loop {
                 // Kept until the portion is told: those who wait for a place must not each have one in memory.
                 let mut place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
@@ -274,14 +275,15 @@ impl Past {
                 while let Some(changes) = parts.next() {
                     let Some(last) = changes.last().map(|change| change.number) else { continue };
                     let more = portion.next.is_some() || parts.peek().is_some();
-                    let stretch = Stretch { changes, more, span: Arc::clone(&span), mark: None };
+                    let page_goes_on = more || through.is_some();
+                    let stretch = Stretch { changes, more: page_goes_on, span: Arc::clone(&span), mark: None };
                     if place.is_none() {
                         place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                     }
                     let catalog = listeners.meanwhile(self.in_time(self.catalog.reloaded())).await?;
                     self.judge_with(&catalog).await;
                     listeners.tell(&self.gate, &catalog, &stretch).await?;
-                    listeners.reached(span.after(last, !more));
+                    listeners.reached(span.after(last, !page_goes_on));
                     if more && is_over(listeners) {
                         return Ok(false);
                     }
@@ -299,13 +301,12 @@ impl Past {
                     return Ok(false);
                 }
             }
-            listeners.reached(span.end());
-            let is_there = to.seen().is_before_or_equal(&span.until);
-            if is_there || is_over(listeners) {
-                return Ok(is_there);
+            listeners.reached(here.clone());
+            if is_over(listeners) && here.missing(to).is_some() {
+                return Ok(false);
             }
-            bearing = Bearing::new(span.until.clone(), to.seen().clone(), 0);
         }
+        Ok(true)
     }
 
     /// Reads a portion; nothing of it was trimmed before.

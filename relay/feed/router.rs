@@ -165,12 +165,13 @@ impl Router {
                 let _ = outcome.send(handover);
             }
             Command::Leave { channel, outbox, farewell, until } => {
-                self.audiences.leave(channel, &outbox, farewell);
                 if let Some(until) = until {
-                    let _ = until.send(self.position.clone());
+                    let here = self.position.as_ref();
+                    let _ = until.send(here.map(|here| self.audiences.position(channel, here)));
                 }
+                self.audiences.leave(channel, &outbox, farewell);
             }
-            Command::Position { mut channels, then, until } => {
+            Command::Position { channels, then, until } => {
                 let away =
                     channels.first().filter(|_| channels.iter().all(|one| self.away.contains_key(one)));
                 match away.and_then(|channel| self.convoys.get(&self.away.get(channel)?.0)) {
@@ -178,8 +179,12 @@ impl Router {
                         let _ = convoy.send((Command::Position { channels, then, until }, 0));
                     }
                     None => {
-                        channels.retain(|channel| !self.away.contains_key(channel));
-                        Position::tell(self.position.clone(), channels, then, until);
+                        let here = self.position.clone();
+                        let ours = channels.into_iter().filter(|channel| !self.away.contains_key(channel));
+                        let place =
+                            |channel| Some((channel, self.audiences.position(channel, here.as_ref()?)));
+                        let channels = ours.filter_map(place).collect();
+                        Position::tell(here, channels, then, until);
                     }
                 }
             }
@@ -247,6 +252,7 @@ impl Router {
         let few = self.audiences.split_off(&relations(false).collect());
         let only = relations(false).chain([RelationId(0)]).map(|relation| relation.0).collect();
         self.position = Some(span.end());
+        self.audiences.moved(self.position.as_ref());
         self.recent = Recent::default();
         self.recent.moved(&self.position, &span.end());
         for (audiences, only) in [(all, None), (few, Some(only))] {
@@ -292,9 +298,9 @@ impl Router {
         self.convoys.remove(&number);
         self.away.retain(|_, (convoy, _)| *convoy != number);
         convoy.tell_stall(self.stalled);
-        let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
         let Convoy { audiences, mut commands, .. } = *convoy;
-        self.audiences.absorb(audiences, &here);
+        self.audiences.absorb(audiences, self.position.as_ref());
+        self.audiences.moved(self.position.as_ref());
         while let Ok((command, _)) = commands.try_recv() {
             self.obey(command);
         }
@@ -311,6 +317,7 @@ impl Router {
                 self.observe.delivered_through(&stretch.changes);
                 if let Some(end) = stretch.end() {
                     self.recent.add(self.position.replace(end), Arc::clone(&stretch));
+                    self.audiences.moved(self.position.as_ref());
                 }
                 if more {
                     self.let_clients_read().await;
@@ -320,6 +327,7 @@ impl Router {
             Part::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);
+                self.audiences.moved(self.position.as_ref());
             }
             Part::Gap(why) => {
                 for audience in self.audiences.iter() {
@@ -327,6 +335,7 @@ impl Router {
                 }
                 self.recent = Recent::default();
                 self.position = None;
+                self.audiences.moved(None);
                 // What was watched may be another by now, and no change may ever say so.
                 self.deliver_when_judged(None).await;
             }
@@ -400,8 +409,7 @@ impl Router {
         if !self.audiences.is_judged_with(&catalog) {
             // First, so that it is not left out where this is given up and tried again.
             self.gate.forget().await;
-            let here = self.position.as_ref().map(ToString::to_string).unwrap_or_default();
-            self.audiences.judge_with(&catalog, &here);
+            self.audiences.judge_with(&catalog, self.position.as_ref());
         }
         Ok(catalog)
     }

@@ -175,11 +175,8 @@ impl Recent {
         }
     }
 
-    /// What was delivered after the cursor, up to `position`; none when that is not all at hand.
-    pub fn since(&self, cursor: &Cursor, position: &Cursor) -> Option<Vec<Arc<Stretch>>> {
-        if cursor.is_at_or_after(position) {
-            return Some(Vec::new());
-        }
+    /// What was delivered that a reader here lacks; none when that is not all at hand.
+    pub fn since(&self, cursor: &Cursor) -> Option<Vec<Arc<Stretch>>> {
         let start = self.start.as_ref()?;
         if !cursor.is_at_or_after(start) {
             return None;
@@ -187,6 +184,10 @@ impl Recent {
         let is_missed = |stretch: &Stretch| stretch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
         let missed: Vec<&(Arc<Stretch>, usize)> =
             self.stretches.iter().filter(|(stretch, _)| is_missed(stretch)).collect();
+        // Amid a page of another relay it has to come to the end of that first.
+        if !missed.first()?.0.span.continues(cursor) {
+            return None;
+        }
         // More than a client should get in one go is read from the changelog, as fast as the client reads.
         let bytes: usize = missed.iter().map(|(_, bytes)| bytes).sum();
         (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(stretch, _)| Arc::clone(stretch)).collect())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio_postgres::Statement;
 
 use crate::model::change::Change;
-use crate::model::cursor::{Epoch, Snapshot};
+use crate::model::cursor::{Epoch, Snapshot, Span};
 use crate::postgres::changelog::{Changelog, Page, Position};
 use crate::postgres::connect::{Error, Server};
 
@@ -33,6 +33,8 @@ pub struct Bearing {
     pub until: Snapshot,
     /// What has numbers up to this one was told.
     after: i64,
+    /// What has numbers above this one is not asked for.
+    through: Option<i64>,
     /// The next portion is looked for among all that is left: it is not known to begin close by.
     far: bool,
     size: usize,
@@ -49,9 +51,15 @@ pub struct Portion {
 }
 
 impl Bearing {
-    /// In the page between two snapshots, behind the change with this number; 0 at its start.
-    pub fn new(seen: Snapshot, until: Snapshot, after: i64) -> Self {
-        Self { seen, until, after, far: after == 0, size: FIRST, only: None }
+    /// In this page, behind the change with this number; 0 at its start.
+    pub fn new(page: &Span, after: i64) -> Self {
+        let (seen, until) = (page.seen.clone(), page.until.clone());
+        Self { seen, until, after, through: None, far: after == 0, size: FIRST, only: None }
+    }
+
+    /// The same up to the change with this number.
+    pub fn through(self, number: Option<i64>) -> Self {
+        Self { through: number, ..self }
     }
 
     /// The same for the changes of these relations alone; 0 is the schema.
@@ -75,7 +83,8 @@ impl Portions {
         let client = changelog.client();
         // The header has no number.
         let head = "select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) \
-                    where $5::int[] is null or number is null or relation = any($5) limit $4::bigint + 1";
+                    where number is null or (($5::int[] is null or relation = any($5)) and number <= $6) \
+                    limit $4::bigint + 1";
         let slice = "select * from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4) \
                      where $5::int[] is null or number is null or relation = any($5)";
         let (head, slice) = (client.prepare(head).await?, client.prepare(slice).await?);
@@ -120,9 +129,12 @@ impl Portions {
         let position =
             Position { seen: from.seen.clone(), until: Some(from.until.clone()), after: from.after };
         let only = from.only.as_deref();
-        let through = from.after.saturating_add(from.size as i64);
+        let end = from.through.unwrap_or(i64::MAX);
+        let through = from.after.saturating_add(from.size as i64).min(end);
         let mut page = match from.far {
-            true => self.changelog.open_by(&self.head, &position, &[&(from.size as i64), &only]).await?,
+            true => {
+                self.changelog.open_by(&self.head, &position, &[&(from.size as i64), &only, &end]).await?
+            }
             false => self.changelog.open_by(&self.slice, &position, &[&through, &only]).await?,
         };
         let (parts, is_cut) = parts(&mut page, most, most_bytes).await?;
@@ -134,6 +146,7 @@ impl Portions {
             Some(last) if is_cut => next(last, false),
             Some(last) if from.far => (read == from.size).then(|| next(last, false)).flatten(),
             None if from.far => None,
+            _ if through == end => None,
             // Numbers of other pages and of what was rolled back lie in between.
             last => next(through, last.is_none()),
         };

@@ -214,6 +214,10 @@ impl Resume {
         );
         if gap.is_some() {
             self.due.as_mut().reset(Instant::now());
+            // Where it was cannot be had any more.
+            if let Some(held) = self.held.get_mut(&channel) {
+                held.at = None;
+            }
         }
     }
 
@@ -278,11 +282,17 @@ impl Resume {
         if let Some(asked) = &mut self.asked
             && let Poll::Ready(position) = asked.position.poll_unpin(context)
         {
-            if let (Some(asked), Some(Position { here, channels })) = (self.asked.take(), position) {
-                let is_told = |(channel, _): &(ChannelId, Bookmark)| channels.contains(channel);
-                let (told, rest) = asked.channels.into_iter().partition::<Vec<_>, _>(is_told);
-                let told = told.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
-                let marks = told.map(|(channel, bookmark)| (channel, bookmark, here.clone())).collect();
+            if let (Some(asked), Some(Position { channels, .. })) = (self.asked.take(), position) {
+                let (mut marks, mut rest) = (Vec::new(), Vec::new());
+                for (channel, bookmark) in asked.channels {
+                    match channels.iter().find(|(told, _)| *told == channel) {
+                        Some((_, here)) if self.is_in_force(channel) => {
+                            marks.push((channel, bookmark, here.clone()));
+                        }
+                        Some(_) => {}
+                        None => rest.push((channel, bookmark)),
+                    }
+                }
                 self.pings.note(asked.ping, marks);
                 self.receive();
                 // Those that are with somebody else, who is elsewhere.
@@ -373,7 +383,7 @@ impl Resume {
             for (channel, bookmark, to) in marks {
                 if let Some(held) = self.held.get_mut(&channel)
                     && held.bookmark == bookmark
-                    && !held.at.as_ref().is_some_and(|at| *at != to && at.is_at_or_after(&to))
+                    && held.at.as_ref().is_none_or(|at| to.is_at_or_after(at))
                     && !self.outbox.is_to_rebind(channel)
                 {
                     held.at = Some(to.clone());
