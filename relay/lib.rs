@@ -27,6 +27,7 @@ pub mod model {
     pub mod claims;
     pub mod bookmark;
     pub mod datum;
+    pub mod pattern;
     pub mod relation;
     pub mod image;
     pub mod term;

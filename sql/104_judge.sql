@@ -57,7 +57,7 @@ declare
   one text;
   condition text;
 begin
-  select a.attname, a.atttypid into col
+  select a.attname, a.atttypid, a.attcollation into col
   from pg_catalog.pg_attribute a
   where a.attrelid = relation and a.attname = column_name and a.attnum > 0 and not a.attisdropped;
   if not found then
@@ -116,6 +116,13 @@ begin
     condition := '(' || condition || ')';
     if operator in ('match', 'imatch') then
       execute pg_catalog.format('select ''''::%s %s %s', type_name, symbol, literals[1]);
+    elsif operator in ('like', 'ilike') and type_name = 'text' then
+      -- Each row that is matched as far as that raises: better said now. So does a collation that has no patterns.
+      if (pg_catalog.length(value[1]) - pg_catalog.length(pg_catalog.rtrim(value[1], pg_catalog.chr(92)))) % 2 = 1 then
+        raise exception 'LIKE pattern must not end with escape character' using errcode = 'invalid_escape_sequence';
+      end if;
+      execute pg_catalog.format('select ''''::pg_catalog.text collate %s %s ''''',
+                                coalesce(nullif(col.attcollation, 0::oid), 'pg_catalog."default"'::pg_catalog.regcollation)::pg_catalog.regcollation, symbol);
     end if;
   end if;
   -- No row is needed to learn that an operator does not exist, nor a right on the table or its schema.

@@ -319,6 +319,50 @@ set search_path = '' as $$
 $$;
 comment on function relay.known_kind(oid, oid) is 'kind of values that the relay compares as PostgreSQL does';
 
+-- relay.known_folding(type, collation) : what lower() does to texts that the relay matches with patterns as PostgreSQL does
+-- null: it does not match them. Patterns compare characters one by one where the encoding is UTF-8 and the collation
+-- deterministic; ilike compares what lower() makes of both sides. 'ascii': it changes the letters of ASCII and nothing
+-- else; 'letters': these as usual, others somehow; 'unknown': not even these, as in Turkish.
+create or replace function relay.known_folding(type oid, collation oid) returns text
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+declare
+  upper constant text := 'ABCDEFGHIJKLMNOPQRSTUVWXYZ';
+  small constant text := 'abcdefghijklmnopqrstuvwxyz';
+  named record;
+  ctype text;
+  folded text;
+begin
+  if $1 <> all (array['text', 'varchar', 'bpchar', 'name']::pg_catalog.regtype[]) or pg_catalog.getdatabaseencoding() <> 'UTF8' then
+    return null;
+  end if;
+  select l.collprovider, l.collctype, l.collisdeterministic into named from pg_catalog.pg_collation l where l.oid = $2;
+  if not found or not named.collisdeterministic then
+    return null;
+  end if;
+  if named.collprovider = 'd' then
+    select case when coalesce(pg_catalog.to_jsonb(d) ->> 'datlocprovider', 'c') = 'c' then d.datctype end into ctype
+    from pg_catalog.pg_database d where d.datname = pg_catalog.current_database();
+  elsif named.collprovider = 'c' then
+    ctype := named.collctype;
+  end if;
+  if ctype in ('C', 'POSIX') then
+    return 'ascii';
+  end if;
+  -- A collation that this server cannot use anymore raises; then so does the pattern, for each row.
+  begin
+    execute pg_catalog.format('select pg_catalog.lower(%L::pg_catalog.text collate %s)', upper || small, $2::pg_catalog.regcollation)
+      into folded;
+  exception when others then
+    return null;
+  end;
+  return case when folded = small || small then 'letters' else 'unknown' end;
+end
+$$;
+comment on function relay.known_folding(oid, oid) is 'what lower() does to texts that the relay matches with patterns as PostgreSQL does';
+
 -- relay.capture_mode(relation, id) : how its capturing trigger is enabled, as pg_trigger.tgenabled says; null: there is none
 create or replace function relay.capture_mode(relation oid, id int) returns "char"
 language sql stable as $$
@@ -349,6 +393,7 @@ set jit = off as $$
       select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
         'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, null),
         'known', relay.known_kind(a.atttypid, a.attcollation), 'many', t.typcategory = 'A',
+        'folding', relay.known_folding(a.atttypid, a.attcollation),
         'plain', t.typtype in ('b', 'e', 'r', 'm')) order by a.attnum), '[]')
       from pg_catalog.pg_attribute a
       join pg_catalog.pg_type t on t.oid = a.atttypid

@@ -35,6 +35,7 @@ mod keys;
 mod large_transactions;
 mod layers;
 mod leader;
+mod like;
 mod limits;
 mod limits_speech;
 mod machine;

@@ -210,6 +210,9 @@ fn index(anchors: &Anchors, relation: &Relation) -> Option<Vec<String>> {
         .map(|anchor| match (&anchor.equal[..], &anchor.range) {
             _ if anchor.named => String::from("named by PostgreSQL"),
             ([], Some((column, _))) => format!("{} in a range", name(column)),
+            ([], None) if let Some((column, _)) = &anchor.prefix => {
+                format!("{} by what it begins with", name(column))
+            }
             (equal, _) => {
                 equal.iter().map(|(column, _)| name(column)).collect::<Vec<_>>().join(" and ") + " by hash"
             }

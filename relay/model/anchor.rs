@@ -1,5 +1,7 @@
 //! Under which values of a row a condition can hold at all: what the filter index keeps subscriptions under.
 
+use std::sync::Arc;
+
 use crate::model::datum::{Datum, Kind, Read};
 use crate::model::predicate::{Comparison, List, Predicate, Scalar, known_by};
 use crate::model::term::TermValue;
@@ -11,6 +13,8 @@ pub struct Anchor {
     pub equal: Vec<(usize, Datum)>,
     /// A column whose number lies in a range.
     pub range: Option<(usize, Range)>,
+    /// A column whose text begins with this; it is short.
+    pub prefix: Option<(usize, Arc<str>)>,
     /// PostgreSQL names the readers of the row.
     pub named: bool,
 }
@@ -47,6 +51,10 @@ impl Anchor {
         Self { range: Some((column, Range { first, last })), ..Self::default() }
     }
 
+    fn prefix(column: usize, prefix: &str) -> Self {
+        Self { prefix: Some((column, prefix.into())), ..Self::default() }
+    }
+
     /// Both at once.
     fn and(&self, other: &Self) -> Self {
         let mut both = self.clone();
@@ -64,6 +72,9 @@ impl Anchor {
             }
             (one, other) => one.or(other),
         };
+        if both.prefix.is_none() {
+            both.prefix.clone_from(&other.prefix);
+        }
         both
     }
 }
@@ -141,6 +152,10 @@ impl Predicate {
                 Some(true) => Anchors::OneOf(vec![Anchor { named: true, ..Anchor::default() }]),
                 Some(false) => Anchors::NEVER,
                 None => Anchors::Any,
+            },
+            Self::Matches(column, pattern) => match pattern.prefix() {
+                "" => Anchors::Any,
+                prefix => Anchors::OneOf(vec![Anchor::prefix(*column, prefix)]),
             },
             Self::Is(inner, true) => inner.anchors(terms),
             Self::Among(..)

@@ -6,6 +6,7 @@ use crate::model::anchor::Anchors;
 use crate::model::datum::{Kind, Read};
 use crate::model::filter::{Condition, Operator};
 use crate::model::image::Image;
+use crate::model::pattern::{Folding, Pattern};
 use crate::model::predicate::{Comparison, List, Predicate, Scalar, Truth, Unasked};
 use crate::model::relation::{Access, Relation, Shape};
 use crate::model::term::TermValue;
@@ -33,6 +34,8 @@ pub struct Typed {
     pub kind: String,
     /// How its values were read here: a collation that changes does not change the type's name.
     pub shape: Shape,
+    /// What `lower` does to the column's texts, likewise.
+    pub folding: Option<Folding>,
     /// Its values as `value::type::text` spells them.
     pub values: Vec<String>,
 }
@@ -64,7 +67,9 @@ impl BoundFilter {
     pub fn fits(&self, relation: &Relation) -> bool {
         let same = |typed: &Typed| {
             let now = relation.column(&typed.condition.column);
-            now.is_some_and(|now| now.kind == typed.kind && now.shape() == typed.shape)
+            now.is_some_and(|now| {
+                (&now.kind, now.shape(), now.folding) == (&typed.kind, typed.shape, typed.folding)
+            })
         };
         (&self.relation.0, &self.relation.1) == (&relation.schema, &relation.table)
             && self.conditions.iter().all(same)
@@ -100,8 +105,13 @@ impl Typed {
             _ if asks_for_null => {
                 relation.columns[column].plain.then_some(Predicate::IsNull(Scalar::Column(column)))
             }
+            _ if matches!(self.condition.operator, Operator::Like | Operator::Ilike) => {
+                let folding = relation.columns[column].folding?;
+                let folds = (self.condition.operator == Operator::Ilike).then_some(folding);
+                Some(Predicate::Matches(column, Pattern::new(self.values.first()?, folds)?))
+            }
             Shape::One(kind) => self.compared(column, kind, constants),
-            Shape::Many(_) | Shape::Foreign => None,
+            Shape::Many(_) | Shape::Padded | Shape::Foreign => None,
         });
         match found {
             Some(predicate) if self.condition.negated => Predicate::Not(Box::new(predicate)),
@@ -164,6 +174,7 @@ pub(crate) mod tests {
                 condition,
                 kind: relation.columns[0].kind.clone(),
                 shape: relation.columns[0].shape(),
+                folding: relation.columns[0].folding,
                 values,
             }
         });

@@ -1,9 +1,10 @@
 //! A row image as predicates read it: typed values by column, each read once.
 
 use std::cell::OnceCell;
+use std::sync::Arc;
 
 use crate::model::change::Row;
-use crate::model::datum::Datum;
+use crate::model::datum::{Datum, Kind};
 use crate::model::relation::{Relation, Shape};
 
 /// An image together with the relation whose columns it has.
@@ -22,6 +23,8 @@ pub enum Held {
     One(Datum),
     /// The elements of an array; nulls are none.
     Many(Vec<Option<Datum>>),
+    /// A text that only patterns compare here: what `=` finds equal need not have the same bytes.
+    Padded(Arc<str>),
     /// A value of a type that only PostgreSQL compares.
     Foreign,
     /// Nothing: the column was left out because the row was too large.
@@ -64,6 +67,10 @@ impl<'a> Image<'a> {
                 };
                 flatten(json, MOST_DIMENSIONS, &mut take).map_or(Held::Foreign, |()| Held::Many(elements))
             }
+            (Some(json), Shape::Padded) => match Kind::Text.from_json(json) {
+                Some(Datum::Text(text)) => Held::Padded(text),
+                _ => Held::Foreign,
+            },
             (Some(_), Shape::Foreign) => Held::Foreign,
         })
     }

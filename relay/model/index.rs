@@ -1,10 +1,11 @@
 //! The filter index: which subscriptions a row may concern, found by the row's values and not by asking each of them.
 //!
-//! A subscription stands under one or more anchors: equal values by hash, numbers in a range by order, or under none,
-//! and then every row may concern it. What is found still has to be decided; what is not found need not be looked at.
+//! A subscription stands under one or more anchors: equal values and beginnings of texts by hash, numbers in a range by
+//! order, or under none, and then every row may concern it. What is found still has to be decided; what is not found need not be looked at.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
+use std::sync::Arc;
 
 use crate::model::anchor::{Anchor, Range};
 use crate::model::datum::Datum;
@@ -17,6 +18,7 @@ pub struct Index<T> {
     /// By columns, then by their values.
     equal: BTreeMap<Vec<usize>, HashMap<Vec<Datum>, BTreeSet<T>>>,
     ranges: BTreeMap<usize, Ranges<T>>,
+    prefixes: BTreeMap<usize, Prefixes<T>>,
 }
 
 /// Entries by ranges of numbers. Ranges of like length stand together in order of their first number, so that those
@@ -27,9 +29,18 @@ struct Ranges<T> {
     by_last: BTreeMap<i64, BTreeSet<T>>,
 }
 
+/// Entries by what a text begins with, by the length of that.
+#[derive(Debug)]
+struct Prefixes<T>(BTreeMap<usize, HashMap<Arc<str>, BTreeSet<T>>>);
+
 impl<T> Default for Index<T> {
     fn default() -> Self {
-        Self { any: BTreeSet::new(), equal: BTreeMap::new(), ranges: BTreeMap::new() }
+        Self {
+            any: BTreeSet::new(),
+            equal: BTreeMap::new(),
+            ranges: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
+        }
     }
 }
 
@@ -43,6 +54,9 @@ impl<T: Copy + Ord + Hash> Index<T> {
             }
             Some(Anchor { range: Some((column, range)), .. }) => {
                 self.ranges.entry(*column).or_default().insert(*range, entry);
+            }
+            Some(Anchor { prefix: Some((column, prefix)), .. }) => {
+                self.prefixes.entry(*column).or_default().insert(prefix, entry);
             }
             _ => _ = self.any.insert(entry),
         }
@@ -72,6 +86,14 @@ impl<T: Copy + Ord + Hash> Index<T> {
                     }
                 }
             }
+            Some(Anchor { prefix: Some((column, prefix)), .. }) => {
+                if let Some(prefixes) = self.prefixes.get_mut(column) {
+                    prefixes.remove(prefix, entry);
+                    if prefixes.0.is_empty() {
+                        self.prefixes.remove(column);
+                    }
+                }
+            }
             _ => _ = self.any.remove(&entry),
         }
     }
@@ -87,11 +109,16 @@ impl<T: Copy + Ord + Hash> Index<T> {
                 ranges.look_up(*value, &mut found);
             }
         }
+        for (column, prefixes) in &self.prefixes {
+            if let Held::One(Datum::Text(text)) | Held::Padded(text) = image.held(*column) {
+                prefixes.look_up(text, &mut found);
+            }
+        }
     }
 
     /// Whether there is no entry, and nothing left of earlier ones.
     pub fn is_empty(&self) -> bool {
-        self.any.is_empty() && self.equal.is_empty() && self.ranges.is_empty()
+        self.any.is_empty() && self.equal.is_empty() && self.ranges.is_empty() && self.prefixes.is_empty()
     }
 }
 
@@ -117,7 +144,7 @@ fn probe<T: Copy>(
     match image.held(*column) {
         Held::One(datum) => with(datum),
         Held::Many(elements) => elements.iter().flatten().for_each(with),
-        Held::Null | Held::Foreign | Held::Missing => {}
+        Held::Null | Held::Padded(_) | Held::Foreign | Held::Missing => {}
     }
 }
 
@@ -181,6 +208,39 @@ impl<T: Copy + Ord> Ranges<T> {
     }
 }
 
+impl<T> Default for Prefixes<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<T: Copy + Ord> Prefixes<T> {
+    fn insert(&mut self, prefix: &Arc<str>, entry: T) {
+        let by_prefix = self.0.entry(prefix.len()).or_default();
+        by_prefix.entry(Arc::clone(prefix)).or_default().insert(entry);
+    }
+
+    fn remove(&mut self, prefix: &str, entry: T) {
+        let Some(by_prefix) = self.0.get_mut(&prefix.len()) else { return };
+        if let Some(entries) = by_prefix.get_mut(prefix) {
+            entries.remove(&entry);
+            if entries.is_empty() {
+                by_prefix.remove(prefix);
+            }
+        }
+        if by_prefix.is_empty() {
+            self.0.remove(&prefix.len());
+        }
+    }
+
+    fn look_up(&self, text: &str, found: &mut impl FnMut(T)) {
+        for (length, by_prefix) in &self.0 {
+            let entries = text.get(..*length).and_then(|prefix| by_prefix.get(prefix));
+            entries.into_iter().flatten().copied().for_each(&mut *found);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -216,6 +276,27 @@ mod tests {
         assert_eq!(found(&index, r#"{"id":7,"owner":null,"title":"a","raw":null}"#), [1, 3, 4, 5]);
         assert_eq!(found(&index, r#"{"id":8,"owner":null,"title":"b","raw":null}"#), [2, 4]);
         assert_eq!(found(&index, r#"{"id":5,"owner":null,"title":null,"raw":null}"#), [3, 4]);
+    }
+
+    #[test]
+    fn a_row_finds_the_beginnings_of_its_texts_and_removing_them_leaves_nothing() {
+        let prefix = |text: &str| Anchor { prefix: Some((2, text.into())), ..Anchor::default() };
+        let mut index = Index::default();
+        for (entry, text) in (0..).zip(["a", "ab", "ü", "b", "ab"]) {
+            index.insert(Some(&prefix(text)), entry);
+        }
+        for (text, expected) in
+            [("abc", vec![0, 1, 4]), ("a", vec![0]), ("üb", vec![2]), ("", vec![]), ("c", vec![])]
+        {
+            assert_eq!(
+                found(&index, &format!(r#"{{"id":1,"owner":null,"title":"{text}","raw":null}}"#)),
+                expected
+            );
+        }
+        for (entry, text) in (0..).zip(["a", "ab", "ü", "b", "ab"]) {
+            index.remove(Some(&prefix(text)), entry);
+        }
+        assert!(index.is_empty());
     }
 
     proptest! {

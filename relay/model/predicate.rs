@@ -5,6 +5,7 @@
 
 use crate::model::datum::{Datum, Kind};
 use crate::model::image::{Held, Image};
+use crate::model::pattern::Pattern;
 use crate::model::term::TermValue;
 
 /// A condition. Numbers of columns are places in the relation's list, those of terms and leaves places in the plan's.
@@ -20,6 +21,8 @@ pub enum Predicate {
     Same(Scalar, Scalar),
     /// `= any`: equal to one of a list.
     Among(Scalar, List),
+    /// `like` or `ilike` of a column; null when the column is.
+    Matches(usize, Pattern),
     /// `is null`
     IsNull(Scalar),
     /// `is true` or `is false`: never null.
@@ -197,14 +200,19 @@ impl Predicate {
             }
             Self::Same(one, other) => match (one.held(image, terms), other.held(image, terms)) {
                 (Err(stop), _) | (Ok(_), Err(stop)) => stop,
-                (Ok(Held::Foreign | Held::Many(_)), Ok(_)) | (Ok(_), Ok(Held::Foreign | Held::Many(_))) => {
-                    Truth::Unsure
-                }
+                (Ok(Held::Foreign | Held::Padded(_) | Held::Many(_)), Ok(_))
+                | (Ok(_), Ok(Held::Foreign | Held::Padded(_) | Held::Many(_))) => Truth::Unsure,
                 (Ok(one), Ok(other)) => (one == other).into(),
             },
             Self::Among(scalar, list) => match scalar.held(image, terms) {
                 Err(stop) => stop,
                 Ok(held) => list.holds(&held, image, terms),
+            },
+            Self::Matches(column, pattern) => match image.held(*column) {
+                Held::Null => Truth::Null,
+                Held::One(Datum::Text(text)) | Held::Padded(text) => pattern.matches(text),
+                Held::Missing => Truth::Raises,
+                _ => Truth::Unsure,
             },
             Self::IsNull(scalar) => match scalar.held(image, terms) {
                 Ok(held) => (held == Held::Null).into(),

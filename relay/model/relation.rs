@@ -8,6 +8,7 @@ use serde::Deserialize;
 use crate::model::change::{RelationId, Spelling};
 use crate::model::compile::compile;
 use crate::model::datum::Kind;
+use crate::model::pattern::Folding;
 use crate::model::plan::{Obstacle, Plan};
 
 /// All watched relations at one moment. Immutable: a change of the catalog makes a new one.
@@ -99,6 +100,9 @@ pub struct Column {
     /// Whether it is an array.
     #[serde(default)]
     many: bool,
+    /// What `lower` does to its texts, when they are matched with patterns here.
+    #[serde(default)]
+    pub folding: Option<Folding>,
     /// Whether `is null` asks for one value: neither a row nor a domain over one.
     #[serde(default)]
     pub plain: bool,
@@ -111,6 +115,8 @@ pub enum Shape {
     One(Kind),
     /// An array of values.
     Many(Kind),
+    /// A text that patterns read as it is, while `=` does not look at all of it.
+    Padded,
     /// Not at all.
     Foreign,
 }
@@ -121,6 +127,7 @@ impl Column {
         match (self.known, self.many) {
             (Some(kind), false) => Shape::One(kind),
             (Some(kind), true) => Shape::Many(kind),
+            (None, _) if self.folding.is_some() => Shape::Padded,
             (None, _) => Shape::Foreign,
         }
     }

@@ -222,7 +222,8 @@ impl CatalogKeeper {
             let column = relation.column(&condition.column);
             let kind = column.map(|column| column.kind.clone()).unwrap_or_default();
             let shape = column.map_or(Shape::Foreign, Column::shape);
-            typed.push(Typed { condition, kind, shape, values: answer.values });
+            let folding = column.and_then(|column| column.folding);
+            typed.push(Typed { condition, kind, shape, folding, values: answer.values });
         }
         let statement = client
             .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")

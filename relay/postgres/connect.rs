@@ -87,6 +87,7 @@ impl Error {
             SqlState::INVALID_DATETIME_FORMAT => "invalid_datetime_format",
             SqlState::NUMERIC_VALUE_OUT_OF_RANGE => "numeric_value_out_of_range",
             SqlState::INVALID_REGULAR_EXPRESSION => "invalid_regular_expression",
+            SqlState::INVALID_ESCAPE_SEQUENCE => "invalid_escape_sequence",
             _ => "error",
         };
         Some(format!("ERROR {} ({name}) {}", told.code().code(), told.message()))

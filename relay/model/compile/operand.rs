@@ -109,7 +109,7 @@ impl Compiler<'_> {
             Shape::One(Kind::Enum) => Type::Enum(column.readable_type.clone()),
             Shape::One(kind) => Type::Known(kind),
             Shape::Many(kind) => Type::Many(kind),
-            Shape::Foreign => Type::Foreign,
+            Shape::Padded | Shape::Foreign => Type::Foreign,
         };
         Ok(Operand::Row(Scalar::Column(at), of))
     }
