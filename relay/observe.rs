@@ -293,7 +293,7 @@ impl Observe {
     /// A judgement on rows of this relation failed and counts as "no".
     pub fn judgement_failed(&self, denied: Denied, relation: &str) {
         match denied {
-            Denied::Raised => self.raised.inc(),
+            Denied::Raised | Denied::Claims => self.raised.inc(),
             Denied::TimedOut | Denied::Locked => self.timed_out.inc(),
             Denied::Role => self.role_lost.inc(),
         };

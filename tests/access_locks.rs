@@ -96,6 +96,7 @@ async fn a_locked_table_never_keeps_back_the_changes_of_others_nor_joins() {
         let bound = Duration::from_millis(50).max(2 * quiet);
         assert!(locked_for <= bound, "{locked}: {locked_for:?}, and {quiet:?} without the lock");
     }
+    stage.changes(&mut ann).await;
     // Nothing is left behind: what was pending is told again.
     for (number, sql) in [
         "insert into own values ($id, 'x')",

@@ -233,3 +233,45 @@ async fn a_thousand_clients_that_come_at_once_are_all_served_by_few_connections_
         assert_eq!(client.change().await["type"], "INSERT");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parameter_that_is_there_twice_is_refused_and_never_widens() {
+    let stage = crate::support::stage::Stage::new(
+        "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')",
+    )
+    .await;
+    let token = crate::support::token("authenticated", None, json!({}));
+    let once = format!("table=t&schema=public&event=*&select=id&wait=0&apikey={token}");
+    let address = stage.relay.address;
+    let ask = async |query: &str| get(address, &format!("/realtime/v1/changes?{query}"), "").await;
+    assert_eq!(ask(&once).await.status, 200);
+    for (name, more) in [
+        ("filter", "filter=id=eq.1&filter=id=gt.0"),
+        ("filter", "filter=id=eq.1&%66ilter=id=gt.0"),
+        ("filter", "f%69lter=&filter=id=eq.1"),
+        ("filter", "filter&filter=id=eq.1"),
+        ("table", "table=t"),
+        ("schema", "%73chema=public"),
+        ("event", "event=INSERT"),
+        ("select", "select=*"),
+        ("since", "since=a&since=a"),
+        ("wait", "wait=1"),
+        ("apikey", "apikey=other"),
+        ("apikey", "%61pikey=other"),
+    ] {
+        let answer = ask(&format!("{once}&{more}")).await;
+        let said = answer.body.to_string();
+        assert_eq!(
+            (answer.status, said.contains(&format!("{name}: this parameter is there more than once"))),
+            (400, true),
+            "{more} {said}"
+        );
+    }
+    for more in
+        ["&vsn=1.0.0", "&apikey=x", "&%61pikey=x", "&cursor=true&cursor=false", "&session=a&sessio%6E=b"]
+    {
+        let refused = crate::support::client::Client::at(address, &token, more).await.err();
+        let refused = refused.unwrap_or_default();
+        assert!(refused.starts_with("400") && refused.contains("more than once"), "{more}: {refused}");
+    }
+}

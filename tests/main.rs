@@ -8,6 +8,7 @@
 
 mod support;
 
+mod access_claims;
 mod access_locks;
 mod access_order;
 mod autobahn;

@@ -1,8 +1,8 @@
 //! Channels that get the same frames, and how a change becomes one frame for all of them.
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, OnceLock};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 
@@ -49,6 +49,8 @@ pub struct Audience {
     members: BTreeMap<ChannelId, Arc<Outbox>>,
     /// Why something may not have been told to it.
     missed: OnceLock<&'static str>,
+    /// Who was told that its claims make the policy of a relation raise.
+    raising: Mutex<BTreeSet<(RelationId, ChannelId)>>,
 }
 
 /// Texts of one change that were written already, for the next audience that gets the same.
@@ -120,7 +122,8 @@ impl Audience {
     pub fn new(key: Arc<AudienceKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let subscription = key.subscription.clone();
         let members = BTreeMap::from([(channel, outbox)]);
-        Self { key, subscription, members, missed: OnceLock::new() }
+        let (missed, raising) = (OnceLock::new(), Mutex::default());
+        Self { key, subscription, members, missed, raising }
     }
 
     /// What its channels have in common.
@@ -317,6 +320,24 @@ impl Audience {
         let gap = Bytes::from(self.key.dress.gap(why, cursor));
         for outbox in self.members.values() {
             outbox.push(gap.clone());
+        }
+    }
+
+    /// The claims of all members make the policy of the relation raise, so that it shows them nothing: says so, once.
+    pub fn tell_raising(&self, relation: &Relation) {
+        let mut told = self.raising.lock().unwrap_or_else(PoisonError::into_inner);
+        for (channel, outbox) in &self.members {
+            if told.insert((relation.id(), *channel)) {
+                let (schema, table) = (&relation.schema, &relation.table);
+                tracing::info!(
+                    relation.name = table,
+                    "a policy raises an error for the claims of a reader: nothing is shown"
+                );
+                let why = format!(
+                    "the policy of {schema}.{table} raises an error for the claims of this token, nothing of it is shown"
+                );
+                outbox.push(self.key.dress.gap(&why, "").into());
+            }
         }
     }
 

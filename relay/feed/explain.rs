@@ -297,6 +297,7 @@ impl Bench<'_> {
             Some((_, Some(Denied::Locked))) => "a table that it reads is locked",
             Some((_, Some(Denied::Role))) => "it cannot be asked in this role",
             Some((Some(true), _)) => YES,
+            Some((_, Some(Denied::Claims))) => "it raises an error for these claims",
             Some((_, Some(Denied::Raised))) => "it raises an error",
             _ => "no",
         })

@@ -111,6 +111,9 @@ impl<'a> Finder<'_, 'a> {
                 _ => *known.entry(group).or_insert_with(|| self.rule(&scene, group)),
             };
             last = Some((group, policy));
+            if readership.raises(group) {
+                self.verdicts.raising.push((audience, index));
+            }
             if self.verdicts.policies[policy].iter().all(|truth| is_no(*truth)) {
                 continue;
             }
@@ -142,13 +145,14 @@ impl<'a> Finder<'_, 'a> {
                 (Some(statement), Some(identity)) if !lacks => {
                     let rule = Rule::Policy(readership.number(), group);
                     let answer = Answer::Policy(number, side);
+                    let group = Some((scene.index, readership, group));
                     self.question(
                         rule,
+                        group,
                         readership.relation(),
                         identity,
                         statement,
-                        scene.images[slot],
-                        answer,
+                        (scene.images[slot], answer),
                     );
                 }
                 _ => *truth = Truth::Raises,
@@ -172,7 +176,14 @@ impl<'a> Finder<'_, 'a> {
             if *truth == Truth::Unsure {
                 let rule = Rule::Filter(key.0, key.1);
                 let (relation, answer) = (scene.readership.relation(), Answer::Filter(key, side));
-                self.question(rule, relation, identity, &filter.statement, scene.images[slot], answer);
+                self.question(
+                    rule,
+                    None,
+                    relation,
+                    identity,
+                    &filter.statement,
+                    (scene.images[slot], answer),
+                );
             }
         }
         self.verdicts.filters.insert(key, ruling);
@@ -181,17 +192,17 @@ impl<'a> Finder<'_, 'a> {
     fn question(
         &mut self,
         rule: Rule,
+        group: Option<(usize, &'a Readership, u64)>,
         relation: &'a Relation,
         identity: &'a Identity,
         statement: &'a Arc<str>,
-        image: &'a str,
-        answer: Answer,
+        (image, answer): (&'a str, Answer),
     ) {
         let number = *self.questions.entry(rule).or_insert_with(|| {
             let (images, answers) = (Vec::new(), Vec::new());
             // A filter calls nothing; a policy may.
             let with_path = matches!(rule, Rule::Policy(..)) && needs_path(relation, identity);
-            self.asked.push(Asked { identity, statement, relation, images, answers, with_path });
+            self.asked.push(Asked { identity, statement, relation, images, answers, group, with_path });
             self.asked.len() - 1
         });
         self.asked[number].images.push(image);

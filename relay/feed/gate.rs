@@ -54,6 +54,8 @@ pub struct Verdicts {
     pub candidates: Vec<Candidate>,
     pub(super) policies: Vec<Ruling>,
     pub(super) filters: HashMap<FilterKey, Ruling>,
+    /// Audiences whose claims make the policy raise, and the change about which that was found out.
+    pub raising: Vec<(AudienceId, usize)>,
     /// Statements asked of PostgreSQL.
     pub statements: usize,
     /// Audiences that were looked at, change by change.
@@ -74,6 +76,8 @@ pub(super) struct Asked<'a> {
     pub(super) relation: &'a Relation,
     pub(super) images: Vec<&'a str>,
     pub(super) answers: Vec<Answer>,
+    /// Of a policy: the change about which it is asked first, and who is judged by the answer.
+    pub(super) group: Option<(usize, &'a Readership, u64)>,
     pub(super) with_path: bool,
 }
 
@@ -176,6 +180,9 @@ impl Gate {
         for (asked, answer) in asked.iter().zip(self.judge.judge(&questions).await?) {
             if let Some(denied) = answer.denied {
                 self.observe.judgement_failed(denied, &asked.relation.table);
+            }
+            if let (Some(Denied::Claims), Some((change, readership, group))) = (answer.denied, asked.group) {
+                verdicts.raising.extend(readership.audiences(group).map(|audience| (audience, change)));
             }
             let is_late = matches!(answer.denied, Some(Denied::TimedOut | Denied::Locked));
             for (place, allowed) in asked.answers.iter().zip(answer.allowed) {

@@ -39,6 +39,8 @@ pub struct Group {
     /// One of them; to the policy they are all alike.
     pub identity: Identity,
     key: Arc<GroupKey>,
+    /// The claims make the policy raise: nothing is shown.
+    raises: bool,
     seats: BTreeSet<AudienceId>,
     /// Those whom PostgreSQL names.
     named: BTreeSet<AudienceId>,
@@ -50,12 +52,6 @@ struct GroupKey {
     terms: Vec<TermValue>,
     /// The policy may read more than the terms, or only PostgreSQL knows what they come to.
     identity: Option<Identity>,
-}
-
-impl GroupKey {
-    fn raises(&self) -> bool {
-        self.terms.contains(&TermValue::Raises)
-    }
 }
 
 struct Seat {
@@ -105,6 +101,16 @@ impl Readership {
         self.groups.get(&number)
     }
 
+    /// Whether the claims of a group make the policy raise, as far as that is known without PostgreSQL.
+    pub fn raises(&self, group: u64) -> bool {
+        self.groups.get(&group).is_some_and(|group| group.raises)
+    }
+
+    /// The audiences of a group.
+    pub fn audiences(&self, group: u64) -> impl Iterator<Item = AudienceId> {
+        self.groups.get(&group).into_iter().flat_map(|group| group.seats.iter().copied())
+    }
+
     /// The group of an audience.
     pub fn group_of(&self, audience: AudienceId) -> Option<u64> {
         self.seats.get(&audience).map(|seat| seat.group)
@@ -133,8 +139,13 @@ impl Readership {
     /// What the policy says of an image to a group.
     pub fn truth(&self, group: u64, image: &Image<'_>, answers: &dyn Answers) -> Truth {
         match (self.groups.get(&group), self.access()) {
+            (Some(group), _) if group.raises => Truth::Raises,
             (Some(group), Some(access)) => {
-                access.plan.predicate.truth(image, &group.key.terms, answers, true)
+                let truth = access.plan.predicate.truth(image, &group.key.terms, answers, true);
+                match truth {
+                    Truth::True | Truth::Raises if access.plan.is_probed(&group.key.terms) => Truth::Unsure,
+                    truth => truth,
+                }
             }
             _ => Truth::False,
         }
@@ -146,7 +157,7 @@ impl Readership {
         self.unseat(audience);
         let number = self.grouped(&access.plan, subscription.identity());
         let Some(group) = self.groups.get_mut(&number) else { return };
-        let anchors = match group.key.raises() {
+        let anchors = match group.raises {
             true => Anchors::Any,
             false => access.plan.predicate.anchors(&group.key.terms),
         };
@@ -176,10 +187,12 @@ impl Readership {
             return *number;
         }
         let number = self.last.map_or(0, |last| last + 1);
+        let raises = plan.raises(&key.terms);
         let key = Arc::new(key);
         self.by_key.insert(Arc::clone(&key), number);
         let identity = identity.clone();
-        self.groups.insert(number, Group { identity, key, seats: BTreeSet::new(), named: BTreeSet::new() });
+        self.groups
+            .insert(number, Group { identity, key, raises, seats: BTreeSet::new(), named: BTreeSet::new() });
         self.last = Some(number);
         number
     }

@@ -54,6 +54,11 @@ pub async fn tell<'a>(
 ) -> Result<usize, Error> {
     let changes = &stretch.changes;
     let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).subscription()).await?;
+    for (id, change) in &verdicts.raising {
+        if let Some(relation) = catalog.relation(changes[*change].relation) {
+            audience(*id).tell_raising(relation);
+        }
+    }
     let now = now();
     let last = changes.len().saturating_sub(1);
     let is_last = |index: usize| index == last && !stretch.more;

@@ -102,6 +102,7 @@ impl fmt::Debug for Change {
 }
 
 /// A row image taken apart: its columns in order, each value as the JSON text it had.
+#[derive(Default)]
 pub struct Row<'a> {
     columns: Vec<(Cow<'a, str>, &'a RawValue)>,
 }

@@ -27,6 +27,7 @@ mod invert;
 mod known;
 mod list;
 mod operand;
+mod probe;
 
 /// Why something is not compiled; fit for whoever wrote the policy.
 #[derive(Debug, Clone)]
@@ -74,13 +75,22 @@ pub fn compile(policy: &str, relation: &Relation, rights: &Rights) -> Plan {
         let leaves = compiler.leaves.into_inner();
         let way = if leaves.is_empty() { Way::Compiled } else { Way::Inverted };
         let terms = compiler.terms.into_inner();
-        return Plan { way, predicate, terms, reads_all: false, leaves, obstacles };
+        return Plan {
+            way,
+            predicate,
+            terms,
+            reads_all: false,
+            leaves,
+            obstacles,
+            probe: probe::probe(&expr, rights),
+        };
     }
     let reads_all = !compiler.claims_are_known(&expr);
     // What is asked one by one is asked whole: nobody needs the leaves.
     let predicate = without_leaves(predicate);
     let terms = compiler.terms.into_inner();
-    Plan { way: Way::OneByOne, predicate, terms, reads_all, leaves: Vec::new(), obstacles }
+    let probe = probe::probe(&expr, rights);
+    Plan { way: Way::OneByOne, predicate, terms, reads_all, leaves: Vec::new(), obstacles, probe }
 }
 
 fn without_leaves(predicate: Predicate) -> Predicate {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use crate::model::change::Row;
 use crate::model::datum::{Datum, Kind};
-use crate::model::relation::{Relation, Shape};
+use crate::model::relation::{Column, Relation, Shape};
 
 /// An image together with the relation whose columns it has.
 pub struct Image<'a> {
     row: Row<'a>,
-    relation: &'a Relation,
+    columns: &'a [Column],
     held: Vec<OnceCell<Held>>,
 }
 
@@ -38,7 +38,12 @@ impl<'a> Image<'a> {
     /// When the text is not one JSON object.
     pub fn parse(json: &'a str, relation: &'a Relation) -> Result<Self, serde_json::Error> {
         let held = relation.columns.iter().map(|_| OnceCell::new()).collect();
-        Ok(Self { row: Row::parse(json)?, relation, held })
+        Ok(Self { row: Row::parse(json)?, columns: &relation.columns, held })
+    }
+
+    /// Without a column, for what depends on claims alone.
+    pub fn none() -> Self {
+        Self { row: Row::default(), columns: &[], held: Vec::new() }
     }
 
     /// The row, taken apart.
@@ -49,7 +54,7 @@ impl<'a> Image<'a> {
     /// What stands in the column at this place of [`Relation::columns`].
     pub fn held(&self, column: usize) -> &Held {
         const NOTHING: &Held = &Held::Missing;
-        let (Some(cell), Some(column)) = (self.held.get(column), self.relation.columns.get(column)) else {
+        let (Some(cell), Some(column)) = (self.held.get(column), self.columns.get(column)) else {
             return NOTHING;
         };
         cell.get_or_init(|| match (self.row.value(&column.name), column.shape()) {

@@ -31,6 +31,8 @@ pub struct Plan {
     pub leaves: Vec<Leaf>,
     /// What keeps it from a cheaper way.
     pub obstacles: Vec<Obstacle>,
+    /// A condition of the claims alone that holds unless the claims make the policy raise, for PostgreSQL.
+    pub probe: Option<String>,
 }
 
 /// A part of a policy that cannot be decided here, and why.
@@ -107,6 +109,7 @@ impl Plan {
             reads_all: false,
             leaves: Vec::new(),
             obstacles: Vec::new(),
+            probe: None,
         }
     }
 
@@ -120,6 +123,16 @@ impl Plan {
         let why = String::from("a table that it reads is locked, so that it cannot be read itself");
         let obstacles = vec![Obstacle { part: String::from("the policy"), why }];
         Self { way: Way::OneByOne, obstacles, ..Self::of(Predicate::Pending) }
+    }
+
+    /// Whether these claims make it raise, whatever the row is, as far as that is known here. Then PostgreSQL shows nothing.
+    pub fn raises(&self, terms: &[TermValue]) -> bool {
+        !self.is_probed(terms) && self.predicate.raises(terms)
+    }
+
+    /// Whether PostgreSQL has to be asked whether these claims make it raise, before anything is shown.
+    pub fn is_probed(&self, terms: &[TermValue]) -> bool {
+        self.probe.is_some() && (self.way == Way::OneByOne || terms.contains(&TermValue::Unsure))
     }
 
     /// What the terms come to for these claims.

@@ -60,6 +60,8 @@ impl Sight {
 pub enum Denied {
     /// The policy raised an error, for at least one of them.
     Raised,
+    /// The claims make the policy raise, whatever the row is.
+    Claims,
     /// The policy took longer than the limit.
     TimedOut,
     /// A table that it reads is locked.

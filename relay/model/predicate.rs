@@ -287,6 +287,72 @@ impl Predicate {
     }
 }
 
+impl Predicate {
+    /// Whether one of the terms that it reads raises. PostgreSQL works claims out before it looks at rows, or for the first row
+    /// that needs them, and then shows none. What a `case` guards by claims alone is looked at only where the guard lets it.
+    pub fn raises(&self, terms: &[TermValue]) -> bool {
+        let any = |list: &[Self]| list.iter().any(|one| one.raises(terms));
+        let bad = |term: &usize| terms.get(*term) == Some(&TermValue::Raises);
+        match self {
+            Self::Constant(_) | Self::Fact(_) | Self::Opaque | Self::Pending => false,
+            Self::Truth(scalar) | Self::IsNull(scalar) => scalar.raises(terms),
+            Self::Compare(one, _, other) | Self::Same(one, other) => one.raises(terms) || other.raises(terms),
+            Self::Among(scalar, list) => {
+                scalar.raises(terms)
+                    || match list {
+                        List::Of(scalars) => scalars.iter().any(|scalar| scalar.raises(terms)),
+                        List::Term(term) | List::Keys(term) => bad(term),
+                        List::Column(_) => false,
+                    }
+            }
+            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.raises(terms),
+            Self::And(all) | Self::Or(all) => any(all),
+            Self::Case(branches, otherwise) => {
+                for (condition, result) in branches {
+                    if condition.raises(terms) {
+                        return true;
+                    }
+                    match condition.is_of_claims() {
+                        true => match condition.truth(&Image::none(), terms, &Unasked, false) {
+                            Truth::True => return result.raises(terms),
+                            Truth::False | Truth::Null => {}
+                            _ if result.raises(terms) => return true,
+                            _ => {}
+                        },
+                        false if result.raises(terms) => return true,
+                        false => {}
+                    }
+                }
+                otherwise.raises(terms)
+            }
+            Self::Readers { by, .. } => by.iter().any(bad),
+        }
+    }
+
+    /// Whether it depends on claims alone.
+    fn is_of_claims(&self) -> bool {
+        let all = |list: &[Self]| list.iter().all(Self::is_of_claims);
+        match self {
+            Self::Constant(_) => true,
+            Self::Truth(scalar) | Self::IsNull(scalar) => scalar.is_of_claims(),
+            Self::Compare(one, _, other) | Self::Same(one, other) => {
+                one.is_of_claims() && other.is_of_claims()
+            }
+            Self::Among(scalar, list) => {
+                scalar.is_of_claims()
+                    && match list {
+                        List::Of(scalars) => scalars.iter().all(Scalar::is_of_claims),
+                        List::Term(_) | List::Keys(_) => true,
+                        List::Column(_) => false,
+                    }
+            }
+            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.is_of_claims(),
+            Self::And(list) | Self::Or(list) => all(list),
+            Self::Case(..) | Self::Fact(_) | Self::Readers { .. } | Self::Opaque | Self::Pending => false,
+        }
+    }
+}
+
 /// Whether PostgreSQL can name a reader with such terms: each is compared by `=`, so null finds nothing. None when it
 /// has to be asked.
 pub(super) fn known_by(by: &[usize], terms: &[TermValue]) -> Option<bool> {
@@ -302,6 +368,22 @@ pub(super) fn known_by(by: &[usize], terms: &[TermValue]) -> Option<bool> {
 }
 
 impl Scalar {
+    fn raises(&self, terms: &[TermValue]) -> bool {
+        match self {
+            Self::Column(_) | Self::ColumnText(_) => false,
+            Self::Term(term) => terms.get(*term) == Some(&TermValue::Raises),
+            Self::Coalesce(scalars) => scalars.iter().any(|scalar| scalar.raises(terms)),
+        }
+    }
+
+    fn is_of_claims(&self) -> bool {
+        match self {
+            Self::Column(_) | Self::ColumnText(_) => false,
+            Self::Term(_) => true,
+            Self::Coalesce(scalars) => scalars.iter().all(Self::is_of_claims),
+        }
+    }
+
     /// Its value, or why there is none.
     fn held(&self, image: &Image<'_>, terms: &[TermValue]) -> Result<Held, Truth> {
         match self {

@@ -226,6 +226,10 @@ impl Relation {
                 }),
                 Some(policy) => compile(policy, &self, &access.rights),
             };
+            // Worked out before the images, once.
+            if let (Some(probe), Some(judge)) = (&access.plan.probe, &mut access.judge) {
+                *judge = format!("{judge} where {probe}").into();
+            }
         }
         self.access = roles;
         self

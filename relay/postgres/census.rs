@@ -296,7 +296,7 @@ impl Open {
 fn truth_of(denied: Denied) -> Truth {
     match denied {
         Denied::TimedOut | Denied::Locked => Truth::Late,
-        Denied::Raised | Denied::Role => Truth::Raises,
+        Denied::Raised | Denied::Claims | Denied::Role => Truth::Raises,
     }
 }
 

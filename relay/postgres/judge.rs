@@ -190,10 +190,17 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
                 verdict.allowed[range].copy_from_slice(&allowed);
             }
             Ok(_) | Err(Denied::Raised) => {
+                // Without an image nothing but the claims can raise.
+                if verdict.denied.is_none() {
+                    let none: &[&str] = &[];
+                    if let Err(Denied::Raised) = session.ask(somebody, judgement, &[&none]).await? {
+                        return Ok(Verdict::none(question.images, Denied::Claims));
+                    }
+                }
                 verdict.denied = Some(Denied::Raised);
                 halves.split(range);
             }
-            Err(denied @ (Denied::TimedOut | Denied::Locked | Denied::Role)) => {
+            Err(denied @ (Denied::Claims | Denied::TimedOut | Denied::Locked | Denied::Role)) => {
                 return Ok(Verdict::none(question.images, denied));
             }
         }

@@ -25,8 +25,8 @@ use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Subscription, Target};
 use crate::transport::auth::TokenError;
-use crate::transport::http::{App, Watched, error, json};
-use crate::transport::query::{is_unreadable, parameter};
+use crate::transport::http::{App, Watched, error, json, twice};
+use crate::transport::query::{is_unreadable, names, parameter, repeated};
 use crate::transport::{stream, ws};
 
 /// An answer with a body of any kind.
@@ -78,15 +78,17 @@ pub async fn serve(app: Arc<App>, request: Request<Incoming>, watched: Watched) 
 async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answer> {
     let query = request.uri().query().unwrap_or_default();
     let refused = |status: StatusCode, why: &str| error(status, why);
+    if let Some(name) = repeated(query) {
+        return Err(refused(StatusCode::BAD_REQUEST, &twice(&name)));
+    }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
     let claims =
         app.identify(&token).await.map_err(|why| refused(StatusCode::UNAUTHORIZED, &told_why(why)))?;
     if parameter(query, "topic").is_some() {
         return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
     }
-    let known = |pair: &&str| PARAMETERS.contains(&pair.split('=').next().unwrap_or_default());
-    if let Some(unknown) = query.split('&').find(|pair| !pair.is_empty() && !known(pair)) {
-        let name: String = unknown.split('=').next().unwrap_or_default().chars().take(40).collect();
+    if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
+        let name: String = unknown.chars().take(40).collect();
         let why = format!("{name}: there is no such parameter, only {}", PARAMETERS.join(", "));
         return Err(refused(StatusCode::BAD_REQUEST, &why));
     }

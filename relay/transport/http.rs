@@ -38,7 +38,7 @@ use crate::transport::admission::{Admission, Admitted};
 use crate::transport::auth::{TokenError, Verifier};
 use crate::transport::changes::{self, Answer};
 use crate::transport::deadline::Deadline;
-use crate::transport::query::{is_unreadable, parameter};
+use crate::transport::query::{is_unreadable, parameter, repeated};
 use crate::transport::ws;
 
 /// An answer on its way when the relay ends gets this long.
@@ -244,6 +244,10 @@ async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<In
         return refused(StatusCode::FORBIDDEN, "this origin is not allowed");
     }
     let query = request.uri().query().unwrap_or_default();
+    if let Some(name) = repeated(query) {
+        app.observe.connection_refused("a parameter is there more than once");
+        return error(StatusCode::BAD_REQUEST, &twice(&name));
+    }
     let Some(version) = Version::from_vsn(parameter(query, "vsn").as_deref()) else {
         app.observe.connection_refused("this version of the protocol (vsn) is not known");
         return empty(StatusCode::FORBIDDEN);
@@ -288,6 +292,12 @@ async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<In
 fn taken_over(upgraded: Upgraded) -> Option<(TcpStream, Vec<u8>)> {
     let parts = upgraded.downcast::<TokioIo<Deadline>>().ok()?;
     Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
+}
+
+/// What is said of a parameter that a request has more than once.
+pub(super) fn twice(name: &str) -> String {
+    let name: String = name.chars().take(40).collect();
+    format!("{name}: this parameter is there more than once, nobody knows which of them is meant")
 }
 
 /// The key or token that a handshake shows.

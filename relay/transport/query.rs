@@ -1,16 +1,43 @@
 //! The parameters of a request.
 
+use std::collections::HashSet;
+
 /// Whether the query has this parameter and it is no text.
 pub fn is_unreadable(query: &str, name: &str) -> bool {
-    let is_it = |pair: &str| pair.strip_prefix(name).is_some_and(|rest| rest.starts_with('='));
-    query.split('&').any(is_it) && parameter(query, name).is_none()
+    pairs(query).any(|(known, value)| decoded(known) == name.as_bytes() && value.is_some())
+        && parameter(query, name).is_none()
 }
 
 /// A parameter of the query, percent-decoded.
 pub fn parameter(query: &str, name: &str) -> Option<String> {
-    let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))?;
-    let mut bytes = Vec::with_capacity(value.len());
-    let mut rest = value.as_bytes();
+    let value =
+        pairs(query).find_map(|(known, value)| value.filter(|_| decoded(known) == name.as_bytes()))?;
+    String::from_utf8(decoded(value)).ok()
+}
+
+/// The names of all parameters, percent-decoded.
+pub fn names(query: &str) -> impl Iterator<Item = String> {
+    pairs(query).map(|(name, _)| String::from_utf8_lossy(&decoded(name)).into_owned())
+}
+
+/// The name of a parameter that the query has more than once: nobody knows which of them is meant, and one may allow what
+/// another does not.
+pub fn repeated(query: &str) -> Option<String> {
+    let mut seen = HashSet::new();
+    names(query).find(|name| !seen.insert(name.clone()))
+}
+
+/// Names and values as they are written; what has no `=` has no value.
+fn pairs(query: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
+    query.split('&').filter(|pair| !pair.is_empty()).map(|pair| match pair.split_once('=') {
+        Some((name, value)) => (name, Some(value)),
+        None => (pair, None),
+    })
+}
+
+fn decoded(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
     while let Some((first, after)) = rest.split_first() {
         let hex = (*first == b'%')
             .then(|| after.get(..2))
@@ -27,7 +54,7 @@ pub fn parameter(query: &str, name: &str) -> Option<String> {
             }
         }
     }
-    String::from_utf8(bytes).ok()
+    bytes
 }
 
 #[cfg(test)]
@@ -41,5 +68,22 @@ mod tests {
         assert_eq!(parameter(query, "vsn").as_deref(), Some("2.0.0"));
         assert_eq!(parameter(query, "flag"), None);
         assert_eq!(parameter("apikey=%ff", "apikey"), None);
+        assert_eq!(parameter("%61pikey=a", "apikey").as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn what_stands_there_twice_is_named_however_it_is_written() {
+        for query in [
+            "filter=a&filter=b",
+            "filter=a&x=1&%66ilter=b",
+            "filter&filter=b",
+            "filter=a&&filter=a",
+            "filter=%ff&f%69lter=",
+        ] {
+            assert_eq!(repeated(query).as_deref(), Some("filter"), "{query}");
+        }
+        for query in ["", "a=1&b=1", "a=1&A=1", "a=1&a%3D1=2"] {
+            assert_eq!(repeated(query), None, "{query}");
+        }
     }
 }
