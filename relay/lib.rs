@@ -82,12 +82,14 @@ pub mod feed {
     pub mod stretch;
     pub mod router;
     pub mod command;
+    pub mod hub;
     pub mod audiences;
     pub mod audience;
+    pub mod members;
     pub mod budget;
     pub mod outbox;
     pub mod past;
-    pub mod convoy;
+    pub mod replay;
     pub mod follower;
     pub mod bookmarks;
     pub mod binding;

@@ -236,11 +236,11 @@ async fn a_thousand_clients_that_come_at_once_are_all_served_by_few_connections_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parameter_that_is_there_twice_is_refused_and_never_widens() {
-    let stage = crate::support::stage::Stage::new(
+    let stage = Stage::new(
         "create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')",
     )
     .await;
-    let token = crate::support::token("authenticated", None, json!({}));
+    let token = token("authenticated", None, json!({}));
     let once = format!("table=t&schema=public&event=*&select=id&wait=0&apikey={token}");
     let address = stage.relay.address;
     let ask = async |query: &str| get(address, &format!("/realtime/v1/changes?{query}"), "").await;
@@ -270,7 +270,7 @@ async fn a_parameter_that_is_there_twice_is_refused_and_never_widens() {
     for more in
         ["&vsn=1.0.0", "&apikey=x", "&%61pikey=x", "&cursor=true&cursor=false", "&session=a&sessio%6E=b"]
     {
-        let refused = crate::support::client::Client::at(address, &token, more).await.err();
+        let refused = Client::at(address, &token, more).await.err();
         let refused = refused.unwrap_or_default();
         assert!(refused.starts_with("400") && refused.contains("more than once"), "{more}: {refused}");
     }

@@ -1,12 +1,13 @@
 //! Channels that get the same frames, and how a change becomes one frame for all of them.
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::feed::gate::{Candidate, Verdict, Verdicts};
+use crate::feed::members::Members;
 use crate::feed::outbox::Outbox;
 use crate::model::change::{Change, Operation, RelationId};
 use crate::model::cursor::{Cursor, Snapshot, Span};
@@ -42,15 +43,12 @@ pub struct AudienceKey {
     pub since: Option<Cursor>,
 }
 
-/// Channels with the same dress, claims and bindings.
+/// Channels with the same dress, claims and bindings; a copy is the same audience.
+#[derive(Clone)]
 pub struct Audience {
     key: Arc<AudienceKey>,
     subscription: Subscription,
-    members: BTreeMap<ChannelId, Arc<Outbox>>,
-    /// Why something may not have been told to it.
-    missed: OnceLock<&'static str>,
-    /// Who was told that its claims make the policy of a relation raise.
-    raising: Mutex<BTreeSet<(RelationId, ChannelId)>>,
+    members: Arc<Members>,
 }
 
 /// Texts of one change that were written already, for the next audience that gets the same.
@@ -121,40 +119,45 @@ impl Audience {
     /// With its first channel.
     pub fn new(key: Arc<AudienceKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let subscription = key.subscription.clone();
-        let members = BTreeMap::from([(channel, outbox)]);
-        let (missed, raising) = (OnceLock::new(), Mutex::default());
-        Self { key, subscription, members, missed, raising }
+        Self { key, subscription, members: Arc::new(Members::new(channel, outbox)) }
     }
 
     /// What its channels have in common.
-    pub fn key(&self) -> &AudienceKey {
+    pub fn key(&self) -> &Arc<AudienceKey> {
         &self.key
+    }
+
+    /// Its channels.
+    pub fn members(&self) -> &Members {
+        &self.members
     }
 
     /// Takes in another channel. The newest subscription serves all: its filters were read with today's column types.
     pub fn add(&mut self, channel: ChannelId, outbox: Arc<Outbox>, subscription: Subscription) {
         self.subscription = subscription;
-        self.members.insert(channel, outbox);
+        self.members.add(channel, outbox);
     }
 
-    /// Lets a channel go.
-    pub fn remove(&mut self, channel: ChannelId) {
-        self.members.remove(&channel);
+    /// The same channels, told on their own from this position on.
+    pub fn beginning_at(&self, position: Cursor) -> Self {
+        let Self { subscription, members, .. } = self.clone();
+        let (dress, since) = (self.key.dress.clone(), Some(position.clone()));
+        members.begin_at(Arc::new(position));
+        let key = Arc::new(AudienceKey { dress, subscription: subscription.clone(), since });
+        Self { key, subscription, members }
     }
 
-    /// Its channels, each as it was registered.
-    pub fn into_registrations(self) -> impl Iterator<Item = (ChannelId, Registration)> {
-        let missed = self.missed();
-        let Self { key, subscription, members, .. } = self;
-        members.into_iter().map(move |(channel, outbox)| {
-            let (dress, since) = (key.dress.clone(), key.since.clone());
-            (channel, Registration { dress, subscription: subscription.clone(), since, outbox, missed })
+    /// Its channels let go, each as it would be registered with what it has.
+    pub fn into_registrations(
+        self,
+        since: Option<Cursor>,
+    ) -> impl Iterator<Item = (ChannelId, Registration)> {
+        let Self { key, subscription, members } = self;
+        let missed = members.missed();
+        members.take().into_iter().map(move |(channel, outbox)| {
+            let (dress, since, subscription) = (key.dress.clone(), since.clone(), subscription.clone());
+            (channel, Registration { dress, subscription, since, outbox, missed })
         })
-    }
-
-    /// Whether no channel is left.
-    pub fn is_empty(&self) -> bool {
-        self.members.is_empty()
     }
 
     /// What its channels get.
@@ -162,20 +165,13 @@ impl Audience {
         &self.subscription
     }
 
-    /// From now on something may come that is not told to it, and why: whoever goes on with another token or binding is
-    /// to know.
-    pub fn misses(&self, why: &'static str) {
-        let _ = self.missed.set(why);
-    }
-
-    /// Why something may have come that was not told.
-    pub fn missed(&self) -> Option<&'static str> {
-        self.missed.get().copied()
-    }
-
-    /// Whether a client of it has much to read.
-    pub fn is_behind(&self) -> bool {
-        self.members.values().any(|outbox| outbox.is_behind())
+    /// Up to where its channels were told everything when `here` is what was delivered to all who are told together.
+    pub fn position(&self, here: &Cursor) -> Cursor {
+        match (self.members.position(), &self.key.since) {
+            (Some(position), _) => Cursor::clone(&position),
+            (None, Some(since)) => here.and(since),
+            (None, None) => here.clone(),
+        }
     }
 
     /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
@@ -187,20 +183,20 @@ impl Audience {
     pub fn leave_what_is_gone(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
             self.tell_gap(ALTERED, &self.reached(here));
-            self.misses(ALTERED);
-            for (channel, outbox) in &self.members {
-                outbox.rebind(*channel);
-            }
+            self.members.misses(ALTERED);
+            self.members.each(|channel, outbox| outbox.rebind(channel));
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
             self.tell_gap(ALTERED, &self.reached(here));
         }
     }
 
-    /// Where its channels are when everything up to `here` was delivered to all, as text.
+    /// Whether it is told on its own, and has everything up to here.
+    pub fn has_reached(&self, here: &Cursor) -> bool {
+        self.members.position().is_some_and(|position| position.is_at_or_after(here))
+    }
+
     fn reached(&self, here: Option<&Cursor>) -> String {
-        let here =
-            here.map(|here| self.key.since.as_ref().map_or_else(|| here.clone(), |since| here.and(since)));
-        here.map_or_else(String::new, |here| here.to_string())
+        here.map_or_else(String::new, |here| self.position(here).to_string())
     }
 
     /// Adds what one change is to this audience, a candidate for it, to the frames on the desk.
@@ -288,22 +284,13 @@ impl Audience {
         }
     }
 
-    /// Hands what is on the desk to all members; returns how many frames that makes.
-    pub fn send(&self, desk: &mut Desk<'_>) -> usize {
-        if desk.frames.is_empty() {
-            return 0;
+    /// Hands what is on the desk to all members, which brings those that are told on their own up to `here`; returns how
+    /// many frames that makes.
+    pub fn send(&self, desk: &mut Desk<'_>, here: Option<&Arc<Cursor>>) -> usize {
+        match desk.frames.is_empty() {
+            true => 0,
+            false => self.members.deliver(&mut desk.frames, here),
         }
-        let count = desk.frames.len() * self.members.len();
-        let mut members = self.members.values();
-        // The last one, as a rule the only one, takes them as they are: a frame's count of owners is a bottleneck.
-        let last = members.next_back();
-        for outbox in members {
-            outbox.deliver(desk.frames.iter().cloned());
-        }
-        if let Some(outbox) = last {
-            outbox.deliver(desk.frames.drain(..));
-        }
-        count
     }
 
     /// A change that this audience might have had to be told cannot be told: says so, once per relation and part.
@@ -318,35 +305,28 @@ impl Audience {
     /// Tells all members that changes are missing before the cursor.
     pub fn tell_gap(&self, why: &str, cursor: &str) {
         let gap = Bytes::from(self.key.dress.gap(why, cursor));
-        for outbox in self.members.values() {
-            outbox.push(gap.clone());
-        }
+        self.members.each(|_, outbox| outbox.push(gap.clone()));
     }
 
     /// The claims of all members make the policy of the relation raise, so that it shows them nothing: says so, once.
     pub fn tell_raising(&self, relation: &Relation) {
-        let mut told = self.raising.lock().unwrap_or_else(PoisonError::into_inner);
-        for (channel, outbox) in &self.members {
-            if told.insert((relation.id(), *channel)) {
-                let (schema, table) = (&relation.schema, &relation.table);
-                tracing::info!(
-                    relation.name = table,
-                    "a policy raises an error for the claims of a reader: nothing is shown"
-                );
-                let why = format!(
-                    "the policy of {schema}.{table} raises an error for the claims of this token, nothing of it is shown"
-                );
-                outbox.push(self.key.dress.gap(&why, "").into());
-            }
-        }
+        let (schema, table) = (&relation.schema, &relation.table);
+        self.members.each_once(relation.id(), |outbox| {
+            tracing::info!(
+                relation.name = table,
+                "a policy raises an error for the claims of a reader: nothing is shown"
+            );
+            let why = format!(
+                "the policy of {schema}.{table} raises an error for the claims of this token, nothing of it is shown"
+            );
+            outbox.push(self.key.dress.gap(&why, "").into());
+        });
     }
 
     /// Tells all members that nothing comes for now, or that it goes on.
     pub fn tell_stall(&self, stalls: bool) {
         if let Some(frame) = self.key.dress.stall(stalls).map(Bytes::from) {
-            for outbox in self.members.values() {
-                outbox.push(frame.clone());
-            }
+            self.members.each(|_, outbox| outbox.push(frame.clone()));
         }
     }
 
@@ -356,10 +336,7 @@ impl Audience {
 
     /// A frame for the members and for others.
     fn counted(&self, frame: String) -> Bytes {
-        match self.members.values().next() {
-            Some(outbox) => outbox.counted(frame),
-            None => Bytes::from(frame),
-        }
+        self.members.counted(frame)
     }
 }
 

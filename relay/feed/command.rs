@@ -6,10 +6,10 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::feed::audience::Registration;
-use crate::feed::convoy::Convoy;
 use crate::feed::outbox::Outbox;
 use crate::feed::stretch::{Recent, Stretch};
 use crate::model::cursor::Cursor;
+use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
 
 /// What a session asks of the router.
@@ -47,25 +47,25 @@ pub enum Command {
     },
     /// Say up to where everything was delivered to some channels of one client.
     Position {
-        /// Which; none for the feed as a whole. When they are told by several, one of those answers for its own.
+        /// Which; none for the feed as a whole.
         channels: Vec<ChannelId>,
         /// A frame that goes out behind all that was delivered up to there, and where to.
         then: Option<(Arc<Outbox>, Bytes)>,
         /// Hears it, unless nobody knows.
         until: oneshot::Sender<Position>,
     },
-    /// The feed stalls, or goes on: told to all.
-    Stall(bool),
-    /// A convoy has come as far as it was sent.
-    Return(Box<Convoy>),
-    /// A channel left its convoy, by the command of this number.
-    Left {
-        /// Which channel.
-        channel: ChannelId,
-        /// Which convoy.
-        convoy: u64,
-        /// Of the commands about the channel that the convoy was given, which one.
-        command: u32,
+    /// A replay has come as far as it was sent, or can't go on.
+    Arrived {
+        /// Which.
+        replay: u64,
+        /// Up to where its channels were told everything, or why that cannot be had any more.
+        at: Result<Cursor, &'static str>,
+        /// What it was judged with.
+        rules: Option<Arc<Catalog>>,
+        /// Its channels were told that nothing comes.
+        stalled: bool,
+        /// Hears what is still before it: nothing when it is over.
+        answer: oneshot::Sender<Handover>,
     },
 }
 
@@ -73,7 +73,7 @@ pub enum Command {
 pub struct Position {
     /// By the feed as a whole.
     pub here: Cursor,
-    /// To those of the channels that were asked about of which it is known.
+    /// To the channels that were asked about.
     pub channels: Vec<(ChannelId, Cursor)>,
 }
 

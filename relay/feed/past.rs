@@ -20,8 +20,8 @@ use crate::postgres::portions::{Bearing, Portion, Portions};
 
 /// Portions of the past that are read and judged at a time: a storm of readers queues here, and not at the database.
 const AT_ONCE: usize = 4;
-/// The same for those of convoys.
-const CONVOYS: usize = 2;
+/// The same for those that many are told together.
+const SHARED: usize = 2;
 /// A connection is kept so long for the next portion.
 const SPARE: Duration = Duration::from_secs(5);
 /// One reader's turn, as somebody may wait for the answer; a long past takes several.
@@ -37,7 +37,7 @@ pub struct Past {
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
     places: Arc<Semaphore>,
-    convoys: Arc<Semaphore>,
+    shared: Arc<Semaphore>,
     /// PostgreSQL may take this long for a portion.
     patience: Duration,
     /// Connections that nobody reads by, and since when.
@@ -118,7 +118,7 @@ impl Past {
             catalog,
             gate,
             places: Arc::new(Semaphore::new(AT_ONCE)),
-            convoys: Arc::new(Semaphore::new(CONVOYS)),
+            shared: Arc::new(Semaphore::new(SHARED)),
             patience,
             spare: Mutex::default(),
             summarized: Mutex::default(),
@@ -244,7 +244,7 @@ impl Past {
         to: &Cursor,
         listeners: &mut impl Listeners,
     ) -> Result<(), Missed> {
-        Box::pin(self.tell(&self.convoys, since, to, None, listeners)).await.map(|_| ())
+        Box::pin(self.tell(&self.shared, since, to, None, listeners)).await.map(|_| ())
     }
 
     async fn tell(
@@ -276,7 +276,8 @@ impl Past {
                     let Some(last) = changes.last().map(|change| change.number) else { continue };
                     let more = portion.next.is_some() || parts.peek().is_some();
                     let page_goes_on = more || through.is_some();
-                    let stretch = Stretch { changes, more: page_goes_on, span: Arc::clone(&span), mark: None };
+                    let stretch =
+                        Stretch { changes, more: page_goes_on, span: Arc::clone(&span), mark: None };
                     if place.is_none() {
                         place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                     }

@@ -1,20 +1,21 @@
 //! From changes to outboxes: who is subscribed to what, one frame for all who get the same, and never a wait for a client.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::audience::{ALTERED, Registration};
-use crate::feed::audiences::Audiences;
 use crate::feed::command::{Command, Handover, Position};
-use crate::feed::convoy::{Convoy, Numbered};
 use crate::feed::gate::Gate;
+use crate::feed::hub::Hub;
 use crate::feed::past::Past;
 use crate::feed::pulse::{Cause, Pulse, Stalls};
+use crate::feed::replay::Replay;
 use crate::feed::source::Part;
 use crate::feed::stretch::{Recent, Stretch};
 use crate::model::change::{Change, Operation, RelationId};
@@ -37,7 +38,7 @@ pub struct Router {
     catalog: Arc<CatalogKeeper>,
     gate: Gate,
     observe: Arc<Observe>,
-    audiences: Audiences,
+    hub: Hub,
     /// Up to where everything was delivered.
     position: Option<Cursor>,
     /// What was delivered last, for those who come with a cursor.
@@ -51,12 +52,9 @@ pub struct Router {
     /// What is left of [`PAUSES`], and when that was.
     pauses: (Duration, Instant),
     past: Arc<Past>,
-    /// The way back to us, for convoys.
+    /// The way back to us, for replays.
     router: UnboundedSender<Command>,
-    convoys: HashMap<u64, UnboundedSender<Numbered>>,
-    last_convoy: u64,
-    /// Channels that are with a convoy, with which, and how many commands about them were passed on.
-    away: BTreeMap<ChannelId, (u64, u32)>,
+    replays: JoinSet<()>,
     /// Who came and went before the changelog was read.
     early: Vec<Command>,
 }
@@ -79,16 +77,14 @@ impl Router {
             catalog,
             gate,
             observe,
-            audiences: Audiences::default(),
+            hub: Hub::default(),
             position: None,
             recent: Recent::default(),
             is_news: false,
             pauses: (PAUSES, Instant::now()),
             past,
             router,
-            convoys: HashMap::new(),
-            last_convoy: 0,
-            away: BTreeMap::new(),
+            replays: JoinSet::new(),
             early: Vec::new(),
         }
     }
@@ -117,6 +113,7 @@ impl Router {
                     None => return,
                 },
                 Ok(()) = self.stalls.changed() => self.tell_stall(),
+                Some(_) = self.replays.join_next() => {}
             }
         }
     }
@@ -130,16 +127,11 @@ impl Router {
         }
     }
 
-    /// Tells everybody that the feed stalls or goes on, if that is news.
+    /// Tells all who are told what comes that the feed stalls or goes on, if that is news.
     fn tell_stall(&mut self) {
         let stalls = self.stalls.borrow_and_update().is_some();
         if std::mem::replace(&mut self.stalled, stalls) != stalls {
-            for audience in self.audiences.iter() {
-                audience.tell_stall(stalls);
-            }
-            for convoy in self.convoys.values() {
-                let _ = convoy.send((Command::Stall(stalls), 0));
-            }
+            self.hub.live.iter().for_each(|(_, audience)| audience.tell_stall(stalls));
         }
     }
 
@@ -149,15 +141,11 @@ impl Router {
             Command::Join { .. } | Command::Leave { until: None, .. } if self.position.is_none() => {
                 self.early.push(command);
             }
-            Command::Join { channel, .. } | Command::Leave { channel, .. }
-                if self.away.contains_key(&channel) =>
-            {
-                self.pass_on(channel, command);
-            }
             Command::Join { channel, registration, mut greeting } => {
-                let stalled = self.stalled.then(|| registration.dress.stall(true)).flatten();
+                let stalled = self.stalled && !self.hub.is_replayed(channel);
+                let stalled = stalled.then(|| registration.dress.stall(true)).flatten();
                 greeting.extend(stalled.map(Bytes::from));
-                self.audiences.join(channel, registration, greeting);
+                self.hub.join(channel, registration, greeting);
             }
             Command::Follow { channel, registration, checked, outcome } => {
                 let handover = self.follow(channel, registration, checked);
@@ -165,61 +153,41 @@ impl Router {
                 let _ = outcome.send(handover);
             }
             Command::Leave { channel, outbox, farewell, until } => {
+                let reached = self.hub.leave(channel, &outbox, farewell, self.position.as_ref());
                 if let Some(until) = until {
-                    let here = self.position.as_ref();
-                    let _ = until.send(here.map(|here| self.audiences.position(channel, here)));
+                    let _ = until.send(reached);
                 }
-                self.audiences.leave(channel, &outbox, farewell);
             }
             Command::Position { channels, then, until } => {
-                let away =
-                    channels.first().filter(|_| channels.iter().all(|one| self.away.contains_key(one)));
-                match away.and_then(|channel| self.convoys.get(&self.away.get(channel)?.0)) {
-                    Some(convoy) => {
-                        let _ = convoy.send((Command::Position { channels, then, until }, 0));
-                    }
-                    None => {
-                        let here = self.position.clone();
-                        let ours = channels.into_iter().filter(|channel| !self.away.contains_key(channel));
-                        let place =
-                            |channel| Some((channel, self.audiences.position(channel, here.as_ref()?)));
-                        let channels = ours.filter_map(place).collect();
-                        Position::tell(here, channels, then, until);
-                    }
-                }
+                let here = self.position.clone();
+                let place = |channel| Some((channel, self.hub.position(channel, here.as_ref()?)));
+                let channels = channels.into_iter().filter_map(place).collect();
+                Position::tell(here, channels, then, until);
             }
-            // Ours alone, and for convoys: one that is back was told with all others.
-            Command::Stall(_) => {}
-            Command::Return(convoy) => self.welcome(convoy),
-            Command::Left { channel, convoy, command } => {
-                if self.away.get(&channel) == Some(&(convoy, command)) {
-                    self.away.remove(&channel);
-                }
+            Command::Arrived { replay, at, rules, stalled, answer } => {
+                let handover = self.arrived(replay, at, rules.as_deref(), stalled);
+                let _ = answer.send(handover);
             }
         }
-        let (channels, audiences) = self.audiences.count();
-        self.observe.subscriptions(channels + self.away.len(), audiences);
+        let (channels, audiences) = self.hub.count();
+        self.observe.subscriptions(channels, audiences);
     }
 
     /// Takes in somebody who came with a cursor and has missed nothing; else says where what was missed is to be had.
     fn follow(&mut self, channel: ChannelId, mut registration: Registration, checked: bool) -> Handover {
         let Some(since) = &registration.since else { return Handover::NotYet };
-        // It left its convoy, but that has not heard of it.
-        if self.away.contains_key(&channel) {
-            return Handover::NotYet;
-        }
         let handover = self.handover(since, checked);
         if !matches!(handover, Handover::Live) {
             return handover;
         }
-        if self.audiences.is_stale(&registration.subscription) {
+        if self.hub.live.is_stale(&registration.subscription) {
             return Handover::Gap(ALTERED);
         }
         // Nothing that comes is known to it: it shares its frames with all others.
         if self.position.as_ref().is_some_and(|position| position.is_at_or_after(since)) {
             registration.since = None;
         }
-        self.audiences.join(channel, registration, Vec::new());
+        self.hub.admit(channel, registration);
         Handover::Live
     }
 
@@ -228,12 +196,29 @@ impl Router {
         position.map_or(Handover::NotYet, |position| Handover::of(since, checked, position, &self.recent))
     }
 
-    fn pass_on(&mut self, channel: ChannelId, command: Command) {
-        let Some((convoy, number)) = self.away.get_mut(&channel) else { return };
-        *number += 1;
-        // It is there until it returns.
-        if let Some(commands) = self.convoys.get(convoy) {
-            let _ = commands.send((command, *number));
+    /// Lets those of a replay hear what comes when they lack nothing, else says what is still before them.
+    fn arrived(
+        &mut self,
+        replay: u64,
+        at: Result<Cursor, &'static str>,
+        rules: Option<&Catalog>,
+        stalled: bool,
+    ) -> Handover {
+        let handover = at.as_ref().map_or_else(|why| Handover::Gap(why), |at| self.handover(at, true));
+        let at = match handover {
+            Handover::Live => at.ok(),
+            Handover::Gap(why) => {
+                self.hub.each_of(replay, |audience| audience.tell_gap(why, ""));
+                None
+            }
+            _ => return handover,
+        };
+        if stalled != self.stalled {
+            self.hub.each_of(replay, |audience| audience.tell_stall(self.stalled));
+        }
+        match self.hub.end_replay(replay, at.as_ref(), rules, self.position.as_ref()) {
+            true => Handover::Live,
+            false => Handover::NotYet,
         }
     }
 
@@ -248,62 +233,28 @@ impl Router {
         let relations = |is_large| {
             counts.iter().filter(move |(_, count)| large(count) == is_large).map(|(relation, _)| *relation)
         };
-        let all = self.audiences.split_off(&relations(true).collect());
-        let few = self.audiences.split_off(&relations(false).collect());
+        let at = span.after(after, false);
         let only = relations(false).chain([RelationId(0)]).map(|relation| relation.0).collect();
+        self.begin_replay(&relations(true).collect(), &at, None);
+        self.begin_replay(&relations(false).collect(), &at, Some(only));
         self.position = Some(span.end());
-        self.audiences.moved(self.position.as_ref());
+        self.hub.moved(self.position.as_ref());
         self.recent = Recent::default();
         self.recent.moved(&self.position, &span.end());
-        for (audiences, only) in [(all, None), (few, Some(only))] {
-            if !audiences.is_empty() {
-                self.begin_convoy(audiences, span, after, only);
-            }
-        }
     }
 
-    fn begin_convoy(&mut self, audiences: Audiences, span: &Span, after: i64, only: Option<Arc<[i32]>>) {
+    fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor, only: Option<Arc<[i32]>>) {
+        let Some(replayed) = self.hub.begin_replay(relations, at) else { return };
         // They are told changes, so for them the feed goes on.
         if self.stalled {
-            audiences.iter().for_each(|audience| audience.tell_stall(false));
+            replayed.audiences.iter().for_each(|audience| audience.tell_stall(false));
         }
-        self.last_convoy += 1;
-        let number = self.last_convoy;
-        self.away.extend(audiences.channels().map(|channel| (channel, (number, 0))));
         let (past, router, observe) =
             (Arc::clone(&self.past), self.router.clone(), Arc::clone(&self.observe));
-        let since = span.after(after, false);
-        let (mut convoy, commands) =
-            Convoy::new(number, audiences, since, &self.pulse, past, router, observe);
-        convoy.only = only;
-        self.convoys.insert(number, commands);
-        tokio::spawn(convoy.run(Handover::Behind(span.end())));
-    }
-
-    /// Takes a convoy in when it has missed nothing, else sends it on.
-    fn welcome(&mut self, mut convoy: Box<Convoy>) {
-        let handover = match &convoy.since {
-            Some(since) if !convoy.audiences.is_empty() => self.handover(since, true),
-            _ => Handover::Live,
-        };
-        match handover {
-            Handover::Live => {}
-            Handover::Gap(why) => convoy.tell_gap(why),
-            handover => {
-                tokio::spawn(convoy.run(handover));
-                return;
-            }
-        }
-        let number = convoy.number();
-        self.convoys.remove(&number);
-        self.away.retain(|_, (convoy, _)| *convoy != number);
-        convoy.tell_stall(self.stalled);
-        let Convoy { audiences, mut commands, .. } = *convoy;
-        self.audiences.absorb(audiences, self.position.as_ref());
-        self.audiences.moved(self.position.as_ref());
-        while let Ok((command, _)) = commands.try_recv() {
-            self.obey(command);
-        }
+        let (rules, bound) = (self.hub.live.rules().cloned(), self.pulse.bound());
+        let mut replay = Replay::new(replayed, at.clone(), rules, bound, past, router, observe);
+        replay.only = only;
+        self.replays.spawn(replay.run());
     }
 
     async fn deliver_part(&mut self, part: Part) {
@@ -311,13 +262,13 @@ impl Router {
             Part::Changes { changes, more, span, mark } => {
                 let stretch = Arc::new(Stretch { changes, more, span, mark });
                 // Other rules count for those who come later, too.
-                if !self.audiences.is_empty() || stretch.is_news() {
+                if !self.hub.live.is_empty() || stretch.is_news() {
                     self.deliver_when_judged(Some(&stretch)).await;
                 }
                 self.observe.delivered_through(&stretch.changes);
                 if let Some(end) = stretch.end() {
                     self.recent.add(self.position.replace(end), Arc::clone(&stretch));
-                    self.audiences.moved(self.position.as_ref());
+                    self.hub.moved(self.position.as_ref());
                 }
                 if more {
                     self.let_clients_read().await;
@@ -327,15 +278,13 @@ impl Router {
             Part::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);
-                self.audiences.moved(self.position.as_ref());
+                self.hub.moved(self.position.as_ref());
             }
             Part::Gap(why) => {
-                for audience in self.audiences.iter() {
-                    audience.tell_gap(&why, "");
-                }
+                self.hub.live.iter().for_each(|(_, audience)| audience.tell_gap(&why, ""));
                 self.recent = Recent::default();
                 self.position = None;
-                self.audiences.moved(None);
+                self.hub.moved(None);
                 // What was watched may be another by now, and no change may ever say so.
                 self.deliver_when_judged(None).await;
             }
@@ -348,7 +297,7 @@ impl Router {
     async fn let_clients_read(&mut self) {
         let (left, then) = self.pauses;
         let left = PAUSES.min(left + then.elapsed() / 10);
-        let paused = self.audiences.let_clients_read(PAUSE.min(left)).await;
+        let paused = self.hub.live.let_clients_read(PAUSE.min(left)).await;
         self.pauses = (left.saturating_sub(paused), Instant::now());
     }
 
@@ -379,7 +328,7 @@ impl Router {
     async fn deliver(&mut self, stretch: Option<&Stretch>) -> Result<(), Error> {
         let Some(stretch) = stretch else { return self.catalog_for(&[], true, None).await.map(|_| ()) };
         let catalog = self.catalog_for(&stretch.changes, stretch.more, stretch.mark).await?;
-        let frames = self.audiences.tell(&self.gate, &catalog, stretch).await?;
+        let frames = self.hub.live.tell(&self.gate, &catalog, stretch).await?;
         self.observe.frames_delivered(frames);
         Ok(())
     }
@@ -406,10 +355,10 @@ impl Router {
         if changes.iter().any(is_pending) {
             catalog = self.catalog.retried().await?;
         }
-        if !self.audiences.is_judged_with(&catalog) {
+        if !self.hub.live.is_judged_with(&catalog) {
             // First, so that it is not left out where this is given up and tried again.
             self.gate.forget().await;
-            self.audiences.judge_with(&catalog, self.position.as_ref());
+            self.hub.live.judge_with(&catalog, self.position.as_ref());
         }
         Ok(catalog)
     }

@@ -52,6 +52,7 @@ pub async fn tell<'a>(
     readerships: &'a Readerships,
     audience: impl Fn(AudienceId) -> &'a Audience,
 ) -> Result<usize, Error> {
+    let here = stretch.end().map(Arc::new);
     let changes = &stretch.changes;
     let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).subscription()).await?;
     for (id, change) in &verdicts.raising {
@@ -72,7 +73,10 @@ pub async fn tell<'a>(
         let Some(first) = candidates.first() else { continue };
         let audience = audience(first.audience);
         if audience.subscription().identity().claims().expires_at() <= now {
-            audience.misses(BETWEEN);
+            audience.members().misses(BETWEEN);
+            continue;
+        }
+        if here.as_ref().is_some_and(|here| audience.has_reached(here)) {
             continue;
         }
         for candidate in &candidates {
@@ -90,7 +94,7 @@ pub async fn tell<'a>(
                 );
             }
         }
-        frames += audience.send(&mut desk);
+        frames += audience.send(&mut desk, here.as_ref());
         desk.clear();
     }
     Ok(frames)

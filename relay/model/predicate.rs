@@ -294,7 +294,7 @@ impl Predicate {
         let any = |list: &[Self]| list.iter().any(|one| one.raises(terms));
         let bad = |term: &usize| terms.get(*term) == Some(&TermValue::Raises);
         match self {
-            Self::Constant(_) | Self::Fact(_) | Self::Opaque | Self::Pending => false,
+            Self::Constant(_) | Self::Matches(..) | Self::Fact(_) | Self::Opaque | Self::Pending => false,
             Self::Truth(scalar) | Self::IsNull(scalar) => scalar.raises(terms),
             Self::Compare(one, _, other) | Self::Same(one, other) => one.raises(terms) || other.raises(terms),
             Self::Among(scalar, list) => {
@@ -348,7 +348,12 @@ impl Predicate {
             }
             Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.is_of_claims(),
             Self::And(list) | Self::Or(list) => all(list),
-            Self::Case(..) | Self::Fact(_) | Self::Readers { .. } | Self::Opaque | Self::Pending => false,
+            Self::Matches(..)
+            | Self::Case(..)
+            | Self::Fact(_)
+            | Self::Readers { .. }
+            | Self::Opaque
+            | Self::Pending => false,
         }
     }
 }

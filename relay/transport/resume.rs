@@ -283,22 +283,14 @@ impl Resume {
             && let Poll::Ready(position) = asked.position.poll_unpin(context)
         {
             if let (Some(asked), Some(Position { channels, .. })) = (self.asked.take(), position) {
-                let (mut marks, mut rest) = (Vec::new(), Vec::new());
-                for (channel, bookmark) in asked.channels {
-                    match channels.iter().find(|(told, _)| *told == channel) {
-                        Some((_, here)) if self.is_in_force(channel) => {
-                            marks.push((channel, bookmark, here.clone()));
-                        }
-                        Some(_) => {}
-                        None => rest.push((channel, bookmark)),
-                    }
-                }
+                let place =
+                    |asked| channels.iter().find(|(told, _)| *told == asked).map(|(_, here)| here.clone());
+                let told = asked.channels.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
+                let marks = told
+                    .filter_map(|(channel, bookmark)| Some((channel, bookmark, place(channel)?)))
+                    .collect();
                 self.pings.note(asked.ping, marks);
                 self.receive();
-                // Those that are with somebody else, who is elsewhere.
-                if !channels.is_empty() {
-                    self.ask_about(rest);
-                }
             }
             return true;
         }
@@ -362,11 +354,8 @@ impl Resume {
             is_ours
         });
         let delivered = self.held.iter().filter(|(channel, _)| !self.behind.contains_key(channel));
-        self.ask_about(delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect());
-    }
-
-    fn ask_about(&mut self, channels: Vec<(ChannelId, Bookmark)>) {
-        // Whoever does not answer pings is not asked for ever.
+        let channels: Vec<_> = delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect();
+        // A client that does not answer pings is not asked for ever.
         if self.asked.is_some() || channels.is_empty() || self.pings.waiting() >= MOST_PINGS {
             return;
         }

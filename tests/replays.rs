@@ -1,4 +1,4 @@
-//! Channels that are with a convoy are left as all others.
+//! Channels that are told the rest of a large transaction on their own: they come, go and have other tokens as all others.
 
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ async fn stage() -> (Stage, Vec<TcpStream>) {
     (stage, others)
 }
 
-/// Large transactions of `a`, `b` and then `c`: of the places of convoys those who do not read have the only two.
+/// Large transactions of `a`, `b` and then `c`: of the places for such readers those who do not read have the only two.
 async fn fill(stage: &Stage, channels: usize) {
     let open = format!("relay_channels_open {channels}\n");
     eventually("all are subscribed", || async {
@@ -44,7 +44,7 @@ async fn fill(stage: &Stage, channels: usize) {
     }
 }
 
-/// The next change of the marker, whatever the convoy tells meanwhile.
+/// The next change of the marker, whatever else comes meanwhile.
 async fn marker(client: &mut Client) -> Value {
     client.changes_until(|change| change["table"] == "marker").await.pop().unwrap()
 }
@@ -55,7 +55,7 @@ async fn join(client: &mut Client, table: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_channel_is_left_at_once_while_its_convoy_waits_for_others() {
+async fn a_channel_is_left_at_once_while_it_waits_for_the_rest_of_a_large_transaction() {
     let (stage, others) = stage().await;
     let mut client = Client::connect(&stage.relay, &reader()).await;
     join(&mut client, "c").await;
@@ -105,4 +105,68 @@ async fn each_bookmark_of_a_session_moves_by_what_its_own_channel_has_received()
         assert_eq!(marker(&mut client).await["record"]["id"], 2);
     }
     drop(others);
+}
+
+/// A token of another subject, so that the channel is bound anew by it.
+async fn renew(client: &mut Client, topic: &str, subject: i64) {
+    let subject = format!("0a000000-0000-4000-8000-{subject:012}");
+    let token = token("authenticated", Some(&subject), json!({}));
+    client.push(Some("1"), topic, "access_token", json!({"access_token": token})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_renewed_while_a_large_transaction_is_told_repeat_and_skip_nothing() {
+    let stage = Stage::new(
+        "create table c (id int primary key); grant select on c to authenticated; select relay.watch('c')",
+    )
+    .await;
+    let mut readers = Vec::new();
+    for number in 0..3 {
+        let more = if number == 0 { "&cursor=true" } else { "" };
+        let mut client = Client::at(stage.relay.address, &reader(), more).await.unwrap();
+        join(&mut client, "c").await;
+        readers.push(tokio::spawn(async move {
+            for expected in 1..=MANY {
+                assert_eq!(client.change().await["record"]["id"], expected);
+                // Often enough that some come while a part is being told.
+                if expected % 97 == 0 {
+                    renew(&mut client, "realtime:c", 1000 * number + expected % 7).await;
+                }
+            }
+            client
+        }));
+    }
+    stage.run(&format!("insert into c select generate_series(1, {MANY})")).await;
+    let mut clients = Vec::new();
+    for reader in readers {
+        clients.push(reader.await.unwrap());
+    }
+    stage.run("insert into c values (0)").await;
+    for client in &mut clients {
+        assert_eq!(client.change().await["record"]["id"], 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_joins_while_a_large_transaction_is_told_to_others_begins_now() {
+    let (stage, others) = stage().await;
+    let mut early = Client::connect(&stage.relay, &reader()).await;
+    join(&mut early, "c").await;
+    fill(&stage, 3).await;
+    // It is told the first parts as all others, and waits for the rest of it.
+    for expected in 1..=4000 {
+        assert_eq!(early.change().await["record"]["id"], expected);
+    }
+    let mut late = Client::connect(&stage.relay, &reader()).await;
+    join(&mut late, "c").await;
+    stage.run("insert into c values (0)").await;
+    assert_eq!(
+        late.change().await["record"]["id"],
+        0,
+        "it does not wait for what was committed before it came"
+    );
+    drop(others);
+    for expected in (4001..=MANY).chain([0]) {
+        assert_eq!(early.change().await["record"]["id"], expected);
+    }
 }
