@@ -36,7 +36,6 @@ const NEVER: &[(&str, &str, &[&str])] = &[
 const EMPTY_NAMES: &[&str] =
     &["util", "utils", "common", "helper", "helpers", "types", "base", "core", "misc"];
 
-const LONGEST: usize = 400;
 
 struct Source {
     /// Relative to `relay/`.
@@ -181,21 +180,6 @@ fn no_name_is_empty() {
                     source.path.display()
                 ));
             }
-        }
-    }
-    none(&faults);
-}
-
-#[test]
-fn no_file_is_too_long_to_read() {
-    let mut faults = Vec::new();
-    for source in sources() {
-        let lines = source.program().lines().count();
-        if lines > LONGEST {
-            faults.push(format!(
-                "relay/{}: {lines} lines without tests, {LONGEST} are the most",
-                source.path.display()
-            ));
         }
     }
     none(&faults);

@@ -89,7 +89,7 @@ async fn bookmarked(stage: &Stage, client: &mut Client) {
         if bookmarks.split(' ').all(|bookmark| cursor(bookmark).is_at_or_after(&here)) {
             return;
         }
-        assert!(started.elapsed() < Duration::from_secs(20), "the bookmark does not move");
+        assert!(started.elapsed() < crate::support::PATIENCE, "the bookmark does not move");
         // The pong is sent by whoever reads.
         client.frame_within(Duration::from_millis(50)).await;
     }

@@ -286,7 +286,7 @@ async fn secrets_tokens_claims_and_rows_are_in_no_log_and_no_metric() {
     });
     let address = loop {
         let text =
-            tokio::time::timeout(Duration::from_secs(20), said.recv()).await.unwrap().expect("it ended");
+            tokio::time::timeout(crate::support::PATIENCE, said.recv()).await.unwrap().expect("it ended");
         let at = text
             .split_once("http://")
             .map(|(_, rest)| rest.split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit()).next());
