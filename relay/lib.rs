@@ -29,6 +29,8 @@ pub mod model {
     pub mod datum;
     pub mod pattern;
     pub mod relation;
+    pub mod shape;
+    pub mod utc;
     pub mod image;
     pub mod term;
     pub mod predicate;

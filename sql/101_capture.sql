@@ -1,7 +1,7 @@
 -- The trigger functions: the one place where a writer logs a change and rings the doorbell.
 --
--- Only the functions that others call pin settings. Those below them are called from nowhere else and run under what
--- their caller has pinned: pinning again would cost every row again.
+-- Those of the rows are written for each table and operation (relay.capture_body); here is their text, and what they call.
+-- Functions that are called from functions that pin settings run under what those have pinned.
 
 -- relay.key(relation) : the key columns in key order, {} without one
 -- A table's key is its primary key. A materialized view has none, so there it is the unique index that
@@ -25,28 +25,30 @@ $$;
 comment on function relay.key(regclass) is 'key columns of a relation: primary key, or unique index of a materialized view';
 
 -- relay.log_change(...) : writes one change into the current segment
-create or replace function relay.log_change(relation int, operation "char", oversize boolean, before json, after json) returns void
+create or replace function relay.log_change(relation int, shape int, operation "char", oversize boolean, before json, after json,
+                                            leaf oid default null, began xid8 default null) returns void
 language plpgsql volatile as $$
 begin
   if relay.current_segment() = 0 then
-    insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
-    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+    insert into relay.changes_0 (number, xid, at, relation, shape, operation, oversize, before, after, leaf, began)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, shape, operation, oversize, before, after, leaf, began);
   elsif relay.current_segment() = 1 then
-    insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
-    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+    insert into relay.changes_1 (number, xid, at, relation, shape, operation, oversize, before, after, leaf, began)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, shape, operation, oversize, before, after, leaf, began);
   else
-    insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
-    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize, before, after);
+    insert into relay.changes_2 (number, xid, at, relation, shape, operation, oversize, before, after, leaf, began)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, shape, operation, oversize, before, after, leaf, began);
   end if;
 end
 $$;
-comment on function relay.log_change(int, "char", boolean, json, json) is 'logs one change';
+comment on function relay.log_change(int, int, "char", boolean, json, json, oid, xid8) is 'logs one change';
 
 -- relay.ring(relation, operation) : notifies, unless relay.doorbell is off
 -- Called when the try-lock of the doorbell failed, which says that the relay sleeps. The payload is for a person who
 -- listens; it holds no row data, so its length is bounded.
 create or replace function relay.ring(relation text, operation text) returns void
-language plpgsql volatile as $$
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
 begin
   if current_setting('relay.doorbell', true) is distinct from 'off' then
     perform pg_notify('relay', json_build_object('relation', relation, 'operation', operation, 'xid', pg_current_xact_id())::text);
@@ -102,126 +104,201 @@ end
 $$;
 comment on function relay.image(record) is 'row image, made as relay_image, a role that may do nothing';
 
--- relay.capture_whole(...) : logs a change if both images can be made and are at most 1 MiB; returns whether it did
--- For what relay.capture() does not do on its common way: pins the rarer settings, and bears a conversion that fails, at
--- the price of a subtransaction.
-create or replace function relay.capture_whole(old_row anyelement, new_row anyelement, relation int, operation "char") returns boolean
+-- relay.capture_carefully(...) : logs a change whose images may be large, fail to be made, or follow settings of the session
+-- Pins every setting that the text of an image follows. Both images whole if they can be made and are at most 1 MiB; else
+-- both are reduced to the key and the short columns, and oversize is true.
+--
+-- `loose` says that a type can be altered while its values are written: neither is the text of this transaction's functions then
+-- known to fit that of its images. A snapshot taken after the images were made tells whether it does. One that was taken before,
+-- as some isolation levels have it, is logged for the reader to tell.
+create or replace function relay.capture_carefully(old_row anyelement, new_row anyelement, part oid, relation int, shape int,
+                                                   operation "char", leaf oid, loose boolean) returns void
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set timezone = 'UTC'
+set extra_float_digits = 1
 set datestyle = 'ISO'
 set intervalstyle = 'postgres'
 set bytea_output = 'hex'
 set lc_monetary = 'C' as $$
 declare
-  old_image json;
-  new_image json;
-begin
-  begin
-    old_image := relay.image(old_row);
-    new_image := relay.image(new_row);
-  exception when others then
-    return false;
-  end;
-  if greatest(pg_column_size(old_image), pg_column_size(new_image)) > 1048576 then
-    return false;
-  end if;
-  perform relay.log_change(relation, operation, false, old_image, new_image);
-  return true;
-end
-$$;
-comment on function relay.capture_whole(anyelement, anyelement, int, "char") is
-  'logs a change whose images may be large or fail to be made; false if so';
-
--- relay.capture() : row trigger; arguments: id in relay.watch_list, and 'careful' where relay.needs_care says so
--- Promises: logs each change of a row once, with images whose text does not depend on the writer's session; waits for no
--- other writer; does not fail for what the row holds; notifies only if the relay sleeps. Where an image is over 1 MiB or
--- cannot be made, both are reduced to the key and the short columns, and oversize is true. Runs as relay_writer, and
--- whatever may run casts written by users as relay_image. Writes one of relay.changes_0 .. 2.
---
--- Each statement, expression and setting costs a single-row transaction a microsecond or two. Hence the test of the row
--- stands in the insert, one expression asks whether anything is left to do, and only those settings are pinned that
--- common types need: the others are pinned where relay.needs_care asks for it. What 4000 stored bytes were compressed
--- from may still be large as text: the relay cuts such an image down when it reads it.
-create or replace function relay.capture() returns trigger
-language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-set timezone = 'UTC'
-set extra_float_digits = 1
-as $$
-declare
-  rarer constant text[] := '{datestyle,intervalstyle,bytea_output,lc_monetary}';
-  saved text[];
+  stored bigint := coalesce(pg_column_size(old_row), 0) + coalesce(pg_column_size(new_row), 0);
+  written constant int := shape;
   sizes int[];
   old_image json;
   new_image json;
-  logged boolean;
+  oversize boolean;
+  began xid8;
 begin
-  if relay.current_segment() = 0 then
-    insert into relay.changes_0 (number, xid, at, relation, operation, oversize, before, after)
-    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
-           row_to_json(old), row_to_json(new)
-    where tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000;
-  elsif relay.current_segment() = 1 then
-    insert into relay.changes_1 (number, xid, at, relation, operation, oversize, before, after)
-    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
-           row_to_json(old), row_to_json(new)
-    where tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000;
+  -- From over 1 MiB stored no attempt is made: the text could be of any size.
+  if stored <= 1048576 then
+    begin
+      if operation <> 'I' then
+        old_image := relay.image(old_row);
+      end if;
+      if operation <> 'D' then
+        new_image := relay.image(new_row);
+      end if;
+    exception when others then
+      stored := 1048577;
+    end;
+  end if;
+  oversize := stored > 1048576 or greatest(pg_column_size(old_image), pg_column_size(new_image)) > 1048576;
+  -- All columns that are small as stored, then, if one cannot be converted, those that surely can.
+  for attempt in 1 .. case when oversize then 2 else 0 end loop
+    begin
+      if operation <> 'I' then
+        execute relay.sizes_query(part) into sizes using old_row;
+        execute relay.short_query(part, sizes, attempt = 1) into old_image using old_row;
+      end if;
+      if operation <> 'D' then
+        execute relay.sizes_query(part) into sizes using new_row;
+        execute relay.short_query(part, sizes, attempt = 1) into new_image using new_row;
+      end if;
+      exit;
+    exception when others then
+      if attempt = 2 then
+        raise;
+      end if;
+    end;
+  end loop;
+  if oversize then
+    old_image := relay.shorten(old_image, relay.key(part));
+    new_image := relay.shorten(new_image, relay.key(part));
+  end if;
+  if loose then
+    if (select max(s.shape) from relay.shapes s where s.relation = capture_carefully.relation) is distinct from written then
+      shape := 0;
+    end if;
+    if current_setting('transaction_isolation') <> 'read committed' then
+      began := pg_snapshot_xmin(pg_current_snapshot());
+    end if;
+  end if;
+  perform relay.log_change(relation, shape, operation, oversize, old_image, new_image, leaf, began);
+end
+$$;
+comment on function relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean) is
+  'logs a change whose images may be large, fail to be made or follow settings';
+
+-- relay.image_needs(relation) : what the images of its rows need to be made at once, without relay.capture_carefully
+-- `care`: it holds a type that is not of the system's own, whose cast to json may be a user's, whose labels or attributes may get
+-- other names meanwhile, or one not known here.
+-- `size`: a row may be large. Else the settings, with their values, that the text of its types follows. TimeZone is none of
+-- them for a timestamptz, whose image carries its offset: the reader mends it.
+create or replace function relay.image_needs(relation regclass) returns text[]
+language sql stable as $$
+  with recursive used (type) as (
+    select a.atttypid from pg_catalog.pg_attribute a
+    where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+    union
+    select part.type
+    from used u
+    join pg_catalog.pg_type t on t.oid = u.type
+    cross join lateral (
+      select t.typbasetype where t.typtype = 'd'
+      union all select t.typelem where t.typcategory = 'A'
+      union all select a.atttypid from pg_catalog.pg_attribute a
+        where t.typtype = 'c' and a.attrelid = t.typrelid and a.attnum > 0 and not a.attisdropped) part (type)
+  ), needed (need) as (
+    select case
+      when t.typname in ('bool', 'char', 'name', 'int2', 'int4', 'int8', 'numeric', 'oid', 'text', 'varchar', 'bpchar', 'uuid',
+        'json', 'jsonb', 'date', 'time', 'timetz', 'timestamp', 'timestamptz', 'bit', 'varbit', 'inet', 'cidr', 'macaddr',
+        'macaddr8', 'tsvector', 'xid', 'xid8', 'int4range', 'int8range', 'numrange', 'int4multirange', 'int8multirange',
+        'nummultirange') then null
+      when t.typname in ('float4', 'float8', 'point', 'line', 'lseg', 'box', 'path', 'polygon', 'circle') then 'extra_float_digits=1'
+      when t.typname = 'interval' then 'IntervalStyle=postgres'
+      when t.typname = 'bytea' then 'bytea_output=hex'
+      else 'care' end
+    from used u
+    join pg_catalog.pg_type t on t.oid = u.type
+    where t.typtype not in ('d', 'c') and t.typcategory <> 'A' and t.typnamespace = 'pg_catalog'::pg_catalog.regnamespace and t.oid < 16384
+    union
+    select 'care' from used u join pg_catalog.pg_type t on t.oid = u.type
+    where t.typtype <> 'd' and t.typcategory <> 'A' and not (t.typnamespace = 'pg_catalog'::pg_catalog.regnamespace and t.oid < 16384)
+    union
+    -- Rows whose columns are all of a fixed length and few are never large.
+    select 'size'
+    where exists (select from pg_catalog.pg_attribute a where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped and a.attlen < 0)
+       or (select pg_catalog.sum(a.attlen) from pg_catalog.pg_attribute a where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped) > 1000
+  )
+  select coalesce(pg_catalog.array_agg(distinct n.need order by n.need) filter (where n.need is not null), '{}') from needed n
+$$;
+comment on function relay.image_needs(regclass) is 'what the images of a relation''s rows need to be made at once';
+
+-- relay.capture_body(relation, id, shape, operation) : text of the trigger function for INSERT, UPDATE or DELETE
+-- Promises of the function: logs each change of a row once, with images whose text does not depend on the writer's session,
+-- time zone apart; waits for no other writer; does not fail for what the row holds; notifies only if the relay sleeps.
+--
+-- It runs as relay_writer and pins nothing, since each setting would cost every row a microsecond or two: the search path is
+-- the writer's. So every function, type and operator is qualified, no form stands in it that cannot be (IN, BETWEEN, LIKE,
+-- NULLIF, IS DISTINCT FROM, simple CASE, USING), no literal has a backslash, and no column is named. What it calls
+-- pins the search path, or is called from nowhere else. Where `care` is needed images are made elsewhere, as relay_image.
+--
+-- What 4000 stored bytes were compressed from may still be large as text: the relay cuts such an image down when it reads it.
+create or replace function relay.capture_body(relation regclass, id int, shape int, operation text) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+declare
+  needs constant text[] := relay.image_needs(relation);
+  letter constant text := left(operation, 1);
+  images constant text[] := case operation when 'INSERT' then '{new}' when 'DELETE' then '{old}' else '{old,new}' end;
+  leaf constant text := case when (select c.relkind = 'p' from pg_class c where c.oid = capture_body.relation) then 'tg_relid' end;
+  loose constant text := relay.is_loose(relay.columns_of(relation))::text;
+  conditions text[];
+  body text;
+begin
+  body := format(E'    perform relay.capture_carefully(old, new, tg_relid, %s, %s, %L::pg_catalog."char", %s, %s);\n', id, shape, letter,
+                 coalesce(leaf, 'null::pg_catalog.oid'), loose);
+  if 'care' = any (needs) then
+    body := replace(body, '    perform', '  perform');
   else
-    insert into relay.changes_2 (number, xid, at, relation, operation, oversize, before, after)
-    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), tg_argv[0]::int, tg_op::"char", false,
-           row_to_json(old), row_to_json(new)
-    where tg_nargs = 1 and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 4000;
+    conditions := array(
+      select format('pg_catalog.current_setting(%L) operator(pg_catalog.=) %L', split_part(n, '=', 1), split_part(n, '=', 2))
+      from unnest(needs) n where n like '%=%');
+    if 'size' = any (needs) then
+      conditions := conditions || ((select string_agg(format('pg_catalog.pg_column_size(%s)', i), ' operator(pg_catalog.+) ' order by n)
+                                   from unnest(images) with ordinality u (i, n)) || ' operator(pg_catalog.<=) 4000');
+    end if;
+    body := (
+      select string_agg(format($text$    %s
+      insert into relay.changes_%s (number, xid, at, relation, shape, operation, oversize, %s)
+      values (pg_catalog.nextval('relay.change_number'::pg_catalog.regclass), pg_catalog.pg_current_xact_id(),
+              pg_catalog.clock_timestamp(), %s, %s, %L, false, %s);
+$text$,
+          case segment when 0 then 'if relay.current_segment() operator(pg_catalog.=) 0 then'
+                       when 1 then 'elsif relay.current_segment() operator(pg_catalog.=) 1 then' else 'else' end,
+          segment,
+          concat_ws(', ', (select string_agg(case i when 'old' then 'before' else 'after' end, ', ' order by n) from unnest(images) with ordinality u (i, n)),
+                    case when leaf is not null then 'leaf' end),
+          id, shape, letter,
+          concat_ws(', ', (select string_agg(format('pg_catalog.row_to_json(%s)', i), ', ' order by n) from unnest(images) with ordinality u (i, n)),
+                    leaf)), '' order by segment)
+      from generate_series(0, 2) segment) || E'    end if;\n'
+      || case when conditions <> '{}' then E'  else\n' || body || E'  end if;\n' else '' end;
+    if conditions <> '{}' then
+      body := format(E'  if %s then\n', array_to_string(conditions, ' and ')) || body;
+    end if;
   end if;
   -- A sleeping relay holds this lock exclusively. A writer that gets its share need not ring: the relay is awake, and
   -- cannot fall asleep before this transaction has ended.
-  if found and pg_try_advisory_xact_lock_shared(1919249009, 1) then
-    return null;
-  end if;
-
-  logged := found;
-  -- From over 1 MiB stored no attempt is made: the text could be of any size.
-  if not logged and coalesce(pg_column_size(old), 0) + coalesce(pg_column_size(new), 0) <= 1048576 then
-    logged := relay.capture_whole(old, new, tg_argv[0]::int, tg_op::"char");
-  end if;
-  if not logged then
-    -- Here and not in a function that takes the row: each call would copy its hundreds of megabytes once more.
-    saved := array(select current_setting(s) from unnest(rarer) s);
-    perform set_config(s, v, true) from unnest(rarer, '{ISO,postgres,hex,C}'::text[]) x (s, v);
-    -- All columns that are small as stored, then, if one cannot be converted, those that surely can.
-    for attempt in 1 .. 2 loop
-      begin
-        if tg_op <> 'INSERT' then
-          execute relay.sizes_query(tg_relid) into sizes using old;
-          execute relay.short_query(tg_relid, sizes, attempt = 1) into old_image using old;
-        end if;
-        if tg_op <> 'DELETE' then
-          execute relay.sizes_query(tg_relid) into sizes using new;
-          execute relay.short_query(tg_relid, sizes, attempt = 1) into new_image using new;
-        end if;
-        exit;
-      exception when others then
-        if attempt = 2 then
-          raise;
-        end if;
-      end;
-    end loop;
-    perform set_config(s, v, true) from unnest(rarer, saved) x (s, v);
-    perform relay.log_change(tg_argv[0]::int, tg_op::"char", true, relay.shorten(old_image, relay.key(tg_relid)),
-                             relay.shorten(new_image, relay.key(tg_relid)));
-  end if;
-  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
-    perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);
+  return format($text$
+begin
+%s  if not pg_catalog.pg_try_advisory_xact_lock_shared(1919249009, 1) then
+    perform relay.ring(pg_catalog.concat(tg_table_schema, '.', tg_table_name), tg_op);
   end if;
   return null;
 end
+$text$, body);
+end
 $$;
-comment on function relay.capture() is 'row trigger of watched relations: logs the change, rings if the relay sleeps';
+comment on function relay.capture_body(regclass, int, int, text) is 'text of the trigger function of a watched relation for one operation';
 
 -- relay.capture_truncate() : statement trigger; argument: id in relay.watch_list
 create or replace function relay.capture_truncate() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
 begin
-  perform relay.log_change(tg_argv[0]::int, 'T', false, null, null);
+  perform relay.log_change(tg_argv[0]::int, null, 'T', false, null, null);
   if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
     perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);
   end if;
@@ -237,8 +314,7 @@ declare
 begin
   for hand in
     select f::regprocedure as function, r::regrole as role
-    from (values ('relay.capture()', 'relay_writer'), ('relay.capture_truncate()', 'relay_writer'),
-                 ('relay.image(record)', 'relay_image')) h (f, r)
+    from (values ('relay.capture_truncate()', 'relay_writer'), ('relay.image(record)', 'relay_image')) h (f, r)
   loop
     if (select p.proowner <> hand.role from pg_catalog.pg_proc p where p.oid = hand.function) then
       execute pg_catalog.format('grant create on schema relay to %s', hand.role);

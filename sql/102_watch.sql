@@ -1,32 +1,4 @@
--- relay.watch, relay.unwatch and relay.watched: which relations are captured, and the triggers that do it.
-
--- relay.needs_care(relation) : whether images of its rows need more than relay.capture() does by itself
--- So it is with every type but those listed: types outside the system's own can have a cast to json that users wrote, and the
--- text of others (bytea, interval, money, ranges ...) follows settings that are pinned only there.
-create or replace function relay.needs_care(relation regclass) returns boolean
-language sql stable as $$
-  with recursive used (type) as (
-    select a.atttypid from pg_catalog.pg_attribute a
-    where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
-    union
-    select part.type
-    from used u
-    join pg_catalog.pg_type t on t.oid = u.type
-    cross join lateral (
-      select t.typbasetype where t.typtype = 'd'
-      union all select t.typelem where t.typcategory = 'A'
-      union all select a.atttypid from pg_catalog.pg_attribute a
-        where t.typtype = 'c' and a.attrelid = t.typrelid and a.attnum > 0 and not a.attisdropped) part (type)
-  )
-  select exists (
-    select from used u
-    join pg_catalog.pg_type t on t.oid = u.type
-    where t.typtype not in ('d', 'c') and t.typcategory <> 'A'
-      and t.oid <> all (array['bool', '"char"', 'name', 'int2', 'int4', 'int8', 'float4', 'float8', 'numeric', 'oid',
-        'text', 'varchar', 'bpchar', 'uuid', 'json', 'jsonb', 'date', 'time', 'timetz', 'timestamp', 'timestamptz',
-        'bit', 'varbit', 'inet', 'cidr', 'macaddr', 'macaddr8', 'tsvector', 'xid', 'xid8']::pg_catalog.regtype[]))
-$$;
-comment on function relay.needs_care(regclass) is 'whether rows hold types whose conversion may fail or follows rarer settings';
+-- relay.watch, relay.unwatch and relay.watched: which relations are captured, the triggers that do it, and their functions.
 
 -- relay.parts(relation) : the relation and, if it is partitioned, every partition below it
 create or replace function relay.parts(relation regclass) returns setof oid
@@ -34,6 +6,47 @@ language sql stable as $$
   select $1::oid union select t.relid::oid from pg_catalog.pg_partition_tree($1) t
 $$;
 comment on function relay.parts(regclass) is 'the relation itself and all partitions below it';
+
+-- relay.operations() : what row triggers are there for
+create or replace function relay.operations() returns text[]
+language sql immutable as $$
+  select '{INSERT,UPDATE,DELETE}'::text[]
+$$;
+comment on function relay.operations() is 'operations that have a row trigger each';
+
+-- relay.capture_function(id, operation) : name of the trigger function, in schema relay
+create or replace function relay.capture_function(id int, operation text) returns text
+language sql immutable as $$
+  select 'capture_' || $1 || '_' || pg_catalog.lower($2)
+$$;
+comment on function relay.capture_function(int, text) is 'name of a trigger function';
+
+-- relay.capture_trigger(id, operation) : name of the row trigger
+-- Names begin with 00 to fire before the users' own AFTER triggers: one that changes the row again must be logged after
+-- the change that caused it.
+create or replace function relay.capture_trigger(id int, operation text) returns text
+language sql immutable as $$
+  select '00_relay_capture_' || $1 || '_' || pg_catalog.lower($2)
+$$;
+comment on function relay.capture_trigger(int, text) is 'name of a row trigger';
+
+-- relay.functions_intact(relation, id) : whether the text of its trigger functions is what it should be
+create or replace function relay.functions_intact(relation regclass, id int) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+declare
+  shape constant int := relay.shape(id);
+begin
+  return shape is not null and not exists (
+    select from unnest(relay.operations()) o
+    where not exists (
+      select from pg_proc p
+      where p.oid = to_regprocedure(format('relay.%I()', relay.capture_function(id, o)))
+        and p.prosrc = relay.capture_body(relation, id, shape, o) and p.prosecdef and p.proconfig is null
+        and p.proowner = 'relay_writer'::regrole));
+end
+$$;
+comment on function relay.functions_intact(regclass, int) is 'whether the trigger functions of a watched relation have the text that they should have';
 
 -- relay.triggers_intact(relation, id, thorough) : whether everything that captures its changes is there and fires always
 -- For a materialized view: whether it has the unique index that a refresh needs. `thorough` also asks for the truncate
@@ -45,11 +58,12 @@ language sql stable as $$
     else not exists (
       select from relay.parts($1) p (oid)
       join pg_catalog.pg_class part on part.oid = p.oid
-      where not exists (
-          select from pg_catalog.pg_trigger t
-          where t.tgrelid = p.oid and t.tgname = '00_relay_capture_' || $2 and t.tgenabled = 'A'
-            and t.tgfoid = 'relay.capture()'::pg_catalog.regprocedure
-            and (t.tgnargs > 1 or not relay.needs_care($1)))
+      where exists (
+          select from pg_catalog.unnest(relay.operations()) o
+          where not exists (
+            select from pg_catalog.pg_trigger t
+            where t.tgrelid = p.oid and t.tgname = relay.capture_trigger($2, o)::pg_catalog.name and t.tgenabled = 'A'
+              and t.tgfoid = pg_catalog.to_regprocedure(pg_catalog.format('relay.%I()', relay.capture_function($2, o)))))
         or (part.relkind <> 'f' and ($3 or p.oid = $1) and not exists (
           select from pg_catalog.pg_trigger t
           where t.tgrelid = p.oid and t.tgname = '00_relay_truncate_' || $2 and t.tgenabled = 'A'
@@ -59,28 +73,70 @@ language sql stable as $$
 $$;
 comment on function relay.triggers_intact(regclass, int, boolean) is 'whether the triggers of a watched relation are there and enabled';
 
+-- relay.set_functions(relation, id, shape) : makes its trigger functions, or replaces their text, which locks no table
+-- They are made by whoever owns relay_writer, for which it may create in its schema for that moment.
+create or replace function relay.set_functions(relation regclass, id int, shape int) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+declare
+  operation text;
+  name text;
+  body text;
+  is_new boolean := false;
+begin
+  foreach operation in array relay.operations() loop
+    name := format('relay.%I()', relay.capture_function(id, operation));
+    body := relay.capture_body(relation, id, shape, operation);
+    if exists (select from pg_proc p where p.oid = to_regprocedure(name) and p.prosrc = body and p.prosecdef
+               and p.proconfig is null and p.proowner = 'relay_writer'::regrole) then
+      continue;
+    end if;
+    execute format('create or replace function %s returns pg_catalog.trigger language plpgsql volatile security definer as %L', name, body);
+    is_new := is_new or exists (select from pg_proc p where p.oid = to_regprocedure(name) and p.proowner <> 'relay_writer'::regrole);
+  end loop;
+  if is_new then
+    -- Only one at a time changes the rights of the schema.
+    perform pg_advisory_xact_lock(1919249009, 7);
+    if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+      execute 'grant create on schema relay to relay_writer';
+    end if;
+    foreach operation in array relay.operations() loop
+      name := format('relay.%I()', relay.capture_function(id, operation));
+      execute format('alter function %s owner to relay_writer', name);
+    end loop;
+    if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+      execute 'revoke create on schema relay from relay_writer';
+    end if;
+  end if;
+end
+$$;
+comment on function relay.set_functions(regclass, int, int) is 'writes the trigger functions of a watched relation';
+
 -- relay.set_triggers(relation, id)
--- Names begin with 00 to fire before the users' own AFTER triggers: one that changes the row again must be logged after
--- the change that caused it. The row trigger is cloned to partitions, present and future; TRUNCATE triggers are not,
--- so each present partition gets its own. A TRUNCATE of the whole is then logged once per part.
+-- The row triggers are cloned to partitions, present and future; TRUNCATE triggers are not, so each present partition gets
+-- its own. A TRUNCATE of the whole is then logged once per part.
 create or replace function relay.set_triggers(relation regclass, id int) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set client_min_messages = warning as $$
 declare
-  row_trigger constant text := '00_relay_capture_' || id;
   truncate_trigger constant text := '00_relay_truncate_' || id;
-  arguments constant text := case when relay.needs_care(relation) then format('%L, %L', id, 'careful') else format('%L', id) end;
+  operation text;
   part record;
 begin
-  execute format('drop trigger if exists %I on %s', row_trigger, relation);
-  execute format('create trigger %I after insert or update or delete on %s for each row execute function relay.capture(%s)',
-                 row_trigger, relation, arguments);
-  execute format('alter table %s enable always trigger %I', relation, row_trigger);
+  -- Of an older version.
+  execute format('drop trigger if exists %I on %s', '00_relay_capture_' || id, relation);
+  foreach operation in array relay.operations() loop
+    execute format('drop trigger if exists %I on %s', relay.capture_trigger(id, operation), relation);
+    execute format('create trigger %I after %s on %s for each row execute function relay.%I()',
+                   relay.capture_trigger(id, operation), operation, relation, relay.capture_function(id, operation));
+  end loop;
   for part in
     select p.oid::regclass as name, c.relkind from relay.parts(relation) p (oid) join pg_class c on c.oid = p.oid
   loop
-    execute format('alter table %s enable always trigger %I', part.name, row_trigger);
+    foreach operation in array relay.operations() loop
+      execute format('alter table %s enable always trigger %I', part.name, relay.capture_trigger(id, operation));
+    end loop;
     if part.relkind <> 'f' then
       execute format('drop trigger if exists %I on %s', truncate_trigger, part.name);
       execute format('create trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
@@ -91,6 +147,72 @@ begin
 end
 $$;
 comment on function relay.set_triggers(regclass, int) is 'makes the triggers of a watched relation anew';
+
+-- relay.renew_shapes(guarded) : number of watched relations whose shape is another than the one recorded, or whose functions were
+-- Records the new shape and writes the trigger functions anew, in the transaction of the caller: `guarded` says that it is
+-- the one that altered the table. Waits for nobody: what another transaction is about to renew is left to the next call, and
+-- until then nothing is delivered of the relation's changes (relay.catalog tells that its shape is not the recorded one).
+create or replace function relay.renew_shapes(guarded boolean default false) returns int
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+  known record;
+  renewed int := 0;
+begin
+  for known in
+    select w.id, w.relation, c.relkind, last.shape, last.columns as old, relay.columns_of(w.relation) as new
+    from relay.watch_list w
+    join pg_class c on c.oid = w.relation
+    left join lateral (
+      select s.shape, s.columns from relay.shapes s where s.relation = w.id order by s.shape desc limit 1) last on true
+    order by w.id
+  loop
+    continue when known.old = known.new and (known.relkind = 'm' or guarded or relay.functions_intact(known.relation, known.id));
+    continue when not pg_try_advisory_xact_lock(1919249012, known.id);
+    if known.old is distinct from known.new then
+      insert into relay.shapes (relation, shape, columns, loose, guarded)
+      values (known.id, coalesce(known.shape, 0) + 1, known.new, coalesce(relay.differs_loosely(known.old, known.new), false),
+              renew_shapes.guarded);
+    end if;
+    if known.relkind <> 'm' then
+      perform relay.set_functions(known.relation, known.id, relay.shape(known.id));
+    end if;
+    renewed := renewed + 1;
+  end loop;
+  return renewed;
+end
+$$;
+comment on function relay.renew_shapes(boolean) is 'records the shapes of watched relations that changed, and adapts the trigger functions';
+
+-- relay.sweep() : removes what is left of relations that were dropped, and shapes that no change can have any more
+create or replace function relay.sweep() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+declare
+  leftover record;
+begin
+  delete from relay.watch_list w where not exists (select from pg_class c where c.oid = w.relation);
+  for leftover in
+    select p.oid::regprocedure as name from pg_proc p
+    where p.pronamespace = 'relay'::regnamespace and p.proname ~ '^capture_[0-9]+_(insert|update|delete)$'
+      and not exists (select from relay.watch_list w where p.proname = any (array(
+        select relay.capture_function(w.id, o) from unnest(relay.operations()) o)::name[]))
+      and not exists (select from pg_trigger t where t.tgfoid = p.oid)
+  loop
+    begin
+      execute format('drop function %s', leftover.name);
+    exception when others then
+      raise notice '% is left: %', leftover.name, sqlerrm;
+    end;
+  end loop;
+  delete from relay.shapes s
+  where not exists (select from relay.watch_list w where w.id = s.relation)
+     -- What was written under it finished before the next one was made, and that is not kept any more.
+     or exists (select from relay.shapes n, relay.history h
+                where n.relation = s.relation and n.shape = s.shape + 1 and pg_visible_in_snapshot(n.xid, h.horizon));
+end
+$$;
+comment on function relay.sweep() is 'removes functions and shapes that belong to nothing any more';
 
 -- relay.notes(relation) : what somebody who watches a relation may not have meant, and what to do
 create or replace function relay.notes(relation regclass) returns text[]
@@ -160,10 +282,11 @@ begin
   end if;
 
   -- Entries of dropped relations go now, lest another relation get the same oid one day.
-  delete from relay.watch_list w where not exists (select from pg_class c where c.oid = w.relation);
+  perform relay.sweep();
   insert into relay.watch_list as w (relation, leave_events) values (watch.relation, watch.leave_events)
   on conflict on constraint watch_list_relation_key do update set leave_events = excluded.leave_events
   returning w.id into list_id;
+  perform relay.renew_shapes();
   if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
     perform relay.set_triggers(relation, list_id);
   end if;
@@ -192,43 +315,26 @@ begin
   for leftover in
     select t.tgname, t.tgrelid::regclass as name
     from pg_trigger t
-    where t.tgfoid in ('relay.capture()'::regprocedure, 'relay.capture_truncate()'::regprocedure) and t.tgparentid = 0
-      and t.tgname in ('00_relay_capture_' || list_id, '00_relay_truncate_' || list_id)
+    join pg_proc p on p.oid = t.tgfoid and p.pronamespace = 'relay'::regnamespace
+    where t.tgparentid = 0
+      and t.tgname = any (array(select relay.capture_trigger(list_id, o) from unnest(relay.operations()) o)::name[]
+                          || array['00_relay_capture_' || list_id, '00_relay_truncate_' || list_id]::name[])
   loop
     execute format('drop trigger %I on %s', leftover.tgname, leftover.name);
   end loop;
+  perform relay.sweep();
 end
 $$;
 comment on function relay.unwatch(regclass) is 'takes back relay.watch and leaves no trace on the table';
 
--- relay.repair() : number of tables whose triggers were made anew
--- For the relay to call when the catalog has changed: a column added since relay.watch may need care that its trigger was
--- not told to take. Leaves alone what somebody disabled or dropped on purpose, and gives up fast where a table is locked.
+-- relay.repair() : number of relations whose shape or functions were renewed
+-- For the relay to call when the catalog has changed. Where the event trigger is, there is nothing to do as a rule.
 create or replace function relay.repair() returns int
-language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms' as $$
-declare
-  careless record;
-  repaired int := 0;
-begin
-  for careless in
-    select w.id, w.relation
-    from relay.watch_list w
-    join pg_trigger t on t.tgrelid = w.relation and t.tgname = '00_relay_capture_' || w.id
-    where t.tgenabled = 'A' and t.tgnargs = 1 and relay.needs_care(w.relation)
-  loop
-    begin
-      perform relay.set_triggers(careless.relation, careless.id);
-      repaired := repaired + 1;
-    exception when lock_not_available or insufficient_privilege then
-      raise notice 'the triggers of % wait for relay.watch', careless.relation;
-    end;
-  end loop;
-  return repaired;
-end
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+  select relay.renew_shapes()
 $$;
-comment on function relay.repair() is 'adapts triggers to columns added since; returns how many tables it touched';
+comment on function relay.repair() is 'renews shapes and functions that do not fit their relations; returns how many';
 
 create or replace view relay.watched as
 select w.relation,
@@ -238,7 +344,7 @@ select w.relation,
        w.leave_events,
        w.since,
        c.relreplident = 'f' as full,
-       relay.triggers_intact(w.relation, w.id) as intact,
+       relay.triggers_intact(w.relation, w.id) and (c.relkind = 'm' or relay.functions_intact(w.relation, w.id)) as intact,
        w.id
 from relay.watch_list w
 join pg_catalog.pg_class c on c.oid = w.relation;

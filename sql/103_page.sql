@@ -69,15 +69,16 @@ comment on function relay.cursor() is
 -- `seen` (a range of xid) and rows of those that ran in it (a list), as far as they are visible now. No hidden
 -- xmin: there subtransactions look finished. Sorting carries images still compressed, so they become text last.
 -- Language sql and stable, so that it is inlined: rows stream. Reads relay.changes.
+drop function if exists relay.page(pg_snapshot, pg_snapshot, bigint);
 create or replace function relay.page(seen pg_snapshot, until pg_snapshot default null, after_number bigint default 0)
-returns table (number bigint, xid text, at timestamptz, relation int, operation text, oversize boolean,
+returns table (number bigint, xid text, at timestamptz, relation int, shape int, began text, operation text, oversize boolean,
                before text, after text, snapshot text, unflushed boolean)
 language sql stable as $$
-  select null::bigint, null::text, null::timestamptz, null::int, null::text, null::boolean, null::text, null::text,
+  select null::bigint, null::text, null::timestamptz, null::int, null::int, null::text, null::text, null::boolean, null::text, null::text,
          coalesce($2, pg_catalog.pg_current_snapshot())::text,
          pg_catalog.pg_current_wal_flush_lsn() < pg_catalog.pg_current_wal_insert_lsn()
   union all
-  select p.number, p.xid::text, p.at, p.relation, p.operation::text, p.oversize, p.before::text, p.after::text,
+  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text, p.oversize, p.before::text, p.after::text,
          null::text, null::boolean
   from (
     select c.*
@@ -101,14 +102,15 @@ comment on function relay.page(pg_snapshot, pg_snapshot, bigint) is
 -- relay.page_slice(seen, until, after_number, through_number) : of such a page, the changes with these numbers
 -- Shaped as relay.page, whose cost is all that is left of the page; here it is the slice. The transaction ids are asked
 -- for in a way that only the index of numbers can serve.
+drop function if exists relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint);
 create or replace function relay.page_slice(seen pg_snapshot, until pg_snapshot, after_number bigint, through_number bigint)
-returns table (number bigint, xid text, at timestamptz, relation int, operation text, oversize boolean,
+returns table (number bigint, xid text, at timestamptz, relation int, shape int, began text, operation text, oversize boolean,
                before text, after text, snapshot text, unflushed boolean)
 language sql stable as $$
-  select null::bigint, null::text, null::timestamptz, null::int, null::text, null::boolean, null::text, null::text,
+  select null::bigint, null::text, null::timestamptz, null::int, null::int, null::text, null::text, null::boolean, null::text, null::text,
          $2::text, false
   union all
-  select p.number, p.xid::text, p.at, p.relation, p.operation::text, p.oversize, p.before::text, p.after::text,
+  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text, p.oversize, p.before::text, p.after::text,
          null::text, null::boolean
   from (
     select c.*

@@ -363,13 +363,18 @@ end
 $$;
 comment on function relay.known_folding(oid, oid) is 'what lower() does to texts that the relay matches with patterns as PostgreSQL does';
 
--- relay.capture_mode(relation, id) : how its capturing trigger is enabled, as pg_trigger.tgenabled says; null: there is none
+-- relay.capture_mode(relation, id) : how its capturing triggers are enabled, as pg_trigger.tgenabled says; null: one is missing
 create or replace function relay.capture_mode(relation oid, id int) returns "char"
 language sql stable as $$
-  select t.tgenabled from pg_catalog.pg_trigger t
-  where t.tgrelid = $1 and t.tgname = ('00_relay_capture_' || $2)::pg_catalog.name
+  select case when pg_catalog.count(*) < 3 then null
+              when pg_catalog.bool_and(t.tgenabled = 'A') then 'A'::"char"
+              when pg_catalog.bool_and(t.tgenabled in ('A', 'O')) then 'O'
+              else 'D' end
+  from pg_catalog.pg_trigger t
+  where t.tgrelid = $1
+    and t.tgname = any (array(select relay.capture_trigger($2, o) from pg_catalog.unnest(relay.operations()) o)::pg_catalog.name[])
 $$;
-comment on function relay.capture_mode(oid, int) is 'how the capturing trigger of a watched relation is enabled';
+comment on function relay.capture_mode(oid, int) is 'how the capturing triggers of a watched relation are enabled';
 
 -- relay.catalog(roles) : every watched relation whose changes are captured, and what each of the roles may see of it
 -- Whoever is subscribed to one that drops out, because its trigger was disabled or dropped, is told so.
@@ -391,13 +396,21 @@ set jit = off as $$
     'key', pg_catalog.to_jsonb(relay.key(w.relation)),
     'columns', (
       select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
-        'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, null),
+        'num', a.attnum, 'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, null),
         'known', relay.known_kind(a.atttypid, a.attcollation), 'many', t.typcategory = 'A',
         'folding', relay.known_folding(a.atttypid, a.attcollation),
         'plain', t.typtype in ('b', 'e', 'r', 'm')) order by a.attnum), '[]')
       from pg_catalog.pg_attribute a
       join pg_catalog.pg_type t on t.oid = a.atttypid
       where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
+    -- null: what is recorded is not what it is, so of no image is it known what it means.
+    'shape', (
+      select s.shape from relay.shapes s
+      where s.relation = w.id and s.shape = relay.shape(w.id) and s.columns = relay.columns_of(w.relation)),
+    'shapes', (
+      select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+        'shape', s.shape, 'columns', s.columns, 'xid', s.xid::text, 'seen', s.seen::text, 'loose', s.loose, 'guarded', s.guarded) order by s.shape), '[]')
+      from relay.shapes s where s.relation = w.id),
     'access', (
       select coalesce(pg_catalog.jsonb_object_agg(seen.rolname, seen.access), '{}')
       from (select r.rolname, relay.access(w.relation, r.oid) as access
@@ -464,6 +477,10 @@ begin
      left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
      left join pg_catalog.pg_operator o on d.refclassid = 'pg_catalog.pg_operator'::pg_catalog.regclass and o.oid = d.refobjid
      left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', s.relation, s.shape), ';' order by s.relation, s.shape)
+     from relay.shapes s),
+    (select pg_catalog.string_agg(relay.columns_of(w.relation)::text, ';' order by w.id)
+     from relay.watch_list w where w.relation::oid = any (relations)),
     relay.has_own_casts(),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', f.oid, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
               n.nspacl::text), ';' order by f.oid)

@@ -32,6 +32,7 @@ declare
   difference record;
   changed bigint := 0;
   oversize boolean;
+  shape int;
 begin
   select c.relkind, c.relispopulated, relay.key(c.oid) as key, w.id into view
   from pg_class c left join relay.watch_list w on w.relation = c.oid
@@ -60,6 +61,8 @@ begin
     execute format('refresh materialized view %s', relation);
   end if;
   insert into pg_temp.relay_after select * from relay.row_images(relation);
+  perform relay.renew_shapes();
+  shape := relay.shape(view.id);
 
   -- Rows equal on both sides cancel out, one for one, first. A unique index lets a null key come twice: the n-th such row is
   -- then paired with the n-th.
@@ -77,7 +80,7 @@ begin
     order by gone.key is null, come.key is not null
   loop
     oversize := greatest(octet_length(difference.old_image), octet_length(difference.new_image)) > 1048576;
-    perform relay.log_change(view.id, difference.operation::"char",
+    perform relay.log_change(view.id, shape, difference.operation::"char",
       oversize,
       case when oversize then relay.shorten(difference.old_image::json, view.key) else difference.old_image::json end,
       case when oversize then relay.shorten(difference.new_image::json, view.key) else difference.new_image::json end);

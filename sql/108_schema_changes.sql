@@ -18,15 +18,19 @@ begin
                           and d.object_identity is distinct from 'relay.current_segment()') then
     return;
   end if;
-  if tg_tag in ('ALTER TABLE', 'CREATE CAST') then
-    begin
-      -- A new column may need a more careful trigger, and the very next write already.
-      perform relay.repair();
-    exception when others then
-      raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
-    end;
+  -- The trigger functions of watched relations, which are written here and below, alter nothing else.
+  if exists (select from pg_event_trigger_ddl_commands())
+     and not exists (select from pg_event_trigger_ddl_commands() d
+                     where d.object_type <> 'function' or d.schema_name is distinct from 'relay') then
+    return;
   end if;
-  perform relay.log_change(0, 'S', false, null, null);
+  begin
+    -- From the very next write on, images have the new shape.
+    perform relay.renew_shapes(true);
+  exception when others then
+    raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
+  end;
+  perform relay.log_change(0, null, 'S', false, null, null);
   perform relay.ring('schema', tg_tag);
 end
 $$;

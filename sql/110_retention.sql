@@ -45,6 +45,11 @@ begin
     return done;
   end if;
   perform relay.summarize();
+  begin
+    perform relay.sweep();
+  exception when lock_not_available then
+    null;
+  end;
   select * into rule from relay.retention;
   total := (select sum(pg_total_relation_size(format('relay.changes_%s', s)::regclass)) from generate_series(0, 2) s);
 

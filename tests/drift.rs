@@ -53,7 +53,7 @@ async fn a_row_is_judged_by_the_rules_that_came_with_it_and_not_by_those_before(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_whose_columns_have_other_names_by_now_is_shown_to_nobody() {
+async fn a_row_whose_columns_have_other_names_by_now_is_judged_by_what_they_are() {
     let stage = Stage::new(
         "create table t (id int primary key, owner uuid, v text); alter table t enable row level security;
          create policy p on t using (owner is null or owner = auth.uid());
@@ -68,8 +68,7 @@ async fn a_row_whose_columns_have_other_names_by_now_is_shown_to_nobody() {
             "begin; insert into t values (3, '{ANN}', 'secret'); alter table t rename owner to owner_id; commit"
         ))
         .await;
-    let gap = gap(&stage, &mut bob).await.expect("a gap is told");
-    assert!(gap.starts_with("Gap: public.t: its columns changed"), "{gap}");
+    assert_eq!(gap(&stage, &mut bob).await, None);
     stage.run(&format!("insert into t values (4, '{ANN}', 'secret'), (5, '{BOB}', 'mine')")).await;
     assert_eq!(stage.told(&mut bob).await.len(), 1, "the rows after it are judged by the new names");
 }

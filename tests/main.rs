@@ -64,6 +64,7 @@ mod refresh;
 mod replays;
 mod resume;
 mod retention;
+mod shapes;
 mod strangers;
 mod tokens;
 mod websocket;

@@ -85,19 +85,38 @@ impl<'a> Finder<'_, 'a> {
         subscription: &impl Fn(AudienceId) -> &'a Subscription,
     ) {
         let Some(access) = readership.access() else { return };
-        let place = place.filter(|place| !matches!(place.layout, Layout::Other));
-        let Some(place) = place else {
+        let reads_policy = |column: &str| reads(readership.relation(), access, column);
+        let is_told = |place: &&Place<'_>| match &place.layout {
+            Layout::Other => false,
+            Layout::Partial(_) => !place.lacks(reads_policy),
+            Layout::Same | Layout::Lacking(_) => true,
+        };
+        let told = |audience| Candidate { audience, change: index, policy: None };
+        let Some(place) = place.filter(is_told) else {
             // Truncated, or altered under way: everybody has to hear of it.
-            let told = |audience| Candidate { audience, change: index, policy: None };
             if change.operation != Operation::Schema {
                 self.verdicts.candidates.extend(readership.everybody().map(told));
             }
             return;
         };
-        let lacks = place.lacks(|column| reads(readership.relation(), access, column));
+        let lacks = place.lacks(reads_policy);
         let images = images.get(&change.relation).map_or(&[][..], Vec::as_slice);
         let scene = Scene { index, place, readership, access, said, images, lacks };
         let mut found = scene.concerned();
+        if matches!(place.layout, Layout::Partial(_)) {
+            // Nor can a filter be told that reads what was added.
+            let cannot_tell = |audience: &AudienceId| {
+                let mut bindings = subscription(*audience).concerning(readership.relation());
+                bindings.any(|binding| {
+                    binding.filter.as_ref().is_some_and(|filter| {
+                        place.lacks(|column| filter.columns().any(|read| read == column))
+                    })
+                })
+            };
+            let lost: Vec<AudienceId> = readership.everybody().filter(cannot_tell).collect();
+            found.retain(|audience| !lost.contains(audience));
+            self.verdicts.candidates.extend(lost.into_iter().map(told));
+        }
         found.sort_unstable();
         found.dedup();
         self.verdicts.considered += found.len();

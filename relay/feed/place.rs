@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::model::change::{Change, RelationId};
+use crate::model::change::{Change, Reading, RelationId};
 use crate::model::image::Image;
 use crate::model::relation::{Catalog, Relation};
 
@@ -23,6 +23,8 @@ pub enum Layout {
     Same,
     /// Some are left out, because the row was too large.
     Lacking(Vec<String>),
+    /// Some were added since: what they would hold cannot be told.
+    Partial(Vec<String>),
     /// Others: the relation was altered in between, and a rule would read the wrong values.
     Other,
 }
@@ -37,7 +39,7 @@ impl<'a> Place<'a> {
     pub fn lacks(&self, reads: impl Fn(&str) -> bool) -> bool {
         match &self.layout {
             Layout::Same => false,
-            Layout::Lacking(columns) => columns.iter().any(|column| reads(column)),
+            Layout::Lacking(columns) | Layout::Partial(columns) => columns.iter().any(|column| reads(column)),
             Layout::Other => true,
         }
     }
@@ -69,7 +71,7 @@ fn place<'a>(relation: &'a Arc<Relation>, change: &'a Change, all: &mut Vec<&'a 
     let images = texts.map(|text| {
         let image = Image::parse(text?, relation);
         match &image {
-            Ok(image) => layout.look_at(image, relation, change.oversize),
+            Ok(image) => layout.look_at(image, relation, change),
             Err(_) => layout = Layout::Other,
         }
         image.ok()
@@ -83,17 +85,23 @@ fn place<'a>(relation: &'a Arc<Relation>, change: &'a Change, all: &mut Vec<&'a 
 }
 
 impl Layout {
-    fn look_at(&mut self, image: &Image<'_>, relation: &Relation, oversize: bool) {
+    fn look_at(&mut self, image: &Image<'_>, relation: &Relation, change: &Change) {
         let row = image.row();
         let known = row.names().filter(|name| relation.column(name).is_some()).count();
-        let is_other = known < row.names().len() || (known < relation.columns.len() && !oversize);
+        let lacks = known < relation.columns.len();
+        let may_lack = change.oversize || change.reading == Reading::Partial;
+        let is_other =
+            change.reading == Reading::Unreadable || known < row.names().len() || (lacks && !may_lack);
         if is_other || matches!(self, Self::Other) {
             *self = Self::Other;
-        } else if known < relation.columns.len() {
+        } else if lacks {
             let missing =
                 relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
             match self {
-                Self::Lacking(columns) => columns.extend(missing.cloned()),
+                Self::Lacking(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
+                layout if change.reading == Reading::Partial => {
+                    *layout = Self::Partial(missing.cloned().collect())
+                }
                 layout => *layout = Self::Lacking(missing.cloned().collect()),
             }
         }

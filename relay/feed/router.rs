@@ -22,6 +22,7 @@ use crate::model::change::{Change, Operation, RelationId};
 use crate::model::cursor::{Cursor, Span};
 use crate::model::relation::Catalog;
 use crate::model::session::ChannelId;
+use crate::model::shape;
 use crate::observe::Observe;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
@@ -344,7 +345,7 @@ impl Router {
         let mut catalog = self.catalog.fresh(mark).await?;
         let is_news = |change: &Change| match change.operation {
             Operation::Schema => true,
-            _ => catalog.relation(change.relation).is_none(),
+            _ => catalog.relation(change.relation).is_none_or(|relation| !shape::knows(relation, change)),
         };
         if more || self.is_news || changes.iter().any(is_news) {
             catalog = self.catalog.reloaded().await?;

@@ -10,6 +10,7 @@ use crate::feed::readership::{AudienceId, Readerships};
 use crate::model::change::{Change, Operation};
 use crate::model::cursor::{Cursor, Span};
 use crate::model::relation::Catalog;
+use crate::model::shape;
 use crate::postgres::connect::Error;
 
 /// A part of a page.
@@ -53,7 +54,7 @@ pub async fn tell<'a>(
     audience: impl Fn(AudienceId) -> &'a Audience,
 ) -> Result<usize, Error> {
     let here = stretch.end().map(Arc::new);
-    let changes = &stretch.changes;
+    let changes = &*shape::read(catalog, &stretch.changes);
     let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).subscription()).await?;
     for (id, change) in &verdicts.raising {
         if let Some(relation) = catalog.relation(changes[*change].relation) {

@@ -52,6 +52,18 @@ impl Operation {
     }
 }
 
+/// How the images of a change are to be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reading {
+    /// By the columns of the relation.
+    #[default]
+    Whole,
+    /// The same, but they lack columns that were added since.
+    Partial,
+    /// Not at all: what they meant cannot be told any more.
+    Unreadable,
+}
+
 /// One line of the changelog. Images are JSON objects as PostgreSQL wrote them, in column order.
 ///
 /// `Debug` leaves the images out: row contents never reach a log.
@@ -65,6 +77,12 @@ pub struct Change {
     pub at: OffsetDateTime,
     /// Which watched relation.
     pub relation: RelationId,
+    /// The number of the shape that the images were written under; 0 or none where that is not known.
+    pub shape: Option<i32>,
+    /// All transactions before this one were over in the snapshot by which the writer read, where that matters to how the images are read.
+    pub began: Option<u64>,
+    /// How the images are to be read.
+    pub reading: Reading,
     /// What happened.
     pub operation: Operation,
     /// The images hold the key and the small columns only: the row was too large for one image.
@@ -138,6 +156,11 @@ impl<'a> Row<'a> {
     /// The names of its columns, in order.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.columns.iter().map(|(name, _)| &**name)
+    }
+
+    /// Its columns and their values as JSON text, in order.
+    pub fn fields(&self) -> impl ExactSizeIterator<Item = (&str, &'a str)> {
+        self.columns.iter().map(|(name, value)| (&**name, value.get()))
     }
 
     /// The object without the values whose text is longer than this.

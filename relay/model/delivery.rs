@@ -118,7 +118,7 @@ mod tests {
     use time::OffsetDateTime;
 
     use super::*;
-    use crate::model::change::RelationId;
+    use crate::model::change::{Reading, RelationId};
     use crate::model::relation::tests::todos;
 
     fn change(before: Option<&str>, after: Option<&str>) -> Change {
@@ -127,6 +127,9 @@ mod tests {
             xid: 700,
             at: OffsetDateTime::from_unix_timestamp_nanos(1_795_166_142_318_219_000).unwrap(),
             relation: RelationId(7),
+            shape: None,
+            began: None,
+            reading: Reading::default(),
             operation: Operation::Update,
             oversize: false,
             before: before.map(str::to_owned),

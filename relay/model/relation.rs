@@ -10,6 +10,7 @@ use crate::model::compile::compile;
 use crate::model::datum::Kind;
 use crate::model::pattern::Folding;
 use crate::model::plan::{Obstacle, Plan};
+use crate::model::shape::{Recorded, Shapes};
 
 /// All watched relations at one moment. Immutable: a change of the catalog makes a new one.
 #[derive(Debug, Default)]
@@ -81,6 +82,13 @@ pub struct Relation {
     pub columns: Vec<Column>,
     // A handful of roles, looked up for every subscriber and change: faster by order than by hash.
     access: BTreeMap<String, Access>,
+    /// The number of its shape; none when what is recorded is not what it is.
+    #[serde(default)]
+    shape: Option<i32>,
+    #[serde(default, rename = "shapes")]
+    recorded: Vec<Recorded>,
+    #[serde(skip)]
+    shapes: Shapes,
 }
 
 /// A column of a relation.
@@ -232,6 +240,7 @@ impl Relation {
             }
         }
         self.access = roles;
+        self.shapes = Shapes::new(&std::mem::take(&mut self.recorded), self.shape, &self.key);
         self
     }
 
@@ -243,6 +252,11 @@ impl Relation {
     /// Whether policies of it could not be read.
     pub fn is_pending(&self) -> bool {
         self.pending() > 0
+    }
+
+    /// What its images were written under.
+    pub fn shapes(&self) -> &Shapes {
+        &self.shapes
     }
 
     /// What the role may see; none means nothing at all.

@@ -18,6 +18,9 @@ use crate::postgres::connect::{Error, Lease};
 /// trigger, each page of changes is preceded by a look.
 const FRESH: Duration = Duration::from_millis(250);
 
+/// How often the catalog is read again because it changed while it was read.
+const TRIES: u32 = 20;
+
 /// Keeps the catalog.
 pub struct CatalogKeeper {
     pool: Pool,
@@ -146,19 +149,37 @@ impl CatalogKeeper {
                  from relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m",
             )
             .await?;
-        let seen = client.query_one(&look, &[&roles, &self.judge]).await?;
-        let fingerprint: String = seen.get(0);
-        let is_other = fingerprint != state.fingerprint;
-        let pending = state.catalog.pending();
-        if is_other || pending > 0 && state.retried.is_none_or(|when| when.elapsed() >= RETRY) {
-            let load =
-                client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2))::text").await?;
-            let text: String = client.query_one(&load, &[&roles, &self.judge]).await?.get(0);
-            let answer: Answer = serde_json::from_str(&text).map_err(|error| {
-                Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
-            })?;
-            let catalog = Catalog::new(answer.relations, state.roles.clone(), answer.ordered);
+        let mut seen = client.query_one(&look, &[&roles, &self.judge]).await?;
+        let mut tries = 0;
+        loop {
+            let is_other = seen.get::<_, String>(0) != state.fingerprint;
+            let pending = state.catalog.pending();
+            if !is_other && (pending == 0 || state.retried.is_some_and(|when| when.elapsed() < RETRY)) {
+                break;
+            }
+            tries += 1;
+            if tries > TRIES {
+                return Err(Error::Lost("the schema changes faster than it can be read"));
+            }
+            // First, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose shape is
+            // not recorded.
+            if is_other {
+                match client.execute("select relay.repair()", &[]).await {
+                    Ok(_) => seen = client.query_one(&look, &[&roles, &self.judge]).await?,
+                    Err(error) => {
+                        tracing::warn!(error = %Error::from(error), "the shapes of tables could not be looked at");
+                    }
+                }
+            }
+            let catalog = self.load(client, state).await?;
             state.retried = Some(Instant::now());
+            // What PostgreSQL writes as text (policies, rights) is of a later moment than what it reads: both count only where nothing
+            // changed in between.
+            let then = std::mem::replace(&mut seen, client.query_one(&look, &[&roles, &self.judge]).await?);
+            let fingerprint: String = then.get(0);
+            if fingerprint != seen.get::<_, String>(0) {
+                continue;
+            }
             // What is as it was keeps the plans that were made for it.
             if is_other || catalog.pending() < pending {
                 if catalog.pending() > 0 {
@@ -170,10 +191,9 @@ impl CatalogKeeper {
                 state.catalog = Arc::new(catalog);
                 tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
             }
-            if is_other {
-                state.fingerprint = fingerprint;
-                tokio::spawn(repair(self.pool.clone()));
-            }
+            state.fingerprint = fingerprint;
+            seen = then;
+            break;
         }
         state.mark = seen.get(3);
         state.checked = Some(asked);
@@ -186,6 +206,17 @@ impl CatalogKeeper {
             is_other
         });
         Ok(())
+    }
+
+    async fn load(&self, client: &deadpool_postgres::Client, state: &State) -> Result<Catalog, Error> {
+        let roles: Vec<&String> = state.roles.iter().collect();
+        let load =
+            client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2))::text").await?;
+        let text: String = client.query_one(&load, &[&roles, &self.judge]).await?.get(0);
+        let answer: Answer = serde_json::from_str(&text).map_err(|error| {
+            Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
+        })?;
+        Ok(Catalog::new(answer.relations, state.roles.clone(), answer.ordered))
     }
 
     /// Reads a filter with the column types of a relation.
@@ -231,14 +262,5 @@ impl CatalogKeeper {
         let condition = terms.join(" and ");
         let text: String = client.query_one(&statement, &[&relation.id().0, &condition]).await?.get(0);
         Ok(BoundFilter::new(relation, typed, condition, text.into()))
-    }
-}
-
-/// Lets triggers take the care that columns added since need. It may wait for a lock, which nothing else waits for. Not worth
-/// failing for: `relay.watch` does it, too.
-async fn repair(pool: Pool) {
-    let repaired = async { Ok::<_, Error>(pool.get().await?.execute("select relay.repair()", &[]).await?) };
-    if let Err(error) = repaired.await {
-        tracing::debug!(error = %error, "triggers could not be adapted");
     }
 }

@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
-use crate::model::change::{self, Change, Operation, RelationId};
+use crate::model::change::{self, Change, Operation, Reading, RelationId};
 use crate::model::cursor::{Epoch, Snapshot};
 use crate::postgres::catalog::RuleScope;
 use crate::postgres::connect::{Error, Lease, Server};
@@ -275,6 +275,13 @@ fn change(row: &Row) -> Result<Change, Error> {
         xid: xid.parse().map_err(|_| unfit("relay.page gave no transaction id"))?,
         at: row.try_get::<_, OffsetDateTime>("at")?,
         relation: RelationId(row.try_get("relation")?),
+        shape: row.try_get("shape")?,
+        began: row
+            .try_get::<_, Option<&str>>("began")?
+            .map(str::parse)
+            .transpose()
+            .map_err(|_| unfit("relay.page gave no transaction id"))?,
+        reading: Reading::default(),
         operation: Operation::from_letter(operation)
             .ok_or_else(|| unfit("relay.page gave an unknown operation"))?,
         oversize,

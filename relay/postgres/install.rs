@@ -1,7 +1,11 @@
 //! Brings the database side (`sql/`) to this version: idempotent, safe when many run at once, never backwards.
 
+use std::time::Duration;
+
 use sha2::{Digest, Sha256};
+use tokio::time::sleep;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::postgres::connect::Error;
 
@@ -13,6 +17,8 @@ const FILES: &[(&str, &str)] = &[
     ("004_retention.sql", include_str!("../../sql/004_retention.sql")),
     ("005_bookmarks.sql", include_str!("../../sql/005_bookmarks.sql")),
     ("006_indexes.sql", include_str!("../../sql/006_indexes.sql")),
+    ("007_shapes.sql", include_str!("../../sql/007_shapes.sql")),
+    ("100_shapes.sql", include_str!("../../sql/100_shapes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),
     ("102_watch.sql", include_str!("../../sql/102_watch.sql")),
     ("103_page.sql", include_str!("../../sql/103_page.sql")),
@@ -65,7 +71,59 @@ async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
         transaction.commit().await?;
         applied.push(*name);
     }
+    renew(client).await?;
     Ok(applied)
+}
+
+/// How long one table is asked for, with a pause between two tries: a transaction that wrote to it and stays open must not make other
+/// writers wait behind us.
+const TRIES: u32 = 120;
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Writes the trigger functions of watched tables anew where their text is another, and the triggers of an older version. Of
+/// what belongs to somebody else the installer leaves what is there.
+async fn renew(client: &mut Client) -> Result<(), Error> {
+    client.execute("select relay.repair()", &[]).await?;
+    let outdated = "select w.id, w.relation::oid, w.relation::text from relay.watch_list w join pg_trigger t on t.tgrelid = w.relation \
+                    where t.tgfoid = to_regprocedure('relay.capture()') and t.tgname = '00_relay_capture_' || w.id and t.tgenabled = 'A'";
+    for row in client.query(outdated, &[]).await? {
+        let (id, relation, name): (i32, u32, String) = (row.get(0), row.get(1), row.get(2));
+        let mut tries = 0;
+        loop {
+            let transaction = client.transaction().await?;
+            transaction.batch_execute("set local lock_timeout = '50ms'").await?;
+            let set = transaction.execute("select relay.set_triggers($1::oid, $2)", &[&relation, &id]).await;
+            tries += 1;
+            match set {
+                Ok(_) => {
+                    transaction.commit().await?;
+                    break;
+                }
+                Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TRIES => {
+                    transaction.rollback().await?;
+                    sleep(PAUSE).await;
+                }
+                Err(error) => {
+                    let _ = transaction.rollback().await;
+                    let why = Error::from(error);
+                    tracing::warn!(table = name, error = %why, "its changes are not told until its owner calls relay.watch");
+                    break;
+                }
+            }
+        }
+    }
+    // What older triggers called, once there are none.
+    client
+        .batch_execute(
+            "do $$ begin
+               if not exists (select from pg_trigger t where t.tgfoid = to_regprocedure('relay.capture()')) then
+                 drop function if exists relay.capture(), relay.capture_whole(anyelement, anyelement, int, \"char\"),
+                   relay.log_change(int, \"char\", boolean, json, json), relay.needs_care(regclass);
+               end if;
+             end $$",
+        )
+        .await?;
+    Ok(())
 }
 
 /// What helps when PostgreSQL itself has no hint.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use relay::feed::gate::{Gate, Verdict};
 use relay::feed::readership::Readerships;
-use relay::model::change::{Change, Operation};
+use relay::model::change::{Change, Operation, Reading};
 use relay::model::claims::Claims;
 use relay::model::plan::{Plan, Way};
 use relay::model::policy::Identity;
@@ -155,6 +155,9 @@ impl Ways {
             xid: 1,
             at: time::OffsetDateTime::UNIX_EPOCH,
             relation: relation.id(),
+            shape: None,
+            began: None,
+            reading: Reading::default(),
             operation: Operation::Insert,
             oversize: false,
             before: None,

@@ -9,7 +9,7 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use relay::model::change::{Change, Operation, RelationId, Row};
+use relay::model::change::{Change, Operation, Reading, RelationId, Row};
 use relay::model::delivery::{View, data, record};
 use relay::model::image::Image;
 use relay::model::policy::Meaning;
@@ -65,6 +65,9 @@ fuzz_target!(|text: &str| {
         xid: 700,
         at: time::OffsetDateTime::UNIX_EPOCH,
         relation: RelationId(7),
+        shape: None,
+        began: None,
+        reading: Reading::default(),
         operation: Operation::Update,
         oversize: chosen('o'),
         before: before.map(str::to_owned),
