@@ -100,6 +100,8 @@ begin
     if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
       execute 'grant create on schema relay to relay_writer';
     end if;
+    execute (select format('revoke all on function %s from public', string_agg(format('relay.%I()', relay.capture_function(id, o)), ', '))
+             from unnest(relay.operations()) o);
     foreach operation in array relay.operations() loop
       name := format('relay.%I()', relay.capture_function(id, operation));
       execute format('alter function %s owner to relay_writer', name);

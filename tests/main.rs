@@ -67,6 +67,7 @@ mod retention;
 mod shapes;
 mod strangers;
 mod tokens;
+mod triggers;
 mod websocket;
 mod wire;
 mod wire_bindings;

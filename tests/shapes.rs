@@ -325,7 +325,8 @@ async fn without_an_event_trigger_the_shape_is_looked_up_and_what_is_not_certain
     )
     .await;
     let away = Away::from(&stage).await;
-    let mut client = stage.subscribe(&user(), bindings()).await;
+    let mut client = Client::connect(&stage.relay, &user()).await;
+    client.subscribe("realtime:t", bindings()).await;
     stage.run("insert into t values (1, 'shown', 'top secret')").await;
     assert_eq!(client.change().await["record"], json!({"id": 1, "a": "shown"}));
     let exchange = "alter table t rename a to x; alter table t rename b to a; alter table t rename x to b; grant select (a) on t to authenticated;

@@ -324,7 +324,8 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
 }
 
 async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
-    let watched = "select relation::text, intact, relay.notes(relation) from relay.watched order by 1";
+    let watched = "select w.relation::text, w.intact, relay.notes(w.relation), \
+         w.kind = 'materialized view' or relay.functions_intact(w.relation, w.id) from relay.watched w order by 1";
     let rows = client.query(watched, &[]).await?;
     if rows.is_empty() {
         return Ok(vec![Note(String::from(
@@ -334,7 +335,13 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
     let mut findings = Vec::new();
     for row in rows {
         let (name, intact, notes): (String, bool, Vec<String>) = (row.get(0), row.get(1), row.get(2));
-        if !intact {
+        let has_functions: bool = row.get(3);
+        if !has_functions {
+            findings.push(Fault(format!(
+                "{name}: its trigger functions are not as they should be, so changes may be lost or told wrongly: run `relay install`, \
+                 or select relay.watch('{name}')"
+            )));
+        } else if !intact {
             findings.push(Fault(format!(
                 "{name}: its triggers are missing or disabled, changes are lost: select relay.watch('{name}')"
             )));

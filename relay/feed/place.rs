@@ -100,7 +100,7 @@ impl Layout {
             match self {
                 Self::Lacking(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
                 layout if change.reading == Reading::Partial => {
-                    *layout = Self::Partial(missing.cloned().collect())
+                    *layout = Self::Partial(missing.cloned().collect());
                 }
                 layout => *layout = Self::Lacking(missing.cloned().collect()),
             }

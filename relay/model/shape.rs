@@ -79,7 +79,7 @@ struct Carried {
     labels: Option<HashMap<String, String>>,
 }
 
-/// Columns by name, or attributes.
+/// Columns by name.
 type Moments = HashMap<String, Moment>;
 
 /// Where in a value moments stand.
@@ -87,7 +87,6 @@ type Moments = HashMap<String, Moment>;
 enum Moment {
     Here,
     InElements(Box<Moment>),
-    InAttributes(Moments),
 }
 
 /// The shapes of a relation, as its images are read.
@@ -259,7 +258,7 @@ fn moments(columns: &[Numbered]) -> Moments {
         .collect()
 }
 
-/// Where in the values of a type moments stand.
+/// Where in the values of a type moments stand. Those in a row are in UTC: the writer has it made with care.
 fn moment(kind: u32, definition: Option<&Definition>) -> Option<Moment> {
     match (kind, definition) {
         (TIMESTAMPTZ, _) => Some(Moment::Here),
@@ -267,10 +266,6 @@ fn moment(kind: u32, definition: Option<&Definition>) -> Option<Moment> {
         (_, Some(Definition { domain: Some(base), of, .. })) => moment(*base, of.as_deref()),
         (_, Some(Definition { array: Some(element), of, .. })) => {
             Some(Moment::InElements(Box::new(moment(*element, of.as_deref())?)))
-        }
-        (_, Some(Definition { row: Some(attributes), .. })) => {
-            let attributes = moments(attributes);
-            (!attributes.is_empty()).then_some(Moment::InAttributes(attributes))
         }
         _ => None,
     }
@@ -287,7 +282,6 @@ impl Moment {
                 true => self.in_utc(value),
                 false => element.in_utc(value),
             }),
-            Self::InAttributes(attributes) => with_moments_in_utc(json, attributes),
         }
     }
 }
