@@ -1,5 +1,6 @@
-//! The fault run: writers with delays, savepoints and rollbacks; relays that are killed, a PostgreSQL that crashes, connections that
-//! are cut, clients that never read; readers that come back by any transport. What was committed is told to whom it may be
+//! The fault run: writers with delays, savepoints and rollbacks; two relays of which the leader or the other is killed, a
+//! PostgreSQL that crashes, connections that are cut, clients that never read; readers that come back to either relay by any
+//! transport. What was committed is told to whom it may be
 //! told: exactly once to those with a cursor, at least once to sockets that named their session, each row's changes in order.
 //!
 //! `RELAY_TEST_MINUTES=…` makes it longer; a short one is part of the suite.
@@ -19,7 +20,7 @@ use crate::crash::Cluster;
 use crate::support::client::Client;
 use crate::support::database::connect;
 use crate::support::dice::Dice;
-use crate::support::http::try_get;
+use crate::support::http::{text, try_get};
 use crate::support::program;
 use crate::support::proxy::Proxy;
 use crate::support::{PATIENCE, SECRET, eventually};
@@ -38,9 +39,10 @@ type Told = (i64, i64);
 /// What the writers and readers know of the run.
 struct Run {
     url: String,
-    address: SocketAddr,
-    /// The same behind a proxy that is cut every now and then.
-    cut: SocketAddr,
+    /// Of the relays.
+    addresses: [SocketAddr; 2],
+    /// The same behind proxies that are cut every now and then.
+    cut: [SocketAddr; 2],
     writing: AtomicBool,
     /// When nothing is written any more: how many changes each reader is owed.
     owed: [AtomicU64; 2],
@@ -95,7 +97,7 @@ async fn transaction(session: &Session, dice: &mut Dice) -> Result<(), tokio_pos
 /// Joins and never reads; when it is closed, another takes its place.
 async fn stall(run: Arc<Run>) {
     while run.writing.load(Ordering::Relaxed) {
-        if let Ok(mut client) = Client::at(run.address, &Reader::token(0), "").await
+        if let Ok(mut client) = Client::at(run.addresses[0], &Reader::token(0), "").await
             && client.try_join("realtime:events", bindings()).await.is_ok()
         {
             sleep(Duration::from_secs(3)).await;
@@ -104,19 +106,26 @@ async fn stall(run: Arc<Run>) {
     }
 }
 
-/// The program, on an address that stays.
-async fn serve(run: &Run) -> Child {
-    let address = run.address.to_string();
+/// One of the relays, on an address that stays.
+async fn serve(run: &Run, which: usize) -> Child {
+    let address = run.addresses[which].to_string();
     let arguments = ["serve", "--jwt-secret", SECRET, "--listen", &address, "--database-url", &run.url];
     let mut command = program::relay(&arguments);
     let child =
         command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
     eventually("the relay is ready", || async {
-        let answer = timeout(Duration::from_secs(1), try_get(run.address, "/readyz", "")).await.ok()??;
+        let answer =
+            timeout(Duration::from_secs(1), try_get(run.addresses[which], "/readyz", "")).await.ok()??;
         (answer.status == 200).then_some(())
     })
     .await;
     child
+}
+
+/// Which relay leads; the first when none does.
+async fn leader(run: &Run) -> usize {
+    let metrics = timeout(Duration::from_secs(1), text(run.addresses[1], "/metrics")).await;
+    usize::from(metrics.is_ok_and(|(_, metrics)| metrics.contains("relay_leader 1\n")))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -132,18 +141,19 @@ async fn what_was_committed_is_told_once_whatever_is_killed_and_by_whichever_tra
         )
         .await
         .unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let proxy = Proxy::start(port).await;
+    let ports = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let ports = ports.map(|port| port.local_addr().unwrap());
+    let proxies = [Proxy::start(ports[0]).await, Proxy::start(ports[1]).await];
     let run = Arc::new(Run {
         url: cluster.url.clone(),
-        address: port,
-        cut: proxy.address,
+        addresses: ports,
+        cut: [proxies[0].address, proxies[1].address],
         writing: AtomicBool::new(true),
         owed: [AtomicU64::new(0), AtomicU64::new(0)],
         settled: AtomicBool::new(false),
         repeated: AtomicU64::new(0),
     });
-    let mut serving = serve(&run).await;
+    let mut serving = [serve(&run, 0).await, serve(&run, 1).await];
 
     // All readers begin before the first row; the last of each begin over a socket and go on by turns.
     let mut readers = Vec::new();
@@ -199,16 +209,23 @@ async fn what_was_committed_is_told_once_whatever_is_killed_and_by_whichever_tra
     while Instant::now() < end {
         for _ in 0..3 {
             sleep(Duration::from_millis(800)).await;
-            proxy.cut();
+            proxies.iter().for_each(Proxy::cut);
         }
         faults += 1;
-        if faults % 2 == 1 {
+        let leader = leader(&run).await;
+        match faults % 3 {
             // Not asked, not told.
-            serving.kill().await.unwrap();
-            serving = serve(&run).await;
-        } else {
-            cluster.stop("kill");
-            cluster.restart(&[]);
+            1 => serving[leader].kill().await.unwrap(),
+            2 => {
+                cluster.stop("kill");
+                cluster.restart(&[]);
+            }
+            _ => serving[1 - leader].kill().await.unwrap(),
+        }
+        for (which, relay) in serving.iter_mut().enumerate() {
+            if relay.try_wait().unwrap().is_some() {
+                *relay = serve(&run, which).await;
+            }
         }
     }
     run.writing.store(false, Ordering::Relaxed);

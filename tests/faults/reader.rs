@@ -1,6 +1,7 @@
 //! Somebody who reads on, whatever happens: by polls, streams, sockets, or by turns.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -16,6 +17,8 @@ use crate::support::token;
 /// Somebody who reads on, whatever happens.
 pub struct Reader {
     run: Arc<Run>,
+    /// How many answers it asked for: each is the other relay's.
+    turn: usize,
     pub place: usize,
     path: String,
     pub cursor: Option<String>,
@@ -30,6 +33,7 @@ impl Reader {
         let path = format!("/realtime/v1/changes?table=events&apikey={}", Self::token(place));
         Self {
             run: Arc::clone(run),
+            turn: place,
             place,
             path,
             cursor: None,
@@ -49,6 +53,12 @@ impl Reader {
             && self.told.len() as u64 >= self.run.owed[self.place].load(Ordering::Relaxed)
     }
 
+    /// The relay whose turn it is.
+    fn relay(&mut self) -> SocketAddr {
+        self.turn += 1;
+        self.run.addresses[self.turn % 2]
+    }
+
     fn take(&mut self, change: &Value) {
         assert_eq!(change["record"]["owner"], [ANN, BOB][self.place], "a row of somebody else's");
         let number = |name: &str| change["record"][name].as_i64().unwrap();
@@ -60,7 +70,8 @@ impl Reader {
     /// One answer to a poll, if one comes.
     pub async fn poll(&mut self) {
         let since = self.cursor.as_ref().map_or(String::new(), |cursor| format!("&wait=1&since={cursor}"));
-        let Some(answer) = try_get(self.run.address, &format!("{}{since}", self.path), "").await else {
+        let (relay, path) = (self.relay(), format!("{}{since}", self.path));
+        let Some(answer) = try_get(relay, &path, "").await else {
             return sleep(Duration::from_millis(20)).await;
         };
         match answer.status {
@@ -81,7 +92,8 @@ impl Reader {
 
     /// Some events of a stream.
     pub async fn stream(&mut self, most: usize) {
-        let mut events = match Events::try_open(self.run.address, &self.path, self.cursor.as_deref()).await {
+        let relay = self.relay();
+        let mut events = match Events::try_open(relay, &self.path, self.cursor.as_deref()).await {
             Ok(events) => events,
             Err(None | Some(503)) => return sleep(Duration::from_millis(20)).await,
             Err(status) => panic!("{status:?}"),
@@ -104,7 +116,9 @@ impl Reader {
         let name = format!("&session=00000000-0000-4000-8000-{:012}", self.place);
         let mut told = HashSet::new();
         while !self.is_done() {
-            let Ok(mut client) = Client::at(self.run.cut, &Self::token(self.place), &name).await else {
+            self.turn += 1;
+            let relay = self.run.cut[self.turn % 2];
+            let Ok(mut client) = Client::at(relay, &Self::token(self.place), &name).await else {
                 sleep(Duration::from_millis(20)).await;
                 continue;
             };
@@ -134,8 +148,8 @@ impl Reader {
 
     /// Joins over a socket, which tells cursors but does not take one.
     pub async fn join(&mut self) {
-        let mut client =
-            Client::at(self.run.address, &Self::token(self.place), "&cursor=true").await.unwrap();
+        let relay = self.relay();
+        let mut client = Client::at(relay, &Self::token(self.place), "&cursor=true").await.unwrap();
         client.subscribe("realtime:events", bindings()).await;
         self.client = Some(client);
     }
