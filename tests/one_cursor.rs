@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use relay::model::cursor::Cursor;
@@ -16,7 +16,7 @@ use crate::order::CROWD;
 use crate::support::client::Client;
 use crate::support::database::{Database, READER, connect, with_login};
 use crate::support::dice::Dice;
-use crate::support::http::{Events, get};
+use crate::support::http::{Answer, Events, get};
 use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::{PATIENCE, eventually, token};
@@ -39,17 +39,17 @@ fn bindings() -> Value {
 }
 
 /// Small transactions that overlap, commit late and some of which are rolled back: each adds one to some rows.
-async fn write(url: String, number: u64, writing: Arc<AtomicBool>) {
+async fn write(url: String, number: u64, end: Arc<End>) {
     let (session, mut dice) = (connect(&url).await, Dice(number * 7_919 + 3));
-    while writing.load(Ordering::Relaxed) {
+    while !end.is_near() {
         let mut ids: Vec<u64> = (0..8).map(|_| 1 + dice.below(ROWS as u64)).collect();
         ids.sort_unstable();
         ids.dedup();
         let updates: String =
             ids.iter().map(|id| format!("update once set v = v + 1 where id = {id};")).collect();
         let pause = [0, 0, 10, 40][dice.below(4) as usize];
-        let end = if dice.below(6) == 0 { "rollback" } else { "commit" };
-        let text = format!("begin; {updates} select pg_sleep({pause} / 1000.0); {end}");
+        let last = if dice.below(6) == 0 { "rollback" } else { "commit" };
+        let text = format!("begin; {updates} select pg_sleep({pause} / 1000.0); {last}");
         session.batch_execute(&text).await.unwrap();
         sleep(Duration::from_millis(dice.below(15))).await;
     }
@@ -62,7 +62,26 @@ struct Reader {
     has: HashMap<i64, i64>,
     cursor: String,
     told: usize,
-    writing: Arc<AtomicBool>,
+    busy: usize,
+    end: Arc<End>,
+}
+
+/// When nothing is written any more, and how many changes there were then.
+#[derive(Default)]
+struct End {
+    is_near: AtomicBool,
+    is_there: AtomicBool,
+    total: AtomicI64,
+}
+
+impl End {
+    fn is_near(&self) -> bool {
+        self.is_near.load(Ordering::Relaxed)
+    }
+
+    fn total(&self) -> Option<i64> {
+        self.is_there.load(Ordering::Acquire).then(|| self.total.load(Ordering::Relaxed))
+    }
 }
 
 impl Reader {
@@ -78,8 +97,21 @@ impl Reader {
         self.told += 1;
     }
 
+    /// An answer of either relay; one that has no time now is asked again, and counted.
+    async fn ask(&mut self, path: &str) -> Answer {
+        loop {
+            let answer = get(self.relay(), path, "").await;
+            match answer.status {
+                200 => return answer,
+                503 => self.busy += 1,
+                _ => panic!("{answer:?}"),
+            }
+            assert!(self.busy < 5, "{answer:?}");
+        }
+    }
+
     async fn begin(&mut self) {
-        let answer = get(self.relay(), &path(), "").await;
+        let answer = self.ask(&path()).await;
         let row = |row: &Value| (row["id"].as_i64().unwrap(), row["v"].as_i64().unwrap());
         let rows = answer.body["rows"].as_array().unwrap_or_else(|| panic!("{answer:?}"));
         self.has = rows.iter().map(row).collect();
@@ -89,7 +121,7 @@ impl Reader {
     /// False when there is nothing more.
     async fn poll(&mut self) -> bool {
         let path = format!("{}&wait=1&since={}", path(), self.cursor);
-        let answer = get(self.relay(), &path, "").await;
+        let answer = self.ask(&path).await;
         let changes = answer.body["changes"].as_array().unwrap_or_else(|| panic!("{answer:?}"));
         changes.iter().for_each(|change| self.take(change));
         self.cursor = answer.body["cursor"].as_str().unwrap().to_owned();
@@ -121,7 +153,7 @@ impl Reader {
             }
         }
         let mut begun = Instant::now();
-        while self.writing.load(Ordering::Relaxed) {
+        while !self.end.is_near() {
             match (kind, self.dice.below(3)) {
                 ("anew", _) if begun.elapsed() > Duration::from_millis(400) => {
                     self.begin().await;
@@ -131,24 +163,24 @@ impl Reader {
                 (_, size) => self.stream(if size == 1 { 7 } else { 120 }).await,
             }
         }
-        while self.poll().await {}
+        // The last writers end in a moment; all of theirs comes, and nothing more.
+        let started = Instant::now();
+        while self.end.total() != Some(self.has.values().sum()) {
+            self.poll().await;
+            assert!(started.elapsed() < 3 * PATIENCE, "{kind}: something is missing");
+        }
+        assert!(!self.poll().await, "{kind}: something comes again");
         (kind, self)
     }
 }
 
 /// An unmodified client that named its session and is cut off all the time: nothing is lost, and what comes again is known
 /// by its transaction and number.
-async fn resume(
-    relays: Vec<SocketAddr>,
-    mut client: Client,
-    until: Arc<AtomicBool>,
-    settled: Arc<AtomicBool>,
-    total: Arc<std::sync::atomic::AtomicI64>,
-) -> (usize, usize) {
+async fn resume(relays: Vec<SocketAddr>, mut client: Client, end: Arc<End>) -> (usize, usize) {
     let (mut has, mut seen, mut again, mut turn) = (HashMap::new(), HashSet::new(), 0, 0);
     loop {
         let cut = Instant::now() + Duration::from_millis(700);
-        while !until.load(Ordering::Relaxed) || Instant::now() < cut {
+        while Instant::now() < cut {
             match client.try_frame(Duration::from_millis(100)).await {
                 Ok(Some(frame)) if frame[3] == "postgres_changes" => {
                     let change = &frame[4]["data"];
@@ -168,11 +200,8 @@ async fn resume(
                 Ok(None) => {}
                 Err(over) => panic!("{over}"),
             }
-            if Instant::now() > cut {
-                break;
-            }
         }
-        if settled.load(Ordering::Relaxed) && has.values().sum::<i64>() == total.load(Ordering::Relaxed) {
+        if end.total() == Some(has.values().sum()) {
             return (seen.len(), again);
         }
         turn += 1;
@@ -195,7 +224,7 @@ async fn each_change_comes_once_by_whichever_relay_and_transport() {
         .await;
     let relays = [Relay::start(&database.url).await, Relay::start(&database.url).await];
     let addresses: Vec<SocketAddr> = relays.iter().map(|relay| relay.address).collect();
-    let writing = Arc::new(AtomicBool::new(true));
+    let end = Arc::<End>::default();
     let mut readers = Vec::new();
     for (number, kind) in ["poll", "poll", "anew", "anew", "turns", "turns", "socket"].into_iter().enumerate()
     {
@@ -205,7 +234,8 @@ async fn each_change_comes_once_by_whichever_relay_and_transport() {
             has: HashMap::new(),
             cursor: String::new(),
             told: 0,
-            writing: Arc::clone(&writing),
+            busy: 0,
+            end: Arc::clone(&end),
         };
         let socket = if kind == "socket" { Some(reader.join().await) } else { None };
         // Nothing is written yet.
@@ -214,38 +244,31 @@ async fn each_change_comes_once_by_whichever_relay_and_transport() {
     }
     let mut client = Client::at(addresses[0], &reader(), SESSION).await.unwrap();
     client.subscribe(TOPIC, bindings()).await;
-    let (settled, total) = (Arc::<AtomicBool>::default(), Arc::<std::sync::atomic::AtomicI64>::default());
-    let resuming = tokio::spawn(resume(
-        addresses,
-        client,
-        Arc::clone(&writing),
-        Arc::clone(&settled),
-        Arc::clone(&total),
-    ));
+    let resuming = tokio::spawn(resume(addresses, client, Arc::clone(&end)));
     let writers: Vec<_> = (1..=WRITERS)
-        .map(|number| tokio::spawn(write(database.url.clone(), number, Arc::clone(&writing))))
+        .map(|number| tokio::spawn(write(database.url.clone(), number, Arc::clone(&end))))
         .collect();
     sleep(WRITING).await;
-    writing.store(false, Ordering::Relaxed);
+    end.is_near.store(true, Ordering::Relaxed);
     for writer in writers {
         writer.await.unwrap();
     }
     let rows = database.client.query("select id, v from once", &[]).await.unwrap();
     let truth: HashMap<i64, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    total.store(truth.values().sum(), Ordering::Relaxed);
-    settled.store(true, Ordering::Relaxed);
+    end.total.store(truth.values().sum(), Ordering::Relaxed);
+    end.is_there.store(true, Ordering::Release);
     let mut told = Vec::new();
     for reader in readers {
         let (kind, reader) = timeout(3 * PATIENCE, reader).await.expect("it comes to an end").unwrap();
         assert_eq!(reader.has, truth, "{kind}");
-        told.push(reader.told);
+        told.push((kind, reader.told, reader.busy));
     }
     let (seen, again) = timeout(3 * PATIENCE, resuming).await.expect("the session has all").unwrap();
     println!(
         "{} changes; told to each: {told:?}; a session: {seen}, again {again}",
         truth.values().sum::<i64>()
     );
-    assert!(told.iter().all(|told| *told > 300), "too little to prove anything: {told:?}");
+    assert!(told.iter().all(|(_, told, _)| *told > 300), "too little to prove anything: {told:?}");
 }
 
 async fn once() -> Database {
