@@ -88,6 +88,8 @@ pub mod feed {
     pub mod audiences;
     pub mod audience;
     pub mod members;
+    pub mod written;
+    pub mod frame;
     pub mod budget;
     pub mod outbox;
     pub mod past;
@@ -105,15 +107,18 @@ pub mod transport {
     pub mod keys;
     pub mod auth;
     pub mod admission;
+    pub mod intake;
     pub mod deadline;
     pub mod http;
     pub mod query;
     pub mod changes;
+    pub mod answer;
     pub mod stream;
     pub mod writer;
     pub mod pings;
     mod catch_up;
     pub mod resume;
+    pub mod speech;
     pub mod ws;
 }
 

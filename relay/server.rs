@@ -120,7 +120,11 @@ pub async fn serve(
         observe: Arc::clone(&observe),
         pulse: Arc::clone(&pulse),
         allowed_origins: config.allowed_origins,
-        budget: Arc::new(Budget::within(config.limits.total_outbox_bytes, Arc::clone(&observe))),
+        budget: Arc::new(Budget::within(
+            config.limits.total_outbox_bytes,
+            config.limits.change_bytes,
+            Arc::clone(&observe),
+        )),
         admission: Arc::new(Admission::new(config.limits.connections, config.limits.connections_per_address)),
         limits: config.limits,
         resume: config.resume,

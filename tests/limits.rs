@@ -132,7 +132,7 @@ async fn an_answer_that_nobody_takes_is_given_up() {
     let path = format!("/realtime/v1/changes?table=t&apikey={}", anon());
     let mut client = asked(&stage.relay, &path, "").await;
     eventually("the answer waits", || async {
-        (metric(&stage.relay, "relay_outbox_bytes") > 30_000_000).then_some(())
+        (metric(&stage.relay, "relay_outbox_bytes") > 28_000_000).then_some(())
     })
     .await;
     closed(&stage.relay, 1).await;

@@ -65,6 +65,7 @@ mod replays;
 mod resume;
 mod retention;
 mod shapes;
+mod sizes;
 mod strangers;
 mod tokens;
 mod triggers;

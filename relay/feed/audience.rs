@@ -1,18 +1,19 @@
 //! Channels that get the same frames, and how a change becomes one frame for all of them.
 
-use std::cell::OnceCell;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::feed::budget::Budget;
+use crate::feed::frame::Frame;
 use crate::feed::gate::{Candidate, Verdict, Verdicts};
 use crate::feed::members::Members;
-use crate::feed::outbox::Outbox;
+use crate::feed::outbox::{Outbox, Unit};
+use crate::feed::written::{Kept, Unwritten, Written};
 use crate::model::change::{Change, Operation, RelationId};
-use crate::model::cursor::{Cursor, Snapshot, Span};
-use crate::model::delivery::{View, data};
-use crate::model::dress::{Dress, with_cursor};
+use crate::model::cursor::Cursor;
+use crate::model::delivery::View;
+use crate::model::dress::Dress;
 use crate::model::policy::{Meaning, meaning};
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
@@ -51,19 +52,6 @@ pub struct Audience {
     members: Arc<Members>,
 }
 
-/// Texts of one change that were written already, for the next audience that gets the same.
-pub struct Written<'a> {
-    /// Where a reader is after the change, written when it is first asked for.
-    cursor: OnceCell<String>,
-    /// The same for readers who had seen more than what lies before the page.
-    based: HashMap<&'a Snapshot, String>,
-    after: (&'a Span, i64, bool),
-    data: HashMap<(DataKey<'a>, bool), Option<Arc<str>>>,
-    frames: HashMap<FrameKey<'a>, Bytes>,
-    /// The frame used last, which as a rule is the next one too.
-    last: Option<(FrameKey<'a>, Bytes)>,
-}
-
 /// What is being put together for one audience; kept for its allocations.
 #[derive(Default)]
 pub struct Desk<'a> {
@@ -73,7 +61,13 @@ pub struct Desk<'a> {
     /// Relations of which a change was lost.
     lost: Vec<RelationId>,
     /// The frames of the part so far.
-    frames: Vec<Bytes>,
+    frames: Vec<Frame>,
+    /// There was no room in memory for one of them.
+    has_no_room: bool,
+    /// Payloads for the next audience.
+    kept: Kept,
+    /// What frames count for.
+    budget: Option<Arc<Budget>>,
 }
 
 impl Desk<'_> {
@@ -81,37 +75,7 @@ impl Desk<'_> {
     pub fn clear(&mut self) {
         self.lost.clear();
         self.frames.clear();
-    }
-}
-
-/// What the text of a change depends on: rights, selected columns, meaning, and what the cursor in it says that the
-/// reader had seen whole, when that is more than what lies before the page.
-type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning, Option<&'a Snapshot>);
-
-/// What a frame depends on: where it goes, the ids it names, the text it holds.
-type FrameKey<'a> = (&'a Dress, Vec<u32>, DataKey<'a>);
-
-impl<'a> Written<'a> {
-    /// Nothing yet of the change of this number on a page; `last` when nothing of the page comes after it.
-    pub fn new(span: &'a Span, number: i64, last: bool) -> Self {
-        let after = (span, number, last);
-        let (cursor, based) = (OnceCell::new(), HashMap::new());
-        Self { cursor, based, after, data: HashMap::new(), frames: HashMap::new(), last: None }
-    }
-
-    /// What a reader with this position had seen whole, when its cursors have to say so.
-    fn base(&self, position: Option<&'a Cursor>) -> Option<&'a Snapshot> {
-        position.and_then(|position| self.after.0.base(position))
-    }
-
-    fn cursor(&mut self, base: Option<&'a Snapshot>) -> &str {
-        let (span, number, last) = self.after;
-        match base {
-            None => self.cursor.get_or_init(|| span.after(number, last).to_string()),
-            Some(seen) => self.based.entry(seen).or_insert_with(|| {
-                span.after(number, last).and(&Cursor::after(span.epoch, seen.clone())).to_string()
-            }),
-        }
+        self.has_no_room = false;
     }
 }
 
@@ -219,8 +183,11 @@ impl Audience {
         let base = written.base(self.key.since.as_ref());
         if change.operation == Operation::Truncate {
             let why = format!("{}.{} was truncated, read its rows again", relation.schema, relation.table);
-            desk.frames.push(self.gap(&why, written.cursor(base)));
+            desk.frames.extend(self.gap(&why, written.cursor(base)));
             return;
+        }
+        if desk.budget.is_none() {
+            desk.budget = self.members.budget();
         }
         desk.wanted.clear();
         let policy = match verdicts.policy(candidate) {
@@ -258,39 +225,26 @@ impl Audience {
             };
             desk.ids.clear();
             desk.ids.extend(group.iter().map(|(_, _, id)| *id));
-            let dress = &self.key.dress;
-            let exact = dress.tells_cursor();
-            let key: DataKey<'a> = (role, select, meaning, base.filter(|_| exact));
-            if let Some(((last_dress, ids, last), frame)) = &written.last
-                && (*last_dress, ids, *last) == (dress, &desk.ids, key)
-            {
-                desk.frames.push(frame.clone());
-                continue;
-            }
+            let exact = self.key.dress.tells_cursor();
             let view = View { relation, access, select, meaning, exact };
-            let cursor = if exact { written.cursor(base).to_owned() } else { String::new() };
-            let text = written.data.entry((key, exact)).or_insert_with(|| {
-                let text = data(change, view)?;
-                Some(if exact { with_cursor(&text, &cursor).into() } else { text.into() })
-            });
-            let Some(text) = text else { continue };
-            let key: FrameKey<'a> = (dress, desk.ids.clone(), key);
-            let frame = written
-                .frames
-                .entry(key.clone())
-                .or_insert_with_key(|(dress, ids, _)| self.counted(dress.change(ids, text, &cursor)));
-            desk.frames.push(frame.clone());
-            written.last = Some((key, frame.clone()));
+            let dress = &self.key.dress;
+            let Some(budget) = &desk.budget else { return };
+            match written.frame(dress, &desk.ids, change, (role, view, base), budget, &mut desk.kept) {
+                Ok(frame) => desk.frames.push(frame),
+                Err(Unwritten::Unreadable) => {}
+                Err(Unwritten::NoRoom) => desk.has_no_room = true,
+            }
         }
     }
 
-    /// Hands what is on the desk to all members, which brings those that are told on their own up to `here`; returns how
-    /// many frames that makes.
-    pub fn send(&self, desk: &mut Desk<'_>, here: Option<&Arc<Cursor>>) -> usize {
-        match desk.frames.is_empty() {
-            true => 0,
-            false => self.members.deliver(&mut desk.frames, here),
+    /// Hands what is on the desk to all members, as belonging to a part, which brings those that are told on their own up
+    /// to `here`; returns how many frames that makes. Whoever has no room for it is closed: to go on without would lose it.
+    pub fn send(&self, part: Unit, desk: &mut Desk<'_>, here: Option<&Arc<Cursor>>) -> usize {
+        if desk.frames.is_empty() && !desk.has_no_room {
+            return 0;
         }
+        let has_room = !desk.has_no_room && desk.budget.as_ref().is_none_or(|budget| budget.make_room(0));
+        self.members.deliver(part, &mut desk.frames, has_room, here)
     }
 
     /// A change that this audience might have had to be told cannot be told: says so, once per relation and part.
@@ -298,7 +252,7 @@ impl Audience {
         if !desk.lost.contains(&relation.id()) {
             desk.lost.push(relation.id());
             let why = format!("{}.{}: {why}, read its rows again", relation.schema, relation.table);
-            desk.frames.push(self.gap(&why, cursor));
+            desk.frames.extend(self.gap(&why, cursor));
         }
     }
 
@@ -319,7 +273,7 @@ impl Audience {
             let why = format!(
                 "the policy of {schema}.{table} raises an error for the claims of this token, nothing of it is shown"
             );
-            outbox.push(self.key.dress.gap(&why, "").into());
+            outbox.push(self.key.dress.gap(&why, ""));
         });
     }
 
@@ -330,13 +284,8 @@ impl Audience {
         }
     }
 
-    fn gap(&self, why: &str, cursor: &str) -> Bytes {
-        self.counted(self.key.dress.gap(why, cursor))
-    }
-
-    /// A frame for the members and for others.
-    fn counted(&self, frame: String) -> Bytes {
-        self.members.counted(frame)
+    fn gap(&self, why: &str, cursor: &str) -> Option<Frame> {
+        Some(Frame::whole(self.key.dress.gap(why, cursor), &self.members.budget()?))
     }
 }
 

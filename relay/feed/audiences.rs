@@ -8,6 +8,7 @@ use tokio::time::sleep;
 
 use crate::feed::audience::Audience;
 use crate::feed::gate::Gate;
+use crate::feed::outbox::Unit;
 use crate::feed::readership::{AudienceId, Readerships};
 use crate::feed::stretch::{Stretch, tell};
 use crate::model::cursor::Cursor;
@@ -120,7 +121,7 @@ impl Audiences {
                 self.readerships.prepare(relation, audiences);
             }
         }
-        tell(gate, catalog, stretch, &self.readerships, |id| &self.audiences[id]).await
+        tell(gate, catalog, stretch, &self.readerships, |id| &self.audiences[id], Unit::part()).await
     }
 
     /// Gives clients that have much to read the time to do so, up to `most`; returns how much they took.

@@ -28,7 +28,7 @@ use crate::model::session::ChannelId;
 use crate::model::subscription::{Request, Scope, Subscription, Target, exception, readable};
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
-use crate::postgres::rows::{Found, Rows};
+use crate::postgres::rows::{Found, Rows, Take};
 
 /// A session's handle on the feed.
 #[derive(Clone)]
@@ -158,12 +158,16 @@ impl Feed {
         &self.bookmarks
     }
 
-    /// The rows that a subscription of one table may see now, unless there are more than `most`, and the cursor after
-    /// which it goes on.
+    /// Reads the rows that a subscription of one table may see now, up to `most`, and the cursor after which it goes on.
     ///
     /// # Errors
     /// As [`Rows::read`]; also when the table is gone.
-    pub async fn rows(&self, subscription: &Subscription, most: MostRows) -> Result<Found, Error> {
+    pub async fn rows(
+        &self,
+        subscription: &Subscription,
+        most: MostRows,
+        take: Take<'_>,
+    ) -> Result<Found, Error> {
         let claims = subscription.identity().claims();
         let catalog = timeout(PATIENCE, self.binder.catalog.with_role(claims.role())).await;
         let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
@@ -178,13 +182,12 @@ impl Feed {
             return Err(Error::Unfit(String::from("the table is gone")));
         };
         let condition = binding.filter.as_ref().map(|filter| filter.condition.as_str());
-        let mut found = self.rows.read(claims, relation, access, condition, most).await?;
-        for row in &mut found.rows {
-            if let Some(told) = record(row, relation, access, binding.select.as_deref()) {
-                *row = told;
-            }
-        }
-        Ok(found)
+        let select = binding.select.as_deref();
+        let mut take = |row: &str| match record(row, relation, access, select) {
+            Some(told) => take(&told),
+            None => take(row),
+        };
+        self.rows.read(claims, relation, access, condition, most, &mut take).await
     }
 
     pub(super) fn send(&self, command: Command) {

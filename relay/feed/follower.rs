@@ -22,6 +22,9 @@ use crate::model::subscription::Subscription;
 /// The longest pause before the router is asked again whether it is ready.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// What is told to a client for whose past there is no room in memory.
+const NO_ROOM: &str = "too much waits for clients to read what was missed, read the rows again";
+
 /// A channel that came with a cursor. It leaves when it is dropped.
 pub struct Follower {
     feed: Feed,
@@ -184,6 +187,10 @@ impl Listeners for Alone<'_> {
     async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
         if self.audience.subscription().is_stale(catalog) {
             return Err(Missed::Gap(ALTERED));
+        }
+        // To be closed for it would end nothing: it would come back for the same.
+        if !self.outbox.budget().make_room(stretch.bytes()) {
+            return Err(Missed::Gap(NO_ROOM));
         }
         tell_one(gate, catalog, stretch, &self.audience).await?;
         // It may not have been told all of it, so it has not come further.

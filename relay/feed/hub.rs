@@ -85,7 +85,7 @@ impl Hub {
             registration.outbox.push(frame);
         }
         if let Some(why) = missed {
-            registration.outbox.push(registration.dress.gap(why, "").into());
+            registration.outbox.push(registration.dress.gap(why, ""));
         }
         match (replay.as_ref(), newcomers.as_mut(), at) {
             (Some((number, _)), Some(newcomers), Some(at)) => {

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use bytes::Bytes;
-
-use crate::feed::outbox::Outbox;
+use crate::feed::budget::Budget;
+use crate::feed::frame::Frame;
+use crate::feed::outbox::{Outbox, Unit};
 use crate::model::change::RelationId;
 use crate::model::cursor::Cursor;
 use crate::model::session::ChannelId;
@@ -71,9 +71,15 @@ impl Members {
         self.lock().reached(here);
     }
 
-    /// Hands frames to all of them, which brings those that are told on their own up to `here`; returns how many frames
+    /// Hands frames that belong to a part to all of them, which brings those that are told on their own up to `here`; returns how many frames
     /// that makes.
-    pub fn deliver(&self, frames: &mut Vec<Bytes>, here: Option<&Arc<Cursor>>) -> usize {
+    pub fn deliver(
+        &self,
+        part: Unit,
+        frames: &mut Vec<Frame>,
+        has_room: bool,
+        here: Option<&Arc<Cursor>>,
+    ) -> usize {
         let mut state = self.lock();
         if let Some(here) = here {
             state.reached(here);
@@ -83,10 +89,10 @@ impl Members {
         // The last one, as a rule the only one, takes them as they are: a frame's count of owners is a bottleneck.
         let last = outboxes.next_back();
         for outbox in outboxes {
-            outbox.deliver(frames.iter().cloned());
+            outbox.deliver(part, frames.iter().cloned(), has_room);
         }
         if let Some(outbox) = last {
-            outbox.deliver(frames.drain(..));
+            outbox.deliver(part, frames.drain(..), has_room);
         }
         count
     }
@@ -122,12 +128,9 @@ impl Members {
         self.missed.get().copied()
     }
 
-    /// A frame for the members and for others, counted once.
-    pub fn counted(&self, frame: String) -> Bytes {
-        match self.lock().outboxes.values().next() {
-            Some(outbox) => outbox.counted(frame),
-            None => Bytes::from(frame),
-        }
+    /// What their frames count for; none without any channel.
+    pub fn budget(&self) -> Option<Arc<Budget>> {
+        self.lock().outboxes.values().next().map(|outbox| Arc::clone(outbox.budget()))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -2,29 +2,57 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::feed::budget::Budget;
+use crate::feed::budget::{Budget, Holder, Owner, Place, Waiting};
+use crate::feed::frame::Frame;
 use crate::model::session::ChannelId;
 
+/// A client for which this much waits …
+const MUCH: usize = 64 * 1024;
+/// … for this long is slow.
+const LONG: Duration = Duration::from_millis(250);
+/// What waits may be this much before more of a page is to wait for the client, or a part of the limit if that is less.
+const BEHIND: usize = 256 * 1024;
+/// Places for frames that an outbox has without being counted for them.
+const PLACES: usize = 32;
+
 /// Frames on their way to one client, bounded in bytes.
-#[derive(Debug)]
+///
+/// The client is closed when more is to be added while more than the limit waits. So all that one change is to a client
+/// fits, whatever it is, if the client has read enough of what was before it.
 pub struct Outbox {
-    // Never held across an await, and only for a push or a take.
-    queue: Mutex<Queue>,
+    shared: Arc<Shared>,
     limit: usize,
+    budget: Arc<Budget>,
+    _place: Place,
+}
+
+struct Shared {
+    // Neither is held across an await. The hand may be held while the socket is written to, so never by those who push.
+    queue: Mutex<Queue>,
+    hand: Mutex<Hand>,
+    owner: Option<Arc<Owner>>,
     budget: Arc<Budget>,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    frames: VecDeque<Bytes>,
+    frames: VecDeque<Frame>,
     bytes: usize,
+    /// What the last frame is of.
+    part: Unit,
     /// What was taken and cannot be written now.
     stuck: usize,
+    /// Since when much waits.
+    since: Option<Instant>,
+    /// Places for frames that are counted.
+    places: usize,
     /// Channels to be bound anew.
     rebind: Vec<ChannelId>,
     full: bool,
@@ -36,10 +64,36 @@ struct Queue {
     watching: Option<Waker>,
 }
 
+/// What belongs together: a client that had room for the beginning has room for the rest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Unit(u64);
+
+/// The last unit that was begun.
+static UNITS: AtomicU64 = AtomicU64::new(1);
+
+impl Unit {
+    /// What one reader missed. It is read as fast as the reader takes it.
+    pub const PAST: Self = Self(1);
+
+    /// A part of a page: all that its changes are to a client, in whichever of its channels.
+    pub fn part() -> Self {
+        Self(UNITS.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
+/// Frames that were taken and are being written.
+#[derive(Debug, Default)]
+pub struct Hand {
+    /// They, in order.
+    pub frames: VecDeque<Frame>,
+    /// They were taken away, also one that was begun.
+    pub is_evicted: bool,
+}
+
 /// What the session finds in its outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
-    /// Frames: they are in the queue that was given.
+    /// Frames: they are in the hand.
     Frames,
     /// A channel's relation is gone, or another: it is to be bound anew.
     Rebind(ChannelId),
@@ -50,39 +104,73 @@ pub enum Taken {
 impl Outbox {
     /// An empty outbox that holds up to `limit` bytes of what `budget` allows all together.
     pub fn new(limit: usize, budget: Arc<Budget>) -> Self {
-        budget.outbox_opened();
-        Self { queue: Mutex::default(), limit, budget }
+        Self::of(None, limit, budget)
     }
 
-    /// Adds a frame. One frame is always taken, however large: otherwise it could never be delivered.
-    pub fn push(&self, frame: Bytes) {
-        self.add([self.budget.count(frame)], false);
+    /// The same for an answer that belongs to somebody.
+    pub fn of(owner: Option<Arc<Owner>>, limit: usize, budget: Arc<Budget>) -> Self {
+        let (queue, hand) = (Mutex::default(), Mutex::default());
+        let shared = Arc::new(Shared { queue, hand, owner, budget: Arc::clone(&budget) });
+        let holder: Weak<dyn Holder> = Arc::<Shared>::downgrade(&shared);
+        let _place = budget.enter(holder);
+        Self { shared, limit, budget, _place }
     }
 
-    /// Adds frames that tell changes and are counted already ([`Self::counted`]), in one go.
-    pub fn deliver(&self, frames: impl IntoIterator<Item = Bytes>) {
-        self.add(frames, true);
+    /// Adds a frame of its own. One frame is always taken, however large: otherwise it could never be delivered.
+    pub fn push(&self, frame: impl Into<Bytes>) {
+        let frame = Frame::whole(frame, &self.budget);
+        self.add(self.budget.make_room(0), [frame], None);
     }
 
-    fn add(&self, frames: impl IntoIterator<Item = Bytes>, delivered: bool) {
+    /// Adds all that a part of a page is to a channel. Without room for it in memory, the client is closed.
+    pub fn deliver(&self, part: Unit, frames: impl IntoIterator<Item = Frame>, has_room: bool) {
+        self.add(has_room, frames, Some(part));
+    }
+
+    /// Adds a piece of an answer; false when it may not have more, or was evicted.
+    pub fn answer(&self, text: String) -> bool {
+        let has_room = match &self.shared.owner {
+            Some(owner) => self.budget.make_room_for(owner, text.len()),
+            None => self.budget.make_room(text.len()),
+        };
+        if !has_room {
+            return false;
+        }
+        let frame = Frame::whole(text, &self.budget);
+        let mut queue = self.lock();
+        if !queue.full {
+            queue.add(frame);
+        }
+        !queue.full
+    }
+
+    fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, part: Option<Unit>) {
         let wakers = {
             let mut queue = self.lock();
-            queue.delivered |= delivered;
-            // Whoever has nothing waiting is never the one for whom there is no room.
-            if self.budget.is_exceeded_by(queue.bytes + queue.stuck) {
+            queue.delivered |= part.is_some();
+            let goes_on = part.is_some_and(|part| part == Unit::PAST || part == queue.part);
+            let is_too_much = queue.bytes > 0 && queue.bytes + queue.stuck > self.limit;
+            if !has_room || (is_too_much && !goes_on) {
                 queue.end();
             }
-            for frame in frames {
-                queue.add(frame, self.limit);
+            queue.part = part.unwrap_or_default();
+            if !queue.full {
+                frames.into_iter().for_each(|frame| queue.add(frame));
+                queue.count_places(&self.budget);
             }
             queue.wakers()
         };
         wakers.into_iter().flatten().for_each(Waker::wake);
     }
 
-    /// A frame for this outbox and others, counted once.
-    pub fn counted(&self, frame: impl Into<Bytes>) -> Bytes {
-        self.budget.count(frame)
+    /// Whose answers it holds.
+    pub fn owner(&self) -> Option<Arc<Owner>> {
+        self.shared.owner.clone()
+    }
+
+    /// What counts for it.
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 
     /// Asks the session to bind a channel anew, after the frames that are there.
@@ -99,7 +187,9 @@ impl Outbox {
 
     /// So many bytes of what was taken cannot be written now. That counts beside the rest until more is taken.
     pub fn is_stuck_with(&self, bytes: usize) {
-        self.lock().stuck = bytes;
+        let mut queue = self.lock();
+        queue.stuck = bytes;
+        queue.note_since();
     }
 
     /// Whether a channel is to be bound anew, and the session did not hear of it yet: what comes is not told to it.
@@ -110,7 +200,7 @@ impl Outbox {
     /// Whether so much waits that another part of a page might not fit.
     pub fn is_behind(&self) -> bool {
         let queue = self.lock();
-        !queue.full && queue.bytes > self.limit / 4
+        !queue.full && queue.bytes > BEHIND.min(self.limit / 4)
     }
 
     /// Whether it overflowed.
@@ -123,14 +213,18 @@ impl Outbox {
         std::mem::take(&mut self.lock().delivered)
     }
 
-    /// Waits until there is something and takes it all, in exchange for `empty`, whose room the next frames use.
-    /// Cancel safe. Only one task may wait at a time.
-    pub async fn take(&self, empty: &mut VecDeque<Bytes>) -> Taken {
+    /// Waits until there is something and takes it all into the hand. Cancel safe. Only one task may wait at a time.
+    pub async fn take(&self) -> Taken {
         poll_fn(|context| {
             let mut queue = self.lock();
-            queue.take(empty).map_or_else(|| wait(&mut queue.waiting, context), Poll::Ready)
+            queue.take(&self.shared.hand).map_or_else(|| wait(&mut queue.waiting, context), Poll::Ready)
         })
         .await
+    }
+
+    /// What was taken.
+    pub fn hand(&self) -> MutexGuard<'_, Hand> {
+        lock(&self.shared.hand)
     }
 
     /// Waits until it overflows, also while somebody waits to take. Cancel safe. Only one task may wait at a time.
@@ -143,13 +237,42 @@ impl Outbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.queue)
     }
 }
 
-impl Drop for Outbox {
+impl Holder for Shared {
+    fn waiting(&self) -> Option<Waiting> {
+        let queue = lock(&self.queue);
+        let bytes = queue.bytes + queue.stuck;
+        let is_old = queue.since.is_some_and(|since| since.elapsed() > LONG);
+        (bytes > 0 && !queue.full).then_some(Waiting { is_old, bytes })
+    }
+
+    fn owner(&self) -> Option<&Arc<Owner>> {
+        self.owner.as_ref()
+    }
+
+    fn evict(&self) {
+        let wakers = {
+            let mut queue = lock(&self.queue);
+            queue.end();
+            queue.stuck = 0;
+            queue.count_places(&self.budget);
+            queue.wakers()
+        };
+        let mut hand = lock(&self.hand);
+        hand.frames = VecDeque::new();
+        hand.is_evicted = true;
+        drop(hand);
+        wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+}
+
+impl Drop for Shared {
     fn drop(&mut self) {
-        self.budget.outbox_closed();
+        let queue = self.queue.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.budget.places(queue.places, 0);
     }
 }
 
@@ -161,16 +284,29 @@ fn wait<T>(place: &mut Option<Waker>, context: &Context<'_>) -> Poll<T> {
     Poll::Pending
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Queue {
-    fn add(&mut self, frame: Bytes, limit: usize) {
-        if self.full {
-            return;
+    fn add(&mut self, frame: Frame) {
+        self.bytes += frame.len();
+        self.frames.push_back(frame);
+        self.note_since();
+    }
+
+    fn note_since(&mut self) {
+        if self.since.is_none() && self.bytes + self.stuck > MUCH {
+            self.since = Some(Instant::now());
         }
-        if self.bytes + frame.len() > limit && !self.frames.is_empty() {
-            self.end();
-        } else {
-            self.bytes += frame.len();
-            self.frames.push_back(frame);
+    }
+
+    /// Frames that are shared by many clients are small for each of them; their places in its queue are its own.
+    fn count_places(&mut self, budget: &Budget) {
+        let places = self.frames.capacity();
+        if places > PLACES.max(self.places) || places * 4 < self.places {
+            budget.places(self.places, places);
+            self.places = places;
         }
     }
 
@@ -186,11 +322,17 @@ impl Queue {
         [self.waiting.take(), if self.full { self.watching.take() } else { None }]
     }
 
-    fn take(&mut self, empty: &mut VecDeque<Bytes>) -> Option<Taken> {
+    fn take(&mut self, hand: &Mutex<Hand>) -> Option<Taken> {
         self.stuck = 0;
+        self.since = None;
         if !self.frames.is_empty() {
+            let mut hand = lock(hand);
+            if hand.frames.is_empty() {
+                std::mem::swap(&mut self.frames, &mut hand.frames);
+            } else {
+                hand.frames.append(&mut self.frames);
+            }
             self.bytes = 0;
-            std::mem::swap(&mut self.frames, empty);
             return Some(Taken::Frames);
         }
         if let Some(channel) = self.rebind.pop() {
@@ -202,10 +344,10 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use crate::feed::budget::KEPT;
     use futures_util::FutureExt;
 
     use super::*;
+    use crate::feed::frame::{KEPT, Text};
     use crate::observe::Observe;
 
     fn budget(limit: usize) -> (Arc<Budget>, Arc<Observe>) {
@@ -222,9 +364,8 @@ mod tests {
     }
 
     async fn take(outbox: &Outbox) -> (Taken, usize) {
-        let mut frames = VecDeque::new();
-        let taken = outbox.take(&mut frames).await;
-        (taken, frames.len())
+        let taken = outbox.take().await;
+        (taken, outbox.hand().frames.len())
     }
 
     #[tokio::test]
@@ -238,10 +379,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_frame_larger_than_the_limit_goes_alone() {
+    async fn what_one_part_is_to_the_channels_of_a_client_fits_whatever_it_is() {
         let outbox = outbox(10);
-        outbox.push(frame(100));
-        assert_eq!(take(&outbox).await, (Taken::Frames, 1));
+        let whole = |bytes| Frame::whole(frame(bytes), outbox.budget());
+        outbox.push(frame(6));
+        let part = Unit::part();
+        for _ in 0..3 {
+            outbox.deliver(part, [whole(100), whole(100)], true);
+        }
+        assert_eq!(take(&outbox).await, (Taken::Frames, 7));
+        outbox.deliver(Unit::part(), [whole(100)], true);
+        outbox.deliver(Unit::part(), [whole(1)], true);
+        assert!(outbox.is_full(), "more than the limit waited before this one began");
     }
 
     #[tokio::test]
@@ -250,16 +399,16 @@ mod tests {
         let watched = Arc::clone(&outbox);
         let watching = tokio::spawn(async move { watched.overflowed().await });
         tokio::task::yield_now().await;
-        let mut frames = VecDeque::new();
-        assert_eq!(outbox.take(&mut frames).now_or_never(), None);
+        assert_eq!(outbox.take().now_or_never(), None);
+        outbox.push(frame(6));
         outbox.push(frame(6));
         outbox.push(frame(6));
         watching.await.unwrap();
     }
 
     #[tokio::test]
-    async fn when_too_much_waits_for_all_who_has_most_of_it_ends_and_who_has_nothing_never() {
-        let (budget, observe) = budget(10_000 + 3 * KEPT);
+    async fn when_too_much_waits_for_all_the_one_with_most_of_it_ends() {
+        let (budget, observe) = budget(10_000 + 4 * KEPT);
         let outboxes: Vec<Outbox> = (0..4).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
         let [slow, small, idle, _] = &outboxes[..] else { panic!("there are four") };
         small.push(frame(1000));
@@ -267,38 +416,75 @@ mod tests {
         slow.push(frame(6000));
         assert!(!slow.is_full(), "it was not too much before");
         idle.push(frame(5000));
-        small.push(frame(100));
-        assert!(!idle.is_full() && !small.is_full(), "these have less than their part");
-        slow.push(frame(100));
-        assert!(slow.is_full());
-        assert_eq!(observe.waiting_bytes(), 6100 + 3 * KEPT);
+        assert!(slow.is_full() && !idle.is_full() && !small.is_full());
+        assert_eq!(observe.waiting_bytes(), 6000 + 2 * KEPT);
         drop(outboxes);
         assert_eq!(observe.waiting_bytes(), 0);
     }
 
     #[tokio::test]
-    async fn what_cannot_be_written_counts_where_too_much_waits_for_all() {
-        let (budget, _) = budget(10_000);
+    async fn what_is_being_written_is_freed_when_its_client_is_evicted() {
+        let (budget, observe) = budget(10_000);
         let (stuck, other) = (Outbox::new(100_000, Arc::clone(&budget)), Outbox::new(100_000, budget));
         stuck.push(frame(6000));
-        let mut frames = VecDeque::new();
-        stuck.take(&mut frames).await;
+        stuck.take().await;
         stuck.is_stuck_with(6000);
         other.push(frame(5000));
-        stuck.push(frame(1));
         assert!(stuck.is_full() && !other.is_full());
+        assert!(stuck.hand().is_evicted && stuck.hand().frames.is_empty());
+        assert_eq!(observe.waiting_bytes(), 5000 + KEPT);
+    }
+
+    #[tokio::test]
+    async fn a_client_is_refused_what_does_not_fit_when_all_others_have_less_than_their_part() {
+        let (budget, observe) = budget(10_000);
+        let outboxes: Vec<Outbox> = (0..10).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
+        for outbox in &outboxes[1..] {
+            outbox.push(frame(700));
+        }
+        outboxes[0].push(frame(9000));
+        assert!(outboxes[0].is_full());
+        assert!(outboxes[1..].iter().all(|outbox| !outbox.is_full()));
+        assert!(observe.waiting_bytes() <= 10_000);
+    }
+
+    #[tokio::test]
+    async fn answers_to_one_owner_have_half_of_all_and_the_slow_ones_go_first() {
+        let (budget, _) = budget(100_000);
+        let answer = |who: &str| Outbox::of(Some(budget.owner(who)), usize::MAX, Arc::clone(&budget));
+        let (first, second, other) = (answer("ann"), answer("ann"), answer("ben"));
+        assert!(first.answer("x".repeat(30_000)));
+        assert!(other.answer("x".repeat(30_000)));
+        assert!(second.answer("x".repeat(10_000)));
+        assert!(second.answer("x".repeat(15_000)), "the larger one of the same owner makes room");
+        assert!(first.is_full() && !other.is_full());
+        assert!(!answer("ann").answer("x".repeat(60_000)), "no answer has more than the share");
     }
 
     #[test]
-    fn a_frame_for_many_counts_once_until_the_last_has_read_it() {
-        let (budget, observe) = budget(100);
-        let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, budget));
-        let frame = one.counted(frame(7));
-        one.deliver([frame.clone()]);
-        other.deliver([frame]);
-        assert_eq!(observe.waiting_bytes(), KEPT + 7);
+    fn memory_that_cannot_be_evicted_is_half_of_all_at_most() {
+        let (budget, observe) = budget(10_000);
+        let (mut one, mut other) = (budget.reserved(), budget.reserved());
+        assert!(one.resize(3000) && !other.resize(3000) && other.resize(2000));
+        assert!(one.resize(1000) && other.resize(4000));
+        assert_eq!(observe.waiting_bytes(), 5000);
+        drop((one, other));
+        assert_eq!(observe.waiting_bytes(), 0);
+        assert!(budget.reserved().resize(5000));
+    }
+
+    #[test]
+    fn a_payload_counts_once_until_the_last_has_read_it() {
+        let (budget, observe) = budget(usize::MAX);
+        let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, Arc::clone(&budget)));
+        let payload = Text::new("x".repeat(7), &budget);
+        let around = |head: &str| Frame::around(head.to_owned(), Arc::clone(&payload), "", &budget);
+        one.deliver(Unit::part(), [around("a")], true);
+        other.deliver(Unit::part(), [around("b")], true);
+        drop(payload);
+        assert_eq!(observe.waiting_bytes(), 3 * KEPT + 7 + 2);
         drop(one);
-        assert_eq!(observe.waiting_bytes(), KEPT + 7);
+        assert_eq!(observe.waiting_bytes(), 2 * KEPT + 7 + 1);
         drop(other);
         assert_eq!(observe.waiting_bytes(), 0);
     }

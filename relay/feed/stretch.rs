@@ -4,9 +4,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::feed::audience::{Audience, BETWEEN, Desk, Written};
+use crate::feed::audience::{Audience, BETWEEN, Desk};
 use crate::feed::gate::{Candidate, Gate};
+use crate::feed::outbox::Unit;
 use crate::feed::readership::{AudienceId, Readerships};
+use crate::feed::written::Written;
 use crate::model::change::{Change, Operation};
 use crate::model::cursor::{Cursor, Span};
 use crate::model::relation::Catalog;
@@ -36,7 +38,8 @@ impl Stretch {
         self.changes.iter().any(|change| change.operation == Operation::Schema)
     }
 
-    fn bytes(&self) -> usize {
+    /// How many bytes its images have, about.
+    pub fn bytes(&self) -> usize {
         let image = |image: &Option<String>| image.as_ref().map_or(0, String::len);
         self.changes.iter().map(|change| 100 + image(&change.before) + image(&change.after)).sum()
     }
@@ -52,6 +55,7 @@ pub async fn tell<'a>(
     stretch: &'a Stretch,
     readerships: &'a Readerships,
     audience: impl Fn(AudienceId) -> &'a Audience,
+    part: Unit,
 ) -> Result<usize, Error> {
     let here = stretch.end().map(Arc::new);
     let changes = &*shape::read(catalog, &stretch.changes);
@@ -95,7 +99,7 @@ pub async fn tell<'a>(
                 );
             }
         }
-        frames += audience.send(&mut desk, here.as_ref());
+        frames += audience.send(part, &mut desk, here.as_ref());
         desk.clear();
     }
     Ok(frames)
@@ -122,7 +126,7 @@ pub async fn tell_one(
             readerships.prepare(relation, std::iter::once((0, audience.subscription())));
         }
     }
-    tell(gate, catalog, stretch, &readerships, |_| audience).await
+    tell(gate, catalog, stretch, &readerships, |_| audience, Unit::PAST).await
 }
 
 /// The candidates of each audience, in order of the changes.

@@ -37,11 +37,48 @@ impl View<'_> {
     }
 }
 
+/// Of a change that is too large, columns whose values have more bytes than this are left out.
+const SHORT: usize = 64;
+
+/// How much of a change is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Extent {
+    /// All of it.
+    Whole,
+    /// Of the old row of an update only the key.
+    NewRow,
+    /// Keys and short columns.
+    Short,
+    /// Short columns alone: a key may be long, too.
+    Shortest,
+}
+
 /// The JSON object that goes out as `data` (PROTOCOL: `schema, table, commit_timestamp, type, columns, record, old_record, errors`).
 ///
 /// `INSERT` has no `old_record`, `DELETE` no `record`. A leave is a `DELETE` with the key and `"leave":true`.
 /// Columns without the right to select them appear nowhere. None when an image is not what it should be.
-pub fn data(change: &Change, view: View<'_>) -> Option<String> {
+///
+/// Above `most` bytes, an update keeps its new row and tells the old one by its key; what is still too large is told by
+/// key and short columns, and says so.
+pub fn data(change: &Change, view: View<'_>, most: usize) -> Option<String> {
+    let whole = object(change, view, Extent::Whole)?;
+    if whole.len() <= most {
+        return Some(whole);
+    }
+    drop(whole);
+    let mut smaller = None;
+    for extent in [Extent::NewRow, Extent::Short, Extent::Shortest] {
+        let text = object(change, view, extent)?;
+        let fits = text.len() <= most;
+        smaller = Some(text);
+        if fits {
+            break;
+        }
+    }
+    smaller
+}
+
+fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
     let operation = match view.meaning {
         Meaning::Insert => Operation::Insert,
         Meaning::Update | Meaning::Enter => Operation::Update,
@@ -59,22 +96,26 @@ pub fn data(change: &Change, view: View<'_>) -> Option<String> {
         columns(view),
     );
     if operation != Operation::Delete {
-        let _ = write!(text, r#","record":{}"#, told(change.after.as_deref()?, view)?);
+        let _ = write!(text, r#","record":{}"#, row(change.after.as_deref()?, view, extent)?);
     }
     match view.meaning {
         Meaning::Insert => {}
         // The old key may itself be hidden: the key that is told is the one of the row in sight.
-        Meaning::Enter => _ = write!(text, r#","old_record":{}"#, key(change.after.as_deref()?, view)?),
+        Meaning::Enter => {
+            let _ = write!(text, r#","old_record":{}"#, key(change.after.as_deref()?, view, extent)?);
+        }
         Meaning::Leave => {
-            let _ = write!(text, r#","old_record":{},"leave":true"#, key(change.before.as_deref()?, view)?);
+            let key = key(change.before.as_deref()?, view, extent)?;
+            let _ = write!(text, r#","old_record":{key},"leave":true"#);
         }
         Meaning::Update | Meaning::Delete => {
             let before = change.before.as_deref()?;
-            let old = if view.relation.full { told(before, view)? } else { key(before, view)? };
+            let is_told = view.relation.full && (extent != Extent::NewRow || view.meaning == Meaning::Delete);
+            let old = if is_told { row(before, view, extent)? } else { key(before, view, extent)? };
             let _ = write!(text, r#","old_record":{old}"#);
         }
     }
-    text.push_str(if change.oversize {
+    text.push_str(if change.oversize || extent > Extent::NewRow {
         r#","errors":["Error 413: Payload Too Large"]}"#
     } else {
         r#","errors":null}"#
@@ -89,7 +130,7 @@ fn mark(change: &Change) -> String {
 
 /// A row as it is told to somebody with these rights who selected these columns; none when it is no row.
 pub fn record(row: &str, relation: &Relation, access: &Access, select: Option<&[String]>) -> Option<String> {
-    told(row, View { relation, access, select, meaning: Meaning::Insert, exact: false })
+    self::row(row, View { relation, access, select, meaning: Meaning::Insert, exact: false }, Extent::Whole)
 }
 
 fn columns(view: View<'_>) -> String {
@@ -103,13 +144,25 @@ fn columns(view: View<'_>) -> String {
     format!("[{}]", shown.join(","))
 }
 
-fn told(image: &str, view: View<'_>) -> Option<String> {
-    Some(Row::parse(image).ok()?.project(|name| view.spelling(name)))
+fn row(image: &str, view: View<'_>, extent: Extent) -> Option<String> {
+    let row = Row::parse(image).ok()?;
+    let is_told = |name: &str| {
+        extent <= Extent::NewRow
+            || (extent == Extent::Short && view.relation.is_key(name))
+            || is_short(&row, name)
+    };
+    Some(row.project(|name| view.spelling(name).filter(|_| is_told(name))))
 }
 
-fn key(image: &str, view: View<'_>) -> Option<String> {
+fn key(image: &str, view: View<'_>, extent: Extent) -> Option<String> {
+    let row = Row::parse(image).ok()?;
+    let is_told = |name: &str| extent <= Extent::Short || is_short(&row, name);
     let in_key = |name: &str| view.relation.is_key(name).then(|| view.spelling(name)).flatten();
-    Some(Row::parse(image).ok()?.project(in_key))
+    Some(row.project(|name| in_key(name).filter(|_| is_told(name))))
+}
+
+fn is_short(row: &Row<'_>, column: &str) -> bool {
+    row.value(column).is_some_and(|value| value.len() <= SHORT)
 }
 
 #[cfg(test)]
@@ -155,7 +208,7 @@ mod tests {
             meaning,
             exact: false,
         };
-        let text = data(&change(Some(before), Some(after)), view).unwrap();
+        let text = data(&change(Some(before), Some(after)), view, usize::MAX).unwrap();
         let told: serde_json::Value = serde_json::from_str(&text).unwrap();
         for name in ["record", "old_record", "leave", "type"] {
             assert_eq!(told.get(name), expected.get(name), "{name} in {text}");
@@ -230,6 +283,32 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_large_is_told_by_the_new_row_then_by_short_columns() {
+        let relation = todos(true, false);
+        let access = relation.access("authenticated").unwrap();
+        let image = |id: usize, title: usize| {
+            format!(r#"{{"id":{id},"owner":"a","title":"{}"}}"#, "\\u0001".repeat(title))
+        };
+        let told = |meaning, before: &str, after: &str, most| {
+            let view = View { relation: &relation, access, select: None, meaning, exact: false };
+            let text = data(&change(Some(before), Some(after)), view, most).unwrap();
+            let told: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let size = |name: &str| told.get(name).map(|row| row.as_object().unwrap().len());
+            assert!(told["columns"].as_array().unwrap().len() > 2);
+            (text.len() <= most, size("record"), size("old_record"), told["errors"].is_null())
+        };
+        let (old, new) = (image(1, 300), image(2, 300));
+        assert_eq!(told(Meaning::Update, &old, &new, 5000), (true, Some(3), Some(3), true));
+        assert_eq!(told(Meaning::Update, &old, &new, 3000), (true, Some(3), Some(1), true));
+        assert_eq!(told(Meaning::Update, &old, &new, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(told(Meaning::Delete, &old, &new, 1000), (true, None, Some(2), false));
+        assert_eq!(told(Meaning::Insert, &old, &new, 1000), (true, Some(2), None, false));
+        let long_key = format!(r#"{{"id":"{}","owner":"a","title":"b"}}"#, "k".repeat(2000));
+        assert_eq!(told(Meaning::Update, &long_key, &long_key, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(told(Meaning::Leave, &long_key, &long_key, 1000), (true, None, Some(0), false));
+    }
+
+    #[test]
     fn time_is_utc_with_milliseconds() {
         assert_eq!(change(None, None).commit_timestamp(), "2026-11-20T09:15:42.318Z");
     }
@@ -252,7 +331,7 @@ mod tests {
             let fields: Vec<String> = names.iter().map(|name| format!("\"{name}\" : {value}")).collect();
             let image = format!("{{{}}}", fields.join(","));
             let view = View { relation: &relation, access, select, meaning, exact: false };
-            let text = data(&change(Some(&image), Some(&image)), view).unwrap();
+            let text = data(&change(Some(&image), Some(&image)), view, usize::MAX).unwrap();
             let told = Row::parse(&text).unwrap();
             for record in ["record", "old_record"].iter().filter_map(|name| told.value(name)) {
                 let record = Row::parse(record).unwrap();

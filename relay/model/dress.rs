@@ -1,6 +1,6 @@
 //! How a change, or the news of a gap, is written for a client: in Phoenix frames, or bare with its cursor.
 
-use crate::model::phoenix::{Version, changes_frame, fan_out, system};
+use crate::model::phoenix::{Version, around_changes, fan_out, system};
 
 /// The form of what goes to a client.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -42,11 +42,11 @@ impl Dress {
         }
     }
 
-    /// A change for the bindings of these ids. `data` is its object, with the cursor in it if that is told.
-    pub fn change(&self, ids: &[u32], data: &str, cursor: &str) -> String {
+    /// What stands before and after the object of a change, for the bindings of these ids.
+    pub fn around(&self, ids: &[u32], cursor: &str) -> (String, &'static str) {
         match self {
-            Self::Phoenix { version, topic, .. } => changes_frame(*version, topic, ids, data),
-            Self::Bare => format!("C{cursor}\n{data}"),
+            Self::Phoenix { version, topic, .. } => around_changes(*version, topic, ids),
+            Self::Bare => (format!("C{cursor}\n"), ""),
         }
     }
 
@@ -72,17 +72,23 @@ impl Dress {
 }
 
 /// The object of a change with its cursor as the last field.
-pub fn with_cursor(data: &str, cursor: &str) -> String {
-    let open = data.strip_suffix('}').unwrap_or(data);
-    format!(r#"{open},"cursor":"{cursor}"}}"#)
+pub fn with_cursor(mut data: String, cursor: &str) -> String {
+    if data.ends_with('}') {
+        data.pop();
+    }
+    data.reserve_exact(cursor.len() + 14);
+    data.push_str(r#","cursor":""#);
+    data.push_str(cursor);
+    data.push_str("\"}");
+    data
 }
 
 impl<'a> Bare<'a> {
-    /// A piece as [`Dress::Bare`] writes it, and its cursor.
-    pub fn parse(piece: &'a str) -> Option<(&'a str, Self)> {
-        let (head, body) = piece.split_once('\n')?;
+    /// A piece as [`Dress::Bare`] writes it, and its cursor; `payload` is what stands behind the head of a change.
+    pub fn parse(head: &'a str, payload: &'a str) -> Option<(&'a str, Self)> {
+        let (head, body) = head.split_once('\n')?;
         match head.strip_prefix('C') {
-            Some(cursor) => Some((cursor, Self::Change(body))),
+            Some(cursor) => Some((cursor, Self::Change(payload))),
             None => Some((head.strip_prefix('G')?, Self::Gap(body))),
         }
     }
@@ -94,9 +100,10 @@ mod tests {
 
     #[test]
     fn a_bare_piece_is_taken_apart_as_it_was_written() {
-        let data = with_cursor(r#"{"a":"x\ny"}"#, "AQ");
+        let data = with_cursor(String::from(r#"{"a":"x\ny"}"#), "AQ");
         assert_eq!(data, r#"{"a":"x\ny","cursor":"AQ"}"#);
-        assert_eq!(Bare::parse(&Dress::Bare.change(&[1], &data, "AQ")), Some(("AQ", Bare::Change(&data))));
-        assert_eq!(Bare::parse(&Dress::Bare.gap("why", "AQ")), Some(("AQ", Bare::Gap("why"))));
+        let (head, tail) = Dress::Bare.around(&[1], "AQ");
+        assert_eq!((Bare::parse(&head, &data), tail), (Some(("AQ", Bare::Change(&data))), ""));
+        assert_eq!(Bare::parse(&Dress::Bare.gap("why", "AQ"), ""), Some(("AQ", Bare::Gap("why"))));
     }
 }

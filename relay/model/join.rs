@@ -13,11 +13,21 @@ pub const MOST_ENTRIES: usize = 100;
 /// joined, and a client may have a hundred.
 pub const MOST_BYTES: usize = 256 * 1024;
 
-/// A join that has a topic and a readable configuration.
+/// How many bytes a topic may have: each frame of its channel says it again.
+pub const MOST_TOPIC: usize = 1024;
+
+/// A join that has a topic and a readable configuration. It may wait long for PostgreSQL, so it keeps texts, which are
+/// much smaller than what they are read to, and no more of them than it needs.
 #[derive(Debug)]
 pub struct Join {
+    /// Without its payload.
     message: Message,
-    entries: Vec<Map<String, Value>>,
+    /// The entries of `postgres_changes`, each as JSON.
+    entries: Vec<String>,
+    token: Option<String>,
+    waits: bool,
+    wants_presence: bool,
+    bytes: usize,
 }
 
 impl Join {
@@ -27,15 +37,42 @@ impl Join {
     /// With the reason for the reply: no topic of ours, too many bytes, or entries of `postgres_changes` that are too many
     /// or no objects.
     pub fn read(message: &Message) -> Result<Self, String> {
-        if message.topic.len() + message.payload.to_string().len() > MOST_BYTES {
-            return Err(format!("ChannelRateLimitReached: More than {MOST_BYTES} bytes"));
+        if message.topic.len() > MOST_TOPIC {
+            return Err(format!("TopicNameTooLong: A topic may have {MOST_TOPIC} bytes at most"));
+        }
+        let references = message.join_ref.to_string().len() + message.ref_.to_string().len();
+        let bytes = message.topic.len() + references + message.payload.to_string().len();
+        if bytes > MOST_BYTES {
+            return Err(too_large());
         }
         match message.topic.strip_prefix("realtime:") {
             None => return Err(String::from("unmatched topic")),
             Some("") => return Err(String::from("TopicNameRequired: You must provide a topic name")),
             Some(_) => {}
         }
-        Ok(Self { entries: entries(&message.payload)?, message: message.clone() })
+        let payload = &message.payload;
+        let entries = entries(payload)?;
+        let setting = |group: &str, name: &str| {
+            let config = payload.get("config");
+            config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
+        };
+        let text = |name: &str| payload.get(name).and_then(Value::as_str);
+        let token =
+            text("user_token").or_else(|| text("access_token")).filter(|token| !token.starts_with("sb_"));
+        Ok(Self {
+            entries,
+            token: token.map(str::to_owned),
+            waits: setting("postgres_changes_options", "wait"),
+            wants_presence: setting("presence", "enabled"),
+            bytes,
+            message: Message {
+                join_ref: message.join_ref.clone(),
+                ref_: message.ref_.clone(),
+                topic: message.topic.clone(),
+                event: message.event.clone(),
+                payload: Value::Null,
+            },
+        })
     }
 
     /// Its topic.
@@ -50,8 +87,12 @@ impl Join {
 
     /// The token that it shows, if it shows one; an opaque key (`sb_…`) is none.
     pub fn token(&self) -> Option<&str> {
-        let text = |name: &str| self.message.payload.get(name).and_then(Value::as_str);
-        text("user_token").or_else(|| text("access_token")).filter(|token| !token.starts_with("sb_"))
+        self.token.as_deref()
+    }
+
+    /// How many bytes it had, about as much as its channel keeps.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Whether changes are asked for at all.
@@ -64,25 +105,28 @@ impl Join {
     /// # Errors
     /// When an entry cannot be served as it is written.
     pub fn requests(&self) -> Result<Vec<Request>, Refusal> {
-        let mut requests: Vec<Request> = self.entries.iter().map(Request::parse).collect::<Result<_, _>>()?;
+        let mut requests =
+            self.entries().map(|entry| Request::parse(&entry)).collect::<Result<Vec<_>, _>>()?;
         requests.shrink_to_fit();
         Ok(requests)
     }
 
     /// Whether a failed subscription is to fail the join.
     pub fn waits(&self) -> bool {
-        self.setting("postgres_changes_options", "wait")
+        self.waits
     }
 
     /// The frames that say yes. Every entry is echoed; one that cannot be served with an id that nothing will carry.
     pub fn accept(&self, version: Version) -> Vec<String> {
-        let echo = |(n, entry): (usize, &Map<String, Value>)| match Request::parse(entry) {
-            Ok(request) => request.echo(),
-            Err(_) => with_id(entry, n + 1),
+        // One after the other: read, an entry may take many times its size.
+        let echo = |(n, entry): (usize, Map<String, Value>)| match Request::parse(&entry) {
+            Ok(request) => request.echo(entry).to_string(),
+            Err(_) => with_id(entry, n + 1).to_string(),
         };
-        let echo: Vec<Value> = self.entries.iter().enumerate().map(echo).collect();
-        let mut frames = vec![reply(version, &self.message, Status::Ok, &json!({"postgres_changes": echo}))];
-        if self.setting("presence", "enabled") {
+        let echo: Vec<String> = self.entries().enumerate().map(echo).collect();
+        let response = format!(r#"{{"postgres_changes":[{}]}}"#, echo.join(","));
+        let mut frames = vec![reply(version, &self.message, Status::Ok, &response)];
+        if self.wants_presence {
             frames.push(push(version, self.join_ref(), self.topic(), "presence_state", "{}"));
         }
         frames
@@ -93,14 +137,18 @@ impl Join {
         reply(version, &self.message, Status::Error, &json!({"reason": reason}))
     }
 
-    fn setting(&self, group: &str, name: &str) -> bool {
-        let config = self.message.payload.get("config");
-        config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
+    fn entries(&self) -> impl Iterator<Item = Map<String, Value>> {
+        self.entries.iter().map(|entry| serde_json::from_str(entry).unwrap_or_default())
     }
 }
 
+/// Why a join is refused that has more than [`MOST_BYTES`].
+pub fn too_large() -> String {
+    format!("ChannelRateLimitReached: More than {MOST_BYTES} bytes")
+}
+
 /// The entries of `config.postgres_changes`; null and `[null]` mean none.
-fn entries(payload: &Value) -> Result<Vec<Map<String, Value>>, String> {
+fn entries(payload: &Value) -> Result<Vec<String>, String> {
     let list =
         payload.get("config").and_then(|config| config.get("postgres_changes")).and_then(Value::as_array);
     let list = list.map(Vec::as_slice).unwrap_or_default();
@@ -110,14 +158,13 @@ fn entries(payload: &Value) -> Result<Vec<Map<String, Value>>, String> {
     list.iter()
         .filter(|entry| !entry.is_null())
         .map(|entry| match entry {
-            Value::Object(entry) => Ok(entry.clone()),
+            Value::Object(_) => Ok(entry.to_string()),
             other => Err(format!("UnknownErrorOnChannel: expected a map, got: {other}")),
         })
         .collect()
 }
 
-fn with_id(entry: &Map<String, Value>, id: usize) -> Value {
-    let mut entry = entry.clone();
+fn with_id(mut entry: Map<String, Value>, id: usize) -> Value {
     entry.insert(String::from("id"), Value::from(id));
     Value::Object(entry)
 }
@@ -162,7 +209,9 @@ mod tests {
         assert_eq!(with("realtime:t", MOST_BYTES - 1000), None);
         let refused = Some(format!("ChannelRateLimitReached: More than {MOST_BYTES} bytes"));
         assert_eq!(with("realtime:t", MOST_BYTES), refused);
-        assert_eq!(with(&format!("realtime:{}", "t".repeat(MOST_BYTES)), 0), refused);
+        assert_eq!(with(&format!("realtime:{}", "t".repeat(MOST_TOPIC - 9)), 0), None);
+        let refused = with(&format!("realtime:{}", "t".repeat(MOST_TOPIC - 8)), 0);
+        assert!(refused.unwrap().starts_with("TopicNameTooLong: "));
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Limits {
     pub outbox_bytes: usize,
     /// Bytes that wait for all clients together.
     pub total_outbox_bytes: usize,
+    /// Bytes of the frame of one change.
+    pub change_bytes: usize,
     /// Rows of one answer.
     pub rows: MostRows,
     /// A connection that sends no whole head of a request for this long is gone.
@@ -49,4 +51,6 @@ pub enum Beyond {
     Number,
     /// The bytes.
     Bytes,
+    /// What there is room for in memory now.
+    Room,
 }

@@ -1,7 +1,11 @@
 //! The Phoenix wire: frames of versions 1.0.0 and 2.0.0 to messages, and messages to frames.
 
-use std::fmt::Write;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
 
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 /// The only binary frame that a client may send: a broadcast of its user.
@@ -76,6 +80,9 @@ pub enum FrameError {
     /// A binary frame that ends too early or holds text that isn't UTF-8.
     #[error("the binary frame is malformed")]
     MalformedBinary,
+    /// A binary frame with more bytes than are read.
+    #[error("the binary frame is too large")]
+    TooLarge,
     /// A binary frame of a kind that clients don't send in this version.
     #[error("the kind of binary frame is not supported")]
     UnknownKind,
@@ -138,6 +145,89 @@ fn reference(value: Value) -> Option<Value> {
     matches!(value, Value::Null | Value::String(_) | Value::Number(_)).then_some(value)
 }
 
+/// Reads a text frame without its payload when that has more bytes than `most`: read to the end it would take many times
+/// its size. The second is whether the payload was left out, which is null then.
+///
+/// # Errors
+/// As [`decode_text`].
+pub fn decode_large(version: Version, text: &str, most: usize) -> Result<(Message, bool), FrameError> {
+    let parts: [&RawValue; 5] = match version {
+        Version::V1 => {
+            let fields = named(text)?;
+            let field = |name: &str| fields.get(name).copied().ok_or(FrameError::WrongShape);
+            let none = RawValue::NULL;
+            let join_ref = field("join_ref").unwrap_or(none);
+            [join_ref, field("ref")?, field("topic")?, field("event")?, field("payload")?]
+        }
+        Version::V2 => listed(text)?,
+    };
+    let is_large = parts[4].get().len() > most;
+    let payload = if is_large { "null" } else { parts[4].get() };
+    let [join_ref, ref_, topic, event] = [0, 1, 2, 3].map(|n: usize| parts[n].get());
+    if [join_ref, ref_, event].iter().any(|part| part.len() > most) {
+        return Err(FrameError::WrongShape);
+    }
+    let text = format!("[{join_ref},{ref_},{topic},{event},{payload}]");
+    decode_text(Version::V2, &text).map(|message| (message, is_large))
+}
+
+/// The first five of a list.
+fn listed(text: &str) -> Result<[&RawValue; 5], FrameError> {
+    struct Five;
+    impl<'de> Visitor<'de> for Five {
+        type Value = Option<[&'de RawValue; 5]>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a message")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut parts = [RawValue::NULL; 5];
+            for part in &mut parts {
+                match list.next_element()? {
+                    Some(found) => *part = found,
+                    None => return Ok(None),
+                }
+            }
+            while list.next_element::<IgnoredAny>()?.is_some() {}
+            Ok(Some(parts))
+        }
+    }
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let parts = deserializer.deserialize_seq(Five).map_err(|_| FrameError::WrongShape)?;
+    deserializer.end().map_err(|_| FrameError::NotJson)?;
+    parts.ok_or(FrameError::WrongShape)
+}
+
+/// The fields of an object that a message may have.
+fn named(text: &str) -> Result<BTreeMap<&'static str, &RawValue>, FrameError> {
+    struct Fields;
+    impl<'de> Visitor<'de> for Fields {
+        type Value = BTreeMap<&'static str, &'de RawValue>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a message")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut fields = BTreeMap::new();
+            while let Some(name) = map.next_key::<Cow<'de, str>>()? {
+                let known =
+                    ["join_ref", "ref", "topic", "event", "payload"].into_iter().find(|one| *one == name);
+                match known {
+                    Some(known) => _ = fields.insert(known, map.next_value()?),
+                    None => _ = map.next_value::<IgnoredAny>()?,
+                }
+            }
+            Ok(fields)
+        }
+    }
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let fields = deserializer.deserialize_map(Fields).map_err(|_| FrameError::WrongShape)?;
+    deserializer.end().map_err(|_| FrameError::NotJson)?;
+    Ok(fields)
+}
+
 fn text(value: Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text),
@@ -179,7 +269,7 @@ fn reference_or_null(text: &str) -> Value {
 }
 
 /// The answer to a message.
-pub fn reply(version: Version, to: &Message, status: Status, response: &Value) -> String {
+pub fn reply(version: Version, to: &Message, status: Status, response: &impl fmt::Display) -> String {
     let payload = format!(r#"{{"status":"{}","response":{response}}}"#, status.as_str());
     frame(version, &to.join_ref, &to.ref_, &to.topic, "phx_reply", &payload)
 }
@@ -210,27 +300,25 @@ pub fn system(topic: &str, extension: &str, status: &str, message: &str) -> Stri
     json!({"channel": channel, "extension": extension, "message": message, "status": status}).to_string()
 }
 
-/// One change for the subscriptions `ids` of a channel. `data` is the JSON that all channels share, so it is
-/// copied once and nothing else is built on the way.
-pub fn changes_frame(version: Version, topic: &str, ids: &[u32], data: &str) -> String {
-    let mut frame = String::with_capacity(data.len() + topic.len() + 12 * ids.len() + 96);
+/// What stands before and after the `data` of one change for the subscriptions `ids` of a channel. `data` is the JSON that
+/// all channels share.
+pub fn around_changes(version: Version, topic: &str, ids: &[u32]) -> (String, &'static str) {
     let (before, event, payload, after) = match version {
         Version::V1 => {
-            (r#"{"topic":"#, r#","event":"postgres_changes""#, r#","payload":"#, r#","ref":null}"#)
+            (r#"{"topic":"#, r#","event":"postgres_changes""#, r#","payload":"#, r#"},"ref":null}"#)
         }
-        Version::V2 => ("[null,null,", r#","postgres_changes""#, ",", "]"),
+        Version::V2 => ("[null,null,", r#","postgres_changes""#, ",", "}]"),
     };
+    let mut head = String::with_capacity(topic.len() + 12 * ids.len() + 80);
     for part in [before, &quoted(topic), event, payload, r#"{"ids":["#] {
-        frame.push_str(part);
+        head.push_str(part);
     }
     for (n, id) in ids.iter().enumerate() {
         let comma = if n == 0 { "" } else { "," };
-        write!(frame, "{comma}{id}").expect("a String takes whatever is written");
+        write!(head, "{comma}{id}").expect("a String takes whatever is written");
     }
-    for part in [r#"],"data":"#, data, "}", after] {
-        frame.push_str(part);
-    }
-    frame
+    head.push_str(r#"],"data":"#);
+    (head, after)
 }
 
 fn frame(
@@ -258,6 +346,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn changes_frame(version: Version, topic: &str, ids: &[u32], data: &str) -> String {
+        let (head, tail) = around_changes(version, topic, ids);
+        format!("{head}{data}{tail}")
+    }
 
     fn message(join_ref: Value, ref_: Value, topic: &str, event: &str, payload: Value) -> Message {
         Message { join_ref, ref_, topic: topic.to_owned(), event: event.to_owned(), payload }
@@ -289,6 +382,25 @@ mod tests {
         check(Version::V1, object, Ok(heartbeat.clone()));
         check(Version::V2, r#"[null,null,"phoenix","heartbeat",{}]"#, Ok(heartbeat));
         check(Version::V2, r#"[7,8.5,"","",null]"#, Ok(message(json!(7), json!(8.5), "", "", Value::Null)));
+    }
+
+    #[test]
+    fn a_large_payload_is_left_out_and_a_small_one_in_a_large_text_is_read() {
+        let join = |payload: Value| message(json!("1"), json!("2"), "realtime:t", "phx_join", payload);
+        let zeros = vec![0; 1000];
+        for (payload, is_large) in [(json!({"a": zeros}), true), (json!({"b": [1]}), false)] {
+            let expected = join(if is_large { Value::Null } else { payload.clone() });
+            let list = json!(["1", "2", "realtime:t", "phx_join", payload, zeros]).to_string();
+            assert_eq!(decode_large(Version::V2, &list, 100), Ok((expected.clone(), is_large)));
+            let object = json!({"topic": "realtime:t", "x": zeros, "event": "phx_join", "payload": payload, "ref": "2", "join_ref": "1"});
+            assert_eq!(decode_large(Version::V1, &object.to_string(), 100), Ok((expected, is_large)));
+        }
+        let long = format!(r#"[{:?},"2","t","e",{{}}]"#, [0; 1000]);
+        for text in ["[]", "{}", "[1,2,3,4]", &long, &format!("{}1", "[".repeat(100_000))] {
+            assert!(decode_large(Version::V2, text, 100).is_err());
+            assert!(decode_large(Version::V1, text, 100).is_err());
+        }
+        check(Version::V2, &long, Err(FrameError::WrongShape));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use crate::model::claims::{Claims, TokenRefusal, Tokens};
-use crate::model::join::Join;
+use crate::model::join::{Join, MOST_BYTES};
 use crate::model::phoenix::{Message, Status, Version, close, error, push, reply, system};
 use crate::model::policy::Identity;
 use crate::model::refusal::Refusal;
@@ -83,6 +83,8 @@ struct Channel {
     identity: Identity,
     requests: Vec<Request>,
     attempt: u32,
+    /// How much of the client's own words it keeps, about.
+    bytes: usize,
     /// The join that still waits for its reply.
     joining: Option<Box<Join>>,
     /// The router delivers to it.
@@ -110,6 +112,11 @@ impl Session {
     /// How many channels are joined.
     pub fn channel_count(&self) -> usize {
         self.channels.len()
+    }
+
+    /// How many bytes of the client's own words are kept, about: topics, filters, tokens.
+    pub fn bytes(&self) -> usize {
+        self.channels.values().map(|channel| channel.bytes).sum()
     }
 
     /// The topic of a channel.
@@ -251,8 +258,16 @@ impl Session {
         self.joins += 1;
         let id = ChannelId { session: self.number, channel: self.joins };
         let (topic, join_ref) = (join.topic().to_owned(), join.join_ref().clone());
-        let mut channel =
-            Channel { id, join_ref, identity, requests, attempt: 0, joining: None, delivering: false };
+        let mut channel = Channel {
+            id,
+            join_ref,
+            identity,
+            requests,
+            attempt: 0,
+            bytes: join.bytes(),
+            joining: None,
+            delivering: false,
+        };
         if !channel.requests.is_empty() {
             channel.joining = Some(join);
             actions.push(channel.bind());
@@ -302,6 +317,9 @@ impl Session {
         let Some(token) = token.filter(|token| !token.starts_with("sb_")) else {
             return Vec::new();
         };
+        if token.len() > MOST_BYTES {
+            return self.shut(&message.topic, "Token is too long");
+        }
         let claims = match tokens.verify(token) {
             Ok(claims) => claims,
             Err(refusal) => return self.shut(&message.topic, &refusal.text),
@@ -314,6 +332,7 @@ impl Session {
             return Vec::new();
         }
         channel.identity = identity;
+        channel.bytes = channel.bytes.max(token.len());
         if channel.requests.is_empty() { Vec::new() } else { vec![channel.bind()] }
     }
 

@@ -38,16 +38,17 @@ pub struct Rows {
     patience: Duration,
 }
 
-/// Rows, and where the feed goes on after them.
+/// What came of reading rows, and where the feed goes on after them.
 #[derive(Debug)]
 pub struct Found {
-    /// Rows as JSON objects, in order of the key.
-    pub rows: Vec<String>,
     /// There are more than may be given.
     pub beyond: Option<Beyond>,
     /// The cursor.
     pub cursor: String,
 }
+
+/// Takes rows as JSON objects, in order of the key; false when there is no room for more.
+pub type Take<'a> = &'a mut (dyn FnMut(&str) -> bool + Send);
 
 impl Rows {
     /// Reads as the login of `judge`, each statement within `limit`, all of them within `patience`. Whoever finds no place
@@ -65,7 +66,7 @@ impl Rows {
         Ok(Self { main: main.pool(READERS, limit)?, readers: judge.pool(READERS, limit)?, wait, patience })
     }
 
-    /// The rows that somebody may see and that fulfil a condition; none of them when there are more than `most`.
+    /// Reads the rows that somebody may see and that fulfil a condition, up to `most`.
     ///
     /// # Errors
     /// As the connections, or what the policies raise.
@@ -76,12 +77,13 @@ impl Rows {
         access: &Access,
         condition: Option<&str>,
         most: MostRows,
+        take: Take<'_>,
     ) -> Result<Found, Error> {
         let wait = Timeouts { wait: Some(self.wait), ..self.readers.timeouts() };
         // The scarcer one first: whoever waits for it holds nothing.
         let mut reader = self.readers.timeout_get(&wait).await?;
         let mut main = self.main.get().await?;
-        let found = read_with(&mut main, &mut reader, claims, relation, access, condition, most);
+        let found = read_with(&mut main, &mut reader, claims, relation, access, condition, most, take);
         match timeout(self.patience, found).await {
             Ok(found) => found,
             Err(_) => {
@@ -93,6 +95,7 @@ impl Rows {
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "two connections, and all that is asked by them")]
 async fn read_with(
     main: &mut Client,
     reader: &mut Client,
@@ -101,6 +104,7 @@ async fn read_with(
     access: &Access,
     condition: Option<&str>,
     most: MostRows,
+    take: Take<'_>,
 ) -> Result<Found, Error> {
     let snapshot = main
         .build_transaction()
@@ -123,7 +127,7 @@ async fn read_with(
              set_config('role', $1, true)";
     let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
     reading.execute(become_somebody, &[&role, &json, &sub]).await?;
-    let (rows, beyond) = fetch(&reading, &query(relation, access, condition, most.number + 1), most).await?;
+    let beyond = fetch(&reading, &query(relation, access, condition, most.number + 1), most, take).await?;
     let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
     reading.rollback().await?;
     // Its commit is what keeps a crash from taking back what the cursor counts as seen.
@@ -131,7 +135,7 @@ async fn read_with(
     if who != role {
         return Err(Error::Unfit(String::from("a policy changed the role of whoever reads")));
     }
-    Ok(Found { rows, beyond, cursor })
+    Ok(Found { beyond, cursor })
 }
 
 /// Reads a few rows at a time: what comes after the bound is never asked for.
@@ -139,25 +143,27 @@ async fn fetch(
     reading: &Transaction<'_>,
     query: &str,
     most: MostRows,
-) -> Result<(Vec<String>, Option<Beyond>), Error> {
+    take: Take<'_>,
+) -> Result<Option<Beyond>, Error> {
     let portal = reading.bind(query, &[]).await?;
-    let (mut rows, mut bytes) = (Vec::new(), 0);
+    let (mut number, mut bytes) = (0, 0);
     loop {
-        let before = rows.len();
+        let before = number;
         let mut found = pin!(reading.query_portal_raw(&portal, AT_ONCE).await?);
         while let Some(row) = found.try_next().await? {
-            let row: String = row.try_get(0)?;
+            let row: &str = row.try_get(0)?;
+            number += 1;
             bytes += row.len();
-            rows.push(row);
             let beyond = match () {
-                () if rows.len() > most.number => Beyond::Number,
+                () if number > most.number => Beyond::Number,
                 () if bytes > most.bytes => Beyond::Bytes,
+                () if !take(row) => Beyond::Room,
                 () => continue,
             };
-            return Ok((Vec::new(), Some(beyond)));
+            return Ok(Some(beyond));
         }
-        if rows.len() < before + AT_ONCE as usize {
-            return Ok((rows, None));
+        if number < before + AT_ONCE as usize {
+            return Ok(None);
         }
     }
 }

@@ -38,6 +38,13 @@ pub struct Admitted {
     address: IpAddr,
 }
 
+impl Admitted {
+    /// The address that it counts for.
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+}
+
 /// Why a connection may not stay: status line and words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refused {

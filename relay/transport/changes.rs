@@ -1,12 +1,13 @@
 //! `GET /realtime/v1/changes`: rows with a cursor, the changes since one, and the changes as a stream.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
+use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap};
@@ -16,6 +17,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::feed::binding::BindError;
 use crate::feed::follower::{Follower, Progress};
+use crate::feed::frame::Frame;
 use crate::feed::outbox::{Outbox, Taken};
 use crate::feed::past::Missed;
 use crate::model::cursor::Cursor;
@@ -24,6 +26,7 @@ use crate::model::limits::{Beyond, MostRows};
 use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Subscription, Target};
+use crate::transport::answer::Waiting;
 use crate::transport::auth::TokenError;
 use crate::transport::http::{App, Watched, error, json, twice};
 use crate::transport::query::{is_unreadable, names, parameter, repeated};
@@ -40,6 +43,8 @@ const PARAMETERS: [&str; 9] =
     ["apikey", "topic", "event", "schema", "table", "filter", "select", "since", "wait"];
 /// Room for the largest change beside a part of others: what is read from the past waits for its reader.
 const LEAST_OUTBOX: usize = 4 << 20;
+/// Rows are put together up to this size, and counted then.
+const BLOCK: usize = 64 * 1024;
 /// PostgreSQL has this long to let a poll begin.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// A text that means neither a stream nor JSON is JSON.
@@ -55,27 +60,27 @@ struct Call {
 }
 
 /// Answers a request.
-pub async fn serve(app: Arc<App>, request: Request<Incoming>, watched: Watched) -> Answer {
+pub async fn serve(app: Arc<App>, request: Request<Incoming>, address: IpAddr, watched: Watched) -> Answer {
     let wants_stream = request
         .headers()
         .get(header::ACCEPT)
         .and_then(|accept| accept.to_str().ok())
         .is_some_and(|accept| accept.contains(STREAM));
-    if app.budget.is_exceeded() {
-        return error(StatusCode::SERVICE_UNAVAILABLE, "too much waits for clients now, try again");
+    if !app.budget.make_room(0) {
+        return no_room();
     }
-    let call = match understand(&app, &request).await {
+    let call = match understand(&app, &request, address).await {
         Ok(call) => call,
         Err(refused) => return refused,
     };
     match (&call.since, wants_stream) {
-        (None, false) => rows(&app, &call).await,
-        (Some(_), false) => poll(&app, call).await,
+        (None, false) => rows(&app, call, watched).await,
+        (Some(_), false) => poll(&app, call, watched).await,
         (_, true) => follow(app, call, watched).await,
     }
 }
 
-async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answer> {
+async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> Result<Call, Answer> {
     let query = request.uri().query().unwrap_or_default();
     let refused = |status: StatusCode, why: &str| error(status, why);
     if let Some(name) = repeated(query) {
@@ -140,12 +145,19 @@ async fn understand(app: &App, request: &Request<Incoming>) -> Result<Call, Answ
         }
         BindError::Unavailable => unavailable(),
     })?;
+    // Without a name of their own, those of one address have one share.
+    let claims = identity.claims();
+    let owner = match claims.sub() {
+        Some(sub) => app.budget.owner((claims.role(), sub)),
+        None => app.budget.owner((claims.role(), address)),
+    };
+    let most = app.limits.outbox_bytes.max(LEAST_OUTBOX);
     Ok(Call {
         subscription,
         since,
         wait: Duration::from_secs(wait),
         channel: ChannelId { session: app.next_session(), channel: 0 },
-        outbox: Arc::new(Outbox::new(app.limits.outbox_bytes.max(LEAST_OUTBOX), Arc::clone(&app.budget))),
+        outbox: Arc::new(Outbox::of(Some(owner), most, Arc::clone(&app.budget))),
     })
 }
 
@@ -170,12 +182,32 @@ fn bearer(headers: &HeaderMap) -> Option<String> {
 }
 
 /// The current rows, and the cursor after them.
-async fn rows(app: &App, call: &Call) -> Answer {
-    let most = app.limits.rows;
-    match app.feed.rows(&call.subscription, most).await {
+async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
+    let most = MostRows { bytes: app.limits.rows.bytes.min(app.budget.share()), ..app.limits.rows };
+    let outbox = call.outbox;
+    let mut block = String::new();
+    let mut is_first = true;
+    // What is read can be evicted before it is answered.
+    let mut take = |row: &str| {
+        if !std::mem::take(&mut is_first) {
+            block.push(',');
+        }
+        block.push_str(row);
+        block.len() < BLOCK || outbox.answer(std::mem::take(&mut block))
+    };
+    match app.feed.rows(&call.subscription, most, &mut take).await {
         Ok(found) => match found.beyond {
+            Some(Beyond::Room) => no_room(),
             Some(beyond) => error(StatusCode::PAYLOAD_TOO_LARGE, &too_much(most, beyond)),
-            None => json(StatusCode::OK, app.budget.count(told(&found.cursor, found.rows))),
+            None => {
+                block.push_str("]}");
+                if !outbox.answer(block) || outbox.take().await != Taken::Frames {
+                    return no_room();
+                }
+                let head = format!(r#"{{"cursor":"{}","rows":["#, found.cursor);
+                outbox.hand().frames.push_front(Frame::whole(head, &app.budget));
+                answer(outbox, watched)
+            }
         },
         Err(why) => {
             // What a policy raises may tell of rows and claims.
@@ -194,26 +226,22 @@ async fn rows(app: &App, call: &Call) -> Answer {
 fn too_much(most: MostRows, beyond: Beyond) -> String {
     let (what, setting) = match beyond {
         Beyond::Number => (format!("{} rows", most.number), "--most-rows"),
-        Beyond::Bytes => (format!("{} bytes of rows", most.bytes), "--most-row-bytes"),
+        Beyond::Bytes | Beyond::Room => {
+            (format!("{} bytes of rows", most.bytes), "--most-row-bytes or --total-outbox-bytes")
+        }
     };
     format!("more than {what}: narrow them by filter=, or have the relay started with a larger {setting}")
 }
 
-/// Rows as an answer. Each is let go once it is part of it: all of them twice would be twice the bound.
-fn told(cursor: &str, rows: Vec<String>) -> String {
-    let mut body = format!(r#"{{"cursor":"{cursor}","rows":["#);
-    for (number, row) in rows.into_iter().enumerate() {
-        if number > 0 {
-            body.push(',');
-        }
-        body.push_str(&row);
-    }
-    body.push_str("]}");
-    body
+/// What is in the hand of the outbox, as JSON.
+fn answer(outbox: Arc<Outbox>, watched: Watched) -> Answer {
+    let mut answer = json(StatusCode::OK, "");
+    *answer.body_mut() = Waiting::new(outbox, watched).boxed_unsync();
+    answer
 }
 
 /// The changes since the cursor, as soon as there is one.
-async fn poll(app: &App, call: Call) -> Answer {
+async fn poll(app: &App, call: Call, watched: Watched) -> Answer {
     let Call { subscription, since: Some(since), wait, channel, outbox } = call else { return unavailable() };
     let until = Instant::now() + wait;
     let expiry = subscription.identity().claims().expires_at().saturating_sub(ws::now());
@@ -236,61 +264,86 @@ async fn poll(app: &App, call: Call) -> Answer {
         Ok(Err(Missed::Ended)) => return ended(follower.subscription()),
         Err(_) => return unavailable(),
     };
-    let mut pieces = VecDeque::new();
-    let taken = match outbox.take(&mut pieces).now_or_never() {
+    let taken = match outbox.take().now_or_never() {
         Some(taken) => Some(taken),
         None if progress == Progress::More => None,
         None => tokio::select! {
-            taken = timeout_at(until, outbox.take(&mut pieces)) => taken.ok(),
+            taken = timeout_at(until, outbox.take()) => taken.ok(),
             () = app.verifier.withdrawn(follower.subscription().identity().claims()) => {
                 return error(StatusCode::UNAUTHORIZED, &TokenError::Signer.connect_text());
             }
             () = app.end.cancelled() => None,
         },
     };
+    let changes = |cursor: Option<&str>, more| changes(&outbox, cursor, more, watched.clone());
     if taken == Some(Taken::Full) {
         // More came at once than may wait, for one client or for all: it is read from the changelog next time.
-        return changes(&VecDeque::new(), Some(&since.to_string()), true);
+        return nothing(&since.to_string(), true);
     }
     if progress == Progress::More {
         // It has come further than the last change that may be seen.
-        return changes(&pieces, Some(&follower.since().to_string()), true);
+        return changes(Some(&follower.since().to_string()), true);
     }
     if taken == Some(Taken::Frames) {
-        return changes(&pieces, None, false);
+        return changes(None, false);
     }
     // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
     let ends_at = follower.subscription().identity().claims().expires_at();
     let reached = follower.leave().await.filter(|cursor| cursor.is_at_or_after(&since));
     let cursor = reached.filter(|_| ws::now() < ends_at).map(|cursor| cursor.to_string());
     // What was delivered while we left is there now.
-    match outbox.take(&mut pieces).now_or_never() {
-        Some(Taken::Full) => changes(&VecDeque::new(), Some(&since.to_string()), true),
-        Some(Taken::Frames) => changes(&pieces, cursor.as_deref(), false),
-        _ => changes(&pieces, Some(&cursor.unwrap_or_else(|| since.to_string())), false),
+    match outbox.take().now_or_never() {
+        Some(Taken::Full) => nothing(&since.to_string(), true),
+        Some(Taken::Frames) => changes(cursor.as_deref(), false),
+        _ => nothing(&cursor.unwrap_or_else(|| since.to_string()), false),
     }
 }
 
-/// The pieces as an answer; the cursor is the given one, or that of the last piece.
-fn changes(pieces: &VecDeque<Bytes>, cursor: Option<&str>, more: bool) -> Answer {
-    let (mut last, mut end) = ("", cursor);
-    let mut list = Vec::with_capacity(pieces.len());
-    for piece in pieces {
-        match std::str::from_utf8(piece).ok().and_then(Bare::parse) {
-            Some((cursor, Bare::Change(change))) => {
-                last = cursor;
-                list.push(change);
+/// No changes up to the cursor.
+fn nothing(cursor: &str, more: bool) -> Answer {
+    let more = if more { r#","more":true"# } else { "" };
+    json(StatusCode::OK, format!(r#"{{"cursor":"{cursor}","changes":[]{more}}}"#))
+}
+
+/// What is in the hand as an answer; the cursor is the given one, or that of the last piece.
+fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) -> Answer {
+    // Of its own: what is still delivered to the other one must not end the answer.
+    let answering = Arc::new(Outbox::of(outbox.owner(), usize::MAX, Arc::clone(outbox.budget())));
+    let mut pieces = std::mem::take(&mut outbox.hand().frames);
+    let (mut last, mut end) = (String::new(), cursor);
+    let mut count = 0;
+    for piece in &pieces {
+        let head = std::str::from_utf8(piece.head()).unwrap_or_default();
+        match Bare::parse(head, "") {
+            Some((cursor, Bare::Change(_))) => {
+                last.clear();
+                last.push_str(cursor);
+                count += 1;
             }
             // What stands before a gap is told first; the gap is met again from there.
-            Some((_, Bare::Gap(why))) if list.is_empty() => return gap(why),
+            Some((_, Bare::Gap(why))) if count == 0 => return gap(why),
             _ => {
                 end = None;
                 break;
             }
         }
     }
-    let (last, more) = (end.unwrap_or(last), if more { r#","more":true"# } else { "" });
-    json(StatusCode::OK, format!(r#"{{"cursor":"{last}","changes":[{}]{more}}}"#, list.join(",")))
+    pieces.truncate(count);
+    let (last, more) = (end.unwrap_or(&last), if more { r#","more":true"# } else { "" });
+    if pieces.is_empty() {
+        return nothing(last, !more.is_empty());
+    }
+    let mut head = format!(r#"{{"cursor":"{last}","changes":["#);
+    let mut hand = answering.hand();
+    while let Some(piece) = pieces.pop_front() {
+        let Some(payload) = piece.payload() else { continue };
+        let tail = if pieces.is_empty() { "]" } else { "," };
+        let head = std::mem::take(&mut head);
+        hand.frames.push_back(Frame::around(head, Arc::clone(payload), tail, outbox.budget()));
+    }
+    hand.frames.push_back(Frame::whole(format!("{more}}}"), outbox.budget()));
+    drop(hand);
+    answer(answering, watched)
 }
 
 async fn follow(app: Arc<App>, call: Call, watched: Watched) -> Answer {
@@ -334,6 +387,10 @@ fn gap(why: &str) -> Answer {
 fn ended(subscription: &Subscription) -> Answer {
     let seconds_ago = ws::now().saturating_sub(subscription.identity().claims().expires_at());
     error(StatusCode::UNAUTHORIZED, &TokenError::Expired { seconds_ago }.connect_text())
+}
+
+fn no_room() -> Answer {
+    error(StatusCode::SERVICE_UNAVAILABLE, "too much waits for clients now, try again")
 }
 
 fn unavailable() -> Answer {

@@ -6,12 +6,13 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
+
+use crate::transport::intake::Intake;
 
 /// A connection whose writes end with [`ErrorKind::TimedOut`] when none comes on for so long.
 pub struct Deadline {
-    stream: TcpStream,
+    stream: Intake,
     limit: Duration,
     /// Made by the first write that has to wait, which most connections never do.
     alarm: Option<Pin<Box<Sleep>>>,
@@ -20,12 +21,12 @@ pub struct Deadline {
 
 impl Deadline {
     /// Around a connection.
-    pub fn new(stream: TcpStream, limit: Duration) -> Self {
+    pub fn new(stream: Intake, limit: Duration) -> Self {
         Self { stream, limit, alarm: None, waits: false }
     }
 
     /// The bare connection.
-    pub fn into_inner(self) -> TcpStream {
+    pub fn into_inner(self) -> Intake {
         self.stream
     }
 

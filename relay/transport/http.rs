@@ -38,6 +38,7 @@ use crate::transport::admission::{Admission, Admitted};
 use crate::transport::auth::{TokenError, Verifier};
 use crate::transport::changes::{self, Answer};
 use crate::transport::deadline::Deadline;
+use crate::transport::intake::Intake;
 use crate::transport::query::{is_unreadable, parameter, repeated};
 use crate::transport::ws;
 
@@ -138,7 +139,10 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     };
     let (watched, watching) = watch::channel(None);
     let answering = Arc::clone(&app);
+    let stream = Intake::new(stream, &app.budget);
+    let unfinished = stream.unfinished();
     let service = service_fn(move |request| {
+        unfinished.store(0, Ordering::Relaxed);
         let (app, place, watched) = (Arc::clone(&answering), Arc::clone(&place), watched.clone());
         async move { Ok::<_, Infallible>(answer(app, place, request, watched).await) }
     });
@@ -218,7 +222,7 @@ async fn route(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>, 
         "/realtime/v1/changes" if request.method() != Method::GET => {
             error(StatusCode::METHOD_NOT_ALLOWED, "changes are read by GET")
         }
-        "/realtime/v1/changes" => changes::serve(app, request, watched).await,
+        "/realtime/v1/changes" => changes::serve(app, request, place.address(), watched).await,
         "/healthcheck" | "/livez" => text(StatusCode::OK, "ok"),
         "/readyz" => match app.unready() {
             None => text(StatusCode::OK, "ready"),
@@ -289,7 +293,7 @@ async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<In
 
 /// The bare connection, and what was read of it beyond the request. The reader's buffer of 8 KiB ends here: held by
 /// the session's future it would be most of what an idle client costs.
-fn taken_over(upgraded: Upgraded) -> Option<(TcpStream, Vec<u8>)> {
+fn taken_over(upgraded: Upgraded) -> Option<(Intake, Vec<u8>)> {
     let parts = upgraded.downcast::<TokioIo<Deadline>>().ok()?;
     Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
 }

@@ -349,7 +349,7 @@ impl Resume {
         self.held.retain(|_, held| {
             let is_ours = !held.taken.load(Ordering::Relaxed);
             if !is_ours {
-                self.outbox.push(held.dress.gap(TAKEN, "").into());
+                self.outbox.push(held.dress.gap(TAKEN, ""));
             }
             is_ours
         });

@@ -1,12 +1,10 @@
 //! An event stream: each change an event whose id is its cursor, so that a client that comes back misses nothing.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::stream::unfold;
 use http_body_util::{BodyExt, StreamBody};
@@ -20,6 +18,7 @@ use crate::feed::past::Missed;
 use crate::feed::pulse::Stalls;
 use crate::model::cursor::Cursor;
 use crate::model::dress::{Bare, RESUMED, STALLED};
+use crate::transport::answer::counted;
 use crate::transport::changes::Answer;
 use crate::transport::http::{App, Watched};
 use crate::transport::ws;
@@ -28,15 +27,16 @@ use crate::transport::ws;
 const ASKED: Duration = Duration::from_secs(1);
 /// What a client is to wait before it comes back, in milliseconds.
 const RETRY: u32 = 1000;
-/// Events are written together up to this size; the rest stays counted as waiting.
-const TOGETHER: usize = 64 * 1024;
+/// Events are written together up to this size, and larger ones in pieces; the rest can be evicted.
+const TOGETHER: usize = 32 * 1024;
 
 struct Stream {
     app: Arc<App>,
     watched: Watched,
     follower: Follower,
     progress: Progress,
-    pieces: VecDeque<Bytes>,
+    /// How much of the change at the head of the hand was written.
+    written: usize,
     /// Where it said that the client stands.
     stands: Cursor,
     /// When the token ends.
@@ -62,12 +62,12 @@ pub fn answer(
     if app.pulse.stalled().is_some() {
         stalls.mark_changed();
     }
-    let pieces = VecDeque::new();
-    let (begun, over) = (false, false);
-    let stream = Stream { app, watched, follower, progress, pieces, stands, expiry, stalls, begun, over };
+    let (written, begun, over) = (0, false, false);
+    let stream = Stream { app, watched, follower, progress, written, stands, expiry, stalls, begun, over };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
-        Some((Ok::<_, Infallible>(Frame::data(Bytes::from(chunk))), stream))
+        let chunk = counted(chunk.into_bytes(), &stream.app.budget);
+        Some((Ok::<_, Infallible>(Frame::data(chunk)), stream))
     }));
     let mut answer = Answer::new(body.boxed_unsync());
     let headers = answer.headers_mut();
@@ -91,10 +91,10 @@ impl Stream {
                 return None;
             }
             // What was taken first, then what is there, so that there is room for what comes.
-            if !self.pieces.is_empty() {
+            if !self.follower.outbox.hand().frames.is_empty() {
                 return self.told(Taken::Frames);
             }
-            if let Some(taken) = self.follower.outbox.take(&mut self.pieces).now_or_never()
+            if let Some(taken) = self.follower.outbox.take().now_or_never()
                 && let Some(text) = self.told(taken)
             {
                 return Some(text);
@@ -116,7 +116,7 @@ impl Stream {
             }
             let outbox = Arc::clone(&self.follower.outbox);
             tokio::select! {
-                taken = outbox.take(&mut self.pieces) => if let Some(text) = self.told(taken) {
+                taken = outbox.take() => if let Some(text) = self.told(taken) {
                     return Some(text);
                 },
                 () = sleep_until(self.expiry) => return Some(self.expired()),
@@ -143,7 +143,7 @@ impl Stream {
     async fn still_here(&mut self) -> Option<String> {
         let position = timeout(ASKED, self.follower.position()).await.ok().flatten();
         // What was delivered before the answer goes first, and has ids of its own.
-        if let Some(taken) = self.follower.outbox.take(&mut self.pieces).now_or_never() {
+        if let Some(taken) = self.follower.outbox.take().now_or_never() {
             return self.told(taken);
         }
         // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
@@ -164,25 +164,44 @@ impl Stream {
             self.over = true;
             return None;
         }
+        let outbox = Arc::clone(&self.follower.outbox);
+        let mut hand = outbox.hand();
         let mut text = String::new();
         while text.len() < TOGETHER
-            && let Some(piece) = self.pieces.pop_front()
+            && let Some(first) = hand.frames.front()
         {
-            match std::str::from_utf8(&piece).ok().and_then(Bare::parse) {
-                Some((cursor, Bare::Change(change))) => event(&mut text, "change", cursor, change),
+            let head = std::str::from_utf8(first.head()).unwrap_or_default();
+            let payload = first.payload().map_or("", |payload| payload.as_str());
+            match Bare::parse(head, payload) {
+                Some((cursor, Bare::Change(change))) => {
+                    if self.written == 0 {
+                        let _ = write!(text, "event: change\nid: {cursor}\ndata: ");
+                    }
+                    let most = change.len().min(self.written + TOGETHER);
+                    let end = (self.written..=most).rev().find(|end| change.is_char_boundary(*end));
+                    let end = end.unwrap_or(most);
+                    data(&mut text, &change[self.written..end]);
+                    self.written = end;
+                    if end < change.len() {
+                        continue;
+                    }
+                    self.written = 0;
+                    text.push_str("\n\n");
+                }
                 Some((cursor, Bare::Gap(why))) => {
                     // Without a cursor it is another history, in which this stream has no place.
                     self.over |= cursor.is_empty();
-                    event(
-                        &mut text,
-                        "gap",
-                        cursor,
-                        &serde_json::json!({ "error": format!("Gap: {why}") }).to_string(),
-                    );
+                    let why = serde_json::json!({ "error": format!("Gap: {why}") });
+                    match cursor.is_empty() {
+                        true => _ = write!(text, "event: gap\ndata: {why}\n\n"),
+                        false => _ = write!(text, "event: gap\nid: {cursor}\ndata: {why}\n\n"),
+                    }
                 }
                 None => {}
             }
+            hand.frames.pop_front();
         }
+        outbox.is_stuck_with(hand.frames.iter().map(|frame| frame.len()).sum());
         Some(text)
     }
 
@@ -222,14 +241,12 @@ impl Drop for Stream {
     }
 }
 
-/// One event. A line break in the data would end its line: `json` columns keep those they were written with.
-fn event(text: &mut String, name: &str, id: &str, data: &str) {
-    let _ = writeln!(text, "event: {name}");
-    if !id.is_empty() {
-        let _ = writeln!(text, "id: {id}");
+/// Data of an event. A line break would end its line: `json` columns keep those they were written with.
+fn data(text: &mut String, data: &str) {
+    for (number, line) in data.split(['\n', '\r']).enumerate() {
+        if number > 0 {
+            text.push_str("\ndata: ");
+        }
+        text.push_str(line);
     }
-    for line in data.split(['\n', '\r']) {
-        let _ = writeln!(text, "data: {line}");
-    }
-    text.push('\n');
 }

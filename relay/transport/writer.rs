@@ -1,13 +1,16 @@
 //! Writes frames into a socket, many in one system call, and keeps nothing of them.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IoSlice};
 
 use bytes::Bytes;
 use futures_util::{FutureExt, SinkExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
+
+use crate::feed::frame::Frame;
+use crate::feed::outbox::{Hand, Outbox};
+use crate::transport::intake::Intake;
 
 /// Frames are written together up to this size.
 const TOGETHER: usize = 64 * 1024;
@@ -24,21 +27,19 @@ thread_local! {
 }
 
 /// A client's connection after the handshake.
-pub type Socket = WebSocketStream<TcpStream>;
+pub type Socket = WebSocketStream<Intake>;
 
 /// The connection is broken.
 #[derive(Debug)]
 pub struct Broken;
 
-/// What is on its way into one socket.
+/// Writes into one socket what is in the hand of its outbox: texts, and pings as [`ping`] makes them.
 ///
 /// Past the library, which would copy each frame into a buffer of this client's own, and keep that for good.
 #[derive(Default)]
 pub struct Writer {
-    /// Texts, and pings as [`ping`] makes them, that are not written yet.
-    pub frames: VecDeque<Bytes>,
-    /// How many bytes of the first of them the socket has taken, its head included. Nothing else may be written before
-    /// the others.
+    /// How many bytes of the first frame the socket has taken, its head included. Nothing else may be written before the
+    /// others.
     begun: usize,
     /// The library may have something to say by itself: a pong.
     answers: bool,
@@ -51,13 +52,13 @@ impl Writer {
     }
 
     /// Gives up what is not written, but for a frame that was begun.
-    pub fn forget(&mut self) {
-        self.frames.truncate(usize::from(self.begun > 0));
+    pub fn forget(&mut self, outbox: &Outbox) {
+        outbox.hand().frames.truncate(usize::from(self.begun > 0));
     }
 
     /// How many bytes are not written.
-    pub fn left(&self) -> usize {
-        self.frames.iter().map(Bytes::len).sum::<usize>().saturating_sub(self.begun)
+    pub fn left(&self, outbox: &Outbox) -> usize {
+        outbox.hand().frames.iter().map(Frame::len).sum::<usize>().saturating_sub(self.begun)
     }
 
     /// Whether a frame was begun and not ended.
@@ -69,8 +70,8 @@ impl Writer {
     ///
     /// # Errors
     /// When the connection is broken.
-    pub async fn write(&mut self, socket: &mut Socket) -> Result<(), Broken> {
-        while !self.write_now(socket)? {
+    pub async fn write(&mut self, socket: &mut Socket, outbox: &Outbox) -> Result<(), Broken> {
+        while !self.write_now(socket, outbox)? {
             Self::room(socket).await?;
         }
         Ok(())
@@ -82,14 +83,14 @@ impl Writer {
     /// When the connection is broken.
     pub async fn room(socket: &mut Socket) -> Result<(), Broken> {
         socket.flush().await.map_err(|_| Broken)?;
-        socket.get_ref().writable().await.map_err(|_| Broken)
+        socket.get_ref().stream().writable().await.map_err(|_| Broken)
     }
 
     /// Writes what the socket takes at once; true when that was everything.
     ///
     /// # Errors
-    /// When the connection is broken.
-    pub fn write_now(&mut self, socket: &mut Socket) -> Result<bool, Broken> {
+    /// When the connection is broken, or the rest of a frame that was begun was taken away.
+    pub fn write_now(&mut self, socket: &mut Socket, outbox: &Outbox) -> Result<bool, Broken> {
         // An answer of the library's own must not end up inside a frame of ours.
         if self.answers {
             match socket.flush().now_or_never() {
@@ -98,51 +99,72 @@ impl Writer {
             }
             self.answers = false;
         }
-        while let Some(first) = self.frames.front() {
-            let head = head_length(first);
-            let whole = if self.begun > head {
-                // What is left of a large frame is not put together again and again.
-                let left = &first[self.begun - head..];
-                let count = write_some(socket.get_ref(), left)?;
-                let whole = count == left.len();
-                self.took(count);
-                whole
-            } else {
-                WRITTEN.with_borrow_mut(|written| self.write_together(socket.get_ref(), written))?
+        let mut hand = outbox.hand();
+        if hand.is_evicted && self.begun > 0 {
+            return Err(Broken);
+        }
+        while let Some(first) = hand.frames.front() {
+            let whole = match first.len() > TOGETHER {
+                true => self.write_large(socket.get_ref().stream(), &mut hand)?,
+                false => {
+                    let stream = socket.get_ref().stream();
+                    WRITTEN.with_borrow_mut(|written| self.write_together(stream, &mut hand, written))?
+                }
             };
             if !whole {
                 return Ok(false);
             }
         }
-        self.frames.shrink_to(ROOM);
+        hand.frames.shrink_to(ROOM);
         Ok(true)
     }
 
+    /// Writes the first frame as it is, without putting it together; true when the socket took all of it.
+    fn write_large(&mut self, stream: &TcpStream, hand: &mut Hand) -> Result<bool, Broken> {
+        let Some(first) = hand.frames.front() else { return Ok(true) };
+        let mut start = Vec::with_capacity(10);
+        put_start(&mut start, first);
+        let [head, payload, tail] = first.pieces();
+        let mut pieces = [&start[..], head, payload, tail].map(IoSlice::new);
+        let mut left = &mut pieces[..];
+        IoSlice::advance_slices(&mut left, self.begun);
+        let length: usize = left.iter().map(|piece| piece.len()).sum();
+        let count = taken(stream.try_write_vectored(left))?;
+        self.took(count, hand);
+        Ok(count == length)
+    }
+
     /// Writes the next frames in one call; true when the socket took them all.
-    fn write_together(&mut self, stream: &TcpStream, written: &mut Vec<u8>) -> Result<bool, Broken> {
+    fn write_together(
+        &mut self,
+        stream: &TcpStream,
+        hand: &mut Hand,
+        written: &mut Vec<u8>,
+    ) -> Result<bool, Broken> {
         written.clear();
-        for frame in &self.frames {
-            put(written, frame);
+        for frame in hand.frames.iter().take_while(|frame| frame.len() <= TOGETHER) {
+            put_start(written, frame);
+            frame.pieces().into_iter().for_each(|piece| written.extend_from_slice(piece));
             if written.len() >= TOGETHER {
                 break;
             }
         }
         let left = &written[self.begun..];
-        let count = write_some(stream, left)?;
+        let count = taken(stream.try_write(left))?;
         let whole = count == left.len();
         written.shrink_to(2 * TOGETHER);
-        self.took(count);
+        self.took(count, hand);
         Ok(whole)
     }
 
     /// The socket took so many bytes more.
-    fn took(&mut self, count: usize) {
+    fn took(&mut self, count: usize, hand: &mut Hand) {
         self.begun += count;
-        while let Some(first) = self.frames.front()
-            && let Some(left) = self.begun.checked_sub(head_length(first) + first.len())
+        while let Some(first) = hand.frames.front()
+            && let Some(left) = self.begun.checked_sub(start_length(first) + first.len())
         {
             self.begun = left;
-            self.frames.pop_front();
+            hand.frames.pop_front();
         }
     }
 }
@@ -154,10 +176,10 @@ pub fn ping(number: u64) -> Bytes {
     frame.into()
 }
 
-/// One frame as a server writes it: a text, or a ping that is one already.
-fn put(written: &mut Vec<u8>, frame: &[u8]) {
+/// What a server writes before a frame: of a text its length, of a ping, which is whole already, nothing.
+fn put_start(written: &mut Vec<u8>, frame: &Frame) {
     let length = frame.len();
-    match head_length(frame) {
+    match start_length(frame) {
         0 => {}
         2 => written.extend_from_slice(&[TEXT, length as u8]),
         4 => {
@@ -169,22 +191,21 @@ fn put(written: &mut Vec<u8>, frame: &[u8]) {
             written.extend_from_slice(&(length as u64).to_be_bytes());
         }
     }
-    written.extend_from_slice(frame);
 }
 
 /// How many bytes stand before it in the socket.
-fn head_length(frame: &[u8]) -> usize {
+fn start_length(frame: &Frame) -> usize {
     match frame.len() {
-        _ if frame.first() == Some(&PING) => 0,
+        _ if frame.head().first() == Some(&PING) => 0,
         0..126 => 2,
         126..0x1_0000 => 4,
         _ => 10,
     }
 }
 
-/// How much of it the socket takes at once.
-fn write_some(stream: &TcpStream, bytes: &[u8]) -> Result<usize, Broken> {
-    match stream.try_write(bytes) {
+/// How much the socket took at once.
+fn taken(written: std::io::Result<usize>) -> Result<usize, Broken> {
+    match written {
         Ok(count) => Ok(count),
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
         Err(_) => Err(Broken),

@@ -9,7 +9,6 @@ use bytes::Bytes;
 use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, SinkExt, StreamExt};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::coop::consume_budget;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
@@ -24,14 +23,17 @@ use crate::feed::binding::BindError;
 use crate::feed::outbox::{Outbox, Taken};
 use crate::model::bookmark::Opened;
 use crate::model::dress::Dress;
+use crate::model::join::too_large;
 use crate::model::pace::Pace;
-use crate::model::phoenix::{Binary, Message, decode_binary, decode_text, fan_out, system};
+use crate::model::phoenix::{Message, fan_out, system};
 use crate::model::session::{Action, ChannelId, Session};
 use crate::model::subscription::Subscription;
 pub use crate::transport::auth::now;
 use crate::transport::http::{App, Greeting};
+use crate::transport::intake::Intake;
 use crate::transport::key_set::KeySet;
 use crate::transport::resume::{Resume, work};
+use crate::transport::speech::{Kept, NO_ROOM, Said, said};
 use crate::transport::writer::{Broken, Socket, Writer};
 
 /// Each step of an end in order may take this long.
@@ -60,7 +62,7 @@ impl From<Broken> for Over {
 }
 
 /// Takes over a connection after the handshake and serves it to its end.
-pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Greeting) {
+pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: Greeting) {
     let mut config = WebSocketConfig::default();
     config.read_buffer_size = READ_BUFFER;
     config.write_buffer_size = 0;
@@ -69,10 +71,9 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
     config.max_frame_size = Some(app.limits.message_bytes);
     let socket = WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
     app.observe.session_opened();
-    let number = app.next_session();
     let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
     let Greeting { version, with_cursor, name, claims } = greeting;
-    let session = Session::new(number, version, claims, app.limits.channels);
+    let session = Session::new(app.next_session(), version, claims, app.limits.channels);
     let resume =
         name.map(|name| Box::new(Resume::new(name, app.feed.clone(), Arc::clone(&outbox), app.resume)));
     let binds = FuturesUnordered::new();
@@ -85,6 +86,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
         turns: 0,
         began: Instant::now(),
         pace: Pace::new(&app.limits),
+        kept: Kept::new(&app.budget),
         with_cursor,
         resume,
         binds,
@@ -97,8 +99,8 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, read: Vec<u8>, greeting: Gr
     if let Over::Close(code, reason) = over {
         let close = CloseFrame { code: CloseCode::from(code), reason: Utf8Bytes::from_static(reason) };
         let _ = timeout(LAST, async {
-            driver.writer.forget();
-            driver.writer.write(&mut driver.socket).await?;
+            driver.writer.forget(&driver.outbox);
+            driver.writer.write(&mut driver.socket, &driver.outbox).await?;
             driver.socket.close(Some(close)).await.map_err(|_| Over::Gone)
         })
         .await;
@@ -118,12 +120,13 @@ struct Driver {
     socket: Socket,
     session: Session,
     outbox: Arc<Outbox>,
-    /// With what was taken from the outbox and is not written yet.
     writer: Writer,
     /// Writes since everything else had its turn.
     turns: u8,
     began: Instant,
     pace: Pace,
+    /// Memory for what is kept of the client's own words.
+    kept: Kept,
     /// The client asked for cursors.
     with_cursor: bool,
     /// The client named its session.
@@ -156,7 +159,7 @@ impl Driver {
             tokio::select! {
                 // Writing first, as that is what most turns are for; the last branch keeps the others from waiting for ever.
                 biased;
-                taken = self.outbox.take(&mut self.writer.frames), if self.turns < TURNS => match taken {
+                taken = self.outbox.take(), if self.turns < TURNS => match taken {
                     Taken::Frames => if let Err(over) = self.write_in_time(&mut keys).await {
                         return over;
                     },
@@ -178,6 +181,7 @@ impl Driver {
                 frame = self.socket.next(), if self.held.is_none()
                     && self.binds.len() <= self.session.channel_count() + VOID => {
                     heard = Instant::now();
+                    self.socket.get_ref().understood();
                     self.writer.heard();
                     if let Err(over) = self.hear(frame) {
                         if matches!(over, Over::Close(..)) {
@@ -228,8 +232,8 @@ impl Driver {
 
     /// Writes what there is before the end, if the client takes it.
     async fn write_last(&mut self) {
-        if let Some(Taken::Frames) = self.outbox.take(&mut self.writer.frames).now_or_never() {
-            let _ = timeout(LAST, self.writer.write(&mut self.socket)).await;
+        if let Some(Taken::Frames) = self.outbox.take().now_or_never() {
+            let _ = timeout(LAST, self.writer.write(&mut self.socket, &self.outbox)).await;
         }
     }
 
@@ -243,9 +247,9 @@ impl Driver {
         // A client to which there is always something to write must not keep its thread from the others.
         consume_budget().await;
         self.turns += 1;
-        while !self.writer.write_now(&mut self.socket)? {
+        while !self.writer.write_now(&mut self.socket, &self.outbox)? {
             self.turns = TURNS;
-            self.outbox.is_stuck_with(self.writer.left());
+            self.outbox.is_stuck_with(self.writer.left(&self.outbox));
             tokio::select! {
                 room = timeout(self.app.limits.write, Writer::room(&mut self.socket)) => match room {
                     Ok(room) => room?,
@@ -273,21 +277,17 @@ impl Driver {
         };
         // The pong to a ping of ours is no message.
         let is_in_time = is_asked_for || self.pace.messages.take(at);
-        let message = match frame {
-            None | Some(Ok(Frame::Close(_))) => return Err(Over::Gone),
-            Some(Err(SocketError::Capacity(_))) => return Err(Over::Close(1009, "the message is too large")),
-            Some(Err(SocketError::Utf8(_))) => return Err(Over::Close(1007, "the text is not UTF-8")),
-            Some(Err(SocketError::Protocol(_))) => {
-                return Err(Over::Close(1002, "this is not the WebSocket protocol"));
+        let message = match said(version, frame) {
+            Said::Message(message) => Ok(message),
+            Said::Unreadable(error) => Err(error),
+            Said::LargeJoin(message) => {
+                let refused = self.session.refuse(&message, &too_large());
+                self.obey(vec![refused], &mut None);
+                return may_stay(is_in_time);
             }
-            Some(Err(_)) => return Err(Over::Gone),
-            Some(Ok(Frame::Text(text))) => decode_text(version, &text),
-            Some(Ok(Frame::Binary(bytes))) => match decode_binary(version, &bytes) {
-                Ok(Binary::Message(message)) => Ok(message),
-                Ok(Binary::Opaque(_)) => return may_stay(is_in_time),
-                Err(error) => Err(error),
-            },
-            Some(Ok(_)) => return may_stay(is_in_time),
+            Said::Nothing => return may_stay(is_in_time),
+            Said::Gone => return Err(Over::Gone),
+            Said::Close(code, reason) => return Err(Over::Close(code, reason)),
         };
         match message {
             Ok(message) if !is_in_time => {
@@ -301,6 +301,10 @@ impl Driver {
                 self.obey(vec![refused], &mut None);
                 return Err(Over::Close(1001, "Too many joins per second"));
             }
+            Ok(message) if message.event == "phx_join" && !self.kept.may_keep(&self.session, &message) => {
+                let refused = self.session.refuse(&message, NO_ROOM);
+                self.obey(vec![refused], &mut None);
+            }
             Ok(message) => {
                 let refreshed = ["user_token", "access_token"]
                     .into_iter()
@@ -313,7 +317,7 @@ impl Driver {
             Err(_) if !is_in_time => return may_stay(is_in_time),
             Err(error) => {
                 let payload = system("phoenix", "system", "error", &error.to_string());
-                self.outbox.push(fan_out(version, "phoenix", "system", &payload).into());
+                self.outbox.push(fan_out(version, "phoenix", "system", &payload));
             }
         }
         Ok(())
@@ -321,6 +325,7 @@ impl Driver {
 
     fn receive(&mut self, message: Message) {
         let actions = self.session.receive(message, now(), &self.app.verifier);
+        self.kept.keeps(&self.session);
         self.obey(actions, &mut None);
     }
 
@@ -336,7 +341,7 @@ impl Driver {
     fn obey(&mut self, actions: Vec<Action>, bound: &mut Option<Bound>) {
         for action in actions {
             match action {
-                Action::Send(frame) => self.outbox.push(frame.into()),
+                Action::Send(frame) => self.outbox.push(frame),
                 Action::Bind { channel, attempt, identity, requests } => {
                     let feed = self.app.feed.clone();
                     let topic = self.session.topic(channel).unwrap_or_default();

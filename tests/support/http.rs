@@ -58,6 +58,8 @@ pub struct Events {
     /// The last id that came, with an event or without.
     pub last: String,
     stream: TcpStream,
+    /// What was read and is no whole chunk yet; none before the head has ended.
+    raw: Option<Vec<u8>>,
     rest: Vec<u8>,
 }
 
@@ -74,8 +76,10 @@ impl Events {
         let request =
             format!("GET {path} HTTP/1.1\r\nhost: relay\r\naccept: text/event-stream\r\n{last}\r\n");
         stream.write_all(request.as_bytes()).await.map_err(|_| None)?;
-        let mut events = Self { last: String::new(), stream, rest: Vec::new() };
+        let mut events = Self { last: String::new(), stream, raw: None, rest: Vec::new() };
         let head = events.until(b"\r\n\r\n").await.ok_or(None)?;
+        events.raw = Some(std::mem::take(&mut events.rest));
+        events.take_chunks();
         match head.split(' ').nth(1).and_then(|status| status.parse().ok()) {
             Some(200) => {}
             status => return Err(status),
@@ -131,18 +135,28 @@ impl Events {
         loop {
             if let Some(at) = self.rest.windows(end.len()).position(|part| part == end) {
                 let text: Vec<u8> = self.rest.drain(..at + end.len()).collect();
-                let text = String::from_utf8(text).unwrap();
-                // The length of a chunk stands on a line of its own, before its text or after the one before.
-                let is_length =
-                    |line: &&str| line.is_empty() || line.bytes().all(|byte| byte.is_ascii_hexdigit());
-                let lines: Vec<&str> = text.trim().lines().skip_while(is_length).collect();
-                return Some(lines.join("\n"));
+                return Some(String::from_utf8(text).unwrap().trim().to_owned());
             }
             let mut bytes = vec![0; 16 * 1024];
             match timeout(PATIENCE, self.stream.read(&mut bytes)).await.expect("no event came").unwrap_or(0) {
                 0 => return None,
-                count => self.rest.extend(&bytes[..count]),
+                count => self.raw.as_mut().unwrap_or(&mut self.rest).extend(&bytes[..count]),
             }
+            self.take_chunks();
+        }
+    }
+
+    /// Takes what is in whole chunks: a length on a line of its own, the text, the end of the line.
+    fn take_chunks(&mut self) {
+        let Some(raw) = &mut self.raw else { return };
+        while let Some(line) = raw.windows(2).position(|pair| pair == b"\r\n") {
+            let length = usize::from_str_radix(std::str::from_utf8(&raw[..line]).unwrap(), 16).unwrap();
+            let end = line + 2 + length + 2;
+            if raw.len() < end {
+                return;
+            }
+            self.rest.extend(&raw[line + 2..end - 2]);
+            raw.drain(..end);
         }
     }
 }
