@@ -142,6 +142,9 @@ pub struct Settings {
     /// How many bytes a change may have as it is sent, 32768 at least; of a larger one key and short columns [default: 1048576]
     #[arg(long, help_heading = "Limits", env = "RELAY_CHANGE_BYTES", value_name = "N")]
     pub change_bytes: Option<usize>,
+    /// How many bytes may be on their way to one client, for which the kernel takes up to twice as much [default: 212992]
+    #[arg(long, help_heading = "Limits", env = "RELAY_SEND_BUFFER_BYTES", value_name = "N")]
+    pub send_buffer_bytes: Option<usize>,
     /// How many rows of a table are given at once to whoever asks for them [default: 10000]
     #[arg(long, help_heading = "Limits", env = "RELAY_MOST_ROWS", value_name = "N")]
     pub most_rows: Option<usize>,
@@ -255,6 +258,7 @@ impl Settings {
             outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
             total_outbox_bytes: self.total_outbox_bytes.or(file.total_outbox_bytes),
             change_bytes: self.change_bytes.or(file.change_bytes),
+            send_buffer_bytes: self.send_buffer_bytes.or(file.send_buffer_bytes),
             most_rows: self.most_rows.or(file.most_rows),
             most_row_bytes: self.most_row_bytes.or(file.most_row_bytes),
             resume_seconds: self.resume_seconds.or(file.resume_seconds),
@@ -363,6 +367,7 @@ impl Settings {
             outbox_bytes: count("outbox-bytes", self.outbox_bytes, 768 << 10),
             total_outbox_bytes: count("total-outbox-bytes", self.total_outbox_bytes, 256 << 20),
             change_bytes: count("change-bytes", self.change_bytes, 1 << 20).max(32 << 10),
+            send_buffer_bytes: count("send-buffer-bytes", self.send_buffer_bytes, 208 << 10),
             rows: MostRows {
                 number: self.most_rows.unwrap_or(10_000),
                 bytes: self.most_row_bytes.unwrap_or(64 << 20),

@@ -109,6 +109,7 @@ pub mod transport {
     pub mod admission;
     pub mod intake;
     pub mod deadline;
+    pub mod kernel;
     pub mod http;
     pub mod query;
     pub mod changes;

@@ -31,6 +31,7 @@ use crate::postgres::rows::Rows;
 use crate::postgres::{install, jobs, retention};
 use crate::transport::admission::Admission;
 use crate::transport::http::{self, App};
+use crate::transport::kernel;
 
 /// Connections for looking at the catalog, binding and flushing. None is held while nothing happens.
 const POOL: usize = 4;
@@ -132,6 +133,9 @@ pub async fn serve(
         sessions: TaskTracker::new(),
         numbers: AtomicU64::new(1),
     });
+    if let Err(error) = kernel::bound(&listener, app.limits.send_buffer_bytes, app.limits.write * 2) {
+        tracing::warn!(error = %error, "what the kernel holds of each connection could not be bounded");
+    }
     started(Running { observe: Arc::clone(&observe) });
 
     // What reads the database begins once that is known to be as it should; clients may come before.

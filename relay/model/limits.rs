@@ -23,6 +23,8 @@ pub struct Limits {
     pub total_outbox_bytes: usize,
     /// Bytes of the frame of one change.
     pub change_bytes: usize,
+    /// Bytes that may be on their way to one client.
+    pub send_buffer_bytes: usize,
     /// Rows of one answer.
     pub rows: MostRows,
     /// A connection that sends no whole head of a request for this long is gone.
