@@ -132,11 +132,10 @@ pub struct Settings {
     /// How many bytes a message from a client may have [default: 5000000]
     #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGE_BYTES", value_name = "N")]
     pub message_bytes: Option<usize>,
-    /// How many bytes may wait for one client before it is closed [default: 786432]
+    /// How many bytes may wait for one client before it is closed [default: 524288]
     #[arg(long, help_heading = "Limits", env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
-    /// How many bytes of memory may go to what waits for all clients, before those are closed for which most waits
-    /// [default: 268435456]
+    /// How many bytes of memory may go to what waits for all clients; over it slow ones are closed [default: 268435456]
     #[arg(long, help_heading = "Limits", env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
     pub total_outbox_bytes: Option<usize>,
     /// How many bytes a change may have as it is sent, 32768 at least; of a larger one key and short columns [default: 1048576]
@@ -355,16 +354,15 @@ impl Settings {
             value.unwrap_or(default)
         };
         let rate = |rate: Option<u32>| rate.map(|rate| rate as usize);
+        let of_one = self.connections_per_address;
         let limits = Limits {
             connections: count("max-connections", self.max_connections, 10_000),
-            connections_per_address: self
-                .connections_per_address
-                .map(|most| count("connections-per-address", Some(most), most)),
+            connections_per_address: of_one.map(|most| count("connections-per-address", Some(most), most)),
             channels: count("max-channels", self.max_channels, 100),
             joins_per_second: count("joins-per-second", rate(self.joins_per_second), 100) as u32,
             messages_per_second: count("messages-per-second", rate(self.messages_per_second), 100) as u32,
             message_bytes: count("message-bytes", self.message_bytes, 5_000_000),
-            outbox_bytes: count("outbox-bytes", self.outbox_bytes, 768 << 10),
+            outbox_bytes: count("outbox-bytes", self.outbox_bytes, 512 << 10),
             total_outbox_bytes: count("total-outbox-bytes", self.total_outbox_bytes, 256 << 20),
             change_bytes: count("change-bytes", self.change_bytes, 1 << 20).max(32 << 10),
             send_buffer_bytes: count("send-buffer-bytes", self.send_buffer_bytes, 208 << 10),

@@ -138,6 +138,11 @@ impl Audience {
         }
     }
 
+    /// Whether all of its clients are closed: nothing more is to be written for them.
+    pub fn is_over(&self) -> bool {
+        self.members.are_over()
+    }
+
     /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
     /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew, and then
     /// told again, because of what comes in between.

@@ -113,6 +113,11 @@ impl Members {
         }
     }
 
+    /// Whether the clients of all of them are closed.
+    pub fn are_over(&self) -> bool {
+        self.lock().outboxes.values().all(|outbox| outbox.is_full())
+    }
+
     /// Whether one of them has much to read.
     pub fn is_behind(&self) -> bool {
         self.lock().outboxes.values().any(|outbox| outbox.is_behind())

@@ -17,8 +17,10 @@ use crate::model::session::ChannelId;
 const MUCH: usize = 64 * 1024;
 /// … for this long is slow.
 const LONG: Duration = Duration::from_millis(250);
-/// What waits may be this much before more of a page is to wait for the client, or a part of the limit if that is less.
+/// What waits may be this much before more of a page is to wait for the client, or half of the limit if that is less.
 const BEHIND: usize = 256 * 1024;
+/// An answer to what the client says is no reason to close it, if it is this small.
+const SMALL: usize = 4 * 1024;
 /// Places for frames that an outbox has without being counted for them.
 const PLACES: usize = 32;
 
@@ -45,8 +47,13 @@ struct Shared {
 struct Queue {
     frames: VecDeque<Frame>,
     bytes: usize,
-    /// What the last frame is of.
+    /// What the last change is of.
     part: Unit,
+    /// How many of the bytes are replies and the like.
+    said: usize,
+    /// How many of the bytes are of the past, and how many of those that were taken.
+    past: usize,
+    past_taken: usize,
     /// What was taken and cannot be written now.
     stuck: usize,
     /// Since when much waits.
@@ -119,7 +126,8 @@ impl Outbox {
     /// Adds a frame of its own. One frame is always taken, however large: otherwise it could never be delivered.
     pub fn push(&self, frame: impl Into<Bytes>) {
         let frame = Frame::whole(frame, &self.budget);
-        self.add(self.budget.make_room(0), [frame], None);
+        let has_room = frame.len() <= SMALL || self.budget.make_room(0);
+        self.add(has_room, [frame], None);
     }
 
     /// Adds all that a part of a page is to a channel. Without room for it in memory, the client is closed.
@@ -148,14 +156,23 @@ impl Outbox {
         let wakers = {
             let mut queue = self.lock();
             queue.delivered |= part.is_some();
-            let goes_on = part.is_some_and(|part| part == Unit::PAST || part == queue.part);
-            let is_too_much = queue.bytes > 0 && queue.bytes + queue.stuck > self.limit;
+            let goes_on = match part {
+                Some(part) => part == Unit::PAST || part == queue.part,
+                // Replies and pings are no reason to close a client to which a large change is on its way.
+                None => queue.said <= self.limit / 4,
+            };
+            let is_too_much = queue.bytes > 0 && queue.pressing() > self.limit;
             if !has_room || (is_too_much && !goes_on) {
                 queue.end();
             }
-            queue.part = part.unwrap_or_default();
             if !queue.full {
+                let before = queue.bytes;
                 frames.into_iter().for_each(|frame| queue.add(frame));
+                match part {
+                    Some(Unit::PAST) => queue.past += queue.bytes - before,
+                    Some(part) => queue.part = part,
+                    None => queue.said += queue.bytes - before,
+                }
                 queue.count_places(&self.budget);
             }
             queue.wakers()
@@ -200,7 +217,7 @@ impl Outbox {
     /// Whether so much waits that another part of a page might not fit.
     pub fn is_behind(&self) -> bool {
         let queue = self.lock();
-        !queue.full && queue.bytes > BEHIND.min(self.limit / 4)
+        !queue.full && queue.bytes > BEHIND.min(self.limit / 2)
     }
 
     /// Whether it overflowed.
@@ -295,6 +312,11 @@ impl Queue {
         self.note_since();
     }
 
+    /// What counts against the limit: more of the past comes only once the client has read what is there of it.
+    fn pressing(&self) -> usize {
+        self.bytes - self.past + self.stuck.saturating_sub(self.past_taken)
+    }
+
     fn note_since(&mut self) {
         if self.since.is_none() && self.bytes + self.stuck > MUCH {
             self.since = Some(Instant::now());
@@ -314,7 +336,7 @@ impl Queue {
     fn end(&mut self) {
         self.full = true;
         self.frames = VecDeque::new();
-        self.bytes = 0;
+        (self.bytes, self.past) = (0, 0);
     }
 
     /// Whom to wake for what came.
@@ -325,6 +347,7 @@ impl Queue {
     fn take(&mut self, hand: &Mutex<Hand>) -> Option<Taken> {
         self.stuck = 0;
         self.since = None;
+        self.said = 0;
         if !self.frames.is_empty() {
             let mut hand = lock(hand);
             if hand.frames.is_empty() {
@@ -332,6 +355,7 @@ impl Queue {
             } else {
                 hand.frames.append(&mut self.frames);
             }
+            self.past_taken = std::mem::take(&mut self.past);
             self.bytes = 0;
             return Some(Taken::Frames);
         }
@@ -393,6 +417,31 @@ mod tests {
         assert!(outbox.is_full(), "more than the limit waited before this one began");
     }
 
+    #[test]
+    fn what_was_missed_closes_no_client_for_what_comes_now() {
+        let outbox = outbox(1000);
+        let whole = |bytes| Frame::whole(frame(bytes), outbox.budget());
+        outbox.deliver(Unit::PAST, [whole(5000)], true);
+        outbox.deliver(Unit::part(), [whole(900)], true);
+        outbox.deliver(Unit::PAST, [whole(5000)], true);
+        outbox.deliver(Unit::part(), [whole(900)], true);
+        assert!(!outbox.is_full());
+        outbox.deliver(Unit::part(), [whole(1)], true);
+        assert!(outbox.is_full());
+    }
+
+    #[test]
+    fn a_reply_closes_no_client_for_the_change_that_is_before_it_and_many_replies_do() {
+        let outbox = outbox(1000);
+        outbox.deliver(Unit::part(), [Frame::whole(frame(5000), outbox.budget())], true);
+        outbox.push(frame(100));
+        outbox.push(frame(100));
+        assert!(!outbox.is_full());
+        outbox.push(frame(100));
+        outbox.push(frame(100));
+        assert!(outbox.is_full());
+    }
+
     #[tokio::test]
     async fn its_end_is_heard_by_who_watches_while_another_waits_to_take() {
         let outbox = Arc::new(outbox(10));
@@ -442,7 +491,8 @@ mod tests {
         for outbox in &outboxes[1..] {
             outbox.push(frame(700));
         }
-        outboxes[0].push(frame(9000));
+        let whole = |bytes| Frame::whole(frame(bytes), outboxes[0].budget());
+        outboxes[0].deliver(Unit::part(), [whole(9000)], outboxes[0].budget().make_room(0));
         assert!(outboxes[0].is_full());
         assert!(outboxes[1..].iter().all(|outbox| !outbox.is_full()));
         assert!(observe.waiting_bytes() <= 10_000);

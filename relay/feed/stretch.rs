@@ -40,8 +40,7 @@ impl Stretch {
 
     /// How many bytes its images have, about.
     pub fn bytes(&self) -> usize {
-        let image = |image: &Option<String>| image.as_ref().map_or(0, String::len);
-        self.changes.iter().map(|change| 100 + image(&change.before) + image(&change.after)).sum()
+        self.changes.iter().map(|change| 100 + change.bytes()).sum()
     }
 }
 
@@ -82,6 +81,9 @@ pub async fn tell<'a>(
             continue;
         }
         if here.as_ref().is_some_and(|here| audience.has_reached(here)) {
+            continue;
+        }
+        if audience.is_over() {
             continue;
         }
         for candidate in &candidates {

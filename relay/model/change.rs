@@ -94,6 +94,11 @@ pub struct Change {
 }
 
 impl Change {
+    /// How many bytes its images have.
+    pub fn bytes(&self) -> usize {
+        [&self.before, &self.after].into_iter().flatten().map(String::len).sum()
+    }
+
     /// The time as clients expect it: UTC, milliseconds, `Z`.
     pub fn commit_timestamp(&self) -> String {
         let shape =

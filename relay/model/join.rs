@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::model::phoenix::{Message, Status, Version, push, reply};
+use crate::model::phoenix::{Message, Status, Version, push, reply, system};
 use crate::model::refusal::Refusal;
 use crate::model::subscription::Request;
 
@@ -140,6 +140,25 @@ impl Join {
     fn entries(&self) -> impl Iterator<Item = Map<String, Value>> {
         self.entries.iter().map(|entry| serde_json::from_str(entry).unwrap_or_default())
     }
+}
+
+/// The outcome of a subscription as the client is told it.
+pub fn changes_system(
+    version: Version,
+    join_ref: &Value,
+    topic: &str,
+    outcome: Result<(), &Refusal>,
+) -> String {
+    let (status, message) = match outcome {
+        Ok(()) => ("ok", "Subscribed to PostgreSQL"),
+        Err(refusal) => ("error", refusal.0.as_str()),
+    };
+    push(version, join_ref, topic, "system", &system(topic, "postgres_changes", status, message))
+}
+
+/// The refusal of a join whose subscription is refused.
+pub fn disabled(refusal: &Refusal) -> String {
+    format!("RealtimeDisabledForConfiguration: {refusal}")
 }
 
 /// Why a join is refused that has more than [`MOST_BYTES`].

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use crate::model::claims::{Claims, TokenRefusal, Tokens};
-use crate::model::join::{Join, MOST_BYTES};
+use crate::model::join::{Join, MOST_BYTES, changes_system, disabled};
 use crate::model::phoenix::{Message, Status, Version, close, error, push, reply, system};
 use crate::model::policy::Identity;
 use crate::model::refusal::Refusal;
@@ -258,16 +258,9 @@ impl Session {
         self.joins += 1;
         let id = ChannelId { session: self.number, channel: self.joins };
         let (topic, join_ref) = (join.topic().to_owned(), join.join_ref().clone());
-        let mut channel = Channel {
-            id,
-            join_ref,
-            identity,
-            requests,
-            attempt: 0,
-            bytes: join.bytes(),
-            joining: None,
-            delivering: false,
-        };
+        let bytes = join.bytes();
+        let mut channel =
+            Channel { id, join_ref, identity, requests, attempt: 0, bytes, joining: None, delivering: false };
         if !channel.requests.is_empty() {
             channel.joining = Some(join);
             actions.push(channel.bind());
@@ -402,19 +395,6 @@ impl Channel {
             frames.into_iter().map(Action::Send).collect()
         }
     }
-}
-
-/// The outcome of a subscription as the client is told it.
-fn changes_system(version: Version, join_ref: &Value, topic: &str, outcome: Result<(), &Refusal>) -> String {
-    let (status, message) = match outcome {
-        Ok(()) => ("ok", "Subscribed to PostgreSQL"),
-        Err(refusal) => ("error", refusal.0.as_str()),
-    };
-    push(version, join_ref, topic, "system", &system(topic, "postgres_changes", status, message))
-}
-
-fn disabled(refusal: &Refusal) -> String {
-    format!("RealtimeDisabledForConfiguration: {refusal}")
 }
 
 #[cfg(test)]

@@ -171,8 +171,7 @@ impl Page {
         let mut changes = Vec::new();
         let mut bytes = 0;
         while let Some(change) = self.next().await? {
-            bytes +=
-                change.before.as_ref().map_or(0, String::len) + change.after.as_ref().map_or(0, String::len);
+            bytes += change.bytes();
             changes.push(change);
             if changes.len() >= most || bytes >= most_bytes {
                 return Ok((changes, true));

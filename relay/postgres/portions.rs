@@ -14,8 +14,10 @@ use crate::postgres::connect::{Error, Server};
 const FIRST: usize = 250;
 /// … and the next up to twice as many as the one before, up to so many.
 const MOST: usize = 2000;
-/// A portion ends with the part in which it has so many.
+/// A portion ends with the part in which it has so many …
 const PARTS: usize = 8;
+/// … or so many bytes of images: several readers may have one in memory.
+const BYTES: usize = 1 << 20;
 
 /// A connection that reads portions.
 pub struct Portions {
@@ -156,9 +158,10 @@ impl Portions {
 
 /// The parts, and whether more would have come.
 async fn parts(page: &mut Page, most: usize, most_bytes: usize) -> Result<(Vec<Vec<Change>>, bool), Error> {
-    let mut parts = Vec::new();
-    while parts.len() < PARTS {
+    let (mut parts, mut bytes) = (Vec::new(), 0);
+    while parts.len() < PARTS && bytes < BYTES {
         let (part, more) = page.part(most, most_bytes).await?;
+        bytes += part.iter().map(Change::bytes).sum::<usize>();
         if !part.is_empty() {
             parts.push(part);
         }

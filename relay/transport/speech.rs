@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame};
 
 use crate::feed::budget::{Budget, Reserved};
-use crate::model::join::MOST_BYTES;
+use crate::model::join::{MOST_BYTES, MOST_TOPIC};
 use crate::model::phoenix::{Binary, FrameError, Message, Version, decode_binary, decode_large, decode_text};
 use crate::model::session::Session;
 
@@ -73,6 +73,10 @@ impl Kept {
 
     /// Whether there is room for what a join asks to keep.
     pub fn may_keep(&mut self, session: &Session, join: &Message) -> bool {
+        // Refused for that, with a better reason.
+        if join.topic.len() > MOST_TOPIC {
+            return true;
+        }
         let bytes = session.bytes() + join.topic.len() + join.payload.to_string().len();
         bytes <= KEPT && self.0.resize(bytes.saturating_sub(FREE))
     }
