@@ -39,6 +39,7 @@ mod like;
 mod limits;
 mod limits_speech;
 mod machine;
+mod memory;
 mod one_cursor;
 mod order;
 mod outage;
