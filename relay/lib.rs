@@ -80,9 +80,13 @@ pub mod feed {
     pub mod readership;
     pub mod place;
     mod finder;
+    pub mod load;
+    pub mod filter_judge;
     pub mod gate;
     pub mod stretch;
+    pub mod backlog;
     pub mod router;
+    pub mod lanes;
     pub mod command;
     pub mod hub;
     pub mod audiences;

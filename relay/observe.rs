@@ -183,10 +183,10 @@ impl Observe {
         usize::try_from(self.sessions.get()).unwrap_or(0)
     }
 
-    /// How many channels and audiences there are.
-    pub fn subscriptions(&self, channels: usize, audiences: usize) {
-        self.channels.set(channels as i64);
-        self.audiences.set(audiences as i64);
+    /// How many channels and audiences a router had, and has now.
+    pub fn subscriptions(&self, before: (usize, usize), now: (usize, usize)) {
+        self.channels.inc_by(now.0 as i64 - before.0 as i64);
+        self.audiences.inc_by(now.1 as i64 - before.1 as i64);
     }
 
     /// How large the changelog is.

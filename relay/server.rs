@@ -12,13 +12,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Config, DATABASE, JUDGE};
+use crate::feed::backlog::Backlog;
 use crate::feed::binding::{Binder, Feed};
 use crate::feed::bookmarks::Keeper;
 use crate::feed::budget::Budget;
+use crate::feed::filter_judge::FilterJudge;
 use crate::feed::gate::Gate;
+use crate::feed::lanes::Lanes;
 use crate::feed::past::Past;
 use crate::feed::pulse::Pulse;
-use crate::feed::router::Router;
+use crate::feed::router::{Parts, Router};
 use crate::feed::source::Source;
 use crate::observe::Observe;
 use crate::postgres::backoff::Backoff;
@@ -100,24 +103,56 @@ pub async fn serve(
         let (pulse, end) = (Arc::clone(&pulse), end.clone());
         async move { pulse.run(end).await }
     });
-    let census = Census::new(judge.clone(), config.judge_timeout);
-    let gate = Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, Arc::clone(&observe));
-    let census = Census::new(judge.clone(), config.judge_timeout);
+    let gate = |filters| {
+        let census = Census::new(judge.clone(), config.judge_timeout);
+        Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, filters, Arc::clone(&observe))
+    };
+    let filter_judge = || {
+        let filters = Judge::new(judge.clone(), config.judge_timeout);
+        Some(FilterJudge::new(filters, config.judge_timeout))
+    };
     let rows = Rows::new(&main, &judge, config.judge_timeout, config.stall, config.stall * PATIENCE)?;
-    let past = Gate::new(Judge::new(judge, config.judge_timeout), census, Arc::clone(&observe));
-    let past = Arc::new(Past::new(main.clone(), pool, Arc::clone(&catalog), past, config.stall * PATIENCE));
+    let past = Arc::new(Past::new(
+        main.clone(),
+        pool,
+        Arc::clone(&catalog),
+        gate(filter_judge()),
+        config.stall * PATIENCE,
+    ));
     let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume, config.stall)?);
     tasks.spawn(keeping.run(feed_end.clone()));
-    let (way_back, pulsing) = (commands_in.clone(), Arc::clone(&pulse));
-    let router =
-        Router::new(Arc::clone(&catalog), gate, Arc::clone(&observe), Arc::clone(&past), way_back, pulsing);
-    tasks.spawn(router.run(commands, parts, feed_end.clone()));
+    let router = |gate, way_back, pulse, aside| {
+        Router::new(
+            Arc::clone(&catalog),
+            gate,
+            Arc::clone(&observe),
+            Arc::clone(&past),
+            way_back,
+            pulse,
+            aside,
+        )
+    };
+    let aside = || {
+        let (way_in, commands) = mpsc::unbounded_channel();
+        let (backlog, pulse) = (Arc::new(Backlog::default()), Arc::new(Pulse::beside(&pulse)));
+        let router = router(gate(filter_judge()), way_in.clone(), Arc::clone(&pulse), Vec::new());
+        tasks.spawn(router.run(commands, Parts::Backlog(Arc::clone(&backlog)), feed_end.clone()));
+        let end = end.clone();
+        tasks.spawn(async move { pulse.run(end).await });
+        (way_in, backlog)
+    };
+    // Filters that PostgreSQL decides, and clients that ask for much, are served beside all others.
+    let (asked_in, asked) = aside();
+    let (crowd_in, crowd) = aside();
+    let main_router = router(gate(None), commands_in.clone(), Arc::clone(&pulse), vec![asked, crowd]);
+    tasks.spawn(main_router.run(commands, Parts::Source(parts), feed_end.clone()));
+    let lanes = Lanes::new(commands_in, asked_in, crowd_in);
     if let Some(keeper) = config.keeper {
         tasks.spawn(keeper.run(Arc::clone(&observe), end.clone()));
     }
     let app = Arc::new(App {
         verifier: config.verifier,
-        feed: Feed::new(Binder::new(catalog), commands_in, past, rows, bookmarks),
+        feed: Feed::new(Binder::new(Arc::clone(&catalog)), lanes, Arc::clone(&past), rows, bookmarks),
         observe: Arc::clone(&observe),
         pulse: Arc::clone(&pulse),
         allowed_origins: config.allowed_origins,

@@ -36,7 +36,6 @@ const NEVER: &[(&str, &str, &[&str])] = &[
 const EMPTY_NAMES: &[&str] =
     &["util", "utils", "common", "helper", "helpers", "types", "base", "core", "misc"];
 
-
 struct Source {
     /// Relative to `relay/`.
     path: PathBuf,

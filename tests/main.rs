@@ -29,6 +29,7 @@ mod filter;
 mod hostile_cursors;
 mod hostile_tokens;
 mod http_edges;
+mod heavy_filters;
 mod history;
 mod install;
 mod keys;

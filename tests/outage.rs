@@ -282,8 +282,11 @@ async fn a_standby_is_refused_with_its_reason_and_read_once_it_is_promoted() {
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let mut refusals = 0;
     while refusals < 2 {
-        let line =
-            tokio::time::timeout(crate::support::PATIENCE, lines.next_line()).await.unwrap().unwrap().unwrap();
+        let line = tokio::time::timeout(crate::support::PATIENCE, lines.next_line())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
         refusals += u32::from(line.contains("this server is a standby"));
     }
     assert!(started.elapsed() > Duration::from_secs(2), "twice in {:?}", started.elapsed());

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use crate::feed::budget::Budget;
 use crate::feed::frame::Frame;
-use crate::feed::gate::{Candidate, Verdict, Verdicts};
+use crate::feed::gate::{Candidate, Reader, Verdict, Verdicts};
 use crate::feed::members::Members;
 use crate::feed::outbox::{Outbox, Unit};
 use crate::feed::written::{Kept, Unwritten, Written};
@@ -127,6 +127,12 @@ impl Audience {
     /// What its channels get.
     pub fn subscription(&self) -> &Subscription {
         &self.subscription
+    }
+
+    /// It as the gate knows it. Where it is of several sessions, one of them stands for all.
+    pub fn reader(&self) -> Reader<'_> {
+        let session = self.members.first().map_or(0, |channel| channel.session);
+        Reader { subscription: &self.subscription, session }
     }
 
     /// Up to where its channels were told everything when `here` is what was delivered to all who are told together.

@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use crate::feed::audience::Registration;
 use crate::feed::bookmarks::Keeper;
 use crate::feed::command::{Command, Position};
+use crate::feed::lanes::Lanes;
 use crate::feed::outbox::Outbox;
 use crate::feed::past::Past;
 use crate::model::bookmark::{BookmarkKey, Opened};
@@ -34,8 +34,7 @@ use crate::postgres::rows::{Found, Rows, Take};
 #[derive(Clone)]
 pub struct Feed {
     binder: Arc<Binder>,
-    // Unbounded, because a session has at most one command per channel on the way and must never wait to leave.
-    router: UnboundedSender<Command>,
+    lanes: Arc<Lanes>,
     past: Arc<Past>,
     rows: Arc<Rows>,
     bookmarks: Keeper,
@@ -82,34 +81,33 @@ impl From<Refusal> for Attempt {
 
 impl Feed {
     /// Joins the parts.
-    pub fn new(
-        binder: Binder,
-        router: UnboundedSender<Command>,
-        past: Arc<Past>,
-        rows: Rows,
-        bookmarks: Keeper,
-    ) -> Self {
-        Self { binder: Arc::new(binder), router, past, rows: Arc::new(rows), bookmarks }
+    pub fn new(binder: Binder, lanes: Lanes, past: Arc<Past>, rows: Rows, bookmarks: Keeper) -> Self {
+        Self { binder: Arc::new(binder), lanes: Arc::new(lanes), past, rows: Arc::new(rows), bookmarks }
     }
 
     /// Binds a channel's requests to an identity.
     ///
     /// # Errors
-    /// As [`Binder::bind`].
-    pub async fn bind(&self, identity: Identity, requests: &[Request]) -> Result<Subscription, BindError> {
-        self.binder.bind(identity, requests).await
+    /// As [`Binder::bind`]; also when the client of the channel asks for more than one may.
+    pub async fn bind(
+        &self,
+        channel: ChannelId,
+        identity: Identity,
+        requests: &[Request],
+    ) -> Result<Subscription, BindError> {
+        let subscription = self.binder.bind(identity, requests).await?;
+        self.lanes.admit(channel, &subscription).map_err(BindError::Refused)?;
+        Ok(subscription)
     }
 
     /// Starts delivery to a channel, or changes what is delivered; `greeting` goes out first.
     pub fn join(&self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
-        // The router is gone only when the relay ends, and then nobody waits for a greeting.
-        let _ = self.router.send(Command::Join { channel, registration, greeting });
+        self.send(Command::Join { channel, registration, greeting });
     }
 
     /// Ends delivery to a channel; `farewell` goes out after everything that was delivered.
     pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
-        let _ =
-            self.router.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
+        self.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
     }
 
     /// Up to where everything was delivered to channels of one client, or by the feed when there are none; none while the
@@ -119,9 +117,27 @@ impl Feed {
         channels: Vec<ChannelId>,
         then: Option<(Arc<Outbox>, Bytes)>,
     ) -> Option<Position> {
-        let (until, heard) = oneshot::channel();
-        self.send(Command::Position { channels, then, until });
-        heard.await.ok()
+        let mut lists = self.lanes.by_router(channels).into_iter().peekable();
+        let mut then = then;
+        let mut found: Option<Position> = None;
+        while let Some(channels) = lists.next() {
+            // Behind what was delivered before the last answer is behind all of it.
+            let then = if lists.peek().is_none() { then.take() } else { None };
+            let (until, heard) = oneshot::channel();
+            self.send(Command::Position { channels, then, until });
+            if let Ok(position) = heard.await {
+                match &mut found {
+                    Some(found) => found.channels.extend(position.channels),
+                    None => found = Some(position),
+                }
+            }
+        }
+        found
+    }
+
+    /// Waits until everything that sessions asked for before is in their outboxes.
+    pub async fn settled(&self) {
+        self.lanes.settled().await;
     }
 
     /// Where the feed is, as soon as the changelog is read; none when that takes too long.
@@ -191,7 +207,7 @@ impl Feed {
     }
 
     pub(super) fn send(&self, command: Command) {
-        let _ = self.router.send(command);
+        self.lanes.send(command);
     }
 
     pub(super) fn past(&self) -> Arc<Past> {

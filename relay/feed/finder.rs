@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::feed::gate::{Answer, Asked, Candidate, Verdicts, filter_key};
+use crate::feed::gate::{Answer, Asked, Candidate, Reader, Verdicts, filter_key};
+use crate::feed::load::Client;
 use crate::feed::place::{Layout, Place};
 use crate::feed::readership::{AudienceId, Readership};
 use crate::model::bound_filter::BoundFilter;
@@ -11,7 +12,6 @@ use crate::model::change::{Change, Operation, RelationId};
 use crate::model::policy::Identity;
 use crate::model::predicate::{Answers, Truth};
 use crate::model::relation::{Access, Relation};
-use crate::model::subscription::Subscription;
 use crate::postgres::census::Said;
 
 /// Finds the candidates of one change after another.
@@ -21,6 +21,9 @@ pub(super) struct Finder<'v, 'a> {
     /// Where a rule's questions are gathered.
     pub(super) questions: HashMap<Rule, usize>,
 }
+
+/// A filter that so many clients share costs each of them next to nothing.
+const MOST_PAYERS: usize = 16;
 
 /// What images are asked of together.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -82,7 +85,7 @@ impl<'a> Finder<'_, 'a> {
         readership: &'a Readership,
         said: &[Vec<Said>],
         images: &HashMap<RelationId, Vec<&'a str>>,
-        subscription: &impl Fn(AudienceId) -> &'a Subscription,
+        reader: &impl Fn(AudienceId) -> Reader<'a>,
     ) {
         let Some(access) = readership.access() else { return };
         let reads_policy = |column: &str| reads(readership.relation(), access, column);
@@ -106,7 +109,7 @@ impl<'a> Finder<'_, 'a> {
         if matches!(place.layout, Layout::Partial(_)) {
             // Nor can a filter be told that reads what was added.
             let cannot_tell = |audience: &AudienceId| {
-                let mut bindings = subscription(*audience).concerning(readership.relation());
+                let mut bindings = reader(*audience).subscription.concerning(readership.relation());
                 bindings.any(|binding| {
                     binding.filter.as_ref().is_some_and(|filter| {
                         place.lacks(|column| filter.columns().any(|read| read == column))
@@ -136,13 +139,18 @@ impl<'a> Finder<'_, 'a> {
             if self.verdicts.policies[policy].iter().all(|truth| is_no(*truth)) {
                 continue;
             }
-            let subscription = subscription(audience);
-            for binding in subscription.concerning(readership.relation()) {
-                if let Some(filter) = &binding.filter
-                    && filter.is_usable(readership.relation(), access)
-                {
-                    self.filter(&scene, filter, subscription.identity());
-                }
+            let reader = reader(audience);
+            let mut may_match = false;
+            for binding in reader.subscription.concerning(readership.relation()) {
+                may_match |= match &binding.filter {
+                    None => true,
+                    Some(filter) => {
+                        filter.is_usable(readership.relation(), access) && self.filter(&scene, filter, reader)
+                    }
+                };
+            }
+            if !may_match {
+                continue;
             }
             self.verdicts.candidates.push(Candidate { audience, change: index, policy: Some(policy) });
         }
@@ -181,11 +189,15 @@ impl<'a> Finder<'_, 'a> {
         number
     }
 
-    /// Likewise a filter.
-    fn filter(&mut self, scene: &Scene<'_, 'a>, filter: &'a Arc<BoundFilter>, identity: &'a Identity) {
+    /// Likewise a filter. Whether the change may match it.
+    fn filter(&mut self, scene: &Scene<'_, 'a>, filter: &'a Arc<BoundFilter>, reader: Reader<'a>) -> bool {
+        let identity = reader.subscription.identity();
         let key = filter_key(scene.index, scene.access, filter);
-        if self.verdicts.filters.contains_key(&key) {
-            return;
+        let rule = Rule::Filter(key.0, key.1);
+        if let Some(known) = self.verdicts.filters.get(&key) {
+            let may_match = !known.iter().all(|truth| is_no(*truth));
+            self.is_paid_by(rule, reader);
+            return may_match;
         }
         let lacks = scene.place.lacks(|column| filter.columns().any(|read| read == column));
         let mut ruling = [Truth::False; 2];
@@ -193,7 +205,6 @@ impl<'a> Finder<'_, 'a> {
             let Some((image, slot)) = scene.place.image(side) else { continue };
             *truth = if lacks { Truth::Raises } else { filter.truth(image) };
             if *truth == Truth::Unsure {
-                let rule = Rule::Filter(key.0, key.1);
                 let (relation, answer) = (scene.readership.relation(), Answer::Filter(key, side));
                 self.question(
                     rule,
@@ -206,6 +217,19 @@ impl<'a> Finder<'_, 'a> {
             }
         }
         self.verdicts.filters.insert(key, ruling);
+        self.is_paid_by(rule, reader);
+        !ruling.iter().all(|truth| is_no(*truth))
+    }
+
+    /// Notes who chose a rule, if it is asked.
+    fn is_paid_by(&mut self, rule: Rule, reader: Reader<'_>) {
+        if let Some(number) = self.questions.get(&rule) {
+            let client = Client::of(reader.subscription.identity(), reader.session);
+            let clients = &mut self.asked[*number].clients;
+            if clients.len() < MOST_PAYERS && !clients.contains(&client) {
+                clients.push(client);
+            }
+        }
     }
 
     fn question(
@@ -221,7 +245,17 @@ impl<'a> Finder<'_, 'a> {
             let (images, answers) = (Vec::new(), Vec::new());
             // A filter calls nothing; a policy may.
             let with_path = matches!(rule, Rule::Policy(..)) && needs_path(relation, identity);
-            self.asked.push(Asked { identity, statement, relation, images, answers, group, with_path });
+            let clients = Vec::new();
+            self.asked.push(Asked {
+                identity,
+                statement,
+                relation,
+                images,
+                answers,
+                group,
+                with_path,
+                clients,
+            });
             self.asked.len() - 1
         });
         self.asked[number].images.push(image);

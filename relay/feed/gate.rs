@@ -6,7 +6,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::task::block_in_place;
+
+use crate::feed::filter_judge::{FilterJudge, Paid};
 use crate::feed::finder::Finder;
+use crate::feed::load::Client;
 use crate::feed::place::places;
 use crate::feed::readership::{AudienceId, Readership, Readerships};
 use crate::model::bound_filter::BoundFilter;
@@ -18,12 +23,14 @@ use crate::model::subscription::Subscription;
 use crate::observe::Observe;
 use crate::postgres::census::{Census, Inquiry, Said};
 use crate::postgres::connect::Error;
-use crate::postgres::judge::{Judge, Question};
+use crate::postgres::judge::{Judge, Question, Verdict as Answered};
 
 /// Asks and remembers for the length of one part.
 pub struct Gate {
     judge: Judge,
     census: Census,
+    /// For filters that are not decided here; without it these are lost.
+    filters: Option<FilterJudge>,
     observe: Arc<Observe>,
 }
 
@@ -34,6 +41,15 @@ pub enum Verdict {
     Sight(Sight),
     /// That cannot be told any more, and never will be; the text says why.
     Lost(&'static str),
+}
+
+/// An audience as the gate knows it.
+#[derive(Clone, Copy)]
+pub struct Reader<'a> {
+    /// What it is subscribed to.
+    pub subscription: &'a Subscription,
+    /// One of the sessions that it is of.
+    pub session: u64,
 }
 
 /// A change that may concern an audience.
@@ -79,6 +95,8 @@ pub(super) struct Asked<'a> {
     /// Of a policy: the change about which it is asked first, and who is judged by the answer.
     pub(super) group: Option<(usize, &'a Readership, u64)>,
     pub(super) with_path: bool,
+    /// Who chose it; nobody did when it is a policy.
+    pub(super) clients: Vec<Client>,
 }
 
 /// A side of a ruling, 0 before and 1 after.
@@ -88,18 +106,23 @@ pub(super) enum Answer {
 }
 
 const TOO_LONG: &str = "the policy or filter took too long, or a table that it reads is locked";
+const FILTER_TOO_LONG: &str =
+    "the filters of this client take more of the database's time than one client may";
 const COLUMNS_CHANGED: &str = "its columns changed while a change was on its way";
 
 impl Gate {
-    /// Asks by these two.
-    pub fn new(judge: Judge, census: Census, observe: Arc<Observe>) -> Self {
-        Self { judge, census, observe }
+    /// Asks by these.
+    pub fn new(judge: Judge, census: Census, filters: Option<FilterJudge>, observe: Arc<Observe>) -> Self {
+        Self { judge, census, filters, observe }
     }
 
     /// The rules are others now.
     pub async fn forget(&self) {
         self.judge.discard_plans().await;
         self.census.forget().await;
+        if let Some(filters) = &self.filters {
+            filters.forget().await;
+        }
     }
 
     /// Finds whom `changes` concern among the readers, and what each may see.
@@ -111,7 +134,7 @@ impl Gate {
         catalog: &'a Catalog,
         changes: &'a [Change],
         readerships: &'a Readerships,
-        subscription: impl Fn(AudienceId) -> &'a Subscription,
+        reader: impl Fn(AudienceId) -> Reader<'a>,
     ) -> Result<Verdicts, Error> {
         let (places, images) = places(catalog, changes);
         let mut verdicts = Verdicts::default();
@@ -124,20 +147,26 @@ impl Gate {
             }
         }
         let mut asked: Vec<Asked<'a>> = Vec::new();
-        {
+        self.apart(|| {
             let mut finder = Finder { verdicts: &mut verdicts, asked: &mut asked, questions: HashMap::new() };
             for (index, change) in changes.iter().enumerate() {
                 for readership in readerships.of(change.relation) {
                     let said = said.get(&readership.number()).map_or(&[][..], Vec::as_slice);
                     let place = places[index].as_ref();
-                    finder.find((index, change), place, readership, said, &images, &subscription);
+                    finder.find((index, change), place, readership, said, &images, &reader);
                 }
             }
-        }
+        });
         drop(places);
         self.ask(&mut verdicts, asked).await?;
         self.observe.judged(verdicts.statements);
         Ok(verdicts)
+    }
+
+    /// Does what may take long, as clients may have thousands of filters here: others are served meanwhile.
+    fn apart<T>(&self, work: impl FnOnce() -> T) -> T {
+        let has_threads = Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread;
+        if self.filters.is_some() && has_threads { block_in_place(work) } else { work() }
     }
 
     /// What PostgreSQL tells once for all readers: for each leaf of the plan what it says of each image.
@@ -167,17 +196,26 @@ impl Gate {
 
     /// Asks what could not be told, and puts the answers in their places.
     async fn ask(&self, verdicts: &mut Verdicts, asked: Vec<Asked<'_>>) -> Result<(), Error> {
-        let questions: Vec<Question<'_>> = asked
+        verdicts.statements += asked.len();
+        let (policies, filters): (Vec<_>, Vec<_>) =
+            asked.into_iter().partition(|asked| asked.clients.is_empty());
+        let questions: Vec<Question<'_>> = policies.iter().map(Asked::question).collect();
+        let answers = self.judge.judge(&questions).await?;
+        self.note(verdicts, &policies, answers);
+        let questions: Vec<Paid<'_>> = filters
             .iter()
-            .map(|asked| Question {
-                identity: asked.identity.clone(),
-                statement: Arc::clone(asked.statement),
-                images: &asked.images,
-                with_path: asked.with_path,
-            })
+            .map(|asked| Paid { question: asked.question(), clients: &asked.clients })
             .collect();
-        verdicts.statements += questions.len();
-        for (asked, answer) in asked.iter().zip(self.judge.judge(&questions).await?) {
+        let answers = match &self.filters {
+            Some(judge) => Box::pin(judge.judge(&questions)).await?,
+            None => filters.iter().map(|asked| Answered::none(&asked.images, Denied::TimedOut)).collect(),
+        };
+        self.note(verdicts, &filters, answers);
+        Ok(())
+    }
+
+    fn note(&self, verdicts: &mut Verdicts, asked: &[Asked<'_>], answers: Vec<Answered>) {
+        for (asked, answer) in asked.iter().zip(answers) {
             if let Some(denied) = answer.denied {
                 self.observe.judgement_failed(denied, &asked.relation.table);
             }
@@ -197,26 +235,38 @@ impl Gate {
                 }
             }
         }
-        Ok(())
+    }
+}
+
+impl Asked<'_> {
+    fn question(&self) -> Question<'_> {
+        Question {
+            identity: self.identity.clone(),
+            statement: Arc::clone(self.statement),
+            images: &self.images,
+            with_path: self.with_path,
+        }
     }
 }
 
 impl Verdicts {
     /// What the candidate may see by the relation's policy alone.
     pub fn policy(&self, candidate: &Candidate) -> Verdict {
-        candidate.policy.map_or(Verdict::Lost(COLUMNS_CHANGED), |policy| verdict(&self.policies[policy]))
+        candidate
+            .policy
+            .map_or(Verdict::Lost(COLUMNS_CHANGED), |policy| verdict(&self.policies[policy], TOO_LONG))
     }
 
     /// Which images of the candidate's change match the filter.
     pub fn filter(&self, candidate: &Candidate, access: &Access, filter: &Arc<BoundFilter>) -> Verdict {
         let ruling = self.filters.get(&filter_key(candidate.change, access, filter));
-        ruling.map_or(Verdict::Sight(Sight::NONE), verdict)
+        ruling.map_or(Verdict::Sight(Sight::NONE), |ruling| verdict(ruling, FILTER_TOO_LONG))
     }
 }
 
-fn verdict(ruling: &Ruling) -> Verdict {
+fn verdict(ruling: &Ruling, too_long: &'static str) -> Verdict {
     if ruling.contains(&Truth::Late) {
-        return Verdict::Lost(TOO_LONG);
+        return Verdict::Lost(too_long);
     }
     Verdict::Sight(Sight { before: ruling[0] == Truth::True, after: ruling[1] == Truth::True })
 }

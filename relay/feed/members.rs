@@ -51,6 +51,11 @@ impl Members {
         std::mem::take(&mut self.lock().outboxes)
     }
 
+    /// The first channel.
+    pub fn first(&self) -> Option<ChannelId> {
+        self.lock().outboxes.keys().next().copied()
+    }
+
     /// Whether no channel is left.
     pub fn is_empty(&self) -> bool {
         self.lock().outboxes.is_empty()

@@ -1,6 +1,6 @@
 //! Whether the feed goes on: what it waits for, since when, and who is to hear that this takes long.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -21,6 +21,8 @@ pub type Stalls = watch::Receiver<Option<Cause>>;
 /// The feed's pulse.
 pub struct Pulse {
     bound: Duration,
+    /// The pulse of the feed as a whole, where this is that of a part of it.
+    feed: Option<Arc<Pulse>>,
     // Held for a moment, once or twice a page.
     waits: Mutex<Waits>,
     stalled: watch::Sender<Option<Cause>>,
@@ -47,7 +49,13 @@ impl Pulse {
     /// Of a feed that stalls when it has waited for `bound`. It waits for its first page.
     pub fn new(bound: Duration) -> Self {
         let waits = Waits { changelog: Some(Instant::now()), ..Waits::default() };
-        Self { bound, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
+        Self { bound, feed: None, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
+    }
+
+    /// Of a part of a feed: it waits for verdicts of its own, and for the changelog when the feed does.
+    pub fn beside(feed: &Arc<Self>) -> Self {
+        let waits = Mutex::default();
+        Self { bound: feed.bound, feed: Some(Arc::clone(feed)), waits, stalled: watch::Sender::new(None) }
     }
 
     /// How long a wait is a stall.
@@ -98,10 +106,12 @@ impl Pulse {
         let tick = (self.bound / 10).clamp(Duration::from_millis(20), Duration::from_secs(1));
         while end.run_until_cancelled(tokio::time::sleep(tick)).await.is_some() {
             let is_long = |since: Option<Instant>| since.is_some_and(|since| since.elapsed() > self.bound);
+            let mut changelog = None;
+            self.feed.as_deref().unwrap_or(self).change(|waits| changelog = waits.changelog);
             let mut now = None;
             self.change(|waits| {
                 now = match () {
-                    () if is_long(waits.changelog) => Some(Cause::Changelog),
+                    () if is_long(changelog) => Some(Cause::Changelog),
                     () if is_long(waits.judgement) => Some(Cause::Judgement),
                     () => None,
                 };

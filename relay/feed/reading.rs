@@ -9,6 +9,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::time::timeout;
 
 use crate::feed::source::{PART_BYTES, PART_CHANGES, Part, Place, Source};
+use crate::feed::stretch::Stretch;
 use crate::model::cursor::Span;
 use crate::postgres::changelog::{Changelog, Flush, Position};
 use crate::postgres::connect::Error;
@@ -311,7 +312,8 @@ impl<'a> Reading<'a> {
             total += changes.len();
             goes_on = more;
             self.source.observe.read(changes.len());
-            let part = Part::Changes { changes, more, span: Arc::clone(&span), mark: page.mark };
+            let stretch = Stretch { changes, more, span: Arc::clone(&span), mark: page.mark };
+            let part = Part::Changes(Arc::new(stretch));
             if !self.hand_on(part).await {
                 return Ok(Look::Over);
             }

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::audience::{ALTERED, Registration};
+use crate::feed::backlog::Backlog;
 use crate::feed::command::{Command, Handover, Position};
 use crate::feed::gate::Gate;
 use crate::feed::hub::Hub;
@@ -58,10 +59,31 @@ pub struct Router {
     replays: JoinSet<()>,
     /// Who came and went before the changelog was read.
     early: Vec<Command>,
+    /// Where parts go for the routers aside; nowhere when this is one of them.
+    aside: Vec<Arc<Backlog>>,
+    /// Channels and audiences as they were counted last.
+    counted: (usize, usize),
+}
+
+/// Where parts come from.
+pub enum Parts {
+    /// The source, which waits while nothing is taken.
+    Source(Receiver<Part>),
+    /// Another router, which does not.
+    Backlog(Arc<Backlog>),
+}
+
+impl Parts {
+    async fn next(&mut self) -> Option<Part> {
+        match self {
+            Self::Source(parts) => parts.recv().await,
+            Self::Backlog(parts) => Some(parts.next().await),
+        }
+    }
 }
 
 impl Router {
-    /// Without any subscription; `router` is where its commands come from.
+    /// Without any subscription; `router` is where its commands come from, and `aside` where it passes on what it is told.
     pub fn new(
         catalog: Arc<CatalogKeeper>,
         gate: Gate,
@@ -69,6 +91,7 @@ impl Router {
         past: Arc<Past>,
         router: UnboundedSender<Command>,
         pulse: Arc<Pulse>,
+        aside: Vec<Arc<Backlog>>,
     ) -> Self {
         let stalls = pulse.watch();
         Self {
@@ -87,6 +110,8 @@ impl Router {
             router,
             replays: JoinSet::new(),
             early: Vec::new(),
+            aside,
+            counted: (0, 0),
         }
     }
 
@@ -94,7 +119,7 @@ impl Router {
     pub async fn run(
         mut self,
         mut commands: UnboundedReceiver<Command>,
-        mut parts: Receiver<Part>,
+        mut parts: Parts,
         end: CancellationToken,
     ) {
         loop {
@@ -106,7 +131,7 @@ impl Router {
                     Some(command) => self.obey(command),
                     None => return,
                 },
-                part = parts.recv() => match part {
+                part = parts.next() => match part {
                     Some(part) => tokio::select! {
                         () = end.cancelled() => return,
                         () = self.deliver_part(part) => self.obey_early(),
@@ -170,8 +195,8 @@ impl Router {
                 let _ = answer.send(handover);
             }
         }
-        let (channels, audiences) = self.hub.count();
-        self.observe.subscriptions(channels, audiences);
+        let now = self.hub.count();
+        self.observe.subscriptions(std::mem::replace(&mut self.counted, now), now);
     }
 
     /// Takes in somebody who came with a cursor and has missed nothing; else says where what was missed is to be had.
@@ -259,14 +284,20 @@ impl Router {
     }
 
     async fn deliver_part(&mut self, part: Part) {
+        for aside in &self.aside {
+            aside.add(part.clone(), self.position.as_ref());
+        }
         match part {
-            Part::Changes { changes, more, span, mark } => {
-                let stretch = Arc::new(Stretch { changes, more, span, mark });
+            Part::Changes(stretch) => {
+                let more = stretch.more;
                 // Other rules count for those who come later, too.
                 if !self.hub.live.is_empty() || stretch.is_news() {
                     self.deliver_when_judged(Some(&stretch)).await;
                 }
-                self.observe.delivered_through(&stretch.changes);
+                // What is told aside may be late by its clients' choice.
+                if !self.aside.is_empty() {
+                    self.observe.delivered_through(&stretch.changes);
+                }
                 if let Some(end) = stretch.end() {
                     self.recent.add(self.position.replace(end), Arc::clone(&stretch));
                     self.hub.moved(self.position.as_ref());

@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::feed::pulse::{Cause, Pulse};
 use crate::feed::reading::Reading;
-use crate::model::change::{Change, RelationId};
+use crate::feed::stretch::Stretch;
+use crate::model::change::RelationId;
 use crate::model::cursor::{Cursor, Epoch, Snapshot, Span};
 use crate::observe::Observe;
 use crate::postgres::backoff::Backoff;
@@ -32,18 +33,10 @@ pub(super) const PART_BYTES: usize = 128 * 1024;
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What goes from the source to the router.
+#[derive(Clone)]
 pub enum Part {
     /// Changes in the order of their numbers.
-    Changes {
-        /// They.
-        changes: Vec<Change>,
-        /// The page goes on: more comes at once.
-        more: bool,
-        /// The page.
-        span: Arc<Span>,
-        /// The sign of the rules at its end.
-        mark: Option<i64>,
-    },
+    Changes(Arc<Stretch>),
     /// The page goes on, but is too large for everybody to wait for it: who wants its rest reads that by itself.
     Rest {
         /// The page.
@@ -57,6 +50,16 @@ pub enum Part {
     Quiet(Cursor),
     /// Changes may be missing here and cannot be had any more; the text says why.
     Gap(String),
+}
+
+impl Part {
+    /// How much room it takes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Changes(stretch) => stretch.bytes(),
+            Self::Rest { .. } | Self::Quiet(_) | Self::Gap(_) => 0,
+        }
+    }
 }
 
 /// Settings of the source.

@@ -58,7 +58,7 @@ pub async fn tell<'a>(
 ) -> Result<usize, Error> {
     let here = stretch.end().map(Arc::new);
     let changes = &*shape::read(catalog, &stretch.changes);
-    let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).subscription()).await?;
+    let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).reader()).await?;
     for (id, change) in &verdicts.raising {
         if let Some(relation) = catalog.relation(changes[*change].relation) {
             audience(*id).tell_raising(relation);
@@ -207,5 +207,32 @@ impl Recent {
         // More than a client should get in one go is read from the changelog, as fast as the client reads.
         let bytes: usize = missed.iter().map(|(_, bytes)| bytes).sum();
         (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(stretch, _)| Arc::clone(stretch)).collect())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::model::change::{Reading, RelationId};
+    use crate::model::cursor::{Epoch, Snapshot};
+
+    /// A page with one change of this number, whose image has so many bytes.
+    pub(crate) fn stretch(number: i64, bytes: usize) -> Arc<Stretch> {
+        let snapshot = |xmax| Snapshot::new(xmax, Vec::new()).unwrap();
+        let span = Arc::new(Span { epoch: Epoch(1), seen: snapshot(1), until: snapshot(2) });
+        let change = Change {
+            number,
+            xid: 1,
+            at: SystemTime::UNIX_EPOCH.into(),
+            relation: RelationId(1),
+            shape: None,
+            began: None,
+            reading: Reading::Whole,
+            operation: Operation::Insert,
+            oversize: false,
+            before: None,
+            after: Some("x".repeat(bytes)),
+        };
+        Arc::new(Stretch { changes: vec![change], more: false, span, mark: None })
     }
 }

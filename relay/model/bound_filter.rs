@@ -90,6 +90,16 @@ impl BoundFilter {
         self.predicate.truth(image, &self.constants, &Unasked, true)
     }
 
+    /// Whether PostgreSQL may have to be asked whether a row matches.
+    pub fn asks(&self) -> bool {
+        self.predicate.asks()
+    }
+
+    /// How many values a row may have to be compared with.
+    pub fn value_count(&self) -> usize {
+        self.conditions.iter().map(|typed| typed.values.len().max(1)).sum()
+    }
+
     /// What a row must have to match.
     pub fn anchors(&self) -> Anchors {
         self.predicate.anchors(&self.constants)

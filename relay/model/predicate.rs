@@ -358,6 +358,23 @@ impl Predicate {
     }
 }
 
+impl Predicate {
+    /// Whether it may be that only PostgreSQL knows what it comes to for an image, whatever the terms are.
+    pub fn asks(&self) -> bool {
+        match self {
+            Self::Fact(_) | Self::Readers { .. } | Self::Opaque => true,
+            Self::Matches(_, pattern) => !pattern.is_exact(),
+            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.asks(),
+            Self::And(all) | Self::Or(all) => all.iter().any(Self::asks),
+            Self::Case(branches, otherwise) => {
+                branches.iter().any(|(condition, result)| condition.asks() || result.asks())
+                    || otherwise.asks()
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Whether PostgreSQL can name a reader with such terms: each is compared by `=`, so null finds nothing. None when it
 /// has to be asked.
 pub(super) fn known_by(by: &[usize], terms: &[TermValue]) -> Option<bool> {

@@ -1,10 +1,12 @@
 //! What a channel asks for (`postgres_changes` entries) and what it becomes once bound to verified claims.
 
+use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use crate::model::anchor::Anchors;
 use crate::model::bound_filter::BoundFilter;
 use crate::model::change::{Operation, RelationId};
 use crate::model::policy::Identity;
@@ -173,6 +175,9 @@ impl Hash for Binding {
     }
 }
 
+/// To write a frame takes as long as to compare so many values.
+const VALUES_OF_FRAME: usize = 10;
+
 /// The relations of a binding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
@@ -215,7 +220,10 @@ impl Subscription {
                     Scope::Relation(relation.id(), relation.oid)
                 }
             };
-            let select = (!request.select.is_empty()).then(|| request.select.clone());
+            // A column that is named again is no news, and would be looked at again for each change.
+            let mut named = HashSet::new();
+            let select = request.select.iter().filter(|column| named.insert(*column)).cloned();
+            let select = (!request.select.is_empty()).then(|| select.collect());
             bindings.push(Binding { id: request.id(), events: request.events, scope, filter, select });
         }
         Ok(Self { identity, bindings: bindings.into() })
@@ -229,6 +237,30 @@ impl Subscription {
     /// What it asks for.
     pub fn bindings(&self) -> &[Binding] {
         &self.bindings
+    }
+
+    /// The same, for as long as somebody has them.
+    pub fn shared_bindings(&self) -> Arc<[Binding]> {
+        Arc::clone(&self.bindings)
+    }
+
+    /// How many values of its filters are compared with each change, since no index leads from a row to them; and what
+    /// columns its bindings select beyond those of the first, which make another frame of a change.
+    pub fn scanned_values(&self) -> usize {
+        let (mut anchors, mut values, mut selections) = (Anchors::OneOf(Vec::new()), 0, HashSet::new());
+        for binding in self.bindings.iter() {
+            let filter = binding.filter.as_ref();
+            anchors = anchors.or(filter.map_or(Anchors::Any, |filter| filter.anchors()));
+            values += filter.map_or(0, |filter| filter.value_count());
+            selections.insert(&binding.select);
+        }
+        let frames = selections.len().saturating_sub(1) * VALUES_OF_FRAME;
+        if anchors == Anchors::Any { values + frames } else { frames }
+    }
+
+    /// Whether PostgreSQL may have to be asked which rows match its filters.
+    pub fn asks(&self) -> bool {
+        self.bindings.iter().any(|binding| binding.filter.as_ref().is_some_and(|filter| filter.asks()))
     }
 
     /// Whether a relation it names is not watched any more, or watched anew, or has another name or other types than its

@@ -44,7 +44,8 @@ pub struct Question<'a> {
 }
 
 impl Verdict {
-    fn none(images: &[&str], denied: Denied) -> Self {
+    /// Nothing may be seen.
+    pub fn none(images: &[&str], denied: Denied) -> Self {
         Self { allowed: vec![false; images.len()], denied: Some(denied) }
     }
 }
@@ -65,6 +66,18 @@ impl Judge {
         if failed {
             *session = None;
         }
+    }
+
+    /// Connects if there is no connection yet.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn open(&self) -> Result<(), Error> {
+        let mut held = self.session.lock().await;
+        if held.as_ref().is_none_or(|session| session.client.is_closed()) {
+            *held = Some(StandIn::open(&self.server, SETTINGS, self.limit).await?);
+        }
+        Ok(())
     }
 
     /// Answers all questions; they travel together. Images that make a policy raise are denied alone, the others of

@@ -138,13 +138,15 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
         })?,
     };
     let identity = Identity::new(claims);
-    let subscription = app.feed.bind(identity.clone(), &[wanted]).await.map_err(|why| match why {
-        BindError::Refused(refusal) => {
-            let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
-            refused(StatusCode::BAD_REQUEST, &plain)
-        }
-        BindError::Unavailable => unavailable(),
-    })?;
+    let channel = ChannelId { session: app.next_session(), channel: 0 };
+    let subscription =
+        app.feed.bind(channel, identity.clone(), &[wanted]).await.map_err(|why| match why {
+            BindError::Refused(refusal) => {
+                let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
+                refused(StatusCode::BAD_REQUEST, &plain)
+            }
+            BindError::Unavailable => unavailable(),
+        })?;
     // Without a name of their own, those of one address have one share.
     let claims = identity.claims();
     let owner = match claims.sub() {
@@ -156,7 +158,7 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
         subscription,
         since,
         wait: Duration::from_secs(wait),
-        channel: ChannelId { session: app.next_session(), channel: 0 },
+        channel,
         outbox: Arc::new(Outbox::of(Some(owner), most, Arc::clone(&app.budget))),
     })
 }

@@ -186,7 +186,7 @@ impl Driver {
                     if let Err(over) = self.hear(frame) {
                         if matches!(over, Over::Close(..)) {
                             // What the router has to say before it, such as the end of a channel, goes first.
-                            let _ = timeout(LAST, app.feed.position(Vec::new(), None)).await;
+                            let _ = timeout(LAST, app.feed.settled()).await;
                             self.write_last().await;
                         }
                         return over;
@@ -348,7 +348,7 @@ impl Driver {
                     let opening =
                         self.resume.as_mut().map(|resume| resume.open(channel, identity.claims(), topic));
                     let bind = async move {
-                        let subscription = feed.bind(identity, &requests).await?;
+                        let subscription = feed.bind(channel, identity, &requests).await?;
                         let opened = match opening {
                             Some(opening) => opening.await?,
                             None => None,

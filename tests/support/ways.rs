@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use relay::feed::gate::{Gate, Verdict};
+use relay::feed::gate::{Gate, Reader, Verdict};
 use relay::feed::readership::Readerships;
 use relay::model::change::{Change, Operation, Reading};
 use relay::model::claims::Claims;
@@ -67,7 +67,7 @@ impl Ways {
         let limit = Duration::from_secs(5);
         let keeper = CatalogKeeper::new(pool(), pool(), None);
         let judge = || Judge::new(server.clone(), limit);
-        let gate = Gate::new(judge(), Census::new(server.clone(), limit), Arc::new(Observe::new()));
+        let gate = Gate::new(judge(), Census::new(server.clone(), limit), None, Arc::new(Observe::new()));
         for role in ["authenticated", "anon"] {
             keeper.with_role(role).await.unwrap();
         }
@@ -166,7 +166,10 @@ impl Ways {
         let changes: Vec<Change> = images.values().map(change).collect();
         let verdicts = self
             .gate
-            .verdicts(catalog, &changes, &readerships, |reader| &subscriptions[reader])
+            .verdicts(catalog, &changes, &readerships, |reader| Reader {
+                subscription: &subscriptions[reader],
+                session: 0,
+            })
             .await
             .unwrap();
         let ids: Vec<i64> = images.keys().copied().collect();
