@@ -8,7 +8,9 @@
 -- named like something around it comes first.
 create or replace function relay.judge_statement(relation regclass, expression text) returns text
 language sql stable
-set search_path = '' as $$
+set search_path = ''
+set standard_conforming_strings = on
+set quote_all_identifiers = off as $$
   select pg_catalog.format(
     E'select coalesce(pg_catalog.array_agg("relay verdicts"."relay verdict" order by "relay images"."relay n"), ''{}'')'
     ' from pg_catalog.unnest($1::pg_catalog.text[]) with ordinality as "relay images"("relay image", "relay n")'
@@ -44,7 +46,9 @@ comment on function relay.operator_for(oid, text) is 'an operator of a type, qua
 -- the cast, the operator or a regular expression fails, PostgreSQL's own error is raised.
 create or replace function relay.filter_condition(relation regclass, column_name text, operator text, value text[]) returns jsonb
 language plpgsql stable
-set search_path = '' as $$
+set search_path = ''
+set standard_conforming_strings = on
+set quote_all_identifiers = off as $$
 declare
   col record;
   operand text;
@@ -139,7 +143,9 @@ comment on function relay.filter_condition(regclass, text, text, text[]) is
 -- name outside pg_catalog qualified by its schema. Tried at once, so that a mistake shows here. Replaces an earlier one.
 create or replace function relay.allow(relation regclass, policy text) returns void
 language plpgsql volatile
-set search_path = '' as $$
+set search_path = ''
+set standard_conforming_strings = on
+set quote_all_identifiers = off as $$
 declare
   kind "char" := (select c.relkind from pg_catalog.pg_class c where c.oid = relation);
   verdicts boolean[];

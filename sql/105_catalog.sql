@@ -23,6 +23,8 @@ create or replace function relay.policies_for(relation regclass, role oid)
 returns table (policy oid, name text, permissive boolean, condition text)
 language plpgsql stable rows 4
 set search_path = ''
+set standard_conforming_strings = on
+set quote_all_identifiers = off
 set jit = off
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column

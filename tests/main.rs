@@ -11,6 +11,7 @@ mod support;
 mod access_claims;
 mod access_locks;
 mod access_order;
+mod access_settings;
 mod autobahn;
 mod browser;
 mod capture;

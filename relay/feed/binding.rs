@@ -248,6 +248,10 @@ impl Binder {
     }
 
     async fn try_bind(&self, identity: &Identity, requests: &[Request]) -> Result<Subscription, Attempt> {
+        if !self.catalog.has_characters_of(identity.claims()).await? {
+            let why = "Unable to subscribe to changes: the token has a character that the database's encoding does not have";
+            return Err(Refusal(String::from(why)).into());
+        }
         let role = identity.claims().role();
         let mut catalog = self.catalog.with_role(role).await?;
         if requests.iter().any(|request| is_missed(&catalog, role, request)) {

@@ -103,6 +103,12 @@ impl Claims {
         &self.json
     }
 
+    /// The payload without escapes: with all characters that a part of it may have.
+    pub fn plain(&self) -> String {
+        serde_json::from_str::<Value>(&self.json)
+            .map_or_else(|_| self.json.to_string(), |json| json.to_string())
+    }
+
     /// The key that signed them, if it may be withdrawn.
     pub fn key(&self) -> Option<KeyId> {
         self.key

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use tokio::sync::{Mutex, watch};
 
 use crate::model::bound_filter::{BoundFilter, Typed};
+use crate::model::claims::Claims;
 use crate::model::filter::Condition;
 use crate::model::relation::{Catalog, Column, Relation, Shape};
 use crate::postgres::connect::{Error, Lease};
@@ -107,6 +108,34 @@ impl CatalogKeeper {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
+    }
+
+    /// Whether the database's encoding has all characters of these claims. Those that it has not would fail every statement
+    /// in which they stand, those that are asked for others too. Without a role that cannot be, no question is asked for it.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn has_characters_of(&self, claims: &Claims) -> Result<bool, Error> {
+        let plain = claims.plain();
+        if plain.is_ascii() {
+            return Ok(true);
+        }
+        let lease = Lease::of(&self.pool).await?;
+        let asked = async {
+            let client = lease.client()?;
+            let same = client.prepare_cached("select $1::text").await?;
+            Ok(client.query_one(&same, &[&plain]).await.map(|_| ())?)
+        };
+        let asked = asked.await;
+        lease.done();
+        match asked {
+            Ok(()) => Ok(true),
+            Err(error) => match Error::code(&error) {
+                // Untranslatable, and not in the repertoire.
+                Some("22P05" | "22021") => Ok(false),
+                _ => Err(error),
+            },
+        }
     }
 
     /// The catalog, looked at now because something in it was missed.

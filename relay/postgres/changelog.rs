@@ -14,7 +14,7 @@ use tokio_postgres::{Client, Row, RowStream, Statement};
 use crate::model::change::{self, Change, Operation, Reading, RelationId};
 use crate::model::cursor::{Epoch, Snapshot};
 use crate::postgres::catalog::RuleScope;
-use crate::postgres::connect::{Error, Lease, Server};
+use crate::postgres::connect::{Error, Lease, NO_PATH, Server};
 
 /// A connection that reads pages.
 pub struct Changelog {
@@ -75,7 +75,7 @@ impl Changelog {
         // look would cost more than the look: hence the index, and one plan.
         let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; \
                         set plan_cache_mode = force_generic_plan";
-        client.batch_execute(settings).await?;
+        client.batch_execute(&format!("{NO_PATH}; {settings}")).await?;
         let page = client
             .prepare(
                 "select p.*, case when p.number is null then (select m.mark from relay.rules_mark($5, $6) m) end as mark \

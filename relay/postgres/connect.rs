@@ -116,9 +116,23 @@ fn told(error: &tokio_postgres::Error) -> String {
     }
 }
 
-/// Our connections idle for long and read long pages, whatever the database's defaults for others are.
-const PATIENT: &str = "set idle_session_timeout = 0; set idle_in_transaction_session_timeout = 0; \
-     set statement_timeout = 0; set lock_timeout = 0";
+/// What every connection of ours sets, whatever the database or the login has as its default. What its texts mean: how
+/// constants are read and written, how names are quoted, what a transaction is. And that it has time: our connections idle
+/// for long and read long pages. Not set is what policies may depend on beyond that, such as the time zone or the search
+/// path: a user's own session would have the default.
+const PINNED: &str = "set standard_conforming_strings = on; set escape_string_warning = off; \
+     set backslash_quote = safe_encoding; set quote_all_identifiers = off; set transform_null_equals = off; \
+     set array_nulls = on; set xmloption = content; set client_encoding = 'UTF8'; set client_min_messages = notice; \
+     set row_security = on; set check_function_bodies = on; set plpgsql.extra_errors = 'none'; \
+     set plpgsql.extra_warnings = 'none'; set plpgsql.variable_conflict = 'error'; \
+     set default_transaction_isolation = 'read committed'; set default_transaction_read_only = off; \
+     set default_transaction_deferrable = off; \
+     set idle_session_timeout = 0; set idle_in_transaction_session_timeout = 0; set statement_timeout = 0; \
+     set lock_timeout = 0; \
+     do $$ begin set transaction_timeout = 0; exception when undefined_object then null; end $$";
+
+/// The same for connections that only run statements of our own, in which nothing may get between a name and what it means.
+pub const NO_PATH: &str = "set search_path = pg_catalog";
 
 /// How long a connection may take to begin, password and settings included.
 const BEGIN: Duration = Duration::from_secs(10);
@@ -173,8 +187,10 @@ impl Server {
     /// # Errors
     /// When the pool cannot be built.
     pub fn pool(&self, size: usize, limit: Duration) -> Result<Pool, Error> {
-        let settings =
-            format!("{PATIENT}; set synchronous_commit = on; set statement_timeout = {}", limit.as_millis());
+        let settings = format!(
+            "{PINNED}; {NO_PATH}; set synchronous_commit = on; set statement_timeout = {}",
+            limit.as_millis()
+        );
         let manager_settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_config(self.config.clone(), self.tls.clone(), manager_settings);
         Pool::builder(manager)
@@ -234,7 +250,7 @@ impl Server {
         let begin = async {
             let (client, connection) = self.config.connect(self.tls.clone()).await?;
             tokio::spawn(connection);
-            client.batch_execute(PATIENT).await?;
+            client.batch_execute(PINNED).await?;
             Ok(client)
         };
         self.begun(begin).await
@@ -257,7 +273,7 @@ impl Server {
                     }
                 }
             });
-            client.batch_execute(PATIENT).await?;
+            client.batch_execute(PINNED).await?;
             Ok(client)
         };
         self.begun(begin).await

@@ -1,6 +1,6 @@
 //! Brings the database side (`sql/`) to this version: idempotent, safe when many run at once, never backwards.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use tokio::time::sleep;
@@ -36,7 +36,7 @@ const FILES: &[(&str, &str)] = &[
 ];
 
 /// The advisory lock that makes installers queue.
-const LOCK: &str = "select pg_advisory_lock(1919249009, 3)";
+const LOCK: &str = "select pg_try_advisory_lock(1919249009, 3)";
 const UNLOCK: &str = "select pg_advisory_unlock(1919249009, 3)";
 
 /// Applies what is missing or changed; returns the names of the files that were applied.
@@ -47,10 +47,53 @@ const UNLOCK: &str = "select pg_advisory_unlock(1919249009, 3)";
 /// # Errors
 /// When PostgreSQL refuses a file; what was applied before it stays.
 pub async fn install(client: &mut Client) -> Result<Vec<&'static str>, Error> {
-    client.batch_execute(LOCK).await?;
+    lock(client).await?;
     let applied = apply(client).await;
     client.batch_execute(UNLOCK).await?;
     applied
+}
+
+/// Between two tries to get the lock.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Between two words about who has it.
+const WORD: Duration = Duration::from_secs(5);
+/// An installation takes seconds. Who has the lock for so long is none.
+const LONGEST: Duration = Duration::from_secs(120);
+
+/// Waits for other installers, and says for whom.
+async fn lock(client: &Client) -> Result<(), Error> {
+    let started = Instant::now();
+    let mut told = None::<Instant>;
+    while !client.query_one(LOCK, &[]).await?.get::<_, bool>(0) {
+        let waited = started.elapsed();
+        if waited > PAUSE * 5 && told.is_none_or(|told| told.elapsed() >= WORD) || waited > LONGEST {
+            told = Some(Instant::now());
+            let holder = holder(client).await?;
+            if waited > LONGEST {
+                return Err(Error::Unfit(format!(
+                    "another session keeps the lock of installers: {holder}. End it, then try again"
+                )));
+            }
+            tracing::warn!(
+                waited_s = waited.as_secs(),
+                "waiting for the lock of installers: {holder} has it"
+            );
+        }
+        sleep(PAUSE).await;
+    }
+    Ok(())
+}
+
+/// Who has the lock of installers.
+async fn holder(client: &Client) -> Result<String, Error> {
+    let asked = "select pg_catalog.format('process %s of %s', l.pid, coalesce(a.usename::text, 'another login'))
+           || coalesce(', ' || nullif(a.application_name, ''), '')
+           || coalesce(' (since ' || pg_catalog.date_trunc('second', a.state_change)::text || ' ' || a.state || ')', '')
+         from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a using (pid)
+         where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 3 and l.objsubid = 2 and l.granted
+           and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())";
+    let holder = client.query_opt(asked, &[]).await?;
+    Ok(holder.map_or_else(|| String::from("somebody who has just gone"), |holder| holder.get(0)))
 }
 
 async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {

@@ -26,6 +26,9 @@ const SPELLING: &str = "set timezone = 'UTC'; set datestyle = 'ISO'; set interva
 /// Who reads a table that is locked gives way to those who read others.
 const LOCK_WAIT: &str = "set local lock_timeout = '40ms'";
 
+/// Policies may call functions that rely on the search path of the login.
+const PATH: &str = "set local search_path = default";
+
 /// Reads rows.
 pub struct Rows {
     /// Takes the snapshot and its cursor.
@@ -120,7 +123,7 @@ async fn read_with(
         .start()
         .await?;
     // The name is PostgreSQL's own, of digits and hyphens.
-    let settings = format!("set transaction snapshot '{name}'; {}; {LOCK_WAIT}", local(SPELLING));
+    let settings = format!("set transaction snapshot '{name}'; {}; {LOCK_WAIT}; {PATH}", local(SPELLING));
     reading.batch_execute(&settings).await?;
     let become_somebody = "select set_config('request.jwt.claims', $2, true), \
              set_config('request.jwt.claim.sub', $3, true), set_config('request.jwt.claim.role', $1, true), \

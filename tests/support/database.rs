@@ -33,6 +33,11 @@ impl Database {
         Self::create("").await
     }
 
+    /// The same in another encoding.
+    pub async fn encoded(encoding: &str) -> Self {
+        Self::create(&format!(" template template0 encoding '{encoding}' lc_collate 'C' lc_ctype 'C'")).await
+    }
+
     async fn create(template: &str) -> Self {
         let admin = connect(&cluster_url()).await;
         let name = format!("test_{}_{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));

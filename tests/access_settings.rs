@@ -1,0 +1,233 @@
+//! What a database sets for its sessions, or how it encodes texts, changes nothing of who may see what, and stops nobody.
+
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::time::timeout;
+
+use crate::policy_leaks::{ANN, table, user};
+use crate::support::client::Client;
+use crate::support::database::{Database, JUDGE, READER, make_logins};
+use crate::support::http::get;
+use crate::support::program;
+use crate::support::relay::Relay;
+use crate::support::{PATIENCE, token};
+
+/// Settings of the database that mean something else than those with which the relay was written.
+const ODD: &[&str] = &[
+    "standard_conforming_strings = off",
+    "escape_string_warning = on",
+    "backslash_quote = off",
+    "quote_all_identifiers = on",
+    "transform_null_equals = on",
+    "array_nulls = off",
+    "xmloption = document",
+    "search_path = odd, public, pg_catalog",
+    "default_transaction_isolation = 'serializable'",
+    "default_transaction_read_only = on",
+    "default_transaction_deferrable = on",
+    "row_security = off",
+    "check_function_bodies = off",
+    "client_min_messages = debug1",
+    "client_encoding = 'SQL_ASCII'",
+    "statement_timeout = '2s'",
+    "lock_timeout = '1s'",
+    "idle_in_transaction_session_timeout = '1s'",
+    "idle_session_timeout = '1s'",
+    "DateStyle = 'SQL, DMY'",
+    "IntervalStyle = 'sql_standard'",
+    "extra_float_digits = -10",
+    "bytea_output = 'escape'",
+    "timezone = 'Asia/Kolkata'",
+    "synchronous_commit = off",
+    "plpgsql.extra_errors = 'all'",
+    "plpgsql.variable_conflict = 'use_column'",
+];
+
+/// Conditions whose text reads differently under other settings.
+const CONDITIONS: &[&str] = &[
+    r"name = 'a\' or name = ' or true --'",
+    r"lower(name) = 'b\''s' or name = 'x\\y'",
+    r"name in ('a\', 'b\''s') and id is not null",
+    r#"name = (auth.jwt() ->> 'a\n') or "Odd" = 'A\'"#,
+    r"exists (select from members m where m.name = t3.name and m.name <> 'c\')",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_a_database_sets_the_relay_installs_and_shows_what_the_tables_show() {
+    let database = Database::bare().await;
+    let (_, name) = database.url.rsplit_once('/').unwrap();
+    // An operator that stands before the system's own for whoever has such a path.
+    database
+        .run(
+            "create schema odd; create function odd.no(xid8, xid8) returns bool language sql as 'select false';
+             create operator odd.>= (function = odd.no, leftarg = xid8, rightarg = xid8);
+             grant usage on schema odd to public",
+        )
+        .await;
+    for odd in ODD {
+        database.run(&format!("alter database {name} set {odd}")).await;
+    }
+    let (code, _, said) = program::output(&["install", "--database-url", &database.url]).await;
+    assert_eq!(code, 0, "{said}");
+    make_logins(&database.client).await;
+    for login in [READER, JUDGE] {
+        database
+            .run(&format!("alter role {login} in database {name} set standard_conforming_strings = off"))
+            .await;
+    }
+    let mut sql = String::from(
+        r"create table members (name text); insert into members values ('a\'), ('c\'), ('b\''s');
+          grant select on members to authenticated;",
+    );
+    for (number, condition) in CONDITIONS.iter().enumerate() {
+        sql += &table(
+            &format!("t{number}"),
+            r#"name text, "Odd" text"#,
+            &condition.replace("t3", &format!("t{number}")),
+        );
+    }
+    database.run(&sql).await;
+    let relay = Relay::start(&database.url).await;
+    let claims = json!({r"a\n": r"q\"});
+    let token = token("authenticated", Some(ANN), claims.clone());
+    let mut client = Client::connect(&relay, &token).await;
+    client.subscribe("realtime:odd", json!([{"event": "*", "schema": "public"}])).await;
+    let filter = r"name=eq.a\";
+    let mut filtered = Client::connect(&relay, &token).await;
+    filtered
+        .subscribe(
+            "realtime:odd",
+            json!([{"event": "*", "schema": "public", "table": "t0", "filter": filter}]),
+        )
+        .await;
+    let names = [r"a\", r" or true --", r"B\''s", r"b\''s", r"x\\y", r"xy", r"c\", r"q\", "a"];
+    let mut shown = Vec::new();
+    for number in 0..CONDITIONS.len() {
+        let rows: Vec<String> =
+            names.iter().enumerate().map(|(id, name)| format!(r"({id}, '{name}', 'A\')")).collect();
+        database.run(&format!("insert into t{number} values {}", rows.join(", "))).await;
+        let become_somebody = format!(
+            "begin; select set_config('request.jwt.claims', $c${claims}$c$, true); set local role authenticated"
+        );
+        database.client.batch_execute(&become_somebody).await.unwrap();
+        let rows =
+            database.client.query(&format!("select id::text from t{number} order by id"), &[]).await.unwrap();
+        database.client.batch_execute("rollback").await.unwrap();
+        shown.extend(rows.iter().map(|row| format!("t{number} {}", row.get::<_, String>(0))));
+    }
+    assert!(shown.len() > CONDITIONS.len(), "{shown:?}");
+    let mut told = Vec::new();
+    while told.len() < shown.len() {
+        let change = client.change().await;
+        told.push(format!("{} {}", change["table"].as_str().unwrap(), change["record"]["id"]));
+    }
+    assert_eq!(told, shown);
+    assert_eq!(filtered.change().await["record"]["name"], r"a\");
+    let rows = get(relay.address, &format!("/realtime/v1/changes?table=t0&apikey={token}"), "").await;
+    let of_first = shown.iter().filter(|row| row.starts_with("t0")).count();
+    assert_eq!(rows.body["rows"].as_array().map(Vec::len), Some(of_first), "{rows:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_character_that_the_database_has_not_is_refused_to_whoever_brings_it_and_stops_nobody() {
+    for encoding in ["LATIN1", "EUC_JP"] {
+        let database = Database::encoded(encoding).await;
+        let mut own = database.connect().await;
+        relay::postgres::install::install(&mut own).await.unwrap();
+        make_logins(&database.client).await;
+        database.run(&table("own", "owner uuid, name text", "owner = auth.uid()")).await;
+        let member =
+            "exists (select from members m where m.team = TABLE.team and m.member = auth.jwt() ->> 'org')";
+        database
+            .run("create table members (team int, member text); grant select on members to authenticated")
+            .await;
+        database.run(&table("team", "team int", member)).await;
+        let relay = Relay::start(&database.url).await;
+        let binding = json!([{"event": "*", "schema": "public"}]);
+        let mut ann = Client::connect(&relay, &user(ANN)).await;
+        ann.subscribe("realtime:ann", binding.clone()).await;
+        let mut id = 0;
+        let mut goes_on = async |ann: &mut Client, what: &str| {
+            id += 1;
+            database
+                .run(&format!(
+                    "insert into team values ({id}, 1); insert into own values ({id}, '{ANN}', 'x')"
+                ))
+                .await;
+            assert_eq!(ann.change().await["record"]["id"], id, "{encoding}: {what}");
+        };
+        // A letter of Gujarati: neither has it.
+        for (role, sub, more) in [
+            ("r\u{a85}le", ANN, json!({})),
+            ("authenticated", "s\u{a85}b", json!({})),
+            ("authenticated", ANN, json!({"org": "\u{a85}"})),
+            ("authenticated", ANN, json!({"\u{a85}": {"x": ["\u{a85}"]}})),
+        ] {
+            let odd = token(role, Some(sub), more.clone());
+            let mut client = Client::connect(&relay, &odd).await;
+            let answer = client.try_subscribe("realtime:odd", binding.clone()).await;
+            let said = answer.to_string();
+            assert!(said.contains("a character that the database's encoding does not have"), "{role} {said}");
+            let rows = get(relay.address, &format!("/realtime/v1/changes?table=own&apikey={odd}"), "").await;
+            assert_eq!(rows.status, 400, "{rows:?}");
+            goes_on(&mut ann, role).await;
+        }
+        for (topic, binding) in [
+            ("realtime:\u{a85}", json!([{"event": "*", "schema": "public"}])),
+            (
+                "realtime:filter",
+                json!([{"event": "*", "schema": "public", "table": "own", "filter": "name=eq.\u{a85}"}]),
+            ),
+            (
+                "realtime:column",
+                json!([{"event": "*", "schema": "public", "table": "own", "filter": "\u{a85}=eq.1"}]),
+            ),
+            ("realtime:table", json!([{"event": "*", "schema": "public", "table": "\u{a85}"}])),
+            ("realtime:schema", json!([{"event": "*", "schema": "\u{a85}"}])),
+            (
+                "realtime:select",
+                json!([{"event": "*", "schema": "public", "table": "own", "select": ["\u{a85}"]}]),
+            ),
+        ] {
+            let mut client = Client::connect(&relay, &user(ANN)).await;
+            client.try_subscribe(topic, binding).await;
+            goes_on(&mut ann, topic).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_installation_that_waits_for_another_says_for_whom_and_goes_on_when_that_is_gone() {
+    let database = Database::bare().await;
+    let holder = database.connect().await;
+    let pid: i32 = holder.query_one("select pg_backend_pid()", &[]).await.unwrap().get(0);
+    holder
+        .batch_execute("set application_name = 'somebody'; select pg_advisory_lock(1919249009, 3)")
+        .await
+        .unwrap();
+    let mut installing = program::relay(&["install", "--database-url", &database.url]).spawn().unwrap();
+    let mut lines = BufReader::new(installing.stderr.take().unwrap()).lines();
+    let said = timeout(PATIENCE, lines.next_line()).await.expect("nothing is said").unwrap().unwrap();
+    assert!(
+        said.contains("waiting") && said.contains(&format!("process {pid} of postgres, somebody")),
+        "{said}"
+    );
+    drop(holder);
+    let ended = timeout(PATIENCE, installing.wait()).await.expect("it goes on").unwrap();
+    assert!(ended.success());
+    // One that is interrupted leaves the lock to the next.
+    let holder = database.connect().await;
+    holder.batch_execute("select pg_advisory_lock(1919249009, 3)").await.unwrap();
+    let mut installing = program::relay(&["install", "--database-url", &database.url]).spawn().unwrap();
+    let mut lines = BufReader::new(installing.stderr.take().unwrap()).lines();
+    timeout(PATIENCE, lines.next_line()).await.expect("nothing is said").unwrap().unwrap();
+    let interrupt =
+        std::process::Command::new("kill").args(["-INT", &installing.id().unwrap().to_string()]).status();
+    assert!(interrupt.unwrap().success());
+    timeout(Duration::from_secs(5), installing.wait()).await.expect("it ends").unwrap();
+    drop(holder);
+    let (code, _, said) = program::output(&["install", "--database-url", &database.url]).await;
+    assert_eq!(code, 0, "{said}");
+}
