@@ -6,7 +6,9 @@
 
 use std::cell::RefCell;
 
-use sqlparser::ast::{BinaryOperator, Expr, Statement, UnaryOperator, VisitMut, VisitorMut};
+use sqlparser::ast::{
+    BinaryOperator, Expr, Statement, UnaryOperator, Value, ValueWithSpan, VisitMut, VisitorMut,
+};
 use sqlparser::dialect::PostgreSqlDialect;
 use sqlparser::parser::Parser;
 use sqlparser::tokenizer::{Token, Tokenizer};
@@ -123,10 +125,32 @@ fn parser(text: &str) -> Result<Parser<'static>, Refused> {
 
 fn parse(text: &str) -> Result<Expr, Refused> {
     let not_understood = |error| Refused(format!("it is not understood: {error}"));
+    // The parser's own text of such a name may be that of another.
+    if text.contains("\"\"") || text.contains("\\\"") {
+        return Err(refuse("a name has a quote in it"));
+    }
     let mut parser = parser(text)?;
-    let expr = parser.parse_expr().map_err(not_understood)?;
+    let mut expr = parser.parse_expr().map_err(not_understood)?;
     parser.expect_token(&Token::EOF).map_err(not_understood)?;
+    let _ = VisitMut::visit(&mut expr, &mut Unambiguous);
     Ok(expr)
+}
+
+/// Writes constants so that their text is theirs: the parser leaves a quote alone that stands after a backslash or another
+/// quote, as if it were escaped.
+struct Unambiguous;
+
+impl VisitorMut for Unambiguous {
+    type Break = ();
+
+    fn pre_visit_value(&mut self, value: &mut ValueWithSpan) -> std::ops::ControlFlow<()> {
+        if let Value::SingleQuotedString(text) = &value.value
+            && text.contains(['\\', '\''])
+        {
+            value.value = Value::EscapedStringLiteral(text.clone());
+        }
+        std::ops::ControlFlow::Continue(())
+    }
 }
 
 /// The expression that the body of an SQL function gives.
@@ -298,7 +322,7 @@ impl Compiler<'_> {
             return false;
         }
         let mut rest = expr.clone();
-        self.replace_claims(&mut rest, &mut |_, _| Expr::value(sqlparser::ast::Value::Null));
+        self.replace_claims(&mut rest, &mut |_, _| Expr::value(Value::Null));
         !contents(&rest, self.rights).claims
     }
 

@@ -295,7 +295,9 @@ const DEEPEST: usize = 4;
 
 fn constant(value: &Value) -> Result<Operand, Refused> {
     let (datum, of) = match value {
-        Value::SingleQuotedString(text) => (Some(Datum::Text(text.as_str().into())), Type::Untyped),
+        Value::SingleQuotedString(text) | Value::EscapedStringLiteral(text) => {
+            (Some(Datum::Text(text.as_str().into())), Type::Untyped)
+        }
         Value::Number(digits, _) => match digits.parse::<i64>() {
             Ok(number) => {
                 let kind = if i32::try_from(number).is_ok() { Kind::Int4 } else { Kind::Int8 };
@@ -316,7 +318,9 @@ fn keys(expr: &Expr) -> Result<Vec<Step>, Refused> {
     match expr {
         Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => keys(inner),
         Expr::Value(value) => {
-            let Value::SingleQuotedString(text) = &value.value else { return Err(odd()) };
+            let (Value::SingleQuotedString(text) | Value::EscapedStringLiteral(text)) = &value.value else {
+                return Err(odd());
+            };
             let inside = text.strip_prefix('{').and_then(|text| text.strip_suffix('}')).ok_or_else(odd)?;
             let is_word = |key: &str| {
                 key.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
