@@ -59,8 +59,8 @@ impl Program {
             while let Ok(Some(_)) = lines.next_line().await {}
         });
         let address = address.strip_prefix("http://").unwrap().parse().unwrap();
-        let program = Self { _turn, child, database, address, bound };
-        program
+        
+        Self { _turn, child, database, address, bound }
     }
 
     fn status(&self, name: &str) -> usize {

@@ -1,4 +1,5 @@
 //! An image keeps the meaning that it was written with, whatever its table and types have become since.
+#![allow(clippy::print_stdout, reason = "the seed repeats a run")]
 
 use std::collections::BTreeMap;
 
@@ -40,7 +41,7 @@ async fn until_last(client: &mut Client) -> Vec<Value> {
         match frame[3].as_str() {
             Some("postgres_changes") if is_last(&frame[4]["data"]) => return told,
             Some("postgres_changes") if frame[4]["data"]["table"] == "t" => {
-                told.push(frame[4]["data"].clone())
+                told.push(frame[4]["data"].clone());
             }
             Some("system") if frame[4]["status"] == "error" => told.push(frame[4]["message"].clone()),
             _ => {}

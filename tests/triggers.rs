@@ -147,8 +147,7 @@ async fn a_role_with_objects_of_its_own_under_the_names_of_the_systems_changes_n
          create table p (id int primary key, v text) partition by range (id); create table low partition of p for values from (0) to (10);
          create type mood as enum ('a'); create table e (id int primary key, m mood);
          create role $DB_odd login; grant insert, update, delete, select, truncate on t, w, p, low, e to $DB_odd, authenticated;
-         select relay.watch('t'), relay.watch('w'), relay.watch('p'), relay.watch('e'); {}",
-        HOSTILE
+         select relay.watch('t'), relay.watch('w'), relay.watch('p'), relay.watch('e'); {HOSTILE}"
     ))
     .await;
     let writer = connect(&with_login(&stage.database.url, &format!("{}_odd", stage.name))).await;

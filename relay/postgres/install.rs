@@ -121,7 +121,7 @@ async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
 /// How long one table is asked for, with a pause between two tries: a transaction that wrote to it and stays open must not make other
 /// writers wait behind us.
 const TRIES: u32 = 120;
-const PAUSE: Duration = Duration::from_millis(500);
+const TABLE_PAUSE: Duration = Duration::from_millis(500);
 
 /// Writes the trigger functions of watched tables anew where their text is another, and the triggers of an older version. Of
 /// what belongs to somebody else the installer leaves what is there.
@@ -144,7 +144,7 @@ async fn renew(client: &mut Client) -> Result<(), Error> {
                 }
                 Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TRIES => {
                     transaction.rollback().await?;
-                    sleep(PAUSE).await;
+                    sleep(TABLE_PAUSE).await;
                 }
                 Err(error) => {
                     let _ = transaction.rollback().await;
