@@ -33,6 +33,7 @@ pub mod model {
     pub mod utc;
     pub mod image;
     pub mod term;
+    pub mod scalar;
     pub mod predicate;
     pub mod anchor;
     pub mod index;
