@@ -164,14 +164,9 @@ impl Ways {
             after: Some(image.clone()),
         };
         let changes: Vec<Change> = images.values().map(change).collect();
-        let verdicts = self
-            .gate
-            .verdicts(catalog, &changes, &readerships, |reader| Reader {
-                subscription: &subscriptions[reader],
-                session: 0,
-            })
-            .await
-            .unwrap();
+        let reader = |reader| Reader { subscription: &subscriptions[reader], session: 0 };
+        let judged = Box::pin(self.gate.verdicts(catalog, &changes, &readerships, reader));
+        let verdicts = judged.await.unwrap();
         let ids: Vec<i64> = images.keys().copied().collect();
         let mut seen: Vec<Seen> =
             readers.iter().map(|_| ids.iter().map(|id| (*id, Some(false))).collect()).collect();
