@@ -1,5 +1,6 @@
 //! The program itself, as a person starts it.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use tokio::process::Command;
@@ -16,4 +17,22 @@ pub async fn output(arguments: &[&str]) -> (i32, String, String) {
     let output = relay(arguments).output().await.unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// `pg_dump` and `psql` for a server of this major version: its own, or newer ones. The servers of `make test-versions` come
+/// without.
+pub fn clients_of_postgresql(version: u32) -> Option<[PathBuf; 2]> {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/cluster.sh");
+    let own = std::process::Command::new(script).arg("bin").output().unwrap();
+    let own = PathBuf::from(String::from_utf8(own.stdout).unwrap().trim());
+    let others = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let others = others.filter(|folder| {
+        let name = folder.file_name().into_string().ok();
+        name.and_then(|name| name.parse::<u32>().ok()).is_some_and(|major| major >= version)
+    });
+    let mut folders = std::iter::once(own).chain(others.map(|folder| folder.path().join("bin")));
+    folders.find_map(|folder| {
+        let programs = ["pg_dump", "psql"].map(|name| folder.join(name));
+        programs.iter().all(|program| program.exists()).then_some(programs)
+    })
 }
