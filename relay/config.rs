@@ -11,16 +11,14 @@ use crate::model::limits::{Limits, MostRows};
 use crate::transport::auth::{TokenSettings, Verifier};
 use crate::transport::fetch::Endpoint;
 use crate::transport::keys::{Keeper, Schedule};
+use crate::transport::listen;
 
 /// The longest time that can be set, in seconds or milliseconds: what PostgreSQL takes for a time-out.
 const LONGEST: u64 = i32::MAX as u64;
 
-/// What names the main connection.
-pub const DATABASE: &str = "--database-url (DATABASE_URL)";
-/// What names the judging connection.
-pub const JUDGE: &str = "--judge-url (RELAY_JUDGE_URL)";
 /// What to say where no database is named.
-pub const NO_DATABASE: &str = "--database-url URL (or DATABASE_URL) is missing: which database?";
+pub const NO_DATABASE: &str =
+    "--database-url URL (or DATABASE_URL, or PGHOST and PGDATABASE) is missing: which database?";
 /// What to say where no secret is given.
 pub const NO_SECRET: &str = "--jwt-secret SECRET (or RELAY_JWT_SECRET) is missing: what signs tokens?";
 
@@ -177,6 +175,9 @@ pub struct Settings {
     /// Install or update the database side before serving
     #[arg(long, env = "RELAY_INSTALL")]
     pub install: bool,
+    /// Logs as JSON; as a flag it stands before or behind any command.
+    #[arg(skip)]
+    pub log_json: bool,
     /// A TOML file with any of these settings, named as the flags are
     #[arg(long, env = "RELAY_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -269,6 +270,7 @@ impl Settings {
             judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
             stall_seconds: self.stall_seconds.or(file.stall_seconds),
             install: self.install || file.install,
+            log_json: self.log_json || file.log_json,
             config: self.config,
         })
     }
@@ -283,11 +285,8 @@ impl Settings {
             mistakes.push(String::from(NO_DATABASE));
             String::new()
         });
-        let listen = self.listen.unwrap_or_else(|| String::from("127.0.0.1:4000"));
-        let listen = listen.parse().unwrap_or_else(|_| {
-            mistakes.push(format!(
-                "--listen {listen}: an address and a port are expected, such as 127.0.0.1:4000"
-            ));
+        let listen = listen::address(self.listen.as_deref()).unwrap_or_else(|mistake| {
+            mistakes.push(mistake);
             SocketAddr::from(([127, 0, 0, 1], 0))
         });
         let positive = |name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>| match value
@@ -472,13 +471,30 @@ mod tests {
     }
 
     #[test]
+    fn every_flag_of_serve_may_be_a_line_of_the_file() {
+        let serve = Settings::augment_args(clap::Command::new("serve"));
+        let flags = serve.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| *flag != "config");
+        let flags: Vec<_> = flags.chain(["log-json"]).collect();
+        assert!(flags.len() > 30, "{flags:?}");
+        for flag in flags {
+            let values = ["true", "7", "\"x\"", "[\"x\"]"];
+            let is_taken = |value: &&str| toml::from_str::<Settings>(&format!("{flag} = {value}")).is_ok();
+            assert!(values.iter().any(is_taken), "{flag} is refused");
+        }
+    }
+
+    #[test]
     fn the_file_fills_what_flags_leave_open() {
         let path = std::env::temp_dir().join(format!("relay-config-{}.toml", std::process::id()));
-        std::fs::write(&path, "database-url = \"postgres://file/\"\npoll-ms = 7\ninstall = true\n").unwrap();
+        std::fs::write(
+            &path,
+            "database-url = \"postgres://file/\"\npoll-ms = 7\ninstall = true\nlog-json = true\n",
+        )
+        .unwrap();
         let flags = Settings { poll_ms: Some(9), config: Some(path.clone()), ..Settings::default() };
         let settings = flags.with_file().unwrap();
         assert_eq!(settings.database_url.as_deref(), Some("postgres://file/"));
-        assert_eq!((settings.poll_ms, settings.install), (Some(9), true));
+        assert_eq!((settings.poll_ms, settings.install, settings.log_json), (Some(9), true, true));
         std::fs::write(&path, "poll = 7").unwrap();
         let unknown = Settings { config: Some(path.clone()), ..Settings::default() };
         assert!(unknown.with_file().is_err());

@@ -55,6 +55,10 @@ pub mod model {
 
 /// Everything that speaks SQL. Never knows that there are clients.
 pub mod postgres {
+    mod parameters;
+    pub mod address;
+    mod advice;
+    pub mod error;
     pub mod connect;
     pub mod backoff;
     pub mod install;
@@ -109,6 +113,7 @@ pub mod feed {
 pub mod transport {
     pub mod key_set;
     pub mod fetch;
+    pub mod listen;
     pub mod keys;
     pub mod auth;
     pub mod admission;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use relay::command::{doctor, explain, tail, token};
-use relay::config::{DATABASE, JUDGE, NO_DATABASE, Settings};
-use relay::postgres::connect::{Error, Server};
+use relay::config::{NO_DATABASE, Settings};
+use relay::postgres::connect::{DATABASE, Error, JUDGE, Server};
 use relay::postgres::install;
 use relay::server;
 use tokio::net::TcpListener;
@@ -114,27 +114,35 @@ struct Database {
 }
 
 impl Database {
-    fn url(&self) -> Result<&str, Error> {
-        let missing = || Error::Unfit(String::from(NO_DATABASE));
-        self.database_url.as_deref().ok_or_else(missing)
-    }
-
     fn server(&self) -> Result<Server, Error> {
-        Server::parse(self.url()?, "relay", self.database_ca.as_deref())
+        let url = database_url(self.database_url.clone());
+        let url = url.ok_or_else(|| Error::Unfit(String::from(NO_DATABASE)))?;
+        let server = Server::named(DATABASE, &url, "relay", self.database_ca.as_deref())?;
+        for note in server.notes() {
+            say(&format!("note: {note}"));
+        }
+        Ok(server)
     }
 
     /// A connection that is a session of PostgreSQL.
     async fn connect(&self) -> Result<Client, Error> {
         let server = self.server()?;
-        server.check_sessions(DATABASE).await?;
+        server.check_sessions().await?;
         server.connect().await
     }
 
     /// Where policies are judged: by default the same.
-    fn judge(&self, url: Option<&str>) -> Result<Server, Error> {
-        let url = url.map_or_else(|| self.url(), Ok)?;
-        Server::parse(url, "relay", self.database_ca.as_deref())
+    fn judge(&self, server: &Server, url: Option<&str>) -> Result<Server, Error> {
+        let judge = |url: &str| Server::named(JUDGE, url, "relay", self.database_ca.as_deref());
+        url.map_or_else(|| Ok(server.clone()), judge)
     }
+}
+
+/// Which database, when none is named: that of libpq's variables, where they name one.
+fn database_url(named: Option<String>) -> Option<String> {
+    let has = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let is_in_environment = || ["PGHOST", "PGHOSTADDR", "PGDATABASE"].into_iter().any(has);
+    named.or_else(|| is_in_environment().then(|| String::from("postgres://")))
 }
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -142,8 +150,18 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    log(cli.log_json);
-    match run(cli.command).await {
+    let (command, json) = match cli.command {
+        Command::Serve(settings) => match settings.with_file() {
+            Ok(settings) => (Command::Serve(Box::new(settings.clone())), cli.log_json || settings.log_json),
+            Err(mistakes) => {
+                say(&format!("relay: {mistakes}"));
+                return ExitCode::FAILURE;
+            }
+        },
+        command => (command, cli.log_json),
+    };
+    log(json);
+    match run(command).await {
         Ok(code) => code,
         Err(error) => {
             say(&format!("relay: {error}"));
@@ -188,21 +206,24 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Token(options) => token::run(&options)?,
         Command::Tail(options) => tail::run(options).await?,
         Command::Doctor { database, judge_url } => {
-            let (server, judge) = (database.server()?, database.judge(judge_url.as_deref())?);
+            let server = database.server()?;
+            let judge = database.judge(&server, judge_url.as_deref())?;
             return Ok(doctor::run(&server, &judge).await);
         }
         Command::Explain { options, database, judge_url } => {
-            let (server, judge) = (database.server()?, database.judge(judge_url.as_deref())?);
-            server.check_sessions(DATABASE).await?;
-            judge.check_sessions(JUDGE).await?;
+            let server = database.server()?;
+            let judge = database.judge(&server, judge_url.as_deref())?;
+            server.check_sessions().await?;
+            judge.check_sessions().await?;
             explain::run(&options, &server, &judge).await?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn serve(settings: Settings) -> Result<(), Failure> {
-    let config = settings.with_file()?.resolve()?;
+async fn serve(mut settings: Settings) -> Result<(), Failure> {
+    settings.database_url = database_url(settings.database_url);
+    let config = settings.resolve()?;
     for skipped in config.verifier.skipped_keys() {
         tracing::warn!("a key of the JWK set is not used: {skipped}");
     }

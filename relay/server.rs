@@ -1,5 +1,6 @@
 //! Builds the parts, serves until told to end, and ends in order. The only place that sees every layer.
 
+use std::collections::BTreeSet;
 use std::future::{Future, pending};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -11,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::{Config, DATABASE, JUDGE};
+use crate::config::Config;
 use crate::feed::backlog::Backlog;
 use crate::feed::binding::{Binder, Feed};
 use crate::feed::bookmarks::Keeper;
@@ -28,7 +29,7 @@ use crate::postgres::backoff::Backoff;
 use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::census::Census;
-use crate::postgres::connect::{Error, Server};
+use crate::postgres::connect::{DATABASE, DOORBELL, Error, JUDGE, Server};
 use crate::postgres::judge::Judge;
 use crate::postgres::rows::Rows;
 use crate::postgres::{install, jobs, retention};
@@ -70,10 +71,16 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
     started: impl FnOnce(Running),
 ) -> Result<(), Error> {
-    let server = |url: &str, name: &str| Server::parse(url, name, config.database_ca.as_deref());
-    let main = server(&config.database_url, "relay")?;
-    let bell = server(&config.doorbell_url, "relay doorbell")?;
-    let judge = server(&config.judge_url, "relay judge")?;
+    let server = |setting, url: &str, name: &str| {
+        let setting = if *url == config.database_url { DATABASE } else { setting };
+        Server::named(setting, url, name, config.database_ca.as_deref())
+    };
+    let main = server(DATABASE, &config.database_url, "relay")?;
+    let bell = server(DOORBELL, &config.doorbell_url, "relay doorbell")?;
+    let judge = server(JUDGE, &config.judge_url, "relay judge")?;
+    for note in BTreeSet::from_iter([&main, &bell, &judge].into_iter().flat_map(Server::notes)) {
+        tracing::info!("{note}");
+    }
 
     let observe = Arc::new(Observe::new());
     let end = CancellationToken::new();
@@ -89,7 +96,7 @@ pub async fn serve(
     let pulse = Arc::new(Pulse::new(config.stall));
     let source = Source {
         server: main.clone(),
-        bell,
+        bell: bell.clone(),
         pool: pool.clone(),
         poll: config.poll,
         patience: config.stall * PATIENCE,
@@ -120,7 +127,6 @@ pub async fn serve(
         config.stall * PATIENCE,
     ));
     let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume, config.stall)?);
-    tasks.spawn(keeping.run(feed_end.clone()));
     let router = |gate, way_back, pulse, aside| {
         Router::new(
             Arc::clone(&catalog),
@@ -175,7 +181,8 @@ pub async fn serve(
 
     // What reads the database begins once that is known to be as it should; clients may come before.
     let reading = async {
-        prepare(&main, &judging, config.install, &pulse).await?;
+        prepare(&main, &bell, &judging, config.install, &pulse).await?;
+        tasks.spawn(keeping.run(feed_end.clone()));
         tasks.spawn(source.run(parts_in, end.clone()));
         tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
         tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
@@ -203,12 +210,18 @@ pub async fn serve(
 }
 
 /// Installs if asked to, and refuses a pooler in between, a database side that is missing or too old, and a judge that is
-/// not let in: nobody would be told anything. A database that is away is waited for.
-async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -> Result<(), Error> {
+/// not let in, or a doorbell: nobody would be told anything. A database that is away is waited for.
+async fn prepare(
+    server: &Server,
+    bell: &Server,
+    judge: &Server,
+    wanted: bool,
+    pulse: &Pulse,
+) -> Result<(), Error> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
         let outcome = async {
-            server.check_sessions(DATABASE).await?;
+            server.check_sessions().await?;
             let mut client = server.connect().await?;
             if wanted {
                 let applied = install::install(&mut client).await?;
@@ -217,12 +230,8 @@ async fn prepare(server: &Server, judge: &Server, wanted: bool, pulse: &Pulse) -
                 }
             }
             install::check(&client).await?;
-            judge.check_sessions(JUDGE).await.map_err(|error| match error {
-                Error::Connect(_) if !error.is_transient() => {
-                    Error::Unfit(format!("the login of {JUDGE} is refused: {error}"))
-                }
-                error => error,
-            })
+            bell.connect().await?;
+            judge.check_sessions().await
         };
         match outcome.await {
             Ok(()) => {

@@ -2,38 +2,198 @@
 
 use std::sync::Arc;
 
-use rustls::ClientConfig;
-use rustls::pki_types::CertificateDer;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
 /// Nothing can be trusted like this; the text says why.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct TlsError(String);
 
+/// What is asked of the certificate of a PostgreSQL server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verification {
+    /// Nothing: what is sent is encrypted, whoever reads it.
+    None,
+    /// A trusted authority has signed it (`verify-ca`).
+    Authority,
+    /// A trusted authority has signed it for the host's name (`verify-full`).
+    Full,
+}
+
+/// How a PostgreSQL server is believed, and what it is shown.
+#[derive(Debug, Clone)]
+pub struct Trust {
+    /// What is asked of its certificate.
+    pub verification: Verification,
+    /// The file with the trusted certificates, as PEM; by default the system's.
+    pub authority: Option<String>,
+    /// Our own certificate and its key, PEM files.
+    pub identity: Option<(String, String)>,
+}
+
 /// A client that trusts the authorities in this PEM file, by default those of the system.
 ///
 /// # Errors
 /// When the file holds no certificate.
 pub fn trusting(authority: Option<&str>) -> Result<ClientConfig, TlsError> {
-    let mut roots = rustls::RootCertStore::empty();
-    match authority {
-        Some(path) => {
-            let unfit =
-                |why: &dyn std::fmt::Display| TlsError(format!("certificate authority {path}: {why}"));
-            for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unfit(&error))? {
-                roots.add(certificate.map_err(|error| unfit(&error))?).map_err(|error| unfit(&error))?;
-            }
-        }
-        None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        }
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| TlsError(error.to_string()))?;
+    Ok(builder.with_root_certificates(roots(&authorities(authority)?)?).with_no_client_auth())
+}
+
+/// A client for a PostgreSQL server.
+///
+/// # Errors
+/// When a file cannot be read, or holds no certificate or key.
+pub fn to_postgres(trust: &Trust) -> Result<ClientConfig, TlsError> {
+    let trusted = match trust.verification {
+        Verification::None => Vec::new(),
+        _ => authorities(trust.authority.as_deref())?,
+    };
+    let pinned = if trust.authority.is_some() { trusted.clone() } else { Vec::new() };
+    let provider = provider();
+    let verifier = PostgresVerifier {
+        verification: trust.verification,
+        roots: roots(&trusted)?,
+        pinned,
+        provider: Arc::clone(&provider),
+    };
+    let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| TlsError(error.to_string()))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut config = match &trust.identity {
+        None => builder.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let chain = certificates(certificate).map_err(|why| TlsError(format!("{certificate}: {why}")))?;
+            let secret =
+                PrivateKeyDer::from_pem_file(key).map_err(|why| TlsError(format!("{key}: {why}")))?;
+            builder
+                .with_client_auth_cert(chain, secret)
+                .map_err(|why| TlsError(format!("{certificate} and {key}: {why}")))?
+        }
+    };
+    // A server that is spoken to in TLS from the first byte (`sslnegotiation=direct`) asks for it.
+    config.alpn_protocols = vec![b"postgresql".to_vec()];
     Ok(config)
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// The trusted certificates of a file, or of the system.
+fn authorities(path: Option<&str>) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let Some(path) = path else { return Ok(rustls_native_certs::load_native_certs().certs) };
+    let unfit = |why: &str| TlsError(format!("certificate authority {path}: {why}"));
+    let found = certificates(path).map_err(|why| unfit(&why))?;
+    for certificate in &found {
+        RootCertStore::empty().add(certificate.clone()).map_err(|why| unfit(&why.to_string()))?;
+    }
+    Ok(found)
+}
+
+fn certificates(path: &str) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found: Vec<_> = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<_, _>>)
+        .map_err(|why| why.to_string())?;
+    if found.is_empty() {
+        return Err(String::from("there is no certificate in it"));
+    }
+    Ok(found)
+}
+
+fn roots(trusted: &[CertificateDer<'static>]) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(trusted.iter().cloned());
+    Ok(roots)
+}
+
+/// Checks a server's certificate as libpq does for the `sslmode`.
+#[derive(Debug)]
+struct PostgresVerifier {
+    verification: Verification,
+    roots: RootCertStore,
+    /// Certificates that were named one by one. A server may show one of them as its own: the PostgreSQL manual makes such
+    /// certificates, which sign themselves.
+    pinned: Vec<CertificateDer<'static>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl PostgresVerifier {
+    fn is_trusted(
+        &self,
+        shown: &CertificateDer<'_>,
+        certificate: &ParsedCertificate<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        let signed = verify_server_cert_signed_by_trust_anchor(
+            certificate,
+            &self.roots,
+            intermediates,
+            now,
+            algorithms,
+        );
+        match signed {
+            // Its times are looked at before who signed it, so nothing but that is excused.
+            Err(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)))
+                if self.pinned.iter().any(|pinned| pinned == shown) =>
+            {
+                Ok(())
+            }
+            signed => signed,
+        }
+    }
+}
+
+impl ServerCertVerifier for PostgresVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        if self.verification >= Verification::Authority {
+            let certificate = ParsedCertificate::try_from(end_entity)?;
+            self.is_trusted(end_entity, &certificate, intermediates, now)?;
+            if self.verification == Verification::Full {
+                verify_server_name(&certificate, server_name)?;
+            }
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
 }

@@ -96,19 +96,34 @@ async fn what_is_missing_is_said_at_once_and_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_url_without_a_host_is_a_mistake_and_no_server_that_is_away() {
+async fn an_empty_url_is_a_mistake_and_no_server_that_is_away() {
     let database = Database::new().await;
     let login = ["--jwt-secret", SECRET, "--listen", "127.0.0.1:0"];
-    for urls in [
-        ["--database-url", &database.url, "--judge-url", ""],
-        ["--database-url", &database.url, "--doorbell-url", "postgres:///app"],
-        ["--database-url", "", "--judge-url", &database.url],
+    for (urls, setting) in [
+        (["--database-url", &database.url, "--judge-url", ""], "RELAY_JUDGE_URL"),
+        (["--database-url", &database.url, "--doorbell-url", ""], "RELAY_DOORBELL_URL"),
+        (["--database-url", "", "--judge-url", &database.url], "DATABASE_URL"),
     ] {
         let arguments = [&["serve"], &login[..], &urls[..]].concat();
         let (code, _, told) = tokio::time::timeout(PATIENCE, output(&arguments)).await.expect("it ends");
         assert_eq!(code, 1);
-        assert!(told.contains("names no host"), "{told}");
+        assert!(told.contains("is empty") && told.contains(setting), "{told}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_are_json_where_the_file_of_settings_says_so() {
+    let database = Database::new().await;
+    let path = std::env::temp_dir().join(format!("relay-log-json-{}.toml", std::process::id()));
+    std::fs::write(&path, "log-json = true\nlisten = \"localhost:0\"\n").unwrap();
+    let mut child = relay(&["serve", "--jwt-secret", SECRET, "--database-url", &database.url, "--config"])
+        .arg(&path)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let line = line_with(&mut lines, "supabase-js at ").await;
+    assert!(serde_json::from_str::<serde_json::Value>(&line).is_ok(), "{line}");
+    std::fs::remove_file(path).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,6 +162,8 @@ async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
     assert!(findings.contains("relay install"), "{findings}");
 
     let database = Database::new().await;
+    // Before PostgreSQL 15 everybody may create there, and doctor says so.
+    database.run("revoke create on schema public from public").await;
     database.run("create table t (id int primary key); alter table t enable row level security").await;
     database.run("create policy p on t using (true); select relay.watch('t')").await;
     let (code, findings, _) = output(&["doctor", "--database-url", &database.url]).await;

@@ -11,7 +11,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("postgres", &["postgres", "model", "observe", "tls"]),
     ("feed", &["feed", "postgres", "model", "observe"]),
     ("transport", &["transport", "feed", "model", "observe", "tls"]),
-    ("config", &["transport::auth", "transport::fetch", "transport::keys", "model"]),
+    ("config", &["transport::auth", "transport::fetch", "transport::keys", "transport::listen", "model"]),
 ];
 
 /// Words that a layer never says, and what they would bring in.

@@ -12,6 +12,7 @@ mod access_claims;
 mod access_locks;
 mod access_order;
 mod access_settings;
+mod addresses;
 mod autobahn;
 mod browser;
 mod capture;

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
-use crate::config::{DATABASE, JUDGE};
 use crate::model::plan::Way;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::{Error, Server};
@@ -52,11 +51,12 @@ pub async fn run(server: &Server, judge: &Server) -> ExitCode {
 }
 
 async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
-    server.check_sessions(DATABASE).await?;
-    judge.check_sessions(JUDGE).await?;
+    server.check_sessions().await?;
+    judge.check_sessions().await?;
     let client = server.connect().await?;
     let judging = judge.connect().await?;
     let mut findings = vec![version(&client).await?, primary(&client).await?];
+    findings.push(encryption(server, &client).await?);
     if let Err(error) = install::check(&client).await {
         findings.push(Fault(error.to_string()));
         return Ok(findings);
@@ -110,6 +110,26 @@ async fn primary(client: &Client) -> Result<Finding, Error> {
         Fault(String::from("this is a standby: give the relay the primary's URL"))
     } else {
         Good(String::from("this is the primary"))
+    })
+}
+
+/// What travels to the database are all rows, and a password at the start.
+async fn encryption(server: &Server, client: &Client) -> Result<Finding, Error> {
+    let how = "select coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false), inet_server_addr() is null \
+         or inet_client_addr() = inet_server_addr()";
+    let row = client.query_one(how, &[]).await?;
+    Ok(match (row.get(0), row.get(1)) {
+        (_, true) => Good(String::from("the connection does not leave this machine")),
+        (true, _) if server.is_verified() => {
+            Good(String::from("the connection is encrypted, and the server is verified"))
+        }
+        (true, _) => Note(String::from(
+            "the connection is encrypted, but anybody may stand in for the server: sslmode=verify-full (with sslrootcert=FILE \
+             where the authority is not one of the system's) verifies it",
+        )),
+        (false, _) => Note(String::from(
+            "the connection leaves this machine without encryption: sslmode=verify-full, with TLS at the server, encrypts it",
+        )),
     })
 }
 

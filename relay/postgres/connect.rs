@@ -1,120 +1,21 @@
-//! Connections to PostgreSQL: the pool, single connections, TLS, and which errors are worth another try.
+//! Connections to PostgreSQL: the pool, single connections, and TLS.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{
-    HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
-};
-use futures_util::future::poll_fn;
+use deadpool_postgres::{Connect, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, poll_fn};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_postgres::config::Host;
-use tokio_postgres::error::SqlState;
-use tokio_postgres::{AsyncMessage, Client, Notification, SimpleQueryMessage};
+use tokio_postgres::tls::MakeTlsConnect;
+use tokio_postgres::{AsyncMessage, Client, Config, Connection, Notification, SimpleQueryMessage, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use crate::tls;
-
-/// What can go wrong with PostgreSQL.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The server refused, or the connection broke. The chain below tells which.
-    #[error("PostgreSQL: {}", told(.0))]
-    Postgres(#[from] tokio_postgres::Error),
-    /// No connection could be had: the server refused it, or cannot be reached. Nothing of it is for clients.
-    #[error("no connection to PostgreSQL: {}", told(.0))]
-    Connect(tokio_postgres::Error),
-    /// No connection could be had from the pool, for no reason of PostgreSQL's.
-    #[error("no connection to PostgreSQL: {0}")]
-    Pool(String),
-    /// The database is not as the relay needs it; the text says what to do.
-    #[error("{0}")]
-    Unfit(String),
-    /// The connection is of no use any more, as far as can be seen from here; the text says why.
-    #[error("{0}")]
-    Lost(&'static str),
-}
-
-impl Error {
-    /// Whether the same thing may succeed later without anybody changing anything.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Pool(_) | Self::Lost(_) => true,
-            Self::Unfit(_) => false,
-            Self::Postgres(error) | Self::Connect(error) => match error.code() {
-                None => true,
-                Some(code) => {
-                    let class = &code.code()[..2];
-                    matches!(class, "08" | "53" | "57") && *code != SqlState::QUERY_CANCELED
-                        || matches!(code.code(), "40001" | "40P01" | "55P03" | "25006")
-                }
-            },
-        }
-    }
-
-    /// PostgreSQL's code for it, when it was PostgreSQL that refused.
-    pub fn code(&self) -> Option<&str> {
-        match self {
-            Self::Postgres(error) | Self::Connect(error) => error.code().map(SqlState::code),
-            Self::Pool(_) | Self::Unfit(_) | Self::Lost(_) => None,
-        }
-    }
-
-    /// What it is, in words that anybody may read: no name, no address.
-    pub fn kind(&self) -> &'static str {
-        if matches!(self, Self::Unfit(_)) {
-            return "the database is not as the relay needs it, its log says why";
-        }
-        match self.code() {
-            None => "PostgreSQL cannot be reached",
-            Some("53300") => "PostgreSQL has no connection left",
-            Some("42501") => "PostgreSQL refuses the relay a right that it needs",
-            Some(code) if code.starts_with("28") => "PostgreSQL refuses the relay's login",
-            Some(code) if code.starts_with("57") => "PostgreSQL is stopping or starting",
-            Some(_) => "PostgreSQL refuses, the relay's log says why",
-        }
-    }
-
-    /// PostgreSQL's own word on it as `ERROR 22P02 (invalid_text_representation) …`, when it was PostgreSQL that refused
-    /// a statement.
-    pub fn refusal(&self) -> Option<String> {
-        let Self::Postgres(error) = self else { return None };
-        let told = error.as_db_error()?;
-        let name = match *told.code() {
-            SqlState::INVALID_TEXT_REPRESENTATION => "invalid_text_representation",
-            SqlState::UNDEFINED_FUNCTION => "undefined_function",
-            SqlState::RAISE_EXCEPTION => "raise_exception",
-            SqlState::DATETIME_FIELD_OVERFLOW => "datetime_field_overflow",
-            SqlState::INVALID_DATETIME_FORMAT => "invalid_datetime_format",
-            SqlState::NUMERIC_VALUE_OUT_OF_RANGE => "numeric_value_out_of_range",
-            SqlState::INVALID_REGULAR_EXPRESSION => "invalid_regular_expression",
-            SqlState::INVALID_ESCAPE_SEQUENCE => "invalid_escape_sequence",
-            _ => "error",
-        };
-        Some(format!("ERROR {} ({name}) {}", told.code().code(), told.message()))
-    }
-}
-
-impl From<PoolError> for Error {
-    fn from(error: PoolError) -> Self {
-        match error {
-            PoolError::Backend(error) | PoolError::PostCreateHook(HookError::Backend(error)) => {
-                Self::Connect(error)
-            }
-            error => Self::Pool(error.to_string()),
-        }
-    }
-}
-
-fn told(error: &tokio_postgres::Error) -> String {
-    match (error.as_db_error(), std::error::Error::source(error)) {
-        (Some(db), _) => match db.hint() {
-            Some(hint) => format!("{} ({}). {hint}", db.message(), db.code().code()),
-            None => format!("{} ({})", db.message(), db.code().code()),
-        },
-        (None, Some(source)) => format!("{error}: {source}"),
-        (None, None) => error.to_string(),
-    }
-}
+use crate::postgres::address::Address;
+use crate::postgres::advice::{cure, place, wants_other_encryption};
+pub use crate::postgres::error::Error;
+use crate::tls::{self, Verification};
 
 /// What every connection of ours sets, whatever the database or the login has as its default. What its texts mean: how
 /// constants are read and written, how names are quoted, what a transaction is. And that it has time: our connections idle
@@ -140,45 +41,83 @@ const BEGIN: Duration = Duration::from_secs(10);
 /// So often each of two connections is asked who it is, to find a pooler that gives its sessions to others in between.
 const ROUNDS: usize = 8;
 
+/// What names the main connection.
+pub const DATABASE: &str = "--database-url (DATABASE_URL)";
+/// What names the connection for LISTEN.
+pub const DOORBELL: &str = "--doorbell-url (RELAY_DOORBELL_URL)";
+/// What names the judging connection.
+pub const JUDGE: &str = "--judge-url (RELAY_JUDGE_URL)";
+
 /// Where and how to connect.
 #[derive(Clone)]
 pub struct Server {
-    config: tokio_postgres::Config,
-    tls: MakeRustlsConnect,
+    /// What names its URL.
+    setting: &'static str,
+    address: Arc<Address>,
+    tls: MakeTls,
 }
 
 impl Server {
     /// Reads a connection string; `name` becomes `application_name` where the string has none.
     ///
-    /// Keepalives are short because a LISTEN connection only ever waits: without them a dead peer goes unnoticed for hours.
-    ///
     /// # Errors
     /// When the string cannot be read, or the authority file holds no certificate.
     pub fn parse(url: &str, name: &str, authority: Option<&str>) -> Result<Self, Error> {
-        let mut config: tokio_postgres::Config = url.parse().map_err(|error: tokio_postgres::Error| {
-            Error::Unfit(format!(
-                "the database URL cannot be read ({}): postgres://user@host:port/database is expected",
-                told(&error)
-            ))
-        })?;
-        // It would be found only when connecting, where it looks like a server that is away.
-        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
-            let why = "the database URL names no host: postgres://user@host:port/database is expected";
-            return Err(Error::Unfit(String::from(why)));
+        Self::named("the database URL", url, name, authority)
+    }
+
+    /// The same, where `setting` is what has the string: it is named in what goes wrong.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub fn named(
+        setting: &'static str,
+        url: &str,
+        name: &str,
+        authority: Option<&str>,
+    ) -> Result<Self, Error> {
+        let unfit = |why: &dyn std::fmt::Display| Error::Unfit(format!("{setting} cannot be used: {why}"));
+        let mut address =
+            Address::parse(url, authority, |name| std::env::var(name).ok()).map_err(|why| unfit(&why))?;
+        for config in &mut address.attempts {
+            if config.get_application_name().is_none() {
+                config.application_name(name);
+            }
         }
-        if config.get_application_name().is_none() {
-            config.application_name(name);
+        let tls = tls::to_postgres(&address.trust).map_err(|why| unfit(&why))?;
+        Ok(Self { setting, address: Arc::new(address), tls: MakeTls(MakeRustlsConnect::new(tls)) })
+    }
+
+    /// What somebody should know about the connection string.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        self.address.notes.iter().map(|note| format!("{}: {note}", self.setting))
+    }
+
+    /// Whether the server has to show who it is.
+    pub fn is_verified(&self) -> bool {
+        self.address.trust.verification > Verification::None
+    }
+
+    /// As whom and where to.
+    fn config(&self) -> &Config {
+        &self.address.attempts[0]
+    }
+
+    /// Connects, encrypted in the first way that the server lets in.
+    async fn open(&self) -> Result<(Client, Connection<Socket, TlsStream>), tokio_postgres::Error> {
+        let mut opened = self.config().connect(self.tls.clone()).await;
+        for next in &self.address.attempts[1..] {
+            let Err(refused) = &opened else { break };
+            if !wants_other_encryption(refused) {
+                break;
+            }
+            match next.connect(self.tls.clone()).await {
+                // What the first said is what has to be changed.
+                Err(error) if wants_other_encryption(&error) => {}
+                other => opened = other,
+            }
         }
-        if config.get_connect_timeout().is_none() {
-            config.connect_timeout(Duration::from_secs(5));
-        }
-        config
-            .keepalives_idle(Duration::from_secs(15))
-            .keepalives_interval(Duration::from_secs(5))
-            .keepalives_retries(3);
-        config.tcp_user_timeout(Duration::from_secs(30));
-        let tls = tls::trusting(authority).map_err(|error| Error::Unfit(error.to_string()))?;
-        Ok(Self { config, tls: MakeRustlsConnect::new(tls) })
+        opened
     }
 
     /// A pool of `size` connections whose commits wait for the flush, whatever the database's default is, and whose
@@ -192,12 +131,12 @@ impl Server {
             limit.as_millis()
         );
         let manager_settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let manager = Manager::from_config(self.config.clone(), self.tls.clone(), manager_settings);
+        let manager = Manager::from_connect(self.config().clone(), self.clone(), manager_settings);
         Pool::builder(manager)
             .max_size(size)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_secs(5)))
-            .create_timeout(Some(Duration::from_secs(5)))
+            .create_timeout(Some(self.patience()))
             .post_create(deadpool_postgres::Hook::async_fn(move |client, _| {
                 let settings = settings.clone();
                 Box::pin(async move { client.batch_execute(&settings).await.map_err(HookError::Backend) })
@@ -208,22 +147,27 @@ impl Server {
 
     /// The login's name, when the connection string has one.
     pub fn login(&self) -> Option<&str> {
-        self.config.get_user()
+        self.config().get_user()
+    }
+
+    /// How long a connection may take to begin.
+    fn patience(&self) -> Duration {
+        self.config().get_connect_timeout().map_or(BEGIN, |limit| BEGIN.max(*limit * 2))
     }
 
     /// Refuses a pooler that gives each transaction another session: settings, locks, temporary tables and prepared
-    /// statements would be somebody else's. `setting` is named as what to change.
+    /// statements would be somebody else's.
     ///
     /// Two connections that are never used at once are given the same session by such a pooler, or one of them another than
     /// before. Nothing is set on them: it would stay with sessions that are others' next.
     ///
     /// # Errors
     /// When there is such a pooler, or the server cannot be reached or refuses.
-    pub async fn check_sessions(&self, setting: &str) -> Result<(), Error> {
+    pub async fn check_sessions(&self) -> Result<(), Error> {
         let is_own = async {
-            let (one, connection) = self.config.connect(self.tls.clone()).await?;
+            let (one, connection) = self.open().await?;
             tokio::spawn(connection);
-            let (other, connection) = self.config.connect(self.tls.clone()).await?;
+            let (other, connection) = self.open().await?;
             tokio::spawn(connection);
             let first = (session(&one).await?, session(&other).await?);
             for _ in 1..ROUNDS {
@@ -236,8 +180,9 @@ impl Server {
         match self.begun(is_own).await? {
             true => Ok(()),
             false => Err(Error::Unfit(format!(
-                "{setting} leads through a pooler in transaction mode, which gives each transaction another session of \
-                 PostgreSQL: give PostgreSQL's own address, or that of a pool in session mode"
+                "{} leads through a pooler in transaction mode, which gives each transaction another session of \
+                 PostgreSQL: give PostgreSQL's own address, or that of a pool in session mode",
+                self.setting
             ))),
         }
     }
@@ -248,7 +193,7 @@ impl Server {
     /// When the server cannot be reached or refuses.
     pub async fn connect(&self) -> Result<Client, Error> {
         let begin = async {
-            let (client, connection) = self.config.connect(self.tls.clone()).await?;
+            let (client, connection) = self.open().await?;
             tokio::spawn(connection);
             client.batch_execute(PINNED).await?;
             Ok(client)
@@ -265,7 +210,7 @@ impl Server {
         mut heard: impl FnMut(Notification) + Send + 'static,
     ) -> Result<Client, Error> {
         let begin = async {
-            let (client, mut connection) = self.config.connect(self.tls.clone()).await?;
+            let (client, mut connection) = self.open().await?;
             tokio::spawn(async move {
                 while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
                     if let AsyncMessage::Notification(notification) = message {
@@ -284,30 +229,46 @@ impl Server {
         &self,
         begin: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, Error> {
-        match timeout(BEGIN, begin).await {
+        match timeout(self.patience(), begin).await {
             Ok(Ok(begun)) => Ok(begun),
-            Ok(Err(error)) if error.code() == Some(&SqlState::UNDEFINED_DATABASE) => {
-                Err(Error::Unfit(format!("{}: {}", told(&error), self.createdb())))
-            }
-            Ok(Err(error)) => Err(Error::Connect(error)),
+            Ok(Err(error)) => Err(match cure(&error, self.config(), self.setting) {
+                Some(cure) => Error::Refused { error, cure },
+                None if error.code().is_none() => Error::Away { place: place(self.config()), error },
+                None => Error::Connect(error),
+            }),
             Err(_) => Err(Error::Lost("PostgreSQL does not answer")),
         }
     }
+}
 
-    /// The command that makes the database.
-    fn createdb(&self) -> String {
-        let mut command = String::from("createdb");
-        if let Some(Host::Tcp(host)) = self.config.get_hosts().first() {
-            command += &format!(" -h {host}");
+impl Connect for Server {
+    fn connect(
+        &self,
+        _config: &Config,
+    ) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
+        async move {
+            let (client, connection) = self.open().await?;
+            // Its end is seen by whoever asks on it.
+            Ok((client, tokio::spawn(connection.map(drop))))
         }
-        if let Some(port) = self.config.get_ports().first() {
-            command += &format!(" -p {port}");
-        }
-        let user = self.config.get_user();
-        if let Some(user) = user {
-            command += &format!(" -U {user}");
-        }
-        format!("{command} {}", self.config.get_dbname().or(user).unwrap_or_default())
+        .boxed()
+    }
+}
+
+/// TLS for servers with a name. Those behind a Unix socket have none and are not asked for it.
+#[derive(Clone)]
+struct MakeTls(MakeRustlsConnect);
+
+type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
+
+impl MakeTlsConnect<Socket> for MakeTls {
+    type Stream = TlsStream;
+    type TlsConnect = <MakeRustlsConnect as MakeTlsConnect<Socket>>::TlsConnect;
+    type Error = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Error;
+
+    fn make_tls_connect(&mut self, host: &str) -> Result<Self::TlsConnect, Self::Error> {
+        let host = if host.is_empty() { "localhost" } else { host };
+        MakeTlsConnect::<Socket>::make_tls_connect(&mut self.0, host)
     }
 }
 

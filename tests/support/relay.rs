@@ -64,9 +64,8 @@ impl Relay {
         let (stop, stopped) = oneshot::channel();
         let (built, building) = oneshot::channel();
         let shutdown = async { _ = stopped.await };
-        let serving =
-            relay::server::serve(config, listener, shutdown, |running| _ = built.send(running.observe));
-        let task = tokio::spawn(serving);
+        let started = |running: relay::server::Running| _ = built.send(running.observe);
+        let task = tokio::spawn(Box::pin(relay::server::serve(config, listener, shutdown, started)));
         let Ok(observe) = building.await else {
             panic!("the relay did not start: {:?}", task.await);
         };
