@@ -118,8 +118,11 @@ pub mod transport {
     pub mod auth;
     pub mod admission;
     pub mod intake;
-    pub mod deadline;
     pub mod kernel;
+    pub mod exchange;
+    pub mod deadline;
+    mod accept;
+    pub mod replies;
     pub mod http;
     pub mod query;
     pub mod changes;

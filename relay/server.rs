@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::future::{Future, pending};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -156,6 +156,7 @@ pub async fn serve(
     if let Some(keeper) = config.keeper {
         tasks.spawn(keeper.run(Arc::clone(&observe), end.clone()));
     }
+    let prepared = Arc::new(AtomicBool::new(false));
     let app = Arc::new(App {
         verifier: config.verifier,
         feed: Feed::new(Binder::new(Arc::clone(&catalog)), lanes, Arc::clone(&past), rows, bookmarks),
@@ -170,6 +171,7 @@ pub async fn serve(
         admission: Arc::new(Admission::new(config.limits.connections, config.limits.connections_per_address)),
         limits: config.limits,
         resume: config.resume,
+        prepared: Arc::clone(&prepared),
         end: end.clone(),
         sessions: TaskTracker::new(),
         numbers: AtomicU64::new(1),
@@ -182,6 +184,7 @@ pub async fn serve(
     // What reads the database begins once that is known to be as it should; clients may come before.
     let reading = async {
         prepare(&main, &bell, &judging, config.install, &pulse).await?;
+        prepared.store(true, Ordering::Relaxed);
         tasks.spawn(keeping.run(feed_end.clone()));
         tasks.spawn(source.run(parts_in, end.clone()));
         tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));

@@ -30,6 +30,7 @@ mod faults;
 mod filter;
 mod hostile_cursors;
 mod hostile_tokens;
+mod http_answers;
 mod http_edges;
 mod heavy_filters;
 mod history;

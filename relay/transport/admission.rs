@@ -91,7 +91,7 @@ impl Admission {
         let Ok(_told) = self.told.try_acquire() else { return };
         let body = format!(r#"{{"error":"{}"}}"#, refused.why);
         let answer = format!(
-            "HTTP/1.1 {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            "HTTP/1.1 {}\r\ncontent-type: application/json\r\ncache-control: no-store\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
             refused.status,
             body.len()
         );

@@ -10,10 +10,10 @@ use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
-use hyper::header::{self, HeaderMap};
 use hyper::{Request, Response, StatusCode};
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use crate::feed::binding::BindError;
 use crate::feed::follower::{Follower, Progress};
@@ -26,10 +26,12 @@ use crate::model::limits::{Beyond, MostRows};
 use crate::model::policy::Identity;
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Subscription, Target};
+use crate::transport::accept::wants_stream;
 use crate::transport::answer::Waiting;
 use crate::transport::auth::TokenError;
-use crate::transport::http::{App, Watched, error, json, twice};
-use crate::transport::query::{is_unreadable, names, parameter, repeated};
+use crate::transport::http::{App, Watched, twice};
+use crate::transport::query::{bearer, is_unreadable, names, parameter, repeated};
+use crate::transport::replies::{error, json};
 use crate::transport::{stream, ws};
 
 /// An answer with a body of any kind.
@@ -47,8 +49,8 @@ const LEAST_OUTBOX: usize = 4 << 20;
 const BLOCK: usize = 64 * 1024;
 /// PostgreSQL has this long to let a poll begin.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// A text that means neither a stream nor JSON is JSON.
-const STREAM: &str = "text/event-stream";
+/// What `event=` may be, in capitals or not.
+const EVENTS: [&str; 4] = ["*", "INSERT", "UPDATE", "DELETE"];
 
 /// A request that was understood.
 struct Call {
@@ -59,13 +61,15 @@ struct Call {
     outbox: Arc<Outbox>,
 }
 
-/// Answers a request.
-pub async fn serve(app: Arc<App>, request: Request<Incoming>, address: IpAddr, watched: Watched) -> Answer {
-    let wants_stream = request
-        .headers()
-        .get(header::ACCEPT)
-        .and_then(|accept| accept.to_str().ok())
-        .is_some_and(|accept| accept.contains(STREAM));
+/// Answers a request. Once it is `closed`, whoever asked sends nothing more, and is not made to wait for what may come.
+pub async fn serve(
+    app: Arc<App>,
+    request: Request<Incoming>,
+    address: IpAddr,
+    watched: Watched,
+    closed: CancellationToken,
+) -> Answer {
+    let wants_stream = wants_stream(request.headers());
     if !app.budget.make_room(0) {
         return no_room();
     }
@@ -75,8 +79,8 @@ pub async fn serve(app: Arc<App>, request: Request<Incoming>, address: IpAddr, w
     };
     match (&call.since, wants_stream) {
         (None, false) => rows(&app, call, watched).await,
-        (Some(_), false) => poll(&app, call, watched).await,
-        (_, true) => follow(app, call, watched).await,
+        (Some(_), false) => poll(&app, call, watched, closed).await,
+        (_, true) => follow(app, call, watched, closed).await,
     }
 }
 
@@ -101,6 +105,11 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
         if is_unreadable(query, name) {
             return Err(refused(StatusCode::BAD_REQUEST, &format!("{name}: this is not UTF-8")));
         }
+    }
+    let event = parameter(query, "event").unwrap_or_default();
+    if !event.is_empty() && !EVENTS.iter().any(|known| known.eq_ignore_ascii_case(&event)) {
+        let why = format!("event: there are only {}", EVENTS.join(", "));
+        return Err(refused(StatusCode::BAD_REQUEST, &why));
     }
     let mut entry = Map::new();
     for name in ["event", "schema", "table", "filter"] {
@@ -173,16 +182,6 @@ fn told_why(why: TokenError) -> String {
     why.connect_text() + advice
 }
 
-/// The token of an `Authorization` header, or an API key.
-fn bearer(headers: &HeaderMap) -> Option<String> {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let bearer = text("authorization").and_then(|value| {
-        let (scheme, token) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(token)
-    });
-    bearer.or_else(|| text("apikey")).or_else(|| text("x-api-key")).map(str::to_owned)
-}
-
 /// The current rows, and the cursor after them.
 async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
     let most = MostRows { bytes: app.limits.rows.bytes.min(app.budget.share()), ..app.limits.rows };
@@ -243,7 +242,7 @@ fn answer(outbox: Arc<Outbox>, watched: Watched) -> Answer {
 }
 
 /// The changes since the cursor, as soon as there is one.
-async fn poll(app: &App, call: Call, watched: Watched) -> Answer {
+async fn poll(app: &App, call: Call, watched: Watched, closed: CancellationToken) -> Answer {
     let Call { subscription, since: Some(since), wait, channel, outbox } = call else { return unavailable() };
     let until = Instant::now() + wait;
     let expiry = subscription.identity().claims().expires_at().saturating_sub(ws::now());
@@ -275,6 +274,7 @@ async fn poll(app: &App, call: Call, watched: Watched) -> Answer {
                 return error(StatusCode::UNAUTHORIZED, &TokenError::Signer.connect_text());
             }
             () = app.end.cancelled() => None,
+            () = closed.cancelled() => None,
         },
     };
     let changes = |cursor: Option<&str>, more| changes(&outbox, cursor, more, watched.clone());
@@ -348,7 +348,7 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
     answer(answering, watched)
 }
 
-async fn follow(app: Arc<App>, call: Call, watched: Watched) -> Answer {
+async fn follow(app: Arc<App>, call: Call, watched: Watched, closed: CancellationToken) -> Answer {
     if app.observe.session_count() >= app.limits.connections {
         return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
@@ -369,7 +369,7 @@ async fn follow(app: Arc<App>, call: Call, watched: Watched) -> Answer {
         Arc::clone(&outbox),
     );
     match timeout(PATIENCE, follower.go_on()).await {
-        Ok(Ok(progress)) => stream::answer(app, follower, since, progress, watched),
+        Ok(Ok(progress)) => stream::answer(app, follower, since, progress, (watched, closed)),
         Ok(Err(Missed::Gap(why))) => gap(why),
         Ok(Err(Missed::Ended)) => ended(follower.subscription()),
         Ok(Err(Missed::Unavailable(_))) | Err(_) => unavailable(),

@@ -1,18 +1,22 @@
-//! A connection that has to be read: when the other side takes nothing for too long, writing to it fails.
+//! A connection that has to be read: when the other side takes nothing for too long, writing to it fails. When it closes its
+//! side while it is answered, the answer is written first.
 
 use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
+use crate::transport::exchange::Exchange;
 use crate::transport::intake::Intake;
 
 /// A connection whose writes end with [`ErrorKind::TimedOut`] when none comes on for so long.
 pub struct Deadline {
     stream: Intake,
+    exchange: Arc<Exchange>,
     limit: Duration,
     /// Made by the first write that has to wait, which most connections never do.
     alarm: Option<Pin<Box<Sleep>>>,
@@ -21,8 +25,8 @@ pub struct Deadline {
 
 impl Deadline {
     /// Around a connection.
-    pub fn new(stream: Intake, limit: Duration) -> Self {
-        Self { stream, limit, alarm: None, waits: false }
+    pub fn new(stream: Intake, limit: Duration, exchange: Arc<Exchange>) -> Self {
+        Self { stream, exchange, limit, alarm: None, waits: false }
     }
 
     /// The bare connection.
@@ -52,7 +56,10 @@ impl AsyncRead for Deadline {
         context: &mut Context<'_>,
         into: &mut ReadBuf<'_>,
     ) -> Poll<Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, into)
+        let before = into.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(context, into))?;
+        let is_end = into.filled().len() == before && into.remaining() > 0;
+        if is_end { self.exchange.end(context) } else { Poll::Ready(Ok(())) }
     }
 }
 
@@ -76,7 +83,9 @@ impl AsyncWrite for Deadline {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+        ready!(Pin::new(&mut self.stream).poll_flush(context))?;
+        self.exchange.flushed();
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<()>> {

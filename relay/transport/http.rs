@@ -6,17 +6,15 @@ use std::future::pending;
 use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::upgrade::Upgraded;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -38,17 +36,16 @@ use crate::transport::admission::{Admission, Admitted};
 use crate::transport::auth::{TokenError, Verifier};
 use crate::transport::changes::{self, Answer};
 use crate::transport::deadline::Deadline;
+use crate::transport::exchange::{Answered, Exchange};
 use crate::transport::intake::Intake;
 use crate::transport::query::{is_unreadable, parameter, repeated};
+use crate::transport::replies::{empty, error, preflight, text};
 use crate::transport::ws;
 
 /// An answer on its way when the relay ends gets this long.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// The largest head. Tokens travel in it, so it must hold a few of them.
 const HEAD_BYTES: usize = 64 * 1024;
-
-/// Seconds after which whoever is told to try again should.
-const RETRY_AFTER: &str = "2";
 
 /// What every connection needs.
 pub struct App {
@@ -70,6 +67,8 @@ pub struct App {
     pub budget: Arc<Budget>,
     /// How long a client that named its session may be away.
     pub resume: Duration,
+    /// The database is reached and has the relay's schema, or once was and had.
+    pub prepared: Arc<AtomicBool>,
     /// The end of the relay.
     pub end: CancellationToken,
     /// Every session's task.
@@ -138,19 +137,24 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
         }
     };
     let (watched, watching) = watch::channel(None);
-    let answering = Arc::clone(&app);
+    let exchange = Arc::new(Exchange::default());
+    let (answering, exchanging) = (Arc::clone(&app), Arc::clone(&exchange));
     let stream = Intake::new(stream, &app.budget);
     let unfinished = stream.unfinished();
     let service = service_fn(move |request| {
         unfinished.store(0, Ordering::Relaxed);
         let (app, place, watched) = (Arc::clone(&answering), Arc::clone(&place), watched.clone());
-        async move { Ok::<_, Infallible>(answer(app, place, request, watched).await) }
+        let (begun, closed) = (exchanging.begin(), exchanging.closed());
+        async move {
+            let answer = Box::pin(answer(app, place, request, watched, closed)).await;
+            Ok::<_, Infallible>(answer.map(|body| Answered::with(body, begun)))
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(app.limits.head)
         .max_buf_size(HEAD_BYTES)
-        .serve_connection(TokioIo::new(Deadline::new(stream, app.limits.write)), service)
+        .serve_connection(TokioIo::new(Deadline::new(stream, app.limits.write, exchange)), service)
         .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
@@ -197,12 +201,18 @@ fn is_too_slow(error: &hyper::Error) -> bool {
 }
 
 /// Nobody here reads the body of a request, so a connection on which one comes ends with the answer.
-async fn answer(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>, watched: Watched) -> Answer {
+async fn answer(
+    app: Arc<App>,
+    place: Arc<Admitted>,
+    request: Request<Incoming>,
+    watched: Watched,
+    closed: CancellationToken,
+) -> Answer {
     let has_body = !request.body().is_end_stream();
     let mut answer = if request.headers().contains_key(header::TRANSFER_ENCODING) {
         error(StatusCode::BAD_REQUEST, "a request without a body is expected here")
     } else {
-        route(app, place, request, watched).await
+        route(app, place, request, watched, closed).await
     };
     if has_body {
         answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -210,7 +220,13 @@ async fn answer(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>,
     answer
 }
 
-async fn route(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>, watched: Watched) -> Answer {
+async fn route(
+    app: Arc<App>,
+    place: Arc<Admitted>,
+    request: Request<Incoming>,
+    watched: Watched,
+    closed: CancellationToken,
+) -> Answer {
     if request.method() == Method::OPTIONS {
         return preflight();
     }
@@ -222,7 +238,10 @@ async fn route(app: Arc<App>, place: Arc<Admitted>, request: Request<Incoming>, 
         "/realtime/v1/changes" if request.method() != Method::GET => {
             error(StatusCode::METHOD_NOT_ALLOWED, "changes are read by GET")
         }
-        "/realtime/v1/changes" => changes::serve(app, request, place.address(), watched).await,
+        "/realtime/v1/changes" => changes::serve(app, request, place.address(), watched, closed).await,
+        "/healthcheck" if !app.prepared.load(Ordering::Relaxed) => {
+            text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is being prepared")
+        }
         "/healthcheck" | "/livez" => text(StatusCode::OK, "ok"),
         "/readyz" => match app.unready() {
             None => text(StatusCode::OK, "ready"),
@@ -263,7 +282,11 @@ async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<In
     if app.observe.session_count() >= app.limits.connections {
         return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
-    let with_cursor = parameter(query, "cursor").as_deref() == Some("true");
+    let with_cursor = match parameter(query, "cursor").as_deref() {
+        None | Some("" | "false") => false,
+        Some("true") => true,
+        Some(_) => return refused(StatusCode::BAD_REQUEST, "cursor: true or false is expected"),
+    };
     let name = match parameter(query, "session") {
         None if is_unreadable(query, "session") => Err(NoSessionName),
         name => name.map(|name| name.parse()).transpose(),
@@ -337,45 +360,6 @@ fn origin_is_allowed(allowed: &[String], headers: &HeaderMap) -> bool {
             origin.to_str().is_ok_and(|origin| allowed.iter().any(|one| one.eq_ignore_ascii_case(origin)))
         }
     }
-}
-
-fn preflight() -> Answer {
-    let mut answer = empty(StatusCode::NO_CONTENT);
-    let headers = answer.headers_mut();
-    headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("*"));
-    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, OPTIONS"));
-    answer
-}
-
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Full::new(body.into()).boxed_unsync());
-    *answer.status_mut() = status;
-    let headers = answer.headers_mut();
-    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    answer
-}
-
-fn empty(status: StatusCode) -> Answer {
-    let mut answer = text(status, Bytes::new());
-    answer.headers_mut().remove(header::CONTENT_TYPE);
-    answer
-}
-
-/// An error as JSON. What may be otherwise soon is to be asked again.
-pub fn error(status: StatusCode, why: &str) -> Answer {
-    let mut answer = json(status, serde_json::json!({ "error": why }).to_string());
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
-    }
-    answer
-}
-
-/// A JSON text as answer.
-pub fn json(status: StatusCode, body: impl Into<Bytes>) -> Answer {
-    let mut answer = text(status, body);
-    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    answer
 }
 
 #[cfg(test)]

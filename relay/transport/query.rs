@@ -1,6 +1,8 @@
-//! The parameters of a request.
+//! The parameters of a request, and the token in its headers.
 
 use std::collections::HashSet;
+
+use hyper::header::HeaderMap;
 
 /// Whether the query has this parameter and it is no text.
 pub fn is_unreadable(query: &str, name: &str) -> bool {
@@ -55,6 +57,16 @@ fn decoded(text: &str) -> Vec<u8> {
         }
     }
     bytes
+}
+
+/// The token of an `Authorization` header, or an API key.
+pub fn bearer(headers: &HeaderMap) -> Option<String> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let bearer = text("authorization").and_then(|value| {
+        let (scheme, token) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(token)
+    });
+    bearer.or_else(|| text("apikey")).or_else(|| text("x-api-key")).map(str::to_owned)
 }
 
 #[cfg(test)]

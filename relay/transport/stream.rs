@@ -11,6 +11,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use hyper::header::{self, HeaderValue};
 use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::feed::follower::{Follower, Progress};
 use crate::feed::outbox::Taken;
@@ -33,6 +34,8 @@ const TOGETHER: usize = 32 * 1024;
 struct Stream {
     app: Arc<App>,
     watched: Watched,
+    /// The client has closed its side: it is gone.
+    closed: CancellationToken,
     follower: Follower,
     progress: Progress,
     /// How much of the change at the head of the hand was written.
@@ -52,7 +55,7 @@ pub fn answer(
     follower: Follower,
     stands: Cursor,
     progress: Progress,
-    watched: Watched,
+    (watched, closed): (Watched, CancellationToken),
 ) -> Answer {
     let left = follower.subscription().identity().claims().expires_at().saturating_sub(ws::now());
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
@@ -63,7 +66,8 @@ pub fn answer(
         stalls.mark_changed();
     }
     let (written, begun, over) = (0, false, false);
-    let stream = Stream { app, watched, follower, progress, written, stands, expiry, stalls, begun, over };
+    let stream =
+        Stream { app, watched, closed, follower, progress, written, stands, expiry, stalls, begun, over };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
         let chunk = counted(chunk.into_bytes(), &stream.app.budget);
@@ -107,6 +111,7 @@ impl Stream {
                     () = sleep_until(self.expiry) => return Some(self.expired()),
                     () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
                     () = self.app.end.cancelled() => return None,
+                    () = self.closed.cancelled() => return None,
                     went_on = self.follower.go_on() => match went_on {
                         Ok(progress) => self.progress = progress,
                         Err(missed) => return Some(self.ended(&missed)),
@@ -129,6 +134,7 @@ impl Stream {
                     return Some(format!("event: {name}\ndata: {data}\n\n"));
                 }
                 () = self.app.end.cancelled() => return None,
+                () = self.closed.cancelled() => return None,
                 () = sleep_until(Instant::now() + self.app.limits.keep_alive) => {
                     if let Some(text) = self.still_here().await {
                         return Some(text);
