@@ -55,8 +55,7 @@ async fn two_hundred_clients_that_read_nothing_hold_no_more_than_all_may_togethe
         most = most.max(metric(&stage.relay, "relay_outbox_bytes"));
         written += 1;
     }
-    // One change on its way to everybody comes on top.
-    assert!(most < MOST + 200 * 110_000, "{most}");
+    assert!(most <= MOST, "{most}");
     drop(idle);
     eventually("what waited is given back", || async {
         (metric(&stage.relay, "relay_outbox_bytes") == 0).then_some(())

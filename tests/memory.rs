@@ -59,7 +59,6 @@ impl Program {
             while let Ok(Some(_)) = lines.next_line().await {}
         });
         let address = address.strip_prefix("http://").unwrap().parse().unwrap();
-        
         Self { _turn, child, database, address, bound }
     }
 

@@ -14,7 +14,7 @@ use crate::feed::budget::{Budget, Reserved};
 /// So much of every client is not counted.
 const FREE: usize = 16 * 1024;
 /// More is counted in steps of this size.
-const STEP: usize = 64 * 1024;
+const STEP: usize = 8 * 1024;
 
 /// A connection that is read only as long as there is room for what comes.
 pub struct Intake {
@@ -52,7 +52,7 @@ impl Intake {
             return Ok(());
         }
         let most = read.next_multiple_of(STEP);
-        if !self.counted.resize(most) {
+        if !self.counted.resize(most - FREE) {
             return Err(Error::new(ErrorKind::OutOfMemory, "there is no room for what the client sends"));
         }
         self.most = most;
