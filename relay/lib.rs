@@ -35,6 +35,7 @@ pub mod model {
     pub mod term;
     pub mod scalar;
     pub mod predicate;
+    mod raising;
     pub mod anchor;
     pub mod index;
     pub mod plan;

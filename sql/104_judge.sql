@@ -167,6 +167,7 @@ begin
   insert into relay.read_policies as p (relation, policy) values (allow.relation, allow.policy)
   on conflict on constraint read_policies_pkey do update set policy = excluded.policy;
   -- No event trigger fires for it.
+  perform relay.note_rules();
   perform relay.log_change(0, null, 'S', false, null, null);
   perform relay.ring('schema', 'relay.allow');
 end
@@ -179,6 +180,7 @@ language plpgsql volatile
 set search_path = '' as $$
 begin
   delete from relay.read_policies p where p.relation = disallow.relation;
+  perform relay.note_rules();
   perform relay.log_change(0, null, 'S', false, null, null);
   perform relay.ring('schema', 'relay.disallow');
 end

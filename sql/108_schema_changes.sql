@@ -2,6 +2,116 @@
 --
 -- Only where the installer may create an event trigger; elsewhere the relay looks at the catalog for every page.
 
+-- relay.rules_now() : who may see each watched relation, as sets that can be compared
+-- Of the relation and of the tables that its policies look into: grants, owner, row security, policies, and the functions
+-- that policies call.
+create or replace function relay.rules_now() returns table (relation int, open text[], shut text[])
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  with tables as (
+    select w.id, w.relation::oid as oid, true as own from relay.watch_list w
+    union
+    select w.id, d.refobjid, false
+    from relay.watch_list w
+    join pg_policy p on p.polrelid = w.relation
+    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass
+    where d.refobjid <> w.relation
+  ), items (id, item, is_open) as (
+    select t.id, concat_ws(' ', case when t.own then 'right' else 'row' end, 'table', c.oid, a.grantee), true
+    from tables t join pg_class c on c.oid = t.oid
+    cross join aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a
+    where a.privilege_type = 'SELECT'
+    union all
+    select t.id, concat_ws(' ', case when t.own then 'right' else 'row' end, 'column', c.attrelid, c.attnum, a.grantee), true
+    from tables t join pg_attribute c on c.attrelid = t.oid and c.attacl is not null and not c.attisdropped
+    cross join aclexplode(c.attacl) a
+    where a.privilege_type = 'SELECT'
+    union all
+    select t.id, concat_ws(' ', case when t.own then 'right' else 'row' end, 'schema', n.oid, a.grantee), true
+    from tables t join pg_class c on c.oid = t.oid join pg_namespace n on n.oid = c.relnamespace
+    cross join aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+    where a.privilege_type = 'USAGE'
+    union all
+    select t.id, concat_ws(' ', 'right owner', c.oid, c.relowner), true
+    from tables t join pg_class c on c.oid = t.oid
+    union all
+    select t.id, concat_ws(' ', case when t.own then 'own' else 'row' end, 'security is off', c.oid), true
+    from tables t join pg_class c on c.oid = t.oid
+    where not c.relrowsecurity
+    union all
+    select t.id, concat_ws(' ', 'row security is not forced', c.oid), true
+    from tables t join pg_class c on c.oid = t.oid
+    where not c.relforcerowsecurity
+    union all
+    select t.id, concat_ws(' ', 'row policy', p.oid, r, md5(p.polqual::text)), p.polpermissive
+    from tables t join pg_policy p on p.polrelid = t.oid cross join unnest(p.polroles) r
+    where p.polcmd in ('r', '*') and p.polqual is not null
+    union all
+    select t.id, concat_ws(' ', 'row function', f.oid, md5(concat_ws('|', f.prosrc, f.prosecdef, f.proconfig, f.proowner, f.prolang))), true
+    from tables t join pg_policy p on p.polrelid = t.oid
+    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_proc'::regclass
+    join pg_proc f on f.oid = d.refobjid
+    union all
+    select t.id, 'right read policy ' || coalesce((select md5(p.policy) from relay.read_policies p where p.relation = t.oid), 'none'), true
+    from tables t join pg_class c on c.oid = t.oid
+    where t.own and c.relkind in ('m', 'f')
+  )
+  select i.id, coalesce(array_agg(distinct i.item) filter (where i.is_open), '{}'),
+         coalesce(array_agg(distinct i.item) filter (where not i.is_open), '{}')
+  from items i
+  group by i.id
+$$;
+comment on function relay.rules_now() is 'who may see each watched relation, as sets that can be compared';
+
+-- relay.note_rules(patience) : notes what was widened since it looked last
+-- Hardly waits: where another transaction that looked stays open, all is taken for widened, and once more the next time.
+create or replace function relay.note_rules(patience text default '500ms') returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms' as $$
+declare
+  one record;
+  more text[];
+  less text[];
+  doubtful boolean;
+begin
+  perform set_config('lock_timeout', patience, true);
+  begin
+    perform pg_advisory_xact_lock(1919249009, 8);
+  exception when lock_not_available then
+    insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), 0);
+    insert into relay.known_rules values (-1, '{}', '{}');
+    return;
+  end;
+  delete from relay.known_rules k where k.relation = -1;
+  doubtful := found;
+  for one in
+    select n.*, k.open as was_open, k.shut as was_shut
+    from relay.rules_now() n
+    left join relay.known_rules k on k.relation = n.relation
+    where doubtful or (k.open, k.shut) is distinct from (n.open, n.shut)
+  loop
+    delete from relay.known_rules k where k.relation = one.relation;
+    insert into relay.known_rules values (one.relation, one.open, one.shut);
+    continue when one.was_open is null and not doubtful;
+    more := array(select unnest(one.open) except select unnest(one.was_open));
+    less := array(select unnest(one.was_shut) except select unnest(one.shut));
+    -- Whoever might read the table saw every row, whatever its policies were.
+    if exists (select from unnest(one.was_open) i where i like 'own security is off %') then
+      more := array(select i from unnest(more) i where i not like 'row %');
+      less := '{}';
+    end if;
+    if doubtful or more <> '{}' or less <> '{}' then
+      insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), one.relation);
+    end if;
+  end loop;
+  delete from relay.known_rules k where k.relation > 0 and not exists (select from relay.watch_list w where w.id = k.relation);
+  -- Who stood before these is told of a gap in any case.
+  delete from relay.widenings w using relay.history h where pg_visible_in_snapshot(w.xid, h.horizon);
+end
+$$;
+comment on function relay.note_rules(text) is 'notes what was widened since it looked last';
+
 -- relay.log_schema_change() : event trigger
 -- Logs that something was created, altered, dropped, granted or revoked, as operation S of no relation, in the same
 -- transaction. What it was is not said: the relay looks at the catalog anew. Temporary objects do not count.
@@ -30,6 +140,15 @@ begin
   exception when others then
     raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
   end;
+  if tg_tag not in ('CREATE TABLE', 'CREATE TABLE AS', 'CREATE TYPE', 'CREATE SEQUENCE', 'CREATE TRIGGER', 'CREATE VIEW', 'CREATE SCHEMA') then
+    begin
+      perform relay.note_rules();
+    exception when others then
+      -- Then everything is taken for widened.
+      insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), 0);
+      raise notice 'what was widened could not be told: %', sqlerrm;
+    end;
+  end if;
   perform relay.log_change(0, null, 'S', false, null, null);
   perform relay.ring('schema', tg_tag);
 end

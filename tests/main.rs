@@ -9,6 +9,7 @@
 mod support;
 
 mod access_claims;
+mod access_late;
 mod access_locks;
 mod access_order;
 mod access_settings;

@@ -15,7 +15,7 @@ use crate::model::cursor::Cursor;
 use crate::model::delivery::View;
 use crate::model::dress::Dress;
 use crate::model::policy::{Meaning, meaning};
-use crate::model::relation::{Catalog, Relation};
+use crate::model::relation::{Catalog, Relation, Widening};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Binding, Events, Subscription};
 
@@ -174,11 +174,16 @@ impl Audience {
         here.map_or_else(String::new, |here| self.position(here).to_string())
     }
 
+    /// Whether it has come less far than a widening of rules.
+    pub fn stood_before(&self, widening: &Widening) -> bool {
+        self.key.since.as_ref().is_none_or(|since| widening.is_after(since.seen()))
+    }
+
     /// Adds what one change is to this audience, a candidate for it, to the frames on the desk.
     pub fn write<'a>(
         &'a self,
         candidate: &Candidate,
-        change: &Change,
+        (change, is_older): (&Change, bool),
         relation: &'a Relation,
         verdicts: &Verdicts,
         written: &mut Written<'a>,
@@ -228,6 +233,9 @@ impl Audience {
         let kind = |(select, meaning, _): &(Option<&'a [String]>, Meaning, u32)| {
             (*select, *meaning <= Meaning::Delete)
         };
+        if is_older && !desk.wanted.is_empty() {
+            return self.lose(relation, WIDENED, written.cursor(base), desk);
+        }
         desk.wanted.sort_by_key(kind);
         for group in desk.wanted.chunk_by(|one, other| kind(one) == kind(other)) {
             let select = group[0].0;
@@ -299,6 +307,9 @@ impl Audience {
         Some(Frame::whole(self.key.dress.gap(why, cursor), &self.members.budget()?))
     }
 }
+
+/// What is told of changes that today's rules show and those of their time may not have shown.
+const WIDENED: &str = "more may be seen since than when it changed";
 
 /// What is told to whoever subscribed to a table that is another now.
 pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";

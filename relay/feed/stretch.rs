@@ -11,7 +11,7 @@ use crate::feed::readership::{AudienceId, Readerships};
 use crate::feed::written::Written;
 use crate::model::change::{Change, Operation};
 use crate::model::cursor::{Cursor, Span};
-use crate::model::relation::Catalog;
+use crate::model::relation::{Catalog, Widening};
 use crate::model::shape;
 use crate::postgres::connect::Error;
 
@@ -69,6 +69,8 @@ pub async fn tell<'a>(
     let is_last = |index: usize| index == last && !stretch.more;
     let written =
         |(index, change): (usize, &Change)| Written::new(&stretch.span, change.number, is_last(index));
+    let widenings: Vec<&Widening> =
+        catalog.widenings().iter().filter(|widening| widening.is_after(&stretch.span.seen)).collect();
     let mut written: Vec<Written<'_>> = changes.iter().enumerate().map(written).collect();
     let mut desk = Desk::default();
     let mut frames = 0;
@@ -91,9 +93,12 @@ pub async fn tell<'a>(
             if let Some(relation) = catalog.relation(changes[index].relation)
                 && !is_repeated_truncate(changes, index)
             {
+                let is_older = widenings
+                    .iter()
+                    .any(|widening| widening.concerns(&changes[index]) && audience.stood_before(widening));
                 audience.write(
                     candidate,
-                    &changes[index],
+                    (&changes[index], is_older),
                     relation,
                     &verdicts,
                     &mut written[index],

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use crate::model::change::{RelationId, Spelling};
+use crate::model::change::{Change, RelationId, Spelling};
 use crate::model::compile::compile;
+use crate::model::cursor::Snapshot;
 use crate::model::datum::Kind;
 use crate::model::pattern::Folding;
 use crate::model::plan::{Obstacle, Plan};
@@ -18,6 +19,32 @@ pub struct Catalog {
     relations: HashMap<RelationId, Arc<Relation>>,
     roles: BTreeSet<String>,
     ordered: bool,
+    widenings: Vec<Widening>,
+}
+
+/// When somebody came to see more of a relation.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Widening {
+    /// Changes with smaller numbers are older.
+    number: i64,
+    /// Who has this transaction behind it stood after it.
+    xid: u64,
+    /// Which relation; 0 is every one.
+    relation: i32,
+}
+
+impl Widening {
+    /// Whether whoever has this snapshot behind it stood before it.
+    pub fn is_after(&self, seen: &Snapshot) -> bool {
+        !seen.has_finished(self.xid)
+    }
+
+    /// Whether a change was made before it, so that today's rules may show more of it than those of its time.
+    pub fn concerns(&self, change: &Change) -> bool {
+        (self.relation == 0 || self.relation == change.relation.0)
+            && change.number < self.number
+            && change.xid != self.xid
+    }
 }
 
 impl Catalog {
@@ -25,7 +52,17 @@ impl Catalog {
     pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>, ordered: bool) -> Self {
         let prepared = |relation: Relation| (relation.id(), Arc::new(relation.prepared()));
         let relations = relations.into_iter().map(prepared).collect();
-        Self { relations, roles, ordered }
+        Self { relations, roles, ordered, widenings: Vec::new() }
+    }
+
+    /// The same, knowing when rules were widened.
+    pub fn widened(self, widenings: Vec<Widening>) -> Self {
+        Self { widenings, ..self }
+    }
+
+    /// When rules were widened, as far as somebody may stand before it.
+    pub fn widenings(&self) -> &[Widening] {
+        &self.widenings
     }
 
     /// Whether the rights of this role are part of the catalog.

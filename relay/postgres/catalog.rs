@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, watch};
 use crate::model::bound_filter::{BoundFilter, Typed};
 use crate::model::claims::Claims;
 use crate::model::filter::Condition;
-use crate::model::relation::{Catalog, Column, Relation, Shape};
+use crate::model::relation::{Catalog, Column, Relation, Shape, Widening};
 use crate::postgres::connect::{Error, Lease};
 
 /// How old the catalog may be when a change is judged, for what neither the changelog nor the mark of a page tells:
@@ -162,6 +162,13 @@ impl CatalogKeeper {
         Ok(Arc::clone(&state.catalog))
     }
 
+    /// Notes what was widened without an event trigger, for all who come later.
+    async fn note_rules(&self, client: &deadpool_postgres::Client) {
+        if let Err(error) = client.execute("select relay.note_rules('100ms')", &[]).await {
+            tracing::warn!(error = %Error::from(error), "what was widened could not be noted");
+        }
+    }
+
     async fn refresh(&self, state: &mut State) -> Result<(), Error> {
         let lease = Lease::of(&self.pool).await?;
         let refreshed = self.refresh_by(lease.client()?, state).await;
@@ -189,6 +196,10 @@ impl CatalogKeeper {
             tries += 1;
             if tries > TRIES {
                 return Err(Error::Lost("the schema changes faster than it can be read"));
+            }
+            // The event trigger notes what fires it.
+            if is_other && !state.catalog.is_ordered() {
+                self.note_rules(client).await;
             }
             // First, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose shape is
             // not recorded.
@@ -245,7 +256,13 @@ impl CatalogKeeper {
         let answer: Answer = serde_json::from_str(&text).map_err(|error| {
             Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
         })?;
-        Ok(Catalog::new(answer.relations, state.roles.clone(), answer.ordered))
+        // After the rules themselves: none of these may have been widened by one that is not among them.
+        let widenings = client.prepare_cached(WIDENINGS).await?;
+        let text: String = client.query_one(&widenings, &[]).await?.get(0);
+        let widenings: Vec<Widening> = serde_json::from_str(&text).map_err(|error| {
+            Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}"))
+        })?;
+        Ok(Catalog::new(answer.relations, state.roles.clone(), answer.ordered).widened(widenings))
     }
 
     /// Reads a filter with the column types of a relation.
@@ -293,3 +310,7 @@ impl CatalogKeeper {
         Ok(BoundFilter::new(relation, typed, condition, text.into()))
     }
 }
+
+/// When rules were widened.
+const WIDENINGS: &str = "select coalesce(json_agg(json_build_object('number', w.number, 'xid', w.xid::text::bigint, \
+     'relation', w.relation)), '[]')::text from relay.widenings w";
