@@ -357,7 +357,6 @@ async fn random_changes_of_columns_between_random_changes_of_rows_show_nothing_t
         std::env::var("RELAY_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
             std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1
         });
-    println!("RELAY_TEST_SEED={seed}");
     let mut dice = Dice(seed);
     let stage = Stage::new(
         "create type mood as enum ('l0', 'l1', 'l2');

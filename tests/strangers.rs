@@ -56,7 +56,7 @@ async fn nobody_reads_the_changelog_or_calls_a_function_of_the_relay_who_was_not
         "select relay.cursor()",
         "select * from relay.page('1:1:', null, 0)",
         "select relay.watch('public.t')",
-        "select relay.log_change(1, 'I', false, null, '{}')",
+        "select relay.log_change(1, 1, 'I', false, null, '{}')",
         "select relay.retain(bytes => 1048576)",
         "create function relay.evil() returns int language sql as 'select 1'",
         "create trigger x after insert on public.t for each row execute function relay.capture('1')",
@@ -74,7 +74,7 @@ async fn a_cast_that_a_user_wrote_runs_without_any_right_though_a_superuser_writ
            declare found text; begin
              begin select v into found from public.loot; exception when others then found := sqlstate; end;
              begin perform from relay.changes; found := found || ' read'; exception when others then found := found || ' ' || sqlstate; end;
-             begin perform relay.log_change(1, 'I', false, null, '{\"id\": 666}'); found := found || ' logged';
+             begin perform relay.log_change(1, 1, 'I', false, null, '{\"id\": 666}'); found := found || ' logged';
              exception when others then found := found || ' ' || sqlstate; end;
              return to_json(current_user || ' ' || found);
            end $$;
