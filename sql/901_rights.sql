@@ -1,10 +1,6 @@
 -- Rights: nothing for everybody; relay_writer may only log, relay_reader is the group of the relay's login.
 
-revoke all on schema relay from public;
-revoke all on all tables in schema relay from public;
-revoke all on all sequences in schema relay from public;
-revoke all on all functions in schema relay from public;
-
+-- First what the event trigger calls, which fires for each of the statements below: a new function is everybody's until then.
 grant usage on schema relay to relay_writer, relay_reader;
 -- What the trigger functions do as their owner: log. It may read nothing but which shape is the newest.
 grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_writer;
@@ -17,6 +13,11 @@ grant execute on function relay.log_change(int, int, "char", boolean, json, json
   relay.image(record), relay.shorten(json, text[]), relay.sizes_query(oid), relay.short_query(oid, int[], boolean),
   relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean),
   relay.current_segment(), relay.renew_shapes(boolean) to relay_writer;
+
+revoke all on schema relay from public;
+revoke all on all tables in schema relay from public;
+revoke all on all sequences in schema relay from public;
+revoke all on all functions in schema relay from public;
 
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
   relay.refresh_jobs, relay.retention, relay.segments, relay.health, relay.shapes to relay_reader;

@@ -303,6 +303,22 @@ async fn what_an_older_version_watched_is_captured_by_functions_of_its_own_after
              alter table t enable always trigger \"00_relay_capture_{id}\"; delete from relay.shapes; drop function relay.capture_{id}_insert()"
         ))
         .await;
+    // It logged in another form, and nobody has rights on what is new.
+    database
+        .run(
+            "alter event trigger relay_schema_changes disable; drop function relay.log_change(int, int, \"char\", boolean, json, json, oid, xid8);
+             create function relay.log_change(relation int, operation \"char\", oversize boolean, before json, after json) returns void
+             language plpgsql as $$ begin
+               insert into relay.changes_0 (number, xid, at, relation, operation, oversize)
+               values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize); end $$;
+             revoke all on function relay.log_change(int, \"char\", boolean, json, json) from public;
+             grant execute on function relay.log_change(int, \"char\", boolean, json, json) to relay_writer;
+             revoke all on function relay.renew_shapes(boolean) from relay_writer;
+             create or replace function relay.log_schema_change() returns event_trigger language plpgsql security definer
+             set search_path = pg_catalog, pg_temp as $$ begin perform relay.log_change(0, 'S', false, null, null); end $$;
+             alter event trigger relay_schema_changes enable always; update relay.ledger set checksum = 'older' where file like '1%'",
+        )
+        .await;
     install(&mut database.connect().await).await.unwrap();
     assert_eq!(database.value("select intact from relay.watched").await, "t");
     assert_eq!(database.value("select to_regprocedure('relay.capture()') is null").await, "t");
