@@ -406,6 +406,45 @@ async fn a_cursor_ahead_of_a_relay_is_awaited_and_never_goes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_poll_is_answered_while_the_feed_moves_on_faster_than_the_rules_are_looked_at() {
+    let database = once().await;
+    database
+        .run(
+            "alter function relay.catalog_fingerprint(text[]) rename to fingerprint_at_once;
+             create function relay.catalog_fingerprint(text[]) returns text language plpgsql as
+             $$ begin perform pg_sleep(0.1); return relay.fingerprint_at_once($1); end $$;
+             grant execute on function relay.catalog_fingerprint(text[]) to relay_reader",
+        )
+        .await;
+    let relay = Relay::start(&database.url).await;
+    let mut cursor = get(relay.address, &path(), "").await.body["cursor"].as_str().unwrap().to_owned();
+    let end = Arc::<AtomicBool>::default();
+    let (session, ending) = (database.connect().await, Arc::clone(&end));
+    let writing = tokio::spawn(async move {
+        let mut last = 0;
+        while !ending.load(Ordering::Relaxed) {
+            last += 1;
+            session.batch_execute(&format!("insert into once values ({last})")).await.unwrap();
+            sleep(Duration::from_millis(4)).await;
+        }
+        last
+    });
+    sleep(Duration::from_millis(300)).await;
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        let answer = get(relay.address, &format!("{}&wait=5&since={cursor}", path()), "").await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let changes = answer.body["changes"].as_array().unwrap();
+        assert!(!changes.is_empty(), "{answer:?}");
+        ids.extend(changes.iter().map(id));
+        cursor = answer.body["cursor"].as_str().unwrap().to_owned();
+    }
+    end.store(true, Ordering::Relaxed);
+    assert!(ids.len() as i64 <= writing.await.unwrap());
+    assert!(ids.iter().copied().eq(1..=ids.len() as i64), "{ids:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_session_goes_on_at_a_relay_that_is_behind_and_hears_nothing_again() {
     let database = once().await;
     let leader = Relay::start(&database.url).await;

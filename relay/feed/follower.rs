@@ -1,7 +1,7 @@
 //! Somebody who comes with a cursor: first what was missed, then what is delivered to everybody.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
@@ -21,6 +21,8 @@ use crate::model::subscription::Subscription;
 
 /// The longest pause before the router is asked again whether it is ready.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// A feed that moves on all the time is followed for so long in one go: who waits for the answer gets it then.
+const TURN: Duration = Duration::from_secs(2);
 
 /// What is told to a client for whose past there is no room in memory.
 const NO_ROOM: &str = "too much waits for clients to read what was missed, read the rows again";
@@ -69,7 +71,7 @@ impl Follower {
     /// # Errors
     /// When what was missed cannot be had.
     pub async fn go_on(&mut self) -> Result<Progress, Missed> {
-        let mut pause = Duration::from_millis(50);
+        let (mut pause, mut looked, started) = (Duration::from_millis(50), false, Instant::now());
         loop {
             match self.ask().await {
                 Some(Handover::Live) => return Ok(Progress::Live),
@@ -79,11 +81,16 @@ impl Follower {
                 }
                 Some(Handover::Missed(missed, to)) => {
                     let past = self.feed.past();
-                    past.tell_again(&missed, &mut self.alone()).await?;
+                    let mut alone = self.alone();
+                    past.tell_again(&missed, looked, &mut alone).await?;
+                    let has_told = alone.told > 0;
                     self.since.send_replace(self.since().and(&to));
-                    if self.outbox.is_behind() {
+                    // While it was told, the feed may have gone on, and may do so each time.
+                    let is_enough = looked && has_told || started.elapsed() > TURN;
+                    if is_enough || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
+                    looked = true;
                 }
                 Some(Handover::Behind(to)) => {
                     let (past, since) = (self.feed.past(), self.since());
@@ -124,7 +131,7 @@ impl Follower {
             since: Some(self.since()),
         };
         let audience = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
-        Alone { audience, outbox: &self.outbox, since: &self.since }
+        Alone { audience, outbox: &self.outbox, since: &self.since, told: 0 }
     }
 
     /// Ends, while delivery goes on until the channel is left.
@@ -181,6 +188,8 @@ struct Alone<'a> {
     audience: Audience,
     outbox: &'a Outbox,
     since: &'a watch::Sender<Cursor>,
+    /// How many frames it was told.
+    told: usize,
 }
 
 impl Listeners for Alone<'_> {
@@ -192,7 +201,7 @@ impl Listeners for Alone<'_> {
         if !self.outbox.budget().make_room(stretch.bytes()) {
             return Err(Missed::Gap(NO_ROOM));
         }
-        tell_one(gate, catalog, stretch, &self.audience).await?;
+        self.told += tell_one(gate, catalog, stretch, &self.audience).await?;
         // It may not have been told all of it, so it has not come further.
         match self.audience.subscription().identity().claims().expires_at() <= now() {
             true => Err(Missed::Ended),

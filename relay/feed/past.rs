@@ -199,16 +199,23 @@ impl Past {
         }
     }
 
-    /// Tells what was delivered to others a moment ago.
+    /// Tells what was delivered to others a moment ago. Where the rules were looked at for these listeners already
+    /// (`looked`), those count that counted for the others.
     ///
     /// # Errors
     /// When it cannot be told.
     pub async fn tell_again(
         &self,
         missed: &[Arc<Stretch>],
+        looked: bool,
         listeners: &mut impl Listeners,
     ) -> Result<(), Missed> {
-        let catalog = self.in_time(self.catalog.reloaded()).await?;
+        let is_news = missed.iter().any(|stretch| stretch.more || stretch.is_news());
+        let mark = missed.last().and_then(|stretch| stretch.mark);
+        let catalog = match looked && !is_news && mark.is_some() {
+            true => self.in_time(self.catalog.fresh(mark)).await?,
+            false => self.in_time(self.catalog.reloaded()).await?,
+        };
         self.judge_with(&catalog).await;
         for stretch in missed {
             listeners.tell(&self.gate, &catalog, stretch).await?;

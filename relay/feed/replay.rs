@@ -84,7 +84,7 @@ impl Replay {
             let told = match self.ask(Ok(self.at.clone())).await {
                 Handover::Live | Handover::Gap(_) => return,
                 Handover::Missed(missed, to) => {
-                    let told = past.tell_again(&missed, &mut self).await;
+                    let told = past.tell_again(&missed, false, &mut self).await;
                     if told.is_ok() {
                         self.reached(to);
                     }
