@@ -49,7 +49,7 @@ test-versions: ## test-core on each of VERSIONS="14 15 16 17 18" of PostgreSQL; 
 	  grep -E '^test result|^test .* FAILED$$|^error' target/versions/$$version.log || true; \
 	done; if [ -n "$$failed" ]; then echo "Failed on:$$failed"; exit 1; fi
 
-soak: ## the fault run for MINUTES=10: kills relays and PostgreSQL under writers and readers
+soak: ## the fault run for MINUTES=10: kills two relays and PostgreSQL under writers and readers
 	@tests/support/setup.sh postgres
 	@RELAY_TEST_MINUTES=$(MINUTES) $(cluster) run target/cluster -- cargo test --test main -- faults --nocapture
 
