@@ -289,7 +289,8 @@ async fn a_first_start_is_ready_once_it_is_installed_and_its_log_is_clean() {
         (200, 503, 503)
     );
     eventually("the installer waits", || async {
-        let waits = "select exists (select from pg_locks where locktype = 'advisory' and not granted)";
+        let waits = "select exists (select from pg_stat_activity
+                     where query like '%pg_try_advisory_lock(%' and pid <> pg_backend_pid())";
         server.admin.query_one(waits, &[]).await.unwrap().get::<_, bool>(0).then_some(())
     })
     .await;

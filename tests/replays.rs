@@ -157,6 +157,9 @@ async fn who_joins_while_a_large_transaction_is_told_to_others_begins_now() {
     for expected in 1..=4000 {
         assert_eq!(early.change().await["record"]["id"], expected);
     }
+    // What comes behind it is told to others, so the rest is left to those who have it before them.
+    let mut other = stage.subscribe(&reader(), json!([])).await;
+    stage.changes(&mut other).await;
     let mut late = Client::connect(&stage.relay, &reader()).await;
     join(&mut late, "c").await;
     stage.run("insert into c values (0)").await;

@@ -45,8 +45,14 @@ async fn nobody_reads_the_changelog_or_calls_a_function_of_the_relay_who_was_not
     assert_eq!(stage.database.value(&may("relay_image")).await, "image");
     let writer = stage.database.value(&may("relay_writer")).await;
     let tables: Vec<&str> = writer.split(' ').filter(|right| right.contains(':')).collect();
-    let logs =
-        ["change_number:usage", "changes_0:insert", "changes_1:insert", "changes_2:insert", "schema:usage"];
+    let logs = [
+        "change_number:usage",
+        "changes_0:insert",
+        "changes_1:insert",
+        "changes_2:insert",
+        "schema:usage",
+        "widenings:insert",
+    ];
     assert_eq!(tables, logs);
     let session = stage.database.connect().await;
     session.batch_execute(&format!("set role {stranger}")).await.unwrap();

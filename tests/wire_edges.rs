@@ -180,7 +180,7 @@ async fn a_frame_that_makes_no_sense_is_answered_and_the_socket_lives() {
         }
         // Control characters and the like in a topic are told back as they are, and nothing else happens.
         for topic in
-            ["realtime:\u{1b}[31m\r\n\0", "realtime:../../etc", &format!("realtime:{}", "x".repeat(65_536))]
+            ["realtime:\u{1b}[31m\r\n\0", "realtime:../../etc", &format!("realtime:{}", "x".repeat(1000))]
         {
             socket.join("1", topic, json!({})).await;
             let reply = json!({"status": "ok", "response": {"postgres_changes": []}});

@@ -75,7 +75,7 @@ async fn lock(client: &Client) -> Result<(), Error> {
                     "another session keeps the lock of installers: {holder}. End it, then try again"
                 )));
             }
-            tracing::warn!(
+            tracing::info!(
                 waited_s = waited.as_secs(),
                 "waiting for the lock of installers: {holder} has it"
             );
@@ -94,7 +94,7 @@ async fn holder(client: &Client) -> Result<String, Error> {
          where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 3 and l.objsubid = 2 and l.granted
            and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())";
     let holder = client.query_opt(asked, &[]).await?;
-    Ok(holder.map_or_else(|| String::from("somebody who has just gone"), |holder| holder.get(0)))
+    Ok(holder.map_or_else(|| String::from("a session that has just ended"), |holder| holder.get(0)))
 }
 
 async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
