@@ -43,3 +43,11 @@ comment on column relay.shapes.seen is 'the snapshot in which it was made';
 comment on column relay.shapes.loose is 'the definition of a type changed, which no lock on the relation guards';
 comment on column relay.shapes.guarded is
   'made by the statement that altered the relation; false: found later, so images with the number before may be of either';
+
+create table if not exists relay.shape_doubts (
+  relation int not null,
+  xid xid8 not null default pg_catalog.pg_current_xact_id()
+);
+comment on table relay.shape_doubts is
+  'relations that were altered while their shape could not be recorded; written and emptied by relay.renew_shapes';
+comment on column relay.shape_doubts.relation is 'relay.watch_list.id; 0 is every one';

@@ -152,35 +152,46 @@ comment on function relay.set_triggers(regclass, int) is 'makes the triggers of 
 
 -- relay.renew_shapes(guarded) : number of watched relations whose shape is another than the one recorded, or whose functions were
 -- Records the new shape and writes the trigger functions anew, in the transaction of the caller: `guarded` says that it is
--- the one that altered the table. Waits for nobody: what another transaction is about to renew is left to the next call, and
--- until then nothing is delivered of the relation's changes (relay.catalog tells that its shape is not the recorded one).
+-- the one that altered the table. Waits for no other transaction: what another one is about to renew is left to the next
+-- call, and a doubt is noted. The call that finds a doubt records a shape that is not guarded, which no older image survives:
+-- an image in between has the number of a shape that it was not written under.
 create or replace function relay.renew_shapes(guarded boolean default false) returns int
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
   known record;
   renewed int := 0;
+  doubts tid[];
+  doubted int[];
 begin
+  select array_agg(d.ctid), array_agg(d.relation) into doubts, doubted
+  from (select d.ctid, d.relation from relay.shape_doubts d for update skip locked) d;
   for known in
-    select w.id, w.relation, c.relkind, last.shape, last.columns as old, relay.columns_of(w.relation) as new
+    select w.id, w.relation, c.relkind, last.shape, last.columns as old, relay.columns_of(w.relation) as new,
+           coalesce(0 = any (doubted) or w.id = any (doubted), false) as doubtful
     from relay.watch_list w
     join pg_class c on c.oid = w.relation
     left join lateral (
       select s.shape, s.columns from relay.shapes s where s.relation = w.id order by s.shape desc limit 1) last on true
     order by w.id
   loop
-    continue when known.old = known.new and (known.relkind = 'm' or guarded or relay.functions_intact(known.relation, known.id));
-    continue when not pg_try_advisory_xact_lock(1919249012, known.id);
-    if known.old is distinct from known.new then
+    continue when known.old = known.new and not known.doubtful
+      and (known.relkind = 'm' or guarded or relay.functions_intact(known.relation, known.id));
+    if not pg_try_advisory_xact_lock(1919249012, known.id) then
+      insert into relay.shape_doubts (relation) values (known.id);
+      continue;
+    end if;
+    if known.doubtful or known.old is distinct from known.new then
       insert into relay.shapes (relation, shape, columns, loose, guarded)
       values (known.id, coalesce(known.shape, 0) + 1, known.new, coalesce(relay.differs_loosely(known.old, known.new), false),
-              renew_shapes.guarded);
+              renew_shapes.guarded and not known.doubtful);
     end if;
     if known.relkind <> 'm' then
       perform relay.set_functions(known.relation, known.id, relay.shape(known.id));
     end if;
     renewed := renewed + 1;
   end loop;
+  delete from relay.shape_doubts d where d.ctid = any (doubts);
   return renewed;
 end
 $$;

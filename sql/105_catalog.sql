@@ -466,7 +466,8 @@ begin
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
               c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, a.attname, a.attcollation,
               a.attacl::text,
-              f.proname, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text, t.typname, o.oprname,
+              f.proname, f.prosrc, f.prosqlbody::text, f.proowner, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
+              t.typname, o.oprname,
               (select pg_catalog.string_agg(e.enumlabel, '/' order by e.oid) from pg_catalog.pg_enum e where e.enumtypid = t.oid)), ';'
               order by d.refclassid, d.refobjid, d.refobjsubid)
      from (select distinct d.refclassid, d.refobjid, d.refobjsubid
@@ -481,6 +482,9 @@ begin
      left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', s.relation, s.shape), ';' order by s.relation, s.shape)
      from relay.shapes s),
+    (select pg_catalog.max(w.number) from relay.widenings w),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', d.relation, d.xid), ';' order by d.relation, d.xid)
+     from relay.shape_doubts d),
     (select pg_catalog.string_agg(relay.columns_of(w.relation)::text, ';' order by w.id)
      from relay.watch_list w where w.relation::oid = any (relations)),
     relay.has_own_casts(),

@@ -47,10 +47,15 @@ set search_path = pg_catalog, pg_temp as $$
     from tables t join pg_policy p on p.polrelid = t.oid cross join unnest(p.polroles) r
     where p.polcmd in ('r', '*') and p.polqual is not null
     union all
-    select t.id, concat_ws(' ', 'row function', f.oid, md5(concat_ws('|', f.prosrc, f.prosecdef, f.proconfig, f.proowner, f.prolang))), true
+    select t.id, concat_ws(' ', 'row function', f.oid,
+                           md5(concat_ws('|', f.prosrc, f.prosqlbody::text, f.prosecdef, f.proconfig, f.proowner, f.prolang))), true
     from tables t join pg_policy p on p.polrelid = t.oid
-    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_proc'::regclass
-    join pg_proc f on f.oid = d.refobjid
+    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid
+    left join pg_operator o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
+    join pg_proc f on f.oid = case when d.refclassid = 'pg_proc'::regclass then d.refobjid else o.oprcode::oid end
+    union all
+    select t.id, concat_ws(' ', 'row view', w.ev_class, md5(w.ev_action::text)), true
+    from tables t join pg_rewrite w on w.ev_class = t.oid and w.rulename = '_RETURN'
     union all
     select t.id, 'right read policy ' || coalesce((select md5(p.policy) from relay.read_policies p where p.relation = t.oid), 'none'), true
     from tables t join pg_class c on c.oid = t.oid
@@ -63,26 +68,31 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.rules_now() is 'who may see each watched relation, as sets that can be compared';
 
--- relay.note_rules(patience) : notes what was widened since it looked last
--- Hardly waits: where another transaction that looked stays open, all is taken for widened, and once more the next time.
-create or replace function relay.note_rules(patience text default '500ms') returns void
+-- relay.note_rules(is_doubtful) : notes what was widened since it looked last
+-- Waits for no other transaction: where another one that changed rules stays open, all is taken for widened, and once more the
+-- next time. `is_doubtful`: the same, because the caller's snapshot may be older than a rule that others changed.
+drop function if exists relay.note_rules(text);
+create or replace function relay.note_rules(is_doubtful boolean default false) returns void
 language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '500ms' as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
   one record;
   more text[];
   less text[];
   doubtful boolean;
 begin
-  perform set_config('lock_timeout', patience, true);
-  begin
-    perform pg_advisory_xact_lock(1919249009, 8);
-  exception when lock_not_available then
+  if not is_doubtful
+     and not exists (select from relay.known_rules k where k.relation = -1)
+     and not exists (
+       select from relay.rules_now() n left join relay.known_rules k on k.relation = n.relation
+       where (k.open, k.shut) is distinct from (n.open, n.shut)) then
+    return;
+  end if;
+  if is_doubtful or not pg_try_advisory_xact_lock(1919249009, 8) then
     insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), 0);
     insert into relay.known_rules values (-1, '{}', '{}');
     return;
-  end;
+  end if;
   delete from relay.known_rules k where k.relation = -1;
   doubtful := found;
   for one in
@@ -110,7 +120,7 @@ begin
   delete from relay.widenings w using relay.history h where pg_visible_in_snapshot(w.xid, h.horizon);
 end
 $$;
-comment on function relay.note_rules(text) is 'notes what was widened since it looked last';
+comment on function relay.note_rules(boolean) is 'notes what was widened since it looked last';
 
 -- relay.log_schema_change() : event trigger
 -- Logs that something was created, altered, dropped, granted or revoked, as operation S of no relation, in the same
@@ -138,11 +148,15 @@ begin
     -- From the very next write on, images have the new shape.
     perform relay.renew_shapes(true);
   exception when others then
+    insert into relay.shape_doubts (relation) values (0);
     raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
   end;
-  if tg_tag not in ('CREATE TABLE', 'CREATE TABLE AS', 'CREATE TYPE', 'CREATE SEQUENCE', 'CREATE TRIGGER', 'CREATE VIEW', 'CREATE SCHEMA') then
+  if tg_tag not in ('CREATE TABLE', 'CREATE TABLE AS', 'CREATE TYPE', 'CREATE SEQUENCE', 'CREATE TRIGGER') then
     begin
-      perform relay.note_rules();
+      -- A drop is compared in any case; what these do may be what the rules already are in an older snapshot.
+      perform relay.note_rules(current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
+                               and tg_tag in ('GRANT', 'CREATE SCHEMA', 'CREATE POLICY', 'ALTER POLICY', 'ALTER TABLE',
+                                              'CREATE FUNCTION', 'ALTER FUNCTION', 'CREATE VIEW', 'ALTER DEFAULT PRIVILEGES'));
     exception when others then
       -- Then everything is taken for widened.
       insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), 0);

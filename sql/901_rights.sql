@@ -6,9 +6,9 @@ grant usage on schema relay to relay_writer, relay_reader;
 grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_writer;
 grant usage on sequence relay.change_number to relay_writer;
 grant select (relation, shape) on relay.shapes to relay_writer;
-grant insert on relay.widenings to relay_writer;
-grant execute on function relay.note_rules(text) to relay_writer, relay_reader;
-grant select on relay.widenings to relay_reader;
+grant insert on relay.widenings, relay.shape_doubts to relay_writer;
+grant execute on function relay.note_rules(boolean) to relay_writer, relay_reader;
+grant select on relay.widenings, relay.shape_doubts to relay_reader;
 grant execute on function relay.log_change(int, int, "char", boolean, json, json, oid, xid8), relay.ring(text, text), relay.key(regclass),
   relay.image(record), relay.shorten(json, text[]), relay.sizes_query(oid), relay.short_query(oid, int[], boolean),
   relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean),

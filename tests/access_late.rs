@@ -1,6 +1,6 @@
 //! Whoever comes late is told what the rules of now allow, and a gap in place of what was written before they were widened;
-#![allow(clippy::print_stdout, reason = "the seed repeats a run")]
 //! whoever is here is told what PostgreSQL shows right after the commit. Rules and rows change at random.
+#![allow(clippy::print_stdout, reason = "the seed repeats a run")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -47,6 +47,7 @@ mod machine;
 mod memory;
 mod one_cursor;
 mod order;
+mod overlaps;
 mod outage;
 mod policy;
 mod policy_cost;

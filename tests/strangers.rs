@@ -51,6 +51,7 @@ async fn nobody_reads_the_changelog_or_calls_a_function_of_the_relay_who_was_not
         "changes_1:insert",
         "changes_2:insert",
         "schema:usage",
+        "shape_doubts:insert",
         "widenings:insert",
     ];
     assert_eq!(tables, logs);

@@ -102,7 +102,7 @@ impl Shapes {
     pub fn new(shapes: &[Recorded], current: Option<i32>, key: &[String]) -> Self {
         let newest = current.and_then(|current| shapes.iter().find(|shape| shape.number == current));
         let lens = |shape: &Recorded| {
-            let is_mixed = shapes.iter().any(|next| next.number == shape.number + 1 && !next.guarded);
+            let is_mixed = shapes.iter().any(|next| next.number > shape.number && !next.guarded);
             match newest {
                 Some(newest) if newest.number == shape.number => Lens::Same(moments(&shape.columns)),
                 Some(newest) if !is_mixed => Lens::between(shape, newest, key),

@@ -164,7 +164,7 @@ impl CatalogKeeper {
 
     /// Notes what was widened without an event trigger, for all who come later.
     async fn note_rules(&self, client: &deadpool_postgres::Client) {
-        if let Err(error) = client.execute("select relay.note_rules('100ms')", &[]).await {
+        if let Err(error) = client.execute("select relay.note_rules()", &[]).await {
             tracing::warn!(error = %Error::from(error), "what was widened could not be noted");
         }
     }
