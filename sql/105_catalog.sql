@@ -482,7 +482,6 @@ begin
      left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', s.relation, s.shape), ';' order by s.relation, s.shape)
      from relay.shapes s),
-    (select pg_catalog.max(w.number) from relay.widenings w),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', d.relation, d.xid), ';' order by d.relation, d.xid)
      from relay.shape_doubts d),
     (select pg_catalog.string_agg(relay.columns_of(w.relation)::text, ';' order by w.id)

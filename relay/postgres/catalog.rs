@@ -46,6 +46,8 @@ struct State {
     catalog: Arc<Catalog>,
     roles: BTreeSet<String>,
     fingerprint: String,
+    /// The last widening that the catalog knows.
+    widened: Option<i64>,
     /// The sign of what fires no event trigger, at the time of the last look.
     mark: Option<i64>,
     checked: Option<Instant>,
@@ -69,6 +71,7 @@ impl CatalogKeeper {
             catalog: Arc::default(),
             roles: BTreeSet::new(),
             fingerprint: String::new(),
+            widened: None,
             mark: None,
             checked: None,
             retried: None,
@@ -181,14 +184,17 @@ impl CatalogKeeper {
         let asked = Instant::now();
         let look = client
             .prepare_cached(
-                "select relay.catalog_fingerprint(relay.subscriber_roles($1, $2)), s.roles, s.owned, m.mark \
+                "select relay.catalog_fingerprint(relay.subscriber_roles($1, $2)), s.roles, s.owned, m.mark, \
+                        (select max(w.number) from relay.widenings w) \
                  from relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m",
             )
             .await?;
         let mut seen = client.query_one(&look, &[&roles, &self.judge]).await?;
         let mut tries = 0;
         loop {
-            let is_other = seen.get::<_, String>(0) != state.fingerprint;
+            let is_altered = seen.get::<_, String>(0) != state.fingerprint;
+            // Rules that were changed back leave no other trace.
+            let is_other = is_altered || seen.get::<_, Option<i64>>(4) != state.widened;
             let pending = state.catalog.pending();
             if !is_other && (pending == 0 || state.retried.is_some_and(|when| when.elapsed() < RETRY)) {
                 break;
@@ -198,12 +204,12 @@ impl CatalogKeeper {
                 return Err(Error::Lost("the schema changes faster than it can be read"));
             }
             // The event trigger notes what fires it.
-            if is_other && !state.catalog.is_ordered() {
+            if is_altered && !state.catalog.is_ordered() {
                 self.note_rules(client).await;
             }
             // First, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose shape is
             // not recorded.
-            if is_other {
+            if is_altered {
                 match client.execute("select relay.repair()", &[]).await {
                     Ok(_) => seen = client.query_one(&look, &[&roles, &self.judge]).await?,
                     Err(error) => {
@@ -232,6 +238,7 @@ impl CatalogKeeper {
                 tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
             }
             state.fingerprint = fingerprint;
+            state.widened = then.get(4);
             seen = then;
             break;
         }
