@@ -14,7 +14,7 @@ use crate::model::plan::{Obstacle, Plan};
 use crate::model::shape::{Recorded, Shapes};
 
 /// All watched relations at one moment. Immutable: a change of the catalog makes a new one.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Catalog {
     relations: HashMap<RelationId, Arc<Relation>>,
     roles: BTreeSet<String>,

@@ -192,9 +192,7 @@ impl CatalogKeeper {
         let mut seen = client.query_one(&look, &[&roles, &self.judge]).await?;
         let mut tries = 0;
         loop {
-            let is_altered = seen.get::<_, String>(0) != state.fingerprint;
-            // Rules that were changed back leave no other trace.
-            let is_other = is_altered || seen.get::<_, Option<i64>>(4) != state.widened;
+            let is_other = seen.get::<_, String>(0) != state.fingerprint;
             let pending = state.catalog.pending();
             if !is_other && (pending == 0 || state.retried.is_some_and(|when| when.elapsed() < RETRY)) {
                 break;
@@ -204,12 +202,12 @@ impl CatalogKeeper {
                 return Err(Error::Lost("the schema changes faster than it can be read"));
             }
             // The event trigger notes what fires it.
-            if is_altered && !state.catalog.is_ordered() {
+            if is_other && !state.catalog.is_ordered() {
                 self.note_rules(client).await;
             }
             // First, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose shape is
             // not recorded.
-            if is_altered {
+            if is_other {
                 match client.execute("select relay.repair()", &[]).await {
                     Ok(_) => seen = client.query_one(&look, &[&roles, &self.judge]).await?,
                     Err(error) => {
@@ -242,6 +240,13 @@ impl CatalogKeeper {
             seen = then;
             break;
         }
+        // Rules that were changed back leave no other trace.
+        let widened: Option<i64> = seen.get(4);
+        if widened != state.widened {
+            let widenings = widenings(client).await?;
+            state.catalog = Arc::new(Catalog::clone(&state.catalog).widened(widenings));
+            state.widened = widened;
+        }
         state.mark = seen.get(3);
         state.checked = Some(asked);
         let scope = RuleScope { roles: seen.get(1), owned: seen.get(2) };
@@ -264,11 +269,7 @@ impl CatalogKeeper {
             Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
         })?;
         // After the rules themselves: none of these may have been widened by one that is not among them.
-        let widenings = client.prepare_cached(WIDENINGS).await?;
-        let text: String = client.query_one(&widenings, &[]).await?.get(0);
-        let widenings: Vec<Widening> = serde_json::from_str(&text).map_err(|error| {
-            Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}"))
-        })?;
+        let widenings = widenings(client).await?;
         Ok(Catalog::new(answer.relations, state.roles.clone(), answer.ordered).widened(widenings))
     }
 
@@ -319,5 +320,12 @@ impl CatalogKeeper {
 }
 
 /// When rules were widened.
+async fn widenings(client: &deadpool_postgres::Client) -> Result<Vec<Widening>, Error> {
+    let asked = client.prepare_cached(WIDENINGS).await?;
+    let text: String = client.query_one(&asked, &[]).await?.get(0);
+    serde_json::from_str(&text)
+        .map_err(|error| Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}")))
+}
+
 const WIDENINGS: &str = "select coalesce(json_agg(json_build_object('number', w.number, 'xid', w.xid::text::bigint, \
      'relation', w.relation)), '[]')::text from relay.widenings w";
