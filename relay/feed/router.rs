@@ -304,6 +304,10 @@ impl Router {
                 }
                 if more {
                     self.let_clients_read().await;
+                } else if !self.aside.is_empty()
+                    && let Err(error) = self.catalog.look_again().await
+                {
+                    tracing::debug!(error = %error, "the catalog could not be looked at between two pages");
                 }
             }
             Part::Rest { span, after, counts } => self.send_off(&span, after, &counts).await,

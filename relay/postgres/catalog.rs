@@ -14,9 +14,9 @@ use crate::model::filter::Condition;
 use crate::model::relation::{Catalog, Column, Relation, Shape, Widening};
 use crate::postgres::connect::{Error, Lease};
 
-/// How old the catalog may be when a change is judged, for what neither the changelog nor the mark of a page tells:
-/// policies, grants and columns stand in the changelog, roles and memberships in the mark. Where there is no event
-/// trigger, each page of changes is preceded by a look.
+/// How often the catalog is looked at for what neither the changelog nor the mark of a page tells: policies, grants and
+/// columns stand in the changelog, roles and memberships in the mark. Where there is no event trigger, each page of
+/// changes is preceded by a look.
 const FRESH: Duration = Duration::from_millis(250);
 
 /// How often the catalog is read again because it changed while it was read.
@@ -91,11 +91,23 @@ impl CatalogKeeper {
     /// As the connection.
     pub async fn fresh(&self, mark: Option<i64>) -> Result<Arc<Catalog>, Error> {
         let mut state = self.state.lock().await;
-        let allowed = if state.catalog.is_ordered() { FRESH } else { Duration::ZERO };
-        if state.mark != mark || state.checked.is_none_or(|checked| checked.elapsed() > allowed) {
+        if state.mark != mark || state.checked.is_none() || !state.catalog.is_ordered() {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
+    }
+
+    /// Looks again for what neither the changelog nor the mark of a page tells, if the last look is long ago. Called between
+    /// two pages, so that no change waits for it.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn look_again(&self) -> Result<(), Error> {
+        let mut state = self.state.lock().await;
+        if state.checked.is_none_or(|checked| checked.elapsed() > FRESH) {
+            self.refresh(&mut state).await?;
+        }
+        Ok(())
     }
 
     /// The catalog with the rights of this role, looked at anew: for joins, which must see what was watched just now.
