@@ -158,23 +158,56 @@ async fn a_filter_of_two_roles_is_judged_for_each() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_gets_another_name_is_told_of_as_a_gap() {
+    for (filter, renaming) in [
+        (json!("v=like.a%"), "alter table s.t rename to u; insert into s.u values (1, 'ab')"),
+        (Value::Null, "alter table s.t rename to u; insert into s.u values (1, 'ab')"),
+        (Value::Null, "begin; alter table s.t rename to u; insert into s.u values (1, 'ab'); commit"),
+        (Value::Null, "alter table s.t set schema public; insert into public.t values (1, 'ab')"),
+        (Value::Null, "alter schema s rename to r; insert into r.t values (1, 'ab')"),
+    ] {
+        let stage = Stage::new(
+            "create schema s; grant usage on schema s to authenticated; create table s.t (id int primary key, v text);
+             grant select on s.t to authenticated; select relay.watch('s.t')",
+        )
+        .await;
+        let binding = json!([{"event": "*", "schema": "s", "table": "t", "filter": filter}]);
+        let mut ann = stage.subscribe(&user(ANN), binding).await;
+        stage.run(renaming).await;
+        // Then the channel is bound anew, which the missing table ends.
+        for text in ["Gap: ", "Unable to subscribe to changes"] {
+            let frame = loop {
+                let frame = ann.frame().await;
+                assert_ne!(frame[3], "postgres_changes", "{renaming}: {frame}");
+                if frame[3] == "system" {
+                    break frame;
+                }
+            };
+            let message = frame[4]["message"].as_str().unwrap();
+            assert!(message.starts_with(text), "{renaming}: {message}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_leaves_a_schema_is_told_to_who_follows_the_schema_and_not_to_who_follows_all() {
     let stage = Stage::new(
-        "create table t (id int primary key, v text); grant select on t to authenticated; select relay.watch('t')",
+        "create schema s; grant usage on schema s to authenticated; create table s.t (id int primary key);
+         grant select on s.t to authenticated; select relay.watch('s.t')",
     )
     .await;
-    let binding = json!([{"event": "*", "table": "t", "filter": "v=like.a%"}]);
-    let mut ann = stage.subscribe(&user(ANN), binding).await;
-    stage.run("alter table t rename to u; insert into u values (1, 'ab')").await;
-    // Then the channel is bound anew, which the missing table ends.
-    for text in ["Gap: ", "Unable to subscribe to changes"] {
-        let message = loop {
-            let frame = ann.frame().await;
-            if frame[3] == "system" {
-                break frame[4]["message"].as_str().unwrap().to_owned();
-            }
-        };
-        assert!(message.starts_with(text), "{message}");
+    let mut of_schema = stage
+        .subscribe(&user(ANN), json!([{"event": "*", "schema": "s"}, {"event": "*", "table": "marker"}]))
+        .await;
+    let mut of_all = stage.subscribe(&user(ANN), json!([{"event": "*", "schema": "*"}])).await;
+    stage.run("insert into s.t values (1)").await;
+    for client in [&mut of_schema, &mut of_all] {
+        assert_eq!(client.change().await["table"], "t");
     }
+    stage.run("alter table s.t set schema public").await;
+    assert!(
+        gap(&stage, &mut of_schema).await.is_some_and(|gap| gap.starts_with("Gap: a table of this channel"))
+    );
+    assert_eq!(gap(&stage, &mut of_all).await, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

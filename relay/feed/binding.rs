@@ -188,7 +188,7 @@ impl Feed {
         let catalog = timeout(PATIENCE, self.binder.catalog.with_role(claims.role())).await;
         let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
         let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
-            Scope::Relation(id, oid) => {
+            Scope::Relation(id, oid, _) => {
                 Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))
             }
             Scope::Schema(_) | Scope::All => None,

@@ -181,12 +181,26 @@ const VALUES_OF_FRAME: usize = 10;
 /// The relations of a binding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
-    /// One relation: the number under which it is watched, and its own.
-    Relation(RelationId, u32),
+    /// One relation: the number under which it is watched, its own, and schema and table as they were asked for.
+    Relation(RelationId, u32, Arc<(String, String)>),
     /// Every watched relation of a schema, also those to come.
     Schema(String),
     /// Every watched relation, also those to come.
     All,
+}
+
+impl Scope {
+    /// Whether it holds the relation, by the name that the relation has now.
+    fn has(&self, relation: &Relation) -> bool {
+        match self {
+            Self::Relation(id, oid, name) => {
+                (*id, *oid, &name.0, &name.1)
+                    == (relation.id(), relation.oid, &relation.schema, &relation.table)
+            }
+            Self::Schema(schema) => *schema == relation.schema,
+            Self::All => true,
+        }
+    }
 }
 
 /// What one channel receives. It exists only bound to verified claims, and only [`Subscription::bind`] makes one.
@@ -217,7 +231,8 @@ impl Subscription {
                 Target::Schema(schema) => Scope::Schema(schema.clone()),
                 Target::Table { .. } => {
                     let relation = readable(&identity, catalog, request)?;
-                    Scope::Relation(relation.id(), relation.oid)
+                    let name = Arc::new((relation.schema.clone(), relation.table.clone()));
+                    Scope::Relation(relation.id(), relation.oid, name)
                 }
             };
             // A column that is named again is no news, and would be looked at again for each change.
@@ -263,12 +278,12 @@ impl Subscription {
         self.bindings.iter().any(|binding| binding.filter.as_ref().is_some_and(|filter| filter.asks()))
     }
 
-    /// Whether a relation it names is not watched any more, or watched anew, or has another name or other types than its
-    /// filter was read with: then it would wait for ever.
+    /// Whether a relation it names is not watched any more, or watched anew, or has another name or schema, or other types
+    /// than its filter was read with: then it would wait for ever, or be told of a table that it did not name.
     pub fn is_stale(&self, catalog: &Catalog) -> bool {
         self.bindings.iter().any(|binding| match &binding.scope {
-            Scope::Relation(id, oid) => match catalog.relation(*id) {
-                Some(relation) if relation.oid == *oid => {
+            Scope::Relation(id, ..) => match catalog.relation(*id) {
+                Some(relation) if binding.scope.has(relation) => {
                     binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation))
                 }
                 _ => true,
@@ -277,23 +292,22 @@ impl Subscription {
         })
     }
 
-    /// Whether a relation that it had `before` is not watched any more.
+    /// Whether a relation that it had `before` is not watched any more, or is in a schema that it does not follow.
     pub fn loses(&self, before: &Catalog, now: &Catalog) -> bool {
-        let is_gone = |had: &Relation| now.relation(had.id()).is_none_or(|has| has.oid != had.oid);
-        let had = |relation: &Relation| {
-            self.concerning(relation).next().is_some()
-                && relation.access(self.identity.claims().role()).is_some()
+        let concerns = |relation: &Relation| self.concerning(relation).next().is_some();
+        let is_gone = |had: &Relation| {
+            let now = now.relation(had.id()).filter(|has| has.oid == had.oid);
+            now.is_none_or(|has| !concerns(has))
         };
-        before.relations().any(|relation| is_gone(relation) && had(relation))
+        let had = |relation: &Relation| {
+            concerns(relation) && relation.access(self.identity.claims().role()).is_some()
+        };
+        before.relations().any(|relation| had(relation) && is_gone(relation))
     }
 
     /// The bindings that concern a relation.
     pub fn concerning<'a>(&'a self, relation: &'a Relation) -> impl Iterator<Item = &'a Binding> {
-        self.bindings.iter().filter(|binding| match &binding.scope {
-            Scope::Relation(id, oid) => (*id, *oid) == (relation.id(), relation.oid),
-            Scope::Schema(schema) => *schema == relation.schema,
-            Scope::All => true,
-        })
+        self.bindings.iter().filter(|binding| binding.scope.has(relation))
     }
 }
 
@@ -490,7 +504,7 @@ mod tests {
     fn subscriptions_are_the_same_only_if_they_mean_the_same_whatever_their_ids() {
         let subscription = |filter: Option<&str>, events| {
             let filter = filter.map(|filter| Arc::new(bound(filter, &one_column("int8", Some("int8")))));
-            let scope = Scope::Relation(RelationId(7), 0);
+            let scope = Scope::Relation(RelationId(7), 0, Arc::default());
             let bindings = Arc::new([Binding { id: 1, events, scope, filter, select: None }]);
             Subscription { identity: identity("authenticated"), bindings }
         };
