@@ -216,3 +216,25 @@ async fn a_stream_and_a_poll_end_with_their_client_and_free_its_place() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn claims_that_make_a_policy_raise_are_said_by_rows_and_polls_alike() {
+    let stage = Stage::new(
+        "create table t (id int primary key, team int); alter table t enable row level security;
+         create policy p on t using (team = (current_setting('request.jwt.claims')::jsonb->>'team')::int);
+         grant select on t to authenticated; select relay.watch('t'); insert into t values (1, 1)",
+    )
+    .await;
+    let bad = token("authenticated", None, json!({"team": "red"}));
+    let cursor = stage.database.value("select relay.cursor()").await;
+    stage.run("insert into t values (2, 1)").await;
+    let raising = "the policy of public.t raises an error for the claims of this token";
+    for (query, more) in [("", ", or for a row"), (&*format!("&since={cursor}&wait=5"), "")] {
+        let path = format!("/realtime/v1/changes?table=t{query}&apikey={bad}");
+        let answer = get(stage.relay.address, &path, "").await;
+        let expected = format!(
+            "{raising}{more}, so nothing of it is shown (relay explain public.t --token … says which)"
+        );
+        assert_eq!((answer.status, answer.body["error"].as_str()), (403, Some(&*expected)), "{query}");
+    }
+}

@@ -15,6 +15,7 @@ use crate::model::cursor::Cursor;
 use crate::model::delivery::View;
 use crate::model::dress::Dress;
 use crate::model::policy::{Meaning, meaning};
+use crate::model::refusal::raising;
 use crate::model::relation::{Catalog, Relation, Widening};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Binding, Events, Subscription};
@@ -289,10 +290,7 @@ impl Audience {
                 relation.name = table,
                 "a policy raises an error for the claims of a reader: nothing is shown"
             );
-            let why = format!(
-                "the policy of {schema}.{table} raises an error for the claims of this token, nothing of it is shown"
-            );
-            outbox.push(self.key.dress.gap(&why, ""));
+            outbox.push(self.key.dress.gap(&raising(schema, table), ""));
         });
     }
 

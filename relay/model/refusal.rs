@@ -66,6 +66,32 @@ impl Refusal {
     }
 }
 
+/// What is said where the claims of a token make the policy of a table raise.
+pub fn raising(schema: &str, table: &str) -> String {
+    raising_for(schema, table, "")
+}
+
+/// The same where it may also be a row that makes it raise, which fails a reading of all rows.
+pub fn raising_somewhere(schema: &str, table: &str) -> String {
+    raising_for(schema, table, ", or for a row")
+}
+
+fn raising_for(schema: &str, table: &str, or: &str) -> String {
+    let named = format!("{}.{}", identifier(schema), identifier(table));
+    format!(
+        "the policy of {schema}.{table} raises an error{CLAIMS}{or}, so nothing of it is shown (relay explain {named} --token … says \
+         which)"
+    )
+}
+
+/// Whether this is what [`raising`] says.
+pub fn is_raising(why: &str) -> bool {
+    why.starts_with("the policy of ") && why.contains(CLAIMS)
+}
+
+/// Whose claims they are.
+const CLAIMS: &str = " for the claims of this token";
+
 /// A name as SQL wants it.
 fn identifier(name: &str) -> String {
     let is_plain =

@@ -24,8 +24,9 @@ use crate::model::cursor::Cursor;
 use crate::model::dress::{Bare, Dress};
 use crate::model::limits::{Beyond, MostRows};
 use crate::model::policy::Identity;
+use crate::model::refusal::{is_raising, raising_somewhere};
 use crate::model::session::ChannelId;
-use crate::model::subscription::{Request as Wanted, Subscription, Target};
+use crate::model::subscription::{Request as Wanted, Scope, Subscription, Target};
 use crate::transport::accept::wants_stream;
 use crate::transport::answer::Waiting;
 use crate::transport::auth::TokenError;
@@ -217,10 +218,23 @@ async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
                 None => tracing::debug!(error = %why, "rows could not be read"),
             }
             match why.refusal() {
-                Some(_) if !why.is_transient() => error(StatusCode::FORBIDDEN, "the rows may not be read"),
+                Some(_) if !why.is_transient() => {
+                    error(StatusCode::FORBIDDEN, &why_unread(&call.subscription, why.code()))
+                }
                 _ => unavailable(),
             }
         }
+    }
+}
+
+/// Why PostgreSQL did not give the rows. It may have been the rights of the role, or the time that it takes; else the policy.
+fn why_unread(subscription: &Subscription, code: Option<&str>) -> String {
+    let binding = subscription.bindings().first();
+    match (binding.map(|binding| (&binding.scope, &binding.filter)), code) {
+        (Some((Scope::Relation(_, _, name), None)), Some(code)) if !matches!(code, "42501" | "57014") => {
+            raising_somewhere(&name.0, &name.1)
+        }
+        _ => String::from("the rows may not be read"),
     }
 }
 
@@ -323,6 +337,9 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
                 count += 1;
             }
             // What stands before a gap is told first; the gap is met again from there.
+            Some((_, Bare::Gap(why))) if count == 0 && is_raising(why) => {
+                return error(StatusCode::FORBIDDEN, why);
+            }
             Some((_, Bare::Gap(why))) if count == 0 => return gap(why),
             _ => {
                 end = None;
