@@ -42,9 +42,16 @@ impl Refusal {
                     identifier(schema)
                 ),
             };
+            let parameter = match name.split_once('.') {
+                Some((schema, table)) => {
+                    format!(". The schema is a parameter of its own: schema={schema}, table={table}")
+                }
+                None => String::new(),
+            };
             return format!(
                 "{shown} cannot be followed by {reader}. It can when there is such a table, it is watched (select \
-                 relay.watch('{}')){usage} and that role may select from it (grant select on {table} to {to}). What is \
+                 relay.watch('{}')){usage}, that role may select from it (grant select on {table} to {to}), and the role exists, is \
+                 no superuser, and the relay's judging login is a member of it (grant {to} to that login){parameter}. What is \
                  missing is said by: relay explain {table} --role {to}",
                 table.replace('\'', "''"),
             );
@@ -119,6 +126,15 @@ mod tests {
         check(&text, r#"grant select on public."Todos" to anon"#);
         let elsewhere = Refusal(text).plain(("shop", "orders"), None);
         assert!(elsewhere.contains("grant usage on schema shop to <role>"), "{elsewhere}");
+        assert!(elsewhere.contains("the role exists, is no superuser"), "{elsewhere}");
+        assert!(!elsewhere.contains("a parameter of its own"), "{elsewhere}");
+    }
+
+    #[test]
+    fn a_schema_that_is_given_in_the_name_of_the_table_is_said_to_be_a_parameter_of_its_own() {
+        let refusal = Refusal(format!("{UNREADABLE} for the given connect parameters: […]"));
+        let told = refusal.plain(("public", "shop.orders"), Some("anon"));
+        assert!(told.contains("The schema is a parameter of its own: schema=shop, table=orders."), "{told}");
     }
 
     #[test]
