@@ -138,9 +138,9 @@ pub async fn serve(
             aside,
         )
     };
-    let aside = || {
+    let aside = |name| {
         let (way_in, commands) = mpsc::unbounded_channel();
-        let (backlog, pulse) = (Arc::new(Backlog::default()), Arc::new(Pulse::beside(&pulse)));
+        let (backlog, pulse) = (Arc::new(Backlog::default()), Arc::new(Pulse::beside(&pulse, name)));
         let router = router(gate(filter_judge()), way_in.clone(), Arc::clone(&pulse), Vec::new());
         tasks.spawn(router.run(commands, Parts::Backlog(Arc::clone(&backlog)), feed_end.clone()));
         let end = end.clone();
@@ -148,8 +148,8 @@ pub async fn serve(
         (way_in, backlog)
     };
     // Filters that PostgreSQL decides, and clients that ask for much, are served beside all others.
-    let (asked_in, asked) = aside();
-    let (crowd_in, crowd) = aside();
+    let (asked_in, asked) = aside("filters");
+    let (crowd_in, crowd) = aside("crowd");
     let main_router = router(gate(None), commands_in.clone(), Arc::clone(&pulse), vec![asked, crowd]);
     tasks.spawn(main_router.run(commands, Parts::Source(parts), feed_end.clone()));
     let lanes = Lanes::new(commands_in, asked_in, crowd_in);

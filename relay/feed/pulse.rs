@@ -21,8 +21,8 @@ pub type Stalls = watch::Receiver<Option<Cause>>;
 /// The feed's pulse.
 pub struct Pulse {
     bound: Duration,
-    /// The pulse of the feed as a whole, where this is that of a part of it.
-    feed: Option<Arc<Pulse>>,
+    /// Where this is the pulse of a part of the feed: that of the feed as a whole, and the name of the part.
+    whole: Option<(Arc<Pulse>, &'static str)>,
     // Held for a moment, once or twice a page.
     waits: Mutex<Waits>,
     stalled: watch::Sender<Option<Cause>>,
@@ -49,13 +49,13 @@ impl Pulse {
     /// Of a feed that stalls when it has waited for `bound`. It waits for its first page.
     pub fn new(bound: Duration) -> Self {
         let waits = Waits { changelog: Some(Instant::now()), ..Waits::default() };
-        Self { bound, feed: None, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
+        Self { bound, whole: None, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
     }
 
     /// Of a part of a feed: it waits for verdicts of its own, and for the changelog when the feed does.
-    pub fn beside(feed: &Arc<Self>) -> Self {
-        let waits = Mutex::default();
-        Self { bound: feed.bound, feed: Some(Arc::clone(feed)), waits, stalled: watch::Sender::new(None) }
+    pub fn beside(feed: &Arc<Self>, name: &'static str) -> Self {
+        let (whole, waits) = (Some((Arc::clone(feed), name)), Mutex::default());
+        Self { bound: feed.bound, whole, waits, stalled: watch::Sender::new(None) }
     }
 
     /// How long a wait is a stall.
@@ -107,7 +107,8 @@ impl Pulse {
         while end.run_until_cancelled(tokio::time::sleep(tick)).await.is_some() {
             let is_long = |since: Option<Instant>| since.is_some_and(|since| since.elapsed() > self.bound);
             let mut changelog = None;
-            self.feed.as_deref().unwrap_or(self).change(|waits| changelog = waits.changelog);
+            let feed = self.whole.as_ref().map_or(self, |(feed, _)| feed);
+            feed.change(|waits| changelog = waits.changelog);
             let mut now = None;
             self.change(|waits| {
                 now = match () {
@@ -116,12 +117,23 @@ impl Pulse {
                     () => None,
                 };
             });
-            let is_news = self.stalled.send_if_modified(|stalled| std::mem::replace(stalled, now) != now);
-            match now {
-                Some(cause) if is_news => tracing::warn!(cause = ?cause, "the feed stalls"),
-                None if is_news => tracing::info!("the feed goes on"),
-                _ => {}
-            }
+            let mut before = None;
+            self.stalled.send_if_modified(|stalled| {
+                before = std::mem::replace(stalled, now);
+                before != now
+            });
+            self.log(before, now);
+        }
+    }
+
+    /// A part says what it waits for alone; what all wait for, the feed says.
+    fn log(&self, before: Option<Cause>, now: Option<Cause>) {
+        let lane = self.whole.as_ref().map(|(_, name)| *name);
+        let own = |cause: &Cause| lane.is_none() || *cause == Cause::Judgement;
+        match (before.filter(own), now.filter(own)) {
+            (before, now) if before == now => {}
+            (_, Some(cause)) => tracing::warn!(lane, cause = ?cause, "the feed stalls"),
+            (_, None) => tracing::info!(lane, "the feed goes on"),
         }
     }
 
