@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
+use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -234,7 +235,14 @@ async fn prepare(
             }
             install::check(&client).await?;
             bell.connect().await?;
-            judge.check_sessions().await
+            judge.check_sessions().await?;
+            if acts_as_nobody(&judge.connect().await?).await? {
+                tracing::warn!(
+                    "this login cannot act as anon, authenticated or service_role, so no subscriber of these roles sees \
+                     anything: grant them to it, or give --judge-url"
+                );
+            }
+            Ok::<(), Error>(())
         };
         match outcome.await {
             Ok(()) => {
@@ -250,6 +258,13 @@ async fn prepare(
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Whether the login that judges is a member of none of the usual roles, where there are such.
+async fn acts_as_nobody(judge: &Client) -> Result<bool, Error> {
+    let members = "select coalesce(not bool_or(pg_has_role(oid, 'member')), false) from pg_roles \
+         where rolname in ('anon', 'authenticated', 'service_role')";
+    Ok(judge.query_one(members, &[]).await?.get(0))
 }
 
 /// How many connections there may be, by how many files this process may have open, where the system tells it.

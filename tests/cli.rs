@@ -138,6 +138,42 @@ async fn a_judging_login_that_is_not_there_is_a_mistake_and_no_silence() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_login_without_the_rights_of_a_relay_is_told_which_ones_to_grant() {
+    let database = Database::new().await;
+    let login = format!("relay_{}", database.url.rsplit_once('/').unwrap().1);
+    database.run(&format!("create role {login} login")).await;
+    let url = with_login(&database.url, &login);
+    let expected = format!("this login is not a member of relay_reader: grant relay_reader to {login}");
+    let serving = ["serve", "--jwt-secret", SECRET, "--listen", "127.0.0.1:0"];
+    for command in [&serving[..], &["doctor"], &["explain", "t"]] {
+        let arguments = [command, &["--database-url", &url]].concat();
+        let (code, findings, told) =
+            tokio::time::timeout(PATIENCE, output(&arguments)).await.expect("it ends");
+        assert_eq!(code, 1, "{command:?}");
+        assert!((findings + &told).contains(&expected), "{command:?}: {told}");
+    }
+
+    database.run(&format!("grant relay_reader to {login}")).await;
+    let cannot_act = "this login cannot act as anon, authenticated or service_role";
+    let serve = || relay(&serving).args(["--database-url", &url]).spawn().unwrap();
+    let mut child = serve();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let line = line_with(&mut lines, cannot_act).await;
+    assert!(line.contains("WARN") && line.contains("or give --judge-url"), "{line}");
+    drop(child);
+    database.run(&format!("grant authenticated to {login}")).await;
+    let mut child = serve();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    loop {
+        let line = lines.next_line().await.unwrap().expect("it goes on");
+        assert!(!line.contains(cannot_act), "{line}");
+        if line.contains("reading the changelog") {
+            break;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn watch_and_unwatch_say_what_they_did_or_why_not() {
     let database = Database::new().await;
     database.run("create table t (id int primary key); create view v as select * from t").await;

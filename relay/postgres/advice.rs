@@ -92,6 +92,11 @@ pub(super) fn cure(error: &tokio_postgres::Error, config: &Config, setting: &str
         .then(|| format!("{setting} says how to connect"))
 }
 
+/// What to do about a login that may not look into the schema `relay`.
+pub(super) fn not_reader(login: &str) -> String {
+    format!("this login is not a member of relay_reader: grant relay_reader to {login}")
+}
+
 /// Whether the server may let us in where the connection is encrypted otherwise.
 pub(super) fn wants_other_encryption(error: &tokio_postgres::Error) -> bool {
     match error.as_db_error() {

@@ -7,6 +7,7 @@ use tokio::time::sleep;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use crate::postgres::advice::not_reader;
 use crate::postgres::connect::Error;
 
 /// The files of `sql/`, in the order in which they are applied.
@@ -199,6 +200,21 @@ async fn is_due(client: &Client, name: &str, text: &str) -> Result<bool, Error> 
 /// # Errors
 /// Says what to do when it is missing or older; fails as the connection does.
 pub async fn check(client: &Client) -> Result<(), Error> {
+    match is_as_needed(client).await {
+        Err(error) if error.code() == Some("42501") => {
+            let reads = "select quote_ident(current_user), exists (select from pg_roles where rolname = 'relay_reader' \
+                 and pg_has_role(oid, 'usage'))";
+            let who = client.query_one(reads, &[]).await?;
+            Err(match who.get(1) {
+                true => error,
+                false => Error::Unfit(format!("{error}: {}", not_reader(who.get(0)))),
+            })
+        }
+        checked => checked,
+    }
+}
+
+async fn is_as_needed(client: &Client) -> Result<(), Error> {
     let ledger = client.query_one("select to_regclass('relay.ledger') is not null", &[]).await?;
     if !ledger.get::<_, bool>(0) {
         return Err(Error::Unfit(String::from(
