@@ -130,16 +130,16 @@ pub struct Settings {
     /// How many bytes a message from a client may have [default: 5000000]
     #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGE_BYTES", value_name = "N")]
     pub message_bytes: Option<usize>,
-    /// How many bytes may wait for one client before it is closed [default: 524288]
+    /// How many bytes may wait for one client before it is closed, 4096 at least [default: 524288]
     #[arg(long, help_heading = "Limits", env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
-    /// How many bytes of memory may go to what waits for all clients; over it slow ones are closed [default: 268435456]
+    /// How many bytes of memory may go to what waits for all clients, 1048576 at least; over it slow ones are closed [default: 268435456]
     #[arg(long, help_heading = "Limits", env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
     pub total_outbox_bytes: Option<usize>,
     /// How many bytes a change may have as it is sent, 32768 at least; of a larger one key and short columns [default: 1048576]
     #[arg(long, help_heading = "Limits", env = "RELAY_CHANGE_BYTES", value_name = "N")]
     pub change_bytes: Option<usize>,
-    /// How many bytes may be on their way to one client, for which the kernel takes up to twice as much [default: 212992]
+    /// How many bytes may be on their way to one client, 4096 at least; the kernel takes up to twice as much [default: 212992]
     #[arg(long, help_heading = "Limits", env = "RELAY_SEND_BUFFER_BYTES", value_name = "N")]
     pub send_buffer_bytes: Option<usize>,
     /// How many rows of a table are given at once to whoever asks for them [default: 10000]
@@ -345,6 +345,18 @@ impl Settings {
         let silence = millis("silence-ms", self.silence_ms, 60_000);
         let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
         let resume = positive("resume-seconds", self.resume_seconds, 3600, &mut mistakes);
+        let bytes = [
+            at_least("outbox-bytes", self.outbox_bytes, 4 << 10, 512 << 10),
+            at_least("total-outbox-bytes", self.total_outbox_bytes, 1 << 20, 256 << 20),
+            at_least("change-bytes", self.change_bytes, 32 << 10, 1 << 20),
+            at_least("send-buffer-bytes", self.send_buffer_bytes, 4 << 10, 208 << 10),
+        ];
+        let [outbox_bytes, total_outbox_bytes, change_bytes, send_buffer_bytes] = bytes.map(|bytes| {
+            bytes.unwrap_or_else(|mistake| {
+                mistakes.push(mistake);
+                0
+            })
+        });
         let mut count = |name, value: Option<usize>, default| {
             // Nobody could connect, join or be told anything: a slip, and no limit.
             if value == Some(0) {
@@ -361,10 +373,10 @@ impl Settings {
             joins_per_second: count("joins-per-second", rate(self.joins_per_second), 100) as u32,
             messages_per_second: count("messages-per-second", rate(self.messages_per_second), 100) as u32,
             message_bytes: count("message-bytes", self.message_bytes, 5_000_000),
-            outbox_bytes: count("outbox-bytes", self.outbox_bytes, 512 << 10),
-            total_outbox_bytes: count("total-outbox-bytes", self.total_outbox_bytes, 256 << 20),
-            change_bytes: count("change-bytes", self.change_bytes, 1 << 20).max(32 << 10),
-            send_buffer_bytes: count("send-buffer-bytes", self.send_buffer_bytes, 208 << 10),
+            outbox_bytes,
+            total_outbox_bytes,
+            change_bytes,
+            send_buffer_bytes,
             rows: MostRows {
                 number: self.most_rows.unwrap_or(10_000),
                 bytes: self.most_row_bytes.unwrap_or(64 << 20),
@@ -397,6 +409,14 @@ impl Settings {
     }
 }
 
+/// A number of bytes, of which fewer than `least` would let nothing through.
+fn at_least(name: &str, value: Option<usize>, least: usize, default: usize) -> Result<usize, String> {
+    match value {
+        Some(bytes) if bytes < least => Err(format!("--{name} must be {least} bytes at least")),
+        value => Ok(value.unwrap_or(default)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -425,8 +445,6 @@ mod tests {
             joins_per_second: Some(0),
             messages_per_second: Some(0),
             message_bytes: none,
-            outbox_bytes: none,
-            total_outbox_bytes: none,
             resume_seconds: Some(0),
             stall_seconds: endless,
             judge_timeout_ms: endless,
@@ -434,8 +452,32 @@ mod tests {
             ..Settings::default()
         };
         let Err(Mistakes(mistakes)) = settings.resolve() else { panic!("these settings cannot be resolved") };
-        assert_eq!(mistakes.len(), 12, "{mistakes:#?}");
+        assert_eq!(mistakes.len(), 10, "{mistakes:#?}");
         assert!(mistakes.iter().all(|mistake| mistake.contains(" must be more than 0")), "{mistakes:#?}");
+    }
+
+    #[test]
+    fn room_in_which_nothing_has_place_is_refused_with_the_bound() {
+        let with = |less: usize| {
+            let settings = Settings {
+                database_url: Some(String::from("postgres://x/")),
+                jwt_secret: Some("s".repeat(32)),
+                outbox_bytes: Some(4096 - less),
+                total_outbox_bytes: Some(1_048_576 - less),
+                change_bytes: Some(32_768 - less),
+                send_buffer_bytes: Some(4096 - less),
+                ..Settings::default()
+            };
+            settings.resolve().err().map_or(Vec::new(), |Mistakes(mistakes)| mistakes)
+        };
+        assert_eq!(with(0), [""; 0]);
+        let expected = [
+            "--outbox-bytes must be 4096 bytes at least",
+            "--total-outbox-bytes must be 1048576 bytes at least",
+            "--change-bytes must be 32768 bytes at least",
+            "--send-buffer-bytes must be 4096 bytes at least",
+        ];
+        assert_eq!(with(1), expected);
     }
 
     #[test]

@@ -72,9 +72,9 @@ async fn a_stream_that_is_lost_before_its_first_event_gets_what_it_missed_when_i
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_poll_for_which_there_is_no_room_moves_no_cursor() {
-    let stage = Stage::with(SQL, |settings, _| settings.total_outbox_bytes = Some(65_536)).await;
+    let stage = Stage::with(SQL, |settings, _| settings.total_outbox_bytes = Some(1 << 20)).await;
     let cursor = cursor(&stage).await;
-    stage.run("insert into t select n, repeat('x', 100) from generate_series(1, 5000) n").await;
+    stage.run("insert into t select n, repeat('x', 1600) from generate_series(1, 5000) n").await;
     let answer = get(stage.relay.address, &format!("{}&since={cursor}", path(&ann())), "").await;
     let told = answer.body["changes"].as_array().is_some_and(|changes| !changes.is_empty());
     let moved = answer.body["cursor"].as_str().is_some_and(|moved| moved != cursor);
