@@ -14,9 +14,14 @@ declare
   reasons text[] := '{}';
 begin
   if found is null then
-    return array[pg_catalog.format('there is no relation %s here', relation)];
+    return array[case pg_catalog.cardinality(pg_catalog.parse_ident(relation))
+      when 1 then pg_catalog.format(
+        'there is no relation %1$s on the search path; for a table in another schema: relay explain SCHEMA.%1$s', relation)
+      else pg_catalog.format('there is no relation %s', relation) end];
   end if;
-  if not exists (select from relay.watch_list w where w.relation = found) then
+  if (select c.relkind = 'v' from pg_catalog.pg_class c where c.oid = found) then
+    reasons := reasons || text 'it is a view: watch the tables it reads';
+  elsif not exists (select from relay.watch_list w where w.relation = found) then
     reasons := reasons || pg_catalog.format('it is not watched: select relay.watch(%L)', named);
   end if;
   if subscriber is null then

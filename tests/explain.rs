@@ -83,9 +83,14 @@ async fn it_tells_which_part_keeps_a_policy_from_being_compiled() {
 #[tokio::test(flavor = "multi_thread")]
 async fn it_tells_why_somebody_would_get_nothing() {
     let database = database().await;
-    database.run("create table quiet (id int); alter table docs add hidden int").await;
+    database.run("create table quiet (id int); create view seen as select * from quiet; alter table docs add hidden int").await;
     for (arguments, why) in [
-        (vec!["nowhere"], "there is no relation nowhere here"),
+        (
+            vec!["nowhere"],
+            "there is no relation nowhere on the search path; for a table in another schema: relay explain SCHEMA.nowhere",
+        ),
+        (vec!["public.nowhere"], "there is no relation public.nowhere"),
+        (vec!["seen"], "it is a view: watch the tables it reads"),
         (vec!["quiet"], "it is not watched: select relay.watch('public.quiet')"),
         (vec!["quiet"], "authenticated may not read it: grant select on public.quiet to authenticated"),
         (vec!["docs", "--role", "nobody"], "the role nobody does not exist"),
