@@ -18,7 +18,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use crate::model::dress::{RESUMED, STALLED};
 use crate::model::refusal::Refusal;
 use crate::model::session::UNAVAILABLE;
-use crate::transport::auth::mint;
+use crate::transport::auth::{TokenError, mint};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -218,6 +218,11 @@ fn refused(status: u16, body: &[u8], options: &Options) -> Failure {
     let body = String::from_utf8_lossy(body);
     let told =
         serde_json::from_str::<Value>(&body).ok().and_then(|told| told["error"].as_str().map(str::to_owned));
+    // The contract has no more words for it.
+    let told = told.map(|why| match why == TokenError::BadSignature.connect_text() {
+        true => TokenError::BadSignature.advised_text(),
+        false => why,
+    });
     let url = &options.url;
     let why = match (status, told) {
         (401, Some(why)) if options.token.is_some() => {

@@ -93,6 +93,16 @@ impl TokenError {
         }
     }
 
+    /// The same, and what to do where that is not plain.
+    pub fn advised_text(&self) -> String {
+        let advice = match self {
+            Self::Missing => ": give a token by the header `Authorization: Bearer …`, or by &apikey=…",
+            Self::BadSignature => ": the secret or key that signed it is not this relay's",
+            _ => "",
+        };
+        self.connect_text() + advice
+    }
+
     /// The code before the text in the reason of a refused join.
     pub fn code(&self) -> &'static str {
         match self {

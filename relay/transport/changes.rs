@@ -93,7 +93,7 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
     }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
     let claims =
-        app.identify(&token).await.map_err(|why| refused(StatusCode::UNAUTHORIZED, &told_why(why)))?;
+        app.identify(&token).await.map_err(|why| refused(StatusCode::UNAUTHORIZED, &why.advised_text()))?;
     if parameter(query, "topic").is_some() {
         return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
     }
@@ -171,16 +171,6 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
         channel,
         outbox: Arc::new(Outbox::of(Some(owner), most, Arc::clone(&app.budget))),
     })
-}
-
-/// Why a token is refused, and what to do where it is not plain.
-fn told_why(why: TokenError) -> String {
-    let advice = match why {
-        TokenError::Missing => ": give a token by the header `Authorization: Bearer …`, or by &apikey=…",
-        TokenError::BadSignature => ": the secret or key that signed it is not this relay's",
-        _ => "",
-    };
-    why.connect_text() + advice
 }
 
 /// The current rows, and the cursor after them.

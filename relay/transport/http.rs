@@ -277,7 +277,10 @@ async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<In
     };
     let claims = match app.identify(&shown(request.headers(), query)).await {
         Ok(claims) => claims,
-        Err(why) => return refused(StatusCode::UNAUTHORIZED, &why.connect_text()),
+        Err(why) => {
+            app.observe.connection_refused(&why.advised_text());
+            return error(StatusCode::UNAUTHORIZED, &why.connect_text());
+        }
     };
     if app.observe.session_count() >= app.limits.connections {
         return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
