@@ -307,7 +307,7 @@ impl Audience {
 }
 
 /// What is told of changes that today's rules show and those of their time may not have shown.
-const WIDENED: &str = "more may be seen since than when it changed";
+const WIDENED: &str = "a policy or grant was widened after this change was written";
 
 /// What is told to whoever subscribed to a table that is another now.
 pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";

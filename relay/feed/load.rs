@@ -85,7 +85,8 @@ impl Loads {
         total.add(subscription.bindings());
         if total.asked > MOST_ASKED {
             return Err(Refusal(format!(
-                "FilterLimitReached: one client may have {MOST_ASKED} different filters that PostgreSQL has to decide. Filters that \
+                "FilterLimitReached: one client may have {MOST_ASKED} different filters that PostgreSQL has to decide: \
+                 those with ilike, as a rule, those that ask which text is less, and all that compare decimals, dates or times. Filters that \
                  compare whole numbers, uuids, booleans or texts for equality, or a text with like, do not count"
             )));
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::audience::{ALTERED, Registration};
@@ -32,6 +33,8 @@ use crate::postgres::connect::Error;
 const PAUSE: Duration = Duration::from_millis(100);
 /// … as long as these pauses are not more than this together, and a tenth of all time.
 const PAUSES: Duration = Duration::from_secs(1);
+/// The regular look at the catalog has so long.
+const LOOK: Duration = Duration::from_millis(500);
 /// So many changes of one relation are more than those of others should wait for.
 const LARGE: i64 = 1000;
 
@@ -304,10 +307,9 @@ impl Router {
                 }
                 if more {
                     self.let_clients_read().await;
-                } else if !self.aside.is_empty()
-                    && let Err(error) = self.catalog.look_again().await
-                {
-                    tracing::debug!(error = %error, "the catalog could not be looked at between two pages");
+                } else if !self.aside.is_empty() {
+                    // Where it fails or hangs, the next change that needs the catalog finds out, and is told as a stall.
+                    let _ = timeout(LOOK, self.catalog.look_again()).await;
                 }
             }
             Part::Rest { span, after, counts } => self.send_off(&span, after, &counts).await,

@@ -163,7 +163,7 @@ pub fn disabled(refusal: &Refusal) -> String {
 
 /// Why a join is refused that has more than [`MOST_BYTES`].
 pub fn too_large() -> String {
-    format!("ChannelRateLimitReached: More than {MOST_BYTES} bytes")
+    format!("ChannelRateLimitReached: A join may have {MOST_BYTES} bytes at most")
 }
 
 /// The entries of `config.postgres_changes`; null and `[null]` mean none.
@@ -226,7 +226,7 @@ mod tests {
             read(topic, json!({"config": {"postgres_changes": filter(bytes)}})).err()
         };
         assert_eq!(with("realtime:t", MOST_BYTES - 1000), None);
-        let refused = Some(format!("ChannelRateLimitReached: More than {MOST_BYTES} bytes"));
+        let refused = Some(String::from("ChannelRateLimitReached: A join may have 262144 bytes at most"));
         assert_eq!(with("realtime:t", MOST_BYTES), refused);
         assert_eq!(with(&format!("realtime:{}", "t".repeat(MOST_TOPIC - 9)), 0), None);
         let refused = with(&format!("realtime:{}", "t".repeat(MOST_TOPIC - 8)), 0);
