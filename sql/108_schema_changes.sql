@@ -74,7 +74,8 @@ comment on function relay.rules_now() is 'who may see each watched relation, as 
 drop function if exists relay.note_rules(text);
 create or replace function relay.note_rules(is_doubtful boolean default false) returns void
 language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp as $$
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '50ms' as $$
 declare
   one record;
   more text[];

@@ -25,7 +25,7 @@ use crate::support::{PATIENCE, eventually, token};
 
 const MIB: usize = 1 << 20;
 /// What the program takes beside the bound: its code, the changes on their way, and what its allocator keeps.
-const CONSTANT: usize = 128 * MIB;
+const CONSTANT: usize = 192 * MIB;
 /// What one client or channel takes, whatever it does, in a program that is not optimised.
 const CLIENT: usize = 24 * 1024;
 

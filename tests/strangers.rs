@@ -218,7 +218,12 @@ async fn a_flood_of_rings_while_changes_wait_for_their_judgement_takes_no_memory
     assert!(grown < 40_000, "{grown} KiB for 160 MB of rings");
     database.run(&format!("alter role {name}_judge login")).await;
     for id in 1..=3000 {
-        assert_eq!(socket.frame().await[4]["data"]["record"]["id"], id);
+        let mut frame = socket.frame().await;
+        // It may be told first that the feed stalls, and goes on.
+        while frame[3] == "system" {
+            frame = socket.frame().await;
+        }
+        assert_eq!(frame[4]["data"]["record"]["id"], id);
     }
     drop(child);
     reading.await.unwrap();
