@@ -258,7 +258,7 @@ impl Audience {
     }
 
     /// Hands what is on the desk to all members, as belonging to a part, which brings those that are told on their own up
-    /// to `here`; returns how many frames that makes. Whoever has no room for it is closed: to go on without would lose it.
+    /// to `here`; returns how many frames that makes. A client without room for it is closed: going on would lose it.
     pub fn send(&self, part: Unit, desk: &mut Desk<'_>, here: Option<&Arc<Cursor>>) -> usize {
         if desk.frames.is_empty() && !desk.has_no_room {
             return 0;

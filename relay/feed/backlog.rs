@@ -1,4 +1,4 @@
-//! What waits for those who are told aside. Whoever adds to it never waits; what they cannot keep up with becomes a gap.
+//! The bounded queue of parts in front of a router that may be slow. Adding never waits; an overflow becomes a gap.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};

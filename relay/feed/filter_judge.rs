@@ -15,7 +15,7 @@ use crate::postgres::judge::{Judge, Question, Verdict};
 const AT_ONCE: usize = 8;
 /// All questions of one part may take so many times what one client may take at once.
 const PART: u32 = 5;
-/// Whoever asked nothing for so long does not count among those who share the time.
+/// A client that asked nothing for so long is not counted when the time is shared.
 const ACTIVE: Duration = Duration::from_secs(10);
 
 /// The connection, and what clients have left of its time.
@@ -25,7 +25,7 @@ pub struct FilterJudge {
     most: Duration,
     // Never held across an await.
     accounts: Mutex<HashMap<Client, Account>>,
-    /// Whose turn it is: what somebody waits for another's questions is not its own time.
+    /// The turns: time that a client waits for another client's questions is not charged to it.
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -79,7 +79,7 @@ impl FilterJudge {
                 break;
             }
             let _turn = self.turn.lock().await;
-            // Nobody pays for the way to PostgreSQL.
+            // The round trip to PostgreSQL is charged to no client.
             self.judge.open().await?;
             let asked: Vec<Question<'_>> =
                 now.iter().map(|number| questions[*number].question.clone()).collect();
