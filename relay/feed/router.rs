@@ -83,6 +83,21 @@ impl Parts {
             Self::Backlog(parts) => Some(parts.next().await),
         }
     }
+
+    /// Before a command, which may bring a channel: every part counts from now on. Returns how far the feed came before.
+    fn listen(&self) -> Option<Part> {
+        match self {
+            Self::Source(_) => None,
+            Self::Backlog(parts) => parts.listen(),
+        }
+    }
+
+    /// Without a channel, parts count for nobody.
+    fn rest(&self) {
+        if let Self::Backlog(parts) = self {
+            parts.rest();
+        }
+    }
 }
 
 impl Router {
@@ -131,7 +146,15 @@ impl Router {
                 biased;
                 () = end.cancelled() => return,
                 command = commands.recv() => match command {
-                    Some(command) => self.obey(command),
+                    Some(command) => {
+                        if let Some(Part::Skipped(end)) = parts.listen() {
+                            self.skip_to(end);
+                        }
+                        self.obey(command);
+                        if self.has_nobody() {
+                            parts.rest();
+                        }
+                    }
                     None => return,
                 },
                 part = parts.next() => match part {
@@ -145,6 +168,18 @@ impl Router {
                 Some(_) = self.replays.join_next() => {}
             }
         }
+    }
+
+    /// Everything up to here was for nobody.
+    fn skip_to(&mut self, end: Cursor) {
+        self.recent = Recent::default();
+        self.recent.moved(&None, &end);
+        self.position = Some(end);
+        self.hub.moved(self.position.as_ref());
+    }
+
+    fn has_nobody(&self) -> bool {
+        self.counted.0 == 0 && self.early.is_empty()
     }
 
     /// What waited for a place in the feed comes before all that follows.
@@ -266,10 +301,7 @@ impl Router {
         let only = relations(false).chain([RelationId(0)]).map(|relation| relation.0).collect();
         self.begin_replay(&relations(true).collect(), &at, None);
         self.begin_replay(&relations(false).collect(), &at, Some(only));
-        self.position = Some(span.end());
-        self.hub.moved(self.position.as_ref());
-        self.recent = Recent::default();
-        self.recent.moved(&self.position, &span.end());
+        self.skip_to(span.end());
     }
 
     fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor, only: Option<Arc<[i32]>>) {
@@ -318,6 +350,7 @@ impl Router {
                 self.position = Some(cursor);
                 self.hub.moved(self.position.as_ref());
             }
+            Part::Skipped(end) => self.skip_to(end),
             Part::Gap(why) => {
                 self.hub.live.iter().for_each(|(_, audience)| audience.tell_gap(&why, ""));
                 self.recent = Recent::default();

@@ -48,6 +48,8 @@ pub enum Part {
     },
     /// There was nothing for anybody up to here.
     Quiet(Cursor),
+    /// What there was up to here was for nobody, because there was nobody.
+    Skipped(Cursor),
     /// Changes may be missing here and cannot be had any more; the text says why.
     Gap(String),
 }
@@ -57,7 +59,16 @@ impl Part {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Changes(stretch) => stretch.bytes(),
-            Self::Rest { .. } | Self::Quiet(_) | Self::Gap(_) => 0,
+            Self::Rest { .. } | Self::Quiet(_) | Self::Skipped(_) | Self::Gap(_) => 0,
+        }
+    }
+
+    /// Where it ends, if all that it has are changes of rows.
+    pub fn end_if_plain(&self) -> Option<Cursor> {
+        match self {
+            Self::Changes(stretch) if !stretch.is_news() => stretch.end(),
+            Self::Quiet(end) | Self::Skipped(end) => Some(end.clone()),
+            _ => None,
         }
     }
 }
