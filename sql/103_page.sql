@@ -62,24 +62,26 @@ $$;
 comment on function relay.cursor() is
   'cursor of the caller''s snapshot: read rows and call it in one repeatable read transaction, resume from it after the commit';
 
--- relay.page(seen, until, after_number) : the changes that finished after `seen`, up to `until`
--- First row: number null, snapshot = the page's end (`until`, else the statement's snapshot), unflushed = whether a crash
--- now could take something of it back. Then the changes in order of number, those of the writing order of each row.
--- Nothing is skipped when a transaction commits late and nothing comes twice: rows of transactions that began after
+-- relay.page(seen, until, after_number, some_run) : the changes that finished after `seen`, up to `until`
+-- First row: number null, snapshot = the page's end (`until`, else the statement's snapshot), unflushed = up to where the log
+-- has to be flushed so that a crash cannot take anything of it back, null when it is. Then the changes in order of number,
+-- those of the writing order of each row. The literal false for `some_run` says that no transaction runs in `seen`: half of
+-- the plan is left out then. Nothing is skipped when a transaction commits late and nothing comes twice: rows of transactions that began after
 -- `seen` (a range of xid) and rows of those that ran in it (a list), as far as they are visible now. No hidden
 -- xmin: there subtransactions look finished. Sorting carries images still compressed, so they become text last.
 -- Language sql and stable, so that it is inlined: rows stream. Reads relay.changes.
-drop function if exists relay.page(pg_snapshot, pg_snapshot, bigint);
-create or replace function relay.page(seen pg_snapshot, until pg_snapshot default null, after_number bigint default 0)
+drop function if exists relay.page(pg_snapshot, pg_snapshot, bigint), relay.page(pg_snapshot, pg_snapshot, bigint, boolean);
+create or replace function relay.page(seen pg_snapshot, until pg_snapshot default null, after_number bigint default 0,
+                                      some_run boolean default true)
 returns table (number bigint, xid text, at timestamptz, relation int, shape int, began text, operation text, oversize boolean,
-               before text, after text, snapshot text, unflushed boolean)
+               before text, after text, snapshot text, unflushed text)
 language sql stable as $$
   select null::bigint, null::text, null::timestamptz, null::int, null::int, null::text, null::text, null::boolean, null::text, null::text,
          coalesce($2, pg_catalog.pg_current_snapshot())::text,
-         pg_catalog.pg_current_wal_flush_lsn() < pg_catalog.pg_current_wal_insert_lsn()
+         (select w.lsn::text from pg_catalog.pg_current_wal_insert_lsn() w (lsn) where w.lsn > pg_catalog.pg_current_wal_flush_lsn())
   union all
   select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text, p.oversize, p.before::text, p.after::text,
-         null::text, null::boolean
+         null::text, null::text
   from (
     select c.*
     from relay.changes c
@@ -90,13 +92,14 @@ language sql stable as $$
     union all
     select c.*
     from relay.changes c
-    where c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
+    where $4
+      and c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
       and ($2 is null or pg_catalog.pg_visible_in_snapshot(c.xid, $2))
       and c.number > $3
     order by number
   ) p
 $$;
-comment on function relay.page(pg_snapshot, pg_snapshot, bigint) is
+comment on function relay.page(pg_snapshot, pg_snapshot, bigint, boolean) is
   'one page of the changelog: a header row, then the changes finished after the first snapshot, in order';
 
 -- relay.page_slice(seen, until, after_number, through_number) : of such a page, the changes with these numbers
@@ -105,13 +108,13 @@ comment on function relay.page(pg_snapshot, pg_snapshot, bigint) is
 drop function if exists relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint);
 create or replace function relay.page_slice(seen pg_snapshot, until pg_snapshot, after_number bigint, through_number bigint)
 returns table (number bigint, xid text, at timestamptz, relation int, shape int, began text, operation text, oversize boolean,
-               before text, after text, snapshot text, unflushed boolean)
+               before text, after text, snapshot text, unflushed text)
 language sql stable as $$
   select null::bigint, null::text, null::timestamptz, null::int, null::int, null::text, null::text, null::boolean, null::text, null::text,
-         $2::text, false
+         $2::text, null::text
   union all
   select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text, p.oversize, p.before::text, p.after::text,
-         null::text, null::boolean
+         null::text, null::text
   from (
     select c.*
     from relay.changes c

@@ -21,7 +21,7 @@ revoke all on all functions in schema relay from public;
 
 grant select on relay.ledger, relay.history, relay.changes, relay.watch_list, relay.watched, relay.read_policies,
   relay.refresh_jobs, relay.retention, relay.segments, relay.health, relay.shapes to relay_reader;
-grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint),
+grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot, pg_snapshot, bigint, boolean),
   relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint), relay.page_counts(pg_snapshot, pg_snapshot, bigint),
   relay.summarize(), relay.flush(),
   relay.key(regclass), relay.notes(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),

@@ -287,7 +287,7 @@ impl<'a> Reading<'a> {
         let seen = self.place.position.seen.clone();
         let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
         let (mut total, mut goes_on, mut parts) = (0, false, 0);
-        let mut flushed = !page.unflushed;
+        let mut unflushed = page.unflushed.take();
         loop {
             let (changes, more) = self.source.page(page.part(PART_CHANGES, PART_BYTES)).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
@@ -304,9 +304,8 @@ impl<'a> Reading<'a> {
                     return Ok(if is_taken { Look::Plenty } else { Look::Over });
                 }
             }
-            if !flushed {
-                self.source.page(self.source.flush(how)).await?;
-                flushed = true;
+            if let Some(through) = unflushed.take() {
+                self.source.page(self.source.flush(how, &through)).await?;
             }
             let first = total == 0;
             total += changes.len();
@@ -333,7 +332,7 @@ impl<'a> Reading<'a> {
         }
         // Without the flush an id counted as finished here could be handed out again after a crash, so an empty page
         // moves the position only when it is safe by itself.
-        if flushed {
+        if unflushed.is_none() {
             self.place.position = Position::after(until);
             self.unheard = goes_on || (total == 0 && (self.unheard || span.seen != span.until));
             // Whoever was told that a page goes on is told at once that it does not.

@@ -196,14 +196,19 @@ impl Source {
     /// The position of this moment, safe from a crash.
     async fn start(&self, changelog: &Changelog) -> Result<Position, Error> {
         let now = self.in_time(changelog.now()).await?;
-        self.flush(Flush::AtOnce).await?;
+        self.in_time(changelog::flush(&self.pool)).await?;
         Ok(Position::after(now))
     }
 
-    /// What a crash could take back is never shown: waits until everything up to now is flushed.
-    pub(super) async fn flush(&self, how: Flush) -> Result<(), Error> {
+    /// What a crash could take back is never shown: waits until the log is flushed up to a place in it.
+    pub(super) async fn flush(&self, how: Flush, through: &str) -> Result<(), Error> {
         let started = Instant::now();
-        self.in_time(changelog::flush(&self.pool, how)).await?;
+        let by_others = async {
+            Ok(how == Flush::WithWriters && changelog::is_flushed_by_others(&self.pool, through).await?)
+        };
+        if !self.in_time(by_others).await? {
+            self.in_time(changelog::flush(&self.pool)).await?;
+        }
         self.observe.flushed(started.elapsed());
         Ok(())
     }

@@ -20,6 +20,8 @@ use crate::postgres::connect::{Error, Lease, NO_PATH, Server};
 pub struct Changelog {
     client: Client,
     page: Statement,
+    /// The same, after a snapshot in which no transaction runs.
+    settled_page: Statement,
 }
 
 /// Which page: what finished after `seen`, up to `until` (now, when none), with numbers above `after`.
@@ -49,11 +51,13 @@ impl Position {
 pub struct Page {
     /// The snapshot at its end.
     pub until: Snapshot,
-    /// Not everything of it is known to be flushed: a crash could take it back.
-    pub unflushed: bool,
-    /// The sign of the rules that fire no event trigger, as they were at its end; none for a page of the past.
+    /// Up to where the log has to be flushed so that a crash cannot take anything of it back; none when it is.
+    pub unflushed: Option<String>,
+    /// The sign of the rules that fire no event trigger, as they were at its end; none for a page of the past and before
+    /// the first change was read.
     pub mark: Option<i64>,
-    header: Row,
+    /// Its rows have the mark.
+    is_marked: bool,
     changes: Pin<Box<RowStream>>,
 }
 
@@ -76,13 +80,15 @@ impl Changelog {
         let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; \
                         set plan_cache_mode = force_generic_plan";
         client.batch_execute(&format!("{NO_PATH}; {settings}")).await?;
-        let page = client
-            .prepare(
-                "select p.*, case when p.number is null then (select m.mark from relay.rules_mark($5, $6) m) end as mark \
-                 from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) p limit $4::bigint + 1",
+        // A page without changes needs no mark: the subquery is evaluated when the first of them asks for it.
+        let page = |some_run| {
+            format!(
+                "select p.*, case when p.number is not null then (select m.mark from relay.rules_mark($5, $6) m) end as mark \
+                 from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3, {some_run}) p limit $4::bigint + 1"
             )
-            .await?;
-        Ok(Self { client, page })
+        };
+        let (page, settled_page) = (client.prepare(&page(true)).await?, client.prepare(&page(false)).await?);
+        Ok(Self { client, page, settled_page })
     }
 
     /// Whether the connection still stands, as far as is known.
@@ -134,8 +140,9 @@ impl Changelog {
     /// As the connection.
     pub async fn open(&self, position: &Position, most: usize, scope: &RuleScope) -> Result<Page, Error> {
         let most = i64::try_from(most).unwrap_or(i64::MAX - 1);
-        let mut page = self.open_by(&self.page, position, &[&most, &scope.roles, &scope.owned]).await?;
-        page.mark = page.header.try_get("mark")?;
+        let statement = if position.seen.running().is_empty() { &self.settled_page } else { &self.page };
+        let mut page = self.open_by(statement, position, &[&most, &scope.roles, &scope.owned]).await?;
+        page.is_marked = true;
         Ok(page)
     }
 
@@ -156,7 +163,7 @@ impl Changelog {
             until: parse(header.try_get("snapshot")?)?,
             unflushed: header.try_get("unflushed")?,
             mark: None,
-            header,
+            is_marked: false,
             changes,
         })
     }
@@ -187,7 +194,13 @@ impl Page {
     async fn next(&mut self) -> Result<Option<Change>, Error> {
         match self.changes.next().await {
             None => Ok(None),
-            Some(row) => change(&row?).map(Some),
+            Some(row) => {
+                let row = row?;
+                if self.is_marked {
+                    self.mark = row.try_get("mark")?;
+                }
+                change(&row).map(Some)
+            }
         }
     }
 }
@@ -224,28 +237,39 @@ const PAUSES: [Duration; 6] = [Duration::from_micros(500); 6];
 ///
 /// # Errors
 /// As the connection.
-pub async fn flush(pool: &Pool, how: Flush) -> Result<(), Error> {
+pub async fn flush(pool: &Pool) -> Result<(), Error> {
     let lease = Lease::of(pool).await?;
-    let flushed = flush_by(lease.client()?, how).await;
+    let flushed = async {
+        let client = lease.client()?;
+        let flush = client.prepare_cached("select relay.flush()").await?;
+        client.execute(&flush, &[]).await?;
+        Ok(())
+    };
+    let flushed = flushed.await;
     lease.done();
     flushed
 }
 
-async fn flush_by(client: &deadpool_postgres::Client, how: Flush) -> Result<(), Error> {
-    if how == Flush::WithWriters {
-        let now = client.prepare_cached("select pg_current_wal_insert_lsn()::text").await?;
-        let position: String = client.query_one(&now, &[]).await?.get(0);
+/// Waits for others to flush the log up to a place in it; false when they do not for long.
+///
+/// # Errors
+/// As the connection.
+pub async fn is_flushed_by_others(pool: &Pool, through: &str) -> Result<bool, Error> {
+    let lease = Lease::of(pool).await?;
+    let waited = async {
+        let client = lease.client()?;
         let reached = client.prepare_cached("select pg_current_wal_flush_lsn() >= $1::text::pg_lsn").await?;
         for pause in PAUSES {
             sleep(pause).await;
-            if client.query_one(&reached, &[&position]).await?.get(0) {
-                return Ok(());
+            if client.query_one(&reached, &[&through]).await?.get(0) {
+                return Ok(true);
             }
         }
-    }
-    let flush = client.prepare_cached("select relay.flush()").await?;
-    client.execute(&flush, &[]).await?;
-    Ok(())
+        Ok(false)
+    };
+    let waited = waited.await;
+    lease.done();
+    waited
 }
 
 /// An image over this is cut down to its short values. Writers do so themselves where they can tell cheaply; a
