@@ -49,9 +49,10 @@ test-versions: ## test-core on each of VERSIONS="14 15 16 17 18" of PostgreSQL; 
 	  grep -E '^test result|^test .* FAILED$$|^error' target/versions/$$version.log || true; \
 	done; if [ -n "$$failed" ]; then echo "Failed on:$$failed"; exit 1; fi
 
-soak: ## the fault run for MINUTES=10: kills two relays and PostgreSQL under writers and readers
+soak: ## the fault run for MINUTES=10 (kills of two relays and PostgreSQL), and readers who change between 1, 2 and 3 relays
 	@tests/support/setup.sh postgres
-	@RELAY_TEST_MINUTES=$(MINUTES) $(cluster) run target/cluster -- cargo test --test main -- faults --nocapture
+	@RELAY_TEST_MINUTES=$(MINUTES) RELAY_TEST_SECONDS=30 $(cluster) run target/cluster -- \
+	  cargo test --test main -- --test-threads=1 --nocapture faults:: one_cursor::each_change
 
 fuzz: ## random input for the parsers, MINUTES=10 each
 	@tests/support/setup.sh fuzz

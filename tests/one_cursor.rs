@@ -1,5 +1,7 @@
 //! One cursor, any relay: who returns the cursor of the last answer gets each change exactly once, whichever relay gives the
 //! next answer, by whichever transport, and whatever was outstanding when the rows were read.
+//!
+//! `RELAY_TEST_SECONDS=…` makes the first test that long for each of one, two and three relays.
 #![allow(clippy::print_stdout, reason = "the figures are part of what is shown")]
 
 use std::collections::{HashMap, HashSet};
@@ -8,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use relay::model::cursor::Cursor;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
@@ -23,7 +26,7 @@ use crate::support::{PATIENCE, eventually, token};
 
 const ROWS: i64 = 60;
 const WRITERS: u64 = 6;
-const WRITING: Duration = Duration::from_secs(6);
+const SECONDS: u64 = 6;
 const TOPIC: &str = "realtime:once";
 
 fn reader() -> String {
@@ -215,6 +218,17 @@ const SESSION: &str = "&session=5e551011-0000-4000-8000-00000000000c";
 #[tokio::test(flavor = "multi_thread")]
 async fn each_change_comes_once_by_whichever_relay_and_transport() {
     let _alone = CROWD.lock().await;
+    match std::env::var("RELAY_TEST_SECONDS").ok().and_then(|seconds| seconds.parse().ok()) {
+        None => tell_once(2, Duration::from_secs(SECONDS)).await,
+        Some(seconds) => {
+            for relays in 1..=3 {
+                tell_once(relays, Duration::from_secs(seconds)).await;
+            }
+        }
+    }
+}
+
+async fn tell_once(relays: usize, writing: Duration) {
     let database = Database::new().await;
     database
         .run(&format!(
@@ -222,7 +236,7 @@ async fn each_change_comes_once_by_whichever_relay_and_transport() {
              insert into once select g, 0 from generate_series(1, {ROWS}) g; select relay.watch('once')"
         ))
         .await;
-    let relays = [Relay::start(&database.url).await, Relay::start(&database.url).await];
+    let relays = join_all((0..relays).map(|_| Relay::start(&database.url))).await;
     let addresses: Vec<SocketAddr> = relays.iter().map(|relay| relay.address).collect();
     let end = Arc::<End>::default();
     let mut readers = Vec::new();
@@ -248,7 +262,7 @@ async fn each_change_comes_once_by_whichever_relay_and_transport() {
     let writers: Vec<_> = (1..=WRITERS)
         .map(|number| tokio::spawn(write(database.url.clone(), number, Arc::clone(&end))))
         .collect();
-    sleep(WRITING).await;
+    sleep(writing).await;
     end.is_near.store(true, Ordering::Relaxed);
     for writer in writers {
         writer.await.unwrap();
@@ -265,7 +279,8 @@ async fn each_change_comes_once_by_whichever_relay_and_transport() {
     }
     let (seen, again) = timeout(3 * PATIENCE, resuming).await.expect("the session has all").unwrap();
     println!(
-        "{} changes; told to each: {told:?}; a session: {seen}, again {again}",
+        "relays: {}; {} changes; told to each: {told:?}; a session: {seen}, again {again}",
+        relays.len(),
         truth.values().sum::<i64>()
     );
     assert!(told.iter().all(|(_, told, _)| *told > 300), "too little to prove anything: {told:?}");
