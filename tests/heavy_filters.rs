@@ -146,6 +146,32 @@ async fn whose_filters_postgresql_decides_gets_each_change_once_and_in_order_bes
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_faster_than_filters_are_decided_comes_late_and_not_as_a_gap() {
+    let stage = Stage::new(TABLES).await;
+    let by =
+        json!([{"event": "*", "schema": "public", "table": "t", "filter": "n=gt.0.5", "select": ["id"]}]);
+    let mut clients = Vec::new();
+    for name in ["one", "two"] {
+        clients.push(stage.subscribe(&token("authenticated", Some(name), json!({})), by.clone()).await);
+    }
+    // Forty megabytes at once, of which eight may wait in memory.
+    let rows = "insert into t select i, repeat(md5(i::text), 6400), i from generate_series";
+    let inserts: String =
+        (0..40).map(|n| format!("{rows}({}, {}) i; commit;", n * 5 + 1, n * 5 + 5)).collect();
+    stage.run(&inserts).await;
+    for client in &mut clients {
+        for id in 1..=200 {
+            assert_eq!(client.change().await["record"]["id"], id);
+        }
+    }
+    // They are where the others are again.
+    stage.run("insert into t values (201, 'x', 201)").await;
+    for client in &mut clients {
+        assert_eq!(client.change().await["record"]["id"], 201);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_asks_for_more_filters_than_one_may_have_is_refused_and_told_how_many() {
     let stage = Stage::new(TABLES).await;
     let asked = |from: usize, count: usize| (from..from + count).map(|n| format!("n=gt.{n}.5"));

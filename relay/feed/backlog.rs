@@ -1,5 +1,5 @@
-//! The bounded queue of parts in front of a router that may be slow. Adding never waits; an overflow becomes a gap. A router
-//! without channels is not woken for changes: it learns where the feed is when it gets a channel.
+//! The bounded queue of parts in front of a router that may be slow. Adding never waits; what does not fit is left to be read
+//! from the changelog. A router without channels is not woken for changes: it learns where the feed is when it gets a channel.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -31,7 +31,8 @@ struct Waiting {
 }
 
 impl Backlog {
-    /// Adds a part, before which everything up to `here` was added. When too much waits, all of that gives way to a gap.
+    /// Adds a part, before which everything up to `here` was added. When too much waits, all of that gives way to a part that
+    /// says so.
     pub fn add(&self, part: Part, here: Option<&Cursor>) {
         let mut waiting = self.waiting();
         if !waiting.is_heard
@@ -41,13 +42,11 @@ impl Backlog {
         }
         let bytes = LEAST + part.bytes();
         // One part fits always.
-        if waiting.bytes + bytes > MOST_BYTES && !waiting.parts.is_empty() {
-            waiting.parts.clear();
-            waiting.bytes = 0;
-            waiting.add(Part::Gap(String::from(TOO_SLOW)), LEAST);
-            if let Some(here) = here {
-                waiting.add(Part::Quiet(here.clone()), LEAST);
-            }
+        if waiting.bytes + bytes > MOST_BYTES
+            && !waiting.parts.is_empty()
+            && let Some(here) = here
+        {
+            waiting.give_way(here.clone());
         }
         waiting.add(part, bytes);
         drop(waiting);
@@ -93,6 +92,22 @@ impl Waiting {
         Some(part)
     }
 
+    /// What was a gap already stays one; without one, the changelog has what is left out here.
+    fn give_way(&mut self, here: Cursor) {
+        let gap = self.parts.iter().rev().find_map(|(part, _)| match part {
+            Part::Gap(why) => Some(why.clone()),
+            _ => None,
+        });
+        self.parts.clear();
+        self.bytes = 0;
+        if let Some(why) = gap {
+            self.add(Part::Gap(why), LEAST);
+            self.add(Part::Quiet(here), LEAST);
+        } else {
+            self.add(Part::TooMuch(here), LEAST);
+        }
+    }
+
     fn skip_to(&mut self, end: Cursor) {
         match self.parts.back_mut() {
             Some((Part::Skipped(last), _)) => *last = end,
@@ -106,8 +121,6 @@ impl Waiting {
     }
 }
 
-const TOO_SLOW: &str = "changes came faster than these filters can be decided, read the rows again";
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -118,7 +131,7 @@ mod tests {
     use crate::feed::stretch::tests::stretch;
 
     #[tokio::test]
-    async fn what_waits_too_long_gives_way_to_one_gap_and_what_comes_after_it_is_there() {
+    async fn what_waits_too_long_is_left_to_the_changelog_and_what_comes_after_it_is_there() {
         let backlog = Backlog::default();
         assert!(backlog.listen().is_none());
         let here = stretch(1, 100).end();
@@ -129,7 +142,7 @@ mod tests {
         while let Some(part) = backlog.take() {
             told.push(name(&part));
         }
-        assert_eq!(told, ["gap", "here", "14", "15", "16", "17", "18", "19"]);
+        assert_eq!(told, ["too much", "14", "15", "16", "17", "18", "19"]);
     }
 
     #[tokio::test]
@@ -154,6 +167,7 @@ mod tests {
             Part::Gap(_) => String::from("gap"),
             Part::Quiet(_) => String::from("here"),
             Part::Skipped(_) => String::from("skipped"),
+            Part::TooMuch(_) => String::from("too much"),
             Part::Rest { .. } => String::from("rest"),
         }
     }

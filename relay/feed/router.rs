@@ -304,6 +304,18 @@ impl Router {
         self.skip_to(span.end());
     }
 
+    /// All read what there was up to here from the changelog, as fast as it can be decided for them.
+    async fn leave_behind(&mut self, end: Cursor) {
+        if let Some(position) = self.position.clone() {
+            let rules = self.hub.live.rules().cloned().unwrap_or_default();
+            let all = rules.relations().map(|relation| relation.id()).collect();
+            self.begin_replay(&all, &position, None);
+        }
+        self.skip_to(end);
+        // Other rules may have stood in what was left out.
+        self.deliver_when_judged(None).await;
+    }
+
     fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor, only: Option<Arc<[i32]>>) {
         let Some(replayed) = self.hub.begin_replay(relations, at) else { return };
         // They are told changes, so for them the feed goes on.
@@ -351,6 +363,7 @@ impl Router {
                 self.hub.moved(self.position.as_ref());
             }
             Part::Skipped(end) => self.skip_to(end),
+            Part::TooMuch(end) => self.leave_behind(end).await,
             Part::Gap(why) => {
                 self.hub.live.iter().for_each(|(_, audience)| audience.tell_gap(&why, ""));
                 self.recent = Recent::default();

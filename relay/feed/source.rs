@@ -50,6 +50,8 @@ pub enum Part {
     Quiet(Cursor),
     /// What there was up to here was for nobody, because there was nobody.
     Skipped(Cursor),
+    /// What there was up to here is more than can wait for the router: the changelog has it.
+    TooMuch(Cursor),
     /// Changes may be missing here and cannot be had any more; the text says why.
     Gap(String),
 }
@@ -59,7 +61,7 @@ impl Part {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Changes(stretch) => stretch.bytes(),
-            Self::Rest { .. } | Self::Quiet(_) | Self::Skipped(_) | Self::Gap(_) => 0,
+            Self::Rest { .. } | Self::Quiet(_) | Self::Skipped(_) | Self::TooMuch(_) | Self::Gap(_) => 0,
         }
     }
 
