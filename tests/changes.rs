@@ -308,3 +308,26 @@ async fn rows_of_more_bytes_than_may_be_told_at_once_are_refused_with_advice() {
     // More than are asked for at a time, and all of them.
     assert_eq!(told(&ask(&stage, ANN, "&filter=id=gt.30").await).0, (31..=250).collect::<Vec<_>>());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_are_those_whose_changes_are_told_and_not_those_of_tables_that_inherit() {
+    let stage = Stage::new(
+        "create table t (id int primary key); create table child (more text) inherits (t); create table grandchild () inherits (child);
+         insert into t values (1); insert into child values (2, 'x'); insert into grandchild values (3, 'x');
+         create table p (id int primary key) partition by list (id); create table p1 partition of p for values in (1); insert into p values (1);
+         grant select on t, p to authenticated; select relay.watch('t'), relay.watch('p')",
+    )
+    .await;
+    for table in ["t", "p"] {
+        let answer = get(
+            stage.relay.address,
+            &format!(
+                "/realtime/v1/changes?table={table}&apikey={}",
+                token("authenticated", Some(ANN), json!({}))
+            ),
+            "",
+        )
+        .await;
+        assert_eq!(answer.body["rows"], json!([{"id": 1}]), "{table}");
+    }
+}

@@ -178,6 +178,8 @@ fn local(settings: &str) -> String {
 fn query(relation: &Relation, access: &Access, condition: Option<&str>, most: usize) -> String {
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let list = |names: &[String]| names.iter().map(|name| quote(name)).collect::<Vec<_>>().join(", ");
+    // Tables that inherit from it without being its partitions are watched by themselves, if at all.
+    let only = if relation.kind == "r" { "only " } else { "" };
     let (schema, table) = (quote(&relation.schema), quote(&relation.table));
     // Row security is PostgreSQL's own to add; the read policy of a relation that cannot have it is not.
     let policy = access.policy.as_deref().filter(|_| matches!(relation.kind.as_str(), "m" | "f"));
@@ -190,7 +192,7 @@ fn query(relation: &Relation, access: &Access, condition: Option<&str>, most: us
     let seen: Vec<String> = relation.key.iter().filter(|name| access.sees(name)).cloned().collect();
     let order = if seen.is_empty() { String::new() } else { format!(" order by {}", list(&seen)) };
     format!(
-        "select pg_catalog.row_to_json(\"relay row\")::text from (select {} from {schema}.{table}{condition}{order} limit {most}) \
+        "select pg_catalog.row_to_json(\"relay row\")::text from (select {} from {only}{schema}.{table}{condition}{order} limit {most}) \
          as \"relay row\"",
         list(&access.columns)
     )
