@@ -114,6 +114,19 @@ end
 $$;
 comment on function relay.set_functions(regclass, int, int) is 'writes the trigger functions of a watched relation';
 
+-- relay.drop_trigger(trigger, relation) : drops a trigger if it is there
+-- DROP TRIGGER IF EXISTS locks out everybody even where there is none.
+create or replace function relay.drop_trigger(trigger text, relation regclass) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+begin
+  if exists (select from pg_trigger t where t.tgrelid = drop_trigger.relation and t.tgname = trigger::name) then
+    execute format('drop trigger %I on %s', trigger, relation);
+  end if;
+end
+$$;
+comment on function relay.drop_trigger(text, regclass) is 'drops a trigger if it is there';
+
 -- relay.set_triggers(relation, id)
 -- The row triggers are cloned to partitions, present and future; TRUNCATE triggers are not, so each present partition gets
 -- its own. A TRUNCATE of the whole is then logged once per part.
@@ -127,9 +140,9 @@ declare
   part record;
 begin
   -- Of an older version.
-  execute format('drop trigger if exists %I on %s', '00_relay_capture_' || id, relation);
+  perform relay.drop_trigger('00_relay_capture_' || id, relation);
   foreach operation in array relay.operations() loop
-    execute format('drop trigger if exists %I on %s', relay.capture_trigger(id, operation), relation);
+    perform relay.drop_trigger(relay.capture_trigger(id, operation), relation);
     execute format('create trigger %I after %s on %s for each row execute function relay.%I()',
                    relay.capture_trigger(id, operation), operation, relation, relay.capture_function(id, operation));
   end loop;
@@ -140,7 +153,7 @@ begin
       execute format('alter table %s enable always trigger %I', part.name, relay.capture_trigger(id, operation));
     end loop;
     if part.relkind <> 'f' then
-      execute format('drop trigger if exists %I on %s', truncate_trigger, part.name);
+      perform relay.drop_trigger(truncate_trigger, part.name);
       execute format('create trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
                      truncate_trigger, part.name, id);
       execute format('alter table %s enable always trigger %I', part.name, truncate_trigger);
@@ -227,6 +240,31 @@ end
 $$;
 comment on function relay.sweep() is 'removes functions and shapes that belong to nothing any more';
 
+-- relay.lock_for_triggers(relation, mode) : takes the lock without which its triggers cannot be made or dropped
+-- Asked for again and again, for a moment only: a transaction that wrote and stays open makes this call wait, and no writer.
+create or replace function relay.lock_for_triggers(relation regclass, mode text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+declare
+  known constant text := current_setting('lock_timeout');
+begin
+  if (select c.relkind not in ('r', 'p') from pg_class c where c.oid = lock_for_triggers.relation) then
+    return;
+  end if;
+  loop
+    begin
+      perform set_config('lock_timeout', '50ms', true);
+      execute format('lock table %s in %s mode', relation, mode);
+      exit;
+    exception when lock_not_available then
+      perform pg_sleep(0.5);
+    end;
+  end loop;
+  perform set_config('lock_timeout', known, true);
+end
+$$;
+comment on function relay.lock_for_triggers(regclass, text) is 'takes the lock for making or dropping triggers, and keeps no writer waiting';
+
 -- relay.notes(relation) : what somebody who watches a relation may not have meant, and what to do
 create or replace function relay.notes(relation regclass) returns text[]
 language sql stable
@@ -247,7 +285,13 @@ set search_path = pg_catalog, pg_temp as $$
           and has_any_column_privilege(r.oid, c.oid, 'select') and has_schema_privilege(r.oid, c.relnamespace, 'usage')) then
       format('none of anon, authenticated and service_role may read it: grant select on %s to authenticated (and usage on its schema)', $1)
     end,
-    case when c.relpersistence = 'u' then 'it is unlogged, so a crash empties it without an event' end], null)
+    case when c.relpersistence = 'u' then 'it is unlogged, so a crash empties it without an event' end,
+    (select format('trigger %1$I fires before those of the relay, so what it changes in the same row is told in the wrong order: alter trigger %1$I on %2$s rename to ...',
+                   t.tgname, $1)
+     from pg_trigger t
+     where t.tgrelid = c.oid and not t.tgisinternal and t.tgname < '00_relay_capture_'
+       and t.tgtype & 1 = 1 and t.tgtype & 66 = 0
+     order by t.tgname limit 1)], null)
   from pg_class c where c.oid = $1
 $$;
 comment on function relay.notes(regclass) is 'what somebody who watches a relation may not have meant, and what to do';
@@ -301,6 +345,9 @@ begin
   returning w.id into list_id;
   perform relay.renew_shapes();
   if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
+    perform relay.lock_for_triggers(relation,
+      case when exists (select from pg_trigger t where t.tgrelid = watch.relation and t.tgname like '00_relay_%') then 'access exclusive'
+           else 'share row exclusive' end);
     perform relay.set_triggers(relation, list_id);
   end if;
   foreach note in array relay.notes(relation) loop
@@ -325,6 +372,7 @@ begin
     raise notice '% was not watched', relation;
     return;
   end if;
+  perform relay.lock_for_triggers(relation, 'access exclusive');
   for leftover in
     select t.tgname, t.tgrelid::regclass as name
     from pg_trigger t

@@ -295,3 +295,54 @@ async fn rows_that_replication_brings_are_told() {
     session.batch_execute("drop subscription s").await.unwrap();
     relay.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watching_behind_an_open_transaction_keeps_no_writer_waiting() {
+    for call in ["select relay.watch('w')", "select relay.unwatch('t')", "select relay.watch('t')"] {
+        let stage = stage("id int primary key").await;
+        stage.run("create table w (id int primary key)").await;
+        if call == "select relay.watch('t')" {
+            stage.run("drop trigger \"00_relay_capture_2_insert\" on t").await;
+        }
+        let holder = stage.database.connect().await;
+        holder.batch_execute("begin; insert into w values (1); insert into t values (1)").await.unwrap();
+        let caller = stage.database.connect().await;
+        let watching = tokio::spawn(async move { caller.batch_execute(call).await });
+        let waits = "select count(*) from pg_stat_activity where query like 'select relay.%watch(%' and pid <> pg_backend_pid() and state = 'active'
+                     and datname = current_database()";
+        eventually("the call", async || (stage.database.value(waits).await == "1").then_some(())).await;
+        for id in 2..12 {
+            let writer = stage.database.connect().await;
+            writer
+                .batch_execute(&format!(
+                    "set lock_timeout = '1s'; insert into w values ({id}); insert into t values ({id})"
+                ))
+                .await
+                .unwrap_or_else(|error| panic!("{call}: {error:?}"));
+        }
+        assert!(!watching.is_finished(), "{call} did not wait");
+        holder.batch_execute("commit").await.unwrap();
+        watching.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trigger_that_fires_before_those_of_the_relay_is_noted() {
+    let stage = stage("id int primary key").await;
+    stage.run("create function f() returns trigger language plpgsql as $$ begin return null; end $$").await;
+    for (trigger, is_noted) in [
+        ("\"!x\" after update on t for each row", true),
+        ("\"000\" after insert or update on t for each row", true),
+        ("\"00_a\" after delete on t for each row", true),
+        ("\"00_s\" after delete on t for each row", false),
+        ("aaa after update on t for each row", false),
+        ("\"00_b\" before update on t for each row", false),
+        ("\"00_c\" after update on t for each statement", false),
+        ("\"00_d\" after truncate on t for each statement", false),
+    ] {
+        stage.run(&format!("create trigger {trigger} execute function f()")).await;
+        let noted = "select count(*) from unnest(relay.notes('t')) n where n like 'trigger % fires before%'";
+        assert_eq!(stage.database.value(noted).await == "1", is_noted, "{trigger}");
+        stage.run(&format!("drop trigger {} on t", trigger.split(' ').next().unwrap())).await;
+    }
+}
