@@ -301,6 +301,38 @@ fn is_no(truth: Truth) -> bool {
 fn reads(relation: &Relation, access: &Access, column: &str) -> bool {
     let Some(policy) = &access.policy else { return false };
     matches!(relation.kind.as_str(), "m" | "f")
-        || policy.contains(&column.replace('"', "\"\""))
+        || names(policy, &column.replace('"', "\"\""))
         || policy.contains(".*")
+}
+
+/// Whether the name stands somewhere in SQL as PostgreSQL writes it, where a name of other signs than these stands in quotes.
+fn names(sql: &str, name: &str) -> bool {
+    let is_part = |sign: char| sign.is_ascii_alphanumeric() || sign == '_';
+    sql.match_indices(name)
+        .any(|(at, _)| !sql[..at].ends_with(is_part) && !sql[at + name.len()..].starts_with(is_part))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    #[track_caller]
+    fn check(sql: &str, name: &str, expected: bool) {
+        assert_eq!(names(sql, name), expected, "{name} in {sql}");
+    }
+
+    #[test]
+    fn a_name_that_is_part_of_another_is_not_named() {
+        check("true", "e", false);
+        check("(owner = auth.uid())", "owner", true);
+        check("(owner_id = auth.uid())", "owner", false);
+        check("(my_owner = auth.uid())", "owner", false);
+        check("(t.owner = t.owner2)", "owner", true);
+        check("(t.owner2 = t.owner)", "owner", true);
+        check(r#"("Owner" = 'x'::text)"#, "Owner", true);
+        check(r#"("odd ""name" = 'x'::text)"#, r#"odd ""name"#, true);
+        check(r#"("größe" > 1)"#, "größe", true);
+        check("(v = 'a'::text)", "a", true);
+        check("id", "id", true);
+    }
 }
