@@ -294,10 +294,18 @@ $$;
 comment on function relay.capture_body(regclass, int, int, text) is 'text of the trigger function of a watched relation for one operation';
 
 -- relay.capture_truncate() : statement trigger; argument: id in relay.watch_list
+-- A partition keeps it when it is detached, and is then none of what is watched.
+grant select (id, relation) on relay.watch_list to relay_writer;
 create or replace function relay.capture_truncate() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
 begin
+  if not exists (
+    select from relay.watch_list w
+    where w.id = tg_argv[0]::int
+      and (w.relation::oid = tg_relid or exists (select from pg_partition_ancestors(tg_relid) a where a.relid = w.relation))) then
+    return null;
+  end if;
   perform relay.log_change(tg_argv[0]::int, null, 'T', false, null, null);
   if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
     perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);

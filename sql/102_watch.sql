@@ -240,6 +240,179 @@ end
 $$;
 comment on function relay.sweep() is 'removes functions and shapes that belong to nothing any more';
 
+-- relay.relations_now(wanted) : watched relations as they are: name, triggers that do not capture, partitions; one or all
+-- An entry of `mute` says of which table which operation is not captured in every session, and how its trigger is enabled.
+create or replace function relay.relations_now(wanted int default null)
+returns table (id int, schema text, name text, mute text[], parts oid[])
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  select w.id, n.nspname::text, c.relname::text,
+    array(select concat_ws(' ', p.oid, o, coalesce(t.tgenabled, '-'))
+          from unnest(part.oids) p (oid) cross join unnest(relay.operations() || 'TRUNCATE'::text) o
+          left join pg_trigger t on t.tgrelid = p.oid and t.tgname = case o
+            when 'TRUNCATE' then '00_relay_truncate_' || w.id else relay.capture_trigger(w.id, o) end::name
+          where c.relkind <> 'm' and t.tgenabled is distinct from 'A'
+            and not (o = 'TRUNCATE' and (select f.relkind = 'f' from pg_class f where f.oid = p.oid))
+          order by 1),
+    array(select p from unnest(part.oids) p where p <> c.oid order by p)
+  from relay.watch_list w
+  join pg_class c on c.oid = w.relation
+  join pg_namespace n on n.oid = c.relnamespace
+  cross join lateral (
+    select case when c.relkind = 'p' then array(select p from relay.parts(c.oid) p) else array[c.oid] end as oids) part
+  where $1 is null or w.id = $1
+$$;
+comment on function relay.relations_now(int) is 'names, triggers and partitions of watched relations as they are';
+
+-- relay.log_gap(id, why, schema) : changes of a watched relation may be missing here
+-- why: `unheard`, its triggers were no longer, or are again, what captures every change; `parts`, rows came or went with a
+-- partition; `gone`, it is not watched in this schema any more; `doubt`, what became of it is not known.
+create or replace function relay.log_gap(id int, why text, schema text default null) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+begin
+  perform relay.log_change(id, null, 'G', false, null, json_strip_nulls(json_build_object('why', why, 'left', schema)));
+  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+    perform relay.ring('schema', why);
+  end if;
+end
+$$;
+comment on function relay.log_gap(int, text, text) is 'logs that changes of a watched relation may be missing here';
+
+-- relay.log_new_name() : from here on a relation is watched under another name, or at all
+create or replace function relay.log_new_name() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+begin
+  perform relay.log_change(0, null, 'S', false, null, null);
+  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+    perform relay.ring('schema', 'watch');
+  end if;
+end
+$$;
+comment on function relay.log_new_name() is 'logs that the names of watched relations are others';
+
+-- relay.mend_triggers(id) : makes triggers fire always that only fire in some sessions, and truncate triggers of new partitions
+-- ENABLE TRIGGER ALL makes them fire in sessions of origin alone. One that is disabled, or missing where PostgreSQL would have
+-- made it, was meant to be so.
+create or replace function relay.mend_triggers(id int) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set client_min_messages = warning as $$
+declare
+  truncate_trigger constant text := '00_relay_truncate_' || id;
+  part record;
+begin
+  for part in
+    select m.oid::regclass as name, m.oid = w.relation as is_whole,
+           (select string_agg(format('enable always trigger %I', t.tgname), ', ') from pg_trigger t
+            where t.tgrelid = m.oid and t.tgenabled in ('O', 'R')
+              and t.tgname = any (array(select relay.capture_trigger(w.id, o) from unnest(relay.operations()) o)::name[] || truncate_trigger::name)
+           ) as actions,
+           not exists (select from pg_trigger t where t.tgrelid = m.oid and t.tgname = truncate_trigger::name) as lacks_truncate
+    from relay.watch_list w
+    cross join lateral (select distinct split_part(e, ' ', 1)::oid as oid from relay.relations_now(w.id) n, unnest(n.mute) e) m
+    where w.id = mend_triggers.id
+  loop
+    if part.actions is not null then
+      execute format('alter table %s %s', part.name, part.actions);
+    end if;
+    if part.lacks_truncate and not part.is_whole then
+      execute format('create trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
+                     truncate_trigger, part.name, id);
+      execute format('alter table %s enable always trigger %I', part.name, truncate_trigger);
+    end if;
+  end loop;
+end
+$$;
+comment on function relay.mend_triggers(int) is 'makes capturing triggers fire always, and those of new partitions';
+
+-- relay.note_relation(id) : records what a watched relation is now, and logs a gap where changes may be missing because of it
+-- Waits for no other transaction: what another one is about to record is a gap, and is looked at again by the next call.
+create or replace function relay.note_relation(id int) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+declare
+  was relay.known_relations;
+  now record;
+  tables text[];
+begin
+  if not pg_try_advisory_xact_lock(1919249012, id) then
+    perform relay.log_gap(id, 'doubt');
+    return;
+  end if;
+  -- While there is no row, the statements that mend are none of its history.
+  delete from relay.known_relations k where k.id = note_relation.id returning k.* into was;
+  select * into now from relay.relations_now(id);
+  if was.id is null then
+    return;
+  end if;
+  if now.schema is distinct from was.schema then
+    perform relay.log_gap(id, 'gone', was.schema);
+  end if;
+  if now.id is null then
+    return;
+  end if;
+  -- Nothing was captured yet of a partition that has just come, and nothing is to be of one that went.
+  tables := array(select p::text from unnest(was.parts) p where p = any (now.parts))
+    || (select w.relation::oid::text from relay.watch_list w where w.id = was.id);
+  if exists (select from unnest(now.mute || was.mute) m
+             where not (m = any (now.mute) and m = any (was.mute)) and split_part(m, ' ', 1) = any (tables)) then
+    perform relay.log_gap(id, 'unheard');
+  end if;
+  if exists (select from unnest(now.parts || was.parts) p
+             where not (p = any (now.parts) and p = any (was.parts)) and relay.may_have_rows(p)) then
+    perform relay.log_gap(id, 'parts');
+  end if;
+  if (now.schema, now.name) <> (was.schema, was.name) then
+    was.named_by := pg_current_xact_id();
+    was.named_at := nextval('relay.change_number');
+    perform relay.log_new_name();
+  end if;
+  begin
+    perform relay.mend_triggers(id);
+  exception when others then
+    raise notice 'the triggers of % could not be mended: %', format('%I.%I', now.schema, now.name), sqlerrm
+      using hint = format('As its owner: select relay.watch(%L)', format('%I.%I', now.schema, now.name));
+  end;
+  insert into relay.known_relations (id, schema, name, named_by, named_at, mute, parts)
+  select n.id, n.schema, n.name, was.named_by, was.named_at, n.mute, n.parts from relay.relations_now(id) n;
+end
+$$;
+comment on function relay.note_relation(int) is 'records what a watched relation is now, and logs gaps';
+
+-- relay.may_have_rows(table) : false only if it surely holds no row of its own
+-- By the size of its file: no snapshot hides rows from that, and nobody needs a right for it.
+create or replace function relay.may_have_rows(relation oid) returns boolean
+language sql volatile as $$
+  select coalesce((select case when c.relkind = 'p' then false else c.relkind = 'f' or pg_catalog.pg_relation_size(c.oid) > 0 end
+                   from pg_catalog.pg_class c where c.oid = $1), true)
+$$;
+comment on function relay.may_have_rows(oid) is 'whether a table may hold rows';
+
+-- relay.note_relations() : notes what became of all watched relations since it looked last
+-- Never fails: where that cannot be told, all of them are told a gap.
+create or replace function relay.note_relations() returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '50ms' as $$
+declare
+  one int;
+begin
+  for one in
+    select k.id from relay.known_relations k left join relay.relations_now() n on n.id = k.id
+    where (n.schema, n.name, n.mute, n.parts) is distinct from (k.schema, k.name, k.mute, k.parts)
+    order by k.id
+  loop
+    perform relay.note_relation(one);
+  end loop;
+exception when others then
+  raise notice 'what became of watched relations could not be told: %', sqlerrm;
+  perform relay.log_gap(w.id, 'doubt') from relay.watch_list w;
+end
+$$;
+comment on function relay.note_relations() is 'notes what became of watched relations since it looked last';
+
 -- relay.lock_for_triggers(relation, mode) : takes the lock without which its triggers cannot be made or dropped
 -- Asked for again and again, for a moment only: a transaction that wrote and stays open makes this call wait, and no writer.
 create or replace function relay.lock_for_triggers(relation regclass, mode text) returns void
@@ -305,6 +478,7 @@ set search_path = pg_catalog, pg_temp as $$
 declare
   found_relation record;
   list_id int;
+  known relay.known_relations;
   note text;
 begin
   select c.oid, c.relkind, c.relpersistence, n.nspname into found_relation
@@ -343,12 +517,29 @@ begin
   insert into relay.watch_list as w (relation, leave_events) values (watch.relation, watch.leave_events)
   on conflict on constraint watch_list_relation_key do update set leave_events = excluded.leave_events
   returning w.id into list_id;
+  if exists (select from relay.known_relations k where k.id = list_id) then
+    perform relay.note_relation(list_id);
+  end if;
   perform relay.renew_shapes();
   if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
     perform relay.lock_for_triggers(relation,
       case when exists (select from pg_trigger t where t.tgrelid = watch.relation and t.tgname like '00_relay_%') then 'access exclusive'
            else 'share row exclusive' end);
+    -- What the statements below do to the triggers is none of its history.
+    delete from relay.known_relations k where k.id = list_id returning k.* into known;
     perform relay.set_triggers(relation, list_id);
+  else
+    select k.* into known from relay.known_relations k where k.id = list_id;
+  end if;
+  insert into relay.known_relations (id, schema, name, named_by, named_at, mute, parts)
+  select n.id, n.schema, n.name, coalesce(known.named_by, pg_current_xact_id()),
+         coalesce(known.named_at, nextval('relay.change_number')), n.mute, n.parts
+  from relay.relations_now(list_id) n
+  on conflict (id) do nothing;
+  if known.id is null then
+    perform relay.log_new_name();
+  elsif known.mute <> (select k.mute from relay.known_relations k where k.id = list_id) then
+    perform relay.log_gap(list_id, 'unheard');
   end if;
   foreach note in array relay.notes(relation) loop
     raise notice '%: %', relation, note;
@@ -365,6 +556,7 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
   list_id int;
+  known_schema text;
   leftover record;
 begin
   delete from relay.watch_list w where w.relation = unwatch.relation returning w.id into list_id;
@@ -373,6 +565,11 @@ begin
     return;
   end if;
   perform relay.lock_for_triggers(relation, 'access exclusive');
+  -- The name that it had when it was looked at last is that under which it was followed.
+  delete from relay.known_relations k where k.id = list_id returning k.schema into known_schema;
+  if known_schema is not null then
+    perform relay.log_gap(list_id, 'gone', known_schema);
+  end if;
   for leftover in
     select t.tgname, t.tgrelid::regclass as name
     from pg_trigger t
@@ -388,11 +585,12 @@ end
 $$;
 comment on function relay.unwatch(regclass) is 'takes back relay.watch and leaves no trace on the table';
 
--- relay.repair() : number of relations whose shape or functions were renewed
+-- relay.repair() : number of relations whose shape or functions were renewed; also notes what became of all
 -- For the relay to call when the catalog has changed. Where the event trigger is, there is nothing to do as a rule.
 create or replace function relay.repair() returns int
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
+  select relay.note_relations();
   select relay.renew_shapes()
 $$;
 comment on function relay.repair() is 'renews shapes and functions that do not fit their relations; returns how many';

@@ -392,6 +392,8 @@ set jit = off as $$
     'oid', c.oid::bigint,
     'schema', n.nspname,
     'table', c.relname,
+    'named', (
+      select pg_catalog.jsonb_build_object('xid', k.named_by::text, 'number', k.named_at) from relay.known_relations k where k.id = w.id),
     'kind', c.relkind,
     'leave_events', w.leave_events,
     'full', c.relreplident = 'f',
@@ -443,6 +445,9 @@ begin
     roles::text,
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', w.id, w.relation::oid, w.leave_events, relay.capture_mode(w.relation, w.id)), ';' order by w.id)
      from relay.watch_list w),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', n.id, n.mute::text, n.parts::text), ';' order by n.id)
+     from relay.relations_now() n),
+    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', k.id, k.named_by, k.named_at), ';' order by k.id) from relay.known_relations k),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.relation::oid, p.policy), ';' order by p.relation::oid)
      from relay.read_policies p),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', c.oid, c.relname, c.relkind, c.relowner, c.relreplident,

@@ -152,6 +152,11 @@ begin
     insert into relay.shape_doubts (relation) values (0);
     raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
   end;
+  begin
+    perform relay.note_relations();
+  exception when others then
+    raise notice 'what became of watched relations could not be told: %', sqlerrm;
+  end;
   if tg_tag not in ('CREATE TABLE', 'CREATE TABLE AS', 'CREATE TYPE', 'CREATE SEQUENCE', 'CREATE TRIGGER') then
     begin
       -- A drop is compared in any case; what these do may be what the rules already are in an older snapshot.
@@ -181,3 +186,8 @@ begin
 end
 $$;
 revoke all on function relay.log_schema_change() from public;
+
+-- What an older version watched is known from now on.
+insert into relay.known_relations (id, schema, name, mute, parts)
+select n.id, n.schema, n.name, n.mute, n.parts from relay.relations_now() n
+on conflict (id) do nothing;

@@ -7,6 +7,8 @@ grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_write
 grant usage on sequence relay.change_number to relay_writer;
 grant select (relation, shape) on relay.shapes to relay_writer;
 grant insert on relay.widenings, relay.shape_doubts to relay_writer;
+grant select (id, named_by, named_at) on relay.known_relations to relay_reader;
+grant execute on function relay.note_relations() to relay_writer;
 grant execute on function relay.note_rules(boolean) to relay_writer, relay_reader;
 grant select on relay.widenings, relay.shape_doubts to relay_reader;
 grant execute on function relay.log_change(int, int, "char", boolean, json, json, oid, xid8), relay.ring(text, text), relay.key(regclass),
@@ -26,7 +28,7 @@ grant execute on function relay.epoch(), relay.cursor(), relay.page(pg_snapshot,
   relay.summarize(), relay.flush(),
   relay.key(regclass), relay.notes(regclass), relay.parts(regclass), relay.triggers_intact(regclass, int, boolean),
   relay.functions_intact(regclass, int), relay.operations(), relay.capture_function(int, text), relay.capture_trigger(int, text),
-  relay.capture_body(regclass, int, int, text), relay.image_needs(regclass), relay.shape(int), relay.columns_of(regclass),
+  relay.capture_body(regclass, int, int, text), relay.image_needs(regclass), relay.shape(int), relay.columns_of(regclass), relay.relations_now(int),
   relay.type_definition(oid), relay.is_loose(jsonb),
   relay.judge_statement(regclass, text), relay.operator_for(oid, text), relay.filter_condition(regclass, text, text, text[]),
   relay.policy_for(regclass, oid), relay.policies_for(regclass, oid), relay.is_secured(regclass, oid),

@@ -12,5 +12,7 @@ begin
   -- Nor may what was kept there be asked of here.
   update relay.history set horizon = pg_catalog.pg_current_snapshot()
   where pg_catalog.pg_snapshot_xmax(horizon) > pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot());
+  update relay.known_relations set named_by = default, named_at = default
+  where named_by >= pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot());
 end
 $$;

@@ -45,6 +45,7 @@ mod limits;
 mod limits_speech;
 mod machine;
 mod memory;
+mod migrations;
 mod one_cursor;
 mod order;
 mod overlaps;

@@ -203,6 +203,12 @@ impl Audience {
             desk.frames.extend(self.gap(&why, written.cursor(base)));
             return;
         }
+        if let Some(loss) = change.loss() {
+            if let Some(why) = loss.text() {
+                self.lose(relation, why, written.cursor(base), desk);
+            }
+            return;
+        }
         if desk.budget.is_none() {
             desk.budget = self.members.budget();
         }
@@ -311,6 +317,9 @@ const WIDENED: &str = "a policy or grant was widened after this change was writt
 
 /// What is told to whoever subscribed to a table that is another now.
 pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";
+
+/// What is told to who comes back to a table that was watched, or got its name, after they went.
+pub const ANOTHER: &str = "a table was not watched under this name all the time since, read its rows again";
 
 /// What is told to whoever goes on with a new token after something came for which the last one was too old.
 pub const BETWEEN: &str =

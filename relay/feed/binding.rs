@@ -140,6 +140,21 @@ impl Feed {
         self.lanes.settled().await;
     }
 
+    /// Where the feed is, as soon as it has come to where the tables of the subscription have their names; none when that
+    /// takes too long.
+    pub async fn beginning(&self, subscription: &Subscription) -> Option<Cursor> {
+        let tries = async {
+            loop {
+                let here = self.position_soon().await?;
+                if !subscription.is_younger_than(&here) {
+                    return Some(here);
+                }
+                sleep(Duration::from_millis(50)).await;
+            }
+        };
+        timeout(PATIENCE, tries).await.ok().flatten()
+    }
+
     /// Where the feed is, as soon as the changelog is read; none when that takes too long.
     pub async fn position_soon(&self) -> Option<Cursor> {
         let tries = async {
@@ -188,7 +203,7 @@ impl Feed {
         let catalog = timeout(PATIENCE, self.binder.catalog.with_role(claims.role())).await;
         let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
         let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
-            Scope::Relation(id, oid, _) => {
+            Scope::Relation(id, oid, ..) => {
                 Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))
             }
             Scope::Schema(_) | Scope::All => None,

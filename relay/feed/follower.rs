@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 
-use crate::feed::audience::{ALTERED, Audience, AudienceKey, Registration};
+use crate::feed::audience::{ALTERED, ANOTHER, Audience, AudienceKey, Registration};
 use crate::feed::binding::Feed;
 use crate::feed::command::{Command, Handover};
 use crate::feed::gate::Gate;
 use crate::feed::outbox::Outbox;
 use crate::feed::past::{Listeners, Missed};
 use crate::feed::stretch::{Stretch, now, tell_one};
+use crate::model::change::Change;
 use crate::model::cursor::Cursor;
 use crate::model::dress::Dress;
 use crate::model::relation::Catalog;
@@ -72,6 +73,9 @@ impl Follower {
     /// When what was missed cannot be had.
     pub async fn go_on(&mut self) -> Result<Progress, Missed> {
         let (mut pause, mut looked, started) = (Duration::from_millis(50), false, Instant::now());
+        if self.subscription.is_younger_than(&self.since()) {
+            return Err(Missed::Gap(ANOTHER));
+        }
         loop {
             match self.ask().await {
                 Some(Handover::Live) => return Ok(Progress::Live),
@@ -194,7 +198,11 @@ struct Alone<'a> {
 
 impl Listeners for Alone<'_> {
     async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
-        if self.audience.subscription().is_stale(catalog) {
+        let is_new = |change: &&Change| !self.since.borrow().has(change.xid, change.number);
+        let subscription = self.audience.subscription();
+        if subscription.is_stale(catalog)
+            || stretch.changes.iter().filter(is_new).any(|change| subscription.has_lost(change, catalog))
+        {
             return Err(Missed::Gap(ALTERED));
         }
         // To be closed for it would end nothing: it would come back for the same.

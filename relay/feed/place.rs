@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::model::change::{Change, Reading, RelationId};
+use crate::model::change::{Change, Operation, Reading, RelationId};
 use crate::model::image::Image;
 use crate::model::relation::{Catalog, Relation};
 
@@ -64,7 +64,7 @@ pub fn places<'a>(
 
 fn place<'a>(relation: &'a Arc<Relation>, change: &'a Change, all: &mut Vec<&'a str>) -> Option<Place<'a>> {
     let texts = [change.before.as_deref(), change.after.as_deref()];
-    if texts == [None, None] {
+    if texts == [None, None] || change.operation == Operation::Gap {
         return None;
     }
     let mut layout = Layout::Same;

@@ -244,6 +244,11 @@ impl Router {
         if !matches!(handover, Handover::Live) {
             return handover;
         }
+        // Before it has come to where a table got the name that was asked for, it knows none of that name, or another.
+        if self.position.as_ref().is_some_and(|position| registration.subscription.is_younger_than(position))
+        {
+            return Handover::NotYet;
+        }
         if self.hub.live.is_stale(&registration.subscription) {
             return Handover::Gap(ALTERED);
         }
@@ -427,7 +432,7 @@ impl Router {
     ) -> Result<Arc<Catalog>, Error> {
         let mut catalog = self.catalog.fresh(mark).await?;
         let is_news = |change: &Change| match change.operation {
-            Operation::Schema => true,
+            Operation::Schema | Operation::Gap => true,
             _ => catalog.relation(change.relation).is_none_or(|relation| !shape::knows(relation, change)),
         };
         if more || self.is_news || changes.iter().any(is_news) {

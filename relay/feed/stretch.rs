@@ -33,9 +33,9 @@ impl Stretch {
         Some(self.span.after(self.changes.last()?.number, !self.more))
     }
 
-    /// Whether a change of the schema stands in it.
+    /// Whether a change of the schema, or of what is watched, stands in it.
     pub fn is_news(&self) -> bool {
-        self.changes.iter().any(|change| change.operation == Operation::Schema)
+        self.changes.iter().any(|change| matches!(change.operation, Operation::Schema | Operation::Gap))
     }
 
     /// How many bytes its images have, about.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use time::OffsetDateTime;
@@ -25,6 +26,28 @@ pub enum Operation {
     Truncate,
     /// Not of rows: from here on the schema, or who may see what, is another.
     Schema,
+    /// Changes of the relation may be missing here; `after` says why, see [`Change::loss`].
+    Gap,
+}
+
+/// Why changes of a relation may be missing.
+#[derive(Debug, Deserialize)]
+pub struct Loss {
+    why: String,
+    /// The schema in which the relation is not watched any more.
+    pub left: Option<String>,
+}
+
+impl Loss {
+    /// What its subscribers are told; none when it only concerns those who followed the schema that it left.
+    pub fn text(&self) -> Option<&'static str> {
+        match &*self.why {
+            "gone" => None,
+            "unheard" => Some("its triggers did not capture every change"),
+            "parts" => Some("rows came or went with a partition"),
+            _ => Some("what became of it could not be told"),
+        }
+    }
 }
 
 impl Operation {
@@ -36,6 +59,7 @@ impl Operation {
             "D" => Some(Self::Delete),
             "T" => Some(Self::Truncate),
             "S" => Some(Self::Schema),
+            "G" => Some(Self::Gap),
             _ => None,
         }
     }
@@ -48,6 +72,7 @@ impl Operation {
             Self::Delete => "DELETE",
             Self::Truncate => "TRUNCATE",
             Self::Schema => "SCHEMA",
+            Self::Gap => "GAP",
         }
     }
 }
@@ -97,6 +122,13 @@ impl Change {
     /// How many bytes its images have.
     pub fn bytes(&self) -> usize {
         [&self.before, &self.after].into_iter().flatten().map(String::len).sum()
+    }
+
+    /// Why changes may be missing here; none when this is a change.
+    pub fn loss(&self) -> Option<Loss> {
+        let unknown = Loss { why: String::new(), left: None };
+        let said = |text: &String| serde_json::from_str(text).ok();
+        (self.operation == Operation::Gap).then(|| self.after.as_ref().and_then(said).unwrap_or(unknown))
     }
 
     /// The time as clients expect it: UTC, milliseconds, `Z`.
@@ -219,7 +251,7 @@ pub fn quoted(text: &str) -> String {
 
 struct Name<'a>(Cow<'a, str>);
 
-impl<'de: 'a, 'a> serde::Deserialize<'de> for Name<'a> {
+impl<'de: 'a, 'a> Deserialize<'de> for Name<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Text;
         impl<'de> Visitor<'de> for Text {

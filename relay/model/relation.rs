@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::model::change::{Change, RelationId, Spelling};
 use crate::model::compile::compile;
-use crate::model::cursor::Snapshot;
+use crate::model::cursor::{Cursor, Snapshot};
 use crate::model::datum::Kind;
 use crate::model::pattern::Folding;
 use crate::model::plan::{Obstacle, Plan};
@@ -107,6 +107,9 @@ pub struct Relation {
     pub schema: String,
     /// Its name.
     pub table: String,
+    /// Since when it is watched under this name.
+    #[serde(default)]
+    pub named: Option<Naming>,
     /// Its kind in `pg_class`: `r`, `p`, `m`, `f`.
     pub kind: String,
     /// Rows that leave a subscriber's sight are reported to it.
@@ -126,6 +129,26 @@ pub struct Relation {
     recorded: Vec<Recorded>,
     #[serde(skip)]
     shapes: Shapes,
+}
+
+/// When a relation was watched first, or got its name: the transaction, and its place in the changelog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+pub struct Naming {
+    #[serde(deserialize_with = "transaction")]
+    xid: u64,
+    number: i64,
+}
+
+impl Naming {
+    /// Whether somebody here stands before it.
+    pub fn is_after(&self, cursor: &Cursor) -> bool {
+        !cursor.has(self.xid, self.number)
+    }
+}
+
+/// Written as a text, for JSON has no numbers of that size.
+fn transaction<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
 /// A column of a relation.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Deserializer};
 
-use crate::model::change::{Change, Reading, Row, quoted};
+use crate::model::change::{Change, Operation, Reading, Row, quoted};
 use crate::model::cursor::Snapshot;
 use crate::model::relation::{Catalog, Relation};
 use crate::model::utc::in_utc;
@@ -129,7 +129,7 @@ impl Shapes {
 
     /// The change as it is to be read today.
     fn read<'a>(&self, change: &'a Change) -> Cow<'a, Change> {
-        if change.before.is_none() && change.after.is_none() {
+        if change.operation == Operation::Gap || change.before.is_none() && change.after.is_none() {
             return Cow::Borrowed(change);
         }
         let lens = change.shape.and_then(|shape| self.lenses.get(&shape)).unwrap_or(&Lens::Unreadable);

@@ -8,10 +8,11 @@ use serde_json::{Map, Value};
 
 use crate::model::anchor::Anchors;
 use crate::model::bound_filter::BoundFilter;
-use crate::model::change::{Operation, RelationId};
+use crate::model::change::{Change, Operation, RelationId};
+use crate::model::cursor::Cursor;
 use crate::model::policy::Identity;
 use crate::model::refusal::{CAUSE, EXCEPTION, FILTER, Refusal, UNREADABLE};
-use crate::model::relation::{Catalog, Relation};
+use crate::model::relation::{Catalog, Naming, Relation};
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
 #[derive(Debug, Clone, PartialEq)]
@@ -182,7 +183,7 @@ const VALUES_OF_FRAME: usize = 10;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
     /// One relation: the number under which it is watched, its own, and schema and table as they were asked for.
-    Relation(RelationId, u32, Arc<(String, String)>),
+    Relation(RelationId, u32, Arc<(String, String)>, Option<Naming>),
     /// Every watched relation of a schema, also those to come.
     Schema(String),
     /// Every watched relation, also those to come.
@@ -193,7 +194,7 @@ impl Scope {
     /// Whether it holds the relation, by the name that the relation has now.
     fn has(&self, relation: &Relation) -> bool {
         match self {
-            Self::Relation(id, oid, name) => {
+            Self::Relation(id, oid, name, _) => {
                 (*id, *oid, &name.0, &name.1)
                     == (relation.id(), relation.oid, &relation.schema, &relation.table)
             }
@@ -232,7 +233,7 @@ impl Subscription {
                 Target::Table { .. } => {
                     let relation = readable(&identity, catalog, request)?;
                     let name = Arc::new((relation.schema.clone(), relation.table.clone()));
-                    Scope::Relation(relation.id(), relation.oid, name)
+                    Scope::Relation(relation.id(), relation.oid, name, relation.named)
                 }
             };
             // A column that is named again is no news, and would be looked at again for each change.
@@ -290,6 +291,26 @@ impl Subscription {
             },
             Scope::Schema(_) | Scope::All => false,
         })
+    }
+
+    /// Whether a relation that it names is watched under this name only since a later moment than this.
+    pub fn is_younger_than(&self, cursor: &Cursor) -> bool {
+        self.bindings.iter().any(
+            |binding| matches!(&binding.scope, Scope::Relation(.., Some(named)) if named.is_after(cursor)),
+        )
+    }
+
+    /// Whether the change says that a relation left the schema that it follows, so that earlier changes of that cannot be told.
+    pub fn has_lost(&self, change: &Change, now: &Catalog) -> bool {
+        let Some(left) = change.loss().and_then(|loss| loss.left) else { return false };
+        let is_followed =
+            now.relation(change.relation).is_some_and(|relation| self.concerning(relation).next().is_some());
+        !is_followed
+            && self.bindings.iter().any(|binding| match &binding.scope {
+                Scope::Relation(..) => false,
+                Scope::Schema(schema) => *schema == left,
+                Scope::All => true,
+            })
     }
 
     /// Whether a relation that it had `before` is not watched any more, or is in a schema that it does not follow.
@@ -504,7 +525,7 @@ mod tests {
     fn subscriptions_are_the_same_only_if_they_mean_the_same_whatever_their_ids() {
         let subscription = |filter: Option<&str>, events| {
             let filter = filter.map(|filter| Arc::new(bound(filter, &one_column("int8", Some("int8")))));
-            let scope = Scope::Relation(RelationId(7), 0, Arc::default());
+            let scope = Scope::Relation(RelationId(7), 0, Arc::default(), None);
             let bindings = Arc::new([Binding { id: 1, events, scope, filter, select: None }]);
             Subscription { identity: identity("authenticated"), bindings }
         };

@@ -20,6 +20,7 @@ const FILES: &[(&str, &str)] = &[
     ("006_indexes.sql", include_str!("../../sql/006_indexes.sql")),
     ("007_shapes.sql", include_str!("../../sql/007_shapes.sql")),
     ("008_widenings.sql", include_str!("../../sql/008_widenings.sql")),
+    ("009_known_relations.sql", include_str!("../../sql/009_known_relations.sql")),
     ("100_shapes.sql", include_str!("../../sql/100_shapes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),
     ("102_watch.sql", include_str!("../../sql/102_watch.sql")),

@@ -221,7 +221,7 @@ async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
 fn why_unread(subscription: &Subscription, code: Option<&str>) -> String {
     let binding = subscription.bindings().first();
     match (binding.map(|binding| (&binding.scope, &binding.filter)), code) {
-        (Some((Scope::Relation(_, _, name), None)), Some(code)) if !matches!(code, "42501" | "57014") => {
+        (Some((Scope::Relation(_, _, name, _), None)), Some(code)) if !matches!(code, "42501" | "57014") => {
             raising_somewhere(&name.0, &name.1)
         }
         _ => String::from("the rows may not be read"),
@@ -362,7 +362,7 @@ async fn follow(app: Arc<App>, call: Call, watched: Watched, closed: Cancellatio
     let Call { subscription, since, channel, outbox, .. } = call;
     let since = match since {
         Some(since) => since,
-        None => match app.feed.position_soon().await {
+        None => match app.feed.beginning(&subscription).await {
             Some(since) => since,
             None => return unavailable(),
         },

@@ -350,7 +350,11 @@ impl Driver {
                     let bind = async move {
                         let subscription = feed.bind(channel, identity, &requests).await?;
                         let opened = match opening {
-                            Some(opening) => opening.await?,
+                            Some(opening) => {
+                                // A bookmark of before its table was watched would be a gap.
+                                feed.beginning(&subscription).await.ok_or(BindError::Unavailable)?;
+                                opening.await?
+                            }
                             None => None,
                         };
                         Ok(Bound { subscription, opened })
