@@ -303,6 +303,38 @@ language sql stable rows 1 as $$
 $$;
 comment on function relay.rules_mark(oid[], oid[]) is 'sign of what decides who may see a row and fires no event trigger';
 
+-- relay.role_versions(roles) : the transactions since which each of the roles is what it is
+-- Those that made the roles that it is a member of its own, directly or through others, and those that altered one of them
+-- last, as far as the installer may read that. Changes of a transaction that began before one of these may be such as the role
+-- did not see. Those of a part of a transaction have a number of their own.
+create or replace function relay.role_versions(roles text[]) returns table (role text, xid bigint)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+  now constant bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+  versions jsonb := '[]';
+begin
+  if has_table_privilege('pg_catalog.pg_authid', 'select') then
+    select jsonb_agg(jsonb_build_object('oid', a.oid::bigint, 'xmin', a.xmin::text::bigint)) into versions from pg_authid a;
+  end if;
+  return query
+  with recursive reachable (name, oid) as (
+    select r.rolname::text, r.oid from pg_roles r where r.rolname = any (role_versions.roles)
+    union
+    select e.name, m.roleid from pg_auth_members m join reachable e on m.member = e.oid
+  ), versions_of (name, xmin) as (
+    select e.name, m.xmin::text::bigint from pg_auth_members m join reachable e on m.member = e.oid
+    union
+    select e.name, v.xmin from reachable e join jsonb_to_recordset(versions) v (oid bigint, xmin bigint) on v.oid = e.oid::bigint
+    union
+    select e.name, d.xmin::text::bigint from reachable e join pg_database d on d.datdba = e.oid where d.datname = current_database()
+  )
+  -- Of these numbers only the lower half is kept; none is of the future.
+  select v.name, v.xmin + ((now - v.xmin) >> 32 << 32) from versions_of v where v.xmin > 2;
+end
+$$;
+comment on function relay.role_versions(text[]) is 'the transactions since which roles are what they are';
+
 -- relay.known_kind(type, collation) : the kind of values, or of an array's elements, that the relay compares as PostgreSQL does
 -- null for all others, and for texts whose collation finds different texts equal.
 create or replace function relay.known_kind(type oid, collation oid) returns text

@@ -40,6 +40,21 @@ const WIDENINGS: &[(&str, &str)] = &[
         "set session_replication_role = replica; alter policy p on t using (true); reset session_replication_role",
         "grant select on t to R; create policy p on t using (false)",
     ),
+    ("grant G to R", "grant select on t to R; create policy p on t to G using (true)"),
+    ("grant G to R", "grant select on t to G; create policy p on t using (true)"),
+    (
+        "grant G to R_more",
+        "grant select on t to R; create policy p on t to G using (true); create role R_more; grant R_more to R",
+    ),
+    ("alter role R bypassrls", "grant select on t to R"),
+    (
+        "alter role R inherit",
+        "grant select on t to R; create policy p on t to G using (true); grant G to R; alter role R noinherit",
+    ),
+    (
+        "alter database $DB owner to R",
+        "grant select on t to R; create policy p on t to pg_database_owner using (true)",
+    ),
 ];
 
 /// What widens nothing for anybody.
@@ -151,6 +166,42 @@ async fn what_is_older_than_a_widening_is_a_gap_for_who_stood_before_it_and_for_
         assert_eq!(got, (BTreeSet::from([1, 2]), false), "in one: {widening}");
         let late = poll(&stage, &before).await;
         assert_eq!((late.0, late.1), (200, BTreeSet::from([1, 2])), "in one: {widening}");
+    }
+}
+
+/// Once with each change in a transaction of its own, of which the relay reads several at once, and for another role.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_older_than_a_widening_in_the_same_page_is_a_gap_for_those_whom_it_concerns() {
+    for (widening, made) in WIDENINGS {
+        let stage = Stage::new(&format!("{MADE} {}", named(made))).await;
+        let mut live = stage.join(&reader(&stage)).await;
+        told(&stage, &mut live).await;
+        // The page is read with the sign of the event trigger, for which it waits here.
+        let holds = stage.database.connect().await;
+        let lock = "begin; lock table pg_catalog.pg_event_trigger in access exclusive mode";
+        holds.batch_execute(lock).await.unwrap();
+        for sql in ["insert into t values (1, 1)", &named(widening), "insert into t values (2, 1)"] {
+            stage.run(sql).await;
+        }
+        holds.batch_execute("rollback").await.unwrap();
+        assert_eq!(told(&stage, &mut live).await, (BTreeSet::from([2]), true), "{widening}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_is_widened_is_a_gap_for_its_own_late_readers_alone() {
+    for widening in ["grant G to R", "alter role R bypassrls", "revoke G from R; grant G to R"] {
+        let made = "create role $DB_h; grant select on t to R, $DB_h; create policy p on t using (true)";
+        let stage = Stage::new(&format!("{MADE} {}", named(made))).await;
+        let before = cursor(&stage).await;
+        stage.run("insert into t values (1, 1)").await;
+        stage.run(&named(widening)).await;
+        assert_eq!(poll(&stage, &before).await.0, 410, "{widening}");
+        let path = format!("/realtime/v1/changes?table=t&wait=0&since={before}&apikey=");
+        let other = token(&format!("{}_h", stage.name), None, json!({}));
+        let answer = get(stage.relay.address, &format!("{path}{other}"), "").await;
+        assert_eq!(answer.status, 200, "{widening}: {answer:?}");
+        assert_eq!(answer.body["changes"][0]["record"]["id"], 1, "{widening}");
     }
 }
 

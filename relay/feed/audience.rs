@@ -175,9 +175,10 @@ impl Audience {
         here.map_or_else(String::new, |here| self.position(here).to_string())
     }
 
-    /// Whether it has come less far than a widening of rules.
+    /// Whether it has come less far than a widening of what its role may see.
     pub fn stood_before(&self, widening: &Widening) -> bool {
-        self.key.since.as_ref().is_none_or(|since| widening.is_after(since.seen()))
+        widening.is_for(self.subscription.identity().claims().role())
+            && self.key.since.as_ref().is_none_or(|since| widening.is_after(since.seen()))
     }
 
     /// Adds what one change is to this audience, a candidate for it, to the frames on the desk.
@@ -313,7 +314,7 @@ impl Audience {
 }
 
 /// What is told of changes that today's rules show and those of their time may not have shown.
-const WIDENED: &str = "a policy or grant was widened after this change was written";
+const WIDENED: &str = "a policy, grant or role was widened after this change was written";
 
 /// What is told to whoever subscribed to a table that is another now.
 pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";

@@ -25,25 +25,38 @@ pub struct Catalog {
 /// When somebody came to see more of a relation.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Widening {
-    /// Changes with smaller numbers are older.
-    number: i64,
-    /// Who has this transaction behind it stood after it.
+    /// Changes with smaller numbers are older; none where a role was altered or came to be a member, which stands in no
+    /// changelog.
+    number: Option<i64>,
+    /// Who has this transaction behind it stood after it. Of a role it may be a part of a transaction, which began before.
     xid: u64,
     /// Which relation; 0 is every one.
     relation: i32,
+    /// For readers of which role; none is every one.
+    role: Option<String>,
 }
 
 impl Widening {
     /// Whether whoever has this snapshot behind it stood before it.
     pub fn is_after(&self, seen: &Snapshot) -> bool {
-        !seen.has_finished(self.xid)
+        match self.number {
+            Some(_) => !seen.has_finished(self.xid),
+            None => self.xid >= seen.xmin(),
+        }
+    }
+
+    /// Whether a reader of this role may see more by it.
+    pub fn is_for(&self, role: &str) -> bool {
+        self.role.as_ref().is_none_or(|widened| widened == role)
     }
 
     /// Whether a change was made before it, so that today's rules may show more of it than those of its time.
     pub fn concerns(&self, change: &Change) -> bool {
-        (self.relation == 0 || self.relation == change.relation.0)
-            && change.number < self.number
-            && change.xid != self.xid
+        let is_older = match self.number {
+            Some(number) => change.number < number && change.xid != self.xid,
+            None => change.xid < self.xid,
+        };
+        is_older && (self.relation == 0 || self.relation == change.relation.0)
     }
 }
 

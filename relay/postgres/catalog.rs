@@ -255,7 +255,7 @@ impl CatalogKeeper {
         // Rules that were changed back leave no other trace.
         let widened: Option<i64> = seen.get(4);
         if widened != state.widened {
-            let widenings = widenings(client).await?;
+            let widenings = self.widenings(client, &roles).await?;
             state.catalog = Arc::new(Catalog::clone(&state.catalog).widened(widenings));
             state.widened = widened;
         }
@@ -281,8 +281,21 @@ impl CatalogKeeper {
             Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
         })?;
         // After the rules themselves: none of these may have been widened by one that is not among them.
-        let widenings = widenings(client).await?;
+        let widenings = self.widenings(client, &roles).await?;
         Ok(Catalog::new(answer.relations, state.roles.clone(), answer.ordered).widened(widenings))
+    }
+
+    /// When rules were widened, for readers of these roles.
+    async fn widenings(
+        &self,
+        client: &deadpool_postgres::Client,
+        roles: &[&String],
+    ) -> Result<Vec<Widening>, Error> {
+        let asked = client.prepare_cached(WIDENINGS).await?;
+        let text: String = client.query_one(&asked, &[&roles, &self.judge]).await?.get(0);
+        serde_json::from_str(&text).map_err(|error| {
+            Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}"))
+        })
     }
 
     /// Reads a filter with the column types of a relation.
@@ -331,13 +344,7 @@ impl CatalogKeeper {
     }
 }
 
-/// When rules were widened.
-async fn widenings(client: &deadpool_postgres::Client) -> Result<Vec<Widening>, Error> {
-    let asked = client.prepare_cached(WIDENINGS).await?;
-    let text: String = client.query_one(&asked, &[]).await?.get(0);
-    serde_json::from_str(&text)
-        .map_err(|error| Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}")))
-}
-
-const WIDENINGS: &str = "select coalesce(json_agg(json_build_object('number', w.number, 'xid', w.xid::text::bigint, \
-     'relation', w.relation)), '[]')::text from relay.widenings w";
+/// When rules were widened, and since when roles are what they are.
+const WIDENINGS: &str = "select coalesce(json_agg(w), '[]')::text from ( \
+     select number, xid::text::bigint, relation, null as role from relay.widenings \
+     union all select null, xid, 0, role from relay.role_versions(relay.subscriber_roles($1, $2))) w";
