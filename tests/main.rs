@@ -12,6 +12,7 @@ mod access_claims;
 mod access_late;
 mod access_locks;
 mod access_order;
+mod access_property;
 mod access_settings;
 mod addresses;
 mod autobahn;
