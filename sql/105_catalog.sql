@@ -249,15 +249,15 @@ end
 $$;
 comment on function relay.access(regclass, oid) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
 
--- relay.schema_changes_are_logged() : whether the event trigger is there and fires always
+-- relay.schema_changes_are_logged() : whether the event triggers are there and fire always
 -- One that only fires in sessions of origin is silenced by session_replication_role.
 create or replace function relay.schema_changes_are_logged() returns boolean
 language sql stable
 set search_path = '' as $$
-  select exists (
-    select from pg_catalog.pg_event_trigger e
-    where e.evtname = 'relay_schema_changes' and e.evtenabled = 'A'
-      and e.evtfoid = pg_catalog.to_regprocedure('relay.log_schema_change()'))
+  select pg_catalog.count(*) = 2
+  from pg_catalog.pg_event_trigger e
+  where e.evtname in ('relay_schema_changes', 'relay_schema_drops') and e.evtenabled = 'A'
+    and e.evtfoid = pg_catalog.to_regprocedure('relay.log_schema_change()')
 $$;
 comment on function relay.schema_changes_are_logged() is 'whether changes of the schema stand in the changelog';
 
@@ -282,7 +282,7 @@ $$;
 comment on function relay.rule_scope(text[], text) is 'what relay.rules_mark looks at for roles and the judging login';
 
 -- relay.rules_mark(roles, owned) : sign of what decides who may see a row and fires no event trigger
--- Roles, memberships, owners, and the event trigger itself, whose row version also tells that it was away for a moment. Takes
+-- Roles, memberships, owners, and the event triggers themselves, whose row versions also tell that one was away for a moment. Takes
 -- what relay.rule_scope() gives. Language sql and without settings, so that it is inlined into the statement that reads a page,
 -- whose snapshot it shares: a rule that was changed together with a row, or before it, is another mark on the row's page.
 create or replace function relay.rules_mark(roles oid[], owned oid[]) returns table (mark bigint)
@@ -298,8 +298,8 @@ language sql stable rows 1 as $$
               from pg_catalog.pg_namespace n where n.oid = any ($2)), 0)
     # coalesce((select pg_catalog.hash_record_extended(row (d.datdba, d.oid), 5)
               from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()), 0)
-    # coalesce((select pg_catalog.hash_record_extended(row (e.oid, e.xmin, e.evtenabled), 6)
-              from pg_catalog.pg_event_trigger e where e.evtname = 'relay_schema_changes'), 0)
+    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (e.oid, e.xmin, e.evtenabled), 6))
+              from pg_catalog.pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops')), 0)
 $$;
 comment on function relay.rules_mark(oid[], oid[]) is 'sign of what decides who may see a row and fires no event trigger';
 

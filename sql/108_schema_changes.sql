@@ -123,31 +123,90 @@ end
 $$;
 comment on function relay.note_rules(boolean) is 'notes what was widened since it looked last';
 
+-- relay.may_concern(class, object) : whether what was made, altered or dropped may decide what watched relations are, or who sees them
+-- Looks neither at columns nor at rules, so that it costs a statement on other tables little. False only where that is certain: not
+-- in an older snapshot, nor while something else is left to be looked at.
+create or replace function relay.may_concern(class oid, object oid) returns boolean
+language sql stable security definer
+set search_path = pg_catalog, pg_temp as $$
+  with looked_into (oid) as (
+    select w.relation::oid from relay.watch_list w
+    union all
+    select d.refobjid
+    from relay.watch_list w
+    join pg_policy p on p.polrelid = w.relation
+    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass
+  )
+  select current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
+    or exists (select from relay.shape_doubts) or exists (select from relay.known_rules k where k.relation = -1)
+    or coalesce(case $1
+      when 'pg_trigger'::regclass then false
+      -- Columns come from a parent, too, and from a table whose rows are values elsewhere.
+      when 'pg_class'::regclass then $2 in (select l.oid from looked_into l) or exists (
+        select from pg_class c
+        where c.oid = $2 and (
+          c.relkind = 'c' or exists (select from pg_inherits i where i.inhparent = c.oid)
+          or exists (select from pg_type t join pg_depend d on d.refclassid = 'pg_type'::regclass and d.refobjid in (t.oid, t.typarray)
+                     where t.oid = c.reltype and d.deptype = 'n')))
+      when 'pg_policy'::regclass then (select p.polrelid in (select l.oid from looked_into l) from pg_policy p where p.oid = $2)
+      when 'pg_proc'::regclass then exists (
+        select from pg_depend d left join pg_operator o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
+        where d.classid = 'pg_policy'::regclass and (d.refclassid = 'pg_proc'::regclass and d.refobjid = $2 or o.oprcode = $2))
+    end, true)
+$$;
+comment on function relay.may_concern(oid, oid) is 'whether an object may decide what watched relations are, or who sees them';
+
 -- relay.log_schema_change() : event trigger
 -- Logs that something was created, altered, dropped, granted or revoked, as operation S of no relation, in the same
--- transaction. What it was is not said: the relay looks at the catalog anew. Temporary objects do not count.
+-- transaction. What it was is not said: the relay looks at the catalog anew. Temporary objects do not count. What a DROP has
+-- dropped is known while that event is handled and not afterwards.
 create or replace function relay.log_schema_change() returns event_trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
+declare
+  is_drop constant boolean := tg_tag like 'DROP %' and tg_tag <> 'DROP OWNED';
+  concerns boolean := tg_tag not in ('CREATE TYPE', 'CREATE DOMAIN');
 begin
+  if tg_event = 'sql_drop' then
+    -- Of rules on temporary views only the name says so.
+    if not is_drop or not exists (select from pg_event_trigger_dropped_objects() d
+                                  where not d.is_temporary and d.address_names[1] is distinct from 'pg_temp') then
+      return;
+    end if;
+    -- With these go their own types, keys and defaults.
+    if tg_tag in ('DROP TABLE', 'DROP VIEW', 'DROP INDEX', 'DROP SEQUENCE', 'DROP TRIGGER') then
+      concerns := exists (
+        select from pg_event_trigger_dropped_objects() d
+        where d.classid = 'pg_class'::regclass and relay.may_concern(d.classid, d.objid)
+           or d.classid = 'pg_policy'::regclass and not exists (
+             select from pg_event_trigger_dropped_objects() t
+             where t.classid = 'pg_class'::regclass and array[t.schema_name, t.object_name] = d.address_names[:2]
+               and not relay.may_concern(t.classid, t.objid)));
+    end if;
+  elsif is_drop then
+    return;
   -- Grants on temporary objects do not say that they are temporary, and are logged. Nor is the move of writers to another
   -- segment of the changelog news.
-  if tg_tag in ('REFRESH MATERIALIZED VIEW', 'COMMENT', 'CREATE INDEX')
-     or exists (select from pg_event_trigger_ddl_commands())
-        and not exists (select from pg_event_trigger_ddl_commands() d
-                        where d.schema_name is distinct from 'pg_temp'
-                          and d.object_identity is distinct from 'relay.current_segment()') then
+  elsif tg_tag in ('REFRESH MATERIALIZED VIEW', 'COMMENT', 'CREATE INDEX') then
     return;
-  end if;
-  -- The trigger functions of watched relations, which are written here and below, alter nothing else.
-  if exists (select from pg_event_trigger_ddl_commands())
-     and not exists (select from pg_event_trigger_ddl_commands() d
-                     where d.object_type <> 'function' or d.schema_name is distinct from 'relay') then
-    return;
+  elsif exists (select from pg_event_trigger_ddl_commands()) then
+    if not exists (select from pg_event_trigger_ddl_commands() d
+                   where d.schema_name is distinct from 'pg_temp' and coalesce(d.object_identity, '') !~ ' on pg_temp\.'
+                     and d.object_identity is distinct from 'relay.current_segment()') then
+      return;
+    end if;
+    -- The trigger functions of watched relations, which are written here and below, alter nothing else.
+    if not exists (select from pg_event_trigger_ddl_commands() d
+                   where d.object_type <> 'function' or d.schema_name is distinct from 'relay') then
+      return;
+    end if;
+    concerns := concerns and exists (select from pg_event_trigger_ddl_commands() d where relay.may_concern(d.classid, d.objid));
   end if;
   begin
     -- From the very next write on, images have the new shape.
-    perform relay.renew_shapes(true);
+    if concerns then
+      perform relay.renew_shapes(true);
+    end if;
   exception when others then
     insert into relay.shape_doubts (relation) values (0);
     raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
@@ -157,7 +216,7 @@ begin
   exception when others then
     raise notice 'what became of watched relations could not be told: %', sqlerrm;
   end;
-  if tg_tag not in ('CREATE TABLE', 'CREATE TABLE AS', 'CREATE TYPE', 'CREATE SEQUENCE', 'CREATE TRIGGER') then
+  if concerns and tg_tag not in ('CREATE TABLE', 'CREATE TABLE AS', 'CREATE SEQUENCE', 'CREATE TRIGGER') then
     begin
       -- A drop is compared in any case; what these do may be what the rules already are in an older snapshot.
       perform relay.note_rules(current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')

@@ -10,6 +10,7 @@ grant insert on relay.widenings, relay.shape_doubts to relay_writer;
 grant select (id, named_by, named_at) on relay.known_relations to relay_reader;
 grant execute on function relay.note_relations() to relay_writer;
 grant execute on function relay.note_rules(boolean) to relay_writer, relay_reader;
+grant execute on function relay.may_concern(oid, oid) to relay_writer;
 grant select on relay.widenings, relay.shape_doubts to relay_reader;
 grant execute on function relay.log_change(int, int, "char", boolean, json, json, oid, xid8), relay.ring(text, text), relay.key(regclass),
   relay.image(record), relay.shorten(json, text[]), relay.sizes_query(oid), relay.short_query(oid, int[], boolean),

@@ -1,14 +1,18 @@
--- The event trigger of relay.log_schema_change(): last, because it fires for every statement after it, and needs its rights.
+-- The event triggers of relay.log_schema_change(): last, because they fire for every statement after them, and need its rights.
 
 do $$
+declare
+  one record;
 begin
-  if not exists (select from pg_catalog.pg_event_trigger e where e.evtname = 'relay_schema_changes') then
-    create event trigger relay_schema_changes on ddl_command_end execute function relay.log_schema_change();
-  end if;
-  -- Also where session_replication_role is replica.
-  if not exists (select from pg_catalog.pg_event_trigger e where e.evtname = 'relay_schema_changes' and e.evtenabled = 'A') then
-    alter event trigger relay_schema_changes enable always;
-  end if;
+  for one in select * from (values ('relay_schema_changes', 'ddl_command_end'), ('relay_schema_drops', 'sql_drop')) e (name, event) loop
+    if not exists (select from pg_catalog.pg_event_trigger e where e.evtname = one.name) then
+      execute pg_catalog.format('create event trigger %I on %s execute function relay.log_schema_change()', one.name, one.event);
+    end if;
+    -- Also where session_replication_role is replica.
+    if not exists (select from pg_catalog.pg_event_trigger e where e.evtname = one.name and e.evtenabled = 'A') then
+      execute pg_catalog.format('alter event trigger %I enable always', one.name);
+    end if;
+  end loop;
 exception when insufficient_privilege then
   raise notice 'no event trigger: the relay looks at the catalog for every page of changes instead';
 end

@@ -306,7 +306,7 @@ async fn what_an_older_version_watched_is_captured_by_functions_of_its_own_after
     // It logged in another form, and nobody has rights on what is new.
     database
         .run(
-            "alter event trigger relay_schema_changes disable; drop function relay.log_change(int, int, \"char\", boolean, json, json, oid, xid8);
+            "drop event trigger relay_schema_drops; alter event trigger relay_schema_changes disable; drop function relay.log_change(int, int, \"char\", boolean, json, json, oid, xid8);
              create function relay.log_change(relation int, operation \"char\", oversize boolean, before json, after json) returns void
              language plpgsql as $$ begin
                insert into relay.changes_0 (number, xid, at, relation, operation, oversize)
