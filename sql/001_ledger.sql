@@ -1,4 +1,6 @@
 -- The schema, its roles, the ledger of applied files and the mark of this history.
+--
+-- Also run ahead of every later installation: a dump brings the schema into clusters that have no such roles.
 
 create schema if not exists relay;
 comment on schema relay is 'change feed: changelog, watched relations, and what the relay reads';
@@ -64,3 +66,11 @@ insert into relay.history (mark)
 select pg_catalog.gen_random_uuid()
 where not exists (select from relay.history);
 create unique index if not exists history_one_row on relay.history ((true));
+-- A publication for all tables refuses updates of a table without a key unless old rows are told whole.
+do $$
+begin
+  if (select c.relreplident <> 'f' from pg_catalog.pg_class c where c.oid = 'relay.history'::pg_catalog.regclass) then
+    alter table relay.history replica identity full;
+  end if;
+end
+$$;

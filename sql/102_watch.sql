@@ -168,6 +168,7 @@ comment on function relay.set_triggers(regclass, int) is 'makes the triggers of 
 -- the one that altered the table. Waits for no other transaction: what another one is about to renew is left to the next
 -- call, and a doubt is noted. The call that finds a doubt records a shape that is not guarded, which no older image survives:
 -- an image in between has the number of a shape that it was not written under.
+-- New functions are handed over by statements that the event trigger answers with this again: then it is under way already.
 create or replace function relay.renew_shapes(guarded boolean default false) returns int
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -177,6 +178,10 @@ declare
   doubts tid[];
   doubted int[];
 begin
+  if current_setting('relay.renewing', true) = 'on' then
+    return 0;
+  end if;
+  perform set_config('relay.renewing', 'on', true);
   select array_agg(d.ctid), array_agg(d.relation) into doubts, doubted
   from (select d.ctid, d.relation from relay.shape_doubts d for update skip locked) d;
   for known in
@@ -205,6 +210,7 @@ begin
     renewed := renewed + 1;
   end loop;
   delete from relay.shape_doubts d where d.ctid = any (doubts);
+  perform set_config('relay.renewing', 'off', true);
   return renewed;
 end
 $$;

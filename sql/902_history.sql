@@ -1,13 +1,23 @@
 -- A changelog that came with a dump or copy from another cluster belongs to another history of transaction ids.
 --
 -- Its ids may not have been handed out here yet: such rows would come up as new, one after the other, while this
--- cluster's counter passes them. They are of no use, since the epoch has changed and no cursor of theirs is honoured.
+-- cluster's counter passes them. They are of no use, since the epoch has changed and no cursor of theirs is honoured. Nor are
+-- shapes and widenings, which are compared by such ids.
 
 do $$
 begin
-  if exists (select from relay.changes c where c.xid >= pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())) then
+  -- One statement, for one snapshot: against an older one, what others wrote since would look like the future.
+  if (select exists (select from relay.changes c where c.xid >= n.next) or exists (select from relay.shapes s where s.xid >= n.next)
+             or exists (select from relay.widenings w where w.xid >= n.next)
+             or exists (select from relay.segments s where pg_catalog.pg_snapshot_xmax(s.settled) > n.next)
+      from pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot()) n (next)) then
     truncate relay.changes_0, relay.changes_1, relay.changes_2;
+    delete from relay.shapes;
+    delete from relay.shape_doubts;
+    delete from relay.widenings;
+    update relay.segments set settled = null where settled is not null;
     update relay.history set mark = pg_catalog.gen_random_uuid();
+    perform relay.renew_shapes();
   end if;
   -- Nor may what was kept there be asked of here.
   update relay.history set horizon = pg_catalog.pg_current_snapshot()

@@ -71,6 +71,7 @@ mod portions;
 mod promises;
 mod refresh;
 mod replays;
+mod restored;
 mod resume;
 mod retention;
 mod shapes;

@@ -62,6 +62,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
         return Ok(findings);
     }
     findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
+    findings.extend(rights(&client).await?);
     findings.push(bell(server, &client).await?);
     let (strangers, locks) = locks(&client).await?;
     findings.push(relays(&client, &strangers).await?);
@@ -78,6 +79,18 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.extend(refreshes(&client).await?);
     findings.push(retention(&client).await?);
     Ok(findings)
+}
+
+/// Owners, rights and the rest that an installation asserts.
+async fn rights(client: &Client) -> Result<Vec<Finding>, Error> {
+    let amiss = client.query("select a from relay.amiss() a", &[]).await?;
+    let told = |row: tokio_postgres::Row| {
+        Fault(format!("{}: run `relay install` as the owner of the schema relay", row.get::<_, String>(0)))
+    };
+    Ok(match amiss.is_empty() {
+        true => vec![Good(String::from("owners and rights in the schema relay are as they should be"))],
+        false => amiss.into_iter().map(told).collect(),
+    })
 }
 
 async fn version(client: &Client) -> Result<Finding, Error> {
@@ -258,7 +271,8 @@ async fn writable_schemas(client: &Client) -> Result<Finding, Error> {
 async fn roles(client: &Client) -> Result<Vec<Finding>, Error> {
     let rows = client
         .query(
-            "select r.name, p.oid is not null, coalesce(pg_has_role(current_user, p.oid, 'member'), false) \
+            "select r.name, p.oid is not null, coalesce(pg_has_role(current_user, p.oid, 'member'), false), \
+             r.name = 'service_role' and not (p.rolbypassrls or p.rolsuper) \
              from unnest(array['anon', 'authenticated', 'service_role']) r(name) left join pg_roles p on p.rolname = r.name",
             &[],
         )
@@ -267,6 +281,9 @@ async fn roles(client: &Client) -> Result<Vec<Finding>, Error> {
     let mut findings = Vec::new();
     for row in rows {
         let (name, exists, member): (String, bool, bool) = (row.get(0), row.get(1), row.get(2));
+        if row.get::<_, Option<bool>>(3) == Some(true) {
+            findings.push(Note(install::SERVICE_ROLE.to_owned()));
+        }
         findings.push(match (exists, member) {
             (false, _) => Note(format!("the role {name} does not exist: tokens of this role see nothing")),
             (true, false) => Fault(format!(

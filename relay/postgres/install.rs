@@ -12,7 +12,7 @@ use crate::postgres::connect::Error;
 
 /// The files of `sql/`, in the order in which they are applied.
 const FILES: &[(&str, &str)] = &[
-    ("001_ledger.sql", include_str!("../../sql/001_ledger.sql")),
+    LEDGER,
     ("002_changelog.sql", include_str!("../../sql/002_changelog.sql")),
     ("003_watch_list.sql", include_str!("../../sql/003_watch_list.sql")),
     ("004_retention.sql", include_str!("../../sql/004_retention.sql")),
@@ -33,10 +33,15 @@ const FILES: &[(&str, &str)] = &[
     ("109_explain.sql", include_str!("../../sql/109_explain.sql")),
     ("110_retention.sql", include_str!("../../sql/110_retention.sql")),
     ("111_bookmarks.sql", include_str!("../../sql/111_bookmarks.sql")),
-    ("901_rights.sql", include_str!("../../sql/901_rights.sql")),
+    RIGHTS_DUE,
+    RIGHTS,
     ("902_history.sql", include_str!("../../sql/902_history.sql")),
     ("903_event_trigger.sql", include_str!("../../sql/903_event_trigger.sql")),
 ];
+
+const LEDGER: (&str, &str) = ("001_ledger.sql", include_str!("../../sql/001_ledger.sql"));
+const RIGHTS_DUE: (&str, &str) = ("112_rights_due.sql", include_str!("../../sql/112_rights_due.sql"));
+const RIGHTS: (&str, &str) = ("901_rights.sql", include_str!("../../sql/901_rights.sql"));
 
 /// The advisory lock that makes installers queue.
 const LOCK: &str = "select pg_try_advisory_lock(1919249009, 3)";
@@ -100,6 +105,7 @@ async fn holder(client: &Client) -> Result<String, Error> {
 }
 
 async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
+    set_right(client).await?;
     let mut applied = Vec::new();
     for (name, text) in FILES {
         if !is_due(client, name, text).await? {
@@ -118,44 +124,97 @@ async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
         applied.push(*name);
     }
     renew(client).await?;
+    tell_of_service_role(client).await?;
     Ok(applied)
 }
+
+/// Before the event trigger can run it needs its rights, and before that it would refuse to let them be granted: for the length of this
+/// transaction, which nobody else sees, it is off.
+const OFF: &str = "do $$ begin
+     if exists (select from pg_event_trigger where evtname = 'relay_schema_changes') then
+       alter event trigger relay_schema_changes disable;
+     end if;
+   exception when insufficient_privilege then null; end $$";
+const ON: &str = "do $$ begin
+     if exists (select from pg_event_trigger where evtname = 'relay_schema_changes' and evtenabled = 'D') then
+       alter event trigger relay_schema_changes enable always;
+     end if;
+   exception when insufficient_privilege then null; end $$";
+
+/// Makes whole what is there already, in whatever state it came: roles, owners and rights, without which not even the other files could
+/// be applied.
+async fn set_right(client: &mut Client) -> Result<(), Error> {
+    let there = "select to_regclass('relay.history') is not null, to_regprocedure('relay.rights_due()') is not null, \
+         to_regprocedure('relay.renew_shapes(boolean)') is not null";
+    let there = client.query_one(there, &[]).await?;
+    if !there.get::<_, bool>(0) {
+        return Ok(());
+    }
+    let transaction = client.transaction().await?;
+    transaction.batch_execute(OFF).await?;
+    for (name, text) in [LEDGER, RIGHTS_DUE, RIGHTS] {
+        if name != RIGHTS_DUE.0 || !there.get::<_, bool>(1) {
+            transaction.batch_execute(text).await.map_err(|error| named(name, &error))?;
+        }
+    }
+    if there.get(2) {
+        transaction
+            .batch_execute("select relay.renew_shapes()")
+            .await
+            .map_err(|error| named(RIGHTS.0, &error))?;
+    }
+    transaction.batch_execute(ON).await?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+/// A plain owner may not give what lets `service_role` see all rows.
+async fn tell_of_service_role(client: &Client) -> Result<(), Error> {
+    let lacks = "select exists (select from pg_roles where rolname = 'service_role' and not (rolbypassrls or rolsuper))";
+    if client.query_one(lacks, &[]).await?.get(0) {
+        tracing::info!("{SERVICE_ROLE}");
+    }
+    Ok(())
+}
+
+/// What a `service_role` that a plain owner made cannot do, and how it can.
+pub const SERVICE_ROLE: &str = "service_role has no BYPASSRLS, so that policies keep rows back from it, too. As a superuser: \
+     alter role service_role bypassrls";
 
 /// How long one table is asked for, with a pause between two tries: a transaction that wrote to it and stays open must not make other
 /// writers wait behind us.
 const TRIES: u32 = 120;
 const TABLE_PAUSE: Duration = Duration::from_millis(500);
 
-/// Writes the trigger functions of watched tables anew where their text is another, and the triggers of an older version. Of
-/// what belongs to somebody else the installer leaves what is there.
+/// Writes the trigger functions of watched tables anew where their text or owner is another, and the triggers that are missing, disabled
+/// or of an older version. Of what belongs to somebody else the installer leaves what is there.
 async fn renew(client: &mut Client) -> Result<(), Error> {
     client.execute("select relay.repair()", &[]).await?;
-    let outdated = "select w.id, w.relation::oid, w.relation::text from relay.watch_list w join pg_trigger t on t.tgrelid = w.relation \
-                    where t.tgfoid = to_regprocedure('relay.capture()') and t.tgname = '00_relay_capture_' || w.id and t.tgenabled = 'A'";
-    for row in client.query(outdated, &[]).await? {
-        let (id, relation, name): (i32, u32, String) = (row.get(0), row.get(1), row.get(2));
-        let mut tries = 0;
-        loop {
-            let transaction = client.transaction().await?;
-            transaction.batch_execute("set local lock_timeout = '50ms'").await?;
-            let set = transaction.execute("select relay.set_triggers($1::oid, $2)", &[&relation, &id]).await;
-            tries += 1;
-            match set {
-                Ok(_) => {
-                    transaction.commit().await?;
-                    break;
-                }
-                Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TRIES => {
-                    transaction.rollback().await?;
-                    sleep(TABLE_PAUSE).await;
-                }
-                Err(error) => {
-                    let _ = transaction.rollback().await;
-                    let why = Error::from(error);
-                    tracing::warn!(table = name, error = %why, "its changes are not told until its owner calls relay.watch");
-                    break;
-                }
+    let broken = "select w.relation::text, pg_catalog.format('select relay.set_triggers(%s, %s)', w.relation::oid, w.id) \
+         from relay.watch_list w join pg_class c on c.oid = w.relation \
+         where c.relkind <> 'm' and not relay.triggers_intact(w.relation, w.id, true)";
+    for row in client.query(broken, &[]).await? {
+        if let Some(why) = alter_table(client, row.get(1)).await? {
+            tracing::warn!(table = row.get::<_, String>(0), error = %why, "its changes are not told until its owner calls relay.watch");
+        }
+    }
+    // A dump of the schema alone brings triggers without the list of what is watched: what they log would be another table's, once that
+    // has their number.
+    let stray = "select t.tgrelid::regclass::text, pg_catalog.format('drop trigger %I on %s', t.tgname, t.tgrelid::regclass) \
+         from pg_trigger t where t.tgparentid = 0 and t.tgname ~ '^00_relay_(capture|truncate)_[0-9]+' \
+         and t.tgfoid in (select p.oid from pg_proc p where p.pronamespace = 'relay'::regnamespace) \
+         and not exists (select from relay.watch_list w where w.id::text = pg_catalog.split_part(t.tgname, '_', 4) \
+         and t.tgrelid in (select relay.parts(w.relation)))";
+    for row in client.query(stray, &[]).await? {
+        let table: String = row.get(0);
+        match alter_table(client, row.get(1)).await? {
+            Some(why) => {
+                tracing::warn!(table, error = %why, "it has triggers of the relay and is not watched");
             }
+            None => tracing::warn!(
+                table,
+                "it had triggers of the relay and is not watched: its owner may call relay.watch"
+            ),
         }
     }
     // What older triggers called, once there are none.
@@ -170,6 +229,31 @@ async fn renew(client: &mut Client) -> Result<(), Error> {
         )
         .await?;
     Ok(())
+}
+
+/// Runs a statement that locks a table, as soon as that makes nobody wait; gives why it was refused.
+async fn alter_table(client: &mut Client, statement: &str) -> Result<Option<Error>, Error> {
+    let mut tries = 0;
+    loop {
+        let transaction = client.transaction().await?;
+        transaction.batch_execute("set local lock_timeout = '50ms'").await?;
+        let altered = transaction.batch_execute(statement).await;
+        tries += 1;
+        match altered {
+            Ok(()) => {
+                transaction.commit().await?;
+                return Ok(None);
+            }
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TRIES => {
+                transaction.rollback().await?;
+                sleep(TABLE_PAUSE).await;
+            }
+            Err(error) => {
+                let _ = transaction.rollback().await;
+                return Ok(Some(error.into()));
+            }
+        }
+    }
 }
 
 /// What helps when PostgreSQL itself has no hint.
@@ -207,7 +291,9 @@ pub async fn check(client: &Client) -> Result<(), Error> {
                  and pg_has_role(oid, 'usage'))";
             let who = client.query_one(reads, &[]).await?;
             Err(match who.get(1) {
-                true => error,
+                true => Error::Unfit(format!(
+                    "{error}: the rights in the schema `relay` are not as they should be: run `relay install --database-url …` as its owner"
+                )),
                 false => Error::Unfit(format!("{error}: {}", not_reader(who.get(0)))),
             })
         }

@@ -1,0 +1,123 @@
+-- What an installation asserts of owners, rights, replica identities and sequences, and what of it does not hold.
+--
+-- Also made ahead of the other files where it is missing: it needs nothing else of the schema to be made.
+
+-- relay.rights_due() : who owns what, and who may do what, of the schema
+-- relay_writer may only log, relay_reader is the group of the relay's login. Nothing is everybody's.
+create or replace function relay.rights_due() returns table (kind text, object text, role text, privilege text)
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  select 'owner', o.object, o.role, null
+  from (values ('relay.image(record)', 'relay_image'), ('relay.capture_truncate()', 'relay_writer'),
+               ('relay.log_schema_change()', 'relay_writer')) o (object, role)
+  union all
+  select 'schema', 'relay', r, 'usage' from unnest('{relay_writer,relay_reader}'::text[]) r
+  union all
+  -- The functions of 107_auth.sql, which are known by what is said of them; the schema of somebody else is left to them.
+  select 'schema', 'auth', r, 'usage' from unnest('{anon,authenticated,service_role}'::text[]) r
+  where exists (select from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+                where n.nspname = 'auth' and p.proname = 'uid' and obj_description(p.oid, 'pg_proc') = 'the caller: the claim sub')
+  union all
+  -- What the trigger functions do as their owner: log. It may read nothing but which shape is the newest.
+  select 'table', t, 'relay_writer', 'insert'
+  from unnest('{relay.changes_0,relay.changes_1,relay.changes_2,relay.widenings,relay.shape_doubts}'::text[]) t
+  union all
+  select 'sequence', 'relay.change_number', 'relay_writer', 'usage'
+  union all
+  select 'column', 'relay.shapes', 'relay_writer', c from unnest('{relation,shape}'::text[]) c
+  union all
+  select 'column', 'relay.known_relations', 'relay_reader', c from unnest('{id,named_by,named_at}'::text[]) c
+  union all
+  select 'function', f, 'relay_writer', 'execute'
+  from unnest(array['relay.note_rules(boolean)', 'relay.log_change(int, int, "char", boolean, json, json, oid, xid8)',
+    'relay.ring(text, text)', 'relay.key(regclass)', 'relay.image(record)', 'relay.shorten(json, text[])',
+    'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
+    'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
+    'relay.renew_shapes(boolean)', 'relay.note_relations()', 'relay.may_concern(oid, oid)']) f
+  union all
+  select 'table', t, 'relay_reader', 'select'
+  from unnest('{relay.ledger,relay.history,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
+                relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts}'::text[]) t
+  union all
+  select 'function', f, 'relay_reader', 'execute'
+  from unnest(array['relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
+    'relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint)', 'relay.page_counts(pg_snapshot, pg_snapshot, bigint)',
+    'relay.summarize()', 'relay.flush()', 'relay.key(regclass)', 'relay.notes(regclass)', 'relay.parts(regclass)',
+    'relay.triggers_intact(regclass, int, boolean)', 'relay.functions_intact(regclass, int)', 'relay.operations()',
+    'relay.capture_function(int, text)', 'relay.capture_trigger(int, text)', 'relay.capture_body(regclass, int, int, text)',
+    'relay.image_needs(regclass)', 'relay.shape(int)', 'relay.columns_of(regclass)', 'relay.type_definition(oid)',
+    'relay.is_loose(jsonb)', 'relay.judge_statement(regclass, text)', 'relay.operator_for(oid, text)',
+    'relay.filter_condition(regclass, text, text, text[])', 'relay.policy_for(regclass, oid)',
+    'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)',
+    'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
+    'relay.rights(regclass, oid)', 'relay.access(regclass, oid)', 'relay.catalog(text[])',
+    'relay.catalog_fingerprint(text[])', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[])',
+    'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.tend()',
+    'relay.horizon()', 'relay.current_segment()', 'relay.hindrances(text, text, text)', 'relay.row_like(regclass, jsonb)',
+    'relay.repair()', 'relay.run_refreshes()', 'relay.open_bookmarks(uuid[], bytea[], text[])',
+    'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
+    'relay.trim_bookmarks(interval, bigint)', 'relay.amiss()']) f
+$$;
+comment on function relay.rights_due() is 'who owns what, and who may do what, of the schema relay';
+
+-- relay.amiss() : what of it is not as it is due, in words
+create or replace function relay.amiss() returns setof text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+  due record;
+  routine regprocedure;
+  is_right boolean;
+begin
+  for due in select * from relay.rights_due() loop
+    routine := case when due.kind in ('owner', 'function') then to_regprocedure(due.object) end;
+    is_right := case due.kind
+      when 'owner' then (select p.proowner = to_regrole(due.role) from pg_proc p where p.oid = routine)
+      when 'schema' then has_schema_privilege(due.role, due.object, due.privilege)
+      when 'table' then has_table_privilege(due.role, to_regclass(due.object), due.privilege)
+      when 'sequence' then has_sequence_privilege(due.role, to_regclass(due.object), due.privilege)
+      when 'column' then has_column_privilege(due.role, to_regclass(due.object), due.privilege, 'select')
+      else has_function_privilege(due.role, routine, due.privilege) end;
+    if is_right is not true then
+      return next case due.kind
+        when 'owner' then format('%s does not belong to %s', due.object, due.role)
+        when 'column' then format('%s may not select column %s of %s', due.role, due.privilege, due.object)
+        else format('%s has no right to %s of %s %s', due.role, due.privilege, due.kind, due.object) end;
+    end if;
+  end loop;
+  return query
+    select format('everybody may execute %s', p.oid::regprocedure)
+    from pg_proc p cross join aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+    where p.pronamespace = 'relay'::regnamespace and a.grantee = 0
+    union all
+    select format('everybody may %s on %s', lower(a.privilege_type), c.oid::regclass)
+    from pg_class c cross join aclexplode(c.relacl) a
+    where c.relnamespace = 'relay'::regnamespace and a.grantee = 0
+    union all
+    select format('everybody has the right to %s of schema relay', lower(a.privilege_type))
+    from pg_namespace n cross join aclexplode(n.nspacl) a
+    where n.nspname = 'relay' and a.grantee = 0
+    union all
+    select format('%s has no replica identity, so that a publication for all tables refuses its changes', c.oid::regclass)
+    from relay.without_identity() t join pg_class c on c.oid = t
+    union all
+    select 'the sequence of relay.watch_list is behind its rows'
+    where (select max(w.id) from relay.watch_list w) > coalesce(pg_sequence_last_value('relay.watch_list_id_seq'), 0)
+    union all
+    select 'an event trigger of the relay is missing or disabled, or calls another function'
+    where exists (select from pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops'))
+      and not relay.schema_changes_are_logged();
+end
+$$;
+comment on function relay.amiss() is 'what of the schema relay is not as relay install leaves it';
+
+-- relay.without_identity() : tables of the schema whose rows are updated or deleted, and that tell no publication which row it was
+-- Rows of the changelog are inserted and truncated only.
+create or replace function relay.without_identity() returns setof oid
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  select c.oid from pg_class c
+  where c.relnamespace = 'relay'::regnamespace and c.relkind = 'r' and c.relname !~ '^changes' and c.relreplident <> 'f'
+    and not (c.relreplident = 'd' and exists (select from pg_index i where i.indrelid = c.oid and i.indisprimary))
+$$;
+comment on function relay.without_identity() is 'tables of the schema relay whose changes a publication for all tables would refuse';
