@@ -110,7 +110,8 @@ comment on function relay.image(record) is 'row image, made as relay_image, a ro
 --
 -- `loose` says that a type can be altered while its values are written: neither is the text of this transaction's functions then
 -- known to fit that of its images. A snapshot taken after the images were made tells whether it does. One that was taken before,
--- as some isolation levels have it, is logged for the reader to tell.
+-- as some isolation levels have it, is logged for the reader to tell. Nothing is read then: what a serializable transaction
+-- reads and others write can end either.
 create or replace function relay.capture_carefully(old_row anyelement, new_row anyelement, part oid, relation int, shape int,
                                                    operation "char", leaf oid, loose boolean) returns void
 language plpgsql volatile
@@ -167,11 +168,10 @@ begin
     new_image := relay.shorten(new_image, relay.key(part));
   end if;
   if loose then
-    if (select max(s.shape) from relay.shapes s where s.relation = capture_carefully.relation) is distinct from written then
-      shape := 0;
-    end if;
-    if current_setting('transaction_isolation') <> 'read committed' then
+    if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
       began := pg_snapshot_xmin(pg_current_snapshot());
+    elsif (select max(s.shape) from relay.shapes s where s.relation = capture_carefully.relation) is distinct from written then
+      shape := 0;
     end if;
   end if;
   perform relay.log_change(relation, shape, operation, oversize, old_image, new_image, leaf, began);

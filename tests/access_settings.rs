@@ -240,3 +240,90 @@ async fn an_installation_that_waits_for_another_says_for_whom_and_goes_on_when_t
     let (code, _, said) = program::output(&["install", "--database-url", &database.url]).await;
     assert_eq!(code, 0, "{said}");
 }
+
+/// A serializable transaction fails when what it read and what it wrote cross with two others. Here one crossing is the application's own,
+/// which is harmless; what the relay reads or writes in its place must add none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_of_any_isolation_level_succeeds_with_the_relay_where_it_would_without() {
+    let database = Database::new().await;
+    database
+        .run(
+            "create type mood as enum ('sad', 'glad'); create domain positive as int check (value > 0); create type pair as (a int, b mood);
+             create table enums (id int primary key, n int, v mood); create table domains (id int primary key, n int, v positive);
+             create table rows (id int primary key, n int, v pair); create table plain (id int primary key, n int, v text);
+             create table other (id int); create table third (id int);
+             insert into enums values (1, 1, 'sad'); insert into domains values (1, 1, 1);
+             insert into rows values (1, 1, '(1,sad)'); insert into plain values (1, 1, 'x');
+             select relay.watch('enums'), relay.watch('domains'), relay.watch('rows'), relay.watch('plain')",
+        )
+        .await;
+    let mut round = 0;
+    for level in ["serializable", "repeatable read", "read committed"] {
+        for table in ["enums", "domains", "rows", "plain"] {
+            for ddl in [
+                "alter type mood add value 'm_ROUND'",
+                "alter type pair add attribute a_ROUND int",
+                "alter table TABLE add column c_ROUND int",
+                "create table t_ROUND (id int); select relay.watch('t_ROUND')",
+                "create policy p_ROUND on TABLE for select using (true)",
+            ] {
+                round += 1;
+                let ddl = ddl.replace("ROUND", &round.to_string()).replace("TABLE", "third");
+                let begin = format!("begin isolation level {level}");
+                let [reader, writer, schema] =
+                    [database.connect().await, database.connect().await, database.connect().await];
+                let run = async |session: &tokio_postgres::Client, sql: &str| {
+                    session.batch_execute(sql).await.unwrap_or_else(|error| {
+                        panic!("{level} {table} {ddl}: {sql}: {}", error.as_db_error().unwrap())
+                    });
+                };
+                run(
+                    &reader,
+                    &format!("{begin}; select * from {table} where id = 1; insert into other values (1)"),
+                )
+                .await;
+                run(&writer, &format!("{begin}; update {table} set n = n + 1 where id = 1; insert into {table} values (100 + {round})")).await;
+                run(&schema, &format!("set default_transaction_isolation = '{level}'")).await;
+                run(&schema, &ddl).await;
+                run(
+                    &writer,
+                    &format!("update {table} set n = n + 1 where id = 1; delete from {table} where id > 100"),
+                )
+                .await;
+                run(&writer, "commit").await;
+                run(&reader, "commit").await;
+            }
+        }
+    }
+}
+
+/// What a transaction of an older snapshot does to the schema, while others have changed rules and shapes since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_change_of_any_isolation_level_succeeds_where_it_would_without_the_relay() {
+    let database = Database::new().await;
+    database.run("create table t (id int primary key); create table u (id int primary key); select relay.watch('t'), relay.watch('u')").await;
+    for (number, level) in ["serializable", "repeatable read", "read committed"].iter().enumerate() {
+        let older = database.connect().await;
+        older.batch_execute(&format!("begin isolation level {level}; select count(*) from t")).await.unwrap();
+        database
+            .run(&format!(
+                "create policy p{number} on u for select using (true); alter table u add column c{number} int;
+                 grant select on u to authenticated; revoke select on u from authenticated"
+            ))
+            .await;
+        for statement in [
+            format!("create policy p{number} on t for select using (true)"),
+            format!("alter table t add column c{number} int"),
+            format!("create table v{number} (id int)"),
+            String::from("grant select on t to authenticated"),
+            String::from("insert into t (id) values (default) on conflict do nothing")
+                .replace("default", &number.to_string()),
+        ] {
+            older
+                .batch_execute(&statement)
+                .await
+                .unwrap_or_else(|error| panic!("{level} {statement}: {error:?}"));
+        }
+        older.batch_execute("commit").await.unwrap_or_else(|error| panic!("{level}: {error:?}"));
+    }
+}
