@@ -327,3 +327,64 @@ async fn a_schema_change_of_any_isolation_level_succeeds_where_it_would_without_
         older.batch_execute("commit").await.unwrap_or_else(|error| panic!("{level}: {error:?}"));
     }
 }
+
+/// Conditions whose verdict follows a setting, each with a value that the condition shows under what the database has set.
+const BY_SETTING: &[(&str, &str, &str)] = &[
+    ("timestamptz", "v::date = '2026-01-02'", "2026-01-01 20:00+00"),
+    ("timestamptz", "to_char(v, 'HH24:MI') = '05:30'", "2026-01-01 00:00+00"),
+    ("timestamp", "v::timestamptz < '2026-01-01 00:00+00'", "2026-01-01 05:00"),
+    ("date", "v::text = '31/12/2026'", "2026-12-31"),
+    ("interval", "v::text = '1-2'", "14 months"),
+    ("bytea", r"v::text = '\001'", r"\x01"),
+    ("float8", "v::text = '0.33333'", "0.333333333333333"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_are_judged_with_the_settings_of_a_users_own_session_and_rows_spelled_with_those_of_changes()
+{
+    let database = Database::new().await;
+    let (_, name) = database.url.rsplit_once('/').unwrap();
+    for setting in [
+        "timezone = 'Asia/Kolkata'",
+        "DateStyle = 'SQL, DMY'",
+        "IntervalStyle = 'sql_standard'",
+        "bytea_output = 'escape'",
+        "extra_float_digits = -10",
+    ] {
+        database.run(&format!("alter database {name} set {setting}")).await;
+    }
+    let own = database.connect().await;
+    for (number, (kind, condition, _)) in BY_SETTING.iter().enumerate() {
+        own.batch_execute(&table(&format!("shown{number}"), &format!("v {kind}"), condition)).await.unwrap();
+        own.batch_execute(&table(
+            &format!("hidden{number}"),
+            &format!("v {kind}"),
+            &format!("not ({condition})"),
+        ))
+        .await
+        .unwrap();
+    }
+    let relay = Relay::start(&database.url).await;
+    let token = token("authenticated", Some(ANN), json!({}));
+    let mut client = Client::connect(&relay, &token).await;
+    client.subscribe("realtime:all", json!([{"event": "*", "schema": "public"}])).await;
+    for (number, (kind, condition, value)) in BY_SETTING.iter().enumerate() {
+        // Three, so that a row comes after one that was spelled.
+        let values = "(1, V), (2, V), (3, V)".replace('V', &format!("'{value}'::{kind}"));
+        let insert = format!(
+            "set timezone = 'UTC'; set datestyle = 'ISO'; insert into hidden{number} values {values}; insert into shown{number} values {values}"
+        );
+        database.run(&insert).await;
+        let mut told = Vec::new();
+        for _ in 0..3 {
+            let change = client.change().await;
+            assert_eq!(change["table"], format!("shown{number}"), "{condition}");
+            told.push(change["record"].clone());
+        }
+        for (table, expected) in [("shown", told), ("hidden", Vec::new())] {
+            let path = format!("/realtime/v1/changes?table={table}{number}&apikey={token}");
+            let rows = get(relay.address, &path, "").await;
+            assert_eq!(rows.body["rows"], json!(expected), "{table} {condition}");
+        }
+    }
+}

@@ -19,7 +19,7 @@ use crate::model::policy::Denied;
 use crate::model::predicate::Truth;
 use crate::model::relation::Relation;
 use crate::postgres::breaker::Breaker;
-use crate::postgres::connect::{Error, Server};
+use crate::postgres::connect::{Error, JUDGING, Server};
 use crate::postgres::stand_in::{Halves, Somebody, StandIn};
 
 /// The connection that asks.
@@ -120,7 +120,7 @@ impl Census {
         let mut open = match held.take() {
             Some(open) if !open.stand_in.client.is_closed() => open,
             _ => Open {
-                stand_in: StandIn::open(&self.server, SETTINGS, self.limit).await?,
+                stand_in: StandIn::open(&self.server, &format!("{JUDGING}; {SETTINGS}"), self.limit).await?,
                 tables: HashMap::new(),
                 without_tables: false,
             },
@@ -301,8 +301,7 @@ fn truth_of(denied: Denied) -> Truth {
 }
 
 /// What the session has set. Names are qualified in all that is asked here, and a plan that is made once is as good as any.
-const SETTINGS: &str = "set search_path = ''; set jit = off; set lc_monetary = 'C'; set plan_cache_mode = force_generic_plan; \
-     set join_collapse_limit = 12; set from_collapse_limit = 12; set synchronous_commit = off; \
+const SETTINGS: &str = "set search_path = ''; set plan_cache_mode = force_generic_plan; set join_collapse_limit = 12; set from_collapse_limit = 12; set synchronous_commit = off; \
      set default_transaction_read_only = off";
 
 /// Readers who left stay in their table up to so many, or as many as are there.

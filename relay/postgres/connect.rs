@@ -32,7 +32,21 @@ const PINNED: &str = "set standard_conforming_strings = on; set escape_string_wa
      set lock_timeout = 0; \
      do $$ begin set transaction_timeout = 0; exception when undefined_object then null; end $$";
 
-/// The same for connections that only run statements of our own, in which nothing may get between a name and what it means.
+/// What sessions that judge set beside that. Whatever else a policy may depend on is as a user's own session would have it; images hold
+/// money as it is spelled.
+pub(super) const JUDGING: &str = "set jit = off; set lc_monetary = 'C'";
+
+/// How rows are spelled: as in the images of the changelog, whatever the policies that show them are judged with.
+pub(super) const SPELLING: [(&str, &str); 6] = [
+    ("TimeZone", "UTC"),
+    ("DateStyle", "ISO, MDY"),
+    ("IntervalStyle", "postgres"),
+    ("bytea_output", "hex"),
+    ("extra_float_digits", "1"),
+    ("lc_monetary", "C"),
+];
+
+/// What [`PINNED`] leaves, for connections that only run statements of our own, in which nothing may get between a name and what it means.
 pub const NO_PATH: &str = "set search_path = pg_catalog";
 
 /// How long a connection may take to begin, password and settings included.

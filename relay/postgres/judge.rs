@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 
 use crate::model::policy::{Denied, Identity};
 use crate::postgres::breaker::Breaker;
-use crate::postgres::connect::{Error, Server};
+use crate::postgres::connect::{Error, JUDGING, Server};
 use crate::postgres::stand_in::{Halves, Somebody, StandIn};
 
 /// The judging connection.
@@ -75,7 +75,7 @@ impl Judge {
     pub async fn open(&self) -> Result<(), Error> {
         let mut held = self.session.lock().await;
         if held.as_ref().is_none_or(|session| session.client.is_closed()) {
-            *held = Some(StandIn::open(&self.server, SETTINGS, self.limit).await?);
+            *held = Some(StandIn::open(&self.server, JUDGING, self.limit).await?);
         }
         Ok(())
     }
@@ -140,7 +140,7 @@ impl Judge {
     ) -> Result<Vec<Verdict>, Lost> {
         let mut session = match held.take() {
             Some(session) if !session.client.is_closed() => session,
-            _ => StandIn::open(&self.server, SETTINGS, self.limit).await.map_err(Lost::Server)?,
+            _ => StandIn::open(&self.server, JUDGING, self.limit).await.map_err(Lost::Server)?,
         };
         let verdicts = answer(&mut session, questions).await.map_err(Lost::Session)?;
         // What a policy tampered with is not used again.
@@ -220,9 +220,6 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
     }
     Ok(verdict)
 }
-
-/// What a session that judges has set.
-const SETTINGS: &str = "set jit = off; set lc_monetary = 'C'";
 
 /// Questions on the way at once: enough to hide the round trips, few enough that a policy that has become slow delays
 /// the others by so many time limits at most before it is noticed.

@@ -7,21 +7,18 @@ use deadpool_postgres::{Client, Pool, Timeouts};
 use futures_util::TryStreamExt;
 use tokio::time::timeout;
 use tokio_postgres::Transaction;
+use tokio_postgres::types::ToSql;
 
 use crate::model::claims::Claims;
 use crate::model::limits::{Beyond, MostRows};
 use crate::model::relation::{Access, Relation};
-use crate::postgres::connect::{Error, Server, give_up};
+use crate::postgres::connect::{Error, SPELLING, Server, give_up};
 
 /// Connections that read rows as somebody else.
 const READERS: usize = 2;
 
 /// Rows asked for at a time.
 const AT_ONCE: i32 = 100;
-
-/// What makes the text of a row that of the changelog's images.
-const SPELLING: &str = "set timezone = 'UTC'; set datestyle = 'ISO'; set intervalstyle = 'postgres'; \
-     set bytea_output = 'hex'; set extra_float_digits = 1; set lc_monetary = 'C'";
 
 /// Who reads a table that is locked gives way to those who read others.
 const LOCK_WAIT: &str = "set local lock_timeout = '40ms'";
@@ -123,14 +120,15 @@ async fn read_with(
         .start()
         .await?;
     // The name is PostgreSQL's own, of digits and hyphens.
-    let settings = format!("set transaction snapshot '{name}'; {}; {LOCK_WAIT}; {PATH}", local(SPELLING));
-    reading.batch_execute(&settings).await?;
+    reading.batch_execute(&format!("set transaction snapshot '{name}'; {LOCK_WAIT}; {PATH}")).await?;
+    let spelling = Spelling::in_place_of_those_of(&reading).await?;
     let become_somebody = "select set_config('request.jwt.claims', $2, true), \
              set_config('request.jwt.claim.sub', $3, true), set_config('request.jwt.claim.role', $1, true), \
              set_config('role', $1, true)";
     let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
     reading.execute(become_somebody, &[&role, &json, &sub]).await?;
-    let beyond = fetch(&reading, &query(relation, access, condition, most.number + 1), most, take).await?;
+    let query = query(&spelling, relation, access, condition, most.number + 1);
+    let beyond = fetch(&reading, &query, &spelling.own(), most, take).await?;
     let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
     reading.rollback().await?;
     // Its commit is what keeps a crash from taking back what the cursor counts as seen.
@@ -145,10 +143,11 @@ async fn read_with(
 async fn fetch(
     reading: &Transaction<'_>,
     query: &str,
+    parameters: &[&(dyn ToSql + Sync)],
     most: MostRows,
     take: Take<'_>,
 ) -> Result<Option<Beyond>, Error> {
-    let portal = reading.bind(query, &[]).await?;
+    let portal = reading.bind(query, parameters).await?;
     let (mut number, mut bytes) = (0, 0);
     loop {
         let before = number;
@@ -171,11 +170,49 @@ async fn fetch(
     }
 }
 
-fn local(settings: &str) -> String {
-    settings.replace("set ", "set local ")
+/// The settings that spell a row, where the session has others: set for each row once it is found, and taken back before the policy looks
+/// at the next.
+struct Spelling(Vec<(&'static str, &'static str, String)>);
+
+impl Spelling {
+    async fn in_place_of_those_of(reading: &Transaction<'_>) -> Result<Self, Error> {
+        let asked = SPELLING.map(|(name, _)| format!("pg_catalog.current_setting('{name}')")).join(", ");
+        let own = reading.query_one(&format!("select {asked}"), &[]).await?;
+        let settings = SPELLING.iter().enumerate();
+        let settings = settings.map(|(number, (name, value))| (*name, *value, own.get::<_, String>(number)));
+        Ok(Self(settings.filter(|(_, value, own)| value != own).collect()))
+    }
+
+    /// The session's own settings: the parameters of what [`Self::of`] gives.
+    fn own(&self) -> Vec<&(dyn ToSql + Sync)> {
+        self.0.iter().map(|(_, _, own)| own as &(dyn ToSql + Sync)).collect()
+    }
+
+    /// An expression that spells a row. The elements of an array are computed in their order.
+    fn of(&self, row: &str) -> String {
+        let spelled = format!("pg_catalog.row_to_json({row})::text");
+        if self.0.is_empty() {
+            return spelled;
+        }
+        let set =
+            self.0.iter().map(|(name, value, _)| format!("pg_catalog.set_config('{name}', '{value}', true)"));
+        let back = self
+            .0
+            .iter()
+            .zip(1..)
+            .map(|((name, _, _), number)| format!("pg_catalog.set_config('{name}', ${number}, true)"));
+        let steps: Vec<String> = set.chain([spelled]).chain(back).collect();
+        format!("(array[{}])[{}]", steps.join(", "), self.0.len() + 1)
+    }
 }
 
-fn query(relation: &Relation, access: &Access, condition: Option<&str>, most: usize) -> String {
+fn query(
+    spelling: &Spelling,
+    relation: &Relation,
+    access: &Access,
+    condition: Option<&str>,
+    most: usize,
+) -> String {
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let list = |names: &[String]| names.iter().map(|name| quote(name)).collect::<Vec<_>>().join(", ");
     // Tables that inherit from it without being its partitions are watched by themselves, if at all.
@@ -192,8 +229,9 @@ fn query(relation: &Relation, access: &Access, condition: Option<&str>, most: us
     let seen: Vec<String> = relation.key.iter().filter(|name| access.sees(name)).cloned().collect();
     let order = if seen.is_empty() { String::new() } else { format!(" order by {}", list(&seen)) };
     format!(
-        "select pg_catalog.row_to_json(\"relay row\")::text from (select {} from {only}{schema}.{table}{condition}{order} limit {most}) \
+        "select {} from (select {} from {only}{schema}.{table}{condition}{order} limit {most}) \
          as \"relay row\"",
+        spelling.of("\"relay row\""),
         list(&access.columns)
     )
 }
