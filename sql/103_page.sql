@@ -62,6 +62,37 @@ $$;
 comment on function relay.cursor() is
   'cursor of the caller''s snapshot: read rows and call it in one repeatable read transaction, resume from it after the commit';
 
+-- relay.is_legible(image) : whether it can be told in UTF-8, which is what clients speak
+-- Under SQL_ASCII a database holds any bytes, under some other encodings characters that Unicode has not.
+create or replace function relay.is_legible(image json) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+begin
+  perform convert_to(image::text, 'UTF8');
+  return true;
+exception when others then
+  return false;
+end
+$$;
+comment on function relay.is_legible(json) is 'whether a row image can be told in UTF-8';
+
+-- relay.legible(image) : its text, without the columns that cannot be told
+create or replace function relay.legible(image json) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+begin
+  if image is null or relay.is_legible(image) then
+    return image::text;
+  end if;
+  return (select '{' || coalesce(string_agg(to_json(e.key)::text || ':' || e.value::text, ','), '') || '}'
+          from json_each(image) e
+          where relay.is_legible(to_json(e.key)) and relay.is_legible(e.value));
+exception when others then
+  return '{}';
+end
+$$;
+comment on function relay.legible(json) is 'text of a row image without the columns that cannot be told in UTF-8';
+
 -- relay.page(seen, until, after_number, some_run) : the changes that finished after `seen`, up to `until`
 -- First row: number null, snapshot = the page's end (`until`, else the statement's snapshot), unflushed = up to where the log
 -- has to be flushed so that a crash cannot take anything of it back, null when it is. Then the changes in order of number,
@@ -80,7 +111,10 @@ language sql stable as $$
          coalesce($2, pg_catalog.pg_current_snapshot())::text,
          (select w.lsn::text from pg_catalog.pg_current_wal_insert_lsn() w (lsn) where w.lsn > pg_catalog.pg_current_wal_flush_lsn())
   union all
-  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text, p.oversize, p.before::text, p.after::text,
+  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text,
+         p.oversize or pg_catalog.getdatabaseencoding() <> 'UTF8' and not (relay.is_legible(p.before) and relay.is_legible(p.after)),
+         case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.before::text else relay.legible(p.before) end,
+         case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.after::text else relay.legible(p.after) end,
          null::text, null::text
   from (
     select c.*
@@ -113,7 +147,10 @@ language sql stable as $$
   select null::bigint, null::text, null::timestamptz, null::int, null::int, null::text, null::text, null::boolean, null::text, null::text,
          $2::text, null::text
   union all
-  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text, p.oversize, p.before::text, p.after::text,
+  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text,
+         p.oversize or pg_catalog.getdatabaseencoding() <> 'UTF8' and not (relay.is_legible(p.before) and relay.is_legible(p.after)),
+         case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.before::text else relay.legible(p.before) end,
+         case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.after::text else relay.legible(p.after) end,
          null::text, null::text
   from (
     select c.*

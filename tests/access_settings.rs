@@ -388,3 +388,57 @@ async fn policies_are_judged_with_the_settings_of_a_users_own_session_and_rows_s
         }
     }
 }
+
+/// Bytes that a database of each encoding may hold, and of which Unicode has no character; the last is one that it has.
+const ILLEGIBLE: &[(&str, &str)] =
+    &[("SQL_ASCII", r"\xff"), ("SQL_ASCII", r"\x61c3"), ("WIN1252", r"\x81"), ("EUC_JP", r"\x8ffefe")];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_cannot_be_told_in_utf_8_is_told_in_short_form_and_stops_nobody() {
+    for (encoding, bytes) in ILLEGIBLE {
+        let database = Database::encoded(encoding).await;
+        let mut own = database.connect().await;
+        relay::postgres::install::install(&mut own).await.unwrap();
+        make_logins(&database.client).await;
+        database.run(&table("own", "owner uuid, name text, shout text", "owner = auth.uid()")).await;
+        database.run(&table("named", "name text", "name <> 'x'")).await;
+        database.run("alter table own replica identity full").await;
+        let relay = Relay::start(&database.url).await;
+        let mut ann = Client::connect(&relay, &user(ANN)).await;
+        ann.subscribe("realtime:ann", json!([{"event": "*", "schema": "public"}])).await;
+        let odd = format!("convert_from('{bytes}', '{encoding}')");
+        database
+            .run(&format!(
+                "insert into named values (1, {odd});
+                 insert into own values (1, '{ANN}', 'a', 'b'); insert into own values (2, '{ANN}', {odd}, 'b');
+                 update own set name = {odd}, shout = {odd} where id = 1; delete from own where id = 2;
+                 insert into own values (3, '{ANN}', 'a', 'é')"
+            ))
+            .await;
+        let error = json!(["Error 413: Payload Too Large"]);
+        for (kind, id, name, shout, is_short) in [
+            ("INSERT", 1, json!("a"), json!("b"), false),
+            ("INSERT", 2, json!(null), json!("b"), true),
+            ("UPDATE", 1, json!(null), json!(null), true),
+            ("DELETE", 2, json!(null), json!(null), true),
+            ("INSERT", 3, json!("a"), json!("é"), false),
+        ] {
+            let change = ann.change().await;
+            assert_eq!(
+                (&change["table"], &change["type"]),
+                (&json!("own"), &json!(kind)),
+                "{encoding} {change}"
+            );
+            let record = if kind == "DELETE" { &change["old_record"] } else { &change["record"] };
+            assert_eq!(record["id"], id, "{encoding} {change}");
+            if kind != "DELETE" {
+                assert_eq!((&record["name"], &record["shout"]), (&name, &shout), "{encoding} {change}");
+            }
+            assert_eq!(change["errors"] == error, is_short, "{encoding} {change}");
+        }
+        let rows =
+            get(relay.address, &format!("/realtime/v1/changes?table=own&apikey={}", user(ANN)), "").await;
+        assert!(rows.status >= 400, "{rows:?}");
+        relay.stop().await;
+    }
+}
