@@ -445,3 +445,29 @@ async fn a_changelog_that_goes_silent_in_the_middle_of_a_large_transaction_is_to
     assert!(beside.is_empty() || beside == [resumed()], "{beside:?}");
     relay.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_feed_that_fails_again_and_again_is_stalled_though_it_connects_each_time() {
+    let database = Database::new().await;
+    database.run(TABLE).await;
+    // Longer than any pause between two tries.
+    let relay = Relay::with(&database.url, |settings| settings.stall_seconds = Some(7)).await;
+    let mut client = join(&relay).await;
+    // What no relay can read.
+    database
+        .run(
+            "insert into relay.changes_0 (number, xid, at, relation, operation, oversize)
+             values (nextval('relay.change_number'), pg_current_xact_id(), now(), 0, 'X', false)",
+        )
+        .await;
+    database.run("insert into t values (1)").await;
+    assert_eq!(client.frame().await[4], stalled());
+    assert_eq!(state(&relay).await[0].0, 503);
+    database.run("delete from relay.changes_0 where operation = 'X'").await;
+    let mut beside = told(&mut client, 1..=1).await;
+    if beside.is_empty() {
+        beside.push(client.frame().await[4].clone());
+    }
+    assert_eq!(beside, [resumed()]);
+    relay.stop().await;
+}

@@ -32,6 +32,8 @@ pub struct Pulse {
 struct Waits {
     changelog: Option<Instant>,
     judgement: Option<Instant>,
+    /// Since when it failed again and again before anything was read.
+    interrupted: Option<Instant>,
     /// Why there is no connection, in a few words that anybody may read.
     why: Option<&'static str>,
 }
@@ -74,7 +76,17 @@ impl Pulse {
     pub fn goes_on(&self, cause: Cause) {
         self.change(|waits| {
             *waits.since(cause) = None;
-            if cause == Cause::Changelog {
+            if cause == Cause::Changelog && waits.interrupted.is_none() {
+                waits.why = None;
+            }
+        });
+    }
+
+    /// A page was read to the end, or a part of one handed on: it is not interrupted any more.
+    pub fn is_read(&self) {
+        self.change(|waits| {
+            waits.interrupted = None;
+            if waits.changelog.is_none() {
                 waits.why = None;
             }
         });
@@ -83,7 +95,10 @@ impl Pulse {
     /// It has no connection, and why.
     pub fn is_cut_off(&self, why: &'static str) {
         self.waits(Cause::Changelog);
-        self.change(|waits| waits.why = Some(why));
+        self.change(|waits| {
+            waits.interrupted.get_or_insert_with(Instant::now);
+            waits.why = Some(why);
+        });
     }
 
     /// Why there is no connection.
@@ -108,7 +123,7 @@ impl Pulse {
             let is_long = |since: Option<Instant>| since.is_some_and(|since| since.elapsed() > self.bound);
             let mut changelog = None;
             let feed = self.whole.as_ref().map_or(self, |(feed, _)| feed);
-            feed.change(|waits| changelog = waits.changelog);
+            feed.change(|waits| changelog = waits.interrupted.or(waits.changelog));
             let mut now = None;
             self.change(|waits| {
                 now = match () {

@@ -291,6 +291,7 @@ impl<'a> Reading<'a> {
         loop {
             let (changes, more) = self.source.page(page.part(PART_CHANGES, PART_BYTES)).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
+                self.source.pulse.is_read();
                 break;
             };
             // What was trimmed before it was read would be missing in the page. While the page is open nothing more can be.
@@ -316,6 +317,7 @@ impl<'a> Reading<'a> {
             if !self.hand_on(part).await {
                 return Ok(Look::Over);
             }
+            self.source.pulse.is_read();
             self.told = Instant::now();
             self.place.position.until = Some(until.clone());
             self.place.position.after = last;
