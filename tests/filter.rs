@@ -103,6 +103,16 @@ fn all_filters() -> Vec<(String, String)> {
             }
         }
     }
+    for column in ["s", "vc", "c"] {
+        for pattern in ["^f", "F.ve$", "(a|b),", "[[:upper:]]", "", "e\\s", "\\d+", "(?n)^.$"] {
+            for (operator, symbol) in [("match", "~"), ("imatch", "~*")] {
+                filters.push((
+                    format!("{column}={operator}.{}", written(pattern)),
+                    format!("{column} {symbol} {}", literal(pattern)),
+                ));
+            }
+        }
+    }
     for state in ["true", "false", "unknown"] {
         filters.push((format!("b=is.{state}"), format!("b is {state}")));
     }

@@ -125,6 +125,58 @@ async fn filters_that_postgresql_decides_delay_no_reader_of_what_is_decided_here
     assert_prompt(&mut watched, calm, crowded, crowd).await;
 }
 
+/// Expressions that take PostgreSQL seconds and more for a text of an odd length, which none of them matches.
+const HEAVY: [&str; 3] = [
+    r"v=match.^(x+)(x+)(x+)(x+)\1\2\3\4$",
+    r"v=imatch.^(x+)(x+)(x+)(x+)\4\3\2\1$",
+    r"v=not.match.^((x+)(x+)(x+)(x+)\2\3\4\5)$",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn regular_expressions_that_never_end_delay_no_reader_and_cost_whoever_chose_them_the_change() {
+    let mut watched = Watched::new().await;
+    watched.stage.run("alter table t alter v set default repeat('x', 401)").await;
+    let mut crowd = Vec::new();
+    for (number, filter) in HEAVY.iter().enumerate() {
+        let mut client = Client::connect(
+            &watched.stage.relay,
+            &token("authenticated", Some(&number.to_string()), json!({})),
+        )
+        .await;
+        let answer = ask_for(&mut client, "realtime:crowd", std::iter::once((*filter).to_owned())).await;
+        assert_eq!(answer, "Subscribed to PostgreSQL");
+        crowd.push(client);
+    }
+    // An expression that PostgreSQL cannot read is refused with its own word.
+    let mut client = Client::connect(&watched.stage.relay, &anon()).await;
+    let answer = ask_for(&mut client, "realtime:wrong", std::iter::once(String::from("v=match.(a"))).await;
+    assert!(answer.contains("invalid regular expression"), "{answer}");
+    watched.readers = readers(&watched.stage).await;
+    let mut delays = Vec::new();
+    for id in 1..=20 {
+        watched
+            .stage
+            .run(&format!("insert into t (id) values ({id}); insert into other values ({id})"))
+            .await;
+        let committed = Instant::now();
+        for reader in &mut watched.readers {
+            assert_eq!(reader.change().await["record"]["id"], id);
+        }
+        delays.push(committed.elapsed());
+    }
+    delays.sort();
+    assert!(delays[15] < Duration::from_millis(500), "{delays:?}");
+    for client in &mut crowd {
+        loop {
+            let frame = client.frame().await;
+            if frame[4]["message"].as_str().is_some_and(|message| message.starts_with("Gap:")) {
+                break;
+            }
+            assert_ne!(frame[3], "postgres_changes", "{frame}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn whose_filters_postgresql_decides_gets_each_change_once_and_in_order_beside_whoever_asks_for_too_much()
  {

@@ -19,10 +19,10 @@ use crate::model::bound_filter::BoundFilter;
 use crate::model::change::RelationId;
 use crate::model::cursor::Cursor;
 use crate::model::delivery::record;
-use crate::model::filter::{self, Operator};
+use crate::model::filter;
 use crate::model::limits::MostRows;
 use crate::model::policy::Identity;
-use crate::model::refusal::{FILTER, Refusal};
+use crate::model::refusal::Refusal;
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request, Scope, Subscription, Target, exception, readable};
@@ -303,14 +303,6 @@ impl Binder {
         if let Some(hidden) = conditions.iter().find(|condition| !sees(&condition.column)) {
             let why = format!("ERROR P0001 (raise_exception) invalid column for filter {}", hidden.column);
             return Err(exception(request, &why).into());
-        }
-        let is_pattern = |operator| matches!(operator, Operator::Match | Operator::Imatch);
-        if let Some(pattern) = conditions.iter().find(|condition| is_pattern(condition.operator)) {
-            let text = format!(
-                "{FILTER}operator {} is not available here: one pattern could hold up everybody's changes",
-                pattern.operator.name()
-            );
-            return Err(Refusal(text).into());
         }
         let key = (relation.id(), request.filter.clone());
         if let Some(known) = self.known(relation, &key) {

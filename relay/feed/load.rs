@@ -86,7 +86,7 @@ impl Loads {
         if total.asked > MOST_ASKED {
             return Err(Refusal(format!(
                 "FilterLimitReached: one client may have {MOST_ASKED} different filters that PostgreSQL has to decide: \
-                 those with ilike, as a rule, those that ask which text is less, and all that compare decimals, dates or times. Filters that \
+                 those with match and imatch, those with ilike, as a rule, those that ask which text is less, and all that compare decimals, dates or times. Filters that \
                  compare whole numbers, uuids, booleans or texts for equality, or a text with like, do not count"
             )));
         }

@@ -19,7 +19,7 @@ pub const FILTER: &str = "Error parsing `filter` params: ";
 
 /// What PostgreSQL puts before a text that was raised on purpose.
 const RAISED: &str = "ERROR P0001 (raise_exception) ";
-const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike is isdistinct, or not. and one of them; several \
+const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
      filters are joined by commas";
 
 impl Refusal {
