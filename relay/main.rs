@@ -186,7 +186,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             let client = database.connect().await?;
             install::check(&client).await?;
             let watch = "select relay.watch($1::text::regclass, $2)";
-            client.execute(watch, &[&table, &leave_events]).await.map_err(named)?;
+            client.execute(watch, &[&table, &leave_events]).await.map_err(refused)?;
             say(&format!("{table} is watched{}", if leave_events { ", with leave events" } else { "" }));
             let notes = client.query_one("select relay.notes($1::text::regclass)", &[&table]).await?;
             for note in notes.get::<_, Vec<String>>(0) {
@@ -200,7 +200,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
                 say(&format!("{table} was not watched"));
                 return Ok(ExitCode::SUCCESS);
             }
-            client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(named)?;
+            client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(refused)?;
             say(&format!("{table} is not watched any more"));
         }
         Command::Token(options) => token::run(&options)?,
@@ -257,6 +257,18 @@ async fn serve(mut settings: Settings) -> Result<(), Failure> {
 
 fn named(error: tokio_postgres::Error) -> Error {
     error.into()
+}
+
+/// What was refused for want of a right, and who has it.
+fn refused(error: tokio_postgres::Error) -> Error {
+    let error = named(error);
+    match error.code() {
+        Some("42501") => Error::Unfit(format!(
+            "{error}. Tables are watched by the login that installed the schema relay, where it also owns the table, or by a superuser: \
+             give its address by --database-url"
+        )),
+        _ => error,
+    }
 }
 
 fn log(json: bool) {

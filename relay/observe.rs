@@ -1,6 +1,7 @@
 //! Everything the relay counts, in one closed list; the text of `/metrics` and the state behind `/readyz`.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -171,11 +172,22 @@ impl Observe {
 
     /// A connection was refused. A browser cannot read why, so it stands in the log, once a second at most.
     pub fn connection_refused(&self, why: &str) {
-        self.refused.inc();
-        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
-        if self.refusal_told.swap(now, Ordering::Relaxed) != now {
+        if self.is_to_be_told() {
             tracing::warn!(why, "a connection was refused");
         }
+    }
+
+    /// A request without a socket was refused, because of whom it came from. Told as seldom.
+    pub fn request_refused(&self, address: IpAddr, path: &str, why: &str) {
+        if self.is_to_be_told() {
+            tracing::warn!(%address, path, why, "a request was refused");
+        }
+    }
+
+    fn is_to_be_told(&self) -> bool {
+        self.refused.inc();
+        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
+        self.refusal_told.swap(now, Ordering::Relaxed) != now
     }
 
     /// How many clients are connected.

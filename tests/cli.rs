@@ -7,7 +7,8 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout};
 
-use crate::support::database::{Database, connect, with_login};
+use crate::support::database::{Database, JUDGE, READER, connect, with_login};
+use crate::support::http::text;
 use crate::support::program::{output, relay};
 use crate::support::relay::Relay;
 use crate::support::{PATIENCE, SECRET, eventually, token};
@@ -325,4 +326,57 @@ async fn waiting_for_the_database_can_be_ended() {
         .expect("it ends on SIGTERM")
         .unwrap();
     assert_eq!(ended.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mistake_at_the_terminal_is_answered_with_its_cure() {
+    for role in ["", "  "] {
+        let (code, said, error) = output(&["token", "--jwt-secret", SECRET, "--role", role]).await;
+        assert!(code != 0 && said.is_empty() && error.contains("--role is empty"), "{role:?} {said} {error}");
+    }
+    let database = Database::new().await;
+    database
+        .run(
+            "create table todos (id int primary key, title text); grant select on todos to authenticated;
+             select relay.watch('todos'); insert into todos values (1, 'x')",
+        )
+        .await;
+    let reader = with_login(&database.url, READER);
+    for (login, arguments) in [(READER, ["watch", "todos"]), (READER, ["unwatch", "todos"])] {
+        let url = with_login(&database.url, login);
+        let (code, _, error) = output(&[&arguments[..], &["--database-url", &url]].concat()).await;
+        let cure = "the login that installed the schema relay";
+        assert!(code != 0 && error.contains(cure) && error.contains("--database-url"), "{login} {error}");
+    }
+    let judge = with_login(&database.url, JUDGE);
+    let by =
+        ["--sub", "11111111-1111-4111-8111-111111111111", "--database-url", &reader, "--judge-url", &judge];
+    for key in ["1", r#"{"title": "x"}"#] {
+        let (code, _, error) = output(&[&["explain", "todos", "--key", key][..], &by].concat()).await;
+        assert!(code != 0 && error.contains("public.todos") && error.contains("--row"), "{error}");
+    }
+    let (code, said, error) =
+        output(&[&["explain", "todos", "--row", r#"{"id": 1}"#][..], &by].concat()).await;
+    assert!(code == 0 && said.contains("the row is seen"), "{said} {error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_is_refused_over_http_is_logged_by_address_path_and_reason_and_never_itself() {
+    let database = Database::new().await;
+    let (_child, mut lines, address) = serve(&["--database-url", &database.url]).await;
+    let address = address.trim_start_matches("http://").parse().unwrap();
+    let secret = token("authenticated", None, json!({})).replace('.', "x.");
+    for path in ["/realtime/v1/changes", "/realtime/v1/changes/"] {
+        let (status, _) = text(address, &format!("{path}?table=t&apikey={secret}")).await;
+        if status == 404 {
+            continue;
+        }
+        assert_eq!(status, 401);
+        let line = line_with(&mut lines, "a request was refused").await;
+        assert!(line.contains("127.0.0.1") && line.contains(path) && line.contains("why="), "{line}");
+        assert!(!line.contains(&secret[..40]), "{line}");
+        tokio::time::timeout(PATIENCE, async { while text(address, "/livez").await.0 != 200 {} })
+            .await
+            .unwrap();
+    }
 }

@@ -41,6 +41,12 @@ pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + S
         }
         None => Map::new(),
     };
+    if options.role.trim().is_empty() {
+        return Err(
+            "--role is empty, and a token without a role is refused: name one, such as authenticated or anon"
+                .into(),
+        );
+    }
     claims.insert(String::from("role"), Value::from(options.role.clone()));
     if let Some(sub) = &options.sub {
         claims.insert(String::from("sub"), Value::from(sub.clone()));

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::model::relation::Relation;
 use crate::postgres::connect::{Error, Server};
@@ -62,8 +63,17 @@ impl Enquiry {
                 "select relay.row_like(relation, $2) from relay.watch_list where id = $1",
                 &[&relation.id().0, values],
             )
-            .await?;
-        Ok(row.get(0))
+            .await;
+        match row {
+            Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                Err(Error::Unfit(format!(
+                    "this login may not read the rows of {}.{}: give the row itself (--row '{{\"id\": 1, …}}'), or the --database-url of a \
+                 login that may",
+                    relation.schema, relation.table
+                )))
+            }
+            row => Ok(row?.get(0)),
+        }
     }
 
     /// The statement that judges images of the relation by one condition.

@@ -92,8 +92,11 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
         return Err(refused(StatusCode::BAD_REQUEST, &twice(&name)));
     }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    let claims =
-        app.identify(&token).await.map_err(|why| refused(StatusCode::UNAUTHORIZED, &why.advised_text()))?;
+    let claims = app.identify(&token).await.map_err(|why| {
+        let why = why.advised_text();
+        app.observe.request_refused(address, request.uri().path(), &why);
+        refused(StatusCode::UNAUTHORIZED, &why)
+    })?;
     if parameter(query, "topic").is_some() {
         return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
     }
