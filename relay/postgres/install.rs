@@ -128,17 +128,18 @@ async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
     Ok(applied)
 }
 
-/// Before the event trigger can run it needs its rights, and before that it would refuse to let them be granted: for the length of this
-/// transaction, which nobody else sees, it is off.
-const OFF: &str = "do $$ begin
-     if exists (select from pg_event_trigger where evtname = 'relay_schema_changes') then
-       alter event trigger relay_schema_changes disable;
-     end if;
+/// Before the event triggers can run they need their rights, and before that they would refuse to let them be granted: for the length of
+/// this transaction, which nobody else sees, they are off.
+const OFF: &str = "do $$ declare name text; begin
+     for name in select evtname from pg_event_trigger where evtname in ('relay_schema_changes', 'relay_schema_drops') loop
+       execute format('alter event trigger %I disable', name);
+     end loop;
    exception when insufficient_privilege then null; end $$";
-const ON: &str = "do $$ begin
-     if exists (select from pg_event_trigger where evtname = 'relay_schema_changes' and evtenabled = 'D') then
-       alter event trigger relay_schema_changes enable always;
-     end if;
+const ON: &str = "do $$ declare name text; begin
+     for name in select evtname from pg_event_trigger
+                 where evtname in ('relay_schema_changes', 'relay_schema_drops') and evtenabled = 'D' loop
+       execute format('alter event trigger %I enable always', name);
+     end loop;
    exception when insufficient_privilege then null; end $$";
 
 /// Makes whole what is there already, in whatever state it came: roles, owners and rights, without which not even the other files could
