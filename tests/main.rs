@@ -34,6 +34,7 @@ mod hostile_cursors;
 mod hostile_tokens;
 mod http_answers;
 mod http_edges;
+mod healing;
 mod heavy_filters;
 mod history;
 mod install;

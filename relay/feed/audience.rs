@@ -154,15 +154,19 @@ impl Audience {
     /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew, and then
     /// told again, because of what comes in between.
     /// Whoever subscribed to a whole schema is told of what was there `before` and is not any more.
+    /// Channels of which an entry was refused that may be bound now are bound anew.
     ///
     /// `here` is up to where everything was delivered to all.
-    pub fn leave_what_is_gone(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
+    pub fn follow_the_rules(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
             self.tell_gap(ALTERED, &self.reached(here));
             self.members.misses(ALTERED);
             self.members.each(|channel, outbox| outbox.rebind(channel));
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
             self.tell_gap(ALTERED, &self.reached(here));
+        }
+        if self.subscription.may_be_lifted(catalog) {
+            self.members.each(|channel, outbox| outbox.rebind(channel));
         }
     }
 

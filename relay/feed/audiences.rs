@@ -39,7 +39,7 @@ impl Audiences {
 
     /// Takes one in.
     pub fn insert(&mut self, audience: Audience) -> AudienceId {
-        self.is_doubtful |= self.is_stale(audience.subscription());
+        self.is_doubtful |= self.is_bound_by_others(audience.subscription());
         let number = self.audiences.insert(audience);
         self.seat(number);
         number
@@ -50,7 +50,7 @@ impl Audiences {
         let audience = &mut self.audiences[number];
         change(audience);
         let subscription = audience.subscription().clone();
-        self.is_doubtful |= self.is_stale(&subscription);
+        self.is_doubtful |= self.is_bound_by_others(&subscription);
         self.seat(number);
     }
 
@@ -91,6 +91,18 @@ impl Audiences {
         self.judged_with.as_ref().is_some_and(|catalog| subscription.is_stale(catalog))
     }
 
+    /// Whether the subscription was bound by other rules than those that changes are judged with, as far as that shows.
+    fn is_bound_by_others(&self, subscription: &Subscription) -> bool {
+        let is_other =
+            |catalog: &Arc<Catalog>| subscription.is_stale(catalog) || subscription.may_be_lifted(catalog);
+        self.judged_with.as_ref().is_some_and(is_other)
+    }
+
+    /// Whether somebody came who was bound by other rules, so that these are to be looked at anew.
+    pub fn is_doubtful(&self) -> bool {
+        self.is_doubtful
+    }
+
     /// Whether changes are judged with this catalog already.
     pub fn is_judged_with(&self, catalog: &Arc<Catalog>) -> bool {
         !self.is_doubtful && self.judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
@@ -104,7 +116,7 @@ impl Audiences {
         }
         self.readerships.forget();
         for (_, audience) in &self.audiences {
-            audience.leave_what_is_gone(self.judged_with.as_deref(), catalog, here);
+            audience.follow_the_rules(self.judged_with.as_deref(), catalog, here);
         }
         self.judged_with = Some(Arc::clone(catalog));
         self.is_doubtful = false;

@@ -85,7 +85,7 @@ impl Feed {
         Self { binder: Arc::new(binder), lanes: Arc::new(lanes), past, rows: Arc::new(rows), bookmarks }
     }
 
-    /// Binds a channel's requests to an identity.
+    /// Binds a channel's requests to an identity, each for itself.
     ///
     /// # Errors
     /// As [`Binder::bind`]; also when the client of the channel asks for more than one may.
@@ -206,7 +206,7 @@ impl Feed {
             Scope::Relation(id, oid, ..) => {
                 Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))
             }
-            Scope::Schema(_) | Scope::All => None,
+            Scope::Refused(_) | Scope::Named(_) | Scope::Schema(_) | Scope::All => None,
         });
         let access = relation.and_then(|(relation, _)| relation.access(claims.role()));
         let (Some((relation, binding)), Some(access)) = (relation, access) else {
@@ -236,10 +236,11 @@ impl Binder {
         Self { catalog, filters: Filters::default() }
     }
 
-    /// Binds a channel's requests to an identity, as long as PostgreSQL may still come back in time.
+    /// Binds a channel's requests to an identity, as long as PostgreSQL may still come back in time. What is wrong with one
+    /// request, or not allowed, stands in its binding.
     ///
     /// # Errors
-    /// When a request is wrong or not allowed, or PostgreSQL cannot be asked.
+    /// When nothing can be bound to these claims, or PostgreSQL cannot be asked.
     pub async fn bind(&self, identity: Identity, requests: &[Request]) -> Result<Subscription, BindError> {
         let tries = async {
             let mut pause = Duration::from_millis(50);
@@ -274,9 +275,12 @@ impl Binder {
         }
         let mut filters = Vec::with_capacity(requests.len());
         for request in requests {
-            filters.push(self.filter(identity, &catalog, request).await?);
+            filters.push(match self.filter(identity, &catalog, request).await {
+                Err(Attempt::Refused(why)) => Err(why),
+                filter => Ok(filter?),
+            });
         }
-        Ok(Subscription::bind(identity.clone(), &catalog, requests, filters)?)
+        Ok(Subscription::bind(identity.clone(), &catalog, requests, filters))
     }
 
     async fn filter(
@@ -335,6 +339,6 @@ fn is_missed(catalog: &Catalog, role: &str, request: &Request) -> bool {
         Target::Table { schema, table } => {
             catalog.named(schema, table).and_then(|relation| relation.access(role)).is_none()
         }
-        Target::Schema(_) | Target::All => false,
+        Target::Named(_) | Target::Schema(_) | Target::All => false,
     }
 }

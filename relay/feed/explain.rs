@@ -240,7 +240,10 @@ async fn filter(
     };
     let request = Request::parse(&entry).map_err(plain)?;
     match binder.bind(wanted.identity.clone(), &[request]).await {
-        Ok(subscription) => Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone())),
+        Ok(subscription) => {
+            let subscription = subscription.whole().map_err(plain)?;
+            Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone()))
+        }
         Err(BindError::Refused(refusal)) => Err(plain(refusal)),
         Err(BindError::Unavailable) => Err(String::from("the database could not be asked in time")),
     }

@@ -197,7 +197,7 @@ impl Hub {
         for (_, audience) in audiences.into_iter().flatten() {
             let position = at.map(|at| at.and(&audience.position(at)));
             if let Some(catalog) = self.live.rules() {
-                audience.leave_what_is_gone(rules, catalog, position.as_ref());
+                audience.follow_the_rules(rules, catalog, position.as_ref());
             }
             let is_behind = |position: &Cursor| here.is_some_and(|here| here.is_at_or_after(position));
             self.make_live(audience, position.filter(|position| !is_behind(position)));

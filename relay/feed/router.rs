@@ -150,7 +150,14 @@ impl Router {
                         if let Some(Part::Skipped(end)) = parts.listen() {
                             self.skip_to(end);
                         }
+                        let was_doubtful = self.hub.live.is_doubtful();
                         self.obey(command);
+                        if self.hub.live.is_doubtful() && !was_doubtful {
+                            tokio::select! {
+                                () = end.cancelled() => return,
+                                () = self.resolve_doubt() => {}
+                            }
+                        }
                         if self.has_nobody() {
                             parts.rest();
                         }
@@ -180,6 +187,12 @@ impl Router {
 
     fn has_nobody(&self) -> bool {
         self.counted.0 == 0 && self.early.is_empty()
+    }
+
+    /// Somebody was bound by other rules than changes are judged with: where those are the older ones, the next change may be
+    /// long in coming. If this fails, it is that change which finds out.
+    async fn resolve_doubt(&mut self) {
+        let _ = timeout(LOOK, self.deliver(None)).await;
     }
 
     /// What waited for a place in the feed comes before all that follows.

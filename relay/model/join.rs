@@ -1,5 +1,7 @@
 //! A client's wish to join a channel: what it asks for, and the frames that answer it.
 
+use std::collections::HashSet;
+
 use serde_json::{Map, Value, json};
 
 use crate::model::phoenix::{Message, Status, Version, push, reply, system};
@@ -100,15 +102,17 @@ impl Join {
         !self.entries.is_empty()
     }
 
-    /// What is to be bound.
-    ///
-    /// # Errors
-    /// When an entry cannot be served as it is written.
-    pub fn requests(&self) -> Result<Vec<Request>, Refusal> {
-        let mut requests =
-            self.entries().map(|entry| Request::parse(&entry)).collect::<Result<Vec<_>, _>>()?;
+    /// What is to be bound, and why other entries cannot be served as they are written.
+    pub fn requests(&self) -> (Vec<Request>, Vec<Refusal>) {
+        let (mut requests, mut malformed) = (Vec::new(), Vec::new());
+        for entry in self.entries() {
+            match Request::parse(&entry) {
+                Ok(request) => requests.push(request),
+                Err(refusal) => malformed.push(refusal),
+            }
+        }
         requests.shrink_to_fit();
-        Ok(requests)
+        (requests, malformed)
     }
 
     /// Whether a failed subscription is to fail the join.
@@ -142,18 +146,20 @@ impl Join {
     }
 }
 
-/// The outcome of a subscription as the client is told it.
-pub fn changes_system(
-    version: Version,
-    join_ref: &Value,
-    topic: &str,
-    outcome: Result<(), &Refusal>,
-) -> String {
-    let (status, message) = match outcome {
-        Ok(()) => ("ok", "Subscribed to PostgreSQL"),
-        Err(refusal) => ("error", refusal.0.as_str()),
+/// The outcome of a subscription as the client is told it: each reason why an entry is refused, once, or that all of it stands.
+pub fn changes_system(version: Version, join_ref: &Value, topic: &str, refusals: &[Refusal]) -> Vec<String> {
+    let told = |status, message: &str| {
+        push(version, join_ref, topic, "system", &system(topic, "postgres_changes", status, message))
     };
-    push(version, join_ref, topic, "system", &system(topic, "postgres_changes", status, message))
+    if refusals.is_empty() {
+        return vec![told("ok", "Subscribed to PostgreSQL")];
+    }
+    let mut known = HashSet::new();
+    refusals
+        .iter()
+        .filter(|refusal| known.insert(&refusal.0))
+        .map(|refusal| told("error", &refusal.0))
+        .collect()
 }
 
 /// The refusal of a join whose subscription is refused.

@@ -82,6 +82,8 @@ struct Channel {
     join_ref: Value,
     identity: Identity,
     requests: Vec<Request>,
+    /// Why other entries cannot be served at all.
+    malformed: Vec<Refusal>,
     attempt: u32,
     /// How much of the client's own words it keeps, about.
     bytes: usize,
@@ -167,14 +169,20 @@ impl Session {
         }
     }
 
-    /// What a channel was bound to is gone, or another: it is bound anew.
+    /// What a channel was bound to is gone, or what it was refused may be there now: it is bound anew.
     pub fn rebind(&mut self, channel: ChannelId) -> Vec<Action> {
         let found = self.channels.values_mut().find(|state| state.id == channel && state.delivering);
         found.map_or_else(Vec::new, |state| vec![state.bind()])
     }
 
-    /// The outcome of [`Action::Bind`].
-    pub fn bound(&mut self, channel: ChannelId, attempt: u32, outcome: Result<(), Refusal>) -> Vec<Action> {
+    /// The outcome of [`Action::Bind`]: why single entries were refused, while the others are bound, or why nothing could be
+    /// bound. Only when no entry is refused is the channel told that it is subscribed.
+    pub fn bound(
+        &mut self,
+        channel: ChannelId,
+        attempt: u32,
+        outcome: Result<Vec<Refusal>, Refusal>,
+    ) -> Vec<Action> {
         let version = self.version;
         let Some((topic, state)) = self.channels.iter_mut().find(|(_, state)| state.id == channel) else {
             return Vec::new();
@@ -183,21 +191,23 @@ impl Session {
             return Vec::new();
         }
         let topic = topic.clone();
+        let is_bound = outcome.is_ok();
+        let mut refusals = state.malformed.clone();
+        refusals.extend(outcome.unwrap_or_else(|refusal| vec![refusal]));
         let mut frames = Vec::new();
         if let Some(join) = state.joining.take() {
-            if let (Err(refusal), true) = (&outcome, join.waits()) {
+            if let (Some(refusal), true) = (refusals.first(), join.waits()) {
                 self.channels.remove(&topic);
                 return vec![Action::Send(join.refuse(version, &disabled(refusal)))];
             }
             frames.extend(join.accept(version));
         }
-        frames.push(changes_system(version, &state.join_ref, &topic, outcome.as_ref().copied()));
-        match outcome {
-            Ok(()) => {
-                state.delivering = true;
-                vec![Action::Join { channel, topic, greeting: frames }]
-            }
-            Err(_) => state.end_delivery(frames),
+        frames.extend(changes_system(version, &state.join_ref, &topic, &refusals));
+        if is_bound {
+            state.delivering = true;
+            vec![Action::Join { channel, topic, greeting: frames }]
+        } else {
+            state.end_delivery(frames)
         }
     }
 
@@ -242,30 +252,27 @@ impl Session {
                 return actions;
             }
         };
-        let requests = match join.requests() {
-            Ok(requests) => requests,
-            Err(refusal) if join.waits() => {
-                actions.push(self.refuse(message, &disabled(&refusal)));
-                return actions;
-            }
-            Err(refusal) => {
-                actions.extend(join.accept(self.version).into_iter().map(Action::Send));
-                let frame = changes_system(self.version, join.join_ref(), join.topic(), Err(&refusal));
-                actions.push(Action::Send(frame));
-                Vec::new()
-            }
-        };
+        let (requests, malformed) = join.requests();
+        if let (Some(refusal), true) = (malformed.first(), join.waits()) {
+            actions.push(self.refuse(message, &disabled(refusal)));
+            return actions;
+        }
         self.joins += 1;
         let id = ChannelId { session: self.number, channel: self.joins };
         let (topic, join_ref) = (join.topic().to_owned(), join.join_ref().clone());
         let bytes = join.bytes();
+        let (attempt, joining, delivering) = (0, None, false);
         let mut channel =
-            Channel { id, join_ref, identity, requests, attempt: 0, bytes, joining: None, delivering: false };
+            Channel { id, join_ref, identity, requests, malformed, attempt, bytes, joining, delivering };
         if !channel.requests.is_empty() {
             channel.joining = Some(join);
             actions.push(channel.bind());
-        } else if !join.wants_changes() {
+        } else {
             actions.extend(join.accept(self.version).into_iter().map(Action::Send));
+            if !channel.malformed.is_empty() {
+                let told = changes_system(self.version, &channel.join_ref, &topic, &channel.malformed);
+                actions.extend(told.into_iter().map(Action::Send));
+            }
         }
         self.channels.insert(topic, Box::new(channel));
         actions
@@ -473,7 +480,7 @@ mod tests {
     fn delivering() -> (Session, ChannelId) {
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", json!({})));
-        session.bound(channel, attempt, Ok(()));
+        session.bound(channel, attempt, Ok(Vec::new()));
         (session, channel)
     }
 
@@ -504,7 +511,7 @@ mod tests {
         assert_eq!(told(&actions), ["bind"]);
         let (channel, attempt, who) = bind(&actions);
         assert_eq!(who, "ann");
-        let actions = session.bound(channel, attempt, Ok(()));
+        let actions = session.bound(channel, attempt, Ok(Vec::new()));
         let greeting =
             ["join: 1 phx_reply ok", "join: 1 presence_state ", "join: 1 system Subscribed to PostgreSQL"];
         assert_eq!(told(&actions), greeting);
@@ -525,9 +532,9 @@ mod tests {
         let token = json!({"access_token": "bob"});
         let (_, second, who) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
         assert_eq!((second, who.as_str()), (first + 1, "bob"));
-        assert_eq!(session.bound(channel, first, Ok(())), []);
+        assert_eq!(session.bound(channel, first, Ok(Vec::new())), []);
         assert_eq!(session.unavailable(channel, first), []);
-        assert_eq!(told(&session.bound(channel, second, Ok(()))).len(), 2);
+        assert_eq!(told(&session.bound(channel, second, Ok(Vec::new()))).len(), 2);
 
         // The same for a channel that is joined anew, or left, while it is being bound.
         let (old, attempt, _) = bind(&join(&mut session, "2", "ann", json!({})));
@@ -535,10 +542,10 @@ mod tests {
         assert_eq!(told(&actions), ["2 phx_close ", "bind"]);
         let (new, ..) = bind(&actions);
         assert_ne!(old, new);
-        assert_eq!(session.bound(old, attempt, Ok(())), []);
+        assert_eq!(session.bound(old, attempt, Ok(Vec::new())), []);
         let left = says(&mut session, "3", "realtime:t", "phx_leave", json!({}));
         assert_eq!(told(&left), ["3 phx_reply ok", "3 phx_close "]);
-        assert_eq!(session.bound(new, 1, Ok(())), []);
+        assert_eq!(session.bound(new, 1, Ok(Vec::new())), []);
     }
 
     #[test]
@@ -563,6 +570,27 @@ mod tests {
             told(&actions)[0].starts_with("3 phx_reply RealtimeDisabledForConfiguration: No subscription")
         );
         assert_eq!(session.channel_count(), 0);
+    }
+
+    #[test]
+    fn an_entry_that_is_refused_leaves_the_others_and_is_told_each_time() {
+        let no = |text: &str| Refusal(text.to_owned());
+        let mut session = session();
+        let entries = json!({"postgres_changes": [{"table": "todos"}, {}, {"table": "others"}]});
+        let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", entries.clone()));
+        let actions = session.bound(channel, attempt, Ok(vec![no("others"), no("others")]));
+        let malformed = "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}";
+        let refused = format!("join: 1 system {malformed}");
+        assert_eq!(told(&actions), ["join: 1 phx_reply ok", &refused, "join: 1 system others"]);
+        let (_, attempt, _) = bind(&session.rebind(channel));
+        assert_eq!(told(&session.bound(channel, attempt, Ok(Vec::new()))), [refused]);
+
+        let mut waiting = entries;
+        waiting["postgres_changes"] = json!([{"table": "todos"}]);
+        waiting["postgres_changes_options"] = json!({"wait": true});
+        let (channel, attempt, _) = bind(&join(&mut session, "2", "ann", waiting));
+        let actions = session.bound(channel, attempt, Ok(vec![no("others")]));
+        assert_eq!(told(&actions), ["2 phx_reply RealtimeDisabledForConfiguration: others"]);
     }
 
     #[test]
@@ -725,7 +753,7 @@ mod tests {
                     _ if binding.is_empty() => Vec::new(),
                     _ => {
                         let (channel, attempt, who) = binding.remove(0);
-                        let outcome = if flag { Ok(()) } else { Err(Refusal("no".to_owned())) };
+                        let outcome = if flag { Ok(Vec::new()) } else { Err(Refusal("no".to_owned())) };
                         let actions = session.bound(channel, attempt, outcome);
                         if actions.iter().any(|action| matches!(action, Action::Join { .. })) {
                             prop_assert_eq!(&latest[&channel], &(attempt, who));
@@ -777,7 +805,7 @@ mod tests {
                     })
                     .collect();
                 for (channel, attempt) in binds {
-                    actions.extend(session.bound(channel, attempt, Ok(())));
+                    actions.extend(session.bound(channel, attempt, Ok(Vec::new())));
                 }
                 for action in actions {
                     let frames = match action {

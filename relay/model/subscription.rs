@@ -10,12 +10,14 @@ use crate::model::anchor::Anchors;
 use crate::model::bound_filter::BoundFilter;
 use crate::model::change::{Change, Operation, RelationId};
 use crate::model::cursor::Cursor;
+use crate::model::filter;
+use crate::model::pattern::Folding;
 use crate::model::policy::Identity;
 use crate::model::refusal::{CAUSE, EXCEPTION, FILTER, Refusal, UNREADABLE};
-use crate::model::relation::{Catalog, Naming, Relation};
+use crate::model::relation::{Catalog, Naming, Relation, Shape};
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// The word for the operations, as it was written.
     event: String,
@@ -48,10 +50,30 @@ pub enum Target {
         /// Its name.
         table: String,
     },
+    /// The tables of one name in every schema.
+    Named(String),
     /// Every watched relation of a schema.
     Schema(String),
     /// Every watched relation.
     All,
+}
+
+/// What the catalog says, to one role, of all that an entry names. As long as that stays, a refusal stays as well.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Grounds {
+    /// The table, if the role may read it.
+    relation: Option<(RelationId, u32)>,
+    /// The columns that filter and selection name, as far as the role may read them.
+    columns: Vec<Option<(String, Shape, Option<Folding>)>>,
+}
+
+/// An entry that was refused, and what may lift the refusal.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Why, for the client.
+    pub why: Refusal,
+    request: Request,
+    grounds: Grounds,
 }
 
 impl Request {
@@ -71,7 +93,8 @@ impl Request {
                     Value::Object(entry.clone())
                 )));
             }
-            (Some("*"), _) => Target::All,
+            (Some("*"), Some(table)) => Target::Named(table.to_owned()),
+            (Some("*"), None) => Target::All,
             (schema, Some(table)) => {
                 Target::Table { schema: schema.unwrap_or("public").to_owned(), table: table.to_owned() }
             }
@@ -129,6 +152,7 @@ impl Request {
         let event = &self.event;
         let (schema, table) = match &self.target {
             Target::Table { schema, table } => (schema.as_str(), table.as_str()),
+            Target::Named(table) => ("*", table.as_str()),
             Target::Schema(schema) => (schema.as_str(), "*"),
             Target::All => ("*", "*"),
         };
@@ -137,6 +161,23 @@ impl Request {
             "[event: {event}, schema: {schema}, table: {table}, filters: [{}], select: {select}]",
             self.filter
         )
+    }
+
+    fn grounds(&self, catalog: &Catalog, role: &str) -> Grounds {
+        let found = match &self.target {
+            Target::Table { schema, table } => catalog.named(schema, table),
+            Target::Named(_) | Target::Schema(_) | Target::All => None,
+        };
+        let found = found.and_then(|relation| Some((relation, relation.access(role)?)));
+        let conditions = filter::parse(&self.filter).unwrap_or_default();
+        let named = conditions.iter().map(|condition| &condition.column).chain(&self.select);
+        let column = |name: &String| {
+            let (relation, access) = found?;
+            let column = relation.column(name).filter(|_| access.sees(name))?;
+            Some((column.kind.clone(), column.shape(), column.folding))
+        };
+        let relation = found.map(|(relation, _)| (relation.id(), relation.oid));
+        Grounds { relation, columns: named.map(column).collect() }
     }
 }
 
@@ -170,6 +211,13 @@ impl PartialEq for Binding {
 
 impl Eq for Binding {}
 
+impl Binding {
+    /// Whether its entry was refused, so that it gets nothing.
+    pub fn is_refused(&self) -> bool {
+        matches!(self.scope, Scope::Refused(_))
+    }
+}
+
 impl Hash for Binding {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.id.hash(state);
@@ -182,8 +230,12 @@ const VALUES_OF_FRAME: usize = 10;
 /// The relations of a binding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
+    /// None: the entry was refused, for now or for good.
+    Refused(Arc<Refused>),
     /// One relation: the number under which it is watched, its own, and schema and table as they were asked for.
     Relation(RelationId, u32, Arc<(String, String)>, Option<Naming>),
+    /// Every watched relation of a name, also those to come.
+    Named(String),
     /// Every watched relation of a schema, also those to come.
     Schema(String),
     /// Every watched relation, also those to come.
@@ -198,6 +250,8 @@ impl Scope {
                 (*id, *oid, &name.0, &name.1)
                     == (relation.id(), relation.oid, &relation.schema, &relation.table)
             }
+            Self::Refused(_) => false,
+            Self::Named(table) => *table == relation.table,
             Self::Schema(schema) => *schema == relation.schema,
             Self::All => true,
         }
@@ -212,37 +266,48 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Binds requests to an identity by the catalog's rights.
+    /// Binds requests to an identity by the catalog's rights, each for itself: one that is refused leaves the others.
     ///
-    /// `filters` holds, in the order of `requests`, each filter as PostgreSQL read it.
-    ///
-    /// # Errors
-    /// When a relation is not watched or not readable by the identity's role (one text for both), or a filter or
+    /// `filters` holds, in the order of `requests`, each filter as PostgreSQL read it, or why it is refused. A request is
+    /// also refused when a relation is not watched or not readable by the identity's role (one text for both), or a
     /// selected column is not one that the role may read.
     pub fn bind(
         identity: Identity,
         catalog: &Catalog,
         requests: &[Request],
-        filters: Vec<Option<Arc<BoundFilter>>>,
-    ) -> Result<Self, Refusal> {
-        let mut bindings = Vec::with_capacity(requests.len());
-        for (request, filter) in requests.iter().zip(filters) {
-            let scope = match &request.target {
-                Target::All => Scope::All,
-                Target::Schema(schema) => Scope::Schema(schema.clone()),
-                Target::Table { .. } => {
-                    let relation = readable(&identity, catalog, request)?;
-                    let name = Arc::new((relation.schema.clone(), relation.table.clone()));
-                    Scope::Relation(relation.id(), relation.oid, name, relation.named)
-                }
-            };
+        filters: Vec<Result<Option<Arc<BoundFilter>>, Refusal>>,
+    ) -> Self {
+        let bind = |(request, filter): (&Request, Result<Option<Arc<BoundFilter>>, Refusal>)| {
+            let bound = filter.and_then(|filter| Ok((scope(&identity, catalog, request)?, filter)));
+            let (scope, filter) = bound.unwrap_or_else(|why| {
+                let grounds = request.grounds(catalog, identity.claims().role());
+                (Scope::Refused(Arc::new(Refused { why, request: request.clone(), grounds })), None)
+            });
             // A column that is named again is no news, and would be looked at again for each change.
             let mut named = HashSet::new();
             let select = request.select.iter().filter(|column| named.insert(*column)).cloned();
             let select = (!request.select.is_empty()).then(|| select.collect());
-            bindings.push(Binding { id: request.id(), events: request.events, scope, filter, select });
-        }
-        Ok(Self { identity, bindings: bindings.into() })
+            Binding { id: request.id(), events: request.events, scope, filter, select }
+        };
+        let bindings = requests.iter().zip(filters).map(bind).collect();
+        Self { identity, bindings }
+    }
+
+    /// Why entries were refused, in their order.
+    pub fn refusals(&self) -> impl Iterator<Item = &Refusal> {
+        self.bindings.iter().filter_map(|binding| match &binding.scope {
+            Scope::Refused(refused) => Some(&refused.why),
+            _ => None,
+        })
+    }
+
+    /// It, if no entry was refused.
+    ///
+    /// # Errors
+    /// With the first refusal.
+    pub fn whole(self) -> Result<Self, Refusal> {
+        let refusal = self.refusals().next().cloned();
+        refusal.map_or(Ok(self), Err)
     }
 
     /// Whose it is.
@@ -264,7 +329,7 @@ impl Subscription {
     /// columns its bindings select beyond those of the first, which make another frame of a change.
     pub fn scanned_values(&self) -> usize {
         let (mut anchors, mut values, mut selections) = (Anchors::OneOf(Vec::new()), 0, HashSet::new());
-        for binding in self.bindings.iter() {
+        for binding in self.bindings.iter().filter(|binding| !binding.is_refused()) {
             let filter = binding.filter.as_ref();
             anchors = anchors.or(filter.map_or(Anchors::Any, |filter| filter.anchors()));
             values += filter.map_or(0, |filter| filter.value_count());
@@ -289,7 +354,16 @@ impl Subscription {
                 }
                 _ => true,
             },
-            Scope::Schema(_) | Scope::All => false,
+            Scope::Refused(_) | Scope::Named(_) | Scope::Schema(_) | Scope::All => false,
+        })
+    }
+
+    /// Whether the catalog says something else than before of what a refused entry names, so that it may be bound now.
+    pub fn may_be_lifted(&self, catalog: &Catalog) -> bool {
+        let role = self.identity.claims().role();
+        self.bindings.iter().any(|binding| match &binding.scope {
+            Scope::Refused(refused) => refused.request.grounds(catalog, role) != refused.grounds,
+            _ => false,
         })
     }
 
@@ -307,7 +381,7 @@ impl Subscription {
             now.relation(change.relation).is_some_and(|relation| self.concerning(relation).next().is_some());
         !is_followed
             && self.bindings.iter().any(|binding| match &binding.scope {
-                Scope::Relation(..) => false,
+                Scope::Refused(_) | Scope::Relation(..) | Scope::Named(_) => false,
                 Scope::Schema(schema) => *schema == left,
                 Scope::All => true,
             })
@@ -332,6 +406,20 @@ impl Subscription {
     }
 }
 
+/// The relations of a request.
+fn scope(identity: &Identity, catalog: &Catalog, request: &Request) -> Result<Scope, Refusal> {
+    Ok(match &request.target {
+        Target::All => Scope::All,
+        Target::Schema(schema) => Scope::Schema(schema.clone()),
+        Target::Named(table) => Scope::Named(table.clone()),
+        Target::Table { .. } => {
+            let relation = readable(identity, catalog, request)?;
+            let name = Arc::new((relation.schema.clone(), relation.table.clone()));
+            Scope::Relation(relation.id(), relation.oid, name, relation.named)
+        }
+    })
+}
+
 /// The relation a request names, if the identity's role may read it and every column the request mentions.
 ///
 /// # Errors
@@ -343,7 +431,7 @@ pub fn readable<'a>(
 ) -> Result<&'a Arc<Relation>, Refusal> {
     let found = match &request.target {
         Target::Table { schema, table } => catalog.named(schema, table),
-        Target::Schema(_) | Target::All => None,
+        Target::Named(_) | Target::Schema(_) | Target::All => None,
     };
     let access = found.and_then(|relation| relation.access(identity.claims().role()));
     let (Some(relation), Some(access)) = (found, access) else {
@@ -414,6 +502,8 @@ mod tests {
             (json!({"table": "*"}), schema("public")),
             (json!({"schema": "*"}), Target::All),
             (json!({"schema": "*", "table": "*"}), Target::All),
+            (json!({"schema": "*", "table": ""}), Target::All),
+            (json!({"schema": "*", "table": "t"}), Target::Named("t".to_owned())),
         ] {
             assert_eq!(parse(&entry).unwrap().target, target, "{entry}");
         }
@@ -486,7 +576,8 @@ mod tests {
 
     fn bind(role: &str, entry: &Value) -> Result<Subscription, String> {
         let request = parse(entry).unwrap();
-        Subscription::bind(identity(role), &catalog(), &[request], vec![None]).map_err(|refusal| refusal.0)
+        let subscription = Subscription::bind(identity(role), &catalog(), &[request], vec![Ok(None)]);
+        subscription.whole().map_err(|refusal| refusal.0)
     }
 
     #[test]
@@ -515,6 +606,8 @@ mod tests {
             (json!({"schema": "public"}), true),
             (json!({"schema": "*"}), true),
             (json!({"schema": "other"}), false),
+            (json!({"schema": "*", "table": "todos"}), true),
+            (json!({"schema": "*", "table": "others"}), false),
         ] {
             let subscription = bind("authenticated", &entry).unwrap();
             assert_eq!(subscription.concerning(&relation).count(), usize::from(concerns), "{entry}");

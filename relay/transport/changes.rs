@@ -152,14 +152,15 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
     };
     let identity = Identity::new(claims);
     let channel = ChannelId { session: app.next_session(), channel: 0 };
-    let subscription =
-        app.feed.bind(channel, identity.clone(), &[wanted]).await.map_err(|why| match why {
-            BindError::Refused(refusal) => {
-                let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
-                refused(StatusCode::BAD_REQUEST, &plain)
-            }
-            BindError::Unavailable => unavailable(),
-        })?;
+    let bound = app.feed.bind(channel, identity.clone(), &[wanted]).await;
+    let whole = bound.and_then(|subscription| subscription.whole().map_err(BindError::Refused));
+    let subscription = whole.map_err(|why| match why {
+        BindError::Refused(refusal) => {
+            let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
+            refused(StatusCode::BAD_REQUEST, &plain)
+        }
+        BindError::Unavailable => unavailable(),
+    })?;
     // Without a name of their own, those of one address have one share.
     let claims = identity.claims();
     let owner = match claims.sub() {

@@ -331,7 +331,10 @@ impl Driver {
 
     fn bound(&mut self, (channel, attempt, outcome): Outcome) {
         let (actions, mut bound) = match outcome {
-            Ok(bound) => (self.session.bound(channel, attempt, Ok(())), Some(bound)),
+            Ok(bound) => {
+                let refusals = bound.subscription.refusals().cloned().collect();
+                (self.session.bound(channel, attempt, Ok(refusals)), Some(bound))
+            }
             Err(BindError::Refused(refusal)) => (self.session.bound(channel, attempt, Err(refusal)), None),
             Err(BindError::Unavailable) => (self.session.unavailable(channel, attempt), None),
         };

@@ -146,7 +146,7 @@ impl Ways {
             json!({"event": "*", "schema": "public", "table": relation.table}).as_object().unwrap().clone();
         let request = [Request::parse(&entry).unwrap()];
         let subscription =
-            |claims: &Value| Subscription::bind(identity(claims), catalog, &request, vec![None]).unwrap();
+            |claims: &Value| Subscription::bind(identity(claims), catalog, &request, vec![Ok(None)]);
         let subscriptions: Vec<Subscription> = readers.iter().map(subscription).collect();
         let mut readerships = Readerships::default();
         readerships.prepare(relation, subscriptions.iter().enumerate());
