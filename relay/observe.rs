@@ -38,6 +38,7 @@ pub struct Observe {
     lag: Histogram,
     judgements: Counter,
     raised: Counter,
+    unreadable: Counter,
     timed_out: Counter,
     role_lost: Counter,
     keys_not_read: Counter,
@@ -70,6 +71,10 @@ impl Observe {
         let source_downs = counter("source_interruptions", "Times the connection to the changelog was lost");
         let judgements = counter("judgements", "Questions to PostgreSQL about who may see what");
         let raised = counter("judgements_raised", "Policies that raised an error; denied for those rows");
+        let unreadable = counter(
+            "judgements_unreadable",
+            "Policies or filters that read a value which PostgreSQL cannot read back; told as gaps",
+        );
         let timed_out = counter(
             "judgements_timed_out",
             "Policies that took too long, or read a locked table; told as a gap",
@@ -127,6 +132,7 @@ impl Observe {
             lag,
             judgements,
             raised,
+            unreadable,
             timed_out,
             role_lost,
             keys_not_read,
@@ -306,6 +312,7 @@ impl Observe {
     pub fn judgement_failed(&self, denied: Denied, relation: &str) {
         match denied {
             Denied::Raised | Denied::Claims => self.raised.inc(),
+            Denied::Unreadable => self.unreadable.inc(),
             Denied::TimedOut | Denied::Locked => self.timed_out.inc(),
             Denied::Role => self.role_lost.inc(),
         };

@@ -435,7 +435,7 @@ set jit = off as $$
         'num', a.attnum, 'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, null),
         'known', relay.known_kind(a.atttypid, a.attcollation), 'many', t.typcategory = 'A',
         'folding', relay.known_folding(a.atttypid, a.attcollation),
-        'plain', t.typtype in ('b', 'e', 'r', 'm')) order by a.attnum), '[]')
+        'plain', t.typtype in ('b', 'e', 'r', 'm'), 'domain', t.typtype = 'd') order by a.attnum), '[]')
       from pg_catalog.pg_attribute a
       join pg_catalog.pg_type t on t.oid = a.atttypid
       where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),

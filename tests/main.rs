@@ -37,6 +37,7 @@ mod http_edges;
 mod healing;
 mod heavy_filters;
 mod history;
+mod images;
 mod install;
 mod keys;
 mod large_transactions;

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::feed::binding::{BindError, Binder};
 use crate::model::anchor::Anchors;
 use crate::model::bound_filter::BoundFilter;
+use crate::model::change::Row;
 use crate::model::compile::compile;
 use crate::model::plan::{Leaf, Plan};
 use crate::model::policy::{Denied, Identity};
@@ -272,13 +273,21 @@ impl Bench<'_> {
         let Some(image) = image else {
             return Ok(RowPart { found: false, allowed: false, by: Vec::new(), matches: None });
         };
+        // As the feed does it: of nothing but what is read.
+        let narrowed = |reads: &dyn Fn(&str) -> bool| match Row::parse(&image) {
+            Ok(row) => relation.narrowed(&row, reads),
+            Err(_) => image.clone(),
+        };
+        let of_policy = narrowed(&|name| relation.policy_reads(access, name));
+        let reading: Arc<str> = relation.reading().into();
+        let says = |image: String, statement, with_path| self.says(image, statement, &reading, with_path);
         for policy in policies.iter_mut() {
             let judgement = self.enquiry.judgement(relation, &policy.condition).await?;
-            policy.says = Some(self.says(&image, judgement, access.rights.calls_own).await?);
+            policy.says = Some(says(of_policy.clone(), judgement, access.rights.calls_own).await?);
         }
         let allowed = match (&access.policy, &access.judge) {
             (None, _) => true,
-            (Some(_), Some(statement)) => self.says(&image, Arc::clone(statement), true).await? == YES,
+            (Some(_), Some(statement)) => says(of_policy, Arc::clone(statement), true).await? == YES,
             (Some(_), None) => false,
         };
         let (kind, says_yes) = if allowed { ("permissive", true) } else { ("restrictive", false) };
@@ -286,19 +295,30 @@ impl Bench<'_> {
         let by = policies.iter().filter(|policy| decided(policy)).map(|policy| policy.name.clone());
         let by = by.collect();
         let matches = match filter {
-            Some(filter) => Some(self.says(&image, Arc::clone(&filter.statement), false).await? == YES),
+            Some(filter) => {
+                let image = narrowed(&|name| filter.columns().any(|read| read == name));
+                Some(says(image, Arc::clone(&filter.statement), false).await? == YES)
+            }
             None => None,
         };
         Ok(RowPart { found: true, allowed, by, matches })
     }
 
-    async fn says(&self, image: &str, statement: Arc<str>, with_path: bool) -> Result<&'static str, Error> {
-        let question = Question { identity: self.identity.clone(), statement, images: &[image], with_path };
+    async fn says(
+        &self,
+        image: String,
+        statement: Arc<str>,
+        reading: &Arc<str>,
+        with_path: bool,
+    ) -> Result<&'static str, Error> {
+        let (identity, reading) = (self.identity.clone(), Arc::clone(reading));
+        let question = Question { identity, statement, images: &[image], reading, with_path };
         let verdict = self.judge.judge(&[question]).await?;
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
             Some((_, Some(Denied::TimedOut))) => "it took too long",
             Some((_, Some(Denied::Locked))) => "a table that it reads is locked",
             Some((_, Some(Denied::Role))) => "it cannot be asked in this role",
+            Some((_, Some(Denied::Unreadable))) => "a value that it reads cannot be read back",
             Some((Some(true), _)) => YES,
             Some((_, Some(Denied::Claims))) => "it raises an error for these claims",
             Some((_, Some(Denied::Raised))) => "it raises an error",

@@ -8,7 +8,7 @@ use crate::feed::load::Client;
 use crate::feed::place::{Layout, Place};
 use crate::feed::readership::{AudienceId, Readership};
 use crate::model::bound_filter::BoundFilter;
-use crate::model::change::{Change, Operation, RelationId};
+use crate::model::change::{Change, Operation};
 use crate::model::policy::Identity;
 use crate::model::predicate::{Answers, Truth};
 use crate::model::relation::{Access, Relation};
@@ -70,8 +70,6 @@ struct Scene<'s, 'a> {
     access: &'a Access,
     /// What the leaves of the policy said, leaf by leaf.
     said: &'s [Vec<Said>],
-    /// The images of the relation in this part.
-    images: &'s [&'a str],
     /// An image lacks something that the policy reads.
     lacks: bool,
 }
@@ -84,11 +82,10 @@ impl<'a> Finder<'_, 'a> {
         place: Option<&Place<'a>>,
         readership: &'a Readership,
         said: &[Vec<Said>],
-        images: &HashMap<RelationId, Vec<&'a str>>,
         reader: &impl Fn(AudienceId) -> Reader<'a>,
     ) {
         let Some(access) = readership.access() else { return };
-        let reads_policy = |column: &str| reads(readership.relation(), access, column);
+        let reads_policy = |column: &str| readership.relation().policy_reads(access, column);
         let is_told = |place: &&Place<'_>| match &place.layout {
             Layout::Other => false,
             Layout::Partial(_) => !place.lacks(reads_policy),
@@ -103,8 +100,7 @@ impl<'a> Finder<'_, 'a> {
             return;
         };
         let lacks = place.lacks(reads_policy);
-        let images = images.get(&change.relation).map_or(&[][..], Vec::as_slice);
-        let scene = Scene { index, place, readership, access, said, images, lacks };
+        let scene = Scene { index, place, readership, access, said, lacks };
         let mut found = scene.concerned();
         if matches!(place.layout, Layout::Partial(_)) {
             // Nor can a filter be told that reads what was added.
@@ -179,7 +175,7 @@ impl<'a> Finder<'_, 'a> {
                         readership.relation(),
                         identity,
                         statement,
-                        (scene.images[slot], answer),
+                        (scene.relation().narrowed(image.row(), |name| scene.policy_reads(name)), answer),
                     );
                 }
                 _ => *truth = Truth::Raises,
@@ -199,10 +195,11 @@ impl<'a> Finder<'_, 'a> {
             self.is_paid_by(rule, reader);
             return may_match;
         }
-        let lacks = scene.place.lacks(|column| filter.columns().any(|read| read == column));
+        let reads = |column: &str| filter.columns().any(|read| read == column);
+        let lacks = scene.place.lacks(reads);
         let mut ruling = [Truth::False; 2];
         for (side, truth) in ruling.iter_mut().enumerate() {
-            let Some((image, slot)) = scene.place.image(side) else { continue };
+            let Some((image, _)) = scene.place.image(side) else { continue };
             *truth = if lacks { Truth::Raises } else { filter.truth(image) };
             if *truth == Truth::Unsure {
                 let (relation, answer) = (scene.readership.relation(), Answer::Filter(key, side));
@@ -212,7 +209,7 @@ impl<'a> Finder<'_, 'a> {
                     relation,
                     identity,
                     &filter.statement,
-                    (scene.images[slot], answer),
+                    (relation.narrowed(image.row(), reads), answer),
                 );
             }
         }
@@ -239,7 +236,7 @@ impl<'a> Finder<'_, 'a> {
         relation: &'a Relation,
         identity: &'a Identity,
         statement: &'a Arc<str>,
-        (image, answer): (&'a str, Answer),
+        (image, answer): (String, Answer),
     ) {
         let number = *self.questions.entry(rule).or_insert_with(|| {
             let (images, answers) = (Vec::new(), Vec::new());
@@ -263,7 +260,15 @@ impl<'a> Finder<'_, 'a> {
     }
 }
 
-impl Scene<'_, '_> {
+impl<'a> Scene<'_, 'a> {
+    fn relation(&self) -> &'a Relation {
+        self.readership.relation()
+    }
+
+    fn policy_reads(&self, column: &str) -> bool {
+        self.relation().policy_reads(self.access, column)
+    }
+
     /// Whom the index and the leaves name; some more than once.
     fn concerned(&self) -> Vec<AudienceId> {
         let mut found = Vec::new();
@@ -293,46 +298,4 @@ fn needs_path(relation: &Relation, identity: &Identity) -> bool {
 
 fn is_no(truth: Truth) -> bool {
     matches!(truth, Truth::False | Truth::Null | Truth::Raises)
-}
-
-/// Whether the policy may read a column. The text of a policy of row security is PostgreSQL's own; a name that only looks like
-/// a column's denies too much, never too little. Other policies are as somebody wrote them, and may read any column in
-/// any spelling.
-fn reads(relation: &Relation, access: &Access, column: &str) -> bool {
-    let Some(policy) = &access.policy else { return false };
-    matches!(relation.kind.as_str(), "m" | "f")
-        || names(policy, &column.replace('"', "\"\""))
-        || policy.contains(".*")
-}
-
-/// Whether the name stands somewhere in SQL as PostgreSQL writes it, where a name of other signs than these stands in quotes.
-fn names(sql: &str, name: &str) -> bool {
-    let is_part = |sign: char| sign.is_ascii_alphanumeric() || sign == '_';
-    sql.match_indices(name)
-        .any(|(at, _)| !sql[..at].ends_with(is_part) && !sql[at + name.len()..].starts_with(is_part))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::names;
-
-    #[track_caller]
-    fn check(sql: &str, name: &str, expected: bool) {
-        assert_eq!(names(sql, name), expected, "{name} in {sql}");
-    }
-
-    #[test]
-    fn a_name_that_is_part_of_another_is_not_named() {
-        check("true", "e", false);
-        check("(owner = auth.uid())", "owner", true);
-        check("(owner_id = auth.uid())", "owner", false);
-        check("(my_owner = auth.uid())", "owner", false);
-        check("(t.owner = t.owner2)", "owner", true);
-        check("(t.owner2 = t.owner)", "owner", true);
-        check(r#"("Owner" = 'x'::text)"#, "Owner", true);
-        check(r#"("odd ""name" = 'x'::text)"#, r#"odd ""name"#, true);
-        check(r#"("größe" > 1)"#, "größe", true);
-        check("(v = 'a'::text)", "a", true);
-        check("id", "id", true);
-    }
 }

@@ -3,7 +3,7 @@
 //! The index names candidates by the values of a row, PostgreSQL names others for policies that lead to readers by a table. What
 //! can be told of a candidate here is; what cannot is asked, once for all whom the rule cannot tell apart. Unknown means "no".
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -15,7 +15,7 @@ use crate::feed::load::Client;
 use crate::feed::place::places;
 use crate::feed::readership::{AudienceId, Readership, Readerships};
 use crate::model::bound_filter::BoundFilter;
-use crate::model::change::Change;
+use crate::model::change::{Change, Row};
 use crate::model::policy::{Denied, Identity, Sight};
 use crate::model::predicate::Truth;
 use crate::model::relation::{Access, Catalog, Relation};
@@ -70,6 +70,8 @@ pub struct Verdicts {
     pub candidates: Vec<Candidate>,
     pub(super) policies: Vec<Ruling>,
     pub(super) filters: HashMap<FilterKey, Ruling>,
+    /// Of these sides PostgreSQL cannot read the image back.
+    unreadable: HashSet<Answer>,
     /// Audiences whose claims make the policy raise, and the change about which that was found out.
     pub raising: Vec<(AudienceId, usize)>,
     /// Statements asked of PostgreSQL.
@@ -90,7 +92,7 @@ pub(super) struct Asked<'a> {
     pub(super) identity: &'a Identity,
     pub(super) statement: &'a Arc<str>,
     pub(super) relation: &'a Relation,
-    pub(super) images: Vec<&'a str>,
+    pub(super) images: Vec<String>,
     pub(super) answers: Vec<Answer>,
     /// Of a policy: the change about which it is asked first, and who is judged by the answer.
     pub(super) group: Option<(usize, &'a Readership, u64)>,
@@ -100,6 +102,7 @@ pub(super) struct Asked<'a> {
 }
 
 /// A side of a ruling, 0 before and 1 after.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Answer {
     Policy(usize, usize),
     Filter(FilterKey, usize),
@@ -108,6 +111,7 @@ pub(super) enum Answer {
 const TOO_LONG: &str = "the policy or filter took too long, or a table that it reads is locked";
 const FILTER_TOO_LONG: &str =
     "the filters of this client take more of the database's time than one client may";
+const UNREADABLE: &str = "a value that the policy or filter reads cannot be read back from its image";
 const COLUMNS_CHANGED: &str = "its columns changed while a change was on its way";
 
 impl Gate {
@@ -153,7 +157,7 @@ impl Gate {
                 for readership in readerships.of(change.relation) {
                     let said = said.get(&readership.number()).map_or(&[][..], Vec::as_slice);
                     let place = places[index].as_ref();
-                    finder.find((index, change), place, readership, said, &images, &reader);
+                    finder.find((index, change), place, readership, said, &reader);
                 }
             }
         });
@@ -178,9 +182,18 @@ impl Gate {
         let Some(access) = readership.access() else { return Ok((Vec::new(), 0)) };
         let mut answers = Vec::with_capacity(access.plan.leaves.len());
         let mut statements = 0;
+        if access.plan.leaves.is_empty() {
+            return Ok((answers, statements));
+        }
+        let relation = readership.relation();
+        let narrowed = |image: &&str| match Row::parse(image) {
+            Ok(row) => relation.narrowed(&row, |name| relation.policy_reads(access, name)),
+            Err(_) => (*image).to_owned(),
+        };
+        let images: Vec<String> = images.iter().map(narrowed).collect();
         for leaf in access.plan.leaves.iter().enumerate() {
             let (relation, role) = (&**readership.relation(), readership.role());
-            let inquiry = Inquiry { relation, role, leaf, roster: readership, images };
+            let inquiry = Inquiry { relation, role, leaf, roster: readership, images: &images };
             let (said, asked) = self.census.ask(&inquiry).await?;
             for truth in [Truth::Late, Truth::Raises] {
                 if said.contains(&Said::Nothing(truth)) {
@@ -223,8 +236,12 @@ impl Gate {
                 verdicts.raising.extend(readership.audiences(group).map(|audience| (audience, change)));
             }
             let is_late = matches!(answer.denied, Some(Denied::TimedOut | Denied::Locked));
-            for (place, allowed) in asked.answers.iter().zip(answer.allowed) {
-                let truth = if is_late { Truth::Late } else { allowed.into() };
+            for (number, (place, allowed)) in asked.answers.iter().zip(answer.allowed).enumerate() {
+                let is_unreadable = answer.unreadable.contains(&number);
+                if is_unreadable {
+                    verdicts.unreadable.insert(*place);
+                }
+                let truth = if is_late || is_unreadable { Truth::Late } else { allowed.into() };
                 match place {
                     Answer::Policy(policy, side) => verdicts.policies[*policy][*side] = truth,
                     Answer::Filter(key, side) => {
@@ -244,6 +261,7 @@ impl Asked<'_> {
             identity: self.identity.clone(),
             statement: Arc::clone(self.statement),
             images: &self.images,
+            reading: self.relation.reading().into(),
             with_path: self.with_path,
         }
     }
@@ -252,23 +270,26 @@ impl Asked<'_> {
 impl Verdicts {
     /// What the candidate may see by the relation's policy alone.
     pub fn policy(&self, candidate: &Candidate) -> Verdict {
-        candidate
-            .policy
-            .map_or(Verdict::Lost(COLUMNS_CHANGED), |policy| verdict(&self.policies[policy], TOO_LONG))
+        let Some(policy) = candidate.policy else { return Verdict::Lost(COLUMNS_CHANGED) };
+        self.verdict(&self.policies[policy], |side| Answer::Policy(policy, side), TOO_LONG)
     }
 
     /// Which images of the candidate's change match the filter.
     pub fn filter(&self, candidate: &Candidate, access: &Access, filter: &Arc<BoundFilter>) -> Verdict {
-        let ruling = self.filters.get(&filter_key(candidate.change, access, filter));
-        ruling.map_or(Verdict::Sight(Sight::NONE), |ruling| verdict(ruling, FILTER_TOO_LONG))
+        let key = filter_key(candidate.change, access, filter);
+        let Some(ruling) = self.filters.get(&key) else { return Verdict::Sight(Sight::NONE) };
+        self.verdict(ruling, |side| Answer::Filter(key, side), FILTER_TOO_LONG)
     }
-}
 
-fn verdict(ruling: &Ruling, too_long: &'static str) -> Verdict {
-    if ruling.contains(&Truth::Late) {
-        return Verdict::Lost(too_long);
+    fn verdict(&self, ruling: &Ruling, answer: impl Fn(usize) -> Answer, too_long: &'static str) -> Verdict {
+        if [0, 1].into_iter().any(|side| self.unreadable.contains(&answer(side))) {
+            return Verdict::Lost(UNREADABLE);
+        }
+        if ruling.contains(&Truth::Late) {
+            return Verdict::Lost(too_long);
+        }
+        Verdict::Sight(Sight { before: ruling[0] == Truth::True, after: ruling[1] == Truth::True })
     }
-    Verdict::Sight(Sight { before: ruling[0] == Truth::True, after: ruling[1] == Truth::True })
 }
 
 pub(super) fn filter_key(change: usize, access: &Access, filter: &Arc<BoundFilter>) -> FilterKey {

@@ -62,6 +62,8 @@ pub enum Denied {
     Raised,
     /// The claims make the policy raise, whatever the row is.
     Claims,
+    /// PostgreSQL cannot read an image back, so that nothing is known of what the policy says.
+    Unreadable,
     /// The policy took longer than the limit.
     TimedOut,
     /// A table that it reads is locked.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer};
 
-use crate::model::change::{Change, RelationId, Spelling};
+use crate::model::change::{Change, RelationId, Row, Spelling};
 use crate::model::compile::compile;
 use crate::model::cursor::{Cursor, Snapshot};
 use crate::model::datum::Kind;
@@ -187,6 +187,9 @@ pub struct Column {
     /// Whether `is null` asks for one value: neither a row nor a domain over one.
     #[serde(default)]
     pub plain: bool,
+    /// Whether it is of a domain, which may refuse nulls.
+    #[serde(default)]
+    pub domain: bool,
 }
 
 /// How the values of a column are read here.
@@ -342,10 +345,48 @@ impl Relation {
         self.columns.iter().find(|column| column.name == name)
     }
 
+    /// Whether the role's policy may read a column. The text of a policy of row security is PostgreSQL's own, in which a column
+    /// stands by its name; a name that only looks like a column's reads too much, never too little. Other policies are as
+    /// somebody wrote them, and may read any column in any spelling.
+    pub fn policy_reads(&self, access: &Access, column: &str) -> bool {
+        let Some(policy) = &access.policy else { return false };
+        matches!(self.kind.as_str(), "m" | "f")
+            || policy.contains(".*")
+            || names(policy, &column.replace('"', "\"\""))
+    }
+
+    /// A row image with nothing but what is read, for PostgreSQL, which need not be able to take back the other columns. It
+    /// holds domains in any case: one may refuse the null that stands for what is left out.
+    pub fn narrowed(&self, row: &Row<'_>, reads: impl Fn(&str) -> bool) -> String {
+        let is_domain = |name: &str| self.column(name).is_some_and(|column| column.domain);
+        row.project(|name| (is_domain(name) || reads(name)).then_some(Spelling::Plain))
+    }
+
+    /// The statement that has PostgreSQL take back row images, `$1`, and nothing else: it fails where one cannot be.
+    pub fn reading(&self) -> String {
+        let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
+        format!(
+            "select pg_catalog.count(*) from pg_catalog.unnest($1::pg_catalog.text[]) as i (image) cross join lateral \
+             pg_catalog.json_populate_record(null::{}.{}, i.image::pg_catalog.json) as r",
+            quote(&self.schema),
+            quote(&self.table)
+        )
+    }
+
     /// Whether the column belongs to the key.
     pub fn is_key(&self, name: &str) -> bool {
         self.key.iter().any(|key| key == name)
     }
+}
+
+/// Whether the name stands in a text of SQL as a whole word.
+fn names(sql: &str, name: &str) -> bool {
+    let goes_on = |next: Option<char>| {
+        next.is_some_and(|next| next.is_alphanumeric() || next == '_' || next == '$' || !next.is_ascii())
+    };
+    sql.match_indices(name).any(|(at, _)| {
+        !goes_on(sql[..at].chars().next_back()) && !goes_on(sql[at + name.len()..].chars().next())
+    })
 }
 
 #[cfg(test)]
@@ -379,6 +420,28 @@ pub(crate) mod tests {
             "columns": [{"name": "c", "type": kind, "known": known, "plain": true}], "access": {},
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn a_policy_reads_the_columns_whose_names_are_words_of_it() {
+        for (column, policy, reads) in [
+            ("id", "(id = 1)", true),
+            ("id", "(todos.id = 1)", true),
+            ("id", "(paid = identity)", false),
+            ("id", r#"("id" = 1)"#, true),
+            ("a-b", r#"("a-b" = 1)"#, true),
+            ("é", "(é = 1)", true),
+            ("e", "(né = 1)", false),
+            ("x\"y", r#"("x""y" = 1)"#, true),
+            ("id", "(todos.* IS NOT NULL)", true),
+            ("d", "is_d(id)", false),
+        ] {
+            assert_eq!(
+                policy.contains(".*") || names(policy, &column.replace('"', "\"\"")),
+                reads,
+                "{column} in {policy}"
+            );
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::model::predicate::Truth;
 use crate::model::relation::Relation;
 use crate::postgres::breaker::Breaker;
 use crate::postgres::connect::{Error, JUDGING, Server};
-use crate::postgres::stand_in::{Halves, Somebody, StandIn};
+use crate::postgres::stand_in::{Halves, Somebody, StandIn, reads_back};
 
 /// The connection that asks.
 pub struct Census {
@@ -75,7 +75,7 @@ pub struct Inquiry<'a> {
     /// Who is here.
     pub roster: &'a dyn Roster,
     /// The images as JSON.
-    pub images: &'a [&'a str],
+    pub images: &'a [String],
 }
 
 /// What was said of one image.
@@ -232,7 +232,7 @@ impl Open {
     ) -> Result<(Vec<Said>, usize, Option<Denied>), Error> {
         let all = |truth| vec![Said::Nothing(truth); inquiry.images.len()];
         let somebody = Somebody::of_role(inquiry.role);
-        self.stand_in.make_room(1);
+        self.stand_in.make_room(2);
         if let Err(denied) = self.stand_in.prepare(somebody, statement).await? {
             let truth = match denied {
                 Denied::Raised if !matches!(inquiry.leaf.1, Leaf::Fact { .. }) => Truth::Unsure,
@@ -240,6 +240,8 @@ impl Open {
             };
             return Ok((all(truth), 1, Some(denied)));
         }
+        let reading: Arc<str> = inquiry.relation.reading().into();
+        let _ = self.stand_in.prepare(somebody, &reading).await?;
         let Some(prepared) = self.stand_in.prepared(statement) else {
             return Ok((all(Truth::Raises), 1, None));
         };
@@ -252,8 +254,12 @@ impl Open {
             let rows = match self.stand_in.ask(somebody, prepared, &[&images]).await? {
                 Ok(rows) => rows,
                 Err(Denied::Raised) => {
-                    // What raises for one reader need not for another; a fact raises for all.
-                    if range.len() == 1 && !matches!(inquiry.leaf.1, Leaf::Fact { .. }) {
+                    // What raises for one reader need not for another. A fact raises for all, unless it is the image that
+                    // cannot be read back, which is found out where readers are judged one by one.
+                    if range.len() == 1
+                        && (!matches!(inquiry.leaf.1, Leaf::Fact { .. })
+                            || !reads_back(&self.stand_in, somebody, &reading, images).await?)
+                    {
                         said[range.start] = Said::Nothing(Truth::Unsure);
                     }
                     halves.split(range);
@@ -296,7 +302,7 @@ impl Open {
 fn truth_of(denied: Denied) -> Truth {
     match denied {
         Denied::TimedOut | Denied::Locked => Truth::Late,
-        Denied::Raised | Denied::Claims | Denied::Role => Truth::Raises,
+        Denied::Raised | Denied::Claims | Denied::Unreadable | Denied::Role => Truth::Raises,
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 use crate::model::policy::{Denied, Identity};
 use crate::postgres::breaker::Breaker;
 use crate::postgres::connect::{Error, JUDGING, Server};
-use crate::postgres::stand_in::{Halves, Somebody, StandIn};
+use crate::postgres::stand_in::{Halves, Somebody, StandIn, reads_back};
 
 /// The judging connection.
 pub struct Judge {
@@ -28,6 +28,8 @@ pub struct Verdict {
     pub allowed: Vec<bool>,
     /// Why some were denied without a judgement.
     pub denied: Option<Denied>,
+    /// The numbers of images that PostgreSQL cannot read back.
+    pub unreadable: Vec<usize>,
 }
 
 /// What is asked: which of these images does the statement allow to this identity?
@@ -37,16 +39,18 @@ pub struct Question<'a> {
     pub identity: Identity,
     /// From the catalog, or a filter's.
     pub statement: Arc<str>,
-    /// Row images as JSON.
-    pub images: &'a [&'a str],
+    /// Row images as JSON, of what the statement reads.
+    pub images: &'a [String],
+    /// See [`Relation::reading`](crate::model::relation::Relation::reading).
+    pub reading: Arc<str>,
     /// The statement calls functions of users, which may rely on the search path.
     pub with_path: bool,
 }
 
 impl Verdict {
     /// Nothing may be seen.
-    pub fn none(images: &[&str], denied: Denied) -> Self {
-        Self { allowed: vec![false; images.len()], denied: Some(denied) }
+    pub fn none(images: &[String], denied: Denied) -> Self {
+        Self { allowed: vec![false; images.len()], denied: Some(denied), unreadable: Vec::new() }
     }
 }
 
@@ -169,12 +173,13 @@ impl From<Lost> for Error {
 
 async fn answer(session: &mut StandIn, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
     let mut refusals: HashMap<Arc<str>, Denied> = HashMap::new();
-    session.make_room(questions.len());
+    session.make_room(2 * questions.len());
     for question in questions {
         let somebody = Somebody::with(question.identity.claims(), question.with_path);
         if let Err(denied) = session.prepare(somebody, &question.statement).await? {
             refusals.insert(Arc::clone(&question.statement), denied);
         }
+        let _ = session.prepare(somebody, &question.reading).await?;
     }
     let session = &*session;
     let mut asked: Vec<BoxFuture<'_, Result<Verdict, Error>>> = Vec::with_capacity(questions.len());
@@ -192,7 +197,8 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
         return Ok(Verdict::none(question.images, Denied::Raised));
     };
     let somebody = Somebody::with(question.identity.claims(), question.with_path);
-    let mut verdict = Verdict { allowed: vec![false; question.images.len()], denied: None };
+    let mut verdict =
+        Verdict { allowed: vec![false; question.images.len()], denied: None, unreadable: Vec::new() };
     let mut halves = Halves::of(question.images.len());
     while let Some(range) = halves.next() {
         let images = &question.images[range.clone()];
@@ -205,15 +211,21 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
             Ok(_) | Err(Denied::Raised) => {
                 // Without an image nothing but the claims can raise.
                 if verdict.denied.is_none() {
-                    let none: &[&str] = &[];
+                    let none: &[String] = &[];
                     if let Err(Denied::Raised) = session.ask(somebody, judgement, &[&none]).await? {
                         return Ok(Verdict::none(question.images, Denied::Claims));
                     }
                 }
-                verdict.denied = Some(Denied::Raised);
+                if range.len() == 1 && !reads_back(session, somebody, &question.reading, images).await? {
+                    verdict.unreadable.push(range.start);
+                }
+                verdict.denied = Some(match verdict.unreadable.is_empty() {
+                    true => Denied::Raised,
+                    false => Denied::Unreadable,
+                });
                 halves.split(range);
             }
-            Err(denied @ (Denied::Claims | Denied::TimedOut | Denied::Locked | Denied::Role)) => {
+            Err(denied) => {
                 return Ok(Verdict::none(question.images, denied));
             }
         }

@@ -201,6 +201,21 @@ impl StandIn {
     }
 }
 
+/// Whether PostgreSQL can read these images back, by a statement that does nothing else; also when nobody can tell, as that
+/// statement could not be prepared.
+///
+/// # Errors
+/// As [`StandIn::ask`].
+pub(super) async fn reads_back(
+    session: &StandIn,
+    somebody: Somebody<'_>,
+    reading: &str,
+    images: &[String],
+) -> Result<bool, Error> {
+    let Some(reading) = session.prepared(reading) else { return Ok(true) };
+    Ok(!matches!(session.ask(somebody, reading, &[&images]).await?, Err(Denied::Raised)))
+}
+
 /// A page of images asked whole, and in halves of what raised, down to the images that do.
 pub(super) struct Halves(Vec<Range<usize>>);
 

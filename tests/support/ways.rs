@@ -123,11 +123,12 @@ impl Ways {
         let Some(statement) = &access.judge else {
             return images.keys().map(|id| (*id, Some(access.policy.is_none()))).collect();
         };
-        let texts: Vec<&str> = images.values().map(String::as_str).collect();
+        let texts: Vec<String> = images.values().cloned().collect();
         let question = Question {
             identity: identity(claims),
             statement: Arc::clone(statement),
             images: &texts,
+            reading: relation.reading().into(),
             with_path: true,
         };
         let verdict = self.judge.judge(&[question]).await.unwrap().remove(0);
