@@ -1,8 +1,10 @@
 //! Everything the relay counts, in one closed list; the text of `/metrics` and the state behind `/readyz`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
@@ -38,6 +40,8 @@ pub struct Observe {
     lag: Histogram,
     judgements: Counter,
     raised: Counter,
+    lacking: Gauge,
+    lacks_told: Mutex<BTreeSet<String>>,
     unreadable: Counter,
     timed_out: Counter,
     role_lost: Counter,
@@ -97,6 +101,10 @@ impl Observe {
             gauge("source_up", "1 while the changelog is being read, 2 when the doorbell is heard too");
         let keys = gauge("jwks_keys", "Keys of the JWK set that are in force");
         let keys_stale = gauge("jwks_stale", "1 while the JWK set cannot be read anew");
+        let lacking = gauge(
+            "roles_lacking_grants",
+            "Tables, role by role, of which nothing is shown because the role lacks a grant for what their policies read",
+        );
         let leader = gauge(
             "leader",
             "1 while this relay is the one of its database that writers ring and that rings the others",
@@ -132,6 +140,8 @@ impl Observe {
             lag,
             judgements,
             raised,
+            lacking,
+            lacks_told: Mutex::default(),
             unreadable,
             timed_out,
             role_lost,
@@ -321,6 +331,15 @@ impl Observe {
         if self.warned.swap(now, Ordering::Relaxed) != now {
             tracing::warn!(relation.name = relation, why = ?denied, "a policy or filter could not be judged: denied");
         }
+    }
+
+    /// What roles lack for the policies by which they read: it stands in the log when it is news.
+    pub fn lacks(&self, lacks: impl Iterator<Item = String>) {
+        let now: BTreeSet<String> = lacks.collect();
+        self.lacking.set(now.len() as i64);
+        let mut told = self.lacks_told.lock().unwrap_or_else(PoisonError::into_inner);
+        now.difference(&told).for_each(|lack| tracing::warn!("{lack}"));
+        *told = now;
     }
 
     /// The text of `/metrics`.

@@ -470,7 +470,11 @@ set search_path = pg_catalog, pg_temp as $$
      from pg_trigger t
      where t.tgrelid = c.oid and not t.tgisinternal and t.tgname < '00_relay_capture_'
        and t.tgtype & 1 = 1 and t.tgtype & 66 = 0
-     order by t.tgname limit 1)], null)
+     order by t.tgname limit 1)] || array(
+      select format('its policies read what %s may not, so that role is shown nothing: %s', r.rolname, g)
+      from pg_roles r, unnest(relay.missing_grants($1, r.oid)) g
+      where r.rolname in ('anon', 'authenticated', 'service_role') and has_any_column_privilege(r.oid, c.oid, 'select')
+      order by r.rolname, g), null)
   from pg_class c where c.oid = $1
 $$;
 comment on function relay.notes(regclass) is 'what somebody who watches a relation may not have meant, and what to do';

@@ -116,6 +116,7 @@ comment on function relay.has_own_casts() is 'whether there is a cast of a user 
 --  "helpers": {"auth.uid": {"returns": "uuid", "body": "..."}}  functions that stand for their body
 --  "tables": ["public.members"]  tables that are looked into and show the role all their rows
 --  "unreadable": "public.secret"  a table that the role may not look into: then every look at the relation raises
+--  "missing": ["grant select on public.secret to anon"]  grants that the role lacks, as that one: the same
 --  "calls_own": true  functions of users are called, whose bodies may depend on the search path
 --  "own_casts": false, "obstacles": ["..."]  why nobody can tell what the policies depend on}
 -- Helpers are those of SQL without arguments that the policies name or that Supabase's own call. With whose rights they run is
@@ -186,6 +187,7 @@ begin
         and not pg_catalog.has_table_privilege(role, c.oid, 'select')
         and not case when d.part > 0 then pg_catalog.has_column_privilege(role, c.oid, d.part::smallint, 'select')
                      else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end),
+    'missing', pg_catalog.to_jsonb(relay.missing_grants(relation, role)),
     -- Tables and types count where functions may stand behind them.
     'calls_own', others <> '{}'
       or exists (
@@ -513,9 +515,9 @@ begin
            where p.polrelid = any (relations) and d.refobjid <> p.polrelid) d
      left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = d.refobjid
      left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
-     left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and f.oid = d.refobjid
      left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
      left join pg_catalog.pg_operator o on d.refclassid = 'pg_catalog.pg_operator'::pg_catalog.regclass and o.oid = d.refobjid
+     left join pg_catalog.pg_proc f on f.oid = case when d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass then d.refobjid else o.oprcode::oid end
      left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)),
     (select pg_catalog.string_agg(pg_catalog.concat_ws(',', s.relation, s.shape), ';' order by s.relation, s.shape)
      from relay.shapes s),

@@ -38,6 +38,9 @@ begin
   if not pg_catalog.has_any_column_privilege(subscriber, found, 'select') then
     reasons := reasons || pg_catalog.format('%I may not read it: grant select on %s to %1$I', role, named);
   end if;
+  reasons := reasons || array(
+    select pg_catalog.format('its policies read what %s may not: %s', role, g)
+    from pg_catalog.unnest(relay.missing_grants(found, subscriber)) g);
   if relay.is_secured(found, subscriber) and not exists (select from relay.policies_for(found, subscriber) p where p.permissive) then
     reasons := reasons || pg_catalog.format(
       'row security is on and no permissive policy lets %I read: create policy ... on %s for select to %1$I using (...)', role, named);

@@ -48,7 +48,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.image_needs(regclass)', 'relay.shape(int)', 'relay.columns_of(regclass)', 'relay.type_definition(oid)',
     'relay.is_loose(jsonb)', 'relay.judge_statement(regclass, text)', 'relay.operator_for(oid, text)',
     'relay.filter_condition(regclass, text, text, text[])', 'relay.policy_for(regclass, oid)',
-    'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)',
+    'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)', 'relay.missing_grants(regclass, oid)',
     'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
     'relay.rights(regclass, oid)', 'relay.access(regclass, oid)', 'relay.catalog(text[])',
     'relay.catalog_fingerprint(text[])', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[])',

@@ -35,6 +35,7 @@ mod hostile_tokens;
 mod http_answers;
 mod http_edges;
 mod healing;
+mod grants;
 mod heavy_filters;
 mod history;
 mod images;

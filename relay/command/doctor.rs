@@ -341,7 +341,7 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
     let keeper = CatalogKeeper::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
     keeper.with_role("anon").await?;
     let catalog = keeper.with_role("authenticated").await?;
-    let mut findings = Vec::new();
+    let mut findings: Vec<Finding> = catalog.lacks().map(Fault).collect();
     for relation in catalog.relations() {
         for role in ["authenticated", "anon"] {
             let Some(plan) = relation.access(role).map(|access| &access.plan) else { continue };

@@ -165,6 +165,9 @@ impl Audience {
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
             self.tell_gap(ALTERED, &self.reached(here));
         }
+        for lack in self.subscription.lacks(before, catalog) {
+            self.tell_gap(&lack, &self.reached(here));
+        }
         if self.subscription.may_be_lifted(catalog) {
             self.members.each(|channel, outbox| outbox.rebind(channel));
         }

@@ -460,6 +460,7 @@ impl Router {
         if !self.hub.live.is_judged_with(&catalog) {
             // First, so that it is not left out where this is given up and tried again.
             self.gate.forget().await;
+            self.observe.lacks(catalog.lacks());
             self.hub.live.judge_with(&catalog, self.position.as_ref());
         }
         Ok(catalog)

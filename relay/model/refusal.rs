@@ -14,6 +14,8 @@ pub const UNREADABLE: &str =
 pub const EXCEPTION: &str = "Unable to subscribe to changes with given parameters. An exception happened";
 /// What comes before PostgreSQL's own word.
 pub const CAUSE: &str = "Exception: ";
+/// What PostgreSQL says where a right is missing.
+pub const FORBIDDEN: &str = "ERROR 42501 (insufficient_privilege) ";
 /// How the contract begins when a filter cannot be read.
 pub const FILTER: &str = "Error parsing `filter` params: ";
 
@@ -63,6 +65,10 @@ impl Refusal {
         let Some((_, cause)) = text.starts_with(EXCEPTION).then(|| text.rsplit_once(CAUSE)).flatten() else {
             return text.to_owned();
         };
+        if let Some(lack) = cause.strip_prefix(FORBIDDEN).filter(|lack| lack.starts_with("the policies of "))
+        {
+            return lack.to_owned();
+        }
         let cause = cause.strip_prefix(RAISED).unwrap_or(cause);
         for what in ["filter", "select"] {
             if let Some(column) = cause.strip_prefix(&format!("invalid column for {what} ")) {

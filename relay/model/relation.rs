@@ -103,6 +103,11 @@ impl Catalog {
         self.relations().find(|relation| relation.schema == schema && relation.table == table)
     }
 
+    /// What roles lack for the policies by which they read, and the grants that help.
+    pub fn lacks(&self) -> impl Iterator<Item = String> {
+        self.relations().flat_map(|relation| self.roles.iter().filter_map(|role| relation.lack(role)))
+    }
+
     /// All of them, in no order.
     pub fn relations(&self) -> impl Iterator<Item = &Arc<Relation>> {
         self.relations.values()
@@ -258,6 +263,8 @@ pub struct Rights {
     pub calls_own: bool,
     /// A table that they look into and the role may not read.
     pub unreadable: Option<String>,
+    /// Grants that the role lacks for them: until it has them all, PostgreSQL shows it nothing.
+    pub missing: Vec<String>,
     /// Somebody made a cast between types of the system.
     pub own_casts: bool,
 }
@@ -371,6 +378,19 @@ impl Relation {
             quote(&self.schema),
             quote(&self.table)
         )
+    }
+
+    /// What the role lacks for the policies by which it reads, and the grants that help, in one line.
+    pub fn lack(&self, role: &str) -> Option<String> {
+        let missing = &self.access(role)?.rights.missing;
+        (!missing.is_empty()).then(|| {
+            format!(
+                "the policies of {}.{} read what the role {role} may not, so that nothing of it is shown: {}",
+                self.schema,
+                self.table,
+                missing.join("; ")
+            )
+        })
     }
 
     /// Whether the column belongs to the key.

@@ -13,7 +13,7 @@ use crate::model::cursor::Cursor;
 use crate::model::filter;
 use crate::model::pattern::Folding;
 use crate::model::policy::Identity;
-use crate::model::refusal::{CAUSE, EXCEPTION, FILTER, Refusal, UNREADABLE};
+use crate::model::refusal::{CAUSE, EXCEPTION, FILTER, FORBIDDEN, Refusal, UNREADABLE};
 use crate::model::relation::{Catalog, Naming, Relation, Shape};
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
@@ -63,6 +63,8 @@ pub enum Target {
 struct Grounds {
     /// The table, if the role may read it.
     relation: Option<(RelationId, u32)>,
+    /// What the role lacks for its policies.
+    lack: Option<String>,
     /// The columns that filter and selection name, as far as the role may read them.
     columns: Vec<Option<(String, Shape, Option<Folding>)>>,
 }
@@ -177,7 +179,8 @@ impl Request {
             Some((column.kind.clone(), column.shape(), column.folding))
         };
         let relation = found.map(|(relation, _)| (relation.id(), relation.oid));
-        Grounds { relation, columns: named.map(column).collect() }
+        let lack = found.and_then(|(relation, _)| relation.lack(role));
+        Grounds { relation, lack, columns: named.map(column).collect() }
     }
 }
 
@@ -387,6 +390,23 @@ impl Subscription {
             })
     }
 
+    /// What its role lacks for the policies of tables that it names, and did not lack `before`.
+    pub fn lacks<'a>(
+        &'a self,
+        before: Option<&'a Catalog>,
+        now: &'a Catalog,
+    ) -> impl Iterator<Item = String> + 'a {
+        let role = self.identity.claims().role();
+        let named = self.bindings.iter().filter_map(|binding| match binding.scope {
+            Scope::Relation(id, ..) => now.relation(id),
+            _ => None,
+        });
+        named.filter_map(move |relation| {
+            let had = before.and_then(|before| before.relation(relation.id())).and_then(|had| had.lack(role));
+            relation.lack(role).filter(|lack| had.as_ref() != Some(lack))
+        })
+    }
+
     /// Whether a relation that it had `before` is not watched any more, or is in a schema that it does not follow.
     pub fn loses(&self, before: &Catalog, now: &Catalog) -> bool {
         let concerns = |relation: &Relation| self.concerning(relation).next().is_some();
@@ -448,6 +468,9 @@ pub fn readable<'a>(
                 &format!("ERROR P0001 (raise_exception) invalid column for select {column}"),
             ));
         }
+    }
+    if let Some(lack) = relation.lack(identity.claims().role()) {
+        return Err(exception(request, &format!("{FORBIDDEN}{lack}")));
     }
     Ok(relation)
 }

@@ -23,6 +23,7 @@ const FILES: &[(&str, &str)] = &[
     ("009_known_relations.sql", include_str!("../../sql/009_known_relations.sql")),
     ("100_shapes.sql", include_str!("../../sql/100_shapes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),
+    ("101_grants.sql", include_str!("../../sql/101_grants.sql")),
     ("102_watch.sql", include_str!("../../sql/102_watch.sql")),
     ("103_page.sql", include_str!("../../sql/103_page.sql")),
     ("104_judge.sql", include_str!("../../sql/104_judge.sql")),

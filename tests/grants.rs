@@ -1,0 +1,121 @@
+//! What a role lacks for the policies by which it reads: PostgreSQL shows it nothing, and everything that is asked says which
+//! grant helps.
+
+use serde_json::json;
+
+use crate::support::client::Client;
+use crate::support::program::output;
+use crate::support::stage::Stage;
+use crate::support::{PATIENCE, token};
+
+const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+
+/// Policies of `public.docs`, and the grant that is missing.
+const LACKS: [(&str, &str); 7] = [
+    (
+        "exists (select from members m where m.doc = docs.id)",
+        "grant select on public.members to authenticated",
+    ),
+    (
+        "id in (select doc from members where member = auth.uid())",
+        "grant select on public.members to authenticated",
+    ),
+    ("exists (select from narrow m where m.doc = docs.id)", "grant select on public.narrow to authenticated"),
+    ("exists (select from seen m where m.doc = docs.id)", "grant select on public.seen to authenticated"),
+    ("price > 1 and is_shown(id)", "grant execute on function public.is_shown(integer) to authenticated"),
+    (
+        "id operator(public.===) 1",
+        "grant execute on function public.is_same(integer,integer) to authenticated",
+    ),
+    (
+        "auth.uid() is null or exists (select from \"Odd members\" m where m.doc = docs.id)",
+        "grant select on public.\"Odd members\" to authenticated",
+    ),
+];
+
+fn made(policy: &str) -> String {
+    format!(
+        "create table members (doc int, member uuid); insert into members values (1, '{ANN}');
+         create table narrow (doc int, member uuid); insert into narrow values (1, '{ANN}');
+         grant select (member) on narrow to authenticated;
+         create view seen as select * from members;
+         create table \"Odd members\" (doc int); insert into \"Odd members\" values (1);
+         create function is_shown(id int) returns bool language plpgsql stable as 'begin return id = 1; end';
+         create function is_same(a int, b int) returns bool language plpgsql stable as 'begin return a = b; end';
+         create operator === (function = is_same, leftarg = int, rightarg = int);
+         revoke execute on function is_shown, is_same from public;
+         create table docs (id int primary key, price numeric default 2);
+         alter table docs enable row level security; create policy p on docs using ({policy});
+         grant select on docs to authenticated; select relay.watch('docs');"
+    )
+}
+
+fn ann() -> String {
+    token("authenticated", Some(ANN), json!({}))
+}
+
+/// The next `system` message.
+async fn system(client: &mut Client, policy: &str) -> String {
+    loop {
+        let frame =
+            client.frame_within(PATIENCE).await.unwrap_or_else(|| panic!("{policy}: nothing is told"));
+        if frame[3] == "system" {
+            return frame[4]["message"].as_str().unwrap().to_owned();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_that_a_policy_lacks_is_named_by_all_that_is_asked_and_helps_at_once() {
+    for (policy, grant) in LACKS {
+        let stage = Stage::new(&made(policy)).await;
+        let client = stage.database.connect().await;
+        client.batch_execute("set role authenticated").await.unwrap();
+        let refused = client.batch_execute("select * from docs").await.unwrap_err();
+        assert_eq!(refused.code().unwrap().code(), "42501", "{policy}: {refused}");
+
+        let mut other = stage.join(&ann()).await;
+        let mut client = Client::connect(&stage.relay, &ann()).await;
+        let told = client.try_subscribe("realtime:c", json!([{"event": "*", "table": "docs"}])).await;
+        let told = told["message"].as_str().unwrap();
+        assert!(told.ends_with(grant), "{told}");
+        stage.changes(&mut other).await;
+        let metrics = stage.relay.observe.text();
+        assert!(metrics.lines().any(|line| line == "relay_roles_lacking_grants 1"), "{metrics}");
+        let notes = stage.database.value("select relay.notes('docs')::text").await;
+        assert!(notes.replace("\\\"", "\"").contains(grant), "{notes}");
+        let url = ["--database-url", &stage.database.url];
+        let (_, text, _) = output(&[&["explain", "docs", "--sub", ANN], &url[..]].concat()).await;
+        assert!(text.contains(grant), "{text}");
+        let (code, text, _) = output(&[&["doctor"], &url[..]].concat()).await;
+        assert!(
+            code == 1 && text.lines().any(|line| line.starts_with("FAULT") && line.ends_with(grant)),
+            "{text}"
+        );
+
+        stage.run(grant).await;
+        assert_eq!(system(&mut client, policy).await, "Subscribed to PostgreSQL", "{policy}");
+        stage.run("insert into docs values (1), (2)").await;
+        assert_eq!(client.change().await["record"]["id"], 1, "{policy}");
+        let notes = stage.database.value("select relay.notes('docs')::text").await;
+        assert!(!notes.contains("grant"), "{notes}");
+        let metrics = stage.relay.observe.text();
+        assert!(metrics.lines().any(|line| line == "relay_roles_lacking_grants 0"), "{metrics}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_that_is_taken_from_under_a_policy_is_told_and_counts_again_once_it_is_back() {
+    for (policy, grant) in LACKS {
+        let stage = Stage::new(&made(policy)).await;
+        stage.run(grant).await;
+        let mut client = stage.subscribe(&ann(), json!([{"event": "*", "table": "docs"}])).await;
+        stage.run(&grant.replace("grant", "revoke").replace(" to ", " from ")).await;
+        let told = system(&mut client, policy).await;
+        assert!(told.starts_with("Gap: ") && told.ends_with(grant), "{told}");
+        stage.run("insert into docs values (1)").await;
+        assert!(stage.changes(&mut client).await.is_empty(), "{policy}");
+        stage.run(&format!("{grant}; delete from docs; insert into docs values (1)")).await;
+        assert_eq!(stage.changes(&mut client).await.len(), 2, "{policy}");
+    }
+}
