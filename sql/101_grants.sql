@@ -32,3 +32,36 @@ begin
 end
 $$;
 comment on function relay.missing_grants(regclass, oid) is 'grants that a role lacks for the policies by which it reads a relation';
+
+-- relay.missing_usage(relation, role, login) : grants that the judging login lacks to look up what these policies name
+-- {"hidden": "grant usage on schema hidden to relay_judge"}, by schemas as they stand in the policies.
+-- PostgreSQL looked names up when the policy was made; to judge, the role does so, or else the login, and needs all schemas.
+create or replace function relay.missing_usage(relation regclass, role oid, login text) returns jsonb
+language plpgsql stable
+set search_path = ''
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+declare
+  judge constant text := coalesce(login, current_user);
+  schemas oid[];
+begin
+  schemas := array(
+    select distinct coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace, l.collnamespace)
+    from relay.policy_parts(relation, role) d
+    left join pg_catalog.pg_class c on d.class = 'pg_catalog.pg_class'::regclass and c.oid = d.object
+    left join pg_catalog.pg_proc f on d.class = 'pg_catalog.pg_proc'::regclass and f.oid = d.object
+    left join pg_catalog.pg_type t on d.class = 'pg_catalog.pg_type'::regclass and t.oid = d.object
+    left join pg_catalog.pg_operator o on d.class = 'pg_catalog.pg_operator'::regclass and o.oid = d.object
+    left join pg_catalog.pg_collation l on d.class = 'pg_catalog.pg_collation'::regclass and l.oid = d.object);
+  if not exists (
+    select from pg_catalog.pg_namespace n where n.oid = any (schemas) and not pg_catalog.has_schema_privilege(role, n.oid, 'usage')) then
+    return '{}';
+  end if;
+  return (
+    select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.quote_ident(n.nspname),
+             pg_catalog.format('grant usage on schema %I to %I', n.nspname, judge)), '{}')
+    from pg_catalog.pg_namespace n
+    where n.oid = any (schemas) and not pg_catalog.has_schema_privilege(judge, n.oid, 'usage'));
+end
+$$;
+comment on function relay.missing_usage(regclass, oid, text) is 'grants that the judging login lacks to look up what policies name';

@@ -111,19 +111,21 @@ set search_path = '' as $$
 $$;
 comment on function relay.has_own_casts() is 'whether there is a cast of a user between types of the system';
 
--- relay.rights(relation, role) : what the policies by which the role reads may rely on
+-- relay.rights(relation, role, login) : what the policies by which the role reads may rely on
 -- {"policies": [{"name", "permissive", "condition"}]  in PostgreSQL's own order
 --  "helpers": {"auth.uid": {"returns": "uuid", "body": "..."}}  functions that stand for their body
 --  "tables": ["public.members"]  tables that are looked into and show the role all their rows
 --  "unreadable": "public.secret"  a table that the role may not look into: then every look at the relation raises
 --  "missing": ["grant select on public.secret to anon"]  grants that the role lacks, as that one: the same
+--  "unusable": {"hidden": "grant usage on schema hidden to relay_judge"}  grants that the judging login lacks to look up what is named
 --  "calls_own": true  functions of users are called, whose bodies may depend on the search path
 --  "own_casts": false, "obstacles": ["..."]  why nobody can tell what the policies depend on}
 -- Helpers are those of SQL without arguments that the policies name or that Supabase's own call. With whose rights they run is
 -- no matter, for only bodies that read nothing but claims take their place. Names in a body are looked up along the search path
 -- of the caller, so pg_catalog must come first in it. Functions and operators of users may read any setting; a type of theirs
 -- brings its own, enums apart; where equality is not that of bytes, values cannot be told apart by their text.
-create or replace function relay.rights(relation regclass, role oid) returns jsonb
+drop function if exists relay.rights(regclass, oid);
+create or replace function relay.rights(relation regclass, role oid, login text) returns jsonb
 language plpgsql stable
 set search_path = ''
 set jit = off
@@ -137,11 +139,17 @@ declare
   policies jsonb;
   helpers jsonb;
   helping oid[];
+  looks_up boolean;
 begin
   select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
       'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
     into policies
   from relay.policies_for(relation, role) p;
+  -- Functions of the system that take a name as text, and casts of texts that are no constants.
+  looks_up := exists (
+    select from pg_catalog.jsonb_array_elements(policies) p
+    where p ->> 'condition' ~ '\m((has_[a-z_]+_privilege|to_reg[a-z]+|current_schemas|row_security_active|nextval|currval|setval)\(|CURRENT_SCHEMA\M)'
+       or p ->> 'condition' ~ '[^'']::reg(class|procedure|proc|operator|oper|type|config|dictionary|collation)\M');
   select coalesce(pg_catalog.array_agg(distinct d.object) filter (where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass), '{}'),
          coalesce(pg_catalog.array_agg(d.object order by d.object, d.part) filter (where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass), '{}'),
          coalesce(pg_catalog.array_agg(d.part order by d.object, d.part) filter (where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass), '{}'),
@@ -188,8 +196,9 @@ begin
         and not case when d.part > 0 then pg_catalog.has_column_privilege(role, c.oid, d.part::smallint, 'select')
                      else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end),
     'missing', pg_catalog.to_jsonb(relay.missing_grants(relation, role)),
+    'unusable', relay.missing_usage(relation, role, login),
     -- Tables and types count where functions may stand behind them.
-    'calls_own', others <> '{}'
+    'calls_own', others <> '{}' or looks_up
       or exists (
         select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
         where p.oid = any (procs) and not (n.nspname = 'auth' and p.proname in ('uid', 'jwt', 'role', 'email')))
@@ -198,7 +207,7 @@ begin
         where c.oid = any (classes) and (c.relkind not in ('r', 'p', 'm') or c.relrowsecurity))
       or exists (select from pg_catalog.pg_type t where t.oid = any (types) and t.typtype <> 'e'),
     'own_casts', relay.has_own_casts(),
-    'obstacles', pg_catalog.to_jsonb(others || array(
+    'obstacles', pg_catalog.to_jsonb(others || case when looks_up then array['it looks names up along the search path'] else '{}' end || array(
       select pg_catalog.format('%I.%I() may read any claim', n.nspname, p.proname)
       from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
       where p.oid = any (procs) and p.oid <> all (helping)
@@ -212,12 +221,13 @@ begin
       where a.attrelid = any (classes) and a.attnum > 0 and not l.collisdeterministic)));
 end
 $$;
-comment on function relay.rights(regclass, oid) is 'what the policies by which a role reads a relation may rely on';
+comment on function relay.rights(regclass, oid, text) is 'what the policies by which a role reads a relation may rely on';
 
--- relay.access(relation, role) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role may select nothing
+-- relay.access(relation, role, login) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role may select nothing
 -- {"columns": [...], "pending": true} where a policy cannot be read, because a table in it is locked: PostgreSQL opens each of
 -- them to write the policy as text. The caller sets lock_timeout; once it was waited for in vain, the others are given up fast.
-create or replace function relay.access(relation regclass, role oid) returns jsonb
+drop function if exists relay.access(regclass, oid);
+create or replace function relay.access(relation regclass, role oid, login text) returns jsonb
 language plpgsql stable
 set search_path = ''
 set jit = off
@@ -242,14 +252,14 @@ begin
     policy := relay.policy_for(relation, role);
     return pg_catalog.jsonb_build_object('columns', columns, 'policy', policy,
       'judge', relay.judge_statement(relation, policy),
-      'rights', case when policy is not null and kind not in ('m', 'f') then relay.rights(relation, role) else '{}' end);
+      'rights', case when policy is not null and kind not in ('m', 'f') then relay.rights(relation, role, login) else '{}' end);
   exception when lock_not_available then
     perform pg_catalog.set_config('lock_timeout', '1ms', true);
     return pg_catalog.jsonb_build_object('columns', columns, 'pending', true);
   end;
 end
 $$;
-comment on function relay.access(regclass, oid) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
+comment on function relay.access(regclass, oid, text) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
 
 -- relay.schema_changes_are_logged() : whether the event triggers are there and fire always
 -- One that only fires in sessions of origin is silenced by session_replication_role.
@@ -412,11 +422,12 @@ language sql stable as $$
 $$;
 comment on function relay.capture_mode(oid, int) is 'how the capturing triggers of a watched relation are enabled';
 
--- relay.catalog(roles) : every watched relation whose changes are captured, and what each of the roles may see of it
+-- relay.catalog(roles, login) : every watched relation whose changes are captured, and what each of the roles may see of it
 -- Whoever is subscribed to one that drops out, because its trigger was disabled or dropped, is told so.
 -- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access". A table that is locked
 -- keeps only itself from being told.
-create or replace function relay.catalog(roles text[]) returns jsonb
+drop function if exists relay.catalog(text[]);
+create or replace function relay.catalog(roles text[], login text default null) returns jsonb
 language sql stable
 set search_path = ''
 set lock_timeout = '20ms'
@@ -451,7 +462,7 @@ set jit = off as $$
       from relay.shapes s where s.relation = w.id),
     'access', (
       select coalesce(pg_catalog.jsonb_object_agg(seen.rolname, seen.access), '{}')
-      from (select r.rolname, relay.access(w.relation, r.oid) as access
+      from (select r.rolname, relay.access(w.relation, r.oid, $2) as access
             from pg_catalog.pg_roles r where r.rolname = any ($1)) seen
       where seen.access is not null)) order by w.id), '[]'))
   from relay.watch_list w
@@ -459,7 +470,7 @@ set jit = off as $$
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
   where c.relkind = 'm' or relay.capture_mode(w.relation, w.id) in ('A', 'O')
 $$;
-comment on function relay.catalog(text[]) is 'watched relations with columns, key, and what each role may see of them';
+comment on function relay.catalog(text[], text) is 'watched relations with columns, key, and what each role may see of them';
 
 -- relay.catalog_fingerprint(roles) : differs whenever relay.catalog(roles) could
 -- Made of the values the catalog is made of and not of row versions, which TRUNCATE or VACUUM FULL change too. Of a

@@ -4,6 +4,8 @@
 use serde_json::json;
 
 use crate::support::client::Client;
+use crate::support::database::{JUDGE, with_login};
+use crate::support::http::get;
 use crate::support::program::output;
 use crate::support::stage::Stage;
 use crate::support::{PATIENCE, token};
@@ -117,5 +119,117 @@ async fn a_grant_that_is_taken_from_under_a_policy_is_told_and_counts_again_once
         assert!(stage.changes(&mut client).await.is_empty(), "{policy}");
         stage.run(&format!("{grant}; delete from docs; insert into docs values (1)")).await;
         assert_eq!(stage.changes(&mut client).await.len(), 2, "{policy}");
+    }
+}
+
+/// Policies that name what stands in a schema which the reader may not use. PostgreSQL looked them up when they were made.
+const NAMING: [&str; 6] = [
+    "hidden.is_shown(id)",
+    "mood = any (array['a', 'b']::hidden.mood[]) and price > 1.5",
+    "id operator(hidden.===) 1",
+    "exists (select from hidden.members m where m.doc = docs.id and m.member = auth.uid())",
+    "exists (select from hidden.members m where m.doc = docs.id) and hidden.is_shown(id)",
+    "price::text::hidden.word is not null and id = 1",
+];
+
+fn naming(policy: &str) -> String {
+    format!(
+        "create schema hidden; create type hidden.mood as enum ('a', 'b'); create domain hidden.word as text;
+         create table hidden.members (doc int, member uuid); insert into hidden.members values (1, '{ANN}');
+         grant select on hidden.members to authenticated;
+         create function hidden.is_shown(id int) returns bool language plpgsql stable as 'begin return id = 1; end';
+         create function hidden.is_same(a int, b int) returns bool language plpgsql stable as 'begin return a = b; end';
+         create operator hidden.=== (function = hidden.is_same, leftarg = int, rightarg = int);
+         create table docs (id int primary key, price numeric default 2, mood hidden.mood default 'a');
+         alter table docs enable row level security; create policy p on docs using ({policy});
+         grant select on docs to authenticated; select relay.watch('docs');"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_shows_what_postgresql_shows_though_its_reader_may_not_look_up_the_names_in_it() {
+    for policy in NAMING {
+        let stage = Stage::new(&naming(policy)).await;
+        stage.run(&format!("grant usage on schema hidden to {JUDGE}")).await;
+        let mut client = stage.subscribe(&ann(), json!([{"event": "*", "table": "docs"}])).await;
+        // What is prepared outlives neither an analyze nor another rule.
+        for meanwhile in [
+            "select",
+            "analyze hidden.members, docs",
+            "alter table hidden.members add more int",
+            "analyze docs",
+        ] {
+            stage.run(&format!("{meanwhile}; insert into docs values (1)")).await;
+            let expected = stage.selected("authenticated", &json!({"sub": ANN}), "select id from docs").await;
+            assert_eq!(stage.changes(&mut client).await.len(), expected.len(), "{policy}, {meanwhile}");
+            stage.run("delete from docs").await;
+            assert_eq!(stage.changes(&mut client).await.len(), expected.len(), "{policy}, {meanwhile}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_neither_the_reader_nor_the_judge_may_look_up_is_said_and_comes_with_the_grant() {
+    let grant = format!("grant usage on schema hidden to {JUDGE}");
+    for policy in NAMING {
+        let stage = Stage::new(&naming(policy)).await;
+        let mut client = Client::connect(&stage.relay, &ann()).await;
+        let told = client.try_subscribe("realtime:c", json!([{"event": "*", "table": "docs"}])).await;
+        let told = told["message"].as_str().unwrap();
+        assert!(told.ends_with(&grant), "{policy}: {told}");
+        let judge = with_login(&stage.database.url, JUDGE);
+        let urls = ["--database-url", &stage.database.url, "--judge-url", &judge];
+        let (_, text, _) = output(&[&["explain", "docs", "--sub", ANN], &urls[..]].concat()).await;
+        assert!(text.contains(&grant), "{text}");
+        let (_, text, _) = output(&[&["doctor"], &urls[..]].concat()).await;
+        assert!(text.lines().any(|line| line.starts_with("FAULT") && line.ends_with(&grant)), "{text}");
+        stage.run(&grant).await;
+        assert_eq!(system(&mut client, policy).await, "Subscribed to PostgreSQL");
+        stage.run("insert into docs values (1), (2)").await;
+        assert_eq!(client.change().await["record"]["id"], 1, "{policy}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_may_look_names_up_along_the_search_path() {
+    for policy in [
+        "has_table_privilege('docs', 'select')",
+        "has_column_privilege('docs', 'id', 'select') and id = 1",
+        "to_regclass(name) is not null",
+        "name::regclass = 'docs'::regclass",
+        "current_schema() = 'public'",
+    ] {
+        let stage = Stage::new(&format!(
+            "create table docs (id int primary key, name text default 'docs'); alter table docs enable row level security;
+             create policy p on docs using ({policy}); grant select on docs to authenticated; select relay.watch('docs');"
+        ))
+        .await;
+        let mut client = stage.subscribe(&ann(), json!([{"event": "*", "table": "docs"}])).await;
+        stage.run("insert into docs values (1)").await;
+        assert_eq!(stage.changes(&mut client).await.len(), 1, "{policy}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_with_row_security_off_is_judged_and_read_as_any_other() {
+    for policy in [
+        "price > 1.5",
+        "exists (select from members m where m.doc = docs.id and m.member = auth.uid())",
+        "exists (select from members m where m.doc = docs.id) and is_shown(id)",
+    ] {
+        let stage = Stage::new("do $$ begin execute format('alter database %I set row_security = off', current_database()); end $$").await;
+        stage.run(&made(policy)).await;
+        stage
+            .run(
+                "grant select on members to authenticated; grant execute on function is_shown to authenticated;
+                 alter table members enable row level security; create policy p on members using (true)",
+            )
+            .await;
+        let mut client = stage.subscribe(&ann(), json!([{"event": "*", "table": "docs"}])).await;
+        stage.run("insert into docs values (1)").await;
+        assert_eq!(stage.changes(&mut client).await.len(), 1, "{policy}");
+        let path = format!("/realtime/v1/changes?table=docs&apikey={}", ann());
+        let answer = get(stage.relay.address, &path, "").await;
+        assert_eq!((answer.status, answer.body["rows"][0]["id"].as_i64()), (200, Some(1)), "{policy}");
     }
 }

@@ -152,6 +152,9 @@ pub async fn explain(
     else {
         return Ok(explanation);
     };
+    if access.rights.missing.is_empty() {
+        explanation.hindrances.extend(relation.lack(role));
+    }
     let hidden = relation.columns.iter().filter(|column| !access.sees(&column.name));
     explanation.hidden_columns = hidden.map(|column| column.name.clone()).collect();
     explanation.way = Some(access.plan.way.word());

@@ -135,6 +135,16 @@ impl Plan {
         self.probe.is_some() && (self.way == Way::OneByOne || terms.contains(&TermValue::Unsure))
     }
 
+    /// Whether PostgreSQL is asked what may name something in this schema, which is written as in SQL.
+    pub fn names(&self, schema: &str) -> bool {
+        let named = format!("{schema}.");
+        self.way == Way::OneByOne
+            || self.leaves.iter().any(|leaf| match leaf {
+                Leaf::Fact { expression } | Leaf::Equals { expression, .. } => expression.contains(&named),
+                Leaf::Found { query, .. } => query.contains(&named),
+            })
+    }
+
     /// What the terms come to for these claims.
     pub fn values(&self, claims: &Claims) -> Vec<TermValue> {
         self.terms.iter().map(|term| term.value(claims)).collect()

@@ -265,6 +265,8 @@ pub struct Rights {
     pub unreadable: Option<String>,
     /// Grants that the role lacks for them: until it has them all, PostgreSQL shows it nothing.
     pub missing: Vec<String>,
+    /// Grants that the judging login lacks to look up what the policies name, where PostgreSQL is asked.
+    pub unusable: BTreeMap<String, String>,
     /// Somebody made a cast between types of the system.
     pub own_casts: bool,
 }
@@ -382,15 +384,20 @@ impl Relation {
 
     /// What the role lacks for the policies by which it reads, and the grants that help, in one line.
     pub fn lack(&self, role: &str) -> Option<String> {
-        let missing = &self.access(role)?.rights.missing;
-        (!missing.is_empty()).then(|| {
-            format!(
-                "the policies of {}.{} read what the role {role} may not, so that nothing of it is shown: {}",
-                self.schema,
-                self.table,
-                missing.join("; ")
-            )
-        })
+        let Access { rights: Rights { missing, unusable, .. }, plan, .. } = self.access(role)?;
+        let unusable =
+            unusable.iter().filter(|(schema, _)| plan.names(schema)).map(|(_, grant)| grant.clone());
+        let unusable: Vec<String> = unusable.collect();
+        let (who, grants) = match (missing.is_empty(), unusable.is_empty()) {
+            (false, _) => (format!("read what the role {role} may not"), missing),
+            (true, true) => return None,
+            (true, false) => (
+                format!("name what neither the role {role} nor the login that judges may look up"),
+                &unusable,
+            ),
+        };
+        let (schema, table, grants) = (&self.schema, &self.table, grants.join("; "));
+        Some(format!("the policies of {schema}.{table} {who}, so that nothing of it is shown: {grants}"))
     }
 
     /// Whether the column belongs to the key.

@@ -275,7 +275,7 @@ impl CatalogKeeper {
     async fn load(&self, client: &deadpool_postgres::Client, state: &State) -> Result<Catalog, Error> {
         let roles: Vec<&String> = state.roles.iter().collect();
         let load =
-            client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2))::text").await?;
+            client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2)::text").await?;
         let text: String = client.query_one(&load, &[&roles, &self.judge]).await?.get(0);
         let answer: Answer = serde_json::from_str(&text).map_err(|error| {
             Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))

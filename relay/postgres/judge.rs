@@ -63,8 +63,11 @@ impl Judge {
     /// Forgets all plans. Before PostgreSQL 15.19 and its siblings a cached plan outlives a revoked membership.
     pub async fn discard_plans(&self) {
         let mut session = self.session.lock().await;
-        let failed = match session.as_ref() {
-            Some(open) => open.client.batch_execute("discard plans").await.is_err(),
+        let failed = match session.as_mut() {
+            Some(open) => {
+                open.forget();
+                open.client.batch_execute("discard plans").await.is_err()
+            }
             None => false,
         };
         if failed {

@@ -1,6 +1,6 @@
 //! A session that acts as somebody else for the length of one statement: role and claims are set, and taken back whatever happens.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,6 +17,10 @@ use crate::postgres::connect::{Error, Server};
 const BECOME: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
      set_config('request.jwt.claim.role', $1, true), set_config('statement_timeout', $4, true), \
      set_config('search_path', $5, true), set_config('lock_timeout', $6, true), set_config('role', $1, true)";
+
+/// Stays the login for the rest of the transaction, under the same settings.
+const KEEP: &str = "select set_config('statement_timeout', $1, true), set_config('search_path', $2, true), \
+     set_config('lock_timeout', $3, true)";
 
 /// A table that is locked is waited for so long, since the changes of other tables wait meanwhile …
 const LOCK_WAIT: &str = "20ms";
@@ -39,9 +43,12 @@ pub(super) struct StandIn {
     pub client: Client,
     begin: Statement,
     become_somebody: Statement,
+    keep: Statement,
     who: Statement,
     end: Statement,
     statements: HashMap<Arc<str>, Statement>,
+    /// Those that the subscriber's role could not prepare.
+    lent: HashSet<Arc<str>>,
     limit: String,
     /// When a lock was waited for in vain.
     locked: Mutex<Option<Instant>>,
@@ -76,16 +83,21 @@ impl StandIn {
     /// Connects. `settings` are statements for the session.
     pub async fn open(server: &Server, settings: &str, limit: Duration) -> Result<Self, Error> {
         let client = server.connect().await?;
-        client.batch_execute(&format!("{settings}; set lock_timeout = '{LOCK_WAIT}'")).await?;
+        // Where a database has row security off, each look at a table with policies raises instead.
+        client
+            .batch_execute(&format!("{settings}; set row_security = on; set lock_timeout = '{LOCK_WAIT}'"))
+            .await?;
         let path = client.query_one("select current_setting('search_path')", &[]).await?.get(0);
         Ok(Self {
             path,
             begin: client.prepare("begin read only").await?,
             become_somebody: client.prepare(BECOME).await?,
+            keep: client.prepare(KEEP).await?,
             who: client.prepare(WHO).await?,
             // What a policy set for the session goes with the transaction: a rollback undoes it, a commit would not.
             end: client.prepare("rollback").await?,
             statements: HashMap::new(),
+            lent: HashSet::new(),
             limit: format!("{}ms", limit.as_millis()),
             locked: Mutex::new(None),
             client,
@@ -95,8 +107,14 @@ impl StandIn {
     /// Makes room for so many statements. All at once and before any is prepared: none that is about to be asked may go.
     pub fn make_room(&mut self, count: usize) {
         if self.statements.len() + count > MOST_STATEMENTS {
-            self.statements.clear();
+            self.forget();
         }
+    }
+
+    /// Forgets all statements.
+    pub fn forget(&mut self) {
+        self.statements.clear();
+        self.lent.clear();
     }
 
     /// A statement that was prepared.
@@ -106,31 +124,31 @@ impl StandIn {
 
     /// Prepares under the subscriber's role, or else our own: a policy may call what is in a schema that its subscribers
     /// may not use, since PostgreSQL resolves the names in it when it is made. Rights on tables and functions are
-    /// those of whoever is judged in any case.
+    /// those of whoever is judged in any case. What was prepared as our own is prepared anew for each page: once a table in it
+    /// was altered or analyzed, PostgreSQL would look the names up again, as the subscriber.
     pub async fn prepare(
         &mut self,
         somebody: Somebody<'_>,
         statement: &Arc<str>,
     ) -> Result<Result<(), Denied>, Error> {
-        if self.statements.contains_key(statement) {
+        let is_lent = self.lent.contains(statement);
+        if self.statements.contains_key(statement) && !is_lent {
             return Ok(Ok(()));
         }
-        let client = &self.client;
-        client.execute(&self.begin, &[]).await?;
-        // Limited as well: a table that a policy reads may be locked, and then the statement cannot even be read.
-        let became = client.execute(&self.become_somebody, &self.whom(&somebody)).await;
-        let prepared = match became {
-            Ok(_) => client.prepare(statement).await,
-            Err(error) => Err(error),
+        let as_somebody = match is_lent {
+            true => None,
+            false => Some(self.prepare_as(&self.become_somebody, &self.whom(&somebody), statement).await?),
         };
-        client.execute(&self.end, &[]).await?;
-        let prepared = match prepared {
-            Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-                let prepared = client.prepare(statement).await;
-                client.execute(&self.end, &[]).await?;
+        let prepared = match as_somebody {
+            Some(Err(error)) if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Err(error),
+            Some(Ok(prepared)) => Ok(prepared),
+            // Under the search path under which it will be asked: under another it would be looked up again, too.
+            None | Some(Err(_)) => {
+                let [.., path, wait] = self.whom(&somebody);
+                let prepared = self.prepare_as(&self.keep, &[&self.limit, path, wait], statement).await?;
+                self.lent.insert(Arc::clone(statement));
                 prepared
             }
-            prepared => prepared,
         };
         match prepared {
             Ok(prepared) => {
@@ -139,6 +157,24 @@ impl StandIn {
             }
             Err(error) => Ok(Err(self.refused(&error))),
         }
+    }
+
+    /// Prepares a statement in a transaction that begins with `first`. Limited as well: a table that a policy reads may be
+    /// locked, and then the statement cannot even be read.
+    async fn prepare_as(
+        &self,
+        first: &Statement,
+        parameters: &[&(dyn ToSql + Sync)],
+        statement: &str,
+    ) -> Result<Result<Statement, tokio_postgres::Error>, Error> {
+        let client = &self.client;
+        client.execute(&self.begin, &[]).await?;
+        let prepared = match client.execute(first, parameters).await {
+            Ok(_) => client.prepare(statement).await,
+            Err(error) => Err(error),
+        };
+        client.execute(&self.end, &[]).await?;
+        Ok(prepared)
     }
 
     fn whom<'p>(&'p self, somebody: &'p Somebody<'_>) -> [&'p (dyn ToSql + Sync); 6] {
