@@ -148,7 +148,7 @@ begin
   -- Functions of the system that take a name as text, and casts of texts that are no constants.
   looks_up := exists (
     select from pg_catalog.jsonb_array_elements(policies) p
-    where p ->> 'condition' ~ '\m((has_[a-z_]+_privilege|to_reg[a-z]+|current_schemas|row_security_active|nextval|currval|setval)\(|CURRENT_SCHEMA\M)'
+    where p ->> 'condition' ~* '\m((has_[a-z_]+_privilege|to_reg[a-z]+|current_schemas|row_security_active|nextval|currval|setval)\(|CURRENT_SCHEMA\M)'
        or p ->> 'condition' ~ '[^'']::reg(class|procedure|proc|operator|oper|type|config|dictionary|collation)\M');
   select coalesce(pg_catalog.array_agg(distinct d.object) filter (where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass), '{}'),
          coalesce(pg_catalog.array_agg(d.object order by d.object, d.part) filter (where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass), '{}'),

@@ -246,3 +246,47 @@ async fn a_channel_may_have_a_hundred_bindings() {
     let reason = "ChannelRateLimitReached: More than 100 postgres_changes entries";
     assert_eq!(socket.frame().await[4], refused(reason));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_join_without_a_configuration_names_its_table_by_the_topic_and_gets_events_named_after_operations()
+{
+    let stage = Stage::new(TABLES).await;
+    for version in VERSIONS {
+        let mut socket = Socket::open(&stage.relay, version, &anon()).await;
+        for (n, topic) in
+            ["realtime:public:t", "realtime:public:t:id=eq.1", "realtime:public:*", "realtime:*:t"]
+                .into_iter()
+                .enumerate()
+        {
+            let reference = json!(n.to_string());
+            let payload = json!({"user_token": anon()});
+            socket.push(reference.clone(), reference, topic, "phx_join", payload).await;
+            assert_eq!(socket.message_frame().await[4]["status"], "ok", "{topic}");
+            assert_eq!(socket.message_frame().await[4]["message"], "Subscribed to PostgreSQL", "{topic}");
+            for (write, event, old, new) in [
+                (
+                    "insert into t values (1, 'a')",
+                    "INSERT",
+                    Value::Null,
+                    json!({"id": 1, "v": "a", "raw": null}),
+                ),
+                ("update t set v = 'b'", "UPDATE", json!({"id": 1}), json!({"id": 1, "v": "b", "raw": null})),
+                ("delete from t", "DELETE", json!({"id": 1}), Value::Null),
+            ] {
+                stage.run(write).await;
+                let frame = socket.message_frame().await;
+                assert_eq!((&frame[2], &frame[3]), (&json!(topic), &json!(event)), "{frame}");
+                let told = &frame[4];
+                assert_eq!((&told["type"], &told["table"]), (&json!(event), &json!("t")), "{frame}");
+                assert_eq!((&told["old_record"], &told["record"]), (&old, &new), "{frame}");
+            }
+            socket.push(json!(n.to_string()), json!("leave"), topic, "phx_leave", json!({})).await;
+            assert_eq!(socket.message_frame().await[3], "phx_reply");
+            assert_eq!(socket.message_frame().await[3], "phx_close");
+        }
+        socket.push(json!("9"), json!("9"), "realtime:public:nope", "phx_join", json!({})).await;
+        assert_eq!(socket.message_frame().await[4]["status"], "ok");
+        assert_eq!(socket.message_frame().await[4]["status"], "error");
+        socket.is_quiet().await;
+    }
+}

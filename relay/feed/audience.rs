@@ -336,10 +336,6 @@ pub const BETWEEN: &str =
 fn wants(binding: &Binding, meaning: Meaning) -> bool {
     match binding.events {
         Events::All => true,
-        Events::Only(operation) => match meaning {
-            Meaning::Insert => operation == Operation::Insert,
-            Meaning::Update | Meaning::Enter => operation == Operation::Update,
-            Meaning::Delete | Meaning::Leave => operation == Operation::Delete,
-        },
+        Events::Only(operation) => operation == meaning.operation(),
     }
 }

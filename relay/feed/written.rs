@@ -98,7 +98,8 @@ impl<'a> Written<'a> {
             return Ok(frame.clone());
         }
         let payload = self.payload(key, change, view, budget, kept)?;
-        let (head, tail) = dress.around(ids, if view.exact { self.cursor(base) } else { "" });
+        let operation = view.meaning.operation().word();
+        let (head, tail) = dress.around(ids, operation, if view.exact { self.cursor(base) } else { "" });
         let frame = Frame::around(head, payload, tail, budget);
         self.last = Some((dress, ids.to_vec(), key, frame.clone()));
         Ok(frame)

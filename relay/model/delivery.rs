@@ -79,11 +79,7 @@ pub fn data(change: &Change, view: View<'_>, most: usize) -> Option<String> {
 }
 
 fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
-    let operation = match view.meaning {
-        Meaning::Insert => Operation::Insert,
-        Meaning::Update | Meaning::Enter => Operation::Update,
-        Meaning::Delete | Meaning::Leave => Operation::Delete,
-    };
+    let operation = view.meaning.operation();
     let mut text = String::with_capacity(256 + change.after.as_ref().map_or(0, String::len));
     let _ = write!(
         text,

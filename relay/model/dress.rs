@@ -1,6 +1,6 @@
 //! How a change, or the news of a gap, is written for a client: in Phoenix frames, or bare with its cursor.
 
-use crate::model::phoenix::{Version, around_changes, fan_out, system};
+use crate::model::phoenix::{Version, around_changes, around_event, fan_out, system};
 
 /// The form of what goes to a client.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -13,6 +13,8 @@ pub enum Dress {
         topic: String,
         /// Whether `data` tells the cursor.
         with_cursor: bool,
+        /// Whether a change is an event named after its operation, with its object as the payload.
+        by_operation: bool,
     },
     /// A [`Bare`] piece: for event streams and polls.
     Bare,
@@ -42,9 +44,12 @@ impl Dress {
         }
     }
 
-    /// What stands before and after the object of a change, for the bindings of these ids.
-    pub fn around(&self, ids: &[u32], cursor: &str) -> (String, &'static str) {
+    /// What stands before and after the object of a change that comes as this operation, for the bindings of these ids.
+    pub fn around(&self, ids: &[u32], operation: &str, cursor: &str) -> (String, &'static str) {
         match self {
+            Self::Phoenix { version, topic, by_operation: true, .. } => {
+                around_event(*version, topic, operation)
+            }
             Self::Phoenix { version, topic, .. } => around_changes(*version, topic, ids),
             Self::Bare => (format!("C{cursor}\n"), ""),
         }
@@ -102,7 +107,7 @@ mod tests {
     fn a_bare_piece_is_taken_apart_as_it_was_written() {
         let data = with_cursor(String::from(r#"{"a":"x\ny"}"#), "AQ");
         assert_eq!(data, r#"{"a":"x\ny","cursor":"AQ"}"#);
-        let (head, tail) = Dress::Bare.around(&[1], "AQ");
+        let (head, tail) = Dress::Bare.around(&[1], "INSERT", "AQ");
         assert_eq!((Bare::parse(&head, &data), tail), (Some(("AQ", Bare::Change(&data))), ""));
         assert_eq!(Bare::parse(&Dress::Bare.gap("why", "AQ"), ""), Some(("AQ", Bare::Gap("why"))));
     }

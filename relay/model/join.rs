@@ -29,6 +29,7 @@ pub struct Join {
     token: Option<String>,
     waits: bool,
     wants_presence: bool,
+    by_operation: bool,
     bytes: usize,
 }
 
@@ -53,7 +54,9 @@ impl Join {
             Some(_) => {}
         }
         let payload = &message.payload;
-        let entries = entries(payload)?;
+        let named = named_by_topic(message);
+        let by_operation = named.is_some();
+        let entries = named.map_or_else(|| entries(payload), |entry| Ok(vec![entry.to_string()]))?;
         let setting = |group: &str, name: &str| {
             let config = payload.get("config");
             config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
@@ -66,6 +69,7 @@ impl Join {
             token: token.map(str::to_owned),
             waits: setting("postgres_changes_options", "wait"),
             wants_presence: setting("presence", "enabled"),
+            by_operation,
             bytes,
             message: Message {
                 join_ref: message.join_ref.clone(),
@@ -113,6 +117,11 @@ impl Join {
         }
         requests.shrink_to_fit();
         (requests, malformed)
+    }
+
+    /// Whether its topic names the table, and changes are events named after their operation.
+    pub fn is_by_operation(&self) -> bool {
+        self.by_operation
     }
 
     /// Whether a failed subscription is to fail the join.
@@ -172,6 +181,16 @@ pub fn too_large() -> String {
     format!("ChannelRateLimitReached: A join may have {MOST_BYTES} bytes at most")
 }
 
+/// What a join without any configuration asks for by its topic, `realtime:schema:table` or `realtime:schema:table:filter`, as
+/// clients did before there was one.
+fn named_by_topic(message: &Message) -> Option<Value> {
+    let topic =
+        message.topic.strip_prefix("realtime:").filter(|_| message.payload.get("config").is_none())?;
+    let (schema, rest) = topic.split_once(':')?;
+    let (table, filter) = rest.split_once(':').unwrap_or((rest, ""));
+    Some(json!({"event": "*", "schema": schema, "table": table, "filter": filter}))
+}
+
 /// The entries of `config.postgres_changes`; null and `[null]` mean none.
 fn entries(payload: &Value) -> Result<Vec<String>, String> {
     let list =
@@ -223,6 +242,35 @@ mod tests {
         assert!(!with(json!([null])).unwrap().wants_changes());
         assert!(!with(json!(null)).unwrap().wants_changes());
         assert!(with(json!([{"table": "t"}])).unwrap().wants_changes());
+    }
+
+    #[test]
+    fn without_a_configuration_the_topic_names_schema_table_and_filter() {
+        for (topic, payload, entry) in [
+            (
+                "realtime:s:t",
+                json!({}),
+                Some(json!({"event": "*", "schema": "s", "table": "t", "filter": ""})),
+            ),
+            (
+                "realtime:s:t:at=gt.10:30",
+                json!({"user_token": "a"}),
+                Some(json!({"event": "*", "schema": "s", "table": "t", "filter": "at=gt.10:30"})),
+            ),
+            (
+                "realtime:s:*",
+                json!({}),
+                Some(json!({"event": "*", "schema": "s", "table": "*", "filter": ""})),
+            ),
+            ("realtime:room", json!({}), None),
+            ("realtime:s:t", json!({"config": {}}), None),
+            ("realtime:s:t", json!({"config": null}), None),
+        ] {
+            let join = read(topic, payload).unwrap();
+            let entries: Vec<Value> = join.entries().map(Value::Object).collect();
+            assert_eq!(entries, Vec::from_iter(entry.clone()), "{topic}");
+            assert_eq!(join.is_by_operation(), entry.is_some(), "{topic}");
+        }
     }
 
     #[test]

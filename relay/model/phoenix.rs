@@ -321,6 +321,15 @@ pub fn around_changes(version: Version, topic: &str, ids: &[u32]) -> (String, &'
     (head, after)
 }
 
+/// The same where the event has the name of the operation and the change is all of its payload.
+pub fn around_event(version: Version, topic: &str, operation: &str) -> (String, &'static str) {
+    let (topic, operation) = (quoted(topic), quoted(operation));
+    match version {
+        Version::V1 => (format!(r#"{{"topic":{topic},"event":{operation},"payload":"#), r#","ref":null}"#),
+        Version::V2 => (format!("[null,null,{topic},{operation},"), "]"),
+    }
+}
+
 fn frame(
     version: Version,
     join_ref: &Value,

@@ -87,6 +87,17 @@ pub enum Meaning {
     Insert,
 }
 
+impl Meaning {
+    /// As which operation it is told.
+    pub fn operation(self) -> Operation {
+        match self {
+            Self::Insert => Operation::Insert,
+            Self::Update | Self::Enter => Operation::Update,
+            Self::Delete | Self::Leave => Operation::Delete,
+        }
+    }
+}
+
 /// What `operation` means to somebody with this sight of its images, if anything.
 ///
 /// `leave_events`: the relation was watched with the wish to tell of rows that go out of sight.

@@ -47,6 +47,8 @@ pub enum Action {
         channel: ChannelId,
         /// Its topic.
         topic: String,
+        /// Changes are events named after their operation.
+        by_operation: bool,
         /// What the client hears before any change.
         greeting: Vec<String>,
     },
@@ -91,6 +93,8 @@ struct Channel {
     joining: Option<Box<Join>>,
     /// The router delivers to it.
     delivering: bool,
+    /// Its changes are events named after their operation.
+    by_operation: bool,
 }
 
 impl Session {
@@ -205,7 +209,7 @@ impl Session {
         frames.extend(changes_system(version, &state.join_ref, &topic, &refusals));
         if is_bound {
             state.delivering = true;
-            vec![Action::Join { channel, topic, greeting: frames }]
+            vec![Action::Join { channel, topic, by_operation: state.by_operation, greeting: frames }]
         } else {
             state.end_delivery(frames)
         }
@@ -261,9 +265,18 @@ impl Session {
         let id = ChannelId { session: self.number, channel: self.joins };
         let (topic, join_ref) = (join.topic().to_owned(), join.join_ref().clone());
         let bytes = join.bytes();
-        let (attempt, joining, delivering) = (0, None, false);
-        let mut channel =
-            Channel { id, join_ref, identity, requests, malformed, attempt, bytes, joining, delivering };
+        let mut channel = Channel {
+            id,
+            join_ref,
+            identity,
+            requests,
+            malformed,
+            attempt: 0,
+            bytes,
+            joining: None,
+            delivering: false,
+            by_operation: join.is_by_operation(),
+        };
         if !channel.requests.is_empty() {
             channel.joining = Some(join);
             actions.push(channel.bind());

@@ -364,9 +364,9 @@ impl Driver {
                     };
                     self.binds.push(async move { (channel, attempt, bind.await) }.boxed());
                 }
-                Action::Join { channel, topic, greeting } => {
+                Action::Join { channel, topic, by_operation, greeting } => {
                     if let Some(bound) = bound.take() {
-                        self.join(channel, topic, greeting, bound);
+                        self.join(channel, (topic, by_operation), greeting, bound);
                     }
                 }
                 Action::Forget { channel } => {
@@ -385,10 +385,16 @@ impl Driver {
         }
     }
 
-    fn join(&mut self, channel: ChannelId, topic: String, greeting: Vec<String>, bound: Bound) {
+    fn join(
+        &mut self,
+        channel: ChannelId,
+        (topic, by_operation): (String, bool),
+        greeting: Vec<String>,
+        bound: Bound,
+    ) {
         let Bound { subscription, opened } = bound;
         let with_cursor = self.with_cursor || self.resume.is_some();
-        let dress = Dress::Phoenix { version: self.session.version(), topic, with_cursor };
+        let dress = Dress::Phoenix { version: self.session.version(), topic, with_cursor, by_operation };
         let greeting = greeting.into_iter().map(Bytes::from).collect();
         match &mut self.resume {
             Some(resume) => resume.start(channel, subscription, dress, greeting, opened),
