@@ -83,10 +83,7 @@ impl StandIn {
     /// Connects. `settings` are statements for the session.
     pub async fn open(server: &Server, settings: &str, limit: Duration) -> Result<Self, Error> {
         let client = server.connect().await?;
-        // Where a database has row security off, each look at a table with policies raises instead.
-        client
-            .batch_execute(&format!("{settings}; set row_security = on; set lock_timeout = '{LOCK_WAIT}'"))
-            .await?;
+        client.batch_execute(&format!("{settings}; set lock_timeout = '{LOCK_WAIT}'")).await?;
         let path = client.query_one("select current_setting('search_path')", &[]).await?.get(0);
         Ok(Self {
             path,
