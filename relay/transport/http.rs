@@ -238,7 +238,10 @@ async fn route(
         "/realtime/v1/changes" if request.method() != Method::GET => {
             error(StatusCode::METHOD_NOT_ALLOWED, "changes are read by GET")
         }
-        "/realtime/v1/changes" => changes::serve(app, request, place.address(), watched, closed).await,
+        // On the heap: a connection that becomes a WebSocket never needs the room.
+        "/realtime/v1/changes" => {
+            Box::pin(changes::serve(app, request, place.address(), watched, closed)).await
+        }
         "/healthcheck" if !app.prepared.load(Ordering::Relaxed) => {
             text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is being prepared")
         }
