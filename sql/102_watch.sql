@@ -1,9 +1,17 @@
 -- relay.watch, relay.unwatch and relay.watched: which relations are captured, the triggers that do it, and their functions.
 
 -- relay.parts(relation) : the relation and, if it is partitioned, every partition below it
+-- pg_partition_tree() would wait for a partition that somebody has locked.
 create or replace function relay.parts(relation regclass) returns setof oid
 language sql stable as $$
-  select $1::oid union select t.relid::oid from pg_catalog.pg_partition_tree($1) t
+  with recursive part (oid) as (
+    select $1::oid
+    union
+    select i.inhrelid
+    from part
+    join pg_catalog.pg_inherits i on i.inhparent = part.oid
+    join pg_catalog.pg_class c on c.oid = i.inhrelid and c.relispartition)
+  select part.oid from part
 $$;
 comment on function relay.parts(regclass) is 'the relation itself and all partitions below it';
 

@@ -18,7 +18,7 @@ use crate::model::subscription::Request;
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
 use crate::postgres::enquiry::Enquiry;
-use crate::postgres::judge::{Judge, Question};
+use crate::postgres::judge::{Judge, Question, reading};
 
 /// What is to be explained.
 pub struct Wanted {
@@ -282,7 +282,7 @@ impl Bench<'_> {
             Err(_) => image.clone(),
         };
         let of_policy = narrowed(&|name| relation.policy_reads(access, name));
-        let reading: Arc<str> = relation.reading().into();
+        let reading: Arc<str> = reading(relation).into();
         let says = |image: String, statement, with_path| self.says(image, statement, &reading, with_path);
         for policy in policies.iter_mut() {
             let judgement = self.enquiry.judgement(relation, &policy.condition).await?;

@@ -23,7 +23,7 @@ use crate::model::subscription::Subscription;
 use crate::observe::Observe;
 use crate::postgres::census::{Census, Inquiry, Said};
 use crate::postgres::connect::Error;
-use crate::postgres::judge::{Judge, Question, Verdict as Answered};
+use crate::postgres::judge::{Judge, Question, Verdict as Answered, reading};
 
 /// Asks and remembers for the length of one part.
 pub struct Gate {
@@ -261,7 +261,7 @@ impl Asked<'_> {
             identity: self.identity.clone(),
             statement: Arc::clone(self.statement),
             images: &self.images,
-            reading: self.relation.reading().into(),
+            reading: reading(self.relation).into(),
             with_path: self.with_path,
         }
     }

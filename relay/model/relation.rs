@@ -371,17 +371,6 @@ impl Relation {
         row.project(|name| (is_domain(name) || reads(name)).then_some(Spelling::Plain))
     }
 
-    /// The statement that has PostgreSQL take back row images, `$1`, and nothing else: it fails where one cannot be.
-    pub fn reading(&self) -> String {
-        let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
-        format!(
-            "select pg_catalog.count(*) from pg_catalog.unnest($1::pg_catalog.text[]) as i (image) cross join lateral \
-             pg_catalog.json_populate_record(null::{}.{}, i.image::pg_catalog.json) as r",
-            quote(&self.schema),
-            quote(&self.table)
-        )
-    }
-
     /// What the role lacks for the policies by which it reads, and the grants that help, in one line.
     pub fn lack(&self, role: &str) -> Option<String> {
         let Access { rights: Rights { missing, unusable, .. }, plan, .. } = self.access(role)?;

@@ -20,6 +20,7 @@ use crate::model::predicate::Truth;
 use crate::model::relation::Relation;
 use crate::postgres::breaker::Breaker;
 use crate::postgres::connect::{Error, JUDGING, Server};
+use crate::postgres::judge::reading;
 use crate::postgres::stand_in::{Halves, Somebody, StandIn, reads_back};
 
 /// The connection that asks.
@@ -240,7 +241,7 @@ impl Open {
             };
             return Ok((all(truth), 1, Some(denied)));
         }
-        let reading: Arc<str> = inquiry.relation.reading().into();
+        let reading: Arc<str> = reading(inquiry.relation).into();
         let _ = self.stand_in.prepare(somebody, &reading).await?;
         let Some(prepared) = self.stand_in.prepared(statement) else {
             return Ok((all(Truth::Raises), 1, None));

@@ -9,6 +9,7 @@ use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use tokio::sync::Mutex;
 
 use crate::model::policy::{Denied, Identity};
+use crate::model::relation::Relation;
 use crate::postgres::breaker::Breaker;
 use crate::postgres::connect::{Error, JUDGING, Server};
 use crate::postgres::stand_in::{Halves, Somebody, StandIn, reads_back};
@@ -41,7 +42,7 @@ pub struct Question<'a> {
     pub statement: Arc<str>,
     /// Row images as JSON, of what the statement reads.
     pub images: &'a [String],
-    /// See [`Relation::reading`](crate::model::relation::Relation::reading).
+    /// What [`reading`] gives for the relation.
     pub reading: Arc<str>,
     /// The statement calls functions of users, which may rely on the search path.
     pub with_path: bool,
@@ -239,3 +240,14 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
 /// Questions on the way at once: enough to hide the round trips, few enough that a policy that has become slow delays
 /// the others by so many time limits at most before it is noticed.
 const IN_FLIGHT: usize = 4;
+
+/// The statement that has PostgreSQL take back row images, `$1`, and nothing else: it fails where one cannot be.
+pub fn reading(relation: &Relation) -> String {
+    let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
+    format!(
+        "select pg_catalog.count(*) from pg_catalog.unnest($1::pg_catalog.text[]) as i (image) cross join lateral \
+         pg_catalog.json_populate_record(null::{}.{}, i.image::pg_catalog.json) as r",
+        quote(&relation.schema),
+        quote(&relation.table)
+    )
+}

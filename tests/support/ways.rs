@@ -17,7 +17,7 @@ use relay::observe::Observe;
 use relay::postgres::catalog::CatalogKeeper;
 use relay::postgres::census::Census;
 use relay::postgres::connect::Server;
-use relay::postgres::judge::{Judge, Question};
+use relay::postgres::judge::{Judge, Question, reading};
 use serde_json::{Map, Value, json};
 
 use super::database::Database;
@@ -128,7 +128,7 @@ impl Ways {
             identity: identity(claims),
             statement: Arc::clone(statement),
             images: &texts,
-            reading: relation.reading().into(),
+            reading: reading(relation).into(),
             with_path: true,
         };
         let verdict = self.judge.judge(&[question]).await.unwrap().remove(0);
