@@ -162,7 +162,8 @@ begin
     end loop;
     if part.relkind <> 'f' then
       perform relay.drop_trigger(truncate_trigger, part.name);
-      execute format('create trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
+      -- The event trigger may have made it again by now.
+      execute format('create or replace trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
                      truncate_trigger, part.name, id);
       execute format('alter table %s enable always trigger %I', part.name, truncate_trigger);
     end if;

@@ -62,7 +62,9 @@ async fn is_whole(url: &str, what: &str) {
     let intact =
         "select count(*) filter (where intact), count(*) filter (where leave_events) from relay.watched";
     let intact = session.query_one(intact, &[]).await.unwrap();
-    assert_eq!((intact.get::<_, i64>(0), intact.get::<_, i64>(1)), (3, 1), "{what}");
+    let all = "select string_agg(format('%s %s %s', relation, relay.triggers_intact(relation, id), relay.functions_intact(relation, id)), ', ') from relay.watched";
+    let all: String = session.query_one(all, &[]).await.unwrap().get(0);
+    assert_eq!((intact.get::<_, i64>(0), intact.get::<_, i64>(1)), (3, 1), "{what}: {all}");
     let relay = Relay::start(url).await;
     let ann = token("authenticated", Some(ANN), json!({}));
     let mut client = Client::connect(&relay, &ann).await;

@@ -181,8 +181,7 @@ async fn a_table_whose_trigger_is_disabled_or_dropped_is_told_of_as_a_gap_and_re
     for (id, change) in [
         (1, String::from("alter table t disable trigger all")),
         (2, String::from("alter table t disable trigger user")),
-        (3, format!("alter table t enable replica trigger \"{trigger}\"")),
-        (4, format!("drop trigger \"{trigger}\" on t")),
+        (3, format!("drop trigger \"{trigger}\" on t")),
     ] {
         let mut client = stage.subscribe(&user(), json!([binding])).await;
         stage.run(&change).await;
@@ -202,10 +201,22 @@ async fn a_table_whose_trigger_is_disabled_or_dropped_is_told_of_as_a_gap_and_re
         stage.run(&format!("insert into t values ({id})")).await;
         assert_eq!(stage.told(&mut client).await, [format!(r#"INSERT {{"id":{id}}}"#)]);
     }
-    // Enabled again by hand it captures what ordinary sessions write.
+    // Enabled again it captures everything, whatever it was enabled for; what was written meanwhile may be missing.
     let mut client = stage.subscribe(&user(), json!([binding])).await;
-    stage.run("begin; alter table t disable trigger all; alter table t enable trigger all; commit; insert into t values (9)").await;
-    assert_eq!(stage.told(&mut client).await, [r#"INSERT {"id":9}"#]);
+    for (id, change) in [
+        (8, format!("alter table t enable replica trigger \"{trigger}\"")),
+        (
+            9,
+            String::from(
+                "begin; alter table t disable trigger all; alter table t enable trigger all; commit",
+            ),
+        ),
+    ] {
+        stage.run(&format!("{change}; insert into t values ({id})")).await;
+        let gap = client.frame().await;
+        assert!(gap[4]["message"].as_str().unwrap().starts_with("Gap: "), "{change}: {gap}");
+        assert_eq!(stage.told(&mut client).await, [format!(r#"INSERT {{"id":{id}}}"#)]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

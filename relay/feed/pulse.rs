@@ -123,7 +123,7 @@ impl Pulse {
             let is_long = |since: Option<Instant>| since.is_some_and(|since| since.elapsed() > self.bound);
             let mut changelog = None;
             let feed = self.whole.as_ref().map_or(self, |(feed, _)| feed);
-            feed.change(|waits| changelog = waits.interrupted.or(waits.changelog));
+            feed.change(|waits| changelog = waits.interrupted.into_iter().chain(waits.changelog).min());
             let mut now = None;
             self.change(|waits| {
                 now = match () {
