@@ -213,8 +213,16 @@ pub async fn all_hold_with(more: &str, cases: &str) {
             Way::Inverted => 2 * compared.plan.leaves.len(),
             Way::OneByOne => readers.len(),
         };
+        // A question that a busy machine gave up is asked in another way; the next time it is not.
         if compared.statements > most {
-            say(format!("{} statements, {most} are enough", compared.statements));
+            let again = ways.compare("items", &readers).await;
+            again.wrong.into_iter().for_each(&mut say);
+            if again.statements > most {
+                say(format!(
+                    "{} and {} statements, {most} are enough",
+                    compared.statements, again.statements
+                ));
+            }
         }
         // A case that shows nothing, or everything, to everybody could not tell right from wrong.
         if !name.contains("nothing") && compared.yes == 0
