@@ -201,7 +201,7 @@ pub async fn all_hold_with(more: &str, cases: &str) {
               execute format('drop policy %I on items', p.polname);
             end loop; end $$;";
         ways.database.run(&format!("{drop_all}{policies}")).await;
-        let compared = ways.compare("items", &readers).await;
+        let compared = Box::pin(ways.compare("items", &readers)).await;
         let mut say = |what: String| found.push(format!("{name}: {what}\n    {policies}"));
         compared.wrong.into_iter().for_each(&mut say);
         if compared.plan.way.word() != way {
@@ -215,7 +215,7 @@ pub async fn all_hold_with(more: &str, cases: &str) {
         };
         // A question that a busy machine gave up is asked in another way; the next time it is not.
         if compared.statements > most {
-            let again = ways.compare("items", &readers).await;
+            let again = Box::pin(ways.compare("items", &readers)).await;
             again.wrong.into_iter().for_each(&mut say);
             if again.statements > most {
                 say(format!(

@@ -46,7 +46,7 @@ pub(super) const SPELLING: [(&str, &str); 6] = [
     ("lc_monetary", "C"),
 ];
 
-/// What [`PINNED`] leaves, for connections that only run statements of our own, in which nothing may get between a name and what it means.
+/// What `PINNED` leaves, for connections that only run statements of our own, in which nothing may get between a name and what it means.
 pub const NO_PATH: &str = "set search_path = pg_catalog";
 
 /// How long a connection may take to begin, password and settings included.
