@@ -19,6 +19,9 @@ begin
     select pg_catalog.format('grant select on %s to %s', c.oid::regclass, role::regrole)
     from parts d join pg_catalog.pg_class c on c.oid = d.object
     where d.class = 'pg_catalog.pg_class'::regclass and c.relkind in ('r', 'p', 'm', 'v', 'f')
+      -- A constant of type regclass names a table that is not read.
+      and exists (select from pg_catalog.pg_policy p
+                  where p.polrelid = relation and pg_catalog.strpos(p.polqual::text, ':relid ' || c.oid || ' ') > 0)
       and not pg_catalog.has_table_privilege(role, c.oid, 'select')
       and not case when d.part > 0 then pg_catalog.has_column_privilege(role, c.oid, d.part::smallint, 'select')
                    else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end

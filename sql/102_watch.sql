@@ -38,6 +38,13 @@ language sql immutable as $$
 $$;
 comment on function relay.capture_trigger(int, text) is 'name of a row trigger';
 
+-- relay.owner_may_execute(relation, function) : whether the owner of a relation may have it call the function
+create or replace function relay.owner_may_execute(relation regclass, function regprocedure) returns boolean
+language sql stable as $$
+  select pg_catalog.has_function_privilege(c.relowner, $2, 'execute') from pg_catalog.pg_class c where c.oid = $1
+$$;
+comment on function relay.owner_may_execute(regclass, regprocedure) is 'whether the owner of a relation may have it call a function';
+
 -- relay.functions_intact(relation, id) : whether the text of its trigger functions is what it should be
 create or replace function relay.functions_intact(relation regclass, id int) returns boolean
 language plpgsql stable
@@ -51,7 +58,7 @@ begin
       select from pg_proc p
       where p.oid = to_regprocedure(format('relay.%I()', relay.capture_function(id, o)))
         and p.prosrc = relay.capture_body(relation, id, shape, o) and p.prosecdef and p.proconfig is null
-        and p.proowner = 'relay_writer'::regrole));
+        and p.proowner = 'relay_writer'::regrole and relay.owner_may_execute(relation, p.oid)));
 end
 $$;
 comment on function relay.functions_intact(regclass, int) is 'whether the trigger functions of a watched relation have the text that they should have';
@@ -118,6 +125,13 @@ begin
       execute 'revoke create on schema relay from relay_writer';
     end if;
   end if;
+  -- Whoever adds a partition needs the right to what its triggers call.
+  foreach operation in array relay.operations() loop
+    name := format('relay.%I()', relay.capture_function(id, operation));
+    if not relay.owner_may_execute(relation, to_regprocedure(name)) then
+      execute (select format('grant execute on function %s to %s', name, c.relowner::regrole) from pg_class c where c.oid = relation);
+    end if;
+  end loop;
 end
 $$;
 comment on function relay.set_functions(regclass, int, int) is 'writes the trigger functions of a watched relation';

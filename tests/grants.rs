@@ -235,3 +235,16 @@ async fn a_database_with_row_security_off_is_judged_and_read_as_any_other() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_a_policy_names_and_does_not_read_needs_no_grant() {
+    let stage = Stage::new(
+        "create table named (id int); create table t (id int primary key, k regclass); alter table t enable row level security;
+         grant select on t to authenticated; create policy p on t using (k = 'named'::regclass)",
+    )
+    .await;
+    let missing = "select relay.missing_grants('t', 'authenticated'::regrole)";
+    assert_eq!(stage.database.value(missing).await, "{}");
+    stage.run("alter policy p on t using (exists (select from named n where n.id = t.id))").await;
+    assert_eq!(stage.database.value(missing).await, "{\"grant select on public.named to authenticated\"}");
+}

@@ -125,8 +125,11 @@ async fn a_binding_that_is_lost_leaves_the_others_and_comes_back() {
         assert!(refused["message"].as_str().unwrap().contains("schema: s, table: t"), "{lack}: {refused}");
         stage.run("insert into marker default values").await;
         client.hears_row("marker", 2, lack).await;
+        client.heard.clear();
         stage.run(lift).await;
         client.hears_of(SUBSCRIBED, lift).await;
+        // What was written to it meanwhile was not told.
+        client.hears_of("Gap: ", lift).await;
         stage.run("insert into s.t (id) values (7); insert into marker default values").await;
         client.hears_row("t", 7, lift).await;
         client.hears_row("marker", 3, lift).await;

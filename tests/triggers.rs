@@ -364,3 +364,23 @@ async fn the_partition_of_a_row_stands_in_the_changelog() {
     let leaves = "select string_agg(operation::text || leaf::regclass, ' ' order by number) from relay.changes where relation > 0";
     assert_eq!(database.value(leaves).await, "Ilow Ihigh Ihigh Dlow");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_without_other_rights_adds_and_attaches_partitions() {
+    let stage = Stage::new("create table p (id int primary key) partition by range (id)").await;
+    stage
+        .run(
+            "create role $DB_own login; grant create, usage on schema public to $DB_own; alter table p owner to $DB_own;
+             select relay.watch('p')",
+        )
+        .await;
+    let owner = connect(&with_login(&stage.database.url, &format!("{}_own", stage.name))).await;
+    owner
+        .batch_execute(
+            "create table one partition of p for values from (0) to (10); create table two (like p including all);
+             alter table p attach partition two for values from (10) to (20); insert into p values (1), (11)",
+        )
+        .await
+        .unwrap();
+    assert_eq!(stage.database.value("select count(*) from relay.changes where operation = 'I'").await, "2");
+}

@@ -154,7 +154,8 @@ impl Audience {
     /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew, and then
     /// told again, because of what comes in between.
     /// Whoever subscribed to a whole schema is told of what was there `before` and is not any more.
-    /// Channels of which an entry was refused that may be bound now are bound anew.
+    /// Channels of which an entry was refused that may be bound now are bound anew, and told because of what they did not
+    /// hear of before.
     ///
     /// `here` is up to where everything was delivered to all.
     pub fn follow_the_rules(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
@@ -169,6 +170,7 @@ impl Audience {
             self.tell_gap(&lack, &self.reached(here));
         }
         if self.subscription.may_be_lifted(catalog) {
+            self.members.misses(ALTERED);
             self.members.each(|channel, outbox| outbox.rebind(channel));
         }
     }
