@@ -96,9 +96,13 @@ set plan_cache_mode = force_generic_plan as $$
 begin
   return query
     select distinct d.refclassid::regclass, d.refobjid, d.refobjsubid
-    from relay.policies_for(relation, role) p
-    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.policy
-    where d.refobjid <> relation;
+    -- Not relay.policies_for(), which writes each policy as text and locks what stands in it.
+    from pg_catalog.pg_policy p
+    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
+    where p.polrelid = relation and p.polcmd in ('r', '*') and p.polqual is not null
+      and (0::oid = any (p.polroles)
+           or exists (select from pg_catalog.unnest(p.polroles) m where pg_catalog.pg_has_role(role, m, 'usage')))
+      and d.refobjid <> relation;
 end
 $$;
 comment on function relay.policy_parts(regclass, oid) is 'what the policies by which a role reads a relation refer to';
