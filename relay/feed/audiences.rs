@@ -98,7 +98,7 @@ impl Audiences {
         self.judged_with.as_ref().is_some_and(is_other)
     }
 
-    /// Whether somebody came who was bound by other rules, so that these are to be looked at anew.
+    /// Whether a subscription came that was bound by other rules than changes are judged with; the rules are then read again.
     pub fn is_doubtful(&self) -> bool {
         self.is_doubtful
     }

@@ -33,6 +33,8 @@ use crate::postgres::connect::Error;
 const PAUSE: Duration = Duration::from_millis(100);
 /// … as long as these pauses are not more than this together, and a tenth of all time.
 const PAUSES: Duration = Duration::from_secs(1);
+/// What a channel is told when changes could not wait for its router and there is no position to read them from.
+const UNPLACED: &str = "changes came faster than they could be decided, read the rows again";
 /// The regular look at the catalog has so long.
 const LOOK: Duration = Duration::from_millis(500);
 /// So many changes of one relation are more than those of others should wait for.
@@ -92,7 +94,7 @@ impl Parts {
         }
     }
 
-    /// Without a channel, parts count for nobody.
+    /// After the last channel has left: the queue keeps only the position of the parts that come.
     fn rest(&self) {
         if let Self::Backlog(parts) = self {
             parts.rest();
@@ -158,7 +160,7 @@ impl Router {
                                 () = self.resolve_doubt() => {}
                             }
                         }
-                        if self.has_nobody() {
+                        if self.has_no_channel() {
                             parts.rest();
                         }
                     }
@@ -177,7 +179,7 @@ impl Router {
         }
     }
 
-    /// Everything up to here was for nobody.
+    /// Moves the position without delivering anything: no channel of this router needs the changes up to `end`.
     fn skip_to(&mut self, end: Cursor) {
         self.recent = Recent::default();
         self.recent.moved(&None, &end);
@@ -185,12 +187,12 @@ impl Router {
         self.hub.moved(self.position.as_ref());
     }
 
-    fn has_nobody(&self) -> bool {
+    fn has_no_channel(&self) -> bool {
         self.counted.0 == 0 && self.early.is_empty()
     }
 
-    /// Somebody was bound by other rules than changes are judged with: where those are the older ones, the next change may be
-    /// long in coming. If this fails, it is that change which finds out.
+    /// Reads the rules again after a subscription came that was bound by other rules than changes are judged with. The next
+    /// change would do so, but may be long in coming; it does if this fails.
     async fn resolve_doubt(&mut self) {
         let _ = timeout(LOOK, self.deliver(None)).await;
     }
@@ -324,10 +326,14 @@ impl Router {
 
     /// All read what there was up to here from the changelog, as fast as it can be decided for them.
     async fn leave_behind(&mut self, end: Cursor) {
-        if let Some(position) = self.position.clone() {
-            let rules = self.hub.live.rules().cloned().unwrap_or_default();
-            let all = rules.relations().map(|relation| relation.id()).collect();
-            self.begin_replay(&all, &position, None);
+        match self.position.clone() {
+            Some(position) => {
+                let rules = self.hub.live.rules().cloned().unwrap_or_default();
+                let all = rules.relations().map(|relation| relation.id()).collect();
+                self.begin_replay(&all, &position, None);
+            }
+            // After a gap there is no position to read from: these changes belong to a gap, too.
+            None => self.hub.live.iter().for_each(|(_, audience)| audience.tell_gap(UNPLACED, "")),
         }
         self.skip_to(end);
         // Other rules may have stood in what was left out.

@@ -48,7 +48,7 @@ pub enum Part {
     },
     /// There was nothing for anybody up to here.
     Quiet(Cursor),
-    /// What there was up to here was for nobody, because there was nobody.
+    /// The router had no channel for the changes up to this position.
     Skipped(Cursor),
     /// What there was up to here is more than can wait for the router: the changelog has it.
     TooMuch(Cursor),
