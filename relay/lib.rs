@@ -29,6 +29,7 @@ pub mod model {
     pub mod datum;
     pub mod pattern;
     pub mod relation;
+    pub mod marks;
     pub mod shape;
     pub mod utc;
     pub mod image;

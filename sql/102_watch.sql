@@ -186,13 +186,13 @@ end
 $$;
 comment on function relay.set_triggers(regclass, int) is 'makes the triggers of a watched relation anew';
 
--- relay.renew_shapes(guarded) : number of watched relations whose shape is another than the one recorded, or whose functions were
+-- relay.renew_shapes(guarded, wanted) : number of watched relations whose shape is another than the one recorded, or whose functions were
 -- Records the new shape and writes the trigger functions anew, in the transaction of the caller: `guarded` says that it is
 -- the one that altered the table. Waits for no other transaction: what another one is about to renew is left to the next
 -- call, and a doubt is noted. The call that finds a doubt records a shape that is not guarded, which no older image survives:
 -- an image in between has the number of a shape that it was not written under.
 -- New functions are handed over by statements that the event trigger answers with this again: then it is under way already.
-create or replace function relay.renew_shapes(guarded boolean default false) returns int
+create or replace function relay.renew_shapes(guarded boolean default false, wanted int[] default null) returns int
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
@@ -214,6 +214,7 @@ begin
     join pg_class c on c.oid = w.relation
     left join lateral (
       select s.shape, s.columns from relay.shapes s where s.relation = w.id order by s.shape desc limit 1) last on true
+    where wanted is null or w.id = any (wanted) or 0 = any (doubted) or w.id = any (doubted)
     order by w.id
   loop
     continue when known.old = known.new and not known.doubtful
@@ -237,7 +238,8 @@ begin
   return renewed;
 end
 $$;
-comment on function relay.renew_shapes(boolean) is 'records the shapes of watched relations that changed, and adapts the trigger functions';
+comment on function relay.renew_shapes(boolean, int[]) is 'records the shapes of watched relations that changed, and adapts the trigger functions';
+drop function if exists relay.renew_shapes(boolean);
 
 -- relay.sweep() : removes what is left of relations that were dropped, and shapes that no change can have any more
 create or replace function relay.sweep() returns void
@@ -618,15 +620,17 @@ end
 $$;
 comment on function relay.unwatch(regclass) is 'takes back relay.watch and leaves no trace on the table';
 
--- relay.repair() : number of relations whose shape or functions were renewed; also notes what became of all
--- For the relay to call when the catalog has changed. Where the event trigger is, there is nothing to do as a rule.
-create or replace function relay.repair() returns int
+-- relay.repair(wanted) : number of relations whose shape or functions were renewed; also notes what became of all
+-- For the relay to call when the catalog has changed, with the numbers of the relations that it changed for; null: all. Where
+-- the event trigger is, there is nothing to do as a rule.
+drop function if exists relay.repair();
+create or replace function relay.repair(wanted int[] default null) returns int
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
   select relay.note_relations();
-  select relay.renew_shapes()
+  select relay.renew_shapes(wanted => $1)
 $$;
-comment on function relay.repair() is 'renews shapes and functions that do not fit their relations; returns how many';
+comment on function relay.repair(int[]) is 'renews shapes and functions that do not fit their relations; returns how many';
 
 create or replace view relay.watched as
 select w.relation,

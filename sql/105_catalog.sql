@@ -426,12 +426,13 @@ language sql stable as $$
 $$;
 comment on function relay.capture_mode(oid, int) is 'how the capturing triggers of a watched relation are enabled';
 
--- relay.catalog(roles, login) : every watched relation whose changes are captured, and what each of the roles may see of it
+-- relay.catalog(roles, login, wanted) : every watched relation whose changes are captured, and what each of the roles may see of it
+-- wanted: their numbers in relay.watch_list; null: all.
 -- Whoever is subscribed to one that drops out, because its trigger was disabled or dropped, is told so.
 -- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access". A table that is locked
 -- keeps only itself from being told.
-drop function if exists relay.catalog(text[]);
-create or replace function relay.catalog(roles text[], login text default null) returns jsonb
+drop function if exists relay.catalog(text[]), relay.catalog(text[], text);
+create or replace function relay.catalog(roles text[], login text default null, wanted int[] default null) returns jsonb
 language sql stable
 set search_path = ''
 set lock_timeout = '20ms'
@@ -472,92 +473,98 @@ set jit = off as $$
   from relay.watch_list w
   join pg_catalog.pg_class c on c.oid = w.relation
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-  where c.relkind = 'm' or relay.capture_mode(w.relation, w.id) in ('A', 'O')
+  where ($3 is null or w.id = any ($3)) and (c.relkind = 'm' or relay.capture_mode(w.relation, w.id) in ('A', 'O'))
 $$;
-comment on function relay.catalog(text[], text) is 'watched relations with columns, key, and what each role may see of them';
+comment on function relay.catalog(text[], text, int[]) is 'watched relations with columns, key, and what each role may see of them';
 
--- relay.catalog_fingerprint(roles) : differs whenever relay.catalog(roles) could
+-- relay.catalog_marks(roles, login) : what relay.catalog() is made of, as hashes: one differs whenever what it stands for could
+-- kind `database`: what all entries depend on, the login that judges among it; `role`, name its name: the role and all that it is
+-- a member of; `relation`, name its number in relay.watch_list.
 -- Made of the values the catalog is made of and not of row versions, which TRUNCATE or VACUUM FULL change too. Of a
 -- policy it takes the parsed form and the names of what that refers to: to write it as text would lock the tables in it,
 -- and wait for whoever alters one of them. plpgsql and a generic plan, because planning
 -- takes longer than the query.
-create or replace function relay.catalog_fingerprint(roles text[]) returns text
-language plpgsql stable
+drop function if exists relay.catalog_fingerprint(text[]);
+create or replace function relay.catalog_marks(roles text[], login text default null) returns table (kind text, name text, mark text)
+language plpgsql stable rows 100
 set search_path = ''
+set jit = off
 set plan_cache_mode = force_generic_plan as $$
 declare
-  relations constant oid[] := array(select w.relation::oid from relay.watch_list w order by w.id);
-  facts text;
+  judge constant oid := (select r.oid from pg_catalog.pg_roles r where r.rolname = coalesce(login, current_user));
 begin
-  select pg_catalog.concat_ws('|',
-    -- The roles themselves too: one more of them may be reachable from the others already.
-    roles::text,
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', w.id, w.relation::oid, w.leave_events, relay.capture_mode(w.relation, w.id)), ';' order by w.id)
-     from relay.watch_list w),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', n.id, n.mute::text, n.parts::text), ';' order by n.id)
-     from relay.relations_now() n),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', k.id, k.named_by, k.named_at), ';' order by k.id) from relay.known_relations k),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.relation::oid, p.policy), ';' order by p.relation::oid)
-     from relay.read_policies p),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', c.oid, c.relname, c.relkind, c.relowner, c.relreplident,
-              c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, '.', n.nspname, n.nspowner, n.nspacl::text), ';' order by c.oid)
-     from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-     where c.oid = any (relations)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attcollation, a.attacl::text,
-              case when a.atttypid >= 16384
-                then (select t.typname || ',' || t.typnamespace from pg_catalog.pg_type t where t.oid = a.atttypid) end),
-              ';' order by a.attrelid, a.attnum)
-     from pg_catalog.pg_attribute a
-     where a.attrelid = any (relations) and a.attnum > 0 and not a.attisdropped),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', i.indrelid, i.indexrelid, i.indkey::text, i.indisprimary, i.indisunique,
-              i.indisvalid, i.indimmediate), ';' order by i.indexrelid)
-     from pg_catalog.pg_index i
-     where i.indrelid = any (relations) and i.indisunique),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.polrelid, p.polname, p.polpermissive, p.polcmd, p.polroles::text,
-              p.polqual::text), ';' order by p.oid)
-     from pg_catalog.pg_policy p
-     where p.polrelid = any (relations)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
-              c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, a.attname, a.attcollation,
-              a.attacl::text,
-              f.proname, f.prosrc, f.prosqlbody::text, f.proowner, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
-              t.typname, o.oprname,
-              (select pg_catalog.string_agg(e.enumlabel, '/' order by e.oid) from pg_catalog.pg_enum e where e.enumtypid = t.oid)), ';'
-              order by d.refclassid, d.refobjid, d.refobjsubid)
-     from (select distinct d.refclassid, d.refobjid, d.refobjsubid
-           from pg_catalog.pg_policy p
-           join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
-           where p.polrelid = any (relations) and d.refobjid <> p.polrelid) d
-     left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = d.refobjid
-     left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
-     left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
-     left join pg_catalog.pg_operator o on d.refclassid = 'pg_catalog.pg_operator'::pg_catalog.regclass and o.oid = d.refobjid
-     left join pg_catalog.pg_proc f on f.oid = case when d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass then d.refobjid else o.oprcode::oid end
-     left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', s.relation, s.shape), ';' order by s.relation, s.shape)
-     from relay.shapes s),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', d.relation, d.xid), ';' order by d.relation, d.xid)
-     from relay.shape_doubts d),
-    (select pg_catalog.string_agg(relay.columns_of(w.relation)::text, ';' order by w.id)
-     from relay.watch_list w where w.relation::oid = any (relations)),
-    relay.has_own_casts(),
-    (select pg_catalog.string_agg(pg_catalog.concat_ws(',', f.oid, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
-              n.nspacl::text), ';' order by f.oid)
-     from pg_catalog.pg_namespace n join pg_catalog.pg_proc f on f.pronamespace = n.oid
-     where n.nspname = 'auth' and f.proname in ('uid', 'jwt', 'role', 'email')),
-    (with recursive reachable (oid) as (
-       select r.oid from pg_catalog.pg_roles r where r.rolname = any (roles)
-       union
-       select m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid)
-     select pg_catalog.concat_ws(':',
-       (select pg_catalog.string_agg(pg_catalog.concat_ws(',', r.oid, r.rolname, r.rolsuper, r.rolbypassrls, r.rolinherit), ';' order by r.oid)
-        from pg_catalog.pg_roles r join reachable on reachable.oid = r.oid),
-       (select pg_catalog.string_agg(pg_catalog.concat_ws(',', m.member, m.roleid, m.xmin::text), ';' order by m.member, m.roleid)
-        from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid))),
-    (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()),
-    relay.schema_changes_are_logged())
-  into facts;
-  return pg_catalog.to_hex(pg_catalog.hashtextextended(facts, 0)) || '.' || pg_catalog.to_hex(pg_catalog.hashtextextended(facts, 1));
+  return query
+    with recursive reachable (root, oid) as (
+      select r.oid, r.oid from pg_catalog.pg_roles r where r.rolname = any (roles) or r.oid = judge
+      union
+      select reachable.root, m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid
+    ), referenced (relation, fact) as materialized (
+      select d.polrelid, pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
+               c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, a.attname, a.attcollation,
+               a.attacl::text,
+               f.proname, f.prosrc, f.prosqlbody::text, f.proowner, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
+               t.typname, o.oprname,
+               (select pg_catalog.string_agg(e.enumlabel, '/' order by e.oid) from pg_catalog.pg_enum e where e.enumtypid = t.oid)), ';'
+               order by d.refclassid, d.refobjid, d.refobjsubid)
+      from (select distinct p.polrelid, d.refclassid, d.refobjid, d.refobjsubid
+            from pg_catalog.pg_policy p
+            join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
+            where p.polrelid = any (array(select w.relation::oid from relay.watch_list w)) and d.refobjid <> p.polrelid) d
+      left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = d.refobjid
+      left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
+      left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
+      left join pg_catalog.pg_operator o on d.refclassid = 'pg_catalog.pg_operator'::pg_catalog.regclass and o.oid = d.refobjid
+      left join pg_catalog.pg_proc f on f.oid = case when d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass then d.refobjid else o.oprcode::oid end
+      left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)
+      group by d.polrelid
+    ), facts (kind, name, fact) as (
+      select k.kind, k.name, pg_catalog.string_agg(pg_catalog.concat_ws(',', r.oid, a.rolname, a.rolsuper, a.rolbypassrls, a.rolinherit,
+               (select pg_catalog.string_agg(pg_catalog.concat_ws(',', m.roleid, m.xmin::text), '/' order by m.roleid)
+                from pg_catalog.pg_auth_members m where m.member = r.oid)), ';' order by r.oid)
+      from reachable r
+      join pg_catalog.pg_roles o on o.oid = r.root
+      join pg_catalog.pg_roles a on a.oid = r.oid
+      cross join lateral (select 'database', '' where r.root = judge
+                          union all select 'role', o.rolname::text where o.rolname = any (roles)) k (kind, name)
+      group by k.kind, k.name
+      union all
+      select 'database', '', pg_catalog.concat_ws('|', relay.has_own_casts(), relay.schema_changes_are_logged(),
+        (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()),
+        (select pg_catalog.string_agg(pg_catalog.concat_ws(',', f.oid, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
+                  n.nspacl::text), ';' order by f.oid)
+         from pg_catalog.pg_namespace n join pg_catalog.pg_proc f on f.pronamespace = n.oid
+         where n.nspname = 'auth' and f.proname in ('uid', 'jwt', 'role', 'email')))
+      union all
+      select 'relation', w.id::text, pg_catalog.concat_ws('|', w.relation::oid, w.leave_events, relay.capture_mode(w.relation, w.id),
+        n.mute::text, n.parts::text, k.named_by, k.named_at, relay.columns_of(w.relation)::text,
+        (select p.policy from relay.read_policies p where p.relation = w.relation),
+        (select pg_catalog.concat_ws(',', c.relname, c.relkind, c.relowner, c.relreplident,
+                  c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, '.', s.nspname, s.nspowner, s.nspacl::text)
+         from pg_catalog.pg_class c join pg_catalog.pg_namespace s on s.oid = c.relnamespace
+         where c.oid = w.relation),
+        (select pg_catalog.string_agg(pg_catalog.concat_ws(',', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attcollation, a.attacl::text,
+                  case when a.atttypid >= 16384
+                    then (select t.typname || ',' || t.typnamespace from pg_catalog.pg_type t where t.oid = a.atttypid) end),
+                  ';' order by a.attnum)
+         from pg_catalog.pg_attribute a
+         where a.attrelid = w.relation and a.attnum > 0 and not a.attisdropped),
+        (select pg_catalog.string_agg(pg_catalog.concat_ws(',', i.indexrelid, i.indkey::text, i.indisprimary, i.indisunique,
+                  i.indisvalid, i.indimmediate), ';' order by i.indexrelid)
+         from pg_catalog.pg_index i
+         where i.indrelid = w.relation and i.indisunique),
+        (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.polname, p.polpermissive, p.polcmd, p.polroles::text,
+                  p.polqual::text), ';' order by p.oid)
+         from pg_catalog.pg_policy p
+         where p.polrelid = w.relation),
+        r.fact,
+        (select pg_catalog.string_agg(s.shape::text, ';' order by s.shape) from relay.shapes s where s.relation = w.id),
+        (select pg_catalog.string_agg(d.xid::text, ';' order by d.xid) from relay.shape_doubts d where d.relation in (0, w.id)))
+      from relay.watch_list w
+      join relay.relations_now() n on n.id = w.id
+      left join relay.known_relations k on k.id = w.id
+      left join referenced r on r.relation = w.relation)
+    select f.kind, f.name, pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 0)) || '.' || pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 1))
+    from (select facts.kind, facts.name, pg_catalog.string_agg(facts.fact, '|' order by facts.fact) as facts from facts group by 1, 2) f;
 end
 $$;
-comment on function relay.catalog_fingerprint(text[]) is 'cheap hash that differs whenever relay.catalog of the same roles could';
+comment on function relay.catalog_marks(text[], text) is 'hashes that differ whenever what relay.catalog of the same roles tells could';

@@ -33,7 +33,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.ring(text, text)', 'relay.key(regclass)', 'relay.image(record)', 'relay.shorten(json, text[])',
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
-    'relay.renew_shapes(boolean)', 'relay.note_relations()', 'relay.may_concern(oid, oid)']) f
+    'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)']) f
   union all
   select 'table', t, 'relay_reader', 'select'
   from unnest('{relay.ledger,relay.history,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
@@ -50,11 +50,11 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.filter_condition(regclass, text, text, text[])', 'relay.policy_for(regclass, oid)',
     'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)', 'relay.missing_grants(regclass, oid)', 'relay.missing_usage(regclass, oid, text)',
     'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
-    'relay.rights(regclass, oid, text)', 'relay.access(regclass, oid, text)', 'relay.catalog(text[], text)',
-    'relay.catalog_fingerprint(text[])', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[])',
+    'relay.rights(regclass, oid, text)', 'relay.access(regclass, oid, text)', 'relay.catalog(text[], text, int[])',
+    'relay.catalog_marks(text[], text)', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[])',
     'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.tend()',
     'relay.horizon()', 'relay.current_segment()', 'relay.hindrances(text, text, text)', 'relay.row_like(regclass, jsonb)',
-    'relay.repair()', 'relay.run_refreshes()', 'relay.open_bookmarks(uuid[], bytea[], text[])',
+    'relay.repair(int[])', 'relay.run_refreshes()', 'relay.open_bookmarks(uuid[], bytea[], text[])',
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
     'relay.trim_bookmarks(interval, bigint)', 'relay.amiss()']) f
 $$;

@@ -249,7 +249,7 @@ async fn statements_compare_the_rules_where_they_may_concern_a_watched_table_and
     writer.batch_execute("set track_functions = 'all'").await.unwrap();
     // How often the shapes were compared, and how many schema lines there are.
     let counted = async || {
-        let counts = "select coalesce(pg_stat_get_xact_function_calls('relay.renew_shapes(boolean)'::regprocedure), 0),
+        let counts = "select coalesce(pg_stat_get_xact_function_calls('relay.renew_shapes(boolean, int[])'::regprocedure), 0),
                              (select count(*) from relay.changes c where c.operation = 'S')";
         let row = writer.query_one(counts, &[]).await.unwrap();
         (row.get::<_, i64>(0), row.get::<_, i64>(1))

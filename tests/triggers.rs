@@ -313,7 +313,7 @@ async fn what_an_older_version_watched_is_captured_by_functions_of_its_own_after
                values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize); end $$;
              revoke all on function relay.log_change(int, \"char\", boolean, json, json) from public;
              grant execute on function relay.log_change(int, \"char\", boolean, json, json) to relay_writer;
-             revoke all on function relay.renew_shapes(boolean) from relay_writer;
+             revoke all on function relay.renew_shapes(boolean, int[]) from relay_writer;
              create or replace function relay.log_schema_change() returns event_trigger language plpgsql security definer
              set search_path = pg_catalog, pg_temp as $$ begin perform relay.log_change(0, 'S', false, null, null); end $$;
              alter event trigger relay_schema_changes enable always; update relay.ledger set checksum = 'older' where file like '1%'",

@@ -78,6 +78,39 @@ impl Catalog {
         &self.widenings
     }
 
+    /// The same with what was read anew: `read` in place of the relations `outdated`, and what `roles` may see of all others,
+    /// which came with `others`.
+    #[must_use]
+    pub fn renewed(
+        &self,
+        outdated: &BTreeSet<i32>,
+        read: Vec<Relation>,
+        roles: &BTreeSet<String>,
+        others: Vec<Relation>,
+    ) -> Self {
+        let mut renewed = self.clone();
+        for id in outdated {
+            renewed.relations.remove(&RelationId(*id));
+        }
+        for relation in others {
+            let Some(known) = renewed.relations.get_mut(&relation.id()) else { continue };
+            let mut relation = relation.prepared();
+            let kept = known.access.iter().filter(|(role, _)| !roles.contains(*role));
+            relation.access.extend(kept.map(|(role, access)| (role.clone(), Arc::clone(access))));
+            *known = Arc::new(relation);
+        }
+        renewed
+            .relations
+            .extend(read.into_iter().map(|relation| (relation.id(), Arc::new(relation.prepared()))));
+        renewed
+    }
+
+    /// The same for readers of these roles, too.
+    #[must_use]
+    pub fn with_roles(self, roles: BTreeSet<String>) -> Self {
+        Self { roles, ..self }
+    }
+
     /// Whether the rights of this role are part of the catalog.
     pub fn knows_role(&self, role: &str) -> bool {
         self.roles.contains(role)
@@ -91,6 +124,11 @@ impl Catalog {
     /// How many policies, relation by relation and role by role, could not be read because a table was locked.
     pub fn pending(&self) -> usize {
         self.relations().map(|relation| relation.pending()).sum()
+    }
+
+    /// The relations of which that holds.
+    pub fn pending_relations(&self) -> impl Iterator<Item = i32> {
+        self.relations().filter(|relation| relation.is_pending()).map(|relation| relation.id)
     }
 
     /// The relation watched under that number.
@@ -139,7 +177,7 @@ pub struct Relation {
     /// All columns, in table order.
     pub columns: Vec<Column>,
     // A handful of roles, looked up for every subscriber and change: faster by order than by hash.
-    access: BTreeMap<String, Access>,
+    access: BTreeMap<String, Arc<Access>>,
     /// The number of its shape; none when what is recorded is not what it is.
     #[serde(default)]
     shape: Option<i32>,
@@ -307,7 +345,7 @@ impl Relation {
     /// With the policies compiled.
     fn prepared(mut self) -> Self {
         let mut roles = std::mem::take(&mut self.access);
-        for access in roles.values_mut() {
+        for access in roles.values_mut().filter_map(Arc::get_mut) {
             access.plan = match &access.policy {
                 _ if access.pending => Plan::pending(),
                 None => Plan::everything(),
@@ -346,7 +384,7 @@ impl Relation {
 
     /// What the role may see; none means nothing at all.
     pub fn access(&self, role: &str) -> Option<&Access> {
-        self.access.get(role).filter(|access| !access.columns.is_empty())
+        self.access.get(role).map(|access| &**access).filter(|access| !access.columns.is_empty())
     }
 
     /// The column of that name.

@@ -11,6 +11,7 @@ use tokio::sync::{Mutex, watch};
 use crate::model::bound_filter::{BoundFilter, Typed};
 use crate::model::claims::Claims;
 use crate::model::filter::Condition;
+use crate::model::marks::{Marks, Outdated};
 use crate::model::relation::{Catalog, Column, Relation, Shape, Widening};
 use crate::postgres::connect::{Error, Lease};
 
@@ -45,7 +46,8 @@ pub struct RuleScope {
 struct State {
     catalog: Arc<Catalog>,
     roles: BTreeSet<String>,
-    fingerprint: String,
+    /// What the catalog was made of.
+    marks: Marks,
     /// The last widening that the catalog knows.
     widened: Option<i64>,
     /// The sign of what fires no event trigger, at the time of the last look.
@@ -58,10 +60,27 @@ struct State {
 /// What could not be read because of a lock is asked for again this often.
 const RETRY: Duration = Duration::from_millis(250);
 
+/// What is looked at to know whether the catalog is out of date.
+struct Look {
+    marks: Marks,
+    scope: RuleScope,
+    /// See [`State::mark`].
+    mark: Option<i64>,
+    /// See [`State::widened`].
+    widened: Option<i64>,
+}
+
 #[derive(Deserialize)]
 struct Answer {
     ordered: bool,
     relations: Vec<Relation>,
+}
+
+impl State {
+    /// The roles whose rights are asked for.
+    fn wanted(&self) -> Vec<&String> {
+        self.roles.iter().collect()
+    }
 }
 
 impl CatalogKeeper {
@@ -70,7 +89,7 @@ impl CatalogKeeper {
         let state = State {
             catalog: Arc::default(),
             roles: BTreeSet::new(),
-            fingerprint: String::new(),
+            marks: Marks::default(),
             widened: None,
             mark: None,
             checked: None,
@@ -186,26 +205,19 @@ impl CatalogKeeper {
 
     async fn refresh(&self, state: &mut State) -> Result<(), Error> {
         let lease = Lease::of(&self.pool).await?;
-        let refreshed = self.refresh_by(lease.client()?, state).await;
+        let refreshed = Box::pin(self.refresh_by(lease.client()?, state)).await;
         lease.done();
         refreshed
     }
 
     async fn refresh_by(&self, client: &deadpool_postgres::Client, state: &mut State) -> Result<(), Error> {
-        let roles: Vec<&String> = state.roles.iter().collect();
         let asked = Instant::now();
-        let look = client
-            .prepare_cached(
-                "select relay.catalog_fingerprint(relay.subscriber_roles($1, $2)), s.roles, s.owned, m.mark, \
-                        (select max(w.number) from relay.widenings w) \
-                 from relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m",
-            )
-            .await?;
-        let mut seen = client.query_one(&look, &[&roles, &self.judge]).await?;
+        let mut seen = self.look(client, state).await?;
         let mut tries = 0;
         loop {
-            let is_other = seen.get::<_, String>(0) != state.fingerprint;
+            let mut outdated = state.marks.outdated(&seen.marks);
             let pending = state.catalog.pending();
+            let is_other = !outdated.is_nothing();
             if !is_other && (pending == 0 || state.retried.is_some_and(|when| when.elapsed() < RETRY)) {
                 break;
             }
@@ -217,23 +229,19 @@ impl CatalogKeeper {
             if is_other && !state.catalog.is_ordered() {
                 self.note_rules(client).await;
             }
-            // First, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose shape is
-            // not recorded.
-            if is_other {
-                match client.execute("select relay.repair()", &[]).await {
-                    Ok(_) => seen = client.query_one(&look, &[&roles, &self.judge]).await?,
-                    Err(error) => {
-                        tracing::warn!(error = %Error::from(error), "the shapes of tables could not be looked at");
-                    }
-                }
+            if self.repair(client, &outdated).await {
+                seen = self.look(client, state).await?;
+                outdated = state.marks.outdated(&seen.marks);
             }
-            let catalog = self.load(client, state).await?;
-            state.retried = Some(Instant::now());
+            if !outdated.everything {
+                outdated.relations.extend(state.catalog.pending_relations());
+                state.retried = Some(Instant::now());
+            }
+            let catalog = self.load(client, state, &outdated).await?;
             // What PostgreSQL writes as text (policies, rights) is of a later moment than what it reads: both count only where nothing
             // changed in between.
-            let then = std::mem::replace(&mut seen, client.query_one(&look, &[&roles, &self.judge]).await?);
-            let fingerprint: String = then.get(0);
-            if fingerprint != seen.get::<_, String>(0) {
+            let then = std::mem::replace(&mut seen, self.look(client, state).await?);
+            if then.marks != seen.marks {
                 continue;
             }
             // What is as it was keeps the plans that were made for it.
@@ -247,52 +255,114 @@ impl CatalogKeeper {
                 state.catalog = Arc::new(catalog);
                 tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
             }
-            state.fingerprint = fingerprint;
-            state.widened = then.get(4);
-            seen = then;
+            state.marks = then.marks;
+            state.widened = then.widened;
             break;
         }
         // Rules that were changed back leave no other trace.
-        let widened: Option<i64> = seen.get(4);
-        if widened != state.widened {
-            let widenings = self.widenings(client, &roles).await?;
+        if seen.widened != state.widened {
+            let widenings = self.widenings(client, state).await?;
             state.catalog = Arc::new(Catalog::clone(&state.catalog).widened(widenings));
-            state.widened = widened;
+            state.widened = seen.widened;
         }
-        state.mark = seen.get(3);
+        state.mark = seen.mark;
         state.checked = Some(asked);
-        let scope = RuleScope { roles: seen.get(1), owned: seen.get(2) };
         self.scope.send_if_modified(|known| {
-            let is_other = **known != scope;
+            let is_other = **known != seen.scope;
             if is_other {
-                *known = Arc::new(scope);
+                *known = Arc::new(seen.scope);
             }
             is_other
         });
         Ok(())
     }
 
-    async fn load(&self, client: &deadpool_postgres::Client, state: &State) -> Result<Catalog, Error> {
-        let roles: Vec<&String> = state.roles.iter().collect();
-        let load =
-            client.prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2)::text").await?;
-        let text: String = client.query_one(&load, &[&roles, &self.judge]).await?.get(0);
-        let answer: Answer = serde_json::from_str(&text).map_err(|error| {
-            Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}"))
-        })?;
+    async fn look(&self, client: &deadpool_postgres::Client, state: &State) -> Result<Look, Error> {
+        let look = client.prepare_cached(LOOK).await?;
+        let row = client.query_one(&look, &[&state.wanted(), &self.judge]).await?;
+        let (kinds, names, hashes): (Vec<&str>, Vec<String>, Vec<String>) =
+            (row.get(0), row.get(1), row.get(2));
+        let mut marks = Marks::default();
+        for ((kind, name), mark) in kinds.into_iter().zip(names).zip(hashes) {
+            marks.add(kind, name, mark);
+        }
+        let scope = RuleScope { roles: row.get(3), owned: row.get(4) };
+        Ok(Look { marks, scope, mark: row.get(5), widened: row.get(6) })
+    }
+
+    /// Before anything is read, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose
+    /// shape is not recorded. Says whether the marks may be others now.
+    async fn repair(&self, client: &deadpool_postgres::Client, outdated: &Outdated) -> bool {
+        let relations: Vec<i32> = outdated.relations.iter().copied().collect();
+        let which = (!outdated.everything).then_some(&relations);
+        if which.is_some_and(Vec::is_empty) {
+            return false;
+        }
+        let repaired = client.execute("select relay.repair($1)", &[&which]).await;
+        let repaired = repaired.map_err(Error::from);
+        if let Err(error) = &repaired {
+            tracing::warn!(error = %error, "the shapes of tables could not be looked at");
+        }
+        repaired.is_ok()
+    }
+
+    async fn load(
+        &self,
+        client: &deadpool_postgres::Client,
+        state: &State,
+        outdated: &Outdated,
+    ) -> Result<Catalog, Error> {
+        let roles = state.wanted();
+        let catalog = if outdated.everything {
+            let all = self.read(client, &roles, None).await?;
+            Catalog::new(all.relations, state.roles.clone(), all.ordered)
+        } else {
+            let relations: Vec<i32> = outdated.relations.iter().copied().collect();
+            let read = match relations.is_empty() {
+                true => Vec::new(),
+                false => self.read(client, &roles, Some(&relations)).await?.relations,
+            };
+            let others = match outdated.roles.is_empty() {
+                true => Vec::new(),
+                false => {
+                    let roles: Vec<&String> = outdated.roles.iter().collect();
+                    let known = state.catalog.relations().map(|relation| relation.id().0);
+                    let others: Vec<i32> = known.filter(|id| !outdated.relations.contains(id)).collect();
+                    self.read(client, &roles, Some(&others)).await?.relations
+                }
+            };
+            state
+                .catalog
+                .renewed(&outdated.relations, read, &outdated.roles, others)
+                .with_roles(state.roles.clone())
+        };
         // After the rules themselves: none of these may have been widened by one that is not among them.
-        let widenings = self.widenings(client, &roles).await?;
-        Ok(Catalog::new(answer.relations, state.roles.clone(), answer.ordered).widened(widenings))
+        Ok(catalog.widened(self.widenings(client, state).await?))
+    }
+
+    /// What these roles may see of these relations; none: of all.
+    async fn read(
+        &self,
+        client: &deadpool_postgres::Client,
+        roles: &[&String],
+        relations: Option<&Vec<i32>>,
+    ) -> Result<Answer, Error> {
+        let read = client
+            .prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2, $3)::text")
+            .await?;
+        let text: String = client.query_one(&read, &[&roles, &self.judge, &relations]).await?.get(0);
+        serde_json::from_str(&text)
+            .map_err(|error| Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}")))
     }
 
     /// When rules were widened, for readers of these roles.
     async fn widenings(
         &self,
         client: &deadpool_postgres::Client,
-        roles: &[&String],
+        state: &State,
     ) -> Result<Vec<Widening>, Error> {
         let asked = client.prepare_cached(WIDENINGS).await?;
-        let text: String = client.query_one(&asked, &[&roles, &self.judge]).await?.get(0);
+        let text: String = client.query_one(&asked, &[&state.wanted(), &self.judge]).await?.get(0);
         serde_json::from_str(&text).map_err(|error| {
             Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}"))
         })
@@ -343,6 +413,12 @@ impl CatalogKeeper {
         Ok(BoundFilter::new(relation, typed, condition, text.into()))
     }
 }
+
+/// What [`Look`] holds, for the roles `$1` of subscribers and the login `$2` that judges.
+const LOOK: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m.mark, (select max(w.number) from relay.widenings w) \
+     from (select array_agg(k.kind) as kinds, array_agg(k.name) as names, array_agg(k.mark) as marks \
+           from relay.catalog_marks(relay.subscriber_roles($1, $2), $2) k) k, \
+          relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m";
 
 /// When rules were widened, and since when roles are what they are.
 const WIDENINGS: &str = "select coalesce(json_agg(w), '[]')::text from ( \

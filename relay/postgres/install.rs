@@ -147,7 +147,7 @@ const ON: &str = "do $$ declare name text; begin
 /// be applied.
 async fn set_right(client: &mut Client) -> Result<(), Error> {
     let there = "select to_regclass('relay.history') is not null, to_regprocedure('relay.rights_due()') is not null, \
-         to_regprocedure('relay.renew_shapes(boolean)') is not null";
+         to_regproc('relay.renew_shapes') is not null";
     let there = client.query_one(there, &[]).await?;
     if !there.get::<_, bool>(0) {
         return Ok(());

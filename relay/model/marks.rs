@@ -1,0 +1,102 @@
+//! Hashes of what the catalog is made of, and the parts of it that they tell to be out of date.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What `relay.catalog_marks()` says at one moment.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Marks {
+    database: String,
+    roles: BTreeMap<String, String>,
+    relations: BTreeMap<i32, String>,
+}
+
+/// What of the catalog has to be read again.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Outdated {
+    /// All of it; then the others are empty.
+    pub everything: bool,
+    /// What these roles may see of each relation, those included that are gone.
+    pub roles: BTreeSet<String>,
+    /// These relations, by their numbers in `relay.watch_list`, those included that are gone.
+    pub relations: BTreeSet<i32>,
+}
+
+impl Marks {
+    /// Adds a row: kind, name and hash.
+    pub fn add(&mut self, kind: &str, name: String, mark: String) {
+        match (kind, name.parse()) {
+            ("role", _) => {
+                self.roles.insert(name, mark);
+            }
+            ("relation", Ok(id)) => {
+                self.relations.insert(id, mark);
+            }
+            _ => self.database = mark,
+        }
+    }
+
+    /// What a catalog with these marks lacks where the marks are `now`.
+    pub fn outdated(&self, now: &Self) -> Outdated {
+        if self.database != now.database {
+            return Outdated { everything: true, ..Outdated::default() };
+        }
+        Outdated {
+            everything: false,
+            roles: differing(&self.roles, &now.roles),
+            relations: differing(&self.relations, &now.relations),
+        }
+    }
+}
+
+impl Outdated {
+    /// Nothing is.
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+fn differing<K: Ord + Clone>(before: &BTreeMap<K, String>, now: &BTreeMap<K, String>) -> BTreeSet<K> {
+    let keys = before.keys().chain(now.keys());
+    keys.filter(|key| before.get(key) != now.get(key)).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn marks(rows: &[(&str, &str, &str)]) -> Marks {
+        let mut marks = Marks::default();
+        for (kind, name, mark) in rows {
+            marks.add(kind, (*name).to_owned(), (*mark).to_owned());
+        }
+        marks
+    }
+
+    #[test]
+    fn only_what_differs_is_read_again() {
+        let before = marks(&[
+            ("database", "", "a"),
+            ("role", "anon", "b"),
+            ("relation", "1", "c"),
+            ("relation", "2", "d"),
+        ]);
+        assert!(before.outdated(&before).is_nothing());
+        let now = marks(&[
+            ("database", "", "a"),
+            ("role", "anon", "x"),
+            ("role", "7", "y"),
+            ("relation", "2", "z"),
+        ]);
+        let outdated = before.outdated(&now);
+        assert!(!outdated.everything);
+        assert_eq!(outdated.roles, ["7", "anon"].map(String::from).into());
+        assert_eq!(outdated.relations, [1, 2].into());
+    }
+
+    #[test]
+    fn what_all_depends_on_makes_everything_outdated() {
+        let before = marks(&[("database", "", "a"), ("relation", "1", "c")]);
+        assert!(before.outdated(&marks(&[("database", "", "b"), ("relation", "1", "c")])).everything);
+        assert!(Marks::default().outdated(&before).everything);
+    }
+}
