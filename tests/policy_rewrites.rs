@@ -36,7 +36,7 @@ async fn check(conditions: &[&str]) {
         ways.database
             .run(&format!("drop policy if exists p on t; create policy p on t using ({condition})"))
             .await;
-        ways.check("t", &readers, condition).await;
+        Box::pin(ways.check("t", &readers, condition)).await;
     }
 }
 
