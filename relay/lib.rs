@@ -67,6 +67,7 @@ pub mod postgres {
     pub mod doorbell;
     pub mod changelog;
     pub mod portions;
+    pub mod transactions;
     pub mod catalog;
     mod breaker;
     mod stand_in;

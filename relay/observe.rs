@@ -235,7 +235,7 @@ impl Observe {
     /// A part is done: how long ago its last row was written.
     pub fn delivered_through(&self, changes: &[Change]) {
         if let Some(last) = changes.last() {
-            let lag = time::OffsetDateTime::now_utc() - last.at;
+            let lag = time::OffsetDateTime::now_utc() - last.committed;
             self.lag.observe(lag.as_seconds_f64().max(0.0));
         }
     }

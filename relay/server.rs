@@ -33,6 +33,7 @@ use crate::postgres::census::Census;
 use crate::postgres::connect::{DATABASE, DOORBELL, Error, JUDGE, Server};
 use crate::postgres::judge::Judge;
 use crate::postgres::rows::Rows;
+use crate::postgres::transactions::Transactions;
 use crate::postgres::{install, jobs, retention};
 use crate::transport::admission::Admission;
 use crate::transport::http::{self, App};
@@ -95,10 +96,12 @@ pub async fn serve(
     let (commands_in, commands) = mpsc::unbounded_channel();
 
     let pulse = Arc::new(Pulse::new(config.stall));
+    let transactions = Arc::new(Transactions::new(pool.clone()));
     let source = Source {
         server: main.clone(),
         bell: bell.clone(),
         pool: pool.clone(),
+        transactions: Arc::clone(&transactions),
         poll: config.poll,
         patience: config.stall * PATIENCE,
         pulse: Arc::clone(&pulse),
@@ -123,6 +126,7 @@ pub async fn serve(
     let past = Arc::new(Past::new(
         main.clone(),
         pool,
+        transactions,
         Arc::clone(&catalog),
         gate(filter_judge()),
         config.stall * PATIENCE,

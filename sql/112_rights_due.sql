@@ -41,7 +41,7 @@ set search_path = pg_catalog, pg_temp as $$
   union all
   select 'function', f, 'relay_reader', 'execute'
   from unnest(array['relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
-    'relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint)', 'relay.page_counts(pg_snapshot, pg_snapshot, bigint)',
+    'relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint)', 'relay.page_counts(pg_snapshot, pg_snapshot, bigint)', 'relay.transaction_ends(xid8[])',
     'relay.is_legible(json)', 'relay.legible(json)', 'relay.summarize()', 'relay.flush()', 'relay.key(regclass)', 'relay.notes(regclass)', 'relay.parts(regclass)',
     'relay.triggers_intact(regclass, int, boolean)', 'relay.functions_intact(regclass, int)', 'relay.owner_may_execute(regclass, regprocedure)', 'relay.operations()',
     'relay.capture_function(int, text)', 'relay.capture_trigger(int, text)', 'relay.capture_body(regclass, int, int, text)',

@@ -22,6 +22,7 @@ mod changes;
 mod cli;
 mod tail;
 mod clients;
+mod commits;
 mod connections;
 mod crash;
 mod cursors;

@@ -16,7 +16,7 @@ use crate::model::delivery::View;
 use crate::model::dress::Dress;
 use crate::model::policy::{Meaning, meaning};
 use crate::model::refusal::raising;
-use crate::model::relation::{Catalog, Relation, Widening};
+use crate::model::relation::{Access, Catalog, Relation, Widening};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Binding, Events, Subscription};
 
@@ -53,11 +53,32 @@ pub struct Audience {
     members: Arc<Members>,
 }
 
+/// What a binding wants of a change: columns, meaning, id.
+type Wanted<'a> = (Option<&'a [String]>, Meaning, u32);
+
+/// One message per channel, naming all ids; bindings that select different columns need different messages. Likewise one
+/// binding that loses the row from another that keeps it.
+fn kind<'a>((select, meaning, _): &Wanted<'a>) -> (Option<&'a [String]>, bool) {
+    (*select, *meaning <= Meaning::Delete)
+}
+
+/// What a change is to an audience.
+enum Weighed<'a> {
+    /// It is not told.
+    Nothing,
+    /// All rows went at once.
+    Truncated,
+    /// It cannot be told, and why.
+    Lost(&'static str),
+    /// Some bindings want it, with these rights.
+    Wanted(&'a Access),
+}
+
 /// What is being put together for one audience; kept for its allocations.
 #[derive(Default)]
 pub struct Desk<'a> {
-    /// What the bindings want of the change at hand: columns, meaning, id.
-    wanted: Vec<(Option<&'a [String]>, Meaning, u32)>,
+    /// What the bindings want of the change at hand.
+    wanted: Vec<Wanted<'a>>,
     ids: Vec<u32>,
     /// Relations of which a change was lost.
     lost: Vec<RelationId>,
@@ -190,79 +211,61 @@ impl Audience {
             && self.key.since.as_ref().is_none_or(|since| widening.is_after(since.seen()))
     }
 
-    /// Adds what one change is to this audience, a candidate for it, to the frames on the desk.
+    /// Whether it gets messages of a change, a candidate for it.
+    pub fn gets<'a>(
+        &'a self,
+        candidate: &Candidate,
+        change: (&Change, bool),
+        relation: &'a Relation,
+        verdicts: &Verdicts,
+        desk: &mut Desk<'a>,
+    ) -> bool {
+        matches!(self.weigh(candidate, change, relation, verdicts, &mut desk.wanted), Weighed::Wanted(_))
+    }
+
+    /// Whether it may get changes of one of these relations.
+    pub fn concerns(&self, catalog: &Catalog, relations: &[RelationId]) -> bool {
+        let mut relations = relations.iter().filter_map(|id| catalog.relation(*id));
+        relations.any(|relation| self.subscription.concerning(relation).next().is_some())
+    }
+
+    /// Adds what one change is to this audience, a candidate for it, to the frames on the desk. The last of them is marked
+    /// if the change `is_last`: nothing else of its transaction comes to the audience.
     pub fn write<'a>(
         &'a self,
         candidate: &Candidate,
-        (change, is_older): (&Change, bool),
+        (change, is_older, is_last): (&Change, bool, bool),
         relation: &'a Relation,
         verdicts: &Verdicts,
         written: &mut Written<'a>,
         desk: &mut Desk<'a>,
     ) {
-        if self.key.since.as_ref().is_some_and(|since| since.has(change.xid, change.number)) {
-            return;
-        }
-        let role = self.subscription.identity().claims().role();
-        let Some(access) = relation.access(role) else {
-            return;
-        };
         let base = written.base(self.key.since.as_ref());
-        if change.operation == Operation::Truncate {
-            let why = format!("{}.{} was truncated, read its rows again", relation.schema, relation.table);
-            desk.frames.extend(self.gap(&why, written.cursor(base)));
-            return;
-        }
-        if let Some(loss) = change.loss() {
-            if let Some(why) = loss.text() {
-                self.lose(relation, why, written.cursor(base), desk);
+        let access = match self.weigh(candidate, (change, is_older), relation, verdicts, &mut desk.wanted) {
+            Weighed::Nothing => return,
+            Weighed::Truncated => {
+                let (schema, table) = (&relation.schema, &relation.table);
+                let why = format!("{schema}.{table} was truncated, read its rows again");
+                return desk.frames.extend(self.gap(&why, written.cursor(base)));
             }
-            return;
-        }
+            Weighed::Lost(why) => return self.lose(relation, why, written.cursor(base), desk),
+            Weighed::Wanted(access) => access,
+        };
         if desk.budget.is_none() {
             desk.budget = self.members.budget();
         }
-        desk.wanted.clear();
-        let policy = match verdicts.policy(candidate) {
-            Verdict::Sight(sight) => sight,
-            Verdict::Lost(why) => return self.lose(relation, why, written.cursor(base), desk),
-        };
-        for binding in self.subscription.concerning(relation) {
-            let sight = match &binding.filter {
-                None => policy,
-                Some(filter) if filter.is_usable(relation, access) => {
-                    match verdicts.filter(candidate, access, filter) {
-                        Verdict::Sight(matches) => policy.and(matches),
-                        Verdict::Lost(why) => return self.lose(relation, why, written.cursor(base), desk),
-                    }
-                }
-                Some(_) => continue,
-            };
-            let Some(meaning) = meaning(change.operation, sight, relation.leave_events) else {
-                continue;
-            };
-            if wants(binding, meaning) {
-                desk.wanted.push((binding.select.as_deref(), meaning, binding.id));
-            }
-        }
-        // One message per channel, naming all ids; bindings that select different columns need different messages.
-        // Likewise one binding that loses the row from another that keeps it.
-        let kind = |(select, meaning, _): &(Option<&'a [String]>, Meaning, u32)| {
-            (*select, *meaning <= Meaning::Delete)
-        };
-        if is_older && !desk.wanted.is_empty() {
-            return self.lose(relation, WIDENED, written.cursor(base), desk);
-        }
-        desk.wanted.sort_by_key(kind);
-        for group in desk.wanted.chunk_by(|one, other| kind(one) == kind(other)) {
+        let role = self.subscription.identity().claims().role();
+        let exact = self.key.dress.tells_cursor();
+        let mut groups = desk.wanted.chunk_by(|one, other| kind(one) == kind(other)).peekable();
+        while let Some(group) = groups.next() {
             let select = group[0].0;
             let Some(meaning) = group.iter().map(|(_, meaning, _)| *meaning).max() else {
                 continue;
             };
             desk.ids.clear();
             desk.ids.extend(group.iter().map(|(_, _, id)| *id));
-            let exact = self.key.dress.tells_cursor();
-            let view = View { relation, access, select, meaning, exact };
+            let is_last = exact && is_last && groups.peek().is_none();
+            let view = View { relation, access, select, meaning, exact, is_last };
             let dress = &self.key.dress;
             let Some(budget) = &desk.budget else { return };
             match written.frame(dress, &desk.ids, change, (role, view, base), budget, &mut desk.kept) {
@@ -271,6 +274,60 @@ impl Audience {
                 Err(Unwritten::NoRoom) => desk.has_no_room = true,
             }
         }
+    }
+
+    /// What a change is to this audience; `wanted` is what its bindings want of it, in the order of their messages.
+    fn weigh<'a>(
+        &'a self,
+        candidate: &Candidate,
+        (change, is_older): (&Change, bool),
+        relation: &'a Relation,
+        verdicts: &Verdicts,
+        wanted: &mut Vec<Wanted<'a>>,
+    ) -> Weighed<'a> {
+        wanted.clear();
+        if self.key.since.as_ref().is_some_and(|since| since.has(change.xid, change.number)) {
+            return Weighed::Nothing;
+        }
+        let Some(access) = relation.access(self.subscription.identity().claims().role()) else {
+            return Weighed::Nothing;
+        };
+        if change.operation == Operation::Truncate {
+            return Weighed::Truncated;
+        }
+        if let Some(loss) = change.loss() {
+            return loss.text().map_or(Weighed::Nothing, Weighed::Lost);
+        }
+        let policy = match verdicts.policy(candidate) {
+            Verdict::Sight(sight) => sight,
+            Verdict::Lost(why) => return Weighed::Lost(why),
+        };
+        for binding in self.subscription.concerning(relation) {
+            let sight = match &binding.filter {
+                None => policy,
+                Some(filter) if filter.is_usable(relation, access) => {
+                    match verdicts.filter(candidate, access, filter) {
+                        Verdict::Sight(matches) => policy.and(matches),
+                        Verdict::Lost(why) => return Weighed::Lost(why),
+                    }
+                }
+                Some(_) => continue,
+            };
+            let Some(meaning) = meaning(change.operation, sight, relation.leave_events) else {
+                continue;
+            };
+            if wants(binding, meaning) {
+                wanted.push((binding.select.as_deref(), meaning, binding.id));
+            }
+        }
+        if wanted.is_empty() {
+            return Weighed::Nothing;
+        }
+        if is_older {
+            return Weighed::Lost(WIDENED);
+        }
+        wanted.sort_by_key(kind);
+        Weighed::Wanted(access)
     }
 
     /// Hands what is on the desk to all members, as belonging to a part, which brings those that are told on their own up

@@ -17,6 +17,7 @@ use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::changelog;
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::portions::{Bearing, Portion, Portions};
+use crate::postgres::transactions::Transactions;
 
 /// Portions of the past that are read and judged at a time: a storm of readers queues here, and not at the database.
 const AT_ONCE: usize = 4;
@@ -33,6 +34,7 @@ const SUMMARIZED: Duration = Duration::from_secs(1);
 pub struct Past {
     server: Server,
     pool: Pool,
+    transactions: Arc<Transactions>,
     catalog: Arc<CatalogKeeper>,
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
@@ -108,6 +110,7 @@ impl Past {
     pub fn new(
         server: Server,
         pool: Pool,
+        transactions: Arc<Transactions>,
         catalog: Arc<CatalogKeeper>,
         gate: Gate,
         patience: Duration,
@@ -115,6 +118,7 @@ impl Past {
         Self {
             server,
             pool,
+            transactions,
             catalog,
             gate,
             places: Arc::new(Semaphore::new(AT_ONCE)),
@@ -279,12 +283,15 @@ impl Past {
                 let mut place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                 let portion = listeners.meanwhile(self.portion(&bearing)).await?;
                 let mut parts = portion.parts.into_iter().peekable();
-                while let Some(changes) = parts.next() {
+                while let Some(mut changes) = parts.next() {
                     let Some(last) = changes.last().map(|change| change.number) else { continue };
                     let more = portion.next.is_some() || parts.peek().is_some();
                     let page_goes_on = more || through.is_some();
-                    let stretch =
-                        Stretch { changes, more: page_goes_on, span: Arc::clone(&span), mark: None };
+                    let is_all = !page_goes_on && bearing.is_of_all();
+                    let completed = self.transactions.complete(span.epoch, &mut changes, is_all);
+                    let unfinished = listeners.meanwhile(self.in_time(completed)).await?;
+                    let page = Arc::clone(&span);
+                    let stretch = Stretch { changes, unfinished, more: page_goes_on, span: page, mark: None };
                     if place.is_none() {
                         place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                     }

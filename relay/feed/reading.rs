@@ -289,7 +289,7 @@ impl<'a> Reading<'a> {
         let (mut total, mut goes_on, mut parts) = (0, false, 0);
         let mut unflushed = page.unflushed.take();
         loop {
-            let (changes, more) = self.source.page(page.part(PART_CHANGES, PART_BYTES)).await?;
+            let (mut changes, more) = self.source.page(page.part(PART_CHANGES, PART_BYTES)).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
                 self.source.pulse.is_read();
                 break;
@@ -312,7 +312,9 @@ impl<'a> Reading<'a> {
             total += changes.len();
             goes_on = more;
             self.source.observe.read(changes.len());
-            let stretch = Stretch { changes, more, span: Arc::clone(&span), mark: page.mark };
+            let completed = self.source.transactions.complete(span.epoch, &mut changes, !more);
+            let unfinished = self.source.page(completed).await?;
+            let stretch = Stretch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
             let part = Part::Changes(Arc::new(stretch));
             if !self.hand_on(part).await {
                 return Ok(Look::Over);

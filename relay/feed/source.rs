@@ -22,6 +22,7 @@ use crate::postgres::catalog::RuleScope;
 use crate::postgres::changelog::{self, Changelog, Flush, Position};
 use crate::postgres::connect::{Error, Server};
 use crate::postgres::doorbell::{Backend, Doorbell};
+use crate::postgres::transactions::Transactions;
 
 /// A part of a page goes on at this many changes …
 pub(super) const PART_CHANGES: usize = 250;
@@ -85,6 +86,8 @@ pub struct Source {
     pub pool: Pool,
     /// Asleep, the changelog is looked at this often even if nobody rings.
     pub poll: Duration,
+    /// What completes the parts of a page.
+    pub transactions: Arc<Transactions>,
     /// How long PostgreSQL may take for a page, or a part of one.
     pub patience: Duration,
     /// Where it is told whether the feed goes on.

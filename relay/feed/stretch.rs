@@ -1,6 +1,6 @@
 //! A stretch of the changelog on its way to its readers, and the last ones, kept for those who come with a cursor.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -14,11 +14,14 @@ use crate::model::cursor::{Cursor, Span};
 use crate::model::relation::{Catalog, Widening};
 use crate::model::shape;
 use crate::postgres::connect::Error;
+use crate::postgres::transactions::Unfinished;
 
 /// A part of a page.
 pub struct Stretch {
     /// Its changes.
     pub changes: Vec<Change>,
+    /// Which of their transactions go on after it.
+    pub unfinished: Unfinished,
     /// The page goes on after it.
     pub more: bool,
     /// The page.
@@ -36,6 +39,31 @@ impl Stretch {
     /// Whether a change of the schema, or of what is watched, stands in it.
     pub fn is_news(&self) -> bool {
         self.changes.iter().any(|change| matches!(change.operation, Operation::Schema | Operation::Gap))
+    }
+
+    /// Which of its changes are the last of their transactions that an audience gets, of those that it `gets`.
+    fn lasts(
+        &self,
+        catalog: &Catalog,
+        audience: &Audience,
+        candidates: &[Candidate],
+        mut gets: impl FnMut(&Candidate) -> bool,
+    ) -> HashSet<usize> {
+        let mut passed: HashSet<u64> = self
+            .unfinished
+            .iter()
+            .filter(|(_, relations)| audience.concerns(catalog, relations))
+            .map(|(xid, _)| *xid)
+            .collect();
+        let mut lasts = HashSet::new();
+        for candidate in candidates.iter().rev() {
+            let xid = self.changes[candidate.change].xid;
+            if !passed.contains(&xid) && gets(candidate) {
+                passed.insert(xid);
+                lasts.insert(candidate.change);
+            }
+        }
+        lasts
     }
 
     /// How many bytes its images have, about.
@@ -88,17 +116,28 @@ pub async fn tell<'a>(
         if audience.is_over() {
             continue;
         }
+        let is_older = |change: &Change| {
+            widenings.iter().any(|widening| widening.concerns(change) && audience.stood_before(widening))
+        };
+        let mut lasts = HashSet::new();
+        if audience.key().dress.tells_cursor() {
+            lasts = stretch.lasts(catalog, audience, &candidates, |candidate| {
+                let change = &changes[candidate.change];
+                let relation = catalog.relation(change.relation);
+                let change = (change, is_older(change));
+                relation
+                    .is_some_and(|relation| audience.gets(candidate, change, relation, &verdicts, &mut desk))
+            });
+        }
         for candidate in &candidates {
             let index = candidate.change;
-            if let Some(relation) = catalog.relation(changes[index].relation)
+            let change = &changes[index];
+            if let Some(relation) = catalog.relation(change.relation)
                 && !is_repeated_truncate(changes, index)
             {
-                let is_older = widenings
-                    .iter()
-                    .any(|widening| widening.concerns(&changes[index]) && audience.stood_before(widening));
                 audience.write(
                     candidate,
-                    (&changes[index], is_older),
+                    (change, is_older(change), lasts.contains(&index)),
                     relation,
                     &verdicts,
                     &mut written[index],
@@ -228,7 +267,7 @@ pub(crate) mod tests {
         let change = Change {
             number,
             xid: 1,
-            at: SystemTime::UNIX_EPOCH.into(),
+            committed: SystemTime::UNIX_EPOCH.into(),
             relation: RelationId(1),
             shape: None,
             began: None,
@@ -238,6 +277,7 @@ pub(crate) mod tests {
             before: None,
             after: Some("x".repeat(bytes)),
         };
-        Arc::new(Stretch { changes: vec![change], more: false, span, mark: None })
+        let (unfinished, mark) = (Unfinished::new(), None);
+        Arc::new(Stretch { changes: vec![change], unfinished, more: false, span, mark })
     }
 }

@@ -21,9 +21,10 @@ const REMEMBERED: usize = 64;
 /// a hundred numbers, a cursor.
 const AROUND: usize = 12 * 1024;
 
-/// What the text of a change depends on: rights, selected columns, meaning, whether it has its cursor, and what that says
-/// that the reader had seen whole, when this is more than what lies before the page.
-type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning, bool, Option<&'a Snapshot>);
+/// What the text of a change depends on: rights, selected columns, meaning, whether it has its cursor, whether it is marked as
+/// the last one of its transaction, and what the cursor says that the reader had seen whole, when this is more than what
+/// lies before the page.
+type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning, bool, bool, Option<&'a Snapshot>);
 
 /// What was written of one change.
 pub struct Written<'a> {
@@ -91,7 +92,8 @@ impl<'a> Written<'a> {
         budget: &Arc<Budget>,
         kept: &mut Kept,
     ) -> Result<Frame, Unwritten> {
-        let key = (role, view.select, view.meaning, view.exact, base.filter(|_| view.exact));
+        let base = base.filter(|_| view.exact);
+        let key = (role, view.select, view.meaning, view.exact, view.is_last, base);
         if let Some((last_dress, last_ids, last, frame)) = &self.last
             && (*last_dress, &last_ids[..], *last) == (dress, ids, key)
         {
@@ -127,7 +129,7 @@ impl<'a> Written<'a> {
         }
         let most = budget.change_bytes().saturating_sub(AROUND);
         let text = data(change, view, most).map(|text| match view.exact {
-            true => with_cursor(text, self.cursor(key.4)),
+            true => with_cursor(text, self.cursor(key.5)),
             false => text,
         });
         let Some(text) = text else {

@@ -98,8 +98,8 @@ pub struct Change {
     pub number: i64,
     /// The writer's top-level transaction.
     pub xid: u64,
-    /// When the row was written.
-    pub at: OffsetDateTime,
+    /// When the transaction committed, as exactly as that is known.
+    pub committed: OffsetDateTime,
     /// Which watched relation.
     pub relation: RelationId,
     /// The number of the shape that the images were written under; 0 or none where that is not known.
@@ -135,14 +135,14 @@ impl Change {
     pub fn commit_timestamp(&self) -> String {
         let shape =
             format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
-        self.at.format(shape).unwrap_or_else(|_| String::from("1970-01-01T00:00:00.000Z"))
+        self.committed.format(shape).unwrap_or_else(|_| String::from("1970-01-01T00:00:00.000Z"))
     }
 
-    /// The same with microseconds, as exact as PostgreSQL knows it: together with table and key it is one change's own.
+    /// The same with microseconds, as exact as PostgreSQL knows it.
     pub fn exact_timestamp(&self) -> String {
         let shape =
             format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
-        self.at.format(shape).unwrap_or_else(|_| String::from("1970-01-01T00:00:00.000000Z"))
+        self.committed.format(shape).unwrap_or_else(|_| String::from("1970-01-01T00:00:00.000000Z"))
     }
 }
 

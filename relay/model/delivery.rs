@@ -20,6 +20,8 @@ pub struct View<'a> {
     /// The change is told with its transaction, its number and the time in microseconds: who may get it twice knows it
     /// again.
     pub exact: bool,
+    /// No other change of its transaction comes after it to the subscriber.
+    pub is_last: bool,
 }
 
 impl View<'_> {
@@ -87,7 +89,7 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
         quoted(&view.relation.schema),
         quoted(&view.relation.table),
         if view.exact { change.exact_timestamp() } else { change.commit_timestamp() },
-        if view.exact { mark(change) } else { String::new() },
+        if view.exact { mark(change, view.is_last) } else { String::new() },
         operation.word(),
         columns(view),
     );
@@ -120,13 +122,18 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
 }
 
 /// Which change it is, as strings: neither number fits into JavaScript's.
-fn mark(change: &Change) -> String {
-    format!(r#","txid":"{}","number":"{}""#, change.xid, change.number)
+fn mark(change: &Change, is_last: bool) -> String {
+    let last = if is_last { r#","last":true"# } else { "" };
+    format!(r#","txid":"{}","number":"{}"{last}"#, change.xid, change.number)
 }
 
 /// A row as it is told to somebody with these rights who selected these columns; none when it is no row.
 pub fn record(row: &str, relation: &Relation, access: &Access, select: Option<&[String]>) -> Option<String> {
-    self::row(row, View { relation, access, select, meaning: Meaning::Insert, exact: false }, Extent::Whole)
+    self::row(
+        row,
+        View { relation, access, select, meaning: Meaning::Insert, exact: false, is_last: false },
+        Extent::Whole,
+    )
 }
 
 fn columns(view: View<'_>) -> String {
@@ -174,7 +181,7 @@ mod tests {
         Change {
             number: 1,
             xid: 700,
-            at: OffsetDateTime::from_unix_timestamp_nanos(1_795_166_142_318_219_000).unwrap(),
+            committed: OffsetDateTime::from_unix_timestamp_nanos(1_795_166_142_318_219_000).unwrap(),
             relation: RelationId(7),
             shape: None,
             began: None,
@@ -203,6 +210,7 @@ mod tests {
             select,
             meaning,
             exact: false,
+            is_last: false,
         };
         let text = data(&change(Some(before), Some(after)), view, usize::MAX).unwrap();
         let told: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -286,7 +294,8 @@ mod tests {
             format!(r#"{{"id":{id},"owner":"a","title":"{}"}}"#, "\\u0001".repeat(title))
         };
         let told = |meaning, before: &str, after: &str, most| {
-            let view = View { relation: &relation, access, select: None, meaning, exact: false };
+            let view =
+                View { relation: &relation, access, select: None, meaning, exact: false, is_last: false };
             let text = data(&change(Some(before), Some(after)), view, most).unwrap();
             let told: serde_json::Value = serde_json::from_str(&text).unwrap();
             let size = |name: &str| told.get(name).map(|row| row.as_object().unwrap().len());
@@ -326,7 +335,7 @@ mod tests {
             let meaning = [Meaning::Insert, Meaning::Update, Meaning::Enter, Meaning::Delete, Meaning::Leave][meaning];
             let fields: Vec<String> = names.iter().map(|name| format!("\"{name}\" : {value}")).collect();
             let image = format!("{{{}}}", fields.join(","));
-            let view = View { relation: &relation, access, select, meaning, exact: false };
+            let view = View { relation: &relation, access, select, meaning, exact: false, is_last: false };
             let text = data(&change(Some(&image), Some(&image)), view, usize::MAX).unwrap();
             let told = Row::parse(&text).unwrap();
             for record in ["record", "old_record"].iter().filter_map(|name| told.value(name)) {

@@ -80,10 +80,12 @@ impl Changelog {
         let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; \
                         set plan_cache_mode = force_generic_plan";
         client.batch_execute(&format!("{NO_PATH}; {settings}")).await?;
+        let committed = committed(&client).await?;
         // A page without changes needs no mark: the subquery is evaluated when the first of them asks for it.
         let page = |some_run| {
             format!(
-                "select p.*, case when p.number is not null then (select m.mark from relay.rules_mark($5, $6) m) end as mark \
+                "select p.*, {committed} as committed, \
+                 case when p.number is not null then (select m.mark from relay.rules_mark($5, $6) m) end as mark \
                  from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3, {some_run}) p limit $4::bigint + 1"
             )
         };
@@ -288,6 +290,18 @@ fn image(row: &Row, name: &str, oversize: &mut bool) -> Result<Option<String>, E
     Ok(Some(parsed.without_long_values(SHORT)))
 }
 
+/// What a statement says of the row `p` of a page: when its transaction committed, where PostgreSQL keeps that.
+///
+/// # Errors
+/// As the connection.
+pub(super) async fn committed(client: &Client) -> Result<&'static str, Error> {
+    let kept = "select current_setting('track_commit_timestamp')::boolean";
+    Ok(match client.query_one(kept, &[]).await?.get(0) {
+        true => "pg_catalog.pg_xact_commit_timestamp(p.xid::xid8::xid)",
+        false => "null::timestamptz",
+    })
+}
+
 fn change(row: &Row) -> Result<Change, Error> {
     let operation: &str = row.try_get("operation")?;
     let xid: &str = row.try_get("xid")?;
@@ -296,7 +310,10 @@ fn change(row: &Row) -> Result<Change, Error> {
     Ok(Change {
         number: row.try_get("number")?,
         xid: xid.parse().map_err(|_| unfit("relay.page gave no transaction id"))?,
-        at: row.try_get::<_, OffsetDateTime>("at")?,
+        committed: match row.try_get::<_, Option<OffsetDateTime>>("committed")? {
+            Some(committed) => committed,
+            None => row.try_get("at")?,
+        },
         relation: RelationId(row.try_get("relation")?),
         shape: row.try_get("shape")?,
         began: row

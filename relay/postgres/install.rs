@@ -34,6 +34,7 @@ const FILES: &[(&str, &str)] = &[
     ("109_explain.sql", include_str!("../../sql/109_explain.sql")),
     ("110_retention.sql", include_str!("../../sql/110_retention.sql")),
     ("111_bookmarks.sql", include_str!("../../sql/111_bookmarks.sql")),
+    ("111_transaction_ends.sql", include_str!("../../sql/111_transaction_ends.sql")),
     RIGHTS_DUE,
     RIGHTS,
     ("902_history.sql", include_str!("../../sql/902_history.sql")),

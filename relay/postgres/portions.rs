@@ -7,7 +7,7 @@ use tokio_postgres::Statement;
 
 use crate::model::change::Change;
 use crate::model::cursor::{Epoch, Snapshot, Span};
-use crate::postgres::changelog::{Changelog, Page, Position};
+use crate::postgres::changelog::{Changelog, Page, Position, committed};
 use crate::postgres::connect::{Error, Server};
 
 /// The first portion has at most so many changes …
@@ -69,6 +69,11 @@ impl Bearing {
         Self { only: relations, ..self }
     }
 
+    /// Whether it has the changes of all relations.
+    pub fn is_of_all(&self) -> bool {
+        self.only.is_none()
+    }
+
     /// Whether the portion is found by its numbers.
     pub fn is_close(&self) -> bool {
         !self.far
@@ -83,13 +88,19 @@ impl Portions {
     pub async fn connect(server: &Server) -> Result<Self, Error> {
         let changelog = Changelog::connect(server).await?;
         let client = changelog.client();
+        let committed = committed(client).await?;
         // The header has no number.
-        let head = "select * from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) \
-                    where number is null or (($5::int[] is null or relation = any($5)) and number <= $6) \
-                    limit $4::bigint + 1";
-        let slice = "select * from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4) \
-                     where $5::int[] is null or number is null or relation = any($5)";
-        let (head, slice) = (client.prepare(head).await?, client.prepare(slice).await?);
+        let head = format!(
+            "select p.*, {committed} as committed from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) p \
+             where number is null or (($5::int[] is null or relation = any($5)) and number <= $6) \
+             limit $4::bigint + 1"
+        );
+        let slice = format!(
+            "select p.*, {committed} as committed \
+             from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4) p \
+             where $5::int[] is null or number is null or relation = any($5)"
+        );
+        let (head, slice) = (client.prepare(&head).await?, client.prepare(&slice).await?);
         Ok(Self { changelog, head, slice })
     }
 

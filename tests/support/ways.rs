@@ -154,7 +154,7 @@ impl Ways {
         let change = |image: &String| Change {
             number: 1,
             xid: 1,
-            at: time::OffsetDateTime::UNIX_EPOCH,
+            committed: time::OffsetDateTime::UNIX_EPOCH,
             relation: relation.id(),
             shape: None,
             began: None,

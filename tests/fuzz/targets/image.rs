@@ -63,7 +63,7 @@ fuzz_target!(|text: &str| {
     let change = Change {
         number: 1,
         xid: 700,
-        at: time::OffsetDateTime::UNIX_EPOCH,
+        committed: time::OffsetDateTime::UNIX_EPOCH,
         relation: RelationId(7),
         shape: None,
         began: None,
