@@ -52,6 +52,7 @@ pub mod model {
     pub mod join;
     pub mod session;
     pub mod limits;
+    pub mod paging;
     pub mod pace;
 }
 

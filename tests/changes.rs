@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::http::{Answer, Events, get};
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
-use crate::support::token;
+use crate::support::{eventually, token};
 
 const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
@@ -90,7 +90,7 @@ async fn a_poll_waits_for_a_change_and_ends_with_a_cursor_when_none_comes() {
     assert!(started.elapsed() >= Duration::from_secs(1));
     let since = format!("&since={later}&wait=20");
     let (answer, ()) = tokio::join!(ask(&stage, ANN, &since), async {
-        crate::support::eventually("the poll waits", || async {
+        eventually("the poll waits", || async {
             stage.relay.observe.text().contains("relay_channels_open 1\n").then_some(())
         })
         .await;
@@ -99,7 +99,7 @@ async fn a_poll_waits_for_a_change_and_ends_with_a_cursor_when_none_comes() {
     });
     assert_eq!(told(&answer).0, [2]);
     assert!(started.elapsed() < Duration::from_secs(15), "it is answered at once");
-    crate::support::eventually("the poll leaves nothing behind", || async {
+    eventually("the poll leaves nothing behind", || async {
         stage.relay.observe.text().contains("relay_channels_open 0\n").then_some(())
     })
     .await;
@@ -123,7 +123,7 @@ async fn many_polls_that_wait_at_one_cursor_cost_one_question_for_each_claims() 
     };
     let anns: Vec<_> = (0..20).map(|_| wait(&ann)).collect();
     let bobs: Vec<_> = (0..20).map(|_| wait(&bob)).collect();
-    crate::support::eventually("all polls wait", || async {
+    eventually("all polls wait", || async {
         stage.relay.observe.text().contains("relay_channels_open 40\n").then_some(())
     })
     .await;
@@ -137,7 +137,7 @@ async fn many_polls_that_wait_at_one_cursor_cost_one_question_for_each_claims() 
     let Stage { relay, database, .. } = stage;
     relay.stop().await;
     let count = "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname = 'may'";
-    let calls = crate::support::eventually("the calls are counted", || async {
+    let calls = eventually("the calls are counted", || async {
         let calls = database.value(count).await;
         (calls != "0").then_some(calls)
     })
@@ -329,5 +329,76 @@ async fn rows_are_those_whose_changes_are_told_and_not_those_of_tables_that_inhe
         )
         .await;
         assert_eq!(answer.body["rows"], json!([{"id": 1}]), "{table}");
+    }
+}
+
+/// The ids that polls tell, each time with whether there is more, until there is not.
+async fn told_in_turn(stage: &Stage, sub: &str, since: &str) -> Vec<(usize, bool)> {
+    let (mut told, mut since) = (Vec::new(), since.to_owned());
+    loop {
+        let started = Instant::now();
+        let answer = ask(stage, sub, &format!("&wait=20&since={since}")).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let more =
+            answer.body["more"].as_bool().unwrap_or_else(|| panic!("more is missing: {}", answer.head));
+        since = answer.body["cursor"].as_str().unwrap().to_owned();
+        let count = answer.body["changes"].as_array().unwrap().len();
+        assert!(count > 0 && started.elapsed() < Duration::from_secs(15), "{told:?} were told, then {count}");
+        told.push((count, more));
+        if !more {
+            return told;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_answer_says_whether_there_is_more_and_is_right() {
+    let stage = stage().await;
+    let rows = ask(&stage, ANN, "").await;
+    assert_eq!(rows.body["more"], false, "{rows:?}");
+    let (_, cursor) = told(&rows);
+    let empty = ask(&stage, ANN, &format!("&since={cursor}&wait=0")).await;
+    assert_eq!((&empty.body["changes"], &empty.body["more"]), (&json!([]), &json!(false)), "{empty:?}");
+    let mut total = 0;
+    for (what, sql, count) in [
+        ("one change", "insert into t select i, 'ANN' from generate_series(1, 1) i", 1),
+        ("a few parts", "insert into t select i, 'ANN' from generate_series(10, 909) i", 900),
+        (
+            "ends with what is hidden",
+            "insert into t select i, case when i < 1300 then 'ANN' else 'BOB' end::uuid from generate_series(1001, 2500) i",
+            299,
+        ),
+        (
+            "begins with what is hidden",
+            "insert into t select i, case when i > 4490 then 'ANN' else 'BOB' end::uuid from generate_series(3001, 4500) i",
+            10,
+        ),
+        (
+            "large rows",
+            "insert into t select i, 'ANN', repeat('x', 20000) from generate_series(5001, 5100) i",
+            100,
+        ),
+        (
+            "larger than what everybody waits for",
+            "insert into t select i, case when i < 8000 then 'ANN' else 'BOB' end::uuid from generate_series(6001, 13000) i",
+            1999,
+        ),
+    ] {
+        // A poll that waits, and those that come after it.
+        let here = stage.database.value("select relay.cursor()").await;
+        let (waited, ()) = tokio::join!(told_in_turn(&stage, ANN, &here), async {
+            eventually("the poll waits", || async {
+                stage.relay.observe.text().contains("relay_channels_open 1\n").then_some(())
+            })
+            .await;
+            stage.run(&sql.replace("ANN", ANN).replace("BOB", BOB)).await;
+        });
+        total += count;
+        assert_eq!(waited.iter().map(|(count, _)| count).sum::<usize>(), count, "{what}: {waited:?}");
+        // Those who come later, from where it was and from the beginning.
+        for (since, count) in [(&here, count), (&cursor, total)] {
+            let later = told_in_turn(&stage, ANN, since).await;
+            assert_eq!(later.iter().map(|(count, _)| count).sum::<usize>(), count, "{what}: {later:?}");
+        }
     }
 }

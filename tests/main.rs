@@ -54,6 +54,7 @@ mod migrations;
 mod one_cursor;
 mod order;
 mod overlaps;
+mod pages;
 mod outage;
 mod policy;
 mod policy_cost;

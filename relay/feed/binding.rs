@@ -19,8 +19,9 @@ use crate::model::bound_filter::BoundFilter;
 use crate::model::change::RelationId;
 use crate::model::cursor::Cursor;
 use crate::model::delivery::record;
-use crate::model::filter;
+use crate::model::filter::{self, Condition};
 use crate::model::limits::MostRows;
+use crate::model::paging::{After, By, Paging};
 use crate::model::policy::Identity;
 use crate::model::refusal::Refusal;
 use crate::model::relation::{Catalog, Relation};
@@ -28,7 +29,7 @@ use crate::model::session::ChannelId;
 use crate::model::subscription::{Request, Scope, Subscription, Target, exception, readable};
 use crate::postgres::catalog::CatalogKeeper;
 use crate::postgres::connect::Error;
-use crate::postgres::rows::{Found, Rows, Take};
+use crate::postgres::rows::{Found, Rows, Selection, Take};
 
 /// A session's handle on the feed.
 #[derive(Clone)]
@@ -61,10 +62,21 @@ pub enum BindError {
 /// A join waits this long for PostgreSQL; clients give up after ten seconds.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// What one try to bind comes to.
-enum Attempt {
+/// Why something asked for cannot be had.
+#[derive(Debug)]
+pub enum Attempt {
+    /// It cannot be served as it is.
     Refused(Refusal),
+    /// PostgreSQL did not answer, or refused.
     Failed(Error),
+}
+
+/// What came of reading rows.
+pub struct Given {
+    /// Which bound they went beyond, if they did, and the cursor.
+    pub found: Found,
+    /// The last one, for a page to begin after it; none where rows have no order or none was asked for.
+    pub last: Option<After>,
 }
 
 impl From<Error> for Attempt {
@@ -192,13 +204,14 @@ impl Feed {
     /// Reads the rows that a subscription of one table may see now, up to `most`, and the cursor after which it goes on.
     ///
     /// # Errors
-    /// As [`Rows::read`]; also when the table is gone.
+    /// As [`Rows::read`]; also when the table is gone, or has no such order.
     pub async fn rows(
         &self,
         subscription: &Subscription,
+        paging: &Paging,
         most: MostRows,
         take: Take<'_>,
-    ) -> Result<Found, Error> {
+    ) -> Result<Given, Attempt> {
         let claims = subscription.identity().claims();
         let catalog = timeout(PATIENCE, self.binder.catalog.with_role(claims.role())).await;
         let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
@@ -210,15 +223,30 @@ impl Feed {
         });
         let access = relation.and_then(|(relation, _)| relation.access(claims.role()));
         let (Some((relation, binding)), Some(access)) = (relation, access) else {
-            return Err(Error::Unfit(String::from("the table is gone")));
+            return Err(Error::Unfit(String::from("the table is gone")).into());
         };
-        let condition = binding.filter.as_ref().map(|filter| filter.condition.as_str());
+        let order = paging.order(relation, access, claims.role())?;
+        let after = self.binder.after(paging, &order, relation).await?;
+        let filter = binding.filter.as_ref().map(|filter| filter.condition.as_str());
+        let conditions = filter.into_iter().chain(after.as_deref()).collect();
         let select = binding.select.as_deref();
-        let mut take = |row: &str| match record(row, relation, access, select) {
-            Some(told) => take(&told),
-            None => take(row),
+        let mut last_row = String::new();
+        let mut number = 0;
+        let mut take = |row: &str| {
+            number += 1;
+            if Some(number) == paging.limit {
+                row.clone_into(&mut last_row);
+            }
+            match record(row, relation, access, select) {
+                Some(told) => take(&told),
+                None => take(row),
+            }
         };
-        self.rows.read(claims, relation, access, condition, most, &mut take).await
+        let selection = Selection { relation, access, conditions, order: &order };
+        let found = self.rows.read(claims, &selection, most, &mut take).await?;
+        let has_key = !relation.key.is_empty() && relation.key.iter().all(|key| access.sees(key));
+        let last = if has_key { After::of(&order, &last_row) } else { None };
+        Ok(Given { found, last })
     }
 
     pub(super) fn send(&self, command: Command) {
@@ -325,6 +353,42 @@ impl Binder {
                 _ => Err(error.into()),
             },
         }
+    }
+
+    /// The condition of a page that begins after a row, as SQL.
+    async fn after(
+        &self,
+        paging: &Paging,
+        order: &[By],
+        relation: &Relation,
+    ) -> Result<Option<String>, Attempt> {
+        let Some(beyond) = paging.beyond(order, relation)? else { return Ok(None) };
+        let mut condition: Option<String> = None;
+        for (by, beyond) in order.iter().zip(&beyond).rev() {
+            let read: Vec<&Condition> = [Some(&beyond.equal), beyond.later.as_ref(), beyond.from.as_ref()]
+                .into_iter()
+                .flatten()
+                .collect();
+            let mut read = match timeout(PATIENCE, self.catalog.conditions(relation, &read)).await {
+                Ok(Ok(read)) => read.into_iter(),
+                Ok(Err(error)) if error.refusal().is_some() && !error.is_transient() => {
+                    return Err(After::unknown().into());
+                }
+                Ok(Err(error)) => return Err(error.into()),
+                Err(_) => return Err(Error::Lost("the catalog does not answer").into()),
+            };
+            let mut next = || read.next().unwrap_or_default();
+            let (equal, later) = (next(), beyond.later.as_ref().map(|_| next()));
+            let null = beyond.or_null.then(|| format!("\"{}\" is null", by.column.replace('"', "\"\"")));
+            let rest = condition.map(|rest| format!("{equal} and ({rest})"));
+            let ways: Vec<String> = [later, null, rest].into_iter().flatten().collect();
+            let any = if ways.is_empty() { String::from("false") } else { ways.join(" or ") };
+            condition = Some(match beyond.from {
+                Some(_) => format!("{} and ({any})", next()),
+                None => any,
+            });
+        }
+        Ok(condition)
     }
 
     fn known(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<BoundFilter>> {

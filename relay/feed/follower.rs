@@ -143,6 +143,11 @@ impl Follower {
         self.stays = true;
     }
 
+    /// Its channel.
+    pub fn channel(&self) -> ChannelId {
+        self.channel
+    }
+
     /// What it receives.
     pub fn subscription(&self) -> &Subscription {
         &self.subscription

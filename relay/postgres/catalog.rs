@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::Pool;
+use deadpool_postgres::{Client, Pool};
 use serde::Deserialize;
 use tokio::sync::{Mutex, watch};
 
@@ -197,7 +197,7 @@ impl CatalogKeeper {
     }
 
     /// Notes what was widened without an event trigger, for all who come later.
-    async fn note_rules(&self, client: &deadpool_postgres::Client) {
+    async fn note_rules(&self, client: &Client) {
         if let Err(error) = client.execute("select relay.note_rules()", &[]).await {
             tracing::warn!(error = %Error::from(error), "what was widened could not be noted");
         }
@@ -210,7 +210,7 @@ impl CatalogKeeper {
         refreshed
     }
 
-    async fn refresh_by(&self, client: &deadpool_postgres::Client, state: &mut State) -> Result<(), Error> {
+    async fn refresh_by(&self, client: &Client, state: &mut State) -> Result<(), Error> {
         let asked = Instant::now();
         let mut seen = self.look(client, state).await?;
         let mut tries = 0;
@@ -277,7 +277,7 @@ impl CatalogKeeper {
         Ok(())
     }
 
-    async fn look(&self, client: &deadpool_postgres::Client, state: &State) -> Result<Look, Error> {
+    async fn look(&self, client: &Client, state: &State) -> Result<Look, Error> {
         let look = client.prepare_cached(LOOK).await?;
         let row = client.query_one(&look, &[&state.wanted(), &self.judge]).await?;
         let (kinds, names, hashes): (Vec<&str>, Vec<String>, Vec<String>) =
@@ -292,7 +292,7 @@ impl CatalogKeeper {
 
     /// Before anything is read, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose
     /// shape is not recorded. Says whether the marks may be others now.
-    async fn repair(&self, client: &deadpool_postgres::Client, outdated: &Outdated) -> bool {
+    async fn repair(&self, client: &Client, outdated: &Outdated) -> bool {
         let relations: Vec<i32> = outdated.relations.iter().copied().collect();
         let which = (!outdated.everything).then_some(&relations);
         if which.is_some_and(Vec::is_empty) {
@@ -306,12 +306,7 @@ impl CatalogKeeper {
         repaired.is_ok()
     }
 
-    async fn load(
-        &self,
-        client: &deadpool_postgres::Client,
-        state: &State,
-        outdated: &Outdated,
-    ) -> Result<Catalog, Error> {
+    async fn load(&self, client: &Client, state: &State, outdated: &Outdated) -> Result<Catalog, Error> {
         let roles = state.wanted();
         let catalog = if outdated.everything {
             let all = self.read(client, &roles, None).await?;
@@ -343,7 +338,7 @@ impl CatalogKeeper {
     /// What these roles may see of these relations; none: of all.
     async fn read(
         &self,
-        client: &deadpool_postgres::Client,
+        client: &Client,
         roles: &[&String],
         relations: Option<&Vec<i32>>,
     ) -> Result<Answer, Error> {
@@ -356,16 +351,29 @@ impl CatalogKeeper {
     }
 
     /// When rules were widened, for readers of these roles.
-    async fn widenings(
-        &self,
-        client: &deadpool_postgres::Client,
-        state: &State,
-    ) -> Result<Vec<Widening>, Error> {
+    async fn widenings(&self, client: &Client, state: &State) -> Result<Vec<Widening>, Error> {
         let asked = client.prepare_cached(WIDENINGS).await?;
         let text: String = client.query_one(&asked, &[&state.wanted(), &self.judge]).await?.get(0);
         serde_json::from_str(&text).map_err(|error| {
             Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}"))
         })
+    }
+
+    /// Conditions as SQL, read with the column types of a relation.
+    ///
+    /// # Errors
+    /// As [`Self::filter`].
+    pub async fn conditions(
+        &self,
+        relation: &Relation,
+        conditions: &[&Condition],
+    ) -> Result<Vec<String>, Error> {
+        let client = self.filters.get().await?;
+        let mut terms = Vec::with_capacity(conditions.len());
+        for condition in conditions {
+            terms.push(as_read(&client, relation, condition).await?.sql);
+        }
+        Ok(terms)
     }
 
     /// Reads a filter with the column types of a relation.
@@ -377,28 +385,12 @@ impl CatalogKeeper {
         relation: &Relation,
         conditions: Vec<Condition>,
     ) -> Result<BoundFilter, Error> {
-        #[derive(Deserialize)]
-        struct Read {
-            sql: String,
-            values: Vec<String>,
-        }
         let client = self.filters.get().await?;
-        let read = client
-            .prepare_cached("select relay.filter_condition(relation, $2, $3, $4)::text from relay.watch_list where id = $1")
-            .await?;
         let mut typed = Vec::with_capacity(conditions.len());
         let mut terms = Vec::with_capacity(conditions.len());
         for condition in conditions {
-            let row = client
-                .query_one(
-                    &read,
-                    &[&relation.id().0, &condition.column, &condition.operator.name(), &condition.values],
-                )
-                .await?;
-            let answer: Read = serde_json::from_str(row.get(0)).map_err(|error| {
-                Error::Unfit(format!("relay.filter_condition gave what this relay cannot read: {error}"))
-            })?;
-            terms.push(if condition.negated { format!("(not {})", answer.sql) } else { answer.sql });
+            let answer = as_read(&client, relation, &condition).await?;
+            terms.push(answer.sql);
             let column = relation.column(&condition.column);
             let kind = column.map(|column| column.kind.clone()).unwrap_or_default();
             let shape = column.map_or(Shape::Foreign, Column::shape);
@@ -419,6 +411,34 @@ const LOOK: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m.mark, 
      from (select array_agg(k.kind) as kinds, array_agg(k.name) as names, array_agg(k.mark) as marks \
            from relay.catalog_marks(relay.subscriber_roles($1, $2), $2) k) k, \
           relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m";
+
+/// A condition as PostgreSQL has read it with the type of its column.
+#[derive(Deserialize)]
+struct AsRead {
+    sql: String,
+    values: Vec<String>,
+}
+
+async fn as_read(client: &Client, relation: &Relation, condition: &Condition) -> Result<AsRead, Error> {
+    let read = client
+        .prepare_cached(
+            "select relay.filter_condition(relation, $2, $3, $4)::text from relay.watch_list where id = $1",
+        )
+        .await?;
+    let row = client
+        .query_one(
+            &read,
+            &[&relation.id().0, &condition.column, &condition.operator.name(), &condition.values],
+        )
+        .await?;
+    let mut answer: AsRead = serde_json::from_str(row.get(0)).map_err(|error| {
+        Error::Unfit(format!("relay.filter_condition gave what this relay cannot read: {error}"))
+    })?;
+    if condition.negated {
+        answer.sql = format!("(not {})", answer.sql);
+    }
+    Ok(answer)
+}
 
 /// When rules were widened, and since when roles are what they are.
 const WIDENINGS: &str = "select coalesce(json_agg(w), '[]')::text from ( \

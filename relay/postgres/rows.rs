@@ -11,6 +11,7 @@ use tokio_postgres::types::ToSql;
 
 use crate::model::claims::Claims;
 use crate::model::limits::{Beyond, MostRows};
+use crate::model::paging::By;
 use crate::model::relation::{Access, Relation};
 use crate::postgres::connect::{Error, SPELLING, Server, give_up};
 
@@ -47,7 +48,19 @@ pub struct Found {
     pub cursor: String,
 }
 
-/// Takes rows as JSON objects, in order of the key; false when there is no room for more.
+/// Which rows of a relation, and in which order.
+pub struct Selection<'a> {
+    /// The relation.
+    pub relation: &'a Relation,
+    /// What the role may read of it.
+    pub access: &'a Access,
+    /// What they fulfil, as SQL.
+    pub conditions: Vec<&'a str>,
+    /// Their order.
+    pub order: &'a [By],
+}
+
+/// Takes rows as JSON objects, in their order; false when there is no room for more.
 pub type Take<'a> = &'a mut (dyn FnMut(&str) -> bool + Send);
 
 impl Rows {
@@ -66,16 +79,14 @@ impl Rows {
         Ok(Self { main: main.pool(READERS, limit)?, readers: judge.pool(READERS, limit)?, wait, patience })
     }
 
-    /// Reads the rows that somebody may see and that fulfil a condition, up to `most`.
+    /// Reads the rows of a selection that somebody may see, up to `most`.
     ///
     /// # Errors
     /// As the connections, or what the policies raise.
     pub async fn read(
         &self,
         claims: &Claims,
-        relation: &Relation,
-        access: &Access,
-        condition: Option<&str>,
+        selection: &Selection<'_>,
         most: MostRows,
         take: Take<'_>,
     ) -> Result<Found, Error> {
@@ -83,7 +94,7 @@ impl Rows {
         // The scarcer one first: whoever waits for it holds nothing.
         let mut reader = self.readers.timeout_get(&wait).await?;
         let mut main = self.main.get().await?;
-        let found = read_with(&mut main, &mut reader, claims, relation, access, condition, most, take);
+        let found = read_with(&mut main, &mut reader, claims, selection, most, take);
         match timeout(self.patience, found).await {
             Ok(found) => found,
             Err(_) => {
@@ -95,14 +106,11 @@ impl Rows {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "two connections, and all that is asked by them")]
 async fn read_with(
     main: &mut Client,
     reader: &mut Client,
     claims: &Claims,
-    relation: &Relation,
-    access: &Access,
-    condition: Option<&str>,
+    selection: &Selection<'_>,
     most: MostRows,
     take: Take<'_>,
 ) -> Result<Found, Error> {
@@ -127,7 +135,7 @@ async fn read_with(
              set_config('role', $1, true)";
     let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
     reading.execute(become_somebody, &[&role, &json, &sub]).await?;
-    let query = query(&spelling, relation, access, condition, most.number + 1);
+    let query = query(&spelling, selection, most.number + 1);
     let beyond = fetch(&reading, &query, &spelling.own(), most, take).await?;
     let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
     reading.rollback().await?;
@@ -206,13 +214,8 @@ impl Spelling {
     }
 }
 
-fn query(
-    spelling: &Spelling,
-    relation: &Relation,
-    access: &Access,
-    condition: Option<&str>,
-    most: usize,
-) -> String {
+fn query(spelling: &Spelling, selection: &Selection<'_>, most: usize) -> String {
+    let Selection { relation, access, conditions, order } = selection;
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let list = |names: &[String]| names.iter().map(|name| quote(name)).collect::<Vec<_>>().join(", ");
     // Tables that inherit from it without being its partitions are watched by themselves, if at all.
@@ -220,14 +223,24 @@ fn query(
     let (schema, table) = (quote(&relation.schema), quote(&relation.table));
     // Row security is PostgreSQL's own to add; the read policy of a relation that cannot have it is not.
     let policy = access.policy.as_deref().filter(|_| matches!(relation.kind.as_str(), "m" | "f"));
-    let conditions: Vec<String> =
-        policy.into_iter().chain(condition).map(|condition| format!("({condition}\n)")).collect();
+    let conditions: Vec<String> = policy
+        .into_iter()
+        .chain(conditions.iter().copied())
+        .map(|condition| format!("({condition}\n)"))
+        .collect();
     let condition = match conditions.is_empty() {
         true => String::new(),
         false => format!(" where {}", conditions.join(" and ")),
     };
-    let seen: Vec<String> = relation.key.iter().filter(|name| access.sees(name)).cloned().collect();
-    let order = if seen.is_empty() { String::new() } else { format!(" order by {}", list(&seen)) };
+    let term = |by: &By| {
+        let direction = if by.descending { "desc" } else { "asc" };
+        let nulls = if by.nulls_first { "first" } else { "last" };
+        format!("{} {direction} nulls {nulls}", quote(&by.column))
+    };
+    let order = match order.iter().map(term).collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => none,
+        terms => format!(" order by {terms}"),
+    };
     format!(
         "select {} from (select {} from {only}{schema}.{table}{condition}{order} limit {most}) \
          as \"relay row\"",

@@ -12,10 +12,10 @@ use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use hyper::{Request, Response, StatusCode};
 use serde_json::{Map, Value};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::feed::binding::BindError;
+use crate::feed::binding::{Attempt, BindError, Given};
 use crate::feed::follower::{Follower, Progress};
 use crate::feed::frame::Frame;
 use crate::feed::outbox::{Outbox, Taken};
@@ -23,8 +23,9 @@ use crate::feed::past::Missed;
 use crate::model::cursor::Cursor;
 use crate::model::dress::{Bare, Dress};
 use crate::model::limits::{Beyond, MostRows};
+use crate::model::paging::{After, By, Paging};
 use crate::model::policy::Identity;
-use crate::model::refusal::{is_raising, raising_somewhere};
+use crate::model::refusal::{Refusal, is_raising, raising_somewhere};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request as Wanted, Scope, Subscription, Target};
 use crate::transport::accept::wants_stream;
@@ -42,14 +43,22 @@ pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 const WAIT: u64 = 25;
 const MOST_WAIT: u64 = 55;
 /// What a request may say.
-const PARAMETERS: [&str; 9] =
-    ["apikey", "topic", "event", "schema", "table", "filter", "select", "since", "wait"];
+const PARAMETERS: [&str; 12] = [
+    "apikey", "topic", "event", "schema", "table", "filter", "select", "since", "wait", "order", "limit",
+    "after",
+];
+/// Of these, what is said of rows alone.
+const PAGING: [&str; 3] = ["order", "limit", "after"];
 /// Room for the largest change beside a part of others: what is read from the past waits for its reader.
 const LEAST_OUTBOX: usize = 4 << 20;
 /// Rows are put together up to this size, and counted then.
 const BLOCK: usize = 64 * 1024;
 /// PostgreSQL has this long to let a poll begin.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// How long it may take to learn whether there is more.
+const AHEAD: Duration = Duration::from_secs(2);
+/// The pause between two looks whether the rest of a page was delivered.
+const PAUSE: Duration = Duration::from_millis(5);
 /// What `event=` may be, in capitals or not.
 const EVENTS: [&str; 4] = ["*", "INSERT", "UPDATE", "DELETE"];
 
@@ -58,6 +67,7 @@ struct Call {
     subscription: Subscription,
     since: Option<Cursor>,
     wait: Duration,
+    paging: Paging,
     channel: ChannelId,
     outbox: Arc<Outbox>,
 }
@@ -150,6 +160,9 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
             refused(StatusCode::BAD_REQUEST, &format!("wait: seconds are expected, at most {MOST_WAIT}"))
         })?,
     };
+    let is_of_changes = since.is_some() || wants_stream(request.headers());
+    let paging = paging(query, is_of_changes, app.limits.rows.number)
+        .map_err(|why| refused(StatusCode::BAD_REQUEST, &why.0))?;
     let identity = Identity::new(claims);
     let channel = ChannelId { session: app.next_session(), channel: 0 };
     let bound = app.feed.bind(channel, identity.clone(), &[wanted]).await;
@@ -172,14 +185,36 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
         subscription,
         since,
         wait: Duration::from_secs(wait),
+        paging,
         channel,
         outbox: Arc::new(Outbox::of(Some(owner), most, Arc::clone(&app.budget))),
     })
 }
 
-/// The current rows, and the cursor after them.
+/// What a query says of order and pages.
+fn paging(query: &str, is_of_changes: bool, most: usize) -> Result<Paging, Refusal> {
+    let given = PAGING.iter().find(|name| parameter(query, name).is_some());
+    if let Some(name) = given.filter(|_| is_of_changes) {
+        return Err(Refusal(format!("{name}: it is for rows; changes come in their own order, without it")));
+    }
+    let limit = parameter(query, "limit").map(|limit| {
+        let number = limit.parse().ok().filter(|number| (1..=most).contains(number));
+        number.ok_or_else(|| Refusal(format!("limit: a number of rows from 1 to {most} is expected")))
+    });
+    Ok(Paging {
+        limit: limit.transpose()?,
+        order: parameter(query, "order").map(|order| By::parse(&order)).transpose()?.unwrap_or_default(),
+        after: parameter(query, "after").map(|after| After::parse(&after)).transpose()?,
+    })
+}
+
+/// The current rows, or a page of them, and the cursor after them.
 async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
-    let most = MostRows { bytes: app.limits.rows.bytes.min(app.budget.share()), ..app.limits.rows };
+    let paging = &call.paging;
+    let most = MostRows {
+        number: paging.limit.unwrap_or(app.limits.rows.number),
+        bytes: app.limits.rows.bytes.min(app.budget.share()),
+    };
     let outbox = call.outbox;
     let mut block = String::new();
     let mut is_first = true;
@@ -191,12 +226,19 @@ async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
         block.push_str(row);
         block.len() < BLOCK || outbox.answer(std::mem::take(&mut block))
     };
-    match app.feed.rows(&call.subscription, most, &mut take).await {
-        Ok(found) => match found.beyond {
+    match app.feed.rows(&call.subscription, paging, most, &mut take).await {
+        Ok(Given { found, last }) => match found.beyond {
             Some(Beyond::Room) => no_room(),
-            Some(beyond) => error(StatusCode::PAYLOAD_TOO_LARGE, &too_much(most, beyond)),
-            None => {
-                block.push_str("]}");
+            Some(beyond) if beyond != Beyond::Number || paging.limit.is_none() => {
+                error(StatusCode::PAYLOAD_TOO_LARGE, &too_much(most, beyond))
+            }
+            beyond => {
+                let more = beyond.is_some();
+                block.push_str(&format!(r#"],"more":{more}"#));
+                if let Some(last) = last.filter(|_| more) {
+                    block.push_str(&format!(r#","after":"{}""#, last.word()));
+                }
+                block.push('}');
                 if !outbox.answer(block) || outbox.take().await != Taken::Frames {
                     return no_room();
                 }
@@ -205,13 +247,18 @@ async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
                 answer(outbox, watched)
             }
         },
-        Err(why) => {
+        Err(Attempt::Refused(why)) => error(StatusCode::BAD_REQUEST, &why.0),
+        Err(Attempt::Failed(why)) => {
             // What a policy raises may tell of rows and claims.
             match why.code() {
                 Some(code) => tracing::debug!(code, "rows could not be read: PostgreSQL refused"),
                 None => tracing::debug!(error = %why, "rows could not be read"),
             }
             match why.refusal() {
+                Some(_) if why.code() == Some("42883") && !paging.order.is_empty() => error(
+                    StatusCode::BAD_REQUEST,
+                    "order: a column that it names has a type without an order",
+                ),
                 Some(_) if !why.is_transient() => {
                     error(StatusCode::FORBIDDEN, &why_unread(&call.subscription, why.code()))
                 }
@@ -239,7 +286,9 @@ fn too_much(most: MostRows, beyond: Beyond) -> String {
             (format!("{} bytes of rows", most.bytes), "--most-row-bytes or --total-outbox-bytes")
         }
     };
-    format!("more than {what}: narrow them by filter=, or have the relay started with a larger {setting}")
+    format!(
+        "more than {what}: read them in pages (limit=), narrow them by filter=, or have the relay started with a larger {setting}"
+    )
 }
 
 /// What is in the hand of the outbox, as JSON.
@@ -251,7 +300,9 @@ fn answer(outbox: Arc<Outbox>, watched: Watched) -> Answer {
 
 /// The changes since the cursor, as soon as there is one.
 async fn poll(app: &App, call: Call, watched: Watched, closed: CancellationToken) -> Answer {
-    let Call { subscription, since: Some(since), wait, channel, outbox } = call else { return unavailable() };
+    let Call { subscription, since: Some(since), wait, channel, outbox, .. } = call else {
+        return unavailable();
+    };
     let until = Instant::now() + wait;
     let expiry = subscription.identity().claims().expires_at().saturating_sub(ws::now());
     let until = until.min(Instant::now() + Duration::from_secs(expiry));
@@ -263,19 +314,28 @@ async fn poll(app: &App, call: Call, watched: Watched, closed: CancellationToken
         since.clone(),
         Arc::clone(&outbox),
     );
-    let progress = match timeout(PATIENCE, follower.go_on()).await {
-        Ok(Ok(progress)) => progress,
-        Ok(Err(Missed::Gap(why))) => return gap(why),
-        Ok(Err(Missed::Unavailable(why))) => {
-            tracing::debug!(error = %why, "the past could not be read");
-            return unavailable();
+    let began = follower.since();
+    let patience = Instant::now() + PATIENCE;
+    let (progress, taken) = loop {
+        let progress = match timeout_at(patience, follower.go_on()).await {
+            Ok(Ok(progress)) => progress,
+            Ok(Err(Missed::Gap(why))) => return gap(why),
+            Ok(Err(Missed::Unavailable(why))) => {
+                tracing::debug!(error = %why, "the past could not be read");
+                return unavailable();
+            }
+            Ok(Err(Missed::Ended)) => return ended(follower.subscription()),
+            // A long past in which nothing may be seen.
+            Err(_) if follower.since() != began => return nothing(&follower.since().to_string(), true),
+            Err(_) => return unavailable(),
+        };
+        let taken = outbox.take().now_or_never();
+        if taken.is_some() || progress == Progress::Live {
+            break (progress, taken);
         }
-        Ok(Err(Missed::Ended)) => return ended(follower.subscription()),
-        Err(_) => return unavailable(),
     };
-    let taken = match outbox.take().now_or_never() {
+    let taken = match taken {
         Some(taken) => Some(taken),
-        None if progress == Progress::More => None,
         None => tokio::select! {
             taken = timeout_at(until, outbox.take()) => taken.ok(),
             () = app.verifier.withdrawn(follower.subscription().identity().claims()) => {
@@ -285,42 +345,79 @@ async fn poll(app: &App, call: Call, watched: Watched, closed: CancellationToken
             () = closed.cancelled() => None,
         },
     };
-    let changes = |cursor: Option<&str>, more| changes(&outbox, cursor, more, watched.clone());
     if taken == Some(Taken::Full) {
         // More came at once than may wait, for one client or for all: it is read from the changelog next time.
         return nothing(&since.to_string(), true);
     }
-    if progress == Progress::More {
-        // It has come further than the last change that may be seen.
-        return changes(Some(&follower.since().to_string()), true);
-    }
-    if taken == Some(Taken::Frames) {
-        return changes(None, false);
-    }
     // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
     let ends_at = follower.subscription().identity().claims().expires_at();
-    let reached = follower.leave().await.filter(|cursor| cursor.is_at_or_after(&since));
-    let cursor = reached.filter(|_| ws::now() < ends_at).map(|cursor| cursor.to_string());
+    let reached = match progress {
+        // It has come further than the last change that may be seen.
+        Progress::More => Some(follower.since()),
+        Progress::Live => follower.leave().await.filter(|_| ws::now() < ends_at),
+    };
     // What was delivered while we left is there now.
-    match outbox.take().now_or_never() {
-        Some(Taken::Full) => nothing(&since.to_string(), true),
-        Some(Taken::Frames) => changes(cursor.as_deref(), false),
-        _ => nothing(&cursor.unwrap_or_else(|| since.to_string()), false),
+    if outbox.take().now_or_never() == Some(Taken::Full) {
+        return nothing(&since.to_string(), true);
     }
+    let reached = reached.filter(|cursor| cursor.is_at_or_after(&since));
+    if outbox.hand().frames.is_empty() {
+        return nothing(&reached.unwrap_or(since).to_string(), false);
+    }
+    // Where that is not known, it is up to the last change.
+    let Some(cursor) = reached else { return changes(&outbox, None, true, watched) };
+    // In the middle of a page, or before the last one, there may be more, but nothing that this reader gets.
+    let is_cut = progress == Progress::More || cursor.within().is_some();
+    let more = is_cut && goes_on(app, follower, &cursor).await;
+    changes(&outbox, Some(&cursor.to_string()), more, watched)
+}
+
+/// Whether the reader of a follower gets more changes after the cursor at once.
+async fn goes_on(app: &App, follower: Follower, cursor: &Cursor) -> bool {
+    let (subscription, channel) = (follower.subscription().clone(), follower.channel());
+    let outbox = &follower.outbox;
+    let outbox = Arc::new(Outbox::of(outbox.owner(), LEAST_OUTBOX, Arc::clone(outbox.budget())));
+    // It leaves before the next one comes with the same name.
+    drop(follower);
+    let feed = app.feed.clone();
+    let ahead = Arc::clone(&outbox);
+    let mut ahead = Follower::new(feed, channel, subscription, Dress::Bare, cursor.clone(), ahead);
+    let looked = timeout(AHEAD, async {
+        loop {
+            match ahead.go_on().await {
+                // What is wrong is told to who asks again.
+                Err(_) => return true,
+                Ok(_) if outbox.take().now_or_never().is_some() => return true,
+                Ok(Progress::More) => {}
+                Ok(Progress::Live) => break,
+            }
+        }
+        // The rest of a page that is being delivered is on its way.
+        loop {
+            let is_between = ahead.position().await.is_some_and(|here| here.within().is_none());
+            if outbox.take().now_or_never().is_some() {
+                return true;
+            }
+            if is_between {
+                return false;
+            }
+            sleep(PAUSE).await;
+        }
+    });
+    looked.await.unwrap_or(true)
 }
 
 /// No changes up to the cursor.
 fn nothing(cursor: &str, more: bool) -> Answer {
-    let more = if more { r#","more":true"# } else { "" };
-    json(StatusCode::OK, format!(r#"{{"cursor":"{cursor}","changes":[]{more}}}"#))
+    json(StatusCode::OK, format!(r#"{{"cursor":"{cursor}","changes":[],"more":{more}}}"#))
 }
 
-/// What is in the hand as an answer; the cursor is the given one, or that of the last piece.
+/// What is in the hand as an answer, up to the cursor, or to the last piece when none is given.
 fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) -> Answer {
     // Of its own: what is still delivered to the other one must not end the answer.
     let answering = Arc::new(Outbox::of(outbox.owner(), usize::MAX, Arc::clone(outbox.budget())));
     let mut pieces = std::mem::take(&mut outbox.hand().frames);
-    let (mut last, mut end) = (String::new(), cursor);
+    let (mut last, mut is_cut) = (String::new(), false);
     let mut count = 0;
     for piece in &pieces {
         let head = std::str::from_utf8(piece.head()).unwrap_or_default();
@@ -336,17 +433,18 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
             }
             Some((_, Bare::Gap(why))) if count == 0 => return gap(why),
             _ => {
-                end = None;
+                is_cut = true;
                 break;
             }
         }
     }
     pieces.truncate(count);
-    let (last, more) = (end.unwrap_or(&last), if more { r#","more":true"# } else { "" });
+    let cursor = cursor.filter(|_| !is_cut).unwrap_or(&last);
+    let more = more || is_cut;
     if pieces.is_empty() {
-        return nothing(last, !more.is_empty());
+        return nothing(cursor, more);
     }
-    let mut head = format!(r#"{{"cursor":"{last}","changes":["#);
+    let mut head = format!(r#"{{"cursor":"{cursor}","changes":["#);
     let mut hand = answering.hand();
     while let Some(piece) = pieces.pop_front() {
         let Some(payload) = piece.payload() else { continue };
@@ -354,7 +452,7 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
         let head = std::mem::take(&mut head);
         hand.frames.push_back(Frame::around(head, Arc::clone(payload), tail, outbox.budget()));
     }
-    hand.frames.push_back(Frame::whole(format!("{more}}}"), outbox.budget()));
+    hand.frames.push_back(Frame::whole(format!(r#","more":{more}}}"#), outbox.budget()));
     drop(hand);
     answer(answering, watched)
 }
