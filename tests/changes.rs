@@ -402,3 +402,15 @@ async fn each_answer_says_whether_there_is_more_and_is_right() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_ends_with_its_token_says_so_under_a_name_that_eventsource_does_not_have() {
+    let stage = stage().await;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let short = token("authenticated", Some(ANN), json!({"exp": now + 2}));
+    let path = format!("/realtime/v1/changes?table=t&apikey={short}");
+    let mut events = Events::open(stage.relay.address, &path, None).await;
+    let end = events.next().await.unwrap();
+    assert_eq!((end.name.as_str(), end.data), ("failure", json!({"error": "the token has expired"})));
+    assert_eq!(events.next().await, None);
+}

@@ -213,12 +213,12 @@ impl Stream {
 
     fn expired(&mut self) -> String {
         self.over = true;
-        String::from("event: error\ndata: {\"error\":\"the token has expired\"}\n\n")
+        String::from("event: failure\ndata: {\"error\":\"the token has expired\"}\n\n")
     }
 
     fn withdrawn(&mut self) -> String {
         self.over = true;
-        String::from("event: error\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n")
+        String::from("event: failure\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n")
     }
 
     fn ended(&mut self, missed: &Missed) -> String {
