@@ -127,6 +127,7 @@ pub mod transport {
     pub mod deadline;
     mod accept;
     pub mod replies;
+    pub mod refusing;
     pub mod http;
     pub mod query;
     pub mod changes;

@@ -96,7 +96,7 @@ async fn what_is_malformed_or_too_large_is_refused_and_closed() {
                 "POST /realtime/v1/changes HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\n\r\n{}",
                 "\n".repeat(8_000_000)
             ),
-            "HTTP/1.1 405 ",
+            "HTTP/1.1 413 ",
         ),
         (
             "a body that never comes",
@@ -114,6 +114,66 @@ async fn what_is_malformed_or_too_large_is_refused_and_closed() {
         );
         assert!(!heard.starts_with("HTTP/1.1 2") && !heard.starts_with("HTTP/1.1 1"), "{what}: {heard:.300}");
         assert!(started.elapsed() < Duration::from_secs(8), "{what}");
+    }
+    is_alive(&stage.relay).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_or_too_slow_is_told_as_json_that_nobody_keeps() {
+    let stage = Stage::with("", |settings, _| settings.head_timeout_ms = Some(700)).await;
+    let body = |method: &str, path: &str, length: usize| {
+        format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{}",
+            "x".repeat(length)
+        )
+    };
+    let long = "b".repeat(100_000);
+    for (what, said, status, told) in [
+        ("a body of 70 kB", body("POST", "/realtime/v1/changes?table=t", 70_000), 413, "65536 bytes"),
+        ("a body of 8 MB", body("POST", "/nowhere", 8 << 20), 413, "without a body"),
+        ("a body behind GET", body("GET", "/livez", 100_000), 413, "without a body"),
+        ("a small body", body("POST", "/realtime/v1/changes?table=t", 100), 405, "by GET"),
+        (
+            "a body in chunks",
+            "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned(),
+            400,
+            "without a body",
+        ),
+        ("a path of 100 kB", format!("GET /{long} HTTP/1.1\r\nHost: x\r\n\r\n"), 414, "address is too long"),
+        (
+            "a query of 1 MB",
+            format!("GET /livez?x={} HTTP/1.1\r\nHost: x\r\n\r\n", long.repeat(10)),
+            414,
+            "Authorization: Bearer",
+        ),
+        (
+            "a header of 100 kB",
+            format!("GET /livez HTTP/1.1\r\nHost: x\r\nx: {long}\r\n\r\n"),
+            431,
+            "headers are too large",
+        ),
+        (
+            "many headers",
+            format!("GET /livez HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(5000)),
+            431,
+            "headers are too large",
+        ),
+        ("no request", "nonsense\r\n\r\n".to_owned(), 400, "no request of HTTP/1.1"),
+        ("a head that does not end", "GET /livez HTTP/1.1\r\nHost".to_owned(), 408, "took too long"),
+        ("a line that does not end", "GET /li".to_owned(), 408, "took too long"),
+    ] {
+        let heard = answered(&stage.relay, said.as_bytes()).await;
+        let last = heard.rfind("HTTP/1.1 ").unwrap_or_else(|| panic!("{what}: {heard}"));
+        let (head, body) = heard[last..].split_once("\r\n\r\n").unwrap();
+        let head = head.to_ascii_lowercase();
+        assert!(head.starts_with(&format!("http/1.1 {status} ")), "{what}: {head}");
+        for header in ["content-type: application/json", "cache-control: no-store", "connection: close"] {
+            assert_eq!(head.matches(header).count(), 1, "{what}: {header}: {head}");
+        }
+        assert!(head.contains(&format!("content-length: {}", body.len())), "{what}: {head}");
+        let error: serde_json::Value =
+            serde_json::from_str(body).unwrap_or_else(|_| panic!("{what}: {body}"));
+        assert!(error["error"].as_str().unwrap().contains(told), "{what}: {body}");
     }
     is_alive(&stage.relay).await;
 }

@@ -10,6 +10,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use crate::transport::replies::refusal;
+
 /// Beside the clients so many connections may be open: requests, and those that say nothing.
 const SPARE: usize = 1000;
 /// So many at a time are told why they may not stay; others are cut.
@@ -89,14 +91,9 @@ impl Admission {
     /// Says why, without waiting for the request.
     pub async fn turn_away(&self, mut stream: TcpStream, refused: Refused) {
         let Ok(_told) = self.told.try_acquire() else { return };
-        let body = format!(r#"{{"error":"{}"}}"#, refused.why);
-        let answer = format!(
-            "HTTP/1.1 {}\r\ncontent-type: application/json\r\ncache-control: no-store\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
-            refused.status,
-            body.len()
-        );
+        let answer = refusal(refused.status, refused.why);
         let _ = timeout(LINGER, async {
-            stream.write_all(answer.as_bytes()).await?;
+            stream.write_all(&answer).await?;
             stream.shutdown().await?;
             // Closing before the request is read could cost the client the answer.
             let mut request = [0; 1024];

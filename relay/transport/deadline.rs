@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::transport::exchange::Exchange;
@@ -32,6 +33,16 @@ impl Deadline {
     /// The bare connection.
     pub fn into_inner(self) -> Intake {
         self.stream
+    }
+
+    /// The same, to be written to or read past this.
+    pub fn bare(&self) -> &TcpStream {
+        self.stream.stream()
+    }
+
+    /// The same, to be read without counting.
+    pub fn bare_mut(&mut self) -> &mut TcpStream {
+        self.stream.stream_mut()
     }
 
     fn watched<T>(&mut self, context: &mut Context<'_>, written: Poll<Result<T>>) -> Poll<Result<T>> {

@@ -4,7 +4,7 @@
 use std::io::Result;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -25,6 +25,7 @@ pub struct Exchange {
     state: AtomicU8,
     reader: AtomicWaker,
     closed: CancellationToken,
+    unread: AtomicBool,
 }
 
 impl Exchange {
@@ -32,6 +33,21 @@ impl Exchange {
     pub fn begin(self: &Arc<Self>) -> Answering {
         self.state.store(ANSWERING, Ordering::Release);
         Answering(Arc::clone(self))
+    }
+
+    /// Whether no request is being answered.
+    pub fn is_idle(&self) -> bool {
+        self.state.load(Ordering::Acquire) == IDLE
+    }
+
+    /// The connection will be closed before all that the client sends is read.
+    pub fn leaves_unread(&self) {
+        self.unread.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it will.
+    pub fn has_unread(&self) -> bool {
+        self.unread.load(Ordering::Relaxed)
     }
 
     /// Done when the client has closed its side.

@@ -39,6 +39,7 @@ use crate::transport::deadline::Deadline;
 use crate::transport::exchange::{Answered, Exchange};
 use crate::transport::intake::Intake;
 use crate::transport::query::{is_unreadable, parameter, repeated};
+use crate::transport::refusing::Refusing;
 use crate::transport::replies::{empty, error, preflight, text};
 use crate::transport::ws;
 
@@ -46,6 +47,8 @@ use crate::transport::ws;
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// The largest head. Tokens travel in it, so it must hold a few of them.
 const HEAD_BYTES: usize = 64 * 1024;
+/// The largest body that is passed over.
+const MOST_BODY: u64 = 64 * 1024;
 
 /// What every connection needs.
 pub struct App {
@@ -141,10 +144,15 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     let (answering, exchanging) = (Arc::clone(&app), Arc::clone(&exchange));
     let stream = Intake::new(stream, &app.budget);
     let unfinished = stream.unfinished();
-    let service = service_fn(move |request| {
+    let stream = Deadline::new(stream, app.limits.write, Arc::clone(&exchange));
+    let stream = Refusing::new(stream, Arc::clone(&exchange), Arc::clone(&unfinished), app.limits.head);
+    let service = service_fn(move |request: Request<Incoming>| {
         unfinished.store(0, Ordering::Relaxed);
         let (app, place, watched) = (Arc::clone(&answering), Arc::clone(&place), watched.clone());
         let (begun, closed) = (exchanging.begin(), exchanging.closed());
+        if !request.body().is_end_stream() {
+            exchanging.leaves_unread();
+        }
         async move {
             let answer = Box::pin(answer(app, place, request, watched, closed)).await;
             Ok::<_, Infallible>(answer.map(|body| Answered::with(body, begun)))
@@ -152,9 +160,10 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(app.limits.head)
+        // A head that has begun is told before.
+        .header_read_timeout(app.limits.head + Duration::from_secs(1))
         .max_buf_size(HEAD_BYTES)
-        .serve_connection(TokioIo::new(Deadline::new(stream, app.limits.write, exchange)), service)
+        .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
@@ -209,7 +218,10 @@ async fn answer(
     closed: CancellationToken,
 ) -> Answer {
     let has_body = !request.body().is_end_stream();
-    let mut answer = if request.headers().contains_key(header::TRANSFER_ENCODING) {
+    let mut answer = if request.body().size_hint().lower() > MOST_BODY {
+        let why = format!("no request of more than {MOST_BODY} bytes is taken here: send it without a body");
+        error(StatusCode::PAYLOAD_TOO_LARGE, &why)
+    } else if request.headers().contains_key(header::TRANSFER_ENCODING) {
         error(StatusCode::BAD_REQUEST, "a request without a body is expected here")
     } else {
         route(app, place, request, watched, closed).await
@@ -323,7 +335,7 @@ async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<In
 /// The bare connection, and what was read of it beyond the request. The reader's buffer of 8 KiB ends here: held by
 /// the session's future it would be most of what an idle client costs.
 fn taken_over(upgraded: Upgraded) -> Option<(Intake, Vec<u8>)> {
-    let parts = upgraded.downcast::<TokioIo<Deadline>>().ok()?;
+    let parts = upgraded.downcast::<TokioIo<Refusing>>().ok()?;
     Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
 }
 

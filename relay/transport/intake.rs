@@ -36,6 +36,11 @@ impl Intake {
         &self.stream
     }
 
+    /// The same, to be read without counting what is thrown away.
+    pub fn stream_mut(&mut self) -> &mut TcpStream {
+        &mut self.stream
+    }
+
     /// How much was read since the last whole message: set to 0 by whoever understands one.
     pub fn unfinished(&self) -> Arc<AtomicUsize> {
         Arc::clone(&self.read)

@@ -47,6 +47,17 @@ pub fn error(status: StatusCode, why: &str) -> Answer {
     answer
 }
 
+/// An error as bytes, for a connection that is closed with it.
+pub fn refusal(status: &str, why: &str) -> Vec<u8> {
+    let body = serde_json::json!({ "error": why }).to_string();
+    let length = body.len();
+    format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\n\
+         access-control-allow-origin: *\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+    )
+    .into_bytes()
+}
+
 /// A JSON text as answer.
 pub fn json(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     let mut answer = text(status, body);
