@@ -36,9 +36,11 @@ end
 $$;
 comment on function relay.missing_grants(regclass, oid) is 'grants that a role lacks for the policies by which it reads a relation';
 
--- relay.missing_usage(relation, role, login) : grants that the judging login lacks to look up what these policies name
+-- relay.missing_usage(relation, role, login) : grants that are missing to look up what these policies name
 -- {"hidden": "grant usage on schema hidden to relay_judge"}, by schemas as they stand in the policies.
 -- PostgreSQL looked names up when the policy was made; to judge, the role does so, or else the login, and needs all schemas.
+-- Where a policy looks into a table with row security, also through views, PostgreSQL looks the names up again as the
+-- role: then only the role's own right helps.
 create or replace function relay.missing_usage(relation regclass, role oid, login text) returns jsonb
 language plpgsql stable
 set search_path = ''
@@ -47,6 +49,7 @@ set plan_cache_mode = force_generic_plan as $$
 declare
   judge constant text := coalesce(login, current_user);
   schemas oid[];
+  by_role boolean;
 begin
   schemas := array(
     select distinct coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace, l.collnamespace)
@@ -60,11 +63,43 @@ begin
     select from pg_catalog.pg_namespace n where n.oid = any (schemas) and not pg_catalog.has_schema_privilege(role, n.oid, 'usage')) then
     return '{}';
   end if;
+  with recursive looked (oid) as (
+    select d.object from relay.policy_parts(relation, role) d where d.class = 'pg_catalog.pg_class'::regclass
+    union
+    select d.refobjid
+    from looked l
+    join pg_catalog.pg_rewrite w on w.ev_class = l.oid
+    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_rewrite'::regclass and d.objid = w.oid
+      and d.refclassid = 'pg_catalog.pg_class'::regclass
+  )
+  select exists (select from looked l join pg_catalog.pg_class c on c.oid = l.oid where c.relrowsecurity) into by_role;
   return (
     select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.quote_ident(n.nspname),
-             pg_catalog.format('grant usage on schema %I to %I', n.nspname, judge)), '{}')
+             pg_catalog.format('grant usage on schema %I to %s', n.nspname, w.who)), '{}')
     from pg_catalog.pg_namespace n
-    where n.oid = any (schemas) and not pg_catalog.has_schema_privilege(judge, n.oid, 'usage'));
+    cross join lateral (select case when by_role then role::regrole::text else pg_catalog.quote_ident(judge) end) w (who)
+    where n.oid = any (schemas)
+      and not pg_catalog.has_schema_privilege(case when by_role then role else judge::regrole::oid end, n.oid, 'usage'));
 end
 $$;
-comment on function relay.missing_usage(regclass, oid, text) is 'grants that the judging login lacks to look up what policies name';
+comment on function relay.missing_usage(regclass, oid, text) is 'grants that are missing to look up what policies name';
+
+-- relay.missing_filter_usage(relation, columns, role, login) : grants that are missing to filter by these columns
+-- The caller reads the values of a filter with the types of the columns; the role, or else the judging login, compares.
+create or replace function relay.missing_filter_usage(relation regclass, columns text[], role text, login text) returns text[]
+language sql stable
+set search_path = '' as $$
+  select coalesce(pg_catalog.array_agg(distinct pg_catalog.format('grant usage on schema %I to %I', n.nspname, w.who)), '{}')
+  from pg_catalog.pg_attribute a
+  join pg_catalog.pg_type t on t.oid = a.atttypid
+  left join pg_catalog.pg_type b on b.oid = t.typbasetype
+  join pg_catalog.pg_namespace n on n.oid in (t.typnamespace, b.typnamespace)
+  cross join lateral (
+    select current_user::text where not pg_catalog.has_schema_privilege(current_user, n.oid, 'usage')
+    union
+    select j.judge from (select coalesce(login, current_user::text)) j (judge)
+    where not pg_catalog.has_schema_privilege(j.judge, n.oid, 'usage') and not pg_catalog.has_schema_privilege(role, n.oid, 'usage')
+  ) w (who)
+  where a.attrelid = relation and a.attname = any (columns) and a.attnum > 0 and not a.attisdropped
+$$;
+comment on function relay.missing_filter_usage(regclass, text[], text, text) is 'grants that are missing to filter by columns';

@@ -248,3 +248,113 @@ async fn a_table_that_a_policy_names_and_does_not_read_needs_no_grant() {
     stage.run("alter policy p on t using (exists (select from named n where n.id = t.id))").await;
     assert_eq!(stage.database.value(missing).await, "{\"grant select on public.named to authenticated\"}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_whose_type_may_not_be_looked_up_is_refused_with_the_grant_that_is_missing() {
+    for (column, filter) in [
+        ("hidden.mood", "v=eq.a"),
+        ("hidden.mood", "v=gt.a"),
+        ("hidden.word", "v=match.^a"),
+        ("hidden.mood[]", "v=eq.{a}"),
+        ("hidden.pair", "v=neq.(1,a)"),
+    ] {
+        let stage = Stage::new(&format!(
+            "create schema hidden; create type hidden.mood as enum ('a', 'b'); create domain hidden.word as text;
+             create type hidden.pair as (a int, b text);
+             create table docs (id int primary key, v {column}); grant select on docs to authenticated;
+             select relay.watch('docs')"
+        ))
+        .await;
+        let binding = json!({"event": "*", "schema": "public", "table": "docs", "filter": filter});
+        let reader = stage.database.value("select 'relay_test_reader'").await;
+        let grants = [JUDGE, &reader].map(|login| format!("grant usage on schema hidden to {login}"));
+        for given in [None, Some(0), Some(1)] {
+            if let Some(given) = given {
+                stage.run(&grants[1 - given]).await;
+            }
+            let told = stage.answer(&ann(), binding.clone()).await;
+            let missing: Vec<_> = (0..2)
+                .filter(|grant| given.is_none_or(|given| *grant == given))
+                .map(|grant| &*grants[grant])
+                .collect();
+            assert!(told.ends_with(&format!(": {}", missing.join("; "))), "{column} {filter}: {told}");
+            let path = format!("/realtime/v1/changes?table=docs&filter={filter}&apikey={}", ann());
+            let answer = get(stage.relay.address, &path, "").await;
+            let error = answer.body["error"].as_str().unwrap();
+            assert!(answer.status == 400 && error.ends_with(missing.join("; ").as_str()), "{answer:?}");
+            if let Some(given) = given {
+                stage.run(&grants[1 - given].replace("grant", "revoke").replace(" to ", " from ")).await;
+            }
+        }
+        stage.run(&grants.join("; ")).await;
+        let mut client = stage.subscribe(&ann(), json!([binding])).await;
+        stage
+            .run(&format!(
+                "insert into docs values (1, {})",
+                if column.contains("pair") {
+                    "'(2,b)'"
+                } else if column.contains("[]") {
+                    "'{a}'"
+                } else {
+                    "'a'"
+                }
+            ))
+            .await;
+        let expected = if filter == "v=gt.a" { 0 } else { 1 };
+        assert_eq!(stage.changes(&mut client).await.len(), expected, "{column} {filter}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_looked_up_for_each_reader_anew_names_the_grant_that_the_reader_lacks() {
+    for policy in [
+        "exists (select from hidden.seen m where m.doc = docs.id)",
+        "exists (select from hidden.members m where m.doc = docs.id)",
+        "exists (select from hidden.over m where m.doc = docs.id) and price > 1",
+        "exists (select from public.seen m where m.doc = docs.id and hidden.is_shown(m.doc))",
+        "id in (select hidden.is_member())",
+    ] {
+        let stage = Stage::new(&format!(
+            "create schema hidden;
+             create table hidden.members (doc int, member uuid); insert into hidden.members values (1, '{ANN}');
+             alter table hidden.members enable row level security;
+             create policy own on hidden.members using (member = auth.uid());
+             create view hidden.seen as select * from hidden.members; create view hidden.over as select * from hidden.seen;
+             create view public.seen as select * from hidden.members;
+             create function hidden.is_shown(id int) returns bool language plpgsql stable as 'begin return id = 1; end';
+             create function hidden.is_member() returns setof int language plpgsql stable security definer as
+               'begin return query select 1; end';
+             grant select on hidden.members, hidden.seen, hidden.over, public.seen to authenticated;
+             create table docs (id int primary key, price numeric default 2);
+             alter table docs enable row level security; create policy p on docs using ({policy});
+             grant select on docs to authenticated; select relay.watch('docs');
+             grant usage on schema hidden to {JUDGE}"
+        ))
+        .await;
+        let needs_no_more = policy.contains("is_member");
+        let mut client = Client::connect(&stage.relay, &ann()).await;
+        let told = client.try_subscribe("realtime:c", json!([{"event": "*", "table": "docs"}])).await;
+        let told = told["message"].as_str().unwrap();
+        let grant = "grant usage on schema hidden to authenticated";
+        let path = format!("/realtime/v1/changes?table=docs&apikey={}", ann());
+        let polled = format!("{path}&wait=5&since={}", stage.database.value("select relay.cursor()").await);
+        if !needs_no_more {
+            assert!(told.ends_with(grant) && !told.contains('\n'), "{policy}: {told}");
+            let (_, text, _) =
+                output(&["explain", "docs", "--sub", ANN, "--database-url", &stage.database.url]).await;
+            assert!(text.contains(grant), "{policy}: {text}");
+            stage.run("insert into docs values (0)").await;
+            for path in [&path, &polled] {
+                let answer = get(stage.relay.address, path, "").await;
+                let error = answer.body["error"].as_str().unwrap_or_default();
+                assert!(answer.status == 400 && error.ends_with(grant), "{policy}: {answer:?}");
+            }
+            stage.run(&format!("delete from docs; {grant}")).await;
+            assert_eq!(system(&mut client, policy).await, "Subscribed to PostgreSQL", "{policy}");
+        }
+        stage.run("insert into docs values (1), (2)").await;
+        let expected = stage.selected("authenticated", &json!({"sub": ANN}), "select id from docs").await;
+        assert_eq!(expected, ["1"], "{policy}");
+        assert_eq!(client.change().await["record"]["id"], 1, "{policy}");
+    }
+}

@@ -23,7 +23,7 @@ use crate::model::filter::{self, Condition};
 use crate::model::limits::MostRows;
 use crate::model::paging::{After, By, Paging};
 use crate::model::policy::Identity;
-use crate::model::refusal::Refusal;
+use crate::model::refusal::{FORBIDDEN, Refusal};
 use crate::model::relation::{Catalog, Relation};
 use crate::model::session::ChannelId;
 use crate::model::subscription::{Request, Scope, Subscription, Target, exception, readable};
@@ -339,6 +339,14 @@ impl Binder {
         let key = (relation.id(), request.filter.clone());
         if let Some(known) = self.known(relation, &key) {
             return Ok(Some(known));
+        }
+        let missing = self.catalog.missing_for(relation, &conditions, identity.claims().role()).await?;
+        if !missing.is_empty() {
+            let (schema, table, grants) = (&relation.schema, &relation.table, missing.join("; "));
+            let why = format!(
+                "{FORBIDDEN}the filter of {schema}.{table} names a type that may not be looked up: {grants}"
+            );
+            return Err(exception(request, &why).into());
         }
         match self.catalog.filter(relation, conditions).await {
             Ok(bound) => {

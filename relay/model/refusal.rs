@@ -19,8 +19,8 @@ pub const FORBIDDEN: &str = "ERROR 42501 (insufficient_privilege) ";
 /// How the contract begins when a filter cannot be read.
 pub const FILTER: &str = "Error parsing `filter` params: ";
 
-/// What PostgreSQL puts before a text that was raised on purpose.
-const RAISED: &str = "ERROR P0001 (raise_exception) ";
+/// How texts begin that say which grant is missing.
+const LACKS: [&str; 2] = ["the policies of ", "the filter of "];
 const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
      filters are joined by commas";
 
@@ -65,11 +65,13 @@ impl Refusal {
         let Some((_, cause)) = text.starts_with(EXCEPTION).then(|| text.rsplit_once(CAUSE)).flatten() else {
             return text.to_owned();
         };
-        if let Some(lack) = cause.strip_prefix(FORBIDDEN).filter(|lack| lack.starts_with("the policies of "))
-        {
+        let is_whole = |lack: &&str| LACKS.iter().any(|begin| lack.starts_with(begin));
+        if let Some(lack) = cause.strip_prefix(FORBIDDEN).filter(is_whole) {
             return lack.to_owned();
         }
-        let cause = cause.strip_prefix(RAISED).unwrap_or(cause);
+        // The code and its name are for programs.
+        let is_code = |(code, _): &(&str, &str)| code.starts_with("ERROR ") && code.contains(" (");
+        let cause = cause.split_once(") ").filter(is_code).map_or(cause, |(_, cause)| cause);
         for what in ["filter", "select"] {
             if let Some(column) = cause.strip_prefix(&format!("invalid column for {what} ")) {
                 return format!("{what}: {shown} has no column {column} that {reader} may read");

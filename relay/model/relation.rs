@@ -419,7 +419,7 @@ impl Relation {
             (false, _) => (format!("read what the role {role} may not"), missing),
             (true, true) => return None,
             (true, false) => (
-                format!("name what neither the role {role} nor the login that judges may look up"),
+                format!("name what may not be looked up where they are judged for the role {role}"),
                 &unusable,
             ),
         };

@@ -359,6 +359,31 @@ impl CatalogKeeper {
         })
     }
 
+    /// Grants that are missing for a filter by columns whose types are not the system's.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn missing_for(
+        &self,
+        relation: &Relation,
+        conditions: &[Condition],
+        role: &str,
+    ) -> Result<Vec<String>, Error> {
+        let is_own =
+            |column: &&str| relation.column(column).is_some_and(|column| column.readable_type.contains('.'));
+        let columns = conditions.iter().map(|condition| condition.column.as_str());
+        let columns: Vec<&str> = columns.filter(is_own).collect();
+        if columns.is_empty() {
+            return Ok(Vec::new());
+        }
+        let client = self.filters.get().await?;
+        let missing =
+            "select relay.missing_filter_usage(relation, $2, $3, $4) from relay.watch_list where id = $1";
+        let missing = client.prepare_cached(missing).await?;
+        let row = client.query_one(&missing, &[&relation.id().0, &columns, &role, &self.judge]).await?;
+        Ok(row.try_get(0)?)
+    }
+
     /// Conditions as SQL, read with the column types of a relation.
     ///
     /// # Errors
