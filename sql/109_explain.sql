@@ -51,6 +51,7 @@ $$;
 comment on function relay.hindrances(text, text, text) is 'why subscribers of a role get nothing of a relation, and what to do';
 
 -- relay.row_like(relation, columns) : the first row that has these values, as the trigger would log it; null if there is none
+-- Raises where there is no such column, or a value that its type does not have.
 create or replace function relay.row_like(relation regclass, columns jsonb) returns text
 language plpgsql stable
 set timezone = 'UTC'
@@ -59,10 +60,25 @@ set intervalstyle = 'postgres'
 set bytea_output = 'hex'
 set extra_float_digits = 1 as $$
 declare
+  unknown constant text := (
+    select k from pg_catalog.jsonb_object_keys(columns) k
+    where not exists (select from pg_catalog.pg_attribute a
+                      where a.attrelid = relation and a.attname = k and a.attnum > 0 and not a.attisdropped) limit 1);
+  types constant text := (
+    select pg_catalog.string_agg(pg_catalog.format('%I %s', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod)), ', ')
+    from pg_catalog.pg_attribute a
+    where a.attrelid = relation and columns ? a.attname::text and a.attnum > 0 and not a.attisdropped);
+  read jsonb := columns;
   image text;
 begin
+  if unknown is not null then
+    raise exception '% has no column %', relation, unknown using errcode = 'undefined_column';
+  end if;
+  if types is not null then
+    execute pg_catalog.format('select pg_catalog.to_jsonb(x) from pg_catalog.jsonb_to_record($1) x (%s)', types) into read using columns;
+  end if;
   execute pg_catalog.format('select pg_catalog.to_json(t)::text from %s t where pg_catalog.to_jsonb(t) @> $1 limit 1', relation)
-    into image using columns;
+    into image using read;
   return image;
 end
 $$;

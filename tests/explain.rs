@@ -139,3 +139,64 @@ async fn it_tells_a_person_in_words() {
         assert!(code == 1 && error.contains(told), "{error}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_or_key_that_does_not_fit_is_told_what_is_wrong_with_it() {
+    let database = database().await;
+    database
+        .run(&format!(
+            "create table odd (id uuid primary key, at timestamptz, price numeric(6, 2), kind char(3), doc jsonb);
+             grant select on odd to authenticated; select relay.watch('odd');
+             insert into odd values ('{ANN}', '2026-01-01 10:00+02', 1.5, 'a', '{{}}');
+             create table pair (a int, b text, primary key (a, b)); grant select on pair to authenticated;
+             select relay.watch('pair'); insert into pair values (1, '1')"
+        ))
+        .await;
+    for (filter, told) in [
+        ("id=eq.x", "the filter does not fit public.docs: invalid input syntax for type integer: \"x\""),
+        ("owner=eq.7", "the filter does not fit public.docs: invalid input syntax for type uuid: \"7\""),
+        ("id=gt.99999999999", "the filter does not fit public.docs: value \"99999999999\" is out of range"),
+        ("id=like.5%", "the filter does not fit public.docs: operator does not exist: integer ~~ text"),
+        ("nowhere=eq.1", "filter: public.docs has no column nowhere that the role authenticated may read"),
+        ("id>7", "the filter cannot be used: "),
+    ] {
+        let found = explained(&database, &["docs", "--sub", ANN, "--filter", filter]).await;
+        let refused = found["filter"]["refused"].as_str().unwrap();
+        assert!(refused.starts_with(told), "{filter}: {refused}");
+    }
+    for (table, key, told) in [
+        ("docs", "x", "--key does not fit public.docs: invalid input syntax for type integer: \"x\""),
+        ("docs", "1.5", "--key does not fit public.docs: invalid input syntax for type integer: \"1.5\""),
+        ("docs", r#"{"nowhere": 1}"#, "--key does not fit public.docs: docs has no column nowhere"),
+        (
+            "docs",
+            r#"{"owner": 7}"#,
+            "--key does not fit public.docs: invalid input syntax for type uuid: \"7\"",
+        ),
+        ("odd", "7", "--key does not fit public.odd: invalid input syntax for type uuid: \"7\""),
+        (
+            "odd",
+            r#"{"at": "soon"}"#,
+            "--key does not fit public.odd: invalid input syntax for type timestamp with time zone",
+        ),
+        ("pair", "1", "the table has no key of one column"),
+    ] {
+        let arguments = ["explain", table, "--sub", ANN, "--key", key, "--database-url", &database.url];
+        let (code, said, error) = output(&arguments).await;
+        assert!(code == 1 && error.contains(told), "{table} {key}: {said} {error}");
+    }
+    // What PostgreSQL reads as the same value is the same key.
+    for (table, key) in [
+        ("docs", "1"),
+        ("docs", " 1 "),
+        ("odd", &*ANN.to_uppercase()),
+        ("odd", r#"{"at": "2026-01-01T08:00:00Z"}"#),
+        ("odd", r#"{"price": "1.50", "kind": "a"}"#),
+        ("pair", r#"{"a": "1", "b": 1}"#),
+    ] {
+        let found = explained(&database, &[table, "--sub", ANN, "--key", key]).await;
+        assert_eq!(found["row"]["found"], true, "{table} {key}");
+    }
+    let found = explained(&database, &["docs", "--sub", ANN, "--key", "77"]).await;
+    assert_eq!(found["row"]["found"], false);
+}

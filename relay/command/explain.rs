@@ -116,13 +116,8 @@ fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<Sough
     let [key] = relation.key.as_slice() else {
         return Err("the table has no key of one column: give --key a JSON object of columns".into());
     };
-    let kind = relation.column(key).map_or("", |column| &column.kind);
-    let is_number = matches!(kind, "int2" | "int4" | "int8" | "numeric" | "float4" | "float8");
-    let value = match serde_json::from_str(text) {
-        Ok(value @ Value::Number(_)) if is_number => value,
-        _ => json!(text),
-    };
-    Ok(Some(Sought::Like(json!({key.as_str(): value}))))
+    // PostgreSQL reads it with the type of the column.
+    Ok(Some(Sought::Like(json!({key.as_str(): text}))))
 }
 
 /// The explanation for a terminal.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, SqlState};
 
 use crate::model::relation::Relation;
 use crate::postgres::connect::{Error, Server};
@@ -13,6 +13,11 @@ use crate::postgres::connect::{Error, Server};
 pub struct Enquiry {
     client: Client,
     judge: Option<String>,
+}
+
+/// Whether an error says that a value is wrong: a data exception, or a column that there is not.
+fn is_of_the_value(code: &SqlState) -> bool {
+    code.code().starts_with("22") || *code == SqlState::UNDEFINED_COLUMN
 }
 
 impl Enquiry {
@@ -69,6 +74,14 @@ impl Enquiry {
                 Err(Error::Unfit(format!(
                     "this login may not read the rows of {}.{}: give the row itself (--row '{{\"id\": 1, …}}'), or the --database-url of a \
                  login that may",
+                    relation.schema, relation.table
+                )))
+            }
+            Err(error) if error.code().is_some_and(is_of_the_value) => {
+                let why = error.as_db_error().map_or("it cannot be read", DbError::message);
+                Err(Error::Unfit(format!(
+                    "--key does not fit {}.{}: {why}. A value of its key is expected, or a JSON object of columns, such as \
+                     '{{\"id\": 1}}'",
                     relation.schema, relation.table
                 )))
             }
