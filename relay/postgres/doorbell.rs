@@ -17,6 +17,8 @@ use crate::postgres::connect::{Error, Server};
 
 /// How long the bell may take to be heard by itself: a pooler in transaction mode swallows it for ever.
 const PROBE: Duration = Duration::from_secs(2);
+/// So many times in a row: a pooler that is busy may let one through together with the answer that came before it.
+const PROBES: usize = 2;
 /// What is asked on this connection is a lock or a notification; longer than this, nobody is there.
 const ANSWER: Duration = Duration::from_secs(5);
 
@@ -125,12 +127,17 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn is_heard(&mut self, from: &Client) -> Result<bool, Error> {
-        let before = self.heard.borrow().probes;
-        let probe = async {
-            from.query("select pg_notify('relay_probe', $1)", &[&self.backend.name()]).await?;
-            Ok(self.heard.wait_for(|heard| heard.probes > before).await.is_ok())
+        let probes = async {
+            for _ in 0..PROBES {
+                let before = self.heard.borrow().probes;
+                from.query("select pg_notify('relay_probe', $1)", &[&self.backend.name()]).await?;
+                if self.heard.wait_for(|heard| heard.probes > before).await.is_err() {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
         };
-        let is_heard = timeout(PROBE, probe).await.unwrap_or(Ok(false));
+        let is_heard = timeout(PROBE, probes).await.unwrap_or(Ok(false));
         self.drain();
         is_heard
     }
