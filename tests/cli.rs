@@ -7,7 +7,8 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout};
 
-use crate::support::database::{Database, JUDGE, READER, connect, with_login};
+use crate::crash::Cluster;
+use crate::support::database::{Database, JUDGE, READER, connect, with_database, with_login};
 use crate::support::http::text;
 use crate::support::program::{output, relay};
 use crate::support::relay::Relay;
@@ -379,4 +380,35 @@ async fn a_token_that_is_refused_over_http_is_logged_by_address_path_and_reason_
             .await
             .unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_role_that_policies_hold_back_is_told_by_install_and_doctor() {
+    const LACK: &str = "service_role has no BYPASSRLS";
+    const CURE: &str = "alter role service_role bypassrls";
+    // Roles belong to the cluster, and here nobody else makes them.
+    let cluster = Cluster::start(&[]).await;
+    let superuser = connect(&cluster.url).await;
+    for sql in ["create role owner login createrole", "create database app owner owner"] {
+        superuser.batch_execute(sql).await.unwrap();
+    }
+    let owner = with_login(&with_database(&cluster.url, "app"), "owner");
+    let said = async |command: &str| {
+        let (code, said, told) = output(&[command, "--database-url", &owner]).await;
+        (code, said + &told)
+    };
+    for again in [false, true] {
+        let (code, told) = said("install").await;
+        assert!(code == 0 && told.contains(LACK) && told.contains(CURE), "again: {again}: {told}");
+    }
+    let (_, told) = said("doctor").await;
+    let line = told.lines().find(|line| line.contains(LACK)).unwrap_or_else(|| panic!("{told}"));
+    assert!(line.contains(CURE) && !line.starts_with("ok"), "{line}");
+    superuser.batch_execute(CURE).await.unwrap();
+    for command in ["install", "doctor"] {
+        let (_, told) = said(command).await;
+        assert!(!told.contains(LACK), "{command}: {told}");
+    }
+    superuser.batch_execute("alter role service_role nobypassrls").await.unwrap();
+    assert!(said("doctor").await.1.contains(CURE), "whenever it is taken away");
 }
