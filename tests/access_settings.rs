@@ -233,7 +233,7 @@ async fn an_installation_that_waits_for_another_says_for_whom_and_goes_on_when_t
     let mut lines = BufReader::new(installing.stderr.take().unwrap()).lines();
     timeout(PATIENCE, lines.next_line()).await.expect("nothing is said").unwrap().unwrap();
     let interrupt =
-        std::process::Command::new("kill").args(["-INT", &installing.id().unwrap().to_string()]).status();
+        std::process::Command::new("kill").args(["-TERM", &installing.id().unwrap().to_string()]).status();
     assert!(interrupt.unwrap().success());
     timeout(Duration::from_secs(5), installing.wait()).await.expect("it ends").unwrap();
     drop(holder);

@@ -27,12 +27,15 @@ pub async fn serve(arguments: &[&str]) -> (Child, Lines<BufReader<ChildStderr>>,
 }
 
 pub async fn line_with(lines: &mut Lines<impl tokio::io::AsyncBufRead + Unpin>, text: &str) -> String {
+    let mut heard = Vec::new();
     tokio::time::timeout(PATIENCE, async {
         loop {
-            let line = lines.next_line().await.unwrap().unwrap_or_else(|| panic!("no line has {text:?}"));
+            let line = lines.next_line().await.unwrap();
+            let line = line.unwrap_or_else(|| panic!("no line has {text:?}: {heard:#?}"));
             if line.contains(text) {
                 return line;
             }
+            heard.push(line);
         }
     })
     .await
