@@ -154,7 +154,9 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
     let config =
         json!({"config": {"postgres_changes": [binding], "postgres_changes_options": {"wait": true}}});
     let join = json!(["1", "1", "realtime:tail", "phx_join", config]);
-    socket.send(Message::text(join.to_string())).await?;
+    if let Err(error) = socket.send(Message::text(join.to_string())).await {
+        return Ok(Ended::Lost(error.to_string()));
+    }
     let mut heartbeat = interval(Duration::from_secs(25));
     let mut subscribed = false;
     loop {
