@@ -192,3 +192,31 @@ async fn a_plain_owner_with_createrole_installs_watches_and_serves() {
     assert_eq!(client.change().await["record"]["id"], 2);
     relay.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_installation_beside_writers_of_the_cluster_leaves_a_horizon_that_the_relay_reads() {
+    let database = Database::new().await;
+    database
+        .run("create table t (id int primary key); grant select on t to anon; select relay.watch('t')")
+        .await;
+    let others = database.connect().await;
+    // The installer's own transaction has a number, and those of others begin and end behind it. Others of the cluster may
+    // be there, too: again until the first one is its own.
+    eventually("the horizon begins with the transaction that wrote it", || async {
+        database.run("begin; select pg_current_xact_id()").await;
+        for _ in 0..3 {
+            others.batch_execute("select pg_current_xact_id()").await.unwrap();
+        }
+        database.run("update relay.history set horizon = pg_current_snapshot(); commit").await;
+        let horizon = database.value("select relay.horizon()").await;
+        let ends: Vec<_> = horizon.split([':', ',']).collect();
+        (ends[0] != ends[1] && ends[0] != ends[2]).then_some(())
+    })
+    .await;
+    let relay = Relay::start(&database.url).await;
+    let mut client = Client::connect(&relay, &token("anon", None, json!({}))).await;
+    client.subscribe("realtime:t", json!([{"event": "*", "schema": "public", "table": "t"}])).await;
+    database.run("insert into t values (1)").await;
+    assert_eq!(client.change().await["record"]["id"], 1);
+    relay.stop().await;
+}

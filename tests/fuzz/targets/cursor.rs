@@ -51,7 +51,7 @@ fuzz_target!(|data: &[u8]| {
 fn read(word: &str) -> Option<Cursor> {
     if word.contains(':') {
         let snapshot = Snapshot::parse(word).ok()?;
-        assert_eq!(snapshot.to_string(), word);
+        assert_eq!(Snapshot::parse(&snapshot.to_string()).as_ref(), Ok(&snapshot));
         let cursor = Cursor::after(Epoch(1), snapshot);
         assert_eq!(cursor.to_string().parse().as_ref(), Ok(&cursor));
         return Some(cursor);
