@@ -297,7 +297,8 @@ comment on function relay.relations_now(int) is 'names, triggers and partitions 
 
 -- relay.log_gap(id, why, schema) : changes of a watched relation may be missing here
 -- why: `unheard`, its triggers were no longer, or are again, what captures every change; `parts`, rows came or went with a
--- partition; `gone`, it is not watched in this schema any more; `doubt`, what became of it is not known.
+-- partition; `rewritten`, a statement wrote all rows anew without firing triggers; `gone`, it is not watched in this schema any more;
+-- `doubt`, what became of it is not known.
 create or replace function relay.log_gap(id int, why text, schema text default null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -309,6 +310,15 @@ begin
 end
 $$;
 comment on function relay.log_gap(int, text, text) is 'logs that changes of a watched relation may be missing here';
+
+-- relay.note_rewrite(table) : a gap for the watched relation that the table is, or is a partition of
+create or replace function relay.note_rewrite(rewritten oid) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+  select relay.log_gap(w.id, 'rewritten') from relay.watch_list w
+  where w.relation = rewritten or w.relation in (select a.relid from pg_partition_ancestors(rewritten) a)
+$$;
+comment on function relay.note_rewrite(oid) is 'logs a gap for the watched relation whose rows were rewritten';
 
 -- relay.log_new_name() : from here on a relation is watched under another name, or at all
 create or replace function relay.log_new_name() returns void

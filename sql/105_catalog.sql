@@ -270,9 +270,9 @@ comment on function relay.access(regclass, oid, text) is 'what a role may see of
 create or replace function relay.schema_changes_are_logged() returns boolean
 language sql stable
 set search_path = '' as $$
-  select pg_catalog.count(*) = 2
+  select pg_catalog.count(*) = 3
   from pg_catalog.pg_event_trigger e
-  where e.evtname in ('relay_schema_changes', 'relay_schema_drops') and e.evtenabled = 'A'
+  where e.evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites') and e.evtenabled = 'A'
     and e.evtfoid = pg_catalog.to_regprocedure('relay.log_schema_change()')
 $$;
 comment on function relay.schema_changes_are_logged() is 'whether changes of the schema stand in the changelog';
@@ -315,7 +315,7 @@ language sql stable rows 1 as $$
     # coalesce((select pg_catalog.hash_record_extended(row (d.datdba, d.oid), 5)
               from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()), 0)
     # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (e.oid, e.xmin, e.evtenabled), 6))
-              from pg_catalog.pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops')), 0)
+              from pg_catalog.pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites')), 0)
 $$;
 comment on function relay.rules_mark(oid[], oid[]) is 'sign of what decides who may see a row and fires no event trigger';
 

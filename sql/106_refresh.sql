@@ -22,7 +22,8 @@ comment on function relay.row_images(regclass) is 'key and image of each row of 
 -- relay.refresh(relation) : number of rows changed
 -- Refreshes the view and logs deletes, updates (same key) and inserts as ordinary changes; an unchanged row logs nothing.
 -- Concurrently, so that readers go on; the very first time, when the view has no content yet, plainly. Runs as the
--- installer, who must own the view. Writes the changelog; waits for another refresh of the same view.
+-- installer, who must own the view. Writes the changelog; waits for another refresh of the same view. Meanwhile
+-- relay.refreshing is on: any other refresh is a gap, which the event trigger logs.
 create or replace function relay.refresh(relation regclass) returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -56,10 +57,10 @@ begin
   truncate pg_temp.relay_before, pg_temp.relay_after;
   if view.relispopulated then
     insert into pg_temp.relay_before select * from relay.row_images(relation);
-    execute format('refresh materialized view concurrently %s', relation);
-  else
-    execute format('refresh materialized view %s', relation);
   end if;
+  perform set_config('relay.refreshing', 'on', true);
+  execute format('refresh materialized view %s %s', case when view.relispopulated then 'concurrently' end, relation);
+  perform set_config('relay.refreshing', 'off', true);
   insert into pg_temp.relay_after select * from relay.row_images(relation);
   perform relay.renew_shapes();
   shape := relay.shape(view.id);

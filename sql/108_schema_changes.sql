@@ -159,7 +159,8 @@ comment on function relay.may_concern(oid, oid) is 'whether an object may decide
 -- relay.log_schema_change() : event trigger
 -- Logs that something was created, altered, dropped, granted or revoked, as operation S of no relation, in the same
 -- transaction. What it was is not said: the relay looks at the catalog anew. Temporary objects do not count. What a DROP has
--- dropped is known while that event is handled and not afterwards.
+-- dropped is known while that event is handled and not afterwards. A rewrite that leaves all values as they are, because only
+-- persistence (1) or access method (8) are others, is no gap.
 create or replace function relay.log_schema_change() returns event_trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -167,7 +168,12 @@ declare
   is_drop constant boolean := tg_tag like 'DROP %' and tg_tag <> 'DROP OWNED';
   concerns boolean := tg_tag not in ('CREATE TYPE', 'CREATE DOMAIN');
 begin
-  if tg_event = 'sql_drop' then
+  if tg_event = 'table_rewrite' then
+    if pg_event_trigger_table_rewrite_reason() & ~(1 | 8) <> 0 and relay.may_have_rows(pg_event_trigger_table_rewrite_oid()) then
+      perform relay.note_rewrite(pg_event_trigger_table_rewrite_oid());
+    end if;
+    return;
+  elsif tg_event = 'sql_drop' then
     -- Of rules on temporary views only the name says so.
     if not is_drop or not exists (select from pg_event_trigger_dropped_objects() d
                                   where not d.is_temporary and d.address_names[1] is distinct from 'pg_temp') then
@@ -187,7 +193,12 @@ begin
     return;
   -- Grants on temporary objects do not say that they are temporary, and are logged. Nor is the move of writers to another
   -- segment of the changelog news.
-  elsif tg_tag in ('REFRESH MATERIALIZED VIEW', 'COMMENT', 'CREATE INDEX') then
+  elsif tg_tag in ('COMMENT', 'CREATE INDEX') then
+    return;
+  elsif tg_tag = 'REFRESH MATERIALIZED VIEW' then
+    if current_setting('relay.refreshing', true) is distinct from 'on' then
+      perform relay.note_rewrite(d.objid) from pg_event_trigger_ddl_commands() d;
+    end if;
     return;
   elsif exists (select from pg_event_trigger_ddl_commands()) then
     if not exists (select from pg_event_trigger_ddl_commands() d

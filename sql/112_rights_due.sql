@@ -33,7 +33,8 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.ring(text, text)', 'relay.key(regclass)', 'relay.image(record)', 'relay.shorten(json, text[])',
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
-    'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)']) f
+    'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)',
+    'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)']) f
   union all
   select 'table', t, 'relay_reader', 'select'
   from unnest('{relay.ledger,relay.history,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
@@ -105,7 +106,7 @@ begin
     where (select max(w.id) from relay.watch_list w) > coalesce(pg_sequence_last_value('relay.watch_list_id_seq'), 0)
     union all
     select 'an event trigger of the relay is missing or disabled, or calls another function'
-    where exists (select from pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops'))
+    where exists (select from pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites'))
       and not relay.schema_changes_are_logged();
 end
 $$;

@@ -4,7 +4,10 @@ do $$
 declare
   one record;
 begin
-  for one in select * from (values ('relay_schema_changes', 'ddl_command_end'), ('relay_schema_drops', 'sql_drop')) e (name, event) loop
+  for one in
+    select * from (values ('relay_schema_changes', 'ddl_command_end'), ('relay_schema_drops', 'sql_drop'),
+                          ('relay_rewrites', 'table_rewrite')) e (name, event)
+  loop
     if not exists (select from pg_catalog.pg_event_trigger e where e.evtname = one.name) then
       execute pg_catalog.format('create event trigger %I on %s execute function relay.log_schema_change()', one.name, one.event);
     end if;

@@ -358,3 +358,78 @@ async fn without_an_event_trigger_what_was_done_is_found_with_the_next_changes()
         assert_eq!(readers.of_poll().await.word(&[]), "gap");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_rewritten_through_another_one_is_a_gap_where_it_has_rows() {
+    for (open, rewriting, word) in [
+        (
+            "create table kin (id int primary key, n int); create table t () inherits (kin)",
+            "alter table kin alter n type bigint",
+            "gap",
+        ),
+        (
+            "create table kin (id int primary key, n int); create table t () inherits (kin)",
+            "alter table kin add column r float default random()",
+            "gap",
+        ),
+        (
+            "create table kin (id int primary key, n int); create table t () inherits (kin)",
+            "alter table only kin alter id set default 1",
+            "no",
+        ),
+        (
+            "create type kin as (id int, n int); create table t of kin",
+            "alter type kin alter attribute n type text cascade",
+            "gap",
+        ),
+        (
+            "create type kin as (id int, n int); create table t of kin",
+            "alter type kin add attribute r text cascade",
+            "no",
+        ),
+        (
+            "create table kin (id int, n int); create table t (id int, k int)",
+            "alter table kin alter n type bigint",
+            "no",
+        ),
+    ] {
+        let stage = Stage::new(&format!(
+            "{open}; insert into t values (1, 1); grant select on t to authenticated; select relay.watch('t')"
+        ))
+        .await;
+        let mut readers = Readers::new(&stage, "t").await;
+        stage.run(rewriting).await;
+        stage.run(&format!("insert into t (id) values ({LAST})")).await;
+        assert_eq!(readers.of_socket().await.word(&[LAST]), word, "{rewriting}");
+        assert_eq!(readers.of_stream().await.word(&[LAST]), word, "{rewriting}");
+        assert_eq!(readers.of_poll().await.word(&[LAST]), word, "{rewriting}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rewritten_table_is_told_as_one_gap_and_no_statement_is_refused_for_it() {
+    let stage = Stage::new(&format!("{TABLES}; insert into parted values (1), (21)")).await;
+    let mut client = Client::connect(&stage.relay, &user()).await;
+    client.subscribe("realtime:marker", json!([{"event": "*", "table": "marker"}])).await;
+    client.subscribe("realtime:day", json!([{"event": "*", "table": "parted"}])).await;
+    stage.run("alter table parted alter v type text using upper(v)").await;
+    stage.run("insert into marker default values").await;
+    let mut gaps = Vec::new();
+    loop {
+        let frame = client.frame().await;
+        match frame[3].as_str() {
+            Some("postgres_changes") => break,
+            Some("system") => gaps.push(frame[4]["message"].as_str().unwrap_or_default().to_owned()),
+            _ => {}
+        }
+    }
+    assert_eq!(gaps, ["Gap: public.parted: its rows were rewritten as a whole, read its rows again"]);
+    // Somebody who owns the table and nothing else, in any session.
+    stage
+        .run(
+            "create role $DB_owner; grant usage, create on schema public to $DB_owner; alter table t owner to $DB_owner;
+             set session_replication_role = replica; set role $DB_owner; alter table t alter v type text using upper(v); reset role;
+             set default_transaction_isolation = serializable; alter table t alter v type text using upper(v)",
+        )
+        .await;
+}

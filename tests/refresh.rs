@@ -98,6 +98,35 @@ async fn a_refresh_that_is_rolled_back_tells_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_view_that_is_refreshed_without_the_relay_is_a_gap() {
+    for by_hand in [
+        "refresh materialized view m",
+        "refresh materialized view concurrently m",
+        "refresh materialized view m with no data",
+        "begin; select relay.refresh('m'); refresh materialized view m; commit",
+        "do $$ begin update source set v = 10; perform relay.refresh('m'); exception when division_by_zero then
+         execute 'refresh materialized view m'; end $$",
+    ] {
+        let database = thousand().await;
+        let relay = Relay::start(&database.url).await;
+        let mut client = subscriber(&relay, json!({})).await;
+        database.run(by_hand).await;
+        database.run("insert into marker values (1)").await;
+        let mut gaps = 0;
+        loop {
+            let frame = client.frame().await;
+            let message = frame[4]["message"].as_str().unwrap_or_default();
+            gaps += i32::from(message.starts_with("Gap: public.m: "));
+            if frame[4]["data"]["table"] == "marker" {
+                break;
+            }
+        }
+        assert_eq!(gaps, 1, "{by_hand}");
+        relay.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_relay_runs_the_schedule_until_it_is_stopped() {
     let database = thousand().await;
     let relay = Relay::start(&database.url).await;

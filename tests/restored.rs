@@ -187,6 +187,8 @@ async fn doctor_names_what_an_installation_gives_back() {
         ("alter event trigger relay_schema_changes disable", "event trigger"),
         ("alter event trigger relay_schema_changes enable", "event trigger"),
         ("alter event trigger relay_schema_drops disable", "event trigger"),
+        ("alter event trigger relay_rewrites disable", "event trigger"),
+        ("drop event trigger relay_rewrites", "event trigger"),
         ("alter table care disable trigger all", "care"),
         ("alter table own enable trigger user", "own"),
     ] {

@@ -45,6 +45,7 @@ impl Loss {
             "gone" => None,
             "unheard" => Some("its triggers did not capture every change"),
             "parts" => Some("rows came or went with a partition"),
+            "rewritten" => Some("its rows were rewritten as a whole"),
             _ => Some("what became of it could not be told"),
         }
     }

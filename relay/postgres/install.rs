@@ -133,13 +133,13 @@ async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
 /// Before the event triggers can run they need their rights, and before that they would refuse to let them be granted: for the length of
 /// this transaction, which nobody else sees, they are off.
 const OFF: &str = "do $$ declare name text; begin
-     for name in select evtname from pg_event_trigger where evtname in ('relay_schema_changes', 'relay_schema_drops') loop
+     for name in select evtname from pg_event_trigger where evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites') loop
        execute format('alter event trigger %I disable', name);
      end loop;
    exception when insufficient_privilege then null; end $$";
 const ON: &str = "do $$ declare name text; begin
      for name in select evtname from pg_event_trigger
-                 where evtname in ('relay_schema_changes', 'relay_schema_drops') and evtenabled = 'D' loop
+                 where evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites') and evtenabled = 'D' loop
        execute format('alter event trigger %I enable always', name);
      end loop;
    exception when insufficient_privilege then null; end $$";
