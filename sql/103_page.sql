@@ -24,9 +24,9 @@ declare
 begin
   loop
     if rest < 128 then
-      return bytes || set_byte('\x00', 0, rest::int);
+      return bytes || set_byte(decode('00', 'hex'), 0, rest::int);
     end if;
-    bytes := bytes || set_byte('\x00', 0, 128 + mod(rest, 128)::int);
+    bytes := bytes || set_byte(decode('00', 'hex'), 0, 128 + mod(rest, 128)::int);
     rest := div(rest, 128);
   end loop;
 end
@@ -43,7 +43,7 @@ language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
   seen constant pg_snapshot := pg_current_snapshot();
-  bytes bytea := '\x01' || int8send(relay.epoch());
+  bytes bytea := decode('01', 'hex') || int8send(relay.epoch());
   previous numeric := pg_snapshot_xmax(seen)::text::numeric;
   running numeric[] := array(select x::text::numeric from pg_snapshot_xip(seen) x order by x desc);
   xid numeric;

@@ -202,7 +202,7 @@ begin
     return;
   elsif exists (select from pg_event_trigger_ddl_commands()) then
     if not exists (select from pg_event_trigger_ddl_commands() d
-                   where d.schema_name is distinct from 'pg_temp' and coalesce(d.object_identity, '') !~ ' on pg_temp\.'
+                   where d.schema_name is distinct from 'pg_temp' and coalesce(d.object_identity, '') !~ ' on pg_temp[.]'
                      and d.object_identity is distinct from 'relay.current_segment()') then
       return;
     end if;

@@ -12,6 +12,7 @@ use crate::support::database::{Database, JUDGE, READER, make_logins};
 use crate::support::http::get;
 use crate::support::program;
 use crate::support::relay::Relay;
+use crate::support::stage::Stage;
 use crate::support::{PATIENCE, token};
 
 /// Settings of the database that mean something else than those with which the relay was written.
@@ -440,5 +441,47 @@ async fn a_row_that_cannot_be_told_in_utf_8_is_told_in_short_form_and_stops_nobo
             get(relay.address, &format!("/realtime/v1/changes?table=own&apikey={}", user(ANN)), "").await;
         assert!(rows.status >= 400, "{rows:?}");
         relay.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn schema_changes_and_calls_warn_of_nothing_where_backslashes_are_escapes() {
+    let stage = Stage::new(
+        "create table t (id int primary key, v text); create table u (id int primary key);
+         create materialized view m as select id from t; create unique index on m (id); grant select on t, u, m to authenticated",
+    )
+    .await;
+    let (session, mut warnings) = stage.database.warned().await;
+    session
+        .batch_execute("set standard_conforming_strings = off; set escape_string_warning = on")
+        .await
+        .unwrap();
+    for statement in [
+        "select relay.watch('t'), relay.watch('m')",
+        "insert into t values (1, 'x')",
+        "create policy p on t using (id > 0)",
+        "alter table t enable row level security",
+        "grant select on u to anon",
+        "alter table t add column c float default random()",
+        "alter table t alter v type varchar(9)",
+        "create type mood as enum ('a')",
+        "alter type mood rename value 'a' to 'b'",
+        "create temporary table x (id int)",
+        "create temporary view y as select 1 as one",
+        "drop view y",
+        "create function f() returns int language sql as 'select 1'",
+        "drop table u",
+        "truncate t",
+        "select relay.refresh('m'), relay.cursor(), relay.notes('t'), relay.retain('1 day')",
+        "select * from relay.watched, relay.health, relay.refresh_jobs",
+        "select relay.allow('m', 'id > 0')",
+        "select relay.refresh_every('m', '1 hour')",
+        "select relay.refresh_stop('m'), relay.disallow('m')",
+        "refresh materialized view m",
+        "select relay.unwatch('t'), relay.tend()",
+    ] {
+        session.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
+        session.batch_execute("do $$ begin raise warning 'the end'; end $$").await.unwrap();
+        assert_eq!(warnings.recv().await.unwrap(), "the end", "{statement}");
     }
 }

@@ -1,9 +1,10 @@
 //! A database of its own, cloned from a template in which the relay is installed.
 
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use tokio::sync::OnceCell;
-use tokio_postgres::{Client, NoTls};
+use tokio::sync::{OnceCell, mpsc};
+use tokio_postgres::{AsyncMessage, Client, NoTls};
 
 /// The login of a relay: it may read the changelog.
 pub const READER: &str = "relay_test_reader";
@@ -76,6 +77,22 @@ impl Database {
             }
         }
         panic!("no row: {sql}");
+    }
+
+    /// Another connection, and each warning that the server sends over it.
+    pub async fn warned(&self) -> (Client, mpsc::UnboundedReceiver<String>) {
+        let (client, mut connection) = tokio_postgres::connect(&self.url, NoTls).await.unwrap();
+        let (sender, warnings) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+                if let AsyncMessage::Notice(notice) = message
+                    && notice.severity() == "WARNING"
+                {
+                    let _ = sender.send(notice.message().to_owned());
+                }
+            }
+        });
+        (client, warnings)
     }
 
     /// Another connection.
