@@ -9,6 +9,7 @@ use crate::model::image::Image;
 use crate::model::pattern::{Folding, Pattern};
 use crate::model::predicate::{Comparison, List, Predicate, Scalar, Truth, Unasked};
 use crate::model::relation::{Access, Relation, Shape};
+use crate::model::shape::Labels;
 use crate::model::term::TermValue;
 
 /// A filter whose values PostgreSQL has read with the column's type.
@@ -16,6 +17,8 @@ use crate::model::term::TermValue;
 pub struct BoundFilter {
     relation: (String, String),
     conditions: Vec<Typed>,
+    /// Of each condition, the labels of enums that its values name.
+    labels: Vec<Labels>,
     /// What is known of it here.
     predicate: Predicate,
     constants: Vec<TermValue>,
@@ -48,6 +51,7 @@ impl BoundFilter {
         let name = (relation.schema.clone(), relation.table.clone());
         Self {
             relation: name,
+            labels: conditions.iter().map(|typed| typed.labels(relation)).collect(),
             conditions,
             predicate: Predicate::And(predicates),
             constants,
@@ -63,8 +67,15 @@ impl BoundFilter {
         conditions(self) == conditions(other)
     }
 
-    /// Whether relation and columns still have the names and types with which the filter was read.
+    /// Whether relation, columns and the labels of enums that it names still have the names and types with which the filter
+    /// was read.
     pub fn fits(&self, relation: &Relation) -> bool {
+        let has_labels = |(typed, labels): (&Typed, &Labels)| {
+            let now = || relation.shapes().labels(&typed.condition.column);
+            labels.is_empty()
+                || now()
+                    .is_some_and(|now| labels.iter().all(|(number, label)| now.get(number) == Some(label)))
+        };
         let same = |typed: &Typed| {
             let now = relation.column(&typed.condition.column);
             now.is_some_and(|now| {
@@ -73,6 +84,7 @@ impl BoundFilter {
         };
         (&self.relation.0, &self.relation.1) == (&relation.schema, &relation.table)
             && self.conditions.iter().all(same)
+            && self.conditions.iter().zip(&self.labels).all(has_labels)
     }
 
     /// Whether it fits and reads only what may be read.
@@ -107,6 +119,16 @@ impl BoundFilter {
 }
 
 impl Typed {
+    /// The labels of enums that its values name, or may name.
+    fn labels(&self, relation: &Relation) -> Labels {
+        let is_named = |label: &str| self.values.iter().any(|value| value.contains(label));
+        let labels = relation.shapes().labels(&self.condition.column).into_iter().flatten();
+        labels
+            .filter(|(_, label)| is_named(label))
+            .map(|(number, label)| (number.clone(), label.clone()))
+            .collect()
+    }
+
     /// The condition as a predicate; what it compares with goes to the constants.
     fn predicate(&self, relation: &Relation, constants: &mut Vec<TermValue>) -> Predicate {
         let found = relation.columns.iter().position(|column| column.name == self.condition.column);

@@ -54,7 +54,7 @@ struct Definition {
     /// The definition of either.
     of: Option<Box<Definition>>,
     /// The labels of an enum, by their numbers.
-    labels: Option<BTreeMap<String, String>>,
+    labels: Option<Labels>,
     /// The attributes of a row type.
     row: Option<Vec<Numbered>>,
 }
@@ -79,6 +79,9 @@ struct Carried {
     labels: Option<HashMap<String, String>>,
 }
 
+/// Labels of enums by their numbers.
+pub type Labels = BTreeMap<String, String>;
+
 /// Columns by name.
 type Moments = HashMap<String, Moment>;
 
@@ -93,6 +96,8 @@ enum Moment {
 #[derive(Debug, Default)]
 pub struct Shapes {
     lenses: HashMap<i32, Lens>,
+    /// Of columns that hold enums, the labels by their numbers.
+    labels: HashMap<String, Labels>,
     /// What changed definitions on which writers hold no lock: who could not see that may have mixed old and new.
     loose: Vec<(u64, Snapshot)>,
 }
@@ -111,12 +116,18 @@ impl Shapes {
         };
         Self {
             lenses: shapes.iter().map(|shape| (shape.number, lens(shape))).collect(),
+            labels: newest.map(|newest| labels(&newest.columns)).unwrap_or_default(),
             loose: shapes
                 .iter()
                 .filter(|shape| shape.loose)
                 .map(|shape| (shape.xid, shape.seen.clone()))
                 .collect(),
         }
+    }
+
+    /// The labels of the enums that a column holds, also inside of arrays, domains and rows; none where it holds none.
+    pub fn labels(&self, column: &str) -> Option<&Labels> {
+        self.labels.get(column)
     }
 
     /// Whether a type may have changed while the change's transaction ran, which could not see whether it did.
@@ -187,6 +198,24 @@ fn unreadable(change: &Change) -> Cow<'_, Change> {
     let mut change = change.clone();
     change.reading = Reading::Unreadable;
     Cow::Owned(change)
+}
+
+/// Of columns that hold enums, the labels.
+fn labels(columns: &[Numbered]) -> HashMap<String, Labels> {
+    let of = |column: &Numbered| {
+        let labels = column.def.as_ref().map(Definition::all_labels).unwrap_or_default();
+        (column.name.clone(), labels)
+    };
+    columns.iter().map(of).filter(|(_, labels)| !labels.is_empty()).collect()
+}
+
+impl Definition {
+    /// The labels of an enum, or of those that it is made of.
+    fn all_labels(&self) -> Labels {
+        let own = self.labels.iter().flatten().map(|(number, label)| (number.clone(), label.clone()));
+        let attributes = self.row.iter().flatten().filter_map(|attribute| attribute.def.as_ref());
+        own.chain(self.of.as_deref().into_iter().chain(attributes).flat_map(Self::all_labels)).collect()
+    }
 }
 
 impl Lens {
