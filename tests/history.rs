@@ -170,11 +170,7 @@ async fn a_disk_that_is_put_back_to_an_earlier_moment_is_a_gap() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changelog_that_came_with_a_dump_never_comes_up_as_new() {
     let source = Database::new().await;
-    let version = source.value("select current_setting('server_version_num')::int / 10000").await;
-    let Some([pg_dump, psql]) = clients_of_postgresql(version.parse().unwrap()) else {
-        println!("not run: no pg_dump is here that reads PostgreSQL {version}");
-        return;
-    };
+    let Some(programs) = clients_of_postgresql(&source).await else { return };
     let cluster = Cluster::start(&[]).await;
     let session = install(&cluster.url).await;
     session.batch_execute("create database copy").await.unwrap();
@@ -187,11 +183,11 @@ async fn a_changelog_that_came_with_a_dump_never_comes_up_as_new() {
     let soon = xid.parse::<i64>().unwrap() + 400;
     source.run(&format!("update relay.changes set xid = '{soon}' where operation = 'I'")).await;
     let copy = with_database(&cluster.url, "copy");
-    let dump = Command::new(pg_dump).args(["-d", &source.url]).output().unwrap();
+    let dump = Command::new(programs.join("pg_dump")).args(["-d", &source.url]).output().unwrap();
     assert!(dump.status.success());
     let file = std::env::temp_dir().join(format!("relay-dump-{}.sql", std::process::id()));
     std::fs::write(&file, dump.stdout).unwrap();
-    let restored = Command::new(psql)
+    let restored = Command::new(programs.join("psql"))
         .args(["-q", "-v", "ON_ERROR_STOP=1", "-d", &copy, "-f"])
         .arg(&file)
         .output()

@@ -5,6 +5,8 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
+use super::database::Database;
+
 /// The program with these arguments and nothing in its environment.
 pub fn relay(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
@@ -19,9 +21,11 @@ pub async fn output(arguments: &[&str]) -> (i32, String, String) {
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
 
-/// `pg_dump` and `psql` for a server of this major version: its own, or newer ones. The servers of `make test-versions` come
-/// without.
-pub fn clients_of_postgresql(version: u32) -> Option<[PathBuf; 2]> {
+/// The folder of `pg_dump`, `pg_restore` and `psql` for a server: its own, or that of newer ones. The servers of `make
+/// test-versions` come without.
+pub async fn clients_of_postgresql(server: &Database) -> Option<PathBuf> {
+    let version = server.value("select current_setting('server_version_num')::int / 10000").await;
+    let version: u32 = version.parse().unwrap();
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/cluster.sh");
     let own = std::process::Command::new(script).arg("bin").output().unwrap();
     let own = PathBuf::from(String::from_utf8(own.stdout).unwrap().trim());
@@ -31,8 +35,10 @@ pub fn clients_of_postgresql(version: u32) -> Option<[PathBuf; 2]> {
         name.and_then(|name| name.parse::<u32>().ok()).is_some_and(|major| major >= version)
     });
     let mut folders = std::iter::once(own).chain(others.map(|folder| folder.path().join("bin")));
-    folders.find_map(|folder| {
-        let programs = ["pg_dump", "psql"].map(|name| folder.join(name));
-        programs.iter().all(|program| program.exists()).then_some(programs)
-    })
+    let found = folders
+        .find(|folder| ["pg_dump", "pg_restore", "psql"].iter().all(|name| folder.join(name).exists()));
+    if found.is_none() {
+        println!("not run: no pg_dump is here that reads PostgreSQL {version}");
+    }
+    found
 }
