@@ -47,9 +47,13 @@ const WIDENINGS: &[(&str, &str)] = &[
         "grant select on t to R; create policy p on t to G using (true); create role R_more; grant R_more to R",
     ),
     ("alter role R bypassrls", "grant select on t to R"),
+    // Since PostgreSQL 16 each membership says so itself.
     (
-        "alter role R inherit",
-        "grant select on t to R; create policy p on t to G using (true); grant G to R; alter role R noinherit",
+        "do $$ begin
+           if current_setting('server_version_num')::int < 160000 then alter role R inherit;
+           else execute 'grant G to R with inherit true'; end if;
+         end $$",
+        "grant select on t to R; create policy p on t to G using (true); alter role R noinherit; grant G to R",
     ),
     (
         "alter database $DB owner to R",

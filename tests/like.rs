@@ -156,12 +156,19 @@ async fn a_pattern_that_would_raise_for_each_row_is_refused_with_the_words_of_po
     )
     .await;
     let anon = token("anon", None, json!({}));
+    // Since PostgreSQL 18 it matches by them, without regard to case where they have none.
+    let can_match = stage.database.client.simple_query("select 'A' collate loose like 'a'").await.is_ok();
+    let loosely = if can_match {
+        "Subscribed to PostgreSQL"
+    } else {
+        "nondeterministic collations are not supported for LIKE"
+    };
     let escape = "ERROR 22025 (invalid_escape_sequence) LIKE pattern must not end with escape character";
     for (filter, text) in [
         (r#"v=like."a\\""#, escape),
         (r#"v=not.like."a\\\\\\""#, escape),
         (r#"v=ilike."\\""#, escape),
-        ("l=like.a%", "nondeterministic collations are not supported for LIKE"),
+        ("l=like.a%", loosely),
         ("l=not.ilike.a%", "nondeterministic collations are not supported for ILIKE"),
         ("tags=like.a%", "ERROR 42883 (undefined_function) operator does not exist: text[] ~~ text"),
     ] {
