@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use crate::support::client::Client;
 use crate::support::http::{stalled, text};
 use crate::support::stage::Stage;
-use crate::support::{eventually, token};
+use crate::support::{PATIENCE, eventually, token};
 
 const MANY: i64 = 40_000;
 
@@ -94,7 +94,7 @@ async fn each_bookmark_of_a_session_moves_by_what_its_own_channel_has_received()
         {
             break;
         }
-        assert!(started.elapsed() < Duration::from_secs(10), "{bookmarks:?}");
+        assert!(started.elapsed() < PATIENCE, "{bookmarks:?}");
         // The pong is sent by whoever reads.
         client.frame_within(Duration::from_millis(50)).await;
     }
