@@ -22,7 +22,7 @@ use crate::feed::filter_judge::FilterJudge;
 use crate::feed::gate::Gate;
 use crate::feed::lanes::Lanes;
 use crate::feed::past::Past;
-use crate::feed::pulse::Pulse;
+use crate::feed::pulse::{Cause, Pulse};
 use crate::feed::router::{Parts, Router};
 use crate::feed::source::Source;
 use crate::observe::Observe;
@@ -232,7 +232,10 @@ async fn prepare(
             server.check_sessions().await?;
             let mut client = server.connect().await?;
             if wanted {
+                // However long that takes, the database is there.
+                pulse.goes_on(Cause::Changelog);
                 let applied = install::install(&mut client).await?;
+                pulse.waits(Cause::Changelog);
                 if !applied.is_empty() {
                     tracing::info!(file.count = applied.len(), "installed");
                 }

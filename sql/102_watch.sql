@@ -491,7 +491,7 @@ set search_path = pg_catalog, pg_temp as $$
       format('row security is off, so everybody with SELECT sees all rows: alter table %s enable row level security, and create policies', $1)
     end,
     case when c.relrowsecurity and not exists (select from pg_policy p where p.polrelid = c.oid) then
-      'row security is on and there is no policy, so nobody but its owner sees a row'
+      format('row security is on and there is no policy, so nobody but its owner sees a row: create policy ... on %s for select to authenticated using (...)', $1)
     end,
     case when not exists (
         select from pg_roles r

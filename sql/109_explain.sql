@@ -11,13 +11,20 @@ declare
                           join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = found);
   subscriber constant oid := (select r.oid from pg_catalog.pg_roles r where r.rolname = role);
   judge constant text := coalesce(login, current_user);
+  parts constant text[] := pg_catalog.parse_ident(relation);
   reasons text[] := '{}';
 begin
   if found is null then
-    return array[case pg_catalog.cardinality(pg_catalog.parse_ident(relation))
-      when 1 then pg_catalog.format(
-        'there is no relation %1$s on the search path; for a table in another schema: relay explain SCHEMA.%1$s', relation)
-      else pg_catalog.format('there is no relation %s', relation) end];
+    return array[pg_catalog.concat(
+      pg_catalog.format(case pg_catalog.cardinality(parts) when 1 then 'there is no relation %s on the search path' else 'there is no relation %s' end,
+                        relation),
+      coalesce((
+        select pg_catalog.format('; there is %s', pg_catalog.string_agg(pg_catalog.format('%I.%I', n.nspname, c.relname), ', ' order by n.nspname))
+        from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+        where c.relname = parts[pg_catalog.cardinality(parts)] and c.relkind in ('r', 'p', 'm', 'f', 'v')
+          and n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
+        having pg_catalog.count(*) > 0),
+        case pg_catalog.cardinality(parts) when 1 then pg_catalog.format('; for a table in another schema: relay explain SCHEMA.%s', relation) end))];
   end if;
   if (select c.relkind = 'v' from pg_catalog.pg_class c where c.oid = found) then
     reasons := reasons || text 'it is a view: watch the tables it reads';

@@ -38,8 +38,9 @@ const RULES: &str = "
     local all all scram-sha-256";
 
 /// A server with the database `app`, whose owner is no superuser and has a password.
-struct Guarded {
-    cluster: Cluster,
+pub struct Guarded {
+    /// It, as its superuser sees it.
+    pub cluster: Cluster,
     admin: Session,
     port: String,
     /// The folder of its Unix socket.
@@ -47,7 +48,8 @@ struct Guarded {
 }
 
 impl Guarded {
-    async fn start() -> Self {
+    /// A fresh one.
+    pub async fn start() -> Self {
         let cluster = Cluster::start(&["-c", "fsync=off"]).await;
         let admin = connect(&cluster.url).await;
         for role in ["owner", "with_tls", "without_tls", "system_user_of_this_name"] {
@@ -78,7 +80,7 @@ impl Guarded {
     }
 
     /// What stands for the port and the folder of the socket, filled in; `%SOCKET` is the latter percent-encoded.
-    fn filled(&self, text: &str) -> String {
+    pub fn filled(&self, text: &str) -> String {
         let encoded = self.socket.replace('/', "%2F");
         text.replace("PASSWORD", ENCODED)
             .replace("%SOCKET", &encoded)
@@ -276,6 +278,8 @@ async fn a_first_start_is_ready_once_it_is_installed_and_its_log_is_clean() {
         "localhost:0",
         "--database-url",
         &url,
+        "--stall-seconds",
+        "5",
     ])
     .spawn()
     .unwrap();
@@ -295,6 +299,8 @@ async fn a_first_start_is_ready_once_it_is_installed_and_its_log_is_clean() {
     })
     .await;
     assert_eq!((status("/healthcheck").await, status("/readyz").await), (503, 503));
+    // However long an installation takes, that is no stall.
+    app.batch_execute("select pg_sleep(6)").await.unwrap();
     app.batch_execute("select pg_advisory_unlock(1919249009, 3)").await.unwrap();
     eventually("it is healthy", || async { (status("/healthcheck").await == 200).then_some(()) }).await;
     let is_there = "select to_regproc('relay.watch') is not null";

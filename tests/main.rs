@@ -31,6 +31,7 @@ mod drift;
 mod explain;
 mod faults;
 mod filter;
+mod first_use;
 mod hostile_cursors;
 mod hostile_tokens;
 mod http_answers;

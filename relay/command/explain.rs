@@ -4,11 +4,10 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use clap::Args;
 use serde_json::{Map, Value, json};
 
+use crate::command::token::{bearer, usable};
 use crate::feed::binding::Binder;
 use crate::feed::explain::{Explanation, Sought, Wanted, explain};
 use crate::model::claims::Claims;
@@ -26,7 +25,7 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 pub struct Options {
     /// The table, as in SQL
     table: String,
-    /// For the bearer of this token; its signature and expiry are not looked at
+    /// For the bearer of this token; its signature is not looked at
     #[arg(long, env = "RELAY_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<String>,
     /// For somebody with this role, without a token
@@ -71,7 +70,9 @@ pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(
     let relation = named.and_then(|(schema, table)| catalog.named(&schema, &table));
     let row = sought(options, relation.map(|relation| &**relation))?;
     let wanted = Wanted { table: options.table.clone(), identity, filter: options.filter.clone(), row };
-    let explanation = explain(&keeper, &binder, &Judge::new(judge.clone(), LIMIT), &enquiry, &wanted).await?;
+    let judge = Judge::new(judge.clone(), LIMIT);
+    let mut explanation = explain(&keeper, &binder, &judge, &enquiry, &wanted).await?;
+    explanation.hindrances.extend(ended(&wanted.identity)?);
     let mut out = std::io::stdout().lock();
     match options.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
@@ -81,26 +82,28 @@ pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(
 }
 
 fn claims(options: &Options) -> Result<Claims, Failure> {
-    let payload = match &options.token {
-        Some(token) => {
-            let payload = token.split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
-            payload.and_then(|bytes| String::from_utf8(bytes).ok()).ok_or("--token is not a JWT")?
-        }
-        None => {
-            let more = options.claims.as_deref().unwrap_or("{}");
-            let mut claims: Map<String, Value> =
-                serde_json::from_str(more).map_err(|error| format!("--claims is no JSON object: {error}"))?;
-            claims.insert(String::from("role"), Value::from(options.role.clone()));
-            if let Some(sub) = &options.sub {
-                claims.insert(String::from("sub"), Value::from(sub.clone()));
-            }
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
-            claims.entry("exp").or_insert_with(|| Value::from(now + 3600));
-            Value::Object(claims).to_string()
-        }
-    };
-    Claims::from_verified_payload(&payload)
-        .map_err(|error| format!("these claims cannot be used: {error}").into())
+    if let Some(token) = &options.token {
+        return Ok(bearer(token)?);
+    }
+    let more = options.claims.as_deref().unwrap_or("{}");
+    let mut claims: Map<String, Value> =
+        serde_json::from_str(more).map_err(|error| format!("--claims is no JSON object: {error}"))?;
+    claims.insert(String::from("role"), Value::from(options.role.clone()));
+    if let Some(sub) = &options.sub {
+        claims.insert(String::from("sub"), Value::from(sub.clone()));
+    }
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    claims.entry("exp").or_insert_with(|| Value::from(now + 3600));
+    Ok(usable(&Value::Object(claims).to_string())?)
+}
+
+/// That the token has ended, if it has.
+fn ended(identity: &Identity) -> Result<Option<String>, Failure> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    let ago = now.checked_sub(identity.claims().expires_at());
+    Ok(ago.map(|ago| {
+        format!("the token has ended {ago} seconds ago: relay token --sub UUID makes another one")
+    }))
 }
 
 fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<Sought>, Failure> {

@@ -15,6 +15,8 @@ use tokio::time::{interval, sleep};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 
+use crate::command::token::bearer;
+use crate::model::claims::Claims;
 use crate::model::dress::{RESUMED, STALLED};
 use crate::model::refusal::Refusal;
 use crate::model::session::UNAVAILABLE;
@@ -180,14 +182,15 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
                     return Ok(Ended::Lost(String::from("it cannot ask its database now")));
                 }
                 let reason = reason.strip_prefix("RealtimeDisabledForConfiguration: ").unwrap_or(reason);
-                let role = options.token.is_none().then_some("service_role");
-                let hint = match role {
-                    Some(_) => {
+                let bearer = options.token.as_deref().map(bearer).transpose()?;
+                let role = bearer.as_ref().map_or("service_role", Claims::role);
+                let hint = match bearer {
+                    None => {
                         "\nWithout --token this is the role service_role; relay token makes one for a user"
                     }
-                    None => "",
+                    Some(_) => "",
                 };
-                let plain = Refusal(reason.to_owned()).plain((schema, table), role);
+                let plain = Refusal(reason.to_owned()).plain((schema, table), Some(role));
                 return Err(format!("{plain}{hint}").into());
             }
             Some("system") if frame[4]["message"] == RESUMED => note(RESUMED),

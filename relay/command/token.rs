@@ -3,10 +3,13 @@
 use std::io::Write;
 use std::time::{Duration, SystemTime};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use clap::Args;
 use serde_json::{Map, Value};
 
 use crate::config::NO_SECRET;
+use crate::model::claims::Claims;
 use crate::transport::auth::mint;
 
 /// What the token says.
@@ -59,6 +62,24 @@ pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + S
     let token = mint(secret, &claims, now, span(&options.ttl)?)?;
     writeln!(std::io::stdout(), "{token}")?;
     Ok(())
+}
+
+/// The claims of a token, whoever signed it and whenever it ends.
+///
+/// # Errors
+/// When it is no token, or its claims cannot be used.
+pub fn bearer(token: &str) -> Result<Claims, String> {
+    let payload = token.split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
+    let payload = payload.and_then(|bytes| String::from_utf8(bytes).ok());
+    usable(&payload.ok_or("--token is not a JWT: relay token --sub UUID makes one")?)
+}
+
+/// Claims as a relay would read them.
+///
+/// # Errors
+/// When they cannot be used.
+pub fn usable(payload: &str) -> Result<Claims, String> {
+    Claims::from_verified_payload(payload).map_err(|error| format!("these claims cannot be used: {error}"))
 }
 
 /// Whether PostgreSQL would read it as one: dashes and braces are as one likes.
