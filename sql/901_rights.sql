@@ -49,6 +49,7 @@ revoke all on all functions in schema relay from public;
 -- As in 006_indexes.sql: asked for again and again, for a moment only, so that nobody waits behind this.
 do $$
 declare
+  known constant text := pg_catalog.current_setting('lock_timeout');
   one record;
 begin
   perform pg_catalog.set_config('lock_timeout', '50ms', true);
@@ -62,6 +63,8 @@ begin
       end;
     end loop;
   end loop;
+  -- What comes after it in this transaction may wait.
+  perform pg_catalog.set_config('lock_timeout', known, true);
   perform pg_catalog.setval('relay.watch_list_id_seq', w.most) from (select pg_catalog.max(l.id) as most from relay.watch_list l) w
   where w.most > coalesce(pg_catalog.pg_sequence_last_value('relay.watch_list_id_seq'), 0);
 end
