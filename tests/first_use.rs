@@ -14,6 +14,7 @@ use relay::postgres::connect::Server;
 use crate::addresses::Guarded;
 use crate::cli::{line_with, signal};
 use crate::support::client::Client;
+use crate::support::database::{connect, with_database};
 use crate::support::http::get;
 
 const BY_TCP: &str = "postgres://owner:PASSWORD@127.0.0.1:PORT/app";
@@ -99,6 +100,10 @@ impl Person {
 }
 
 async fn owner(server: &Guarded) -> Session {
+    // Until PostgreSQL 15 everybody may create there, which doctor takes for a fault.
+    let admin = connect(&with_database(&server.cluster.url, "app")).await;
+    let own = "revoke create on schema public from public; grant create on schema public to owner";
+    admin.batch_execute(own).await.unwrap();
     Server::parse(&server.filled(BY_TCP), "test", None).unwrap().connect().await.unwrap()
 }
 

@@ -1,6 +1,5 @@
 //! Histories that end: a standby takes over, a disk is put back, a dump comes into another cluster, the schema is dropped.
 //! Whoever was there is told of a gap and then of everything after it; nobody waits in vain for what will never come.
-#![allow(clippy::print_stdout, reason = "what is not run is said")]
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -25,7 +25,7 @@ const SCHEMA: &str = "
 
 /// Each of these conditions shows what the table shows, to ann, to bob and to nobody.
 async fn check(conditions: &[&str]) {
-    let ways = Ways::new(&SCHEMA.replace("ANN", ANN).replace("BOB", BOB)).await;
+    let ways = Box::pin(Ways::new(&SCHEMA.replace("ANN", ANN).replace("BOB", BOB))).await;
     let reader = |sub: &str, orgs: Value| json!({"role": "authenticated", "exp": 4_000_000_000_u64, "sub": sub, "orgs": orgs});
     let readers = [
         reader(ANN, json!(["x", "1"])),

@@ -1,4 +1,5 @@
 //! The program itself, as a person starts it.
+#![allow(clippy::print_stdout, reason = "what is not run is said")]
 
 use std::path::PathBuf;
 use std::process::Stdio;
