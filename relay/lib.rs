@@ -1,7 +1,7 @@
 //! A Postgres change-feed relay: each row change to those who may see it by the table's own policies.
 //!
 //! ```text
-//! writer ── SQL ──▶ trigger ──▶ relay.changes          the changelog, same transaction
+//! writer ── SQL ──▶ trigger ──▶ relay.log              the changelog, same transaction
 //!                          └──▶ NOTIFY                  the doorbell, only if the relay sleeps
 //! postgres/doorbell ─▶ feed/source ─▶ feed/gate ─▶ feed/router ─▶ model/session ─▶ transport ─▶ client
 //!    wake-up            pages by        who may      frames,         one client       WebSocket

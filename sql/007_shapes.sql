@@ -1,30 +1,5 @@
 -- Shapes: what the columns of a watched relation were when an image was written, so that it keeps its meaning.
 
--- As in 006_indexes.sql: asked for again and again, for a moment only, so that no writer waits behind this.
-do $$
-begin
-  perform set_config('lock_timeout', '50ms', true);
-  loop
-    begin
-      lock table relay.changes, relay.changes_0, relay.changes_1, relay.changes_2 in access exclusive mode;
-      exit;
-    exception when lock_not_available then
-      perform pg_sleep(0.5);
-    end;
-  end loop;
-end
-$$;
-
-alter table relay.changes
-  add column if not exists shape int,
-  add column if not exists leaf oid,
-  add column if not exists began xid8;
-comment on column relay.changes.shape is
-  'relay.shapes.shape of the images; 0: another one came while they were made; null: written before there were shapes';
-comment on column relay.changes.leaf is 'the partition that holds the row; null: the relation has none';
-comment on column relay.changes.began is
-  'all transactions before this one were over in the snapshot of a transaction that reads by one alone, where a type can be altered meanwhile';
-
 create table if not exists relay.shapes (
   relation int not null,
   shape int not null,

@@ -28,16 +28,18 @@ comment on function relay.key(regclass) is 'key columns of a relation: primary k
 create or replace function relay.log_change(relation int, shape int, operation "char", oversize boolean, before json, after json,
                                             leaf oid default null, began xid8 default null) returns void
 language plpgsql volatile as $$
+declare
+  kind constant text := concat_ws(' ', operation, relation, coalesce(shape, 0), 'L' || leaf, 'B' || began, case when oversize then 'S' end);
 begin
   if relay.current_segment() = 0 then
-    insert into relay.changes_0 (number, xid, at, relation, shape, operation, oversize, before, after, leaf, began)
-    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, shape, operation, oversize, before, after, leaf, began);
+    insert into relay.log_0 (number, xid, at, kind, before, after)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), kind, before, after);
   elsif relay.current_segment() = 1 then
-    insert into relay.changes_1 (number, xid, at, relation, shape, operation, oversize, before, after, leaf, began)
-    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, shape, operation, oversize, before, after, leaf, began);
+    insert into relay.log_1 (number, xid, at, kind, before, after)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), kind, before, after);
   else
-    insert into relay.changes_2 (number, xid, at, relation, shape, operation, oversize, before, after, leaf, began)
-    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, shape, operation, oversize, before, after, leaf, began);
+    insert into relay.log_2 (number, xid, at, kind, before, after)
+    values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), kind, before, after);
   end if;
 end
 $$;
@@ -234,6 +236,8 @@ comment on function relay.image_needs(regclass) is 'what the images of a relatio
 -- NULLIF, IS DISTINCT FROM, simple CASE, USING), no literal has a backslash, and no column is named. What it calls
 -- pins the search path, or is called from nowhere else. Where `care` is needed images are made elsewhere, as relay_image.
 --
+-- One test joins all that a row has to fulfil with the choice of the segment, which the planner folds: the others cost nothing.
+--
 -- What 4000 stored bytes were compressed from may still be large as text: the relay cuts such an image down when it reads it.
 create or replace function relay.capture_body(relation regclass, id int, shape int, operation text) returns text
 language plpgsql stable
@@ -244,13 +248,15 @@ declare
   images constant text[] := case operation when 'INSERT' then '{new}' when 'DELETE' then '{old}' else '{old,new}' end;
   leaf constant text := case when (select c.relkind = 'p' from pg_class c where c.oid = capture_body.relation) then 'tg_relid' end;
   loose constant text := relay.is_loose(relay.columns_of(relation))::text;
-  conditions text[];
+  kind constant text := case when leaf is null then format('%L', concat_ws(' ', letter, id, shape))
+                             else format('pg_catalog.concat(%L, %s)', concat_ws(' ', letter, id, shape, 'L'), leaf) end;
+  careful constant text := format('perform relay.capture_carefully(old, new, tg_relid, %s, %s, %L::pg_catalog."char", %s, %s);', id, shape,
+                                  letter, coalesce(leaf, 'null::pg_catalog.oid'), loose);
+  conditions text[] := '{}';
   body text;
 begin
-  body := format(E'    perform relay.capture_carefully(old, new, tg_relid, %s, %s, %L::pg_catalog."char", %s, %s);\n', id, shape, letter,
-                 coalesce(leaf, 'null::pg_catalog.oid'), loose);
   if 'care' = any (needs) then
-    body := replace(body, '    perform', '  perform');
+    body := format(E'  %s\n', careful);
   else
     conditions := array(
       select format('pg_catalog.current_setting(%L) operator(pg_catalog.=) %L', split_part(n, '=', 1), split_part(n, '=', 2))
@@ -260,24 +266,19 @@ begin
                                    from unnest(images) with ordinality u (i, n)) || ' operator(pg_catalog.<=) 4000');
     end if;
     body := (
-      select string_agg(format($text$    %s
-      insert into relay.changes_%s (number, xid, at, relation, shape, operation, oversize, %s)
-      values (pg_catalog.nextval('relay.change_number'::pg_catalog.regclass), pg_catalog.pg_current_xact_id(),
-              pg_catalog.clock_timestamp(), %s, %s, %L, false, %s);
+      select string_agg(format($text$  %s %s then
+    insert into relay.log_%s (number, xid, at, kind, %s)
+    values (pg_catalog.nextval('relay.change_number'::pg_catalog.regclass), pg_catalog.pg_current_xact_id(),
+            pg_catalog.clock_timestamp(), %s, %s);
 $text$,
-          case segment when 0 then 'if relay.current_segment() operator(pg_catalog.=) 0 then'
-                       when 1 then 'elsif relay.current_segment() operator(pg_catalog.=) 1 then' else 'else' end,
+          case segment when 0 then 'if' else 'elsif' end,
+          array_to_string(conditions || format('relay.current_segment() operator(pg_catalog.=) %s', segment), ' and '),
           segment,
-          concat_ws(', ', (select string_agg(case i when 'old' then 'before' else 'after' end, ', ' order by n) from unnest(images) with ordinality u (i, n)),
-                    case when leaf is not null then 'leaf' end),
-          id, shape, letter,
-          concat_ws(', ', (select string_agg(format('pg_catalog.row_to_json(%s)', i), ', ' order by n) from unnest(images) with ordinality u (i, n)),
-                    leaf)), '' order by segment)
-      from generate_series(0, 2) segment) || E'    end if;\n'
-      || case when conditions <> '{}' then E'  else\n' || body || E'  end if;\n' else '' end;
-    if conditions <> '{}' then
-      body := format(E'  if %s then\n', array_to_string(conditions, ' and ')) || body;
-    end if;
+          (select string_agg(case i when 'old' then 'before' else 'after' end, ', ' order by n) from unnest(images) with ordinality u (i, n)),
+          kind,
+          (select string_agg(format('pg_catalog.row_to_json(%s)', i), ', ' order by n) from unnest(images) with ordinality u (i, n))),
+        '' order by segment)
+      from generate_series(0, 2) segment) || format(E'  else\n    %s\n  end if;\n', careful);
   end if;
   -- A sleeping relay holds this lock exclusively. A writer that gets its share need not ring: the relay is awake, and
   -- cannot fall asleep before this transaction has ended.

@@ -93,6 +93,35 @@ end
 $$;
 comment on function relay.legible(json) is 'text of a row image without the columns that cannot be told in UTF-8';
 
+-- relay.changes : the changelog for people, with what `kind` says in columns of their own
+create or replace view relay.changes as
+select c.number, c.xid, c.at,
+  pg_catalog.split_part(c.kind, ' ', 2)::int as relation,
+  pg_catalog.left(c.kind, 1)::"char" as operation,
+  pg_catalog.split_part(c.kind, ' ', 3)::int as shape,
+  c.kind ~ ' S$' as oversize,
+  pg_catalog.substring(c.kind, ' L([0-9]+)')::oid as leaf,
+  pg_catalog.substring(c.kind, ' B([0-9]+)')::xid8 as began,
+  c.before, c.after
+from relay.log c;
+comment on view relay.changes is 'the changelog';
+comment on column relay.changes.number is 'order of the writes';
+comment on column relay.changes.xid is 'the top-level transaction that wrote the change';
+comment on column relay.changes.relation is 'relay.watch_list.id; 0: the schema';
+comment on column relay.changes.operation is 'I, U, D, T (truncate: no images), S (the schema changed) or G (changes may be missing here)';
+comment on column relay.changes.shape is 'relay.shapes.shape of the images; 0: another one came while they were made';
+comment on column relay.changes.oversize is 'an image holds only the key and the short columns';
+comment on column relay.changes.leaf is 'the partition that holds the row; null: the relation has none';
+comment on column relay.changes.began is
+  'all transactions before this one were over in the snapshot of a transaction that reads by one alone, where a type can be altered meanwhile';
+
+-- relay.relation_of(kind) : relay.watch_list.id of a change; 0 is the schema
+create or replace function relay.relation_of(kind text) returns int
+language sql immutable as $$
+  select pg_catalog.split_part($1, ' ', 2)::int
+$$;
+comment on function relay.relation_of(text) is 'watched relation of a change, by its kind';
+
 -- relay.page(seen, until, after_number, some_run) : the changes that finished after `seen`, up to `until`
 -- First row: number null, snapshot = the page's end (`until`, else the statement's snapshot), unflushed = up to where the log
 -- has to be flushed so that a crash cannot take anything of it back, null when it is. Then the changes in order of number,
@@ -100,32 +129,32 @@ comment on function relay.legible(json) is 'text of a row image without the colu
 -- the plan is left out then. Nothing is skipped when a transaction commits late and nothing comes twice: rows of transactions that began after
 -- `seen` (a range of xid) and rows of those that ran in it (a list), as far as they are visible now. No hidden
 -- xmin: there subtransactions look finished. Sorting carries images still compressed, so they become text last.
--- Language sql and stable, so that it is inlined: rows stream. Reads relay.changes.
+-- Language sql and stable, so that it is inlined: rows stream. Reads relay.log.
 drop function if exists relay.page(pg_snapshot, pg_snapshot, bigint), relay.page(pg_snapshot, pg_snapshot, bigint, boolean);
 create or replace function relay.page(seen pg_snapshot, until pg_snapshot default null, after_number bigint default 0,
                                       some_run boolean default true)
-returns table (number bigint, xid text, at timestamptz, relation int, shape int, began text, operation text, oversize boolean,
-               before text, after text, snapshot text, unflushed text)
+returns table (number bigint, xid text, at timestamptz, kind text, before text, after text, snapshot text, unflushed text)
 language sql stable as $$
-  select null::bigint, null::text, null::timestamptz, null::int, null::int, null::text, null::text, null::boolean, null::text, null::text,
+  select null::bigint, null::text, null::timestamptz, null::text, null::text, null::text,
          coalesce($2, pg_catalog.pg_current_snapshot())::text,
          (select w.lsn::text from pg_catalog.pg_current_wal_insert_lsn() w (lsn) where w.lsn > pg_catalog.pg_current_wal_flush_lsn())
   union all
-  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text,
-         p.oversize or pg_catalog.getdatabaseencoding() <> 'UTF8' and not (relay.is_legible(p.before) and relay.is_legible(p.after)),
+  select p.number, p.xid::text, p.at,
+         case when pg_catalog.getdatabaseencoding() = 'UTF8' or relay.is_legible(p.before) and relay.is_legible(p.after)
+              then p.kind else p.kind || ' S' end,
          case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.before::text else relay.legible(p.before) end,
          case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.after::text else relay.legible(p.after) end,
          null::text, null::text
   from (
     select c.*
-    from relay.changes c
+    from relay.log c
     where c.xid >= pg_catalog.pg_snapshot_xmax($1)
       and c.xid < pg_catalog.pg_snapshot_xmax(coalesce($2, pg_catalog.pg_current_snapshot()))
       and ($2 is null or pg_catalog.pg_visible_in_snapshot(c.xid, $2))
       and c.number > $3
     union all
     select c.*
-    from relay.changes c
+    from relay.log c
     where $4
       and c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
       and ($2 is null or pg_catalog.pg_visible_in_snapshot(c.xid, $2))
@@ -136,31 +165,57 @@ $$;
 comment on function relay.page(pg_snapshot, pg_snapshot, bigint, boolean) is
   'one page of the changelog: a header row, then the changes finished after the first snapshot, in order';
 
--- relay.page_slice(seen, until, after_number, through_number) : of such a page, the changes with these numbers
--- Shaped as relay.page, whose cost is all that is left of the page; here it is the slice. The transaction ids are asked
--- for in a way that only the index of numbers can serve.
-drop function if exists relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint);
-create or replace function relay.page_slice(seen pg_snapshot, until pg_snapshot, after_number bigint, through_number bigint)
-returns table (number bigint, xid text, at timestamptz, relation int, shape int, began text, operation text, oversize boolean,
-               before text, after text, snapshot text, unflushed text)
+-- relay.page_transactions(seen, until, most) : the transactions of such a page, null if there are more than `most`
+-- The index is asked for one after the other, so that a large transaction costs no more than a small one.
+create or replace function relay.page_transactions(seen pg_snapshot, until pg_snapshot, most int) returns xid8[]
 language sql stable as $$
-  select null::bigint, null::text, null::timestamptz, null::int, null::int, null::text, null::text, null::boolean, null::text, null::text,
-         $2::text, null::text
+  with recursive next (xid, place) as (
+    (select c.xid, 1 from relay.log c
+     where c.xid >= pg_catalog.pg_snapshot_xmax($1) and c.xid < pg_catalog.pg_snapshot_xmax($2)
+     order by c.xid limit 1)
+    union all
+    select (select c.xid from relay.log c where c.xid > n.xid and c.xid < pg_catalog.pg_snapshot_xmax($2) order by c.xid limit 1), n.place + 1
+    from next n
+    where n.xid is not null and n.place <= $3
+  )
+  select case when pg_catalog.count(n.xid) <= $3 then
+           coalesce(pg_catalog.array_agg(n.xid) filter (where pg_catalog.pg_visible_in_snapshot(n.xid, $2)), '{}')
+           || array(select x from pg_catalog.pg_snapshot_xip($1) x where pg_catalog.pg_visible_in_snapshot(x, $2)) end
+  from next n
+$$;
+comment on function relay.page_transactions(pg_snapshot, pg_snapshot, int) is 'transactions of a page, null if they are too many';
+
+-- relay.page_slice(seen, until, after_number, through_number, transactions) : of such a page, the changes with these numbers
+-- Shaped as relay.page. With its transactions it costs what the slice has. Where they were too many to be named (null), the index
+-- is read for all of the page, but no row beyond the slice.
+drop function if exists relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint);
+create or replace function relay.page_slice(seen pg_snapshot, until pg_snapshot, after_number bigint, through_number bigint, transactions xid8[])
+returns table (number bigint, xid text, at timestamptz, kind text, before text, after text, snapshot text, unflushed text)
+language sql stable as $$
+  select null::bigint, null::text, null::timestamptz, null::text, null::text, null::text, $2::text, null::text
   union all
-  select p.number, p.xid::text, p.at, p.relation, p.shape, p.began::text, p.operation::text,
-         p.oversize or pg_catalog.getdatabaseencoding() <> 'UTF8' and not (relay.is_legible(p.before) and relay.is_legible(p.after)),
+  select p.number, p.xid::text, p.at,
+         case when pg_catalog.getdatabaseencoding() = 'UTF8' or relay.is_legible(p.before) and relay.is_legible(p.after)
+              then p.kind else p.kind || ' S' end,
          case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.before::text else relay.legible(p.before) end,
          case when pg_catalog.getdatabaseencoding() = 'UTF8' then p.after::text else relay.legible(p.after) end,
          null::text, null::text
   from (
     select c.*
-    from relay.changes c
-    where c.number > $3 and c.number <= $4
-      and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and not pg_catalog.pg_visible_in_snapshot(c.xid, $1)
+    from relay.log c
+    where c.xid = any (coalesce($5, array(select x from pg_catalog.pg_snapshot_xip($1) x where pg_catalog.pg_visible_in_snapshot(x, $2))))
+      and c.number > $3 and c.number <= $4
+    union all
+    select c.*
+    from relay.log c
+    where $5 is null
+      and c.xid >= pg_catalog.pg_snapshot_xmax($1) and c.xid < pg_catalog.pg_snapshot_xmax($2)
+      and pg_catalog.pg_visible_in_snapshot(c.xid, $2)
+      and c.number > $3 and c.number <= $4
     order by number
   ) p
 $$;
-comment on function relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint) is
+comment on function relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint, xid8[]) is
   'a header row, then the changes of a page with these numbers, in order';
 
 -- relay.page_counts(seen, until, after_number) : how many changes of which relation are on such a page; 0 is the schema
@@ -168,19 +223,23 @@ drop function if exists relay.page_relations(pg_snapshot, pg_snapshot, bigint);
 create or replace function relay.page_counts(seen pg_snapshot, until pg_snapshot, after_number bigint)
 returns table (relation int, count bigint)
 language sql stable as $$
-  select r, pg_catalog.count(*)
+  select relay.relation_of(p.kind), pg_catalog.sum(p.count)::bigint
   from (
-    select c.relation
-    from relay.changes c
-    where c.xid >= pg_catalog.pg_snapshot_xmax($1) and c.xid < pg_catalog.pg_snapshot_xmax($2)
-      and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
-    union all
-    select c.relation
-    from relay.changes c
-    where c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
-      and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
-  ) p (r)
-  group by r
+    select c.kind, pg_catalog.count(*)
+    from (
+      select c.kind
+      from relay.log c
+      where c.xid >= pg_catalog.pg_snapshot_xmax($1) and c.xid < pg_catalog.pg_snapshot_xmax($2)
+        and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
+      union all
+      select c.kind
+      from relay.log c
+      where c.xid = any (array(select x from pg_catalog.pg_snapshot_xip($1) x))
+        and pg_catalog.pg_visible_in_snapshot(c.xid, $2) and c.number > $3
+    ) c
+    group by c.kind
+  ) p (kind, count)
+  group by 1
 $$;
 comment on function relay.page_counts(pg_snapshot, pg_snapshot, bigint) is 'how many changes of a page after a number are of which relation';
 

@@ -8,22 +8,7 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.retain(interval, bigint) is 'how long changes are kept, and how many bytes of them at most';
 
--- relay.summarize() : makes what was written lately known to the indexes of numbers; a segment that is locked waits
-create or replace function relay.summarize() returns void
-language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '20ms' as $$
-begin
-  for segment in 0 .. 2 loop
-    begin
-      perform brin_summarize_new_values(format('relay.changes_%s_number', segment)::regclass);
-    exception when lock_not_available then
-      null;
-    end;
-  end loop;
-end
-$$;
-comment on function relay.summarize() is 'keeps slices of large pages quick to find; run by the relay';
+drop function if exists relay.summarize();
 
 -- relay.tend() : moves writers on to the next segment, and truncates what need not be kept; returns what it did
 -- To be called every few seconds. Each lock is tried for a moment only: a transaction that is held open delays a truncation and
@@ -44,35 +29,34 @@ begin
   if not pg_try_advisory_xact_lock(1919249009, 4) then
     return done;
   end if;
-  perform relay.summarize();
   begin
     perform relay.sweep();
   exception when lock_not_available then
     null;
   end;
   select * into rule from relay.retention;
-  total := (select sum(pg_total_relation_size(format('relay.changes_%s', s)::regclass)) from generate_series(0, 2) s);
+  total := (select sum(pg_total_relation_size(format('relay.log_%s', s)::regclass)) from generate_series(0, 2) s);
 
   -- Closed segments: once everybody who wrote to one is done, a snapshot says so; later it is truncated.
   for one in select * from relay.segments s where s.closed_at is not null order by s.closed_at loop
     begin
       if one.settled is null then
         -- Conflicts with writers, not with readers.
-        execute format('lock table relay.changes_%s in share row exclusive mode', one.segment);
+        execute format('lock table relay.log_%s in share row exclusive mode', one.segment);
         update relay.segments s set settled = pg_current_snapshot() where s.segment = one.segment;
         done := done || format('settled %s', one.segment);
       elsif one.closed_at < clock_timestamp() - rule.age or total > rule.bytes then
-        execute format('lock table relay.changes_%s in access exclusive mode', one.segment);
+        execute format('lock table relay.log_%s in access exclusive mode', one.segment);
         -- Somebody may have chosen the segment before the move and written to it long after.
-        execute format('select exists (select from relay.changes_%s c where c.xid >= pg_snapshot_xmax($1)
+        execute format('select exists (select from relay.log_%s c where c.xid >= pg_snapshot_xmax($1)
                         or c.xid = any (array(select pg_snapshot_xip($1))))', one.segment)
           into late using one.settled;
         if late then
           update relay.segments s set settled = pg_current_snapshot(), closed_at = clock_timestamp() where s.segment = one.segment;
           done := done || format('settled %s again', one.segment);
         else
-          total := total - pg_total_relation_size(format('relay.changes_%s', one.segment)::regclass);
-          execute format('truncate relay.changes_%s', one.segment);
+          total := total - pg_total_relation_size(format('relay.log_%s', one.segment)::regclass);
+          execute format('truncate relay.log_%s', one.segment);
           update relay.segments s set opened_at = null, closed_at = null, settled = null where s.segment = one.segment;
           update relay.history h set horizon = one.settled;
           done := done || format('truncated %s', one.segment);
@@ -88,8 +72,8 @@ begin
   select * into one from relay.segments s where s.segment = current;
   if (select s.opened_at is null from relay.segments s where s.segment = next)
      and (one.opened_at < clock_timestamp() - rule.age / 2
-          or pg_total_relation_size(format('relay.changes_%s', current)::regclass) > rule.bytes / 3)
-     and exists (select from relay.changes) then
+          or pg_total_relation_size(format('relay.log_%s', current)::regclass) > rule.bytes / 3)
+     and exists (select from relay.log) then
     execute format('create or replace function relay.current_segment() returns int language sql immutable as ''select %s''', next);
     update relay.segments s set closed_at = clock_timestamp() where s.segment = current;
     update relay.segments s set opened_at = clock_timestamp() where s.segment = next;
@@ -111,7 +95,7 @@ comment on function relay.horizon() is 'snapshot before which the changelog is n
 -- relay.health : how the changelog and the doorbell are
 create or replace view relay.health as
 select
-  (select pg_catalog.sum(pg_catalog.pg_total_relation_size(pg_catalog.format('relay.changes_%s', s)::pg_catalog.regclass))
+  (select pg_catalog.sum(pg_catalog.pg_total_relation_size(pg_catalog.format('relay.log_%s', s)::pg_catalog.regclass))
    from pg_catalog.generate_series(0, 2) s)::bigint as bytes,
   (select pg_catalog.now() - pg_catalog.min(s.opened_at) from relay.segments s) as oldest,
   r.age as kept_for,

@@ -20,7 +20,7 @@ set search_path = pg_catalog, pg_temp as $$
   union all
   -- What the trigger functions do as their owner: log. It may read nothing but which shape is the newest.
   select 'table', t, 'relay_writer', 'insert'
-  from unnest('{relay.changes_0,relay.changes_1,relay.changes_2,relay.widenings,relay.shape_doubts}'::text[]) t
+  from unnest('{relay.log_0,relay.log_1,relay.log_2,relay.widenings,relay.shape_doubts}'::text[]) t
   union all
   select 'sequence', 'relay.change_number', 'relay_writer', 'usage'
   union all
@@ -37,13 +37,13 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)']) f
   union all
   select 'table', t, 'relay_reader', 'select'
-  from unnest('{relay.ledger,relay.history,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
+  from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
                 relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts}'::text[]) t
   union all
   select 'function', f, 'relay_reader', 'execute'
   from unnest(array['relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
-    'relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint)', 'relay.page_counts(pg_snapshot, pg_snapshot, bigint)', 'relay.transaction_ends(xid8[])',
-    'relay.is_legible(json)', 'relay.legible(json)', 'relay.summarize()', 'relay.flush()', 'relay.key(regclass)', 'relay.notes(regclass)', 'relay.parts(regclass)',
+    'relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint, xid8[])', 'relay.page_transactions(pg_snapshot, pg_snapshot, int)', 'relay.page_counts(pg_snapshot, pg_snapshot, bigint)', 'relay.transaction_ends(xid8[])',
+    'relay.relation_of(text)', 'relay.is_legible(json)', 'relay.legible(json)', 'relay.flush()', 'relay.key(regclass)', 'relay.notes(regclass)', 'relay.parts(regclass)',
     'relay.triggers_intact(regclass, int, boolean)', 'relay.functions_intact(regclass, int)', 'relay.owner_may_execute(regclass, regprocedure)', 'relay.operations()',
     'relay.capture_function(int, text)', 'relay.capture_trigger(int, text)', 'relay.capture_body(regclass, int, int, text)',
     'relay.image_needs(regclass)', 'relay.shape(int)', 'relay.columns_of(regclass)', 'relay.type_definition(oid)',
@@ -118,7 +118,7 @@ create or replace function relay.without_identity() returns setof oid
 language sql stable
 set search_path = pg_catalog, pg_temp as $$
   select c.oid from pg_class c
-  where c.relnamespace = 'relay'::regnamespace and c.relkind = 'r' and c.relname !~ '^changes' and c.relreplident <> 'f'
+  where c.relnamespace = 'relay'::regnamespace and c.relkind = 'r' and c.relname !~ '^(log|changes)(_[0-2])?$' and c.relreplident <> 'f'
     and not (c.relreplident = 'd' and exists (select from pg_index i where i.indrelid = c.oid and i.indisprimary))
 $$;
 comment on function relay.without_identity() is 'tables of the schema relay whose changes a publication for all tables would refuse';

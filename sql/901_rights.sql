@@ -46,7 +46,7 @@ revoke all on all tables in schema relay from public;
 revoke all on all sequences in schema relay from public;
 revoke all on all functions in schema relay from public;
 
--- As in 006_indexes.sql: asked for again and again, for a moment only, so that nobody waits behind this.
+-- Asked for again and again, for a moment only: a transaction that stays open would make the lock wait, and others behind it.
 do $$
 declare
   known constant text := pg_catalog.current_setting('lock_timeout');

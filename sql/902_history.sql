@@ -7,11 +7,11 @@
 do $$
 begin
   -- One statement, for one snapshot: against an older one, what others wrote since would look like the future.
-  if (select exists (select from relay.changes c where c.xid >= n.next) or exists (select from relay.shapes s where s.xid >= n.next)
+  if (select exists (select from relay.log c where c.xid >= n.next) or exists (select from relay.shapes s where s.xid >= n.next)
              or exists (select from relay.widenings w where w.xid >= n.next)
              or exists (select from relay.segments s where pg_catalog.pg_snapshot_xmax(s.settled) > n.next)
       from pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot()) n (next)) then
-    truncate relay.changes_0, relay.changes_1, relay.changes_2;
+    truncate relay.log_0, relay.log_1, relay.log_2;
     delete from relay.shapes;
     delete from relay.shape_doubts;
     delete from relay.widenings;

@@ -180,7 +180,7 @@ async fn a_changelog_that_came_with_a_dump_never_comes_up_as_new() {
     // Its transaction's id is one that the other cluster will hand out soon.
     let xid: String = session.query_one("select pg_current_xact_id()::text", &[]).await.unwrap().get(0);
     let soon = xid.parse::<i64>().unwrap() + 400;
-    source.run(&format!("update relay.changes set xid = '{soon}' where operation = 'I'")).await;
+    source.run(&format!("update relay.log set xid = '{soon}' where kind like 'I %'")).await;
     let copy = with_database(&cluster.url, "copy");
     let dump = Command::new(programs.join("pg_dump")).args(["-d", &source.url]).output().unwrap();
     assert!(dump.status.success());

@@ -94,7 +94,7 @@ async fn what_a_poll_reads_as_its_token_ends_is_for_the_next_one() {
     let lock = stage.database.connect().await;
     // As long as no reader of the past has its turn: it tells no more than a part of it then.
     until(end.saturating_sub(Duration::from_millis(2500))).await;
-    lock.batch_execute("begin; lock table relay.changes in access exclusive mode").await.unwrap();
+    lock.batch_execute("begin; lock table relay.log in access exclusive mode").await.unwrap();
     let (address, request) = (stage.relay.address, format!("{}&since={cursor}", path(&short)));
     let poll = tokio::spawn(async move { get(address, &request, "").await });
     until(end + Duration::from_millis(300)).await;

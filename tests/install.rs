@@ -1,5 +1,8 @@
 //! Installing: fresh, again, many at once, as a plain owner, over an older and under a newer version.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde_json::json;
 use tokio_postgres::Client as Session;
 
@@ -9,6 +12,7 @@ use relay::postgres::install::{check, install};
 use crate::crash::Cluster;
 use crate::support::client::Client;
 use crate::support::database::{Database, connect, with_database};
+use crate::support::http::get;
 use crate::support::relay::Relay;
 use crate::support::{eventually, token};
 
@@ -132,9 +136,7 @@ async fn what_was_watched_before_an_update_is_watched_after_it() {
 async fn an_update_that_waits_for_an_open_transaction_does_not_hold_up_other_writers() {
     let database = Database::new().await;
     database.run("create table t (id int); select relay.watch('t')").await;
-    // As it was before there were these indexes.
-    database.run("delete from relay.ledger where file like '006%'; drop index relay.changes_0_xid").await;
-    database.run("create index changes_0_xid_number on relay.changes_0 (xid, number)").await;
+    database.run(&as_it_was()).await;
     let slow = database.connect().await;
     slow.batch_execute("begin; insert into t values (1)").await.unwrap();
     let mut installer = database.connect().await;
@@ -150,9 +152,102 @@ async fn an_update_that_waits_for_an_open_transaction_does_not_hold_up_other_wri
     slow.batch_execute("commit").await.unwrap();
     installing.await.unwrap().unwrap();
     check(&database.client).await.unwrap();
-    let indexes = "select string_agg(indexrelid::regclass::text, ' ' order by 1) from pg_index \
-                   where indrelid = 'relay.changes_0'::regclass";
-    assert_eq!(database.value(indexes).await, "relay.changes_0_number relay.changes_0_xid");
+    assert_eq!(database.value("select intact from relay.watched").await, "t");
+}
+
+/// What makes the changelog that of an older version, in tables whose columns were others.
+fn as_it_was() -> String {
+    let columns = "number, xid, at, relation, shape, operation, oversize, before, after, leaf, began";
+    format!(
+        "alter event trigger relay_schema_changes disable; alter event trigger relay_schema_drops disable;
+         drop view relay.changes; drop table relay.log cascade;
+         update relay.ledger set checksum = 'older' where file like '1%'; delete from relay.ledger where file = '010_log.sql';
+         insert into relay.ledger values ('006_indexes.sql', 'older', '0.1.0');
+         create table relay.changes (number bigint not null, xid xid8 not null, at timestamptz not null, relation int not null,
+           operation \"char\" not null, oversize boolean not null, before json, after json, shape int, leaf oid, began xid8);
+         create table relay.changes_0 () inherits (relay.changes); create table relay.changes_1 () inherits (relay.changes);
+         create table relay.changes_2 () inherits (relay.changes); create index changes_0_xid on relay.changes_0 (xid);
+         grant insert on relay.changes_0, relay.changes_1, relay.changes_2 to relay_writer;
+         create or replace function relay.log_change(relation int, shape int, operation \"char\", oversize boolean, before json, after json,
+                                                     leaf oid default null, began xid8 default null) returns void
+         language plpgsql volatile as $$ begin
+           insert into relay.changes_0 ({columns})
+           values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, shape, operation, oversize, before, after, leaf, began);
+         end $$;
+         create or replace function relay.capture_body(relation regclass, id int, shape int, operation text) returns text
+         language sql stable as $$ select format($text$ begin
+           insert into relay.changes_0 (number, xid, at, relation, shape, operation, oversize, after)
+           values (pg_catalog.nextval('relay.change_number'::pg_catalog.regclass), pg_catalog.pg_current_xact_id(),
+                   pg_catalog.clock_timestamp(), %s, %s, 'I', false, pg_catalog.row_to_json(new));
+           return null; end $text$, $2, $3) $$;
+         select relay.set_functions('t', id, relay.shape(id)) from relay.watched;
+         alter event trigger relay_schema_changes enable always; alter event trigger relay_schema_drops enable always"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_changelog_gives_way_while_writers_go_on_and_what_they_write_is_told_or_a_gap() {
+    let database = Database::new().await;
+    database
+        .run("create table t (x xid8 default pg_current_xact_id(), n int default 0); grant select on t to authenticated; select relay.watch('t')")
+        .await;
+    database.run(&as_it_was()).await;
+    let cursor = database.value("select relay.cursor()").await;
+    database.run("insert into t default values").await;
+    let is_over = Arc::new(AtomicBool::new(false));
+    let mut writing = Vec::new();
+    // Single rows, many in one statement, transactions of several statements by one snapshot, prepared statements.
+    for statement in [
+        "insert into t default values",
+        "insert into t (n) select n from generate_series(1, 300) n",
+        "begin isolation level repeatable read; insert into t default values; select pg_sleep(0.02); insert into t default values; commit",
+        "execute one(1)",
+    ] {
+        let (session, is_over) = (database.connect().await, Arc::clone(&is_over));
+        session.batch_execute("prepare one as insert into t (n) values ($1)").await.unwrap();
+        writing.push(tokio::spawn(async move {
+            while !is_over.load(Ordering::Relaxed) {
+                session.batch_execute(statement).await.unwrap();
+            }
+        }));
+    }
+    install(&mut database.connect().await).await.unwrap();
+    database.run("insert into t default values").await;
+    is_over.store(true, Ordering::Relaxed);
+    for writer in writing {
+        writer.await.unwrap();
+    }
+    // What a function of the older version writes late.
+    database
+        .run(
+            "insert into relay.changes_0 (number, xid, at, relation, shape, operation, oversize, after, leaf, began)
+             values (nextval('relay.change_number'), pg_current_xact_id(), now(), 1, 1, 'I', true, '{\"late\": true}', 16402, '731')",
+        )
+        .await;
+    let late = "select count(*) from relay.changes where after ->> 'late' = 'true' and oversize and leaf = 16402 and began = '731'";
+    assert_eq!(database.value(late).await, "1");
+    let silent = "select count(*) from (select x, count(*) from t, relay.history h where not pg_visible_in_snapshot(x, h.horizon) group by x
+                  except select xid, count(*) from relay.changes where operation = 'I' group by xid) lost";
+    assert_eq!(database.value(silent).await, "0");
+    assert_ne!(database.value("select count(*) from relay.changes where operation = 'I'").await, "1");
+    check(&database.client).await.unwrap();
+    let relay = Relay::start(&database.url).await;
+    let path = format!(
+        "/realtime/v1/changes?table=t&wait=0&since={cursor}&apikey={}",
+        token("authenticated", None, json!({}))
+    );
+    let answer = get(relay.address, &path, "").await;
+    assert_eq!(answer.status, 410, "{answer:?}");
+    relay.stop().await;
+    // Nothing of it is left once nobody can be writing there.
+    let is_left = "select to_regclass('relay.changes_0') is not null or to_regprocedure('relay.redirect()') is not null";
+    install(&mut database.connect().await).await.unwrap();
+    assert_eq!(database.value(is_left).await, "t");
+    database
+        .run("update relay.ledger set applied_at = now() - interval '2 hours' where file = '010_log.sql'")
+        .await;
+    install(&mut database.connect().await).await.unwrap();
+    assert_eq!(database.value(is_left).await, "f");
 }
 
 #[tokio::test(flavor = "multi_thread")]

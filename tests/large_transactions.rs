@@ -199,7 +199,7 @@ async fn reading_it_by_polls_costs_in_proportion_to_its_size() {
         (stage.database.value(others).await == "0").then_some(())
     })
     .await;
-    let read = "select idx_tup_fetch + seq_tup_read from pg_stat_all_tables where relname = 'changes_0'";
+    let read = "select idx_tup_fetch + seq_tup_read from pg_stat_all_tables where relname = 'log_0'";
     let read: i64 = stage.database.value(read).await.parse().unwrap();
     assert!(read < 12 * MANY, "{polls} polls read {read} rows of the changelog");
 }

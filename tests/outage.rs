@@ -456,14 +456,14 @@ async fn a_feed_that_fails_again_and_again_is_stalled_though_it_connects_each_ti
     // What no relay can read.
     database
         .run(
-            "insert into relay.changes_0 (number, xid, at, relation, operation, oversize)
-             values (nextval('relay.change_number'), pg_current_xact_id(), now(), 0, 'X', false)",
+            "insert into relay.log_0 (number, xid, at, kind)
+             values (nextval('relay.change_number'), pg_current_xact_id(), now(), 'X 0 0')",
         )
         .await;
     database.run("insert into t values (1)").await;
     assert_eq!(client.frame().await[4], stalled());
     assert_eq!(state(&relay).await[0].0, 503);
-    database.run("delete from relay.changes_0 where operation = 'X'").await;
+    database.run("delete from relay.log_0 where kind = 'X 0 0'").await;
     let mut beside = told(&mut client, 1..=1).await;
     if beside.is_empty() {
         beside.push(client.frame().await[4].clone());

@@ -282,7 +282,7 @@ async fn what_is_not_there_and_what_is_not_allowed_have_one_answer() {
             "closed.t",
             "pg_catalog.pg_authid",
             "relay.changes",
-            "relay.changes_0",
+            "relay.log_0",
             "relay.watch_list",
             "public.secret; drop table secret",
             "public.marker\"",
@@ -295,7 +295,7 @@ async fn what_is_not_there_and_what_is_not_allowed_have_one_answer() {
         assert!(answers[0].contains("Please check Realtime is enabled"), "{}", answers[0]);
         assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:#?}");
     }
-    for own in ["relay.changes", "relay.changes_0", "relay.watch_list", "pg_catalog.pg_authid"] {
+    for own in ["relay.log", "relay.log_0", "relay.watch_list", "pg_catalog.pg_authid"] {
         let watched = stage.database.client.batch_execute(&format!("select relay.watch('{own}')")).await;
         assert!(watched.unwrap_err().as_db_error().unwrap().message().contains("cannot be watched"), "{own}");
     }

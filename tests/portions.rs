@@ -61,9 +61,8 @@ async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
         let session = database.connect().await;
         let server = Server::parse(&database.url, "portions", None).unwrap();
         let portions = Portions::connect(&server).await.unwrap();
-        if round % 2 == 1 {
-            portions.summarize().await.unwrap();
-        }
+        // By their names, some of them, none.
+        let portions = portions.naming([2000, 3, 0][round as usize % 3]);
         for (place, seen) in snapshots.iter().enumerate() {
             for until in &snapshots[place..] {
                 let page = "select number from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, 0) \
@@ -94,4 +93,43 @@ async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_portion_of_a_large_transaction_reads_what_it_has_and_no_more_of_the_index() {
+    let database = Database::new().await;
+    database.run("create table t (v int default 0); select relay.watch('t')").await;
+    let seen = database.value("select pg_current_snapshot()").await;
+    // Among small ones, of which one began before it and ends after it.
+    let beside = database.connect().await;
+    beside.batch_execute("begin; insert into t values (1)").await.unwrap();
+    for values in ["values (2)", "select generate_series(1, 60000)", "values (3)"] {
+        database.run(&format!("insert into t {values}")).await;
+    }
+    beside.batch_execute("insert into t values (4); commit").await.unwrap();
+    let until = database.value("select pg_current_snapshot()").await;
+    let middle: i64 = database.value("select max(number) - 30000 from relay.changes").await.parse().unwrap();
+    let named = async |most: i32| {
+        let names = format!("select relay.page_transactions('{seen}', '{until}', {most})");
+        database.value(&format!("select coalesce(quote_literal(({names})), 'null')")).await
+    };
+    assert_eq!(named(3).await, "null");
+    let named = named(4).await;
+    assert_eq!(named.matches(',').count(), 3, "{named}");
+    database.run("set enable_seqscan = off; set plan_cache_mode = force_generic_plan; set max_parallel_workers_per_gather = 0").await;
+    let mut blocks = Vec::new();
+    for transactions in [&*named, "null"] {
+        database
+            .run(&format!(
+                "deallocate all; prepare slice as select * from relay.page_slice('{seen}', '{until}', {middle}, {middle} + 500, {transactions})"
+            ))
+            .await;
+        let explain = "explain (analyze, buffers, format json) execute slice";
+        let plan: serde_json::Value = database.client.query_one(explain, &[]).await.unwrap().get(0);
+        let plan = &plan[0]["Plan"];
+        assert_eq!(plan["Actual Rows"].as_f64(), Some(501.0), "{plan}");
+        blocks
+            .push(plan["Shared Hit Blocks"].as_i64().unwrap() + plan["Shared Read Blocks"].as_i64().unwrap());
+    }
+    assert!(blocks[0] < 100 && blocks[1] > 200, "{blocks:?}");
 }

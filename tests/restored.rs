@@ -162,7 +162,7 @@ async fn doctor_names_what_an_installation_gives_back() {
             "relay.image(record) does not belong to relay_image",
         ),
         ("alter function relay.log_schema_change() owner to postgres", "log_schema_change"),
-        ("revoke insert on relay.changes_1 from relay_writer", "relay_writer has no right to insert"),
+        ("revoke insert on relay.log_1 from relay_writer", "relay_writer has no right to insert"),
         ("revoke usage on sequence relay.change_number from relay_writer", "change_number"),
         ("revoke select (shape) on relay.shapes from relay_writer", "shape"),
         ("revoke usage on schema relay from relay_writer", "schema relay"),
@@ -171,7 +171,7 @@ async fn doctor_names_what_an_installation_gives_back() {
             "grant execute on function relay.retain(interval, bigint) to public",
             "everybody may execute relay.retain",
         ),
-        ("grant select on relay.changes_0 to public", "everybody may select on relay.changes_0"),
+        ("grant select on relay.log_0 to public", "everybody may select on relay.log_0"),
         (
             "alter table relay.shape_doubts replica identity default",
             "relay.shape_doubts has no replica identity",

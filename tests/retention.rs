@@ -81,12 +81,12 @@ async fn what_was_written_to_a_segment_after_it_was_settled_is_kept_as_long_as_t
     // As a writer would that chose its segment before the move and was halted since.
     database
         .run(
-            "insert into relay.changes_0 (number, xid, at, relation, operation, oversize)
-             values (nextval('relay.change_number'), pg_current_xact_id(), now(), 1, 'T', false)",
+            "insert into relay.log_0 (number, xid, at, kind)
+             values (nextval('relay.change_number'), pg_current_xact_id(), now(), 'T 1 0')",
         )
         .await;
     tend_until(&database, "settled 0 again").await;
-    assert_eq!(database.value("select count(*) from relay.changes_0 where operation = 'T'").await, "1");
+    assert_eq!(database.value("select count(*) from relay.log_0 where kind like 'T %'").await, "1");
     tend_until(&database, "truncated 0").await;
 }
 

@@ -47,9 +47,9 @@ async fn nobody_reads_the_changelog_or_calls_a_function_of_the_relay_who_was_not
     let tables: Vec<&str> = writer.split(' ').filter(|right| right.contains(':')).collect();
     let logs = [
         "change_number:usage",
-        "changes_0:insert",
-        "changes_1:insert",
-        "changes_2:insert",
+        "log_0:insert",
+        "log_1:insert",
+        "log_2:insert",
         "schema:usage",
         "shape_doubts:insert",
         "widenings:insert",
@@ -59,7 +59,7 @@ async fn nobody_reads_the_changelog_or_calls_a_function_of_the_relay_who_was_not
     session.batch_execute(&format!("set role {stranger}")).await.unwrap();
     for tried in [
         "select * from relay.changes",
-        "select * from relay.changes_0",
+        "select * from relay.log_0",
         "select relay.cursor()",
         "select * from relay.page('1:1:', null, 0)",
         "select relay.watch('public.t')",

@@ -129,7 +129,7 @@ const HOSTILE: &str = r#"
     create domain evil.oid as text check (value = 'evil'); create domain evil.bool as text check (value = 'evil');
     create domain evil."char" as text check (value = 'evil'); create domain evil.text as pg_catalog.text check (value = 'evil');
     create domain evil.int4 as pg_catalog.text check (value = 'evil'); create domain evil.trigger as pg_catalog.text check (value = 'evil');
-    create table evil.changes_0 (number int); create table evil.old (id int); create table evil.new (id int)"#;
+    create table evil.log_0 (number int); create table evil.old (id int); create table evil.new (id int)"#;
 
 const HOSTILE_SESSION: &str = r"
     set standard_conforming_strings = off; set escape_string_warning = off; set extra_float_digits = 0; set bytea_output = 'escape';
@@ -137,7 +137,7 @@ const HOSTILE_SESSION: &str = r"
     create domain pg_temp.oid as pg_catalog.text check (value operator(pg_catalog.=) 'evil');
     create domain pg_temp.bool as pg_catalog.text check (value operator(pg_catalog.=) 'evil');
     create domain pg_temp.regclass as pg_catalog.text check (value operator(pg_catalog.=) 'evil');
-    create table pg_temp.changes_0 (number pg_catalog.int4); create table pg_temp.new (id pg_catalog.int4);
+    create table pg_temp.log_0 (number pg_catalog.int4); create table pg_temp.new (id pg_catalog.int4);
     set search_path = evil, pg_temp, public, pg_catalog";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -309,8 +309,8 @@ async fn what_an_older_version_watched_is_captured_by_functions_of_its_own_after
             "drop event trigger relay_schema_drops; alter event trigger relay_schema_changes disable; drop function relay.log_change(int, int, \"char\", boolean, json, json, oid, xid8);
              create function relay.log_change(relation int, operation \"char\", oversize boolean, before json, after json) returns void
              language plpgsql as $$ begin
-               insert into relay.changes_0 (number, xid, at, relation, operation, oversize)
-               values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relation, operation, oversize); end $$;
+               insert into relay.log_0 (number, xid, at, kind)
+               values (nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), concat_ws(' ', operation, relation, 0)); end $$;
              revoke all on function relay.log_change(int, \"char\", boolean, json, json) from public;
              grant execute on function relay.log_change(int, \"char\", boolean, json, json) to relay_writer;
              revoke all on function relay.renew_shapes(boolean, int[]) from relay_writer;

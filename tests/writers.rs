@@ -249,10 +249,7 @@ async fn a_changelog_that_somebody_locks_delays_changes_and_loses_none() {
     stage.run("insert into t values (1)").await;
     assert_eq!(stage.told(&mut client).await.len(), 1);
     let (holder, writer) = (stage.database.connect().await, stage.database.connect().await);
-    holder
-        .batch_execute("begin; lock relay.changes, relay.changes_0 in access exclusive mode")
-        .await
-        .unwrap();
+    holder.batch_execute("begin; lock relay.log, relay.log_0 in access exclusive mode").await.unwrap();
     let writing = tokio::spawn(async move { writer.batch_execute("insert into t values (2)").await });
     eventually("the writer and the relay wait", || async {
         let waiting = "select count(*) >= 2 from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()";

@@ -182,7 +182,7 @@ async fn locks(client: &Client) -> Result<(Vec<i32>, Vec<Finding>), Error> {
          and l.database = (select oid from pg_database where datname = current_database()) \
          and not (l.objid = 1 and l.mode = 'ShareLock' and l.virtualtransaction not like '%/0') \
          and not (a.application_name like 'relay%' \
-         and coalesce(has_table_privilege(a.usesysid, 'relay.changes', 'select'), false)) order by 1, 2";
+         and coalesce(has_table_privilege(a.usesysid, 'relay.log', 'select'), false)) order by 1, 2";
     let rows = client.query(strange, &[]).await?;
     let strangers = rows.iter().map(|row| row.get(1)).collect();
     let told = |row: tokio_postgres::Row| {

@@ -27,8 +27,6 @@ const SHARED: usize = 2;
 const SPARE: Duration = Duration::from_secs(5);
 /// One reader's turn, as somebody may wait for the answer; a long past takes several.
 const TURN: Duration = Duration::from_secs(2);
-/// What was written lately is summarized so often at most.
-const SUMMARIZED: Duration = Duration::from_secs(1);
 
 /// Reads the past for those who missed it.
 pub struct Past {
@@ -44,7 +42,6 @@ pub struct Past {
     patience: Duration,
     /// Connections that nobody reads by, and since when.
     spare: Mutex<Vec<(Portions, Instant)>>,
-    summarized: Mutex<Option<Instant>>,
     judged_with: Mutex<Option<Arc<Catalog>>>,
 }
 
@@ -125,7 +122,6 @@ impl Past {
             shared: Arc::new(Semaphore::new(SHARED)),
             patience,
             spare: Mutex::default(),
-            summarized: Mutex::default(),
             judged_with: Mutex::new(None),
         }
     }
@@ -327,22 +323,10 @@ impl Past {
     /// Reads a portion; nothing of it was trimmed before.
     async fn portion(&self, from: &Bearing) -> Result<Portion, Missed> {
         let portions = self.connection().await?;
-        if from.is_close() {
-            self.summarize(&portions).await?;
-        }
         let portion = self.in_time(portions.read(from, PART_CHANGES, PART_BYTES)).await?;
         self.put_back(portions).await;
         self.check_kept(&from.seen).await?;
         Ok(portion)
-    }
-
-    async fn summarize(&self, portions: &Portions) -> Result<(), Error> {
-        let mut summarized = self.summarized.lock().await;
-        if summarized.is_none_or(|when| when.elapsed() > SUMMARIZED) {
-            self.in_time(portions.summarize()).await?;
-            *summarized = Some(Instant::now());
-        }
-        Ok(())
     }
 }
 

@@ -78,6 +78,43 @@ impl Operation {
     }
 }
 
+/// What a change is, as one word after the other: `U 17 3 L16402 B731 S`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kind {
+    /// What happened.
+    pub operation: Operation,
+    /// To which watched relation.
+    pub relation: RelationId,
+    /// The number of the shape that the images were written under; 0 where that is not known.
+    pub shape: i32,
+    /// The partition that holds the row.
+    pub leaf: Option<u32>,
+    /// As [`Change::began`].
+    pub began: Option<u64>,
+    /// As [`Change::oversize`].
+    pub oversize: bool,
+}
+
+impl Kind {
+    /// Reads these words; none when they are others.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let operation = Operation::from_letter(words.next()?)?;
+        let relation = RelationId(words.next()?.parse().ok()?);
+        let shape = words.next()?.parse().ok()?;
+        let mut kind = Self { operation, relation, shape, leaf: None, began: None, oversize: false };
+        for word in words {
+            match word.split_at_checked(1)? {
+                ("L", leaf) => kind.leaf = Some(leaf.parse().ok()?),
+                ("B", began) => kind.began = Some(began.parse().ok()?),
+                ("S", "") => kind.oversize = true,
+                _ => return None,
+            }
+        }
+        Some(kind)
+    }
+}
+
 /// How the images of a change are to be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reading {
@@ -283,6 +320,18 @@ mod tests {
         let row = Row::parse(image).unwrap();
         let text = row.project(|name| keep.contains(&name).then_some(Spelling::Plain));
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn kinds_are_read_whole_or_not_at_all() {
+        let plain = Kind::parse("I 17 3").unwrap();
+        assert_eq!((plain.operation, plain.relation, plain.shape), (Operation::Insert, RelationId(17), 3));
+        assert_eq!((plain.leaf, plain.began, plain.oversize), (None, None, false));
+        let full = Kind::parse("U 17 0 L4294967295 B18446744073709551615 S").unwrap();
+        assert_eq!((full.leaf, full.began, full.oversize), (Some(u32::MAX), Some(u64::MAX), true));
+        for text in ["", "I", "I 17", "X 17 3", "I 17 3 ", "I 17 3 L", "I 17 3 Q", "I 17 3 S1", "I a 3"] {
+            assert_eq!(Kind::parse(text), None, "{text}");
+        }
     }
 
     #[test]

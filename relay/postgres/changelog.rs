@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
-use crate::model::change::{self, Change, Operation, Reading, RelationId};
+use crate::model::change::{self, Change, Kind, Reading, RelationId};
 use crate::model::cursor::{Epoch, Snapshot};
 use crate::postgres::catalog::RuleScope;
 use crate::postgres::connect::{Error, Lease, NO_PATH, Server};
@@ -303,9 +303,10 @@ pub(super) async fn committed(client: &Client) -> Result<&'static str, Error> {
 }
 
 fn change(row: &Row) -> Result<Change, Error> {
-    let operation: &str = row.try_get("operation")?;
     let xid: &str = row.try_get("xid")?;
-    let mut oversize = row.try_get("oversize")?;
+    let kind = Kind::parse(row.try_get("kind")?)
+        .ok_or_else(|| unfit("relay.page gave an unknown kind of change"))?;
+    let mut oversize = kind.oversize;
     let (before, after) = (image(row, "before", &mut oversize)?, image(row, "after", &mut oversize)?);
     Ok(Change {
         number: row.try_get("number")?,
@@ -314,16 +315,11 @@ fn change(row: &Row) -> Result<Change, Error> {
             Some(committed) => committed,
             None => row.try_get("at")?,
         },
-        relation: RelationId(row.try_get("relation")?),
-        shape: row.try_get("shape")?,
-        began: row
-            .try_get::<_, Option<&str>>("began")?
-            .map(str::parse)
-            .transpose()
-            .map_err(|_| unfit("relay.page gave no transaction id"))?,
+        relation: kind.relation,
+        shape: Some(kind.shape),
+        began: kind.began,
         reading: Reading::default(),
-        operation: Operation::from_letter(operation)
-            .ok_or_else(|| unfit("relay.page gave an unknown operation"))?,
+        operation: kind.operation,
         oversize,
         before,
         after,

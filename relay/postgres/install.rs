@@ -17,10 +17,10 @@ const FILES: &[(&str, &str)] = &[
     ("003_watch_list.sql", include_str!("../../sql/003_watch_list.sql")),
     ("004_retention.sql", include_str!("../../sql/004_retention.sql")),
     ("005_bookmarks.sql", include_str!("../../sql/005_bookmarks.sql")),
-    ("006_indexes.sql", include_str!("../../sql/006_indexes.sql")),
     ("007_shapes.sql", include_str!("../../sql/007_shapes.sql")),
     ("008_widenings.sql", include_str!("../../sql/008_widenings.sql")),
     ("009_known_relations.sql", include_str!("../../sql/009_known_relations.sql")),
+    ("010_log.sql", include_str!("../../sql/010_log.sql")),
     ("100_shapes.sql", include_str!("../../sql/100_shapes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),
     ("101_grants.sql", include_str!("../../sql/101_grants.sql")),
@@ -192,6 +192,7 @@ const TABLE_PAUSE: Duration = Duration::from_millis(500);
 /// Writes the trigger functions of watched tables anew where their text or owner is another, and the triggers that are missing, disabled
 /// or of an older version. Of what belongs to somebody else the installer leaves what is there.
 async fn renew(client: &mut Client) -> Result<(), Error> {
+    drop_redirected(client).await?;
     client.execute("select relay.repair()", &[]).await?;
     let broken = "select w.relation::text, pg_catalog.format('select relay.set_triggers(%s, %s)', w.relation::oid, w.id) \
          from relay.watch_list w join pg_class c on c.oid = w.relation \
@@ -231,6 +232,23 @@ async fn renew(client: &mut Client) -> Result<(), Error> {
              end $$",
         )
         .await?;
+    Ok(())
+}
+
+/// Drops the tables that an older version logged to (see `010_log.sql`), an hour after nothing was made to write there any more.
+async fn drop_redirected(client: &Client) -> Result<(), Error> {
+    let drop = "do $$ begin
+         if to_regclass('relay.changes_0') is not null
+            and exists (select from relay.ledger where file = '010_log.sql' and applied_at < now() - interval '1 hour')
+            and not exists (select from pg_proc p where p.pronamespace = 'relay'::regnamespace and p.prosrc ~ 'into relay\\.changes_') then
+           perform set_config('lock_timeout', '50ms', true);
+           drop table relay.changes_0, relay.changes_1, relay.changes_2;
+           drop function relay.redirect();
+         end if;
+       exception when lock_not_available then
+         null;
+       end $$";
+    client.batch_execute(drop).await?;
     Ok(())
 }
 

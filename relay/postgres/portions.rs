@@ -19,11 +19,19 @@ const PARTS: usize = 8;
 /// … or so many bytes of images: several readers may have one in memory.
 const BYTES: usize = 1 << 20;
 
+/// So many transactions of a page are looked up one by one for each portion. A page that has more is looked through in the index.
+const NAMED: i32 = 2000;
+
+/// The transactions of a page; none where they are too many.
+type Transactions = Arc<Option<Vec<String>>>;
+
 /// A connection that reads portions.
 pub struct Portions {
     changelog: Changelog,
     head: Statement,
     slice: Statement,
+    transactions: Statement,
+    named: i32,
 }
 
 /// Where a reader is in a page.
@@ -40,6 +48,8 @@ pub struct Bearing {
     /// The next portion is looked for among all that is left: it is not known to begin close by.
     far: bool,
     size: usize,
+    /// The page's transactions, as far as they were asked for.
+    transactions: Option<Transactions>,
     /// Of these relations alone, when not of all; 0 is the schema.
     only: Option<Arc<[i32]>>,
 }
@@ -56,7 +66,16 @@ impl Bearing {
     /// In this page, behind the change with this number; 0 at its start.
     pub fn new(page: &Span, after: i64) -> Self {
         let (seen, until) = (page.seen.clone(), page.until.clone());
-        Self { seen, until, after, through: None, far: after == 0, size: FIRST, only: None }
+        Self {
+            seen,
+            until,
+            after,
+            through: None,
+            far: after == 0,
+            size: FIRST,
+            transactions: None,
+            only: None,
+        }
     }
 
     /// The same up to the change with this number.
@@ -73,11 +92,6 @@ impl Bearing {
     pub fn is_of_all(&self) -> bool {
         self.only.is_none()
     }
-
-    /// Whether the portion is found by its numbers.
-    pub fn is_close(&self) -> bool {
-        !self.far
-    }
 }
 
 impl Portions {
@@ -92,16 +106,24 @@ impl Portions {
         // The header has no number.
         let head = format!(
             "select p.*, {committed} as committed from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3) p \
-             where number is null or (($5::int[] is null or relation = any($5)) and number <= $6) \
+             where number is null or (($5::int[] is null or relay.relation_of(kind) = any($5)) and number <= $6) \
              limit $4::bigint + 1"
         );
         let slice = format!(
             "select p.*, {committed} as committed \
-             from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4) p \
-             where $5::int[] is null or number is null or relation = any($5)"
+             from relay.page_slice($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4, $6::text[]::xid8[]) p \
+             where $5::int[] is null or number is null or relay.relation_of(kind) = any($5)"
         );
+        let transactions =
+            "select relay.page_transactions($1::text::pg_snapshot, $2::text::pg_snapshot, $3)::text[]";
         let (head, slice) = (client.prepare(&head).await?, client.prepare(&slice).await?);
-        Ok(Self { changelog, head, slice })
+        let transactions = client.prepare(transactions).await?;
+        Ok(Self { changelog, head, slice, transactions, named: NAMED })
+    }
+
+    /// The same with another bound on how many transactions of a page are looked up one by one.
+    pub fn naming(self, most: i32) -> Self {
+        Self { named: most, ..self }
     }
 
     /// Whether the connection still stands, as far as is known.
@@ -125,15 +147,6 @@ impl Portions {
         self.changelog.now().await
     }
 
-    /// Makes what was written lately quick to find by its numbers.
-    ///
-    /// # Errors
-    /// As the connection.
-    pub async fn summarize(&self) -> Result<(), Error> {
-        self.changelog.client().execute("select relay.summarize()", &[]).await?;
-        Ok(())
-    }
-
     /// Reads a portion, in parts of at most so many changes, or so many bytes of images and the change that goes beyond.
     ///
     /// # Errors
@@ -144,17 +157,27 @@ impl Portions {
         let only = from.only.as_deref();
         let end = from.through.unwrap_or(i64::MAX);
         let through = from.after.saturating_add(from.size as i64).min(end);
+        let mut known = None;
         let mut page = match from.far {
             true => {
                 self.changelog.open_by(&self.head, &position, &[&(from.size as i64), &only, &end]).await?
             }
-            false => self.changelog.open_by(&self.slice, &position, &[&through, &only]).await?,
+            false => {
+                let transactions = self.transactions(from).await?;
+                let page = self
+                    .changelog
+                    .open_by(&self.slice, &position, &[&through, &only, &*transactions])
+                    .await?;
+                known = Some(transactions);
+                page
+            }
         };
         let (parts, is_cut) = parts(&mut page, most, most_bytes).await?;
         let read = parts.iter().map(Vec::len).sum::<usize>();
         let last = parts.last().and_then(|part| part.last()).map(|change| change.number);
         let size = if is_cut { read.max(1) } else { from.size.saturating_mul(2).min(MOST) };
-        let next = |after, far| Some(Bearing { after, far, size, ..from.clone() });
+        let next =
+            |after, far| Some(Bearing { after, far, size, transactions: known.clone(), ..from.clone() });
         let next = match last {
             Some(last) if is_cut => next(last, false),
             Some(last) if from.far => (read == from.size).then(|| next(last, false)).flatten(),
@@ -164,6 +187,17 @@ impl Portions {
             last => next(through, last.is_none()),
         };
         Ok(Portion { parts, next })
+    }
+
+    /// The transactions of the page in which a reader is.
+    async fn transactions(&self, from: &Bearing) -> Result<Transactions, Error> {
+        if let Some(known) = &from.transactions {
+            return Ok(Arc::clone(known));
+        }
+        let (seen, until) = (from.seen.to_string(), from.until.to_string());
+        let row =
+            self.changelog.client().query_one(&self.transactions, &[&seen, &until, &self.named]).await?;
+        Ok(Arc::new(row.try_get(0)?))
     }
 }
 
