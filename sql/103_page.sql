@@ -137,7 +137,8 @@ returns table (number bigint, xid text, at timestamptz, kind text, before text, 
 language sql stable as $$
   select null::bigint, null::text, null::timestamptz, null::text, null::text, null::text,
          coalesce($2, pg_catalog.pg_current_snapshot())::text,
-         (select w.lsn::text from pg_catalog.pg_current_wal_insert_lsn() w (lsn) where w.lsn > pg_catalog.pg_current_wal_flush_lsn())
+         case when pg_catalog.pg_current_wal_flush_lsn() < pg_catalog.pg_current_wal_insert_lsn()
+              then pg_catalog.pg_current_wal_insert_lsn()::text end
   union all
   select p.number, p.xid::text, p.at,
          case when pg_catalog.getdatabaseencoding() = 'UTF8' or relay.is_legible(p.before) and relay.is_legible(p.after)

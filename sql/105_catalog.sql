@@ -297,27 +297,33 @@ set search_path = '' as $$
 $$;
 comment on function relay.rule_scope(text[], text) is 'what relay.rules_mark looks at for roles and the judging login';
 
--- relay.rules_mark(roles, owned) : sign of what decides who may see a row and fires no event trigger
+-- relay.rules_mark(roles, owned, some_owned) : sign of what decides who may see a row and fires no event trigger
 -- Roles, memberships, owners, and the event triggers themselves, whose row versions also tell that one was away for a moment. Takes
--- what relay.rule_scope() gives. Language sql and without settings, so that it is inlined into the statement that reads a page,
--- whose snapshot it shares: a rule that was changed together with a row, or before it, is another mark on the row's page.
-create or replace function relay.rules_mark(roles oid[], owned oid[]) returns table (mark bigint)
+-- what relay.rule_scope() gives; the literal false for `some_owned` says that `owned` is empty, which leaves that part of the plan
+-- out. Language sql and without settings, so that it is inlined into the statement that reads a page, whose snapshot it
+-- shares: a rule that was changed together with a row, or before it, is another mark on the row's page. Each page pays for each part.
+drop function if exists relay.rules_mark(oid[], oid[]);
+create or replace function relay.rules_mark(roles oid[], owned oid[], some_owned boolean default true) returns table (mark bigint)
 language sql stable rows 1 as $$
-  select pg_catalog.hash_array_extended($1, 0)
-    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (r.oid, r.rolname, r.rolsuper, r.rolbypassrls, r.rolinherit), 1))
-              from pg_catalog.pg_roles r where r.oid = any ($1)), 0)
-    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (m.member, m.roleid, m.xmin), 2))
-              from pg_catalog.pg_auth_members m where m.member = any ($1)), 0)
-    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (c.oid, c.relowner), 3))
-              from pg_catalog.pg_class c where c.oid = any ($2)), 0)
-    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (n.oid, n.nspowner), 4))
-              from pg_catalog.pg_namespace n where n.oid = any ($2)), 0)
-    # coalesce((select pg_catalog.hash_record_extended(row (d.datdba, d.oid), 5)
-              from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()), 0)
-    # coalesce((select pg_catalog.bit_xor(pg_catalog.hash_record_extended(row (e.oid, e.xmin, e.evtenabled), 6))
-              from pg_catalog.pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites')), 0)
+  select pg_catalog.hash_array_extended($1, 0) # coalesce(pg_catalog.bit_xor(s.sign), 0)
+  from (
+    select pg_catalog.hashtextextended(r.rolname::text, r.oid::bigint * 8 + r.rolsuper::int * 4 + r.rolbypassrls::int * 2 + r.rolinherit::int)
+    from pg_catalog.pg_roles r where r.oid = any ($1)
+    union all
+    select pg_catalog.hashtextextended(m.xmin::text, m.member::bigint << 32 | m.roleid::bigint # (m.grantor::bigint << 16))
+    from pg_catalog.pg_auth_members m where m.member = any ($1)
+    union all
+    select pg_catalog.hashint8extended(d.datdba::bigint, 3) from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()
+    union all
+    select pg_catalog.hashtextextended(e.xmin::text, e.oid::bigint << 8 | pg_catalog.ascii(e.evtenabled::text))
+    from pg_catalog.pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites')
+    union all
+    select pg_catalog.hashint8extended(c.oid::bigint << 32 | c.relowner::bigint, 5) from pg_catalog.pg_class c where $3 and c.oid = any ($2)
+    union all
+    select pg_catalog.hashint8extended(n.oid::bigint << 32 | n.nspowner::bigint, 6) from pg_catalog.pg_namespace n where $3 and n.oid = any ($2)
+  ) s (sign)
 $$;
-comment on function relay.rules_mark(oid[], oid[]) is 'sign of what decides who may see a row and fires no event trigger';
+comment on function relay.rules_mark(oid[], oid[], boolean) is 'sign of what decides who may see a row and fires no event trigger';
 
 -- relay.role_versions(roles) : the transactions since which each of the roles is what it is
 -- Those that made the roles that it is a member of its own, directly or through others, and those that altered one of them

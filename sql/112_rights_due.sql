@@ -52,7 +52,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)', 'relay.missing_grants(regclass, oid)', 'relay.missing_usage(regclass, oid, text)', 'relay.missing_filter_usage(regclass, text[], text, text)',
     'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
     'relay.rights(regclass, oid, text)', 'relay.access(regclass, oid, text)', 'relay.catalog(text[], text, int[])',
-    'relay.catalog_marks(text[], text)', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[])',
+    'relay.catalog_marks(text[], text)', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[], boolean)',
     'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.tend()',
     'relay.horizon()', 'relay.current_segment()', 'relay.hindrances(text, text, text)', 'relay.row_like(regclass, jsonb)',
     'relay.repair(int[])', 'relay.run_refreshes()', 'relay.open_bookmarks(uuid[], bytea[], text[])',

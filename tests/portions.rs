@@ -133,3 +133,24 @@ async fn a_portion_of_a_large_transaction_reads_what_it_has_and_no_more_of_the_i
     }
     assert!(blocks[0] < 100 && blocks[1] > 200, "{blocks:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_looks_at_each_segment_once_and_at_nothing_else_where_no_transaction_runs() {
+    let database = Database::new().await;
+    database.run("set enable_seqscan = off; set enable_bitmapscan = off").await;
+    for (some_run, looks) in [(false, 1), (true, 2)] {
+        let explain = format!("explain (costs off) select * from relay.page('3:3:', null, 0, {some_run})");
+        let lines = database.client.query(&explain, &[]).await.unwrap();
+        let lines: Vec<String> = lines.iter().map(|line| line.get(0)).collect();
+        let scans: Vec<&String> = lines.iter().filter(|line| line.contains("Scan using")).collect();
+        for segment in ["log_0", "log_1", "log_2"] {
+            let of_it = scans.iter().filter(|scan| scan.contains(&format!(" on {segment} "))).count();
+            assert_eq!(of_it, looks, "{segment} {lines:#?}");
+        }
+        assert_eq!(scans.len(), 3 * looks, "{lines:#?}");
+        // The list of transactions that ran is the only thing else that is opened.
+        let others = lines.iter().filter(|line| line.contains("Scan") && !line.contains("Scan using"));
+        let others: Vec<&String> = others.filter(|line| !line.contains("Subquery Scan")).collect();
+        assert_eq!(others.len(), looks - 1, "{lines:#?}");
+    }
+}

@@ -19,9 +19,16 @@ use crate::postgres::connect::{Error, Lease, NO_PATH, Server};
 /// A connection that reads pages.
 pub struct Changelog {
     client: Client,
-    page: Statement,
-    /// The same, after a snapshot in which no transaction runs.
-    settled_page: Statement,
+    page: Statements,
+}
+
+/// The statement that reads a page, in forms that lack what is not asked for: which transactions ran in the snapshot before it,
+/// and whose owner is one of the roles.
+struct Statements {
+    whole: Statement,
+    settled: Statement,
+    unowned: Statement,
+    settled_unowned: Statement,
 }
 
 /// Which page: what finished after `seen`, up to `until` (now, when none), with numbers above `after`.
@@ -77,20 +84,11 @@ impl Changelog {
         // Parallel workers would give up the order of the rows; the JIT compiler would cost more than the statement.
         // A plan made while the changelog was small would scan all of it until the next analyze, and one made for each
         // look would cost more than the look: hence the index, and one plan.
-        let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; \
+        let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; set enable_bitmapscan = off; \
                         set plan_cache_mode = force_generic_plan";
         client.batch_execute(&format!("{NO_PATH}; {settings}")).await?;
-        let committed = committed(&client).await?;
-        // A page without changes needs no mark: the subquery is evaluated when the first of them asks for it.
-        let page = |some_run| {
-            format!(
-                "select p.*, {committed} as committed, \
-                 case when p.number is not null then (select m.mark from relay.rules_mark($5, $6) m) end as mark \
-                 from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3, {some_run}) p limit $4::bigint + 1"
-            )
-        };
-        let (page, settled_page) = (client.prepare(&page(true)).await?, client.prepare(&page(false)).await?);
-        Ok(Self { client, page, settled_page })
+        let page = Statements::prepare(&client).await?;
+        Ok(Self { client, page })
     }
 
     /// Whether the connection still stands, as far as is known.
@@ -142,7 +140,7 @@ impl Changelog {
     /// As the connection.
     pub async fn open(&self, position: &Position, most: usize, scope: &RuleScope) -> Result<Page, Error> {
         let most = i64::try_from(most).unwrap_or(i64::MAX - 1);
-        let statement = if position.seen.running().is_empty() { &self.settled_page } else { &self.page };
+        let statement = self.page.form(!position.seen.running().is_empty(), !scope.owned.is_empty());
         let mut page = self.open_by(statement, position, &[&most, &scope.roles, &scope.owned]).await?;
         page.is_marked = true;
         Ok(page)
@@ -168,6 +166,35 @@ impl Changelog {
             is_marked: false,
             changes,
         })
+    }
+}
+
+impl Statements {
+    async fn prepare(client: &Client) -> Result<Self, Error> {
+        let committed = committed(client).await?;
+        // A page without changes needs no mark: the subquery is evaluated when the first of them asks for it.
+        let page = |some_run, some_owned| {
+            format!(
+                "select p.*, {committed} as committed, \
+                 case when p.number is not null then (select m.mark from relay.rules_mark($5, $6, {some_owned}) m) end as mark \
+                 from relay.page($1::text::pg_snapshot, $2::text::pg_snapshot, $3, {some_run}) p limit $4::bigint + 1"
+            )
+        };
+        Ok(Self {
+            whole: client.prepare(&page(true, true)).await?,
+            settled: client.prepare(&page(false, true)).await?,
+            unowned: client.prepare(&page(true, false)).await?,
+            settled_unowned: client.prepare(&page(false, false)).await?,
+        })
+    }
+
+    fn form(&self, some_run: bool, some_owned: bool) -> &Statement {
+        match (some_run, some_owned) {
+            (true, true) => &self.whole,
+            (false, true) => &self.settled,
+            (true, false) => &self.unowned,
+            (false, false) => &self.settled_unowned,
+        }
     }
 }
 
