@@ -30,7 +30,7 @@ set search_path = pg_catalog, pg_temp as $$
   union all
   select 'function', f, 'relay_writer', 'execute'
   from unnest(array['relay.note_rules(boolean)', 'relay.log_change(int, int, "char", boolean, json, json, oid, xid8)',
-    'relay.ring(text, text)', 'relay.key(regclass)', 'relay.image(record)', 'relay.shorten(json, text[])',
+    'relay.ring(text, text)', 'relay.rung(text, text)', 'relay.key(regclass)', 'relay.image(record)', 'relay.shorten(json, text[])',
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
     'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)',

@@ -203,7 +203,7 @@ async fn writers_that_change_their_search_path_in_each_transaction_log_the_same(
 }
 
 /// Words that may stand before a parenthesis, or as they are, in a function whose names must all be qualified.
-const WORDS: &[&str] = &["values", "into", "if", "then", "and"];
+const WORDS: &[&str] = &["values", "into", "if", "elsif", "then", "and", "or"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_name_in_a_trigger_function_is_qualified_and_no_form_stands_there_that_cannot_be() {
