@@ -7,10 +7,10 @@ use std::time::Duration;
 use clap::Args;
 use serde::Deserialize;
 
-use crate::model::limits::{Limits, MostRows};
-use crate::transport::auth::{TokenSettings, Verifier};
-use crate::transport::fetch::Endpoint;
-use crate::transport::keys::{Keeper, Schedule};
+use crate::auth::jwks_fetch::Endpoint;
+use crate::auth::jwks_refresh::{Keeper, Schedule};
+use crate::auth::verifier::{TokenSettings, Verifier};
+use crate::model::session::limits::{Limits, MostRows};
 use crate::transport::listen;
 
 /// The longest time that can be set, in seconds or milliseconds: what PostgreSQL takes for a time-out.

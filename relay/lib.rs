@@ -1,144 +1,224 @@
-//! A Postgres change-feed relay: each row change to those who may see it by the table's own policies.
+//! A Postgres change-feed relay: delivers each row change to the subscribers who may see it by the table's own policies.
 //!
 //! ```text
-//! writer ── SQL ──▶ trigger ──▶ relay.log              the changelog, same transaction
+//! writer ── SQL ──▶ trigger ──▶ relay.changes          the changelog, in the writer's transaction
 //!                          └──▶ NOTIFY                  the doorbell, only if the relay sleeps
-//! postgres/doorbell ─▶ feed/source ─▶ feed/gate ─▶ feed/router ─▶ model/session ─▶ transport ─▶ client
-//!    wake-up            pages by        who may      frames,         one client       WebSocket
-//!                       cursor          see what     encoded once
 //! ```
 //!
 //! Three sentences explain the rest. NOTIFY is a hint, the changelog is the truth. There is one recovery path:
 //! resume from a cursor. A subscription exists only bound to verified claims.
 //!
-//! Imports go one way, down this page: `main`, `server` → `transport` → `feed` → `postgres` → `model`, with
-//! `config`, `observe` and `tls` beside them. `tests/layers.rs` holds the rule.
+//! # The three walks
+//!
+//! **A change.** `sql/101_capture.sql` writes it. [`postgres::changelog::doorbell`] wakes the relay,
+//! [`postgres::changelog::reader`] reads a page, [`feed::read::source`] cuts it into batches, [`feed::router`] takes them in order.
+//! [`feed::authorize::gate`] decides who may see what, [`feed::deliver::group`] encodes it once for each group of equal
+//! subscribers, [`feed::deliver::outbox`] queues it for each client, [`transport::socket::frame_writer`] writes it.
+//!
+//! **A join.** [`transport::socket::driver`] reads a frame, [`model::codec::phoenix`] parses it, [`model::session::machine`] decides,
+//! [`auth::verifier`] verifies the token, [`feed::handle`] binds the request to the rights of its role
+//! ([`model::subscription::binding`]) and registers it with [`feed::router`].
+//!
+//! **A poll.** [`transport::routes`] dispatches, [`transport::changes::request`] reads the parameters, [`feed::handle`] follows from the
+//! cursor ([`feed::replay::catch_up`]), [`feed::replay::reader`] reads what was missed from the changelog, and the answer waits for
+//! its client in [`transport::held_answer`].
+//!
+//! # Layers
+//!
+//! Imports go one way, down this page: `server`, `command` → `transport` → `auth` → `feed` → `postgres` → `model`, with `config`,
+//! `observe` and `tls` beside them. Between the rooms of a layer imports go one way, too. `tests/layers.rs` holds both rules.
 #![allow(
     clippy::disallowed_methods,
     reason = "the clock is forbidden in `model` alone, which turns this lint on again"
 )]
 
-/// What things mean: pure values and rules. Never a socket, a clock, a task, a question to PostgreSQL or a log line.
+/// What things mean: pure values and rules. No sockets, clock, tasks, SQL or logging.
 #[deny(clippy::disallowed_methods)]
 pub mod model {
-    pub mod change;
-    pub mod cursor;
-    pub mod position;
-    pub mod claims;
-    pub mod bookmark;
-    pub mod datum;
-    pub mod pattern;
-    pub mod relation;
-    pub mod marks;
-    pub mod shape;
-    pub mod utc;
-    pub mod image;
-    pub mod term;
-    pub mod scalar;
-    pub mod predicate;
-    mod raising;
-    pub mod anchor;
-    pub mod index;
-    pub mod plan;
-    pub mod compile;
-    pub mod policy;
-    pub mod filter;
-    pub mod bound_filter;
-    pub mod refusal;
-    pub mod subscription;
-    pub mod delivery;
-    pub mod phoenix;
-    pub mod dress;
-    pub mod join;
-    pub mod session;
-    pub mod limits;
-    pub mod paging;
-    pub mod pace;
+    /// Row images and their values.
+    pub mod row {
+        pub mod datum;
+        pub mod truth;
+        pub mod pattern;
+        pub mod utc;
+        pub mod change;
+        pub mod column;
+        pub mod image;
+    }
+    /// Positions in the changelog.
+    pub mod log {
+        pub mod cursor;
+        pub mod position;
+    }
+    /// Who somebody is, by a verified token.
+    pub mod identity {
+        pub mod claims;
+        pub mod bookmark;
+    }
+    /// Row policies: compiled to conditions that are decided here, or to queries for PostgreSQL.
+    pub mod policy {
+        pub mod visibility;
+        pub mod rights;
+        pub mod claim_expr;
+        pub mod scalar;
+        pub mod predicate;
+        pub mod raising;
+        pub mod index_key;
+        pub mod index;
+        pub mod plan;
+        pub mod compile;
+    }
+    /// Watched relations as `relay.catalog()` describes them.
+    pub mod catalog {
+        pub mod relation;
+        pub mod marks;
+        pub mod shape;
+    }
+    /// What clients subscribe to.
+    pub mod subscription {
+        pub mod error;
+        pub mod filter;
+        pub mod typed_filter;
+        pub mod paging;
+        pub mod binding;
+    }
+    /// Wire formats.
+    pub mod codec {
+        pub mod payload;
+        pub mod phoenix;
+        pub mod event;
+    }
+    /// One client's session as a state machine.
+    pub mod session {
+        pub mod limits;
+        pub mod rate_limit;
+        pub mod join;
+        pub mod machine;
+    }
 }
 
-/// Everything that speaks SQL. Never knows that there are clients.
+/// Everything that runs SQL. Knows nothing of clients.
 pub mod postgres {
-    mod parameters;
-    pub mod address;
-    mod advice;
-    pub mod error;
-    pub mod connect;
-    pub mod backoff;
+    /// Connection strings, TLS, pools and errors.
+    pub mod connect {
+        mod parameters;
+        pub mod address;
+        pub mod advice;
+        pub mod error;
+        pub mod pool;
+        pub mod backoff;
+    }
     pub mod install;
-    pub mod doorbell;
-    pub mod changelog;
-    pub mod portions;
-    pub mod transactions;
     pub mod catalog;
-    mod breaker;
-    mod stand_in;
-    pub mod judge;
-    pub mod census;
-    pub mod enquiry;
-    pub mod rows;
-    pub mod jobs;
-    pub mod retention;
+    /// Reading the changelog, and being woken for it.
+    pub mod changelog {
+        pub mod reader;
+        pub mod transactions;
+        pub mod chunks;
+        pub mod doorbell;
+    }
+    /// Policies and filters that PostgreSQL evaluates, on row images.
+    pub mod evaluate {
+        mod circuit_breaker;
+        mod impersonation;
+        pub mod per_identity;
+        pub mod set_based;
+    }
+    pub mod snapshot_rows;
+    pub mod explain_queries;
     pub mod bookmarks;
+    /// Work on a schedule, by one relay at a time.
+    pub mod maintenance {
+        pub mod retention;
+        pub mod refresh;
+    }
 }
 
-/// From the changelog to the subscribers' outboxes. Never waits for a client that does not read.
+/// From the changelog to the clients' outboxes. Never waits for a client.
 pub mod feed {
-    pub mod pulse;
-    pub mod source;
-    mod reading;
-    pub mod readership;
-    pub mod place;
-    mod finder;
-    pub mod load;
-    pub mod filter_judge;
-    pub mod gate;
-    pub mod stretch;
-    pub mod backlog;
+    /// Pages of the changelog, cut into batches.
+    pub mod read {
+        pub mod stall;
+        pub mod batch;
+        pub mod recent;
+        pub mod backlog;
+        mod poll_loop;
+        pub mod source;
+    }
+    /// Who may see which change.
+    pub mod authorize {
+        pub mod filter_cost;
+        pub mod subscriber_index;
+        pub mod change_images;
+        pub mod filter_evaluator;
+        mod matcher;
+        pub mod gate;
+    }
+    /// Frames, encoded once and queued for each client.
+    pub mod deliver {
+        pub mod frame;
+        pub mod memory_budget;
+        pub mod outbox;
+        pub mod encode_cache;
+        pub mod members;
+        pub mod group;
+        pub mod fan_out;
+        pub mod groups;
+        pub mod hub;
+    }
+    pub mod command;
+    /// What was missed, read from the changelog.
+    pub mod replay {
+        pub mod reader;
+        pub mod task;
+        pub mod bookmarks;
+    }
     pub mod router;
     pub mod lanes;
-    pub mod command;
-    pub mod hub;
-    pub mod audiences;
-    pub mod audience;
-    pub mod members;
-    pub mod written;
-    pub mod frame;
-    pub mod budget;
-    pub mod outbox;
-    pub mod past;
-    pub mod replay;
-    pub mod follower;
-    pub mod bookmarks;
-    pub mod binding;
+    pub mod subscribe;
+    pub mod handle;
+    pub mod catch_up;
     pub mod explain;
 }
 
-/// Bytes to and from clients, and the keys that verify their tokens. Never says SQL.
+/// Tokens and the keys that verify them.
+pub mod auth {
+    pub mod jwks;
+    pub mod jwks_fetch;
+    pub mod jwks_refresh;
+    pub mod verifier;
+}
+
+/// HTTP and WebSocket. No SQL.
 pub mod transport {
-    pub mod key_set;
-    pub mod fetch;
     pub mod listen;
-    pub mod keys;
-    pub mod auth;
-    pub mod admission;
+    pub mod socket_buffers;
+    pub mod connection_limits;
     pub mod intake;
-    pub mod kernel;
     pub mod exchange;
-    pub mod deadline;
-    mod accept;
-    pub mod replies;
-    pub mod refusing;
-    pub mod http;
+    pub mod write_timeout;
+    mod early_refusal;
     pub mod query;
-    pub mod changes;
-    pub mod answer;
-    pub mod stream;
-    pub mod writer;
-    pub mod pings;
-    mod catch_up;
-    pub mod resume;
-    pub mod speech;
-    pub mod ws;
+    mod content_type;
+    pub mod response;
+    pub mod held_answer;
+    pub mod app;
+    /// `GET /realtime/v1/changes`.
+    pub mod changes {
+        pub mod sse;
+        pub mod request;
+    }
+    /// WebSocket sessions.
+    pub mod socket {
+        pub mod frame_writer;
+        pub mod acks;
+        pub mod inbound;
+        mod catch_up;
+        pub mod resume;
+        pub mod driver;
+        pub mod handshake;
+    }
+    pub mod routes;
 }
 
 pub mod config;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand};
 use relay::command::{doctor, explain, tail, token};
 use relay::config::{NO_DATABASE, Settings};
-use relay::postgres::connect::{DATABASE, Error, JUDGE, Server};
+use relay::postgres::connect::pool::{DATABASE, Error, JUDGE, Server};
 use relay::postgres::install;
 use relay::server;
 use tokio::net::TcpListener;

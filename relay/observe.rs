@@ -13,8 +13,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-use crate::model::change::Change;
-use crate::model::policy::Denied;
+use crate::model::policy::visibility::Denied;
+use crate::model::row::change::Change;
 
 /// Counters and gauges of one relay. Nothing here carries a topic, a claim or a row.
 pub struct Observe {

@@ -14,30 +14,33 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::feed::backlog::Backlog;
-use crate::feed::binding::{Binder, Feed};
-use crate::feed::bookmarks::Keeper;
-use crate::feed::budget::Budget;
-use crate::feed::filter_judge::FilterJudge;
-use crate::feed::gate::Gate;
+use crate::feed::authorize::filter_evaluator::FilterJudge;
+use crate::feed::authorize::gate::Gate;
+use crate::feed::deliver::memory_budget::Budget;
+use crate::feed::handle::Feed;
 use crate::feed::lanes::Lanes;
-use crate::feed::past::Past;
-use crate::feed::pulse::{Cause, Pulse};
+use crate::feed::read::backlog::Backlog;
+use crate::feed::read::source::Source;
+use crate::feed::read::stall::{Cause, Pulse};
+use crate::feed::replay::bookmarks::Keeper;
+use crate::feed::replay::reader::Past;
 use crate::feed::router::{Parts, Router};
-use crate::feed::source::Source;
+use crate::feed::subscribe::Binder;
 use crate::observe::Observe;
-use crate::postgres::backoff::Backoff;
 use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::census::Census;
-use crate::postgres::connect::{DATABASE, DOORBELL, Error, JUDGE, Server};
-use crate::postgres::judge::Judge;
-use crate::postgres::rows::Rows;
-use crate::postgres::transactions::Transactions;
-use crate::postgres::{install, jobs, retention};
-use crate::transport::admission::Admission;
-use crate::transport::http::{self, App};
-use crate::transport::kernel;
+use crate::postgres::changelog::transactions::Transactions;
+use crate::postgres::connect::backoff::Backoff;
+use crate::postgres::connect::pool::{DATABASE, DOORBELL, Error, JUDGE, Server};
+use crate::postgres::evaluate::per_identity::Judge;
+use crate::postgres::evaluate::set_based::Census;
+use crate::postgres::install;
+use crate::postgres::maintenance::{refresh, retention};
+use crate::postgres::snapshot_rows::Rows;
+use crate::transport::app::App;
+use crate::transport::connection_limits::Admission;
+use crate::transport::routes;
+use crate::transport::socket_buffers;
 
 /// Connections for looking at the catalog, binding and flushing. None is held while nothing happens.
 const POOL: usize = 4;
@@ -181,7 +184,7 @@ pub async fn serve(
         sessions: TaskTracker::new(),
         numbers: AtomicU64::new(1),
     });
-    if let Err(error) = kernel::bound(&listener, app.limits.send_buffer_bytes, app.limits.write * 2) {
+    if let Err(error) = socket_buffers::bound(&listener, app.limits.send_buffer_bytes, app.limits.write * 2) {
         tracing::warn!(error = %error, "what the kernel holds of each connection could not be bounded");
     }
     started(Running { observe: Arc::clone(&observe) });
@@ -193,7 +196,7 @@ pub async fn serve(
         tasks.spawn(keeping.run(feed_end.clone()));
         tasks.spawn(source.run(parts_in, end.clone()));
         tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
-        tasks.spawn(jobs::run(main, refresh_jobs, end.clone()));
+        tasks.spawn(refresh::run(main, refresh_jobs, end.clone()));
         pending::<Result<(), Error>>().await
     };
     let served = tokio::select! {
@@ -296,7 +299,7 @@ async fn accept(app: &Arc<App>, listener: &TcpListener) {
             Ok((stream, address)) => {
                 // Frames are small and wanted at once.
                 let _ = stream.set_nodelay(true);
-                app.sessions.spawn(http::serve(Arc::clone(app), stream, address.ip()));
+                app.sessions.spawn(routes::serve(Arc::clone(app), stream, address.ip()));
             }
             Err(error) => {
                 // Usually no file descriptors are left: those who are connected go on, others wait.

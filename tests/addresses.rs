@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
 use tokio_postgres::Client as Session;
 
-use relay::postgres::connect::{Error, Server};
+use relay::postgres::connect::pool::{Error, Server};
 
 use crate::cli::line_with;
 use crate::crash::{Cluster, reconnected};

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::Message;
 
-use relay::model::cursor::{Cursor, Epoch};
+use relay::model::log::cursor::{Cursor, Epoch};
 
 use crate::support::client::Client;
 use crate::support::database::Database;

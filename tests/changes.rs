@@ -279,9 +279,9 @@ async fn what_cannot_be_is_told_with_what_to_do() {
 async fn a_cursor_of_a_moment_that_has_not_been_is_a_gap() {
     let stage = stage().await;
     let (_, cursor) = told(&ask(&stage, ANN, "").await);
-    let cursor: relay::model::cursor::Cursor = cursor.parse().unwrap();
-    let later = relay::model::cursor::Snapshot::new(cursor.seen().xmax() + 1_000_000, vec![]).unwrap();
-    let future = relay::model::cursor::Cursor::after(cursor.epoch(), later);
+    let cursor: relay::model::log::cursor::Cursor = cursor.parse().unwrap();
+    let later = relay::model::log::cursor::Snapshot::new(cursor.seen().xmax() + 1_000_000, vec![]).unwrap();
+    let future = relay::model::log::cursor::Cursor::after(cursor.epoch(), later);
     let answer = ask(&stage, ANN, &format!("&since={future}")).await;
     assert_eq!(answer.status, 410, "{answer:?}");
 }

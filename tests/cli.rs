@@ -307,8 +307,8 @@ async fn a_token_is_made_with_the_claims_that_were_asked_for() {
         output(&["token", "--jwt-secret", SECRET, "--sub", "u-1", "--claims", claims, "--ttl", "90s"]).await;
     assert_eq!(code, 0);
     let settings =
-        relay::transport::auth::TokenSettings { secrets: vec![SECRET.to_owned()], ..Default::default() };
-    let verifier = relay::transport::auth::Verifier::new(&settings).unwrap();
+        relay::auth::verifier::TokenSettings { secrets: vec![SECRET.to_owned()], ..Default::default() };
+    let verifier = relay::auth::verifier::Verifier::new(&settings).unwrap();
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let claims = verifier.verify(token.trim(), now).unwrap();
     assert_eq!((claims.role(), claims.sub()), ("authenticated", Some("u-1")));

@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
 
-use relay::postgres::connect::{Lease, Server};
+use relay::postgres::connect::pool::{Lease, Server};
 
 use crate::support::client::Client;
 use crate::support::database::{Database, with_database};

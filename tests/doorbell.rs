@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_postgres::{Client as Session, Notification};
 
-use relay::postgres::connect::Server;
+use relay::postgres::connect::pool::Server;
 
 use crate::order::CROWD;
 use crate::support::client::Client;

@@ -9,7 +9,7 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio_postgres::Client as Session;
 
-use relay::postgres::connect::Server;
+use relay::postgres::connect::pool::Server;
 
 use crate::addresses::Guarded;
 use crate::cli::{line_with, signal};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::json;
 use tokio_postgres::Client as Session;
 
-use relay::postgres::connect::Error;
+use relay::postgres::connect::pool::Error;
 use relay::postgres::install::{check, install};
 
 use crate::crash::Cluster;

@@ -186,7 +186,7 @@ fn no_name_is_empty() {
 
 #[test]
 fn the_reader_of_these_rules_reads_right() {
-    let text = "//! x\nuse crate::model::change::Change;\nuse crate::{observe::Observe, feed::gate};\n// crate::no::no\nlet a = crate::postgres::x();\n#[cfg(test)]\nuse crate::transport::ws;";
+    let text = "//! x\nuse crate::model::row::change::Change;\nuse crate::{observe::Observe, feed::gate};\n// crate::no::no\nlet a = crate::postgres::x();\n#[cfg(test)]\nuse crate::transport::socket::driver;";
     let source = Source { path: PathBuf::from("model/change.rs"), text: text.to_owned() };
     assert_eq!(source.layer(), "model");
     assert_eq!(source.imports(), ["model::change::Change", "observe::Observe", "feed::gate", "postgres::x"]);

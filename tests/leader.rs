@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::process::Child;
 use tokio::sync::mpsc::unbounded_channel;
 
-use relay::postgres::connect::Server;
+use relay::postgres::connect::pool::Server;
 
 use crate::support::client::Client;
 use crate::support::database::Database;

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use relay::model::bound_filter::{BoundFilter, Typed};
-use relay::model::filter;
-use relay::model::image::Image;
-use relay::model::pattern::{Folding, Pattern};
-use relay::model::predicate::Truth;
-use relay::model::relation::Relation;
+use relay::model::catalog::relation::Relation;
+use relay::model::row::image::Image;
+use relay::model::row::pattern::{Folding, Pattern};
+use relay::model::row::truth::Truth;
+use relay::model::subscription::filter;
+use relay::model::subscription::typed_filter::{BoundFilter, Typed};
 use serde_json::{Value, json};
 
 use crate::support::database::Database;
@@ -98,7 +98,8 @@ async fn patterns_match_what_postgresql_matches_under_every_collation_and_type()
     }
     let images = database.value("select json_agg(row_to_json(t)::text order by id) from t").await;
     let images: Vec<String> = serde_json::from_str(&images).unwrap();
-    let images: Vec<Image<'_>> = images.iter().map(|image| Image::parse(image, &relation).unwrap()).collect();
+    let images: Vec<Image<'_>> =
+        images.iter().map(|image| Image::parse(image, &relation.columns).unwrap()).collect();
     let list = serde_json::to_string(&patterns).unwrap().replace('\'', "''");
     let mut asked: BTreeMap<(&str, &str), usize> = BTreeMap::new();
     let mut told = 0;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use relay::model::cursor::Cursor;
+use relay::model::log::cursor::Cursor;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 

@@ -165,7 +165,7 @@ async fn a_policy_that_writes_is_denied_and_leaves_nothing_behind() {
 async fn a_policy_that_notifies_is_not_heard() {
     let body = "perform pg_notify('evil', 'from the policy'); return true;";
     let stage = Stage::new(&with_evil(body)).await;
-    let server = relay::postgres::connect::Server::parse(&stage.database.url, "test", None).unwrap();
+    let server = relay::postgres::connect::pool::Server::parse(&stage.database.url, "test", None).unwrap();
     let (sender, mut heard) = tokio::sync::mpsc::unbounded_channel();
     let listener = server.connect_listening(move |notification| _ = sender.send(notification)).await.unwrap();
     listener.batch_execute("listen evil").await.unwrap();

@@ -4,7 +4,7 @@
 //! policies as SQL; longer ones go on below.
 //! This file: who owns a row, and the database that all of them share.
 
-use relay::model::plan::Way;
+use relay::model::policy::plan::Way;
 use serde_json::Value;
 
 use crate::support::ways::Ways;

@@ -1,6 +1,6 @@
 //! Policies whose text is easily taken for something else: they show what the table shows, to the letter.
 
-use relay::model::plan::Way;
+use relay::model::policy::plan::Way;
 use serde_json::{Value, json};
 
 use crate::policy_leaks::{ANN, BOB, IN_TEAM, TEAMS, rows, run, stage, table, user};

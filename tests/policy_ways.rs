@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use relay::model::plan::Way;
+use relay::model::policy::plan::Way;
 use serde_json::{Value, json};
 
 use crate::support::ways::Ways;

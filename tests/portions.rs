@@ -1,8 +1,8 @@
 //! A page read in portions is the page: nothing is left out between two of them, nothing comes twice.
 
-use relay::model::cursor::{Epoch, Snapshot, Span};
-use relay::postgres::connect::Server;
-use relay::postgres::portions::{Bearing, Portions};
+use relay::model::log::cursor::{Epoch, Snapshot, Span};
+use relay::postgres::changelog::chunks::{Bearing, Portions};
+use relay::postgres::connect::pool::Server;
 use tokio_postgres::Client as Session;
 
 use crate::support::database::Database;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use relay::model::cursor::Cursor;
+use relay::model::log::cursor::Cursor;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 

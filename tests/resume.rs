@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
 
-use relay::model::cursor::Cursor;
+use relay::model::log::cursor::Cursor;
 use serde_json::{Value, json};
 
 use crate::support::client::Client;

@@ -310,7 +310,7 @@ async fn secrets_tokens_claims_and_rows_are_in_no_log_and_no_metric() {
     };
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let mint = |role: &str| {
-        relay::transport::auth::mint(secret, &claims(role), now, Duration::from_secs(60)).unwrap()
+        relay::auth::verifier::mint(secret, &claims(role), now, Duration::from_secs(60)).unwrap()
     };
     let (token, anon) = (mint("authenticated"), mint("anon"));
     let mut socket = Socket::at(&address, "2.0.0", &token).await;

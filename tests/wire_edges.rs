@@ -20,7 +20,7 @@ async fn a_handshake_is_refused_with_the_status_and_the_words_of_the_protocol() 
     let token = anon();
     let (unsigned, _) = token.rsplit_once('.').unwrap();
     let claims = |claims: Value| {
-        relay::transport::auth::mint(
+        relay::auth::verifier::mint(
             SECRET,
             claims.as_object().unwrap(),
             1000,

@@ -91,7 +91,7 @@ async fn a_token_that_is_no_good_closes_the_channel_and_nothing_comes_after() {
     let good = user(ANN);
     let (unsigned, _) = good.rsplit_once('.').unwrap();
     let without = |claims: Value| {
-        relay::transport::auth::mint(
+        relay::auth::verifier::mint(
             SECRET,
             claims.as_object().unwrap(),
             0,

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
-use crate::model::plan::Way;
+use crate::model::policy::plan::Way;
 use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::connect::{Error, Server};
-use crate::postgres::doorbell::Doorbell;
+use crate::postgres::changelog::doorbell::Doorbell;
+use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::install;
 
 /// What a check found.

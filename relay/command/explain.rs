@@ -8,16 +8,16 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::command::token::{bearer, usable};
-use crate::feed::binding::Binder;
 use crate::feed::explain::{Explanation, Sought, Wanted, explain};
-use crate::model::claims::Claims;
-use crate::model::policy::Identity;
-use crate::model::relation::Relation;
+use crate::feed::subscribe::Binder;
+use crate::model::catalog::relation::Relation;
+use crate::model::identity::claims::Claims;
+use crate::model::policy::visibility::Identity;
 use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::connect::Server;
-use crate::postgres::enquiry::Enquiry;
+use crate::postgres::connect::pool::Server;
+use crate::postgres::evaluate::per_identity::Judge;
+use crate::postgres::explain_queries::Enquiry;
 use crate::postgres::install;
-use crate::postgres::judge::Judge;
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Of which table, for whom.

@@ -15,12 +15,12 @@ use tokio::time::{interval, sleep};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 
+use crate::auth::verifier::{TokenError, mint};
 use crate::command::token::bearer;
-use crate::model::claims::Claims;
-use crate::model::dress::{RESUMED, STALLED};
-use crate::model::refusal::Refusal;
-use crate::model::session::UNAVAILABLE;
-use crate::transport::auth::{TokenError, mint};
+use crate::model::codec::event::{RESUMED, STALLED};
+use crate::model::identity::claims::Claims;
+use crate::model::session::machine::UNAVAILABLE;
+use crate::model::subscription::error::Refusal;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 

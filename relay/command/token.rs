@@ -8,9 +8,9 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use clap::Args;
 use serde_json::{Map, Value};
 
+use crate::auth::verifier::mint;
 use crate::config::NO_SECRET;
-use crate::model::claims::Claims;
-use crate::transport::auth::mint;
+use crate::model::identity::claims::Claims;
 
 /// What the token says.
 #[derive(Args)]

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use crate::feed::audience::Registration;
-use crate::feed::outbox::Outbox;
-use crate::feed::stretch::{Recent, Stretch};
-use crate::model::cursor::Cursor;
-use crate::model::relation::Catalog;
-use crate::model::session::ChannelId;
+use crate::feed::deliver::group::Registration;
+use crate::feed::deliver::outbox::Outbox;
+use crate::feed::read::batch::Stretch;
+use crate::feed::read::recent::Recent;
+use crate::model::catalog::relation::Catalog;
+use crate::model::log::cursor::Cursor;
+use crate::model::session::machine::ChannelId;
 
 /// What a session asks of the router.
 pub enum Command {

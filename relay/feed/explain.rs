@@ -5,20 +5,20 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::feed::binding::{BindError, Binder};
-use crate::model::anchor::Anchors;
-use crate::model::bound_filter::BoundFilter;
-use crate::model::change::Row;
-use crate::model::compile::compile;
-use crate::model::plan::{Leaf, Plan};
-use crate::model::policy::{Denied, Identity};
-use crate::model::refusal::Refusal;
-use crate::model::relation::{Access, Relation};
-use crate::model::subscription::Request;
+use crate::feed::subscribe::{BindError, Binder};
+use crate::model::catalog::relation::{Access, Relation};
+use crate::model::policy::compile::compile;
+use crate::model::policy::index_key::Anchors;
+use crate::model::policy::plan::{Leaf, Plan};
+use crate::model::policy::visibility::{Denied, Identity};
+use crate::model::row::change::Row;
+use crate::model::subscription::binding::Request;
+use crate::model::subscription::error::Refusal;
+use crate::model::subscription::typed_filter::BoundFilter;
 use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::connect::Error;
-use crate::postgres::enquiry::Enquiry;
-use crate::postgres::judge::{Judge, Question, reading};
+use crate::postgres::connect::pool::Error;
+use crate::postgres::evaluate::per_identity::{Judge, Question, reading};
+use crate::postgres::explain_queries::Enquiry;
 
 /// What is to be explained.
 pub struct Wanted {
@@ -169,7 +169,7 @@ pub async fn explain(
             name: policy.name.clone(),
             kind: if policy.permissive { "permissive" } else { "restrictive" },
             condition: policy.condition.clone(),
-            way: compile(&policy.condition, relation, &access.rights).way.word(),
+            way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).way.word(),
             says: None,
         });
     }

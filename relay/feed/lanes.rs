@@ -11,12 +11,12 @@ use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
-use crate::feed::audience::ALTERED;
+use crate::feed::authorize::filter_cost::Loads;
 use crate::feed::command::Command;
-use crate::feed::load::Loads;
-use crate::model::refusal::Refusal;
-use crate::model::session::ChannelId;
-use crate::model::subscription::Subscription;
+use crate::feed::deliver::group::ALTERED;
+use crate::model::session::machine::ChannelId;
+use crate::model::subscription::binding::Subscription;
+use crate::model::subscription::error::Refusal;
 
 /// The routers, and which channel is with which.
 pub struct Lanes {

@@ -8,9 +8,9 @@ use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use crate::model::bookmark::{Bookmark, BookmarkKey, Opened};
-use crate::model::cursor::Cursor;
-use crate::postgres::connect::{Error, Lease, Server};
+use crate::model::identity::bookmark::{Bookmark, BookmarkKey, Opened};
+use crate::model::log::cursor::Cursor;
+use crate::postgres::connect::pool::{Error, Lease, Server};
 
 /// Where bookmarks are kept.
 pub struct Bookmarks {

@@ -8,12 +8,13 @@ use deadpool_postgres::{Client, Pool};
 use serde::Deserialize;
 use tokio::sync::{Mutex, watch};
 
-use crate::model::bound_filter::{BoundFilter, Typed};
-use crate::model::claims::Claims;
-use crate::model::filter::Condition;
-use crate::model::marks::{Marks, Outdated};
-use crate::model::relation::{Catalog, Column, Relation, Shape, Widening};
-use crate::postgres::connect::{Error, Lease};
+use crate::model::catalog::marks::{Marks, Outdated};
+use crate::model::catalog::relation::{Catalog, Relation, Widening};
+use crate::model::identity::claims::Claims;
+use crate::model::row::column::{Column, Shape};
+use crate::model::subscription::filter::Condition;
+use crate::model::subscription::typed_filter::{BoundFilter, Typed};
+use crate::postgres::connect::pool::{Error, Lease};
 
 /// How often the catalog is looked at for what neither the changelog nor the mark of a page tells: policies, grants and
 /// columns stand in the changelog, roles and memberships in the mark. Where there is no event trigger, each page of

@@ -7,8 +7,8 @@ use tokio::time::sleep;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use crate::postgres::advice::not_reader;
-use crate::postgres::connect::Error;
+use crate::postgres::connect::advice::not_reader;
+use crate::postgres::connect::pool::Error;
 
 /// The files of `sql/`, in the order in which they are applied.
 const FILES: &[(&str, &str)] = &[

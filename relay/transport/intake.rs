@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::feed::budget::{Budget, Reserved};
+use crate::feed::deliver::memory_budget::{Budget, Reserved};
 
 /// So much of every client is not counted.
 const FREE: usize = 16 * 1024;

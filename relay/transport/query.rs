@@ -69,6 +69,12 @@ pub fn bearer(headers: &HeaderMap) -> Option<String> {
     bearer.or_else(|| text("apikey")).or_else(|| text("x-api-key")).map(str::to_owned)
 }
 
+/// What is said of a parameter that a request has more than once.
+pub fn twice(name: &str) -> String {
+    let name: String = name.chars().take(40).collect();
+    format!("{name}: this parameter is there more than once, nobody knows which of them is meant")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -35,7 +35,7 @@ pub fn token_for(role: &str, sub: Option<&str>, more: serde_json::Value, ttl: Du
         claims.insert("sub".into(), sub.into());
     }
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-    ::relay::transport::auth::mint(SECRET, &claims, now, ttl).unwrap()
+    ::relay::auth::verifier::mint(SECRET, &claims, now, ttl).unwrap()
 }
 
 /// Waits until `fact` gives something, and says what was waited for when it never does.

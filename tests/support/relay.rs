@@ -19,7 +19,7 @@ pub struct Relay {
     /// What it counts.
     pub observe: Arc<Observe>,
     stop: Option<oneshot::Sender<()>>,
-    task: JoinHandle<Result<(), relay::postgres::connect::Error>>,
+    task: JoinHandle<Result<(), relay::postgres::connect::pool::Error>>,
 }
 
 impl Relay {

@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use relay::transport::auth::mint;
+use relay::auth::verifier::mint;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::timeout;

@@ -8,7 +8,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use libfuzzer_sys::fuzz_target;
-use relay::model::cursor::{Cursor, Epoch, Snapshot};
+use relay::model::log::cursor::{Cursor, Epoch, Snapshot};
 
 /// Each is compared with each other.
 const MOST: usize = 5;

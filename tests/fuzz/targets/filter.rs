@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use relay::model::filter::{Condition, Operator, parse};
+use relay::model::subscription::filter::{Condition, Operator, parse};
 
 fuzz_target!(|filter: &str| {
     let conditions = match parse(filter) {

@@ -10,11 +10,11 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use libfuzzer_sys::fuzz_target;
-use relay::model::claims::{Claims, TokenRefusal, Tokens};
-use relay::model::phoenix::{Binary, Message, Version, decode_binary, decode_text};
-use relay::model::policy::Identity;
-use relay::model::session::{Action, ChannelId, Session};
-use relay::model::refusal::Refusal;
+use relay::model::identity::claims::{Claims, TokenRefusal, Tokens};
+use relay::model::codec::phoenix::{Binary, Message, Version, decode_binary, decode_text};
+use relay::model::policy::visibility::Identity;
+use relay::model::session::machine::{Action, ChannelId, Session};
+use relay::model::subscription::error::Refusal;
 use serde_json::{Value, json};
 
 fuzz_target!(|data: &[u8]| {

@@ -9,11 +9,11 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use relay::model::change::{Change, Operation, Reading, RelationId, Row};
-use relay::model::delivery::{View, data, record};
-use relay::model::image::Image;
-use relay::model::policy::Meaning;
-use relay::model::relation::Relation;
+use relay::model::row::change::{Change, Operation, Reading, RelationId, Row};
+use relay::model::codec::payload::{View, data, record};
+use relay::model::row::image::Image;
+use relay::model::policy::visibility::Meaning;
+use relay::model::catalog::relation::Relation;
 use serde_json::json;
 use serde_json::value::RawValue;
 
@@ -90,7 +90,7 @@ fuzz_target!(|text: &str| {
             let short = row.without_long_values(20);
             assert!(Row::parse(&short).unwrap().names().all(|name| row.value(name).is_some()));
         }
-        if let Ok(image) = Image::parse(image, relation) {
+        if let Ok(image) = Image::parse(image, &relation.columns) {
             for column in 0..=relation.columns.len() {
                 image.held(column);
             }

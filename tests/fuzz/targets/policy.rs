@@ -7,12 +7,14 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use relay::model::claims::Claims;
-use relay::model::compile::compile;
-use relay::model::image::Image;
-use relay::model::plan::{Plan, Way};
-use relay::model::predicate::{Answers, List, Predicate, Scalar, Truth, Unasked};
-use relay::model::relation::{Relation, Rights};
+use relay::model::identity::claims::Claims;
+use relay::model::policy::compile::compile;
+use relay::model::row::image::Image;
+use relay::model::policy::plan::{Plan, Way};
+use relay::model::policy::predicate::{Answers, List, Predicate, Scalar, Unasked};
+use relay::model::row::truth::Truth;
+use relay::model::catalog::relation::Relation;
+use relay::model::policy::rights::Rights;
 use serde_json::json;
 
 static RELATION: LazyLock<Relation> = LazyLock::new(|| {
@@ -68,8 +70,8 @@ fuzz_target!(|text: &str| {
     let policy = parts.next().unwrap_or_default();
     let claims = parts.next().and_then(|claims| Claims::from_verified_payload(claims).ok());
     let claims = claims.unwrap_or_else(|| Claims::from_verified_payload(CLAIMS).unwrap());
-    let row = parts.next().and_then(|row| Image::parse(row, &RELATION).ok());
-    let row = row.unwrap_or_else(|| Image::parse(ROW, &RELATION).unwrap());
+    let row = parts.next().and_then(|row| Image::parse(row, &RELATION.columns).ok());
+    let row = row.unwrap_or_else(|| Image::parse(ROW, &RELATION.columns).unwrap());
 
     let plan = compile(policy, &RELATION, &RIGHTS);
     is_whole(&plan);

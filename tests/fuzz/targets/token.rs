@@ -10,10 +10,10 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, EncodingKey, crypto};
 use libfuzzer_sys::fuzz_target;
-use relay::model::claims::Claims;
-use relay::transport::auth::{TokenSettings, Verifier};
-use relay::transport::key_set::KeySet;
-use relay::transport::keys::Keys;
+use relay::model::identity::claims::Claims;
+use relay::auth::verifier::{TokenSettings, Verifier};
+use relay::auth::jwks::KeySet;
+use relay::auth::jwks_refresh::Keys;
 use serde_json::{Value, json};
 
 const NOW: u64 = 1000;

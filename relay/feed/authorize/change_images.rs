@@ -1,0 +1,109 @@
+//! A change as the gate looks at it: its images taken apart, and whether they still have the columns of their relation.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::model::catalog::relation::{Catalog, Relation};
+use crate::model::row::change::{Change, Operation, Reading, RelationId};
+use crate::model::row::image::Image;
+
+/// One change of a part.
+pub struct Place<'a> {
+    /// Its images, before and after.
+    pub images: [Option<Image<'a>>; 2],
+    /// Where they stand among the images of the relation in this part.
+    pub slots: [Option<usize>; 2],
+    /// How its columns compare with the relation's.
+    pub layout: Layout,
+}
+
+/// How the columns of a change's images compare with those of its relation now.
+pub enum Layout {
+    /// The same names.
+    Same,
+    /// Some are left out, because the row was too large.
+    Lacking(Vec<String>),
+    /// Some were added since: what they would hold cannot be told.
+    Partial(Vec<String>),
+    /// Others: the relation was altered in between, and a rule would read the wrong values.
+    Other,
+}
+
+impl<'a> Place<'a> {
+    /// The image before (0) or after (1), and where it stands.
+    pub fn image(&self, side: usize) -> Option<(&Image<'a>, usize)> {
+        self.images[side].as_ref().zip(self.slots[side])
+    }
+
+    /// Whether a rule that reads such columns would take what was left out for null.
+    pub fn lacks(&self, reads: impl Fn(&str) -> bool) -> bool {
+        match &self.layout {
+            Layout::Same => false,
+            Layout::Lacking(columns) | Layout::Partial(columns) => columns.iter().any(|column| reads(column)),
+            Layout::Other => true,
+        }
+    }
+}
+
+/// The places of a part's changes; none for those that have no relation or no images. And the images of each relation.
+pub fn places<'a>(
+    catalog: &'a Catalog,
+    changes: &'a [Change],
+) -> (Vec<Option<Place<'a>>>, HashMap<RelationId, Vec<&'a str>>) {
+    let mut images: HashMap<RelationId, Vec<&str>> = HashMap::new();
+    let mut places = Vec::with_capacity(changes.len());
+    for change in changes {
+        places.push(
+            catalog
+                .relation(change.relation)
+                .and_then(|relation| place(relation, change, images.entry(change.relation).or_default())),
+        );
+    }
+    (places, images)
+}
+
+fn place<'a>(relation: &'a Arc<Relation>, change: &'a Change, all: &mut Vec<&'a str>) -> Option<Place<'a>> {
+    let texts = [change.before.as_deref(), change.after.as_deref()];
+    if texts == [None, None] || change.operation == Operation::Gap {
+        return None;
+    }
+    let mut layout = Layout::Same;
+    let images = texts.map(|text| {
+        let image = Image::parse(text?, &relation.columns);
+        match &image {
+            Ok(image) => layout.look_at(image, relation, change),
+            Err(_) => layout = Layout::Other,
+        }
+        image.ok()
+    });
+    let mut slot = |text: Option<&'a str>| {
+        all.push(text.filter(|_| !matches!(layout, Layout::Other))?);
+        Some(all.len() - 1)
+    };
+    let slots = [slot(texts[0]), slot(texts[1])];
+    Some(Place { images, slots, layout })
+}
+
+impl Layout {
+    fn look_at(&mut self, image: &Image<'_>, relation: &Relation, change: &Change) {
+        let row = image.row();
+        let known = row.names().filter(|name| relation.column(name).is_some()).count();
+        let lacks = known < relation.columns.len();
+        let may_lack = change.oversize || change.reading == Reading::Partial;
+        let is_other =
+            change.reading == Reading::Unreadable || known < row.names().len() || (lacks && !may_lack);
+        if is_other || matches!(self, Self::Other) {
+            *self = Self::Other;
+        } else if lacks {
+            let missing =
+                relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
+            match self {
+                Self::Lacking(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
+                layout if change.reading == Reading::Partial => {
+                    *layout = Self::Partial(missing.cloned().collect());
+                }
+                layout => *layout = Self::Lacking(missing.cloned().collect()),
+            }
+        }
+    }
+}

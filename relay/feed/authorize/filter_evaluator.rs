@@ -1,0 +1,152 @@
+//! Asks PostgreSQL what clients' own filters say of row images: on a connection that judges nothing else, and for each
+//! client within what it may take of the time of all.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::feed::authorize::filter_cost::Client;
+use crate::model::policy::visibility::Denied;
+use crate::postgres::connect::pool::Error;
+use crate::postgres::evaluate::per_identity::{Judge, Question, Verdict};
+
+/// Questions that are asked before it is looked again who may still ask.
+const AT_ONCE: usize = 8;
+/// All questions of one part may take so many times what one client may take at once.
+const PART: u32 = 5;
+/// A client that asked nothing for so long is not counted when the time is shared.
+const ACTIVE: Duration = Duration::from_secs(10);
+
+/// The connection, and what clients have left of its time.
+pub struct FilterJudge {
+    judge: Judge,
+    /// What a client may take at once.
+    most: Duration,
+    // Never held across an await.
+    accounts: Mutex<HashMap<Client, Account>>,
+    /// The turns: time that a client waits for another client's questions is not charged to it.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// The time that a client may take.
+struct Account {
+    /// In seconds; below zero it took more than it had.
+    balance: f64,
+    since: Instant,
+}
+
+/// A question, and the clients that chose the filter. They pay in equal parts.
+pub struct Paid<'a> {
+    /// What is asked.
+    pub question: Question<'a>,
+    /// Who pays; never empty.
+    pub clients: &'a [Client],
+}
+
+impl FilterJudge {
+    /// Asks by `judge`; each client may take `most` at once, and then its equal part of all time.
+    pub fn new(judge: Judge, most: Duration) -> Self {
+        Self { judge, most, accounts: Mutex::default(), turn: tokio::sync::Mutex::default() }
+    }
+
+    /// Forgets all plans.
+    pub async fn forget(&self) {
+        let _turn = self.turn.lock().await;
+        self.judge.discard_plans().await;
+    }
+
+    /// Answers the questions, those of clients that took least first. What a client has no time left for is denied as if
+    /// it had taken too long.
+    ///
+    /// # Errors
+    /// Only when the connection fails, so that nothing was judged: ask again.
+    pub async fn judge(&self, questions: &[Paid<'_>]) -> Result<Vec<Verdict>, Error> {
+        let mut verdicts: Vec<Verdict> =
+            questions.iter().map(|paid| Verdict::none(paid.question.images, Denied::TimedOut)).collect();
+        if questions.is_empty() {
+            return Ok(verdicts);
+        }
+        let started = Instant::now();
+        let mut waiting = self.in_order(questions).into_iter();
+        while started.elapsed() < self.most * PART {
+            let now: Vec<usize> = waiting
+                .by_ref()
+                .filter(|number| self.may_ask(questions[*number].clients))
+                .take(AT_ONCE)
+                .collect();
+            if now.is_empty() {
+                break;
+            }
+            let _turn = self.turn.lock().await;
+            // The round trip to PostgreSQL is charged to no client.
+            self.judge.open().await?;
+            let asked: Vec<Question<'_>> =
+                now.iter().map(|number| questions[*number].question.clone()).collect();
+            let began = Instant::now();
+            let answers = self.judge.judge(&asked).await?;
+            self.charge(began.elapsed(), now.iter().map(|number| questions[*number].clients));
+            for (number, answer) in now.into_iter().zip(answers) {
+                verdicts[number] = answer;
+            }
+        }
+        Ok(verdicts)
+    }
+
+    /// The numbers of the questions: who has most time left comes first, then who asks least.
+    fn in_order(&self, questions: &[Paid<'_>]) -> Vec<usize> {
+        let mut counts: HashMap<&Client, usize> = HashMap::new();
+        for client in questions.iter().flat_map(|paid| paid.clients) {
+            *counts.entry(client).or_default() += 1;
+        }
+        let mut accounts = self.lock();
+        let now = Instant::now();
+        accounts.retain(|_, account| now.duration_since(account.since) < ACTIVE);
+        for client in counts.keys() {
+            if !accounts.contains_key(client) {
+                accounts.insert((*client).clone(), Account { balance: self.most.as_secs_f64(), since: now });
+            }
+        }
+        let share = 1.0 / accounts.len().max(1) as f64;
+        for client in counts.keys() {
+            if let Some(account) = accounts.get_mut(client) {
+                let earned = now.duration_since(account.since).as_secs_f64() * share;
+                account.balance = (account.balance + earned).min(self.most.as_secs_f64());
+                account.since = now;
+            }
+        }
+        // In hundredths of what one may take: who is as good as equal is told apart by how much it asks.
+        let left = |client: &Client| {
+            let balance = accounts.get(client).map_or(0.0, |account| account.balance);
+            (100.0 * balance / self.most.as_secs_f64()) as i64
+        };
+        let rank = |paid: &Paid<'_>| {
+            let best = paid.clients.iter().map(|client| (Reverse(left(client)), counts.get(client).copied()));
+            best.min()
+        };
+        let mut order: Vec<usize> = (0..questions.len()).collect();
+        order.sort_by_cached_key(|number| rank(&questions[*number]));
+        order
+    }
+
+    fn may_ask(&self, clients: &[Client]) -> bool {
+        let accounts = self.lock();
+        clients.iter().any(|client| accounts.get(client).is_some_and(|account| account.balance > 0.0))
+    }
+
+    fn charge<'a>(&self, spent: Duration, asked: impl ExactSizeIterator<Item = &'a [Client]>) {
+        let each = spent.as_secs_f64() / asked.len().max(1) as f64;
+        let mut accounts = self.lock();
+        for clients in asked {
+            for client in clients {
+                if let Some(account) = accounts.get_mut(client) {
+                    account.balance -= each / clients.len() as f64;
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Client, Account>> {
+        self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,302 @@
+//! Finds whom a change may concern, decides what can be decided here, and gathers what PostgreSQL has to be asked.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::feed::authorize::change_images::{Layout, Place};
+use crate::feed::authorize::filter_cost::Client;
+use crate::feed::authorize::gate::{Answer, Asked, Candidate, Reader, Verdicts, filter_key};
+use crate::feed::authorize::subscriber_index::{AudienceId, Readership};
+use crate::model::catalog::relation::{Access, Relation};
+use crate::model::policy::predicate::Answers;
+use crate::model::policy::visibility::Identity;
+use crate::model::row::change::{Change, Operation};
+use crate::model::row::truth::Truth;
+use crate::model::subscription::typed_filter::BoundFilter;
+use crate::postgres::evaluate::set_based::Said;
+
+/// Finds the candidates of one change after another.
+pub(super) struct Finder<'v, 'a> {
+    pub(super) verdicts: &'v mut Verdicts,
+    pub(super) asked: &'v mut Vec<Asked<'a>>,
+    /// Where a rule's questions are gathered.
+    pub(super) questions: HashMap<Rule, usize>,
+}
+
+/// A filter that so many clients share costs each of them next to nothing.
+const MOST_PAYERS: usize = 16;
+
+/// What images are asked of together.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Rule {
+    /// The policy of a readership, for one of its groups.
+    Policy(u64, u64),
+    /// A filter, for a role: by their addresses, as in a [`FilterKey`](crate::feed::authorize::gate::FilterKey).
+    Filter(usize, usize),
+}
+
+/// What the leaves said of one image, for one group.
+struct Heard<'s> {
+    said: &'s [Vec<Said>],
+    slot: usize,
+    group: u64,
+    /// The image lacks something that the policy reads.
+    lacks: bool,
+}
+
+impl Answers for Heard<'_> {
+    fn fact(&self, leaf: usize) -> Truth {
+        match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
+            _ if self.lacks => Truth::Raises,
+            Some(Said::Fact(truth) | Said::Nothing(truth)) => *truth,
+            Some(Said::Readers(_)) | None => Truth::Unsure,
+        }
+    }
+
+    fn reads(&self, leaf: usize) -> Truth {
+        match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
+            _ if self.lacks => Truth::Raises,
+            Some(Said::Readers(readers)) => readers.binary_search(&self.group).is_ok().into(),
+            Some(Said::Nothing(truth)) => *truth,
+            Some(Said::Fact(_)) | None => Truth::Unsure,
+        }
+    }
+}
+
+/// One change as one readership looks at it.
+struct Scene<'s, 'a> {
+    index: usize,
+    place: &'s Place<'a>,
+    readership: &'a Readership,
+    access: &'a Access,
+    /// What the leaves of the policy said, leaf by leaf.
+    said: &'s [Vec<Said>],
+    /// An image lacks something that the policy reads.
+    lacks: bool,
+}
+
+impl<'a> Finder<'_, 'a> {
+    /// Adds the candidates among a readership for the change at `index`.
+    pub(super) fn find(
+        &mut self,
+        (index, change): (usize, &Change),
+        place: Option<&Place<'a>>,
+        readership: &'a Readership,
+        said: &[Vec<Said>],
+        reader: &impl Fn(AudienceId) -> Reader<'a>,
+    ) {
+        let Some(access) = readership.access() else { return };
+        let reads_policy = |column: &str| readership.relation().policy_reads(access, column);
+        let is_told = |place: &&Place<'_>| match &place.layout {
+            Layout::Other => false,
+            Layout::Partial(_) => !place.lacks(reads_policy),
+            Layout::Same | Layout::Lacking(_) => true,
+        };
+        let told = |audience| Candidate { audience, change: index, policy: None };
+        let Some(place) = place.filter(is_told) else {
+            // Truncated, or altered under way: everybody has to hear of it.
+            if change.operation != Operation::Schema {
+                self.verdicts.candidates.extend(readership.everybody().map(told));
+            }
+            return;
+        };
+        let lacks = place.lacks(reads_policy);
+        let scene = Scene { index, place, readership, access, said, lacks };
+        let mut found = scene.concerned();
+        if matches!(place.layout, Layout::Partial(_)) {
+            // Nor can a filter be told that reads what was added.
+            let cannot_tell = |audience: &AudienceId| {
+                let mut bindings = reader(*audience).subscription.concerning(readership.relation());
+                bindings.any(|binding| {
+                    binding.filter.as_ref().is_some_and(|filter| {
+                        place.lacks(|column| filter.columns().any(|read| read == column))
+                    })
+                })
+            };
+            let lost: Vec<AudienceId> = readership.everybody().filter(cannot_tell).collect();
+            found.retain(|audience| !lost.contains(audience));
+            self.verdicts.candidates.extend(lost.into_iter().map(told));
+        }
+        found.sort_unstable();
+        found.dedup();
+        self.verdicts.considered += found.len();
+        // Neighbours are of one group as a rule.
+        let mut last: Option<(u64, usize)> = None;
+        let mut known: HashMap<u64, usize> = HashMap::new();
+        for audience in found {
+            let Some(group) = readership.group_of(audience) else { continue };
+            let policy = match last {
+                Some((same, policy)) if same == group => policy,
+                _ => *known.entry(group).or_insert_with(|| self.rule(&scene, group)),
+            };
+            last = Some((group, policy));
+            if readership.raises(group) {
+                self.verdicts.raising.push((audience, index));
+            }
+            if self.verdicts.policies[policy].iter().all(|truth| is_no(*truth)) {
+                continue;
+            }
+            let reader = reader(audience);
+            let mut may_match = false;
+            for binding in reader.subscription.concerning(readership.relation()) {
+                may_match |= match &binding.filter {
+                    None => true,
+                    Some(filter) => {
+                        filter.is_usable(readership.relation(), access) && self.filter(&scene, filter, reader)
+                    }
+                };
+            }
+            if !may_match {
+                continue;
+            }
+            self.verdicts.candidates.push(Candidate { audience, change: index, policy: Some(policy) });
+        }
+    }
+
+    /// What the policy says of a change to a group; gathers what has to be asked. Gives the number of the ruling.
+    fn rule(&mut self, scene: &Scene<'_, 'a>, group: u64) -> usize {
+        let &Scene { readership, access, said, lacks, .. } = scene;
+        let number = self.verdicts.policies.len();
+        let mut ruling = [Truth::False; 2];
+        for (side, truth) in ruling.iter_mut().enumerate() {
+            let Some((image, slot)) = scene.place.image(side) else { continue };
+            *truth = readership.truth(group, image, &Heard { said, slot, group, lacks });
+            if *truth != Truth::Unsure {
+                continue;
+            }
+            let whom = readership.group(group).map(|group| &group.identity);
+            match (&access.judge, whom) {
+                (Some(statement), Some(identity)) if !lacks => {
+                    let rule = Rule::Policy(readership.number(), group);
+                    let answer = Answer::Policy(number, side);
+                    let group = Some((scene.index, readership, group));
+                    self.question(
+                        rule,
+                        group,
+                        readership.relation(),
+                        identity,
+                        statement,
+                        (scene.relation().narrowed(image.row(), |name| scene.policy_reads(name)), answer),
+                    );
+                }
+                _ => *truth = Truth::Raises,
+            }
+        }
+        self.verdicts.policies.push(ruling);
+        number
+    }
+
+    /// Likewise a filter. Whether the change may match it.
+    fn filter(&mut self, scene: &Scene<'_, 'a>, filter: &'a Arc<BoundFilter>, reader: Reader<'a>) -> bool {
+        let identity = reader.subscription.identity();
+        let key = filter_key(scene.index, scene.access, filter);
+        let rule = Rule::Filter(key.0, key.1);
+        if let Some(known) = self.verdicts.filters.get(&key) {
+            let may_match = !known.iter().all(|truth| is_no(*truth));
+            self.is_paid_by(rule, reader);
+            return may_match;
+        }
+        let reads = |column: &str| filter.columns().any(|read| read == column);
+        let lacks = scene.place.lacks(reads);
+        let mut ruling = [Truth::False; 2];
+        for (side, truth) in ruling.iter_mut().enumerate() {
+            let Some((image, _)) = scene.place.image(side) else { continue };
+            *truth = if lacks { Truth::Raises } else { filter.truth(image) };
+            if *truth == Truth::Unsure {
+                let (relation, answer) = (scene.readership.relation(), Answer::Filter(key, side));
+                self.question(
+                    rule,
+                    None,
+                    relation,
+                    identity,
+                    &filter.statement,
+                    (relation.narrowed(image.row(), reads), answer),
+                );
+            }
+        }
+        self.verdicts.filters.insert(key, ruling);
+        self.is_paid_by(rule, reader);
+        !ruling.iter().all(|truth| is_no(*truth))
+    }
+
+    /// Notes who chose a rule, if it is asked.
+    fn is_paid_by(&mut self, rule: Rule, reader: Reader<'_>) {
+        if let Some(number) = self.questions.get(&rule) {
+            let client = Client::of(reader.subscription.identity(), reader.session);
+            let clients = &mut self.asked[*number].clients;
+            if clients.len() < MOST_PAYERS && !clients.contains(&client) {
+                clients.push(client);
+            }
+        }
+    }
+
+    fn question(
+        &mut self,
+        rule: Rule,
+        group: Option<(usize, &'a Readership, u64)>,
+        relation: &'a Relation,
+        identity: &'a Identity,
+        statement: &'a Arc<str>,
+        (image, answer): (String, Answer),
+    ) {
+        let number = *self.questions.entry(rule).or_insert_with(|| {
+            let (images, answers) = (Vec::new(), Vec::new());
+            // A filter calls nothing; a policy may.
+            let with_path = matches!(rule, Rule::Policy(..)) && needs_path(relation, identity);
+            let clients = Vec::new();
+            self.asked.push(Asked {
+                identity,
+                statement,
+                relation,
+                images,
+                answers,
+                group,
+                with_path,
+                clients,
+            });
+            self.asked.len() - 1
+        });
+        self.asked[number].images.push(image);
+        self.asked[number].answers.push(answer);
+    }
+}
+
+impl<'a> Scene<'_, 'a> {
+    fn relation(&self) -> &'a Relation {
+        self.readership.relation()
+    }
+
+    fn policy_reads(&self, column: &str) -> bool {
+        self.relation().policy_reads(self.access, column)
+    }
+
+    /// Whom the index and the leaves name; some more than once.
+    fn concerned(&self) -> Vec<AudienceId> {
+        let mut found = Vec::new();
+        for (image, slot) in (0..2).filter_map(|side| self.place.image(side)) {
+            self.readership.look_up(image, |audience| found.push(audience));
+            for said in self.said {
+                match said.get(slot) {
+                    Some(Said::Readers(groups)) => {
+                        found.extend(groups.iter().flat_map(|group| self.readership.named(*group)));
+                    }
+                    Some(Said::Nothing(Truth::Late | Truth::Unsure)) => {
+                        found.extend(self.readership.all_named());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Whether the policy calls functions of users, or is text of somebody's.
+fn needs_path(relation: &Relation, identity: &Identity) -> bool {
+    let access = relation.access(identity.claims().role());
+    matches!(relation.kind.as_str(), "m" | "f") || access.is_none_or(|access| access.rights.calls_own)
+}
+
+fn is_no(truth: Truth) -> bool {
+    matches!(truth, Truth::False | Truth::Null | Truth::Raises)
+}

@@ -1,0 +1,342 @@
+//! Who reads a relation with one role: grouped by what the policy reads of their claims, and found by the values of a row.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::model::catalog::relation::{Access, Relation};
+use crate::model::policy::claim_expr::TermValue;
+use crate::model::policy::index::Index;
+use crate::model::policy::index_key::{Anchor, Anchors};
+use crate::model::policy::plan::Plan;
+use crate::model::policy::predicate::Answers;
+use crate::model::policy::visibility::Identity;
+use crate::model::row::change::RelationId;
+use crate::model::row::datum::Kind;
+use crate::model::row::image::Image;
+use crate::model::row::truth::Truth;
+use crate::model::subscription::binding::Subscription;
+use crate::postgres::evaluate::set_based::Roster;
+
+/// The number of an audience in the router.
+pub type AudienceId = usize;
+
+/// Readers of one relation who have one role.
+pub struct Readership {
+    id: u64,
+    relation: Arc<Relation>,
+    role: String,
+    /// By numbers that grow and never come again.
+    groups: BTreeMap<u64, Group>,
+    by_key: HashMap<Arc<GroupKey>, u64>,
+    last: Option<u64>,
+    seats: HashMap<AudienceId, Seat>,
+    index: Index<AudienceId>,
+}
+
+/// Readers of whom the policy says the same.
+pub struct Group {
+    /// One of them; to the policy they are all alike.
+    pub identity: Identity,
+    key: Arc<GroupKey>,
+    /// The claims make the policy raise: nothing is shown.
+    raises: bool,
+    seats: BTreeSet<AudienceId>,
+    /// Those whom PostgreSQL names.
+    named: BTreeSet<AudienceId>,
+}
+
+/// What readers have in common when the policy cannot tell them apart.
+#[derive(PartialEq, Eq, Hash)]
+struct GroupKey {
+    terms: Vec<TermValue>,
+    /// The policy may read more than the terms, or only PostgreSQL knows what they come to.
+    identity: Option<Identity>,
+}
+
+struct Seat {
+    group: u64,
+    anchors: Anchors,
+}
+
+impl Readership {
+    /// Nobody yet. None when the role may not read the relation.
+    fn new(relation: &Arc<Relation>, role: &str) -> Option<Self> {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        relation.access(role)?;
+        Some(Self {
+            id: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            relation: Arc::clone(relation),
+            role: role.to_owned(),
+            groups: BTreeMap::new(),
+            by_key: HashMap::new(),
+            last: None,
+            seats: HashMap::new(),
+            index: Index::default(),
+        })
+    }
+
+    /// A number of its own.
+    pub fn number(&self) -> u64 {
+        self.id
+    }
+
+    /// The relation that is read.
+    pub fn relation(&self) -> &Arc<Relation> {
+        &self.relation
+    }
+
+    /// The role that reads.
+    pub fn role(&self) -> &str {
+        &self.role
+    }
+
+    /// What the role may see; there is such a thing, or there were no readership.
+    pub fn access(&self) -> Option<&Access> {
+        self.relation.access(&self.role)
+    }
+
+    /// A group by its number.
+    pub fn group(&self, number: u64) -> Option<&Group> {
+        self.groups.get(&number)
+    }
+
+    /// Whether the claims of a group make the policy raise, as far as that is known without PostgreSQL.
+    pub fn raises(&self, group: u64) -> bool {
+        self.groups.get(&group).is_some_and(|group| group.raises)
+    }
+
+    /// The audiences of a group.
+    pub fn audiences(&self, group: u64) -> impl Iterator<Item = AudienceId> {
+        self.groups.get(&group).into_iter().flat_map(|group| group.seats.iter().copied())
+    }
+
+    /// The group of an audience.
+    pub fn group_of(&self, audience: AudienceId) -> Option<u64> {
+        self.seats.get(&audience).map(|seat| seat.group)
+    }
+
+    /// All audiences.
+    pub fn everybody(&self) -> impl Iterator<Item = AudienceId> {
+        self.seats.keys().copied()
+    }
+
+    /// All audiences that stand under what PostgreSQL names.
+    pub fn all_named(&self) -> impl Iterator<Item = AudienceId> {
+        self.groups.values().flat_map(|group| group.named.iter().copied())
+    }
+
+    /// The audiences of a group that stand under what PostgreSQL names.
+    pub fn named(&self, group: u64) -> impl Iterator<Item = AudienceId> {
+        self.groups.get(&group).into_iter().flat_map(|group| group.named.iter().copied())
+    }
+
+    /// Calls `found` for each audience that the image may concern by its values, some more than once.
+    pub fn look_up(&self, image: &Image<'_>, found: impl FnMut(AudienceId)) {
+        self.index.look_up(image, found);
+    }
+
+    /// What the policy says of an image to a group.
+    pub fn truth(&self, group: u64, image: &Image<'_>, answers: &dyn Answers) -> Truth {
+        match (self.groups.get(&group), self.access()) {
+            (Some(group), _) if group.raises => Truth::Raises,
+            (Some(group), Some(access)) => {
+                let truth = access.plan.predicate.truth(image, &group.key.terms, answers, true);
+                match truth {
+                    Truth::True | Truth::Raises if access.plan.is_probed(&group.key.terms) => Truth::Unsure,
+                    truth => truth,
+                }
+            }
+            _ => Truth::False,
+        }
+    }
+
+    fn seat(&mut self, audience: AudienceId, subscription: &Subscription) {
+        let relation = Arc::clone(&self.relation);
+        let Some(access) = relation.access(&self.role) else { return };
+        self.unseat(audience);
+        let number = self.grouped(&access.plan, subscription.identity());
+        let Some(group) = self.groups.get_mut(&number) else { return };
+        let anchors = match group.raises {
+            true => Anchors::Any,
+            false => access.plan.predicate.anchors(&group.key.terms),
+        };
+        let anchors = anchors.and(wanted(subscription, &relation, access));
+        group.seats.insert(audience);
+        match &anchors {
+            Anchors::Any => self.index.insert(None, audience),
+            Anchors::OneOf(anchors) => {
+                for anchor in anchors {
+                    if anchor.named {
+                        group.named.insert(audience);
+                    } else {
+                        self.index.insert(Some(anchor), audience);
+                    }
+                }
+            }
+        }
+        self.seats.insert(audience, Seat { group: number, anchors });
+    }
+
+    /// The group of an identity.
+    fn grouped(&mut self, plan: &Plan, identity: &Identity) -> u64 {
+        let terms = plan.values(identity.claims());
+        let is_alone = plan.reads_all || terms.contains(&TermValue::Unsure);
+        let key = GroupKey { terms, identity: is_alone.then(|| identity.clone()) };
+        if let Some(number) = self.by_key.get(&key) {
+            return *number;
+        }
+        let number = self.last.map_or(0, |last| last + 1);
+        let raises = plan.raises(&key.terms);
+        let key = Arc::new(key);
+        self.by_key.insert(Arc::clone(&key), number);
+        let identity = identity.clone();
+        self.groups
+            .insert(number, Group { identity, key, raises, seats: BTreeSet::new(), named: BTreeSet::new() });
+        self.last = Some(number);
+        number
+    }
+
+    fn unseat(&mut self, audience: AudienceId) {
+        let Some(seat) = self.seats.remove(&audience) else { return };
+        match &seat.anchors {
+            Anchors::Any => self.index.remove(None, audience),
+            Anchors::OneOf(anchors) => {
+                anchors.iter().filter(|anchor| !anchor.named).for_each(|anchor: &Anchor| {
+                    self.index.remove(Some(anchor), audience);
+                });
+            }
+        }
+        if let Some(group) = self.groups.get_mut(&seat.group) {
+            group.seats.remove(&audience);
+            group.named.remove(&audience);
+            if group.seats.is_empty() {
+                self.by_key.remove(&group.key);
+                self.groups.remove(&seat.group);
+            }
+        }
+    }
+}
+
+/// What a row must have for one of the subscription's filters to match.
+fn wanted(subscription: &Subscription, relation: &Relation, access: &Access) -> Anchors {
+    let mut wanted = Anchors::OneOf(Vec::new());
+    for binding in subscription.concerning(relation) {
+        let one = match &binding.filter {
+            None => Anchors::Any,
+            Some(filter) if filter.is_usable(relation, access) => filter.anchors(),
+            Some(_) => continue,
+        };
+        wanted = wanted.or(one);
+    }
+    wanted
+}
+
+impl Roster for Readership {
+    fn id(&self) -> u64 {
+        self.id
+    }
+
+    fn count(&self) -> usize {
+        self.groups.len()
+    }
+
+    fn after(&self, number: Option<u64>, terms: &[(usize, Kind)]) -> Vec<(u64, Vec<Arc<str>>)> {
+        let from = number.map_or(Bound::Unbounded, Bound::Excluded);
+        let texts = |group: &Group| {
+            let text = |(term, _): &(usize, Kind)| match group.key.terms.get(*term) {
+                Some(TermValue::One(datum)) if datum.is_short() => Some(datum.to_text()),
+                _ => None,
+            };
+            terms.iter().map(text).collect::<Option<Vec<_>>>()
+        };
+        self.groups
+            .range((from, Bound::Unbounded))
+            .filter_map(|(number, group)| Some((*number, texts(group)?)))
+            .collect()
+    }
+
+    fn last(&self) -> Option<u64> {
+        self.last
+    }
+}
+
+/// The readerships of all relations that changed so far.
+#[derive(Default)]
+pub struct Readerships(HashMap<RelationId, Vec<Readership>>);
+
+impl Readerships {
+    /// Forgets all of them: the rules are others now.
+    pub fn forget(&mut self) {
+        self.0.clear();
+    }
+
+    /// Makes those of a relation if there are none yet.
+    pub fn prepare<'a>(
+        &mut self,
+        relation: &Arc<Relation>,
+        audiences: impl Iterator<Item = (AudienceId, &'a Subscription)>,
+    ) {
+        if self.0.contains_key(&relation.id()) {
+            return;
+        }
+        let mut readerships = Vec::new();
+        for (audience, subscription) in audiences {
+            take_seat(&mut readerships, relation, audience, subscription);
+        }
+        self.0.insert(relation.id(), readerships);
+    }
+
+    /// An audience came, or has another subscription.
+    pub fn join(
+        &mut self,
+        audience: AudienceId,
+        subscription: &Subscription,
+        relation: impl Fn(RelationId) -> Option<Arc<Relation>>,
+    ) {
+        for (id, readerships) in &mut self.0 {
+            if let Some(relation) = relation(*id) {
+                take_seat(readerships, &relation, audience, subscription);
+            }
+        }
+    }
+
+    /// An audience went. A readership that nobody is left of stays: PostgreSQL may keep a table for it.
+    pub fn leave(&mut self, audience: AudienceId) {
+        for readerships in self.0.values_mut() {
+            for readership in readerships.iter_mut() {
+                readership.unseat(audience);
+            }
+        }
+    }
+
+    /// Those of a relation, a role each.
+    pub fn of(&self, relation: RelationId) -> &[Readership] {
+        self.0.get(&relation).map_or(&[], Vec::as_slice)
+    }
+}
+
+fn take_seat(
+    readerships: &mut Vec<Readership>,
+    relation: &Arc<Relation>,
+    audience: AudienceId,
+    subscription: &Subscription,
+) {
+    if subscription.concerning(relation).next().is_none() {
+        return;
+    }
+    let role = subscription.identity().claims().role();
+    let known = readerships.iter().position(|readership| readership.role == role);
+    let at = match known {
+        Some(at) => at,
+        None => match Readership::new(relation, role) {
+            Some(readership) => {
+                readerships.push(readership);
+                readerships.len() - 1
+            }
+            None => return,
+        },
+    };
+    readerships[at].seat(audience, subscription);
+}

@@ -1,0 +1,163 @@
+//! What was written of a change already, for the next audience that gets the same.
+
+use std::cell::OnceCell;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Weak};
+
+use crate::feed::deliver::frame::{Frame, Payload, Text};
+use crate::feed::deliver::memory_budget::Budget;
+use crate::model::codec::event::{Dress, with_cursor};
+use crate::model::codec::payload::{View, data};
+use crate::model::log::cursor::{Cursor, Snapshot, Span};
+use crate::model::policy::visibility::Meaning;
+use crate::model::row::change::Change;
+
+/// Payloads are kept for the next audience up to this many bytes, and the last one in any case. Others are found again
+/// as long as they wait for a client.
+const KEPT: usize = 512 * 1024;
+/// So many of one change are remembered.
+const REMEMBERED: usize = 64;
+/// What stands around a change in its frame has at most this many bytes: a topic of 1 KiB with every character escaped,
+/// a hundred numbers, a cursor.
+const AROUND: usize = 12 * 1024;
+
+/// What the text of a change depends on: rights, selected columns, meaning, whether it has its cursor, whether it is marked as
+/// the last one of its transaction, and what the cursor says that the reader had seen whole, when this is more than what
+/// lies before the page.
+type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning, bool, bool, Option<&'a Snapshot>);
+
+/// What was written of one change.
+pub struct Written<'a> {
+    /// Where a reader is after the change, written when it is first asked for.
+    cursor: OnceCell<String>,
+    /// The same for readers who had seen more than what lies before the page.
+    based: HashMap<&'a Snapshot, String>,
+    after: (&'a Span, i64, bool),
+    /// None for what cannot be written.
+    payloads: HashMap<DataKey<'a>, Option<Weak<Text>>>,
+    /// The frame made last, which as a rule is the next one too.
+    last: Option<(&'a Dress, Vec<u32>, DataKey<'a>, Frame)>,
+}
+
+/// The payloads that were used last, kept alive for the next audience.
+#[derive(Default)]
+pub struct Kept {
+    payloads: VecDeque<Payload>,
+    bytes: usize,
+}
+
+/// Why there is no frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unwritten {
+    /// The image is not what it should be.
+    Unreadable,
+    /// There is no room for it in memory.
+    NoRoom,
+}
+
+impl<'a> Written<'a> {
+    /// Nothing yet of the change of this number on a page; `last` when nothing of the page comes after it.
+    pub fn new(span: &'a Span, number: i64, last: bool) -> Self {
+        let after = (span, number, last);
+        let (cursor, based) = (OnceCell::new(), HashMap::new());
+        Self { cursor, based, after, payloads: HashMap::new(), last: None }
+    }
+
+    /// What a reader with this position had seen whole, when its cursors have to say so.
+    pub fn base(&self, position: Option<&'a Cursor>) -> Option<&'a Snapshot> {
+        position.and_then(|position| self.after.0.base(position))
+    }
+
+    /// The cursor after the change, of a reader with this base.
+    pub fn cursor(&mut self, base: Option<&'a Snapshot>) -> &str {
+        let (span, number, last) = self.after;
+        match base {
+            None => self.cursor.get_or_init(|| span.after(number, last).to_string()),
+            Some(seen) => self.based.entry(seen).or_insert_with(|| {
+                span.after(number, last).and(&Cursor::after(span.epoch, seen.clone())).to_string()
+            }),
+        }
+    }
+
+    /// The frame of a change for channels of this dress, naming these ids, for a role with this view and base.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn frame(
+        &mut self,
+        dress: &'a Dress,
+        ids: &[u32],
+        change: &Change,
+        (role, view, base): (&'a str, View<'a>, Option<&'a Snapshot>),
+        budget: &Arc<Budget>,
+        kept: &mut Kept,
+    ) -> Result<Frame, Unwritten> {
+        let base = base.filter(|_| view.exact);
+        let key = (role, view.select, view.meaning, view.exact, view.is_last, base);
+        if let Some((last_dress, last_ids, last, frame)) = &self.last
+            && (*last_dress, &last_ids[..], *last) == (dress, ids, key)
+        {
+            return Ok(frame.clone());
+        }
+        let payload = self.payload(key, change, view, budget, kept)?;
+        let operation = view.meaning.operation().word();
+        let (head, tail) = dress.around(ids, operation, if view.exact { self.cursor(base) } else { "" });
+        let frame = Frame::around(head, payload, tail, budget);
+        self.last = Some((dress, ids.to_vec(), key, frame.clone()));
+        Ok(frame)
+    }
+
+    fn payload(
+        &mut self,
+        key: DataKey<'a>,
+        change: &Change,
+        view: View<'a>,
+        budget: &Arc<Budget>,
+        kept: &mut Kept,
+    ) -> Result<Payload, Unwritten> {
+        match self.payloads.get(&key) {
+            Some(None) => return Err(Unwritten::Unreadable),
+            Some(Some(known)) => {
+                if let Some(payload) = known.upgrade() {
+                    return Ok(payload);
+                }
+            }
+            None => {}
+        }
+        if self.payloads.len() == REMEMBERED {
+            self.payloads.clear();
+        }
+        let most = budget.change_bytes().saturating_sub(AROUND);
+        let text = data(change, view, most).map(|text| match view.exact {
+            true => with_cursor(text, self.cursor(key.5)),
+            false => text,
+        });
+        let Some(text) = text else {
+            self.payloads.insert(key, None);
+            return Err(Unwritten::Unreadable);
+        };
+        kept.make_room(text.len());
+        if !budget.make_room(text.len()) {
+            return Err(Unwritten::NoRoom);
+        }
+        let payload = Text::new(text, budget);
+        self.payloads.insert(key, Some(Arc::downgrade(&payload)));
+        kept.add(Arc::clone(&payload));
+        Ok(payload)
+    }
+}
+
+impl Kept {
+    fn make_room(&mut self, bytes: usize) {
+        while self.bytes + bytes > KEPT
+            && let Some(oldest) = self.payloads.pop_front()
+        {
+            self.bytes -= oldest.as_str().len();
+        }
+    }
+
+    fn add(&mut self, payload: Payload) {
+        self.bytes += payload.as_str().len();
+        self.payloads.push_back(payload);
+    }
+}

@@ -1,0 +1,165 @@
+//! Delivers a batch to every subscriber whom it concerns.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::feed::authorize::gate::{Candidate, Gate};
+use crate::feed::authorize::subscriber_index::{AudienceId, Readerships};
+use crate::feed::deliver::encode_cache::Written;
+use crate::feed::deliver::group::{Audience, BETWEEN, Desk};
+use crate::feed::deliver::outbox::Unit;
+use crate::feed::read::batch::Stretch;
+use crate::model::catalog::relation::{Catalog, Widening};
+use crate::model::catalog::shape;
+use crate::model::row::change::{Change, Operation};
+use crate::postgres::connect::pool::Error;
+
+/// Tells a stretch to all whom it concerns; returns how many frames that makes.
+///
+/// # Errors
+/// Only when PostgreSQL cannot be asked; then nobody was told anything.
+pub async fn tell<'a>(
+    gate: &Gate,
+    catalog: &'a Catalog,
+    stretch: &'a Stretch,
+    readerships: &'a Readerships,
+    audience: impl Fn(AudienceId) -> &'a Audience,
+    part: Unit,
+) -> Result<usize, Error> {
+    let here = stretch.end().map(Arc::new);
+    let changes = &*shape::read(catalog, &stretch.changes);
+    let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).reader()).await?;
+    for (id, change) in &verdicts.raising {
+        if let Some(relation) = catalog.relation(changes[*change].relation) {
+            audience(*id).tell_raising(relation);
+        }
+    }
+    let now = now();
+    let last = changes.len().saturating_sub(1);
+    let is_last = |index: usize| index == last && !stretch.more;
+    let written =
+        |(index, change): (usize, &Change)| Written::new(&stretch.span, change.number, is_last(index));
+    let widenings: Vec<&Widening> =
+        catalog.widenings().iter().filter(|widening| widening.is_after(&stretch.span.seen)).collect();
+    let mut written: Vec<Written<'_>> = changes.iter().enumerate().map(written).collect();
+    let mut desk = Desk::default();
+    let mut frames = 0;
+    // Audience by audience, not change by change: what a stretch holds for a client reaches it in one piece.
+    for candidates in by_audience(&verdicts.candidates) {
+        let Some(first) = candidates.first() else { continue };
+        let audience = audience(first.audience);
+        if audience.subscription().identity().claims().expires_at() <= now {
+            audience.members().misses(BETWEEN);
+            continue;
+        }
+        if here.as_ref().is_some_and(|here| audience.has_reached(here)) {
+            continue;
+        }
+        if audience.is_over() {
+            continue;
+        }
+        let is_older = |change: &Change| {
+            widenings.iter().any(|widening| widening.concerns(change) && audience.stood_before(widening))
+        };
+        let mut lasts = HashSet::new();
+        if audience.key().dress.tells_cursor() {
+            lasts = last_changes(stretch, catalog, audience, &candidates, |candidate| {
+                let change = &changes[candidate.change];
+                let relation = catalog.relation(change.relation);
+                let change = (change, is_older(change));
+                relation
+                    .is_some_and(|relation| audience.gets(candidate, change, relation, &verdicts, &mut desk))
+            });
+        }
+        for candidate in &candidates {
+            let index = candidate.change;
+            let change = &changes[index];
+            if let Some(relation) = catalog.relation(change.relation)
+                && !is_repeated_truncate(changes, index)
+            {
+                audience.write(
+                    candidate,
+                    (change, is_older(change), lasts.contains(&index)),
+                    relation,
+                    &verdicts,
+                    &mut written[index],
+                    &mut desk,
+                );
+            }
+        }
+        frames += audience.send(part, &mut desk, here.as_ref());
+        desk.clear();
+    }
+    Ok(frames)
+}
+
+/// The time in seconds, as tokens count it: from the second on in which one ends nothing is told to who has it.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// Tells a stretch to one audience alone.
+///
+/// # Errors
+/// As [`tell`].
+pub async fn tell_one(
+    gate: &Gate,
+    catalog: &Catalog,
+    stretch: &Stretch,
+    audience: &Audience,
+) -> Result<usize, Error> {
+    let mut readerships = Readerships::default();
+    for change in &stretch.changes {
+        if let Some(relation) = catalog.relation(change.relation) {
+            readerships.prepare(relation, std::iter::once((0, audience.subscription())));
+        }
+    }
+    tell(gate, catalog, stretch, &readerships, |_| audience, Unit::PAST).await
+}
+
+/// The candidates of each audience, in order of the changes.
+fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
+    let mut places: HashMap<AudienceId, usize> = HashMap::new();
+    let mut groups: Vec<Vec<Candidate>> = Vec::new();
+    for candidate in candidates {
+        let place = *places.entry(candidate.audience).or_insert_with(|| {
+            groups.push(Vec::new());
+            groups.len() - 1
+        });
+        groups[place].push(*candidate);
+    }
+    groups
+}
+
+/// A partitioned table is truncated part by part; its subscribers hear of it once.
+fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
+    let told =
+        |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
+    index > 0 && told(&changes[index]).is_some() && told(&changes[index]) == told(&changes[index - 1])
+}
+
+/// The changes of a batch that are the last of their transactions which an audience gets, of those that it `gets`.
+fn last_changes(
+    batch: &Stretch,
+    catalog: &Catalog,
+    audience: &Audience,
+    candidates: &[Candidate],
+    mut gets: impl FnMut(&Candidate) -> bool,
+) -> HashSet<usize> {
+    let mut passed: HashSet<u64> = batch
+        .unfinished
+        .iter()
+        .filter(|(_, relations)| audience.concerns(catalog, relations))
+        .map(|(xid, _)| *xid)
+        .collect();
+    let mut lasts = HashSet::new();
+    for candidate in candidates.iter().rev() {
+        let xid = batch.changes[candidate.change].xid;
+        if !passed.contains(&xid) && gets(candidate) {
+            passed.insert(xid);
+            lasts.insert(candidate.change);
+        }
+    }
+    lasts
+}

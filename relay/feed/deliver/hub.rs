@@ -1,0 +1,297 @@
+//! All channels of the relay, each in one place: told what comes, or told the past beside it. They come, go and have other
+//! tokens here, at once, whoever tells them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use slab::Slab;
+
+use crate::feed::authorize::subscriber_index::AudienceId;
+use crate::feed::deliver::group::{Audience, AudienceKey, Registration};
+use crate::feed::deliver::groups::Audiences;
+use crate::feed::deliver::outbox::Outbox;
+use crate::model::catalog::relation::Catalog;
+use crate::model::log::cursor::Cursor;
+use crate::model::row::change::RelationId;
+use crate::model::session::machine::ChannelId;
+
+/// The channels.
+#[derive(Default)]
+pub struct Hub {
+    /// Those who are told what comes.
+    pub live: Audiences,
+    by_key: HashMap<Arc<AudienceKey>, AudienceId>,
+    /// Of those, the audiences that have more than what was delivered to the others.
+    ahead: BTreeSet<AudienceId>,
+    channels: HashMap<ChannelId, Place>,
+    replays: BTreeMap<u64, Listed>,
+    last_replay: u64,
+}
+
+/// Where a channel is.
+#[derive(Clone, Copy)]
+enum Place {
+    Live(AudienceId),
+    /// In the replay of this number.
+    Replay(u64, usize),
+}
+
+/// A replay, as seen from here.
+struct Listed {
+    audiences: Slab<Audience>,
+    newcomers: Arc<Newcomers>,
+}
+
+/// Audiences on their way into a replay that has begun. Each has its position.
+#[derive(Default)]
+pub struct Newcomers(Mutex<Vec<Audience>>);
+
+impl Newcomers {
+    /// Those who came since this was asked last.
+    pub fn take(&self) -> Vec<Audience> {
+        std::mem::take(&mut self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Audience>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a replay begins with.
+pub struct Replayed {
+    /// Its number.
+    pub number: u64,
+    /// Who is told.
+    pub audiences: Vec<Audience>,
+    /// Who comes later.
+    pub newcomers: Arc<Newcomers>,
+}
+
+impl Hub {
+    /// Delivers to this channel from now on, in place of what it had; the greeting goes out first. While it is told the
+    /// past it goes on there, with what is given here.
+    pub fn join(&mut self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
+        let place = self.channels.get(&channel).copied();
+        let missed = place.and_then(|place| self.audience(place).members().missed());
+        let replay = match place {
+            Some(Place::Replay(number, _)) => Some((number, Arc::clone(&self.replays[&number].newcomers))),
+            _ => None,
+        };
+        // Held until the channel has come over: whoever tells looks here after each part, when all have their new positions.
+        let mut newcomers = replay.as_ref().map(|(_, newcomers)| newcomers.lock());
+        let at = self.remove(channel);
+        for frame in greeting {
+            registration.outbox.push(frame);
+        }
+        if let Some(why) = missed {
+            registration.outbox.push(registration.dress.gap(why, ""));
+        }
+        match (replay.as_ref(), newcomers.as_mut(), at) {
+            (Some((number, _)), Some(newcomers), Some(at)) => {
+                newcomers.push(self.enter(*number, channel, registration, &at));
+            }
+            _ => self.take_in(channel, registration),
+        }
+    }
+
+    /// Delivers to this channel what comes after what it has.
+    pub fn admit(&mut self, channel: ChannelId, registration: Registration) {
+        self.remove(channel);
+        self.take_in(channel, registration);
+    }
+
+    /// Delivers nothing more to this channel; the farewell goes out after the last change. Returns up to where it was told
+    /// everything, when `here` is what was delivered to all.
+    pub fn leave(
+        &mut self,
+        channel: ChannelId,
+        outbox: &Outbox,
+        farewell: Vec<Bytes>,
+        here: Option<&Cursor>,
+    ) -> Option<Cursor> {
+        let live = here.map(|here| self.position(channel, here));
+        let at = self.remove(channel);
+        for frame in farewell {
+            outbox.push(frame);
+        }
+        at.map(|at| Cursor::clone(&at)).or(live)
+    }
+
+    /// Up to where this channel was told everything when `here` is what was delivered to all.
+    pub fn position(&self, channel: ChannelId, here: &Cursor) -> Cursor {
+        match self.channels.get(&channel) {
+            Some(place) => self.audience(*place).position(here),
+            None => here.clone(),
+        }
+    }
+
+    /// Whether this channel is told the past.
+    pub fn is_replayed(&self, channel: ChannelId) -> bool {
+        matches!(self.channels.get(&channel), Some(Place::Replay(..)))
+    }
+
+    /// How many channels, and how many audiences.
+    pub fn count(&self) -> (usize, usize) {
+        let replayed: usize = self.replays.values().map(|listed| listed.audiences.len()).sum();
+        (self.channels.len(), self.live.len() + replayed)
+    }
+
+    /// Everything up to `here` was delivered to all: those that had as much before are not apart from the others any more.
+    /// Without a place all are in the same one.
+    pub fn moved(&mut self, here: Option<&Cursor>) {
+        let is_behind = |since: &Cursor| here.is_none_or(|here| here.is_at_or_after(since));
+        let met = |number: &AudienceId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
+        for number in self.ahead.iter().copied().filter(met).collect::<Vec<_>>() {
+            let audience = self.discard(number);
+            self.make_live(audience, None);
+        }
+    }
+
+    /// The rest of a page, after `at`, is told on their own to all whom changes of one of these relations may concern; none
+    /// when there are none.
+    pub fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor) -> Option<Replayed> {
+        let catalog = Arc::clone(self.live.rules()?);
+        let relations: Vec<_> = relations.iter().filter_map(|id| catalog.relation(*id)).collect();
+        let is_concerned = |audience: &Audience| {
+            let concerns = |relation| audience.subscription().concerning(relation).next().is_some();
+            relations.iter().any(|relation| concerns(relation))
+        };
+        let concerned = self.live.iter().filter(|(_, audience)| is_concerned(audience));
+        let concerned: Vec<AudienceId> = concerned.map(|(number, _)| number).collect();
+        if concerned.is_empty() {
+            return None;
+        }
+        self.last_replay += 1;
+        let number = self.last_replay;
+        let mut listed = Listed { audiences: Slab::new(), newcomers: Arc::default() };
+        for live in concerned {
+            let audience = self.discard(live);
+            let audience = audience.beginning_at(audience.position(at));
+            let place = listed.audiences.insert(audience.clone());
+            audience.members().each(|channel, _| {
+                self.channels.insert(channel, Place::Replay(number, place));
+            });
+        }
+        let audiences = listed.audiences.iter().map(|(_, audience)| audience.clone()).collect();
+        let newcomers = Arc::clone(&listed.newcomers);
+        self.replays.insert(number, listed);
+        Some(Replayed { number, audiences, newcomers })
+    }
+
+    /// Those of a replay have come to `at`, where they lack nothing of what was delivered to all, which is `here`: from now
+    /// on they are told what comes. Nobody knows where they are when what they lack cannot be had; they know. False when
+    /// the replay has to ask again: somebody has come to it whom it has not heard of.
+    pub fn end_replay(
+        &mut self,
+        replay: u64,
+        at: Option<&Cursor>,
+        rules: Option<&Catalog>,
+        here: Option<&Cursor>,
+    ) -> bool {
+        let Some(listed) = self.replays.get(&replay) else { return true };
+        if at.is_some() && !listed.newcomers.lock().is_empty() {
+            return false;
+        }
+        let audiences = self.replays.remove(&replay).map(|listed| listed.audiences);
+        for (_, audience) in audiences.into_iter().flatten() {
+            let position = at.map(|at| at.and(&audience.position(at)));
+            if let Some(catalog) = self.live.rules() {
+                audience.follow_the_rules(rules, catalog, position.as_ref());
+            }
+            let is_behind = |position: &Cursor| here.is_some_and(|here| here.is_at_or_after(position));
+            self.make_live(audience, position.filter(|position| !is_behind(position)));
+        }
+        true
+    }
+
+    /// Calls `with` for each audience of a replay.
+    pub fn each_of(&self, replay: u64, with: impl FnMut(&Audience)) {
+        let audiences = self.replays.get(&replay).map(|listed| &listed.audiences);
+        audiences.into_iter().flatten().map(|(_, audience)| audience).for_each(with);
+    }
+
+    fn audience(&self, place: Place) -> &Audience {
+        match place {
+            Place::Live(number) => self.live.get(number),
+            Place::Replay(number, place) => &self.replays[&number].audiences[place],
+        }
+    }
+
+    /// Its channels are told what comes and they do not have.
+    fn make_live(&mut self, audience: Audience, since: Option<Cursor>) {
+        for (channel, registration) in audience.into_registrations(since) {
+            self.take_in(channel, registration);
+        }
+    }
+
+    fn take_in(&mut self, channel: ChannelId, registration: Registration) {
+        let Registration { dress, subscription, since, outbox, missed } = registration;
+        let is_ahead = since.is_some();
+        let key = AudienceKey { dress, subscription: subscription.clone(), since };
+        let number = match self.by_key.get(&key) {
+            Some(known) => {
+                self.live.change(*known, |audience| audience.add(channel, outbox, subscription));
+                *known
+            }
+            None => {
+                let key = Arc::new(key);
+                let number = self.live.insert(Audience::new(Arc::clone(&key), channel, outbox));
+                self.by_key.insert(key, number);
+                if is_ahead {
+                    self.ahead.insert(number);
+                }
+                number
+            }
+        };
+        self.channels.insert(channel, Place::Live(number));
+        if let Some(why) = missed {
+            self.live.get(number).members().misses(why);
+        }
+    }
+
+    /// A channel goes on in a replay, from its own position.
+    fn enter(
+        &mut self,
+        replay: u64,
+        channel: ChannelId,
+        registration: Registration,
+        at: &Arc<Cursor>,
+    ) -> Audience {
+        let Registration { dress, subscription, outbox, missed, .. } = registration;
+        let key = AudienceKey { dress, subscription, since: None };
+        let audience = Audience::new(Arc::new(key), channel, outbox).beginning_at(Cursor::clone(at));
+        if let Some(why) = missed {
+            audience.members().misses(why);
+        }
+        if let Some(listed) = self.replays.get_mut(&replay) {
+            let place = listed.audiences.insert(audience.clone());
+            self.channels.insert(channel, Place::Replay(replay, place));
+        }
+        audience
+    }
+
+    /// Takes a channel out, and says where it was if it was told the past.
+    fn remove(&mut self, channel: ChannelId) -> Option<Arc<Cursor>> {
+        let place = self.channels.remove(&channel)?;
+        let members = self.audience(place).members();
+        let (at, is_empty) = (members.remove(channel), members.is_empty());
+        match place {
+            _ if !is_empty => {}
+            Place::Live(number) => _ = self.discard(number),
+            Place::Replay(number, place) => {
+                if let Some(listed) = self.replays.get_mut(&number) {
+                    listed.audiences.remove(place);
+                }
+            }
+        }
+        at
+    }
+
+    fn discard(&mut self, number: AudienceId) -> Audience {
+        let audience = self.live.remove(number);
+        self.by_key.remove(audience.key());
+        self.ahead.remove(&number);
+        audience
+    }
+}

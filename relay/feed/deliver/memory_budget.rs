@@ -1,0 +1,245 @@
+//! The bound on memory for what waits for clients: frames, answers, and what is kept of clients' own words.
+//!
+//! Memory is counted from when it is made to when it is freed. Before more is taken, room is made: the clients with the
+//! most waiting are evicted until the rest fits.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use slab::Slab;
+
+use crate::feed::deliver::frame::Frame;
+use crate::observe::Observe;
+
+/// The bound of a relay, in bytes.
+pub struct Budget {
+    limit: usize,
+    /// The frame of one change has at most this many.
+    change_bytes: usize,
+    /// Of what is counted, so much cannot be evicted.
+    reserved: AtomicUsize,
+    /// Counts what is taken; shared with the metrics.
+    observe: Arc<Observe>,
+    holders: Mutex<Slab<Weak<dyn Holder>>>,
+    owners: Mutex<HashMap<u64, Weak<Owner>>>,
+}
+
+/// A client for which something waits.
+pub trait Holder: Send + Sync {
+    /// What waits for it; none when nothing does.
+    fn waiting(&self) -> Option<Waiting>;
+
+    /// Whose answer it is; none for a socket or stream.
+    fn owner(&self) -> Option<&Arc<Owner>>;
+
+    /// Frees everything that waits. The client is closed.
+    fn evict(&self);
+}
+
+/// What waits for a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Waiting {
+    /// For a while already: the client is slow, and not only served just now.
+    pub is_old: bool,
+    /// So many bytes.
+    pub bytes: usize,
+}
+
+/// An identity whose answers have a common share of the memory.
+#[derive(Debug)]
+pub struct Owner {
+    key: u64,
+}
+
+/// Counted memory; given back when this is dropped.
+#[derive(Debug)]
+pub struct Held {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+/// Counted memory that cannot be evicted, and that may grow and shrink.
+#[derive(Debug)]
+pub struct Reserved(Held);
+
+/// The place of a holder among those that can be evicted.
+pub struct Place {
+    budget: Arc<Budget>,
+    number: usize,
+}
+
+impl Budget {
+    /// Of so much memory. A quarter of it is for what the allocator adds when a thousand clients come and go.
+    pub fn within(memory: usize, change_bytes: usize, observe: Arc<Observe>) -> Self {
+        Self { change_bytes, ..Self::new(memory - memory / 4, observe) }
+    }
+
+    /// Nothing is taken yet.
+    pub fn new(limit: usize, observe: Arc<Observe>) -> Self {
+        let reserved = AtomicUsize::new(0);
+        let (holders, owners) = (Mutex::default(), Mutex::default());
+        Self { limit, change_bytes: usize::MAX, reserved, observe, holders, owners }
+    }
+
+    /// How many bytes the frame of one change may have.
+    pub fn change_bytes(&self) -> usize {
+        self.change_bytes
+    }
+
+    /// Counts memory that is there.
+    pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
+        self.observe.waits(bytes);
+        Held { budget: Arc::clone(self), bytes }
+    }
+
+    /// Counts places for frames in place of others.
+    pub fn places(&self, before: usize, now: usize) {
+        let bytes = |places: usize| places * size_of::<Frame>();
+        self.observe.waits(bytes(now));
+        self.observe.waits_no_more(bytes(before));
+    }
+
+    /// Memory that cannot be evicted, at first none.
+    pub fn reserved(self: &Arc<Self>) -> Reserved {
+        Reserved(self.hold(0))
+    }
+
+    /// Whether so many bytes more fit, once the clients for which most waits are evicted. One with less than an equal part
+    /// is not.
+    pub fn make_room(&self, bytes: usize) -> bool {
+        if self.fits(bytes) {
+            return true;
+        }
+        let holders: Vec<Arc<dyn Holder>> =
+            lock(&self.holders).iter().filter_map(|(_, holder)| holder.upgrade()).collect();
+        let part = self.limit.saturating_sub(self.reserved.load(Ordering::Relaxed)) / holders.len().max(1);
+        self.evict(
+            holders.iter().filter(|holder| holder.waiting().is_some_and(|waits| waits.bytes > part)),
+            |_| self.fits(bytes),
+        );
+        self.fits(bytes)
+    }
+
+    /// The same for an answer to this owner, whose answers together have at most [`Self::share`].
+    pub fn make_room_for(&self, owner: &Arc<Owner>, bytes: usize) -> bool {
+        let share = self.share();
+        if self.observe.waiting_bytes().saturating_add(bytes) > share {
+            let is_own = |holder: &Arc<dyn Holder>| holder.owner().is_some_and(|of| Arc::ptr_eq(of, owner));
+            let holders =
+                lock(&self.holders).iter().filter_map(|(_, holder)| holder.upgrade()).collect::<Vec<_>>();
+            let own: Vec<_> = holders.into_iter().filter(is_own).collect();
+            let waiting = |holder: &Arc<dyn Holder>| holder.waiting().map_or(0, |waits| waits.bytes);
+            let mut all: usize = own.iter().map(waiting).sum();
+            self.evict(own.iter(), |freed| {
+                all = all.saturating_sub(freed);
+                all + bytes <= share
+            });
+            if all + bytes > share {
+                return false;
+            }
+        }
+        self.make_room(bytes)
+    }
+
+    /// The most that the answers to one owner may have waiting: half, so that others always find room.
+    pub fn share(&self) -> usize {
+        self.limit / 2
+    }
+
+    /// Whose answers have a share together.
+    pub fn owner(&self, who: impl Hash) -> Arc<Owner> {
+        let mut hasher = DefaultHasher::new();
+        who.hash(&mut hasher);
+        let key = hasher.finish();
+        let mut owners = lock(&self.owners);
+        if let Some(known) = owners.get(&key).and_then(Weak::upgrade) {
+            return known;
+        }
+        let owner = Arc::new(Owner { key });
+        owners.retain(|_, owner| owner.strong_count() > 0);
+        owners.insert(owner.key, Arc::downgrade(&owner));
+        owner
+    }
+
+    /// Takes in a holder; it can be evicted until its place is dropped.
+    pub fn enter(self: &Arc<Self>, holder: Weak<dyn Holder>) -> Place {
+        let number = lock(&self.holders).insert(holder);
+        Place { budget: Arc::clone(self), number }
+    }
+
+    /// Evicts the slow ones first, and of those the ones with the most, until it is `enough`, which hears what was freed.
+    fn evict<'a>(
+        &self,
+        holders: impl Iterator<Item = &'a Arc<dyn Holder>>,
+        mut enough: impl FnMut(usize) -> bool,
+    ) {
+        let mut waiting: Vec<_> = holders.filter_map(|holder| Some((holder.waiting()?, holder))).collect();
+        waiting.sort_by_key(|(waiting, _)| Reverse(*waiting));
+        let mut freed = 0;
+        for (waiting, holder) in waiting {
+            if enough(freed) {
+                return;
+            }
+            holder.evict();
+            freed = waiting.bytes;
+        }
+        enough(freed);
+    }
+
+    fn fits(&self, bytes: usize) -> bool {
+        self.observe.waiting_bytes().saturating_add(bytes) <= self.limit
+    }
+}
+
+impl Reserved {
+    /// From now on so many bytes; false, and as before, when these are not to be had.
+    pub fn resize(&mut self, bytes: usize) -> bool {
+        let Held { budget, bytes: now } = &mut self.0;
+        if let Some(more) = bytes.checked_sub(*now) {
+            // What can be evicted always has the other half.
+            let reserved = budget.reserved.load(Ordering::Relaxed);
+            if more > 0 && (reserved + more > budget.limit / 2 || !budget.make_room(more)) {
+                return false;
+            }
+            budget.reserved.fetch_add(more, Ordering::Relaxed);
+            budget.observe.waits(more);
+        } else {
+            budget.reserved.fetch_sub(*now - bytes, Ordering::Relaxed);
+            budget.observe.waits_no_more(*now - bytes);
+        }
+        *now = bytes;
+        true
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.0.budget.reserved.fetch_sub(self.0.bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.budget.observe.waits_no_more(self.bytes);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.budget.holders).try_remove(self.number);
+    }
+}
+
+impl fmt::Debug for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Budget").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,211 @@
+//! What sessions ask of the feed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+
+use crate::feed::command::{Command, Position};
+use crate::feed::deliver::group::Registration;
+use crate::feed::deliver::outbox::Outbox;
+use crate::feed::lanes::Lanes;
+use crate::feed::replay::bookmarks::Keeper;
+use crate::feed::replay::reader::Past;
+use crate::feed::subscribe::{Attempt, BindError, Binder, PATIENCE};
+use crate::model::codec::payload::record;
+use crate::model::identity::bookmark::{BookmarkKey, Opened};
+use crate::model::log::cursor::Cursor;
+use crate::model::policy::visibility::Identity;
+use crate::model::session::limits::MostRows;
+use crate::model::session::machine::ChannelId;
+use crate::model::subscription::binding::{Request, Scope, Subscription};
+use crate::model::subscription::paging::{After, Paging};
+use crate::postgres::connect::pool::Error;
+use crate::postgres::snapshot_rows::{Found, Rows, Selection, Take};
+
+/// A session's handle on the feed.
+#[derive(Clone)]
+pub struct Feed {
+    binder: Arc<Binder>,
+    lanes: Arc<Lanes>,
+    past: Arc<Past>,
+    rows: Arc<Rows>,
+    bookmarks: Keeper,
+}
+
+/// What came of reading rows.
+pub struct Given {
+    /// Which bound they went beyond, if they did, and the cursor.
+    pub found: Found,
+    /// The last one, for a page to begin after it; none where rows have no order or none was asked for.
+    pub last: Option<After>,
+}
+
+impl Feed {
+    /// Joins the parts.
+    pub fn new(binder: Binder, lanes: Lanes, past: Arc<Past>, rows: Rows, bookmarks: Keeper) -> Self {
+        Self { binder: Arc::new(binder), lanes: Arc::new(lanes), past, rows: Arc::new(rows), bookmarks }
+    }
+
+    /// Binds a channel's requests to an identity, each for itself.
+    ///
+    /// # Errors
+    /// As [`Binder::bind`]; also when the client of the channel asks for more than one may.
+    pub async fn bind(
+        &self,
+        channel: ChannelId,
+        identity: Identity,
+        requests: &[Request],
+    ) -> Result<Subscription, BindError> {
+        let subscription = self.binder.bind(identity, requests).await?;
+        self.lanes.admit(channel, &subscription).map_err(BindError::Refused)?;
+        Ok(subscription)
+    }
+
+    /// Starts delivery to a channel, or changes what is delivered; `greeting` goes out first.
+    pub fn join(&self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
+        self.send(Command::Join { channel, registration, greeting });
+    }
+
+    /// Ends delivery to a channel; `farewell` goes out after everything that was delivered.
+    pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
+        self.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
+    }
+
+    /// Up to where everything was delivered to channels of one client, or by the feed when there are none; none while the
+    /// changelog is not being read. The frame, if there is one, goes out after all that was delivered up to there.
+    pub async fn position(
+        &self,
+        channels: Vec<ChannelId>,
+        then: Option<(Arc<Outbox>, Bytes)>,
+    ) -> Option<Position> {
+        let mut lists = self.lanes.by_router(channels).into_iter().peekable();
+        let mut then = then;
+        let mut found: Option<Position> = None;
+        while let Some(channels) = lists.next() {
+            // Behind what was delivered before the last answer is behind all of it.
+            let then = if lists.peek().is_none() { then.take() } else { None };
+            let (until, heard) = oneshot::channel();
+            self.send(Command::Position { channels, then, until });
+            if let Ok(position) = heard.await {
+                match &mut found {
+                    Some(found) => found.channels.extend(position.channels),
+                    None => found = Some(position),
+                }
+            }
+        }
+        found
+    }
+
+    /// Waits until everything that sessions asked for before is in their outboxes.
+    pub async fn settled(&self) {
+        self.lanes.settled().await;
+    }
+
+    /// Where the feed is, as soon as it has come to where the tables of the subscription have their names; none when that
+    /// takes too long.
+    pub async fn beginning(&self, subscription: &Subscription) -> Option<Cursor> {
+        let tries = async {
+            loop {
+                let here = self.position_soon().await?;
+                if !subscription.is_younger_than(&here) {
+                    return Some(here);
+                }
+                sleep(Duration::from_millis(50)).await;
+            }
+        };
+        timeout(PATIENCE, tries).await.ok().flatten()
+    }
+
+    /// Where the feed is, as soon as the changelog is read; none when that takes too long.
+    pub async fn position_soon(&self) -> Option<Cursor> {
+        let tries = async {
+            loop {
+                if let Some(position) = self.position(Vec::new(), None).await {
+                    return position.here;
+                }
+                sleep(Duration::from_millis(50)).await;
+            }
+        };
+        timeout(PATIENCE, tries).await.ok()
+    }
+
+    /// Takes over a bookmark, or makes it where the feed is now, unless it is not `wanted` any more by then.
+    ///
+    /// # Errors
+    /// When PostgreSQL cannot be asked in time.
+    pub async fn bookmark(
+        &self,
+        key: BookmarkKey,
+        wanted: impl FnOnce() -> bool,
+    ) -> Result<Opened, BindError> {
+        let opened = async {
+            let here = self.position_soon().await.filter(|_| wanted())?;
+            self.bookmarks.open(key, here).await
+        };
+        timeout(PATIENCE, opened).await.ok().flatten().ok_or(BindError::Unavailable)
+    }
+
+    /// Where bookmarks are kept.
+    pub fn bookmarks(&self) -> &Keeper {
+        &self.bookmarks
+    }
+
+    /// Reads the rows that a subscription of one table may see now, up to `most`, and the cursor after which it goes on.
+    ///
+    /// # Errors
+    /// As [`Rows::read`]; also when the table is gone, or has no such order.
+    pub async fn rows(
+        &self,
+        subscription: &Subscription,
+        paging: &Paging,
+        most: MostRows,
+        take: Take<'_>,
+    ) -> Result<Given, Attempt> {
+        let claims = subscription.identity().claims();
+        let catalog = timeout(PATIENCE, self.binder.catalog().with_role(claims.role())).await;
+        let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
+        let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
+            Scope::Relation(id, oid, ..) => {
+                Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))
+            }
+            Scope::Refused(_) | Scope::Named(_) | Scope::Schema(_) | Scope::All => None,
+        });
+        let access = relation.and_then(|(relation, _)| relation.access(claims.role()));
+        let (Some((relation, binding)), Some(access)) = (relation, access) else {
+            return Err(Error::Unfit(String::from("the table is gone")).into());
+        };
+        let order = paging.order(relation, access, claims.role())?;
+        let after = self.binder.after(paging, &order, relation).await?;
+        let filter = binding.filter.as_ref().map(|filter| filter.condition.as_str());
+        let conditions = filter.into_iter().chain(after.as_deref()).collect();
+        let select = binding.select.as_deref();
+        let mut last_row = String::new();
+        let mut number = 0;
+        let mut take = |row: &str| {
+            number += 1;
+            if Some(number) == paging.limit {
+                row.clone_into(&mut last_row);
+            }
+            match record(row, relation, access, select) {
+                Some(told) => take(&told),
+                None => take(row),
+            }
+        };
+        let selection = Selection { relation, access, conditions, order: &order };
+        let found = self.rows.read(claims, &selection, most, &mut take).await?;
+        let has_key = !relation.key.is_empty() && relation.key.iter().all(|key| access.sees(key));
+        let last = if has_key { After::of(&order, &last_row) } else { None };
+        Ok(Given { found, last })
+    }
+
+    pub(super) fn send(&self, command: Command) {
+        self.lanes.send(command);
+    }
+
+    pub(super) fn past(&self) -> Arc<Past> {
+        Arc::clone(&self.past)
+    }
+}

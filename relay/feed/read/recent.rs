@@ -1,0 +1,65 @@
+//! The last batches, kept for those who come back after a moment.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::feed::read::batch::Stretch;
+use crate::model::log::cursor::Cursor;
+
+/// What was delivered last, bounded in bytes: those who come back after a moment need not go to the changelog.
+#[derive(Default)]
+pub struct Recent {
+    /// Where one stood before the first of them.
+    start: Option<Cursor>,
+    stretches: VecDeque<(Arc<Stretch>, usize)>,
+    bytes: usize,
+}
+
+/// The bound.
+const MOST_BYTES: usize = 4 << 20;
+/// How much of it one client is handed.
+const MOST_AT_ONCE: usize = 256 << 10;
+
+impl Recent {
+    /// Adds what was delivered after `start`.
+    pub fn add(&mut self, start: Option<Cursor>, stretch: Arc<Stretch>) {
+        if self.start.is_none() {
+            self.start = start;
+        }
+        let bytes = stretch.bytes();
+        self.bytes += bytes;
+        self.stretches.push_back((stretch, bytes));
+        while self.bytes > MOST_BYTES
+            && let Some((oldest, bytes)) = self.stretches.pop_front()
+        {
+            self.bytes -= bytes;
+            self.start = oldest.end();
+        }
+    }
+
+    /// The position moved without anything to deliver.
+    pub fn moved(&mut self, from: &Option<Cursor>, to: &Cursor) {
+        // With nothing at hand, whoever stands between the two has missed nothing either.
+        if self.start.is_none() {
+            self.start = Some(from.as_ref().unwrap_or(to).clone());
+        }
+    }
+
+    /// What was delivered that a reader here lacks; none when that is not all at hand.
+    pub fn since(&self, cursor: &Cursor) -> Option<Vec<Arc<Stretch>>> {
+        let start = self.start.as_ref()?;
+        if !cursor.is_at_or_after(start) {
+            return None;
+        }
+        let is_missed = |stretch: &Stretch| stretch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
+        let missed: Vec<&(Arc<Stretch>, usize)> =
+            self.stretches.iter().filter(|(stretch, _)| is_missed(stretch)).collect();
+        // Amid a page of another relay it has to come to the end of that first.
+        if !missed.first()?.0.span.continues(cursor) {
+            return None;
+        }
+        // More than a client should get in one go is read from the changelog, as fast as the client reads.
+        let bytes: usize = missed.iter().map(|(_, bytes)| bytes).sum();
+        (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(stretch, _)| Arc::clone(stretch)).collect())
+    }
+}

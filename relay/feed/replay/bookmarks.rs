@@ -1,0 +1,199 @@
+//! The task that keeps bookmarks: what many sockets want at once becomes a few statements.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, interval, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::model::identity::bookmark::{Bookmark, BookmarkKey, Opened};
+use crate::model::log::cursor::Cursor;
+use crate::postgres::bookmarks::Bookmarks;
+use crate::postgres::connect::pool::Error;
+
+/// Bookmarks that moved are written together, at most so much later.
+const TOGETHER: Duration = Duration::from_secs(1);
+/// So many at a time, in one statement.
+const MOST: usize = 1000;
+/// After a failure the next try comes so much later.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Bookmarks of clients that never came back, and the oldest of who has too many, are dropped this often …
+const TRIM: Duration = Duration::from_secs(600);
+/// … and after so many were opened.
+const MANY: usize = 5_000;
+/// When the relay ends, what moved is still written, within this.
+const LAST: Duration = Duration::from_secs(2);
+
+/// What a session wants of its bookmarks.
+enum Command {
+    Open(BookmarkKey, Cursor, oneshot::Sender<Opened>),
+    Move(Bookmark, Cursor, Arc<AtomicBool>),
+    Forget(BookmarkKey, Option<String>),
+}
+
+/// A session's handle on the bookmarks.
+#[derive(Clone)]
+pub struct Keeper(UnboundedSender<Command>);
+
+/// The task.
+pub struct Keeping {
+    bookmarks: Bookmarks,
+    commands: UnboundedReceiver<Command>,
+    opens: HashMap<BookmarkKey, (Cursor, oneshot::Sender<Opened>)>,
+    /// By owner.
+    moves: HashMap<String, (Bookmark, Cursor, Arc<AtomicBool>)>,
+    /// With the owner, when only that one's is to go.
+    forgets: Vec<(BookmarkKey, Option<String>)>,
+    /// How many were opened since the last trim.
+    opened: usize,
+    /// When what moved is to be written.
+    due: Option<Instant>,
+}
+
+impl Keeper {
+    /// A handle, and the task to be run.
+    pub fn new(bookmarks: Bookmarks) -> (Self, Keeping) {
+        let (sender, commands) = unbounded_channel();
+        let keeping = Keeping {
+            bookmarks,
+            commands,
+            opens: HashMap::new(),
+            moves: HashMap::new(),
+            forgets: Vec::new(),
+            opened: 0,
+            due: None,
+        };
+        (Self(sender), keeping)
+    }
+
+    /// Takes over a bookmark, or makes it at `here`, safe from a crash. None when the relay ends.
+    pub async fn open(&self, key: BookmarkKey, here: Cursor) -> Option<Opened> {
+        let (opened, heard) = oneshot::channel();
+        let _ = self.0.send(Command::Open(key, here, opened));
+        heard.await.ok()
+    }
+
+    /// Moves a bookmark, some time soon. `taken` becomes true when it belongs to another connection by then.
+    pub fn move_to(&self, bookmark: Bookmark, to: Cursor, taken: &Arc<AtomicBool>) {
+        let _ = self.0.send(Command::Move(bookmark, to, Arc::clone(taken)));
+    }
+
+    /// Drops a bookmark: its client left the channel.
+    pub fn forget(&self, Bookmark { key, owner }: Bookmark) {
+        let _ = self.0.send(Command::Forget(key, Some(owner)));
+    }
+
+    /// Drops whatever bookmark there is: its client left the channel while it was being opened.
+    pub fn forget_opening(&self, key: BookmarkKey) {
+        let _ = self.0.send(Command::Forget(key, None));
+    }
+}
+
+impl Keeping {
+    /// Serves until the end, which comes after that of all sessions; what moved is still written then.
+    pub async fn run(mut self, end: CancellationToken) {
+        let mut trim = interval(TRIM);
+        loop {
+            let due = self.due;
+            tokio::select! {
+                command = self.commands.recv() => match command {
+                    Some(command) => self.note(command),
+                    None => return,
+                },
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    self.write().await;
+                    if self.opened >= MANY {
+                        trim.reset_immediately();
+                    }
+                }
+                _ = trim.tick() => {
+                    self.opened = 0;
+                    self.report(self.bookmarks.trim().await);
+                }
+                () = end.cancelled() => break,
+            }
+        }
+        self.opens.clear();
+        let _ = timeout(LAST, self.write()).await;
+    }
+
+    fn note(&mut self, command: Command) {
+        let when = match command {
+            Command::Open(key, here, opened) => {
+                // Of two connections of one session only the later one gets it; the earlier one is told nothing, and joins again.
+                self.opens.insert(key, (here, opened));
+                Instant::now()
+            }
+            Command::Move(bookmark, to, taken) => {
+                self.moves.insert(bookmark.owner.clone(), (bookmark, to, taken));
+                Instant::now() + TOGETHER
+            }
+            Command::Forget(key, owner) => {
+                if owner.is_none() {
+                    self.opens.remove(&key);
+                }
+                self.forgets.push((key, owner));
+                Instant::now() + TOGETHER
+            }
+        };
+        self.due = Some(self.due.map_or(when, |due| due.min(when)));
+    }
+
+    /// Writes what moved, then opens: whoever comes back finds what was surely received a moment ago.
+    async fn write(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            self.note(command);
+        }
+        let written = self.try_write().await;
+        self.due = if written.is_err() {
+            Some(Instant::now() + PAUSE)
+        } else if self.opens.is_empty() && self.moves.is_empty() && self.forgets.is_empty() {
+            None
+        } else {
+            Some(Instant::now())
+        };
+        self.report(written);
+    }
+
+    async fn try_write(&mut self) -> Result<(), Error> {
+        let moves = self.moves.values().take(MOST);
+        let moves: Vec<_> = moves.map(|(bookmark, to, _)| (bookmark.clone(), to.clone())).collect();
+        if !moves.is_empty() {
+            let moved = self.bookmarks.move_to(&moves).await?;
+            for (Bookmark { owner, .. }, _) in moves {
+                if let Some((.., taken)) = self.moves.remove(&owner)
+                    && !moved.contains(&owner)
+                {
+                    taken.store(true, Ordering::Relaxed);
+                }
+            }
+        }
+        if !self.forgets.is_empty() {
+            self.bookmarks.forget(&self.forgets).await?;
+            self.forgets.clear();
+        }
+        // Whoever wished it may have gone.
+        self.opens.retain(|_, (_, opened)| !opened.is_closed());
+        let opens = self.opens.iter().take(MOST);
+        let wanted: Vec<_> = opens.map(|(key, (here, _))| (key.clone(), here.clone())).collect();
+        if !wanted.is_empty() {
+            self.opened += wanted.len();
+            for opened in self.bookmarks.open(&wanted).await? {
+                if let Some((_, waiting)) = self.opens.remove(&opened.bookmark().key) {
+                    let _ = waiting.send(opened);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&self, outcome: Result<(), Error>) {
+        if let Err(error) = outcome {
+            tracing::warn!(error = %error, "bookmarks of sessions wait to be written");
+        }
+    }
+}

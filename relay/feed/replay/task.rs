@@ -1,0 +1,206 @@
+//! Those who have the rest of a large page before them are told it beside the others, who go on meanwhile: one reading for
+//! all of them. Their channels stay with the hub; here is only who tells them, until they are where the feed is.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::feed::authorize::gate::Gate;
+use crate::feed::command::{Command, Handover};
+use crate::feed::deliver::fan_out::tell_one;
+use crate::feed::deliver::group::Audience;
+use crate::feed::deliver::groups::Audiences;
+use crate::feed::deliver::hub::{Newcomers, Replayed};
+use crate::feed::read::batch::Stretch;
+use crate::feed::replay::reader::{Listeners, Missed, Past};
+use crate::model::catalog::relation::Catalog;
+use crate::model::log::cursor::Cursor;
+use crate::observe::Observe;
+
+/// After each part, clients that have much to read get so much time for it: who takes half a megabyte a second is waited
+/// for, and is never too slow.
+const PAUSE: Duration = Duration::from_millis(250);
+/// The pause before the next try, when PostgreSQL cannot be asked or the router is not ready.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// Audiences on their way through the past.
+pub struct Replay {
+    number: u64,
+    audiences: Audiences,
+    newcomers: Arc<Newcomers>,
+    /// Up to where all of them were told everything.
+    at: Cursor,
+    /// The relations that concern them, of the page with which they began; none when that is most of it.
+    pub only: Option<Arc<[i32]>>,
+    /// They were told that nothing comes for now, and not yet that it goes on.
+    stalled: bool,
+    /// When they came further last, and how long without that is a stall.
+    moved: Instant,
+    bound: Duration,
+    past: Arc<Past>,
+    router: UnboundedSender<Command>,
+    observe: Arc<Observe>,
+}
+
+impl Replay {
+    /// Of these, from `at` on; they have heard of no stall. Without anything new for as long as `bound` they will.
+    pub fn new(
+        replayed: Replayed,
+        at: Cursor,
+        rules: Option<Arc<Catalog>>,
+        bound: Duration,
+        past: Arc<Past>,
+        router: UnboundedSender<Command>,
+        observe: Arc<Observe>,
+    ) -> Self {
+        let Replayed { number, audiences, newcomers } = replayed;
+        let mut told = Audiences::judged_by(rules);
+        for audience in audiences {
+            told.insert(audience);
+        }
+        Self {
+            number,
+            audiences: told,
+            newcomers,
+            at,
+            only: None,
+            stalled: false,
+            moved: Instant::now(),
+            bound,
+            past,
+            router,
+            observe,
+        }
+    }
+
+    /// Tells what the router says is still before them, until that is nothing or cannot be had.
+    pub async fn run(mut self) {
+        let past = Arc::clone(&self.past);
+        loop {
+            self.welcome();
+            let told = match self.ask(Ok(self.at.clone())).await {
+                Handover::Live | Handover::Gap(_) => return,
+                Handover::Missed(missed, to) => {
+                    let told = past.tell_again(&missed, false, &mut self).await;
+                    if told.is_ok() {
+                        self.reached(to);
+                    }
+                    told
+                }
+                Handover::Behind(to) => {
+                    let at = self.at.clone();
+                    past.tell_many(&at, &to, &mut self).await
+                }
+                Handover::Ahead | Handover::NotYet => {
+                    sleep(AGAIN).await;
+                    Ok(())
+                }
+            };
+            match told {
+                Ok(()) | Err(Missed::Ended) => {}
+                Err(Missed::Gap(why)) => {
+                    self.ask(Err(why)).await;
+                    return;
+                }
+                Err(Missed::Unavailable(error)) => {
+                    tracing::warn!(error = %error, "changes of a large transaction wait");
+                    sleep(AGAIN).await;
+                }
+            }
+        }
+    }
+
+    /// Asks the router what comes next for them, who are here, or lack what cannot be had.
+    async fn ask(&mut self, at: Result<Cursor, &'static str>) -> Handover {
+        let (answer, heard) = oneshot::channel();
+        let (replay, rules, stalled) = (self.number, self.audiences.rules().cloned(), self.stalled);
+        let _ = self.router.send(Command::Arrived { replay, at, rules, stalled, answer });
+        // Without a router there is nobody left to tell.
+        self.meanwhile(heard).await.unwrap_or(Handover::Live)
+    }
+
+    fn tell_stall(&mut self, stalls: bool) {
+        if std::mem::replace(&mut self.stalled, stalls) != stalls {
+            self.audiences.iter().for_each(|(_, audience)| audience.tell_stall(stalls));
+        }
+    }
+
+    /// Takes in those who came since, and lets go of audiences of which nobody is left.
+    fn welcome(&mut self) -> Vec<Audience> {
+        let is_left =
+            |(number, audience): (usize, &Audience)| audience.members().is_empty().then_some(number);
+        for number in self.audiences.iter().filter_map(is_left).collect::<Vec<_>>() {
+            self.audiences.remove(number);
+        }
+        let newcomers = self.newcomers.take();
+        for audience in &newcomers {
+            self.audiences.insert(audience.clone());
+        }
+        newcomers
+    }
+}
+
+impl Listeners for Replay {
+    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
+        self.welcome();
+        self.audiences.judge_with(catalog, Some(&self.at));
+        let mut frames = self.audiences.tell(gate, catalog, stretch).await?;
+        let Some(here) = stretch.end().map(Arc::new) else { return Ok(()) };
+        loop {
+            self.audiences.iter().for_each(|(_, audience)| audience.members().reached(&here));
+            // Those who came while it was told may have left another audience before that was told. When none come any more,
+            // all who come later have this part.
+            let newcomers = self.welcome();
+            if newcomers.is_empty() {
+                break;
+            }
+            for audience in newcomers.iter().filter(|audience| !audience.has_reached(&here)) {
+                frames += tell_one(gate, catalog, stretch, audience).await?;
+            }
+        }
+        self.observe.frames_delivered(frames);
+        Ok(())
+    }
+
+    fn is_behind(&self) -> bool {
+        self.audiences.is_behind()
+    }
+
+    async fn let_read(&mut self) {
+        self.audiences.let_clients_read(PAUSE).await;
+    }
+
+    /// Before its first page, or while PostgreSQL does not answer, it may wait for long.
+    async fn meanwhile<T: Send>(&mut self, asked: impl Future<Output = T> + Send) -> T {
+        let mut asked = pin!(asked);
+        loop {
+            let stalls_at = self.moved + self.bound;
+            tokio::select! {
+                biased;
+                answer = &mut asked => return answer,
+                () = sleep_until(stalls_at), if !self.stalled => self.tell_stall(true),
+            }
+        }
+    }
+
+    fn only(&self) -> Option<Arc<[i32]>> {
+        self.only.clone()
+    }
+
+    fn reached(&mut self, here: Cursor) {
+        if here.within().is_none() {
+            self.only = None;
+        }
+        self.at = self.at.and(&here);
+        self.moved = Instant::now();
+        self.tell_stall(false);
+    }
+
+    fn has_enough(&self) -> bool {
+        self.audiences.iter().all(|(_, audience)| audience.members().is_empty())
+    }
+}

@@ -1,0 +1,222 @@
+//! Binds the requests of a channel to the rights of its role.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+use crate::model::catalog::relation::{Catalog, Relation};
+use crate::model::policy::visibility::Identity;
+use crate::model::row::change::RelationId;
+use crate::model::subscription::binding::{Request, Subscription, Target, exception, readable};
+use crate::model::subscription::error::{FORBIDDEN, Refusal};
+use crate::model::subscription::filter::{self, Condition};
+use crate::model::subscription::paging::{After, By, Paging};
+use crate::model::subscription::typed_filter::BoundFilter;
+use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::connect::pool::Error;
+
+/// Binds requests to rights.
+pub struct Binder {
+    catalog: Arc<CatalogKeeper>,
+    filters: Filters,
+}
+
+/// Filters in use, so that equal ones are read by PostgreSQL and decided per change once.
+type Filters = Mutex<HashMap<(RelationId, String), Weak<BoundFilter>>>;
+
+/// Why a channel could not be bound.
+#[derive(Debug)]
+pub enum BindError {
+    /// The request is wrong, or not allowed; the text is for the client.
+    Refused(Refusal),
+    /// PostgreSQL could not be asked in time.
+    Unavailable,
+}
+
+/// A join waits this long for PostgreSQL; clients give up after ten seconds.
+pub(super) const PATIENCE: Duration = Duration::from_secs(8);
+
+/// Why something asked for cannot be had.
+#[derive(Debug)]
+pub enum Attempt {
+    /// It cannot be served as it is.
+    Refused(Refusal),
+    /// PostgreSQL did not answer, or refused.
+    Failed(Error),
+}
+
+impl From<Error> for Attempt {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Refusal> for Attempt {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl Binder {
+    /// Binds by the rights in this catalog.
+    pub fn new(catalog: Arc<CatalogKeeper>) -> Self {
+        Self { catalog, filters: Filters::default() }
+    }
+
+    /// The catalog that it binds by.
+    pub(super) fn catalog(&self) -> &CatalogKeeper {
+        &self.catalog
+    }
+
+    /// Binds a channel's requests to an identity, as long as PostgreSQL may still come back in time. What is wrong with one
+    /// request, or not allowed, stands in its binding.
+    ///
+    /// # Errors
+    /// When nothing can be bound to these claims, or PostgreSQL cannot be asked.
+    pub async fn bind(&self, identity: Identity, requests: &[Request]) -> Result<Subscription, BindError> {
+        let tries = async {
+            let mut pause = Duration::from_millis(50);
+            loop {
+                match self.try_bind(&identity, requests).await {
+                    Ok(subscription) => return Ok(subscription),
+                    Err(Attempt::Refused(refusal)) => return Err(BindError::Refused(refusal)),
+                    Err(Attempt::Failed(error)) if error.is_transient() => {
+                        tracing::debug!(error = %error, "a channel waits to be bound");
+                    }
+                    Err(Attempt::Failed(error)) => {
+                        tracing::warn!(error = %error, "a channel could not be bound");
+                        return Err(BindError::Unavailable);
+                    }
+                }
+                sleep(pause).await;
+                pause *= 2;
+            }
+        };
+        timeout(PATIENCE, tries).await.unwrap_or(Err(BindError::Unavailable))
+    }
+
+    async fn try_bind(&self, identity: &Identity, requests: &[Request]) -> Result<Subscription, Attempt> {
+        if !self.catalog.has_characters_of(identity.claims()).await? {
+            let why = "Unable to subscribe to changes: the token has a character that the database's encoding does not have";
+            return Err(Refusal(String::from(why)).into());
+        }
+        let role = identity.claims().role();
+        let mut catalog = self.catalog.with_role(role).await?;
+        if requests.iter().any(|request| is_missed(&catalog, role, request)) {
+            catalog = self.catalog.reloaded().await?;
+        }
+        let mut filters = Vec::with_capacity(requests.len());
+        for request in requests {
+            filters.push(match self.filter(identity, &catalog, request).await {
+                Err(Attempt::Refused(why)) => Err(why),
+                filter => Ok(filter?),
+            });
+        }
+        Ok(Subscription::bind(identity.clone(), &catalog, requests, filters))
+    }
+
+    async fn filter(
+        &self,
+        identity: &Identity,
+        catalog: &Catalog,
+        request: &Request,
+    ) -> Result<Option<Arc<BoundFilter>>, Attempt> {
+        let conditions = filter::parse(&request.filter).map_err(|error| Refusal(error.to_string()))?;
+        if conditions.is_empty() {
+            return Ok(None);
+        }
+        if !matches!(request.target, Target::Table { .. }) {
+            let text = format!(
+                "Unable to subscribe to changes with given parameters. A filter needs one table: {}",
+                request.described()
+            );
+            return Err(Refusal(text).into());
+        }
+        let relation = readable(identity, catalog, request)?;
+        let sees = |column: &str| {
+            relation.access(identity.claims().role()).is_some_and(|access| access.sees(column))
+        };
+        if let Some(hidden) = conditions.iter().find(|condition| !sees(&condition.column)) {
+            let why = format!("ERROR P0001 (raise_exception) invalid column for filter {}", hidden.column);
+            return Err(exception(request, &why).into());
+        }
+        let key = (relation.id(), request.filter.clone());
+        if let Some(known) = self.known(relation, &key) {
+            return Ok(Some(known));
+        }
+        let missing = self.catalog.missing_for(relation, &conditions, identity.claims().role()).await?;
+        if !missing.is_empty() {
+            let (schema, table, grants) = (&relation.schema, &relation.table, missing.join("; "));
+            let why = format!(
+                "{FORBIDDEN}the filter of {schema}.{table} names a type that may not be looked up: {grants}"
+            );
+            return Err(exception(request, &why).into());
+        }
+        match self.catalog.filter(relation, conditions).await {
+            Ok(bound) => {
+                let bound = Arc::new(bound);
+                let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
+                filters.retain(|_, filter| filter.strong_count() > 0);
+                filters.insert(key, Arc::downgrade(&bound));
+                Ok(Some(bound))
+            }
+            Err(error) => match error.refusal() {
+                Some(why) if !error.is_transient() => Err(exception(request, &why).into()),
+                _ => Err(error.into()),
+            },
+        }
+    }
+
+    /// The condition of a page that begins after a row, as SQL.
+    pub(super) async fn after(
+        &self,
+        paging: &Paging,
+        order: &[By],
+        relation: &Relation,
+    ) -> Result<Option<String>, Attempt> {
+        let Some(beyond) = paging.beyond(order, relation)? else { return Ok(None) };
+        let mut condition: Option<String> = None;
+        for (by, beyond) in order.iter().zip(&beyond).rev() {
+            let read: Vec<&Condition> = [Some(&beyond.equal), beyond.later.as_ref(), beyond.from.as_ref()]
+                .into_iter()
+                .flatten()
+                .collect();
+            let mut read = match timeout(PATIENCE, self.catalog.conditions(relation, &read)).await {
+                Ok(Ok(read)) => read.into_iter(),
+                Ok(Err(error)) if error.refusal().is_some() && !error.is_transient() => {
+                    return Err(After::unknown().into());
+                }
+                Ok(Err(error)) => return Err(error.into()),
+                Err(_) => return Err(Error::Lost("the catalog does not answer").into()),
+            };
+            let mut next = || read.next().unwrap_or_default();
+            let (equal, later) = (next(), beyond.later.as_ref().map(|_| next()));
+            let null = beyond.or_null.then(|| format!("\"{}\" is null", by.column.replace('"', "\"\"")));
+            let rest = condition.map(|rest| format!("{equal} and ({rest})"));
+            let ways: Vec<String> = [later, null, rest].into_iter().flatten().collect();
+            let any = if ways.is_empty() { String::from("false") } else { ways.join(" or ") };
+            condition = Some(match beyond.from {
+                Some(_) => format!("{} and ({any})", next()),
+                None => any,
+            });
+        }
+        Ok(condition)
+    }
+
+    fn known(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<BoundFilter>> {
+        let filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
+        filters.get(key).and_then(Weak::upgrade).filter(|filter| filter.fits(relation))
+    }
+}
+
+/// A table that was watched or granted a moment ago may not be so in the catalog at hand yet.
+fn is_missed(catalog: &Catalog, role: &str, request: &Request) -> bool {
+    match &request.target {
+        Target::Table { schema, table } => {
+            catalog.named(schema, table).and_then(|relation| relation.access(role)).is_none()
+        }
+        Target::Named(_) | Target::Schema(_) | Target::All => false,
+    }
+}

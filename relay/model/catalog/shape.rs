@@ -1,0 +1,394 @@
+//! Shapes: what the columns of a relation were when an image was written, and how such an image is read today.
+//!
+//! Columns, types, attributes and labels have numbers, which a new name does not change and which are never given out again. An image is
+//! read by the numbers of the shape that it was written under. What cannot be read so is unreadable: to guess could show what is hidden.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+
+use serde::{Deserialize, Deserializer};
+
+use crate::model::catalog::relation::{Catalog, Relation};
+use crate::model::log::cursor::Snapshot;
+use crate::model::row::change::{Change, Operation, Reading, Row, quoted};
+use crate::model::row::utc::in_utc;
+
+/// A line of `relay.shapes`.
+#[derive(Debug, Deserialize)]
+pub struct Recorded {
+    /// Its number, counted for each relation from 1.
+    #[serde(rename = "shape")]
+    number: i32,
+    columns: Vec<Numbered>,
+    /// The transaction that made it …
+    #[serde(deserialize_with = "number")]
+    xid: u64,
+    /// … and the snapshot in which it did.
+    #[serde(deserialize_with = "snapshot")]
+    seen: Snapshot,
+    /// The definition of a type changed, on which writers hold no lock.
+    loose: bool,
+    /// Made by the statement that altered the relation: no image has the number of the one before and yet this shape.
+    guarded: bool,
+}
+
+/// A column, or an attribute of a row type.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+struct Numbered {
+    num: i16,
+    name: String,
+    #[serde(rename = "type")]
+    kind: u32,
+    def: Option<Definition>,
+}
+
+/// What the text of a value depends on beyond the number of its type. The checks of a domain do not change a text.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+struct Definition {
+    /// The function that makes the JSON.
+    cast: Option<u32>,
+    /// A domain over this type.
+    domain: Option<u32>,
+    /// An array of this type.
+    array: Option<u32>,
+    /// The definition of either.
+    of: Option<Box<Definition>>,
+    /// The labels of an enum, by their numbers.
+    labels: Option<Labels>,
+    /// The attributes of a row type.
+    row: Option<Vec<Numbered>>,
+}
+
+/// How images of one shape are read.
+#[derive(Debug)]
+enum Lens {
+    /// They have the columns of now; these hold moments, which follow the time zone of the writer.
+    Same(Moments),
+    /// They are rewritten: what becomes of each column. Some of the columns of now may be missing.
+    Older { columns: HashMap<String, Option<Carried>>, is_partial: bool },
+    /// Not at all.
+    Unreadable,
+}
+
+/// A column that is still there.
+#[derive(Debug)]
+struct Carried {
+    name: String,
+    moments: Option<Moment>,
+    /// The labels of now by those of then, where one has another name.
+    labels: Option<HashMap<String, String>>,
+}
+
+/// Labels of enums by their numbers.
+pub type Labels = BTreeMap<String, String>;
+
+/// Columns by name.
+type Moments = HashMap<String, Moment>;
+
+/// Where in a value moments stand.
+#[derive(Debug, Clone)]
+enum Moment {
+    Here,
+    InElements(Box<Moment>),
+}
+
+/// The shapes of a relation, as its images are read.
+#[derive(Debug, Default)]
+pub struct Shapes {
+    lenses: HashMap<i32, Lens>,
+    /// Of columns that hold enums, the labels by their numbers.
+    labels: HashMap<String, Labels>,
+    /// What changed definitions on which writers hold no lock: who could not see that may have mixed old and new.
+    loose: Vec<(u64, Snapshot)>,
+}
+
+impl Shapes {
+    /// `current` is the number of the shape that the relation has now; none when that was not recorded.
+    pub fn new(shapes: &[Recorded], current: Option<i32>, key: &[String]) -> Self {
+        let newest = current.and_then(|current| shapes.iter().find(|shape| shape.number == current));
+        let lens = |shape: &Recorded| {
+            let is_mixed = shapes.iter().any(|next| next.number > shape.number && !next.guarded);
+            match newest {
+                Some(newest) if newest.number == shape.number => Lens::Same(moments(&shape.columns)),
+                Some(newest) if !is_mixed => Lens::between(shape, newest, key),
+                _ => Lens::Unreadable,
+            }
+        };
+        Self {
+            lenses: shapes.iter().map(|shape| (shape.number, lens(shape))).collect(),
+            labels: newest.map(|newest| labels(&newest.columns)).unwrap_or_default(),
+            loose: shapes
+                .iter()
+                .filter(|shape| shape.loose)
+                .map(|shape| (shape.xid, shape.seen.clone()))
+                .collect(),
+        }
+    }
+
+    /// The labels of the enums that a column holds, also inside of arrays, domains and rows; none where it holds none.
+    pub fn labels(&self, column: &str) -> Option<&Labels> {
+        self.labels.get(column)
+    }
+
+    /// Whether a type may have changed while the change's transaction ran, which could not see whether it did.
+    fn is_mixed(&self, change: &Change) -> bool {
+        let Some(began) = change.began else { return false };
+        let may_overlap =
+            |xid: u64, seen: &Snapshot| xid != change.xid && xid >= began && !seen.has_finished(change.xid);
+        self.loose.iter().any(|(xid, seen)| may_overlap(*xid, seen))
+    }
+
+    /// The change as it is to be read today.
+    fn read<'a>(&self, change: &'a Change) -> Cow<'a, Change> {
+        if change.operation == Operation::Gap || change.before.is_none() && change.after.is_none() {
+            return Cow::Borrowed(change);
+        }
+        let lens = change.shape.and_then(|shape| self.lenses.get(&shape)).unwrap_or(&Lens::Unreadable);
+        let images = [change.before.as_deref(), change.after.as_deref()];
+        let (images, reading) = match lens {
+            _ if self.is_mixed(change) => return unreadable(change),
+            Lens::Unreadable => return unreadable(change),
+            Lens::Same(moments) => {
+                let images = images.map(|image| image.and_then(|image| with_moments_in_utc(image, moments)));
+                if images == [None, None] {
+                    return Cow::Borrowed(change);
+                }
+                (images, Reading::Whole)
+            }
+            Lens::Older { columns, is_partial } => {
+                let mut carried = [None, None];
+                for (image, carried) in images.iter().zip(&mut carried) {
+                    let Some(image) = image else { continue };
+                    match rewritten(image, columns) {
+                        Some(image) => *carried = Some(image),
+                        None => return unreadable(change),
+                    }
+                }
+                (carried, if *is_partial { Reading::Partial } else { Reading::Whole })
+            }
+        };
+        let [before, after] = images;
+        let mut change = change.clone();
+        change.before = before.or(change.before);
+        change.after = after.or(change.after);
+        change.reading = reading;
+        Cow::Owned(change)
+    }
+}
+
+/// The changes as they are to be read with this catalog.
+pub fn read<'a>(catalog: &Catalog, changes: &'a [Change]) -> Cow<'a, [Change]> {
+    let one = |change: &'a Change| match catalog.relation(change.relation) {
+        Some(relation) => relation.shapes().read(change),
+        None => Cow::Borrowed(change),
+    };
+    let read: Vec<Cow<'a, Change>> = changes.iter().map(one).collect();
+    match read.iter().all(|change| matches!(change, Cow::Borrowed(_))) {
+        true => Cow::Borrowed(changes),
+        false => Cow::Owned(read.into_iter().map(Cow::into_owned).collect()),
+    }
+}
+
+/// Whether every shape that the changes have is known to the catalog.
+pub fn knows(relation: &Relation, change: &Change) -> bool {
+    change.shape.is_none_or(|shape| shape == 0 || relation.shapes().lenses.contains_key(&shape))
+}
+
+fn unreadable(change: &Change) -> Cow<'_, Change> {
+    let mut change = change.clone();
+    change.reading = Reading::Unreadable;
+    Cow::Owned(change)
+}
+
+/// Of columns that hold enums, the labels.
+fn labels(columns: &[Numbered]) -> HashMap<String, Labels> {
+    let of = |column: &Numbered| {
+        let labels = column.def.as_ref().map(Definition::all_labels).unwrap_or_default();
+        (column.name.clone(), labels)
+    };
+    columns.iter().map(of).filter(|(_, labels)| !labels.is_empty()).collect()
+}
+
+impl Definition {
+    /// The labels of an enum, or of those that it is made of.
+    fn all_labels(&self) -> Labels {
+        let own = self.labels.iter().flatten().map(|(number, label)| (number.clone(), label.clone()));
+        let attributes = self.row.iter().flatten().filter_map(|attribute| attribute.def.as_ref());
+        own.chain(self.of.as_deref().into_iter().chain(attributes).flat_map(Self::all_labels)).collect()
+    }
+}
+
+impl Lens {
+    fn between(then: &Recorded, now: &Recorded, key: &[String]) -> Self {
+        let mut columns = HashMap::new();
+        for old in &then.columns {
+            let carried = match now.columns.iter().find(|column| column.num == old.num) {
+                None => None,
+                Some(new) => {
+                    let Some(labels) = old.carries_into(new) else { return Self::Unreadable };
+                    let moments = moment(old.kind, old.def.as_ref());
+                    Some(Carried { name: new.name.clone(), moments, labels })
+                }
+            };
+            columns.insert(old.name.clone(), carried);
+        }
+        let is_new = |column: &&Numbered| then.columns.iter().all(|old| old.num != column.num);
+        let mut new = now.columns.iter().filter(is_new).peekable();
+        let is_partial = new.peek().is_some();
+        // Without its key nobody could tell which row it is.
+        if new.any(|column| key.contains(&column.name)) {
+            return Self::Unreadable;
+        }
+        Self::Older { columns, is_partial }
+    }
+}
+
+impl Numbered {
+    /// None when a value of the one is none of the other; else the labels of now by those of then, if one has another name.
+    fn carries_into(&self, new: &Self) -> Option<Option<HashMap<String, String>>> {
+        if self.kind != new.kind {
+            return None;
+        }
+        match (&self.def, &new.def) {
+            (old, new) if old == new => Some(None),
+            (Some(old), Some(new)) => old.carries_into(new),
+            _ => None,
+        }
+    }
+}
+
+impl Definition {
+    fn carries_into(&self, new: &Self) -> Option<Option<HashMap<String, String>>> {
+        if (self.cast, self.domain, self.array) != (new.cast, new.domain, new.array) || self.row != new.row {
+            return None;
+        }
+        match (&self.labels, &new.labels, &self.of, &new.of) {
+            (Some(old), Some(new), ..) if self.cast.is_none() => {
+                let label =
+                    |(number, label): (&String, &String)| Some((label.clone(), new.get(number)?.clone()));
+                let labels: HashMap<String, String> = old.iter().map(label).collect::<Option<_>>()?;
+                Some(labels.iter().any(|(then, now)| then != now).then_some(labels))
+            }
+            (None, None, Some(old), Some(new)) if old == new => Some(None),
+            (None, None, Some(old), Some(new)) => old.carries_into(new),
+            _ => None,
+        }
+    }
+}
+
+/// `timestamptz` in `pg_type`, and the array of it.
+const TIMESTAMPTZ: u32 = 1184;
+const TIMESTAMPTZ_ARRAY: u32 = 1185;
+
+fn moments(columns: &[Numbered]) -> Moments {
+    columns
+        .iter()
+        .filter_map(|column| Some((column.name.clone(), moment(column.kind, column.def.as_ref())?)))
+        .collect()
+}
+
+/// Where in the values of a type moments stand. Those in a row are in UTC: the writer has it made with care.
+fn moment(kind: u32, definition: Option<&Definition>) -> Option<Moment> {
+    match (kind, definition) {
+        (TIMESTAMPTZ, _) => Some(Moment::Here),
+        (TIMESTAMPTZ_ARRAY, _) => Some(Moment::InElements(Box::new(Moment::Here))),
+        (_, Some(Definition { domain: Some(base), of, .. })) => moment(*base, of.as_deref()),
+        (_, Some(Definition { array: Some(element), of, .. })) => {
+            Some(Moment::InElements(Box::new(moment(*element, of.as_deref())?)))
+        }
+        _ => None,
+    }
+}
+
+impl Moment {
+    /// The value with its moments in UTC; none when they are already.
+    fn in_utc(&self, json: &str) -> Option<String> {
+        match self {
+            Self::Here if json.ends_with("+00:00\"") => None,
+            Self::Here => in_utc(json),
+            Self::InElements(element) => each_element(json, &mut |value| match value.starts_with('[') {
+                // Another dimension.
+                true => self.in_utc(value),
+                false => element.in_utc(value),
+            }),
+        }
+    }
+}
+
+/// The array with other elements; none when all stay, or it is none.
+fn each_element(json: &str, other: &mut dyn FnMut(&str) -> Option<String>) -> Option<String> {
+    let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;
+    let others: Vec<Option<String>> = elements.iter().map(|element| other(element.get())).collect();
+    others.iter().any(Option::is_some).then(|| {
+        let texts =
+            elements.iter().zip(&others).map(|(element, other)| other.as_deref().unwrap_or(element.get()));
+        format!("[{}]", texts.collect::<Vec<_>>().join(","))
+    })
+}
+
+/// The object with the moments of these fields in UTC; none when they are already.
+fn with_moments_in_utc(json: &str, moments: &Moments) -> Option<String> {
+    if moments.is_empty() {
+        return None;
+    }
+    let row = Row::parse(json).ok()?;
+    let other = |name: &str, value: &str| moments.get(name)?.in_utc(value);
+    let is_other = row.fields().any(|(name, value)| other(name, value).is_some());
+    is_other.then(|| {
+        object(
+            row.fields()
+                .map(|(name, value)| (name, other(name, value).map_or(Cow::Borrowed(value), Cow::Owned))),
+        )
+    })
+}
+
+fn object<'a>(fields: impl Iterator<Item = (&'a str, Cow<'a, str>)>) -> String {
+    let fields: Vec<String> = fields.map(|(name, value)| format!("{}:{value}", quoted(name))).collect();
+    format!("{{{}}}", fields.join(","))
+}
+
+/// An image of an older shape with the columns of now; none when it holds what the shape does not know.
+fn rewritten(image: &str, columns: &HashMap<String, Option<Carried>>) -> Option<String> {
+    let row = Row::parse(image).ok()?;
+    let mut fields = Vec::with_capacity(row.names().len());
+    for (name, value) in row.fields() {
+        let Some(carried) = columns.get(name)? else { continue };
+        let moved = carried.moments.as_ref().and_then(|moments| moments.in_utc(value));
+        let mut value = moved.map_or(Cow::Borrowed(value), Cow::Owned);
+        if let Some(labels) = &carried.labels {
+            value = Cow::Owned(relabelled(&value, labels)?);
+        }
+        fields.push((&*carried.name, value));
+    }
+    Some(object(fields.into_iter()))
+}
+
+/// A label, or an array of labels, with the names of now; none when one of them is not known.
+fn relabelled(json: &str, labels: &HashMap<String, String>) -> Option<String> {
+    if json == "null" {
+        return Some(json.to_owned());
+    }
+    if !json.starts_with('[') {
+        let label: String = serde_json::from_str(json).ok()?;
+        return labels.get(&label).map(|label| quoted(label));
+    }
+    let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;
+    let elements: Option<Vec<String>> =
+        elements.iter().map(|element| relabelled(element.get(), labels)).collect();
+    Some(format!("[{}]", elements?.join(",")))
+}
+
+fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+}
+
+/// The reader's own transaction runs in a snapshot and yet is not among those that do, so its `xmin` may be no other's.
+fn snapshot<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Snapshot, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let bad = || serde::de::Error::custom("no snapshot");
+    let mut parts = text.splitn(3, ':').skip(1);
+    let (xmax, running) = parts.next().zip(parts.next()).ok_or_else(bad)?;
+    let running: Result<Vec<u64>, _> =
+        running.split(',').filter(|xid| !xid.is_empty()).map(str::parse::<u64>).collect();
+    Snapshot::new(xmax.parse().map_err(|_| bad())?, running.map_err(|_| bad())?).map_err(|_| bad())
+}

@@ -1,0 +1,353 @@
+//! The `data` of a `postgres_changes` message: what one change looks like to one set of rights.
+
+use std::fmt::Write as _;
+
+use crate::model::catalog::relation::{Access, Relation};
+use crate::model::policy::visibility::Meaning;
+use crate::model::row::change::{Change, Operation, Row, Spelling, quoted};
+use crate::model::row::column::Column;
+
+/// Everything that decides the text of a delivery. Equal views of one change are the same bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    /// The relation of the change.
+    pub relation: &'a Relation,
+    /// The subscriber's rights.
+    pub access: &'a Access,
+    /// The columns the subscriber asked for; the key comes with them. None means all.
+    pub select: Option<&'a [String]>,
+    /// What the change means to the subscriber.
+    pub meaning: Meaning,
+    /// The change is told with its transaction, its number and the time in microseconds: who may get it twice knows it
+    /// again.
+    pub exact: bool,
+    /// No other change of its transaction comes after it to the subscriber.
+    pub is_last: bool,
+}
+
+impl View<'_> {
+    fn shows(&self, column: &str) -> bool {
+        let wanted = match self.select {
+            Some(select) => select.iter().any(|name| name == column) || self.relation.is_key(column),
+            None => true,
+        };
+        wanted && self.access.sees(column)
+    }
+
+    fn spelling(&self, name: &str) -> Option<Spelling> {
+        let column = self.relation.column(name)?;
+        self.shows(name).then(|| column.spelling())
+    }
+}
+
+/// Of a change that is too large, columns whose values have more bytes than this are left out.
+const SHORT: usize = 64;
+
+/// How much of a change is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Extent {
+    /// All of it.
+    Whole,
+    /// Of the old row of an update only the key.
+    NewRow,
+    /// Keys and short columns.
+    Short,
+    /// Short columns alone: a key may be long, too.
+    Shortest,
+}
+
+/// The JSON object that goes out as `data` (PROTOCOL: `schema, table, commit_timestamp, type, columns, record, old_record, errors`).
+///
+/// `INSERT` has no `old_record`, `DELETE` no `record`. A leave is a `DELETE` with the key and `"leave":true`.
+/// Columns without the right to select them appear nowhere. None when an image is not what it should be.
+///
+/// Above `most` bytes, an update keeps its new row and tells the old one by its key; what is still too large is told by
+/// key and short columns, and says so.
+pub fn data(change: &Change, view: View<'_>, most: usize) -> Option<String> {
+    let whole = object(change, view, Extent::Whole)?;
+    if whole.len() <= most {
+        return Some(whole);
+    }
+    drop(whole);
+    let mut smaller = None;
+    for extent in [Extent::NewRow, Extent::Short, Extent::Shortest] {
+        let text = object(change, view, extent)?;
+        let fits = text.len() <= most;
+        smaller = Some(text);
+        if fits {
+            break;
+        }
+    }
+    smaller
+}
+
+fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
+    let operation = view.meaning.operation();
+    let mut text = String::with_capacity(256 + change.after.as_ref().map_or(0, String::len));
+    let _ = write!(
+        text,
+        r#"{{"schema":{},"table":{},"commit_timestamp":"{}"{},"type":"{}","columns":{}"#,
+        quoted(&view.relation.schema),
+        quoted(&view.relation.table),
+        if view.exact { change.exact_timestamp() } else { change.commit_timestamp() },
+        if view.exact { mark(change, view.is_last) } else { String::new() },
+        operation.word(),
+        columns(view),
+    );
+    if operation != Operation::Delete {
+        let _ = write!(text, r#","record":{}"#, row(change.after.as_deref()?, view, extent)?);
+    }
+    match view.meaning {
+        Meaning::Insert => {}
+        // The old key may itself be hidden: the key that is told is the one of the row in sight.
+        Meaning::Enter => {
+            let _ = write!(text, r#","old_record":{}"#, key(change.after.as_deref()?, view, extent)?);
+        }
+        Meaning::Leave => {
+            let key = key(change.before.as_deref()?, view, extent)?;
+            let _ = write!(text, r#","old_record":{key},"leave":true"#);
+        }
+        Meaning::Update | Meaning::Delete => {
+            let before = change.before.as_deref()?;
+            let is_told = view.relation.full && (extent != Extent::NewRow || view.meaning == Meaning::Delete);
+            let old = if is_told { row(before, view, extent)? } else { key(before, view, extent)? };
+            let _ = write!(text, r#","old_record":{old}"#);
+        }
+    }
+    text.push_str(if change.oversize || extent > Extent::NewRow {
+        r#","errors":["Error 413: Payload Too Large"]}"#
+    } else {
+        r#","errors":null}"#
+    });
+    Some(text)
+}
+
+/// Which change it is, as strings: neither number fits into JavaScript's.
+fn mark(change: &Change, is_last: bool) -> String {
+    let last = if is_last { r#","last":true"# } else { "" };
+    format!(r#","txid":"{}","number":"{}"{last}"#, change.xid, change.number)
+}
+
+/// A row as it is told to somebody with these rights who selected these columns; none when it is no row.
+pub fn record(row: &str, relation: &Relation, access: &Access, select: Option<&[String]>) -> Option<String> {
+    self::row(
+        row,
+        View { relation, access, select, meaning: Meaning::Insert, exact: false, is_last: false },
+        Extent::Whole,
+    )
+}
+
+fn columns(view: View<'_>) -> String {
+    let shown: Vec<String> = view
+        .relation
+        .columns
+        .iter()
+        .filter(|column| view.shows(&column.name))
+        .map(|Column { name, kind, .. }| format!(r#"{{"name":{},"type":{}}}"#, quoted(name), quoted(kind)))
+        .collect();
+    format!("[{}]", shown.join(","))
+}
+
+fn row(image: &str, view: View<'_>, extent: Extent) -> Option<String> {
+    let row = Row::parse(image).ok()?;
+    let is_told = |name: &str| {
+        extent <= Extent::NewRow
+            || (extent == Extent::Short && view.relation.is_key(name))
+            || is_short(&row, name)
+    };
+    Some(row.project(|name| view.spelling(name).filter(|_| is_told(name))))
+}
+
+fn key(image: &str, view: View<'_>, extent: Extent) -> Option<String> {
+    let row = Row::parse(image).ok()?;
+    let is_told = |name: &str| extent <= Extent::Short || is_short(&row, name);
+    let in_key = |name: &str| view.relation.is_key(name).then(|| view.spelling(name)).flatten();
+    Some(row.project(|name| in_key(name).filter(|_| is_told(name))))
+}
+
+fn is_short(row: &Row<'_>, column: &str) -> bool {
+    row.value(column).is_some_and(|value| value.len() <= SHORT)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::model::catalog::relation::tests::todos;
+    use crate::model::row::change::{Reading, RelationId};
+
+    fn change(before: Option<&str>, after: Option<&str>) -> Change {
+        Change {
+            number: 1,
+            xid: 700,
+            committed: OffsetDateTime::from_unix_timestamp_nanos(1_795_166_142_318_219_000).unwrap(),
+            relation: RelationId(7),
+            shape: None,
+            began: None,
+            reading: Reading::default(),
+            operation: Operation::Update,
+            oversize: false,
+            before: before.map(str::to_owned),
+            after: after.map(str::to_owned),
+        }
+    }
+
+    #[track_caller]
+    fn check(
+        full: bool,
+        role: &str,
+        select: Option<&[String]>,
+        meaning: Meaning,
+        expected: serde_json::Value,
+    ) {
+        let relation = todos(full, false);
+        let before = r#"{"id":1,"owner":"a","title":"old","raw":"\\x01"}"#;
+        let after = r#"{"id":2,"owner":"b","title":"new","raw":"\\x02"}"#;
+        let view = View {
+            relation: &relation,
+            access: relation.access(role).unwrap(),
+            select,
+            meaning,
+            exact: false,
+            is_last: false,
+        };
+        let text = data(&change(Some(before), Some(after)), view, usize::MAX).unwrap();
+        let told: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for name in ["record", "old_record", "leave", "type"] {
+            assert_eq!(told.get(name), expected.get(name), "{name} in {text}");
+        }
+        assert_eq!(told["errors"], serde_json::Value::Null);
+    }
+
+    #[test]
+    fn old_and_new_by_meaning() {
+        let whole = |n: i64, owner: &str, title: &str| serde_json::json!({"id": n, "owner": owner, "title": title, "raw": format!("0{n}")});
+        let (old, new) = (whole(1, "a", "old"), whole(2, "b", "new"));
+        check(
+            false,
+            "authenticated",
+            None,
+            Meaning::Insert,
+            serde_json::json!({"type": "INSERT", "record": new}),
+        );
+        check(
+            false,
+            "authenticated",
+            None,
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": new, "old_record": {"id": 1}}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": new, "old_record": old}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Enter,
+            serde_json::json!({"type": "UPDATE", "record": new, "old_record": {"id": 2}}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Delete,
+            serde_json::json!({"type": "DELETE", "old_record": old}),
+        );
+        check(
+            true,
+            "authenticated",
+            None,
+            Meaning::Leave,
+            serde_json::json!({"type": "DELETE", "old_record": {"id": 1}, "leave": true}),
+        );
+    }
+
+    #[test]
+    fn a_column_without_right_or_not_asked_for_appears_nowhere() {
+        check(
+            true,
+            "narrow",
+            None,
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": {"id": 2, "title": "new"}, "old_record": {"id": 1, "title": "old"}}),
+        );
+        check(
+            true,
+            "authenticated",
+            Some(&[String::from("owner")]),
+            Meaning::Update,
+            serde_json::json!({"type": "UPDATE", "record": {"id": 2, "owner": "b"}, "old_record": {"id": 1, "owner": "a"}}),
+        );
+    }
+
+    #[test]
+    fn what_is_too_large_is_told_by_the_new_row_then_by_short_columns() {
+        let relation = todos(true, false);
+        let access = relation.access("authenticated").unwrap();
+        let image = |id: usize, title: usize| {
+            format!(r#"{{"id":{id},"owner":"a","title":"{}"}}"#, "\\u0001".repeat(title))
+        };
+        let told = |meaning, before: &str, after: &str, most| {
+            let view =
+                View { relation: &relation, access, select: None, meaning, exact: false, is_last: false };
+            let text = data(&change(Some(before), Some(after)), view, most).unwrap();
+            let told: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let size = |name: &str| told.get(name).map(|row| row.as_object().unwrap().len());
+            assert!(told["columns"].as_array().unwrap().len() > 2);
+            (text.len() <= most, size("record"), size("old_record"), told["errors"].is_null())
+        };
+        let (old, new) = (image(1, 300), image(2, 300));
+        assert_eq!(told(Meaning::Update, &old, &new, 5000), (true, Some(3), Some(3), true));
+        assert_eq!(told(Meaning::Update, &old, &new, 3000), (true, Some(3), Some(1), true));
+        assert_eq!(told(Meaning::Update, &old, &new, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(told(Meaning::Delete, &old, &new, 1000), (true, None, Some(2), false));
+        assert_eq!(told(Meaning::Insert, &old, &new, 1000), (true, Some(2), None, false));
+        let long_key = format!(r#"{{"id":"{}","owner":"a","title":"b"}}"#, "k".repeat(2000));
+        assert_eq!(told(Meaning::Update, &long_key, &long_key, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(told(Meaning::Leave, &long_key, &long_key, 1000), (true, None, Some(0), false));
+    }
+
+    #[test]
+    fn time_is_utc_with_milliseconds() {
+        assert_eq!(change(None, None).commit_timestamp(), "2026-11-20T09:15:42.318Z");
+    }
+
+    proptest! {
+        #[test]
+        fn only_columns_that_may_be_seen_and_are_wanted_are_told(
+            names in proptest::sample::subsequence(vec!["raw", "title", "id", "unknown", "owner"], 0..=5).prop_shuffle(),
+            value in prop_oneof![
+                Just("null"), Just(r#""\\xff""#), Just(r#""\\x""#), Just("1.50"), Just(r#"{"a" : [1, 2]}"#), Just(r#""\ud800""#),
+            ],
+            select in proptest::option::of(proptest::sample::subsequence(vec!["id", "title", "owner"], 1..3)),
+            full: bool, narrow: bool, meaning in 0..5_usize,
+        ) {
+            let relation = todos(full, false);
+            let access = relation.access(if narrow { "narrow" } else { "authenticated" }).unwrap();
+            let select: Option<Vec<String>> = select.map(|names| names.into_iter().map(str::to_owned).collect());
+            let select = select.as_deref();
+            let meaning = [Meaning::Insert, Meaning::Update, Meaning::Enter, Meaning::Delete, Meaning::Leave][meaning];
+            let fields: Vec<String> = names.iter().map(|name| format!("\"{name}\" : {value}")).collect();
+            let image = format!("{{{}}}", fields.join(","));
+            let view = View { relation: &relation, access, select, meaning, exact: false, is_last: false };
+            let text = data(&change(Some(&image), Some(&image)), view, usize::MAX).unwrap();
+            let told = Row::parse(&text).unwrap();
+            for record in ["record", "old_record"].iter().filter_map(|name| told.value(name)) {
+                let record = Row::parse(record).unwrap();
+                for name in record.names() {
+                    let wanted = relation.is_key(name) || select.is_none_or(|names| names.iter().any(|one| one == name));
+                    prop_assert!(access.sees(name) && wanted && relation.column(name).is_some(), "{}", text);
+                    let kept = if name == "raw" { value.replacen(r"\\x", "", 1) } else { value.to_owned() };
+                    prop_assert_eq!(record.value(name), Some(&*kept));
+                }
+            }
+        }
+    }
+}

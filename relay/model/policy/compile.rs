@@ -1,0 +1,567 @@
+//! From a policy's SQL to a [`Plan`]: what can be decided here is, the rest becomes questions to PostgreSQL.
+//!
+//! The text is PostgreSQL's own deparsed form: names outside `pg_catalog` are qualified, constants carry their types,
+//! operators of users are spelled out. Only what has one meaning in that form is compiled; a part that has not is asked of
+//! PostgreSQL, once for all readers where nothing in it can depend on the reader, otherwise reader by reader.
+
+use std::cell::RefCell;
+
+use sqlparser::ast::{
+    BinaryOperator, Expr, Statement, UnaryOperator, Value, ValueWithSpan, VisitMut, VisitorMut,
+};
+use sqlparser::dialect::PostgreSqlDialect;
+use sqlparser::parser::Parser;
+use sqlparser::tokenizer::{Token, Tokenizer};
+
+use crate::model::policy::claim_expr::Term;
+use crate::model::policy::compile::depth::is_too_deep;
+use crate::model::policy::compile::known::contents;
+use crate::model::policy::compile::list::only_expression;
+use crate::model::policy::compile::operand::{Operand, Type};
+use crate::model::policy::plan::{Leaf, Obstacle, Plan, Way};
+use crate::model::policy::predicate::{Predicate, Scalar};
+use crate::model::policy::rights::Rights;
+use crate::model::row::column::Column;
+use crate::model::row::datum::Kind;
+
+mod condition;
+mod depth;
+mod invert;
+mod known;
+mod list;
+mod operand;
+mod probe;
+
+/// Why something is not compiled; fit for whoever wrote the policy.
+#[derive(Debug, Clone)]
+struct Refused(String);
+
+fn refuse(why: &str) -> Refused {
+    Refused(why.to_owned())
+}
+
+/// How deep expressions may nest: PostgreSQL's own text of a sane policy stays far below.
+const DEEPEST: usize = 200;
+
+/// Compiles a policy of a table with these columns for a role with these rights. Never fails: the worst plan is to ask one by one.
+pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -> Plan {
+    if invert::is_ours(table) {
+        let why = String::from("the table has a name that the relay's own statements use");
+        return Plan::opaque(Obstacle { part: table.to_owned(), why });
+    }
+    if rights.own_casts {
+        let why = String::from("a cast between types of the system was made by somebody");
+        return Plan::opaque(Obstacle { part: policy.to_owned(), why });
+    }
+    let expr = match parse(policy) {
+        Ok(expr) => expr,
+        Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
+    };
+    // Named for the fields of its rows alone, it is not looked at.
+    if let Some(table) = rights.unreadable.as_ref().filter(|table| known::looks_into(&expr, table)) {
+        let why = String::from("the role may not read it, so that every look at the table raises");
+        let obstacles = vec![Obstacle { part: table.clone(), why }];
+        return Plan { obstacles, ..Plan::of(Predicate::Constant(Some(false))) };
+    }
+    let compiler = Compiler {
+        table,
+        columns,
+        rights,
+        without_columns: false,
+        depth: 0,
+        terms: RefCell::default(),
+        leaves: RefCell::default(),
+        obstacles: RefCell::default(),
+    };
+    let predicate = compiler.predicate(&expr, true);
+    let obstacles = compiler.obstacles.borrow().clone();
+    if obstacles.is_empty() {
+        let leaves = compiler.leaves.into_inner();
+        let way = if leaves.is_empty() { Way::Compiled } else { Way::Inverted };
+        let terms = compiler.terms.into_inner();
+        return Plan {
+            way,
+            predicate,
+            terms,
+            reads_all: false,
+            leaves,
+            obstacles,
+            probe: probe::probe(&expr, rights),
+        };
+    }
+    let reads_all = !compiler.claims_are_known(&expr);
+    // What is asked one by one is asked whole: nobody needs the leaves.
+    let predicate = without_leaves(predicate);
+    let terms = compiler.terms.into_inner();
+    let probe = probe::probe(&expr, rights);
+    Plan { way: Way::OneByOne, predicate, terms, reads_all, leaves: Vec::new(), obstacles, probe }
+}
+
+fn without_leaves(predicate: Predicate) -> Predicate {
+    let all = |list: Vec<Predicate>| list.into_iter().map(without_leaves).collect();
+    let boxed = |inner: Box<Predicate>| Box::new(without_leaves(*inner));
+    match predicate {
+        Predicate::Fact(_) | Predicate::Readers { .. } => Predicate::Opaque,
+        Predicate::And(list) => Predicate::And(all(list)),
+        Predicate::Or(list) => Predicate::Or(all(list)),
+        Predicate::Not(inner) => Predicate::Not(boxed(inner)),
+        Predicate::Is(inner, wanted) => Predicate::Is(boxed(inner), wanted),
+        Predicate::IsUnknown(inner) => Predicate::IsUnknown(boxed(inner)),
+        Predicate::Case(branches, otherwise) => Predicate::Case(
+            branches.into_iter().map(|(one, then)| (without_leaves(one), without_leaves(then))).collect(),
+            boxed(otherwise),
+        ),
+        other => other,
+    }
+}
+
+fn parser(text: &str) -> Result<Parser<'static>, Refused> {
+    const DIALECT: PostgreSqlDialect = PostgreSqlDialect {};
+    let tokens = Tokenizer::new(&DIALECT, text).tokenize();
+    let tokens = tokens.map_err(|error| Refused(format!("it is not understood: {error}")))?;
+    if is_too_deep(&tokens) {
+        return Err(refuse("it is too long to be taken apart"));
+    }
+    Ok(Parser::new(&DIALECT).with_recursion_limit(DEEPEST).with_tokens(tokens))
+}
+
+fn parse(text: &str) -> Result<Expr, Refused> {
+    let not_understood = |error| Refused(format!("it is not understood: {error}"));
+    // The parser's own text of such a name may be that of another.
+    if text.contains("\"\"") || text.contains("\\\"") {
+        return Err(refuse("a name has a quote in it"));
+    }
+    let mut parser = parser(text)?;
+    let mut expr = parser.parse_expr().map_err(not_understood)?;
+    parser.expect_token(&Token::EOF).map_err(not_understood)?;
+    let _ = VisitMut::visit(&mut expr, &mut Unambiguous);
+    Ok(expr)
+}
+
+/// Writes constants so that their text is theirs: the parser leaves a quote alone that stands after a backslash or another
+/// quote, as if it were escaped.
+struct Unambiguous;
+
+impl VisitorMut for Unambiguous {
+    type Break = ();
+
+    fn pre_visit_value(&mut self, value: &mut ValueWithSpan) -> std::ops::ControlFlow<()> {
+        if let Value::SingleQuotedString(text) = &value.value
+            && text.contains(['\\', '\''])
+        {
+            value.value = Value::EscapedStringLiteral(text.clone());
+        }
+        std::ops::ControlFlow::Continue(())
+    }
+}
+
+/// The expression that the body of an SQL function gives.
+fn parse_body(text: &str) -> Result<Expr, Refused> {
+    let statements = parser(text)?.parse_statements().map_err(|error| Refused(error.to_string()))?;
+    match statements.as_slice() {
+        [Statement::Query(query)] => {
+            only_expression(query).cloned().ok_or_else(|| refuse("it is more than one expression"))
+        }
+        _ => Err(refuse("it is more than one query")),
+    }
+}
+
+struct Compiler<'a> {
+    table: &'a str,
+    columns: &'a [Column],
+    rights: &'a Rights,
+    /// In the body of a function, where a name is not a column of the table.
+    without_columns: bool,
+    depth: usize,
+    terms: RefCell<Vec<Term>>,
+    leaves: RefCell<Vec<Leaf>>,
+    obstacles: RefCell<Vec<Obstacle>>,
+}
+
+impl Compiler<'_> {
+    /// In the body of a function.
+    fn inside(&self) -> Self {
+        Compiler {
+            table: self.table,
+            columns: self.columns,
+            rights: self.rights,
+            without_columns: true,
+            depth: self.depth + 1,
+            terms: RefCell::default(),
+            leaves: RefCell::default(),
+            obstacles: RefCell::default(),
+        }
+    }
+
+    fn term(&self, term: Term) -> usize {
+        place(&mut self.terms.borrow_mut(), term)
+    }
+
+    fn leaf(&self, leaf: Leaf) -> usize {
+        place(&mut self.leaves.borrow_mut(), leaf)
+    }
+
+    fn scalar(&self, operand: Operand) -> Scalar {
+        match operand {
+            Operand::Row(scalar, _) => scalar,
+            Operand::Claim(term, _) => Scalar::Term(self.term(term)),
+        }
+    }
+
+    /// A condition. `lenient`: false and null mean the same here, since only `and` and `or` stand around it.
+    fn predicate(&self, expr: &Expr, lenient: bool) -> Predicate {
+        let leaves = self.leaves.borrow().len();
+        let predicate = self.by_parts(expr, lenient);
+        let is_whole = matches!(predicate, Predicate::Fact(_));
+        if self.leaves.borrow().len() > leaves && !is_whole && self.is_of_row(expr) {
+            // Whole, PostgreSQL keeps what guards from what raises.
+            self.leaves.borrow_mut().truncate(leaves);
+            return self.fact(expr.to_string());
+        }
+        predicate
+    }
+
+    /// Whether it depends on the row alone, and PostgreSQL can be asked.
+    fn is_of_row(&self, expr: &Expr) -> bool {
+        let found = contents(expr, self.rights);
+        !found.claims && found.obstacle.is_none() && self.rights.obstacles.is_empty()
+    }
+
+    fn fact(&self, expression: String) -> Predicate {
+        Predicate::Fact(self.leaf(Leaf::Fact { expression }))
+    }
+
+    /// Conditions joined by `and` or `or`. What is asked of the row has those before it in its question, for they may guard
+    /// it from raising.
+    fn chain(&self, expr: &Expr, op: &BinaryOperator, lenient: bool) -> Predicate {
+        let mut parts = Vec::new();
+        links(expr, op, &mut parts);
+        let word = if *op == BinaryOperator::And { " and " } else { " or " };
+        let mut guards: Vec<String> = Vec::new();
+        let mut list = Vec::with_capacity(parts.len());
+        for part in parts {
+            let leaves = self.leaves.borrow().len();
+            let mut predicate = self.predicate(part, lenient);
+            if self.is_of_row(part) {
+                guards.push(format!("({part})"));
+                if self.leaves.borrow().len() > leaves {
+                    self.leaves.borrow_mut().truncate(leaves);
+                    predicate = self.fact(guards.join(word));
+                }
+            }
+            list.push(predicate);
+        }
+        joined(list, *op == BinaryOperator::And)
+    }
+
+    fn by_parts(&self, expr: &Expr, lenient: bool) -> Predicate {
+        match expr {
+            Expr::Nested(inner) => self.predicate(inner, lenient),
+            Expr::BinaryOp { op: op @ (BinaryOperator::And | BinaryOperator::Or), .. } => {
+                self.chain(expr, op, lenient)
+            }
+            Expr::UnaryOp { op: UnaryOperator::Not, expr } => {
+                Predicate::Not(Box::new(self.predicate(expr, false)))
+            }
+            Expr::IsTrue(inner) => Predicate::Is(Box::new(self.predicate(inner, false)), true),
+            Expr::IsFalse(inner) => Predicate::Is(Box::new(self.predicate(inner, false)), false),
+            Expr::IsNotTrue(inner) => not(Predicate::Is(Box::new(self.predicate(inner, false)), true)),
+            Expr::IsNotFalse(inner) => not(Predicate::Is(Box::new(self.predicate(inner, false)), false)),
+            Expr::IsUnknown(inner) => Predicate::IsUnknown(Box::new(self.predicate(inner, false))),
+            Expr::IsNotUnknown(inner) => not(Predicate::IsUnknown(Box::new(self.predicate(inner, false)))),
+            Expr::Case { operand: None, conditions, else_result, .. } => {
+                let branches = conditions.iter().map(|branch| {
+                    (self.predicate(&branch.condition, false), self.predicate(&branch.result, lenient))
+                });
+                let branches = branches.collect();
+                let otherwise = else_result.as_ref().map(|result| self.predicate(result, lenient));
+                Predicate::Case(branches, Box::new(otherwise.unwrap_or(Predicate::Constant(None))))
+            }
+            Expr::Exists { subquery, negated: true } => {
+                let exists = Expr::Exists { subquery: subquery.clone(), negated: false };
+                not(self.predicate(&exists, false))
+            }
+            Expr::InSubquery { expr, subquery, negated: true } => {
+                let found =
+                    Expr::InSubquery { expr: expr.clone(), subquery: subquery.clone(), negated: false };
+                not(self.predicate(&found, false))
+            }
+            _ => {
+                let terms = self.terms.borrow().len();
+                self.compared(expr).unwrap_or_else(|why| {
+                    self.terms.borrow_mut().truncate(terms);
+                    self.asked(expr, lenient, why)
+                })
+            }
+        }
+    }
+
+    /// A condition that PostgreSQL is asked: once for all if it can be.
+    fn asked(&self, expr: &Expr, lenient: bool, why: Refused) -> Predicate {
+        let found = contents(expr, self.rights);
+        let obstacle = self.rights.obstacles.first().cloned().or(found.obstacle);
+        let outcome = match obstacle {
+            Some(obstacle) => Err(Refused(obstacle)),
+            None if !found.claims => return self.fact(expr.to_string()),
+            None => self.inverted(expr, lenient, why),
+        };
+        let readers = |leaf: usize| {
+            let by = self.leaves.borrow()[leaf].by().iter().map(|(term, _)| *term).collect();
+            Predicate::Readers { leaf, by }
+        };
+        outcome.map(readers).unwrap_or_else(|why| {
+            let mut part = expr.clone();
+            while let Expr::Nested(inner) = part {
+                part = *inner;
+            }
+            self.obstacles.borrow_mut().push(Obstacle { part: part.to_string(), why: why.0 });
+            Predicate::Opaque
+        })
+    }
+
+    /// Whether all that the policy reads of the claims is among the terms. Adds what is missing.
+    fn claims_are_known(&self, expr: &Expr) -> bool {
+        let found = contents(expr, self.rights);
+        if !self.rights.obstacles.is_empty() || found.obstacle.is_some() {
+            return false;
+        }
+        let mut rest = expr.clone();
+        self.replace_claims(&mut rest, &mut |_, _| Expr::value(Value::Null));
+        !contents(&rest, self.rights).claims
+    }
+
+    /// Puts something else in the place of each largest expression of claims, whose number and type it gets.
+    fn replace_claims(&self, within: &mut impl VisitMut, by: &mut dyn FnMut(usize, Kind) -> Expr) {
+        let _ = within.visit(&mut Replace { compiler: self, by });
+    }
+}
+
+struct Replace<'a, 'c> {
+    compiler: &'a Compiler<'c>,
+    by: &'a mut dyn FnMut(usize, Kind) -> Expr,
+}
+
+impl VisitorMut for Replace<'_, '_> {
+    type Break = ();
+
+    fn pre_visit_expr(&mut self, expr: &mut Expr) -> std::ops::ControlFlow<()> {
+        if let Ok(Operand::Claim(term, Type::Known(kind))) = self.compiler.inside().operand(expr)
+            && !term.is_constant()
+        {
+            *expr = (self.by)(self.compiler.term(term), kind);
+        }
+        std::ops::ControlFlow::Continue(())
+    }
+}
+
+fn place<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
+    list.iter().position(|held| *held == item).unwrap_or_else(|| {
+        list.push(item);
+        list.len() - 1
+    })
+}
+
+fn not(predicate: Predicate) -> Predicate {
+    Predicate::Not(Box::new(predicate))
+}
+
+/// The parts of a chain of `and` or `or`, from left to right: in a loop, for chains may be long.
+fn links<'a>(expr: &'a Expr, op: &BinaryOperator, parts: &mut Vec<&'a Expr>) {
+    let mut open = vec![expr];
+    while let Some(expr) = open.pop() {
+        match expr {
+            Expr::Nested(inner) => open.push(inner),
+            Expr::BinaryOp { left, op: same, right } if same == op => open.extend([&**right, &**left]),
+            part => parts.push(part),
+        }
+    }
+}
+
+fn joined(list: Vec<Predicate>, all: bool) -> Predicate {
+    // PostgreSQL looks no further either, whatever stands before it.
+    let decides = Predicate::Constant(Some(!all));
+    match all {
+        _ if list.contains(&decides) => decides,
+        true => Predicate::And(list),
+        false => Predicate::Or(list),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::catalog::relation::tests::todos;
+    use crate::model::identity::claims::Claims;
+    use crate::model::policy::predicate::{Answers, Unasked};
+    use crate::model::row::image::Image;
+    use crate::model::row::truth::Truth;
+
+    fn rights() -> Rights {
+        let jwt = "select nullif(current_setting('request.jwt.claims', true), '')::jsonb";
+        serde_json::from_value(serde_json::json!({
+            "helpers": {
+                "auth.jwt": {"returns": "jsonb", "body": jwt},
+                "auth.uid": {"returns": "uuid", "body": format!("{jwt} ->> 'sub'")},
+                "again": {"returns": "uuid", "body": "select again()"},
+            },
+            "tables": ["members"],
+        }))
+        .unwrap()
+    }
+
+    /// On a thread with as little stack as those of the program have.
+    #[track_caller]
+    fn way_of(policy: String) -> Way {
+        let todos = todos(false, false);
+        let compiled = move || compile(&policy, &todos.table, &todos.columns, &rights()).way;
+        std::thread::Builder::new().stack_size(2 << 20).spawn(compiled).unwrap().join().unwrap()
+    }
+
+    #[test]
+    fn however_deep_or_long_a_policy_is_its_plan_ends() {
+        for deep in [10, 100, 190, 340, 3000] {
+            for (open, inner, close) in [
+                ("(", "(id = 1)", ")"),
+                ("(NOT ", "(id = 1)", ")"),
+                ("((id = 1) AND ", "(id = 2)", ")"),
+                ("((id = 1) IS TRUE) = (", "(id = 2)", ")"),
+                ("CASE WHEN (id = 1) THEN true ELSE ", "false", " END"),
+                ("CASE WHEN ", "true", " THEN true END"),
+                ("COALESCE(", "title", ", ''::text)"),
+                ("(EXISTS ( SELECT 1 FROM members m WHERE ", "(m.id = 1)", "))"),
+                ("(id IN ( SELECT m.id FROM members m WHERE ", "(m.id = 1)", "))"),
+                ("(auth.jwt() -> ", "'a'::text", ")"),
+                ("lower(", "title", ")"),
+                ("ARRAY[", "1", "]"),
+                ("- ", "1", ""),
+                ("", "'x'", "::text"),
+                ("id = ANY (ARRAY[", "1", "])"),
+                ("( SELECT ", "1", ")"),
+            ] {
+                let _ = way_of(format!("{}{inner}{}", open.repeat(deep), close.repeat(deep)));
+            }
+            for link in [" AND (id = 1)", " OR (id = 1)", " = 1", " || 'x'::text", " -> 'a'::text", " + 1"] {
+                let _ = way_of(format!("(id = 1){}", link.repeat(deep)));
+            }
+            let _ = way_of(format!("id = ANY (ARRAY[1{}])", ", 1".repeat(deep)));
+        }
+    }
+
+    /// Answers by the number of the leaf.
+    struct Said(usize);
+
+    impl Answers for Said {
+        fn fact(&self, leaf: usize) -> Truth {
+            [Truth::True, Truth::False, Truth::Null, Truth::Raises][(leaf + self.0) % 4]
+        }
+
+        fn reads(&self, leaf: usize) -> Truth {
+            [Truth::True, Truth::False][(leaf + self.0) % 2]
+        }
+    }
+
+    /// Policies as PostgreSQL writes them, or nearly.
+    fn grown() -> impl Strategy<Value = String> {
+        let value = proptest::sample::select(vec![
+            "id",
+            "owner",
+            "title",
+            "raw",
+            "todos.title",
+            "missing",
+            "5",
+            "1.5",
+            "'a'::text",
+            "NULL::text",
+            "'open'::public.state",
+            "auth.uid()",
+            "(auth.jwt() ->> 'org'::text)",
+            "(auth.jwt() -> 'roles'::text)",
+            "again()",
+            "own.secret()",
+            "now()",
+            "length(title)",
+            "COALESCE(title, ''::text)",
+            "(owner)::text",
+            "ARRAY[1, 2]",
+            "current_setting('request.jwt.claims'::text, true)",
+        ]);
+        let operator = proptest::sample::select(vec![
+            "=",
+            "<>",
+            "<",
+            ">=",
+            "IS DISTINCT FROM",
+            "IS NOT DISTINCT FROM",
+            "~~",
+            "?",
+            "->",
+            "= ANY",
+            "@>",
+        ]);
+        let condition = prop_oneof![
+            4 => (value.clone(), operator, value.clone()).prop_map(|(a, op, b)| match op {
+                "= ANY" => format!("({a} = ANY (ARRAY[{b}, {b}]))"),
+                _ => format!("({a} {op} {b})"),
+            }),
+            1 => value.clone().prop_map(|a| format!("({a} IS NOT NULL)")),
+            1 => Just("true".to_owned()),
+            1 => Just("NULL::boolean".to_owned()),
+            1 => (value.clone(), value).prop_map(|(a, b)| format!(
+                "(EXISTS ( SELECT 1 FROM members m WHERE ((m.id = {a}) AND (m.who = {b}))))"
+            )),
+            1 => Just("(id IN ( SELECT m.todo FROM members m WHERE (m.who = auth.uid())))".to_owned()),
+        ];
+        condition.prop_recursive(5, 24, 3, |inner| {
+            prop_oneof![
+                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("({a} AND {b})")),
+                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("({a} OR {b})")),
+                inner.clone().prop_map(|a| format!("(NOT {a})")),
+                inner.clone().prop_map(|a| format!("({a} IS NOT TRUE)")),
+                inner.clone().prop_map(|a| format!("({a} IS UNKNOWN)")),
+                (inner.clone(), inner.clone(), inner)
+                    .prop_map(|(a, b, c)| format!("CASE WHEN {a} THEN {b} ELSE {c} END")),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_policy_panics(noise in "\\PC{0,60}", near in "[a-z()'\"= ]{0,60}") {
+            for policy in [noise, near] {
+                let todos = todos(false, false);
+                let _ = compile(&policy, &todos.table, &todos.columns, &rights());
+            }
+        }
+
+        /// Strictly read or for "true" alone, before PostgreSQL was asked or after: what is decided is decided alike.
+        #[test]
+        fn a_plan_is_whole_and_never_contradicts_itself(policy in grown()) {
+            let relation = todos(false, false);
+            let plan = compile(&policy, &relation.table, &relation.columns, &rights());
+            prop_assert_eq!(plan.way == Way::OneByOne, !plan.obstacles.is_empty(), "{}", policy);
+            prop_assert_eq!(plan.way == Way::Inverted, !plan.leaves.is_empty(), "{}", policy);
+            let uid = "0a1b2c3d-0000-4000-8000-00000000000f";
+            let claims = format!(r#"{{"role":"a","exp":1,"sub":"{uid}","org":"a","roles":["a"]}}"#);
+            let claims = Claims::from_verified_payload(&claims).unwrap();
+            let terms = plan.values(&claims);
+            for row in [
+                format!(r#"{{"id":1,"owner":"{uid}","title":"a","raw":"\\x00"}}"#),
+                r#"{"id":5,"owner":null,"title":null,"raw":null}"#.to_owned(),
+                r#"{"id":7}"#.to_owned(),
+            ] {
+                let image = Image::parse(&row, &relation.columns).unwrap();
+                let before = plan.predicate.truth(&image, &terms, &Unasked, false);
+                for said in 0..4 {
+                    let strict = plan.predicate.truth(&image, &terms, &Said(said), false);
+                    let lenient = plan.predicate.truth(&image, &terms, &Said(said), true);
+                    let alike = (strict == Truth::True) == (lenient == Truth::True);
+                    prop_assert!(alike, "{policy} {row} {strict:?} {lenient:?}");
+                    prop_assert!(before == Truth::Unsure || before == strict, "{policy} {row} {before:?} {strict:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Conditions that are decided here: comparisons of operands whose equality, or order, is known.
+
+use sqlparser::ast::{BinaryOperator, CastKind, DataType, Expr};
+
+use super::operand::{Operand, Type};
+use super::{Compiler, Refused, not, refuse};
+use crate::model::policy::claim_expr::Term;
+use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar};
+use crate::model::row::datum::{Datum, Kind};
+
+impl Compiler<'_> {
+    /// A condition that is decided here.
+    pub(super) fn compared(&self, expr: &Expr) -> Result<Predicate, Refused> {
+        match expr {
+            Expr::BinaryOp { left, op: BinaryOperator::Question, right } => {
+                let (Operand::Claim(document, Type::Jsonb), key) =
+                    (self.operand(left)?, self.operand(right)?)
+                else {
+                    return Err(refuse("a document in a column is PostgreSQL's to read"));
+                };
+                let key = key.typed_as(&Type::Known(Kind::Text))?;
+                if *key.of() != Type::Known(Kind::Text) {
+                    return Err(refuse("the key is not a text"));
+                }
+                let keys = List::Keys(self.term(Term::Texts(Box::new(document), true)));
+                Ok(Predicate::Among(self.scalar(key), keys))
+            }
+            Expr::BinaryOp { left, op, right } if comparison(op).is_some() => {
+                let Some(comparison) = comparison(op) else { return Err(refuse("")) };
+                let (one, other) = self.pair(self.operand(left)?, self.operand(right)?, Some(comparison))?;
+                Ok(Predicate::Compare(one, comparison, other))
+            }
+            Expr::IsDistinctFrom(left, right) => {
+                let (one, other) = self.pair(self.operand(left)?, self.operand(right)?, None)?;
+                Ok(not(Predicate::Same(one, other)))
+            }
+            Expr::IsNotDistinctFrom(left, right) => {
+                let (one, other) = self.pair(self.operand(left)?, self.operand(right)?, None)?;
+                Ok(Predicate::Same(one, other))
+            }
+            Expr::IsNull(inner) => self.is_null(inner),
+            Expr::IsNotNull(inner) => self.is_null(inner).map(not),
+            Expr::AnyOp { left, compare_op: BinaryOperator::Eq, right, .. } => self.among(left, right),
+            Expr::AllOp { left, compare_op: BinaryOperator::NotEq, right } => {
+                self.among(left, right).map(not)
+            }
+            Expr::InList { expr, list, negated } => {
+                let found = self.among_these(expr, list)?;
+                Ok(if *negated { not(found) } else { found })
+            }
+            Expr::InSubquery { expr, subquery, negated: false } => {
+                let list = self.listed(subquery)?;
+                self.among_list(self.operand(expr)?, list)
+            }
+            _ => match self.operand(expr)? {
+                operand if *operand.of() == Type::Known(Kind::Bool) => Ok(match operand {
+                    Operand::Claim(Term::Constant(value), _) => {
+                        Predicate::Constant(value.map(|value| value == Datum::Bool(true)))
+                    }
+                    operand => Predicate::Truth(self.scalar(operand)),
+                }),
+                _ => Err(refuse("it is not a truth value that is known here")),
+            },
+        }
+    }
+
+    /// Both sides, when they compare by an equality, or order, that is known here.
+    fn pair(
+        &self,
+        one: Operand,
+        other: Operand,
+        comparison: Option<Comparison>,
+    ) -> Result<(Scalar, Scalar), Refused> {
+        let of = match (one.of(), other.of()) {
+            (Type::Untyped, Type::Untyped) => Type::Known(Kind::Text),
+            (Type::Untyped, of) | (of, _) => of.clone(),
+        };
+        let (one, other) = (one.typed_as(&of)?, other.typed_as(&of)?);
+        let known = match (one.of(), other.of()) {
+            (Type::Known(one), Type::Known(other)) => {
+                one.compares_with(*other) && comparison.is_none_or(|comparison| comparison.is_known_for(*one))
+            }
+            (Type::Enum(one), Type::Enum(other)) => {
+                one == other && comparison.is_none_or(|comparison| comparison.is_known_for(Kind::Enum))
+            }
+            _ => false,
+        };
+        match known {
+            true => Ok((self.scalar(one), self.scalar(other))),
+            false => Err(refuse("values of these types are PostgreSQL's to compare")),
+        }
+    }
+
+    fn is_null(&self, expr: &Expr) -> Result<Predicate, Refused> {
+        let operand = self.operand(expr)?;
+        if let Operand::Row(Scalar::Column(column), _) = operand
+            && !self.columns[column].plain
+        {
+            return Err(refuse("`is null` of a row or domain is PostgreSQL's"));
+        }
+        match operand.of() {
+            Type::Json | Type::Jsonb => Err(refuse("`is null` of a document is PostgreSQL's")),
+            _ => Ok(Predicate::IsNull(self.scalar(operand))),
+        }
+    }
+
+    fn among(&self, left: &Expr, right: &Expr) -> Result<Predicate, Refused> {
+        match constants(right) {
+            Some((list, None)) => self.among_these(left, list),
+            // The cast of the whole is one of each.
+            Some((list, Some(kind))) => {
+                let cast = |element: &Expr| Expr::Cast {
+                    kind: CastKind::DoubleColon,
+                    expr: Box::new(Expr::Nested(Box::new(element.clone()))),
+                    data_type: kind.clone(),
+                    format: None,
+                };
+                self.among_these(left, &list.iter().map(cast).collect::<Vec<_>>())
+            }
+            None => {
+                let list = self.list(right)?;
+                self.among_list(self.operand(left)?, list)
+            }
+        }
+    }
+
+    fn among_these(&self, left: &Expr, list: &[Expr]) -> Result<Predicate, Refused> {
+        let value = self.operand(left)?;
+        let mut scalars = Vec::with_capacity(list.len());
+        let mut compared = None;
+        for element in list {
+            let (one, other) = self.pair(value.clone(), self.operand(element)?, Some(Comparison::Equal))?;
+            compared = Some(one);
+            scalars.push(other);
+        }
+        match compared {
+            Some(value) => Ok(Predicate::Among(value, List::Of(scalars))),
+            None => Ok(Predicate::Constant(Some(false))),
+        }
+    }
+
+    fn among_list(&self, value: Operand, list: Operand) -> Result<Predicate, Refused> {
+        let Type::Many(kind) = *list.of() else { return Err(refuse("this kind of list is PostgreSQL's")) };
+        let value = value.typed_as(&Type::Known(kind))?;
+        let compares = matches!(value.of(), Type::Known(of) if of.compares_with(kind));
+        let list = match list {
+            _ if !compares => return Err(refuse("values of these types are PostgreSQL's to compare")),
+            Operand::Claim(term, _) => List::Term(self.term(term)),
+            Operand::Row(Scalar::Column(column), _) => List::Column(column),
+            Operand::Row(..) => return Err(refuse("this kind of list is PostgreSQL's")),
+        };
+        Ok(Predicate::Among(self.scalar(value), list))
+    }
+}
+
+fn comparison(op: &BinaryOperator) -> Option<Comparison> {
+    Some(match op {
+        BinaryOperator::Eq => Comparison::Equal,
+        BinaryOperator::NotEq => Comparison::NotEqual,
+        BinaryOperator::Lt => Comparison::Less,
+        BinaryOperator::LtEq => Comparison::LessOrEqual,
+        BinaryOperator::Gt => Comparison::Greater,
+        BinaryOperator::GtEq => Comparison::GreaterOrEqual,
+        _ => return None,
+    })
+}
+
+/// The elements of `array[…]`, and the type that it is cast to as a whole.
+fn constants(expr: &Expr) -> Option<(&[Expr], Option<DataType>)> {
+    match expr {
+        Expr::Nested(inner) => constants(inner),
+        Expr::Array(array) => Some((&array.elem, None)),
+        Expr::Cast { expr, data_type: DataType::Array(element), .. } => {
+            use sqlparser::ast::ArrayElemTypeDef::{AngleBracket, Parenthesis, SquareBracket};
+            let (elements, None) = constants(expr)? else { return None };
+            match element {
+                AngleBracket(kind) | SquareBracket(kind, None) | Parenthesis(kind) => {
+                    Some((elements, Some((**kind).clone())))
+                }
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,254 @@
+//! From "may this reader see the row?" to "who may?": sub-selects turned round, so that PostgreSQL can start from the row.
+//!
+//! `exists (select from members m where m.team = t.team and m.user_id = auth.uid())` becomes a query with the reader as one more
+//! table in it: `… from members m where m.team = t.team and m.user_id = reader.v0`, joined and not nested, so that the
+//! planner walks from the row by index to its members, and from those by index to the readers who are connected.
+
+use std::ops::ControlFlow;
+
+use sqlparser::ast::{
+    BinaryOperator, Distinct, Expr, Ident, ObjectName, Query, Select, SelectItem, SetExpr, TableFactor,
+    TableWithJoins, Value, visit_expressions,
+};
+
+use super::known::contents;
+use super::list::{only_expression, plain_select, projected};
+use super::operand::{Operand, Type};
+use super::{Compiler, Refused, parser, refuse};
+use crate::model::policy::plan::{Leaf, READER};
+use crate::model::row::datum::Kind;
+
+/// What a query needs to know of its readers, and whether an index leads to each.
+#[derive(Default)]
+struct Readers {
+    by: Vec<(usize, Kind)>,
+    found: Vec<bool>,
+}
+
+impl Readers {
+    fn column(&mut self, term: usize, kind: Kind) -> Expr {
+        let at = self.by.iter().position(|known| *known == (term, kind)).unwrap_or_else(|| {
+            self.by.push((term, kind));
+            self.found.push(false);
+            self.by.len() - 1
+        });
+        Expr::CompoundIdentifier(vec![Ident::with_quote('"', READER), Ident::new(format!("v{at}"))])
+    }
+}
+
+impl Compiler<'_> {
+    /// A condition that depends on the reader's claims, as a question for all readers. Its number as a leaf.
+    pub(super) fn inverted(&self, expr: &Expr, lenient: bool, why: Refused) -> Result<usize, Refused> {
+        match expr {
+            Expr::Nested(inner) => self.inverted(inner, lenient, why),
+            Expr::Exists { subquery, negated: false } => self.found_in(subquery, None),
+            // Below `not`, false and null differ, and here both would be "not found".
+            _ if !lenient => {
+                Err(refuse("under `not`, `is` or `case`, it cannot be asked for all readers at once"))
+            }
+            Expr::InSubquery { expr, subquery, negated: false } => {
+                let mut wanted = (**expr).clone();
+                self.qualify(&mut wanted);
+                self.found_in(subquery, Some(wanted))
+            }
+            Expr::BinaryOp { left, op: BinaryOperator::Eq, right } => {
+                for (claim, value) in [(left, right), (right, left)] {
+                    if let Ok(Operand::Claim(term, Type::Known(kind))) = self.operand(claim)
+                        && !contents(&**value, self.rights).claims
+                    {
+                        let by = (self.term(term), kind);
+                        return Ok(self.leaf(Leaf::Equals { expression: value.to_string(), by }));
+                    }
+                }
+                Err(why)
+            }
+            _ => Err(why),
+        }
+    }
+
+    fn found_in(&self, query: &Query, wanted: Option<Expr>) -> Result<usize, Refused> {
+        let mut readers = Readers::default();
+        let mut nested = 0;
+        let query = self.turn(query, wanted, &mut readers, &mut nested)?;
+        if readers.by.is_empty() || !readers.found.iter().all(|found| *found) {
+            return Err(refuse(
+                "it does not compare the claim by `=` with a column in a `where` whose parts are joined by `and`, \
+                 so no index leads from the row to its readers",
+            ));
+        }
+        Ok(self.leaf(Leaf::Found { query: query.to_string(), by: readers.by }))
+    }
+
+    /// Turns a query round. `wanted` is what its result has to equal.
+    fn turn(
+        &self,
+        query: &Query,
+        wanted: Option<Expr>,
+        readers: &mut Readers,
+        nested: &mut usize,
+    ) -> Result<Query, Refused> {
+        let odd = || refuse("it is more than `select … from … where …`");
+        let select = plain_select(query).ok_or_else(odd)?;
+        // Aggregates make one row of none, sets make many or none of one: neither is a row found.
+        if !select.projection.iter().all(|item| self.gives_a_row(item))
+            || matches!(select.distinct, Some(Distinct::On(_)))
+        {
+            return Err(odd());
+        }
+        let mut conditions = Vec::new();
+        if let Some(selection) = &select.selection {
+            conjuncts(selection, &mut conditions);
+        }
+        if let Some(wanted) = wanted {
+            let given = projected(select).ok_or_else(odd)?;
+            let (left, right) = (nest(wanted), nest(given.clone()));
+            conditions.push(Expr::BinaryOp { left, op: BinaryOperator::Eq, right });
+        }
+        let mut turned: Select = select.clone();
+        turned.distinct = None;
+        turned.projection =
+            vec![SelectItem::UnnamedExpr(Expr::value(Value::Number(String::from("1"), false)))];
+        turned.from.iter().try_for_each(only_tables)?;
+        let mut rest = Vec::new();
+        for condition in conditions {
+            match condition {
+                condition if !contents(&condition, self.rights).claims => rest.push(condition),
+                Expr::Exists { subquery, negated: false } => {
+                    let inner = self.turn(&subquery, None, readers, nested)?;
+                    turned.from.push(lateral(&inner, nested)?);
+                }
+                Expr::InSubquery { expr, subquery, negated: false }
+                    if only_expression(&subquery).is_none() =>
+                {
+                    // A bare name is of columns that a join merged; inside, it could be another's.
+                    if has_bare_names(&expr) {
+                        return Err(refuse("it compares a column that a join merged"));
+                    }
+                    let inner = self.turn(&subquery, Some(*expr), readers, nested)?;
+                    turned.from.push(lateral(&inner, nested)?);
+                }
+                mut condition => {
+                    self.replace_claims(&mut condition, &mut |term, kind| readers.column(term, kind));
+                    note_equality(&condition, readers);
+                    rest.push(condition);
+                }
+            }
+        }
+        self.replace_claims(&mut turned.from, &mut |term, kind| readers.column(term, kind));
+        turned.selection = rest.into_iter().reduce(|left, right| Expr::BinaryOp {
+            left: nest(left),
+            op: BinaryOperator::And,
+            right: nest(right),
+        });
+        let mut query = query.clone();
+        query.order_by = None;
+        *query.body = SetExpr::Select(Box::new(turned));
+        match contents(&query, self.rights).claims {
+            true => Err(refuse("it reads claims in a way that is PostgreSQL's")),
+            false => Ok(query),
+        }
+    }
+
+    /// A column, a constant, a claim, everything: what gives one value for each row.
+    fn gives_a_row(&self, item: &SelectItem) -> bool {
+        fn is_plain(expr: &Expr) -> bool {
+            match expr {
+                Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => is_plain(inner),
+                Expr::Identifier(_) | Expr::CompoundIdentifier(_) | Expr::Value(_) => true,
+                _ => false,
+            }
+        }
+        match item {
+            SelectItem::UnnamedExpr(expr) | SelectItem::ExprWithAlias { expr, .. } => {
+                is_plain(expr) || self.inside().operand(expr).is_ok()
+            }
+            SelectItem::Wildcard(_) | SelectItem::QualifiedWildcard(..) => true,
+            SelectItem::ExprWithAliases { .. } => false,
+        }
+    }
+
+    /// Bare columns of the table get its name, since they go where other tables are.
+    fn qualify(&self, expr: &mut Expr) {
+        let table = self.table;
+        let _ = sqlparser::ast::visit_expressions_mut(expr, |expr| {
+            if let Expr::Identifier(column) = expr {
+                let column = Ident::with_quote('"', column.value.clone());
+                *expr = Expr::CompoundIdentifier(vec![Ident::with_quote('"', table.to_owned()), column]);
+            }
+            ControlFlow::<()>::Continue(())
+        });
+    }
+}
+
+fn nest(expr: Expr) -> Box<Expr> {
+    Box::new(match expr {
+        nested @ Expr::Nested(_) => nested,
+        other => Expr::Nested(Box::new(other)),
+    })
+}
+
+fn conjuncts(expr: &Expr, list: &mut Vec<Expr>) {
+    match expr {
+        Expr::Nested(inner) => conjuncts(inner, list),
+        Expr::BinaryOp { left, op: BinaryOperator::And, right } => {
+            conjuncts(left, list);
+            conjuncts(right, list);
+        }
+        other => list.push(other.clone()),
+    }
+}
+
+/// A claim that equals a column, or anything that is not the reader's: an index can lead from there to the readers.
+fn note_equality(condition: &Expr, readers: &mut Readers) {
+    let Expr::BinaryOp { left, op: BinaryOperator::Eq, right } = condition else { return };
+    for (reader, other) in [(left, right), (right, left)] {
+        let mut reader = &**reader;
+        while let Expr::Nested(inner) = reader {
+            reader = inner;
+        }
+        let Expr::CompoundIdentifier(parts) = reader else { continue };
+        let [table, column] = parts.as_slice() else { continue };
+        if table.value == READER && !other.to_string().contains(READER) {
+            let at = column.value.strip_prefix('v').and_then(|at| at.parse::<usize>().ok());
+            if let Some(found) = at.and_then(|at| readers.found.get_mut(at)) {
+                *found = true;
+            }
+        }
+    }
+}
+
+fn has_bare_names(expr: &Expr) -> bool {
+    visit_expressions(expr, |expr| match expr {
+        Expr::Identifier(_) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })
+    .is_break()
+}
+
+fn only_tables(source: &TableWithJoins) -> Result<(), Refused> {
+    let factors = std::iter::once(&source.relation).chain(source.joins.iter().map(|join| &join.relation));
+    for factor in factors {
+        match factor {
+            TableFactor::Table { name, args: None, alias, .. }
+                if !is_ours(alias.as_ref().map_or_else(|| last_part(name), |alias| &alias.name.value)) => {}
+            TableFactor::NestedJoin { table_with_joins, .. } => only_tables(table_with_joins)?,
+            other => return Err(refuse(&format!("{other} is not a table"))),
+        }
+    }
+    Ok(())
+}
+
+fn last_part(name: &ObjectName) -> &str {
+    name.0.last().and_then(|part| part.as_ident()).map_or("", |part| &part.value)
+}
+
+/// Whether a table has a name that our statements give to something else.
+pub(super) fn is_ours(name: &str) -> bool {
+    name.starts_with("relay ")
+}
+
+fn lateral(query: &Query, nested: &mut usize) -> Result<TableWithJoins, Refused> {
+    *nested += 1;
+    let text = format!("LATERAL ({query}) AS \"relay nested {nested}\"");
+    parser(&text)?.parse_table_and_joins().map_err(|error| Refused(error.to_string()))
+}

@@ -1,0 +1,152 @@
+//! Lists in a policy: array columns, and the elements of a claim that is an array.
+
+use sqlparser::ast::{
+    Distinct, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, Query,
+    Select, SelectItem, SetExpr, TableFactor,
+};
+
+use super::operand::{Operand, Type};
+use super::{Compiler, Refused, refuse};
+use crate::model::policy::claim_expr::Term;
+use crate::model::row::datum::Kind;
+
+impl Compiler<'_> {
+    /// The values of an expression that is a list of claims: `array(select jsonb_array_elements_text(…))`.
+    pub(super) fn list(&self, expr: &Expr) -> Result<Operand, Refused> {
+        match expr {
+            Expr::Nested(inner) => self.list(inner),
+            Expr::Function(Function { name, args: FunctionArguments::Subquery(query), .. })
+                if name.to_string().eq_ignore_ascii_case("array") =>
+            {
+                self.listed(query)
+            }
+            Expr::Cast { expr, data_type, .. } => {
+                let name = data_type.to_string().to_ascii_lowercase();
+                match (self.list(expr)?, name.strip_suffix("[]").and_then(Kind::named)) {
+                    (Operand::Claim(list, _), Some(kind)) => {
+                        Ok(Operand::Claim(Term::Cast(Box::new(list), kind), Type::Many(kind)))
+                    }
+                    (Operand::Row(column, Type::Many(Kind::Text | Kind::Varchar)), Some(Kind::Text)) => {
+                        Ok(Operand::Row(column, Type::Many(Kind::Text)))
+                    }
+                    _ => Err(refuse(&format!("the cast to {name} is PostgreSQL's"))),
+                }
+            }
+            _ => match self.operand(expr)? {
+                operand if matches!(operand.of(), Type::Many(_)) => Ok(operand),
+                _ => Err(refuse("this kind of list is PostgreSQL's")),
+            },
+        }
+    }
+
+    /// The values of a query that lists claims.
+    pub(super) fn listed(&self, query: &Query) -> Result<Operand, Refused> {
+        let odd = || refuse("a sub-select is PostgreSQL's");
+        let select = plain_select(query).ok_or_else(odd)?;
+        let projected = projected(select).ok_or_else(odd)?;
+        if select.selection.is_some() || matches!(select.distinct, Some(Distinct::On(_))) {
+            return Err(odd());
+        }
+        match select.from.as_slice() {
+            [] => self.elements(projected, None),
+            [one] if one.joins.is_empty() => {
+                self.elements(projected, Some(&Source::of(&one.relation).ok_or_else(odd)?))
+            }
+            _ => Err(odd()),
+        }
+    }
+
+    /// Each element of a list of claims, perhaps cast.
+    fn elements(&self, expr: &Expr, source: Option<&Source<'_>>) -> Result<Operand, Refused> {
+        let texts = |name: &str, argument: &Expr| -> Result<Operand, Refused> {
+            let bare = name.strip_prefix("pg_catalog.").unwrap_or(name);
+            match (bare, self.operand(argument)?) {
+                ("jsonb_array_elements_text", Operand::Claim(term, Type::Jsonb))
+                | ("json_array_elements_text", Operand::Claim(term, Type::Json)) => {
+                    Ok(Operand::Claim(Term::Texts(Box::new(term), false), Type::Many(Kind::Text)))
+                }
+                _ => Err(refuse(&format!("{name}() is PostgreSQL's"))),
+            }
+        };
+        match (expr, source) {
+            (Expr::Nested(inner), _) => self.elements(inner, source),
+            (Expr::Cast { expr, data_type, .. }, _) => {
+                let kind = Kind::named(&data_type.to_string().to_ascii_lowercase());
+                match (self.elements(expr, source)?, kind) {
+                    (Operand::Claim(list, _), Some(kind)) => {
+                        Ok(Operand::Claim(Term::Cast(Box::new(list), kind), Type::Many(kind)))
+                    }
+                    _ => Err(refuse(&format!("the cast to {data_type} is PostgreSQL's"))),
+                }
+            }
+            (column, Some(source)) if source.is_its_column(column) => {
+                texts(&source.function, source.argument)
+            }
+            (Expr::Function(Function { name, args: FunctionArguments::List(list), .. }), None) => {
+                match list.args.as_slice() {
+                    [FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))] => {
+                        texts(&name.to_string(), argument)
+                    }
+                    _ => Err(refuse(&format!("{name}() is PostgreSQL's"))),
+                }
+            }
+            _ => Err(refuse("this kind of list is PostgreSQL's")),
+        }
+    }
+}
+
+/// `from jsonb_array_elements_text(…) alias (column)`
+struct Source<'a> {
+    function: String,
+    argument: &'a Expr,
+    alias: &'a Ident,
+    column: &'a Ident,
+}
+
+impl<'a> Source<'a> {
+    fn of(factor: &'a TableFactor) -> Option<Self> {
+        let TableFactor::Table { name, args: Some(args), alias: Some(alias), with_ordinality: false, .. } =
+            factor
+        else {
+            return None;
+        };
+        let [FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))] = args.args.as_slice() else {
+            return None;
+        };
+        let [column] = alias.columns.as_slice() else { return None };
+        Some(Self { function: name.to_string(), argument, alias: &alias.name, column: &column.name })
+    }
+
+    fn is_its_column(&self, expr: &Expr) -> bool {
+        match expr {
+            Expr::Identifier(column) => column == self.column,
+            Expr::CompoundIdentifier(parts) => {
+                matches!(parts.as_slice(), [alias, column] if alias == self.alias && column == self.column)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// `select x` alone.
+pub(super) fn only_expression(query: &Query) -> Option<&Expr> {
+    let select = plain_select(query)?;
+    (select.from.is_empty() && select.selection.is_none()).then(|| projected(select))?
+}
+
+/// The one expression that a select gives.
+pub(super) fn projected(select: &Select) -> Option<&Expr> {
+    match select.projection.as_slice() {
+        [SelectItem::UnnamedExpr(expr) | SelectItem::ExprWithAlias { expr, .. }] => Some(expr),
+        _ => None,
+    }
+}
+
+/// The select of a query that has nothing but `select … from … where …`.
+pub(super) fn plain_select(query: &Query) -> Option<&Select> {
+    let Query { with: None, body, limit_clause: None, fetch: None, locks, .. } = query else { return None };
+    let SetExpr::Select(select) = &**body else { return None };
+    let no_groups = matches!(&select.group_by, GroupByExpr::Expressions(by, modifiers) if by.is_empty() && modifiers.is_empty());
+    let plain = locks.is_empty() && no_groups && select.having.is_none() && select.named_window.is_empty();
+    plain.then_some(select)
+}

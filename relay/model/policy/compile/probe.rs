@@ -1,0 +1,128 @@
+//! What a policy reads of the claims alone, to be worked out before any row is looked at: where it raises, PostgreSQL shows
+//! nothing of the table, whatever the rows are.
+//!
+//! PostgreSQL works such expressions out when it plans a query, or for the first row that needs them, and then the whole query
+//! fails. A row image alone may never need them. What a `case` guards by claims is left to its guard, as PostgreSQL does.
+
+use std::ops::ControlFlow;
+
+use sqlparser::ast::{Expr, Function, Query, Value, Visit, VisitMut, Visitor, VisitorMut};
+
+use crate::model::policy::compile::known::{contents, written};
+use crate::model::policy::rights::Rights;
+
+/// Functions that may stand in a condition, give one value each, and read nothing.
+const PLAIN: &[&str] = &[
+    "btrim",
+    "coalesce",
+    "current_setting",
+    "length",
+    "lower",
+    "ltrim",
+    "nullif",
+    "replace",
+    "rtrim",
+    "split_part",
+    "upper",
+];
+
+/// A condition that holds unless it raises; none when there is nothing to work out.
+pub(super) fn probe(policy: &Expr, rights: &Rights) -> Option<String> {
+    let parts = parts(policy, rights);
+    (!parts.is_empty()).then(|| format!("array[{}] is not null", parts.join(", ")))
+}
+
+/// The same as conditions that may be true or false.
+fn parts(policy: &Expr, rights: &Rights) -> Vec<String> {
+    let mut gather = Gather { rights, parts: Vec::new() };
+    let _ = VisitMut::visit(&mut policy.clone(), &mut gather);
+    gather.parts
+}
+
+struct Gather<'a> {
+    rights: &'a Rights,
+    parts: Vec<String>,
+}
+
+impl Gather<'_> {
+    fn of_claims(&self, expr: &Expr) -> bool {
+        let mut look = Look { rights: self.rights, others: false };
+        let _ = Visit::visit(expr, &mut look);
+        !look.others && contents(expr, self.rights).claims
+    }
+
+    /// A `case` with guards of claims alone.
+    fn guarded(&self, expr: &Expr) -> Option<String> {
+        let Expr::Case { operand: None, conditions, else_result, .. } = expr else { return None };
+        let of = |result: &Expr| probe(result, self.rights).unwrap_or_else(|| String::from("true"));
+        let mut text = String::from("case");
+        for branch in conditions {
+            if !self.of_claims(&branch.condition) {
+                return None;
+            }
+            text += &format!(" when {} then {}", branch.condition, of(&branch.result));
+        }
+        let otherwise = else_result.as_deref().map_or_else(|| String::from("true"), of);
+        Some(format!("{text} else {otherwise} end"))
+    }
+}
+
+impl VisitorMut for Gather<'_> {
+    type Break = ();
+
+    fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
+        let part = match self.of_claims(expr) {
+            true => Some(format!("({expr}) is null")),
+            false => self.guarded(expr),
+        };
+        if let Some(part) = part {
+            if !self.parts.contains(&part) {
+                self.parts.push(part);
+            }
+            *expr = Expr::value(Value::Null);
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+/// Looks for columns, queries, and functions that are not plain.
+struct Look<'a> {
+    rights: &'a Rights,
+    others: bool,
+}
+
+impl Visitor for Look<'_> {
+    type Break = ();
+
+    fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<()> {
+        self.others |= match expr {
+            Expr::Identifier(_)
+            | Expr::CompoundIdentifier(_)
+            | Expr::CompoundFieldAccess { .. }
+            | Expr::Wildcard(_)
+            | Expr::QualifiedWildcard(..) => true,
+            Expr::Function(Function { name, .. }) => {
+                let written = written(name);
+                let bare = written
+                    .strip_prefix("pg_catalog.")
+                    .unwrap_or(&written)
+                    .trim_matches('"')
+                    .to_ascii_lowercase();
+                !self.rights.helpers.contains_key(&written) && !PLAIN.contains(&bare.as_str())
+            }
+            _ => false,
+        };
+        if self.others { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
+        // `(select auth.uid())` is one expression; what has tables is looked through by itself.
+        match crate::model::policy::compile::list::only_expression(query) {
+            Some(_) => ControlFlow::Continue(()),
+            None => {
+                self.others = true;
+                ControlFlow::Break(())
+            }
+        }
+    }
+}

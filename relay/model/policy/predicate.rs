@@ -1,0 +1,266 @@
+//! Conditions over a row image and somebody's claims, with SQL's three truth values and its errors.
+//!
+//! What cannot be told here is [`Truth::Unsure`], never a guess; then PostgreSQL is asked. Operands are looked at from
+//! left to right, as PostgreSQL does: what raises before something decides, denies.
+
+use crate::model::policy::claim_expr::TermValue;
+pub use crate::model::policy::scalar::{List, Scalar};
+use crate::model::row::datum::{Datum, Kind};
+use crate::model::row::image::{Held, Image};
+use crate::model::row::pattern::Pattern;
+use crate::model::row::truth::Truth;
+
+/// A condition. Numbers of columns are places in the relation's list, those of terms and leaves places in the plan's.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Predicate {
+    /// Always the same; none is null.
+    Constant(Option<bool>),
+    /// A boolean value.
+    Truth(Scalar),
+    /// A comparison; null when either side is.
+    Compare(Scalar, Comparison, Scalar),
+    /// `is not distinct from`
+    Same(Scalar, Scalar),
+    /// `= any`: equal to one of a list.
+    Among(Scalar, List),
+    /// `like` or `ilike` of a column; null when the column is.
+    Matches(usize, Pattern),
+    /// `is null`
+    IsNull(Scalar),
+    /// `is true` or `is false`: never null.
+    Is(Box<Predicate>, bool),
+    /// `is unknown`
+    IsUnknown(Box<Predicate>),
+    /// `not`
+    Not(Box<Predicate>),
+    /// All of them.
+    And(Vec<Predicate>),
+    /// One of them.
+    Or(Vec<Predicate>),
+    /// `case when … then … else …`
+    Case(Vec<(Predicate, Predicate)>, Box<Predicate>),
+    /// Depends on the row and not on who reads it; PostgreSQL tells once for all. The number of a leaf.
+    Fact(usize),
+    /// Holds for certain readers, whom PostgreSQL names.
+    Readers {
+        /// The number of a leaf.
+        leaf: usize,
+        /// The terms by which it knows readers.
+        by: Vec<usize>,
+    },
+    /// Only PostgreSQL can tell, for one reader at a time.
+    Opaque,
+    /// The condition itself is not known yet.
+    Pending,
+}
+
+/// How two values compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum Comparison {
+    Equal,
+    NotEqual,
+    Less,
+    LessOrEqual,
+    Greater,
+    GreaterOrEqual,
+}
+
+/// What PostgreSQL said of a leaf for one image.
+pub trait Answers {
+    /// A [`Predicate::Fact`].
+    fn fact(&self, leaf: usize) -> Truth;
+    /// A [`Predicate::Readers`], for the reader at hand.
+    fn reads(&self, leaf: usize) -> Truth;
+}
+
+/// Nobody was asked.
+pub struct Unasked;
+
+impl Answers for Unasked {
+    fn fact(&self, _: usize) -> Truth {
+        Truth::Unsure
+    }
+
+    fn reads(&self, _: usize) -> Truth {
+        Truth::Unsure
+    }
+}
+
+impl Comparison {
+    /// With the sides exchanged.
+    pub fn mirrored(self) -> Self {
+        match self {
+            Self::Less => Self::Greater,
+            Self::LessOrEqual => Self::GreaterOrEqual,
+            Self::Greater => Self::Less,
+            Self::GreaterOrEqual => Self::LessOrEqual,
+            same => same,
+        }
+    }
+
+    fn holds(self, one: &Datum, other: &Datum) -> bool {
+        match self {
+            Self::Equal => one == other,
+            Self::NotEqual => one != other,
+            Self::Less => one < other,
+            Self::LessOrEqual => one <= other,
+            Self::Greater => one > other,
+            Self::GreaterOrEqual => one >= other,
+        }
+    }
+
+    /// Whether values of the kind compare so here.
+    pub fn is_known_for(self, kind: Kind) -> bool {
+        matches!(self, Self::Equal | Self::NotEqual) || kind.is_ordered()
+    }
+}
+
+impl Predicate {
+    /// What it comes to for this image, these terms and these answers.
+    ///
+    /// `lenient`: nothing stands around it but `and`, so only true counts, and what is behind something unsure may still make
+    /// it false. Elsewhere an error and false differ.
+    pub fn truth(
+        &self,
+        image: &Image<'_>,
+        terms: &[TermValue],
+        answers: &dyn Answers,
+        lenient: bool,
+    ) -> Truth {
+        let truth = |predicate: &Self, lenient| predicate.truth(image, terms, answers, lenient);
+        match self {
+            Self::Constant(value) => (*value).into(),
+            Self::Truth(scalar) => match scalar.held(image, terms) {
+                Ok(Held::One(Datum::Bool(value))) => value.into(),
+                Ok(Held::Null) => Truth::Null,
+                Ok(_) => Truth::Unsure,
+                Err(stop) => stop,
+            },
+            Self::Compare(one, comparison, other) => {
+                match (one.held(image, terms), other.held(image, terms)) {
+                    (Err(stop), _) | (Ok(_), Err(stop)) => stop,
+                    (Ok(Held::Null), Ok(_)) | (Ok(_), Ok(Held::Null)) => Truth::Null,
+                    (Ok(Held::One(one)), Ok(Held::One(other))) => comparison.holds(&one, &other).into(),
+                    _ => Truth::Unsure,
+                }
+            }
+            Self::Same(one, other) => match (one.held(image, terms), other.held(image, terms)) {
+                (Err(stop), _) | (Ok(_), Err(stop)) => stop,
+                (Ok(Held::Foreign | Held::Padded(_) | Held::Many(_)), Ok(_))
+                | (Ok(_), Ok(Held::Foreign | Held::Padded(_) | Held::Many(_))) => Truth::Unsure,
+                (Ok(one), Ok(other)) => (one == other).into(),
+            },
+            Self::Among(scalar, list) => match scalar.held(image, terms) {
+                Err(stop) => stop,
+                Ok(held) => list.holds(&held, image, terms),
+            },
+            Self::Matches(column, pattern) => match image.held(*column) {
+                Held::Null => Truth::Null,
+                Held::One(Datum::Text(text)) | Held::Padded(text) => pattern.matches(text),
+                Held::Missing => Truth::Raises,
+                _ => Truth::Unsure,
+            },
+            Self::IsNull(scalar) => match scalar.held(image, terms) {
+                Ok(held) => (held == Held::Null).into(),
+                Err(stop) => stop,
+            },
+            Self::Is(inner, wanted) => match truth(inner, false) {
+                Truth::Null => Truth::False,
+                found @ (Truth::True | Truth::False) => ((found == Truth::True) == *wanted).into(),
+                stop => stop,
+            },
+            Self::IsUnknown(inner) => match truth(inner, false) {
+                found @ (Truth::True | Truth::False | Truth::Null) => (found == Truth::Null).into(),
+                stop => stop,
+            },
+            Self::Not(inner) => match truth(inner, false) {
+                Truth::True => Truth::False,
+                Truth::False => Truth::True,
+                other => other,
+            },
+            Self::And(all) => {
+                let mut whole = Truth::True;
+                for one in all {
+                    match (whole, truth(one, lenient)) {
+                        (Truth::True | Truth::Null, stop @ (Truth::False | Truth::Raises)) => return stop,
+                        (Truth::Unsure | Truth::Late, Truth::False | Truth::Null | Truth::Raises)
+                            if lenient =>
+                        {
+                            return Truth::False;
+                        }
+                        (Truth::Null, Truth::Unsure | Truth::Late) if lenient => return Truth::Null,
+                        (Truth::True, found) => whole = found,
+                        (Truth::Null, found @ (Truth::Unsure | Truth::Late)) => whole = found,
+                        (Truth::Unsure, Truth::Late) => whole = Truth::Late,
+                        _ => {}
+                    }
+                }
+                whole
+            }
+            Self::Or(all) => {
+                let mut whole = Truth::False;
+                for one in all {
+                    match (whole, truth(one, false)) {
+                        (Truth::False | Truth::Null, stop @ (Truth::True | Truth::Raises)) => return stop,
+                        (Truth::False, found) => whole = found,
+                        (Truth::Null, found @ (Truth::Unsure | Truth::Late)) => whole = found,
+                        (Truth::Unsure, Truth::Late) => whole = Truth::Late,
+                        _ => {}
+                    }
+                }
+                whole
+            }
+            Self::Case(branches, otherwise) => {
+                for (condition, result) in branches {
+                    match truth(condition, false) {
+                        Truth::True => return truth(result, lenient),
+                        Truth::False | Truth::Null => {}
+                        stop => return stop,
+                    }
+                }
+                truth(otherwise, lenient)
+            }
+            Self::Fact(leaf) => answers.fact(*leaf),
+            Self::Readers { leaf, by } => match known_by(by, terms) {
+                Some(true) => answers.reads(*leaf),
+                Some(false) => Truth::False,
+                // It may raise, or find nothing to compare the claim with.
+                None => Truth::Unsure,
+            },
+            Self::Opaque => Truth::Unsure,
+            Self::Pending => Truth::Late,
+        }
+    }
+}
+
+impl Predicate {
+    /// Whether it may be that only PostgreSQL knows what it comes to for an image, whatever the terms are.
+    pub fn asks(&self) -> bool {
+        match self {
+            Self::Fact(_) | Self::Readers { .. } | Self::Opaque => true,
+            Self::Matches(_, pattern) => !pattern.is_exact(),
+            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.asks(),
+            Self::And(all) | Self::Or(all) => all.iter().any(Self::asks),
+            Self::Case(branches, otherwise) => {
+                branches.iter().any(|(condition, result)| condition.asks() || result.asks())
+                    || otherwise.asks()
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Whether PostgreSQL can name a reader with such terms: each is compared by `=`, so null finds nothing. None when it
+/// has to be asked.
+pub(super) fn known_by(by: &[usize], terms: &[TermValue]) -> Option<bool> {
+    let mut is_known = true;
+    for term in by {
+        match terms.get(*term) {
+            Some(TermValue::One(datum)) if datum.is_short() => {}
+            Some(TermValue::Null) => is_known = false,
+            Some(_) | None => return None,
+        }
+    }
+    Some(is_known)
+}

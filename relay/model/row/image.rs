@@ -1,0 +1,174 @@
+//! A row image as predicates read it: typed values by column, each read once.
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use crate::model::row::change::Row;
+use crate::model::row::column::{Column, Shape};
+use crate::model::row::datum::{Datum, Kind};
+
+/// An image together with its columns.
+pub struct Image<'a> {
+    row: Row<'a>,
+    columns: &'a [Column],
+    held: Vec<OnceCell<Held>>,
+}
+
+/// What an image holds in a column.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Held {
+    /// Null.
+    Null,
+    /// A value that can be compared here.
+    One(Datum),
+    /// The elements of an array; nulls are none.
+    Many(Vec<Option<Datum>>),
+    /// A text that only patterns compare here: what `=` finds equal need not have the same bytes.
+    Padded(Arc<str>),
+    /// A value of a type that only PostgreSQL compares.
+    Foreign,
+    /// Nothing: the column was left out because the row was too large.
+    Missing,
+}
+
+impl<'a> Image<'a> {
+    /// Takes an image apart that has these columns.
+    ///
+    /// # Errors
+    /// When the text is not one JSON object.
+    pub fn parse(json: &'a str, columns: &'a [Column]) -> Result<Self, serde_json::Error> {
+        let held = columns.iter().map(|_| OnceCell::new()).collect();
+        Ok(Self { row: Row::parse(json)?, columns, held })
+    }
+
+    /// Without a column, for what depends on claims alone.
+    pub fn none() -> Self {
+        Self { row: Row::default(), columns: &[], held: Vec::new() }
+    }
+
+    /// The row, taken apart.
+    pub fn row(&self) -> &Row<'a> {
+        &self.row
+    }
+
+    /// What stands in the column at this place of the list of columns.
+    pub fn held(&self, column: usize) -> &Held {
+        const NOTHING: &Held = &Held::Missing;
+        let (Some(cell), Some(column)) = (self.held.get(column), self.columns.get(column)) else {
+            return NOTHING;
+        };
+        cell.get_or_init(|| match (self.row.value(&column.name), column.shape()) {
+            (None, _) => Held::Missing,
+            (Some("null"), _) => Held::Null,
+            (Some(json), Shape::One(kind)) => kind.from_json(json).map_or(Held::Foreign, Held::One),
+            (Some(json), Shape::Many(kind)) => {
+                let mut elements = Vec::new();
+                let mut take = |element: &str| {
+                    elements.push(match element {
+                        "null" => None,
+                        element => Some(kind.from_json(element)?),
+                    });
+                    Some(())
+                };
+                flatten(json, MOST_DIMENSIONS, &mut take).map_or(Held::Foreign, |()| Held::Many(elements))
+            }
+            (Some(json), Shape::Padded) => match Kind::Text.from_json(json) {
+                Some(Datum::Text(text)) => Held::Padded(text),
+                _ => Held::Foreign,
+            },
+            (Some(_), Shape::Foreign) => Held::Foreign,
+        })
+    }
+}
+
+/// PostgreSQL's own limit. What is nested deeper is no array of its.
+const MOST_DIMENSIONS: usize = 6;
+
+/// Calls `take` for each element of an array of so many dimensions at most; none when it is no such array.
+fn flatten(json: &str, dimensions: usize, take: &mut impl FnMut(&str) -> Option<()>) -> Option<()> {
+    let dimensions = dimensions.checked_sub(1)?;
+    let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;
+    for element in elements {
+        match element.get() {
+            nested if nested.starts_with('[') => flatten(nested, dimensions, take)?,
+            element => take(element)?,
+        }
+    }
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::catalog::relation::Relation;
+
+    fn lists() -> Relation {
+        let column = |name: &str, known: &str, many: bool| serde_json::json!({"name": name, "type": "t", "known": known, "many": many});
+        serde_json::from_value(serde_json::json!({
+            "id": 7, "schema": "public", "table": "lists", "kind": "r", "leave_events": false, "full": false, "key": [],
+            "columns": [column("many", "int4", true), column("one", "text", false), column("yes", "bool", false)],
+            "access": {},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn lists_have_the_elements_of_all_their_dimensions() {
+        let relation = lists();
+        let many = |json: &str| {
+            let image = format!(r#"{{"many":{json}}}"#);
+            Image::parse(&image, &relation.columns).unwrap().held(0).clone()
+        };
+        let one = |n| Some(Datum::Int(n));
+        assert_eq!(many("[[1,2],[3,null]]"), Held::Many(vec![one(1), one(2), one(3), None]));
+        assert_eq!(many("[[[[[[1]]]]]]"), Held::Many(vec![one(1)]));
+        assert_eq!(many("[1,\"x\"]"), Held::Foreign);
+        assert_eq!(many("{}"), Held::Foreign);
+    }
+
+    #[test]
+    fn a_nesting_that_no_array_has_is_not_followed() {
+        let relation = lists();
+        let image = format!(r#"{{"many":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(*Image::parse(&image, &relation.columns).unwrap().held(0), Held::Foreign);
+    }
+
+    fn json() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            Just("null".to_owned()),
+            Just("true".to_owned()),
+            "-?(0|[1-9][0-9]{0,19})(\\.[0-9]{1,3})?(e[0-9]{1,3})?",
+            "\"[a-z\u{e9} \u{1f600}]{0,6}\"",
+            Just(r#""\\x00ff""#.to_owned()),
+            Just(r#""\ud83d""#.to_owned()),
+        ];
+        leaf.prop_recursive(8, 30, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4)
+                    .prop_map(|list| format!("[{}]", list.join(","))),
+                proptest::collection::vec(inner, 0..3).prop_map(|list| {
+                    let fields: Vec<String> =
+                        list.iter().enumerate().map(|(n, value)| format!("\"k{n}\" : {value}")).collect();
+                    format!("{{{}}}", fields.join(","))
+                }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_value_is_read_or_foreign(many in json(), one in json(), yes in json()) {
+            let relation = lists();
+            let text = format!(r#"{{"many":{many},"one":{one},"yes":{yes}}}"#);
+            let image = Image::parse(&text, &relation.columns).unwrap();
+            for (column, (json, one)) in [(&many, false), (&one, true), (&yes, true)].into_iter().enumerate() {
+                let held = image.held(column);
+                prop_assert_eq!(*held == Held::Null, json == "null");
+                prop_assert!(*held != Held::Missing && !(one && matches!(held, Held::Many(_))));
+            }
+            prop_assert_eq!(image.held(3), &Held::Missing);
+        }
+    }
+}

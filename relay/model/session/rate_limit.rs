@@ -1,0 +1,81 @@
+//! How fast one client may speak: so much a second on average, with bursts, as the real server counts it.
+
+use std::time::Duration;
+
+use crate::model::session::limits::Limits;
+
+/// What is left of a minute's worth may be used at once: rates are averages over this long.
+const OVER: f64 = 60.0;
+
+/// A token bucket: it fills at a rate, and each thing done takes one out.
+#[derive(Debug, Clone)]
+pub struct Bucket {
+    per_second: f64,
+    left: f64,
+    filled: Duration,
+}
+
+/// What one client may still do.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    /// Messages it may send.
+    pub messages: Bucket,
+    /// Channels it may join.
+    pub joins: Bucket,
+}
+
+impl Pace {
+    /// Of a client that did nothing yet.
+    pub fn new(limits: &Limits) -> Self {
+        Self {
+            messages: Bucket::new(limits.messages_per_second),
+            joins: Bucket::new(limits.joins_per_second),
+        }
+    }
+}
+
+impl Bucket {
+    /// A full one. It holds what comes in a minute.
+    pub fn new(per_second: u32) -> Self {
+        let per_second = f64::from(per_second);
+        Self { per_second, left: per_second * OVER, filled: Duration::ZERO }
+    }
+
+    /// Takes one out, if there is one at this time, counted from any fixed moment on.
+    pub fn take(&mut self, at: Duration) -> bool {
+        let passed = at.saturating_sub(self.filled).as_secs_f64();
+        self.filled = self.filled.max(at);
+        self.left = (self.left + passed * self.per_second).min(self.per_second * OVER);
+        let is_left = self.left >= 1.0;
+        if is_left {
+            self.left -= 1.0;
+        }
+        is_left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minutes_worth_passes_at_once_and_then_what_comes_in() {
+        let mut bucket = Bucket::new(2);
+        let mut taken = |seconds: f64, tries: usize| {
+            let at = Duration::from_secs_f64(seconds);
+            (0..tries).filter(|_| bucket.take(at)).count()
+        };
+        assert_eq!(taken(1.0, 500), 120);
+        assert_eq!(taken(1.4, 5), 0);
+        assert_eq!(taken(1.5, 5), 1, "it fills while it is empty, and loses nothing by being asked");
+        assert_eq!(taken(4.0, 50), 5);
+        assert_eq!(taken(3.0, 5), 0, "time never runs backwards");
+        assert_eq!(taken(10_000.0, 500), 120, "it holds no more than a minute's worth");
+    }
+
+    #[test]
+    fn a_steady_client_at_the_rate_is_never_refused() {
+        let mut bucket = Bucket::new(100);
+        assert!((0..100_000).all(|number| bucket.take(Duration::from_millis(10) * number)));
+    }
+}

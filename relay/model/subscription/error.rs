@@ -1,0 +1,171 @@
+//! Why a request cannot be served: in the words of the contract, and in plain ones that say what to do.
+
+use crate::model::subscription::filter::FORM;
+
+/// A request that cannot be served; the text is fit for the client.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(pub String);
+
+/// How the contract begins when no table is found that the role may read.
+pub const UNREADABLE: &str =
+    "Unable to subscribe to changes with given parameters. Please check Realtime is enabled";
+/// How the contract begins when PostgreSQL refused.
+pub const EXCEPTION: &str = "Unable to subscribe to changes with given parameters. An exception happened";
+/// What comes before PostgreSQL's own word.
+pub const CAUSE: &str = "Exception: ";
+/// What PostgreSQL says where a right is missing.
+pub const FORBIDDEN: &str = "ERROR 42501 (insufficient_privilege) ";
+/// How the contract begins when a filter cannot be read.
+pub const FILTER: &str = "Error parsing `filter` params: ";
+
+/// How texts begin that say which grant is missing.
+const LACKS: [&str; 2] = ["the policies of ", "the filter of "];
+const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
+     filters are joined by commas";
+
+impl Refusal {
+    /// The same for whoever does not come with the contract: a person at a terminal, a call by HTTP.
+    ///
+    /// `table` is what was asked for, with its schema; `role` is the asking role, where that is known.
+    pub fn plain(&self, table: (&str, &str), role: Option<&str>) -> String {
+        let text = self.0.as_str();
+        let (schema, name) = table;
+        let shown = format!("{schema}.{name}");
+        let reader =
+            role.map_or_else(|| String::from("the role of the token"), |role| format!("the role {role}"));
+        if text.starts_with(UNREADABLE) {
+            let to = role.unwrap_or("<role>");
+            let table = format!("{}.{}", identifier(schema), identifier(name));
+            let usage = match schema {
+                "public" => String::new(),
+                _ => format!(
+                    ", that role may use the schema (grant usage on schema {} to {to})",
+                    identifier(schema)
+                ),
+            };
+            let parameter = match name.split_once('.') {
+                Some((schema, table)) => {
+                    format!(". The schema is a parameter of its own: schema={schema}, table={table}")
+                }
+                None => String::new(),
+            };
+            return format!(
+                "{shown} cannot be followed by {reader}. It can when there is such a table, it is watched (select \
+                 relay.watch('{}')){usage}, that role may select from it (grant select on {table} to {to}), and the role exists, is \
+                 no superuser, and the relay's judging login is a member of it (grant {to} to that login){parameter}. What is \
+                 missing is said by: relay explain {table} --role {to}",
+                table.replace('\'', "''"),
+            );
+        }
+        if let Some(why) = text.strip_prefix(FILTER) {
+            let form = if why.contains(FORM) { String::new() } else { format!(". {FORM}") };
+            return format!("the filter cannot be used: {why}{form}; {OPERATORS}");
+        }
+        let Some((_, cause)) = text.starts_with(EXCEPTION).then(|| text.rsplit_once(CAUSE)).flatten() else {
+            return text.to_owned();
+        };
+        let is_whole = |lack: &&str| LACKS.iter().any(|begin| lack.starts_with(begin));
+        if let Some(lack) = cause.strip_prefix(FORBIDDEN).filter(is_whole) {
+            return lack.to_owned();
+        }
+        // The code and its name are for programs.
+        let is_code = |(code, _): &(&str, &str)| code.starts_with("ERROR ") && code.contains(" (");
+        let cause = cause.split_once(") ").filter(is_code).map_or(cause, |(_, cause)| cause);
+        for what in ["filter", "select"] {
+            if let Some(column) = cause.strip_prefix(&format!("invalid column for {what} ")) {
+                return format!("{what}: {shown} has no column {column} that {reader} may read");
+            }
+        }
+        format!("the filter does not fit {shown}: {cause}")
+    }
+}
+
+/// What is said where the claims of a token make the policy of a table raise.
+pub fn raising(schema: &str, table: &str) -> String {
+    raising_for(schema, table, "")
+}
+
+/// The same where it may also be a row that makes it raise, which fails a reading of all rows.
+pub fn raising_somewhere(schema: &str, table: &str) -> String {
+    raising_for(schema, table, ", or for a row")
+}
+
+fn raising_for(schema: &str, table: &str, or: &str) -> String {
+    let named = format!("{}.{}", identifier(schema), identifier(table));
+    format!(
+        "the policy of {schema}.{table} raises an error{CLAIMS}{or}, so nothing of it is shown (relay explain {named} --token … says \
+         which)"
+    )
+}
+
+/// Whether this is what [`raising`] says.
+pub fn is_raising(why: &str) -> bool {
+    why.starts_with("the policy of ") && why.contains(CLAIMS)
+}
+
+/// Whose claims they are.
+const CLAIMS: &str = " for the claims of this token";
+
+/// A name as SQL wants it.
+fn identifier(name: &str) -> String {
+    let is_plain =
+        |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_';
+    match name.chars().all(is_plain) && !name.starts_with(|first: char| first.is_ascii_digit()) {
+        true => name.to_owned(),
+        false => format!("\"{}\"", name.replace('"', "\"\"")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, expected: &str) {
+        let plain = Refusal(text.to_owned()).plain(("public", "Todos"), Some("anon"));
+        assert!(plain.contains(expected), "{plain}");
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_is_said_with_the_statements_that_mend_it() {
+        let text = format!("{UNREADABLE} for the given connect parameters: […]");
+        check(&text, "public.Todos cannot be followed by the role anon");
+        check(&text, r#"select relay.watch('public."Todos"')"#);
+        check(&text, r#"grant select on public."Todos" to anon"#);
+        let elsewhere = Refusal(text).plain(("shop", "orders"), None);
+        assert!(elsewhere.contains("grant usage on schema shop to <role>"), "{elsewhere}");
+        assert!(elsewhere.contains("the role exists, is no superuser"), "{elsewhere}");
+        assert!(!elsewhere.contains("a parameter of its own"), "{elsewhere}");
+    }
+
+    #[test]
+    fn a_schema_that_is_given_in_the_name_of_the_table_is_said_to_be_a_parameter_of_its_own() {
+        let refusal = Refusal(format!("{UNREADABLE} for the given connect parameters: […]"));
+        let told = refusal.plain(("public", "shop.orders"), Some("anon"));
+        assert!(told.contains("The schema is a parameter of its own: schema=shop, table=orders."), "{told}");
+    }
+
+    #[test]
+    fn a_filter_that_cannot_be_read_is_said_with_the_right_form() {
+        check(
+            &format!("{FILTER}[\"id>7\"]"),
+            r#"["id>7"]. A filter is column=op.value, such as id=gt.7; op is one of eq"#,
+        );
+    }
+
+    #[test]
+    fn what_postgresql_refused_is_said_without_what_was_asked() {
+        let exception =
+            |cause: &str| format!("{EXCEPTION} so please check your connect parameters: […]. {CAUSE}{cause}");
+        check(
+            &exception("ERROR P0001 (raise_exception) invalid column for filter x"),
+            "Todos has no column x that the role anon may read",
+        );
+        check(&exception("ERROR 22P02 (invalid_text_representation) no"), "does not fit public.Todos: no");
+    }
+
+    #[test]
+    fn any_other_text_is_left_as_it_is() {
+        check("one table is expected", "one table is expected");
+    }
+}

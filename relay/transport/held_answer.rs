@@ -1,0 +1,116 @@
+//! The body of an answer that waits for its client: given piece by piece, and evicted as what waits for sockets is.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame as Chunk, SizeHint};
+use tokio::sync::watch;
+
+use crate::feed::deliver::frame::Frame;
+use crate::feed::deliver::memory_budget::{Budget, Held};
+use crate::feed::deliver::outbox::Outbox;
+
+/// Where an answer that takes long says whose overflow ends its connection. The body of a client that does not read is
+/// not polled: it cannot notice by itself.
+pub type Watched = watch::Sender<Option<Arc<Outbox>>>;
+
+/// So much is handed to the connection at a time.
+const AT_ONCE: usize = 32 * 1024;
+
+/// What is in the hand of an outbox, as the body of an answer.
+pub struct Waiting {
+    outbox: Arc<Outbox>,
+    watched: Watched,
+    /// How many bytes of the first frame were given.
+    begun: usize,
+    left: usize,
+}
+
+/// Bytes on their way to a connection, counted until they are written.
+struct Counted {
+    bytes: Vec<u8>,
+    _held: Held,
+}
+
+impl Waiting {
+    /// Whoever watches hears when it is evicted: a body that nobody reads cannot say so.
+    pub fn new(outbox: Arc<Outbox>, watched: Watched) -> Self {
+        let left = outbox.hand().frames.iter().map(Frame::len).sum();
+        outbox.is_stuck_with(left);
+        watched.send_replace(Some(Arc::clone(&outbox)));
+        Self { outbox, watched, begun: 0, left }
+    }
+
+    fn next_bytes(&mut self) -> Option<Vec<u8>> {
+        let mut hand = self.outbox.hand();
+        if hand.is_evicted {
+            return None;
+        }
+        let mut bytes = Vec::with_capacity(self.left.min(AT_ONCE));
+        while bytes.len() < AT_ONCE
+            && let Some(first) = hand.frames.front()
+        {
+            let mut given = self.begun;
+            for piece in first.pieces() {
+                let rest = &piece[given.min(piece.len())..];
+                given -= given.min(piece.len());
+                let part = &rest[..rest.len().min(AT_ONCE - bytes.len())];
+                bytes.extend_from_slice(part);
+                self.begun += part.len();
+            }
+            if self.begun == first.len() {
+                self.begun = 0;
+                hand.frames.pop_front();
+            }
+        }
+        Some(bytes)
+    }
+}
+
+impl Body for Waiting {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Chunk<Bytes>, Infallible>>> {
+        if self.left == 0 {
+            return Poll::Ready(None);
+        }
+        // The connection is cut.
+        let Some(bytes) = self.next_bytes() else { return Poll::Pending };
+        self.left = self.left.saturating_sub(bytes.len());
+        self.outbox.is_stuck_with(self.left);
+        Poll::Ready(Some(Ok(Chunk::data(counted(bytes, self.outbox.budget())))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.left == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left as u64)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.watched.send_replace(None);
+    }
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// Bytes that count until the connection has written them.
+pub fn counted(bytes: Vec<u8>, budget: &Arc<Budget>) -> Bytes {
+    let held = budget.hold(bytes.capacity());
+    Bytes::from_owner(Counted { bytes, _held: held })
+}

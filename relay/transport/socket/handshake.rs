@@ -1,0 +1,116 @@
+//! The WebSocket handshake: checks the request and the token, then starts a session.
+
+use std::sync::Arc;
+
+use hyper::body::{Body, Incoming};
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::upgrade::Upgraded;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use crate::model::codec::phoenix::Version;
+use crate::model::identity::bookmark::NoSessionName;
+use crate::transport::app::{App, origin_is_allowed};
+use crate::transport::connection_limits::Admitted;
+use crate::transport::early_refusal::Refusing;
+use crate::transport::intake::Intake;
+use crate::transport::query::twice;
+use crate::transport::query::{is_unreadable, parameter, repeated};
+use crate::transport::response::Answer;
+use crate::transport::response::{empty, error};
+use crate::transport::socket::driver::{self, Greeting};
+
+/// Answers the request of a handshake.
+pub async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<Incoming>) -> Answer {
+    let refused = |status: StatusCode, why: &str| {
+        app.observe.connection_refused(why);
+        error(status, why)
+    };
+    let Some(key) = upgrade_key(&request) else {
+        return refused(StatusCode::BAD_REQUEST, "a WebSocket handshake is expected here");
+    };
+    if !origin_is_allowed(&app.allowed_origins, request.headers()) {
+        return refused(StatusCode::FORBIDDEN, "this origin is not allowed");
+    }
+    let query = request.uri().query().unwrap_or_default();
+    if let Some(name) = repeated(query) {
+        app.observe.connection_refused("a parameter is there more than once");
+        return error(StatusCode::BAD_REQUEST, &twice(&name));
+    }
+    let Some(version) = Version::from_vsn(parameter(query, "vsn").as_deref()) else {
+        app.observe.connection_refused("this version of the protocol (vsn) is not known");
+        return empty(StatusCode::FORBIDDEN);
+    };
+    let claims = match app.identify(&shown(request.headers(), query)).await {
+        Ok(claims) => claims,
+        Err(why) => {
+            app.observe.connection_refused(&why.advised_text());
+            return error(StatusCode::UNAUTHORIZED, &why.connect_text());
+        }
+    };
+    if app.observe.session_count() >= app.limits.connections {
+        return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
+    }
+    let with_cursor = match parameter(query, "cursor").as_deref() {
+        None | Some("" | "false") => false,
+        Some("true") => true,
+        Some(_) => return refused(StatusCode::BAD_REQUEST, "cursor: true or false is expected"),
+    };
+    let name = match parameter(query, "session") {
+        None if is_unreadable(query, "session") => Err(NoSessionName),
+        name => name.map(|name| name.parse()).transpose(),
+    };
+    let name = match name {
+        Ok(name) => name,
+        Err(error) => return refused(StatusCode::BAD_REQUEST, &error.to_string()),
+    };
+    let greeting = Greeting { version, with_cursor, name, claims };
+    let upgrade = hyper::upgrade::on(&mut request);
+    let session = Arc::clone(app);
+    app.sessions.spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        let Some((stream, read)) = taken_over(upgraded) else { return };
+        driver::serve(session, stream, read, greeting).await;
+        drop(place);
+    });
+    let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
+    let headers = answer.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    if let Ok(accept) = HeaderValue::from_str(&derive_accept_key(key.as_bytes())) {
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    answer
+}
+
+/// The bare connection, and what was read of it beyond the request. The reader's buffer of 8 KiB ends here: held by
+/// the session's future it would be most of what an idle client costs.
+fn taken_over(upgraded: Upgraded) -> Option<(Intake, Vec<u8>)> {
+    let parts = upgraded.downcast::<TokioIo<Refusing>>().ok()?;
+    Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
+}
+
+/// The key or token that a handshake shows.
+fn shown(headers: &HeaderMap, query: &str) -> String {
+    let header = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    header.or_else(|| parameter(query, "apikey")).unwrap_or_default()
+}
+
+fn upgrade_key(request: &Request<Incoming>) -> Option<String> {
+    let headers = request.headers();
+    let has = |name: header::HeaderName, token: &str| {
+        let values = headers.get_all(name);
+        values
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .any(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
+    };
+    let is_handshake = request.method() == Method::GET
+        && request.body().is_end_stream()
+        && has(header::CONNECTION, "upgrade")
+        && has(header::UPGRADE, "websocket")
+        && has(header::SEC_WEBSOCKET_VERSION, "13");
+    let key = headers.get(header::SEC_WEBSOCKET_KEY)?.to_str().ok()?;
+    is_handshake.then(|| key.to_owned())
+}
