@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use crate::auth::jwks_fetch::Endpoint;
-use crate::auth::jwks_refresh::{Keeper, Schedule};
+use crate::auth::jwks_refresh::{JwksRefresher, Schedule};
 use crate::auth::verifier::{TokenSettings, Verifier};
 use crate::model::session::limits::{Limits, MostRows};
 use crate::transport::listen;
@@ -199,7 +199,7 @@ pub struct Config {
     /// Who somebody is.
     pub verifier: Verifier,
     /// Who reads published keys anew.
-    pub keeper: Option<Keeper>,
+    pub keeper: Option<JwksRefresher>,
     /// Empty means any.
     pub allowed_origins: Vec<String>,
     /// What clients may ask for and hold.
@@ -308,11 +308,11 @@ impl Settings {
         let published = self.jwks.map(|place| {
             let read = if is_url {
                 Endpoint::parse(&place, self.jwks_allow_private).map(|endpoint| {
-                    let (keys, keeper) = Keeper::of_endpoint(endpoint, schedule);
+                    let (keys, keeper) = JwksRefresher::of_endpoint(endpoint, schedule);
                     (Some(keys), Some(keeper))
                 })
             } else {
-                let read = Keeper::of_file(Path::new(&place), schedule);
+                let read = JwksRefresher::of_file(Path::new(&place), schedule);
                 read.map(|(keys, keeper)| (Some(keys), keeper)).map_err(|error| error.to_string())
             };
             read.unwrap_or_else(|error| {

@@ -14,31 +14,31 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
-use crate::feed::authorize::filter_evaluator::FilterJudge;
+use crate::feed::authorize::filter_evaluator::FilterEvaluator;
 use crate::feed::authorize::gate::Gate;
-use crate::feed::deliver::memory_budget::Budget;
+use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::handle::Feed;
 use crate::feed::lanes::Lanes;
 use crate::feed::read::backlog::Backlog;
 use crate::feed::read::source::Source;
-use crate::feed::read::stall::{Cause, Pulse};
-use crate::feed::replay::bookmarks::Keeper;
-use crate::feed::replay::reader::Past;
+use crate::feed::read::stall::{StallCause, StallMonitor};
+use crate::feed::replay::bookmarks::BookmarkHandle;
+use crate::feed::replay::reader::ReplayReader;
 use crate::feed::router::{Parts, Router};
 use crate::feed::subscribe::Binder;
 use crate::observe::Observe;
 use crate::postgres::bookmarks::Bookmarks;
-use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::catalog::CatalogCache;
 use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::backoff::Backoff;
 use crate::postgres::connect::pool::{DATABASE, DOORBELL, Error, JUDGE, Server};
-use crate::postgres::evaluate::per_identity::Judge;
-use crate::postgres::evaluate::set_based::Census;
+use crate::postgres::evaluate::per_identity::IdentityEvaluator;
+use crate::postgres::evaluate::set_based::SetEvaluator;
 use crate::postgres::install;
 use crate::postgres::maintenance::{refresh, retention};
-use crate::postgres::snapshot_rows::Rows;
+use crate::postgres::snapshot_rows::SnapshotRows;
 use crate::transport::app::App;
-use crate::transport::connection_limits::Admission;
+use crate::transport::connection_limits::ConnectionLimits;
 use crate::transport::routes;
 use crate::transport::socket_buffers;
 
@@ -92,13 +92,13 @@ pub async fn serve(
     let tasks = TaskTracker::new();
     let pool = main.pool(POOL, LIMIT)?;
     let filters = main.pool(FILTERS, FILTER_LIMIT)?;
-    let catalog = Arc::new(CatalogKeeper::new(pool.clone(), filters, judge.login().map(str::to_owned)));
+    let catalog = Arc::new(CatalogCache::new(pool.clone(), filters, judge.login().map(str::to_owned)));
     let judging = judge.clone();
     let refresh_jobs = Arc::new(Notify::new());
     let (parts_in, parts) = mpsc::channel(PARTS);
     let (commands_in, commands) = mpsc::unbounded_channel();
 
-    let pulse = Arc::new(Pulse::new(config.stall));
+    let pulse = Arc::new(StallMonitor::new(config.stall));
     let transactions = Arc::new(Transactions::new(pool.clone()));
     let source = Source {
         server: main.clone(),
@@ -118,15 +118,20 @@ pub async fn serve(
         async move { pulse.run(end).await }
     });
     let gate = |filters| {
-        let census = Census::new(judge.clone(), config.judge_timeout);
-        Gate::new(Judge::new(judge.clone(), config.judge_timeout), census, filters, Arc::clone(&observe))
+        let census = SetEvaluator::new(judge.clone(), config.judge_timeout);
+        Gate::new(
+            IdentityEvaluator::new(judge.clone(), config.judge_timeout),
+            census,
+            filters,
+            Arc::clone(&observe),
+        )
     };
     let filter_judge = || {
-        let filters = Judge::new(judge.clone(), config.judge_timeout);
-        Some(FilterJudge::new(filters, config.judge_timeout))
+        let filters = IdentityEvaluator::new(judge.clone(), config.judge_timeout);
+        Some(FilterEvaluator::new(filters, config.judge_timeout))
     };
-    let rows = Rows::new(&main, &judge, config.judge_timeout, config.stall, config.stall * PATIENCE)?;
-    let past = Arc::new(Past::new(
+    let rows = SnapshotRows::new(&main, &judge, config.judge_timeout, config.stall, config.stall * PATIENCE)?;
+    let past = Arc::new(ReplayReader::new(
         main.clone(),
         pool,
         transactions,
@@ -134,7 +139,7 @@ pub async fn serve(
         gate(filter_judge()),
         config.stall * PATIENCE,
     ));
-    let (bookmarks, keeping) = Keeper::new(Bookmarks::new(&main, config.resume, config.stall)?);
+    let (bookmarks, keeping) = BookmarkHandle::new(Bookmarks::new(&main, config.resume, config.stall)?);
     let router = |gate, way_back, pulse, aside| {
         Router::new(
             Arc::clone(&catalog),
@@ -148,7 +153,7 @@ pub async fn serve(
     };
     let aside = |name| {
         let (way_in, commands) = mpsc::unbounded_channel();
-        let (backlog, pulse) = (Arc::new(Backlog::default()), Arc::new(Pulse::beside(&pulse, name)));
+        let (backlog, pulse) = (Arc::new(Backlog::default()), Arc::new(StallMonitor::beside(&pulse, name)));
         let router = router(gate(filter_judge()), way_in.clone(), Arc::clone(&pulse), Vec::new());
         tasks.spawn(router.run(commands, Parts::Backlog(Arc::clone(&backlog)), feed_end.clone()));
         let end = end.clone();
@@ -171,12 +176,15 @@ pub async fn serve(
         observe: Arc::clone(&observe),
         pulse: Arc::clone(&pulse),
         allowed_origins: config.allowed_origins,
-        budget: Arc::new(Budget::within(
+        budget: Arc::new(MemoryBudget::within(
             config.limits.total_outbox_bytes,
             config.limits.change_bytes,
             Arc::clone(&observe),
         )),
-        admission: Arc::new(Admission::new(config.limits.connections, config.limits.connections_per_address)),
+        admission: Arc::new(ConnectionLimits::new(
+            config.limits.connections,
+            config.limits.connections_per_address,
+        )),
         limits: config.limits,
         resume: config.resume,
         prepared: Arc::clone(&prepared),
@@ -227,7 +235,7 @@ async fn prepare(
     bell: &Server,
     judge: &Server,
     wanted: bool,
-    pulse: &Pulse,
+    pulse: &StallMonitor,
 ) -> Result<(), Error> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
@@ -236,9 +244,9 @@ async fn prepare(
             let mut client = server.connect().await?;
             if wanted {
                 // However long that takes, the database is there.
-                pulse.goes_on(Cause::Changelog);
+                pulse.goes_on(StallCause::Changelog);
                 let applied = install::install(&mut client).await?;
-                pulse.waits(Cause::Changelog);
+                pulse.waits(StallCause::Changelog);
                 if !applied.is_empty() {
                     tracing::info!(file.count = applied.len(), "installed");
                 }

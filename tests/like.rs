@@ -7,7 +7,7 @@ use relay::model::row::image::Image;
 use relay::model::row::pattern::{Folding, Pattern};
 use relay::model::row::truth::Truth;
 use relay::model::subscription::filter;
-use relay::model::subscription::typed_filter::{BoundFilter, Typed};
+use relay::model::subscription::typed_filter::{TypedCondition, TypedFilter};
 use serde_json::{Value, json};
 
 use crate::support::database::Database;
@@ -61,19 +61,19 @@ async fn table(database: &Database) -> (Relation, Vec<String>) {
     (relation, names)
 }
 
-fn bound(relation: &Relation, column: &str, operator: &str, pattern: &str) -> BoundFilter {
+fn bound(relation: &Relation, column: &str, operator: &str, pattern: &str) -> TypedFilter {
     let quoted = format!("\"{}\"", pattern.replace('\\', "\\\\").replace('"', "\\\""));
     let condition = filter::parse(&format!("c={operator}.{quoted}")).unwrap().remove(0);
     assert_eq!(condition.values, [pattern]);
     let found = relation.column(column).unwrap();
-    let typed = Typed {
+    let typed = TypedCondition {
         values: condition.values.clone(),
         condition: filter::Condition { column: column.to_owned(), ..condition },
         kind: found.kind.clone(),
         shape: found.shape(),
         folding: found.folding,
     };
-    BoundFilter::new(relation, vec![typed], String::new(), "".into())
+    TypedFilter::new(relation, vec![typed], String::new(), "".into())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,7 +125,7 @@ async fn patterns_match_what_postgresql_matches_under_every_collation_and_type()
                 let filter = bound(&relation, column, &wanted, pattern);
                 for (image, expected) in images.iter().zip(answers) {
                     match filter.truth(image) {
-                        Truth::Unsure => *asked.entry((column, operator)).or_default() += 1,
+                        Truth::Undecided => *asked.entry((column, operator)).or_default() += 1,
                         truth => {
                             assert_eq!(
                                 truth == Truth::True,

@@ -4,7 +4,7 @@
 //! policies as SQL; longer ones go on below.
 //! This file: who owns a row, and the database that all of them share.
 
-use relay::model::policy::plan::Way;
+use relay::model::policy::plan::PlanKind;
 use serde_json::Value;
 
 use crate::support::ways::Ways;
@@ -208,10 +208,10 @@ pub async fn all_hold_with(more: &str, cases: &str) {
             say(format!("{}, not {way}: {:?}", compared.plan.way.word(), compared.plan.obstacles));
         }
         let most = match compared.plan.way {
-            Way::Compiled => 0,
+            PlanKind::Compiled => 0,
             // Once for each of the two roles.
-            Way::Inverted => 2 * compared.plan.leaves.len(),
-            Way::OneByOne => readers.len(),
+            PlanKind::Inverted => 2 * compared.plan.leaves.len(),
+            PlanKind::OneByOne => readers.len(),
         };
         // A question that a busy machine gave up is asked in another way; the next time it is not.
         if compared.statements > most {

@@ -1,6 +1,6 @@
 //! Policies whose text is easily taken for something else: they show what the table shows, to the letter.
 
-use relay::model::policy::plan::Way;
+use relay::model::policy::plan::PlanKind;
 use serde_json::{Value, json};
 
 use crate::policy_leaks::{ANN, BOB, IN_TEAM, TEAMS, rows, run, stage, table, user};
@@ -246,7 +246,7 @@ async fn a_policy_for_others_does_not_keep_a_role_from_a_cheaper_way() {
         )
         .await;
     let ann = json!({"role": "authenticated", "exp": 4_000_000_000_u64, "sub": ANN});
-    assert_eq!(ways.check("t", &[ann], "").await.0, Way::Inverted);
+    assert_eq!(ways.check("t", &[ann], "").await.0, PlanKind::Inverted);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use relay::model::policy::plan::Way;
+use relay::model::policy::plan::PlanKind;
 use serde_json::{Value, json};
 
 use crate::support::ways::Ways;
@@ -274,7 +274,7 @@ async fn every_way_shows_what_the_table_would_show() {
     let seed: u64 =
         std::env::var("RELAY_TEST_SEED").map_or_else(|_| now() % 1_000_000, |seed| seed.parse().unwrap());
     let ways = Ways::new(SCHEMA).await;
-    let mut taken: BTreeMap<Way, usize> = BTreeMap::new();
+    let mut taken: BTreeMap<PlanKind, usize> = BTreeMap::new();
     let mut answers = 0;
     let rounds = std::env::var("RELAY_TEST_ROUNDS").map_or(120, |rounds| rounds.parse().unwrap());
     for round in 0..rounds {

@@ -1,7 +1,7 @@
 //! A page read in portions is the page: nothing is left out between two of them, nothing comes twice.
 
 use relay::model::log::cursor::{Epoch, Snapshot, Span};
-use relay::postgres::changelog::chunks::{Bearing, Portions};
+use relay::postgres::changelog::chunks::{ChunkPosition, ChunkReader};
 use relay::postgres::connect::pool::Server;
 use tokio_postgres::Client as Session;
 
@@ -38,7 +38,12 @@ async fn write(database: &Database, writers: &[Session], dice: &mut Dice) -> Vec
     snapshots
 }
 
-async fn in_portions(portions: &Portions, mut bearing: Bearing, most: usize, most_bytes: usize) -> Vec<i64> {
+async fn in_portions(
+    portions: &ChunkReader,
+    mut bearing: ChunkPosition,
+    most: usize,
+    most_bytes: usize,
+) -> Vec<i64> {
     let mut numbers = Vec::new();
     loop {
         let portion = portions.read(&bearing, most, most_bytes).await.unwrap();
@@ -60,7 +65,7 @@ async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
         let snapshots = write(&database, &writers, &mut dice).await;
         let session = database.connect().await;
         let server = Server::parse(&database.url, "portions", None).unwrap();
-        let portions = Portions::connect(&server).await.unwrap();
+        let portions = ChunkReader::connect(&server).await.unwrap();
         // By their names, some of them, none.
         let portions = portions.naming([2000, 3, 0][round as usize % 3]);
         for (place, seen) in snapshots.iter().enumerate() {
@@ -71,7 +76,7 @@ async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
                 let numbers: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
                 let (most, most_bytes) = (1 + dice.below(30) as usize, 40 + dice.below(2000) as usize);
                 let span = Span { epoch: Epoch(0), seen: seen.clone(), until: until.clone() };
-                let from = |after| Bearing::new(&span, after);
+                let from = |after| ChunkPosition::new(&span, after);
                 assert_eq!(
                     in_portions(&portions, from(0), most, most_bytes).await,
                     numbers,

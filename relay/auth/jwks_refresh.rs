@@ -28,7 +28,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 const TOLD: usize = 10;
 
 /// The keys in force. Reading them waits for nobody.
-pub struct Keys {
+pub struct PublishedKeys {
     current: watch::Sender<Arc<KeySet>>,
     demand: Mutex<Demand>,
     asked: Notify,
@@ -47,7 +47,7 @@ struct Demand {
     last: Option<Instant>,
 }
 
-impl Keys {
+impl PublishedKeys {
     /// Keys that stay as they are.
     pub fn fixed(set: KeySet) -> Self {
         Self::new(Some(set), None)
@@ -133,15 +133,15 @@ pub enum ReadError {
 }
 
 /// Where keys are read.
-enum Place {
+enum KeySource {
     File(PathBuf),
     Endpoint(Endpoint),
 }
 
 /// Reads the keys of one place again and again.
-pub struct Keeper {
-    keys: Arc<Keys>,
-    place: Place,
+pub struct JwksRefresher {
+    keys: Arc<PublishedKeys>,
+    place: KeySource,
     schedule: Schedule,
     /// What is in force.
     text: Option<String>,
@@ -151,29 +151,29 @@ pub struct Keeper {
     fails: bool,
 }
 
-impl Keeper {
+impl JwksRefresher {
     /// The keys of a file, which must be there now. None when it can be read only once: a pipe.
     ///
     /// # Errors
     /// When it can't be read.
-    pub fn of_file(path: &Path, schedule: Schedule) -> Result<(Arc<Keys>, Option<Self>), ReadError> {
+    pub fn of_file(path: &Path, schedule: Schedule) -> Result<(Arc<PublishedKeys>, Option<Self>), ReadError> {
         let text = read_file(path)?;
         let set = KeySet::parse(&text)?;
         if !path.metadata()?.is_file() {
-            return Ok((Arc::new(Keys::fixed(set)), None));
+            return Ok((Arc::new(PublishedKeys::fixed(set)), None));
         }
-        let keeper = Self::new(Place::File(path.to_owned()), schedule, Some(set), Some(text));
+        let keeper = Self::new(KeySource::File(path.to_owned()), schedule, Some(set), Some(text));
         Ok((Arc::clone(&keeper.keys), Some(keeper)))
     }
 
     /// The keys of an endpoint. There are none before it was asked.
-    pub fn of_endpoint(endpoint: Endpoint, schedule: Schedule) -> (Arc<Keys>, Self) {
-        let keeper = Self::new(Place::Endpoint(endpoint), schedule, None, None);
+    pub fn of_endpoint(endpoint: Endpoint, schedule: Schedule) -> (Arc<PublishedKeys>, Self) {
+        let keeper = Self::new(KeySource::Endpoint(endpoint), schedule, None, None);
         (Arc::clone(&keeper.keys), keeper)
     }
 
-    fn new(place: Place, schedule: Schedule, set: Option<KeySet>, text: Option<String>) -> Self {
-        let keys = Arc::new(Keys::new(set, Some(schedule.cooldown)));
+    fn new(place: KeySource, schedule: Schedule, set: Option<KeySet>, text: Option<String>) -> Self {
+        let keys = Arc::new(PublishedKeys::new(set, Some(schedule.cooldown)));
         Self { keys, place, schedule, text, confirmed: Instant::now(), fails: false }
     }
 
@@ -210,8 +210,8 @@ impl Keeper {
 
     async fn read(&self) -> Result<String, ReadError> {
         match &self.place {
-            Place::Endpoint(endpoint) => Ok(endpoint.fetch(MOST_BYTES).await?),
-            Place::File(path) => {
+            KeySource::Endpoint(endpoint) => Ok(endpoint.fetch(MOST_BYTES).await?),
+            KeySource::File(path) => {
                 let path = path.clone();
                 let reading = spawn_blocking(move || read_file(&path));
                 Ok(reading.await.map_err(io::Error::other)??)
@@ -250,7 +250,7 @@ impl Keeper {
         } else if began {
             tracing::warn!(from = %self.place, %error, "the JWK set cannot be read: the keys at hand stay in force");
         }
-        let is_endpoint = matches!(self.place, Place::Endpoint(_));
+        let is_endpoint = matches!(self.place, KeySource::Endpoint(_));
         if is_endpoint && self.text.is_some() && self.confirmed.elapsed() >= self.schedule.keep {
             tracing::warn!(from = %self.place, %error, "the JWK set could not be read for too long: its keys are in force no longer");
             self.text = None;
@@ -260,7 +260,7 @@ impl Keeper {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for KeySource {
     /// Of a URL only the host: the rest may hold what is not for the log.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use tokio::sync::watch;
 
 use crate::auth::jwks::{KeySet, ShortSecret, algorithm_of, strong};
-use crate::auth::jwks_refresh::Keys;
+use crate::auth::jwks_refresh::PublishedKeys;
 use crate::model::identity::claims::{Claims, ClaimsError, KeyId, LATEST_EXPIRY, TokenRefusal, Tokens};
 
 /// Clocks of issuer and relay differ by seconds; PostgREST grants the same.
@@ -26,7 +26,7 @@ pub struct TokenSettings {
     /// Secrets for HS256, HS384 and HS512; more than one while a secret is being changed.
     pub secrets: Vec<String>,
     /// Published keys.
-    pub keys: Option<Arc<Keys>>,
+    pub keys: Option<Arc<PublishedKeys>>,
     /// What `aud` must be or contain.
     pub audience: Option<String>,
     /// What `iss` must be.
@@ -132,7 +132,7 @@ impl From<ClaimsError> for TokenError {
 /// Verifies tokens with the keys of one configuration.
 pub struct Verifier {
     secrets: Vec<DecodingKey>,
-    keys: Arc<Keys>,
+    keys: Arc<PublishedKeys>,
     audience: Option<String>,
     issuer: Option<String>,
     opaque: Vec<(String, Claims)>,
@@ -148,7 +148,7 @@ impl Verifier {
         for secret in &settings.secrets {
             secrets.push(DecodingKey::from_secret(strong(secret.as_bytes())?));
         }
-        let keys = settings.keys.clone().unwrap_or_else(|| Arc::new(Keys::fixed(KeySet::default())));
+        let keys = settings.keys.clone().unwrap_or_else(|| Arc::new(PublishedKeys::fixed(KeySet::default())));
         let mut opaque = Vec::new();
         for (role, keys) in [("anon", &settings.publishable_keys), ("service_role", &settings.secret_keys)] {
             let keys = keys.iter().filter(|key| !key.is_empty());
@@ -410,7 +410,7 @@ mod tests {
     fn settings() -> TokenSettings {
         TokenSettings {
             secrets: vec![SECRET.to_owned()],
-            keys: Some(Arc::new(Keys::fixed(KeySet::parse(&jwks().to_string()).unwrap()))),
+            keys: Some(Arc::new(PublishedKeys::fixed(KeySet::parse(&jwks().to_string()).unwrap()))),
             publishable_keys: vec!["sb_publishable_one".to_owned()],
             secret_keys: vec!["sb_secret_one".to_owned()],
             ..TokenSettings::default()

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
-use crate::model::policy::plan::Way;
-use crate::postgres::catalog::CatalogKeeper;
+use crate::model::policy::plan::PlanKind;
+use crate::postgres::catalog::CatalogCache;
 use crate::postgres::changelog::doorbell::Doorbell;
 use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::install;
@@ -338,14 +338,14 @@ async fn temporary_tables(judging: &Client) -> Result<Finding, Error> {
 /// Policies that are asked reader by reader cost PostgreSQL a statement for each.
 async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
     let login = judge.login().map(str::to_owned);
-    let keeper = CatalogKeeper::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
+    let keeper = CatalogCache::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
     keeper.with_role("anon").await?;
     let catalog = keeper.with_role("authenticated").await?;
     let mut findings: Vec<Finding> = catalog.lacks().map(Fault).collect();
     for relation in catalog.relations() {
         for role in ["authenticated", "anon"] {
             let Some(plan) = relation.access(role).map(|access| &access.plan) else { continue };
-            if let (Way::OneByOne, Some(obstacle)) = (plan.way, plan.obstacles.first()) {
+            if let (PlanKind::OneByOne, Some(obstacle)) = (plan.way, plan.obstacles.first()) {
                 let name = format!("{}.{}", relation.schema, relation.table);
                 findings.push(Note(format!(
                     "{name}: for {role}, each reader costs a statement a page, because {}. Where many read it: compare claims \

@@ -8,15 +8,15 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::command::token::{bearer, usable};
-use crate::feed::explain::{Explanation, Sought, Wanted, explain};
+use crate::feed::explain::{ExplainRequest, ExplainTarget, Explanation, explain};
 use crate::feed::subscribe::Binder;
 use crate::model::catalog::relation::Relation;
 use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;
-use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Server;
-use crate::postgres::evaluate::per_identity::Judge;
-use crate::postgres::explain_queries::Enquiry;
+use crate::postgres::evaluate::per_identity::IdentityEvaluator;
+use crate::postgres::explain_queries::ExplainQueries;
 use crate::postgres::install;
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -61,16 +61,17 @@ const LIMIT: Duration = Duration::from_secs(10);
 pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(), Failure> {
     install::check(&server.connect().await?).await?;
     let login = judge.login().map(str::to_owned);
-    let keeper = Arc::new(CatalogKeeper::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login.clone()));
+    let keeper = Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login.clone()));
     let binder = Binder::new(Arc::clone(&keeper));
-    let enquiry = Enquiry::connect(server, login.as_deref()).await?;
+    let enquiry = ExplainQueries::connect(server, login.as_deref()).await?;
     let identity = Identity::new(claims(options)?);
     let catalog = keeper.with_role(identity.claims().role()).await?;
     let named = enquiry.named(&options.table).await?;
     let relation = named.and_then(|(schema, table)| catalog.named(&schema, &table));
     let row = sought(options, relation.map(|relation| &**relation))?;
-    let wanted = Wanted { table: options.table.clone(), identity, filter: options.filter.clone(), row };
-    let judge = Judge::new(judge.clone(), LIMIT);
+    let wanted =
+        ExplainRequest { table: options.table.clone(), identity, filter: options.filter.clone(), row };
+    let judge = IdentityEvaluator::new(judge.clone(), LIMIT);
     let mut explanation = explain(&keeper, &binder, &judge, &enquiry, &wanted).await?;
     explanation.hindrances.extend(ended(&wanted.identity)?);
     let mut out = std::io::stdout().lock();
@@ -106,21 +107,21 @@ fn ended(identity: &Identity) -> Result<Option<String>, Failure> {
     }))
 }
 
-fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<Sought>, Failure> {
+fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<ExplainTarget>, Failure> {
     if let Some(row) = &options.row {
         let columns: Map<String, Value> =
             serde_json::from_str(row).map_err(|error| format!("--row is no JSON object: {error}"))?;
-        return Ok(Some(Sought::Image(Value::Object(columns).to_string())));
+        return Ok(Some(ExplainTarget::Image(Value::Object(columns).to_string())));
     }
     let (Some(text), Some(relation)) = (&options.key, relation) else { return Ok(None) };
     if let Ok(columns @ Value::Object(_)) = serde_json::from_str(text) {
-        return Ok(Some(Sought::Like(columns)));
+        return Ok(Some(ExplainTarget::Like(columns)));
     }
     let [key] = relation.key.as_slice() else {
         return Err("the table has no key of one column: give --key a JSON object of columns".into());
     };
     // PostgreSQL reads it with the type of the column.
-    Ok(Some(Sought::Like(json!({key.as_str(): text}))))
+    Ok(Some(ExplainTarget::Like(json!({key.as_str(): text}))))
 }
 
 /// The explanation for a terminal.

@@ -20,7 +20,7 @@ use crate::command::token::bearer;
 use crate::model::codec::event::{RESUMED, STALLED};
 use crate::model::identity::claims::Claims;
 use crate::model::session::machine::UNAVAILABLE;
-use crate::model::subscription::error::Refusal;
+use crate::model::subscription::error::SubscribeError;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -190,7 +190,7 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
                     }
                     Some(_) => "",
                 };
-                let plain = Refusal(reason.to_owned()).plain((schema, table), Some(role));
+                let plain = SubscribeError(reason.to_owned()).plain((schema, table), Some(role));
                 return Err(format!("{plain}{hint}").into());
             }
             Some("system") if frame[4]["message"] == RESUMED => note(RESUMED),

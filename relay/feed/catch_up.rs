@@ -7,15 +7,15 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 
 use crate::feed::authorize::gate::Gate;
-use crate::feed::command::{Command, Handover};
+use crate::feed::command::{Command, FollowOutcome};
 use crate::feed::deliver::fan_out::{now, tell_one};
-use crate::feed::deliver::group::{ALTERED, ANOTHER, Audience, AudienceKey, Registration};
+use crate::feed::deliver::group::{ALTERED, ANOTHER, GroupKey, Subscriber, SubscriberGroup};
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::handle::Feed;
-use crate::feed::read::batch::Stretch;
-use crate::feed::replay::reader::{Listeners, Missed};
+use crate::feed::read::batch::Batch;
+use crate::feed::replay::reader::{ReplayError, ReplaySink};
 use crate::model::catalog::relation::Catalog;
-use crate::model::codec::event::Dress;
+use crate::model::codec::event::Codec;
 use crate::model::log::cursor::Cursor;
 use crate::model::row::change::Change;
 use crate::model::session::machine::ChannelId;
@@ -30,11 +30,11 @@ const TURN: Duration = Duration::from_secs(2);
 const NO_ROOM: &str = "too much waits for clients to read what was missed, read the rows again";
 
 /// A channel that came with a cursor. It leaves when it is dropped.
-pub struct Follower {
+pub struct CatchUp {
     feed: Feed,
     channel: ChannelId,
     subscription: Subscription,
-    dress: Dress,
+    dress: Codec,
     /// Up to where it was told everything; whoever drops it amid a step knows it, too.
     since: watch::Sender<Cursor>,
     /// Where pieces arrive.
@@ -54,13 +54,13 @@ pub enum Progress {
     More,
 }
 
-impl Follower {
+impl CatchUp {
     /// Whoever comes with this cursor; nothing is delivered before [`Self::go_on`].
     pub fn new(
         feed: Feed,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Dress,
+        dress: Codec,
         since: Cursor,
         outbox: Arc<Outbox>,
     ) -> Self {
@@ -72,19 +72,19 @@ impl Follower {
     ///
     /// # Errors
     /// When what was missed cannot be had.
-    pub async fn go_on(&mut self) -> Result<Progress, Missed> {
+    pub async fn go_on(&mut self) -> Result<Progress, ReplayError> {
         let (mut pause, mut looked, started) = (Duration::from_millis(50), false, Instant::now());
         if self.subscription.is_younger_than(&self.since()) {
-            return Err(Missed::Gap(ANOTHER));
+            return Err(ReplayError::Gap(ANOTHER));
         }
         loop {
             match self.ask().await {
-                Some(Handover::Live) => return Ok(Progress::Live),
-                Some(Handover::Ahead) => {
+                Some(FollowOutcome::Live) => return Ok(Progress::Live),
+                Some(FollowOutcome::Ahead) => {
                     self.feed.past().check(&self.since()).await?;
                     self.is_known = true;
                 }
-                Some(Handover::Missed(missed, to)) => {
+                Some(FollowOutcome::Missed(missed, to)) => {
                     let past = self.feed.past();
                     let mut alone = self.alone();
                     past.tell_again(&missed, looked, &mut alone).await?;
@@ -97,15 +97,15 @@ impl Follower {
                     }
                     looked = true;
                 }
-                Some(Handover::Behind(to)) => {
+                Some(FollowOutcome::Behind(to)) => {
                     let (past, since) = (self.feed.past(), self.since());
                     let is_there = past.tell_one(&since, &to, &mut self.alone()).await?;
                     if !is_there || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
                 }
-                Some(Handover::Gap(why)) => return Err(Missed::Gap(why)),
-                Some(Handover::NotYet) | None => {
+                Some(FollowOutcome::Gap(why)) => return Err(ReplayError::Gap(why)),
+                Some(FollowOutcome::NotYet) | None => {
                     sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
@@ -114,9 +114,9 @@ impl Follower {
     }
 
     /// Asks the router to deliver from here on. None when the relay ends.
-    async fn ask(&self) -> Option<Handover> {
+    async fn ask(&self) -> Option<FollowOutcome> {
         let (outcome, heard) = oneshot::channel();
-        let registration = Registration {
+        let registration = Subscriber {
             dress: self.dress.clone(),
             subscription: self.subscription.clone(),
             since: Some(self.since()),
@@ -129,14 +129,14 @@ impl Follower {
     }
 
     /// This channel alone, as somebody to whom the past is told. What was delivered to others may begin with what it has.
-    fn alone(&self) -> Alone<'_> {
-        let key = AudienceKey {
+    fn alone(&self) -> SingleSink<'_> {
+        let key = GroupKey {
             dress: self.dress.clone(),
             subscription: self.subscription.clone(),
             since: Some(self.since()),
         };
-        let audience = Audience::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
-        Alone { audience, outbox: &self.outbox, since: &self.since, told: 0 }
+        let audience = SubscriberGroup::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
+        SingleSink { audience, outbox: &self.outbox, since: &self.since, told: 0 }
     }
 
     /// Ends, while delivery goes on until the channel is left.
@@ -155,7 +155,7 @@ impl Follower {
     }
 
     /// How its frames are written.
-    pub fn dress(&self) -> &Dress {
+    pub fn dress(&self) -> &Codec {
         &self.dress
     }
 
@@ -185,7 +185,7 @@ impl Follower {
     }
 }
 
-impl Drop for Follower {
+impl Drop for CatchUp {
     fn drop(&mut self) {
         if !self.stays {
             self.feed.leave(self.channel, &self.outbox, Vec::new());
@@ -194,31 +194,36 @@ impl Drop for Follower {
 }
 
 /// A follower while it is told the past.
-struct Alone<'a> {
-    audience: Audience,
+struct SingleSink<'a> {
+    audience: SubscriberGroup,
     outbox: &'a Outbox,
     since: &'a watch::Sender<Cursor>,
     /// How many frames it was told.
     told: usize,
 }
 
-impl Listeners for Alone<'_> {
-    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
+impl ReplaySink for SingleSink<'_> {
+    async fn tell(
+        &mut self,
+        gate: &Gate,
+        catalog: &Arc<Catalog>,
+        stretch: &Batch,
+    ) -> Result<(), ReplayError> {
         let is_new = |change: &&Change| !self.since.borrow().has(change.xid, change.number);
         let subscription = self.audience.subscription();
         if subscription.is_stale(catalog)
             || stretch.changes.iter().filter(is_new).any(|change| subscription.has_lost(change, catalog))
         {
-            return Err(Missed::Gap(ALTERED));
+            return Err(ReplayError::Gap(ALTERED));
         }
         // To be closed for it would end nothing: it would come back for the same.
         if !self.outbox.budget().make_room(stretch.bytes()) {
-            return Err(Missed::Gap(NO_ROOM));
+            return Err(ReplayError::Gap(NO_ROOM));
         }
         self.told += tell_one(gate, catalog, stretch, &self.audience).await?;
         // It may not have been told all of it, so it has not come further.
         match self.audience.subscription().identity().claims().expires_at() <= now() {
-            true => Err(Missed::Ended),
+            true => Err(ReplayError::Ended),
             false => Ok(()),
         }
     }

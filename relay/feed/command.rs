@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use crate::feed::deliver::group::Registration;
+use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::Outbox;
-use crate::feed::read::batch::Stretch;
-use crate::feed::read::recent::Recent;
+use crate::feed::read::batch::Batch;
+use crate::feed::read::recent::RecentBatches;
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
 use crate::model::session::machine::ChannelId;
@@ -20,7 +20,7 @@ pub enum Command {
         /// Which channel.
         channel: ChannelId,
         /// What, and where to.
-        registration: Registration,
+        registration: Subscriber,
         /// Frames that go out before any change.
         greeting: Vec<Bytes>,
     },
@@ -29,11 +29,11 @@ pub enum Command {
         /// Which channel.
         channel: ChannelId,
         /// What, where to, and since when.
-        registration: Registration,
+        registration: Subscriber,
         /// The cursor is known not to be of the future.
         checked: bool,
         /// Hears what came of it.
-        outcome: oneshot::Sender<Handover>,
+        outcome: oneshot::Sender<FollowOutcome>,
     },
     /// Deliver nothing more to this channel.
     Leave {
@@ -47,13 +47,13 @@ pub enum Command {
         until: Option<oneshot::Sender<Option<Cursor>>>,
     },
     /// Say up to where everything was delivered to some channels of one client.
-    Position {
+    DeliveredUpTo {
         /// Which; none for the feed as a whole.
         channels: Vec<ChannelId>,
         /// A frame that goes out behind all that was delivered up to there, and where to.
         then: Option<(Arc<Outbox>, Bytes)>,
         /// Hears it, unless nobody knows.
-        until: oneshot::Sender<Position>,
+        until: oneshot::Sender<DeliveredUpTo>,
     },
     /// A replay has come as far as it was sent, or can't go on.
     Arrived {
@@ -66,19 +66,19 @@ pub enum Command {
         /// Its channels were told that nothing comes.
         stalled: bool,
         /// Hears what is still before it: nothing when it is over.
-        answer: oneshot::Sender<Handover>,
+        answer: oneshot::Sender<FollowOutcome>,
     },
 }
 
 /// Up to where everything was delivered.
-pub struct Position {
+pub struct DeliveredUpTo {
     /// By the feed as a whole.
     pub here: Cursor,
     /// To the channels that were asked about.
     pub channels: Vec<(ChannelId, Cursor)>,
 }
 
-impl Position {
+impl DeliveredUpTo {
     /// Answers for these channels, with the frame behind what was delivered to them.
     pub fn tell(
         here: Option<Cursor>,
@@ -96,13 +96,13 @@ impl Position {
 }
 
 /// What came of a wish to follow.
-pub enum Handover {
+pub enum FollowOutcome {
     /// Delivered from here on.
     Live,
     /// The cursor is of a moment that the feed has not come to, if it has been at all.
     Ahead,
     /// What was missed up to this cursor is still at hand: tell it, then ask again.
-    Missed(Vec<Arc<Stretch>>, Cursor),
+    Missed(Vec<Arc<Batch>>, Cursor),
     /// What lies before this cursor has to be read from the changelog.
     Behind(Cursor),
     /// Nobody can say what was missed; why.
@@ -111,10 +111,10 @@ pub enum Handover {
     NotYet,
 }
 
-impl Handover {
+impl FollowOutcome {
     /// Where what comes after a cursor is to be had, when everything up to `position` was delivered, the last of it
     /// `recent`; `checked` says that the cursor is not of the future.
-    pub fn of(since: &Cursor, checked: bool, position: &Cursor, recent: &Recent) -> Self {
+    pub fn of(since: &Cursor, checked: bool, position: &Cursor, recent: &RecentBatches) -> Self {
         if since.epoch() != position.epoch() {
             return Self::Gap("the cursor is of another database, or of an older state of it");
         }

@@ -8,20 +8,20 @@ use serde_json::{Map, Value};
 use crate::feed::subscribe::{BindError, Binder};
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::compile::compile;
-use crate::model::policy::index_key::Anchors;
-use crate::model::policy::plan::{Leaf, Plan};
+use crate::model::policy::index_key::IndexKeys;
+use crate::model::policy::plan::{Plan, ServerQuery};
 use crate::model::policy::visibility::{Denied, Identity};
 use crate::model::row::change::Row;
 use crate::model::subscription::binding::Request;
-use crate::model::subscription::error::Refusal;
-use crate::model::subscription::typed_filter::BoundFilter;
-use crate::postgres::catalog::CatalogKeeper;
+use crate::model::subscription::error::SubscribeError;
+use crate::model::subscription::typed_filter::TypedFilter;
+use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
-use crate::postgres::evaluate::per_identity::{Judge, Question, reading};
-use crate::postgres::explain_queries::Enquiry;
+use crate::postgres::evaluate::per_identity::{IdentityEvaluator, IdentityQuery, reading};
+use crate::postgres::explain_queries::ExplainQueries;
 
 /// What is to be explained.
-pub struct Wanted {
+pub struct ExplainRequest {
     /// The table as in SQL.
     pub table: String,
     /// Who subscribes.
@@ -29,11 +29,11 @@ pub struct Wanted {
     /// With which filter.
     pub filter: Option<String>,
     /// Whether this row would be seen.
-    pub row: Option<Sought>,
+    pub row: Option<ExplainTarget>,
 }
 
 /// A row.
-pub enum Sought {
+pub enum ExplainTarget {
     /// One of the table that has these values.
     Like(Value),
     /// One as it would be logged.
@@ -122,11 +122,11 @@ pub struct RowPart {
 /// # Errors
 /// As the connections.
 pub async fn explain(
-    keeper: &CatalogKeeper,
+    keeper: &CatalogCache,
     binder: &Binder,
-    judge: &Judge,
-    enquiry: &Enquiry,
-    wanted: &Wanted,
+    judge: &IdentityEvaluator,
+    enquiry: &ExplainQueries,
+    wanted: &ExplainRequest,
 ) -> Result<Explanation, Error> {
     let role = wanted.identity.claims().role();
     let catalog = keeper.with_role(role).await?;
@@ -177,7 +177,7 @@ pub async fn explain(
     if let Some(text) = &wanted.filter {
         match filter(binder, wanted, relation, text).await {
             Ok(filter) => {
-                anchors = filter.as_ref().map_or(Anchors::Any, |filter| filter.anchors()).and(anchors);
+                anchors = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.anchors()).and(anchors);
                 bound = filter;
                 explanation.filter = Some(FilterPart { text: text.clone(), refused: None });
             }
@@ -186,7 +186,7 @@ pub async fn explain(
     }
     explanation.index = index(&anchors, relation);
     if let Some(sought) = &wanted.row {
-        let bench = Bench { judge, enquiry, identity: &wanted.identity };
+        let bench = ExplainContext { judge, enquiry, identity: &wanted.identity };
         let row = bench.row(relation, access, sought, &mut explanation.policies, bound.as_deref()).await?;
         explanation.row = Some(row);
     }
@@ -198,16 +198,16 @@ fn claims_read(plan: &Plan) -> Option<Vec<String>> {
     (!plan.reads_all).then(|| terms.map(ToString::to_string).collect())
 }
 
-fn question(leaf: &Leaf) -> String {
+fn question(leaf: &ServerQuery) -> String {
     match leaf {
-        Leaf::Fact { expression } => format!("which rows fulfil: {expression}"),
-        Leaf::Found { query, .. } => format!("which readers are found by: {query}"),
-        Leaf::Equals { expression, .. } => format!("which readers' claim equals: {expression}"),
+        ServerQuery::Fact { expression } => format!("which rows fulfil: {expression}"),
+        ServerQuery::Found { query, .. } => format!("which readers are found by: {query}"),
+        ServerQuery::Equals { expression, .. } => format!("which readers' claim equals: {expression}"),
     }
 }
 
-fn index(anchors: &Anchors, relation: &Relation) -> Option<Vec<String>> {
-    let Anchors::OneOf(anchors) = anchors else { return None };
+fn index(anchors: &IndexKeys, relation: &Relation) -> Option<Vec<String>> {
+    let IndexKeys::OneOf(anchors) = anchors else { return None };
     let name = |column: &usize| relation.columns.get(*column).map_or("?", |column| &column.name);
     let mut lines: Vec<String> = anchors
         .iter()
@@ -230,16 +230,16 @@ fn index(anchors: &Anchors, relation: &Relation) -> Option<Vec<String>> {
 /// The filter as it was read, or why it is refused.
 async fn filter(
     binder: &Binder,
-    wanted: &Wanted,
+    wanted: &ExplainRequest,
     relation: &Relation,
     text: &str,
-) -> Result<Option<Arc<BoundFilter>>, String> {
+) -> Result<Option<Arc<TypedFilter>>, String> {
     let mut entry = Map::new();
     for (name, value) in [("schema", relation.schema.as_str()), ("table", &relation.table), ("filter", text)]
     {
         entry.insert(name.to_owned(), Value::from(value));
     }
-    let plain = |refusal: Refusal| {
+    let plain = |refusal: SubscribeError| {
         refusal.plain((&relation.schema, &relation.table), Some(wanted.identity.claims().role()))
     };
     let request = Request::parse(&entry).map_err(plain)?;
@@ -254,24 +254,24 @@ async fn filter(
 }
 
 /// Where one row is judged for one subscriber.
-struct Bench<'a> {
-    judge: &'a Judge,
-    enquiry: &'a Enquiry,
+struct ExplainContext<'a> {
+    judge: &'a IdentityEvaluator,
+    enquiry: &'a ExplainQueries,
     identity: &'a Identity,
 }
 
-impl Bench<'_> {
+impl ExplainContext<'_> {
     async fn row(
         &self,
         relation: &Relation,
         access: &Access,
-        sought: &Sought,
+        sought: &ExplainTarget,
         policies: &mut [PolicyPart],
-        filter: Option<&BoundFilter>,
+        filter: Option<&TypedFilter>,
     ) -> Result<RowPart, Error> {
         let image = match sought {
-            Sought::Image(image) => Some(image.clone()),
-            Sought::Like(values) => self.enquiry.row(relation, values).await?,
+            ExplainTarget::Image(image) => Some(image.clone()),
+            ExplainTarget::Like(values) => self.enquiry.row(relation, values).await?,
         };
         let Some(image) = image else {
             return Ok(RowPart { found: false, allowed: false, by: Vec::new(), matches: None });
@@ -315,7 +315,7 @@ impl Bench<'_> {
         with_path: bool,
     ) -> Result<&'static str, Error> {
         let (identity, reading) = (self.identity.clone(), Arc::clone(reading));
-        let question = Question { identity, statement, images: &[image], reading, with_path };
+        let question = IdentityQuery { identity, statement, images: &[image], reading, with_path };
         let verdict = self.judge.judge(&[question]).await?;
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
             Some((_, Some(Denied::TimedOut))) => "it took too long",

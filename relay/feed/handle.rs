@@ -7,12 +7,12 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
-use crate::feed::command::{Command, Position};
-use crate::feed::deliver::group::Registration;
+use crate::feed::command::{Command, DeliveredUpTo};
+use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::lanes::Lanes;
-use crate::feed::replay::bookmarks::Keeper;
-use crate::feed::replay::reader::Past;
+use crate::feed::replay::bookmarks::BookmarkHandle;
+use crate::feed::replay::reader::ReplayReader;
 use crate::feed::subscribe::{Attempt, BindError, Binder, PATIENCE};
 use crate::model::codec::payload::record;
 use crate::model::identity::bookmark::{BookmarkKey, Opened};
@@ -23,29 +23,35 @@ use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request, Scope, Subscription};
 use crate::model::subscription::paging::{After, Paging};
 use crate::postgres::connect::pool::Error;
-use crate::postgres::snapshot_rows::{Found, Rows, Selection, Take};
+use crate::postgres::snapshot_rows::{RowSink, RowsRead, Selection, SnapshotRows};
 
 /// A session's handle on the feed.
 #[derive(Clone)]
 pub struct Feed {
     binder: Arc<Binder>,
     lanes: Arc<Lanes>,
-    past: Arc<Past>,
-    rows: Arc<Rows>,
-    bookmarks: Keeper,
+    past: Arc<ReplayReader>,
+    rows: Arc<SnapshotRows>,
+    bookmarks: BookmarkHandle,
 }
 
 /// What came of reading rows.
 pub struct Given {
     /// Which bound they went beyond, if they did, and the cursor.
-    pub found: Found,
+    pub found: RowsRead,
     /// The last one, for a page to begin after it; none where rows have no order or none was asked for.
     pub last: Option<After>,
 }
 
 impl Feed {
     /// Joins the parts.
-    pub fn new(binder: Binder, lanes: Lanes, past: Arc<Past>, rows: Rows, bookmarks: Keeper) -> Self {
+    pub fn new(
+        binder: Binder,
+        lanes: Lanes,
+        past: Arc<ReplayReader>,
+        rows: SnapshotRows,
+        bookmarks: BookmarkHandle,
+    ) -> Self {
         Self { binder: Arc::new(binder), lanes: Arc::new(lanes), past, rows: Arc::new(rows), bookmarks }
     }
 
@@ -65,7 +71,7 @@ impl Feed {
     }
 
     /// Starts delivery to a channel, or changes what is delivered; `greeting` goes out first.
-    pub fn join(&self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
+    pub fn join(&self, channel: ChannelId, registration: Subscriber, greeting: Vec<Bytes>) {
         self.send(Command::Join { channel, registration, greeting });
     }
 
@@ -80,15 +86,15 @@ impl Feed {
         &self,
         channels: Vec<ChannelId>,
         then: Option<(Arc<Outbox>, Bytes)>,
-    ) -> Option<Position> {
+    ) -> Option<DeliveredUpTo> {
         let mut lists = self.lanes.by_router(channels).into_iter().peekable();
         let mut then = then;
-        let mut found: Option<Position> = None;
+        let mut found: Option<DeliveredUpTo> = None;
         while let Some(channels) = lists.next() {
             // Behind what was delivered before the last answer is behind all of it.
             let then = if lists.peek().is_none() { then.take() } else { None };
             let (until, heard) = oneshot::channel();
-            self.send(Command::Position { channels, then, until });
+            self.send(Command::DeliveredUpTo { channels, then, until });
             if let Ok(position) = heard.await {
                 match &mut found {
                     Some(found) => found.channels.extend(position.channels),
@@ -149,20 +155,20 @@ impl Feed {
     }
 
     /// Where bookmarks are kept.
-    pub fn bookmarks(&self) -> &Keeper {
+    pub fn bookmarks(&self) -> &BookmarkHandle {
         &self.bookmarks
     }
 
     /// Reads the rows that a subscription of one table may see now, up to `most`, and the cursor after which it goes on.
     ///
     /// # Errors
-    /// As [`Rows::read`]; also when the table is gone, or has no such order.
+    /// As [`SnapshotRows::read`]; also when the table is gone, or has no such order.
     pub async fn rows(
         &self,
         subscription: &Subscription,
         paging: &Paging,
         most: MostRows,
-        take: Take<'_>,
+        take: RowSink<'_>,
     ) -> Result<Given, Attempt> {
         let claims = subscription.identity().claims();
         let catalog = timeout(PATIENCE, self.binder.catalog().with_role(claims.role())).await;
@@ -205,7 +211,7 @@ impl Feed {
         self.lanes.send(command);
     }
 
-    pub(super) fn past(&self) -> Arc<Past> {
+    pub(super) fn past(&self) -> Arc<ReplayReader> {
         Arc::clone(&self.past)
     }
 }

@@ -11,12 +11,12 @@ use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
-use crate::feed::authorize::filter_cost::Loads;
+use crate::feed::authorize::filter_cost::FilterCosts;
 use crate::feed::command::Command;
 use crate::feed::deliver::group::ALTERED;
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::Subscription;
-use crate::model::subscription::error::Refusal;
+use crate::model::subscription::error::SubscribeError;
 
 /// The routers, and which channel is with which.
 pub struct Lanes {
@@ -24,7 +24,7 @@ pub struct Lanes {
     main: UnboundedSender<Command>,
     asked: UnboundedSender<Command>,
     crowd: UnboundedSender<Command>,
-    loads: Loads,
+    loads: FilterCosts,
     homes: Mutex<HashMap<ChannelId, Lane>>,
 }
 
@@ -44,14 +44,14 @@ impl Lanes {
         asked: UnboundedSender<Command>,
         crowd: UnboundedSender<Command>,
     ) -> Self {
-        Self { main, asked, crowd, loads: Loads::default(), homes: Mutex::default() }
+        Self { main, asked, crowd, loads: FilterCosts::default(), homes: Mutex::default() }
     }
 
     /// Notes what a channel will ask for.
     ///
     /// # Errors
     /// When its client would ask for more than one may.
-    pub fn admit(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), Refusal> {
+    pub fn admit(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), SubscribeError> {
         self.loads.take(channel, subscription)
     }
 
@@ -77,9 +77,9 @@ impl Lanes {
                 let lane = self.forget(channel);
                 self.of(lane).send(Command::Leave { channel, outbox, farewell, until })
             }
-            Command::Position { channels, then, until } => {
+            Command::DeliveredUpTo { channels, then, until } => {
                 let lane = channels.first().map_or(Lane::Main, |channel| self.home(*channel));
-                self.of(lane).send(Command::Position { channels, then, until })
+                self.of(lane).send(Command::DeliveredUpTo { channels, then, until })
             }
             command => self.main.send(command),
         };
@@ -89,7 +89,7 @@ impl Lanes {
     pub async fn settled(&self) {
         let ask = |way: &UnboundedSender<Command>| {
             let (until, heard) = oneshot::channel();
-            let _ = way.send(Command::Position { channels: Vec::new(), then: None, until });
+            let _ = way.send(Command::DeliveredUpTo { channels: Vec::new(), then: None, until });
             heard
         };
         for heard in [&self.main, &self.asked, &self.crowd].map(ask) {

@@ -11,23 +11,23 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::authorize::gate::Gate;
-use crate::feed::command::{Command, Handover, Position};
-use crate::feed::deliver::group::{ALTERED, Registration};
+use crate::feed::command::{Command, DeliveredUpTo, FollowOutcome};
+use crate::feed::deliver::group::{ALTERED, Subscriber};
 use crate::feed::deliver::hub::Hub;
 use crate::feed::read::backlog::Backlog;
-use crate::feed::read::batch::Stretch;
-use crate::feed::read::recent::Recent;
-use crate::feed::read::source::Part;
-use crate::feed::read::stall::{Cause, Pulse, Stalls};
-use crate::feed::replay::reader::Past;
-use crate::feed::replay::task::Replay;
+use crate::feed::read::batch::Batch;
+use crate::feed::read::recent::RecentBatches;
+use crate::feed::read::source::FeedItem;
+use crate::feed::read::stall::{StallCause, StallMonitor, Stalls};
+use crate::feed::replay::reader::ReplayReader;
+use crate::feed::replay::task::ReplayTask;
 use crate::model::catalog::relation::Catalog;
 use crate::model::catalog::shape;
 use crate::model::log::cursor::{Cursor, Span};
 use crate::model::row::change::{Change, Operation, RelationId};
 use crate::model::session::machine::ChannelId;
 use crate::observe::Observe;
-use crate::postgres::catalog::CatalogKeeper;
+use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
 
 /// The longest pause between two parts of a page, for clients that have much to read …
@@ -43,23 +43,23 @@ const LARGE: i64 = 1000;
 
 /// The task that owns all subscriptions.
 pub struct Router {
-    catalog: Arc<CatalogKeeper>,
+    catalog: Arc<CatalogCache>,
     gate: Gate,
     observe: Arc<Observe>,
     hub: Hub,
     /// Up to where everything was delivered.
     position: Option<Cursor>,
     /// What was delivered last, for those who come with a cursor.
-    recent: Recent,
+    recent: RecentBatches,
     /// The rules are to be looked at anew before anything else is judged.
     is_news: bool,
-    pulse: Arc<Pulse>,
+    pulse: Arc<StallMonitor>,
     stalls: Stalls,
     /// Everybody was told that the feed stalls, and not yet that it goes on.
     stalled: bool,
     /// What is left of [`PAUSES`], and when that was.
     pauses: (Duration, Instant),
-    past: Arc<Past>,
+    past: Arc<ReplayReader>,
     /// The way back to us, for replays.
     router: UnboundedSender<Command>,
     replays: JoinSet<()>,
@@ -74,13 +74,13 @@ pub struct Router {
 /// Where parts come from.
 pub enum Parts {
     /// The source, which waits while nothing is taken.
-    Source(Receiver<Part>),
+    Source(Receiver<FeedItem>),
     /// Another router, which does not.
     Backlog(Arc<Backlog>),
 }
 
 impl Parts {
-    async fn next(&mut self) -> Option<Part> {
+    async fn next(&mut self) -> Option<FeedItem> {
         match self {
             Self::Source(parts) => parts.recv().await,
             Self::Backlog(parts) => Some(parts.next().await),
@@ -88,7 +88,7 @@ impl Parts {
     }
 
     /// Before a command, which may bring a channel: every part counts from now on. Returns how far the feed came before.
-    fn listen(&self) -> Option<Part> {
+    fn listen(&self) -> Option<FeedItem> {
         match self {
             Self::Source(_) => None,
             Self::Backlog(parts) => parts.listen(),
@@ -106,12 +106,12 @@ impl Parts {
 impl Router {
     /// Without any subscription; `router` is where its commands come from, and `aside` where it passes on what it is told.
     pub fn new(
-        catalog: Arc<CatalogKeeper>,
+        catalog: Arc<CatalogCache>,
         gate: Gate,
         observe: Arc<Observe>,
-        past: Arc<Past>,
+        past: Arc<ReplayReader>,
         router: UnboundedSender<Command>,
-        pulse: Arc<Pulse>,
+        pulse: Arc<StallMonitor>,
         aside: Vec<Arc<Backlog>>,
     ) -> Self {
         let stalls = pulse.watch();
@@ -124,7 +124,7 @@ impl Router {
             observe,
             hub: Hub::default(),
             position: None,
-            recent: Recent::default(),
+            recent: RecentBatches::default(),
             is_news: false,
             pauses: (PAUSES, Instant::now()),
             past,
@@ -150,7 +150,7 @@ impl Router {
                 () = end.cancelled() => return,
                 command = commands.recv() => match command {
                     Some(command) => {
-                        if let Some(Part::Skipped(end)) = parts.listen() {
+                        if let Some(FeedItem::Skipped(end)) = parts.listen() {
                             self.skip_to(end);
                         }
                         let was_doubtful = self.hub.live.is_doubtful();
@@ -182,7 +182,7 @@ impl Router {
 
     /// Moves the position without delivering anything: no channel of this router needs the changes up to `end`.
     fn skip_to(&mut self, end: Cursor) {
-        self.recent = Recent::default();
+        self.recent = RecentBatches::default();
         self.recent.moved(&None, &end);
         self.position = Some(end);
         self.hub.moved(self.position.as_ref());
@@ -238,11 +238,11 @@ impl Router {
                     let _ = until.send(reached);
                 }
             }
-            Command::Position { channels, then, until } => {
+            Command::DeliveredUpTo { channels, then, until } => {
                 let here = self.position.clone();
                 let place = |channel| Some((channel, self.hub.position(channel, here.as_ref()?)));
                 let channels = channels.into_iter().filter_map(place).collect();
-                Position::tell(here, channels, then, until);
+                DeliveredUpTo::tell(here, channels, then, until);
             }
             Command::Arrived { replay, at, rules, stalled, answer } => {
                 let handover = self.arrived(replay, at, rules.as_deref(), stalled);
@@ -254,31 +254,33 @@ impl Router {
     }
 
     /// Takes in somebody who came with a cursor and has missed nothing; else says where what was missed is to be had.
-    fn follow(&mut self, channel: ChannelId, mut registration: Registration, checked: bool) -> Handover {
-        let Some(since) = &registration.since else { return Handover::NotYet };
+    fn follow(&mut self, channel: ChannelId, mut registration: Subscriber, checked: bool) -> FollowOutcome {
+        let Some(since) = &registration.since else { return FollowOutcome::NotYet };
         let handover = self.handover(since, checked);
-        if !matches!(handover, Handover::Live) {
+        if !matches!(handover, FollowOutcome::Live) {
             return handover;
         }
         // Before it has come to where a table got the name that was asked for, it knows none of that name, or another.
         if self.position.as_ref().is_some_and(|position| registration.subscription.is_younger_than(position))
         {
-            return Handover::NotYet;
+            return FollowOutcome::NotYet;
         }
         if self.hub.live.is_stale(&registration.subscription) {
-            return Handover::Gap(ALTERED);
+            return FollowOutcome::Gap(ALTERED);
         }
         // Nothing that comes is known to it: it shares its frames with all others.
         if self.position.as_ref().is_some_and(|position| position.is_at_or_after(since)) {
             registration.since = None;
         }
         self.hub.admit(channel, registration);
-        Handover::Live
+        FollowOutcome::Live
     }
 
-    fn handover(&self, since: &Cursor, checked: bool) -> Handover {
+    fn handover(&self, since: &Cursor, checked: bool) -> FollowOutcome {
         let position = self.position.as_ref();
-        position.map_or(Handover::NotYet, |position| Handover::of(since, checked, position, &self.recent))
+        position.map_or(FollowOutcome::NotYet, |position| {
+            FollowOutcome::of(since, checked, position, &self.recent)
+        })
     }
 
     /// Lets those of a replay hear what comes when they lack nothing, else says what is still before them.
@@ -288,11 +290,11 @@ impl Router {
         at: Result<Cursor, &'static str>,
         rules: Option<&Catalog>,
         stalled: bool,
-    ) -> Handover {
-        let handover = at.as_ref().map_or_else(|why| Handover::Gap(why), |at| self.handover(at, true));
+    ) -> FollowOutcome {
+        let handover = at.as_ref().map_or_else(|why| FollowOutcome::Gap(why), |at| self.handover(at, true));
         let at = match handover {
-            Handover::Live => at.ok(),
-            Handover::Gap(why) => {
+            FollowOutcome::Live => at.ok(),
+            FollowOutcome::Gap(why) => {
                 self.hub.each_of(replay, |audience| audience.tell_gap(why, ""));
                 None
             }
@@ -302,8 +304,8 @@ impl Router {
             self.hub.each_of(replay, |audience| audience.tell_stall(self.stalled));
         }
         match self.hub.end_replay(replay, at.as_ref(), rules, self.position.as_ref()) {
-            true => Handover::Live,
-            false => Handover::NotYet,
+            true => FollowOutcome::Live,
+            false => FollowOutcome::NotYet,
         }
     }
 
@@ -350,17 +352,17 @@ impl Router {
         let (past, router, observe) =
             (Arc::clone(&self.past), self.router.clone(), Arc::clone(&self.observe));
         let (rules, bound) = (self.hub.live.rules().cloned(), self.pulse.bound());
-        let mut replay = Replay::new(replayed, at.clone(), rules, bound, past, router, observe);
+        let mut replay = ReplayTask::new(replayed, at.clone(), rules, bound, past, router, observe);
         replay.only = only;
         self.replays.spawn(replay.run());
     }
 
-    async fn deliver_part(&mut self, part: Part) {
+    async fn deliver_part(&mut self, part: FeedItem) {
         for aside in &self.aside {
             aside.add(part.clone(), self.position.as_ref());
         }
         match part {
-            Part::Changes(stretch) => {
+            FeedItem::Changes(stretch) => {
                 let more = stretch.more;
                 // Other rules count for those who come later, too.
                 if !self.hub.live.is_empty() || stretch.is_news() {
@@ -381,17 +383,17 @@ impl Router {
                     let _ = timeout(LOOK, self.catalog.look_again()).await;
                 }
             }
-            Part::Rest { span, after, counts } => self.send_off(&span, after, &counts).await,
-            Part::Quiet(cursor) => {
+            FeedItem::Rest { span, after, counts } => self.send_off(&span, after, &counts).await,
+            FeedItem::Quiet(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);
                 self.hub.moved(self.position.as_ref());
             }
-            Part::Skipped(end) => self.skip_to(end),
-            Part::TooMuch(end) => self.leave_behind(end).await,
-            Part::Gap(why) => {
+            FeedItem::Skipped(end) => self.skip_to(end),
+            FeedItem::TooMuch(end) => self.leave_behind(end).await,
+            FeedItem::Gap(why) => {
                 self.hub.live.iter().for_each(|(_, audience)| audience.tell_gap(&why, ""));
-                self.recent = Recent::default();
+                self.recent = RecentBatches::default();
                 self.position = None;
                 self.hub.moved(None);
                 // What was watched may be another by now, and no change may ever say so.
@@ -412,9 +414,9 @@ impl Router {
 
     /// A part waits as long as PostgreSQL cannot be asked: to deliver without a verdict would show hidden rows, to go
     /// on without delivering would lose changes. Without a part, only the rules are looked at anew.
-    async fn deliver_when_judged(&mut self, stretch: Option<&Stretch>) {
+    async fn deliver_when_judged(&mut self, stretch: Option<&Batch>) {
         let mut pause = Duration::from_millis(50);
-        self.pulse.waits(Cause::Judgement);
+        self.pulse.waits(StallCause::Judgement);
         loop {
             let mut stalls = self.pulse.watch();
             let delivered = tokio::select! {
@@ -423,7 +425,7 @@ impl Router {
                 Ok(()) = stalls.changed() => Err(Error::Lost("the judgement takes too long")),
             };
             match delivered {
-                Ok(()) => return self.pulse.goes_on(Cause::Judgement),
+                Ok(()) => return self.pulse.goes_on(StallCause::Judgement),
                 Err(error) => {
                     self.tell_stall();
                     tracing::warn!(error = %error, "changes wait for their judgement");
@@ -434,7 +436,7 @@ impl Router {
         }
     }
 
-    async fn deliver(&mut self, stretch: Option<&Stretch>) -> Result<(), Error> {
+    async fn deliver(&mut self, stretch: Option<&Batch>) -> Result<(), Error> {
         let Some(stretch) = stretch else { return self.catalog_for(&[], true, None).await.map(|_| ()) };
         let catalog = self.catalog_for(&stretch.changes, stretch.more, stretch.mark).await?;
         let frames = self.hub.live.tell(&self.gate, &catalog, stretch).await?;

@@ -10,27 +10,27 @@ use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::RelationId;
 use crate::model::subscription::binding::{Request, Subscription, Target, exception, readable};
-use crate::model::subscription::error::{FORBIDDEN, Refusal};
+use crate::model::subscription::error::{FORBIDDEN, SubscribeError};
 use crate::model::subscription::filter::{self, Condition};
 use crate::model::subscription::paging::{After, By, Paging};
-use crate::model::subscription::typed_filter::BoundFilter;
-use crate::postgres::catalog::CatalogKeeper;
+use crate::model::subscription::typed_filter::TypedFilter;
+use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
 
 /// Binds requests to rights.
 pub struct Binder {
-    catalog: Arc<CatalogKeeper>,
+    catalog: Arc<CatalogCache>,
     filters: Filters,
 }
 
 /// Filters in use, so that equal ones are read by PostgreSQL and decided per change once.
-type Filters = Mutex<HashMap<(RelationId, String), Weak<BoundFilter>>>;
+type Filters = Mutex<HashMap<(RelationId, String), Weak<TypedFilter>>>;
 
 /// Why a channel could not be bound.
 #[derive(Debug)]
 pub enum BindError {
     /// The request is wrong, or not allowed; the text is for the client.
-    Refused(Refusal),
+    Refused(SubscribeError),
     /// PostgreSQL could not be asked in time.
     Unavailable,
 }
@@ -42,7 +42,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(8);
 #[derive(Debug)]
 pub enum Attempt {
     /// It cannot be served as it is.
-    Refused(Refusal),
+    Refused(SubscribeError),
     /// PostgreSQL did not answer, or refused.
     Failed(Error),
 }
@@ -53,20 +53,20 @@ impl From<Error> for Attempt {
     }
 }
 
-impl From<Refusal> for Attempt {
-    fn from(refusal: Refusal) -> Self {
+impl From<SubscribeError> for Attempt {
+    fn from(refusal: SubscribeError) -> Self {
         Self::Refused(refusal)
     }
 }
 
 impl Binder {
     /// Binds by the rights in this catalog.
-    pub fn new(catalog: Arc<CatalogKeeper>) -> Self {
+    pub fn new(catalog: Arc<CatalogCache>) -> Self {
         Self { catalog, filters: Filters::default() }
     }
 
     /// The catalog that it binds by.
-    pub(super) fn catalog(&self) -> &CatalogKeeper {
+    pub(super) fn catalog(&self) -> &CatalogCache {
         &self.catalog
     }
 
@@ -100,7 +100,7 @@ impl Binder {
     async fn try_bind(&self, identity: &Identity, requests: &[Request]) -> Result<Subscription, Attempt> {
         if !self.catalog.has_characters_of(identity.claims()).await? {
             let why = "Unable to subscribe to changes: the token has a character that the database's encoding does not have";
-            return Err(Refusal(String::from(why)).into());
+            return Err(SubscribeError(String::from(why)).into());
         }
         let role = identity.claims().role();
         let mut catalog = self.catalog.with_role(role).await?;
@@ -122,8 +122,8 @@ impl Binder {
         identity: &Identity,
         catalog: &Catalog,
         request: &Request,
-    ) -> Result<Option<Arc<BoundFilter>>, Attempt> {
-        let conditions = filter::parse(&request.filter).map_err(|error| Refusal(error.to_string()))?;
+    ) -> Result<Option<Arc<TypedFilter>>, Attempt> {
+        let conditions = filter::parse(&request.filter).map_err(|error| SubscribeError(error.to_string()))?;
         if conditions.is_empty() {
             return Ok(None);
         }
@@ -132,7 +132,7 @@ impl Binder {
                 "Unable to subscribe to changes with given parameters. A filter needs one table: {}",
                 request.described()
             );
-            return Err(Refusal(text).into());
+            return Err(SubscribeError(text).into());
         }
         let relation = readable(identity, catalog, request)?;
         let sees = |column: &str| {
@@ -205,7 +205,7 @@ impl Binder {
         Ok(condition)
     }
 
-    fn known(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<BoundFilter>> {
+    fn known(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<TypedFilter>> {
         let filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
         filters.get(key).and_then(Weak::upgrade).filter(|filter| filter.fits(relation))
     }

@@ -11,9 +11,9 @@ use tokio::sync::{Mutex, watch};
 use crate::model::catalog::marks::{Marks, Outdated};
 use crate::model::catalog::relation::{Catalog, Relation, Widening};
 use crate::model::identity::claims::Claims;
-use crate::model::row::column::{Column, Shape};
+use crate::model::row::column::{Column, ColumnKind};
 use crate::model::subscription::filter::Condition;
-use crate::model::subscription::typed_filter::{BoundFilter, Typed};
+use crate::model::subscription::typed_filter::{TypedCondition, TypedFilter};
 use crate::postgres::connect::pool::{Error, Lease};
 
 /// How often the catalog is looked at for what neither the changelog nor the mark of a page tells: policies, grants and
@@ -25,7 +25,7 @@ const FRESH: Duration = Duration::from_millis(250);
 const TRIES: u32 = 20;
 
 /// Keeps the catalog.
-pub struct CatalogKeeper {
+pub struct CatalogCache {
     pool: Pool,
     /// Apart from the pool, because what runs there comes from clients.
     filters: Pool,
@@ -62,7 +62,7 @@ struct State {
 const RETRY: Duration = Duration::from_millis(250);
 
 /// What is looked at to know whether the catalog is out of date.
-struct Look {
+struct CatalogLook {
     marks: Marks,
     scope: RuleScope,
     /// See [`State::mark`].
@@ -72,7 +72,7 @@ struct Look {
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct CatalogAnswer {
     ordered: bool,
     relations: Vec<Relation>,
 }
@@ -84,7 +84,7 @@ impl State {
     }
 }
 
-impl CatalogKeeper {
+impl CatalogCache {
     /// Knows nothing at first. `filters` are connections with a short time limit for what clients ask; `judge` is the login that judges, when it is not the pool's own.
     pub fn new(pool: Pool, filters: Pool, judge: Option<String>) -> Self {
         let state = State {
@@ -278,7 +278,7 @@ impl CatalogKeeper {
         Ok(())
     }
 
-    async fn look(&self, client: &Client, state: &State) -> Result<Look, Error> {
+    async fn look(&self, client: &Client, state: &State) -> Result<CatalogLook, Error> {
         let look = client.prepare_cached(LOOK).await?;
         let row = client.query_one(&look, &[&state.wanted(), &self.judge]).await?;
         let (kinds, names, hashes): (Vec<&str>, Vec<String>, Vec<String>) =
@@ -288,7 +288,7 @@ impl CatalogKeeper {
             marks.add(kind, name, mark);
         }
         let scope = RuleScope { roles: row.get(3), owned: row.get(4) };
-        Ok(Look { marks, scope, mark: row.get(5), widened: row.get(6) })
+        Ok(CatalogLook { marks, scope, mark: row.get(5), widened: row.get(6) })
     }
 
     /// Before anything is read, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose
@@ -342,7 +342,7 @@ impl CatalogKeeper {
         client: &Client,
         roles: &[&String],
         relations: Option<&Vec<i32>>,
-    ) -> Result<Answer, Error> {
+    ) -> Result<CatalogAnswer, Error> {
         let read = client
             .prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2, $3)::text")
             .await?;
@@ -410,7 +410,7 @@ impl CatalogKeeper {
         &self,
         relation: &Relation,
         conditions: Vec<Condition>,
-    ) -> Result<BoundFilter, Error> {
+    ) -> Result<TypedFilter, Error> {
         let client = self.filters.get().await?;
         let mut typed = Vec::with_capacity(conditions.len());
         let mut terms = Vec::with_capacity(conditions.len());
@@ -419,20 +419,20 @@ impl CatalogKeeper {
             terms.push(answer.sql);
             let column = relation.column(&condition.column);
             let kind = column.map(|column| column.kind.clone()).unwrap_or_default();
-            let shape = column.map_or(Shape::Foreign, Column::shape);
+            let shape = column.map_or(ColumnKind::Foreign, Column::shape);
             let folding = column.and_then(|column| column.folding);
-            typed.push(Typed { condition, kind, shape, folding, values: answer.values });
+            typed.push(TypedCondition { condition, kind, shape, folding, values: answer.values });
         }
         let statement = client
             .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")
             .await?;
         let condition = terms.join(" and ");
         let text: String = client.query_one(&statement, &[&relation.id().0, &condition]).await?.get(0);
-        Ok(BoundFilter::new(relation, typed, condition, text.into()))
+        Ok(TypedFilter::new(relation, typed, condition, text.into()))
     }
 }
 
-/// What [`Look`] holds, for the roles `$1` of subscribers and the login `$2` that judges.
+/// What [`CatalogLook`] holds, for the roles `$1` of subscribers and the login `$2` that judges.
 const LOOK: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m.mark, (select max(w.number) from relay.widenings w) \
      from (select array_agg(k.kind) as kinds, array_agg(k.name) as names, array_agg(k.mark) as marks \
            from relay.catalog_marks(relay.subscriber_roles($1, $2), $2) k) k, \

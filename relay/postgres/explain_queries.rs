@@ -10,7 +10,7 @@ use crate::model::catalog::relation::Relation;
 use crate::postgres::connect::pool::{Error, Server};
 
 /// A connection for questions.
-pub struct Enquiry {
+pub struct ExplainQueries {
     client: Client,
     judge: Option<String>,
 }
@@ -20,7 +20,7 @@ fn is_of_the_value(code: &SqlState) -> bool {
     code.code().starts_with("22") || *code == SqlState::UNDEFINED_COLUMN
 }
 
-impl Enquiry {
+impl ExplainQueries {
     /// Connects. `judge` is the login that judges, when it is another.
     ///
     /// # Errors

@@ -28,7 +28,7 @@ const LOCK_WAIT: &str = "set local lock_timeout = '40ms'";
 const PATH: &str = "set local search_path = default";
 
 /// Reads rows.
-pub struct Rows {
+pub struct SnapshotRows {
     /// Takes the snapshot and its cursor.
     main: Pool,
     /// Reads in that snapshot, with the reader's role and claims.
@@ -41,7 +41,7 @@ pub struct Rows {
 
 /// What came of reading rows, and where the feed goes on after them.
 #[derive(Debug)]
-pub struct Found {
+pub struct RowsRead {
     /// There are more than may be given.
     pub beyond: Option<Beyond>,
     /// The cursor.
@@ -61,9 +61,9 @@ pub struct Selection<'a> {
 }
 
 /// Takes rows as JSON objects, in their order; false when there is no room for more.
-pub type Take<'a> = &'a mut (dyn FnMut(&str) -> bool + Send);
+pub type RowSink<'a> = &'a mut (dyn FnMut(&str) -> bool + Send);
 
-impl Rows {
+impl SnapshotRows {
     /// Reads as the login of `judge`, each statement within `limit`, all of them within `patience`. Whoever finds no place
     /// to read waits for one, for `wait`.
     ///
@@ -88,8 +88,8 @@ impl Rows {
         claims: &Claims,
         selection: &Selection<'_>,
         most: MostRows,
-        take: Take<'_>,
-    ) -> Result<Found, Error> {
+        take: RowSink<'_>,
+    ) -> Result<RowsRead, Error> {
         let wait = Timeouts { wait: Some(self.wait), ..self.readers.timeouts() };
         // The scarcer one first: whoever waits for it holds nothing.
         let mut reader = self.readers.timeout_get(&wait).await?;
@@ -112,8 +112,8 @@ async fn read_with(
     claims: &Claims,
     selection: &Selection<'_>,
     most: MostRows,
-    take: Take<'_>,
-) -> Result<Found, Error> {
+    take: RowSink<'_>,
+) -> Result<RowsRead, Error> {
     let snapshot = main
         .build_transaction()
         .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
@@ -144,7 +144,7 @@ async fn read_with(
     if who != role {
         return Err(Error::Unfit(String::from("a policy changed the role of whoever reads")));
     }
-    Ok(Found { beyond, cursor })
+    Ok(RowsRead { beyond, cursor })
 }
 
 /// Reads a few rows at a time: what comes after the bound is never asked for.
@@ -153,7 +153,7 @@ async fn fetch(
     query: &str,
     parameters: &[&(dyn ToSql + Sync)],
     most: MostRows,
-    take: Take<'_>,
+    take: RowSink<'_>,
 ) -> Result<Option<Beyond>, Error> {
     let portal = reading.bind(query, parameters).await?;
     let (mut number, mut bytes) = (0, 0);

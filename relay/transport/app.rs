@@ -10,13 +10,13 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::verifier::now;
 use crate::auth::verifier::{TokenError, Verifier};
-use crate::feed::deliver::memory_budget::Budget;
+use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::handle::Feed;
-use crate::feed::read::stall::{Cause, Pulse};
+use crate::feed::read::stall::{StallCause, StallMonitor};
 use crate::model::identity::claims::Claims;
 use crate::model::session::limits::Limits;
 use crate::observe::Observe;
-use crate::transport::connection_limits::Admission;
+use crate::transport::connection_limits::ConnectionLimits;
 
 /// What every connection needs.
 pub struct App {
@@ -27,15 +27,15 @@ pub struct App {
     /// What is counted.
     pub observe: Arc<Observe>,
     /// Whether the feed goes on.
-    pub pulse: Arc<Pulse>,
+    pub pulse: Arc<StallMonitor>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
     /// Who may connect.
-    pub admission: Arc<Admission>,
+    pub admission: Arc<ConnectionLimits>,
     /// What clients may ask for and hold.
     pub limits: Limits,
     /// What may wait for all of them together.
-    pub budget: Arc<Budget>,
+    pub budget: Arc<MemoryBudget>,
     /// How long a client that named its session may be away.
     pub resume: Duration,
     /// The database is reached and has the relay's schema, or once was and had.
@@ -53,8 +53,8 @@ impl App {
     pub fn unready(&self) -> Option<&'static str> {
         match (self.pulse.why_cut_off(), self.pulse.stalled()) {
             (Some(why), _) => Some(why),
-            (None, Some(Cause::Changelog)) => Some("the changelog could not be read for too long"),
-            (None, Some(Cause::Judgement)) => Some("policies could not be judged for too long"),
+            (None, Some(StallCause::Changelog)) => Some("the changelog could not be read for too long"),
+            (None, Some(StallCause::Judgement)) => Some("policies could not be judged for too long"),
             (None, None) if self.observe.is_ready() => None,
             (None, None) => Some("the changelog is not being read"),
         }

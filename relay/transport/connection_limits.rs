@@ -20,7 +20,7 @@ const TOLD: usize = 100;
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Counts connections.
-pub struct Admission {
+pub struct ConnectionLimits {
     most: usize,
     most_of_one: Option<usize>,
     open: Mutex<Open>,
@@ -35,12 +35,12 @@ struct Open {
 }
 
 /// A connection that may stay; its place is free when this is dropped.
-pub struct Admitted {
-    admission: Arc<Admission>,
+pub struct ConnectionSlot {
+    admission: Arc<ConnectionLimits>,
     address: IpAddr,
 }
 
-impl Admitted {
+impl ConnectionSlot {
     /// The address that it counts for.
     pub fn address(&self) -> IpAddr {
         self.address
@@ -55,7 +55,7 @@ pub struct Refused {
     pub why: &'static str,
 }
 
-impl Admission {
+impl ConnectionLimits {
     /// For so many clients, and so many connections from one address.
     pub fn new(clients: usize, of_one: Option<usize>) -> Self {
         Self {
@@ -70,7 +70,7 @@ impl Admission {
     ///
     /// # Errors
     /// When there are too many.
-    pub fn admit(self: &Arc<Self>, address: IpAddr) -> Result<Admitted, Refused> {
+    pub fn admit(self: &Arc<Self>, address: IpAddr) -> Result<ConnectionSlot, Refused> {
         let address = place(address);
         let mut open = self.lock();
         if open.all >= self.most {
@@ -85,7 +85,7 @@ impl Admission {
             *count += 1;
         }
         open.all += 1;
-        Ok(Admitted { admission: Arc::clone(self), address })
+        Ok(ConnectionSlot { admission: Arc::clone(self), address })
     }
 
     /// Says why, without waiting for the request.
@@ -116,7 +116,7 @@ fn place(address: IpAddr) -> IpAddr {
     }
 }
 
-impl Drop for Admitted {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         let mut open = self.admission.lock();
         open.all -= 1;
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn addresses_of_one_ipv6_network_count_together() {
-        let admission = Arc::new(Admission::new(10, Some(1)));
+        let admission = Arc::new(ConnectionLimits::new(10, Some(1)));
         let admit = |address: &str| admission.admit(address.parse().unwrap());
         let first = admit("2001:db8:0:1::1").unwrap_or_else(|_| panic!("it is the first"));
         assert!(admit("2001:db8:0:1:ffff::2").is_err());

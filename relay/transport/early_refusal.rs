@@ -13,14 +13,14 @@ use tokio::time::{Sleep, sleep};
 use crate::transport::exchange::Exchange;
 use crate::transport::intake::Intake;
 use crate::transport::response::refusal;
-use crate::transport::write_timeout::Deadline;
+use crate::transport::write_timeout::WriteTimeout;
 
 /// What a client still sends is read for so long before the connection is closed: closing before could cost it the answer.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// A connection on which what the HTTP library answers by itself gets a body.
 pub struct Refusing {
-    stream: Deadline,
+    stream: WriteTimeout,
     exchange: Arc<Exchange>,
     /// How much of a request was read that is not whole.
     unfinished: Arc<AtomicUsize>,
@@ -38,7 +38,7 @@ pub struct Refusing {
 impl Refusing {
     /// Around a connection; a head is to be whole within `limit`.
     pub fn new(
-        stream: Deadline,
+        stream: WriteTimeout,
         exchange: Arc<Exchange>,
         unfinished: Arc<AtomicUsize>,
         limit: Duration,

@@ -10,7 +10,7 @@ use hyper::body::{Body, Frame as Chunk, SizeHint};
 use tokio::sync::watch;
 
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::memory_budget::{Budget, Held};
+use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 use crate::feed::deliver::outbox::Outbox;
 
 /// Where an answer that takes long says whose overflow ends its connection. The body of a client that does not read is
@@ -21,7 +21,7 @@ pub type Watched = watch::Sender<Option<Arc<Outbox>>>;
 const AT_ONCE: usize = 32 * 1024;
 
 /// What is in the hand of an outbox, as the body of an answer.
-pub struct Waiting {
+pub struct HeldAnswer {
     outbox: Arc<Outbox>,
     watched: Watched,
     /// How many bytes of the first frame were given.
@@ -35,7 +35,7 @@ struct Counted {
     _held: Held,
 }
 
-impl Waiting {
+impl HeldAnswer {
     /// Whoever watches hears when it is evicted: a body that nobody reads cannot say so.
     pub fn new(outbox: Arc<Outbox>, watched: Watched) -> Self {
         let left = outbox.hand().frames.iter().map(Frame::len).sum();
@@ -70,7 +70,7 @@ impl Waiting {
     }
 }
 
-impl Body for Waiting {
+impl Body for HeldAnswer {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -97,7 +97,7 @@ impl Body for Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for HeldAnswer {
     fn drop(&mut self) {
         self.watched.send_replace(None);
     }
@@ -110,7 +110,7 @@ impl AsRef<[u8]> for Counted {
 }
 
 /// Bytes that count until the connection has written them.
-pub fn counted(bytes: Vec<u8>, budget: &Arc<Budget>) -> Bytes {
+pub fn counted(bytes: Vec<u8>, budget: &Arc<MemoryBudget>) -> Bytes {
     let held = budget.hold(bytes.capacity());
     Bytes::from_owner(Counted { bytes, _held: held })
 }

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::feed::deliver::memory_budget::{Budget, Reserved};
+use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
 
 /// So much of every client is not counted.
 const FREE: usize = 16 * 1024;
@@ -27,7 +27,7 @@ pub struct Intake {
 
 impl Intake {
     /// Around a connection.
-    pub fn new(stream: TcpStream, budget: &Arc<Budget>) -> Self {
+    pub fn new(stream: TcpStream, budget: &Arc<MemoryBudget>) -> Self {
         Self { stream, read: Arc::default(), most: FREE, counted: budget.reserved() }
     }
 

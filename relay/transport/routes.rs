@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::feed::deliver::outbox::Outbox;
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::changes::request as changes;
-use crate::transport::connection_limits::Admitted;
+use crate::transport::connection_limits::ConnectionSlot;
 use crate::transport::early_refusal::Refusing;
 use crate::transport::exchange::{Answered, Exchange};
 use crate::transport::held_answer::Watched;
@@ -31,7 +31,7 @@ use crate::transport::intake::Intake;
 use crate::transport::response::Answer;
 use crate::transport::response::{error, preflight, text};
 use crate::transport::socket::handshake::handshake;
-use crate::transport::write_timeout::Deadline;
+use crate::transport::write_timeout::WriteTimeout;
 
 /// An answer on its way when the relay ends gets this long.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
@@ -54,7 +54,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     let (answering, exchanging) = (Arc::clone(&app), Arc::clone(&exchange));
     let stream = Intake::new(stream, &app.budget);
     let unfinished = stream.unfinished();
-    let stream = Deadline::new(stream, app.limits.write, Arc::clone(&exchange));
+    let stream = WriteTimeout::new(stream, app.limits.write, Arc::clone(&exchange));
     let stream = Refusing::new(stream, Arc::clone(&exchange), Arc::clone(&unfinished), app.limits.head);
     let service = service_fn(move |request: Request<Incoming>| {
         unfinished.store(0, Ordering::Relaxed);
@@ -122,7 +122,7 @@ fn is_too_slow(error: &hyper::Error) -> bool {
 /// Nobody here reads the body of a request, so a connection on which one comes ends with the answer.
 async fn answer(
     app: Arc<App>,
-    place: Arc<Admitted>,
+    place: Arc<ConnectionSlot>,
     request: Request<Incoming>,
     watched: Watched,
     closed: CancellationToken,
@@ -144,7 +144,7 @@ async fn answer(
 
 async fn route(
     app: Arc<App>,
-    place: Arc<Admitted>,
+    place: Arc<ConnectionSlot>,
     request: Request<Incoming>,
     watched: Watched,
     closed: CancellationToken,

@@ -15,7 +15,7 @@ use crate::transport::exchange::Exchange;
 use crate::transport::intake::Intake;
 
 /// A connection whose writes end with [`ErrorKind::TimedOut`] when none comes on for so long.
-pub struct Deadline {
+pub struct WriteTimeout {
     stream: Intake,
     exchange: Arc<Exchange>,
     limit: Duration,
@@ -24,7 +24,7 @@ pub struct Deadline {
     waits: bool,
 }
 
-impl Deadline {
+impl WriteTimeout {
     /// Around a connection.
     pub fn new(stream: Intake, limit: Duration, exchange: Arc<Exchange>) -> Self {
         Self { stream, exchange, limit, alarm: None, waits: false }
@@ -61,7 +61,7 @@ impl Deadline {
     }
 }
 
-impl AsyncRead for Deadline {
+impl AsyncRead for WriteTimeout {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -74,7 +74,7 @@ impl AsyncRead for Deadline {
     }
 }
 
-impl AsyncWrite for Deadline {
+impl AsyncWrite for WriteTimeout {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.watched(context, written)

@@ -5,19 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use relay::feed::authorize::gate::{Gate, Reader, Verdict};
-use relay::feed::authorize::subscriber_index::Readerships;
+use relay::feed::authorize::subscriber_index::SubscriberIndexes;
 use relay::model::catalog::relation::{Catalog, Relation};
 use relay::model::identity::claims::Claims;
-use relay::model::policy::claim_expr::TermValue;
-use relay::model::policy::plan::{Plan, Way};
+use relay::model::policy::claim_expr::ClaimValue;
+use relay::model::policy::plan::{Plan, PlanKind};
 use relay::model::policy::visibility::Identity;
-use relay::model::row::change::{Change, Operation, Reading};
+use relay::model::row::change::{Change, ImageState, Operation};
 use relay::model::subscription::binding::{Request, Subscription};
 use relay::observe::Observe;
-use relay::postgres::catalog::CatalogKeeper;
+use relay::postgres::catalog::CatalogCache;
 use relay::postgres::connect::pool::Server;
-use relay::postgres::evaluate::per_identity::{Judge, Question, reading};
-use relay::postgres::evaluate::set_based::Census;
+use relay::postgres::evaluate::per_identity::{IdentityEvaluator, IdentityQuery, reading};
+use relay::postgres::evaluate::set_based::SetEvaluator;
 use serde_json::{Map, Value, json};
 
 use super::database::Database;
@@ -26,9 +26,9 @@ use super::database::Database;
 pub struct Ways {
     /// The database, as its superuser.
     pub database: Database,
-    keeper: CatalogKeeper,
+    keeper: CatalogCache,
     gate: Gate,
-    judge: Judge,
+    judge: IdentityEvaluator,
 }
 
 /// What it took to decide a page.
@@ -65,9 +65,10 @@ impl Ways {
         let server = Server::parse(&database.url, "relay", None).unwrap();
         let pool = || server.pool(2, Duration::from_secs(30)).unwrap();
         let limit = Duration::from_secs(5);
-        let keeper = CatalogKeeper::new(pool(), pool(), None);
-        let judge = || Judge::new(server.clone(), limit);
-        let gate = Gate::new(judge(), Census::new(server.clone(), limit), None, Arc::new(Observe::new()));
+        let keeper = CatalogCache::new(pool(), pool(), None);
+        let judge = || IdentityEvaluator::new(server.clone(), limit);
+        let gate =
+            Gate::new(judge(), SetEvaluator::new(server.clone(), limit), None, Arc::new(Observe::new()));
         for role in ["authenticated", "anon"] {
             keeper.with_role(role).await.unwrap();
         }
@@ -124,7 +125,7 @@ impl Ways {
             return images.keys().map(|id| (*id, Some(access.policy.is_none()))).collect();
         };
         let texts: Vec<String> = images.values().cloned().collect();
-        let question = Question {
+        let question = IdentityQuery {
             identity: identity(claims),
             statement: Arc::clone(statement),
             images: &texts,
@@ -149,7 +150,7 @@ impl Ways {
         let subscription =
             |claims: &Value| Subscription::bind(identity(claims), catalog, &request, vec![Ok(None)]);
         let subscriptions: Vec<Subscription> = readers.iter().map(subscription).collect();
-        let mut readerships = Readerships::default();
+        let mut readerships = SubscriberIndexes::default();
         readerships.prepare(relation, subscriptions.iter().enumerate());
         let change = |image: &String| Change {
             number: 1,
@@ -158,7 +159,7 @@ impl Ways {
             relation: relation.id(),
             shape: None,
             began: None,
-            reading: Reading::default(),
+            reading: ImageState::default(),
             operation: Operation::Insert,
             oversize: false,
             before: None,
@@ -172,7 +173,7 @@ impl Ways {
         let mut seen: Vec<Seen> =
             readers.iter().map(|_| ids.iter().map(|id| (*id, Some(false))).collect()).collect();
         for candidate in &verdicts.candidates {
-            let Verdict::Sight(sight) = verdicts.policy(candidate) else { panic!("lost") };
+            let Verdict::Visibility(sight) = verdicts.policy(candidate) else { panic!("lost") };
             seen[candidate.audience].insert(ids[candidate.change], Some(sight.after));
         }
         (seen, Cost { candidates: verdicts.considered, statements: verdicts.statements })
@@ -192,7 +193,7 @@ impl Ways {
             let asked = self.one_by_one(relation, &images, claims).await;
             let access = relation.access(role(claims)).unwrap();
             let terms = access.plan.values(identity(claims).claims());
-            let left_to_postgresql = terms.contains(&TermValue::Raises);
+            let left_to_postgresql = terms.contains(&ClaimValue::Raises);
             for (id, ours) in ours {
                 let answers = [shown[id].unwrap_or(false), asked[id].unwrap()];
                 let ours = ours.unwrap();
@@ -216,7 +217,7 @@ impl Ways {
     }
 
     /// Asks every way, and fails where one differs; returns how the relay decides it and how many answers were compared.
-    pub async fn check(&self, table: &str, readers: &[Value], context: &str) -> (Way, usize) {
+    pub async fn check(&self, table: &str, readers: &[Value], context: &str) -> (PlanKind, usize) {
         let compared = self.compare(table, readers).await;
         let wrong = compared.wrong.first();
         assert!(wrong.is_none(), "{}\n{context}\n{:?}", wrong.map_or("", String::as_str), compared.plan);

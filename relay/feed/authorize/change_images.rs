@@ -4,21 +4,21 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::model::catalog::relation::{Catalog, Relation};
-use crate::model::row::change::{Change, Operation, Reading, RelationId};
+use crate::model::row::change::{Change, ImageState, Operation, RelationId};
 use crate::model::row::image::Image;
 
 /// One change of a part.
-pub struct Place<'a> {
+pub struct ChangeImages<'a> {
     /// Its images, before and after.
     pub images: [Option<Image<'a>>; 2],
     /// Where they stand among the images of the relation in this part.
     pub slots: [Option<usize>; 2],
     /// How its columns compare with the relation's.
-    pub layout: Layout,
+    pub layout: ImageColumns,
 }
 
 /// How the columns of a change's images compare with those of its relation now.
-pub enum Layout {
+pub enum ImageColumns {
     /// The same names.
     Same,
     /// Some are left out, because the row was too large.
@@ -29,7 +29,7 @@ pub enum Layout {
     Other,
 }
 
-impl<'a> Place<'a> {
+impl<'a> ChangeImages<'a> {
     /// The image before (0) or after (1), and where it stands.
     pub fn image(&self, side: usize) -> Option<(&Image<'a>, usize)> {
         self.images[side].as_ref().zip(self.slots[side])
@@ -38,9 +38,11 @@ impl<'a> Place<'a> {
     /// Whether a rule that reads such columns would take what was left out for null.
     pub fn lacks(&self, reads: impl Fn(&str) -> bool) -> bool {
         match &self.layout {
-            Layout::Same => false,
-            Layout::Lacking(columns) | Layout::Partial(columns) => columns.iter().any(|column| reads(column)),
-            Layout::Other => true,
+            ImageColumns::Same => false,
+            ImageColumns::Lacking(columns) | ImageColumns::Partial(columns) => {
+                columns.iter().any(|column| reads(column))
+            }
+            ImageColumns::Other => true,
         }
     }
 }
@@ -49,7 +51,7 @@ impl<'a> Place<'a> {
 pub fn places<'a>(
     catalog: &'a Catalog,
     changes: &'a [Change],
-) -> (Vec<Option<Place<'a>>>, HashMap<RelationId, Vec<&'a str>>) {
+) -> (Vec<Option<ChangeImages<'a>>>, HashMap<RelationId, Vec<&'a str>>) {
     let mut images: HashMap<RelationId, Vec<&str>> = HashMap::new();
     let mut places = Vec::with_capacity(changes.len());
     for change in changes {
@@ -62,36 +64,40 @@ pub fn places<'a>(
     (places, images)
 }
 
-fn place<'a>(relation: &'a Arc<Relation>, change: &'a Change, all: &mut Vec<&'a str>) -> Option<Place<'a>> {
+fn place<'a>(
+    relation: &'a Arc<Relation>,
+    change: &'a Change,
+    all: &mut Vec<&'a str>,
+) -> Option<ChangeImages<'a>> {
     let texts = [change.before.as_deref(), change.after.as_deref()];
     if texts == [None, None] || change.operation == Operation::Gap {
         return None;
     }
-    let mut layout = Layout::Same;
+    let mut layout = ImageColumns::Same;
     let images = texts.map(|text| {
         let image = Image::parse(text?, &relation.columns);
         match &image {
             Ok(image) => layout.look_at(image, relation, change),
-            Err(_) => layout = Layout::Other,
+            Err(_) => layout = ImageColumns::Other,
         }
         image.ok()
     });
     let mut slot = |text: Option<&'a str>| {
-        all.push(text.filter(|_| !matches!(layout, Layout::Other))?);
+        all.push(text.filter(|_| !matches!(layout, ImageColumns::Other))?);
         Some(all.len() - 1)
     };
     let slots = [slot(texts[0]), slot(texts[1])];
-    Some(Place { images, slots, layout })
+    Some(ChangeImages { images, slots, layout })
 }
 
-impl Layout {
+impl ImageColumns {
     fn look_at(&mut self, image: &Image<'_>, relation: &Relation, change: &Change) {
         let row = image.row();
         let known = row.names().filter(|name| relation.column(name).is_some()).count();
         let lacks = known < relation.columns.len();
-        let may_lack = change.oversize || change.reading == Reading::Partial;
+        let may_lack = change.oversize || change.reading == ImageState::Partial;
         let is_other =
-            change.reading == Reading::Unreadable || known < row.names().len() || (lacks && !may_lack);
+            change.reading == ImageState::Unreadable || known < row.names().len() || (lacks && !may_lack);
         if is_other || matches!(self, Self::Other) {
             *self = Self::Other;
         } else if lacks {
@@ -99,7 +105,7 @@ impl Layout {
                 relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
             match self {
                 Self::Lacking(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
-                layout if change.reading == Reading::Partial => {
+                layout if change.reading == ImageState::Partial => {
                     *layout = Self::Partial(missing.cloned().collect());
                 }
                 layout => *layout = Self::Lacking(missing.cloned().collect()),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::model::policy::visibility::Identity;
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Binding, Subscription};
-use crate::model::subscription::error::Refusal;
+use crate::model::subscription::error::SubscribeError;
 
 /// Different filters of one client that PostgreSQL has to decide: each is a statement per part of the changelog.
 pub const MOST_ASKED: usize = 100;
@@ -39,7 +39,7 @@ impl Client {
 
 /// What all clients asked for.
 #[derive(Debug, Default)]
-pub struct Loads(Mutex<Known>);
+pub struct FilterCosts(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
@@ -63,12 +63,12 @@ impl Wish {
     }
 }
 
-impl Loads {
+impl FilterCosts {
     /// Notes what a channel asks for from now on.
     ///
     /// # Errors
     /// When its client would ask for more than one may. Then what the channel had before counts on, if it has that still.
-    pub fn take(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), Refusal> {
+    pub fn take(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), SubscribeError> {
         let client = Client::of(subscription.identity(), channel.session);
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.sweep();
@@ -84,14 +84,14 @@ impl Loads {
         }
         total.add(subscription.bindings());
         if total.asked > MOST_ASKED {
-            return Err(Refusal(format!(
+            return Err(SubscribeError(format!(
                 "FilterLimitReached: one client may have {MOST_ASKED} different filters that PostgreSQL has to decide: \
                  those with match and imatch, those with ilike, as a rule, those that ask which text is less, and all that compare decimals, dates or times. Filters that \
                  compare whole numbers, uuids, booleans or texts for equality, or a text with like, do not count"
             )));
         }
         if total.values > MOST_VALUES {
-            return Err(Refusal(format!(
+            return Err(SubscribeError(format!(
                 "FilterLimitReached: the filters of one client may have {MOST_VALUES} values, and columns selected, together"
             )));
         }

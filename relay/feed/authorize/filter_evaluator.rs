@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::feed::authorize::filter_cost::Client;
 use crate::model::policy::visibility::Denied;
 use crate::postgres::connect::pool::Error;
-use crate::postgres::evaluate::per_identity::{Judge, Question, Verdict};
+use crate::postgres::evaluate::per_identity::{IdentityAnswer, IdentityEvaluator, IdentityQuery};
 
 /// Questions that are asked before it is looked again who may still ask.
 const AT_ONCE: usize = 8;
@@ -19,8 +19,8 @@ const PART: u32 = 5;
 const ACTIVE: Duration = Duration::from_secs(10);
 
 /// The connection, and what clients have left of its time.
-pub struct FilterJudge {
-    judge: Judge,
+pub struct FilterEvaluator {
+    judge: IdentityEvaluator,
     /// What a client may take at once.
     most: Duration,
     // Never held across an await.
@@ -37,16 +37,16 @@ struct Account {
 }
 
 /// A question, and the clients that chose the filter. They pay in equal parts.
-pub struct Paid<'a> {
+pub struct ChargedQuery<'a> {
     /// What is asked.
-    pub question: Question<'a>,
+    pub question: IdentityQuery<'a>,
     /// Who pays; never empty.
     pub clients: &'a [Client],
 }
 
-impl FilterJudge {
+impl FilterEvaluator {
     /// Asks by `judge`; each client may take `most` at once, and then its equal part of all time.
-    pub fn new(judge: Judge, most: Duration) -> Self {
+    pub fn new(judge: IdentityEvaluator, most: Duration) -> Self {
         Self { judge, most, accounts: Mutex::default(), turn: tokio::sync::Mutex::default() }
     }
 
@@ -61,9 +61,11 @@ impl FilterJudge {
     ///
     /// # Errors
     /// Only when the connection fails, so that nothing was judged: ask again.
-    pub async fn judge(&self, questions: &[Paid<'_>]) -> Result<Vec<Verdict>, Error> {
-        let mut verdicts: Vec<Verdict> =
-            questions.iter().map(|paid| Verdict::none(paid.question.images, Denied::TimedOut)).collect();
+    pub async fn judge(&self, questions: &[ChargedQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
+        let mut verdicts: Vec<IdentityAnswer> = questions
+            .iter()
+            .map(|paid| IdentityAnswer::none(paid.question.images, Denied::TimedOut))
+            .collect();
         if questions.is_empty() {
             return Ok(verdicts);
         }
@@ -81,7 +83,7 @@ impl FilterJudge {
             let _turn = self.turn.lock().await;
             // The round trip to PostgreSQL is charged to no client.
             self.judge.open().await?;
-            let asked: Vec<Question<'_>> =
+            let asked: Vec<IdentityQuery<'_>> =
                 now.iter().map(|number| questions[*number].question.clone()).collect();
             let began = Instant::now();
             let answers = self.judge.judge(&asked).await?;
@@ -94,7 +96,7 @@ impl FilterJudge {
     }
 
     /// The numbers of the questions: who has most time left comes first, then who asks least.
-    fn in_order(&self, questions: &[Paid<'_>]) -> Vec<usize> {
+    fn in_order(&self, questions: &[ChargedQuery<'_>]) -> Vec<usize> {
         let mut counts: HashMap<&Client, usize> = HashMap::new();
         for client in questions.iter().flat_map(|paid| paid.clients) {
             *counts.entry(client).or_default() += 1;
@@ -120,7 +122,7 @@ impl FilterJudge {
             let balance = accounts.get(client).map_or(0.0, |account| account.balance);
             (100.0 * balance / self.most.as_secs_f64()) as i64
         };
-        let rank = |paid: &Paid<'_>| {
+        let rank = |paid: &ChargedQuery<'_>| {
             let best = paid.clients.iter().map(|client| (Reverse(left(client)), counts.get(client).copied()));
             best.min()
         };

@@ -11,26 +11,28 @@ use tokio::task::block_in_place;
 
 use crate::feed::authorize::change_images::places;
 use crate::feed::authorize::filter_cost::Client;
-use crate::feed::authorize::filter_evaluator::{FilterJudge, Paid};
-use crate::feed::authorize::matcher::Finder;
-use crate::feed::authorize::subscriber_index::{AudienceId, Readership, Readerships};
+use crate::feed::authorize::filter_evaluator::{ChargedQuery, FilterEvaluator};
+use crate::feed::authorize::matcher::Matcher;
+use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndex, SubscriberIndexes};
 use crate::model::catalog::relation::{Access, Catalog, Relation};
-use crate::model::policy::visibility::{Denied, Identity, Sight};
+use crate::model::policy::visibility::{Denied, Identity, Visibility};
 use crate::model::row::change::{Change, Row};
 use crate::model::row::truth::Truth;
 use crate::model::subscription::binding::Subscription;
-use crate::model::subscription::typed_filter::BoundFilter;
+use crate::model::subscription::typed_filter::TypedFilter;
 use crate::observe::Observe;
 use crate::postgres::connect::pool::Error;
-use crate::postgres::evaluate::per_identity::{Judge, Question, Verdict as Answered, reading};
-use crate::postgres::evaluate::set_based::{Census, Inquiry, Said};
+use crate::postgres::evaluate::per_identity::{
+    IdentityAnswer as Answered, IdentityEvaluator, IdentityQuery, reading,
+};
+use crate::postgres::evaluate::set_based::{SetAnswer, SetEvaluator, SetQuery};
 
 /// Asks and remembers for the length of one part.
 pub struct Gate {
-    judge: Judge,
-    census: Census,
+    judge: IdentityEvaluator,
+    census: SetEvaluator,
     /// For filters that are not decided here; without it these are lost.
-    filters: Option<FilterJudge>,
+    filters: Option<FilterEvaluator>,
     observe: Arc<Observe>,
 }
 
@@ -38,7 +40,7 @@ pub struct Gate {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Which images may be seen.
-    Sight(Sight),
+    Visibility(Visibility),
     /// That cannot be told any more, and never will be; the text says why.
     Lost(&'static str),
 }
@@ -56,7 +58,7 @@ pub struct Reader<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Candidate {
     /// Whom.
-    pub audience: AudienceId,
+    pub audience: GroupId,
     /// Which change of the part.
     pub change: usize,
     /// What the policy says of it; none for a change without images.
@@ -68,12 +70,12 @@ pub struct Candidate {
 pub struct Verdicts {
     /// In order of the changes.
     pub candidates: Vec<Candidate>,
-    pub(super) policies: Vec<Ruling>,
-    pub(super) filters: HashMap<FilterKey, Ruling>,
+    pub(super) policies: Vec<Evaluation>,
+    pub(super) filters: HashMap<FilterKey, Evaluation>,
     /// Of these sides PostgreSQL cannot read the image back.
-    unreadable: HashSet<Answer>,
+    unreadable: HashSet<AnswerSlot>,
     /// Audiences whose claims make the policy raise, and the change about which that was found out.
-    pub raising: Vec<(AudienceId, usize)>,
+    pub raising: Vec<(GroupId, usize)>,
     /// Statements asked of PostgreSQL.
     pub statements: usize,
     /// Audiences that were looked at, change by change.
@@ -81,21 +83,21 @@ pub struct Verdicts {
 }
 
 /// What a rule says of the images before and after.
-pub(super) type Ruling = [Truth; 2];
+pub(super) type Evaluation = [Truth; 2];
 
 /// A filter, for a role: what one role may not evaluate, another may. Filters and rights are told apart by address:
 /// both outlive the part that is being judged. Then the change.
 pub(super) type FilterKey = (usize, usize, usize);
 
 /// What one rule is asked, and where its answers go.
-pub(super) struct Asked<'a> {
+pub(super) struct PendingQuery<'a> {
     pub(super) identity: &'a Identity,
     pub(super) statement: &'a Arc<str>,
     pub(super) relation: &'a Relation,
     pub(super) images: Vec<String>,
-    pub(super) answers: Vec<Answer>,
+    pub(super) answers: Vec<AnswerSlot>,
     /// Of a policy: the change about which it is asked first, and who is judged by the answer.
-    pub(super) group: Option<(usize, &'a Readership, u64)>,
+    pub(super) group: Option<(usize, &'a SubscriberIndex, u64)>,
     pub(super) with_path: bool,
     /// Who chose it; nobody did when it is a policy.
     pub(super) clients: Vec<Client>,
@@ -103,7 +105,7 @@ pub(super) struct Asked<'a> {
 
 /// A side of a ruling, 0 before and 1 after.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Answer {
+pub(super) enum AnswerSlot {
     Policy(usize, usize),
     Filter(FilterKey, usize),
 }
@@ -116,7 +118,12 @@ const COLUMNS_CHANGED: &str = "its columns changed while a change was on its way
 
 impl Gate {
     /// Asks by these.
-    pub fn new(judge: Judge, census: Census, filters: Option<FilterJudge>, observe: Arc<Observe>) -> Self {
+    pub fn new(
+        judge: IdentityEvaluator,
+        census: SetEvaluator,
+        filters: Option<FilterEvaluator>,
+        observe: Arc<Observe>,
+    ) -> Self {
         Self { judge, census, filters, observe }
     }
 
@@ -137,12 +144,12 @@ impl Gate {
         &self,
         catalog: &'a Catalog,
         changes: &'a [Change],
-        readerships: &'a Readerships,
-        reader: impl Fn(AudienceId) -> Reader<'a>,
+        readerships: &'a SubscriberIndexes,
+        reader: impl Fn(GroupId) -> Reader<'a>,
     ) -> Result<Verdicts, Error> {
         let (places, images) = places(catalog, changes);
         let mut verdicts = Verdicts::default();
-        let mut said: HashMap<u64, Vec<Vec<Said>>> = HashMap::new();
+        let mut said: HashMap<u64, Vec<Vec<SetAnswer>>> = HashMap::new();
         for (relation, images) in &images {
             for readership in readerships.of(*relation) {
                 let (answers, statements) = self.inquire(readership, images).await?;
@@ -150,9 +157,10 @@ impl Gate {
                 said.insert(readership.number(), answers);
             }
         }
-        let mut asked: Vec<Asked<'a>> = Vec::new();
+        let mut asked: Vec<PendingQuery<'a>> = Vec::new();
         self.apart(|| {
-            let mut finder = Finder { verdicts: &mut verdicts, asked: &mut asked, questions: HashMap::new() };
+            let mut finder =
+                Matcher { verdicts: &mut verdicts, asked: &mut asked, questions: HashMap::new() };
             for (index, change) in changes.iter().enumerate() {
                 for readership in readerships.of(change.relation) {
                     let said = said.get(&readership.number()).map_or(&[][..], Vec::as_slice);
@@ -176,9 +184,9 @@ impl Gate {
     /// What PostgreSQL tells once for all readers: for each leaf of the plan what it says of each image.
     async fn inquire(
         &self,
-        readership: &Readership,
+        readership: &SubscriberIndex,
         images: &[&str],
-    ) -> Result<(Vec<Vec<Said>>, usize), Error> {
+    ) -> Result<(Vec<Vec<SetAnswer>>, usize), Error> {
         let Some(access) = readership.access() else { return Ok((Vec::new(), 0)) };
         let mut answers = Vec::with_capacity(access.plan.leaves.len());
         let mut statements = 0;
@@ -193,11 +201,11 @@ impl Gate {
         let images: Vec<String> = images.iter().map(narrowed).collect();
         for leaf in access.plan.leaves.iter().enumerate() {
             let (relation, role) = (&**readership.relation(), readership.role());
-            let inquiry = Inquiry { relation, role, leaf, roster: readership, images: &images };
+            let inquiry = SetQuery { relation, role, leaf, roster: readership, images: &images };
             let (said, asked) = self.census.ask(&inquiry).await?;
-            for truth in [Truth::Late, Truth::Raises] {
-                if said.contains(&Said::Nothing(truth)) {
-                    let denied = if truth == Truth::Late { Denied::TimedOut } else { Denied::Raised };
+            for truth in [Truth::TimedOut, Truth::Error] {
+                if said.contains(&SetAnswer::Nothing(truth)) {
+                    let denied = if truth == Truth::TimedOut { Denied::TimedOut } else { Denied::Raised };
                     self.observe.judgement_failed(denied, &relation.table);
                 }
             }
@@ -208,16 +216,16 @@ impl Gate {
     }
 
     /// Asks what could not be told, and puts the answers in their places.
-    async fn ask(&self, verdicts: &mut Verdicts, asked: Vec<Asked<'_>>) -> Result<(), Error> {
+    async fn ask(&self, verdicts: &mut Verdicts, asked: Vec<PendingQuery<'_>>) -> Result<(), Error> {
         verdicts.statements += asked.len();
         let (policies, filters): (Vec<_>, Vec<_>) =
             asked.into_iter().partition(|asked| asked.clients.is_empty());
-        let questions: Vec<Question<'_>> = policies.iter().map(Asked::question).collect();
+        let questions: Vec<IdentityQuery<'_>> = policies.iter().map(PendingQuery::question).collect();
         let answers = self.judge.judge(&questions).await?;
         self.note(verdicts, &policies, answers);
-        let questions: Vec<Paid<'_>> = filters
+        let questions: Vec<ChargedQuery<'_>> = filters
             .iter()
-            .map(|asked| Paid { question: asked.question(), clients: &asked.clients })
+            .map(|asked| ChargedQuery { question: asked.question(), clients: &asked.clients })
             .collect();
         let answers = match &self.filters {
             Some(judge) => Box::pin(judge.judge(&questions)).await?,
@@ -227,7 +235,7 @@ impl Gate {
         Ok(())
     }
 
-    fn note(&self, verdicts: &mut Verdicts, asked: &[Asked<'_>], answers: Vec<Answered>) {
+    fn note(&self, verdicts: &mut Verdicts, asked: &[PendingQuery<'_>], answers: Vec<Answered>) {
         for (asked, answer) in asked.iter().zip(answers) {
             if let Some(denied) = answer.denied {
                 self.observe.judgement_failed(denied, &asked.relation.table);
@@ -241,10 +249,10 @@ impl Gate {
                 if is_unreadable {
                     verdicts.unreadable.insert(*place);
                 }
-                let truth = if is_late || is_unreadable { Truth::Late } else { allowed.into() };
+                let truth = if is_late || is_unreadable { Truth::TimedOut } else { allowed.into() };
                 match place {
-                    Answer::Policy(policy, side) => verdicts.policies[*policy][*side] = truth,
-                    Answer::Filter(key, side) => {
+                    AnswerSlot::Policy(policy, side) => verdicts.policies[*policy][*side] = truth,
+                    AnswerSlot::Filter(key, side) => {
                         if let Some(ruling) = verdicts.filters.get_mut(key) {
                             ruling[*side] = truth;
                         }
@@ -255,9 +263,9 @@ impl Gate {
     }
 }
 
-impl Asked<'_> {
-    fn question(&self) -> Question<'_> {
-        Question {
+impl PendingQuery<'_> {
+    fn question(&self) -> IdentityQuery<'_> {
+        IdentityQuery {
             identity: self.identity.clone(),
             statement: Arc::clone(self.statement),
             images: &self.images,
@@ -271,27 +279,32 @@ impl Verdicts {
     /// What the candidate may see by the relation's policy alone.
     pub fn policy(&self, candidate: &Candidate) -> Verdict {
         let Some(policy) = candidate.policy else { return Verdict::Lost(COLUMNS_CHANGED) };
-        self.verdict(&self.policies[policy], |side| Answer::Policy(policy, side), TOO_LONG)
+        self.verdict(&self.policies[policy], |side| AnswerSlot::Policy(policy, side), TOO_LONG)
     }
 
     /// Which images of the candidate's change match the filter.
-    pub fn filter(&self, candidate: &Candidate, access: &Access, filter: &Arc<BoundFilter>) -> Verdict {
+    pub fn filter(&self, candidate: &Candidate, access: &Access, filter: &Arc<TypedFilter>) -> Verdict {
         let key = filter_key(candidate.change, access, filter);
-        let Some(ruling) = self.filters.get(&key) else { return Verdict::Sight(Sight::NONE) };
-        self.verdict(ruling, |side| Answer::Filter(key, side), FILTER_TOO_LONG)
+        let Some(ruling) = self.filters.get(&key) else { return Verdict::Visibility(Visibility::NONE) };
+        self.verdict(ruling, |side| AnswerSlot::Filter(key, side), FILTER_TOO_LONG)
     }
 
-    fn verdict(&self, ruling: &Ruling, answer: impl Fn(usize) -> Answer, too_long: &'static str) -> Verdict {
+    fn verdict(
+        &self,
+        ruling: &Evaluation,
+        answer: impl Fn(usize) -> AnswerSlot,
+        too_long: &'static str,
+    ) -> Verdict {
         if [0, 1].into_iter().any(|side| self.unreadable.contains(&answer(side))) {
             return Verdict::Lost(UNREADABLE);
         }
-        if ruling.contains(&Truth::Late) {
+        if ruling.contains(&Truth::TimedOut) {
             return Verdict::Lost(too_long);
         }
-        Verdict::Sight(Sight { before: ruling[0] == Truth::True, after: ruling[1] == Truth::True })
+        Verdict::Visibility(Visibility { before: ruling[0] == Truth::True, after: ruling[1] == Truth::True })
     }
 }
 
-pub(super) fn filter_key(change: usize, access: &Access, filter: &Arc<BoundFilter>) -> FilterKey {
+pub(super) fn filter_key(change: usize, access: &Access, filter: &Arc<TypedFilter>) -> FilterKey {
     (Arc::as_ptr(filter).addr(), std::ptr::from_ref(access).addr(), change)
 }

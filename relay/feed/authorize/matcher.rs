@@ -3,22 +3,22 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::feed::authorize::change_images::{Layout, Place};
+use crate::feed::authorize::change_images::{ChangeImages, ImageColumns};
 use crate::feed::authorize::filter_cost::Client;
-use crate::feed::authorize::gate::{Answer, Asked, Candidate, Reader, Verdicts, filter_key};
-use crate::feed::authorize::subscriber_index::{AudienceId, Readership};
+use crate::feed::authorize::gate::{AnswerSlot, Candidate, PendingQuery, Reader, Verdicts, filter_key};
+use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndex};
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::predicate::Answers;
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::{Change, Operation};
 use crate::model::row::truth::Truth;
-use crate::model::subscription::typed_filter::BoundFilter;
-use crate::postgres::evaluate::set_based::Said;
+use crate::model::subscription::typed_filter::TypedFilter;
+use crate::postgres::evaluate::set_based::SetAnswer;
 
 /// Finds the candidates of one change after another.
-pub(super) struct Finder<'v, 'a> {
+pub(super) struct Matcher<'v, 'a> {
     pub(super) verdicts: &'v mut Verdicts,
-    pub(super) asked: &'v mut Vec<Asked<'a>>,
+    pub(super) asked: &'v mut Vec<PendingQuery<'a>>,
     /// Where a rule's questions are gathered.
     pub(super) questions: HashMap<Rule, usize>,
 }
@@ -36,61 +36,61 @@ pub(super) enum Rule {
 }
 
 /// What the leaves said of one image, for one group.
-struct Heard<'s> {
-    said: &'s [Vec<Said>],
+struct EventMatch<'s> {
+    said: &'s [Vec<SetAnswer>],
     slot: usize,
     group: u64,
     /// The image lacks something that the policy reads.
     lacks: bool,
 }
 
-impl Answers for Heard<'_> {
+impl Answers for EventMatch<'_> {
     fn fact(&self, leaf: usize) -> Truth {
         match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
-            _ if self.lacks => Truth::Raises,
-            Some(Said::Fact(truth) | Said::Nothing(truth)) => *truth,
-            Some(Said::Readers(_)) | None => Truth::Unsure,
+            _ if self.lacks => Truth::Error,
+            Some(SetAnswer::Fact(truth) | SetAnswer::Nothing(truth)) => *truth,
+            Some(SetAnswer::Readers(_)) | None => Truth::Undecided,
         }
     }
 
     fn reads(&self, leaf: usize) -> Truth {
         match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
-            _ if self.lacks => Truth::Raises,
-            Some(Said::Readers(readers)) => readers.binary_search(&self.group).is_ok().into(),
-            Some(Said::Nothing(truth)) => *truth,
-            Some(Said::Fact(_)) | None => Truth::Unsure,
+            _ if self.lacks => Truth::Error,
+            Some(SetAnswer::Readers(readers)) => readers.binary_search(&self.group).is_ok().into(),
+            Some(SetAnswer::Nothing(truth)) => *truth,
+            Some(SetAnswer::Fact(_)) | None => Truth::Undecided,
         }
     }
 }
 
 /// One change as one readership looks at it.
-struct Scene<'s, 'a> {
+struct MatchContext<'s, 'a> {
     index: usize,
-    place: &'s Place<'a>,
-    readership: &'a Readership,
+    place: &'s ChangeImages<'a>,
+    readership: &'a SubscriberIndex,
     access: &'a Access,
     /// What the leaves of the policy said, leaf by leaf.
-    said: &'s [Vec<Said>],
+    said: &'s [Vec<SetAnswer>],
     /// An image lacks something that the policy reads.
     lacks: bool,
 }
 
-impl<'a> Finder<'_, 'a> {
+impl<'a> Matcher<'_, 'a> {
     /// Adds the candidates among a readership for the change at `index`.
     pub(super) fn find(
         &mut self,
         (index, change): (usize, &Change),
-        place: Option<&Place<'a>>,
-        readership: &'a Readership,
-        said: &[Vec<Said>],
-        reader: &impl Fn(AudienceId) -> Reader<'a>,
+        place: Option<&ChangeImages<'a>>,
+        readership: &'a SubscriberIndex,
+        said: &[Vec<SetAnswer>],
+        reader: &impl Fn(GroupId) -> Reader<'a>,
     ) {
         let Some(access) = readership.access() else { return };
         let reads_policy = |column: &str| readership.relation().policy_reads(access, column);
-        let is_told = |place: &&Place<'_>| match &place.layout {
-            Layout::Other => false,
-            Layout::Partial(_) => !place.lacks(reads_policy),
-            Layout::Same | Layout::Lacking(_) => true,
+        let is_told = |place: &&ChangeImages<'_>| match &place.layout {
+            ImageColumns::Other => false,
+            ImageColumns::Partial(_) => !place.lacks(reads_policy),
+            ImageColumns::Same | ImageColumns::Lacking(_) => true,
         };
         let told = |audience| Candidate { audience, change: index, policy: None };
         let Some(place) = place.filter(is_told) else {
@@ -101,11 +101,11 @@ impl<'a> Finder<'_, 'a> {
             return;
         };
         let lacks = place.lacks(reads_policy);
-        let scene = Scene { index, place, readership, access, said, lacks };
+        let scene = MatchContext { index, place, readership, access, said, lacks };
         let mut found = scene.concerned();
-        if matches!(place.layout, Layout::Partial(_)) {
+        if matches!(place.layout, ImageColumns::Partial(_)) {
             // Nor can a filter be told that reads what was added.
-            let cannot_tell = |audience: &AudienceId| {
+            let cannot_tell = |audience: &GroupId| {
                 let mut bindings = reader(*audience).subscription.concerning(readership.relation());
                 bindings.any(|binding| {
                     binding.filter.as_ref().is_some_and(|filter| {
@@ -113,7 +113,7 @@ impl<'a> Finder<'_, 'a> {
                     })
                 })
             };
-            let lost: Vec<AudienceId> = readership.everybody().filter(cannot_tell).collect();
+            let lost: Vec<GroupId> = readership.everybody().filter(cannot_tell).collect();
             found.retain(|audience| !lost.contains(audience));
             self.verdicts.candidates.extend(lost.into_iter().map(told));
         }
@@ -154,21 +154,21 @@ impl<'a> Finder<'_, 'a> {
     }
 
     /// What the policy says of a change to a group; gathers what has to be asked. Gives the number of the ruling.
-    fn rule(&mut self, scene: &Scene<'_, 'a>, group: u64) -> usize {
-        let &Scene { readership, access, said, lacks, .. } = scene;
+    fn rule(&mut self, scene: &MatchContext<'_, 'a>, group: u64) -> usize {
+        let &MatchContext { readership, access, said, lacks, .. } = scene;
         let number = self.verdicts.policies.len();
         let mut ruling = [Truth::False; 2];
         for (side, truth) in ruling.iter_mut().enumerate() {
             let Some((image, slot)) = scene.place.image(side) else { continue };
-            *truth = readership.truth(group, image, &Heard { said, slot, group, lacks });
-            if *truth != Truth::Unsure {
+            *truth = readership.truth(group, image, &EventMatch { said, slot, group, lacks });
+            if *truth != Truth::Undecided {
                 continue;
             }
             let whom = readership.group(group).map(|group| &group.identity);
             match (&access.judge, whom) {
                 (Some(statement), Some(identity)) if !lacks => {
                     let rule = Rule::Policy(readership.number(), group);
-                    let answer = Answer::Policy(number, side);
+                    let answer = AnswerSlot::Policy(number, side);
                     let group = Some((scene.index, readership, group));
                     self.question(
                         rule,
@@ -179,7 +179,7 @@ impl<'a> Finder<'_, 'a> {
                         (scene.relation().narrowed(image.row(), |name| scene.policy_reads(name)), answer),
                     );
                 }
-                _ => *truth = Truth::Raises,
+                _ => *truth = Truth::Error,
             }
         }
         self.verdicts.policies.push(ruling);
@@ -187,7 +187,12 @@ impl<'a> Finder<'_, 'a> {
     }
 
     /// Likewise a filter. Whether the change may match it.
-    fn filter(&mut self, scene: &Scene<'_, 'a>, filter: &'a Arc<BoundFilter>, reader: Reader<'a>) -> bool {
+    fn filter(
+        &mut self,
+        scene: &MatchContext<'_, 'a>,
+        filter: &'a Arc<TypedFilter>,
+        reader: Reader<'a>,
+    ) -> bool {
         let identity = reader.subscription.identity();
         let key = filter_key(scene.index, scene.access, filter);
         let rule = Rule::Filter(key.0, key.1);
@@ -201,9 +206,9 @@ impl<'a> Finder<'_, 'a> {
         let mut ruling = [Truth::False; 2];
         for (side, truth) in ruling.iter_mut().enumerate() {
             let Some((image, _)) = scene.place.image(side) else { continue };
-            *truth = if lacks { Truth::Raises } else { filter.truth(image) };
-            if *truth == Truth::Unsure {
-                let (relation, answer) = (scene.readership.relation(), Answer::Filter(key, side));
+            *truth = if lacks { Truth::Error } else { filter.truth(image) };
+            if *truth == Truth::Undecided {
+                let (relation, answer) = (scene.readership.relation(), AnswerSlot::Filter(key, side));
                 self.question(
                     rule,
                     None,
@@ -233,18 +238,18 @@ impl<'a> Finder<'_, 'a> {
     fn question(
         &mut self,
         rule: Rule,
-        group: Option<(usize, &'a Readership, u64)>,
+        group: Option<(usize, &'a SubscriberIndex, u64)>,
         relation: &'a Relation,
         identity: &'a Identity,
         statement: &'a Arc<str>,
-        (image, answer): (String, Answer),
+        (image, answer): (String, AnswerSlot),
     ) {
         let number = *self.questions.entry(rule).or_insert_with(|| {
             let (images, answers) = (Vec::new(), Vec::new());
             // A filter calls nothing; a policy may.
             let with_path = matches!(rule, Rule::Policy(..)) && needs_path(relation, identity);
             let clients = Vec::new();
-            self.asked.push(Asked {
+            self.asked.push(PendingQuery {
                 identity,
                 statement,
                 relation,
@@ -261,7 +266,7 @@ impl<'a> Finder<'_, 'a> {
     }
 }
 
-impl<'a> Scene<'_, 'a> {
+impl<'a> MatchContext<'_, 'a> {
     fn relation(&self) -> &'a Relation {
         self.readership.relation()
     }
@@ -271,16 +276,16 @@ impl<'a> Scene<'_, 'a> {
     }
 
     /// Whom the index and the leaves name; some more than once.
-    fn concerned(&self) -> Vec<AudienceId> {
+    fn concerned(&self) -> Vec<GroupId> {
         let mut found = Vec::new();
         for (image, slot) in (0..2).filter_map(|side| self.place.image(side)) {
             self.readership.look_up(image, |audience| found.push(audience));
             for said in self.said {
                 match said.get(slot) {
-                    Some(Said::Readers(groups)) => {
+                    Some(SetAnswer::Readers(groups)) => {
                         found.extend(groups.iter().flat_map(|group| self.readership.named(*group)));
                     }
-                    Some(Said::Nothing(Truth::Late | Truth::Unsure)) => {
+                    Some(SetAnswer::Nothing(Truth::TimedOut | Truth::Undecided)) => {
                         found.extend(self.readership.all_named());
                     }
                     _ => {}
@@ -298,5 +303,5 @@ fn needs_path(relation: &Relation, identity: &Identity) -> bool {
 }
 
 fn is_no(truth: Truth) -> bool {
-    matches!(truth, Truth::False | Truth::Null | Truth::Raises)
+    matches!(truth, Truth::False | Truth::Null | Truth::Error)
 }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::model::catalog::relation::{Access, Relation};
-use crate::model::policy::claim_expr::TermValue;
-use crate::model::policy::index::Index;
-use crate::model::policy::index_key::{Anchor, Anchors};
+use crate::model::policy::claim_expr::ClaimValue;
+use crate::model::policy::index::SubscriptionIndex;
+use crate::model::policy::index_key::{IndexKey, IndexKeys};
 use crate::model::policy::plan::Plan;
 use crate::model::policy::predicate::Answers;
 use crate::model::policy::visibility::Identity;
@@ -17,50 +17,50 @@ use crate::model::row::datum::Kind;
 use crate::model::row::image::Image;
 use crate::model::row::truth::Truth;
 use crate::model::subscription::binding::Subscription;
-use crate::postgres::evaluate::set_based::Roster;
+use crate::postgres::evaluate::set_based::SubscriberSet;
 
 /// The number of an audience in the router.
-pub type AudienceId = usize;
+pub type GroupId = usize;
 
 /// Readers of one relation who have one role.
-pub struct Readership {
+pub struct SubscriberIndex {
     id: u64,
     relation: Arc<Relation>,
     role: String,
     /// By numbers that grow and never come again.
-    groups: BTreeMap<u64, Group>,
-    by_key: HashMap<Arc<GroupKey>, u64>,
+    groups: BTreeMap<u64, PolicyCohort>,
+    by_key: HashMap<Arc<CohortKey>, u64>,
     last: Option<u64>,
-    seats: HashMap<AudienceId, Seat>,
-    index: Index<AudienceId>,
+    seats: HashMap<GroupId, CohortEntry>,
+    index: SubscriptionIndex<GroupId>,
 }
 
 /// Readers of whom the policy says the same.
-pub struct Group {
+pub struct PolicyCohort {
     /// One of them; to the policy they are all alike.
     pub identity: Identity,
-    key: Arc<GroupKey>,
+    key: Arc<CohortKey>,
     /// The claims make the policy raise: nothing is shown.
     raises: bool,
-    seats: BTreeSet<AudienceId>,
+    seats: BTreeSet<GroupId>,
     /// Those whom PostgreSQL names.
-    named: BTreeSet<AudienceId>,
+    named: BTreeSet<GroupId>,
 }
 
 /// What readers have in common when the policy cannot tell them apart.
 #[derive(PartialEq, Eq, Hash)]
-struct GroupKey {
-    terms: Vec<TermValue>,
+struct CohortKey {
+    terms: Vec<ClaimValue>,
     /// The policy may read more than the terms, or only PostgreSQL knows what they come to.
     identity: Option<Identity>,
 }
 
-struct Seat {
+struct CohortEntry {
     group: u64,
-    anchors: Anchors,
+    anchors: IndexKeys,
 }
 
-impl Readership {
+impl SubscriberIndex {
     /// Nobody yet. None when the role may not read the relation.
     fn new(relation: &Arc<Relation>, role: &str) -> Option<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
@@ -73,7 +73,7 @@ impl Readership {
             by_key: HashMap::new(),
             last: None,
             seats: HashMap::new(),
-            index: Index::default(),
+            index: SubscriptionIndex::default(),
         })
     }
 
@@ -98,7 +98,7 @@ impl Readership {
     }
 
     /// A group by its number.
-    pub fn group(&self, number: u64) -> Option<&Group> {
+    pub fn group(&self, number: u64) -> Option<&PolicyCohort> {
         self.groups.get(&number)
     }
 
@@ -108,43 +108,43 @@ impl Readership {
     }
 
     /// The audiences of a group.
-    pub fn audiences(&self, group: u64) -> impl Iterator<Item = AudienceId> {
+    pub fn audiences(&self, group: u64) -> impl Iterator<Item = GroupId> {
         self.groups.get(&group).into_iter().flat_map(|group| group.seats.iter().copied())
     }
 
     /// The group of an audience.
-    pub fn group_of(&self, audience: AudienceId) -> Option<u64> {
+    pub fn group_of(&self, audience: GroupId) -> Option<u64> {
         self.seats.get(&audience).map(|seat| seat.group)
     }
 
     /// All audiences.
-    pub fn everybody(&self) -> impl Iterator<Item = AudienceId> {
+    pub fn everybody(&self) -> impl Iterator<Item = GroupId> {
         self.seats.keys().copied()
     }
 
     /// All audiences that stand under what PostgreSQL names.
-    pub fn all_named(&self) -> impl Iterator<Item = AudienceId> {
+    pub fn all_named(&self) -> impl Iterator<Item = GroupId> {
         self.groups.values().flat_map(|group| group.named.iter().copied())
     }
 
     /// The audiences of a group that stand under what PostgreSQL names.
-    pub fn named(&self, group: u64) -> impl Iterator<Item = AudienceId> {
+    pub fn named(&self, group: u64) -> impl Iterator<Item = GroupId> {
         self.groups.get(&group).into_iter().flat_map(|group| group.named.iter().copied())
     }
 
     /// Calls `found` for each audience that the image may concern by its values, some more than once.
-    pub fn look_up(&self, image: &Image<'_>, found: impl FnMut(AudienceId)) {
+    pub fn look_up(&self, image: &Image<'_>, found: impl FnMut(GroupId)) {
         self.index.look_up(image, found);
     }
 
     /// What the policy says of an image to a group.
     pub fn truth(&self, group: u64, image: &Image<'_>, answers: &dyn Answers) -> Truth {
         match (self.groups.get(&group), self.access()) {
-            (Some(group), _) if group.raises => Truth::Raises,
+            (Some(group), _) if group.raises => Truth::Error,
             (Some(group), Some(access)) => {
                 let truth = access.plan.predicate.truth(image, &group.key.terms, answers, true);
                 match truth {
-                    Truth::True | Truth::Raises if access.plan.is_probed(&group.key.terms) => Truth::Unsure,
+                    Truth::True | Truth::Error if access.plan.is_probed(&group.key.terms) => Truth::Undecided,
                     truth => truth,
                 }
             }
@@ -152,21 +152,21 @@ impl Readership {
         }
     }
 
-    fn seat(&mut self, audience: AudienceId, subscription: &Subscription) {
+    fn seat(&mut self, audience: GroupId, subscription: &Subscription) {
         let relation = Arc::clone(&self.relation);
         let Some(access) = relation.access(&self.role) else { return };
         self.unseat(audience);
         let number = self.grouped(&access.plan, subscription.identity());
         let Some(group) = self.groups.get_mut(&number) else { return };
         let anchors = match group.raises {
-            true => Anchors::Any,
+            true => IndexKeys::Any,
             false => access.plan.predicate.anchors(&group.key.terms),
         };
         let anchors = anchors.and(wanted(subscription, &relation, access));
         group.seats.insert(audience);
         match &anchors {
-            Anchors::Any => self.index.insert(None, audience),
-            Anchors::OneOf(anchors) => {
+            IndexKeys::Any => self.index.insert(None, audience),
+            IndexKeys::OneOf(anchors) => {
                 for anchor in anchors {
                     if anchor.named {
                         group.named.insert(audience);
@@ -176,14 +176,14 @@ impl Readership {
                 }
             }
         }
-        self.seats.insert(audience, Seat { group: number, anchors });
+        self.seats.insert(audience, CohortEntry { group: number, anchors });
     }
 
     /// The group of an identity.
     fn grouped(&mut self, plan: &Plan, identity: &Identity) -> u64 {
         let terms = plan.values(identity.claims());
-        let is_alone = plan.reads_all || terms.contains(&TermValue::Unsure);
-        let key = GroupKey { terms, identity: is_alone.then(|| identity.clone()) };
+        let is_alone = plan.reads_all || terms.contains(&ClaimValue::Unsure);
+        let key = CohortKey { terms, identity: is_alone.then(|| identity.clone()) };
         if let Some(number) = self.by_key.get(&key) {
             return *number;
         }
@@ -192,18 +192,20 @@ impl Readership {
         let key = Arc::new(key);
         self.by_key.insert(Arc::clone(&key), number);
         let identity = identity.clone();
-        self.groups
-            .insert(number, Group { identity, key, raises, seats: BTreeSet::new(), named: BTreeSet::new() });
+        self.groups.insert(
+            number,
+            PolicyCohort { identity, key, raises, seats: BTreeSet::new(), named: BTreeSet::new() },
+        );
         self.last = Some(number);
         number
     }
 
-    fn unseat(&mut self, audience: AudienceId) {
+    fn unseat(&mut self, audience: GroupId) {
         let Some(seat) = self.seats.remove(&audience) else { return };
         match &seat.anchors {
-            Anchors::Any => self.index.remove(None, audience),
-            Anchors::OneOf(anchors) => {
-                anchors.iter().filter(|anchor| !anchor.named).for_each(|anchor: &Anchor| {
+            IndexKeys::Any => self.index.remove(None, audience),
+            IndexKeys::OneOf(anchors) => {
+                anchors.iter().filter(|anchor| !anchor.named).for_each(|anchor: &IndexKey| {
                     self.index.remove(Some(anchor), audience);
                 });
             }
@@ -220,11 +222,11 @@ impl Readership {
 }
 
 /// What a row must have for one of the subscription's filters to match.
-fn wanted(subscription: &Subscription, relation: &Relation, access: &Access) -> Anchors {
-    let mut wanted = Anchors::OneOf(Vec::new());
+fn wanted(subscription: &Subscription, relation: &Relation, access: &Access) -> IndexKeys {
+    let mut wanted = IndexKeys::OneOf(Vec::new());
     for binding in subscription.concerning(relation) {
         let one = match &binding.filter {
-            None => Anchors::Any,
+            None => IndexKeys::Any,
             Some(filter) if filter.is_usable(relation, access) => filter.anchors(),
             Some(_) => continue,
         };
@@ -233,7 +235,7 @@ fn wanted(subscription: &Subscription, relation: &Relation, access: &Access) -> 
     wanted
 }
 
-impl Roster for Readership {
+impl SubscriberSet for SubscriberIndex {
     fn id(&self) -> u64 {
         self.id
     }
@@ -244,9 +246,9 @@ impl Roster for Readership {
 
     fn after(&self, number: Option<u64>, terms: &[(usize, Kind)]) -> Vec<(u64, Vec<Arc<str>>)> {
         let from = number.map_or(Bound::Unbounded, Bound::Excluded);
-        let texts = |group: &Group| {
+        let texts = |group: &PolicyCohort| {
             let text = |(term, _): &(usize, Kind)| match group.key.terms.get(*term) {
-                Some(TermValue::One(datum)) if datum.is_short() => Some(datum.to_text()),
+                Some(ClaimValue::One(datum)) if datum.is_short() => Some(datum.to_text()),
                 _ => None,
             };
             terms.iter().map(text).collect::<Option<Vec<_>>>()
@@ -264,9 +266,9 @@ impl Roster for Readership {
 
 /// The readerships of all relations that changed so far.
 #[derive(Default)]
-pub struct Readerships(HashMap<RelationId, Vec<Readership>>);
+pub struct SubscriberIndexes(HashMap<RelationId, Vec<SubscriberIndex>>);
 
-impl Readerships {
+impl SubscriberIndexes {
     /// Forgets all of them: the rules are others now.
     pub fn forget(&mut self) {
         self.0.clear();
@@ -276,7 +278,7 @@ impl Readerships {
     pub fn prepare<'a>(
         &mut self,
         relation: &Arc<Relation>,
-        audiences: impl Iterator<Item = (AudienceId, &'a Subscription)>,
+        audiences: impl Iterator<Item = (GroupId, &'a Subscription)>,
     ) {
         if self.0.contains_key(&relation.id()) {
             return;
@@ -291,7 +293,7 @@ impl Readerships {
     /// An audience came, or has another subscription.
     pub fn join(
         &mut self,
-        audience: AudienceId,
+        audience: GroupId,
         subscription: &Subscription,
         relation: impl Fn(RelationId) -> Option<Arc<Relation>>,
     ) {
@@ -303,7 +305,7 @@ impl Readerships {
     }
 
     /// An audience went. A readership that nobody is left of stays: PostgreSQL may keep a table for it.
-    pub fn leave(&mut self, audience: AudienceId) {
+    pub fn leave(&mut self, audience: GroupId) {
         for readerships in self.0.values_mut() {
             for readership in readerships.iter_mut() {
                 readership.unseat(audience);
@@ -312,15 +314,15 @@ impl Readerships {
     }
 
     /// Those of a relation, a role each.
-    pub fn of(&self, relation: RelationId) -> &[Readership] {
+    pub fn of(&self, relation: RelationId) -> &[SubscriberIndex] {
         self.0.get(&relation).map_or(&[], Vec::as_slice)
     }
 }
 
 fn take_seat(
-    readerships: &mut Vec<Readership>,
+    readerships: &mut Vec<SubscriberIndex>,
     relation: &Arc<Relation>,
-    audience: AudienceId,
+    audience: GroupId,
     subscription: &Subscription,
 ) {
     if subscription.concerning(relation).next().is_none() {
@@ -330,7 +332,7 @@ fn take_seat(
     let known = readerships.iter().position(|readership| readership.role == role);
     let at = match known {
         Some(at) => at,
-        None => match Readership::new(relation, role) {
+        None => match SubscriberIndex::new(relation, role) {
             Some(readership) => {
                 readerships.push(readership);
                 readerships.len() - 1

@@ -5,11 +5,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 
 use crate::feed::deliver::frame::{Frame, Payload, Text};
-use crate::feed::deliver::memory_budget::Budget;
-use crate::model::codec::event::{Dress, with_cursor};
+use crate::feed::deliver::memory_budget::MemoryBudget;
+use crate::model::codec::event::{Codec, with_cursor};
 use crate::model::codec::payload::{View, data};
 use crate::model::log::cursor::{Cursor, Snapshot, Span};
-use crate::model::policy::visibility::Meaning;
+use crate::model::policy::visibility::EventKind;
 use crate::model::row::change::Change;
 
 /// Payloads are kept for the next audience up to this many bytes, and the last one in any case. Others are found again
@@ -24,10 +24,10 @@ const AROUND: usize = 12 * 1024;
 /// What the text of a change depends on: rights, selected columns, meaning, whether it has its cursor, whether it is marked as
 /// the last one of its transaction, and what the cursor says that the reader had seen whole, when this is more than what
 /// lies before the page.
-type DataKey<'a> = (&'a str, Option<&'a [String]>, Meaning, bool, bool, Option<&'a Snapshot>);
+type DataKey<'a> = (&'a str, Option<&'a [String]>, EventKind, bool, bool, Option<&'a Snapshot>);
 
 /// What was written of one change.
-pub struct Written<'a> {
+pub struct EncodeCache<'a> {
     /// Where a reader is after the change, written when it is first asked for.
     cursor: OnceCell<String>,
     /// The same for readers who had seen more than what lies before the page.
@@ -36,7 +36,7 @@ pub struct Written<'a> {
     /// None for what cannot be written.
     payloads: HashMap<DataKey<'a>, Option<Weak<Text>>>,
     /// The frame made last, which as a rule is the next one too.
-    last: Option<(&'a Dress, Vec<u32>, DataKey<'a>, Frame)>,
+    last: Option<(&'a Codec, Vec<u32>, DataKey<'a>, Frame)>,
 }
 
 /// The payloads that were used last, kept alive for the next audience.
@@ -55,7 +55,7 @@ pub enum Unwritten {
     NoRoom,
 }
 
-impl<'a> Written<'a> {
+impl<'a> EncodeCache<'a> {
     /// Nothing yet of the change of this number on a page; `last` when nothing of the page comes after it.
     pub fn new(span: &'a Span, number: i64, last: bool) -> Self {
         let after = (span, number, last);
@@ -85,11 +85,11 @@ impl<'a> Written<'a> {
     /// When there is none.
     pub fn frame(
         &mut self,
-        dress: &'a Dress,
+        dress: &'a Codec,
         ids: &[u32],
         change: &Change,
         (role, view, base): (&'a str, View<'a>, Option<&'a Snapshot>),
-        budget: &Arc<Budget>,
+        budget: &Arc<MemoryBudget>,
         kept: &mut Kept,
     ) -> Result<Frame, Unwritten> {
         let base = base.filter(|_| view.exact);
@@ -112,7 +112,7 @@ impl<'a> Written<'a> {
         key: DataKey<'a>,
         change: &Change,
         view: View<'a>,
-        budget: &Arc<Budget>,
+        budget: &Arc<MemoryBudget>,
         kept: &mut Kept,
     ) -> Result<Payload, Unwritten> {
         match self.payloads.get(&key) {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::feed::authorize::gate::{Candidate, Gate};
-use crate::feed::authorize::subscriber_index::{AudienceId, Readerships};
-use crate::feed::deliver::encode_cache::Written;
-use crate::feed::deliver::group::{Audience, BETWEEN, Desk};
+use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
+use crate::feed::deliver::encode_cache::EncodeCache;
+use crate::feed::deliver::group::{BETWEEN, FrameBuffer, SubscriberGroup};
 use crate::feed::deliver::outbox::Unit;
-use crate::feed::read::batch::Stretch;
+use crate::feed::read::batch::Batch;
 use crate::model::catalog::relation::{Catalog, Widening};
 use crate::model::catalog::shape;
 use crate::model::row::change::{Change, Operation};
@@ -22,9 +22,9 @@ use crate::postgres::connect::pool::Error;
 pub async fn tell<'a>(
     gate: &Gate,
     catalog: &'a Catalog,
-    stretch: &'a Stretch,
-    readerships: &'a Readerships,
-    audience: impl Fn(AudienceId) -> &'a Audience,
+    stretch: &'a Batch,
+    readerships: &'a SubscriberIndexes,
+    audience: impl Fn(GroupId) -> &'a SubscriberGroup,
     part: Unit,
 ) -> Result<usize, Error> {
     let here = stretch.end().map(Arc::new);
@@ -39,11 +39,11 @@ pub async fn tell<'a>(
     let last = changes.len().saturating_sub(1);
     let is_last = |index: usize| index == last && !stretch.more;
     let written =
-        |(index, change): (usize, &Change)| Written::new(&stretch.span, change.number, is_last(index));
+        |(index, change): (usize, &Change)| EncodeCache::new(&stretch.span, change.number, is_last(index));
     let widenings: Vec<&Widening> =
         catalog.widenings().iter().filter(|widening| widening.is_after(&stretch.span.seen)).collect();
-    let mut written: Vec<Written<'_>> = changes.iter().enumerate().map(written).collect();
-    let mut desk = Desk::default();
+    let mut written: Vec<EncodeCache<'_>> = changes.iter().enumerate().map(written).collect();
+    let mut desk = FrameBuffer::default();
     let mut frames = 0;
     // Audience by audience, not change by change: what a stretch holds for a client reaches it in one piece.
     for candidates in by_audience(&verdicts.candidates) {
@@ -106,10 +106,10 @@ pub fn now() -> u64 {
 pub async fn tell_one(
     gate: &Gate,
     catalog: &Catalog,
-    stretch: &Stretch,
-    audience: &Audience,
+    stretch: &Batch,
+    audience: &SubscriberGroup,
 ) -> Result<usize, Error> {
-    let mut readerships = Readerships::default();
+    let mut readerships = SubscriberIndexes::default();
     for change in &stretch.changes {
         if let Some(relation) = catalog.relation(change.relation) {
             readerships.prepare(relation, std::iter::once((0, audience.subscription())));
@@ -120,7 +120,7 @@ pub async fn tell_one(
 
 /// The candidates of each audience, in order of the changes.
 fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
-    let mut places: HashMap<AudienceId, usize> = HashMap::new();
+    let mut places: HashMap<GroupId, usize> = HashMap::new();
     let mut groups: Vec<Vec<Candidate>> = Vec::new();
     for candidate in candidates {
         let place = *places.entry(candidate.audience).or_insert_with(|| {
@@ -141,9 +141,9 @@ fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
 
 /// The changes of a batch that are the last of their transactions which an audience gets, of those that it `gets`.
 fn last_changes(
-    batch: &Stretch,
+    batch: &Batch,
     catalog: &Catalog,
-    audience: &Audience,
+    audience: &SubscriberGroup,
     candidates: &[Candidate],
     mut gets: impl FnMut(&Candidate) -> bool,
 ) -> HashSet<usize> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::feed::deliver::memory_budget::{Budget, Held};
+use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 
 /// What it takes to keep a frame beside its text: its counters, its place in a queue, and what the allocator adds.
 pub const KEPT: usize = 256;
@@ -33,7 +33,7 @@ pub struct Text {
 
 impl Text {
     /// A text to share.
-    pub fn new(text: String, budget: &Arc<Budget>) -> Payload {
+    pub fn new(text: String, budget: &Arc<MemoryBudget>) -> Payload {
         let held = budget.hold(KEPT + text.capacity());
         Arc::new(Self { text, _held: held })
     }
@@ -46,16 +46,16 @@ impl Text {
 
 impl Frame {
     /// A frame of one piece.
-    pub fn whole(text: impl Into<Bytes>, budget: &Arc<Budget>) -> Self {
+    pub fn whole(text: impl Into<Bytes>, budget: &Arc<MemoryBudget>) -> Self {
         Self::new(text.into(), None, "", budget)
     }
 
     /// A payload with what stands before and after it.
-    pub fn around(head: String, payload: Payload, tail: &'static str, budget: &Arc<Budget>) -> Self {
+    pub fn around(head: String, payload: Payload, tail: &'static str, budget: &Arc<MemoryBudget>) -> Self {
         Self::new(head.into(), Some(payload), tail, budget)
     }
 
-    fn new(head: Bytes, payload: Option<Payload>, tail: &'static str, budget: &Arc<Budget>) -> Self {
+    fn new(head: Bytes, payload: Option<Payload>, tail: &'static str, budget: &Arc<MemoryBudget>) -> Self {
         let held = budget.hold(KEPT + head.len());
         Self(Arc::new(Pieces { head, payload, tail, _held: held }))
     }

@@ -5,25 +5,25 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::feed::authorize::gate::{Candidate, Reader, Verdict, Verdicts};
-use crate::feed::deliver::encode_cache::{Kept, Unwritten, Written};
+use crate::feed::deliver::encode_cache::{EncodeCache, Kept, Unwritten};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::members::Members;
-use crate::feed::deliver::memory_budget::Budget;
+use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::deliver::outbox::{Outbox, Unit};
 use crate::model::catalog::relation::{Access, Catalog, Relation, Widening};
-use crate::model::codec::event::Dress;
+use crate::model::codec::event::Codec;
 use crate::model::codec::payload::View;
 use crate::model::log::cursor::Cursor;
-use crate::model::policy::visibility::{Meaning, meaning};
+use crate::model::policy::visibility::{EventKind, meaning};
 use crate::model::row::change::{Change, Operation, RelationId};
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Binding, Events, Subscription};
 use crate::model::subscription::error::raising;
 
 /// A channel's place among the audiences.
-pub struct Registration {
+pub struct Subscriber {
     /// How its frames are written.
-    pub dress: Dress,
+    pub dress: Codec,
     /// What it receives.
     pub subscription: Subscription,
     /// What it has already, when that is more than what was delivered to the others.
@@ -36,9 +36,9 @@ pub struct Registration {
 
 /// What makes channels one audience: they get the same frames.
 #[derive(PartialEq, Eq, Hash)]
-pub struct AudienceKey {
+pub struct GroupKey {
     /// How frames are written.
-    pub dress: Dress,
+    pub dress: Codec,
     /// What is received.
     pub subscription: Subscription,
     /// What its channels have already, when that is more than what was delivered to the others.
@@ -47,19 +47,19 @@ pub struct AudienceKey {
 
 /// Channels with the same dress, claims and bindings; a copy is the same audience.
 #[derive(Clone)]
-pub struct Audience {
-    key: Arc<AudienceKey>,
+pub struct SubscriberGroup {
+    key: Arc<GroupKey>,
     subscription: Subscription,
     members: Arc<Members>,
 }
 
 /// What a binding wants of a change: columns, meaning, id.
-type Wanted<'a> = (Option<&'a [String]>, Meaning, u32);
+type Wanted<'a> = (Option<&'a [String]>, EventKind, u32);
 
 /// One message per channel, naming all ids; bindings that select different columns need different messages. Likewise one
 /// binding that loses the row from another that keeps it.
 fn kind<'a>((select, meaning, _): &Wanted<'a>) -> (Option<&'a [String]>, bool) {
-    (*select, *meaning <= Meaning::Delete)
+    (*select, *meaning <= EventKind::Delete)
 }
 
 /// What a change is to an audience.
@@ -76,7 +76,7 @@ enum Weighed<'a> {
 
 /// What is being put together for one audience; kept for its allocations.
 #[derive(Default)]
-pub struct Desk<'a> {
+pub struct FrameBuffer<'a> {
     /// What the bindings want of the change at hand.
     wanted: Vec<Wanted<'a>>,
     ids: Vec<u32>,
@@ -89,10 +89,10 @@ pub struct Desk<'a> {
     /// Payloads for the next audience.
     kept: Kept,
     /// What frames count for.
-    budget: Option<Arc<Budget>>,
+    budget: Option<Arc<MemoryBudget>>,
 }
 
-impl Desk<'_> {
+impl FrameBuffer<'_> {
     /// For the next audience.
     pub fn clear(&mut self) {
         self.lost.clear();
@@ -101,15 +101,15 @@ impl Desk<'_> {
     }
 }
 
-impl Audience {
+impl SubscriberGroup {
     /// With its first channel.
-    pub fn new(key: Arc<AudienceKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
+    pub fn new(key: Arc<GroupKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let subscription = key.subscription.clone();
         Self { key, subscription, members: Arc::new(Members::new(channel, outbox)) }
     }
 
     /// What its channels have in common.
-    pub fn key(&self) -> &Arc<AudienceKey> {
+    pub fn key(&self) -> &Arc<GroupKey> {
         &self.key
     }
 
@@ -129,20 +129,17 @@ impl Audience {
         let Self { subscription, members, .. } = self.clone();
         let (dress, since) = (self.key.dress.clone(), Some(position.clone()));
         members.begin_at(Arc::new(position));
-        let key = Arc::new(AudienceKey { dress, subscription: subscription.clone(), since });
+        let key = Arc::new(GroupKey { dress, subscription: subscription.clone(), since });
         Self { key, subscription, members }
     }
 
     /// Its channels let go, each as it would be registered with what it has.
-    pub fn into_registrations(
-        self,
-        since: Option<Cursor>,
-    ) -> impl Iterator<Item = (ChannelId, Registration)> {
+    pub fn into_registrations(self, since: Option<Cursor>) -> impl Iterator<Item = (ChannelId, Subscriber)> {
         let Self { key, subscription, members } = self;
         let missed = members.missed();
         members.take().into_iter().map(move |(channel, outbox)| {
             let (dress, since, subscription) = (key.dress.clone(), since.clone(), subscription.clone());
-            (channel, Registration { dress, subscription, since, outbox, missed })
+            (channel, Subscriber { dress, subscription, since, outbox, missed })
         })
     }
 
@@ -218,7 +215,7 @@ impl Audience {
         change: (&Change, bool),
         relation: &'a Relation,
         verdicts: &Verdicts,
-        desk: &mut Desk<'a>,
+        desk: &mut FrameBuffer<'a>,
     ) -> bool {
         matches!(self.weigh(candidate, change, relation, verdicts, &mut desk.wanted), Weighed::Wanted(_))
     }
@@ -237,8 +234,8 @@ impl Audience {
         (change, is_older, is_last): (&Change, bool, bool),
         relation: &'a Relation,
         verdicts: &Verdicts,
-        written: &mut Written<'a>,
-        desk: &mut Desk<'a>,
+        written: &mut EncodeCache<'a>,
+        desk: &mut FrameBuffer<'a>,
     ) {
         let base = written.base(self.key.since.as_ref());
         let access = match self.weigh(candidate, (change, is_older), relation, verdicts, &mut desk.wanted) {
@@ -299,7 +296,7 @@ impl Audience {
             return loss.text().map_or(Weighed::Nothing, Weighed::Lost);
         }
         let policy = match verdicts.policy(candidate) {
-            Verdict::Sight(sight) => sight,
+            Verdict::Visibility(sight) => sight,
             Verdict::Lost(why) => return Weighed::Lost(why),
         };
         for binding in self.subscription.concerning(relation) {
@@ -307,7 +304,7 @@ impl Audience {
                 None => policy,
                 Some(filter) if filter.is_usable(relation, access) => {
                     match verdicts.filter(candidate, access, filter) {
-                        Verdict::Sight(matches) => policy.and(matches),
+                        Verdict::Visibility(matches) => policy.and(matches),
                         Verdict::Lost(why) => return Weighed::Lost(why),
                     }
                 }
@@ -332,7 +329,7 @@ impl Audience {
 
     /// Hands what is on the desk to all members, as belonging to a part, which brings those that are told on their own up
     /// to `here`; returns how many frames that makes. A client without room for it is closed: going on would lose it.
-    pub fn send(&self, part: Unit, desk: &mut Desk<'_>, here: Option<&Arc<Cursor>>) -> usize {
+    pub fn send(&self, part: Unit, desk: &mut FrameBuffer<'_>, here: Option<&Arc<Cursor>>) -> usize {
         if desk.frames.is_empty() && !desk.has_no_room {
             return 0;
         }
@@ -341,7 +338,7 @@ impl Audience {
     }
 
     /// A change that this audience might have had to be told cannot be told: says so, once per relation and part.
-    fn lose(&self, relation: &Relation, why: &str, cursor: &str, desk: &mut Desk<'_>) {
+    fn lose(&self, relation: &Relation, why: &str, cursor: &str, desk: &mut FrameBuffer<'_>) {
         if !desk.lost.contains(&relation.id()) {
             desk.lost.push(relation.id());
             let why = format!("{}.{}: {why}, read its rows again", relation.schema, relation.table);
@@ -392,7 +389,7 @@ pub const ANOTHER: &str = "a table was not watched under this name all the time 
 pub const BETWEEN: &str =
     "something changed after the last token had ended and before this one came, read the rows again";
 
-fn wants(binding: &Binding, meaning: Meaning) -> bool {
+fn wants(binding: &Binding, meaning: EventKind) -> bool {
     match binding.events {
         Events::All => true,
         Events::Only(operation) => operation == meaning.operation(),

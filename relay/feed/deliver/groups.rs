@@ -7,11 +7,11 @@ use slab::Slab;
 use tokio::time::sleep;
 
 use crate::feed::authorize::gate::Gate;
-use crate::feed::authorize::subscriber_index::{AudienceId, Readerships};
+use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
 use crate::feed::deliver::fan_out::tell;
-use crate::feed::deliver::group::Audience;
+use crate::feed::deliver::group::SubscriberGroup;
 use crate::feed::deliver::outbox::Unit;
-use crate::feed::read::batch::Stretch;
+use crate::feed::read::batch::Batch;
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
 use crate::model::subscription::binding::Subscription;
@@ -19,15 +19,15 @@ use crate::postgres::connect::pool::Error;
 
 /// The audiences, by number.
 #[derive(Default)]
-pub struct Audiences {
-    audiences: Slab<Audience>,
-    readerships: Readerships,
+pub struct SubscriberGroups {
+    audiences: Slab<SubscriberGroup>,
+    readerships: SubscriberIndexes,
     judged_with: Option<Arc<Catalog>>,
     /// One came that was bound by other rules than these. Which are the older ones shows when the next change is judged.
     is_doubtful: bool,
 }
 
-impl Audiences {
+impl SubscriberGroups {
     /// None yet; what comes is judged with these rules until there are others.
     pub fn judged_by(catalog: Option<Arc<Catalog>>) -> Self {
         Self { judged_with: catalog, ..Self::default() }
@@ -39,7 +39,7 @@ impl Audiences {
     }
 
     /// Takes one in.
-    pub fn insert(&mut self, audience: Audience) -> AudienceId {
+    pub fn insert(&mut self, audience: SubscriberGroup) -> GroupId {
         self.is_doubtful |= self.is_bound_by_others(audience.subscription());
         let number = self.audiences.insert(audience);
         self.seat(number);
@@ -47,7 +47,7 @@ impl Audiences {
     }
 
     /// Changes one, which may have another subscription then.
-    pub fn change(&mut self, number: AudienceId, change: impl FnOnce(&mut Audience)) {
+    pub fn change(&mut self, number: GroupId, change: impl FnOnce(&mut SubscriberGroup)) {
         let audience = &mut self.audiences[number];
         change(audience);
         let subscription = audience.subscription().clone();
@@ -56,18 +56,18 @@ impl Audiences {
     }
 
     /// Takes one out.
-    pub fn remove(&mut self, number: AudienceId) -> Audience {
+    pub fn remove(&mut self, number: GroupId) -> SubscriberGroup {
         self.readerships.leave(number);
         self.audiences.remove(number)
     }
 
     /// One of them.
-    pub fn get(&self, number: AudienceId) -> &Audience {
+    pub fn get(&self, number: GroupId) -> &SubscriberGroup {
         &self.audiences[number]
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = (AudienceId, &Audience)> {
+    pub fn iter(&self) -> impl Iterator<Item = (GroupId, &SubscriberGroup)> {
         self.audiences.iter()
     }
 
@@ -81,7 +81,7 @@ impl Audiences {
         self.audiences.is_empty()
     }
 
-    fn seat(&mut self, number: AudienceId) {
+    fn seat(&mut self, number: GroupId) {
         let catalog = self.judged_with.as_ref();
         let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
         self.readerships.join(number, self.audiences[number].subscription(), relation);
@@ -127,7 +127,7 @@ impl Audiences {
     ///
     /// # Errors
     /// Only when PostgreSQL cannot be asked; then nobody was told anything.
-    pub async fn tell(&mut self, gate: &Gate, catalog: &Catalog, stretch: &Stretch) -> Result<usize, Error> {
+    pub async fn tell(&mut self, gate: &Gate, catalog: &Catalog, stretch: &Batch) -> Result<usize, Error> {
         for change in &stretch.changes {
             if let Some(relation) = catalog.relation(change.relation) {
                 let audiences = self.audiences.iter().map(|(id, audience)| (id, audience.subscription()));

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use slab::Slab;
 
-use crate::feed::authorize::subscriber_index::AudienceId;
-use crate::feed::deliver::group::{Audience, AudienceKey, Registration};
-use crate::feed::deliver::groups::Audiences;
+use crate::feed::authorize::subscriber_index::GroupId;
+use crate::feed::deliver::group::{GroupKey, Subscriber, SubscriberGroup};
+use crate::feed::deliver::groups::SubscriberGroups;
 use crate::feed::deliver::outbox::Outbox;
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
@@ -20,40 +20,40 @@ use crate::model::session::machine::ChannelId;
 #[derive(Default)]
 pub struct Hub {
     /// Those who are told what comes.
-    pub live: Audiences,
-    by_key: HashMap<Arc<AudienceKey>, AudienceId>,
+    pub live: SubscriberGroups,
+    by_key: HashMap<Arc<GroupKey>, GroupId>,
     /// Of those, the audiences that have more than what was delivered to the others.
-    ahead: BTreeSet<AudienceId>,
-    channels: HashMap<ChannelId, Place>,
+    ahead: BTreeSet<GroupId>,
+    channels: HashMap<ChannelId, ChannelState>,
     replays: BTreeMap<u64, Listed>,
     last_replay: u64,
 }
 
 /// Where a channel is.
 #[derive(Clone, Copy)]
-enum Place {
-    Live(AudienceId),
+enum ChannelState {
+    Live(GroupId),
     /// In the replay of this number.
     Replay(u64, usize),
 }
 
 /// A replay, as seen from here.
 struct Listed {
-    audiences: Slab<Audience>,
+    audiences: Slab<SubscriberGroup>,
     newcomers: Arc<Newcomers>,
 }
 
 /// Audiences on their way into a replay that has begun. Each has its position.
 #[derive(Default)]
-pub struct Newcomers(Mutex<Vec<Audience>>);
+pub struct Newcomers(Mutex<Vec<SubscriberGroup>>);
 
 impl Newcomers {
     /// Those who came since this was asked last.
-    pub fn take(&self) -> Vec<Audience> {
+    pub fn take(&self) -> Vec<SubscriberGroup> {
         std::mem::take(&mut self.lock())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Audience>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<SubscriberGroup>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -63,7 +63,7 @@ pub struct Replayed {
     /// Its number.
     pub number: u64,
     /// Who is told.
-    pub audiences: Vec<Audience>,
+    pub audiences: Vec<SubscriberGroup>,
     /// Who comes later.
     pub newcomers: Arc<Newcomers>,
 }
@@ -71,11 +71,13 @@ pub struct Replayed {
 impl Hub {
     /// Delivers to this channel from now on, in place of what it had; the greeting goes out first. While it is told the
     /// past it goes on there, with what is given here.
-    pub fn join(&mut self, channel: ChannelId, registration: Registration, greeting: Vec<Bytes>) {
+    pub fn join(&mut self, channel: ChannelId, registration: Subscriber, greeting: Vec<Bytes>) {
         let place = self.channels.get(&channel).copied();
         let missed = place.and_then(|place| self.audience(place).members().missed());
         let replay = match place {
-            Some(Place::Replay(number, _)) => Some((number, Arc::clone(&self.replays[&number].newcomers))),
+            Some(ChannelState::Replay(number, _)) => {
+                Some((number, Arc::clone(&self.replays[&number].newcomers)))
+            }
             _ => None,
         };
         // Held until the channel has come over: whoever tells looks here after each part, when all have their new positions.
@@ -96,7 +98,7 @@ impl Hub {
     }
 
     /// Delivers to this channel what comes after what it has.
-    pub fn admit(&mut self, channel: ChannelId, registration: Registration) {
+    pub fn admit(&mut self, channel: ChannelId, registration: Subscriber) {
         self.remove(channel);
         self.take_in(channel, registration);
     }
@@ -128,7 +130,7 @@ impl Hub {
 
     /// Whether this channel is told the past.
     pub fn is_replayed(&self, channel: ChannelId) -> bool {
-        matches!(self.channels.get(&channel), Some(Place::Replay(..)))
+        matches!(self.channels.get(&channel), Some(ChannelState::Replay(..)))
     }
 
     /// How many channels, and how many audiences.
@@ -141,7 +143,7 @@ impl Hub {
     /// Without a place all are in the same one.
     pub fn moved(&mut self, here: Option<&Cursor>) {
         let is_behind = |since: &Cursor| here.is_none_or(|here| here.is_at_or_after(since));
-        let met = |number: &AudienceId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
+        let met = |number: &GroupId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
         for number in self.ahead.iter().copied().filter(met).collect::<Vec<_>>() {
             let audience = self.discard(number);
             self.make_live(audience, None);
@@ -153,12 +155,12 @@ impl Hub {
     pub fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor) -> Option<Replayed> {
         let catalog = Arc::clone(self.live.rules()?);
         let relations: Vec<_> = relations.iter().filter_map(|id| catalog.relation(*id)).collect();
-        let is_concerned = |audience: &Audience| {
+        let is_concerned = |audience: &SubscriberGroup| {
             let concerns = |relation| audience.subscription().concerning(relation).next().is_some();
             relations.iter().any(|relation| concerns(relation))
         };
         let concerned = self.live.iter().filter(|(_, audience)| is_concerned(audience));
-        let concerned: Vec<AudienceId> = concerned.map(|(number, _)| number).collect();
+        let concerned: Vec<GroupId> = concerned.map(|(number, _)| number).collect();
         if concerned.is_empty() {
             return None;
         }
@@ -170,7 +172,7 @@ impl Hub {
             let audience = audience.beginning_at(audience.position(at));
             let place = listed.audiences.insert(audience.clone());
             audience.members().each(|channel, _| {
-                self.channels.insert(channel, Place::Replay(number, place));
+                self.channels.insert(channel, ChannelState::Replay(number, place));
             });
         }
         let audiences = listed.audiences.iter().map(|(_, audience)| audience.clone()).collect();
@@ -206,29 +208,29 @@ impl Hub {
     }
 
     /// Calls `with` for each audience of a replay.
-    pub fn each_of(&self, replay: u64, with: impl FnMut(&Audience)) {
+    pub fn each_of(&self, replay: u64, with: impl FnMut(&SubscriberGroup)) {
         let audiences = self.replays.get(&replay).map(|listed| &listed.audiences);
         audiences.into_iter().flatten().map(|(_, audience)| audience).for_each(with);
     }
 
-    fn audience(&self, place: Place) -> &Audience {
+    fn audience(&self, place: ChannelState) -> &SubscriberGroup {
         match place {
-            Place::Live(number) => self.live.get(number),
-            Place::Replay(number, place) => &self.replays[&number].audiences[place],
+            ChannelState::Live(number) => self.live.get(number),
+            ChannelState::Replay(number, place) => &self.replays[&number].audiences[place],
         }
     }
 
     /// Its channels are told what comes and they do not have.
-    fn make_live(&mut self, audience: Audience, since: Option<Cursor>) {
+    fn make_live(&mut self, audience: SubscriberGroup, since: Option<Cursor>) {
         for (channel, registration) in audience.into_registrations(since) {
             self.take_in(channel, registration);
         }
     }
 
-    fn take_in(&mut self, channel: ChannelId, registration: Registration) {
-        let Registration { dress, subscription, since, outbox, missed } = registration;
+    fn take_in(&mut self, channel: ChannelId, registration: Subscriber) {
+        let Subscriber { dress, subscription, since, outbox, missed } = registration;
         let is_ahead = since.is_some();
-        let key = AudienceKey { dress, subscription: subscription.clone(), since };
+        let key = GroupKey { dress, subscription: subscription.clone(), since };
         let number = match self.by_key.get(&key) {
             Some(known) => {
                 self.live.change(*known, |audience| audience.add(channel, outbox, subscription));
@@ -236,7 +238,7 @@ impl Hub {
             }
             None => {
                 let key = Arc::new(key);
-                let number = self.live.insert(Audience::new(Arc::clone(&key), channel, outbox));
+                let number = self.live.insert(SubscriberGroup::new(Arc::clone(&key), channel, outbox));
                 self.by_key.insert(key, number);
                 if is_ahead {
                     self.ahead.insert(number);
@@ -244,7 +246,7 @@ impl Hub {
                 number
             }
         };
-        self.channels.insert(channel, Place::Live(number));
+        self.channels.insert(channel, ChannelState::Live(number));
         if let Some(why) = missed {
             self.live.get(number).members().misses(why);
         }
@@ -255,18 +257,18 @@ impl Hub {
         &mut self,
         replay: u64,
         channel: ChannelId,
-        registration: Registration,
+        registration: Subscriber,
         at: &Arc<Cursor>,
-    ) -> Audience {
-        let Registration { dress, subscription, outbox, missed, .. } = registration;
-        let key = AudienceKey { dress, subscription, since: None };
-        let audience = Audience::new(Arc::new(key), channel, outbox).beginning_at(Cursor::clone(at));
+    ) -> SubscriberGroup {
+        let Subscriber { dress, subscription, outbox, missed, .. } = registration;
+        let key = GroupKey { dress, subscription, since: None };
+        let audience = SubscriberGroup::new(Arc::new(key), channel, outbox).beginning_at(Cursor::clone(at));
         if let Some(why) = missed {
             audience.members().misses(why);
         }
         if let Some(listed) = self.replays.get_mut(&replay) {
             let place = listed.audiences.insert(audience.clone());
-            self.channels.insert(channel, Place::Replay(replay, place));
+            self.channels.insert(channel, ChannelState::Replay(replay, place));
         }
         audience
     }
@@ -278,8 +280,8 @@ impl Hub {
         let (at, is_empty) = (members.remove(channel), members.is_empty());
         match place {
             _ if !is_empty => {}
-            Place::Live(number) => _ = self.discard(number),
-            Place::Replay(number, place) => {
+            ChannelState::Live(number) => _ = self.discard(number),
+            ChannelState::Replay(number, place) => {
                 if let Some(listed) = self.replays.get_mut(&number) {
                     listed.audiences.remove(place);
                 }
@@ -288,7 +290,7 @@ impl Hub {
         at
     }
 
-    fn discard(&mut self, number: AudienceId) -> Audience {
+    fn discard(&mut self, number: GroupId) -> SubscriberGroup {
         let audience = self.live.remove(number);
         self.by_key.remove(audience.key());
         self.ahead.remove(&number);

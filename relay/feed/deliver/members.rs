@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::memory_budget::Budget;
+use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::deliver::outbox::{Outbox, Unit};
 use crate::model::log::cursor::Cursor;
 use crate::model::row::change::RelationId;
@@ -139,7 +139,7 @@ impl Members {
     }
 
     /// What their frames count for; none without any channel.
-    pub fn budget(&self) -> Option<Arc<Budget>> {
+    pub fn budget(&self) -> Option<Arc<MemoryBudget>> {
         self.lock().outboxes.values().next().map(|outbox| Arc::clone(outbox.budget()))
     }
 

@@ -16,7 +16,7 @@ use crate::feed::deliver::frame::Frame;
 use crate::observe::Observe;
 
 /// The bound of a relay, in bytes.
-pub struct Budget {
+pub struct MemoryBudget {
     limit: usize,
     /// The frame of one change has at most this many.
     change_bytes: usize,
@@ -58,7 +58,7 @@ pub struct Owner {
 /// Counted memory; given back when this is dropped.
 #[derive(Debug)]
 pub struct Held {
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
     bytes: usize,
 }
 
@@ -67,12 +67,12 @@ pub struct Held {
 pub struct Reserved(Held);
 
 /// The place of a holder among those that can be evicted.
-pub struct Place {
-    budget: Arc<Budget>,
+pub struct Reservation {
+    budget: Arc<MemoryBudget>,
     number: usize,
 }
 
-impl Budget {
+impl MemoryBudget {
     /// Of so much memory. A quarter of it is for what the allocator adds when a thousand clients come and go.
     pub fn within(memory: usize, change_bytes: usize, observe: Arc<Observe>) -> Self {
         Self { change_bytes, ..Self::new(memory - memory / 4, observe) }
@@ -166,9 +166,9 @@ impl Budget {
     }
 
     /// Takes in a holder; it can be evicted until its place is dropped.
-    pub fn enter(self: &Arc<Self>, holder: Weak<dyn Holder>) -> Place {
+    pub fn enter(self: &Arc<Self>, holder: Weak<dyn Holder>) -> Reservation {
         let number = lock(&self.holders).insert(holder);
-        Place { budget: Arc::clone(self), number }
+        Reservation { budget: Arc::clone(self), number }
     }
 
     /// Evicts the slow ones first, and of those the ones with the most, until it is `enough`, which hears what was freed.
@@ -228,13 +228,13 @@ impl Drop for Held {
     }
 }
 
-impl Drop for Place {
+impl Drop for Reservation {
     fn drop(&mut self) {
         lock(&self.budget.holders).try_remove(self.number);
     }
 }
 
-impl fmt::Debug for Budget {
+impl fmt::Debug for MemoryBudget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Budget").field("limit", &self.limit).finish_non_exhaustive()
     }

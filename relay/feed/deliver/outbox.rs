@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::memory_budget::{Budget, Holder, Owner, Place, Waiting};
+use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Reservation, Waiting};
 use crate::model::session::machine::ChannelId;
 
 /// A client for which this much waits …
@@ -31,8 +31,8 @@ const PLACES: usize = 32;
 pub struct Outbox {
     shared: Arc<Shared>,
     limit: usize,
-    budget: Arc<Budget>,
-    _place: Place,
+    budget: Arc<MemoryBudget>,
+    _place: Reservation,
 }
 
 struct Shared {
@@ -40,7 +40,7 @@ struct Shared {
     queue: Mutex<Queue>,
     hand: Mutex<Hand>,
     owner: Option<Arc<Owner>>,
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
 }
 
 #[derive(Debug, Default)]
@@ -110,12 +110,12 @@ pub enum Taken {
 
 impl Outbox {
     /// An empty outbox that holds up to `limit` bytes of what `budget` allows all together.
-    pub fn new(limit: usize, budget: Arc<Budget>) -> Self {
+    pub fn new(limit: usize, budget: Arc<MemoryBudget>) -> Self {
         Self::of(None, limit, budget)
     }
 
     /// The same for an answer that belongs to somebody.
-    pub fn of(owner: Option<Arc<Owner>>, limit: usize, budget: Arc<Budget>) -> Self {
+    pub fn of(owner: Option<Arc<Owner>>, limit: usize, budget: Arc<MemoryBudget>) -> Self {
         let (queue, hand) = (Mutex::default(), Mutex::default());
         let shared = Arc::new(Shared { queue, hand, owner, budget: Arc::clone(&budget) });
         let holder: Weak<dyn Holder> = Arc::<Shared>::downgrade(&shared);
@@ -186,7 +186,7 @@ impl Outbox {
     }
 
     /// What counts for it.
-    pub fn budget(&self) -> &Arc<Budget> {
+    pub fn budget(&self) -> &Arc<MemoryBudget> {
         &self.budget
     }
 
@@ -324,7 +324,7 @@ impl Queue {
     }
 
     /// Frames that are shared by many clients are small for each of them; their places in its queue are its own.
-    fn count_places(&mut self, budget: &Budget) {
+    fn count_places(&mut self, budget: &MemoryBudget) {
         let places = self.frames.capacity();
         if places > PLACES.max(self.places) || places * 4 < self.places {
             budget.places(self.places, places);
@@ -374,9 +374,9 @@ mod tests {
     use crate::feed::deliver::frame::{KEPT, Text};
     use crate::observe::Observe;
 
-    fn budget(limit: usize) -> (Arc<Budget>, Arc<Observe>) {
+    fn budget(limit: usize) -> (Arc<MemoryBudget>, Arc<Observe>) {
         let observe = Arc::new(Observe::new());
-        (Arc::new(Budget::new(limit, Arc::clone(&observe))), observe)
+        (Arc::new(MemoryBudget::new(limit, Arc::clone(&observe))), observe)
     }
 
     fn outbox(limit: usize) -> Outbox {

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use crate::feed::read::source::Part;
+use crate::feed::read::source::FeedItem;
 use crate::model::log::cursor::Cursor;
 
 /// So much may wait: bytes of changes, of which most are shared with those who were told already.
@@ -24,7 +24,7 @@ pub struct Backlog {
 
 #[derive(Default)]
 struct Waiting {
-    parts: VecDeque<(Part, usize)>,
+    parts: VecDeque<(FeedItem, usize)>,
     bytes: usize,
     /// The router has channels.
     is_heard: bool,
@@ -33,7 +33,7 @@ struct Waiting {
 impl Backlog {
     /// Adds a part, before which everything up to `here` was added. When too much waits, all of that gives way to a part that
     /// says so.
-    pub fn add(&self, part: Part, here: Option<&Cursor>) {
+    pub fn add(&self, part: FeedItem, here: Option<&Cursor>) {
         let mut waiting = self.waiting();
         if !waiting.is_heard
             && let Some(end) = part.end_if_plain()
@@ -54,7 +54,7 @@ impl Backlog {
     }
 
     /// The next part, as soon as there is one. Cancel safe. Only one task may wait at a time.
-    pub async fn next(&self) -> Part {
+    pub async fn next(&self) -> FeedItem {
         loop {
             if let Some(part) = self.take() {
                 return part;
@@ -64,10 +64,10 @@ impl Backlog {
     }
 
     /// From now on the router is woken for every part: it is about to get a channel. Returns how far the feed came meanwhile.
-    pub fn listen(&self) -> Option<Part> {
+    pub fn listen(&self) -> Option<FeedItem> {
         let mut waiting = self.waiting();
         waiting.is_heard = true;
-        let is_skipped = matches!(waiting.parts.front(), Some((Part::Skipped(_), _)));
+        let is_skipped = matches!(waiting.parts.front(), Some((FeedItem::Skipped(_), _)));
         if is_skipped { waiting.take() } else { None }
     }
 
@@ -76,7 +76,7 @@ impl Backlog {
         self.waiting().is_heard = false;
     }
 
-    fn take(&self) -> Option<Part> {
+    fn take(&self) -> Option<FeedItem> {
         self.waiting().take()
     }
 
@@ -86,7 +86,7 @@ impl Backlog {
 }
 
 impl Waiting {
-    fn take(&mut self) -> Option<Part> {
+    fn take(&mut self) -> Option<FeedItem> {
         let (part, bytes) = self.parts.pop_front()?;
         self.bytes -= bytes;
         Some(part)
@@ -95,27 +95,27 @@ impl Waiting {
     /// What was a gap already stays one; without one, the changelog has what is left out here.
     fn give_way(&mut self, here: Cursor) {
         let gap = self.parts.iter().rev().find_map(|(part, _)| match part {
-            Part::Gap(why) => Some(why.clone()),
+            FeedItem::Gap(why) => Some(why.clone()),
             _ => None,
         });
         self.parts.clear();
         self.bytes = 0;
         if let Some(why) = gap {
-            self.add(Part::Gap(why), LEAST);
-            self.add(Part::Quiet(here), LEAST);
+            self.add(FeedItem::Gap(why), LEAST);
+            self.add(FeedItem::Quiet(here), LEAST);
         } else {
-            self.add(Part::TooMuch(here), LEAST);
+            self.add(FeedItem::TooMuch(here), LEAST);
         }
     }
 
     fn skip_to(&mut self, end: Cursor) {
         match self.parts.back_mut() {
-            Some((Part::Skipped(last), _)) => *last = end,
-            _ => self.add(Part::Skipped(end), LEAST),
+            Some((FeedItem::Skipped(last), _)) => *last = end,
+            _ => self.add(FeedItem::Skipped(end), LEAST),
         }
     }
 
-    fn add(&mut self, part: Part, bytes: usize) {
+    fn add(&mut self, part: FeedItem, bytes: usize) {
         self.parts.push_back((part, bytes));
         self.bytes += bytes;
     }
@@ -136,7 +136,7 @@ mod tests {
         assert!(backlog.listen().is_none());
         let here = stretch(1, 100).end();
         for number in 0..20 {
-            backlog.add(Part::Changes(stretch(number, 1 << 20)), here.as_ref());
+            backlog.add(FeedItem::Changes(stretch(number, 1 << 20)), here.as_ref());
         }
         let mut told = Vec::new();
         while let Some(part) = backlog.take() {
@@ -149,26 +149,28 @@ mod tests {
     async fn a_router_without_channels_is_not_woken_and_learns_where_the_feed_is_before_its_first_channel() {
         let backlog = Backlog::default();
         for number in 0..3 {
-            backlog.add(Part::Changes(stretch(number, 100)), None);
+            backlog.add(FeedItem::Changes(stretch(number, 100)), None);
         }
         assert!(timeout(Duration::ZERO, backlog.news.notified()).await.is_err(), "nothing to wake it for");
-        let Some(Part::Skipped(end)) = backlog.listen() else { panic!("it is not told where the feed is") };
+        let Some(FeedItem::Skipped(end)) = backlog.listen() else {
+            panic!("it is not told where the feed is")
+        };
         assert_eq!(Some(end), stretch(2, 100).end());
-        backlog.add(Part::Changes(stretch(3, 100)), None);
+        backlog.add(FeedItem::Changes(stretch(3, 100)), None);
         assert_eq!(name(&backlog.next().await), "3");
         backlog.rest();
-        backlog.add(Part::Gap(String::from("why")), None);
+        backlog.add(FeedItem::Gap(String::from("why")), None);
         assert_eq!(name(&backlog.next().await), "gap", "what counts for later channels, too");
     }
 
-    fn name(part: &Part) -> String {
+    fn name(part: &FeedItem) -> String {
         match part {
-            Part::Changes(stretch) => format!("{}", stretch.changes[0].number),
-            Part::Gap(_) => String::from("gap"),
-            Part::Quiet(_) => String::from("here"),
-            Part::Skipped(_) => String::from("skipped"),
-            Part::TooMuch(_) => String::from("too much"),
-            Part::Rest { .. } => String::from("rest"),
+            FeedItem::Changes(stretch) => format!("{}", stretch.changes[0].number),
+            FeedItem::Gap(_) => String::from("gap"),
+            FeedItem::Quiet(_) => String::from("here"),
+            FeedItem::Skipped(_) => String::from("skipped"),
+            FeedItem::TooMuch(_) => String::from("too much"),
+            FeedItem::Rest { .. } => String::from("rest"),
         }
     }
 }

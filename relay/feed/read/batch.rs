@@ -7,7 +7,7 @@ use crate::model::row::change::{Change, Operation};
 use crate::postgres::changelog::transactions::Unfinished;
 
 /// A part of a page.
-pub struct Stretch {
+pub struct Batch {
     /// Its changes.
     pub changes: Vec<Change>,
     /// Which of their transactions go on after it.
@@ -20,7 +20,7 @@ pub struct Stretch {
     pub mark: Option<i64>,
 }
 
-impl Stretch {
+impl Batch {
     /// Where one stands after it; none when it is empty.
     pub fn end(&self) -> Option<Cursor> {
         Some(self.span.after(self.changes.last()?.number, !self.more))
@@ -43,10 +43,10 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::model::log::cursor::{Epoch, Snapshot};
-    use crate::model::row::change::{Reading, RelationId};
+    use crate::model::row::change::{ImageState, RelationId};
 
     /// A page with one change of this number, whose image has so many bytes.
-    pub(crate) fn stretch(number: i64, bytes: usize) -> Arc<Stretch> {
+    pub(crate) fn stretch(number: i64, bytes: usize) -> Arc<Batch> {
         let snapshot = |xmax| Snapshot::new(xmax, Vec::new()).unwrap();
         let span = Arc::new(Span { epoch: Epoch(1), seen: snapshot(1), until: snapshot(2) });
         let change = Change {
@@ -56,13 +56,13 @@ pub(crate) mod tests {
             relation: RelationId(1),
             shape: None,
             began: None,
-            reading: Reading::Whole,
+            reading: ImageState::Whole,
             operation: Operation::Insert,
             oversize: false,
             before: None,
             after: Some("x".repeat(bytes)),
         };
         let (unfinished, mark) = (Unfinished::new(), None);
-        Arc::new(Stretch { changes: vec![change], unfinished, more: false, span, mark })
+        Arc::new(Batch { changes: vec![change], unfinished, more: false, span, mark })
     }
 }

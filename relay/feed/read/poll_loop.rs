@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tokio::time::timeout;
 
-use crate::feed::read::batch::Stretch;
-use crate::feed::read::source::{PART_BYTES, PART_CHANGES, Part, Place, Source};
+use crate::feed::read::batch::Batch;
+use crate::feed::read::source::{FeedItem, PART_BYTES, PART_CHANGES, Source, SourcePosition};
 use crate::model::log::cursor::Span;
 use crate::postgres::changelog::doorbell::{Doorbell, Rings};
-use crate::postgres::changelog::reader::{Changelog, Flush, Position};
+use crate::postgres::changelog::reader::{Changelog, Flush, PagePosition};
 use crate::postgres::connect::pool::Error;
 
 /// After so many parts a page is large: everybody waits for them, and no longer.
@@ -43,12 +43,12 @@ const TRIMMED: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_secs(1);
 
 /// The source while its connections hold.
-pub(super) struct Reading<'a> {
+pub(super) struct PollLoop<'a> {
     source: &'a Source,
     changelog: Changelog,
     doorbell: Doorbell,
-    place: &'a mut Place,
-    parts: &'a Sender<Part>,
+    place: &'a mut SourcePosition,
+    parts: &'a Sender<FeedItem>,
     /// When somebody last heard where we are.
     told: Instant,
     /// The position moved since, with nothing to tell.
@@ -61,7 +61,7 @@ pub(super) struct Reading<'a> {
 
 /// What a look at the changelog found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Look {
+enum PollResult {
     /// Nothing new.
     Nothing,
     /// Some changes.
@@ -72,13 +72,13 @@ enum Look {
     Over,
 }
 
-impl<'a> Reading<'a> {
+impl<'a> PollLoop<'a> {
     pub(super) fn new(
         source: &'a Source,
         changelog: Changelog,
         doorbell: Doorbell,
-        place: &'a mut Place,
-        parts: &'a Sender<Part>,
+        place: &'a mut SourcePosition,
+        parts: &'a Sender<FeedItem>,
     ) -> Self {
         let now = Instant::now();
         let (unheard, resigned) = (false, false);
@@ -110,13 +110,13 @@ impl<'a> Reading<'a> {
         loop {
             self.pass_on();
             match self.look(Flush::WithWriters).await? {
-                Look::Over => return Ok(()),
-                Look::Plenty => pause = POLL,
-                Look::Some => {
+                PollResult::Over => return Ok(()),
+                PollResult::Plenty => pause = POLL,
+                PollResult::Some => {
                     pause = POLL;
                     tokio::time::sleep(pause).await;
                 }
-                Look::Nothing => {
+                PollResult::Nothing => {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(DEAF);
                 }
@@ -125,9 +125,9 @@ impl<'a> Reading<'a> {
     }
 
     /// Looks when the leader rings, until this relay leads itself.
-    async fn until_leader(&mut self) -> Result<Look, Error> {
+    async fn until_leader(&mut self) -> Result<PollResult, Error> {
         if self.try_lead().await? {
-            return Ok(Look::Nothing);
+            return Ok(PollResult::Nothing);
         }
         self.doorbell.assist().await?;
         tracing::info!("another relay leads: this one is its deputy");
@@ -135,9 +135,9 @@ impl<'a> Reading<'a> {
         loop {
             let found = self.look_to_the_end(Flush::WithWriters).await?;
             match found {
-                Look::Over => return Ok(Look::Over),
+                PollResult::Over => return Ok(PollResult::Over),
                 // Anybody in the database may take the leader's lock: who does not ring is not relied on.
-                Look::Some if !rung => {
+                PollResult::Some if !rung => {
                     self.source.observe.found_by_polling();
                     poll = poll.min(DEAF);
                 }
@@ -151,7 +151,7 @@ impl<'a> Reading<'a> {
                     if self.try_lead().await? {
                         // Whatever happened since the other's end has to be looked for; being awake does.
                         self.source.refresh_jobs.notify_one();
-                        return Ok(Look::Nothing);
+                        return Ok(PollResult::Nothing);
                     }
                 }
                 let wait = SUCCEED.saturating_sub(tried.elapsed());
@@ -174,12 +174,12 @@ impl<'a> Reading<'a> {
     }
 
     /// Looks until a page is not full.
-    async fn look_to_the_end(&mut self, how: Flush) -> Result<Look, Error> {
-        let mut found = Look::Nothing;
+    async fn look_to_the_end(&mut self, how: Flush) -> Result<PollResult, Error> {
+        let mut found = PollResult::Nothing;
         loop {
             match self.look(how).await? {
-                Look::Plenty => found = Look::Some,
-                Look::Nothing => return Ok(found),
+                PollResult::Plenty => found = PollResult::Some,
+                PollResult::Nothing => return Ok(found),
                 last => return Ok(last),
             }
         }
@@ -197,21 +197,21 @@ impl<'a> Reading<'a> {
     }
 
     /// Polls until it is quiet and every writer that did not ring is done.
-    async fn awake(&mut self) -> Result<Look, Error> {
+    async fn awake(&mut self) -> Result<PollResult, Error> {
         let mut found = Instant::now();
         loop {
             self.pass_on();
             match self.look(Flush::WithWriters).await? {
-                Look::Over => return Ok(Look::Over),
-                Look::Plenty => found = Instant::now(),
-                Look::Some => {
+                PollResult::Over => return Ok(PollResult::Over),
+                PollResult::Plenty => found = Instant::now(),
+                PollResult::Some => {
                     found = Instant::now();
                     tokio::time::sleep(POLL).await;
                 }
-                Look::Nothing if found.elapsed() < IDLE => tokio::time::sleep(POLL).await,
-                Look::Nothing => {
+                PollResult::Nothing if found.elapsed() < IDLE => tokio::time::sleep(POLL).await,
+                PollResult::Nothing => {
                     if self.doorbell.try_sleep().await? {
-                        return Ok(Look::Nothing);
+                        return Ok(PollResult::Nothing);
                     }
                     tokio::time::sleep(CALM).await;
                 }
@@ -220,10 +220,10 @@ impl<'a> Reading<'a> {
     }
 
     /// Holds the lock, so everybody rings: looks once for those who came before, then once per ring.
-    async fn asleep(&mut self) -> Result<Look, Error> {
+    async fn asleep(&mut self) -> Result<PollResult, Error> {
         self.source.observe.asleep();
         if self.look_to_the_end(Flush::AtOnce).await?.is_over() {
-            return Ok(Look::Over);
+            return Ok(PollResult::Over);
         }
         let mut rush = Instant::now();
         let mut count = 0;
@@ -239,9 +239,9 @@ impl<'a> Reading<'a> {
                     heard = Instant::now();
                 }
                 match self.look_to_the_end(Flush::AtOnce).await? {
-                    Look::Over => return Ok(Look::Over),
-                    Look::Nothing => {}
-                    Look::Some | Look::Plenty => self.source.observe.found_by_polling(),
+                    PollResult::Over => return Ok(PollResult::Over),
+                    PollResult::Nothing => {}
+                    PollResult::Some | PollResult::Plenty => self.source.observe.found_by_polling(),
                 }
                 continue;
             };
@@ -253,10 +253,10 @@ impl<'a> Reading<'a> {
             if count >= RUSH_RINGS {
                 self.doorbell.wake().await?;
                 self.source.observe.awake();
-                return Ok(Look::Some);
+                return Ok(PollResult::Some);
             }
             if self.look_to_the_end(Flush::AtOnce).await?.is_over() {
-                return Ok(Look::Over);
+                return Ok(PollResult::Over);
             }
         }
     }
@@ -269,7 +269,7 @@ impl<'a> Reading<'a> {
     }
 
     /// Reads one page and hands it on in parts. The position moves with what was handed on.
-    async fn look(&mut self, how: Flush) -> Result<Look, Error> {
+    async fn look(&mut self, how: Flush) -> Result<PollResult, Error> {
         let found = self.read_page(how).await?;
         match self.resigned {
             false => Ok(found),
@@ -277,7 +277,7 @@ impl<'a> Reading<'a> {
         }
     }
 
-    async fn read_page(&mut self, how: Flush) -> Result<Look, Error> {
+    async fn read_page(&mut self, how: Flush) -> Result<PollResult, Error> {
         let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
         let resumed = self.place.position.until.is_some();
         let scope = Arc::clone(&self.source.scope.borrow());
@@ -298,11 +298,11 @@ impl<'a> Reading<'a> {
             if total == 0 && slept > TRIMMED {
                 let horizon = self.source.page(self.source.horizon()).await?;
                 if !horizon.is_before_or_equal(&span.seen) {
-                    self.place.position = Position::after(horizon);
+                    self.place.position = PagePosition::after(horizon);
                     let why =
                         String::from("changes were trimmed before they could be told, read the rows again");
-                    let is_taken = self.hand_on(Part::Gap(why)).await;
-                    return Ok(if is_taken { Look::Plenty } else { Look::Over });
+                    let is_taken = self.hand_on(FeedItem::Gap(why)).await;
+                    return Ok(if is_taken { PollResult::Plenty } else { PollResult::Over });
                 }
             }
             if let Some(through) = unflushed.take() {
@@ -314,10 +314,10 @@ impl<'a> Reading<'a> {
             self.source.observe.read(changes.len());
             let completed = self.source.transactions.complete(span.epoch, &mut changes, !more);
             let unfinished = self.source.page(completed).await?;
-            let stretch = Stretch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
-            let part = Part::Changes(Arc::new(stretch));
+            let stretch = Batch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
+            let part = FeedItem::Changes(Arc::new(stretch));
             if !self.hand_on(part).await {
-                return Ok(Look::Over);
+                return Ok(PollResult::Over);
             }
             self.source.pulse.is_read();
             self.told = Instant::now();
@@ -337,30 +337,30 @@ impl<'a> Reading<'a> {
         // Without the flush an id counted as finished here could be handed out again after a crash, so an empty page
         // moves the position only when it is safe by itself.
         if unflushed.is_none() {
-            self.place.position = Position::after(until);
+            self.place.position = PagePosition::after(until);
             self.unheard = goes_on || (total == 0 && (self.unheard || span.seen != span.until));
             // Whoever was told that a page goes on is told at once that it does not.
             if goes_on || (self.unheard && self.told.elapsed() > QUIET) {
                 self.told = Instant::now();
                 self.unheard = false;
-                if !self.hand_on(Part::Quiet(span.end())).await {
-                    return Ok(Look::Over);
+                if !self.hand_on(FeedItem::Quiet(span.end())).await {
+                    return Ok(PollResult::Over);
                 }
             }
         }
         self.doorbell.ring_deputies(false).await?;
         Ok(match total {
             // The end of a page that an interruption cut short; what came since is on the next.
-            _ if resumed => Look::Plenty,
-            0 => Look::Nothing,
-            _ if total < PART_CHANGES => Look::Some,
-            _ => Look::Plenty,
+            _ if resumed => PollResult::Plenty,
+            0 => PollResult::Nothing,
+            _ if total < PART_CHANGES => PollResult::Some,
+            _ => PollResult::Plenty,
         })
     }
 
     /// False when nobody takes parts any more. While nothing is taken for long, because policies cannot be judged, another
     /// relay may be able to: it is to lead, since who waits here rings for nobody.
-    async fn hand_on(&mut self, part: Part) -> bool {
+    async fn hand_on(&mut self, part: FeedItem) -> bool {
         let parts = self.parts;
         let mut room = pin!(parts.reserve());
         let room = loop {
@@ -379,19 +379,19 @@ impl<'a> Reading<'a> {
     }
 
     /// Leaves the rest of a page to whom it concerns.
-    async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<Look, Error> {
+    async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<PollResult, Error> {
         // On the connection that streams large rows, those that were not looked at would have to come first.
         self.changelog = Changelog::connect(&self.source.server).await?;
         let counts = self.changelog.counts(&span.seen, &span.until, after);
         let counts = self.source.page(counts).await?;
-        self.place.position = Position::after(span.until.clone());
+        self.place.position = PagePosition::after(span.until.clone());
         self.unheard = false;
-        let rest = Part::Rest { span: Arc::clone(span), after, counts };
-        Ok(if self.hand_on(rest).await { Look::Plenty } else { Look::Over })
+        let rest = FeedItem::Rest { span: Arc::clone(span), after, counts };
+        Ok(if self.hand_on(rest).await { PollResult::Plenty } else { PollResult::Over })
     }
 }
 
-impl Look {
+impl PollResult {
     fn is_over(&self) -> bool {
         matches!(self, Self::Over)
     }

@@ -3,15 +3,15 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::feed::read::batch::Stretch;
+use crate::feed::read::batch::Batch;
 use crate::model::log::cursor::Cursor;
 
 /// What was delivered last, bounded in bytes: those who come back after a moment need not go to the changelog.
 #[derive(Default)]
-pub struct Recent {
+pub struct RecentBatches {
     /// Where one stood before the first of them.
     start: Option<Cursor>,
-    stretches: VecDeque<(Arc<Stretch>, usize)>,
+    stretches: VecDeque<(Arc<Batch>, usize)>,
     bytes: usize,
 }
 
@@ -20,9 +20,9 @@ const MOST_BYTES: usize = 4 << 20;
 /// How much of it one client is handed.
 const MOST_AT_ONCE: usize = 256 << 10;
 
-impl Recent {
+impl RecentBatches {
     /// Adds what was delivered after `start`.
-    pub fn add(&mut self, start: Option<Cursor>, stretch: Arc<Stretch>) {
+    pub fn add(&mut self, start: Option<Cursor>, stretch: Arc<Batch>) {
         if self.start.is_none() {
             self.start = start;
         }
@@ -46,13 +46,13 @@ impl Recent {
     }
 
     /// What was delivered that a reader here lacks; none when that is not all at hand.
-    pub fn since(&self, cursor: &Cursor) -> Option<Vec<Arc<Stretch>>> {
+    pub fn since(&self, cursor: &Cursor) -> Option<Vec<Arc<Batch>>> {
         let start = self.start.as_ref()?;
         if !cursor.is_at_or_after(start) {
             return None;
         }
-        let is_missed = |stretch: &Stretch| stretch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
-        let missed: Vec<&(Arc<Stretch>, usize)> =
+        let is_missed = |stretch: &Batch| stretch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
+        let missed: Vec<&(Arc<Batch>, usize)> =
             self.stretches.iter().filter(|(stretch, _)| is_missed(stretch)).collect();
         // Amid a page of another relay it has to come to the end of that first.
         if !missed.first()?.0.span.continues(cursor) {

@@ -11,15 +11,15 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::feed::read::batch::Stretch;
-use crate::feed::read::poll_loop::Reading;
-use crate::feed::read::stall::{Cause, Pulse};
+use crate::feed::read::batch::Batch;
+use crate::feed::read::poll_loop::PollLoop;
+use crate::feed::read::stall::{StallCause, StallMonitor};
 use crate::model::log::cursor::{Cursor, Epoch, Snapshot, Span};
 use crate::model::row::change::RelationId;
 use crate::observe::Observe;
 use crate::postgres::catalog::RuleScope;
 use crate::postgres::changelog::doorbell::{Backend, Doorbell};
-use crate::postgres::changelog::reader::{self, Changelog, Flush, Position};
+use crate::postgres::changelog::reader::{self, Changelog, Flush, PagePosition};
 use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::backoff::Backoff;
 use crate::postgres::connect::pool::{Error, Server};
@@ -35,9 +35,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What goes from the source to the router.
 #[derive(Clone)]
-pub enum Part {
+pub enum FeedItem {
     /// Changes in the order of their numbers.
-    Changes(Arc<Stretch>),
+    Changes(Arc<Batch>),
     /// The page goes on, but is too large for everybody to wait for it: who wants its rest reads that by itself.
     Rest {
         /// The page.
@@ -57,7 +57,7 @@ pub enum Part {
     Gap(String),
 }
 
-impl Part {
+impl FeedItem {
     /// How much room it takes.
     pub fn bytes(&self) -> usize {
         match self {
@@ -91,7 +91,7 @@ pub struct Source {
     /// How long PostgreSQL may take for a page, or a part of one.
     pub patience: Duration,
     /// Where it is told whether the feed goes on.
-    pub pulse: Arc<Pulse>,
+    pub pulse: Arc<StallMonitor>,
     /// What is counted.
     pub observe: Arc<Observe>,
     /// Told when the refresh schedule changed.
@@ -101,14 +101,14 @@ pub struct Source {
 }
 
 /// Where the source stands; it outlives connections.
-pub(super) struct Place {
+pub(super) struct SourcePosition {
     pub(super) epoch: Epoch,
-    pub(super) position: Position,
+    pub(super) position: PagePosition,
 }
 
 impl Source {
     /// Reads until the end, over any number of connections.
-    pub async fn run(self, parts: Sender<Part>, end: CancellationToken) {
+    pub async fn run(self, parts: Sender<FeedItem>, end: CancellationToken) {
         let (mut place, mut bell) = (None, None);
         let mut backoff = Backoff::new(Duration::from_millis(50), LONGEST_PAUSE);
         loop {
@@ -139,9 +139,9 @@ impl Source {
     /// One connection's life. Ends well only when nobody takes parts any more.
     async fn work(
         &self,
-        place: &mut Option<Place>,
+        place: &mut Option<SourcePosition>,
         bell: &mut Option<Backend>,
-        parts: &Sender<Part>,
+        parts: &Sender<FeedItem>,
     ) -> Result<(), Error> {
         // Before the doorbell: on a standby there is neither, and this one says so.
         let changelog = Changelog::connect(&self.server).await?;
@@ -159,22 +159,22 @@ impl Source {
             Some(known) => {
                 // Both or neither: if the start fails, the next try has to find the difference again.
                 let position = self.start(&changelog).await?;
-                *known = Place { epoch, position };
+                *known = SourcePosition { epoch, position };
                 let why = String::from(
                     "the database is another one, or an older state of it, or was away for too long, read the rows again",
                 );
-                if parts.send(Part::Gap(why)).await.is_err() {
+                if parts.send(FeedItem::Gap(why)).await.is_err() {
                     return Ok(());
                 }
             }
             None => {
-                *place = Some(Place { epoch, position: self.start(&changelog).await? });
+                *place = Some(SourcePosition { epoch, position: self.start(&changelog).await? });
             }
         }
         let Some(place) = place else { return Ok(()) };
         if place.position.until.is_none() {
             let here = Cursor::after(place.epoch, place.position.seen.clone());
-            if parts.send(Part::Quiet(here)).await.is_err() {
+            if parts.send(FeedItem::Quiet(here)).await.is_err() {
                 return Ok(());
             }
         }
@@ -190,7 +190,7 @@ impl Source {
             tracing::info!("relay.doorbell is off in this database: polling");
         }
         self.observe.source_up(rings);
-        let mut reading = Reading::new(self, changelog, doorbell, place, parts);
+        let mut reading = PollLoop::new(self, changelog, doorbell, place, parts);
         match (hears, rings) {
             (true, true) => reading.by_bell().await,
             (true, false) => reading.by_polling_for_all().await,
@@ -199,10 +199,10 @@ impl Source {
     }
 
     /// The position of this moment, safe from a crash.
-    async fn start(&self, changelog: &Changelog) -> Result<Position, Error> {
+    async fn start(&self, changelog: &Changelog) -> Result<PagePosition, Error> {
         let now = self.in_time(changelog.now()).await?;
         self.in_time(reader::flush(&self.pool)).await?;
-        Ok(Position::after(now))
+        Ok(PagePosition::after(now))
     }
 
     /// What a crash could take back is never shown: waits until the log is flushed up to a place in it.
@@ -225,9 +225,9 @@ impl Source {
 
     /// Something of a page; while it is waited for the feed does not go on.
     pub(super) async fn page<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        self.pulse.waits(Cause::Changelog);
+        self.pulse.waits(StallCause::Changelog);
         let answered = self.in_time(asked).await?;
-        self.pulse.goes_on(Cause::Changelog);
+        self.pulse.goes_on(StallCause::Changelog);
         Ok(answered)
     }
 

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 /// What the feed may wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub enum StallCause {
     /// The next page of the changelog, or a connection to read it by.
     Changelog,
     /// Verdicts on the changes at hand.
@@ -16,16 +16,16 @@ pub enum Cause {
 }
 
 /// Hears of each stall: what the feed waits for, or that it goes on.
-pub type Stalls = watch::Receiver<Option<Cause>>;
+pub type Stalls = watch::Receiver<Option<StallCause>>;
 
 /// The feed's pulse.
-pub struct Pulse {
+pub struct StallMonitor {
     bound: Duration,
     /// Where this is the pulse of a part of the feed: that of the feed as a whole, and the name of the part.
-    whole: Option<(Arc<Pulse>, &'static str)>,
+    whole: Option<(Arc<StallMonitor>, &'static str)>,
     // Held for a moment, once or twice a page.
     waits: Mutex<Waits>,
-    stalled: watch::Sender<Option<Cause>>,
+    stalled: watch::Sender<Option<StallCause>>,
 }
 
 #[derive(Default)]
@@ -39,15 +39,15 @@ struct Waits {
 }
 
 impl Waits {
-    fn since(&mut self, cause: Cause) -> &mut Option<Instant> {
+    fn since(&mut self, cause: StallCause) -> &mut Option<Instant> {
         match cause {
-            Cause::Changelog => &mut self.changelog,
-            Cause::Judgement => &mut self.judgement,
+            StallCause::Changelog => &mut self.changelog,
+            StallCause::Judgement => &mut self.judgement,
         }
     }
 }
 
-impl Pulse {
+impl StallMonitor {
     /// Of a feed that stalls when it has waited for `bound`. It waits for its first page.
     pub fn new(bound: Duration) -> Self {
         let waits = Waits { changelog: Some(Instant::now()), ..Waits::default() };
@@ -66,17 +66,17 @@ impl Pulse {
     }
 
     /// It waits from now on, if it does not yet.
-    pub fn waits(&self, cause: Cause) {
+    pub fn waits(&self, cause: StallCause) {
         self.change(|waits| {
             waits.since(cause).get_or_insert_with(Instant::now);
         });
     }
 
     /// It has what it waited for.
-    pub fn goes_on(&self, cause: Cause) {
+    pub fn goes_on(&self, cause: StallCause) {
         self.change(|waits| {
             *waits.since(cause) = None;
-            if cause == Cause::Changelog && waits.interrupted.is_none() {
+            if cause == StallCause::Changelog && waits.interrupted.is_none() {
                 waits.why = None;
             }
         });
@@ -94,7 +94,7 @@ impl Pulse {
 
     /// It has no connection, and why.
     pub fn is_cut_off(&self, why: &'static str) {
-        self.waits(Cause::Changelog);
+        self.waits(StallCause::Changelog);
         self.change(|waits| {
             waits.interrupted.get_or_insert_with(Instant::now);
             waits.why = Some(why);
@@ -107,7 +107,7 @@ impl Pulse {
     }
 
     /// What it has waited for longer than the bound.
-    pub fn stalled(&self) -> Option<Cause> {
+    pub fn stalled(&self) -> Option<StallCause> {
         *self.stalled.borrow()
     }
 
@@ -127,8 +127,8 @@ impl Pulse {
             let mut now = None;
             self.change(|waits| {
                 now = match () {
-                    () if is_long(changelog) => Some(Cause::Changelog),
-                    () if is_long(waits.judgement) => Some(Cause::Judgement),
+                    () if is_long(changelog) => Some(StallCause::Changelog),
+                    () if is_long(waits.judgement) => Some(StallCause::Judgement),
                     () => None,
                 };
             });
@@ -142,9 +142,9 @@ impl Pulse {
     }
 
     /// A part says what it waits for alone; what all wait for, the feed says.
-    fn log(&self, before: Option<Cause>, now: Option<Cause>) {
+    fn log(&self, before: Option<StallCause>, now: Option<StallCause>) {
         let lane = self.whole.as_ref().map(|(_, name)| *name);
-        let own = |cause: &Cause| lane.is_none() || *cause == Cause::Judgement;
+        let own = |cause: &StallCause| lane.is_none() || *cause == StallCause::Judgement;
         match (before.filter(own), now.filter(own)) {
             (before, now) if before == now => {}
             (_, Some(cause)) => tracing::warn!(lane, cause = ?cause, "the feed stalls"),

@@ -29,7 +29,7 @@ const MANY: usize = 5_000;
 const LAST: Duration = Duration::from_secs(2);
 
 /// What a session wants of its bookmarks.
-enum Command {
+enum BookmarkCommand {
     Open(BookmarkKey, Cursor, oneshot::Sender<Opened>),
     Move(Bookmark, Cursor, Arc<AtomicBool>),
     Forget(BookmarkKey, Option<String>),
@@ -37,12 +37,12 @@ enum Command {
 
 /// A session's handle on the bookmarks.
 #[derive(Clone)]
-pub struct Keeper(UnboundedSender<Command>);
+pub struct BookmarkHandle(UnboundedSender<BookmarkCommand>);
 
 /// The task.
-pub struct Keeping {
+pub struct BookmarkWriter {
     bookmarks: Bookmarks,
-    commands: UnboundedReceiver<Command>,
+    commands: UnboundedReceiver<BookmarkCommand>,
     opens: HashMap<BookmarkKey, (Cursor, oneshot::Sender<Opened>)>,
     /// By owner.
     moves: HashMap<String, (Bookmark, Cursor, Arc<AtomicBool>)>,
@@ -54,11 +54,11 @@ pub struct Keeping {
     due: Option<Instant>,
 }
 
-impl Keeper {
+impl BookmarkHandle {
     /// A handle, and the task to be run.
-    pub fn new(bookmarks: Bookmarks) -> (Self, Keeping) {
+    pub fn new(bookmarks: Bookmarks) -> (Self, BookmarkWriter) {
         let (sender, commands) = unbounded_channel();
-        let keeping = Keeping {
+        let keeping = BookmarkWriter {
             bookmarks,
             commands,
             opens: HashMap::new(),
@@ -73,27 +73,27 @@ impl Keeper {
     /// Takes over a bookmark, or makes it at `here`, safe from a crash. None when the relay ends.
     pub async fn open(&self, key: BookmarkKey, here: Cursor) -> Option<Opened> {
         let (opened, heard) = oneshot::channel();
-        let _ = self.0.send(Command::Open(key, here, opened));
+        let _ = self.0.send(BookmarkCommand::Open(key, here, opened));
         heard.await.ok()
     }
 
     /// Moves a bookmark, some time soon. `taken` becomes true when it belongs to another connection by then.
     pub fn move_to(&self, bookmark: Bookmark, to: Cursor, taken: &Arc<AtomicBool>) {
-        let _ = self.0.send(Command::Move(bookmark, to, Arc::clone(taken)));
+        let _ = self.0.send(BookmarkCommand::Move(bookmark, to, Arc::clone(taken)));
     }
 
     /// Drops a bookmark: its client left the channel.
     pub fn forget(&self, Bookmark { key, owner }: Bookmark) {
-        let _ = self.0.send(Command::Forget(key, Some(owner)));
+        let _ = self.0.send(BookmarkCommand::Forget(key, Some(owner)));
     }
 
     /// Drops whatever bookmark there is: its client left the channel while it was being opened.
     pub fn forget_opening(&self, key: BookmarkKey) {
-        let _ = self.0.send(Command::Forget(key, None));
+        let _ = self.0.send(BookmarkCommand::Forget(key, None));
     }
 }
 
-impl Keeping {
+impl BookmarkWriter {
     /// Serves until the end, which comes after that of all sessions; what moved is still written then.
     pub async fn run(mut self, end: CancellationToken) {
         let mut trim = interval(TRIM);
@@ -121,18 +121,18 @@ impl Keeping {
         let _ = timeout(LAST, self.write()).await;
     }
 
-    fn note(&mut self, command: Command) {
+    fn note(&mut self, command: BookmarkCommand) {
         let when = match command {
-            Command::Open(key, here, opened) => {
+            BookmarkCommand::Open(key, here, opened) => {
                 // Of two connections of one session only the later one gets it; the earlier one is told nothing, and joins again.
                 self.opens.insert(key, (here, opened));
                 Instant::now()
             }
-            Command::Move(bookmark, to, taken) => {
+            BookmarkCommand::Move(bookmark, to, taken) => {
                 self.moves.insert(bookmark.owner.clone(), (bookmark, to, taken));
                 Instant::now() + TOGETHER
             }
-            Command::Forget(key, owner) => {
+            BookmarkCommand::Forget(key, owner) => {
                 if owner.is_none() {
                     self.opens.remove(&key);
                 }

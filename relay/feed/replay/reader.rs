@@ -8,13 +8,13 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 
 use crate::feed::authorize::gate::Gate;
-use crate::feed::read::batch::Stretch;
+use crate::feed::read::batch::Batch;
 use crate::feed::read::source::{PART_BYTES, PART_CHANGES};
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::{Cursor, Snapshot};
 use crate::model::log::position::Missing;
-use crate::postgres::catalog::CatalogKeeper;
-use crate::postgres::changelog::chunks::{Bearing, Portion, Portions};
+use crate::postgres::catalog::CatalogCache;
+use crate::postgres::changelog::chunks::{Chunk, ChunkPosition, ChunkReader};
 use crate::postgres::changelog::reader;
 use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::pool::{Error, Server};
@@ -29,11 +29,11 @@ const SPARE: Duration = Duration::from_secs(5);
 const TURN: Duration = Duration::from_secs(2);
 
 /// Reads the past for those who missed it.
-pub struct Past {
+pub struct ReplayReader {
     server: Server,
     pool: Pool,
     transactions: Arc<Transactions>,
-    catalog: Arc<CatalogKeeper>,
+    catalog: Arc<CatalogCache>,
     /// Apart from the gate of what happens now, which must not wait for the past.
     gate: Gate,
     places: Arc<Semaphore>,
@@ -41,13 +41,13 @@ pub struct Past {
     /// PostgreSQL may take this long for a portion.
     patience: Duration,
     /// Connections that nobody reads by, and since when.
-    spare: Mutex<Vec<(Portions, Instant)>>,
+    spare: Mutex<Vec<(ChunkReader, Instant)>>,
     judged_with: Mutex<Option<Arc<Catalog>>>,
 }
 
 /// Why a cursor leads nowhere.
 #[derive(Debug)]
-pub enum Missed {
+pub enum ReplayError {
     /// What was missed cannot be had any more, and why: read the rows again.
     Gap(&'static str),
     /// The database cannot be asked now.
@@ -56,21 +56,21 @@ pub enum Missed {
     Ended,
 }
 
-impl From<Error> for Missed {
+impl From<Error> for ReplayError {
     fn from(error: Error) -> Self {
         Self::Unavailable(error)
     }
 }
 
 /// Whom the past is told.
-pub trait Listeners {
+pub trait ReplaySink {
     /// Tells them a stretch.
     fn tell(
         &mut self,
         gate: &Gate,
         catalog: &Arc<Catalog>,
-        stretch: &Stretch,
-    ) -> impl Future<Output = Result<(), Missed>> + Send;
+        stretch: &Batch,
+    ) -> impl Future<Output = Result<(), ReplayError>> + Send;
 
     /// Waits for something of the past. Whoever has others to listen to does so meanwhile.
     fn meanwhile<T: Send>(
@@ -102,13 +102,13 @@ pub trait Listeners {
     fn has_enough(&self) -> bool;
 }
 
-impl Past {
+impl ReplayReader {
     /// Reads the changelog of `server`, which has `patience` for each portion; `pool` is for other questions.
     pub fn new(
         server: Server,
         pool: Pool,
         transactions: Arc<Transactions>,
-        catalog: Arc<CatalogKeeper>,
+        catalog: Arc<CatalogCache>,
         gate: Gate,
         patience: Duration,
     ) -> Self {
@@ -130,42 +130,42 @@ impl Past {
     ///
     /// # Errors
     /// When it is not.
-    pub async fn check(&self, cursor: &Cursor) -> Result<(), Missed> {
+    pub async fn check(&self, cursor: &Cursor) -> Result<(), ReplayError> {
         self.check_by(&self.places, cursor).await
     }
 
-    async fn check_by(&self, places: &Arc<Semaphore>, cursor: &Cursor) -> Result<(), Missed> {
+    async fn check_by(&self, places: &Arc<Semaphore>, cursor: &Cursor) -> Result<(), ReplayError> {
         let _place = Arc::clone(places).acquire_owned().await;
         let portions = self.connection().await?;
         let checked = self.check_with(&portions, cursor).await;
-        if !matches!(checked, Err(Missed::Unavailable(_))) {
+        if !matches!(checked, Err(ReplayError::Unavailable(_))) {
             self.put_back(portions).await;
         }
         checked
     }
 
     /// The connection of a reader before, when many come one after the other; else a new one.
-    async fn connection(&self) -> Result<Portions, Error> {
+    async fn connection(&self) -> Result<ChunkReader, Error> {
         let mut spare = self.spare.lock().await;
         spare.retain(|(portions, since)| since.elapsed() < SPARE && portions.is_open());
         let known = spare.pop();
         drop(spare);
         match known {
             Some((portions, _)) => Ok(portions),
-            None => self.in_time(Box::pin(Portions::connect(&self.server))).await,
+            None => self.in_time(Box::pin(ChunkReader::connect(&self.server))).await,
         }
     }
 
-    async fn put_back(&self, portions: Portions) {
+    async fn put_back(&self, portions: ChunkReader) {
         self.spare.lock().await.push((portions, Instant::now()));
     }
 
-    async fn check_with(&self, portions: &Portions, cursor: &Cursor) -> Result<(), Missed> {
+    async fn check_with(&self, portions: &ChunkReader, cursor: &Cursor) -> Result<(), ReplayError> {
         let now = self.in_time(portions.now()).await?;
         match () {
-            () if self.in_time(portions.epoch()).await? != cursor.epoch() => Err(Missed::Gap(ELSEWHERE)),
+            () if self.in_time(portions.epoch()).await? != cursor.epoch() => Err(ReplayError::Gap(ELSEWHERE)),
             () if cursor.reach().xmax() > now.xmax() => {
-                Err(Missed::Gap("the cursor is of a moment that has not been"))
+                Err(ReplayError::Gap("the cursor is of a moment that has not been"))
             }
             () => self.check_kept(cursor.seen()).await,
         }
@@ -183,10 +183,10 @@ impl Past {
     }
 
     /// Whether everything after the snapshot is still there.
-    async fn check_kept(&self, seen: &Snapshot) -> Result<(), Missed> {
+    async fn check_kept(&self, seen: &Snapshot) -> Result<(), ReplayError> {
         match self.in_time(reader::horizon(&self.pool)).await?.is_before_or_equal(seen) {
             true => Ok(()),
-            false => Err(Missed::Gap(TOO_OLD)),
+            false => Err(ReplayError::Gap(TOO_OLD)),
         }
     }
 
@@ -206,10 +206,10 @@ impl Past {
     /// When it cannot be told.
     pub async fn tell_again(
         &self,
-        missed: &[Arc<Stretch>],
+        missed: &[Arc<Batch>],
         looked: bool,
-        listeners: &mut impl Listeners,
-    ) -> Result<(), Missed> {
+        listeners: &mut impl ReplaySink,
+    ) -> Result<(), ReplayError> {
         let is_news = missed.iter().any(|stretch| stretch.more || stretch.is_news());
         let mark = missed.last().and_then(|stretch| stretch.mark);
         let catalog = match looked && !is_news && mark.is_some() {
@@ -235,8 +235,8 @@ impl Past {
         &self,
         since: &Cursor,
         to: &Cursor,
-        listener: &mut impl Listeners,
-    ) -> Result<bool, Missed> {
+        listener: &mut impl ReplaySink,
+    ) -> Result<bool, ReplayError> {
         let until = Some(Instant::now() + TURN);
         Box::pin(self.tell(&self.places, since, to, until, listener)).await
     }
@@ -249,8 +249,8 @@ impl Past {
         &self,
         since: &Cursor,
         to: &Cursor,
-        listeners: &mut impl Listeners,
-    ) -> Result<(), Missed> {
+        listeners: &mut impl ReplaySink,
+    ) -> Result<(), ReplayError> {
         Box::pin(self.tell(&self.shared, since, to, None, listeners)).await.map(|_| ())
     }
 
@@ -260,11 +260,11 @@ impl Past {
         since: &Cursor,
         to: &Cursor,
         until: Option<Instant>,
-        listeners: &mut impl Listeners,
-    ) -> Result<bool, Missed> {
+        listeners: &mut impl ReplaySink,
+    ) -> Result<bool, ReplayError> {
         listeners.meanwhile(self.check_by(places, since)).await?;
         let is_over = |listeners: &mut _| {
-            Listeners::has_enough(listeners) || until.is_some_and(|until| Instant::now() > until)
+            ReplaySink::has_enough(listeners) || until.is_some_and(|until| Instant::now() > until)
         };
         let mut here = since.clone();
         // The page in which the cursor stands comes first.
@@ -272,7 +272,7 @@ impl Past {
             here = missing.end();
             let Missing { span, after, through } = missing;
             let only = if after > 0 { listeners.only() } else { None };
-            let mut bearing = Bearing::new(&span, after).through(through).only(only);
+            let mut bearing = ChunkPosition::new(&span, after).through(through).only(only);
             let span = Arc::new(span);
             loop {
                 // Kept until the portion is told: those who wait for a place must not each have one in memory.
@@ -287,7 +287,7 @@ impl Past {
                     let completed = self.transactions.complete(span.epoch, &mut changes, is_all);
                     let unfinished = listeners.meanwhile(self.in_time(completed)).await?;
                     let page = Arc::clone(&span);
-                    let stretch = Stretch { changes, unfinished, more: page_goes_on, span: page, mark: None };
+                    let stretch = Batch { changes, unfinished, more: page_goes_on, span: page, mark: None };
                     if place.is_none() {
                         place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                     }
@@ -321,7 +321,7 @@ impl Past {
     }
 
     /// Reads a portion; nothing of it was trimmed before.
-    async fn portion(&self, from: &Bearing) -> Result<Portion, Missed> {
+    async fn portion(&self, from: &ChunkPosition) -> Result<Chunk, ReplayError> {
         let portions = self.connection().await?;
         let portion = self.in_time(portions.read(from, PART_CHANGES, PART_BYTES)).await?;
         self.put_back(portions).await;

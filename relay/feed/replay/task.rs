@@ -10,13 +10,13 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::feed::authorize::gate::Gate;
-use crate::feed::command::{Command, Handover};
+use crate::feed::command::{Command, FollowOutcome};
 use crate::feed::deliver::fan_out::tell_one;
-use crate::feed::deliver::group::Audience;
-use crate::feed::deliver::groups::Audiences;
+use crate::feed::deliver::group::SubscriberGroup;
+use crate::feed::deliver::groups::SubscriberGroups;
 use crate::feed::deliver::hub::{Newcomers, Replayed};
-use crate::feed::read::batch::Stretch;
-use crate::feed::replay::reader::{Listeners, Missed, Past};
+use crate::feed::read::batch::Batch;
+use crate::feed::replay::reader::{ReplayError, ReplayReader, ReplaySink};
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
 use crate::observe::Observe;
@@ -28,9 +28,9 @@ const PAUSE: Duration = Duration::from_millis(250);
 const AGAIN: Duration = Duration::from_millis(200);
 
 /// Audiences on their way through the past.
-pub struct Replay {
+pub struct ReplayTask {
     number: u64,
-    audiences: Audiences,
+    audiences: SubscriberGroups,
     newcomers: Arc<Newcomers>,
     /// Up to where all of them were told everything.
     at: Cursor,
@@ -41,24 +41,24 @@ pub struct Replay {
     /// When they came further last, and how long without that is a stall.
     moved: Instant,
     bound: Duration,
-    past: Arc<Past>,
+    past: Arc<ReplayReader>,
     router: UnboundedSender<Command>,
     observe: Arc<Observe>,
 }
 
-impl Replay {
+impl ReplayTask {
     /// Of these, from `at` on; they have heard of no stall. Without anything new for as long as `bound` they will.
     pub fn new(
         replayed: Replayed,
         at: Cursor,
         rules: Option<Arc<Catalog>>,
         bound: Duration,
-        past: Arc<Past>,
+        past: Arc<ReplayReader>,
         router: UnboundedSender<Command>,
         observe: Arc<Observe>,
     ) -> Self {
         let Replayed { number, audiences, newcomers } = replayed;
-        let mut told = Audiences::judged_by(rules);
+        let mut told = SubscriberGroups::judged_by(rules);
         for audience in audiences {
             told.insert(audience);
         }
@@ -83,30 +83,30 @@ impl Replay {
         loop {
             self.welcome();
             let told = match self.ask(Ok(self.at.clone())).await {
-                Handover::Live | Handover::Gap(_) => return,
-                Handover::Missed(missed, to) => {
+                FollowOutcome::Live | FollowOutcome::Gap(_) => return,
+                FollowOutcome::Missed(missed, to) => {
                     let told = past.tell_again(&missed, false, &mut self).await;
                     if told.is_ok() {
                         self.reached(to);
                     }
                     told
                 }
-                Handover::Behind(to) => {
+                FollowOutcome::Behind(to) => {
                     let at = self.at.clone();
                     past.tell_many(&at, &to, &mut self).await
                 }
-                Handover::Ahead | Handover::NotYet => {
+                FollowOutcome::Ahead | FollowOutcome::NotYet => {
                     sleep(AGAIN).await;
                     Ok(())
                 }
             };
             match told {
-                Ok(()) | Err(Missed::Ended) => {}
-                Err(Missed::Gap(why)) => {
+                Ok(()) | Err(ReplayError::Ended) => {}
+                Err(ReplayError::Gap(why)) => {
                     self.ask(Err(why)).await;
                     return;
                 }
-                Err(Missed::Unavailable(error)) => {
+                Err(ReplayError::Unavailable(error)) => {
                     tracing::warn!(error = %error, "changes of a large transaction wait");
                     sleep(AGAIN).await;
                 }
@@ -115,12 +115,12 @@ impl Replay {
     }
 
     /// Asks the router what comes next for them, who are here, or lack what cannot be had.
-    async fn ask(&mut self, at: Result<Cursor, &'static str>) -> Handover {
+    async fn ask(&mut self, at: Result<Cursor, &'static str>) -> FollowOutcome {
         let (answer, heard) = oneshot::channel();
         let (replay, rules, stalled) = (self.number, self.audiences.rules().cloned(), self.stalled);
         let _ = self.router.send(Command::Arrived { replay, at, rules, stalled, answer });
         // Without a router there is nobody left to tell.
-        self.meanwhile(heard).await.unwrap_or(Handover::Live)
+        self.meanwhile(heard).await.unwrap_or(FollowOutcome::Live)
     }
 
     fn tell_stall(&mut self, stalls: bool) {
@@ -130,9 +130,9 @@ impl Replay {
     }
 
     /// Takes in those who came since, and lets go of audiences of which nobody is left.
-    fn welcome(&mut self) -> Vec<Audience> {
+    fn welcome(&mut self) -> Vec<SubscriberGroup> {
         let is_left =
-            |(number, audience): (usize, &Audience)| audience.members().is_empty().then_some(number);
+            |(number, audience): (usize, &SubscriberGroup)| audience.members().is_empty().then_some(number);
         for number in self.audiences.iter().filter_map(is_left).collect::<Vec<_>>() {
             self.audiences.remove(number);
         }
@@ -144,8 +144,13 @@ impl Replay {
     }
 }
 
-impl Listeners for Replay {
-    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, stretch: &Stretch) -> Result<(), Missed> {
+impl ReplaySink for ReplayTask {
+    async fn tell(
+        &mut self,
+        gate: &Gate,
+        catalog: &Arc<Catalog>,
+        stretch: &Batch,
+    ) -> Result<(), ReplayError> {
         self.welcome();
         self.audiences.judge_with(catalog, Some(&self.at));
         let mut frames = self.audiences.tell(gate, catalog, stretch).await?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer};
 
-use crate::model::catalog::shape::{Recorded, Shapes};
+use crate::model::catalog::shape::{ShapeRecord, Shapes};
 use crate::model::log::cursor::{Cursor, Snapshot};
 use crate::model::policy::compile::compile;
 use crate::model::policy::plan::{Obstacle, Plan};
@@ -182,7 +182,7 @@ pub struct Relation {
     #[serde(default)]
     shape: Option<i32>,
     #[serde(default, rename = "shapes")]
-    recorded: Vec<Recorded>,
+    recorded: Vec<ShapeRecord>,
     #[serde(skip)]
     shapes: Shapes,
 }

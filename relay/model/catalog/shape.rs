@@ -10,12 +10,12 @@ use serde::{Deserialize, Deserializer};
 
 use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::log::cursor::Snapshot;
-use crate::model::row::change::{Change, Operation, Reading, Row, quoted};
+use crate::model::row::change::{Change, ImageState, Operation, Row, quoted};
 use crate::model::row::utc::in_utc;
 
 /// A line of `relay.shapes`.
 #[derive(Debug, Deserialize)]
-pub struct Recorded {
+pub struct ShapeRecord {
     /// Its number, counted for each relation from 1.
     #[serde(rename = "shape")]
     number: i32,
@@ -61,18 +61,18 @@ struct Definition {
 
 /// How images of one shape are read.
 #[derive(Debug)]
-enum Lens {
+enum ShapeReader {
     /// They have the columns of now; these hold moments, which follow the time zone of the writer.
     Same(Moments),
     /// They are rewritten: what becomes of each column. Some of the columns of now may be missing.
-    Older { columns: HashMap<String, Option<Carried>>, is_partial: bool },
+    Older { columns: HashMap<String, Option<ColumnMapping>>, is_partial: bool },
     /// Not at all.
     Unreadable,
 }
 
 /// A column that is still there.
 #[derive(Debug)]
-struct Carried {
+struct ColumnMapping {
     name: String,
     moments: Option<Moment>,
     /// The labels of now by those of then, where one has another name.
@@ -95,7 +95,7 @@ enum Moment {
 /// The shapes of a relation, as its images are read.
 #[derive(Debug, Default)]
 pub struct Shapes {
-    lenses: HashMap<i32, Lens>,
+    lenses: HashMap<i32, ShapeReader>,
     /// Of columns that hold enums, the labels by their numbers.
     labels: HashMap<String, Labels>,
     /// What changed definitions on which writers hold no lock: who could not see that may have mixed old and new.
@@ -104,14 +104,14 @@ pub struct Shapes {
 
 impl Shapes {
     /// `current` is the number of the shape that the relation has now; none when that was not recorded.
-    pub fn new(shapes: &[Recorded], current: Option<i32>, key: &[String]) -> Self {
+    pub fn new(shapes: &[ShapeRecord], current: Option<i32>, key: &[String]) -> Self {
         let newest = current.and_then(|current| shapes.iter().find(|shape| shape.number == current));
-        let lens = |shape: &Recorded| {
+        let lens = |shape: &ShapeRecord| {
             let is_mixed = shapes.iter().any(|next| next.number > shape.number && !next.guarded);
             match newest {
-                Some(newest) if newest.number == shape.number => Lens::Same(moments(&shape.columns)),
-                Some(newest) if !is_mixed => Lens::between(shape, newest, key),
-                _ => Lens::Unreadable,
+                Some(newest) if newest.number == shape.number => ShapeReader::Same(moments(&shape.columns)),
+                Some(newest) if !is_mixed => ShapeReader::between(shape, newest, key),
+                _ => ShapeReader::Unreadable,
             }
         };
         Self {
@@ -143,19 +143,19 @@ impl Shapes {
         if change.operation == Operation::Gap || change.before.is_none() && change.after.is_none() {
             return Cow::Borrowed(change);
         }
-        let lens = change.shape.and_then(|shape| self.lenses.get(&shape)).unwrap_or(&Lens::Unreadable);
+        let lens = change.shape.and_then(|shape| self.lenses.get(&shape)).unwrap_or(&ShapeReader::Unreadable);
         let images = [change.before.as_deref(), change.after.as_deref()];
         let (images, reading) = match lens {
             _ if self.is_mixed(change) => return unreadable(change),
-            Lens::Unreadable => return unreadable(change),
-            Lens::Same(moments) => {
+            ShapeReader::Unreadable => return unreadable(change),
+            ShapeReader::Same(moments) => {
                 let images = images.map(|image| image.and_then(|image| with_moments_in_utc(image, moments)));
                 if images == [None, None] {
                     return Cow::Borrowed(change);
                 }
-                (images, Reading::Whole)
+                (images, ImageState::Whole)
             }
-            Lens::Older { columns, is_partial } => {
+            ShapeReader::Older { columns, is_partial } => {
                 let mut carried = [None, None];
                 for (image, carried) in images.iter().zip(&mut carried) {
                     let Some(image) = image else { continue };
@@ -164,7 +164,7 @@ impl Shapes {
                         None => return unreadable(change),
                     }
                 }
-                (carried, if *is_partial { Reading::Partial } else { Reading::Whole })
+                (carried, if *is_partial { ImageState::Partial } else { ImageState::Whole })
             }
         };
         let [before, after] = images;
@@ -196,7 +196,7 @@ pub fn knows(relation: &Relation, change: &Change) -> bool {
 
 fn unreadable(change: &Change) -> Cow<'_, Change> {
     let mut change = change.clone();
-    change.reading = Reading::Unreadable;
+    change.reading = ImageState::Unreadable;
     Cow::Owned(change)
 }
 
@@ -218,8 +218,8 @@ impl Definition {
     }
 }
 
-impl Lens {
-    fn between(then: &Recorded, now: &Recorded, key: &[String]) -> Self {
+impl ShapeReader {
+    fn between(then: &ShapeRecord, now: &ShapeRecord, key: &[String]) -> Self {
         let mut columns = HashMap::new();
         for old in &then.columns {
             let carried = match now.columns.iter().find(|column| column.num == old.num) {
@@ -227,7 +227,7 @@ impl Lens {
                 Some(new) => {
                     let Some(labels) = old.carries_into(new) else { return Self::Unreadable };
                     let moments = moment(old.kind, old.def.as_ref());
-                    Some(Carried { name: new.name.clone(), moments, labels })
+                    Some(ColumnMapping { name: new.name.clone(), moments, labels })
                 }
             };
             columns.insert(old.name.clone(), carried);
@@ -348,7 +348,7 @@ fn object<'a>(fields: impl Iterator<Item = (&'a str, Cow<'a, str>)>) -> String {
 }
 
 /// An image of an older shape with the columns of now; none when it holds what the shape does not know.
-fn rewritten(image: &str, columns: &HashMap<String, Option<Carried>>) -> Option<String> {
+fn rewritten(image: &str, columns: &HashMap<String, Option<ColumnMapping>>) -> Option<String> {
     let row = Row::parse(image).ok()?;
     let mut fields = Vec::with_capacity(row.names().len());
     for (name, value) in row.fields() {

@@ -4,7 +4,7 @@ use crate::model::codec::phoenix::{Version, around_changes, around_event, fan_ou
 
 /// The form of what goes to a client.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Dress {
+pub enum Codec {
     /// Frames of a joined topic.
     Phoenix {
         /// The serialisation.
@@ -16,8 +16,8 @@ pub enum Dress {
         /// Whether a change is an event named after its operation, with its object as the payload.
         by_operation: bool,
     },
-    /// A [`Bare`] piece: for event streams and polls.
-    Bare,
+    /// A [`ChangeEvent`] piece: for event streams and polls.
+    ChangeEvent,
 }
 
 /// What clients are told when the feed stalls …
@@ -28,19 +28,19 @@ pub const RESUMED: &str = "Feed resumed";
 
 /// A piece without a frame around it, taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bare<'a> {
+pub enum ChangeEvent<'a> {
     /// A change: the object that a `postgres_changes` message has as `data`, with its `cursor`.
     Change(&'a str),
     /// Changes are missing; why.
     Gap(&'a str),
 }
 
-impl Dress {
+impl Codec {
     /// Whether a change is written with its cursor.
     pub fn tells_cursor(&self) -> bool {
         match self {
             Self::Phoenix { with_cursor, .. } => *with_cursor,
-            Self::Bare => true,
+            Self::ChangeEvent => true,
         }
     }
 
@@ -51,7 +51,7 @@ impl Dress {
                 around_event(*version, topic, operation)
             }
             Self::Phoenix { version, topic, .. } => around_changes(*version, topic, ids),
-            Self::Bare => (format!("C{cursor}\n"), ""),
+            Self::ChangeEvent => (format!("C{cursor}\n"), ""),
         }
     }
 
@@ -71,7 +71,7 @@ impl Dress {
                 let payload = system(topic, "postgres_changes", "error", &format!("Gap: {why}"));
                 fan_out(*version, topic, "system", &payload)
             }
-            Self::Bare => format!("G{cursor}\n{why}"),
+            Self::ChangeEvent => format!("G{cursor}\n{why}"),
         }
     }
 }
@@ -88,8 +88,8 @@ pub fn with_cursor(mut data: String, cursor: &str) -> String {
     data
 }
 
-impl<'a> Bare<'a> {
-    /// A piece as [`Dress::Bare`] writes it, and its cursor; `payload` is what stands behind the head of a change.
+impl<'a> ChangeEvent<'a> {
+    /// A piece as [`Codec::ChangeEvent`] writes it, and its cursor; `payload` is what stands behind the head of a change.
     pub fn parse(head: &'a str, payload: &'a str) -> Option<(&'a str, Self)> {
         let (head, body) = head.split_once('\n')?;
         match head.strip_prefix('C') {
@@ -107,8 +107,11 @@ mod tests {
     fn a_bare_piece_is_taken_apart_as_it_was_written() {
         let data = with_cursor(String::from(r#"{"a":"x\ny"}"#), "AQ");
         assert_eq!(data, r#"{"a":"x\ny","cursor":"AQ"}"#);
-        let (head, tail) = Dress::Bare.around(&[1], "INSERT", "AQ");
-        assert_eq!((Bare::parse(&head, &data), tail), (Some(("AQ", Bare::Change(&data))), ""));
-        assert_eq!(Bare::parse(&Dress::Bare.gap("why", "AQ"), ""), Some(("AQ", Bare::Gap("why"))));
+        let (head, tail) = Codec::ChangeEvent.around(&[1], "INSERT", "AQ");
+        assert_eq!((ChangeEvent::parse(&head, &data), tail), (Some(("AQ", ChangeEvent::Change(&data))), ""));
+        assert_eq!(
+            ChangeEvent::parse(&Codec::ChangeEvent.gap("why", "AQ"), ""),
+            Some(("AQ", ChangeEvent::Gap("why")))
+        );
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::model::catalog::relation::{Access, Relation};
-use crate::model::policy::visibility::Meaning;
+use crate::model::policy::visibility::EventKind;
 use crate::model::row::change::{Change, Operation, Row, Spelling, quoted};
 use crate::model::row::column::Column;
 
@@ -17,7 +17,7 @@ pub struct View<'a> {
     /// The columns the subscriber asked for; the key comes with them. None means all.
     pub select: Option<&'a [String]>,
     /// What the change means to the subscriber.
-    pub meaning: Meaning,
+    pub meaning: EventKind,
     /// The change is told with its transaction, its number and the time in microseconds: who may get it twice knows it
     /// again.
     pub exact: bool,
@@ -98,18 +98,19 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
         let _ = write!(text, r#","record":{}"#, row(change.after.as_deref()?, view, extent)?);
     }
     match view.meaning {
-        Meaning::Insert => {}
+        EventKind::Insert => {}
         // The old key may itself be hidden: the key that is told is the one of the row in sight.
-        Meaning::Enter => {
+        EventKind::Enter => {
             let _ = write!(text, r#","old_record":{}"#, key(change.after.as_deref()?, view, extent)?);
         }
-        Meaning::Leave => {
+        EventKind::Leave => {
             let key = key(change.before.as_deref()?, view, extent)?;
             let _ = write!(text, r#","old_record":{key},"leave":true"#);
         }
-        Meaning::Update | Meaning::Delete => {
+        EventKind::Update | EventKind::Delete => {
             let before = change.before.as_deref()?;
-            let is_told = view.relation.full && (extent != Extent::NewRow || view.meaning == Meaning::Delete);
+            let is_told =
+                view.relation.full && (extent != Extent::NewRow || view.meaning == EventKind::Delete);
             let old = if is_told { row(before, view, extent)? } else { key(before, view, extent)? };
             let _ = write!(text, r#","old_record":{old}"#);
         }
@@ -132,7 +133,7 @@ fn mark(change: &Change, is_last: bool) -> String {
 pub fn record(row: &str, relation: &Relation, access: &Access, select: Option<&[String]>) -> Option<String> {
     self::row(
         row,
-        View { relation, access, select, meaning: Meaning::Insert, exact: false, is_last: false },
+        View { relation, access, select, meaning: EventKind::Insert, exact: false, is_last: false },
         Extent::Whole,
     )
 }
@@ -176,7 +177,7 @@ mod tests {
 
     use super::*;
     use crate::model::catalog::relation::tests::todos;
-    use crate::model::row::change::{Reading, RelationId};
+    use crate::model::row::change::{ImageState, RelationId};
 
     fn change(before: Option<&str>, after: Option<&str>) -> Change {
         Change {
@@ -186,7 +187,7 @@ mod tests {
             relation: RelationId(7),
             shape: None,
             began: None,
-            reading: Reading::default(),
+            reading: ImageState::default(),
             operation: Operation::Update,
             oversize: false,
             before: before.map(str::to_owned),
@@ -199,7 +200,7 @@ mod tests {
         full: bool,
         role: &str,
         select: Option<&[String]>,
-        meaning: Meaning,
+        meaning: EventKind,
         expected: serde_json::Value,
     ) {
         let relation = todos(full, false);
@@ -229,42 +230,42 @@ mod tests {
             false,
             "authenticated",
             None,
-            Meaning::Insert,
+            EventKind::Insert,
             serde_json::json!({"type": "INSERT", "record": new}),
         );
         check(
             false,
             "authenticated",
             None,
-            Meaning::Update,
+            EventKind::Update,
             serde_json::json!({"type": "UPDATE", "record": new, "old_record": {"id": 1}}),
         );
         check(
             true,
             "authenticated",
             None,
-            Meaning::Update,
+            EventKind::Update,
             serde_json::json!({"type": "UPDATE", "record": new, "old_record": old}),
         );
         check(
             true,
             "authenticated",
             None,
-            Meaning::Enter,
+            EventKind::Enter,
             serde_json::json!({"type": "UPDATE", "record": new, "old_record": {"id": 2}}),
         );
         check(
             true,
             "authenticated",
             None,
-            Meaning::Delete,
+            EventKind::Delete,
             serde_json::json!({"type": "DELETE", "old_record": old}),
         );
         check(
             true,
             "authenticated",
             None,
-            Meaning::Leave,
+            EventKind::Leave,
             serde_json::json!({"type": "DELETE", "old_record": {"id": 1}, "leave": true}),
         );
     }
@@ -275,14 +276,14 @@ mod tests {
             true,
             "narrow",
             None,
-            Meaning::Update,
+            EventKind::Update,
             serde_json::json!({"type": "UPDATE", "record": {"id": 2, "title": "new"}, "old_record": {"id": 1, "title": "old"}}),
         );
         check(
             true,
             "authenticated",
             Some(&[String::from("owner")]),
-            Meaning::Update,
+            EventKind::Update,
             serde_json::json!({"type": "UPDATE", "record": {"id": 2, "owner": "b"}, "old_record": {"id": 1, "owner": "a"}}),
         );
     }
@@ -304,14 +305,14 @@ mod tests {
             (text.len() <= most, size("record"), size("old_record"), told["errors"].is_null())
         };
         let (old, new) = (image(1, 300), image(2, 300));
-        assert_eq!(told(Meaning::Update, &old, &new, 5000), (true, Some(3), Some(3), true));
-        assert_eq!(told(Meaning::Update, &old, &new, 3000), (true, Some(3), Some(1), true));
-        assert_eq!(told(Meaning::Update, &old, &new, 1000), (true, Some(2), Some(2), false));
-        assert_eq!(told(Meaning::Delete, &old, &new, 1000), (true, None, Some(2), false));
-        assert_eq!(told(Meaning::Insert, &old, &new, 1000), (true, Some(2), None, false));
+        assert_eq!(told(EventKind::Update, &old, &new, 5000), (true, Some(3), Some(3), true));
+        assert_eq!(told(EventKind::Update, &old, &new, 3000), (true, Some(3), Some(1), true));
+        assert_eq!(told(EventKind::Update, &old, &new, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(told(EventKind::Delete, &old, &new, 1000), (true, None, Some(2), false));
+        assert_eq!(told(EventKind::Insert, &old, &new, 1000), (true, Some(2), None, false));
         let long_key = format!(r#"{{"id":"{}","owner":"a","title":"b"}}"#, "k".repeat(2000));
-        assert_eq!(told(Meaning::Update, &long_key, &long_key, 1000), (true, Some(2), Some(2), false));
-        assert_eq!(told(Meaning::Leave, &long_key, &long_key, 1000), (true, None, Some(0), false));
+        assert_eq!(told(EventKind::Update, &long_key, &long_key, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(told(EventKind::Leave, &long_key, &long_key, 1000), (true, None, Some(0), false));
     }
 
     #[test]
@@ -333,7 +334,7 @@ mod tests {
             let access = relation.access(if narrow { "narrow" } else { "authenticated" }).unwrap();
             let select: Option<Vec<String>> = select.map(|names| names.into_iter().map(str::to_owned).collect());
             let select = select.as_deref();
-            let meaning = [Meaning::Insert, Meaning::Update, Meaning::Enter, Meaning::Delete, Meaning::Leave][meaning];
+            let meaning = [EventKind::Insert, EventKind::Update, EventKind::Enter, EventKind::Delete, EventKind::Leave][meaning];
             let fields: Vec<String> = names.iter().map(|name| format!("\"{name}\" : {value}")).collect();
             let image = format!("{{{}}}", fields.join(","));
             let view = View { relation: &relation, access, select, meaning, exact: false, is_last: false };

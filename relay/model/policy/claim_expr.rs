@@ -10,7 +10,7 @@ use crate::model::row::datum::{Datum, Kind, Read};
 
 /// An expression that reads nothing but claims.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Term {
+pub enum ClaimExpr {
     /// A constant; none is null.
     Constant(Option<Datum>),
     /// `request.jwt.claims` as text.
@@ -22,24 +22,24 @@ pub enum Term {
     /// Another setting of that family; nobody sets it, so that it is null or empty.
     Unset,
     /// A cast from text to `json` (`false`) or `jsonb` (`true`).
-    Document(Box<Term>, bool),
+    Document(Box<ClaimExpr>, bool),
     /// `->` with a key or an index.
-    Part(Box<Term>, Step),
+    Part(Box<ClaimExpr>, ClaimStep),
     /// `->>`: the part as text.
-    PartText(Box<Term>, Step),
+    PartText(Box<ClaimExpr>, ClaimStep),
     /// `jsonb_array_elements_text`, or the keys and strings that `?` looks at (`true`): a list of texts.
-    Texts(Box<Term>, bool),
+    Texts(Box<ClaimExpr>, bool),
     /// A cast to one of the kinds, element by element for a list.
-    Cast(Box<Term>, Kind),
+    Cast(Box<ClaimExpr>, Kind),
     /// `nullif`
-    NullIf(Box<Term>, Box<Term>),
+    NullIf(Box<ClaimExpr>, Box<ClaimExpr>),
     /// `coalesce`
-    Coalesce(Vec<Term>),
+    Coalesce(Vec<ClaimExpr>),
 }
 
 /// One step into a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
+pub enum ClaimStep {
     /// The value of a key.
     Key(String),
     /// An element; negative from the end.
@@ -48,7 +48,7 @@ pub enum Step {
 
 /// What a term comes to for some claims.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum TermValue {
+pub enum ClaimValue {
     /// Null.
     Null,
     /// A value.
@@ -76,15 +76,15 @@ enum Stop {
     Unsure,
 }
 
-impl Term {
+impl ClaimExpr {
     /// Works it out for these claims.
-    pub fn value(&self, claims: &Claims) -> TermValue {
+    pub fn value(&self, claims: &Claims) -> ClaimValue {
         match self.find(claims) {
-            Ok(Found::Null) => TermValue::Null,
-            Ok(Found::One(datum)) => TermValue::One(datum),
-            Ok(Found::List(list)) => TermValue::List(list.into()),
-            Ok(Found::Document(_) | Found::EmptyOrNull) | Err(Stop::Unsure) => TermValue::Unsure,
-            Err(Stop::Raises) => TermValue::Raises,
+            Ok(Found::Null) => ClaimValue::Null,
+            Ok(Found::One(datum)) => ClaimValue::One(datum),
+            Ok(Found::List(list)) => ClaimValue::List(list.into()),
+            Ok(Found::Document(_) | Found::EmptyOrNull) | Err(Stop::Unsure) => ClaimValue::Unsure,
+            Err(Stop::Raises) => ClaimValue::Raises,
         }
     }
 
@@ -169,7 +169,7 @@ impl Term {
     }
 }
 
-impl fmt::Display for Term {
+impl fmt::Display for ClaimExpr {
     /// As SQL, with `auth.jwt()` for the claims.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -192,7 +192,7 @@ impl fmt::Display for Term {
     }
 }
 
-impl fmt::Display for Step {
+impl fmt::Display for ClaimStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Key(key) => write!(f, "'{key}'"),
@@ -218,10 +218,10 @@ fn document(text: &str) -> Result<Value, Stop> {
     if is_plain(&value) { Ok(value) } else { Err(Stop::Unsure) }
 }
 
-fn part<'a>(value: &'a Value, step: &Step) -> Option<&'a Value> {
+fn part<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
     match (step, value) {
-        (Step::Key(key), Value::Object(fields)) => fields.get(key),
-        (Step::Index(index), Value::Array(list)) => {
+        (ClaimStep::Key(key), Value::Object(fields)) => fields.get(key),
+        (ClaimStep::Index(index), Value::Array(list)) => {
             let at = if *index < 0 { index.checked_add_unsigned(list.len() as u64)? } else { *index };
             list.get(usize::try_from(at).ok()?)
         }

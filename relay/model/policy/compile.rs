@@ -13,12 +13,12 @@ use sqlparser::dialect::PostgreSqlDialect;
 use sqlparser::parser::Parser;
 use sqlparser::tokenizer::{Token, Tokenizer};
 
-use crate::model::policy::claim_expr::Term;
+use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::policy::compile::depth::is_too_deep;
 use crate::model::policy::compile::known::contents;
 use crate::model::policy::compile::list::only_expression;
 use crate::model::policy::compile::operand::{Operand, Type};
-use crate::model::policy::plan::{Leaf, Obstacle, Plan, Way};
+use crate::model::policy::plan::{Obstacle, Plan, PlanKind, ServerQuery};
 use crate::model::policy::predicate::{Predicate, Scalar};
 use crate::model::policy::rights::Rights;
 use crate::model::row::column::Column;
@@ -77,7 +77,7 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
     let obstacles = compiler.obstacles.borrow().clone();
     if obstacles.is_empty() {
         let leaves = compiler.leaves.into_inner();
-        let way = if leaves.is_empty() { Way::Compiled } else { Way::Inverted };
+        let way = if leaves.is_empty() { PlanKind::Compiled } else { PlanKind::Inverted };
         let terms = compiler.terms.into_inner();
         return Plan {
             way,
@@ -94,7 +94,7 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
     let predicate = without_leaves(predicate);
     let terms = compiler.terms.into_inner();
     let probe = probe::probe(&expr, rights);
-    Plan { way: Way::OneByOne, predicate, terms, reads_all, leaves: Vec::new(), obstacles, probe }
+    Plan { way: PlanKind::OneByOne, predicate, terms, reads_all, leaves: Vec::new(), obstacles, probe }
 }
 
 fn without_leaves(predicate: Predicate) -> Predicate {
@@ -173,8 +173,8 @@ struct Compiler<'a> {
     /// In the body of a function, where a name is not a column of the table.
     without_columns: bool,
     depth: usize,
-    terms: RefCell<Vec<Term>>,
-    leaves: RefCell<Vec<Leaf>>,
+    terms: RefCell<Vec<ClaimExpr>>,
+    leaves: RefCell<Vec<ServerQuery>>,
     obstacles: RefCell<Vec<Obstacle>>,
 }
 
@@ -193,11 +193,11 @@ impl Compiler<'_> {
         }
     }
 
-    fn term(&self, term: Term) -> usize {
+    fn term(&self, term: ClaimExpr) -> usize {
         place(&mut self.terms.borrow_mut(), term)
     }
 
-    fn leaf(&self, leaf: Leaf) -> usize {
+    fn leaf(&self, leaf: ServerQuery) -> usize {
         place(&mut self.leaves.borrow_mut(), leaf)
     }
 
@@ -228,7 +228,7 @@ impl Compiler<'_> {
     }
 
     fn fact(&self, expression: String) -> Predicate {
-        Predicate::Fact(self.leaf(Leaf::Fact { expression }))
+        Predicate::Fact(self.leaf(ServerQuery::Fact { expression }))
     }
 
     /// Conditions joined by `and` or `or`. What is asked of the row has those before it in its question, for they may guard
@@ -413,7 +413,7 @@ mod tests {
 
     /// On a thread with as little stack as those of the program have.
     #[track_caller]
-    fn way_of(policy: String) -> Way {
+    fn way_of(policy: String) -> PlanKind {
         let todos = todos(false, false);
         let compiled = move || compile(&policy, &todos.table, &todos.columns, &rights()).way;
         std::thread::Builder::new().stack_size(2 << 20).spawn(compiled).unwrap().join().unwrap()
@@ -454,7 +454,7 @@ mod tests {
 
     impl Answers for Said {
         fn fact(&self, leaf: usize) -> Truth {
-            [Truth::True, Truth::False, Truth::Null, Truth::Raises][(leaf + self.0) % 4]
+            [Truth::True, Truth::False, Truth::Null, Truth::Error][(leaf + self.0) % 4]
         }
 
         fn reads(&self, leaf: usize) -> Truth {
@@ -541,8 +541,8 @@ mod tests {
         fn a_plan_is_whole_and_never_contradicts_itself(policy in grown()) {
             let relation = todos(false, false);
             let plan = compile(&policy, &relation.table, &relation.columns, &rights());
-            prop_assert_eq!(plan.way == Way::OneByOne, !plan.obstacles.is_empty(), "{}", policy);
-            prop_assert_eq!(plan.way == Way::Inverted, !plan.leaves.is_empty(), "{}", policy);
+            prop_assert_eq!(plan.way == PlanKind::OneByOne, !plan.obstacles.is_empty(), "{}", policy);
+            prop_assert_eq!(plan.way == PlanKind::Inverted, !plan.leaves.is_empty(), "{}", policy);
             let uid = "0a1b2c3d-0000-4000-8000-00000000000f";
             let claims = format!(r#"{{"role":"a","exp":1,"sub":"{uid}","org":"a","roles":["a"]}}"#);
             let claims = Claims::from_verified_payload(&claims).unwrap();
@@ -559,7 +559,7 @@ mod tests {
                     let lenient = plan.predicate.truth(&image, &terms, &Said(said), true);
                     let alike = (strict == Truth::True) == (lenient == Truth::True);
                     prop_assert!(alike, "{policy} {row} {strict:?} {lenient:?}");
-                    prop_assert!(before == Truth::Unsure || before == strict, "{policy} {row} {before:?} {strict:?}");
+                    prop_assert!(before == Truth::Undecided || before == strict, "{policy} {row} {before:?} {strict:?}");
                 }
             }
         }

@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
-use crate::model::policy::index_key::{Anchor, Range};
+use crate::model::policy::index_key::{IndexKey, Range};
 use crate::model::row::datum::Datum;
-use crate::model::row::image::{Held, Image};
+use crate::model::row::image::{ColumnValue, Image};
 
 /// Entries by what a row must have to concern them.
 #[derive(Debug)]
-pub struct Index<T> {
+pub struct SubscriptionIndex<T> {
     any: BTreeSet<T>,
     /// By columns, then by their values.
     equal: BTreeMap<Vec<usize>, HashMap<Vec<Datum>, BTreeSet<T>>>,
@@ -33,7 +33,7 @@ struct Ranges<T> {
 #[derive(Debug)]
 struct Prefixes<T>(BTreeMap<usize, HashMap<Arc<str>, BTreeSet<T>>>);
 
-impl<T> Default for Index<T> {
+impl<T> Default for SubscriptionIndex<T> {
     fn default() -> Self {
         Self {
             any: BTreeSet::new(),
@@ -44,18 +44,18 @@ impl<T> Default for Index<T> {
     }
 }
 
-impl<T: Copy + Ord + Hash> Index<T> {
+impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
     /// Puts an entry under an anchor; none means that every row may concern it.
-    pub fn insert(&mut self, anchor: Option<&Anchor>, entry: T) {
+    pub fn insert(&mut self, anchor: Option<&IndexKey>, entry: T) {
         match anchor {
-            Some(Anchor { equal, .. }) if !equal.is_empty() => {
+            Some(IndexKey { equal, .. }) if !equal.is_empty() => {
                 let (columns, values) = equal.iter().cloned().unzip();
                 self.equal.entry(columns).or_default().entry(values).or_default().insert(entry);
             }
-            Some(Anchor { range: Some((column, range)), .. }) => {
+            Some(IndexKey { range: Some((column, range)), .. }) => {
                 self.ranges.entry(*column).or_default().insert(*range, entry);
             }
-            Some(Anchor { prefix: Some((column, prefix)), .. }) => {
+            Some(IndexKey { prefix: Some((column, prefix)), .. }) => {
                 self.prefixes.entry(*column).or_default().insert(prefix, entry);
             }
             _ => _ = self.any.insert(entry),
@@ -63,9 +63,9 @@ impl<T: Copy + Ord + Hash> Index<T> {
     }
 
     /// Takes an entry from under an anchor; nothing of it stays.
-    pub fn remove(&mut self, anchor: Option<&Anchor>, entry: T) {
+    pub fn remove(&mut self, anchor: Option<&IndexKey>, entry: T) {
         match anchor {
-            Some(Anchor { equal, .. }) if !equal.is_empty() => {
+            Some(IndexKey { equal, .. }) if !equal.is_empty() => {
                 let (columns, values): (Vec<usize>, Vec<Datum>) = equal.iter().cloned().unzip();
                 let Some(by_values) = self.equal.get_mut(&columns) else { return };
                 if let Some(entries) = by_values.get_mut(&values) {
@@ -78,7 +78,7 @@ impl<T: Copy + Ord + Hash> Index<T> {
                     self.equal.remove(&columns);
                 }
             }
-            Some(Anchor { range: Some((column, range)), .. }) => {
+            Some(IndexKey { range: Some((column, range)), .. }) => {
                 if let Some(ranges) = self.ranges.get_mut(column) {
                     ranges.remove(*range, entry);
                     if ranges.by_length.is_empty() && ranges.by_last.is_empty() {
@@ -86,7 +86,7 @@ impl<T: Copy + Ord + Hash> Index<T> {
                     }
                 }
             }
-            Some(Anchor { prefix: Some((column, prefix)), .. }) => {
+            Some(IndexKey { prefix: Some((column, prefix)), .. }) => {
                 if let Some(prefixes) = self.prefixes.get_mut(column) {
                     prefixes.remove(prefix, entry);
                     if prefixes.0.is_empty() {
@@ -105,12 +105,12 @@ impl<T: Copy + Ord + Hash> Index<T> {
             probe(image, columns, &mut Vec::with_capacity(columns.len()), by_values, &mut found);
         }
         for (column, ranges) in &self.ranges {
-            if let Held::One(Datum::Int(value)) = image.held(*column) {
+            if let ColumnValue::One(Datum::Int(value)) = image.held(*column) {
                 ranges.look_up(*value, &mut found);
             }
         }
         for (column, prefixes) in &self.prefixes {
-            if let Held::One(Datum::Text(text)) | Held::Padded(text) = image.held(*column) {
+            if let ColumnValue::One(Datum::Text(text)) | ColumnValue::Padded(text) = image.held(*column) {
                 prefixes.look_up(text, &mut found);
             }
         }
@@ -142,9 +142,9 @@ fn probe<T: Copy>(
         values.pop();
     };
     match image.held(*column) {
-        Held::One(datum) => with(datum),
-        Held::Many(elements) => elements.iter().flatten().for_each(with),
-        Held::Null | Held::Padded(_) | Held::Foreign | Held::Missing => {}
+        ColumnValue::One(datum) => with(datum),
+        ColumnValue::Many(elements) => elements.iter().flatten().for_each(with),
+        ColumnValue::Null | ColumnValue::Padded(_) | ColumnValue::Foreign | ColumnValue::Missing => {}
     }
 }
 
@@ -248,30 +248,30 @@ mod tests {
     use super::*;
     use crate::model::catalog::relation::tests::todos;
 
-    fn found(index: &Index<u32>, image: &str) -> Vec<u32> {
+    fn found(index: &SubscriptionIndex<u32>, image: &str) -> Vec<u32> {
         let relation = todos(false, false);
         let mut entries = BTreeSet::new();
         index.look_up(&Image::parse(image, &relation.columns).unwrap(), |entry| _ = entries.insert(entry));
         entries.into_iter().collect()
     }
 
-    fn title(text: &str) -> Anchor {
-        Anchor { equal: vec![(2, Datum::Text(text.into()))], ..Anchor::default() }
+    fn title(text: &str) -> IndexKey {
+        IndexKey { equal: vec![(2, Datum::Text(text.into()))], ..IndexKey::default() }
     }
 
-    fn ids(first: i64, last: i64) -> Anchor {
-        Anchor { range: Some((0, Range { first, last })), ..Anchor::default() }
+    fn ids(first: i64, last: i64) -> IndexKey {
+        IndexKey { range: Some((0, Range { first, last })), ..IndexKey::default() }
     }
 
     #[test]
     fn a_row_finds_what_stands_under_its_values() {
-        let mut index = Index::default();
+        let mut index = SubscriptionIndex::default();
         index.insert(Some(&title("a")), 1);
         index.insert(Some(&title("b")), 2);
         index.insert(Some(&ids(5, 7)), 3);
         index.insert(None, 4);
         let both =
-            Anchor { equal: vec![(0, Datum::Int(7)), (2, Datum::Text("a".into()))], ..Anchor::default() };
+            IndexKey { equal: vec![(0, Datum::Int(7)), (2, Datum::Text("a".into()))], ..IndexKey::default() };
         index.insert(Some(&both), 5);
         assert_eq!(found(&index, r#"{"id":7,"owner":null,"title":"a","raw":null}"#), [1, 3, 4, 5]);
         assert_eq!(found(&index, r#"{"id":8,"owner":null,"title":"b","raw":null}"#), [2, 4]);
@@ -280,8 +280,8 @@ mod tests {
 
     #[test]
     fn a_row_finds_the_beginnings_of_its_texts_and_removing_them_leaves_nothing() {
-        let prefix = |text: &str| Anchor { prefix: Some((2, text.into())), ..Anchor::default() };
-        let mut index = Index::default();
+        let prefix = |text: &str| IndexKey { prefix: Some((2, text.into())), ..IndexKey::default() };
+        let mut index = SubscriptionIndex::default();
         for (entry, text) in (0..).zip(["a", "ab", "ü", "b", "ab"]) {
             index.insert(Some(&prefix(text)), entry);
         }
@@ -305,18 +305,18 @@ mod tests {
             ranges in proptest::collection::vec((-50..50_i64, 0..60_i64, any::<bool>(), any::<bool>()), 0..40),
             value in -120..120_i64,
         ) {
-            let ranges: Vec<Anchor> = ranges
+            let ranges: Vec<IndexKey> = ranges
                 .into_iter()
                 .map(|(first, length, open_below, open_above)| ids(
                     if open_below { i64::MIN } else { first },
                     if open_above { i64::MAX } else { first + length },
                 ))
                 .collect();
-            let mut index = Index::default();
+            let mut index = SubscriptionIndex::default();
             for (entry, anchor) in (0..).zip(&ranges) {
                 index.insert(Some(anchor), entry);
             }
-            let holds = |anchor: &Anchor| anchor.range.is_some_and(|(_, range)| range.first <= value && value <= range.last);
+            let holds = |anchor: &IndexKey| anchor.range.is_some_and(|(_, range)| range.first <= value && value <= range.last);
             let expected: Vec<u32> =
                 (0..).zip(&ranges).filter(|(_, anchor)| holds(anchor)).map(|(entry, _)| entry).collect();
             prop_assert_eq!(found(&index, &format!(r#"{{"id":{value}}}"#)), expected);

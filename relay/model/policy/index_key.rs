@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::model::policy::claim_expr::TermValue;
+use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar, known_by};
 use crate::model::row::datum::{Datum, Kind, Read};
 
 /// A condition that is necessary for another: the row has these values.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
-pub struct Anchor {
+pub struct IndexKey {
     /// Columns and values, in order of the columns. An array column has the value among its elements.
     pub equal: Vec<(usize, Datum)>,
     /// A column whose number lies in a range.
@@ -30,11 +30,11 @@ pub struct Range {
 
 /// What is necessary for a condition to hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Anchors {
+pub enum IndexKeys {
     /// Nothing that is known: any row may fulfil it.
     Any,
     /// At least one of these; none at all means that no row fulfils it.
-    OneOf(Vec<Anchor>),
+    OneOf(Vec<IndexKey>),
 }
 
 /// Terms of one anchor: each further one costs a look-up per change and makes the index larger.
@@ -42,7 +42,7 @@ const MOST_TERMS: usize = 3;
 /// Anchors of one subscription. More than that, and one side of an `and` has to do.
 const MOST_ANCHORS: usize = 256;
 
-impl Anchor {
+impl IndexKey {
     fn equal(column: usize, datum: Datum) -> Self {
         Self { equal: vec![(column, datum)], ..Self::default() }
     }
@@ -79,7 +79,7 @@ impl Anchor {
     }
 }
 
-impl Anchors {
+impl IndexKeys {
     const NEVER: Self = Self::OneOf(Vec::new());
 
     /// What is necessary for both.
@@ -112,50 +112,54 @@ impl Anchors {
 
 impl Predicate {
     /// What a row must have for this to be true, given what the terms come to.
-    pub fn anchors(&self, terms: &[TermValue]) -> Anchors {
+    pub fn anchors(&self, terms: &[ClaimValue]) -> IndexKeys {
         match self {
             Self::Constant(value) => {
                 if *value == Some(true) {
-                    Anchors::Any
+                    IndexKeys::Any
                 } else {
-                    Anchors::NEVER
+                    IndexKeys::NEVER
                 }
             }
             Self::Truth(scalar) => match scalar {
-                Scalar::Column(column) => Anchors::OneOf(vec![Anchor::equal(*column, Datum::Bool(true))]),
+                Scalar::Column(column) => IndexKeys::OneOf(vec![IndexKey::equal(*column, Datum::Bool(true))]),
                 Scalar::Term(term) => match terms.get(*term) {
-                    Some(TermValue::One(Datum::Bool(true)) | TermValue::Unsure) | None => Anchors::Any,
-                    Some(_) => Anchors::NEVER,
+                    Some(ClaimValue::One(Datum::Bool(true)) | ClaimValue::Unsure) | None => IndexKeys::Any,
+                    Some(_) => IndexKeys::NEVER,
                 },
-                Scalar::ColumnText(_) | Scalar::Coalesce(_) => Anchors::Any,
+                Scalar::ColumnText(_) | Scalar::Coalesce(_) => IndexKeys::Any,
             },
             Self::Compare(one, comparison, other) => compared(one, *comparison, other, terms),
             Self::Among(scalar, List::Of(scalars)) => scalars
                 .iter()
                 .map(|other| compared(scalar, Comparison::Equal, other, terms))
-                .fold(Anchors::NEVER, Anchors::or),
+                .fold(IndexKeys::NEVER, IndexKeys::or),
             Self::Among(scalar, List::Term(term) | List::Keys(term)) => match (scalar, terms.get(*term)) {
-                (Scalar::Column(column), Some(TermValue::List(list))) if list.len() <= MOST_ANCHORS => {
-                    Anchors::OneOf(list.iter().map(|datum| Anchor::equal(*column, datum.clone())).collect())
+                (Scalar::Column(column), Some(ClaimValue::List(list))) if list.len() <= MOST_ANCHORS => {
+                    IndexKeys::OneOf(
+                        list.iter().map(|datum| IndexKey::equal(*column, datum.clone())).collect(),
+                    )
                 }
-                (_, Some(TermValue::Null | TermValue::Raises)) => Anchors::NEVER,
-                _ => Anchors::Any,
+                (_, Some(ClaimValue::Null | ClaimValue::Raises)) => IndexKeys::NEVER,
+                _ => IndexKeys::Any,
             },
             Self::Among(Scalar::Term(term), List::Column(column)) => match terms.get(*term) {
-                Some(TermValue::One(datum)) => Anchors::OneOf(vec![Anchor::equal(*column, datum.clone())]),
-                Some(TermValue::Null | TermValue::Raises) => Anchors::NEVER,
-                _ => Anchors::Any,
+                Some(ClaimValue::One(datum)) => {
+                    IndexKeys::OneOf(vec![IndexKey::equal(*column, datum.clone())])
+                }
+                Some(ClaimValue::Null | ClaimValue::Raises) => IndexKeys::NEVER,
+                _ => IndexKeys::Any,
             },
-            Self::And(all) => all.iter().map(|one| one.anchors(terms)).fold(Anchors::Any, Anchors::and),
-            Self::Or(all) => all.iter().map(|one| one.anchors(terms)).fold(Anchors::NEVER, Anchors::or),
+            Self::And(all) => all.iter().map(|one| one.anchors(terms)).fold(IndexKeys::Any, IndexKeys::and),
+            Self::Or(all) => all.iter().map(|one| one.anchors(terms)).fold(IndexKeys::NEVER, IndexKeys::or),
             Self::Readers { by, .. } => match known_by(by, terms) {
-                Some(true) => Anchors::OneOf(vec![Anchor { named: true, ..Anchor::default() }]),
-                Some(false) => Anchors::NEVER,
-                None => Anchors::Any,
+                Some(true) => IndexKeys::OneOf(vec![IndexKey { named: true, ..IndexKey::default() }]),
+                Some(false) => IndexKeys::NEVER,
+                None => IndexKeys::Any,
             },
             Self::Matches(column, pattern) => match pattern.prefix() {
-                "" => Anchors::Any,
-                prefix => Anchors::OneOf(vec![Anchor::prefix(*column, prefix)]),
+                "" => IndexKeys::Any,
+                prefix => IndexKeys::OneOf(vec![IndexKey::prefix(*column, prefix)]),
             },
             Self::Is(inner, true) => inner.anchors(terms),
             Self::Among(..)
@@ -167,12 +171,12 @@ impl Predicate {
             | Self::Case(..)
             | Self::Fact(_)
             | Self::Opaque
-            | Self::Pending => Anchors::Any,
+            | Self::Pending => IndexKeys::Any,
         }
     }
 }
 
-fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, terms: &[TermValue]) -> Anchors {
+fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, terms: &[ClaimValue]) -> IndexKeys {
     let is_text = [one, other].iter().any(|side| matches!(side, Scalar::ColumnText(_)));
     let (column, comparison, other) = match (one, other) {
         (Scalar::Column(column) | Scalar::ColumnText(column), _) => (*column, comparison, other),
@@ -180,43 +184,43 @@ fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, terms: &[TermV
         (Scalar::Term(one), Scalar::Term(other)) => {
             // Of claims alone: the same for every row.
             return match (terms.get(*one), terms.get(*other)) {
-                (Some(TermValue::One(one)), Some(TermValue::One(other)))
+                (Some(ClaimValue::One(one)), Some(ClaimValue::One(other)))
                     if comparison == Comparison::Equal && one != other =>
                 {
-                    Anchors::NEVER
+                    IndexKeys::NEVER
                 }
-                (Some(TermValue::Null | TermValue::Raises), _)
-                | (_, Some(TermValue::Null | TermValue::Raises)) => Anchors::NEVER,
-                _ => Anchors::Any,
+                (Some(ClaimValue::Null | ClaimValue::Raises), _)
+                | (_, Some(ClaimValue::Null | ClaimValue::Raises)) => IndexKeys::NEVER,
+                _ => IndexKeys::Any,
             };
         }
-        _ => return Anchors::Any,
+        _ => return IndexKeys::Any,
     };
-    let Scalar::Term(term) = other else { return Anchors::Any };
+    let Scalar::Term(term) = other else { return IndexKeys::Any };
     let datum = match terms.get(*term) {
-        Some(TermValue::One(datum)) => datum,
-        Some(TermValue::Null | TermValue::Raises) => return Anchors::NEVER,
-        _ => return Anchors::Any,
+        Some(ClaimValue::One(datum)) => datum,
+        Some(ClaimValue::Null | ClaimValue::Raises) => return IndexKeys::NEVER,
+        _ => return IndexKeys::Any,
     };
     if is_text {
-        let Datum::Text(text) = datum else { return Anchors::Any };
-        let written = |datum| Anchor::equal(column, datum);
+        let Datum::Text(text) = datum else { return IndexKeys::Any };
+        let written = |datum| IndexKey::equal(column, datum);
         return match comparison {
-            Comparison::Equal => Anchors::OneOf(written_so(text).into_iter().map(written).collect()),
-            _ => Anchors::Any,
+            Comparison::Equal => IndexKeys::OneOf(written_so(text).into_iter().map(written).collect()),
+            _ => IndexKeys::Any,
         };
     }
     let range = |first: Option<i64>, last: Option<i64>| match (first, last) {
-        (Some(first), Some(last)) => Anchors::OneOf(vec![Anchor::range(column, first, last)]),
-        _ => Anchors::NEVER,
+        (Some(first), Some(last)) => IndexKeys::OneOf(vec![IndexKey::range(column, first, last)]),
+        _ => IndexKeys::NEVER,
     };
     match (comparison, datum) {
-        (Comparison::Equal, datum) => Anchors::OneOf(vec![Anchor::equal(column, datum.clone())]),
+        (Comparison::Equal, datum) => IndexKeys::OneOf(vec![IndexKey::equal(column, datum.clone())]),
         (Comparison::Less, Datum::Int(value)) => range(Some(i64::MIN), value.checked_sub(1)),
         (Comparison::LessOrEqual, Datum::Int(value)) => range(Some(i64::MIN), Some(*value)),
         (Comparison::Greater, Datum::Int(value)) => range(value.checked_add(1), Some(i64::MAX)),
         (Comparison::GreaterOrEqual, Datum::Int(value)) => range(Some(*value), Some(i64::MAX)),
-        _ => Anchors::Any,
+        _ => IndexKeys::Any,
     }
 }
 

@@ -1,13 +1,13 @@
 //! How a relation's policy is decided for one role: what is told here, what PostgreSQL is asked, and for whom at once.
 
 use crate::model::identity::claims::Claims;
-use crate::model::policy::claim_expr::{Term, TermValue};
+use crate::model::policy::claim_expr::{ClaimExpr, ClaimValue};
 use crate::model::policy::predicate::Predicate;
 use crate::model::row::datum::Kind;
 
 /// The three ways to a verdict, cheapest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Way {
+pub enum PlanKind {
     /// Decided here, without a question to PostgreSQL.
     Compiled,
     /// PostgreSQL is asked once who may see the rows of a page, not once for each who might.
@@ -20,15 +20,15 @@ pub enum Way {
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// How it is decided.
-    pub way: Way,
+    pub way: PlanKind,
     /// What is known of it here; all of it unless the way is one by one.
     pub predicate: Predicate,
     /// What it reads of the claims. Who agrees in these is judged together.
-    pub terms: Vec<Term>,
+    pub terms: Vec<ClaimExpr>,
     /// It may read any claim, or nobody knows which.
     pub reads_all: bool,
     /// What PostgreSQL is asked per page.
-    pub leaves: Vec<Leaf>,
+    pub leaves: Vec<ServerQuery>,
     /// What keeps it from a cheaper way.
     pub obstacles: Vec<Obstacle>,
     /// A condition of the claims alone that holds unless the claims make the policy raise, for PostgreSQL.
@@ -47,7 +47,7 @@ pub struct Obstacle {
 /// A question about row images that has one answer for all readers. Expressions name the relation's columns, bare or
 /// by the relation's name, and what they need of a reader by [`READER`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Leaf {
+pub enum ServerQuery {
     /// A condition that does not depend on the reader.
     Fact {
         /// The condition.
@@ -72,7 +72,7 @@ pub enum Leaf {
 /// The name under which a leaf's query knows the reader.
 pub const READER: &str = "relay reader";
 
-impl Leaf {
+impl ServerQuery {
     /// The terms by which readers are known; none for a fact.
     pub fn by(&self) -> &[(usize, Kind)] {
         match self {
@@ -83,7 +83,7 @@ impl Leaf {
     }
 }
 
-impl Way {
+impl PlanKind {
     /// A word for it.
     pub fn word(self) -> &'static str {
         match self {
@@ -103,7 +103,7 @@ impl Plan {
     /// A condition that needs nobody's help.
     pub fn of(predicate: Predicate) -> Self {
         Self {
-            way: Way::Compiled,
+            way: PlanKind::Compiled,
             predicate,
             terms: Vec::new(),
             reads_all: false,
@@ -115,38 +115,45 @@ impl Plan {
 
     /// Nothing is known of it but that PostgreSQL can judge it.
     pub fn opaque(obstacle: Obstacle) -> Self {
-        Self { way: Way::OneByOne, reads_all: true, obstacles: vec![obstacle], ..Self::of(Predicate::Opaque) }
+        Self {
+            way: PlanKind::OneByOne,
+            reads_all: true,
+            obstacles: vec![obstacle],
+            ..Self::of(Predicate::Opaque)
+        }
     }
 
     /// Nothing is known of it yet, and nobody can be asked: what it would decide cannot be told.
     pub fn pending() -> Self {
         let why = String::from("a table that it reads is locked, so that it cannot be read itself");
         let obstacles = vec![Obstacle { part: String::from("the policy"), why }];
-        Self { way: Way::OneByOne, obstacles, ..Self::of(Predicate::Pending) }
+        Self { way: PlanKind::OneByOne, obstacles, ..Self::of(Predicate::Pending) }
     }
 
     /// Whether these claims make it raise, whatever the row is, as far as that is known here. Then PostgreSQL shows nothing.
-    pub fn raises(&self, terms: &[TermValue]) -> bool {
+    pub fn raises(&self, terms: &[ClaimValue]) -> bool {
         !self.is_probed(terms) && self.predicate.raises(terms)
     }
 
     /// Whether PostgreSQL has to be asked whether these claims make it raise, before anything is shown.
-    pub fn is_probed(&self, terms: &[TermValue]) -> bool {
-        self.probe.is_some() && (self.way == Way::OneByOne || terms.contains(&TermValue::Unsure))
+    pub fn is_probed(&self, terms: &[ClaimValue]) -> bool {
+        self.probe.is_some() && (self.way == PlanKind::OneByOne || terms.contains(&ClaimValue::Unsure))
     }
 
     /// Whether PostgreSQL is asked what may name something in this schema, which is written as in SQL.
     pub fn names(&self, schema: &str) -> bool {
         let named = format!("{schema}.");
-        self.way == Way::OneByOne
+        self.way == PlanKind::OneByOne
             || self.leaves.iter().any(|leaf| match leaf {
-                Leaf::Fact { expression } | Leaf::Equals { expression, .. } => expression.contains(&named),
-                Leaf::Found { query, .. } => query.contains(&named),
+                ServerQuery::Fact { expression } | ServerQuery::Equals { expression, .. } => {
+                    expression.contains(&named)
+                }
+                ServerQuery::Found { query, .. } => query.contains(&named),
             })
     }
 
     /// What the terms come to for these claims.
-    pub fn values(&self, claims: &Claims) -> Vec<TermValue> {
+    pub fn values(&self, claims: &Claims) -> Vec<ClaimValue> {
         self.terms.iter().map(|term| term.value(claims)).collect()
     }
 }

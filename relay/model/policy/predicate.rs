@@ -1,12 +1,12 @@
 //! Conditions over a row image and somebody's claims, with SQL's three truth values and its errors.
 //!
-//! What cannot be told here is [`Truth::Unsure`], never a guess; then PostgreSQL is asked. Operands are looked at from
+//! What cannot be told here is [`Truth::Undecided`], never a guess; then PostgreSQL is asked. Operands are looked at from
 //! left to right, as PostgreSQL does: what raises before something decides, denies.
 
-use crate::model::policy::claim_expr::TermValue;
+use crate::model::policy::claim_expr::ClaimValue;
 pub use crate::model::policy::scalar::{List, Scalar};
 use crate::model::row::datum::{Datum, Kind};
-use crate::model::row::image::{Held, Image};
+use crate::model::row::image::{ColumnValue, Image};
 use crate::model::row::pattern::Pattern;
 use crate::model::row::truth::Truth;
 
@@ -79,11 +79,11 @@ pub struct Unasked;
 
 impl Answers for Unasked {
     fn fact(&self, _: usize) -> Truth {
-        Truth::Unsure
+        Truth::Undecided
     }
 
     fn reads(&self, _: usize) -> Truth {
-        Truth::Unsure
+        Truth::Undecided
     }
 }
 
@@ -124,7 +124,7 @@ impl Predicate {
     pub fn truth(
         &self,
         image: &Image<'_>,
-        terms: &[TermValue],
+        terms: &[ClaimValue],
         answers: &dyn Answers,
         lenient: bool,
     ) -> Truth {
@@ -132,23 +132,27 @@ impl Predicate {
         match self {
             Self::Constant(value) => (*value).into(),
             Self::Truth(scalar) => match scalar.held(image, terms) {
-                Ok(Held::One(Datum::Bool(value))) => value.into(),
-                Ok(Held::Null) => Truth::Null,
-                Ok(_) => Truth::Unsure,
+                Ok(ColumnValue::One(Datum::Bool(value))) => value.into(),
+                Ok(ColumnValue::Null) => Truth::Null,
+                Ok(_) => Truth::Undecided,
                 Err(stop) => stop,
             },
             Self::Compare(one, comparison, other) => {
                 match (one.held(image, terms), other.held(image, terms)) {
                     (Err(stop), _) | (Ok(_), Err(stop)) => stop,
-                    (Ok(Held::Null), Ok(_)) | (Ok(_), Ok(Held::Null)) => Truth::Null,
-                    (Ok(Held::One(one)), Ok(Held::One(other))) => comparison.holds(&one, &other).into(),
-                    _ => Truth::Unsure,
+                    (Ok(ColumnValue::Null), Ok(_)) | (Ok(_), Ok(ColumnValue::Null)) => Truth::Null,
+                    (Ok(ColumnValue::One(one)), Ok(ColumnValue::One(other))) => {
+                        comparison.holds(&one, &other).into()
+                    }
+                    _ => Truth::Undecided,
                 }
             }
             Self::Same(one, other) => match (one.held(image, terms), other.held(image, terms)) {
                 (Err(stop), _) | (Ok(_), Err(stop)) => stop,
-                (Ok(Held::Foreign | Held::Padded(_) | Held::Many(_)), Ok(_))
-                | (Ok(_), Ok(Held::Foreign | Held::Padded(_) | Held::Many(_))) => Truth::Unsure,
+                (Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_)), Ok(_))
+                | (Ok(_), Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_))) => {
+                    Truth::Undecided
+                }
                 (Ok(one), Ok(other)) => (one == other).into(),
             },
             Self::Among(scalar, list) => match scalar.held(image, terms) {
@@ -156,13 +160,13 @@ impl Predicate {
                 Ok(held) => list.holds(&held, image, terms),
             },
             Self::Matches(column, pattern) => match image.held(*column) {
-                Held::Null => Truth::Null,
-                Held::One(Datum::Text(text)) | Held::Padded(text) => pattern.matches(text),
-                Held::Missing => Truth::Raises,
-                _ => Truth::Unsure,
+                ColumnValue::Null => Truth::Null,
+                ColumnValue::One(Datum::Text(text)) | ColumnValue::Padded(text) => pattern.matches(text),
+                ColumnValue::Missing => Truth::Error,
+                _ => Truth::Undecided,
             },
             Self::IsNull(scalar) => match scalar.held(image, terms) {
-                Ok(held) => (held == Held::Null).into(),
+                Ok(held) => (held == ColumnValue::Null).into(),
                 Err(stop) => stop,
             },
             Self::Is(inner, wanted) => match truth(inner, false) {
@@ -183,16 +187,16 @@ impl Predicate {
                 let mut whole = Truth::True;
                 for one in all {
                     match (whole, truth(one, lenient)) {
-                        (Truth::True | Truth::Null, stop @ (Truth::False | Truth::Raises)) => return stop,
-                        (Truth::Unsure | Truth::Late, Truth::False | Truth::Null | Truth::Raises)
+                        (Truth::True | Truth::Null, stop @ (Truth::False | Truth::Error)) => return stop,
+                        (Truth::Undecided | Truth::TimedOut, Truth::False | Truth::Null | Truth::Error)
                             if lenient =>
                         {
                             return Truth::False;
                         }
-                        (Truth::Null, Truth::Unsure | Truth::Late) if lenient => return Truth::Null,
+                        (Truth::Null, Truth::Undecided | Truth::TimedOut) if lenient => return Truth::Null,
                         (Truth::True, found) => whole = found,
-                        (Truth::Null, found @ (Truth::Unsure | Truth::Late)) => whole = found,
-                        (Truth::Unsure, Truth::Late) => whole = Truth::Late,
+                        (Truth::Null, found @ (Truth::Undecided | Truth::TimedOut)) => whole = found,
+                        (Truth::Undecided, Truth::TimedOut) => whole = Truth::TimedOut,
                         _ => {}
                     }
                 }
@@ -202,10 +206,10 @@ impl Predicate {
                 let mut whole = Truth::False;
                 for one in all {
                     match (whole, truth(one, false)) {
-                        (Truth::False | Truth::Null, stop @ (Truth::True | Truth::Raises)) => return stop,
+                        (Truth::False | Truth::Null, stop @ (Truth::True | Truth::Error)) => return stop,
                         (Truth::False, found) => whole = found,
-                        (Truth::Null, found @ (Truth::Unsure | Truth::Late)) => whole = found,
-                        (Truth::Unsure, Truth::Late) => whole = Truth::Late,
+                        (Truth::Null, found @ (Truth::Undecided | Truth::TimedOut)) => whole = found,
+                        (Truth::Undecided, Truth::TimedOut) => whole = Truth::TimedOut,
                         _ => {}
                     }
                 }
@@ -226,10 +230,10 @@ impl Predicate {
                 Some(true) => answers.reads(*leaf),
                 Some(false) => Truth::False,
                 // It may raise, or find nothing to compare the claim with.
-                None => Truth::Unsure,
+                None => Truth::Undecided,
             },
-            Self::Opaque => Truth::Unsure,
-            Self::Pending => Truth::Late,
+            Self::Opaque => Truth::Undecided,
+            Self::Pending => Truth::TimedOut,
         }
     }
 }
@@ -253,12 +257,12 @@ impl Predicate {
 
 /// Whether PostgreSQL can name a reader with such terms: each is compared by `=`, so null finds nothing. None when it
 /// has to be asked.
-pub(super) fn known_by(by: &[usize], terms: &[TermValue]) -> Option<bool> {
+pub(super) fn known_by(by: &[usize], terms: &[ClaimValue]) -> Option<bool> {
     let mut is_known = true;
     for term in by {
         match terms.get(*term) {
-            Some(TermValue::One(datum)) if datum.is_short() => {}
-            Some(TermValue::Null) => is_known = false,
+            Some(ClaimValue::One(datum)) if datum.is_short() => {}
+            Some(ClaimValue::Null) => is_known = false,
             Some(_) | None => return None,
         }
     }

@@ -1,6 +1,6 @@
 //! Whether claims make a condition raise, whatever the row is.
 
-use crate::model::policy::claim_expr::TermValue;
+use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::policy::predicate::{Predicate, Unasked};
 use crate::model::policy::scalar::{List, Scalar};
 use crate::model::row::image::Image;
@@ -9,9 +9,9 @@ use crate::model::row::truth::Truth;
 impl Predicate {
     /// Whether one of the terms that it reads raises. PostgreSQL works claims out before it looks at rows, or for the first row
     /// that needs them, and then shows none. What a `case` guards by claims alone is looked at only where the guard lets it.
-    pub fn raises(&self, terms: &[TermValue]) -> bool {
+    pub fn raises(&self, terms: &[ClaimValue]) -> bool {
         let any = |list: &[Self]| list.iter().any(|one| one.raises(terms));
-        let bad = |term: &usize| terms.get(*term) == Some(&TermValue::Raises);
+        let bad = |term: &usize| terms.get(*term) == Some(&ClaimValue::Raises);
         match self {
             Self::Constant(_) | Self::Matches(..) | Self::Fact(_) | Self::Opaque | Self::Pending => false,
             Self::Truth(scalar) | Self::IsNull(scalar) => scalar.raises(terms),

@@ -1,8 +1,8 @@
 //! What conditions compare: values of a row image and of somebody's claims, and lists of them.
 
-use crate::model::policy::claim_expr::TermValue;
+use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::row::datum::Datum;
-use crate::model::row::image::{Held, Image};
+use crate::model::row::image::{ColumnValue, Image};
 use crate::model::row::truth::Truth;
 
 /// A value of the row or of the claims.
@@ -32,10 +32,10 @@ pub enum List {
 }
 
 impl Scalar {
-    pub(super) fn raises(&self, terms: &[TermValue]) -> bool {
+    pub(super) fn raises(&self, terms: &[ClaimValue]) -> bool {
         match self {
             Self::Column(_) | Self::ColumnText(_) => false,
-            Self::Term(term) => terms.get(*term) == Some(&TermValue::Raises),
+            Self::Term(term) => terms.get(*term) == Some(&ClaimValue::Raises),
             Self::Coalesce(scalars) => scalars.iter().any(|scalar| scalar.raises(terms)),
         }
     }
@@ -49,33 +49,33 @@ impl Scalar {
     }
 
     /// Its value, or why there is none.
-    pub(super) fn held(&self, image: &Image<'_>, terms: &[TermValue]) -> Result<Held, Truth> {
+    pub(super) fn held(&self, image: &Image<'_>, terms: &[ClaimValue]) -> Result<ColumnValue, Truth> {
         match self {
             Self::Column(column) => match image.held(*column) {
                 // A rule cannot be read as if what is missing were null.
-                Held::Missing => Err(Truth::Raises),
+                ColumnValue::Missing => Err(Truth::Error),
                 held => Ok(held.clone()),
             },
             Self::ColumnText(column) => match image.held(*column) {
-                Held::Missing => Err(Truth::Raises),
-                Held::Null => Ok(Held::Null),
-                Held::One(datum) => Ok(Held::One(Datum::Text(datum.to_text()))),
-                _ => Err(Truth::Unsure),
+                ColumnValue::Missing => Err(Truth::Error),
+                ColumnValue::Null => Ok(ColumnValue::Null),
+                ColumnValue::One(datum) => Ok(ColumnValue::One(Datum::Text(datum.to_text()))),
+                _ => Err(Truth::Undecided),
             },
             Self::Term(term) => match terms.get(*term) {
-                Some(TermValue::Null) => Ok(Held::Null),
-                Some(TermValue::One(datum)) => Ok(Held::One(datum.clone())),
-                Some(TermValue::Raises) => Err(Truth::Raises),
-                Some(TermValue::List(_) | TermValue::Unsure) | None => Err(Truth::Unsure),
+                Some(ClaimValue::Null) => Ok(ColumnValue::Null),
+                Some(ClaimValue::One(datum)) => Ok(ColumnValue::One(datum.clone())),
+                Some(ClaimValue::Raises) => Err(Truth::Error),
+                Some(ClaimValue::List(_) | ClaimValue::Unsure) | None => Err(Truth::Undecided),
             },
             Self::Coalesce(scalars) => {
                 for scalar in scalars {
                     match scalar.held(image, terms)? {
-                        Held::Null => {}
+                        ColumnValue::Null => {}
                         held => return Ok(held),
                     }
                 }
-                Ok(Held::Null)
+                Ok(ColumnValue::Null)
             }
         }
     }
@@ -83,47 +83,49 @@ impl Scalar {
 
 impl List {
     /// `value = any (list)`
-    pub(super) fn holds(&self, value: &Held, image: &Image<'_>, terms: &[TermValue]) -> Truth {
+    pub(super) fn holds(&self, value: &ColumnValue, image: &Image<'_>, terms: &[ClaimValue]) -> Truth {
         let elements: Vec<Option<Datum>> = match self {
             Self::Of(scalars) => {
                 let mut elements = Vec::with_capacity(scalars.len());
                 for scalar in scalars {
                     match scalar.held(image, terms) {
-                        Ok(Held::Null) => elements.push(None),
-                        Ok(Held::One(datum)) => elements.push(Some(datum)),
-                        Ok(_) => return Truth::Unsure,
+                        Ok(ColumnValue::Null) => elements.push(None),
+                        Ok(ColumnValue::One(datum)) => elements.push(Some(datum)),
+                        Ok(_) => return Truth::Undecided,
                         Err(stop) => return stop,
                     }
                 }
                 elements
             }
             Self::Term(term) | Self::Keys(term) => match terms.get(*term) {
-                Some(TermValue::List(list)) => {
+                Some(ClaimValue::List(list)) => {
                     return match value {
                         _ if list.is_empty() && matches!(self, Self::Term(_)) => Truth::False,
-                        Held::Null => Truth::Null,
-                        Held::One(value) => list.contains(value).into(),
-                        _ => Truth::Unsure,
+                        ColumnValue::Null => Truth::Null,
+                        ColumnValue::One(value) => list.contains(value).into(),
+                        _ => Truth::Undecided,
                     };
                 }
-                Some(TermValue::Null) => return Truth::Null,
-                Some(TermValue::Raises) => return Truth::Raises,
-                _ => return Truth::Unsure,
+                Some(ClaimValue::Null) => return Truth::Null,
+                Some(ClaimValue::Raises) => return Truth::Error,
+                _ => return Truth::Undecided,
             },
             Self::Column(column) => match image.held(*column) {
-                Held::Many(elements) => elements.clone(),
-                Held::Null => return Truth::Null,
-                Held::Missing => return Truth::Raises,
-                _ => return Truth::Unsure,
+                ColumnValue::Many(elements) => elements.clone(),
+                ColumnValue::Null => return Truth::Null,
+                ColumnValue::Missing => return Truth::Error,
+                _ => return Truth::Undecided,
             },
         };
         match value {
             _ if elements.is_empty() => Truth::False,
-            Held::Null => Truth::Null,
-            Held::One(value) if elements.iter().flatten().any(|element| element == value) => Truth::True,
-            Held::One(_) if elements.contains(&None) => Truth::Null,
-            Held::One(_) => Truth::False,
-            _ => Truth::Unsure,
+            ColumnValue::Null => Truth::Null,
+            ColumnValue::One(value) if elements.iter().flatten().any(|element| element == value) => {
+                Truth::True
+            }
+            ColumnValue::One(_) if elements.contains(&None) => Truth::Null,
+            ColumnValue::One(_) => Truth::False,
+            _ => Truth::Undecided,
         }
     }
 }

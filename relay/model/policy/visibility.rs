@@ -38,14 +38,14 @@ impl Hash for Identity {
 
 /// Whether the images of a change may be seen; an image that the change does not have counts as "no".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Sight {
+pub struct Visibility {
     /// The row as it was.
     pub before: bool,
     /// The row as it became.
     pub after: bool,
 }
 
-impl Sight {
+impl Visibility {
     /// Sees neither.
     pub const NONE: Self = Self { before: false, after: false };
 
@@ -74,7 +74,7 @@ pub enum Denied {
 
 /// What a change means to one subscription.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Meaning {
+pub enum EventKind {
     /// A row went out of sight: only its key is told.
     Leave,
     /// A row was deleted; the old row is told as far as the replica identity goes.
@@ -87,7 +87,7 @@ pub enum Meaning {
     Insert,
 }
 
-impl Meaning {
+impl EventKind {
     /// As which operation it is told.
     pub fn operation(self) -> Operation {
         match self {
@@ -101,13 +101,13 @@ impl Meaning {
 /// What `operation` means to somebody with this sight of its images, if anything.
 ///
 /// `leave_events`: the relation was watched with the wish to tell of rows that go out of sight.
-pub fn meaning(operation: Operation, sight: Sight, leave_events: bool) -> Option<Meaning> {
+pub fn meaning(operation: Operation, sight: Visibility, leave_events: bool) -> Option<EventKind> {
     match (operation, sight.before, sight.after) {
-        (Operation::Insert, _, true) => Some(Meaning::Insert),
-        (Operation::Update, true, true) => Some(Meaning::Update),
-        (Operation::Update, false, true) => Some(Meaning::Enter),
-        (Operation::Update, true, false) if leave_events => Some(Meaning::Leave),
-        (Operation::Delete, true, _) => Some(Meaning::Delete),
+        (Operation::Insert, _, true) => Some(EventKind::Insert),
+        (Operation::Update, true, true) => Some(EventKind::Update),
+        (Operation::Update, false, true) => Some(EventKind::Enter),
+        (Operation::Update, true, false) if leave_events => Some(EventKind::Leave),
+        (Operation::Delete, true, _) => Some(EventKind::Delete),
         _ => None,
     }
 }
@@ -118,22 +118,22 @@ mod tests {
 
     #[test]
     fn the_table_of_operations_and_images() {
-        let sees = |before, after| Sight { before, after };
+        let sees = |before, after| Visibility { before, after };
         let cases = [
-            (Operation::Insert, sees(false, true), Some(Meaning::Insert)),
+            (Operation::Insert, sees(false, true), Some(EventKind::Insert)),
             (Operation::Insert, sees(false, false), None),
-            (Operation::Update, sees(true, true), Some(Meaning::Update)),
-            (Operation::Update, sees(false, true), Some(Meaning::Enter)),
+            (Operation::Update, sees(true, true), Some(EventKind::Update)),
+            (Operation::Update, sees(false, true), Some(EventKind::Enter)),
             (Operation::Update, sees(true, false), None),
             (Operation::Update, sees(false, false), None),
-            (Operation::Delete, sees(true, false), Some(Meaning::Delete)),
+            (Operation::Delete, sees(true, false), Some(EventKind::Delete)),
             (Operation::Delete, sees(false, false), None),
             (Operation::Truncate, sees(true, true), None),
         ];
         for (operation, sight, expected) in cases {
             assert_eq!(meaning(operation, sight, false), expected, "{operation:?} {sight:?}");
             let with_leave = if (operation, sight) == (Operation::Update, sees(true, false)) {
-                Some(Meaning::Leave)
+                Some(EventKind::Leave)
             } else {
                 expected
             };

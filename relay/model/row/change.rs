@@ -117,7 +117,7 @@ impl Kind {
 
 /// How the images of a change are to be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Reading {
+pub enum ImageState {
     /// By the columns of the relation.
     #[default]
     Whole,
@@ -145,7 +145,7 @@ pub struct Change {
     /// All transactions before this one were over in the snapshot by which the writer read, where that matters to how the images are read.
     pub began: Option<u64>,
     /// How the images are to be read.
-    pub reading: Reading,
+    pub reading: ImageState,
     /// What happened.
     pub operation: Operation,
     /// The images hold the key and the small columns only: the row was too large for one image.

@@ -36,7 +36,7 @@ pub struct Column {
 
 /// How the values of a column are read here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
+pub enum ColumnKind {
     /// One value.
     One(Kind),
     /// An array of values.
@@ -49,12 +49,12 @@ pub enum Shape {
 
 impl Column {
     /// How its values are read here.
-    pub fn shape(&self) -> Shape {
+    pub fn shape(&self) -> ColumnKind {
         match (self.known, self.many) {
-            (Some(kind), false) => Shape::One(kind),
-            (Some(kind), true) => Shape::Many(kind),
-            (None, _) if self.folding.is_some() => Shape::Padded,
-            (None, _) => Shape::Foreign,
+            (Some(kind), false) => ColumnKind::One(kind),
+            (Some(kind), true) => ColumnKind::Many(kind),
+            (None, _) if self.folding.is_some() => ColumnKind::Padded,
+            (None, _) => ColumnKind::Foreign,
         }
     }
 

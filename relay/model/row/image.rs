@@ -4,19 +4,19 @@ use std::cell::OnceCell;
 use std::sync::Arc;
 
 use crate::model::row::change::Row;
-use crate::model::row::column::{Column, Shape};
+use crate::model::row::column::{Column, ColumnKind};
 use crate::model::row::datum::{Datum, Kind};
 
 /// An image together with its columns.
 pub struct Image<'a> {
     row: Row<'a>,
     columns: &'a [Column],
-    held: Vec<OnceCell<Held>>,
+    held: Vec<OnceCell<ColumnValue>>,
 }
 
 /// What an image holds in a column.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Held {
+pub enum ColumnValue {
     /// Null.
     Null,
     /// A value that can be compared here.
@@ -52,16 +52,18 @@ impl<'a> Image<'a> {
     }
 
     /// What stands in the column at this place of the list of columns.
-    pub fn held(&self, column: usize) -> &Held {
-        const NOTHING: &Held = &Held::Missing;
+    pub fn held(&self, column: usize) -> &ColumnValue {
+        const NOTHING: &ColumnValue = &ColumnValue::Missing;
         let (Some(cell), Some(column)) = (self.held.get(column), self.columns.get(column)) else {
             return NOTHING;
         };
         cell.get_or_init(|| match (self.row.value(&column.name), column.shape()) {
-            (None, _) => Held::Missing,
-            (Some("null"), _) => Held::Null,
-            (Some(json), Shape::One(kind)) => kind.from_json(json).map_or(Held::Foreign, Held::One),
-            (Some(json), Shape::Many(kind)) => {
+            (None, _) => ColumnValue::Missing,
+            (Some("null"), _) => ColumnValue::Null,
+            (Some(json), ColumnKind::One(kind)) => {
+                kind.from_json(json).map_or(ColumnValue::Foreign, ColumnValue::One)
+            }
+            (Some(json), ColumnKind::Many(kind)) => {
                 let mut elements = Vec::new();
                 let mut take = |element: &str| {
                     elements.push(match element {
@@ -70,13 +72,14 @@ impl<'a> Image<'a> {
                     });
                     Some(())
                 };
-                flatten(json, MOST_DIMENSIONS, &mut take).map_or(Held::Foreign, |()| Held::Many(elements))
+                flatten(json, MOST_DIMENSIONS, &mut take)
+                    .map_or(ColumnValue::Foreign, |()| ColumnValue::Many(elements))
             }
-            (Some(json), Shape::Padded) => match Kind::Text.from_json(json) {
-                Some(Datum::Text(text)) => Held::Padded(text),
-                _ => Held::Foreign,
+            (Some(json), ColumnKind::Padded) => match Kind::Text.from_json(json) {
+                Some(Datum::Text(text)) => ColumnValue::Padded(text),
+                _ => ColumnValue::Foreign,
             },
-            (Some(_), Shape::Foreign) => Held::Foreign,
+            (Some(_), ColumnKind::Foreign) => ColumnValue::Foreign,
         })
     }
 }
@@ -122,17 +125,17 @@ mod tests {
             Image::parse(&image, &relation.columns).unwrap().held(0).clone()
         };
         let one = |n| Some(Datum::Int(n));
-        assert_eq!(many("[[1,2],[3,null]]"), Held::Many(vec![one(1), one(2), one(3), None]));
-        assert_eq!(many("[[[[[[1]]]]]]"), Held::Many(vec![one(1)]));
-        assert_eq!(many("[1,\"x\"]"), Held::Foreign);
-        assert_eq!(many("{}"), Held::Foreign);
+        assert_eq!(many("[[1,2],[3,null]]"), ColumnValue::Many(vec![one(1), one(2), one(3), None]));
+        assert_eq!(many("[[[[[[1]]]]]]"), ColumnValue::Many(vec![one(1)]));
+        assert_eq!(many("[1,\"x\"]"), ColumnValue::Foreign);
+        assert_eq!(many("{}"), ColumnValue::Foreign);
     }
 
     #[test]
     fn a_nesting_that_no_array_has_is_not_followed() {
         let relation = lists();
         let image = format!(r#"{{"many":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
-        assert_eq!(*Image::parse(&image, &relation.columns).unwrap().held(0), Held::Foreign);
+        assert_eq!(*Image::parse(&image, &relation.columns).unwrap().held(0), ColumnValue::Foreign);
     }
 
     fn json() -> impl Strategy<Value = String> {
@@ -165,10 +168,10 @@ mod tests {
             let image = Image::parse(&text, &relation.columns).unwrap();
             for (column, (json, one)) in [(&many, false), (&one, true), (&yes, true)].into_iter().enumerate() {
                 let held = image.held(column);
-                prop_assert_eq!(*held == Held::Null, json == "null");
-                prop_assert!(*held != Held::Missing && !(one && matches!(held, Held::Many(_))));
+                prop_assert_eq!(*held == ColumnValue::Null, json == "null");
+                prop_assert!(*held != ColumnValue::Missing && !(one && matches!(held, ColumnValue::Many(_))));
             }
-            prop_assert_eq!(image.held(3), &Held::Missing);
+            prop_assert_eq!(image.held(3), &ColumnValue::Missing);
         }
     }
 }

@@ -105,7 +105,7 @@ impl Pattern {
     /// Whether it matches the text.
     pub fn matches(&self, text: &str) -> Truth {
         match (self.folds, self.ascii_only && !text.is_ascii()) {
-            (_, true) => Truth::Unsure,
+            (_, true) => Truth::Undecided,
             (true, false) => self.holds(&text.to_ascii_lowercase()).into(),
             (false, false) => self.holds(text).into(),
         }
@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(Pattern::new(&format!("%{}a%", "_".repeat(64)), None), None);
         let letters = Pattern::new("A%", Some(Folding::Letters)).unwrap();
         assert_eq!(letters.matches("aK"), Truth::True);
-        assert_eq!(letters.matches("a\u{212a}"), Truth::Unsure);
+        assert_eq!(letters.matches("a\u{212a}"), Truth::Undecided);
         let ascii = Pattern::new("Ä\\B%", Some(Folding::Ascii)).unwrap();
         assert_eq!(ascii.matches("ÄbÜ"), Truth::True);
         assert_eq!(ascii.matches("äbÜ"), Truth::False);

@@ -10,11 +10,11 @@ pub enum Truth {
     /// Null.
     Null,
     /// PostgreSQL raises an error.
-    Raises,
+    Error,
     /// Only PostgreSQL knows.
-    Unsure,
+    Undecided,
     /// PostgreSQL was asked and took too long.
-    Late,
+    TimedOut,
 }
 
 impl From<Option<bool>> for Truth {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::model::codec::phoenix::{Message, Status, Version, push, reply, system};
 use crate::model::subscription::binding::Request;
-use crate::model::subscription::error::Refusal;
+use crate::model::subscription::error::SubscribeError;
 
 /// How many entries of `postgres_changes` one channel may have: each is looked at for each change.
 pub const MOST_ENTRIES: usize = 100;
@@ -107,7 +107,7 @@ impl Join {
     }
 
     /// What is to be bound, and why other entries cannot be served as they are written.
-    pub fn requests(&self) -> (Vec<Request>, Vec<Refusal>) {
+    pub fn requests(&self) -> (Vec<Request>, Vec<SubscribeError>) {
         let (mut requests, mut malformed) = (Vec::new(), Vec::new());
         for entry in self.entries() {
             match Request::parse(&entry) {
@@ -156,7 +156,12 @@ impl Join {
 }
 
 /// The outcome of a subscription as the client is told it: each reason why an entry is refused, once, or that all of it stands.
-pub fn changes_system(version: Version, join_ref: &Value, topic: &str, refusals: &[Refusal]) -> Vec<String> {
+pub fn changes_system(
+    version: Version,
+    join_ref: &Value,
+    topic: &str,
+    refusals: &[SubscribeError],
+) -> Vec<String> {
     let told = |status, message: &str| {
         push(version, join_ref, topic, "system", &system(topic, "postgres_changes", status, message))
     };
@@ -172,7 +177,7 @@ pub fn changes_system(version: Version, join_ref: &Value, topic: &str, refusals:
 }
 
 /// The refusal of a join whose subscription is refused.
-pub fn disabled(refusal: &Refusal) -> String {
+pub fn disabled(refusal: &SubscribeError) -> String {
     format!("RealtimeDisabledForConfiguration: {refusal}")
 }
 

@@ -9,7 +9,7 @@ use crate::model::identity::claims::{Claims, TokenRefusal, Tokens};
 use crate::model::policy::visibility::Identity;
 use crate::model::session::join::{Join, MOST_BYTES, changes_system, disabled};
 use crate::model::subscription::binding::Request;
-use crate::model::subscription::error::Refusal;
+use crate::model::subscription::error::SubscribeError;
 
 /// PostgreSQL cannot be asked who may see what.
 /// What a channel is told that cannot be bound while PostgreSQL is away; it may be joined again.
@@ -85,7 +85,7 @@ struct Channel {
     identity: Identity,
     requests: Vec<Request>,
     /// Why other entries cannot be served at all.
-    malformed: Vec<Refusal>,
+    malformed: Vec<SubscribeError>,
     attempt: u32,
     /// How much of the client's own words it keeps, about.
     bytes: usize,
@@ -185,7 +185,7 @@ impl Session {
         &mut self,
         channel: ChannelId,
         attempt: u32,
-        outcome: Result<Vec<Refusal>, Refusal>,
+        outcome: Result<Vec<SubscribeError>, SubscribeError>,
     ) -> Vec<Action> {
         let version = self.version;
         let Some((topic, state)) = self.channels.iter_mut().find(|(_, state)| state.id == channel) else {
@@ -563,7 +563,7 @@ mod tests {
 
     #[test]
     fn a_refusal_is_told_beside_the_join_or_in_its_place() {
-        let refusal = || Err(Refusal("no".to_owned()));
+        let refusal = || Err(SubscribeError("no".to_owned()));
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", json!({})));
         let actions = session.bound(channel, attempt, refusal());
@@ -587,7 +587,7 @@ mod tests {
 
     #[test]
     fn an_entry_that_is_refused_leaves_the_others_and_is_told_each_time() {
-        let no = |text: &str| Refusal(text.to_owned());
+        let no = |text: &str| SubscribeError(text.to_owned());
         let mut session = session();
         let entries = json!({"postgres_changes": [{"table": "todos"}, {}, {"table": "others"}]});
         let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", entries.clone()));
@@ -611,7 +611,7 @@ mod tests {
         let (mut session, channel) = delivering();
         let token = json!({"access_token": "bob"});
         let (_, attempt, _) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
-        let actions = session.bound(channel, attempt, Err(Refusal("no".to_owned())));
+        let actions = session.bound(channel, attempt, Err(SubscribeError("no".to_owned())));
         assert_eq!(told(&actions), ["leave: 1 system no"]);
         assert_eq!(session.channel_count(), 1);
         assert_eq!(told(&session.end()), [""; 0]);
@@ -766,7 +766,7 @@ mod tests {
                     _ if binding.is_empty() => Vec::new(),
                     _ => {
                         let (channel, attempt, who) = binding.remove(0);
-                        let outcome = if flag { Ok(Vec::new()) } else { Err(Refusal("no".to_owned())) };
+                        let outcome = if flag { Ok(Vec::new()) } else { Err(SubscribeError("no".to_owned())) };
                         let actions = session.bound(channel, attempt, outcome);
                         if actions.iter().any(|action| matches!(action, Action::Join { .. })) {
                             prop_assert_eq!(&latest[&channel], &(attempt, who));

@@ -9,7 +9,7 @@ const OVER: f64 = 60.0;
 
 /// A token bucket: it fills at a rate, and each thing done takes one out.
 #[derive(Debug, Clone)]
-pub struct Bucket {
+pub struct TokenBucket {
     per_second: f64,
     left: f64,
     filled: Duration,
@@ -17,24 +17,24 @@ pub struct Bucket {
 
 /// What one client may still do.
 #[derive(Debug, Clone)]
-pub struct Pace {
+pub struct RateLimit {
     /// Messages it may send.
-    pub messages: Bucket,
+    pub messages: TokenBucket,
     /// Channels it may join.
-    pub joins: Bucket,
+    pub joins: TokenBucket,
 }
 
-impl Pace {
+impl RateLimit {
     /// Of a client that did nothing yet.
     pub fn new(limits: &Limits) -> Self {
         Self {
-            messages: Bucket::new(limits.messages_per_second),
-            joins: Bucket::new(limits.joins_per_second),
+            messages: TokenBucket::new(limits.messages_per_second),
+            joins: TokenBucket::new(limits.joins_per_second),
         }
     }
 }
 
-impl Bucket {
+impl TokenBucket {
     /// A full one. It holds what comes in a minute.
     pub fn new(per_second: u32) -> Self {
         let per_second = f64::from(per_second);
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn a_minutes_worth_passes_at_once_and_then_what_comes_in() {
-        let mut bucket = Bucket::new(2);
+        let mut bucket = TokenBucket::new(2);
         let mut taken = |seconds: f64, tries: usize| {
             let at = Duration::from_secs_f64(seconds);
             (0..tries).filter(|_| bucket.take(at)).count()
@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn a_steady_client_at_the_rate_is_never_refused() {
-        let mut bucket = Bucket::new(100);
+        let mut bucket = TokenBucket::new(100);
         assert!((0..100_000).all(|number| bucket.take(Duration::from_millis(10) * number)));
     }
 }

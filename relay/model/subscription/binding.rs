@@ -8,14 +8,14 @@ use serde_json::{Map, Value};
 
 use crate::model::catalog::relation::{Catalog, Naming, Relation};
 use crate::model::log::cursor::Cursor;
-use crate::model::policy::index_key::Anchors;
+use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::{Change, Operation, RelationId};
-use crate::model::row::column::Shape;
+use crate::model::row::column::ColumnKind;
 use crate::model::row::pattern::Folding;
-use crate::model::subscription::error::{CAUSE, EXCEPTION, FILTER, FORBIDDEN, Refusal, UNREADABLE};
+use crate::model::subscription::error::{CAUSE, EXCEPTION, FILTER, FORBIDDEN, SubscribeError, UNREADABLE};
 use crate::model::subscription::filter;
-use crate::model::subscription::typed_filter::BoundFilter;
+use crate::model::subscription::typed_filter::TypedFilter;
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,14 +67,14 @@ struct Grounds {
     /// What the role lacks for its policies.
     lack: Option<String>,
     /// The columns that filter and selection name, as far as the role may read them.
-    columns: Vec<Option<(String, Shape, Option<Folding>)>>,
+    columns: Vec<Option<(String, ColumnKind, Option<Folding>)>>,
 }
 
 /// An entry that was refused, and what may lift the refusal.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refused {
     /// Why, for the client.
-    pub why: Refusal,
+    pub why: SubscribeError,
     request: Request,
     grounds: Grounds,
 }
@@ -84,14 +84,14 @@ impl Request {
     ///
     /// # Errors
     /// With the real server's texts: no schema or table, a `select` that is no list or stands beside a wildcard.
-    pub fn parse(entry: &Map<String, Value>) -> Result<Self, Refusal> {
+    pub fn parse(entry: &Map<String, Value>) -> Result<Self, SubscribeError> {
         let word = |name: &str| entry.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
         // What is there but no text must not widen the subscription by counting as absent.
         let is_text = |name: &str| entry.get(name).is_none_or(|value| value.is_string() || value.is_null());
         let named = (word("schema"), word("table"));
         let target = match (named.0, named.1.filter(|table| *table != "*")) {
             _ if named == (None, None) || !is_text("schema") || !is_text("table") => {
-                return Err(Refusal(format!(
+                return Err(SubscribeError(format!(
                     "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}",
                     Value::Object(entry.clone())
                 )));
@@ -110,7 +110,7 @@ impl Request {
                     .as_array()
                     .and_then(|list| list.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
                 names.ok_or_else(|| {
-                    Refusal(String::from(
+                    SubscribeError(String::from(
                         "Error parsing `select` params: expected a list of column name strings, e.g. select: [\"col1\", \"col2\"]",
                     ))
                 })?
@@ -118,7 +118,7 @@ impl Request {
         };
         let select: Vec<String> = select.into_iter().map(str::to_owned).collect();
         if !select.is_empty() && !matches!(target, Target::Table { .. }) {
-            return Err(Refusal(String::from(
+            return Err(SubscribeError(String::from(
                 "Column selection is not supported for wildcard subscriptions. Provide an explicit schema and table name.",
             )));
         }
@@ -129,7 +129,7 @@ impl Request {
             _ => Events::All,
         };
         if let Some(other) = entry.get("filter").filter(|_| !is_text("filter")) {
-            return Err(Refusal(format!("{FILTER}[{other}]")));
+            return Err(SubscribeError(format!("{FILTER}[{other}]")));
         }
         let filter = word("filter").unwrap_or_default().trim().to_owned();
         let event = entry.get("event").and_then(Value::as_str).unwrap_or("*").to_owned();
@@ -196,7 +196,7 @@ pub struct Binding {
     /// Which relations.
     pub scope: Scope,
     /// Which rows.
-    pub filter: Option<Arc<BoundFilter>>,
+    pub filter: Option<Arc<TypedFilter>>,
     /// Which columns; none means all.
     pub select: Option<Vec<String>>,
 }
@@ -279,9 +279,9 @@ impl Subscription {
         identity: Identity,
         catalog: &Catalog,
         requests: &[Request],
-        filters: Vec<Result<Option<Arc<BoundFilter>>, Refusal>>,
+        filters: Vec<Result<Option<Arc<TypedFilter>>, SubscribeError>>,
     ) -> Self {
-        let bind = |(request, filter): (&Request, Result<Option<Arc<BoundFilter>>, Refusal>)| {
+        let bind = |(request, filter): (&Request, Result<Option<Arc<TypedFilter>>, SubscribeError>)| {
             let bound = filter.and_then(|filter| Ok((scope(&identity, catalog, request)?, filter)));
             let (scope, filter) = bound.unwrap_or_else(|why| {
                 let grounds = request.grounds(catalog, identity.claims().role());
@@ -298,7 +298,7 @@ impl Subscription {
     }
 
     /// Why entries were refused, in their order.
-    pub fn refusals(&self) -> impl Iterator<Item = &Refusal> {
+    pub fn refusals(&self) -> impl Iterator<Item = &SubscribeError> {
         self.bindings.iter().filter_map(|binding| match &binding.scope {
             Scope::Refused(refused) => Some(&refused.why),
             _ => None,
@@ -309,7 +309,7 @@ impl Subscription {
     ///
     /// # Errors
     /// With the first refusal.
-    pub fn whole(self) -> Result<Self, Refusal> {
+    pub fn whole(self) -> Result<Self, SubscribeError> {
         let refusal = self.refusals().next().cloned();
         refusal.map_or(Ok(self), Err)
     }
@@ -332,15 +332,15 @@ impl Subscription {
     /// How many values of its filters are compared with each change, since no index leads from a row to them; and what
     /// columns its bindings select beyond those of the first, which make another frame of a change.
     pub fn scanned_values(&self) -> usize {
-        let (mut anchors, mut values, mut selections) = (Anchors::OneOf(Vec::new()), 0, HashSet::new());
+        let (mut anchors, mut values, mut selections) = (IndexKeys::OneOf(Vec::new()), 0, HashSet::new());
         for binding in self.bindings.iter().filter(|binding| !binding.is_refused()) {
             let filter = binding.filter.as_ref();
-            anchors = anchors.or(filter.map_or(Anchors::Any, |filter| filter.anchors()));
+            anchors = anchors.or(filter.map_or(IndexKeys::Any, |filter| filter.anchors()));
             values += filter.map_or(0, |filter| filter.value_count());
             selections.insert(&binding.select);
         }
         let frames = selections.len().saturating_sub(1) * VALUES_OF_FRAME;
-        if anchors == Anchors::Any { values + frames } else { frames }
+        if anchors == IndexKeys::Any { values + frames } else { frames }
     }
 
     /// Whether PostgreSQL may have to be asked which rows match its filters.
@@ -428,7 +428,7 @@ impl Subscription {
 }
 
 /// The relations of a request.
-fn scope(identity: &Identity, catalog: &Catalog, request: &Request) -> Result<Scope, Refusal> {
+fn scope(identity: &Identity, catalog: &Catalog, request: &Request) -> Result<Scope, SubscribeError> {
     Ok(match &request.target {
         Target::All => Scope::All,
         Target::Schema(schema) => Scope::Schema(schema.clone()),
@@ -449,14 +449,14 @@ pub fn readable<'a>(
     identity: &Identity,
     catalog: &'a Catalog,
     request: &Request,
-) -> Result<&'a Arc<Relation>, Refusal> {
+) -> Result<&'a Arc<Relation>, SubscribeError> {
     let found = match &request.target {
         Target::Table { schema, table } => catalog.named(schema, table),
         Target::Named(_) | Target::Schema(_) | Target::All => None,
     };
     let access = found.and_then(|relation| relation.access(identity.claims().role()));
     let (Some(relation), Some(access)) = (found, access) else {
-        return Err(Refusal(format!(
+        return Err(SubscribeError(format!(
             "{UNREADABLE} for the given connect parameters: {}. The table must be watched (select relay.watch('schema.table')) and the token's \
              role must be allowed to select from it",
             request.described()
@@ -477,8 +477,8 @@ pub fn readable<'a>(
 }
 
 /// The real server's text for a subscription that PostgreSQL refused.
-pub fn exception(request: &Request, error: &str) -> Refusal {
-    Refusal(format!(
+pub fn exception(request: &Request, error: &str) -> SubscribeError {
+    SubscribeError(format!(
         "{EXCEPTION} so please check your connect parameters: {}. {CAUSE}{error}",
         request.described()
     ))
@@ -495,7 +495,7 @@ mod tests {
     use crate::model::identity::claims::Claims;
     use crate::model::subscription::typed_filter::tests::bound;
 
-    fn parse(entry: &Value) -> Result<Request, Refusal> {
+    fn parse(entry: &Value) -> Result<Request, SubscribeError> {
         Request::parse(entry.as_object().unwrap())
     }
 

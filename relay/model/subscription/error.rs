@@ -5,7 +5,7 @@ use crate::model::subscription::filter::FORM;
 /// A request that cannot be served; the text is fit for the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Refusal(pub String);
+pub struct SubscribeError(pub String);
 
 /// How the contract begins when no table is found that the role may read.
 pub const UNREADABLE: &str =
@@ -24,7 +24,7 @@ const LACKS: [&str; 2] = ["the policies of ", "the filter of "];
 const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
      filters are joined by commas";
 
-impl Refusal {
+impl SubscribeError {
     /// The same for whoever does not come with the contract: a person at a terminal, a call by HTTP.
     ///
     /// `table` is what was asked for, with its schema; `role` is the asking role, where that is known.
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     fn check(text: &str, expected: &str) {
-        let plain = Refusal(text.to_owned()).plain(("public", "Todos"), Some("anon"));
+        let plain = SubscribeError(text.to_owned()).plain(("public", "Todos"), Some("anon"));
         assert!(plain.contains(expected), "{plain}");
     }
 
@@ -132,7 +132,7 @@ mod tests {
         check(&text, "public.Todos cannot be followed by the role anon");
         check(&text, r#"select relay.watch('public."Todos"')"#);
         check(&text, r#"grant select on public."Todos" to anon"#);
-        let elsewhere = Refusal(text).plain(("shop", "orders"), None);
+        let elsewhere = SubscribeError(text).plain(("shop", "orders"), None);
         assert!(elsewhere.contains("grant usage on schema shop to <role>"), "{elsewhere}");
         assert!(elsewhere.contains("the role exists, is no superuser"), "{elsewhere}");
         assert!(!elsewhere.contains("a parameter of its own"), "{elsewhere}");
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_schema_that_is_given_in_the_name_of_the_table_is_said_to_be_a_parameter_of_its_own() {
-        let refusal = Refusal(format!("{UNREADABLE} for the given connect parameters: […]"));
+        let refusal = SubscribeError(format!("{UNREADABLE} for the given connect parameters: […]"));
         let told = refusal.plain(("public", "shop.orders"), Some("anon"));
         assert!(told.contains("The schema is a parameter of its own: schema=shop, table=orders."), "{told}");
     }

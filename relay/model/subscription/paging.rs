@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::row::change::Row;
-use crate::model::subscription::error::Refusal;
+use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::filter::{Condition, Operator};
 
 /// The most columns of an order: each costs a few questions to the database.
@@ -60,16 +60,16 @@ impl By {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn parse(text: &str) -> Result<Vec<Self>, Refusal> {
+    pub fn parse(text: &str) -> Result<Vec<Self>, SubscribeError> {
         let order: Vec<Self> =
             text.split(',').map(|term| Self::one(term.trim())).collect::<Result<_, _>>()?;
         match order.len() > MAX_COLUMNS {
-            true => Err(Refusal(format!("order: at most {MAX_COLUMNS} columns are expected"))),
+            true => Err(SubscribeError(format!("order: at most {MAX_COLUMNS} columns are expected"))),
             false => Ok(order),
         }
     }
 
-    fn one(term: &str) -> Result<Self, Refusal> {
+    fn one(term: &str) -> Result<Self, SubscribeError> {
         let (rest, nulls_first) = match term.rsplit_once('.') {
             Some((rest, "nullsfirst")) => (rest, Some(true)),
             Some((rest, "nullslast")) => (rest, Some(false)),
@@ -81,7 +81,7 @@ impl By {
             _ => (rest, false),
         };
         if column.is_empty() || column.contains('\0') {
-            return Err(Refusal(String::from(FORM)));
+            return Err(SubscribeError(String::from(FORM)));
         }
         let nulls_first = nulls_first.unwrap_or(descending);
         Ok(Self { column: column.to_owned(), descending, nulls_first })
@@ -132,17 +132,17 @@ impl Paging {
     ///
     /// # Errors
     /// When a column is not there for this role.
-    pub fn order(&self, relation: &Relation, access: &Access, role: &str) -> Result<Vec<By>, Refusal> {
+    pub fn order(&self, relation: &Relation, access: &Access, role: &str) -> Result<Vec<By>, SubscribeError> {
         let mut order = self.order.clone();
         for by in &order {
             let (schema, table, column) = (&relation.schema, &relation.table, &by.column);
             let Some(known) = relation.column(column).filter(|_| access.sees(column)) else {
-                return Err(Refusal(format!(
+                return Err(SubscribeError(format!(
                     "order: {schema}.{table} has no column {column} that the role {role} may read"
                 )));
             };
             if known.kind.starts_with('_') {
-                return Err(Refusal(format!(
+                return Err(SubscribeError(format!(
                     "order: {column} is an array, rows cannot be ordered by it here"
                 )));
             }
@@ -159,10 +159,10 @@ impl Paging {
     ///
     /// # Errors
     /// When that row is of another order.
-    pub fn beyond(&self, order: &[By], relation: &Relation) -> Result<Option<Vec<Beyond>>, Refusal> {
+    pub fn beyond(&self, order: &[By], relation: &Relation) -> Result<Option<Vec<Beyond>>, SubscribeError> {
         let Some(after) = &self.after else { return Ok(None) };
         if after.order != described(order) || after.values.len() != order.len() {
-            return Err(Refusal(String::from(
+            return Err(SubscribeError(String::from(
                 "after: it is of another order, ask with the order= and the table with which it was given",
             )));
         }
@@ -192,7 +192,7 @@ impl After {
     ///
     /// # Errors
     /// When it is something else.
-    pub fn parse(word: &str) -> Result<Self, Refusal> {
+    pub fn parse(word: &str) -> Result<Self, SubscribeError> {
         let read = || {
             let bytes = URL_SAFE_NO_PAD.decode(word).ok()?;
             let (order, values) = serde_json::from_slice(&bytes).ok()?;
@@ -208,8 +208,8 @@ impl After {
     }
 
     /// What is said of what no answer gave.
-    pub fn unknown() -> Refusal {
-        Refusal(String::from("after: this is not what an answer gave, begin without it"))
+    pub fn unknown() -> SubscribeError {
+        SubscribeError(String::from("after: this is not what an answer gave, begin without it"))
     }
 }
 

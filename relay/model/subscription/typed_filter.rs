@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::catalog::shape::Labels;
-use crate::model::policy::claim_expr::TermValue;
-use crate::model::policy::index_key::Anchors;
+use crate::model::policy::claim_expr::ClaimValue;
+use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar, Unasked};
-use crate::model::row::column::Shape;
+use crate::model::row::column::ColumnKind;
 use crate::model::row::datum::{Kind, Read};
 use crate::model::row::image::Image;
 use crate::model::row::pattern::{Folding, Pattern};
@@ -16,14 +16,14 @@ use crate::model::subscription::filter::{Condition, Operator};
 
 /// A filter whose values PostgreSQL has read with the column's type.
 #[derive(Debug)]
-pub struct BoundFilter {
+pub struct TypedFilter {
     relation: (String, String),
-    conditions: Vec<Typed>,
+    conditions: Vec<TypedCondition>,
     /// Of each condition, the labels of enums that its values name.
     labels: Vec<Labels>,
     /// What is known of it here.
     predicate: Predicate,
-    constants: Vec<TermValue>,
+    constants: Vec<ClaimValue>,
     /// It as an SQL condition.
     pub condition: String,
     /// The statement by which PostgreSQL judges row images against this filter.
@@ -32,22 +32,27 @@ pub struct BoundFilter {
 
 /// One condition of a filter with its values in PostgreSQL's own spelling.
 #[derive(Debug)]
-pub struct Typed {
+pub struct TypedCondition {
     /// The condition.
     pub condition: Condition,
     /// The column's type (`pg_type.typname`).
     pub kind: String,
     /// How its values were read here: a collation that changes does not change the type's name.
-    pub shape: Shape,
+    pub shape: ColumnKind,
     /// What `lower` does to the column's texts, likewise.
     pub folding: Option<Folding>,
     /// Its values as `value::type::text` spells them.
     pub values: Vec<String>,
 }
 
-impl BoundFilter {
+impl TypedFilter {
     /// Brings conditions and statement together.
-    pub fn new(relation: &Relation, conditions: Vec<Typed>, condition: String, statement: Arc<str>) -> Self {
+    pub fn new(
+        relation: &Relation,
+        conditions: Vec<TypedCondition>,
+        condition: String,
+        statement: Arc<str>,
+    ) -> Self {
         let mut constants = Vec::new();
         let predicates = conditions.iter().map(|typed| typed.predicate(relation, &mut constants)).collect();
         let name = (relation.schema.clone(), relation.table.clone());
@@ -72,13 +77,13 @@ impl BoundFilter {
     /// Whether relation, columns and the labels of enums that it names still have the names and types with which the filter
     /// was read.
     pub fn fits(&self, relation: &Relation) -> bool {
-        let has_labels = |(typed, labels): (&Typed, &Labels)| {
+        let has_labels = |(typed, labels): (&TypedCondition, &Labels)| {
             let now = || relation.shapes().labels(&typed.condition.column);
             labels.is_empty()
                 || now()
                     .is_some_and(|now| labels.iter().all(|(number, label)| now.get(number) == Some(label)))
         };
-        let same = |typed: &Typed| {
+        let same = |typed: &TypedCondition| {
             let now = relation.column(&typed.condition.column);
             now.is_some_and(|now| {
                 (&now.kind, now.shape(), now.folding) == (&typed.kind, typed.shape, typed.folding)
@@ -115,12 +120,12 @@ impl BoundFilter {
     }
 
     /// What a row must have to match.
-    pub fn anchors(&self) -> Anchors {
+    pub fn anchors(&self) -> IndexKeys {
         self.predicate.anchors(&self.constants)
     }
 }
 
-impl Typed {
+impl TypedCondition {
     /// The labels of enums that its values name, or may name.
     fn labels(&self, relation: &Relation) -> Labels {
         let is_named = |label: &str| self.values.iter().any(|value| value.contains(label));
@@ -132,7 +137,7 @@ impl Typed {
     }
 
     /// The condition as a predicate; what it compares with goes to the constants.
-    fn predicate(&self, relation: &Relation, constants: &mut Vec<TermValue>) -> Predicate {
+    fn predicate(&self, relation: &Relation, constants: &mut Vec<ClaimValue>) -> Predicate {
         let found = relation.columns.iter().position(|column| column.name == self.condition.column);
         let asks_for_null = self.condition.operator == Operator::Is && self.values == ["null"];
         let found = found.and_then(|column| match relation.columns[column].shape() {
@@ -144,8 +149,8 @@ impl Typed {
                 let folds = (self.condition.operator == Operator::Ilike).then_some(folding);
                 Some(Predicate::Matches(column, Pattern::new(self.values.first()?, folds)?))
             }
-            Shape::One(kind) => self.compared(column, kind, constants),
-            Shape::Many(_) | Shape::Padded | Shape::Foreign => None,
+            ColumnKind::One(kind) => self.compared(column, kind, constants),
+            ColumnKind::Many(_) | ColumnKind::Padded | ColumnKind::Foreign => None,
         });
         match found {
             Some(predicate) if self.condition.negated => Predicate::Not(Box::new(predicate)),
@@ -154,10 +159,10 @@ impl Typed {
         }
     }
 
-    fn compared(&self, column: usize, kind: Kind, constants: &mut Vec<TermValue>) -> Option<Predicate> {
+    fn compared(&self, column: usize, kind: Kind, constants: &mut Vec<ClaimValue>) -> Option<Predicate> {
         let mut constant = |text: &String| match kind.read(text) {
             Read::Value(datum) => {
-                constants.push(TermValue::One(datum));
+                constants.push(ClaimValue::One(datum));
                 Some(Scalar::Term(constants.len() - 1))
             }
             Read::Raises | Read::Unsure => None,
@@ -200,11 +205,11 @@ pub(crate) mod tests {
     use crate::model::subscription::filter;
 
     /// The filter bound to a relation of one column.
-    pub(crate) fn bound(filter: &str, relation: &Relation) -> BoundFilter {
+    pub(crate) fn bound(filter: &str, relation: &Relation) -> TypedFilter {
         let conditions = filter::parse(filter).unwrap();
         let typed = conditions.into_iter().map(|condition| {
             let values = condition.values.clone();
-            Typed {
+            TypedCondition {
                 condition,
                 kind: relation.columns[0].kind.clone(),
                 shape: relation.columns[0].shape(),
@@ -212,7 +217,7 @@ pub(crate) mod tests {
                 values,
             }
         });
-        BoundFilter::new(relation, typed.collect(), String::new(), "".into())
+        TypedFilter::new(relation, typed.collect(), String::new(), "".into())
     }
 
     /// `None`: only PostgreSQL knows.
@@ -223,7 +228,7 @@ pub(crate) mod tests {
         let image = format!(r#"{{"c":{value}}}"#);
         let image = Image::parse(&image, &relation.columns).unwrap();
         let found = match bound(filter, &relation).truth(&image) {
-            Truth::Unsure => None,
+            Truth::Undecided => None,
             truth => Some(truth == Truth::True),
         };
         assert_eq!(found, expected, "{filter} on {value} of {kind}");

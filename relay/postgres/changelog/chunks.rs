@@ -7,7 +7,7 @@ use tokio_postgres::Statement;
 
 use crate::model::log::cursor::{Epoch, Snapshot, Span};
 use crate::model::row::change::Change;
-use crate::postgres::changelog::reader::{Changelog, Page, Position, committed};
+use crate::postgres::changelog::reader::{Changelog, Page, PagePosition, committed};
 use crate::postgres::connect::pool::{Error, Server};
 
 /// The first portion has at most so many changes …
@@ -26,7 +26,7 @@ const NAMED: i32 = 2000;
 type Transactions = Arc<Option<Vec<String>>>;
 
 /// A connection that reads portions.
-pub struct Portions {
+pub struct ChunkReader {
     changelog: Changelog,
     head: Statement,
     slice: Statement,
@@ -36,7 +36,7 @@ pub struct Portions {
 
 /// Where a reader is in a page.
 #[derive(Debug, Clone)]
-pub struct Bearing {
+pub struct ChunkPosition {
     /// What was told before the page.
     pub seen: Snapshot,
     /// The page's end.
@@ -55,14 +55,14 @@ pub struct Bearing {
 }
 
 /// A portion of a page.
-pub struct Portion {
+pub struct Chunk {
     /// Its changes, in parts of the size in which they are told.
     pub parts: Vec<Vec<Change>>,
     /// Where the next one begins; none when this was the last.
-    pub next: Option<Bearing>,
+    pub next: Option<ChunkPosition>,
 }
 
-impl Bearing {
+impl ChunkPosition {
     /// In this page, behind the change with this number; 0 at its start.
     pub fn new(page: &Span, after: i64) -> Self {
         let (seen, until) = (page.seen.clone(), page.until.clone());
@@ -94,7 +94,7 @@ impl Bearing {
     }
 }
 
-impl Portions {
+impl ChunkReader {
     /// Connects.
     ///
     /// # Errors
@@ -151,9 +151,9 @@ impl Portions {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn read(&self, from: &Bearing, most: usize, most_bytes: usize) -> Result<Portion, Error> {
+    pub async fn read(&self, from: &ChunkPosition, most: usize, most_bytes: usize) -> Result<Chunk, Error> {
         let position =
-            Position { seen: from.seen.clone(), until: Some(from.until.clone()), after: from.after };
+            PagePosition { seen: from.seen.clone(), until: Some(from.until.clone()), after: from.after };
         let only = from.only.as_deref();
         let end = from.through.unwrap_or(i64::MAX);
         let through = from.after.saturating_add(from.size as i64).min(end);
@@ -176,8 +176,9 @@ impl Portions {
         let read = parts.iter().map(Vec::len).sum::<usize>();
         let last = parts.last().and_then(|part| part.last()).map(|change| change.number);
         let size = if is_cut { read.max(1) } else { from.size.saturating_mul(2).min(MOST) };
-        let next =
-            |after, far| Some(Bearing { after, far, size, transactions: known.clone(), ..from.clone() });
+        let next = |after, far| {
+            Some(ChunkPosition { after, far, size, transactions: known.clone(), ..from.clone() })
+        };
         let next = match last {
             Some(last) if is_cut => next(last, false),
             Some(last) if from.far => (read == from.size).then(|| next(last, false)).flatten(),
@@ -186,11 +187,11 @@ impl Portions {
             // Numbers of other pages and of what was rolled back lie in between.
             last => next(through, last.is_none()),
         };
-        Ok(Portion { parts, next })
+        Ok(Chunk { parts, next })
     }
 
     /// The transactions of the page in which a reader is.
-    async fn transactions(&self, from: &Bearing) -> Result<Transactions, Error> {
+    async fn transactions(&self, from: &ChunkPosition) -> Result<Transactions, Error> {
         if let Some(known) = &from.transactions {
             return Ok(Arc::clone(known));
         }

@@ -34,18 +34,18 @@ const RING: &str = "select pg_notify('relay_page', '') from (select pg_try_advis
 /// The listening connection.
 pub struct Doorbell {
     client: Client,
-    heard: watch::Receiver<Heard>,
+    heard: watch::Receiver<BellEvent>,
     /// What of it was answered.
-    answered: Heard,
+    answered: BellEvent,
     backend: Backend,
-    part: Part,
+    part: LeaderRole,
     /// As far as is known, there are deputies to ring.
     has_deputies: bool,
 }
 
 /// How often it rang. Counted and not kept: anybody in the database may ring, as often as he likes.
 #[derive(Debug, Clone, Copy, Default)]
-struct Heard {
+struct BellEvent {
     /// All but probes.
     rings: usize,
     /// Of these, about the refresh schedule.
@@ -65,7 +65,7 @@ pub struct Backend {
 
 /// Which part this relay has among those of its database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
+enum LeaderRole {
     /// None yet, or for good: where the bell is not heard, each relay reads for itself.
     Alone,
     Leader,
@@ -87,7 +87,7 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn connect(server: &Server) -> Result<Self, Error> {
-        let (ringing, heard) = watch::channel(Heard::default());
+        let (ringing, heard) = watch::channel(BellEvent::default());
         // Known once connected, and before anything is heard.
         let own = Arc::new(OnceLock::new());
         let name = Arc::clone(&own);
@@ -100,8 +100,8 @@ impl Doorbell {
         let backend = Backend { number: backend.get(0), start: backend.get(1) };
         own.get_or_init(|| backend.name());
         in_time(client.batch_execute(SETTINGS)).await?;
-        let answered = Heard::default();
-        Ok(Self { client, heard, answered, backend, part: Part::Alone, has_deputies: false })
+        let answered = BellEvent::default();
+        Ok(Self { client, heard, answered, backend, part: LeaderRole::Alone, has_deputies: false })
     }
 
     /// Who is at the other end, for [`Self::end`] when this is lost.
@@ -160,13 +160,13 @@ impl Doorbell {
         if !self.row("select pg_try_advisory_lock(1919249009, 5)").await?.get::<_, bool>(0) {
             return Ok(false);
         }
-        let stop = if self.part == Part::Deputy {
+        let stop = if self.part == LeaderRole::Deputy {
             "; unlisten relay_page; select pg_advisory_unlock_shared(1919249009, 6)"
         } else {
             ""
         };
         in_time(self.client.batch_execute(&format!("listen relay{stop}"))).await?;
-        self.part = Part::Leader;
+        self.part = LeaderRole::Leader;
         self.has_deputies = true;
         Ok(true)
     }
@@ -174,7 +174,7 @@ impl Doorbell {
     /// Whether somebody else would lead if this relay did not.
     pub fn has_deputies(&self) -> bool {
         let is_one_new = self.answered.deputies < self.heard.borrow().deputies;
-        self.part == Part::Leader && (self.has_deputies || is_one_new)
+        self.part == LeaderRole::Leader && (self.has_deputies || is_one_new)
     }
 
     /// Leads no more: writers do not ring, and a deputy takes over.
@@ -183,7 +183,7 @@ impl Doorbell {
     /// As the connection.
     pub async fn resign(&mut self) -> Result<(), Error> {
         in_time(self.client.batch_execute("unlisten relay; select pg_advisory_unlock_all()")).await?;
-        self.part = Part::Alone;
+        self.part = LeaderRole::Alone;
         Ok(())
     }
 
@@ -196,7 +196,7 @@ impl Doorbell {
         // rung for.
         let begin = "listen relay_page; select pg_advisory_lock_shared(1919249009, 6); notify relay, '{\"deputy\":true}'";
         in_time(self.client.batch_execute(begin)).await?;
-        self.part = Part::Deputy;
+        self.part = LeaderRole::Deputy;
         Ok(())
     }
 
@@ -208,7 +208,7 @@ impl Doorbell {
         let deputies = self.heard.borrow().deputies;
         let is_one_new = std::mem::replace(&mut self.answered.deputies, deputies) < deputies;
         let is_due = is_one_new || (news && self.has_deputies);
-        if is_due && self.part == Part::Leader {
+        if is_due && self.part == LeaderRole::Leader {
             self.has_deputies = !in_time(self.client.query(RING, &[])).await?.is_empty();
         }
         Ok(())
@@ -236,8 +236,8 @@ impl Doorbell {
 
     /// Rings up to now need no answer, but for those about the refresh schedule and from new deputies.
     fn drain(&mut self) {
-        let Heard { jobs, deputies, .. } = self.answered;
-        self.answered = Heard { jobs, deputies, ..*self.heard.borrow() };
+        let BellEvent { jobs, deputies, .. } = self.answered;
+        self.answered = BellEvent { jobs, deputies, ..*self.heard.borrow() };
     }
 
     /// Tells writers that they need not ring.
@@ -253,10 +253,10 @@ impl Doorbell {
     /// Cancel safe: a ring that was not returned is still there.
     pub async fn rung(&mut self) -> Option<Rings> {
         let before = self.answered;
-        let is_new = |heard: &Heard| heard.rings > before.rings || heard.jobs > before.jobs;
+        let is_new = |heard: &BellEvent| heard.rings > before.rings || heard.jobs > before.jobs;
         let heard = *self.heard.wait_for(is_new).await.ok()?;
         // New deputies are answered by ringing them.
-        self.answered = Heard { deputies: before.deputies, ..heard };
+        self.answered = BellEvent { deputies: before.deputies, ..heard };
         Some(Rings { count: heard.rings - before.rings, refresh_jobs: heard.jobs > before.jobs })
     }
 
@@ -272,7 +272,7 @@ impl Backend {
     }
 }
 
-impl Heard {
+impl BellEvent {
     /// Counts a notification; false for a probe of somebody else, which means nothing.
     fn heed(&mut self, ring: &Notification, own: Option<&String>) -> bool {
         if ring.channel() == "relay_probe" {

@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use crate::model::log::cursor::{Epoch, Snapshot};
-use crate::model::row::change::{self, Change, Kind, Reading, RelationId};
+use crate::model::row::change::{self, Change, ImageState, Kind, RelationId};
 use crate::postgres::catalog::RuleScope;
 use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Server};
 
@@ -33,7 +33,7 @@ struct Statements {
 
 /// Which page: what finished after `seen`, up to `until` (now, when none), with numbers above `after`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Position {
+pub struct PagePosition {
     /// What was delivered before this page.
     pub seen: Snapshot,
     /// The page's end, when it is known because a first part of the page was delivered.
@@ -42,7 +42,7 @@ pub struct Position {
     pub after: i64,
 }
 
-impl Position {
+impl PagePosition {
     /// The start of the page after `seen`.
     pub fn after(seen: Snapshot) -> Self {
         Self { seen, until: None, after: 0 }
@@ -138,7 +138,7 @@ impl Changelog {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn open(&self, position: &Position, most: usize, scope: &RuleScope) -> Result<Page, Error> {
+    pub async fn open(&self, position: &PagePosition, most: usize, scope: &RuleScope) -> Result<Page, Error> {
         let most = i64::try_from(most).unwrap_or(i64::MAX - 1);
         let statement = self.page.form(!position.seen.running().is_empty(), !scope.owned.is_empty());
         let mut page = self.open_by(statement, position, &[&most, &scope.roles, &scope.owned]).await?;
@@ -150,7 +150,7 @@ impl Changelog {
     pub(super) async fn open_by(
         &self,
         statement: &Statement,
-        position: &Position,
+        position: &PagePosition,
         more: &[&(dyn ToSql + Sync)],
     ) -> Result<Page, Error> {
         let seen = position.seen.to_string();
@@ -345,7 +345,7 @@ fn change(row: &Row) -> Result<Change, Error> {
         relation: kind.relation,
         shape: Some(kind.shape),
         began: kind.began,
-        reading: Reading::default(),
+        reading: ImageState::default(),
         operation: kind.operation,
         oversize,
         before,

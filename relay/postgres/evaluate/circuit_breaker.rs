@@ -9,12 +9,12 @@ const BREAK: u32 = 10;
 
 /// Statements that took too long, and until when they are not asked.
 #[derive(Debug)]
-pub(super) struct Breaker {
+pub(super) struct CircuitBreaker {
     limit: Duration,
     slow: Mutex<HashMap<Arc<str>, Instant>>,
 }
 
-impl Breaker {
+impl CircuitBreaker {
     /// For statements with this time limit.
     pub fn new(limit: Duration) -> Self {
         Self { limit, slow: Mutex::default() }

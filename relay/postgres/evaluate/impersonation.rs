@@ -38,7 +38,7 @@ const MOST_STATEMENTS: usize = 1000;
 static NO_PATH: String = String::new();
 
 /// The session.
-pub(super) struct StandIn {
+pub(super) struct Impersonation {
     /// Its connection, for what is to be done as the login itself.
     pub client: Client,
     begin: Statement,
@@ -58,7 +58,7 @@ pub(super) struct StandIn {
 
 /// Whom to act as.
 #[derive(Clone, Copy)]
-pub(super) struct Somebody<'a> {
+pub(super) struct ActingAs<'a> {
     role: &'a str,
     json: &'a str,
     sub: &'a str,
@@ -67,7 +67,7 @@ pub(super) struct Somebody<'a> {
     with_path: bool,
 }
 
-impl<'a> Somebody<'a> {
+impl<'a> ActingAs<'a> {
     /// Somebody with these claims.
     pub fn with(claims: &'a Claims, with_path: bool) -> Self {
         Self { role: claims.role(), json: claims.json(), sub: claims.sub().unwrap_or_default(), with_path }
@@ -79,7 +79,7 @@ impl<'a> Somebody<'a> {
     }
 }
 
-impl StandIn {
+impl Impersonation {
     /// Connects. `settings` are statements for the session.
     pub async fn open(server: &Server, settings: &str, limit: Duration) -> Result<Self, Error> {
         let client = server.connect().await?;
@@ -125,7 +125,7 @@ impl StandIn {
     /// was altered or analyzed, PostgreSQL would look the names up again, as the subscriber.
     pub async fn prepare(
         &mut self,
-        somebody: Somebody<'_>,
+        somebody: ActingAs<'_>,
         statement: &Arc<str>,
     ) -> Result<Result<(), Denied>, Error> {
         let is_lent = self.lent.contains(statement);
@@ -174,7 +174,7 @@ impl StandIn {
         Ok(prepared)
     }
 
-    fn whom<'p>(&'p self, somebody: &'p Somebody<'_>) -> [&'p (dyn ToSql + Sync); 6] {
+    fn whom<'p>(&'p self, somebody: &'p ActingAs<'_>) -> [&'p (dyn ToSql + Sync); 6] {
         let path = if somebody.with_path { &self.path } else { &NO_PATH };
         let locked = *self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         let wait =
@@ -203,7 +203,7 @@ impl StandIn {
     /// When the session ended or is of no use any more. What PostgreSQL refused is the inner result.
     pub async fn ask(
         &self,
-        somebody: Somebody<'_>,
+        somebody: ActingAs<'_>,
         statement: &Statement,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Result<Vec<Row>, Denied>, Error> {
@@ -238,10 +238,10 @@ impl StandIn {
 /// statement could not be prepared.
 ///
 /// # Errors
-/// As [`StandIn::ask`].
+/// As [`Impersonation::ask`].
 pub(super) async fn reads_back(
-    session: &StandIn,
-    somebody: Somebody<'_>,
+    session: &Impersonation,
+    somebody: ActingAs<'_>,
     reading: &str,
     images: &[String],
 ) -> Result<bool, Error> {
@@ -250,9 +250,9 @@ pub(super) async fn reads_back(
 }
 
 /// A page of images asked whole, and in halves of what raised, down to the images that do.
-pub(super) struct Halves(Vec<Range<usize>>);
+pub(super) struct Bisection(Vec<Range<usize>>);
 
-impl Halves {
+impl Bisection {
     /// All of so many.
     pub fn of(count: usize) -> Self {
         Self(std::iter::once(0..count).filter(|all| !all.is_empty()).collect())

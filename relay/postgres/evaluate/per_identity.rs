@@ -11,20 +11,20 @@ use tokio::sync::Mutex;
 use crate::model::catalog::relation::Relation;
 use crate::model::policy::visibility::{Denied, Identity};
 use crate::postgres::connect::pool::{Error, JUDGING, Server};
-use crate::postgres::evaluate::circuit_breaker::Breaker;
-use crate::postgres::evaluate::impersonation::{Halves, Somebody, StandIn, reads_back};
+use crate::postgres::evaluate::circuit_breaker::CircuitBreaker;
+use crate::postgres::evaluate::impersonation::{ActingAs, Bisection, Impersonation, reads_back};
 
 /// The judging connection.
-pub struct Judge {
+pub struct IdentityEvaluator {
     server: Server,
     limit: Duration,
-    session: Mutex<Option<StandIn>>,
-    slow: Breaker,
+    session: Mutex<Option<Impersonation>>,
+    slow: CircuitBreaker,
 }
 
 /// The verdict on a page of images, and what went wrong on the way.
 #[derive(Debug)]
-pub struct Verdict {
+pub struct IdentityAnswer {
     /// For each image whether it may be seen.
     pub allowed: Vec<bool>,
     /// Why some were denied without a judgement.
@@ -35,7 +35,7 @@ pub struct Verdict {
 
 /// What is asked: which of these images does the statement allow to this identity?
 #[derive(Clone)]
-pub struct Question<'a> {
+pub struct IdentityQuery<'a> {
     /// Who wants to see them.
     pub identity: Identity,
     /// From the catalog, or a filter's.
@@ -48,17 +48,17 @@ pub struct Question<'a> {
     pub with_path: bool,
 }
 
-impl Verdict {
+impl IdentityAnswer {
     /// Nothing may be seen.
     pub fn none(images: &[String], denied: Denied) -> Self {
         Self { allowed: vec![false; images.len()], denied: Some(denied), unreadable: Vec::new() }
     }
 }
 
-impl Judge {
+impl IdentityEvaluator {
     /// Judges as the login of `server`, each statement within `limit`.
     pub fn new(server: Server, limit: Duration) -> Self {
-        Self { server, limit, session: Mutex::new(None), slow: Breaker::new(limit) }
+        Self { server, limit, session: Mutex::new(None), slow: CircuitBreaker::new(limit) }
     }
 
     /// Forgets all plans. Before PostgreSQL 15.19 and its siblings a cached plan outlives a revoked membership.
@@ -83,7 +83,7 @@ impl Judge {
     pub async fn open(&self) -> Result<(), Error> {
         let mut held = self.session.lock().await;
         if held.as_ref().is_none_or(|session| session.client.is_closed()) {
-            *held = Some(StandIn::open(&self.server, JUDGING, self.limit).await?);
+            *held = Some(Impersonation::open(&self.server, JUDGING, self.limit).await?);
         }
         Ok(())
     }
@@ -93,10 +93,10 @@ impl Judge {
     ///
     /// # Errors
     /// Only when the connection fails, so that nothing was judged: ask again.
-    pub async fn judge(&self, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
+    pub async fn judge(&self, questions: &[IdentityQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
         let is_slow: Vec<bool> =
             questions.iter().map(|question| self.slow.is_open(&question.statement)).collect();
-        let asked: Vec<Question<'_>> = questions
+        let asked: Vec<IdentityQuery<'_>> = questions
             .iter()
             .zip(&is_slow)
             .filter(|(_, slow)| !**slow)
@@ -104,10 +104,10 @@ impl Judge {
             .collect();
         let mut answers = self.judge_all(&asked).await?.into_iter();
         let verdicts = questions.iter().zip(is_slow).map(|(question, slow)| match slow {
-            true => Verdict::none(question.images, Denied::TimedOut),
-            false => answers.next().unwrap_or_else(|| Verdict::none(question.images, Denied::Raised)),
+            true => IdentityAnswer::none(question.images, Denied::TimedOut),
+            false => answers.next().unwrap_or_else(|| IdentityAnswer::none(question.images, Denied::Raised)),
         });
-        let verdicts: Vec<Verdict> = verdicts.collect();
+        let verdicts: Vec<IdentityAnswer> = verdicts.collect();
         for (question, verdict) in questions.iter().zip(&verdicts) {
             if verdict.denied == Some(Denied::TimedOut) {
                 self.slow.open(&question.statement);
@@ -116,7 +116,7 @@ impl Judge {
         Ok(verdicts)
     }
 
-    async fn judge_all(&self, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
+    async fn judge_all(&self, questions: &[IdentityQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
         if questions.is_empty() {
             return Ok(Vec::new());
         }
@@ -128,7 +128,7 @@ impl Judge {
         let mut verdicts = Vec::with_capacity(questions.len());
         for question in questions {
             let alone = std::slice::from_ref(question);
-            let denied = || vec![Verdict::none(question.images, Denied::Raised)];
+            let denied = || vec![IdentityAnswer::none(question.images, Denied::Raised)];
             let answered = match self.ask(&mut held, alone).await {
                 Err(Lost::Session(_)) => match self.ask(&mut held, alone).await {
                     Err(Lost::Session(_)) => denied(),
@@ -143,12 +143,12 @@ impl Judge {
 
     async fn ask(
         &self,
-        held: &mut Option<StandIn>,
-        questions: &[Question<'_>],
-    ) -> Result<Vec<Verdict>, Lost> {
+        held: &mut Option<Impersonation>,
+        questions: &[IdentityQuery<'_>],
+    ) -> Result<Vec<IdentityAnswer>, Lost> {
         let mut session = match held.take() {
             Some(session) if !session.client.is_closed() => session,
-            _ => StandIn::open(&self.server, JUDGING, self.limit).await.map_err(Lost::Server)?,
+            _ => Impersonation::open(&self.server, JUDGING, self.limit).await.map_err(Lost::Server)?,
         };
         let verdicts = answer(&mut session, questions).await.map_err(Lost::Session)?;
         // What a policy tampered with is not used again.
@@ -175,35 +175,38 @@ impl From<Lost> for Error {
     }
 }
 
-async fn answer(session: &mut StandIn, questions: &[Question<'_>]) -> Result<Vec<Verdict>, Error> {
+async fn answer(
+    session: &mut Impersonation,
+    questions: &[IdentityQuery<'_>],
+) -> Result<Vec<IdentityAnswer>, Error> {
     let mut refusals: HashMap<Arc<str>, Denied> = HashMap::new();
     session.make_room(2 * questions.len());
     for question in questions {
-        let somebody = Somebody::with(question.identity.claims(), question.with_path);
+        let somebody = ActingAs::with(question.identity.claims(), question.with_path);
         if let Err(denied) = session.prepare(somebody, &question.statement).await? {
             refusals.insert(Arc::clone(&question.statement), denied);
         }
         let _ = session.prepare(somebody, &question.reading).await?;
     }
     let session = &*session;
-    let mut asked: Vec<BoxFuture<'_, Result<Verdict, Error>>> = Vec::with_capacity(questions.len());
+    let mut asked: Vec<BoxFuture<'_, Result<IdentityAnswer, Error>>> = Vec::with_capacity(questions.len());
     for question in questions {
         asked.push(match refusals.get(&question.statement) {
-            Some(denied) => ready(Ok(Verdict::none(question.images, *denied))).boxed(),
+            Some(denied) => ready(Ok(IdentityAnswer::none(question.images, *denied))).boxed(),
             None => decide(session, question).boxed(),
         });
     }
     futures_util::stream::iter(asked).buffered(IN_FLIGHT).try_collect().await
 }
 
-async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, Error> {
+async fn decide(session: &Impersonation, question: &IdentityQuery<'_>) -> Result<IdentityAnswer, Error> {
     let Some(judgement) = session.prepared(&question.statement) else {
-        return Ok(Verdict::none(question.images, Denied::Raised));
+        return Ok(IdentityAnswer::none(question.images, Denied::Raised));
     };
-    let somebody = Somebody::with(question.identity.claims(), question.with_path);
+    let somebody = ActingAs::with(question.identity.claims(), question.with_path);
     let mut verdict =
-        Verdict { allowed: vec![false; question.images.len()], denied: None, unreadable: Vec::new() };
-    let mut halves = Halves::of(question.images.len());
+        IdentityAnswer { allowed: vec![false; question.images.len()], denied: None, unreadable: Vec::new() };
+    let mut halves = Bisection::of(question.images.len());
     while let Some(range) = halves.next() {
         let images = &question.images[range.clone()];
         let answered = session.ask(somebody, judgement, &[&images]).await?;
@@ -217,7 +220,7 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
                 if verdict.denied.is_none() {
                     let none: &[String] = &[];
                     if let Err(Denied::Raised) = session.ask(somebody, judgement, &[&none]).await? {
-                        return Ok(Verdict::none(question.images, Denied::Claims));
+                        return Ok(IdentityAnswer::none(question.images, Denied::Claims));
                     }
                 }
                 if range.len() == 1 && !reads_back(session, somebody, &question.reading, images).await? {
@@ -230,7 +233,7 @@ async fn decide(session: &StandIn, question: &Question<'_>) -> Result<Verdict, E
                 halves.split(range);
             }
             Err(denied) => {
-                return Ok(Verdict::none(question.images, denied));
+                return Ok(IdentityAnswer::none(question.images, denied));
             }
         }
     }

@@ -14,28 +14,28 @@ use tokio::sync::Mutex;
 use tokio_postgres::types::ToSql;
 
 use crate::model::catalog::relation::Relation;
-use crate::model::policy::plan::{Leaf, READER};
+use crate::model::policy::plan::{READER, ServerQuery};
 use crate::model::policy::visibility::Denied;
 use crate::model::row::datum::Kind;
 use crate::model::row::truth::Truth;
 use crate::postgres::connect::pool::{Error, JUDGING, Server};
-use crate::postgres::evaluate::circuit_breaker::Breaker;
-use crate::postgres::evaluate::impersonation::{Halves, Somebody, StandIn, reads_back};
+use crate::postgres::evaluate::circuit_breaker::CircuitBreaker;
+use crate::postgres::evaluate::impersonation::{ActingAs, Bisection, Impersonation, reads_back};
 use crate::postgres::evaluate::per_identity::reading;
 
 /// The connection that asks.
-pub struct Census {
+pub struct SetEvaluator {
     server: Server,
     limit: Duration,
-    session: Mutex<Option<Open>>,
-    slow: Breaker,
+    session: Mutex<Option<SetSession>>,
+    slow: CircuitBreaker,
     /// Sessions in a row that ended over a question.
     losses: AtomicU32,
 }
 
-struct Open {
-    stand_in: StandIn,
-    tables: HashMap<TableKey, Table>,
+struct SetSession {
+    stand_in: Impersonation,
+    tables: HashMap<TableKey, SubscriberTable>,
     /// The login may not make temporary tables.
     without_tables: bool,
 }
@@ -45,7 +45,7 @@ type TableKey = (u64, usize);
 
 /// A table of readers.
 #[derive(Default)]
-struct Table {
+struct SubscriberTable {
     /// The last reader that was put in.
     through: Option<u64>,
     rows: usize,
@@ -54,7 +54,7 @@ struct Table {
 }
 
 /// Those who might see something, by growing numbers.
-pub trait Roster: Send + Sync {
+pub trait SubscriberSet: Send + Sync {
     /// A number of its own.
     fn id(&self) -> u64;
     /// How many there are now.
@@ -66,22 +66,22 @@ pub trait Roster: Send + Sync {
 }
 
 /// A question about a page of images.
-pub struct Inquiry<'a> {
+pub struct SetQuery<'a> {
     /// Whose images they are.
     pub relation: &'a Relation,
     /// With whose rights to look.
     pub role: &'a str,
     /// Which of its plan's leaves, and the number of it.
-    pub leaf: (usize, &'a Leaf),
+    pub leaf: (usize, &'a ServerQuery),
     /// Who is here.
-    pub roster: &'a dyn Roster,
+    pub roster: &'a dyn SubscriberSet,
     /// The images as JSON.
     pub images: &'a [String],
 }
 
 /// What was said of one image.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Said {
+pub enum SetAnswer {
     /// Of a fact.
     Fact(Truth),
     /// The numbers of the readers for whom it holds, in order.
@@ -90,14 +90,14 @@ pub enum Said {
     Nothing(Truth),
 }
 
-impl Census {
+impl SetEvaluator {
     /// Asks as the login of `server`, each statement within `limit`.
     pub fn new(server: Server, limit: Duration) -> Self {
         Self {
             server,
             limit,
             session: Mutex::new(None),
-            slow: Breaker::new(limit),
+            slow: CircuitBreaker::new(limit),
             losses: AtomicU32::new(0),
         }
     }
@@ -111,17 +111,18 @@ impl Census {
     ///
     /// # Errors
     /// Only when the connection fails, so that nothing was answered: ask again.
-    pub async fn ask(&self, inquiry: &Inquiry<'_>) -> Result<(Vec<Said>, usize), Error> {
+    pub async fn ask(&self, inquiry: &SetQuery<'_>) -> Result<(Vec<SetAnswer>, usize), Error> {
         let statement: Arc<str> = statement(inquiry).into();
-        let nothing = |truth| Ok((vec![Said::Nothing(truth); inquiry.images.len()], 0));
+        let nothing = |truth| Ok((vec![SetAnswer::Nothing(truth); inquiry.images.len()], 0));
         if self.slow.is_open(&statement) {
-            return nothing(Truth::Late);
+            return nothing(Truth::TimedOut);
         }
         let mut held = self.session.lock().await;
         let mut open = match held.take() {
             Some(open) if !open.stand_in.client.is_closed() => open,
-            _ => Open {
-                stand_in: StandIn::open(&self.server, &format!("{JUDGING}; {SETTINGS}"), self.limit).await?,
+            _ => SetSession {
+                stand_in: Impersonation::open(&self.server, &format!("{JUDGING}; {SETTINGS}"), self.limit)
+                    .await?,
                 tables: HashMap::new(),
                 without_tables: false,
             },
@@ -138,7 +139,7 @@ impl Census {
             }
             if open.without_tables {
                 *held = Some(open);
-                return nothing(Truth::Unsure);
+                return nothing(Truth::Undecided);
             }
         }
         let (said, asked, denied) = match open.answer(inquiry, &statement).await {
@@ -156,25 +157,25 @@ impl Census {
     }
 }
 
-impl Census {
+impl SetEvaluator {
     /// The session ended. Once that is the server's affair, and asked again; more often the question ends it, and then it
     /// must not hold up everybody.
     fn lost(
         &self,
-        held: &mut Option<Open>,
+        held: &mut Option<SetSession>,
         error: Error,
-        inquiry: &Inquiry<'_>,
-    ) -> Result<(Vec<Said>, usize), Error> {
+        inquiry: &SetQuery<'_>,
+    ) -> Result<(Vec<SetAnswer>, usize), Error> {
         *held = None;
         match self.losses.fetch_add(1, Relaxed) {
             0..2 => Err(error),
-            _ => Ok((vec![Said::Nothing(Truth::Unsure); inquiry.images.len()], 1)),
+            _ => Ok((vec![SetAnswer::Nothing(Truth::Undecided); inquiry.images.len()], 1)),
         }
     }
 }
 
-impl Open {
-    async fn bring_up_to_date(&mut self, inquiry: &Inquiry<'_>) -> Result<(), Error> {
+impl SetSession {
+    async fn bring_up_to_date(&mut self, inquiry: &SetQuery<'_>) -> Result<(), Error> {
         let (number, leaf) = inquiry.leaf;
         let key = (inquiry.roster.id(), number);
         let name = table_name(key);
@@ -192,12 +193,12 @@ impl Open {
                 first.join(", ")
             );
             client.batch_execute(&make).await?;
-            self.tables.insert(key, Table::default());
+            self.tables.insert(key, SubscriberTable::default());
             return Box::pin(self.bring_up_to_date(inquiry)).await;
         };
         if table.rows > SLACK + 2 * inquiry.roster.count() {
             client.batch_execute(&format!("truncate {name}")).await?;
-            *table = Table::default();
+            *table = SubscriberTable::default();
         }
         if table.through >= inquiry.roster.last() {
             return Ok(());
@@ -228,15 +229,15 @@ impl Open {
 
     async fn answer(
         &mut self,
-        inquiry: &Inquiry<'_>,
+        inquiry: &SetQuery<'_>,
         statement: &Arc<str>,
-    ) -> Result<(Vec<Said>, usize, Option<Denied>), Error> {
-        let all = |truth| vec![Said::Nothing(truth); inquiry.images.len()];
-        let somebody = Somebody::of_role(inquiry.role);
+    ) -> Result<(Vec<SetAnswer>, usize, Option<Denied>), Error> {
+        let all = |truth| vec![SetAnswer::Nothing(truth); inquiry.images.len()];
+        let somebody = ActingAs::of_role(inquiry.role);
         self.stand_in.make_room(2);
         if let Err(denied) = self.stand_in.prepare(somebody, statement).await? {
             let truth = match denied {
-                Denied::Raised if !matches!(inquiry.leaf.1, Leaf::Fact { .. }) => Truth::Unsure,
+                Denied::Raised if !matches!(inquiry.leaf.1, ServerQuery::Fact { .. }) => Truth::Undecided,
                 denied => truth_of(denied),
             };
             return Ok((all(truth), 1, Some(denied)));
@@ -244,11 +245,11 @@ impl Open {
         let reading: Arc<str> = reading(inquiry.relation).into();
         let _ = self.stand_in.prepare(somebody, &reading).await?;
         let Some(prepared) = self.stand_in.prepared(statement) else {
-            return Ok((all(Truth::Raises), 1, None));
+            return Ok((all(Truth::Error), 1, None));
         };
-        let mut said = all(Truth::Raises);
+        let mut said = all(Truth::Error);
         let mut asked = 0;
-        let mut halves = Halves::of(inquiry.images.len());
+        let mut halves = Bisection::of(inquiry.images.len());
         while let Some(range) = halves.next() {
             let images = &inquiry.images[range.clone()];
             asked += 1;
@@ -258,10 +259,10 @@ impl Open {
                     // What raises for one reader need not for another. A fact raises for all, unless it is the image that
                     // cannot be read back, which is found out where readers are judged one by one.
                     if range.len() == 1
-                        && (!matches!(inquiry.leaf.1, Leaf::Fact { .. })
+                        && (!matches!(inquiry.leaf.1, ServerQuery::Fact { .. })
                             || !reads_back(&self.stand_in, somebody, &reading, images).await?)
                     {
-                        said[range.start] = Said::Nothing(Truth::Unsure);
+                        said[range.start] = SetAnswer::Nothing(Truth::Undecided);
                     }
                     halves.split(range);
                     continue;
@@ -270,26 +271,27 @@ impl Open {
             };
             let said = &mut said[range];
             match inquiry.leaf.1 {
-                Leaf::Fact { .. } => {
+                ServerQuery::Fact { .. } => {
                     let facts: Vec<Option<bool>> = match rows.first() {
                         Some(row) => row.try_get(0)?,
                         None => Vec::new(),
                     };
                     for (said, fact) in said.iter_mut().zip(facts) {
-                        *said = Said::Fact(fact.into());
+                        *said = SetAnswer::Fact(fact.into());
                     }
                 }
-                Leaf::Found { .. } | Leaf::Equals { .. } => {
-                    said.fill(Said::Readers(Vec::new()));
+                ServerQuery::Found { .. } | ServerQuery::Equals { .. } => {
+                    said.fill(SetAnswer::Readers(Vec::new()));
                     for row in rows {
                         let (image, id): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
                         let image = usize::try_from(image - 1).ok();
-                        if let Some(Said::Readers(readers)) = image.and_then(|image| said.get_mut(image)) {
+                        if let Some(SetAnswer::Readers(readers)) = image.and_then(|image| said.get_mut(image))
+                        {
                             readers.push(id.cast_unsigned());
                         }
                     }
                     for said in said {
-                        if let Said::Readers(readers) = said {
+                        if let SetAnswer::Readers(readers) = said {
                             readers.sort_unstable();
                         }
                     }
@@ -302,8 +304,8 @@ impl Open {
 
 fn truth_of(denied: Denied) -> Truth {
     match denied {
-        Denied::TimedOut | Denied::Locked => Truth::Late,
-        Denied::Raised | Denied::Claims | Denied::Unreadable | Denied::Role => Truth::Raises,
+        Denied::TimedOut | Denied::Locked => Truth::TimedOut,
+        Denied::Raised | Denied::Claims | Denied::Unreadable | Denied::Role => Truth::Error,
     }
 }
 
@@ -331,7 +333,7 @@ fn type_name(kind: Kind) -> &'static str {
 
 /// The statement: `$1` are row images as JSON. The images take the relation's own name, so that columns, `todos.col` and
 /// whole rows resolve as they do in a policy.
-fn statement(inquiry: &Inquiry<'_>) -> String {
+fn statement(inquiry: &SetQuery<'_>) -> String {
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let (schema, table) = (quote(&inquiry.relation.schema), quote(&inquiry.relation.table));
     let images = "pg_catalog.unnest($1::pg_catalog.text[]) with ordinality as \"relay images\" (\"relay image\", \"relay n\")";
@@ -342,17 +344,17 @@ fn statement(inquiry: &Inquiry<'_>) -> String {
     let readers = format!("{} as {}", table_name((inquiry.roster.id(), number)), quote(READER));
     let id = format!("select distinct \"relay images\".\"relay n\", {}.id from {images}", quote(READER));
     match leaf {
-        Leaf::Fact { expression } => format!(
+        ServerQuery::Fact { expression } => format!(
             "select coalesce(pg_catalog.array_agg(\"relay facts\".\"relay fact\" order by \"relay images\".\"relay n\"), '{{}}') \
              from {images} cross join lateral (select ({expression}\n) from {rows}) as \"relay facts\" (\"relay fact\")"
         ),
-        Leaf::Found { query, .. } => {
+        ServerQuery::Found { query, .. } => {
             format!(
                 "{id} cross join lateral {rows} cross join {readers} cross join lateral ({query}) as \"relay found\""
             )
         }
         // `offset 0` keeps the value from being worked out for each reader.
-        Leaf::Equals { expression, .. } => format!(
+        ServerQuery::Equals { expression, .. } => format!(
             "{id} cross join lateral (select ({expression}\n) from {rows} offset 0) as \"relay values\" (\"relay value\") \
              join {readers} on {}.v0 = \"relay values\".\"relay value\"",
             quote(READER)

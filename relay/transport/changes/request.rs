@@ -14,25 +14,25 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::verifier::TokenError;
 use crate::auth::verifier::now;
-use crate::feed::catch_up::{Follower, Progress};
+use crate::feed::catch_up::{CatchUp, Progress};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::outbox::{Outbox, Taken};
 use crate::feed::handle::Given;
-use crate::feed::replay::reader::Missed;
+use crate::feed::replay::reader::ReplayError;
 use crate::feed::subscribe::Attempt;
 use crate::feed::subscribe::BindError;
-use crate::model::codec::event::{Bare, Dress};
+use crate::model::codec::event::{ChangeEvent, Codec};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::limits::{Beyond, MostRows};
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request as Wanted, Scope, Subscription, Target};
-use crate::model::subscription::error::{Refusal, is_raising, raising_somewhere};
+use crate::model::subscription::error::{SubscribeError, is_raising, raising_somewhere};
 use crate::model::subscription::paging::{After, By, Paging};
 use crate::transport::app::App;
 use crate::transport::changes::sse;
 use crate::transport::content_type::wants_stream;
-use crate::transport::held_answer::Waiting;
+use crate::transport::held_answer::HeldAnswer;
 use crate::transport::held_answer::Watched;
 use crate::transport::query::twice;
 use crate::transport::query::{bearer, is_unreadable, names, parameter, repeated};
@@ -63,7 +63,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 const EVENTS: [&str; 4] = ["*", "INSERT", "UPDATE", "DELETE"];
 
 /// A request that was understood.
-struct Call {
+struct ChangesRequest {
     subscription: Subscription,
     since: Option<Cursor>,
     wait: Duration,
@@ -95,7 +95,11 @@ pub async fn serve(
     }
 }
 
-async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> Result<Call, Answer> {
+async fn understand(
+    app: &App,
+    request: &Request<Incoming>,
+    address: IpAddr,
+) -> Result<ChangesRequest, Answer> {
     let query = request.uri().query().unwrap_or_default();
     let refused = |status: StatusCode, why: &str| error(status, why);
     if let Some(name) = repeated(query) {
@@ -181,7 +185,7 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
         None => app.budget.owner((claims.role(), address)),
     };
     let most = app.limits.outbox_bytes.max(LEAST_OUTBOX);
-    Ok(Call {
+    Ok(ChangesRequest {
         subscription,
         since,
         wait: Duration::from_secs(wait),
@@ -192,14 +196,16 @@ async fn understand(app: &App, request: &Request<Incoming>, address: IpAddr) -> 
 }
 
 /// What a query says of order and pages.
-fn paging(query: &str, is_of_changes: bool, most: usize) -> Result<Paging, Refusal> {
+fn paging(query: &str, is_of_changes: bool, most: usize) -> Result<Paging, SubscribeError> {
     let given = PAGING.iter().find(|name| parameter(query, name).is_some());
     if let Some(name) = given.filter(|_| is_of_changes) {
-        return Err(Refusal(format!("{name}: it is for rows; changes come in their own order, without it")));
+        return Err(SubscribeError(format!(
+            "{name}: it is for rows; changes come in their own order, without it"
+        )));
     }
     let limit = parameter(query, "limit").map(|limit| {
         let number = limit.parse().ok().filter(|number| (1..=most).contains(number));
-        number.ok_or_else(|| Refusal(format!("limit: a number of rows from 1 to {most} is expected")))
+        number.ok_or_else(|| SubscribeError(format!("limit: a number of rows from 1 to {most} is expected")))
     });
     Ok(Paging {
         limit: limit.transpose()?,
@@ -209,7 +215,7 @@ fn paging(query: &str, is_of_changes: bool, most: usize) -> Result<Paging, Refus
 }
 
 /// The current rows, or a page of them, and the cursor after them.
-async fn rows(app: &App, call: Call, watched: Watched) -> Answer {
+async fn rows(app: &App, call: ChangesRequest, watched: Watched) -> Answer {
     let paging = &call.paging;
     let most = MostRows {
         number: paging.limit.unwrap_or(app.limits.rows.number),
@@ -294,23 +300,23 @@ fn too_much(most: MostRows, beyond: Beyond) -> String {
 /// What is in the hand of the outbox, as JSON.
 fn answer(outbox: Arc<Outbox>, watched: Watched) -> Answer {
     let mut answer = json(StatusCode::OK, "");
-    *answer.body_mut() = Waiting::new(outbox, watched).boxed_unsync();
+    *answer.body_mut() = HeldAnswer::new(outbox, watched).boxed_unsync();
     answer
 }
 
 /// The changes since the cursor, as soon as there is one.
-async fn poll(app: &App, call: Call, watched: Watched, closed: CancellationToken) -> Answer {
-    let Call { subscription, since: Some(since), wait, channel, outbox, .. } = call else {
+async fn poll(app: &App, call: ChangesRequest, watched: Watched, closed: CancellationToken) -> Answer {
+    let ChangesRequest { subscription, since: Some(since), wait, channel, outbox, .. } = call else {
         return unavailable();
     };
     let until = Instant::now() + wait;
     let expiry = subscription.identity().claims().expires_at().saturating_sub(now());
     let until = until.min(Instant::now() + Duration::from_secs(expiry));
-    let mut follower = Follower::new(
+    let mut follower = CatchUp::new(
         app.feed.clone(),
         channel,
         subscription,
-        Dress::Bare,
+        Codec::ChangeEvent,
         since.clone(),
         Arc::clone(&outbox),
     );
@@ -319,12 +325,12 @@ async fn poll(app: &App, call: Call, watched: Watched, closed: CancellationToken
     let (progress, taken) = loop {
         let progress = match timeout_at(patience, follower.go_on()).await {
             Ok(Ok(progress)) => progress,
-            Ok(Err(Missed::Gap(why))) => return gap(why),
-            Ok(Err(Missed::Unavailable(why))) => {
+            Ok(Err(ReplayError::Gap(why))) => return gap(why),
+            Ok(Err(ReplayError::Unavailable(why))) => {
                 tracing::debug!(error = %why, "the past could not be read");
                 return unavailable();
             }
-            Ok(Err(Missed::Ended)) => return ended(follower.subscription()),
+            Ok(Err(ReplayError::Ended)) => return ended(follower.subscription()),
             // A long past in which nothing may be seen.
             Err(_) if follower.since() != began => return nothing(&follower.since().to_string(), true),
             Err(_) => return unavailable(),
@@ -373,7 +379,7 @@ async fn poll(app: &App, call: Call, watched: Watched, closed: CancellationToken
 }
 
 /// Whether the reader of a follower gets more changes after the cursor at once.
-async fn goes_on(app: &App, follower: Follower, cursor: &Cursor) -> bool {
+async fn goes_on(app: &App, follower: CatchUp, cursor: &Cursor) -> bool {
     let (subscription, channel) = (follower.subscription().clone(), follower.channel());
     let outbox = &follower.outbox;
     let outbox = Arc::new(Outbox::of(outbox.owner(), LEAST_OUTBOX, Arc::clone(outbox.budget())));
@@ -381,7 +387,7 @@ async fn goes_on(app: &App, follower: Follower, cursor: &Cursor) -> bool {
     drop(follower);
     let feed = app.feed.clone();
     let ahead = Arc::clone(&outbox);
-    let mut ahead = Follower::new(feed, channel, subscription, Dress::Bare, cursor.clone(), ahead);
+    let mut ahead = CatchUp::new(feed, channel, subscription, Codec::ChangeEvent, cursor.clone(), ahead);
     let looked = timeout(AHEAD, async {
         loop {
             match ahead.go_on().await {
@@ -421,17 +427,17 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
     let mut count = 0;
     for piece in &pieces {
         let head = std::str::from_utf8(piece.head()).unwrap_or_default();
-        match Bare::parse(head, "") {
-            Some((cursor, Bare::Change(_))) => {
+        match ChangeEvent::parse(head, "") {
+            Some((cursor, ChangeEvent::Change(_))) => {
                 last.clear();
                 last.push_str(cursor);
                 count += 1;
             }
             // What stands before a gap is told first; the gap is met again from there.
-            Some((_, Bare::Gap(why))) if count == 0 && is_raising(why) => {
+            Some((_, ChangeEvent::Gap(why))) if count == 0 && is_raising(why) => {
                 return error(StatusCode::FORBIDDEN, why);
             }
-            Some((_, Bare::Gap(why))) if count == 0 => return gap(why),
+            Some((_, ChangeEvent::Gap(why))) if count == 0 => return gap(why),
             _ => {
                 is_cut = true;
                 break;
@@ -457,11 +463,11 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
     answer(answering, watched)
 }
 
-async fn follow(app: Arc<App>, call: Call, watched: Watched, closed: CancellationToken) -> Answer {
+async fn follow(app: Arc<App>, call: ChangesRequest, watched: Watched, closed: CancellationToken) -> Answer {
     if app.observe.session_count() >= app.limits.connections {
         return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
-    let Call { subscription, since, channel, outbox, .. } = call;
+    let ChangesRequest { subscription, since, channel, outbox, .. } = call;
     let since = match since {
         Some(since) => since,
         None => match app.feed.beginning(&subscription).await {
@@ -469,19 +475,19 @@ async fn follow(app: Arc<App>, call: Call, watched: Watched, closed: Cancellatio
             None => return unavailable(),
         },
     };
-    let mut follower = Follower::new(
+    let mut follower = CatchUp::new(
         app.feed.clone(),
         channel,
         subscription,
-        Dress::Bare,
+        Codec::ChangeEvent,
         since.clone(),
         Arc::clone(&outbox),
     );
     match timeout(PATIENCE, follower.go_on()).await {
         Ok(Ok(progress)) => sse::answer(app, follower, since, progress, (watched, closed)),
-        Ok(Err(Missed::Gap(why))) => gap(why),
-        Ok(Err(Missed::Ended)) => ended(follower.subscription()),
-        Ok(Err(Missed::Unavailable(_))) | Err(_) => unavailable(),
+        Ok(Err(ReplayError::Gap(why))) => gap(why),
+        Ok(Err(ReplayError::Ended)) => ended(follower.subscription()),
+        Ok(Err(ReplayError::Unavailable(_))) | Err(_) => unavailable(),
     }
 }
 

@@ -14,11 +14,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::verifier::now;
-use crate::feed::catch_up::{Follower, Progress};
+use crate::feed::catch_up::{CatchUp, Progress};
 use crate::feed::deliver::outbox::Taken;
 use crate::feed::read::stall::Stalls;
-use crate::feed::replay::reader::Missed;
-use crate::model::codec::event::{Bare, RESUMED, STALLED};
+use crate::feed::replay::reader::ReplayError;
+use crate::model::codec::event::{ChangeEvent, RESUMED, STALLED};
 use crate::model::log::cursor::Cursor;
 use crate::transport::app::App;
 use crate::transport::held_answer::Watched;
@@ -37,7 +37,7 @@ struct Stream {
     watched: Watched,
     /// The client has closed its side: it is gone.
     closed: CancellationToken,
-    follower: Follower,
+    follower: CatchUp,
     progress: Progress,
     /// How much of the change at the head of the hand was written.
     written: usize,
@@ -53,7 +53,7 @@ struct Stream {
 /// The stream of a follower that came with the cursor `stands`; what it missed may be in its outbox already.
 pub fn answer(
     app: Arc<App>,
-    follower: Follower,
+    follower: CatchUp,
     stands: Cursor,
     progress: Progress,
     (watched, closed): (Watched, CancellationToken),
@@ -179,8 +179,8 @@ impl Stream {
         {
             let head = std::str::from_utf8(first.head()).unwrap_or_default();
             let payload = first.payload().map_or("", |payload| payload.as_str());
-            match Bare::parse(head, payload) {
-                Some((cursor, Bare::Change(change))) => {
+            match ChangeEvent::parse(head, payload) {
+                Some((cursor, ChangeEvent::Change(change))) => {
                     if self.written == 0 {
                         let _ = write!(text, "event: change\nid: {cursor}\ndata: ");
                     }
@@ -195,7 +195,7 @@ impl Stream {
                     self.written = 0;
                     text.push_str("\n\n");
                 }
-                Some((cursor, Bare::Gap(why))) => {
+                Some((cursor, ChangeEvent::Gap(why))) => {
                     // Without a cursor it is another history, in which this stream has no place.
                     self.over |= cursor.is_empty();
                     let why = serde_json::json!({ "error": format!("Gap: {why}") });
@@ -222,20 +222,20 @@ impl Stream {
         String::from("event: failure\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n")
     }
 
-    fn ended(&mut self, missed: &Missed) -> String {
+    fn ended(&mut self, missed: &ReplayError) -> String {
         self.over = true;
         let mut text = String::new();
         match missed {
             // Without an id: whoever comes back with the last one is told by status 410.
-            Missed::Gap(why) => {
+            ReplayError::Gap(why) => {
                 let _ = write!(
                     text,
                     "event: gap\ndata: {}\n\n",
                     serde_json::json!({ "error": format!("Gap: {why}") })
                 );
             }
-            Missed::Ended => return self.expired(),
-            Missed::Unavailable(_) => text.push_str(": the database cannot be asked now\n\n"),
+            ReplayError::Ended => return self.expired(),
+            ReplayError::Unavailable(_) => text.push_str(": the database cannot be asked now\n\n"),
         }
         text
     }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 /// By which way a ping gets into the outbox. Those of one way are there in the order of their numbers; those of the other
 /// may be before them or behind them, so that a pong says nothing about these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum AckMode {
     /// The session puts it there itself.
     Own,
     /// Whoever delivers does, sooner or later.
@@ -14,7 +14,7 @@ pub enum Way {
 
 /// The pings of a socket, each with what the client has when its pong comes.
 #[derive(Debug)]
-pub struct Pings<T> {
+pub struct AckPings<T> {
     own: Sent<T>,
     router: Sent<T>,
 }
@@ -26,19 +26,19 @@ struct Sent<T> {
     waiting: VecDeque<(u64, T)>,
 }
 
-impl<T> Default for Pings<T> {
+impl<T> Default for AckPings<T> {
     fn default() -> Self {
         let sent = || Sent { last: 0, answered: 0, waiting: VecDeque::new() };
         Self { own: sent(), router: sent() }
     }
 }
 
-impl<T> Pings<T> {
+impl<T> AckPings<T> {
     /// The number of the next ping: its payload.
-    pub fn next(&mut self, way: Way) -> u64 {
+    pub fn next(&mut self, way: AckMode) -> u64 {
         let sent = self.of(way);
         sent.last += 1;
-        2 * sent.last + u64::from(way == Way::Router)
+        2 * sent.last + u64::from(way == AckMode::Router)
     }
 
     /// Notes what the client has when the pong of this number comes, which may have come already.
@@ -58,7 +58,7 @@ impl<T> Pings<T> {
 
     /// The next of what the client has, once.
     pub fn received(&mut self) -> Option<T> {
-        [Way::Own, Way::Router].into_iter().find_map(|way| {
+        [AckMode::Own, AckMode::Router].into_iter().find_map(|way| {
             let sent = self.of(way);
             let is_answered = sent.waiting.front().is_some_and(|(number, _)| *number <= sent.answered);
             if is_answered { sent.waiting.pop_front().map(|(_, what)| what) } else { None }
@@ -70,16 +70,16 @@ impl<T> Pings<T> {
         self.own.waiting.len() + self.router.waiting.len()
     }
 
-    fn of(&mut self, way: Way) -> &mut Sent<T> {
+    fn of(&mut self, way: AckMode) -> &mut Sent<T> {
         match way {
-            Way::Own => &mut self.own,
-            Way::Router => &mut self.router,
+            AckMode::Own => &mut self.own,
+            AckMode::Router => &mut self.router,
         }
     }
 }
 
-fn way(number: u64) -> Way {
-    if number.is_multiple_of(2) { Way::Own } else { Way::Router }
+fn way(number: u64) -> AckMode {
+    if number.is_multiple_of(2) { AckMode::Own } else { AckMode::Router }
 }
 
 #[cfg(test)]
@@ -88,10 +88,10 @@ mod tests {
 
     #[test]
     fn a_pong_says_nothing_about_a_ping_that_goes_out_behind_it() {
-        let mut pings = Pings::default();
+        let mut pings = AckPings::default();
         // The router is asked first, but answers when ours is out and has its pong.
-        let late = pings.next(Way::Router);
-        let early = pings.next(Way::Own);
+        let late = pings.next(AckMode::Router);
+        let early = pings.next(AckMode::Own);
         pings.note(early, "a part of the past");
         pings.answered(early);
         assert_eq!(pings.received(), Some("a part of the past"));
@@ -103,9 +103,9 @@ mod tests {
 
     #[test]
     fn the_pong_of_a_later_ping_answers_for_those_before_it() {
-        let mut pings = Pings::default();
+        let mut pings = AckPings::default();
         for part in 1..=3 {
-            let number = pings.next(Way::Own);
+            let number = pings.next(AckMode::Own);
             pings.note(number, part);
         }
         assert!(!pings.answered(99));

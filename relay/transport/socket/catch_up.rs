@@ -9,30 +9,30 @@ use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::feed::catch_up::{Follower, Progress};
-use crate::feed::replay::reader::Missed;
+use crate::feed::catch_up::{CatchUp, Progress};
+use crate::feed::replay::reader::ReplayError;
 use crate::model::log::cursor::Cursor;
 
 /// One channel that is told what it missed.
-pub struct CatchUp {
+pub struct ChannelCatchUp {
     place: watch::Receiver<Cursor>,
     step: Step,
 }
 
 enum Step {
-    Reads(BoxFuture<'static, (Follower, Result<Progress, Missed>)>),
+    Reads(BoxFuture<'static, (CatchUp, Result<Progress, ReplayError>)>),
     /// The client has to read first.
-    Waits(Follower),
+    Waits(CatchUp),
 }
 
-impl CatchUp {
+impl ChannelCatchUp {
     /// Begins, after a pause.
-    pub fn new(follower: Follower, pause: Duration) -> Self {
+    pub fn new(follower: CatchUp, pause: Duration) -> Self {
         Self { place: follower.place(), step: reads(follower, pause) }
     }
 
     /// With somebody who has to read first.
-    pub fn waiting(follower: Follower) -> Self {
+    pub fn waiting(follower: CatchUp) -> Self {
         Self { place: follower.place(), step: Step::Waits(follower) }
     }
 
@@ -42,7 +42,7 @@ impl CatchUp {
     }
 
     /// What came of the last step, once; it is over then.
-    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<(Follower, Result<Progress, Missed>)> {
+    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<(CatchUp, Result<Progress, ReplayError>)> {
         match &mut self.step {
             Step::Reads(reads) => reads.poll_unpin(context),
             Step::Waits(_) => Poll::Pending,
@@ -59,7 +59,7 @@ impl CatchUp {
     }
 }
 
-fn reads(mut follower: Follower, pause: Duration) -> Step {
+fn reads(mut follower: CatchUp, pause: Duration) -> Step {
     let step = async move {
         sleep(pause).await;
         let outcome = follower.go_on().await;

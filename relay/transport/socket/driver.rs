@@ -20,10 +20,10 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame, Utf
 
 use crate::auth::jwks::KeySet;
 use crate::auth::verifier::now;
-use crate::feed::deliver::group::Registration;
+use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::{Outbox, Taken};
 use crate::feed::subscribe::BindError;
-use crate::model::codec::event::Dress;
+use crate::model::codec::event::Codec;
 use crate::model::codec::phoenix::Version;
 use crate::model::codec::phoenix::{Message, fan_out, system};
 use crate::model::identity::bookmark::Opened;
@@ -31,16 +31,16 @@ use crate::model::identity::bookmark::SessionName;
 use crate::model::identity::claims::Claims;
 use crate::model::session::join::too_large;
 use crate::model::session::machine::{Action, ChannelId, Session};
-use crate::model::session::rate_limit::Pace;
+use crate::model::session::rate_limit::RateLimit;
 use crate::model::subscription::binding::Subscription;
 use crate::transport::app::App;
 use crate::transport::intake::Intake;
 use crate::transport::socket::frame_writer::{Broken, Socket, Writer};
-use crate::transport::socket::inbound::{Kept, NO_ROOM, Said, said};
+use crate::transport::socket::inbound::{Inbound, Kept, NO_ROOM, said};
 use crate::transport::socket::resume::{Resume, work};
 
 /// What a client said when it connected.
-pub struct Greeting {
+pub struct ConnectRequest {
     /// The serialisation of frames.
     pub version: Version,
     /// It wants to be told cursors.
@@ -63,21 +63,21 @@ const VOID: usize = 8;
 const READ_BUFFER: usize = 1024;
 
 /// Why a session ends.
-enum Over {
+enum SessionEnd {
     /// The client left, or its connection broke.
     Gone,
     /// We end it with this close frame.
     Close(u16, &'static str),
 }
 
-impl From<Broken> for Over {
+impl From<Broken> for SessionEnd {
     fn from(_: Broken) -> Self {
         Self::Gone
     }
 }
 
 /// Takes over a connection after the handshake and serves it to its end.
-pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: Greeting) {
+pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: ConnectRequest) {
     let mut config = WebSocketConfig::default();
     config.read_buffer_size = READ_BUFFER;
     config.write_buffer_size = 0;
@@ -87,7 +87,7 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: Greet
     let socket = WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
     app.observe.session_opened();
     let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
-    let Greeting { version, with_cursor, name, claims } = greeting;
+    let ConnectRequest { version, with_cursor, name, claims } = greeting;
     let session = Session::new(app.next_session(), version, claims, app.limits.channels);
     let resume =
         name.map(|name| Box::new(Resume::new(name, app.feed.clone(), Arc::clone(&outbox), app.resume)));
@@ -100,7 +100,7 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: Greet
         writer: Writer::default(),
         turns: 0,
         began: Instant::now(),
-        pace: Pace::new(&app.limits),
+        pace: RateLimit::new(&app.limits),
         kept: Kept::new(&app.budget),
         with_cursor,
         resume,
@@ -111,12 +111,12 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: Greet
     let actions = driver.session.end();
     driver.obey(actions, &mut None);
     driver.resume = None;
-    if let Over::Close(code, reason) = over {
+    if let SessionEnd::Close(code, reason) = over {
         let close = CloseFrame { code: CloseCode::from(code), reason: Utf8Bytes::from_static(reason) };
         let _ = timeout(LAST, async {
             driver.writer.forget(&driver.outbox);
             driver.writer.write(&mut driver.socket, &driver.outbox).await?;
-            driver.socket.close(Some(close)).await.map_err(|_| Over::Gone)
+            driver.socket.close(Some(close)).await.map_err(|_| SessionEnd::Gone)
         })
         .await;
         // The client answers with its own close frame; cutting before that could cost it the last frames.
@@ -139,7 +139,7 @@ struct Driver {
     /// Writes since everything else had its turn.
     turns: u8,
     began: Instant,
-    pace: Pace,
+    pace: RateLimit,
     /// Memory for what is kept of the client's own words.
     kept: Kept,
     /// The client asked for cursors.
@@ -162,7 +162,7 @@ struct Bound {
 }
 
 impl Driver {
-    async fn run(&mut self) -> Over {
+    async fn run(&mut self) -> SessionEnd {
         let app = Arc::clone(&self.app);
         let mut ended = pin!(app.end.cancelled());
         let mut keys = app.verifier.follow_keys();
@@ -199,7 +199,7 @@ impl Driver {
                     self.socket.get_ref().understood();
                     self.writer.heard();
                     if let Err(over) = self.hear(frame) {
-                        if matches!(over, Over::Close(..)) {
+                        if matches!(over, SessionEnd::Close(..)) {
                             // What the router has to say before it, such as the end of a channel, goes first.
                             let _ = timeout(LAST, app.feed.settled()).await;
                             self.write_last().await;
@@ -219,11 +219,11 @@ impl Driver {
                 }
                 () = ended.as_mut() => {
                     self.write_last().await;
-                    return Over::Close(1012, "the relay restarts, connect again");
+                    return SessionEnd::Close(1012, "the relay restarts, connect again");
                 }
                 () = alarm.as_mut() => {
                     if heard.elapsed() >= silence {
-                        return Over::Close(1000, "no heartbeat came");
+                        return SessionEnd::Close(1000, "no heartbeat came");
                     }
                     let actions = self.session.expire(now());
                     self.obey(actions, &mut None);
@@ -252,13 +252,13 @@ impl Driver {
         }
     }
 
-    fn full(&self) -> Over {
+    fn full(&self) -> SessionEnd {
         self.app.observe.session_full();
-        Over::Close(1013, "the client reads too slowly: connect again and read the rows anew")
+        SessionEnd::Close(1013, "the client reads too slowly: connect again and read the rows anew")
     }
 
     /// Writes what was taken, unless the client takes nothing for too long.
-    async fn write_in_time(&mut self, keys: &mut watch::Receiver<Arc<KeySet>>) -> Result<(), Over> {
+    async fn write_in_time(&mut self, keys: &mut watch::Receiver<Arc<KeySet>>) -> Result<(), SessionEnd> {
         // A client to which there is always something to write must not keep its thread from the others.
         consume_budget().await;
         self.turns += 1;
@@ -284,7 +284,7 @@ impl Driver {
         Ok(())
     }
 
-    fn hear(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), Over> {
+    fn hear(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), SessionEnd> {
         let (version, at) = (self.session.version(), self.began.elapsed());
         let is_asked_for = match (&frame, &mut self.resume) {
             (Some(Ok(Frame::Pong(payload))), Some(resume)) => resume.pong(payload),
@@ -293,16 +293,16 @@ impl Driver {
         // The pong to a ping of ours is no message.
         let is_in_time = is_asked_for || self.pace.messages.take(at);
         let message = match said(version, frame) {
-            Said::Message(message) => Ok(message),
-            Said::Unreadable(error) => Err(error),
-            Said::LargeJoin(message) => {
+            Inbound::Message(message) => Ok(message),
+            Inbound::Unreadable(error) => Err(error),
+            Inbound::LargeJoin(message) => {
                 let refused = self.session.refuse(&message, &too_large());
                 self.obey(vec![refused], &mut None);
                 return may_stay(is_in_time);
             }
-            Said::Nothing => return may_stay(is_in_time),
-            Said::Gone => return Err(Over::Gone),
-            Said::Close(code, reason) => return Err(Over::Close(code, reason)),
+            Inbound::Nothing => return may_stay(is_in_time),
+            Inbound::Gone => return Err(SessionEnd::Gone),
+            Inbound::Close(code, reason) => return Err(SessionEnd::Close(code, reason)),
         };
         match message {
             Ok(message) if !is_in_time => {
@@ -314,7 +314,7 @@ impl Driver {
                 let reason = "ClientJoinRateLimitReached: Too many joins per second";
                 let refused = self.session.refuse(&message, reason);
                 self.obey(vec![refused], &mut None);
-                return Err(Over::Close(1001, "Too many joins per second"));
+                return Err(SessionEnd::Close(1001, "Too many joins per second"));
             }
             Ok(message) if message.event == "phx_join" && !self.kept.may_keep(&self.session, &message) => {
                 let refused = self.session.refuse(&message, NO_ROOM);
@@ -409,13 +409,13 @@ impl Driver {
     ) {
         let Bound { subscription, opened } = bound;
         let with_cursor = self.with_cursor || self.resume.is_some();
-        let dress = Dress::Phoenix { version: self.session.version(), topic, with_cursor, by_operation };
+        let dress = Codec::Phoenix { version: self.session.version(), topic, with_cursor, by_operation };
         let greeting = greeting.into_iter().map(Bytes::from).collect();
         match &mut self.resume {
             Some(resume) => resume.start(channel, subscription, dress, greeting, opened),
             None => {
                 let outbox = Arc::clone(&self.outbox);
-                let registration = Registration { dress, subscription, since: None, outbox, missed: None };
+                let registration = Subscriber { dress, subscription, since: None, outbox, missed: None };
                 self.app.feed.join(channel, registration, greeting);
             }
         }
@@ -423,6 +423,6 @@ impl Driver {
 }
 
 /// Whoever speaks too fast and has no channel that could be closed for it is closed itself.
-fn may_stay(is_in_time: bool) -> Result<(), Over> {
-    if is_in_time { Ok(()) } else { Err(Over::Close(1008, TOO_MANY)) }
+fn may_stay(is_in_time: bool) -> Result<(), SessionEnd> {
+    if is_in_time { Ok(()) } else { Err(SessionEnd::Close(1008, TOO_MANY)) }
 }

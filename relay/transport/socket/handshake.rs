@@ -12,17 +12,17 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use crate::model::codec::phoenix::Version;
 use crate::model::identity::bookmark::NoSessionName;
 use crate::transport::app::{App, origin_is_allowed};
-use crate::transport::connection_limits::Admitted;
+use crate::transport::connection_limits::ConnectionSlot;
 use crate::transport::early_refusal::Refusing;
 use crate::transport::intake::Intake;
 use crate::transport::query::twice;
 use crate::transport::query::{is_unreadable, parameter, repeated};
 use crate::transport::response::Answer;
 use crate::transport::response::{empty, error};
-use crate::transport::socket::driver::{self, Greeting};
+use crate::transport::socket::driver::{self, ConnectRequest};
 
 /// Answers the request of a handshake.
-pub async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Request<Incoming>) -> Answer {
+pub async fn handshake(app: &Arc<App>, place: Arc<ConnectionSlot>, mut request: Request<Incoming>) -> Answer {
     let refused = |status: StatusCode, why: &str| {
         app.observe.connection_refused(why);
         error(status, why)
@@ -65,7 +65,7 @@ pub async fn handshake(app: &Arc<App>, place: Arc<Admitted>, mut request: Reques
         Ok(name) => name,
         Err(error) => return refused(StatusCode::BAD_REQUEST, &error.to_string()),
     };
-    let greeting = Greeting { version, with_cursor, name, claims };
+    let greeting = ConnectRequest { version, with_cursor, name, claims };
     let upgrade = hyper::upgrade::on(&mut request);
     let session = Arc::clone(app);
     app.sessions.spawn(async move {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame};
 
-use crate::feed::deliver::memory_budget::{Budget, Reserved};
+use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
 use crate::model::codec::phoenix::{
     Binary, FrameError, Message, Version, decode_binary, decode_large, decode_text,
 };
@@ -21,7 +21,7 @@ pub const NO_ROOM: &str =
     "ChannelRateLimitReached: The topics, filters and tokens of all channels are too long";
 
 /// What a frame says.
-pub enum Said {
+pub enum Inbound {
     /// A message.
     Message(Message),
     /// A join that is too large to be read.
@@ -37,18 +37,18 @@ pub enum Said {
 }
 
 /// Understands a frame.
-pub fn said(version: Version, frame: Option<Result<Frame, SocketError>>) -> Said {
+pub fn said(version: Version, frame: Option<Result<Frame, SocketError>>) -> Inbound {
     let message = match frame {
-        None | Some(Ok(Frame::Close(_))) => return Said::Gone,
-        Some(Err(SocketError::Capacity(_))) => return Said::Close(1009, "the message is too large"),
-        Some(Err(SocketError::Utf8(_))) => return Said::Close(1007, "the text is not UTF-8"),
+        None | Some(Ok(Frame::Close(_))) => return Inbound::Gone,
+        Some(Err(SocketError::Capacity(_))) => return Inbound::Close(1009, "the message is too large"),
+        Some(Err(SocketError::Utf8(_))) => return Inbound::Close(1007, "the text is not UTF-8"),
         Some(Err(SocketError::Protocol(_))) => {
-            return Said::Close(1002, "this is not the WebSocket protocol");
+            return Inbound::Close(1002, "this is not the WebSocket protocol");
         }
-        Some(Err(_)) => return Said::Gone,
+        Some(Err(_)) => return Inbound::Gone,
         Some(Ok(Frame::Text(text))) if text.len() > MOST_BYTES => {
             match decode_large(version, &text, MOST_BYTES) {
-                Ok((message, true)) if message.event == "phx_join" => return Said::LargeJoin(message),
+                Ok((message, true)) if message.event == "phx_join" => return Inbound::LargeJoin(message),
                 outcome => outcome.map(|(message, _)| message),
             }
         }
@@ -56,12 +56,12 @@ pub fn said(version: Version, frame: Option<Result<Frame, SocketError>>) -> Said
         Some(Ok(Frame::Binary(bytes))) if bytes.len() > MOST_BYTES => Err(FrameError::TooLarge),
         Some(Ok(Frame::Binary(bytes))) => match decode_binary(version, &bytes) {
             Ok(Binary::Message(message)) => Ok(message),
-            Ok(Binary::Opaque(_)) => return Said::Nothing,
+            Ok(Binary::Opaque(_)) => return Inbound::Nothing,
             Err(error) => Err(error),
         },
-        Some(Ok(_)) => return Said::Nothing,
+        Some(Ok(_)) => return Inbound::Nothing,
     };
-    message.map_or_else(Said::Unreadable, Said::Message)
+    message.map_or_else(Inbound::Unreadable, Inbound::Message)
 }
 
 /// Memory for what is kept of a client's own words.
@@ -69,7 +69,7 @@ pub struct Kept(Reserved);
 
 impl Kept {
     /// For a client that said nothing yet.
-    pub fn new(budget: &Arc<Budget>) -> Self {
+    pub fn new(budget: &Arc<MemoryBudget>) -> Self {
         Self(budget.reserved())
     }
 

@@ -18,21 +18,21 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::auth::verifier::now;
-use crate::feed::catch_up::{Follower, Progress};
-use crate::feed::command::Position;
-use crate::feed::deliver::group::Registration;
+use crate::feed::catch_up::{CatchUp, Progress};
+use crate::feed::command::DeliveredUpTo;
+use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::handle::Feed;
-use crate::feed::replay::reader::Missed;
+use crate::feed::replay::reader::ReplayError;
 use crate::feed::subscribe::BindError;
-use crate::model::codec::event::Dress;
+use crate::model::codec::event::Codec;
 use crate::model::identity::bookmark::{Bookmark, BookmarkKey, Opened, SessionName};
 use crate::model::identity::claims::Claims;
 use crate::model::log::cursor::Cursor;
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::Subscription;
-use crate::transport::socket::acks::{Pings, Way};
-use crate::transport::socket::catch_up::CatchUp;
+use crate::transport::socket::acks::{AckMode, AckPings};
+use crate::transport::socket::catch_up::ChannelCatchUp;
 use crate::transport::socket::frame_writer::ping;
 
 /// After something was delivered, the client is asked so much later what it has.
@@ -51,11 +51,11 @@ const LAPSED: &str = "this session was away for longer than it is kept, read the
 const TAKEN: &str = "another connection goes on with this session, or its user has too many of them: what this one misses from here on is not given back";
 
 /// A channel's bookmark in our hands.
-struct Held {
+struct OpenBookmark {
     bookmark: Bookmark,
     /// It was taken over by another connection.
     taken: Arc<AtomicBool>,
-    dress: Dress,
+    dress: Codec,
     /// Where it was found, and then where the client's pongs have brought it.
     at: Option<Cursor>,
     /// The second at which the channel's token ends: from then on nothing is delivered to it, whatever the position.
@@ -71,14 +71,14 @@ struct Opening {
 }
 
 /// Up to where a channel is received once a pong has come.
-type Mark = (ChannelId, Bookmark, Cursor);
+type BookmarkMark = (ChannelId, Bookmark, Cursor);
 
 /// The position is being asked for, with a ping behind it.
-struct Asked {
+struct PendingPing {
     ping: u64,
     /// The channels that it is about: those that were delivered to.
     channels: Vec<(ChannelId, Bookmark)>,
-    position: BoxFuture<'static, Option<Position>>,
+    position: BoxFuture<'static, Option<DeliveredUpTo>>,
 }
 
 /// The channels of one socket that named its session.
@@ -88,12 +88,12 @@ pub struct Resume {
     outbox: Arc<Outbox>,
     /// Without anything delivered, bookmarks move this often, so that they do not grow old.
     late: Duration,
-    held: BTreeMap<ChannelId, Held>,
+    held: BTreeMap<ChannelId, OpenBookmark>,
     opening: Vec<Opening>,
     /// Channels that are told what they missed.
-    behind: BTreeMap<ChannelId, CatchUp>,
-    asked: Option<Asked>,
-    pings: Pings<Vec<Mark>>,
+    behind: BTreeMap<ChannelId, ChannelCatchUp>,
+    asked: Option<PendingPing>,
+    pings: AckPings<Vec<BookmarkMark>>,
     due: Pin<Box<Sleep>>,
 }
 
@@ -110,7 +110,7 @@ impl Resume {
             opening: Vec::new(),
             behind: BTreeMap::new(),
             asked: None,
-            pings: Pings::default(),
+            pings: AckPings::default(),
             due: Box::pin(sleep(late)),
         }
     }
@@ -149,7 +149,7 @@ impl Resume {
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Dress,
+        dress: Codec,
         greeting: Vec<Bytes>,
         opened: Option<Opened>,
     ) {
@@ -174,7 +174,7 @@ impl Resume {
                 Opened::Lapsed(_) => (None, Some(LAPSED)),
             };
             let at = since.clone();
-            self.held.insert(channel, Held { bookmark, taken, dress: dress.clone(), at, expires_at });
+            self.held.insert(channel, OpenBookmark { bookmark, taken, dress: dress.clone(), at, expires_at });
         }
         match since {
             Some(since) => self.read(channel, subscription, dress, greeting, since),
@@ -186,15 +186,15 @@ impl Resume {
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Dress,
+        dress: Codec,
         greeting: Vec<Bytes>,
         since: Cursor,
     ) {
         // What was delivered until now, if anything, was for other rights.
         self.feed.leave(channel, &self.outbox, greeting);
         let (feed, outbox) = (self.feed.clone(), Arc::clone(&self.outbox));
-        let follower = Follower::new(feed, channel, subscription, dress, since, outbox);
-        self.behind.insert(channel, CatchUp::new(follower, Duration::ZERO));
+        let follower = CatchUp::new(feed, channel, subscription, dress, since, outbox);
+        self.behind.insert(channel, ChannelCatchUp::new(follower, Duration::ZERO));
     }
 
     /// Delivers from now on; `gap` says why what came before is missing.
@@ -202,7 +202,7 @@ impl Resume {
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Dress,
+        dress: Codec,
         mut greeting: Vec<Bytes>,
         gap: Option<&str>,
     ) {
@@ -210,7 +210,7 @@ impl Resume {
         let outbox = Arc::clone(&self.outbox);
         self.feed.join(
             channel,
-            Registration { dress, subscription, since: None, outbox, missed: None },
+            Subscriber { dress, subscription, since: None, outbox, missed: None },
             greeting,
         );
         if gap.is_some() {
@@ -254,7 +254,7 @@ impl Resume {
             self.due.as_mut().reset(Instant::now() + SOON);
         }
         if !self.behind.is_empty() && !self.outbox.is_behind() {
-            self.behind.values_mut().for_each(CatchUp::go_on);
+            self.behind.values_mut().for_each(ChannelCatchUp::go_on);
         }
     }
 
@@ -283,7 +283,7 @@ impl Resume {
         if let Some(asked) = &mut self.asked
             && let Poll::Ready(position) = asked.position.poll_unpin(context)
         {
-            if let (Some(asked), Some(Position { channels, .. })) = (self.asked.take(), position) {
+            if let (Some(asked), Some(DeliveredUpTo { channels, .. })) = (self.asked.take(), position) {
                 let place =
                     |asked| channels.iter().find(|(told, _)| *told == asked).map(|(_, here)| here.clone());
                 let told = asked.channels.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
@@ -303,7 +303,7 @@ impl Resume {
         false
     }
 
-    fn has_read(&mut self, channel: ChannelId, follower: Follower, outcome: Result<Progress, Missed>) {
+    fn has_read(&mut self, channel: ChannelId, follower: CatchUp, outcome: Result<Progress, ReplayError>) {
         self.behind.remove(&channel);
         match outcome {
             Ok(Progress::Live) => {
@@ -315,27 +315,27 @@ impl Resume {
                     && let Some(held) = self.held.get(&channel)
                 {
                     let mark = (channel, held.bookmark.clone(), follower.since());
-                    let number = self.pings.next(Way::Own);
+                    let number = self.pings.next(AckMode::Own);
                     self.pings.note(number, vec![mark]);
                     self.outbox.push(ping(number));
                 }
-                let mut behind = CatchUp::waiting(follower);
+                let mut behind = ChannelCatchUp::waiting(follower);
                 if !self.outbox.is_behind() {
                     behind.go_on();
                 }
                 self.behind.insert(channel, behind);
             }
-            Err(Missed::Gap(why)) => {
+            Err(ReplayError::Gap(why)) => {
                 let (subscription, dress) = (follower.subscription().clone(), follower.dress().clone());
                 drop(follower);
                 self.begin_anew(channel, subscription, dress, Vec::new(), Some(why));
             }
             Err(missed) => {
                 // The database is to be asked again; or the token has ended, and its channel does in a moment.
-                if let Missed::Unavailable(error) = missed {
+                if let ReplayError::Unavailable(error) = missed {
                     tracing::debug!(error = %error, "a session waits for what it missed");
                 }
-                self.behind.insert(channel, CatchUp::new(follower, PAUSE));
+                self.behind.insert(channel, ChannelCatchUp::new(follower, PAUSE));
             }
         }
     }
@@ -360,11 +360,11 @@ impl Resume {
         if self.asked.is_some() || channels.is_empty() || self.pings.waiting() >= MOST_PINGS {
             return;
         }
-        let number = self.pings.next(Way::Router);
+        let number = self.pings.next(AckMode::Router);
         let asked = channels.iter().map(|(channel, _)| *channel).collect();
         let (feed, then) = (self.feed.clone(), Some((Arc::clone(&self.outbox), ping(number))));
         let position = async move { feed.position(asked, then).await }.boxed();
-        self.asked = Some(Asked { ping: number, channels, position });
+        self.asked = Some(PendingPing { ping: number, channels, position });
     }
 
     /// Moves bookmarks to what the last pong says, and never back: pongs of one way may come long after those of the other.

@@ -14,7 +14,7 @@ use relay::model::identity::claims::{Claims, TokenRefusal, Tokens};
 use relay::model::codec::phoenix::{Binary, Message, Version, decode_binary, decode_text};
 use relay::model::policy::visibility::Identity;
 use relay::model::session::machine::{Action, ChannelId, Session};
-use relay::model::subscription::error::Refusal;
+use relay::model::subscription::error::SubscribeError;
 use serde_json::{Value, json};
 
 fuzz_target!(|data: &[u8]| {
@@ -105,7 +105,7 @@ impl Stage {
         let Some((channel, attempt, who)) = self.binding.pop_front() else { return };
         let actions = match step {
             b'+' => self.session.bound(channel, attempt, Ok(())),
-            b'-' => self.session.bound(channel, attempt, Err(Refusal("no".to_owned()))),
+            b'-' => self.session.bound(channel, attempt, Err(SubscribeError("no".to_owned()))),
             _ => self.session.unavailable(channel, attempt),
         };
         let joins = |action: &Action| matches!(action, Action::Join { .. });

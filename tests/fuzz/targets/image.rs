@@ -9,10 +9,10 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use relay::model::row::change::{Change, Operation, Reading, RelationId, Row};
+use relay::model::row::change::{Change, Operation, ImageState, RelationId, Row};
 use relay::model::codec::payload::{View, data, record};
 use relay::model::row::image::Image;
-use relay::model::policy::visibility::Meaning;
+use relay::model::policy::visibility::EventKind;
 use relay::model::catalog::relation::Relation;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -56,10 +56,10 @@ fuzz_target!(|text: &str| {
         .map(|(_, name)| name.to_owned())
         .collect();
     let select = (!select.is_empty()).then_some(select.as_slice());
-    let meanings = [Meaning::Insert, Meaning::Update, Meaning::Enter, Meaning::Delete, Meaning::Leave];
+    let meanings = [EventKind::Insert, EventKind::Update, EventKind::Enter, EventKind::Delete, EventKind::Leave];
     let meaning = choice.chars().find_map(|c| meanings.get(c.to_digit(10)? as usize).copied());
     let view =
-        View { relation, access, select, meaning: meaning.unwrap_or(Meaning::Insert), exact: chosen('x') };
+        View { relation, access, select, meaning: meaning.unwrap_or(EventKind::Insert), exact: chosen('x') };
     let change = Change {
         number: 1,
         xid: 700,
@@ -67,7 +67,7 @@ fuzz_target!(|text: &str| {
         relation: RelationId(7),
         shape: None,
         began: None,
-        reading: Reading::default(),
+        reading: ImageState::default(),
         operation: Operation::Update,
         oversize: chosen('o'),
         before: before.map(str::to_owned),

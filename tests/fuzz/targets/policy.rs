@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use relay::model::identity::claims::Claims;
 use relay::model::policy::compile::compile;
 use relay::model::row::image::Image;
-use relay::model::policy::plan::{Plan, Way};
+use relay::model::policy::plan::{Plan, PlanKind};
 use relay::model::policy::predicate::{Answers, List, Predicate, Scalar, Unasked};
 use relay::model::row::truth::Truth;
 use relay::model::catalog::relation::Relation;
@@ -57,7 +57,7 @@ struct Said(usize);
 
 impl Answers for Said {
     fn fact(&self, leaf: usize) -> Truth {
-        [Truth::True, Truth::False, Truth::Null, Truth::Raises][(leaf + self.0) % 4]
+        [Truth::True, Truth::False, Truth::Null, Truth::Error][(leaf + self.0) % 4]
     }
 
     fn reads(&self, leaf: usize) -> Truth {
@@ -85,16 +85,16 @@ fuzz_target!(|text: &str| {
         let strict = plan.predicate.truth(&row, &terms, &Said(said), false);
         let lenient = plan.predicate.truth(&row, &terms, &Said(said), true);
         assert_eq!(strict == Truth::True, lenient == Truth::True, "{strict:?} {lenient:?}");
-        assert!(before == Truth::Unsure || before == strict, "{before:?} {strict:?}");
+        assert!(before == Truth::Undecided || before == strict, "{before:?} {strict:?}");
     }
 });
 
 /// What the predicate names is there, and is what its way allows.
 fn is_whole(plan: &Plan) {
     match plan.way {
-        Way::Compiled => assert!(plan.leaves.is_empty() && plan.obstacles.is_empty()),
-        Way::Inverted => assert!(!plan.leaves.is_empty() && plan.obstacles.is_empty()),
-        Way::OneByOne => assert!(plan.leaves.is_empty() && !plan.obstacles.is_empty()),
+        PlanKind::Compiled => assert!(plan.leaves.is_empty() && plan.obstacles.is_empty()),
+        PlanKind::Inverted => assert!(!plan.leaves.is_empty() && plan.obstacles.is_empty()),
+        PlanKind::OneByOne => assert!(plan.leaves.is_empty() && !plan.obstacles.is_empty()),
     }
     let mut open = vec![&plan.predicate];
     while let Some(predicate) = open.pop() {
@@ -125,7 +125,7 @@ fn is_whole(plan: &Plan) {
                 assert_eq!(*by, known);
                 assert!(by.iter().all(|term| *term < plan.terms.len()));
             }
-            Predicate::Opaque => assert_eq!(plan.way, Way::OneByOne),
+            Predicate::Opaque => assert_eq!(plan.way, PlanKind::OneByOne),
         }
     }
 }

@@ -13,7 +13,7 @@ use libfuzzer_sys::fuzz_target;
 use relay::model::identity::claims::Claims;
 use relay::auth::verifier::{TokenSettings, Verifier};
 use relay::auth::jwks::KeySet;
-use relay::auth::jwks_refresh::Keys;
+use relay::auth::jwks_refresh::PublishedKeys;
 use serde_json::{Value, json};
 
 const NOW: u64 = 1000;
@@ -33,8 +33,8 @@ const SIGNED: [(&str, &str); 6] = [
     ("Ed25519", "ed"),
 ];
 
-fn keys(set: &str) -> Option<Arc<Keys>> {
-    Some(Arc::new(Keys::fixed(KeySet::parse(set).ok()?)))
+fn keys(set: &str) -> Option<Arc<PublishedKeys>> {
+    Some(Arc::new(PublishedKeys::fixed(KeySet::parse(set).ok()?)))
 }
 
 fn settings() -> TokenSettings {

@@ -4,7 +4,7 @@ use sqlparser::ast::{BinaryOperator, CastKind, DataType, Expr};
 
 use super::operand::{Operand, Type};
 use super::{Compiler, Refused, not, refuse};
-use crate::model::policy::claim_expr::Term;
+use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar};
 use crate::model::row::datum::{Datum, Kind};
 
@@ -22,7 +22,7 @@ impl Compiler<'_> {
                 if *key.of() != Type::Known(Kind::Text) {
                     return Err(refuse("the key is not a text"));
                 }
-                let keys = List::Keys(self.term(Term::Texts(Box::new(document), true)));
+                let keys = List::Keys(self.term(ClaimExpr::Texts(Box::new(document), true)));
                 Ok(Predicate::Among(self.scalar(key), keys))
             }
             Expr::BinaryOp { left, op, right } if comparison(op).is_some() => {
@@ -54,7 +54,7 @@ impl Compiler<'_> {
             }
             _ => match self.operand(expr)? {
                 operand if *operand.of() == Type::Known(Kind::Bool) => Ok(match operand {
-                    Operand::Claim(Term::Constant(value), _) => {
+                    Operand::Claim(ClaimExpr::Constant(value), _) => {
                         Predicate::Constant(value.map(|value| value == Datum::Bool(true)))
                     }
                     operand => Predicate::Truth(self.scalar(operand)),

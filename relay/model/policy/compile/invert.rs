@@ -15,7 +15,7 @@ use super::known::contents;
 use super::list::{only_expression, plain_select, projected};
 use super::operand::{Operand, Type};
 use super::{Compiler, Refused, parser, refuse};
-use crate::model::policy::plan::{Leaf, READER};
+use crate::model::policy::plan::{READER, ServerQuery};
 use crate::model::row::datum::Kind;
 
 /// What a query needs to know of its readers, and whether an index leads to each.
@@ -57,7 +57,7 @@ impl Compiler<'_> {
                         && !contents(&**value, self.rights).claims
                     {
                         let by = (self.term(term), kind);
-                        return Ok(self.leaf(Leaf::Equals { expression: value.to_string(), by }));
+                        return Ok(self.leaf(ServerQuery::Equals { expression: value.to_string(), by }));
                     }
                 }
                 Err(why)
@@ -76,7 +76,7 @@ impl Compiler<'_> {
                  so no index leads from the row to its readers",
             ));
         }
-        Ok(self.leaf(Leaf::Found { query: query.to_string(), by: readers.by }))
+        Ok(self.leaf(ServerQuery::Found { query: query.to_string(), by: readers.by }))
     }
 
     /// Turns a query round. `wanted` is what its result has to equal.

@@ -7,7 +7,7 @@ use sqlparser::ast::{
 
 use super::operand::{Operand, Type};
 use super::{Compiler, Refused, refuse};
-use crate::model::policy::claim_expr::Term;
+use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::row::datum::Kind;
 
 impl Compiler<'_> {
@@ -24,7 +24,7 @@ impl Compiler<'_> {
                 let name = data_type.to_string().to_ascii_lowercase();
                 match (self.list(expr)?, name.strip_suffix("[]").and_then(Kind::named)) {
                     (Operand::Claim(list, _), Some(kind)) => {
-                        Ok(Operand::Claim(Term::Cast(Box::new(list), kind), Type::Many(kind)))
+                        Ok(Operand::Claim(ClaimExpr::Cast(Box::new(list), kind), Type::Many(kind)))
                     }
                     (Operand::Row(column, Type::Many(Kind::Text | Kind::Varchar)), Some(Kind::Text)) => {
                         Ok(Operand::Row(column, Type::Many(Kind::Text)))
@@ -63,7 +63,7 @@ impl Compiler<'_> {
             match (bare, self.operand(argument)?) {
                 ("jsonb_array_elements_text", Operand::Claim(term, Type::Jsonb))
                 | ("json_array_elements_text", Operand::Claim(term, Type::Json)) => {
-                    Ok(Operand::Claim(Term::Texts(Box::new(term), false), Type::Many(Kind::Text)))
+                    Ok(Operand::Claim(ClaimExpr::Texts(Box::new(term), false), Type::Many(Kind::Text)))
                 }
                 _ => Err(refuse(&format!("{name}() is PostgreSQL's"))),
             }
@@ -74,7 +74,7 @@ impl Compiler<'_> {
                 let kind = Kind::named(&data_type.to_string().to_ascii_lowercase());
                 match (self.elements(expr, source)?, kind) {
                     (Operand::Claim(list, _), Some(kind)) => {
-                        Ok(Operand::Claim(Term::Cast(Box::new(list), kind), Type::Many(kind)))
+                        Ok(Operand::Claim(ClaimExpr::Cast(Box::new(list), kind), Type::Many(kind)))
                     }
                     _ => Err(refuse(&format!("the cast to {data_type} is PostgreSQL's"))),
                 }

@@ -6,9 +6,9 @@ use sqlparser::ast::{
 
 use super::list::only_expression;
 use super::{Compiler, Refused, parse_body, refuse};
-use crate::model::policy::claim_expr::{Step, Term};
+use crate::model::policy::claim_expr::{ClaimExpr, ClaimStep};
 use crate::model::policy::predicate::Scalar;
-use crate::model::row::column::{Column, Shape};
+use crate::model::row::column::{Column, ColumnKind};
 use crate::model::row::datum::{Datum, Kind, Read};
 
 /// The type of an operand.
@@ -34,7 +34,7 @@ pub(super) enum Operand {
     /// Of the row.
     Row(Scalar, Type),
     /// Of the claims.
-    Claim(Term, Type),
+    Claim(ClaimExpr, Type),
 }
 
 impl Operand {
@@ -47,10 +47,10 @@ impl Operand {
     /// The operand as a value of a type that it may be compared with.
     pub(super) fn typed_as(self, wanted: &Type) -> Result<Self, Refused> {
         match (self, wanted) {
-            (Self::Claim(Term::Constant(None), Type::Untyped), _) => {
-                Ok(Self::Claim(Term::Constant(None), wanted.clone()))
+            (Self::Claim(ClaimExpr::Constant(None), Type::Untyped), _) => {
+                Ok(Self::Claim(ClaimExpr::Constant(None), wanted.clone()))
             }
-            (Self::Claim(Term::Constant(Some(Datum::Text(text))), Type::Untyped), Type::Known(kind)) => {
+            (Self::Claim(ClaimExpr::Constant(Some(Datum::Text(text))), Type::Untyped), Type::Known(kind)) => {
                 literal(&text, *kind)
             }
             (operand, _) => Ok(operand),
@@ -60,7 +60,7 @@ impl Operand {
 
 fn literal(text: &str, kind: Kind) -> Result<Operand, Refused> {
     match kind.read(text) {
-        Read::Value(datum) => Ok(Operand::Claim(Term::Constant(Some(datum)), Type::Known(kind))),
+        Read::Value(datum) => Ok(Operand::Claim(ClaimExpr::Constant(Some(datum)), Type::Known(kind))),
         Read::Raises | Read::Unsure => Err(refuse("its spelling is PostgreSQL's to read")),
     }
 }
@@ -106,10 +106,10 @@ impl Compiler<'_> {
         let Some(at) = found else { return Err(refuse("it is not a column of the table")) };
         let column = &self.columns[at];
         let of = match column.shape() {
-            Shape::One(Kind::Enum) => Type::Enum(column.readable_type.clone()),
-            Shape::One(kind) => Type::Known(kind),
-            Shape::Many(kind) => Type::Many(kind),
-            Shape::Padded | Shape::Foreign => Type::Foreign,
+            ColumnKind::One(Kind::Enum) => Type::Enum(column.readable_type.clone()),
+            ColumnKind::One(kind) => Type::Known(kind),
+            ColumnKind::Many(kind) => Type::Many(kind),
+            ColumnKind::Padded | ColumnKind::Foreign => Type::Foreign,
         };
         Ok(Operand::Row(Scalar::Column(at), of))
     }
@@ -117,16 +117,17 @@ impl Compiler<'_> {
     fn cast(&self, expr: &Expr, name: &str, as_written: &str) -> Result<Operand, Refused> {
         let foreign = || refuse(&format!("the cast to {as_written} is PostgreSQL's"));
         let inner = self.operand(expr)?;
-        let is_enum =
-            |column: &Column| column.shape() == Shape::One(Kind::Enum) && column.readable_type == as_written;
-        if let Operand::Claim(Term::Constant(value), Type::Untyped) = &inner
+        let is_enum = |column: &Column| {
+            column.shape() == ColumnKind::One(Kind::Enum) && column.readable_type == as_written
+        };
+        if let Operand::Claim(ClaimExpr::Constant(value), Type::Untyped) = &inner
             && self.columns.iter().any(is_enum)
         {
-            return Ok(Operand::Claim(Term::Constant(value.clone()), Type::Enum(as_written.to_owned())));
+            return Ok(Operand::Claim(ClaimExpr::Constant(value.clone()), Type::Enum(as_written.to_owned())));
         }
-        let document = |term: Term, binary: bool| {
+        let document = |term: ClaimExpr, binary: bool| {
             let of = if binary { Type::Jsonb } else { Type::Json };
-            Ok(Operand::Claim(Term::Document(Box::new(term), binary), of))
+            Ok(Operand::Claim(ClaimExpr::Document(Box::new(term), binary), of))
         };
         match (name, &inner) {
             ("json", Operand::Claim(term, Type::Known(Kind::Text))) => return document(term.clone(), false),
@@ -138,19 +139,19 @@ impl Compiler<'_> {
         match inner {
             Operand::Claim(term, of) => match of {
                 Type::Untyped => match term {
-                    Term::Constant(None) => Ok(Operand::Claim(term, known)),
-                    Term::Constant(Some(Datum::Text(text))) => literal(&text, kind),
+                    ClaimExpr::Constant(None) => Ok(Operand::Claim(term, known)),
+                    ClaimExpr::Constant(Some(Datum::Text(text))) => literal(&text, kind),
                     _ => Err(foreign()),
                 },
                 Type::Known(from) if from == kind => Ok(Operand::Claim(term, known)),
                 Type::Known(Kind::Text | Kind::Varchar) => {
-                    Ok(Operand::Claim(Term::Cast(Box::new(term), kind), known))
+                    Ok(Operand::Claim(ClaimExpr::Cast(Box::new(term), kind), known))
                 }
                 Type::Known(from) if kind == Kind::Text || (from.is_integer() && kind.is_integer()) => {
-                    Ok(Operand::Claim(Term::Cast(Box::new(term), kind), known))
+                    Ok(Operand::Claim(ClaimExpr::Cast(Box::new(term), kind), known))
                 }
                 Type::Jsonb if kind == Kind::Bool => {
-                    Ok(Operand::Claim(Term::Cast(Box::new(term), kind), known))
+                    Ok(Operand::Claim(ClaimExpr::Cast(Box::new(term), kind), known))
                 }
                 _ => Err(foreign()),
             },
@@ -178,17 +179,19 @@ impl Compiler<'_> {
         if of == Type::Json && !steps.is_empty() {
             return Err(refuse("a path into json is PostgreSQL's to read"));
         }
-        let inner = steps.into_iter().fold(document, |inner, step| Term::Part(Box::new(inner), step));
+        let inner = steps.into_iter().fold(document, |inner, step| ClaimExpr::Part(Box::new(inner), step));
         Ok(match for_text {
-            true => Operand::Claim(Term::PartText(Box::new(inner), last), Type::Known(Kind::Text)),
-            false => Operand::Claim(Term::Part(Box::new(inner), last), of),
+            true => Operand::Claim(ClaimExpr::PartText(Box::new(inner), last), Type::Known(Kind::Text)),
+            false => Operand::Claim(ClaimExpr::Part(Box::new(inner), last), of),
         })
     }
 
-    fn step(&self, expr: &Expr) -> Result<Step, Refused> {
+    fn step(&self, expr: &Expr) -> Result<ClaimStep, Refused> {
         match self.operand(expr)? {
-            Operand::Claim(Term::Constant(Some(Datum::Text(key))), _) => Ok(Step::Key(key.to_string())),
-            Operand::Claim(Term::Constant(Some(Datum::Int(index))), _) => Ok(Step::Index(index)),
+            Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(key))), _) => {
+                Ok(ClaimStep::Key(key.to_string()))
+            }
+            Operand::Claim(ClaimExpr::Constant(Some(Datum::Int(index))), _) => Ok(ClaimStep::Index(index)),
             _ => Err(refuse("the key is not a constant")),
         }
     }
@@ -220,7 +223,7 @@ impl Compiler<'_> {
             ("nullif", [one, other]) => match (self.operand(one)?, self.operand(other)?) {
                 (Operand::Claim(one, of), other) => match other.typed_as(&of)? {
                     Operand::Claim(other, same) if same == of && matches!(of, Type::Known(_)) => {
-                        Ok(Operand::Claim(Term::NullIf(Box::new(one), Box::new(other)), of))
+                        Ok(Operand::Claim(ClaimExpr::NullIf(Box::new(one), Box::new(other)), of))
                     }
                     _ => Err(refuse("nullif of different types is PostgreSQL's")),
                 },
@@ -234,11 +237,11 @@ impl Compiler<'_> {
 
     fn setting(&self, name: &Expr, may_miss: bool) -> Result<Operand, Refused> {
         let term = match self.operand(name)? {
-            Operand::Claim(Term::Constant(Some(Datum::Text(name))), _) => match &*name {
-                "request.jwt.claims" => Term::Claims,
-                "request.jwt.claim.sub" => Term::Subject,
-                "request.jwt.claim.role" => Term::Role,
-                name if may_miss && name.starts_with("request.jwt.claim") => Term::Unset,
+            Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(name))), _) => match &*name {
+                "request.jwt.claims" => ClaimExpr::Claims,
+                "request.jwt.claim.sub" => ClaimExpr::Subject,
+                "request.jwt.claim.role" => ClaimExpr::Role,
+                name if may_miss && name.starts_with("request.jwt.claim") => ClaimExpr::Unset,
                 _ => return Err(refuse("this setting is PostgreSQL's")),
             },
             _ => return Err(refuse("the setting's name is not a constant")),
@@ -263,7 +266,7 @@ impl Compiler<'_> {
             Operand::Row(..) => None,
         };
         if let Some(terms) = same.iter().map(term).collect() {
-            return Ok(Operand::Claim(Term::Coalesce(terms), of));
+            return Ok(Operand::Claim(ClaimExpr::Coalesce(terms), of));
         }
         let scalars = same.into_iter().map(|operand| self.scalar(operand)).collect();
         Ok(Operand::Row(Scalar::Coalesce(scalars), of))
@@ -308,11 +311,11 @@ fn constant(value: &Value) -> Result<Operand, Refused> {
         Value::Null => (None, Type::Untyped),
         _ => return Err(refuse("this kind of constant is PostgreSQL's")),
     };
-    Ok(Operand::Claim(Term::Constant(datum), of))
+    Ok(Operand::Claim(ClaimExpr::Constant(datum), of))
 }
 
 /// The keys of a path, `'{a,b}'::text[]`, when each can only be a key.
-fn keys(expr: &Expr) -> Result<Vec<Step>, Refused> {
+fn keys(expr: &Expr) -> Result<Vec<ClaimStep>, Refused> {
     let odd = || refuse("this path is PostgreSQL's to read");
     match expr {
         Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => keys(inner),
@@ -328,7 +331,7 @@ fn keys(expr: &Expr) -> Result<Vec<Step>, Refused> {
             };
             inside
                 .split(',')
-                .map(|key| if is_word(key) { Ok(Step::Key(key.to_owned())) } else { Err(odd()) })
+                .map(|key| if is_word(key) { Ok(ClaimStep::Key(key.to_owned())) } else { Err(odd()) })
                 .collect()
         }
         _ => Err(odd()),
