@@ -25,7 +25,7 @@ pub struct Observe {
     refused: Counter,
     waiting_bytes: Gauge,
     channels: Gauge,
-    audiences: Gauge,
+    groups: Gauge,
     changes_read: Counter,
     frames: Counter,
     rings: Counter,
@@ -96,7 +96,7 @@ impl Observe {
             gauge("outbox_bytes", "Bytes that wait for clients, a frame for many counted once");
         let channels = gauge("channels_open", "Channels with changes subscribed now");
         let changelog_bytes = gauge("changelog_bytes", "Size of the changelog in the database");
-        let audiences = gauge("audiences_open", "Groups of channels that get the same frames");
+        let groups = gauge("audiences_open", "Groups of channels that get the same frames");
         let source_up =
             gauge("source_up", "1 while the changelog is being read, 2 when the doorbell is heard too");
         let keys = gauge("jwks_keys", "Keys of the JWK set that are in force");
@@ -125,7 +125,7 @@ impl Observe {
             refused,
             waiting_bytes,
             channels,
-            audiences,
+            groups,
             changes_read,
             frames,
             rings,
@@ -214,7 +214,7 @@ impl Observe {
     /// How many channels and audiences a router had, and has now.
     pub fn subscriptions(&self, before: (usize, usize), now: (usize, usize)) {
         self.channels.inc_by(now.0 as i64 - before.0 as i64);
-        self.audiences.inc_by(now.1 as i64 - before.1 as i64);
+        self.groups.inc_by(now.1 as i64 - before.1 as i64);
     }
 
     /// How large the changelog is.

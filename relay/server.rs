@@ -98,7 +98,7 @@ pub async fn serve(
     let (parts_in, parts) = mpsc::channel(PARTS);
     let (commands_in, commands) = mpsc::unbounded_channel();
 
-    let pulse = Arc::new(StallMonitor::new(config.stall));
+    let stall_monitor = Arc::new(StallMonitor::new(config.stall));
     let transactions = Arc::new(Transactions::new(pool.clone()));
     let source = Source {
         server: main.clone(),
@@ -107,21 +107,21 @@ pub async fn serve(
         transactions: Arc::clone(&transactions),
         poll: config.poll,
         patience: config.stall * PATIENCE,
-        pulse: Arc::clone(&pulse),
+        stall_monitor: Arc::clone(&stall_monitor),
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
         scope: catalog.scope(),
     };
     let feed_end = CancellationToken::new();
     tasks.spawn({
-        let (pulse, end) = (Arc::clone(&pulse), end.clone());
-        async move { pulse.run(end).await }
+        let (stall_monitor, end) = (Arc::clone(&stall_monitor), end.clone());
+        async move { stall_monitor.run(end).await }
     });
     let gate = |filters| {
-        let census = SetEvaluator::new(judge.clone(), config.judge_timeout);
+        let set_evaluator = SetEvaluator::new(judge.clone(), config.judge_timeout);
         Gate::new(
             IdentityEvaluator::new(judge.clone(), config.judge_timeout),
-            census,
+            set_evaluator,
             filters,
             Arc::clone(&observe),
         )
@@ -140,30 +140,31 @@ pub async fn serve(
         config.stall * PATIENCE,
     ));
     let (bookmarks, keeping) = BookmarkHandle::new(Bookmarks::new(&main, config.resume, config.stall)?);
-    let router = |gate, way_back, pulse, aside| {
+    let router = |gate, way_back, stall_monitor, aside| {
         Router::new(
             Arc::clone(&catalog),
             gate,
             Arc::clone(&observe),
             Arc::clone(&past),
             way_back,
-            pulse,
+            stall_monitor,
             aside,
         )
     };
     let aside = |name| {
         let (way_in, commands) = mpsc::unbounded_channel();
-        let (backlog, pulse) = (Arc::new(Backlog::default()), Arc::new(StallMonitor::beside(&pulse, name)));
-        let router = router(gate(filter_judge()), way_in.clone(), Arc::clone(&pulse), Vec::new());
+        let (backlog, stall_monitor) =
+            (Arc::new(Backlog::default()), Arc::new(StallMonitor::beside(&stall_monitor, name)));
+        let router = router(gate(filter_judge()), way_in.clone(), Arc::clone(&stall_monitor), Vec::new());
         tasks.spawn(router.run(commands, Parts::Backlog(Arc::clone(&backlog)), feed_end.clone()));
         let end = end.clone();
-        tasks.spawn(async move { pulse.run(end).await });
+        tasks.spawn(async move { stall_monitor.run(end).await });
         (way_in, backlog)
     };
     // Filters that PostgreSQL decides, and clients that ask for much, are served beside all others.
     let (asked_in, asked) = aside("filters");
     let (crowd_in, crowd) = aside("crowd");
-    let main_router = router(gate(None), commands_in.clone(), Arc::clone(&pulse), vec![asked, crowd]);
+    let main_router = router(gate(None), commands_in.clone(), Arc::clone(&stall_monitor), vec![asked, crowd]);
     tasks.spawn(main_router.run(commands, Parts::Source(parts), feed_end.clone()));
     let lanes = Lanes::new(commands_in, asked_in, crowd_in);
     if let Some(keeper) = config.keeper {
@@ -174,14 +175,14 @@ pub async fn serve(
         verifier: config.verifier,
         feed: Feed::new(Binder::new(Arc::clone(&catalog)), lanes, Arc::clone(&past), rows, bookmarks),
         observe: Arc::clone(&observe),
-        pulse: Arc::clone(&pulse),
+        stall_monitor: Arc::clone(&stall_monitor),
         allowed_origins: config.allowed_origins,
         budget: Arc::new(MemoryBudget::within(
             config.limits.total_outbox_bytes,
             config.limits.change_bytes,
             Arc::clone(&observe),
         )),
-        admission: Arc::new(ConnectionLimits::new(
+        connection_limits: Arc::new(ConnectionLimits::new(
             config.limits.connections,
             config.limits.connections_per_address,
         )),
@@ -199,7 +200,7 @@ pub async fn serve(
 
     // What reads the database begins once that is known to be as it should; clients may come before.
     let reading = async {
-        prepare(&main, &bell, &judging, config.install, &pulse).await?;
+        prepare(&main, &bell, &judging, config.install, &stall_monitor).await?;
         prepared.store(true, Ordering::Relaxed);
         tasks.spawn(keeping.run(feed_end.clone()));
         tasks.spawn(source.run(parts_in, end.clone()));
@@ -235,7 +236,7 @@ async fn prepare(
     bell: &Server,
     judge: &Server,
     wanted: bool,
-    pulse: &StallMonitor,
+    stall_monitor: &StallMonitor,
 ) -> Result<(), Error> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
@@ -244,9 +245,9 @@ async fn prepare(
             let mut client = server.connect().await?;
             if wanted {
                 // However long that takes, the database is there.
-                pulse.goes_on(StallCause::Changelog);
+                stall_monitor.goes_on(StallCause::Changelog);
                 let applied = install::install(&mut client).await?;
-                pulse.waits(StallCause::Changelog);
+                stall_monitor.waits(StallCause::Changelog);
                 if !applied.is_empty() {
                     tracing::info!(file.count = applied.len(), "installed");
                 }
@@ -268,7 +269,7 @@ async fn prepare(
                 return Ok(());
             }
             Err(error) if error.is_transient() => {
-                pulse.is_cut_off(error.kind());
+                stall_monitor.is_cut_off(error.kind());
                 let pause = backoff.pause();
                 tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "waiting for the database");
                 sleep(pause).await;

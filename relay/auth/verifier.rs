@@ -28,7 +28,7 @@ pub struct TokenSettings {
     /// Published keys.
     pub keys: Option<Arc<PublishedKeys>>,
     /// What `aud` must be or contain.
-    pub audience: Option<String>,
+    pub group: Option<String>,
     /// What `iss` must be.
     pub issuer: Option<String>,
     /// Keys, not tokens, that stand for the role `anon`.
@@ -133,7 +133,7 @@ impl From<ClaimsError> for TokenError {
 pub struct Verifier {
     secrets: Vec<DecodingKey>,
     keys: Arc<PublishedKeys>,
-    audience: Option<String>,
+    group: Option<String>,
     issuer: Option<String>,
     opaque: Vec<(String, Claims)>,
 }
@@ -157,13 +157,7 @@ impl Verifier {
         if secrets.is_empty() && opaque.is_empty() && keys.are_none() {
             return Err(SettingsError::NoKeys);
         }
-        Ok(Self {
-            secrets,
-            keys,
-            audience: settings.audience.clone(),
-            issuer: settings.issuer.clone(),
-            opaque,
-        })
+        Ok(Self { secrets, keys, group: settings.group.clone(), issuer: settings.issuer.clone(), opaque })
     }
 
     /// The keys of the JWK set that can't be used, each with the reason.
@@ -254,7 +248,7 @@ impl Verifier {
             None | Some(Value::Null) => true,
             Some(time) => time.as_f64().is_some_and(|time| time <= now_unix as f64 + LEEWAY),
         };
-        let for_us = self.audience.as_ref().is_none_or(|us| match claims.get("aud") {
+        let for_us = self.group.as_ref().is_none_or(|us| match claims.get("aud") {
             Some(Value::Array(list)) => list.iter().any(|one| one == us),
             one => one.is_some_and(|one| one == us),
         });
@@ -549,11 +543,8 @@ mod tests {
 
     #[test]
     fn audience_and_issuer_count_where_they_are_configured() {
-        let expecting = TokenSettings {
-            audience: Some("us".to_owned()),
-            issuer: Some("issuer".to_owned()),
-            ..settings()
-        };
+        let expecting =
+            TokenSettings { group: Some("us".to_owned()), issuer: Some("issuer".to_owned()), ..settings() };
         let check = |claims: &str, expected| {
             let payload = format!(r#"{{"role":"a","exp":2000{claims}}}"#);
             check_payload(&settings(), &payload, Ok(()));

@@ -34,7 +34,7 @@ pub struct CatchUp {
     feed: Feed,
     channel: ChannelId,
     subscription: Subscription,
-    dress: Codec,
+    codec: Codec,
     /// Up to where it was told everything; whoever drops it amid a step knows it, too.
     since: watch::Sender<Cursor>,
     /// Where pieces arrive.
@@ -60,12 +60,12 @@ impl CatchUp {
         feed: Feed,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Codec,
+        codec: Codec,
         since: Cursor,
         outbox: Arc<Outbox>,
     ) -> Self {
         let since = watch::Sender::new(since);
-        Self { feed, channel, subscription, dress, since, outbox, is_known: false, stays: false }
+        Self { feed, channel, subscription, codec, since, outbox, is_known: false, stays: false }
     }
 
     /// Goes on until everything missed is delivered, or there is enough to read for now.
@@ -87,7 +87,7 @@ impl CatchUp {
                 Some(FollowOutcome::Missed(missed, to)) => {
                     let past = self.feed.past();
                     let mut alone = self.alone();
-                    past.tell_again(&missed, looked, &mut alone).await?;
+                    past.replay_recent(&missed, looked, &mut alone).await?;
                     let has_told = alone.told > 0;
                     self.since.send_replace(self.since().and(&to));
                     // While it was told, the feed may have gone on, and may do so each time.
@@ -99,7 +99,7 @@ impl CatchUp {
                 }
                 Some(FollowOutcome::Behind(to)) => {
                     let (past, since) = (self.feed.past(), self.since());
-                    let is_there = past.tell_one(&since, &to, &mut self.alone()).await?;
+                    let is_there = past.replay_to_one(&since, &to, &mut self.alone()).await?;
                     if !is_there || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
@@ -117,7 +117,7 @@ impl CatchUp {
     async fn ask(&self) -> Option<FollowOutcome> {
         let (outcome, heard) = oneshot::channel();
         let registration = Subscriber {
-            dress: self.dress.clone(),
+            codec: self.codec.clone(),
             subscription: self.subscription.clone(),
             since: Some(self.since()),
             outbox: Arc::clone(&self.outbox),
@@ -131,12 +131,12 @@ impl CatchUp {
     /// This channel alone, as somebody to whom the past is told. What was delivered to others may begin with what it has.
     fn alone(&self) -> SingleSink<'_> {
         let key = GroupKey {
-            dress: self.dress.clone(),
+            codec: self.codec.clone(),
             subscription: self.subscription.clone(),
             since: Some(self.since()),
         };
-        let audience = SubscriberGroup::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
-        SingleSink { audience, outbox: &self.outbox, since: &self.since, told: 0 }
+        let group = SubscriberGroup::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
+        SingleSink { group, outbox: &self.outbox, since: &self.since, told: 0 }
     }
 
     /// Ends, while delivery goes on until the channel is left.
@@ -155,8 +155,8 @@ impl CatchUp {
     }
 
     /// How its frames are written.
-    pub fn dress(&self) -> &Codec {
-        &self.dress
+    pub fn codec(&self) -> &Codec {
+        &self.codec
     }
 
     /// Up to where it was told everything from the past.
@@ -195,7 +195,7 @@ impl Drop for CatchUp {
 
 /// A follower while it is told the past.
 struct SingleSink<'a> {
-    audience: SubscriberGroup,
+    group: SubscriberGroup,
     outbox: &'a Outbox,
     since: &'a watch::Sender<Cursor>,
     /// How many frames it was told.
@@ -203,26 +203,21 @@ struct SingleSink<'a> {
 }
 
 impl ReplaySink for SingleSink<'_> {
-    async fn tell(
-        &mut self,
-        gate: &Gate,
-        catalog: &Arc<Catalog>,
-        stretch: &Batch,
-    ) -> Result<(), ReplayError> {
+    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, batch: &Batch) -> Result<(), ReplayError> {
         let is_new = |change: &&Change| !self.since.borrow().has(change.xid, change.number);
-        let subscription = self.audience.subscription();
+        let subscription = self.group.subscription();
         if subscription.is_stale(catalog)
-            || stretch.changes.iter().filter(is_new).any(|change| subscription.has_lost(change, catalog))
+            || batch.changes.iter().filter(is_new).any(|change| subscription.has_lost(change, catalog))
         {
             return Err(ReplayError::Gap(ALTERED));
         }
         // To be closed for it would end nothing: it would come back for the same.
-        if !self.outbox.budget().make_room(stretch.bytes()) {
+        if !self.outbox.budget().make_room(batch.bytes()) {
             return Err(ReplayError::Gap(NO_ROOM));
         }
-        self.told += tell_one(gate, catalog, stretch, &self.audience).await?;
+        self.told += tell_one(gate, catalog, batch, &self.group).await?;
         // It may not have been told all of it, so it has not come further.
-        match self.audience.subscription().identity().claims().expires_at() <= now() {
+        match self.group.subscription().identity().claims().expires_at() <= now() {
             true => Err(ReplayError::Ended),
             false => Ok(()),
         }

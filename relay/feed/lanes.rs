@@ -65,7 +65,7 @@ impl Lanes {
                     let (outbox, farewell) = (Arc::clone(&registration.outbox), Vec::new());
                     let _ = self.main.send(Command::Leave { channel, outbox, farewell, until: None });
                     // What came between the two places is told to nobody.
-                    greeting.push(Bytes::from(registration.dress.gap(ALTERED, "")));
+                    greeting.push(Bytes::from(registration.codec.gap(ALTERED, "")));
                 }
                 self.of(lane).send(Command::Join { channel, registration, greeting })
             }

@@ -53,7 +53,7 @@ pub struct Router {
     recent: RecentBatches,
     /// The rules are to be looked at anew before anything else is judged.
     is_news: bool,
-    pulse: Arc<StallMonitor>,
+    stall_monitor: Arc<StallMonitor>,
     stalls: Stalls,
     /// Everybody was told that the feed stalls, and not yet that it goes on.
     stalled: bool,
@@ -111,12 +111,12 @@ impl Router {
         observe: Arc<Observe>,
         past: Arc<ReplayReader>,
         router: UnboundedSender<Command>,
-        pulse: Arc<StallMonitor>,
+        stall_monitor: Arc<StallMonitor>,
         aside: Vec<Arc<Backlog>>,
     ) -> Self {
-        let stalls = pulse.watch();
+        let stalls = stall_monitor.watch();
         Self {
-            pulse,
+            stall_monitor,
             stalls,
             stalled: false,
             catalog,
@@ -174,7 +174,7 @@ impl Router {
                     },
                     None => return,
                 },
-                Ok(()) = self.stalls.changed() => self.tell_stall(),
+                Ok(()) = self.stalls.changed() => self.send_stall(),
                 Some(_) = self.replays.join_next() => {}
             }
         }
@@ -208,10 +208,10 @@ impl Router {
     }
 
     /// Tells all who are told what comes that the feed stalls or goes on, if that is news.
-    fn tell_stall(&mut self) {
+    fn send_stall(&mut self) {
         let stalls = self.stalls.borrow_and_update().is_some();
         if std::mem::replace(&mut self.stalled, stalls) != stalls {
-            self.hub.live.iter().for_each(|(_, audience)| audience.tell_stall(stalls));
+            self.hub.live.iter().for_each(|(_, group)| group.send_stall(stalls));
         }
     }
 
@@ -223,7 +223,7 @@ impl Router {
             }
             Command::Join { channel, registration, mut greeting } => {
                 let stalled = self.stalled && !self.hub.is_replayed(channel);
-                let stalled = stalled.then(|| registration.dress.stall(true)).flatten();
+                let stalled = stalled.then(|| registration.codec.stall(true)).flatten();
                 greeting.extend(stalled.map(Bytes::from));
                 self.hub.join(channel, registration, greeting);
             }
@@ -295,13 +295,13 @@ impl Router {
         let at = match handover {
             FollowOutcome::Live => at.ok(),
             FollowOutcome::Gap(why) => {
-                self.hub.each_of(replay, |audience| audience.tell_gap(why, ""));
+                self.hub.each_of(replay, |group| group.send_gap(why, ""));
                 None
             }
             _ => return handover,
         };
         if stalled != self.stalled {
-            self.hub.each_of(replay, |audience| audience.tell_stall(self.stalled));
+            self.hub.each_of(replay, |group| group.send_stall(self.stalled));
         }
         match self.hub.end_replay(replay, at.as_ref(), rules, self.position.as_ref()) {
             true => FollowOutcome::Live,
@@ -336,7 +336,7 @@ impl Router {
                 self.begin_replay(&all, &position, None);
             }
             // After a gap there is no position to read from: these changes belong to a gap, too.
-            None => self.hub.live.iter().for_each(|(_, audience)| audience.tell_gap(UNPLACED, "")),
+            None => self.hub.live.iter().for_each(|(_, group)| group.send_gap(UNPLACED, "")),
         }
         self.skip_to(end);
         // Other rules may have stood in what was left out.
@@ -347,11 +347,11 @@ impl Router {
         let Some(replayed) = self.hub.begin_replay(relations, at) else { return };
         // They are told changes, so for them the feed goes on.
         if self.stalled {
-            replayed.audiences.iter().for_each(|audience| audience.tell_stall(false));
+            replayed.groups.iter().for_each(|group| group.send_stall(false));
         }
         let (past, router, observe) =
             (Arc::clone(&self.past), self.router.clone(), Arc::clone(&self.observe));
-        let (rules, bound) = (self.hub.live.rules().cloned(), self.pulse.bound());
+        let (rules, bound) = (self.hub.live.rules().cloned(), self.stall_monitor.bound());
         let mut replay = ReplayTask::new(replayed, at.clone(), rules, bound, past, router, observe);
         replay.only = only;
         self.replays.spawn(replay.run());
@@ -362,25 +362,25 @@ impl Router {
             aside.add(part.clone(), self.position.as_ref());
         }
         match part {
-            FeedItem::Changes(stretch) => {
-                let more = stretch.more;
+            FeedItem::Changes(batch) => {
+                let more = batch.more;
                 // Other rules count for those who come later, too.
-                if !self.hub.live.is_empty() || stretch.is_news() {
-                    self.deliver_when_judged(Some(&stretch)).await;
+                if !self.hub.live.is_empty() || batch.is_news() {
+                    self.deliver_when_judged(Some(&batch)).await;
                 }
                 // What is told aside may be late by its clients' choice.
                 if !self.aside.is_empty() {
-                    self.observe.delivered_through(&stretch.changes);
+                    self.observe.delivered_through(&batch.changes);
                 }
-                if let Some(end) = stretch.end() {
-                    self.recent.add(self.position.replace(end), Arc::clone(&stretch));
+                if let Some(end) = batch.end() {
+                    self.recent.add(self.position.replace(end), Arc::clone(&batch));
                     self.hub.moved(self.position.as_ref());
                 }
                 if more {
                     self.let_clients_read().await;
                 } else if !self.aside.is_empty() {
                     // Where it fails or hangs, the next change that needs the catalog finds out, and is told as a stall.
-                    let _ = timeout(LOOK, self.catalog.look_again()).await;
+                    let _ = timeout(LOOK, self.catalog.refresh_if_stale()).await;
                 }
             }
             FeedItem::Rest { span, after, counts } => self.send_off(&span, after, &counts).await,
@@ -392,7 +392,7 @@ impl Router {
             FeedItem::Skipped(end) => self.skip_to(end),
             FeedItem::TooMuch(end) => self.leave_behind(end).await,
             FeedItem::Gap(why) => {
-                self.hub.live.iter().for_each(|(_, audience)| audience.tell_gap(&why, ""));
+                self.hub.live.iter().for_each(|(_, group)| group.send_gap(&why, ""));
                 self.recent = RecentBatches::default();
                 self.position = None;
                 self.hub.moved(None);
@@ -414,20 +414,20 @@ impl Router {
 
     /// A part waits as long as PostgreSQL cannot be asked: to deliver without a verdict would show hidden rows, to go
     /// on without delivering would lose changes. Without a part, only the rules are looked at anew.
-    async fn deliver_when_judged(&mut self, stretch: Option<&Batch>) {
+    async fn deliver_when_judged(&mut self, batch: Option<&Batch>) {
         let mut pause = Duration::from_millis(50);
-        self.pulse.waits(StallCause::Judgement);
+        self.stall_monitor.waits(StallCause::Judgement);
         loop {
-            let mut stalls = self.pulse.watch();
+            let mut stalls = self.stall_monitor.watch();
             let delivered = tokio::select! {
-                delivered = self.deliver(stretch) => delivered,
+                delivered = self.deliver(batch) => delivered,
                 // Asked anew, on a new connection: nothing may come on the old one ever again.
                 Ok(()) = stalls.changed() => Err(Error::Lost("the judgement takes too long")),
             };
             match delivered {
-                Ok(()) => return self.pulse.goes_on(StallCause::Judgement),
+                Ok(()) => return self.stall_monitor.goes_on(StallCause::Judgement),
                 Err(error) => {
-                    self.tell_stall();
+                    self.send_stall();
                     tracing::warn!(error = %error, "changes wait for their judgement");
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
@@ -436,10 +436,10 @@ impl Router {
         }
     }
 
-    async fn deliver(&mut self, stretch: Option<&Batch>) -> Result<(), Error> {
-        let Some(stretch) = stretch else { return self.catalog_for(&[], true, None).await.map(|_| ()) };
-        let catalog = self.catalog_for(&stretch.changes, stretch.more, stretch.mark).await?;
-        let frames = self.hub.live.tell(&self.gate, &catalog, stretch).await?;
+    async fn deliver(&mut self, batch: Option<&Batch>) -> Result<(), Error> {
+        let Some(batch) = batch else { return self.catalog_for(&[], true, None).await.map(|_| ()) };
+        let catalog = self.catalog_for(&batch.changes, batch.more, batch.mark).await?;
+        let frames = self.hub.live.tell(&self.gate, &catalog, batch).await?;
         self.observe.frames_delivered(frames);
         Ok(())
     }
@@ -458,19 +458,19 @@ impl Router {
             _ => catalog.relation(change.relation).is_none_or(|relation| !shape::knows(relation, change)),
         };
         if more || self.is_news || changes.iter().any(is_news) {
-            catalog = self.catalog.reloaded().await?;
+            catalog = self.catalog.reload().await?;
             self.is_news = false;
         }
         let is_pending =
             |change: &Change| catalog.relation(change.relation).is_some_and(|relation| relation.is_pending());
         if changes.iter().any(is_pending) {
-            catalog = self.catalog.retried().await?;
+            catalog = self.catalog.retry_pending().await?;
         }
-        if !self.hub.live.is_judged_with(&catalog) {
+        if !self.hub.live.has_catalog(&catalog) {
             // First, so that it is not left out where this is given up and tried again.
             self.gate.forget().await;
             self.observe.lacks(catalog.lacks());
-            self.hub.live.judge_with(&catalog, self.position.as_ref());
+            self.hub.live.set_catalog(&catalog, self.position.as_ref());
         }
         Ok(catalog)
     }

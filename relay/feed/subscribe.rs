@@ -105,7 +105,7 @@ impl Binder {
         let role = identity.claims().role();
         let mut catalog = self.catalog.with_role(role).await?;
         if requests.iter().any(|request| is_missed(&catalog, role, request)) {
-            catalog = self.catalog.reloaded().await?;
+            catalog = self.catalog.reload().await?;
         }
         let mut filters = Vec::with_capacity(requests.len());
         for request in requests {

@@ -55,7 +55,7 @@ struct State {
     mark: Option<i64>,
     checked: Option<Instant>,
     /// When what is pending was asked for last.
-    retried: Option<Instant>,
+    retry_pending: Option<Instant>,
 }
 
 /// What could not be read because of a lock is asked for again this often.
@@ -94,7 +94,7 @@ impl CatalogCache {
             widened: None,
             mark: None,
             checked: None,
-            retried: None,
+            retry_pending: None,
         };
         let scope = watch::Sender::default();
         Self { pool, filters, judge, state: Mutex::new(state), scope }
@@ -122,7 +122,7 @@ impl CatalogCache {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn look_again(&self) -> Result<(), Error> {
+    pub async fn refresh_if_stale(&self) -> Result<(), Error> {
         let mut state = self.state.lock().await;
         if state.checked.is_none_or(|checked| checked.elapsed() > FRESH) {
             self.refresh(&mut state).await?;
@@ -177,7 +177,7 @@ impl CatalogCache {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn reloaded(&self) -> Result<Arc<Catalog>, Error> {
+    pub async fn reload(&self) -> Result<Arc<Catalog>, Error> {
         let asked = Instant::now();
         let mut state = self.state.lock().await;
         if state.checked.is_none_or(|checked| checked < asked) {
@@ -190,9 +190,9 @@ impl CatalogCache {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn retried(&self) -> Result<Arc<Catalog>, Error> {
+    pub async fn retry_pending(&self) -> Result<Arc<Catalog>, Error> {
         let mut state = self.state.lock().await;
-        state.retried = None;
+        state.retry_pending = None;
         self.refresh(&mut state).await?;
         Ok(Arc::clone(&state.catalog))
     }
@@ -219,7 +219,7 @@ impl CatalogCache {
             let mut outdated = state.marks.outdated(&seen.marks);
             let pending = state.catalog.pending();
             let is_other = !outdated.is_nothing();
-            if !is_other && (pending == 0 || state.retried.is_some_and(|when| when.elapsed() < RETRY)) {
+            if !is_other && (pending == 0 || state.retry_pending.is_some_and(|when| when.elapsed() < RETRY)) {
                 break;
             }
             tries += 1;
@@ -236,7 +236,7 @@ impl CatalogCache {
             }
             if !outdated.everything {
                 outdated.relations.extend(state.catalog.pending_relations());
-                state.retried = Some(Instant::now());
+                state.retry_pending = Some(Instant::now());
             }
             let catalog = self.load(client, state, &outdated).await?;
             // What PostgreSQL writes as text (policies, rights) is of a later moment than what it reads: both count only where nothing

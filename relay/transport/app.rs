@@ -27,11 +27,11 @@ pub struct App {
     /// What is counted.
     pub observe: Arc<Observe>,
     /// Whether the feed goes on.
-    pub pulse: Arc<StallMonitor>,
+    pub stall_monitor: Arc<StallMonitor>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
     /// Who may connect.
-    pub admission: Arc<ConnectionLimits>,
+    pub connection_limits: Arc<ConnectionLimits>,
     /// What clients may ask for and hold.
     pub limits: Limits,
     /// What may wait for all of them together.
@@ -51,7 +51,7 @@ pub struct App {
 impl App {
     /// Why clients should not be sent here, if they should not.
     pub fn unready(&self) -> Option<&'static str> {
-        match (self.pulse.why_cut_off(), self.pulse.stalled()) {
+        match (self.stall_monitor.why_cut_off(), self.stall_monitor.stalled()) {
             (Some(why), _) => Some(why),
             (None, Some(StallCause::Changelog)) => Some("the changelog could not be read for too long"),
             (None, Some(StallCause::Judgement)) => Some("policies could not be judged for too long"),

@@ -36,7 +36,7 @@ struct Open {
 
 /// A connection that may stay; its place is free when this is dropped.
 pub struct ConnectionSlot {
-    admission: Arc<ConnectionLimits>,
+    connection_limits: Arc<ConnectionLimits>,
     address: IpAddr,
 }
 
@@ -85,7 +85,7 @@ impl ConnectionLimits {
             *count += 1;
         }
         open.all += 1;
-        Ok(ConnectionSlot { admission: Arc::clone(self), address })
+        Ok(ConnectionSlot { connection_limits: Arc::clone(self), address })
     }
 
     /// Says why, without waiting for the request.
@@ -118,7 +118,7 @@ fn place(address: IpAddr) -> IpAddr {
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        let mut open = self.admission.lock();
+        let mut open = self.connection_limits.lock();
         open.all -= 1;
         if let Some(count) = open.by_address.get_mut(&self.address) {
             *count -= 1;
@@ -135,8 +135,8 @@ mod tests {
 
     #[test]
     fn addresses_of_one_ipv6_network_count_together() {
-        let admission = Arc::new(ConnectionLimits::new(10, Some(1)));
-        let admit = |address: &str| admission.admit(address.parse().unwrap());
+        let connection_limits = Arc::new(ConnectionLimits::new(10, Some(1)));
+        let admit = |address: &str| connection_limits.admit(address.parse().unwrap());
         let first = admit("2001:db8:0:1::1").unwrap_or_else(|_| panic!("it is the first"));
         assert!(admit("2001:db8:0:1:ffff::2").is_err());
         let others = [admit("2001:db8:0:2::1"), admit("192.0.2.1"), admit("::ffff:192.0.2.2")];

@@ -42,11 +42,11 @@ const MOST_BODY: u64 = 64 * 1024;
 
 /// Serves one connection until it ends or becomes a session.
 pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
-    let place = match app.admission.admit(address) {
+    let place = match app.connection_limits.admit(address) {
         Ok(admitted) => Arc::new(admitted),
         Err(refused) => {
             app.observe.connection_refused(refused.why);
-            return app.admission.turn_away(stream, refused).await;
+            return app.connection_limits.turn_away(stream, refused).await;
         }
     };
     let (watched, watching) = watch::channel(None);

@@ -77,7 +77,7 @@ impl Ways {
 
     /// Looks at the catalog anew.
     pub async fn catalog(&self) -> Arc<Catalog> {
-        let catalog = self.keeper.reloaded().await.unwrap();
+        let catalog = self.keeper.reload().await.unwrap();
         self.gate.forget().await;
         catalog
     }
@@ -150,8 +150,8 @@ impl Ways {
         let subscription =
             |claims: &Value| Subscription::bind(identity(claims), catalog, &request, vec![Ok(None)]);
         let subscriptions: Vec<Subscription> = readers.iter().map(subscription).collect();
-        let mut readerships = SubscriberIndexes::default();
-        readerships.prepare(relation, subscriptions.iter().enumerate());
+        let mut subscriber_indexes = SubscriberIndexes::default();
+        subscriber_indexes.prepare(relation, subscriptions.iter().enumerate());
         let change = |image: &String| Change {
             number: 1,
             xid: 1,
@@ -167,14 +167,14 @@ impl Ways {
         };
         let changes: Vec<Change> = images.values().map(change).collect();
         let reader = |reader| Reader { subscription: &subscriptions[reader], session: 0 };
-        let judged = Box::pin(self.gate.verdicts(catalog, &changes, &readerships, reader));
+        let judged = Box::pin(self.gate.verdicts(catalog, &changes, &subscriber_indexes, reader));
         let verdicts = judged.await.unwrap();
         let ids: Vec<i64> = images.keys().copied().collect();
         let mut seen: Vec<Seen> =
             readers.iter().map(|_| ids.iter().map(|id| (*id, Some(false))).collect()).collect();
         for candidate in &verdicts.candidates {
             let Verdict::Visibility(sight) = verdicts.policy(candidate) else { panic!("lost") };
-            seen[candidate.audience].insert(ids[candidate.change], Some(sight.after));
+            seen[candidate.group].insert(ids[candidate.change], Some(sight.after));
         }
         (seen, Cost { candidates: verdicts.considered, statements: verdicts.statements })
     }

@@ -30,7 +30,7 @@ use crate::postgres::evaluate::set_based::{SetAnswer, SetEvaluator, SetQuery};
 /// Asks and remembers for the length of one part.
 pub struct Gate {
     judge: IdentityEvaluator,
-    census: SetEvaluator,
+    set_evaluator: SetEvaluator,
     /// For filters that are not decided here; without it these are lost.
     filters: Option<FilterEvaluator>,
     observe: Arc<Observe>,
@@ -58,7 +58,7 @@ pub struct Reader<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Candidate {
     /// Whom.
-    pub audience: GroupId,
+    pub group: GroupId,
     /// Which change of the part.
     pub change: usize,
     /// What the policy says of it; none for a change without images.
@@ -97,7 +97,7 @@ pub(super) struct PendingQuery<'a> {
     pub(super) images: Vec<String>,
     pub(super) answers: Vec<AnswerSlot>,
     /// Of a policy: the change about which it is asked first, and who is judged by the answer.
-    pub(super) group: Option<(usize, &'a SubscriberIndex, u64)>,
+    pub(super) cohort: Option<(usize, &'a SubscriberIndex, u64)>,
     pub(super) with_path: bool,
     /// Who chose it; nobody did when it is a policy.
     pub(super) clients: Vec<Client>,
@@ -120,17 +120,17 @@ impl Gate {
     /// Asks by these.
     pub fn new(
         judge: IdentityEvaluator,
-        census: SetEvaluator,
+        set_evaluator: SetEvaluator,
         filters: Option<FilterEvaluator>,
         observe: Arc<Observe>,
     ) -> Self {
-        Self { judge, census, filters, observe }
+        Self { judge, set_evaluator, filters, observe }
     }
 
     /// The rules are others now.
     pub async fn forget(&self) {
         self.judge.discard_plans().await;
-        self.census.forget().await;
+        self.set_evaluator.forget().await;
         if let Some(filters) = &self.filters {
             filters.forget().await;
         }
@@ -144,17 +144,17 @@ impl Gate {
         &self,
         catalog: &'a Catalog,
         changes: &'a [Change],
-        readerships: &'a SubscriberIndexes,
+        subscriber_indexes: &'a SubscriberIndexes,
         reader: impl Fn(GroupId) -> Reader<'a>,
     ) -> Result<Verdicts, Error> {
         let (places, images) = places(catalog, changes);
         let mut verdicts = Verdicts::default();
         let mut said: HashMap<u64, Vec<Vec<SetAnswer>>> = HashMap::new();
         for (relation, images) in &images {
-            for readership in readerships.of(*relation) {
-                let (answers, statements) = self.inquire(readership, images).await?;
+            for subscriber_index in subscriber_indexes.of(*relation) {
+                let (answers, statements) = self.inquire(subscriber_index, images).await?;
                 verdicts.statements += statements;
-                said.insert(readership.number(), answers);
+                said.insert(subscriber_index.number(), answers);
             }
         }
         let mut asked: Vec<PendingQuery<'a>> = Vec::new();
@@ -162,10 +162,10 @@ impl Gate {
             let mut finder =
                 Matcher { verdicts: &mut verdicts, asked: &mut asked, questions: HashMap::new() };
             for (index, change) in changes.iter().enumerate() {
-                for readership in readerships.of(change.relation) {
-                    let said = said.get(&readership.number()).map_or(&[][..], Vec::as_slice);
+                for subscriber_index in subscriber_indexes.of(change.relation) {
+                    let said = said.get(&subscriber_index.number()).map_or(&[][..], Vec::as_slice);
                     let place = places[index].as_ref();
-                    finder.find((index, change), place, readership, said, &reader);
+                    finder.find((index, change), place, subscriber_index, said, &reader);
                 }
             }
         });
@@ -184,25 +184,25 @@ impl Gate {
     /// What PostgreSQL tells once for all readers: for each leaf of the plan what it says of each image.
     async fn inquire(
         &self,
-        readership: &SubscriberIndex,
+        subscriber_index: &SubscriberIndex,
         images: &[&str],
     ) -> Result<(Vec<Vec<SetAnswer>>, usize), Error> {
-        let Some(access) = readership.access() else { return Ok((Vec::new(), 0)) };
+        let Some(access) = subscriber_index.access() else { return Ok((Vec::new(), 0)) };
         let mut answers = Vec::with_capacity(access.plan.leaves.len());
         let mut statements = 0;
         if access.plan.leaves.is_empty() {
             return Ok((answers, statements));
         }
-        let relation = readership.relation();
+        let relation = subscriber_index.relation();
         let narrowed = |image: &&str| match Row::parse(image) {
             Ok(row) => relation.narrowed(&row, |name| relation.policy_reads(access, name)),
             Err(_) => (*image).to_owned(),
         };
         let images: Vec<String> = images.iter().map(narrowed).collect();
         for leaf in access.plan.leaves.iter().enumerate() {
-            let (relation, role) = (&**readership.relation(), readership.role());
-            let inquiry = SetQuery { relation, role, leaf, roster: readership, images: &images };
-            let (said, asked) = self.census.ask(&inquiry).await?;
+            let (relation, role) = (&**subscriber_index.relation(), subscriber_index.role());
+            let inquiry = SetQuery { relation, role, leaf, roster: subscriber_index, images: &images };
+            let (said, asked) = self.set_evaluator.ask(&inquiry).await?;
             for truth in [Truth::TimedOut, Truth::Error] {
                 if said.contains(&SetAnswer::Nothing(truth)) {
                     let denied = if truth == Truth::TimedOut { Denied::TimedOut } else { Denied::Raised };
@@ -240,8 +240,10 @@ impl Gate {
             if let Some(denied) = answer.denied {
                 self.observe.judgement_failed(denied, &asked.relation.table);
             }
-            if let (Some(Denied::Claims), Some((change, readership, group))) = (answer.denied, asked.group) {
-                verdicts.raising.extend(readership.audiences(group).map(|audience| (audience, change)));
+            if let (Some(Denied::Claims), Some((change, subscriber_index, cohort))) =
+                (answer.denied, asked.cohort)
+            {
+                verdicts.raising.extend(subscriber_index.groups(cohort).map(|group| (group, change)));
             }
             let is_late = matches!(answer.denied, Some(Denied::TimedOut | Denied::Locked));
             for (number, (place, allowed)) in asked.answers.iter().zip(answer.allowed).enumerate() {

@@ -39,7 +39,7 @@ pub(super) enum Rule {
 struct EventMatch<'s> {
     said: &'s [Vec<SetAnswer>],
     slot: usize,
-    group: u64,
+    cohort: u64,
     /// The image lacks something that the policy reads.
     lacks: bool,
 }
@@ -56,7 +56,7 @@ impl Answers for EventMatch<'_> {
     fn reads(&self, leaf: usize) -> Truth {
         match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
             _ if self.lacks => Truth::Error,
-            Some(SetAnswer::Readers(readers)) => readers.binary_search(&self.group).is_ok().into(),
+            Some(SetAnswer::Readers(readers)) => readers.binary_search(&self.cohort).is_ok().into(),
             Some(SetAnswer::Nothing(truth)) => *truth,
             Some(SetAnswer::Fact(_)) | None => Truth::Undecided,
         }
@@ -67,7 +67,7 @@ impl Answers for EventMatch<'_> {
 struct MatchContext<'s, 'a> {
     index: usize,
     place: &'s ChangeImages<'a>,
-    readership: &'a SubscriberIndex,
+    subscriber_index: &'a SubscriberIndex,
     access: &'a Access,
     /// What the leaves of the policy said, leaf by leaf.
     said: &'s [Vec<SetAnswer>],
@@ -81,40 +81,40 @@ impl<'a> Matcher<'_, 'a> {
         &mut self,
         (index, change): (usize, &Change),
         place: Option<&ChangeImages<'a>>,
-        readership: &'a SubscriberIndex,
+        subscriber_index: &'a SubscriberIndex,
         said: &[Vec<SetAnswer>],
         reader: &impl Fn(GroupId) -> Reader<'a>,
     ) {
-        let Some(access) = readership.access() else { return };
-        let reads_policy = |column: &str| readership.relation().policy_reads(access, column);
+        let Some(access) = subscriber_index.access() else { return };
+        let reads_policy = |column: &str| subscriber_index.relation().policy_reads(access, column);
         let is_told = |place: &&ChangeImages<'_>| match &place.layout {
             ImageColumns::Other => false,
             ImageColumns::Partial(_) => !place.lacks(reads_policy),
             ImageColumns::Same | ImageColumns::Lacking(_) => true,
         };
-        let told = |audience| Candidate { audience, change: index, policy: None };
+        let told = |group| Candidate { group, change: index, policy: None };
         let Some(place) = place.filter(is_told) else {
             // Truncated, or altered under way: everybody has to hear of it.
             if change.operation != Operation::Schema {
-                self.verdicts.candidates.extend(readership.everybody().map(told));
+                self.verdicts.candidates.extend(subscriber_index.everybody().map(told));
             }
             return;
         };
         let lacks = place.lacks(reads_policy);
-        let scene = MatchContext { index, place, readership, access, said, lacks };
+        let scene = MatchContext { index, place, subscriber_index, access, said, lacks };
         let mut found = scene.concerned();
         if matches!(place.layout, ImageColumns::Partial(_)) {
             // Nor can a filter be told that reads what was added.
-            let cannot_tell = |audience: &GroupId| {
-                let mut bindings = reader(*audience).subscription.concerning(readership.relation());
+            let cannot_tell = |group: &GroupId| {
+                let mut bindings = reader(*group).subscription.concerning(subscriber_index.relation());
                 bindings.any(|binding| {
                     binding.filter.as_ref().is_some_and(|filter| {
                         place.lacks(|column| filter.columns().any(|read| read == column))
                     })
                 })
             };
-            let lost: Vec<GroupId> = readership.everybody().filter(cannot_tell).collect();
-            found.retain(|audience| !lost.contains(audience));
+            let lost: Vec<GroupId> = subscriber_index.everybody().filter(cannot_tell).collect();
+            found.retain(|group| !lost.contains(group));
             self.verdicts.candidates.extend(lost.into_iter().map(told));
         }
         found.sort_unstable();
@@ -123,57 +123,58 @@ impl<'a> Matcher<'_, 'a> {
         // Neighbours are of one group as a rule.
         let mut last: Option<(u64, usize)> = None;
         let mut known: HashMap<u64, usize> = HashMap::new();
-        for audience in found {
-            let Some(group) = readership.group_of(audience) else { continue };
+        for group in found {
+            let Some(cohort) = subscriber_index.cohort_of(group) else { continue };
             let policy = match last {
-                Some((same, policy)) if same == group => policy,
-                _ => *known.entry(group).or_insert_with(|| self.rule(&scene, group)),
+                Some((same, policy)) if same == cohort => policy,
+                _ => *known.entry(cohort).or_insert_with(|| self.rule(&scene, cohort)),
             };
-            last = Some((group, policy));
-            if readership.raises(group) {
-                self.verdicts.raising.push((audience, index));
+            last = Some((cohort, policy));
+            if subscriber_index.raises(cohort) {
+                self.verdicts.raising.push((group, index));
             }
             if self.verdicts.policies[policy].iter().all(|truth| is_no(*truth)) {
                 continue;
             }
-            let reader = reader(audience);
+            let reader = reader(group);
             let mut may_match = false;
-            for binding in reader.subscription.concerning(readership.relation()) {
+            for binding in reader.subscription.concerning(subscriber_index.relation()) {
                 may_match |= match &binding.filter {
                     None => true,
                     Some(filter) => {
-                        filter.is_usable(readership.relation(), access) && self.filter(&scene, filter, reader)
+                        filter.is_usable(subscriber_index.relation(), access)
+                            && self.filter(&scene, filter, reader)
                     }
                 };
             }
             if !may_match {
                 continue;
             }
-            self.verdicts.candidates.push(Candidate { audience, change: index, policy: Some(policy) });
+            self.verdicts.candidates.push(Candidate { group, change: index, policy: Some(policy) });
         }
     }
 
     /// What the policy says of a change to a group; gathers what has to be asked. Gives the number of the ruling.
-    fn rule(&mut self, scene: &MatchContext<'_, 'a>, group: u64) -> usize {
-        let &MatchContext { readership, access, said, lacks, .. } = scene;
+    fn rule(&mut self, scene: &MatchContext<'_, 'a>, cohort: u64) -> usize {
+        let &MatchContext { subscriber_index, access, said, lacks, .. } = scene;
         let number = self.verdicts.policies.len();
         let mut ruling = [Truth::False; 2];
         for (side, truth) in ruling.iter_mut().enumerate() {
             let Some((image, slot)) = scene.place.image(side) else { continue };
-            *truth = readership.truth(group, image, &EventMatch { said, slot, group, lacks });
+            *truth = subscriber_index.truth(cohort, image, &EventMatch { said, slot, cohort, lacks });
             if *truth != Truth::Undecided {
                 continue;
             }
-            let whom = readership.group(group).map(|group| &group.identity);
+            let whom = subscriber_index.cohort(cohort).map(|cohort| &cohort.identity);
             match (&access.judge, whom) {
                 (Some(statement), Some(identity)) if !lacks => {
-                    let rule = Rule::Policy(readership.number(), group);
+                    let rule = Rule::Policy(subscriber_index.number(), cohort);
                     let answer = AnswerSlot::Policy(number, side);
-                    let group = Some((scene.index, readership, group));
+                    let cohort = Some((scene.index, subscriber_index, cohort));
                     self.question(
                         rule,
-                        group,
-                        readership.relation(),
+                        cohort,
+                        subscriber_index.relation(),
                         identity,
                         statement,
                         (scene.relation().narrowed(image.row(), |name| scene.policy_reads(name)), answer),
@@ -208,7 +209,7 @@ impl<'a> Matcher<'_, 'a> {
             let Some((image, _)) = scene.place.image(side) else { continue };
             *truth = if lacks { Truth::Error } else { filter.truth(image) };
             if *truth == Truth::Undecided {
-                let (relation, answer) = (scene.readership.relation(), AnswerSlot::Filter(key, side));
+                let (relation, answer) = (scene.subscriber_index.relation(), AnswerSlot::Filter(key, side));
                 self.question(
                     rule,
                     None,
@@ -238,7 +239,7 @@ impl<'a> Matcher<'_, 'a> {
     fn question(
         &mut self,
         rule: Rule,
-        group: Option<(usize, &'a SubscriberIndex, u64)>,
+        cohort: Option<(usize, &'a SubscriberIndex, u64)>,
         relation: &'a Relation,
         identity: &'a Identity,
         statement: &'a Arc<str>,
@@ -255,7 +256,7 @@ impl<'a> Matcher<'_, 'a> {
                 relation,
                 images,
                 answers,
-                group,
+                cohort,
                 with_path,
                 clients,
             });
@@ -268,7 +269,7 @@ impl<'a> Matcher<'_, 'a> {
 
 impl<'a> MatchContext<'_, 'a> {
     fn relation(&self) -> &'a Relation {
-        self.readership.relation()
+        self.subscriber_index.relation()
     }
 
     fn policy_reads(&self, column: &str) -> bool {
@@ -279,14 +280,14 @@ impl<'a> MatchContext<'_, 'a> {
     fn concerned(&self) -> Vec<GroupId> {
         let mut found = Vec::new();
         for (image, slot) in (0..2).filter_map(|side| self.place.image(side)) {
-            self.readership.look_up(image, |audience| found.push(audience));
+            self.subscriber_index.look_up(image, |group| found.push(group));
             for said in self.said {
                 match said.get(slot) {
-                    Some(SetAnswer::Readers(groups)) => {
-                        found.extend(groups.iter().flat_map(|group| self.readership.named(*group)));
+                    Some(SetAnswer::Readers(cohorts)) => {
+                        found.extend(cohorts.iter().flat_map(|cohort| self.subscriber_index.named(*cohort)));
                     }
                     Some(SetAnswer::Nothing(Truth::TimedOut | Truth::Undecided)) => {
-                        found.extend(self.readership.all_named());
+                        found.extend(self.subscriber_index.all_named());
                     }
                     _ => {}
                 }

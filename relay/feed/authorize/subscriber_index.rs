@@ -28,7 +28,7 @@ pub struct SubscriberIndex {
     relation: Arc<Relation>,
     role: String,
     /// By numbers that grow and never come again.
-    groups: BTreeMap<u64, PolicyCohort>,
+    cohorts: BTreeMap<u64, PolicyCohort>,
     by_key: HashMap<Arc<CohortKey>, u64>,
     last: Option<u64>,
     seats: HashMap<GroupId, CohortEntry>,
@@ -56,7 +56,7 @@ struct CohortKey {
 }
 
 struct CohortEntry {
-    group: u64,
+    cohort: u64,
     anchors: IndexKeys,
 }
 
@@ -69,7 +69,7 @@ impl SubscriberIndex {
             id: NUMBERS.fetch_add(1, Ordering::Relaxed),
             relation: Arc::clone(relation),
             role: role.to_owned(),
-            groups: BTreeMap::new(),
+            cohorts: BTreeMap::new(),
             by_key: HashMap::new(),
             last: None,
             seats: HashMap::new(),
@@ -98,23 +98,23 @@ impl SubscriberIndex {
     }
 
     /// A group by its number.
-    pub fn group(&self, number: u64) -> Option<&PolicyCohort> {
-        self.groups.get(&number)
+    pub fn cohort(&self, number: u64) -> Option<&PolicyCohort> {
+        self.cohorts.get(&number)
     }
 
     /// Whether the claims of a group make the policy raise, as far as that is known without PostgreSQL.
-    pub fn raises(&self, group: u64) -> bool {
-        self.groups.get(&group).is_some_and(|group| group.raises)
+    pub fn raises(&self, cohort: u64) -> bool {
+        self.cohorts.get(&cohort).is_some_and(|cohort| cohort.raises)
     }
 
     /// The audiences of a group.
-    pub fn audiences(&self, group: u64) -> impl Iterator<Item = GroupId> {
-        self.groups.get(&group).into_iter().flat_map(|group| group.seats.iter().copied())
+    pub fn groups(&self, cohort: u64) -> impl Iterator<Item = GroupId> {
+        self.cohorts.get(&cohort).into_iter().flat_map(|cohort| cohort.seats.iter().copied())
     }
 
     /// The group of an audience.
-    pub fn group_of(&self, audience: GroupId) -> Option<u64> {
-        self.seats.get(&audience).map(|seat| seat.group)
+    pub fn cohort_of(&self, group: GroupId) -> Option<u64> {
+        self.seats.get(&group).map(|seat| seat.cohort)
     }
 
     /// All audiences.
@@ -124,12 +124,12 @@ impl SubscriberIndex {
 
     /// All audiences that stand under what PostgreSQL names.
     pub fn all_named(&self) -> impl Iterator<Item = GroupId> {
-        self.groups.values().flat_map(|group| group.named.iter().copied())
+        self.cohorts.values().flat_map(|cohort| cohort.named.iter().copied())
     }
 
     /// The audiences of a group that stand under what PostgreSQL names.
-    pub fn named(&self, group: u64) -> impl Iterator<Item = GroupId> {
-        self.groups.get(&group).into_iter().flat_map(|group| group.named.iter().copied())
+    pub fn named(&self, cohort: u64) -> impl Iterator<Item = GroupId> {
+        self.cohorts.get(&cohort).into_iter().flat_map(|cohort| cohort.named.iter().copied())
     }
 
     /// Calls `found` for each audience that the image may concern by its values, some more than once.
@@ -138,13 +138,15 @@ impl SubscriberIndex {
     }
 
     /// What the policy says of an image to a group.
-    pub fn truth(&self, group: u64, image: &Image<'_>, answers: &dyn Answers) -> Truth {
-        match (self.groups.get(&group), self.access()) {
-            (Some(group), _) if group.raises => Truth::Error,
-            (Some(group), Some(access)) => {
-                let truth = access.plan.predicate.truth(image, &group.key.terms, answers, true);
+    pub fn truth(&self, cohort: u64, image: &Image<'_>, answers: &dyn Answers) -> Truth {
+        match (self.cohorts.get(&cohort), self.access()) {
+            (Some(cohort), _) if cohort.raises => Truth::Error,
+            (Some(cohort), Some(access)) => {
+                let truth = access.plan.predicate.truth(image, &cohort.key.terms, answers, true);
                 match truth {
-                    Truth::True | Truth::Error if access.plan.is_probed(&group.key.terms) => Truth::Undecided,
+                    Truth::True | Truth::Error if access.plan.is_probed(&cohort.key.terms) => {
+                        Truth::Undecided
+                    }
                     truth => truth,
                 }
             }
@@ -152,31 +154,31 @@ impl SubscriberIndex {
         }
     }
 
-    fn seat(&mut self, audience: GroupId, subscription: &Subscription) {
+    fn seat(&mut self, group: GroupId, subscription: &Subscription) {
         let relation = Arc::clone(&self.relation);
         let Some(access) = relation.access(&self.role) else { return };
-        self.unseat(audience);
+        self.unseat(group);
         let number = self.grouped(&access.plan, subscription.identity());
-        let Some(group) = self.groups.get_mut(&number) else { return };
-        let anchors = match group.raises {
+        let Some(cohort) = self.cohorts.get_mut(&number) else { return };
+        let anchors = match cohort.raises {
             true => IndexKeys::Any,
-            false => access.plan.predicate.anchors(&group.key.terms),
+            false => access.plan.predicate.anchors(&cohort.key.terms),
         };
         let anchors = anchors.and(wanted(subscription, &relation, access));
-        group.seats.insert(audience);
+        cohort.seats.insert(group);
         match &anchors {
-            IndexKeys::Any => self.index.insert(None, audience),
+            IndexKeys::Any => self.index.insert(None, group),
             IndexKeys::OneOf(anchors) => {
                 for anchor in anchors {
                     if anchor.named {
-                        group.named.insert(audience);
+                        cohort.named.insert(group);
                     } else {
-                        self.index.insert(Some(anchor), audience);
+                        self.index.insert(Some(anchor), group);
                     }
                 }
             }
         }
-        self.seats.insert(audience, CohortEntry { group: number, anchors });
+        self.seats.insert(group, CohortEntry { cohort: number, anchors });
     }
 
     /// The group of an identity.
@@ -192,7 +194,7 @@ impl SubscriberIndex {
         let key = Arc::new(key);
         self.by_key.insert(Arc::clone(&key), number);
         let identity = identity.clone();
-        self.groups.insert(
+        self.cohorts.insert(
             number,
             PolicyCohort { identity, key, raises, seats: BTreeSet::new(), named: BTreeSet::new() },
         );
@@ -200,22 +202,22 @@ impl SubscriberIndex {
         number
     }
 
-    fn unseat(&mut self, audience: GroupId) {
-        let Some(seat) = self.seats.remove(&audience) else { return };
+    fn unseat(&mut self, group: GroupId) {
+        let Some(seat) = self.seats.remove(&group) else { return };
         match &seat.anchors {
-            IndexKeys::Any => self.index.remove(None, audience),
+            IndexKeys::Any => self.index.remove(None, group),
             IndexKeys::OneOf(anchors) => {
                 anchors.iter().filter(|anchor| !anchor.named).for_each(|anchor: &IndexKey| {
-                    self.index.remove(Some(anchor), audience);
+                    self.index.remove(Some(anchor), group);
                 });
             }
         }
-        if let Some(group) = self.groups.get_mut(&seat.group) {
-            group.seats.remove(&audience);
-            group.named.remove(&audience);
-            if group.seats.is_empty() {
-                self.by_key.remove(&group.key);
-                self.groups.remove(&seat.group);
+        if let Some(cohort) = self.cohorts.get_mut(&seat.cohort) {
+            cohort.seats.remove(&group);
+            cohort.named.remove(&group);
+            if cohort.seats.is_empty() {
+                self.by_key.remove(&cohort.key);
+                self.cohorts.remove(&seat.cohort);
             }
         }
     }
@@ -241,21 +243,21 @@ impl SubscriberSet for SubscriberIndex {
     }
 
     fn count(&self) -> usize {
-        self.groups.len()
+        self.cohorts.len()
     }
 
     fn after(&self, number: Option<u64>, terms: &[(usize, Kind)]) -> Vec<(u64, Vec<Arc<str>>)> {
         let from = number.map_or(Bound::Unbounded, Bound::Excluded);
-        let texts = |group: &PolicyCohort| {
-            let text = |(term, _): &(usize, Kind)| match group.key.terms.get(*term) {
+        let texts = |cohort: &PolicyCohort| {
+            let text = |(term, _): &(usize, Kind)| match cohort.key.terms.get(*term) {
                 Some(ClaimValue::One(datum)) if datum.is_short() => Some(datum.to_text()),
                 _ => None,
             };
             terms.iter().map(text).collect::<Option<Vec<_>>>()
         };
-        self.groups
+        self.cohorts
             .range((from, Bound::Unbounded))
-            .filter_map(|(number, group)| Some((*number, texts(group)?)))
+            .filter_map(|(number, cohort)| Some((*number, texts(cohort)?)))
             .collect()
     }
 
@@ -278,37 +280,37 @@ impl SubscriberIndexes {
     pub fn prepare<'a>(
         &mut self,
         relation: &Arc<Relation>,
-        audiences: impl Iterator<Item = (GroupId, &'a Subscription)>,
+        groups: impl Iterator<Item = (GroupId, &'a Subscription)>,
     ) {
         if self.0.contains_key(&relation.id()) {
             return;
         }
-        let mut readerships = Vec::new();
-        for (audience, subscription) in audiences {
-            take_seat(&mut readerships, relation, audience, subscription);
+        let mut subscriber_indexes = Vec::new();
+        for (group, subscription) in groups {
+            take_seat(&mut subscriber_indexes, relation, group, subscription);
         }
-        self.0.insert(relation.id(), readerships);
+        self.0.insert(relation.id(), subscriber_indexes);
     }
 
     /// An audience came, or has another subscription.
     pub fn join(
         &mut self,
-        audience: GroupId,
+        group: GroupId,
         subscription: &Subscription,
         relation: impl Fn(RelationId) -> Option<Arc<Relation>>,
     ) {
-        for (id, readerships) in &mut self.0 {
+        for (id, subscriber_indexes) in &mut self.0 {
             if let Some(relation) = relation(*id) {
-                take_seat(readerships, &relation, audience, subscription);
+                take_seat(subscriber_indexes, &relation, group, subscription);
             }
         }
     }
 
     /// An audience went. A readership that nobody is left of stays: PostgreSQL may keep a table for it.
-    pub fn leave(&mut self, audience: GroupId) {
-        for readerships in self.0.values_mut() {
-            for readership in readerships.iter_mut() {
-                readership.unseat(audience);
+    pub fn leave(&mut self, group: GroupId) {
+        for subscriber_indexes in self.0.values_mut() {
+            for subscriber_index in subscriber_indexes.iter_mut() {
+                subscriber_index.unseat(group);
             }
         }
     }
@@ -320,25 +322,25 @@ impl SubscriberIndexes {
 }
 
 fn take_seat(
-    readerships: &mut Vec<SubscriberIndex>,
+    subscriber_indexes: &mut Vec<SubscriberIndex>,
     relation: &Arc<Relation>,
-    audience: GroupId,
+    group: GroupId,
     subscription: &Subscription,
 ) {
     if subscription.concerning(relation).next().is_none() {
         return;
     }
     let role = subscription.identity().claims().role();
-    let known = readerships.iter().position(|readership| readership.role == role);
+    let known = subscriber_indexes.iter().position(|subscriber_index| subscriber_index.role == role);
     let at = match known {
         Some(at) => at,
         None => match SubscriberIndex::new(relation, role) {
-            Some(readership) => {
-                readerships.push(readership);
-                readerships.len() - 1
+            Some(subscriber_index) => {
+                subscriber_indexes.push(subscriber_index);
+                subscriber_indexes.len() - 1
             }
             None => return,
         },
     };
-    readerships[at].seat(audience, subscription);
+    subscriber_indexes[at].seat(group, subscription);
 }

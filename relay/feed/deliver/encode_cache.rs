@@ -85,7 +85,7 @@ impl<'a> EncodeCache<'a> {
     /// When there is none.
     pub fn frame(
         &mut self,
-        dress: &'a Codec,
+        codec: &'a Codec,
         ids: &[u32],
         change: &Change,
         (role, view, base): (&'a str, View<'a>, Option<&'a Snapshot>),
@@ -95,15 +95,15 @@ impl<'a> EncodeCache<'a> {
         let base = base.filter(|_| view.exact);
         let key = (role, view.select, view.meaning, view.exact, view.is_last, base);
         if let Some((last_dress, last_ids, last, frame)) = &self.last
-            && (*last_dress, &last_ids[..], *last) == (dress, ids, key)
+            && (*last_dress, &last_ids[..], *last) == (codec, ids, key)
         {
             return Ok(frame.clone());
         }
         let payload = self.payload(key, change, view, budget, kept)?;
         let operation = view.meaning.operation().word();
-        let (head, tail) = dress.around(ids, operation, if view.exact { self.cursor(base) } else { "" });
+        let (head, tail) = codec.around(ids, operation, if view.exact { self.cursor(base) } else { "" });
         let frame = Frame::around(head, payload, tail, budget);
-        self.last = Some((dress, ids.to_vec(), key, frame.clone()));
+        self.last = Some((codec, ids.to_vec(), key, frame.clone()));
         Ok(frame)
     }
 

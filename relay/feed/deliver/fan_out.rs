@@ -22,54 +22,53 @@ use crate::postgres::connect::pool::Error;
 pub async fn tell<'a>(
     gate: &Gate,
     catalog: &'a Catalog,
-    stretch: &'a Batch,
-    readerships: &'a SubscriberIndexes,
-    audience: impl Fn(GroupId) -> &'a SubscriberGroup,
+    batch: &'a Batch,
+    subscriber_indexes: &'a SubscriberIndexes,
+    group: impl Fn(GroupId) -> &'a SubscriberGroup,
     part: Unit,
 ) -> Result<usize, Error> {
-    let here = stretch.end().map(Arc::new);
-    let changes = &*shape::read(catalog, &stretch.changes);
-    let verdicts = gate.verdicts(catalog, changes, readerships, |id| audience(id).reader()).await?;
+    let here = batch.end().map(Arc::new);
+    let changes = &*shape::read(catalog, &batch.changes);
+    let verdicts = gate.verdicts(catalog, changes, subscriber_indexes, |id| group(id).reader()).await?;
     for (id, change) in &verdicts.raising {
         if let Some(relation) = catalog.relation(changes[*change].relation) {
-            audience(*id).tell_raising(relation);
+            group(*id).send_policy_error(relation);
         }
     }
     let now = now();
     let last = changes.len().saturating_sub(1);
-    let is_last = |index: usize| index == last && !stretch.more;
+    let is_last = |index: usize| index == last && !batch.more;
     let written =
-        |(index, change): (usize, &Change)| EncodeCache::new(&stretch.span, change.number, is_last(index));
+        |(index, change): (usize, &Change)| EncodeCache::new(&batch.span, change.number, is_last(index));
     let widenings: Vec<&Widening> =
-        catalog.widenings().iter().filter(|widening| widening.is_after(&stretch.span.seen)).collect();
+        catalog.widenings().iter().filter(|widening| widening.is_after(&batch.span.seen)).collect();
     let mut written: Vec<EncodeCache<'_>> = changes.iter().enumerate().map(written).collect();
     let mut desk = FrameBuffer::default();
     let mut frames = 0;
     // Audience by audience, not change by change: what a stretch holds for a client reaches it in one piece.
     for candidates in by_audience(&verdicts.candidates) {
         let Some(first) = candidates.first() else { continue };
-        let audience = audience(first.audience);
-        if audience.subscription().identity().claims().expires_at() <= now {
-            audience.members().misses(BETWEEN);
+        let group = group(first.group);
+        if group.subscription().identity().claims().expires_at() <= now {
+            group.members().misses(BETWEEN);
             continue;
         }
-        if here.as_ref().is_some_and(|here| audience.has_reached(here)) {
+        if here.as_ref().is_some_and(|here| group.has_reached(here)) {
             continue;
         }
-        if audience.is_over() {
+        if group.is_over() {
             continue;
         }
         let is_older = |change: &Change| {
-            widenings.iter().any(|widening| widening.concerns(change) && audience.stood_before(widening))
+            widenings.iter().any(|widening| widening.concerns(change) && group.stood_before(widening))
         };
         let mut lasts = HashSet::new();
-        if audience.key().dress.tells_cursor() {
-            lasts = last_changes(stretch, catalog, audience, &candidates, |candidate| {
+        if group.key().codec.tells_cursor() {
+            lasts = last_changes(batch, catalog, group, &candidates, |candidate| {
                 let change = &changes[candidate.change];
                 let relation = catalog.relation(change.relation);
                 let change = (change, is_older(change));
-                relation
-                    .is_some_and(|relation| audience.gets(candidate, change, relation, &verdicts, &mut desk))
+                relation.is_some_and(|relation| group.gets(candidate, change, relation, &verdicts, &mut desk))
             });
         }
         for candidate in &candidates {
@@ -78,7 +77,7 @@ pub async fn tell<'a>(
             if let Some(relation) = catalog.relation(change.relation)
                 && !is_repeated_truncate(changes, index)
             {
-                audience.write(
+                group.write(
                     candidate,
                     (change, is_older(change), lasts.contains(&index)),
                     relation,
@@ -88,7 +87,7 @@ pub async fn tell<'a>(
                 );
             }
         }
-        frames += audience.send(part, &mut desk, here.as_ref());
+        frames += group.send(part, &mut desk, here.as_ref());
         desk.clear();
     }
     Ok(frames)
@@ -106,16 +105,16 @@ pub fn now() -> u64 {
 pub async fn tell_one(
     gate: &Gate,
     catalog: &Catalog,
-    stretch: &Batch,
-    audience: &SubscriberGroup,
+    batch: &Batch,
+    group: &SubscriberGroup,
 ) -> Result<usize, Error> {
-    let mut readerships = SubscriberIndexes::default();
-    for change in &stretch.changes {
+    let mut subscriber_indexes = SubscriberIndexes::default();
+    for change in &batch.changes {
         if let Some(relation) = catalog.relation(change.relation) {
-            readerships.prepare(relation, std::iter::once((0, audience.subscription())));
+            subscriber_indexes.prepare(relation, std::iter::once((0, group.subscription())));
         }
     }
-    tell(gate, catalog, stretch, &readerships, |_| audience, Unit::PAST).await
+    tell(gate, catalog, batch, &subscriber_indexes, |_| group, Unit::PAST).await
 }
 
 /// The candidates of each audience, in order of the changes.
@@ -123,7 +122,7 @@ fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
     let mut places: HashMap<GroupId, usize> = HashMap::new();
     let mut groups: Vec<Vec<Candidate>> = Vec::new();
     for candidate in candidates {
-        let place = *places.entry(candidate.audience).or_insert_with(|| {
+        let place = *places.entry(candidate.group).or_insert_with(|| {
             groups.push(Vec::new());
             groups.len() - 1
         });
@@ -143,14 +142,14 @@ fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
 fn last_changes(
     batch: &Batch,
     catalog: &Catalog,
-    audience: &SubscriberGroup,
+    group: &SubscriberGroup,
     candidates: &[Candidate],
     mut gets: impl FnMut(&Candidate) -> bool,
 ) -> HashSet<usize> {
     let mut passed: HashSet<u64> = batch
         .unfinished
         .iter()
-        .filter(|(_, relations)| audience.concerns(catalog, relations))
+        .filter(|(_, relations)| group.concerns(catalog, relations))
         .map(|(xid, _)| *xid)
         .collect();
     let mut lasts = HashSet::new();

@@ -23,7 +23,7 @@ use crate::model::subscription::error::raising;
 /// A channel's place among the audiences.
 pub struct Subscriber {
     /// How its frames are written.
-    pub dress: Codec,
+    pub codec: Codec,
     /// What it receives.
     pub subscription: Subscription,
     /// What it has already, when that is more than what was delivered to the others.
@@ -38,7 +38,7 @@ pub struct Subscriber {
 #[derive(PartialEq, Eq, Hash)]
 pub struct GroupKey {
     /// How frames are written.
-    pub dress: Codec,
+    pub codec: Codec,
     /// What is received.
     pub subscription: Subscription,
     /// What its channels have already, when that is more than what was delivered to the others.
@@ -127,9 +127,9 @@ impl SubscriberGroup {
     /// The same channels, told on their own from this position on.
     pub fn beginning_at(&self, position: Cursor) -> Self {
         let Self { subscription, members, .. } = self.clone();
-        let (dress, since) = (self.key.dress.clone(), Some(position.clone()));
+        let (codec, since) = (self.key.codec.clone(), Some(position.clone()));
         members.begin_at(Arc::new(position));
-        let key = Arc::new(GroupKey { dress, subscription: subscription.clone(), since });
+        let key = Arc::new(GroupKey { codec, subscription: subscription.clone(), since });
         Self { key, subscription, members }
     }
 
@@ -138,8 +138,8 @@ impl SubscriberGroup {
         let Self { key, subscription, members } = self;
         let missed = members.missed();
         members.take().into_iter().map(move |(channel, outbox)| {
-            let (dress, since, subscription) = (key.dress.clone(), since.clone(), subscription.clone());
-            (channel, Subscriber { dress, subscription, since, outbox, missed })
+            let (codec, since, subscription) = (key.codec.clone(), since.clone(), subscription.clone());
+            (channel, Subscriber { codec, subscription, since, outbox, missed })
         })
     }
 
@@ -176,16 +176,16 @@ impl SubscriberGroup {
     /// hear of before.
     ///
     /// `here` is up to where everything was delivered to all.
-    pub fn follow_the_rules(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
+    pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
-            self.tell_gap(ALTERED, &self.reached(here));
+            self.send_gap(ALTERED, &self.reached(here));
             self.members.misses(ALTERED);
             self.members.each(|channel, outbox| outbox.rebind(channel));
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
-            self.tell_gap(ALTERED, &self.reached(here));
+            self.send_gap(ALTERED, &self.reached(here));
         }
         for lack in self.subscription.lacks(before, catalog) {
-            self.tell_gap(&lack, &self.reached(here));
+            self.send_gap(&lack, &self.reached(here));
         }
         if self.subscription.may_be_lifted(catalog) {
             self.members.misses(ALTERED);
@@ -252,7 +252,7 @@ impl SubscriberGroup {
             desk.budget = self.members.budget();
         }
         let role = self.subscription.identity().claims().role();
-        let exact = self.key.dress.tells_cursor();
+        let exact = self.key.codec.tells_cursor();
         let mut groups = desk.wanted.chunk_by(|one, other| kind(one) == kind(other)).peekable();
         while let Some(group) = groups.next() {
             let select = group[0].0;
@@ -263,9 +263,9 @@ impl SubscriberGroup {
             desk.ids.extend(group.iter().map(|(_, _, id)| *id));
             let is_last = exact && is_last && groups.peek().is_none();
             let view = View { relation, access, select, meaning, exact, is_last };
-            let dress = &self.key.dress;
+            let codec = &self.key.codec;
             let Some(budget) = &desk.budget else { return };
-            match written.frame(dress, &desk.ids, change, (role, view, base), budget, &mut desk.kept) {
+            match written.frame(codec, &desk.ids, change, (role, view, base), budget, &mut desk.kept) {
                 Ok(frame) => desk.frames.push(frame),
                 Err(Unwritten::Unreadable) => {}
                 Err(Unwritten::NoRoom) => desk.has_no_room = true,
@@ -347,32 +347,32 @@ impl SubscriberGroup {
     }
 
     /// Tells all members that changes are missing before the cursor.
-    pub fn tell_gap(&self, why: &str, cursor: &str) {
-        let gap = Bytes::from(self.key.dress.gap(why, cursor));
+    pub fn send_gap(&self, why: &str, cursor: &str) {
+        let gap = Bytes::from(self.key.codec.gap(why, cursor));
         self.members.each(|_, outbox| outbox.push(gap.clone()));
     }
 
     /// The claims of all members make the policy of the relation raise, so that it shows them nothing: says so, once.
-    pub fn tell_raising(&self, relation: &Relation) {
+    pub fn send_policy_error(&self, relation: &Relation) {
         let (schema, table) = (&relation.schema, &relation.table);
         self.members.each_once(relation.id(), |outbox| {
             tracing::info!(
                 relation.name = table,
                 "a policy raises an error for the claims of a reader: nothing is shown"
             );
-            outbox.push(self.key.dress.gap(&raising(schema, table), ""));
+            outbox.push(self.key.codec.gap(&raising(schema, table), ""));
         });
     }
 
     /// Tells all members that nothing comes for now, or that it goes on.
-    pub fn tell_stall(&self, stalls: bool) {
-        if let Some(frame) = self.key.dress.stall(stalls).map(Bytes::from) {
+    pub fn send_stall(&self, stalls: bool) {
+        if let Some(frame) = self.key.codec.stall(stalls).map(Bytes::from) {
             self.members.each(|_, outbox| outbox.push(frame.clone()));
         }
     }
 
     fn gap(&self, why: &str, cursor: &str) -> Option<Frame> {
-        Some(Frame::whole(self.key.dress.gap(why, cursor), &self.members.budget()?))
+        Some(Frame::whole(self.key.codec.gap(why, cursor), &self.members.budget()?))
     }
 }
 

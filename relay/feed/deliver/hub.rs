@@ -39,7 +39,7 @@ enum ChannelState {
 
 /// A replay, as seen from here.
 struct Listed {
-    audiences: Slab<SubscriberGroup>,
+    groups: Slab<SubscriberGroup>,
     newcomers: Arc<Newcomers>,
 }
 
@@ -63,7 +63,7 @@ pub struct Replayed {
     /// Its number.
     pub number: u64,
     /// Who is told.
-    pub audiences: Vec<SubscriberGroup>,
+    pub groups: Vec<SubscriberGroup>,
     /// Who comes later.
     pub newcomers: Arc<Newcomers>,
 }
@@ -73,7 +73,7 @@ impl Hub {
     /// past it goes on there, with what is given here.
     pub fn join(&mut self, channel: ChannelId, registration: Subscriber, greeting: Vec<Bytes>) {
         let place = self.channels.get(&channel).copied();
-        let missed = place.and_then(|place| self.audience(place).members().missed());
+        let missed = place.and_then(|place| self.group(place).members().missed());
         let replay = match place {
             Some(ChannelState::Replay(number, _)) => {
                 Some((number, Arc::clone(&self.replays[&number].newcomers)))
@@ -87,7 +87,7 @@ impl Hub {
             registration.outbox.push(frame);
         }
         if let Some(why) = missed {
-            registration.outbox.push(registration.dress.gap(why, ""));
+            registration.outbox.push(registration.codec.gap(why, ""));
         }
         match (replay.as_ref(), newcomers.as_mut(), at) {
             (Some((number, _)), Some(newcomers), Some(at)) => {
@@ -123,7 +123,7 @@ impl Hub {
     /// Up to where this channel was told everything when `here` is what was delivered to all.
     pub fn position(&self, channel: ChannelId, here: &Cursor) -> Cursor {
         match self.channels.get(&channel) {
-            Some(place) => self.audience(*place).position(here),
+            Some(place) => self.group(*place).position(here),
             None => here.clone(),
         }
     }
@@ -135,7 +135,7 @@ impl Hub {
 
     /// How many channels, and how many audiences.
     pub fn count(&self) -> (usize, usize) {
-        let replayed: usize = self.replays.values().map(|listed| listed.audiences.len()).sum();
+        let replayed: usize = self.replays.values().map(|listed| listed.groups.len()).sum();
         (self.channels.len(), self.live.len() + replayed)
     }
 
@@ -145,8 +145,8 @@ impl Hub {
         let is_behind = |since: &Cursor| here.is_none_or(|here| here.is_at_or_after(since));
         let met = |number: &GroupId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
         for number in self.ahead.iter().copied().filter(met).collect::<Vec<_>>() {
-            let audience = self.discard(number);
-            self.make_live(audience, None);
+            let group = self.discard(number);
+            self.make_live(group, None);
         }
     }
 
@@ -155,30 +155,30 @@ impl Hub {
     pub fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor) -> Option<Replayed> {
         let catalog = Arc::clone(self.live.rules()?);
         let relations: Vec<_> = relations.iter().filter_map(|id| catalog.relation(*id)).collect();
-        let is_concerned = |audience: &SubscriberGroup| {
-            let concerns = |relation| audience.subscription().concerning(relation).next().is_some();
+        let is_concerned = |group: &SubscriberGroup| {
+            let concerns = |relation| group.subscription().concerning(relation).next().is_some();
             relations.iter().any(|relation| concerns(relation))
         };
-        let concerned = self.live.iter().filter(|(_, audience)| is_concerned(audience));
+        let concerned = self.live.iter().filter(|(_, group)| is_concerned(group));
         let concerned: Vec<GroupId> = concerned.map(|(number, _)| number).collect();
         if concerned.is_empty() {
             return None;
         }
         self.last_replay += 1;
         let number = self.last_replay;
-        let mut listed = Listed { audiences: Slab::new(), newcomers: Arc::default() };
+        let mut listed = Listed { groups: Slab::new(), newcomers: Arc::default() };
         for live in concerned {
-            let audience = self.discard(live);
-            let audience = audience.beginning_at(audience.position(at));
-            let place = listed.audiences.insert(audience.clone());
-            audience.members().each(|channel, _| {
+            let group = self.discard(live);
+            let group = group.beginning_at(group.position(at));
+            let place = listed.groups.insert(group.clone());
+            group.members().each(|channel, _| {
                 self.channels.insert(channel, ChannelState::Replay(number, place));
             });
         }
-        let audiences = listed.audiences.iter().map(|(_, audience)| audience.clone()).collect();
+        let groups = listed.groups.iter().map(|(_, group)| group.clone()).collect();
         let newcomers = Arc::clone(&listed.newcomers);
         self.replays.insert(number, listed);
-        Some(Replayed { number, audiences, newcomers })
+        Some(Replayed { number, groups, newcomers })
     }
 
     /// Those of a replay have come to `at`, where they lack nothing of what was delivered to all, which is `here`: from now
@@ -195,45 +195,45 @@ impl Hub {
         if at.is_some() && !listed.newcomers.lock().is_empty() {
             return false;
         }
-        let audiences = self.replays.remove(&replay).map(|listed| listed.audiences);
-        for (_, audience) in audiences.into_iter().flatten() {
-            let position = at.map(|at| at.and(&audience.position(at)));
+        let groups = self.replays.remove(&replay).map(|listed| listed.groups);
+        for (_, group) in groups.into_iter().flatten() {
+            let position = at.map(|at| at.and(&group.position(at)));
             if let Some(catalog) = self.live.rules() {
-                audience.follow_the_rules(rules, catalog, position.as_ref());
+                group.apply_catalog(rules, catalog, position.as_ref());
             }
             let is_behind = |position: &Cursor| here.is_some_and(|here| here.is_at_or_after(position));
-            self.make_live(audience, position.filter(|position| !is_behind(position)));
+            self.make_live(group, position.filter(|position| !is_behind(position)));
         }
         true
     }
 
     /// Calls `with` for each audience of a replay.
     pub fn each_of(&self, replay: u64, with: impl FnMut(&SubscriberGroup)) {
-        let audiences = self.replays.get(&replay).map(|listed| &listed.audiences);
-        audiences.into_iter().flatten().map(|(_, audience)| audience).for_each(with);
+        let groups = self.replays.get(&replay).map(|listed| &listed.groups);
+        groups.into_iter().flatten().map(|(_, group)| group).for_each(with);
     }
 
-    fn audience(&self, place: ChannelState) -> &SubscriberGroup {
+    fn group(&self, place: ChannelState) -> &SubscriberGroup {
         match place {
             ChannelState::Live(number) => self.live.get(number),
-            ChannelState::Replay(number, place) => &self.replays[&number].audiences[place],
+            ChannelState::Replay(number, place) => &self.replays[&number].groups[place],
         }
     }
 
     /// Its channels are told what comes and they do not have.
-    fn make_live(&mut self, audience: SubscriberGroup, since: Option<Cursor>) {
-        for (channel, registration) in audience.into_registrations(since) {
+    fn make_live(&mut self, group: SubscriberGroup, since: Option<Cursor>) {
+        for (channel, registration) in group.into_registrations(since) {
             self.take_in(channel, registration);
         }
     }
 
     fn take_in(&mut self, channel: ChannelId, registration: Subscriber) {
-        let Subscriber { dress, subscription, since, outbox, missed } = registration;
+        let Subscriber { codec, subscription, since, outbox, missed } = registration;
         let is_ahead = since.is_some();
-        let key = GroupKey { dress, subscription: subscription.clone(), since };
+        let key = GroupKey { codec, subscription: subscription.clone(), since };
         let number = match self.by_key.get(&key) {
             Some(known) => {
-                self.live.change(*known, |audience| audience.add(channel, outbox, subscription));
+                self.live.change(*known, |group| group.add(channel, outbox, subscription));
                 *known
             }
             None => {
@@ -260,30 +260,30 @@ impl Hub {
         registration: Subscriber,
         at: &Arc<Cursor>,
     ) -> SubscriberGroup {
-        let Subscriber { dress, subscription, outbox, missed, .. } = registration;
-        let key = GroupKey { dress, subscription, since: None };
-        let audience = SubscriberGroup::new(Arc::new(key), channel, outbox).beginning_at(Cursor::clone(at));
+        let Subscriber { codec, subscription, outbox, missed, .. } = registration;
+        let key = GroupKey { codec, subscription, since: None };
+        let group = SubscriberGroup::new(Arc::new(key), channel, outbox).beginning_at(Cursor::clone(at));
         if let Some(why) = missed {
-            audience.members().misses(why);
+            group.members().misses(why);
         }
         if let Some(listed) = self.replays.get_mut(&replay) {
-            let place = listed.audiences.insert(audience.clone());
+            let place = listed.groups.insert(group.clone());
             self.channels.insert(channel, ChannelState::Replay(replay, place));
         }
-        audience
+        group
     }
 
     /// Takes a channel out, and says where it was if it was told the past.
     fn remove(&mut self, channel: ChannelId) -> Option<Arc<Cursor>> {
         let place = self.channels.remove(&channel)?;
-        let members = self.audience(place).members();
+        let members = self.group(place).members();
         let (at, is_empty) = (members.remove(channel), members.is_empty());
         match place {
             _ if !is_empty => {}
             ChannelState::Live(number) => _ = self.discard(number),
             ChannelState::Replay(number, place) => {
                 if let Some(listed) = self.replays.get_mut(&number) {
-                    listed.audiences.remove(place);
+                    listed.groups.remove(place);
                 }
             }
         }
@@ -291,9 +291,9 @@ impl Hub {
     }
 
     fn discard(&mut self, number: GroupId) -> SubscriberGroup {
-        let audience = self.live.remove(number);
-        self.by_key.remove(audience.key());
+        let group = self.live.remove(number);
+        self.by_key.remove(group.key());
         self.ahead.remove(&number);
-        audience
+        group
     }
 }

@@ -128,15 +128,15 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::feed::read::batch::tests::stretch;
+    use crate::feed::read::batch::tests::batch;
 
     #[tokio::test]
     async fn what_waits_too_long_is_left_to_the_changelog_and_what_comes_after_it_is_there() {
         let backlog = Backlog::default();
         assert!(backlog.listen().is_none());
-        let here = stretch(1, 100).end();
+        let here = batch(1, 100).end();
         for number in 0..20 {
-            backlog.add(FeedItem::Changes(stretch(number, 1 << 20)), here.as_ref());
+            backlog.add(FeedItem::Changes(batch(number, 1 << 20)), here.as_ref());
         }
         let mut told = Vec::new();
         while let Some(part) = backlog.take() {
@@ -149,14 +149,14 @@ mod tests {
     async fn a_router_without_channels_is_not_woken_and_learns_where_the_feed_is_before_its_first_channel() {
         let backlog = Backlog::default();
         for number in 0..3 {
-            backlog.add(FeedItem::Changes(stretch(number, 100)), None);
+            backlog.add(FeedItem::Changes(batch(number, 100)), None);
         }
         assert!(timeout(Duration::ZERO, backlog.news.notified()).await.is_err(), "nothing to wake it for");
         let Some(FeedItem::Skipped(end)) = backlog.listen() else {
             panic!("it is not told where the feed is")
         };
-        assert_eq!(Some(end), stretch(2, 100).end());
-        backlog.add(FeedItem::Changes(stretch(3, 100)), None);
+        assert_eq!(Some(end), batch(2, 100).end());
+        backlog.add(FeedItem::Changes(batch(3, 100)), None);
         assert_eq!(name(&backlog.next().await), "3");
         backlog.rest();
         backlog.add(FeedItem::Gap(String::from("why")), None);
@@ -165,7 +165,7 @@ mod tests {
 
     fn name(part: &FeedItem) -> String {
         match part {
-            FeedItem::Changes(stretch) => format!("{}", stretch.changes[0].number),
+            FeedItem::Changes(batch) => format!("{}", batch.changes[0].number),
             FeedItem::Gap(_) => String::from("gap"),
             FeedItem::Quiet(_) => String::from("here"),
             FeedItem::Skipped(_) => String::from("skipped"),

@@ -46,7 +46,7 @@ pub(crate) mod tests {
     use crate::model::row::change::{ImageState, RelationId};
 
     /// A page with one change of this number, whose image has so many bytes.
-    pub(crate) fn stretch(number: i64, bytes: usize) -> Arc<Batch> {
+    pub(crate) fn batch(number: i64, bytes: usize) -> Arc<Batch> {
         let snapshot = |xmax| Snapshot::new(xmax, Vec::new()).unwrap();
         let span = Arc::new(Span { epoch: Epoch(1), seen: snapshot(1), until: snapshot(2) });
         let change = Change {

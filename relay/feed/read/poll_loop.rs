@@ -56,7 +56,7 @@ pub(super) struct PollLoop<'a> {
     /// When the last look at the changelog began; handing on what it found may have taken long.
     looked: Instant,
     /// It led, and let another lead while nobody took what it read.
-    resigned: bool,
+    stepped_down: bool,
 }
 
 /// What a look at the changelog found.
@@ -81,12 +81,12 @@ impl<'a> PollLoop<'a> {
         parts: &'a Sender<FeedItem>,
     ) -> Self {
         let now = Instant::now();
-        let (unheard, resigned) = (false, false);
-        Self { source, changelog, doorbell, place, parts, told: now, unheard, looked: now, resigned }
+        let (unheard, stepped_down) = (false, false);
+        Self { source, changelog, doorbell, place, parts, told: now, unheard, looked: now, stepped_down }
     }
 
     /// Sleeps when nothing happens, once it leads. Ends well, as all of these, when nobody takes parts any more.
-    pub(super) async fn by_bell(&mut self) -> Result<(), Error> {
+    pub(super) async fn run_with_notifications(&mut self) -> Result<(), Error> {
         if self.until_leader().await?.is_over() {
             return Ok(());
         }
@@ -98,14 +98,14 @@ impl<'a> PollLoop<'a> {
     }
 
     /// Polls for itself and its deputies, once it leads: writers do not ring.
-    pub(super) async fn by_polling_for_all(&mut self) -> Result<(), Error> {
+    pub(super) async fn poll_as_leader(&mut self) -> Result<(), Error> {
         if self.until_leader().await?.is_over() {
             return Ok(());
         }
-        self.by_polling().await
+        self.poll_alone().await
     }
 
-    pub(super) async fn by_polling(&mut self) -> Result<(), Error> {
+    pub(super) async fn poll_alone(&mut self) -> Result<(), Error> {
         let mut pause = POLL;
         loop {
             self.pass_on();
@@ -129,7 +129,7 @@ impl<'a> PollLoop<'a> {
         if self.try_lead().await? {
             return Ok(PollResult::Nothing);
         }
-        self.doorbell.assist().await?;
+        self.doorbell.follow().await?;
         tracing::info!("another relay leads: this one is its deputy");
         let (mut tried, mut rung, mut poll) = (Instant::now(), true, self.source.poll);
         loop {
@@ -271,7 +271,7 @@ impl<'a> PollLoop<'a> {
     /// Reads one page and hands it on in parts. The position moves with what was handed on.
     async fn look(&mut self, how: Flush) -> Result<PollResult, Error> {
         let found = self.read_page(how).await?;
-        match self.resigned {
+        match self.stepped_down {
             false => Ok(found),
             true => Err(Error::Lost("what was read could not be judged for long, so another relay leads")),
         }
@@ -291,7 +291,7 @@ impl<'a> PollLoop<'a> {
         loop {
             let (mut changes, more) = self.source.page(page.part(PART_CHANGES, PART_BYTES)).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
-                self.source.pulse.is_read();
+                self.source.stall_monitor.is_read();
                 break;
             };
             // What was trimmed before it was read would be missing in the page. While the page is open nothing more can be.
@@ -314,17 +314,17 @@ impl<'a> PollLoop<'a> {
             self.source.observe.read(changes.len());
             let completed = self.source.transactions.complete(span.epoch, &mut changes, !more);
             let unfinished = self.source.page(completed).await?;
-            let stretch = Batch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
-            let part = FeedItem::Changes(Arc::new(stretch));
+            let batch = Batch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
+            let part = FeedItem::Changes(Arc::new(batch));
             if !self.hand_on(part).await {
                 return Ok(PollResult::Over);
             }
-            self.source.pulse.is_read();
+            self.source.stall_monitor.is_read();
             self.told = Instant::now();
             self.place.position.until = Some(until.clone());
             self.place.position.after = last;
             if first {
-                self.doorbell.ring_deputies(true).await?;
+                self.doorbell.notify_followers(true).await?;
             }
             if !more {
                 break;
@@ -348,7 +348,7 @@ impl<'a> PollLoop<'a> {
                 }
             }
         }
-        self.doorbell.ring_deputies(false).await?;
+        self.doorbell.notify_followers(false).await?;
         Ok(match total {
             // The end of a page that an interruption cut short; what came since is on the next.
             _ if resumed => PollResult::Plenty,
@@ -366,11 +366,11 @@ impl<'a> PollLoop<'a> {
         let room = loop {
             match timeout(self.source.patience, &mut room).await {
                 Ok(room) => break room,
-                Err(_) if self.doorbell.has_deputies() => {
+                Err(_) if self.doorbell.has_followers() => {
                     // Where this fails the connection does, which ends with the page.
-                    let _ = self.doorbell.resign().await;
+                    let _ = self.doorbell.step_down().await;
                     self.source.observe.leads(false);
-                    self.resigned = true;
+                    self.stepped_down = true;
                 }
                 Err(_) => {}
             }

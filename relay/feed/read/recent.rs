@@ -11,7 +11,7 @@ use crate::model::log::cursor::Cursor;
 pub struct RecentBatches {
     /// Where one stood before the first of them.
     start: Option<Cursor>,
-    stretches: VecDeque<(Arc<Batch>, usize)>,
+    batches: VecDeque<(Arc<Batch>, usize)>,
     bytes: usize,
 }
 
@@ -22,15 +22,15 @@ const MOST_AT_ONCE: usize = 256 << 10;
 
 impl RecentBatches {
     /// Adds what was delivered after `start`.
-    pub fn add(&mut self, start: Option<Cursor>, stretch: Arc<Batch>) {
+    pub fn add(&mut self, start: Option<Cursor>, batch: Arc<Batch>) {
         if self.start.is_none() {
             self.start = start;
         }
-        let bytes = stretch.bytes();
+        let bytes = batch.bytes();
         self.bytes += bytes;
-        self.stretches.push_back((stretch, bytes));
+        self.batches.push_back((batch, bytes));
         while self.bytes > MOST_BYTES
-            && let Some((oldest, bytes)) = self.stretches.pop_front()
+            && let Some((oldest, bytes)) = self.batches.pop_front()
         {
             self.bytes -= bytes;
             self.start = oldest.end();
@@ -51,15 +51,15 @@ impl RecentBatches {
         if !cursor.is_at_or_after(start) {
             return None;
         }
-        let is_missed = |stretch: &Batch| stretch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
+        let is_missed = |batch: &Batch| batch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
         let missed: Vec<&(Arc<Batch>, usize)> =
-            self.stretches.iter().filter(|(stretch, _)| is_missed(stretch)).collect();
+            self.batches.iter().filter(|(batch, _)| is_missed(batch)).collect();
         // Amid a page of another relay it has to come to the end of that first.
         if !missed.first()?.0.span.continues(cursor) {
             return None;
         }
         // More than a client should get in one go is read from the changelog, as fast as the client reads.
         let bytes: usize = missed.iter().map(|(_, bytes)| bytes).sum();
-        (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(stretch, _)| Arc::clone(stretch)).collect())
+        (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(batch, _)| Arc::clone(batch)).collect())
     }
 }

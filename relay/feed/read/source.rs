@@ -61,7 +61,7 @@ impl FeedItem {
     /// How much room it takes.
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Changes(stretch) => stretch.bytes(),
+            Self::Changes(batch) => batch.bytes(),
             Self::Rest { .. } | Self::Quiet(_) | Self::Skipped(_) | Self::TooMuch(_) | Self::Gap(_) => 0,
         }
     }
@@ -69,7 +69,7 @@ impl FeedItem {
     /// Where it ends, if all that it has are changes of rows.
     pub fn end_if_plain(&self) -> Option<Cursor> {
         match self {
-            Self::Changes(stretch) if !stretch.is_news() => stretch.end(),
+            Self::Changes(batch) if !batch.is_news() => batch.end(),
             Self::Quiet(end) | Self::Skipped(end) => Some(end.clone()),
             _ => None,
         }
@@ -91,7 +91,7 @@ pub struct Source {
     /// How long PostgreSQL may take for a page, or a part of one.
     pub patience: Duration,
     /// Where it is told whether the feed goes on.
-    pub pulse: Arc<StallMonitor>,
+    pub stall_monitor: Arc<StallMonitor>,
     /// What is counted.
     pub observe: Arc<Observe>,
     /// Told when the refresh schedule changed.
@@ -119,7 +119,7 @@ impl Source {
             };
             self.observe.source_down();
             let Err(error) = worked else { return };
-            self.pulse.is_cut_off(error.kind());
+            self.stall_monitor.is_cut_off(error.kind());
             if started.elapsed() > LONGEST_PAUSE {
                 backoff.reset();
             }
@@ -192,9 +192,9 @@ impl Source {
         self.observe.source_up(rings);
         let mut reading = PollLoop::new(self, changelog, doorbell, place, parts);
         match (hears, rings) {
-            (true, true) => reading.by_bell().await,
-            (true, false) => reading.by_polling_for_all().await,
-            (false, _) => reading.by_polling().await.map(|_| ()),
+            (true, true) => reading.run_with_notifications().await,
+            (true, false) => reading.poll_as_leader().await,
+            (false, _) => reading.poll_alone().await.map(|_| ()),
         }
     }
 
@@ -225,9 +225,9 @@ impl Source {
 
     /// Something of a page; while it is waited for the feed does not go on.
     pub(super) async fn page<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        self.pulse.waits(StallCause::Changelog);
+        self.stall_monitor.waits(StallCause::Changelog);
         let answered = self.in_time(asked).await?;
-        self.pulse.goes_on(StallCause::Changelog);
+        self.stall_monitor.goes_on(StallCause::Changelog);
         Ok(answered)
     }
 

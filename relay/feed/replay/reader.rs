@@ -69,7 +69,7 @@ pub trait ReplaySink {
         &mut self,
         gate: &Gate,
         catalog: &Arc<Catalog>,
-        stretch: &Batch,
+        batch: &Batch,
     ) -> impl Future<Output = Result<(), ReplayError>> + Send;
 
     /// Waits for something of the past. Whoever has others to listen to does so meanwhile.
@@ -136,10 +136,10 @@ impl ReplayReader {
 
     async fn check_by(&self, places: &Arc<Semaphore>, cursor: &Cursor) -> Result<(), ReplayError> {
         let _place = Arc::clone(places).acquire_owned().await;
-        let portions = self.connection().await?;
-        let checked = self.check_with(&portions, cursor).await;
+        let chunks = self.connection().await?;
+        let checked = self.check_with(&chunks, cursor).await;
         if !matches!(checked, Err(ReplayError::Unavailable(_))) {
-            self.put_back(portions).await;
+            self.put_back(chunks).await;
         }
         checked
     }
@@ -147,23 +147,23 @@ impl ReplayReader {
     /// The connection of a reader before, when many come one after the other; else a new one.
     async fn connection(&self) -> Result<ChunkReader, Error> {
         let mut spare = self.spare.lock().await;
-        spare.retain(|(portions, since)| since.elapsed() < SPARE && portions.is_open());
+        spare.retain(|(chunks, since)| since.elapsed() < SPARE && chunks.is_open());
         let known = spare.pop();
         drop(spare);
         match known {
-            Some((portions, _)) => Ok(portions),
+            Some((chunks, _)) => Ok(chunks),
             None => self.in_time(Box::pin(ChunkReader::connect(&self.server))).await,
         }
     }
 
-    async fn put_back(&self, portions: ChunkReader) {
-        self.spare.lock().await.push((portions, Instant::now()));
+    async fn put_back(&self, chunks: ChunkReader) {
+        self.spare.lock().await.push((chunks, Instant::now()));
     }
 
-    async fn check_with(&self, portions: &ChunkReader, cursor: &Cursor) -> Result<(), ReplayError> {
-        let now = self.in_time(portions.now()).await?;
+    async fn check_with(&self, chunks: &ChunkReader, cursor: &Cursor) -> Result<(), ReplayError> {
+        let now = self.in_time(chunks.now()).await?;
         match () {
-            () if self.in_time(portions.epoch()).await? != cursor.epoch() => Err(ReplayError::Gap(ELSEWHERE)),
+            () if self.in_time(chunks.epoch()).await? != cursor.epoch() => Err(ReplayError::Gap(ELSEWHERE)),
             () if cursor.reach().xmax() > now.xmax() => {
                 Err(ReplayError::Gap("the cursor is of a moment that has not been"))
             }
@@ -191,7 +191,7 @@ impl ReplayReader {
     }
 
     /// What was planned with other rules is forgotten.
-    async fn judge_with(&self, catalog: &Arc<Catalog>) {
+    async fn set_catalog(&self, catalog: &Arc<Catalog>) {
         let mut judged_with = self.judged_with.lock().await;
         if !judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog)) {
             self.gate.forget().await;
@@ -204,22 +204,22 @@ impl ReplayReader {
     ///
     /// # Errors
     /// When it cannot be told.
-    pub async fn tell_again(
+    pub async fn replay_recent(
         &self,
         missed: &[Arc<Batch>],
         looked: bool,
         listeners: &mut impl ReplaySink,
     ) -> Result<(), ReplayError> {
-        let is_news = missed.iter().any(|stretch| stretch.more || stretch.is_news());
-        let mark = missed.last().and_then(|stretch| stretch.mark);
+        let is_news = missed.iter().any(|batch| batch.more || batch.is_news());
+        let mark = missed.last().and_then(|batch| batch.mark);
         let catalog = match looked && !is_news && mark.is_some() {
             true => self.in_time(self.catalog.fresh(mark)).await?,
-            false => self.in_time(self.catalog.reloaded()).await?,
+            false => self.in_time(self.catalog.reload()).await?,
         };
-        self.judge_with(&catalog).await;
-        for stretch in missed {
-            listeners.tell(&self.gate, &catalog, stretch).await?;
-            if let Some(end) = stretch.end() {
+        self.set_catalog(&catalog).await;
+        for batch in missed {
+            listeners.tell(&self.gate, &catalog, batch).await?;
+            if let Some(end) = batch.end() {
                 listeners.reached(end);
             }
         }
@@ -231,7 +231,7 @@ impl ReplayReader {
     ///
     /// # Errors
     /// When it cannot be told.
-    pub async fn tell_one(
+    pub async fn replay_to_one(
         &self,
         since: &Cursor,
         to: &Cursor,
@@ -245,7 +245,7 @@ impl ReplayReader {
     ///
     /// # Errors
     /// When it cannot be told.
-    pub async fn tell_many(
+    pub async fn replay_to_many(
         &self,
         since: &Cursor,
         to: &Cursor,
@@ -277,23 +277,23 @@ impl ReplayReader {
             loop {
                 // Kept until the portion is told: those who wait for a place must not each have one in memory.
                 let mut place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
-                let portion = listeners.meanwhile(self.portion(&bearing)).await?;
-                let mut parts = portion.parts.into_iter().peekable();
+                let chunk = listeners.meanwhile(self.chunk(&bearing)).await?;
+                let mut parts = chunk.parts.into_iter().peekable();
                 while let Some(mut changes) = parts.next() {
                     let Some(last) = changes.last().map(|change| change.number) else { continue };
-                    let more = portion.next.is_some() || parts.peek().is_some();
+                    let more = chunk.next.is_some() || parts.peek().is_some();
                     let page_goes_on = more || through.is_some();
                     let is_all = !page_goes_on && bearing.is_of_all();
                     let completed = self.transactions.complete(span.epoch, &mut changes, is_all);
                     let unfinished = listeners.meanwhile(self.in_time(completed)).await?;
                     let page = Arc::clone(&span);
-                    let stretch = Batch { changes, unfinished, more: page_goes_on, span: page, mark: None };
+                    let batch = Batch { changes, unfinished, more: page_goes_on, span: page, mark: None };
                     if place.is_none() {
                         place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                     }
-                    let catalog = listeners.meanwhile(self.in_time(self.catalog.reloaded())).await?;
-                    self.judge_with(&catalog).await;
-                    listeners.tell(&self.gate, &catalog, &stretch).await?;
+                    let catalog = listeners.meanwhile(self.in_time(self.catalog.reload())).await?;
+                    self.set_catalog(&catalog).await;
+                    listeners.tell(&self.gate, &catalog, &batch).await?;
                     listeners.reached(span.after(last, !page_goes_on));
                     if more && is_over(listeners) {
                         return Ok(false);
@@ -304,7 +304,7 @@ impl ReplayReader {
                         listeners.let_read().await;
                     }
                 }
-                match portion.next {
+                match chunk.next {
                     Some(next) => bearing = next,
                     None => break,
                 }
@@ -321,12 +321,12 @@ impl ReplayReader {
     }
 
     /// Reads a portion; nothing of it was trimmed before.
-    async fn portion(&self, from: &ChunkPosition) -> Result<Chunk, ReplayError> {
-        let portions = self.connection().await?;
-        let portion = self.in_time(portions.read(from, PART_CHANGES, PART_BYTES)).await?;
-        self.put_back(portions).await;
+    async fn chunk(&self, from: &ChunkPosition) -> Result<Chunk, ReplayError> {
+        let chunks = self.connection().await?;
+        let chunk = self.in_time(chunks.read(from, PART_CHANGES, PART_BYTES)).await?;
+        self.put_back(chunks).await;
         self.check_kept(&from.seen).await?;
-        Ok(portion)
+        Ok(chunk)
     }
 }
 

@@ -30,7 +30,7 @@ const AGAIN: Duration = Duration::from_millis(200);
 /// Audiences on their way through the past.
 pub struct ReplayTask {
     number: u64,
-    audiences: SubscriberGroups,
+    groups: SubscriberGroups,
     newcomers: Arc<Newcomers>,
     /// Up to where all of them were told everything.
     at: Cursor,
@@ -57,14 +57,14 @@ impl ReplayTask {
         router: UnboundedSender<Command>,
         observe: Arc<Observe>,
     ) -> Self {
-        let Replayed { number, audiences, newcomers } = replayed;
-        let mut told = SubscriberGroups::judged_by(rules);
-        for audience in audiences {
-            told.insert(audience);
+        let Replayed { number, groups, newcomers } = replayed;
+        let mut told = SubscriberGroups::with_catalog(rules);
+        for group in groups {
+            told.insert(group);
         }
         Self {
             number,
-            audiences: told,
+            groups: told,
             newcomers,
             at,
             only: None,
@@ -85,7 +85,7 @@ impl ReplayTask {
             let told = match self.ask(Ok(self.at.clone())).await {
                 FollowOutcome::Live | FollowOutcome::Gap(_) => return,
                 FollowOutcome::Missed(missed, to) => {
-                    let told = past.tell_again(&missed, false, &mut self).await;
+                    let told = past.replay_recent(&missed, false, &mut self).await;
                     if told.is_ok() {
                         self.reached(to);
                     }
@@ -93,7 +93,7 @@ impl ReplayTask {
                 }
                 FollowOutcome::Behind(to) => {
                     let at = self.at.clone();
-                    past.tell_many(&at, &to, &mut self).await
+                    past.replay_to_many(&at, &to, &mut self).await
                 }
                 FollowOutcome::Ahead | FollowOutcome::NotYet => {
                     sleep(AGAIN).await;
@@ -117,54 +117,49 @@ impl ReplayTask {
     /// Asks the router what comes next for them, who are here, or lack what cannot be had.
     async fn ask(&mut self, at: Result<Cursor, &'static str>) -> FollowOutcome {
         let (answer, heard) = oneshot::channel();
-        let (replay, rules, stalled) = (self.number, self.audiences.rules().cloned(), self.stalled);
+        let (replay, rules, stalled) = (self.number, self.groups.rules().cloned(), self.stalled);
         let _ = self.router.send(Command::Arrived { replay, at, rules, stalled, answer });
         // Without a router there is nobody left to tell.
         self.meanwhile(heard).await.unwrap_or(FollowOutcome::Live)
     }
 
-    fn tell_stall(&mut self, stalls: bool) {
+    fn send_stall(&mut self, stalls: bool) {
         if std::mem::replace(&mut self.stalled, stalls) != stalls {
-            self.audiences.iter().for_each(|(_, audience)| audience.tell_stall(stalls));
+            self.groups.iter().for_each(|(_, group)| group.send_stall(stalls));
         }
     }
 
     /// Takes in those who came since, and lets go of audiences of which nobody is left.
     fn welcome(&mut self) -> Vec<SubscriberGroup> {
         let is_left =
-            |(number, audience): (usize, &SubscriberGroup)| audience.members().is_empty().then_some(number);
-        for number in self.audiences.iter().filter_map(is_left).collect::<Vec<_>>() {
-            self.audiences.remove(number);
+            |(number, group): (usize, &SubscriberGroup)| group.members().is_empty().then_some(number);
+        for number in self.groups.iter().filter_map(is_left).collect::<Vec<_>>() {
+            self.groups.remove(number);
         }
         let newcomers = self.newcomers.take();
-        for audience in &newcomers {
-            self.audiences.insert(audience.clone());
+        for group in &newcomers {
+            self.groups.insert(group.clone());
         }
         newcomers
     }
 }
 
 impl ReplaySink for ReplayTask {
-    async fn tell(
-        &mut self,
-        gate: &Gate,
-        catalog: &Arc<Catalog>,
-        stretch: &Batch,
-    ) -> Result<(), ReplayError> {
+    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, batch: &Batch) -> Result<(), ReplayError> {
         self.welcome();
-        self.audiences.judge_with(catalog, Some(&self.at));
-        let mut frames = self.audiences.tell(gate, catalog, stretch).await?;
-        let Some(here) = stretch.end().map(Arc::new) else { return Ok(()) };
+        self.groups.set_catalog(catalog, Some(&self.at));
+        let mut frames = self.groups.tell(gate, catalog, batch).await?;
+        let Some(here) = batch.end().map(Arc::new) else { return Ok(()) };
         loop {
-            self.audiences.iter().for_each(|(_, audience)| audience.members().reached(&here));
+            self.groups.iter().for_each(|(_, group)| group.members().reached(&here));
             // Those who came while it was told may have left another audience before that was told. When none come any more,
             // all who come later have this part.
             let newcomers = self.welcome();
             if newcomers.is_empty() {
                 break;
             }
-            for audience in newcomers.iter().filter(|audience| !audience.has_reached(&here)) {
-                frames += tell_one(gate, catalog, stretch, audience).await?;
+            for group in newcomers.iter().filter(|group| !group.has_reached(&here)) {
+                frames += tell_one(gate, catalog, batch, group).await?;
             }
         }
         self.observe.frames_delivered(frames);
@@ -172,11 +167,11 @@ impl ReplaySink for ReplayTask {
     }
 
     fn is_behind(&self) -> bool {
-        self.audiences.is_behind()
+        self.groups.is_behind()
     }
 
     async fn let_read(&mut self) {
-        self.audiences.let_clients_read(PAUSE).await;
+        self.groups.let_clients_read(PAUSE).await;
     }
 
     /// Before its first page, or while PostgreSQL does not answer, it may wait for long.
@@ -187,7 +182,7 @@ impl ReplaySink for ReplayTask {
             tokio::select! {
                 biased;
                 answer = &mut asked => return answer,
-                () = sleep_until(stalls_at), if !self.stalled => self.tell_stall(true),
+                () = sleep_until(stalls_at), if !self.stalled => self.send_stall(true),
             }
         }
     }
@@ -202,10 +197,10 @@ impl ReplaySink for ReplayTask {
         }
         self.at = self.at.and(&here);
         self.moved = Instant::now();
-        self.tell_stall(false);
+        self.send_stall(false);
     }
 
     fn has_enough(&self) -> bool {
-        self.audiences.iter().all(|(_, audience)| audience.members().is_empty())
+        self.groups.iter().all(|(_, group)| group.members().is_empty())
     }
 }

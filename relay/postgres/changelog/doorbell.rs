@@ -29,7 +29,7 @@ const SETTINGS: &str = "set tcp_keepalives_idle = 15; set tcp_keepalives_interva
 
 /// Its answer has no row when nobody shares lock 6. The lock that this tries ends with the statement.
 const RING: &str = "select pg_notify('relay_page', '') from (select pg_try_advisory_xact_lock(1919249009, 6) as alone) \
-     deputies where not alone";
+     followers where not alone";
 
 /// The listening connection.
 pub struct Doorbell {
@@ -40,7 +40,7 @@ pub struct Doorbell {
     backend: Backend,
     part: LeaderRole,
     /// As far as is known, there are deputies to ring.
-    has_deputies: bool,
+    has_followers: bool,
 }
 
 /// How often it rang. Counted and not kept: anybody in the database may ring, as often as he likes.
@@ -51,7 +51,7 @@ struct BellEvent {
     /// Of these, about the refresh schedule.
     jobs: usize,
     /// Of these, from new deputies, which do not know what pages were read before they came.
-    deputies: usize,
+    followers: usize,
     /// Our own.
     probes: usize,
 }
@@ -101,7 +101,7 @@ impl Doorbell {
         own.get_or_init(|| backend.name());
         in_time(client.batch_execute(SETTINGS)).await?;
         let answered = BellEvent::default();
-        Ok(Self { client, heard, answered, backend, part: LeaderRole::Alone, has_deputies: false })
+        Ok(Self { client, heard, answered, backend, part: LeaderRole::Alone, has_followers: false })
     }
 
     /// Who is at the other end, for [`Self::end`] when this is lost.
@@ -167,21 +167,21 @@ impl Doorbell {
         };
         in_time(self.client.batch_execute(&format!("listen relay{stop}"))).await?;
         self.part = LeaderRole::Leader;
-        self.has_deputies = true;
+        self.has_followers = true;
         Ok(true)
     }
 
     /// Whether somebody else would lead if this relay did not.
-    pub fn has_deputies(&self) -> bool {
-        let is_one_new = self.answered.deputies < self.heard.borrow().deputies;
-        self.part == LeaderRole::Leader && (self.has_deputies || is_one_new)
+    pub fn has_followers(&self) -> bool {
+        let is_one_new = self.answered.followers < self.heard.borrow().followers;
+        self.part == LeaderRole::Leader && (self.has_followers || is_one_new)
     }
 
     /// Leads no more: writers do not ring, and a deputy takes over.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn resign(&mut self) -> Result<(), Error> {
+    pub async fn step_down(&mut self) -> Result<(), Error> {
         in_time(self.client.batch_execute("unlisten relay; select pg_advisory_unlock_all()")).await?;
         self.part = LeaderRole::Alone;
         Ok(())
@@ -191,7 +191,7 @@ impl Doorbell {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn assist(&mut self) -> Result<(), Error> {
+    pub async fn follow(&mut self) -> Result<(), Error> {
         // The leader hears of us, and rings once more: a page that it read before that is seen by then, later ones are
         // rung for.
         let begin = "listen relay_page; select pg_advisory_lock_shared(1919249009, 6); notify relay, '{\"deputy\":true}'";
@@ -204,12 +204,12 @@ impl Doorbell {
     ///
     /// # Errors
     /// As the connection.
-    pub async fn ring_deputies(&mut self, news: bool) -> Result<(), Error> {
-        let deputies = self.heard.borrow().deputies;
-        let is_one_new = std::mem::replace(&mut self.answered.deputies, deputies) < deputies;
-        let is_due = is_one_new || (news && self.has_deputies);
+    pub async fn notify_followers(&mut self, news: bool) -> Result<(), Error> {
+        let followers = self.heard.borrow().followers;
+        let is_one_new = std::mem::replace(&mut self.answered.followers, followers) < followers;
+        let is_due = is_one_new || (news && self.has_followers);
         if is_due && self.part == LeaderRole::Leader {
-            self.has_deputies = !in_time(self.client.query(RING, &[])).await?.is_empty();
+            self.has_followers = !in_time(self.client.query(RING, &[])).await?.is_empty();
         }
         Ok(())
     }
@@ -236,8 +236,8 @@ impl Doorbell {
 
     /// Rings up to now need no answer, but for those about the refresh schedule and from new deputies.
     fn drain(&mut self) {
-        let BellEvent { jobs, deputies, .. } = self.answered;
-        self.answered = BellEvent { jobs, deputies, ..*self.heard.borrow() };
+        let BellEvent { jobs, followers, .. } = self.answered;
+        self.answered = BellEvent { jobs, followers, ..*self.heard.borrow() };
     }
 
     /// Tells writers that they need not ring.
@@ -256,7 +256,7 @@ impl Doorbell {
         let is_new = |heard: &BellEvent| heard.rings > before.rings || heard.jobs > before.jobs;
         let heard = *self.heard.wait_for(is_new).await.ok()?;
         // New deputies are answered by ringing them.
-        self.answered = BellEvent { deputies: before.deputies, ..heard };
+        self.answered = BellEvent { followers: before.followers, ..heard };
         Some(Rings { count: heard.rings - before.rings, refresh_jobs: heard.jobs > before.jobs })
     }
 
@@ -282,7 +282,7 @@ impl BellEvent {
         }
         self.rings += 1;
         self.jobs += usize::from(ring.payload().contains("\"refresh_jobs\""));
-        self.deputies += usize::from(ring.payload().contains("\"deputy\""));
+        self.followers += usize::from(ring.payload().contains("\"deputy\""));
         true
     }
 }

@@ -34,7 +34,7 @@ pub struct SetEvaluator {
 }
 
 struct SetSession {
-    stand_in: Impersonation,
+    impersonation: Impersonation,
     tables: HashMap<TableKey, SubscriberTable>,
     /// The login may not make temporary tables.
     without_tables: bool,
@@ -119,10 +119,14 @@ impl SetEvaluator {
         }
         let mut held = self.session.lock().await;
         let mut open = match held.take() {
-            Some(open) if !open.stand_in.client.is_closed() => open,
+            Some(open) if !open.impersonation.client.is_closed() => open,
             _ => SetSession {
-                stand_in: Impersonation::open(&self.server, &format!("{JUDGING}; {SETTINGS}"), self.limit)
-                    .await?,
+                impersonation: Impersonation::open(
+                    &self.server,
+                    &format!("{JUDGING}; {SETTINGS}"),
+                    self.limit,
+                )
+                .await?,
                 tables: HashMap::new(),
                 without_tables: false,
             },
@@ -131,7 +135,7 @@ impl SetEvaluator {
             if !open.without_tables
                 && let Err(error) = open.bring_up_to_date(inquiry).await
             {
-                if open.stand_in.client.is_closed() {
+                if open.impersonation.client.is_closed() {
                     return Err(error);
                 }
                 tracing::warn!(error = %error, "readers are judged one by one: the judging login cannot keep temporary tables");
@@ -179,7 +183,7 @@ impl SetSession {
         let (number, leaf) = inquiry.leaf;
         let key = (inquiry.roster.id(), number);
         let name = table_name(key);
-        let client = &self.stand_in.client;
+        let client = &self.impersonation.client;
         let Some(table) = self.tables.get_mut(&key) else {
             let columns: String =
                 leaf.by().iter().enumerate().fold(String::new(), |mut text, (at, (_, kind))| {
@@ -234,8 +238,8 @@ impl SetSession {
     ) -> Result<(Vec<SetAnswer>, usize, Option<Denied>), Error> {
         let all = |truth| vec![SetAnswer::Nothing(truth); inquiry.images.len()];
         let somebody = ActingAs::of_role(inquiry.role);
-        self.stand_in.make_room(2);
-        if let Err(denied) = self.stand_in.prepare(somebody, statement).await? {
+        self.impersonation.make_room(2);
+        if let Err(denied) = self.impersonation.prepare(somebody, statement).await? {
             let truth = match denied {
                 Denied::Raised if !matches!(inquiry.leaf.1, ServerQuery::Fact { .. }) => Truth::Undecided,
                 denied => truth_of(denied),
@@ -243,8 +247,8 @@ impl SetSession {
             return Ok((all(truth), 1, Some(denied)));
         }
         let reading: Arc<str> = reading(inquiry.relation).into();
-        let _ = self.stand_in.prepare(somebody, &reading).await?;
-        let Some(prepared) = self.stand_in.prepared(statement) else {
+        let _ = self.impersonation.prepare(somebody, &reading).await?;
+        let Some(prepared) = self.impersonation.prepared(statement) else {
             return Ok((all(Truth::Error), 1, None));
         };
         let mut said = all(Truth::Error);
@@ -253,14 +257,14 @@ impl SetSession {
         while let Some(range) = halves.next() {
             let images = &inquiry.images[range.clone()];
             asked += 1;
-            let rows = match self.stand_in.ask(somebody, prepared, &[&images]).await? {
+            let rows = match self.impersonation.ask(somebody, prepared, &[&images]).await? {
                 Ok(rows) => rows,
                 Err(Denied::Raised) => {
                     // What raises for one reader need not for another. A fact raises for all, unless it is the image that
                     // cannot be read back, which is found out where readers are judged one by one.
                     if range.len() == 1
                         && (!matches!(inquiry.leaf.1, ServerQuery::Fact { .. })
-                            || !reads_back(&self.stand_in, somebody, &reading, images).await?)
+                            || !reads_back(&self.impersonation, somebody, &reading, images).await?)
                     {
                         said[range.start] = SetAnswer::Nothing(Truth::Undecided);
                     }

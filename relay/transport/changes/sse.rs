@@ -62,8 +62,8 @@ pub fn answer(
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
     app.observe.session_opened();
     watched.send_replace(Some(Arc::clone(&follower.outbox)));
-    let mut stalls = app.pulse.watch();
-    if app.pulse.stalled().is_some() {
+    let mut stalls = app.stall_monitor.watch();
+    if app.stall_monitor.stalled().is_some() {
         stalls.mark_changed();
     }
     let (written, begun, over) = (0, false, false);

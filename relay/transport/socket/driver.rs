@@ -409,13 +409,13 @@ impl Driver {
     ) {
         let Bound { subscription, opened } = bound;
         let with_cursor = self.with_cursor || self.resume.is_some();
-        let dress = Codec::Phoenix { version: self.session.version(), topic, with_cursor, by_operation };
+        let codec = Codec::Phoenix { version: self.session.version(), topic, with_cursor, by_operation };
         let greeting = greeting.into_iter().map(Bytes::from).collect();
         match &mut self.resume {
-            Some(resume) => resume.start(channel, subscription, dress, greeting, opened),
+            Some(resume) => resume.start(channel, subscription, codec, greeting, opened),
             None => {
                 let outbox = Arc::clone(&self.outbox);
-                let registration = Subscriber { dress, subscription, since: None, outbox, missed: None };
+                let registration = Subscriber { codec, subscription, since: None, outbox, missed: None };
                 self.app.feed.join(channel, registration, greeting);
             }
         }

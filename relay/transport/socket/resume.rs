@@ -55,7 +55,7 @@ struct OpenBookmark {
     bookmark: Bookmark,
     /// It was taken over by another connection.
     taken: Arc<AtomicBool>,
-    dress: Codec,
+    codec: Codec,
     /// Where it was found, and then where the client's pongs have brought it.
     at: Option<Cursor>,
     /// The second at which the channel's token ends: from then on nothing is delivered to it, whatever the position.
@@ -149,7 +149,7 @@ impl Resume {
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Codec,
+        codec: Codec,
         greeting: Vec<Bytes>,
         opened: Option<Opened>,
     ) {
@@ -174,11 +174,11 @@ impl Resume {
                 Opened::Lapsed(_) => (None, Some(LAPSED)),
             };
             let at = since.clone();
-            self.held.insert(channel, OpenBookmark { bookmark, taken, dress: dress.clone(), at, expires_at });
+            self.held.insert(channel, OpenBookmark { bookmark, taken, codec: codec.clone(), at, expires_at });
         }
         match since {
-            Some(since) => self.read(channel, subscription, dress, greeting, since),
-            None => self.begin_anew(channel, subscription, dress, greeting, gap),
+            Some(since) => self.read(channel, subscription, codec, greeting, since),
+            None => self.begin_anew(channel, subscription, codec, greeting, gap),
         }
     }
 
@@ -186,14 +186,14 @@ impl Resume {
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Codec,
+        codec: Codec,
         greeting: Vec<Bytes>,
         since: Cursor,
     ) {
         // What was delivered until now, if anything, was for other rights.
         self.feed.leave(channel, &self.outbox, greeting);
         let (feed, outbox) = (self.feed.clone(), Arc::clone(&self.outbox));
-        let follower = CatchUp::new(feed, channel, subscription, dress, since, outbox);
+        let follower = CatchUp::new(feed, channel, subscription, codec, since, outbox);
         self.behind.insert(channel, ChannelCatchUp::new(follower, Duration::ZERO));
     }
 
@@ -202,15 +202,15 @@ impl Resume {
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
-        dress: Codec,
+        codec: Codec,
         mut greeting: Vec<Bytes>,
         gap: Option<&str>,
     ) {
-        greeting.extend(gap.map(|why| Bytes::from(dress.gap(why, ""))));
+        greeting.extend(gap.map(|why| Bytes::from(codec.gap(why, ""))));
         let outbox = Arc::clone(&self.outbox);
         self.feed.join(
             channel,
-            Subscriber { dress, subscription, since: None, outbox, missed: None },
+            Subscriber { codec, subscription, since: None, outbox, missed: None },
             greeting,
         );
         if gap.is_some() {
@@ -326,9 +326,9 @@ impl Resume {
                 self.behind.insert(channel, behind);
             }
             Err(ReplayError::Gap(why)) => {
-                let (subscription, dress) = (follower.subscription().clone(), follower.dress().clone());
+                let (subscription, codec) = (follower.subscription().clone(), follower.codec().clone());
                 drop(follower);
-                self.begin_anew(channel, subscription, dress, Vec::new(), Some(why));
+                self.begin_anew(channel, subscription, codec, Vec::new(), Some(why));
             }
             Err(missed) => {
                 // The database is to be asked again; or the token has ended, and its channel does in a moment.
@@ -350,7 +350,7 @@ impl Resume {
         self.held.retain(|_, held| {
             let is_ours = !held.taken.load(Ordering::Relaxed);
             if !is_ours {
-                self.outbox.push(held.dress.gap(TAKEN, ""));
+                self.outbox.push(held.codec.gap(TAKEN, ""));
             }
             is_ours
         });
