@@ -347,6 +347,7 @@ async fn the_logins_for_reading_and_judging_need_no_right_beyond_their_own() {
     for (login, forbidden) in [
         ("reader", "select count(*) from t"),
         ("reader", "delete from relay.changes"),
+        ("reader", "delete from relay.log_0"),
         ("judge", "select count(*) from relay.changes"),
         ("judge", "select count(*) from t"),
     ] {

@@ -493,7 +493,7 @@ async fn what_is_altered_between_a_write_and_its_delivery_is_told_as_the_row_is_
         }
         // Nothing is delivered while the changelog cannot be read.
         let holder = stage.database.connect().await;
-        holder.batch_execute("begin; lock table only relay.changes in access exclusive mode").await.unwrap();
+        holder.batch_execute("begin; lock table only relay.log in access exclusive mode").await.unwrap();
         stage.run("insert into t values (1, 'a', 1, 'shown', '(1,2)', 3)").await;
         stage.run(alter).await;
         stage.run("insert into marker default values").await;
