@@ -204,14 +204,14 @@ pub async fn all_hold_with(more: &str, cases: &str) {
         let compared = Box::pin(ways.compare("items", &readers)).await;
         let mut say = |what: String| found.push(format!("{name}: {what}\n    {policies}"));
         compared.wrong.into_iter().for_each(&mut say);
-        if compared.plan.way.word() != way {
-            say(format!("{}, not {way}: {:?}", compared.plan.way.word(), compared.plan.obstacles));
+        if compared.plan.kind.name() != way {
+            say(format!("{}, not {way}: {:?}", compared.plan.kind.name(), compared.plan.obstacles));
         }
-        let most = match compared.plan.way {
+        let most = match compared.plan.kind {
             PlanKind::Compiled => 0,
             // Once for each of the two roles.
-            PlanKind::Inverted => 2 * compared.plan.leaves.len(),
-            PlanKind::OneByOne => readers.len(),
+            PlanKind::Inverted => 2 * compared.plan.queries.len(),
+            PlanKind::PerIdentity => readers.len(),
         };
         // A question that a busy machine gave up is asked in another way; the next time it is not.
         if compared.statements > most {

@@ -341,11 +341,11 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
     let keeper = CatalogCache::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
     keeper.with_role("anon").await?;
     let catalog = keeper.with_role("authenticated").await?;
-    let mut findings: Vec<Finding> = catalog.lacks().map(Fault).collect();
+    let mut findings: Vec<Finding> = catalog.missing_grants().map(Fault).collect();
     for relation in catalog.relations() {
         for role in ["authenticated", "anon"] {
             let Some(plan) = relation.access(role).map(|access| &access.plan) else { continue };
-            if let (PlanKind::OneByOne, Some(obstacle)) = (plan.way, plan.obstacles.first()) {
+            if let (PlanKind::PerIdentity, Some(obstacle)) = (plan.kind, plan.obstacles.first()) {
                 let name = format!("{}.{}", relation.schema, relation.table);
                 findings.push(Note(format!(
                     "{name}: for {role}, each reader costs a statement a page, because {}. Where many read it: compare claims \

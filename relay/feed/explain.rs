@@ -153,23 +153,23 @@ pub async fn explain(
         return Ok(explanation);
     };
     if access.rights.missing.is_empty() {
-        explanation.hindrances.extend(relation.lack(role));
+        explanation.hindrances.extend(relation.missing_grants(role));
     }
     let hidden = relation.columns.iter().filter(|column| !access.sees(&column.name));
     explanation.hidden_columns = hidden.map(|column| column.name.clone()).collect();
-    explanation.way = Some(access.plan.way.word());
+    explanation.way = Some(access.plan.kind.name());
     let reasons = access.plan.obstacles.iter();
     explanation.obstacles =
         reasons.map(|obstacle| Reason { part: obstacle.part.clone(), why: obstacle.why.clone() }).collect();
     explanation.claims_read = claims_read(&access.plan);
-    explanation.questions = access.plan.leaves.iter().map(question).collect();
-    let mut anchors = access.plan.predicate.anchors(&access.plan.values(wanted.identity.claims()));
+    explanation.questions = access.plan.queries.iter().map(question).collect();
+    let mut anchors = access.plan.predicate.index_keys(&access.plan.values(wanted.identity.claims()));
     for policy in &access.rights.policies {
         explanation.policies.push(PolicyPart {
             name: policy.name.clone(),
             kind: if policy.permissive { "permissive" } else { "restrictive" },
             condition: policy.condition.clone(),
-            way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).way.word(),
+            way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).kind.name(),
             says: None,
         });
     }
@@ -177,7 +177,7 @@ pub async fn explain(
     if let Some(text) = &wanted.filter {
         match filter(binder, wanted, relation, text).await {
             Ok(filter) => {
-                anchors = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.anchors()).and(anchors);
+                anchors = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.index_keys()).and(anchors);
                 bound = filter;
                 explanation.filter = Some(FilterPart { text: text.clone(), refused: None });
             }
@@ -194,7 +194,7 @@ pub async fn explain(
 }
 
 fn claims_read(plan: &Plan) -> Option<Vec<String>> {
-    let terms = plan.terms.iter().filter(|term| !term.is_constant());
+    let terms = plan.claim_exprs.iter().filter(|term| !term.is_constant());
     (!plan.reads_all).then(|| terms.map(ToString::to_string).collect())
 }
 
@@ -286,7 +286,7 @@ impl ExplainContext<'_> {
         let says = |image: String, statement, with_path| self.says(image, statement, &reading, with_path);
         for policy in policies.iter_mut() {
             let judgement = self.enquiry.judgement(relation, &policy.condition).await?;
-            policy.says = Some(says(of_policy.clone(), judgement, access.rights.calls_own).await?);
+            policy.says = Some(says(of_policy.clone(), judgement, access.rights.calls_user_functions).await?);
         }
         let allowed = match (&access.policy, &access.judge) {
             (None, _) => true,

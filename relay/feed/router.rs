@@ -469,7 +469,7 @@ impl Router {
         if !self.hub.live.has_catalog(&catalog) {
             // First, so that it is not left out where this is given up and tried again.
             self.gate.forget().await;
-            self.observe.lacks(catalog.lacks());
+            self.observe.lacks(catalog.missing_grants());
             self.hub.live.set_catalog(&catalog, self.position.as_ref());
         }
         Ok(catalog)

@@ -218,7 +218,7 @@ impl CatalogCache {
         loop {
             let mut outdated = state.marks.outdated(&seen.marks);
             let pending = state.catalog.pending();
-            let is_other = !outdated.is_nothing();
+            let is_other = !outdated.is_empty();
             if !is_other && (pending == 0 || state.retry_pending.is_some_and(|when| when.elapsed() < RETRY)) {
                 break;
             }
@@ -263,7 +263,7 @@ impl CatalogCache {
         // Rules that were changed back leave no other trace.
         if seen.widened != state.widened {
             let widenings = self.widenings(client, state).await?;
-            state.catalog = Arc::new(Catalog::clone(&state.catalog).widened(widenings));
+            state.catalog = Arc::new(Catalog::clone(&state.catalog).with_widenings(widenings));
             state.widened = seen.widened;
         }
         state.mark = seen.mark;
@@ -333,7 +333,7 @@ impl CatalogCache {
                 .with_roles(state.roles.clone())
         };
         // After the rules themselves: none of these may have been widened by one that is not among them.
-        Ok(catalog.widened(self.widenings(client, state).await?))
+        Ok(catalog.with_widenings(self.widenings(client, state).await?))
     }
 
     /// What these roles may see of these relations; none: of all.

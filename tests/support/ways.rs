@@ -159,7 +159,7 @@ impl Ways {
             relation: relation.id(),
             shape: None,
             began: None,
-            reading: ImageState::default(),
+            image_state: ImageState::default(),
             operation: Operation::Insert,
             oversize: false,
             before: None,
@@ -193,7 +193,7 @@ impl Ways {
             let asked = self.one_by_one(relation, &images, claims).await;
             let access = relation.access(role(claims)).unwrap();
             let terms = access.plan.values(identity(claims).claims());
-            let left_to_postgresql = terms.contains(&ClaimValue::Raises);
+            let left_to_postgresql = terms.contains(&ClaimValue::Error);
             for (id, ours) in ours {
                 let answers = [shown[id].unwrap_or(false), asked[id].unwrap()];
                 let ours = ours.unwrap();
@@ -221,7 +221,7 @@ impl Ways {
         let compared = self.compare(table, readers).await;
         let wrong = compared.wrong.first();
         assert!(wrong.is_none(), "{}\n{context}\n{:?}", wrong.map_or("", String::as_str), compared.plan);
-        (compared.plan.way, compared.answers)
+        (compared.plan.kind, compared.answers)
     }
 }
 

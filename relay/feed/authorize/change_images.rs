@@ -95,9 +95,9 @@ impl ImageColumns {
         let row = image.row();
         let known = row.names().filter(|name| relation.column(name).is_some()).count();
         let lacks = known < relation.columns.len();
-        let may_lack = change.oversize || change.reading == ImageState::Partial;
+        let may_lack = change.oversize || change.image_state == ImageState::Partial;
         let is_other =
-            change.reading == ImageState::Unreadable || known < row.names().len() || (lacks && !may_lack);
+            change.image_state == ImageState::Unreadable || known < row.names().len() || (lacks && !may_lack);
         if is_other || matches!(self, Self::Other) {
             *self = Self::Other;
         } else if lacks {
@@ -105,7 +105,7 @@ impl ImageColumns {
                 relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
             match self {
                 Self::Lacking(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
-                layout if change.reading == ImageState::Partial => {
+                layout if change.image_state == ImageState::Partial => {
                     *layout = Self::Partial(missing.cloned().collect());
                 }
                 layout => *layout = Self::Lacking(missing.cloned().collect()),

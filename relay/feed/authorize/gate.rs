@@ -188,9 +188,9 @@ impl Gate {
         images: &[&str],
     ) -> Result<(Vec<Vec<SetAnswer>>, usize), Error> {
         let Some(access) = subscriber_index.access() else { return Ok((Vec::new(), 0)) };
-        let mut answers = Vec::with_capacity(access.plan.leaves.len());
+        let mut answers = Vec::with_capacity(access.plan.queries.len());
         let mut statements = 0;
-        if access.plan.leaves.is_empty() {
+        if access.plan.queries.is_empty() {
             return Ok((answers, statements));
         }
         let relation = subscriber_index.relation();
@@ -199,7 +199,7 @@ impl Gate {
             Err(_) => (*image).to_owned(),
         };
         let images: Vec<String> = images.iter().map(narrowed).collect();
-        for leaf in access.plan.leaves.iter().enumerate() {
+        for leaf in access.plan.queries.iter().enumerate() {
             let (relation, role) = (&**subscriber_index.relation(), subscriber_index.role());
             let inquiry = SetQuery { relation, role, leaf, roster: subscriber_index, images: &images };
             let (said, asked) = self.set_evaluator.ask(&inquiry).await?;

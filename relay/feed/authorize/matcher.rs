@@ -300,7 +300,8 @@ impl<'a> MatchContext<'_, 'a> {
 /// Whether the policy calls functions of users, or is text of somebody's.
 fn needs_path(relation: &Relation, identity: &Identity) -> bool {
     let access = relation.access(identity.claims().role());
-    matches!(relation.kind.as_str(), "m" | "f") || access.is_none_or(|access| access.rights.calls_own)
+    matches!(relation.kind.as_str(), "m" | "f")
+        || access.is_none_or(|access| access.rights.calls_user_functions)
 }
 
 fn is_no(truth: Truth) -> bool {

@@ -162,7 +162,7 @@ impl SubscriberIndex {
         let Some(cohort) = self.cohorts.get_mut(&number) else { return };
         let anchors = match cohort.raises {
             true => IndexKeys::Any,
-            false => access.plan.predicate.anchors(&cohort.key.terms),
+            false => access.plan.predicate.index_keys(&cohort.key.terms),
         };
         let anchors = anchors.and(wanted(subscription, &relation, access));
         cohort.seats.insert(group);
@@ -184,7 +184,7 @@ impl SubscriberIndex {
     /// The group of an identity.
     fn grouped(&mut self, plan: &Plan, identity: &Identity) -> u64 {
         let terms = plan.values(identity.claims());
-        let is_alone = plan.reads_all || terms.contains(&ClaimValue::Unsure);
+        let is_alone = plan.reads_all || terms.contains(&ClaimValue::Undecided);
         let key = CohortKey { terms, identity: is_alone.then(|| identity.clone()) };
         if let Some(number) = self.by_key.get(&key) {
             return *number;
@@ -229,7 +229,7 @@ fn wanted(subscription: &Subscription, relation: &Relation, access: &Access) -> 
     for binding in subscription.concerning(relation) {
         let one = match &binding.filter {
             None => IndexKeys::Any,
-            Some(filter) if filter.is_usable(relation, access) => filter.anchors(),
+            Some(filter) if filter.is_usable(relation, access) => filter.index_keys(),
             Some(_) => continue,
         };
         wanted = wanted.or(one);

@@ -14,7 +14,7 @@ use crate::model::catalog::relation::{Access, Catalog, Relation, Widening};
 use crate::model::codec::event::Codec;
 use crate::model::codec::payload::View;
 use crate::model::log::cursor::Cursor;
-use crate::model::policy::visibility::{EventKind, meaning};
+use crate::model::policy::visibility::{EventKind, event_kind};
 use crate::model::row::change::{Change, Operation, RelationId};
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Binding, Events, Subscription};
@@ -310,7 +310,7 @@ impl SubscriberGroup {
                 }
                 Some(_) => continue,
             };
-            let Some(meaning) = meaning(change.operation, sight, relation.leave_events) else {
+            let Some(meaning) = event_kind(change.operation, sight, relation.leave_events) else {
                 continue;
             };
             if wants(binding, meaning) {

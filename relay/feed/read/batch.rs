@@ -56,7 +56,7 @@ pub(crate) mod tests {
             relation: RelationId(1),
             shape: None,
             began: None,
-            reading: ImageState::Whole,
+            image_state: ImageState::Whole,
             operation: Operation::Insert,
             oversize: false,
             before: None,

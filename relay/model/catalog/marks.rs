@@ -50,7 +50,7 @@ impl Marks {
 
 impl Outdated {
     /// Nothing is.
-    pub fn is_nothing(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
@@ -80,7 +80,7 @@ mod tests {
             ("relation", "1", "c"),
             ("relation", "2", "d"),
         ]);
-        assert!(before.outdated(&before).is_nothing());
+        assert!(before.outdated(&before).is_empty());
         let now = marks(&[
             ("database", "", "a"),
             ("role", "anon", "x"),

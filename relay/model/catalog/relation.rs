@@ -63,13 +63,13 @@ impl Widening {
 impl Catalog {
     /// The relations with the rights of exactly these roles. `ordered`: see [`Catalog::is_ordered`].
     pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>, ordered: bool) -> Self {
-        let prepared = |relation: Relation| (relation.id(), Arc::new(relation.prepared()));
-        let relations = relations.into_iter().map(prepared).collect();
+        let compiled = |relation: Relation| (relation.id(), Arc::new(relation.compiled()));
+        let relations = relations.into_iter().map(compiled).collect();
         Self { relations, roles, ordered, widenings: Vec::new() }
     }
 
     /// The same, knowing when rules were widened.
-    pub fn widened(self, widenings: Vec<Widening>) -> Self {
+    pub fn with_widenings(self, widenings: Vec<Widening>) -> Self {
         Self { widenings, ..self }
     }
 
@@ -94,14 +94,14 @@ impl Catalog {
         }
         for relation in others {
             let Some(known) = renewed.relations.get_mut(&relation.id()) else { continue };
-            let mut relation = relation.prepared();
+            let mut relation = relation.compiled();
             let kept = known.access.iter().filter(|(role, _)| !roles.contains(*role));
             relation.access.extend(kept.map(|(role, access)| (role.clone(), Arc::clone(access))));
             *known = Arc::new(relation);
         }
         renewed
             .relations
-            .extend(read.into_iter().map(|relation| (relation.id(), Arc::new(relation.prepared()))));
+            .extend(read.into_iter().map(|relation| (relation.id(), Arc::new(relation.compiled()))));
         renewed
     }
 
@@ -142,8 +142,9 @@ impl Catalog {
     }
 
     /// What roles lack for the policies by which they read, and the grants that help.
-    pub fn lacks(&self) -> impl Iterator<Item = String> {
-        self.relations().flat_map(|relation| self.roles.iter().filter_map(|role| relation.lack(role)))
+    pub fn missing_grants(&self) -> impl Iterator<Item = String> {
+        self.relations()
+            .flat_map(|relation| self.roles.iter().filter_map(|role| relation.missing_grants(role)))
     }
 
     /// All of them, in no order.
@@ -223,7 +224,7 @@ pub struct Access {
     #[serde(default)]
     pub pending: bool,
     /// How the policy is decided.
-    #[serde(skip, default = "Plan::everything")]
+    #[serde(skip, default = "Plan::allow_all")]
     pub plan: Plan,
 }
 
@@ -241,12 +242,12 @@ impl Relation {
     }
 
     /// With the policies compiled.
-    fn prepared(mut self) -> Self {
+    fn compiled(mut self) -> Self {
         let mut roles = std::mem::take(&mut self.access);
         for access in roles.values_mut().filter_map(Arc::get_mut) {
             access.plan = match &access.policy {
                 _ if access.pending => Plan::pending(),
-                None => Plan::everything(),
+                None => Plan::allow_all(),
                 Some(policy) if matches!(self.kind.as_str(), "m" | "f") => Plan::opaque(Obstacle {
                     part: policy.clone(),
                     why: String::from(
@@ -297,7 +298,7 @@ impl Relation {
         let Some(policy) = &access.policy else { return false };
         matches!(self.kind.as_str(), "m" | "f")
             || policy.contains(".*")
-            || names(policy, &column.replace('"', "\"\""))
+            || contains_name(policy, &column.replace('"', "\"\""))
     }
 
     /// A row image with nothing but what is read, for PostgreSQL, which need not be able to take back the other columns. It
@@ -308,12 +309,12 @@ impl Relation {
     }
 
     /// What the role lacks for the policies by which it reads, and the grants that help, in one line.
-    pub fn lack(&self, role: &str) -> Option<String> {
+    pub fn missing_grants(&self, role: &str) -> Option<String> {
         let Access { rights: Rights { missing, unusable, .. }, plan, .. } = self.access(role)?;
         let unusable =
             unusable.iter().filter(|(schema, _)| plan.names(schema)).map(|(_, grant)| grant.clone());
         let unusable: Vec<String> = unusable.collect();
-        let (who, grants) = match (missing.is_empty(), unusable.is_empty()) {
+        let (problem, grants) = match (missing.is_empty(), unusable.is_empty()) {
             (false, _) => (format!("read what the role {role} may not"), missing),
             (true, true) => return None,
             (true, false) => (
@@ -322,7 +323,7 @@ impl Relation {
             ),
         };
         let (schema, table, grants) = (&self.schema, &self.table, grants.join("; "));
-        Some(format!("the policies of {schema}.{table} {who}, so that nothing of it is shown: {grants}"))
+        Some(format!("the policies of {schema}.{table} {problem}, so that nothing of it is shown: {grants}"))
     }
 
     /// Whether the column belongs to the key.
@@ -332,12 +333,13 @@ impl Relation {
 }
 
 /// Whether the name stands in a text of SQL as a whole word.
-fn names(sql: &str, name: &str) -> bool {
-    let goes_on = |next: Option<char>| {
+fn contains_name(sql: &str, name: &str) -> bool {
+    let continues_name = |next: Option<char>| {
         next.is_some_and(|next| next.is_alphanumeric() || next == '_' || next == '$' || !next.is_ascii())
     };
     sql.match_indices(name).any(|(at, _)| {
-        !goes_on(sql[..at].chars().next_back()) && !goes_on(sql[at + name.len()..].chars().next())
+        !continues_name(sql[..at].chars().next_back())
+            && !continues_name(sql[at + name.len()..].chars().next())
     })
 }
 
@@ -389,7 +391,7 @@ pub(crate) mod tests {
             ("d", "is_d(id)", false),
         ] {
             assert_eq!(
-                policy.contains(".*") || names(policy, &column.replace('"', "\"\"")),
+                policy.contains(".*") || contains_name(policy, &column.replace('"', "\"\"")),
                 reads,
                 "{column} in {policy}"
             );

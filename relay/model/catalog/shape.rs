@@ -19,7 +19,7 @@ pub struct ShapeRecord {
     /// Its number, counted for each relation from 1.
     #[serde(rename = "shape")]
     number: i32,
-    columns: Vec<Numbered>,
+    columns: Vec<NumberedColumn>,
     /// The transaction that made it …
     #[serde(deserialize_with = "number")]
     xid: u64,
@@ -34,7 +34,7 @@ pub struct ShapeRecord {
 
 /// A column, or an attribute of a row type.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
-struct Numbered {
+struct NumberedColumn {
     num: i16,
     name: String,
     #[serde(rename = "type")]
@@ -56,14 +56,14 @@ struct Definition {
     /// The labels of an enum, by their numbers.
     labels: Option<Labels>,
     /// The attributes of a row type.
-    row: Option<Vec<Numbered>>,
+    row: Option<Vec<NumberedColumn>>,
 }
 
 /// How images of one shape are read.
 #[derive(Debug)]
 enum ShapeReader {
-    /// They have the columns of now; these hold moments, which follow the time zone of the writer.
-    Same(Moments),
+    /// They have the columns of now; these hold timestamps, which follow the time zone of the writer.
+    Same(TimestampColumns),
     /// They are rewritten: what becomes of each column. Some of the columns of now may be missing.
     Older { columns: HashMap<String, Option<ColumnMapping>>, is_partial: bool },
     /// Not at all.
@@ -74,7 +74,7 @@ enum ShapeReader {
 #[derive(Debug)]
 struct ColumnMapping {
     name: String,
-    moments: Option<Moment>,
+    timestamps: Option<TimestampPath>,
     /// The labels of now by those of then, where one has another name.
     labels: Option<HashMap<String, String>>,
 }
@@ -83,19 +83,19 @@ struct ColumnMapping {
 pub type Labels = BTreeMap<String, String>;
 
 /// Columns by name.
-type Moments = HashMap<String, Moment>;
+type TimestampColumns = HashMap<String, TimestampPath>;
 
-/// Where in a value moments stand.
+/// Where in a value timestamps stand.
 #[derive(Debug, Clone)]
-enum Moment {
-    Here,
-    InElements(Box<Moment>),
+enum TimestampPath {
+    Value,
+    Elements(Box<TimestampPath>),
 }
 
 /// The shapes of a relation, as its images are read.
 #[derive(Debug, Default)]
 pub struct Shapes {
-    lenses: HashMap<i32, ShapeReader>,
+    readers: HashMap<i32, ShapeReader>,
     /// Of columns that hold enums, the labels by their numbers.
     labels: HashMap<String, Labels>,
     /// What changed definitions on which writers hold no lock: who could not see that may have mixed old and new.
@@ -106,16 +106,18 @@ impl Shapes {
     /// `current` is the number of the shape that the relation has now; none when that was not recorded.
     pub fn new(shapes: &[ShapeRecord], current: Option<i32>, key: &[String]) -> Self {
         let newest = current.and_then(|current| shapes.iter().find(|shape| shape.number == current));
-        let lens = |shape: &ShapeRecord| {
+        let reader = |shape: &ShapeRecord| {
             let is_mixed = shapes.iter().any(|next| next.number > shape.number && !next.guarded);
             match newest {
-                Some(newest) if newest.number == shape.number => ShapeReader::Same(moments(&shape.columns)),
+                Some(newest) if newest.number == shape.number => {
+                    ShapeReader::Same(timestamps(&shape.columns))
+                }
                 Some(newest) if !is_mixed => ShapeReader::between(shape, newest, key),
                 _ => ShapeReader::Unreadable,
             }
         };
         Self {
-            lenses: shapes.iter().map(|shape| (shape.number, lens(shape))).collect(),
+            readers: shapes.iter().map(|shape| (shape.number, reader(shape))).collect(),
             labels: newest.map(|newest| labels(&newest.columns)).unwrap_or_default(),
             loose: shapes
                 .iter()
@@ -143,35 +145,37 @@ impl Shapes {
         if change.operation == Operation::Gap || change.before.is_none() && change.after.is_none() {
             return Cow::Borrowed(change);
         }
-        let lens = change.shape.and_then(|shape| self.lenses.get(&shape)).unwrap_or(&ShapeReader::Unreadable);
+        let reader =
+            change.shape.and_then(|shape| self.readers.get(&shape)).unwrap_or(&ShapeReader::Unreadable);
         let images = [change.before.as_deref(), change.after.as_deref()];
-        let (images, reading) = match lens {
+        let (images, image_state) = match reader {
             _ if self.is_mixed(change) => return unreadable(change),
             ShapeReader::Unreadable => return unreadable(change),
-            ShapeReader::Same(moments) => {
-                let images = images.map(|image| image.and_then(|image| with_moments_in_utc(image, moments)));
+            ShapeReader::Same(timestamps) => {
+                let images =
+                    images.map(|image| image.and_then(|image| with_timestamps_in_utc(image, timestamps)));
                 if images == [None, None] {
                     return Cow::Borrowed(change);
                 }
                 (images, ImageState::Whole)
             }
             ShapeReader::Older { columns, is_partial } => {
-                let mut carried = [None, None];
-                for (image, carried) in images.iter().zip(&mut carried) {
+                let mut mapped = [None, None];
+                for (image, mapped) in images.iter().zip(&mut mapped) {
                     let Some(image) = image else { continue };
                     match rewritten(image, columns) {
-                        Some(image) => *carried = Some(image),
+                        Some(image) => *mapped = Some(image),
                         None => return unreadable(change),
                     }
                 }
-                (carried, if *is_partial { ImageState::Partial } else { ImageState::Whole })
+                (mapped, if *is_partial { ImageState::Partial } else { ImageState::Whole })
             }
         };
         let [before, after] = images;
         let mut change = change.clone();
         change.before = before.or(change.before);
         change.after = after.or(change.after);
-        change.reading = reading;
+        change.image_state = image_state;
         Cow::Owned(change)
     }
 }
@@ -191,19 +195,19 @@ pub fn read<'a>(catalog: &Catalog, changes: &'a [Change]) -> Cow<'a, [Change]> {
 
 /// Whether every shape that the changes have is known to the catalog.
 pub fn knows(relation: &Relation, change: &Change) -> bool {
-    change.shape.is_none_or(|shape| shape == 0 || relation.shapes().lenses.contains_key(&shape))
+    change.shape.is_none_or(|shape| shape == 0 || relation.shapes().readers.contains_key(&shape))
 }
 
 fn unreadable(change: &Change) -> Cow<'_, Change> {
     let mut change = change.clone();
-    change.reading = ImageState::Unreadable;
+    change.image_state = ImageState::Unreadable;
     Cow::Owned(change)
 }
 
 /// Of columns that hold enums, the labels.
-fn labels(columns: &[Numbered]) -> HashMap<String, Labels> {
-    let of = |column: &Numbered| {
-        let labels = column.def.as_ref().map(Definition::all_labels).unwrap_or_default();
+fn labels(columns: &[NumberedColumn]) -> HashMap<String, Labels> {
+    let of = |column: &NumberedColumn| {
+        let labels = column.def.as_ref().map(Definition::collect_labels).unwrap_or_default();
         (column.name.clone(), labels)
     };
     columns.iter().map(of).filter(|(_, labels)| !labels.is_empty()).collect()
@@ -211,10 +215,10 @@ fn labels(columns: &[Numbered]) -> HashMap<String, Labels> {
 
 impl Definition {
     /// The labels of an enum, or of those that it is made of.
-    fn all_labels(&self) -> Labels {
+    fn collect_labels(&self) -> Labels {
         let own = self.labels.iter().flatten().map(|(number, label)| (number.clone(), label.clone()));
         let attributes = self.row.iter().flatten().filter_map(|attribute| attribute.def.as_ref());
-        own.chain(self.of.as_deref().into_iter().chain(attributes).flat_map(Self::all_labels)).collect()
+        own.chain(self.of.as_deref().into_iter().chain(attributes).flat_map(Self::collect_labels)).collect()
     }
 }
 
@@ -222,17 +226,17 @@ impl ShapeReader {
     fn between(then: &ShapeRecord, now: &ShapeRecord, key: &[String]) -> Self {
         let mut columns = HashMap::new();
         for old in &then.columns {
-            let carried = match now.columns.iter().find(|column| column.num == old.num) {
+            let mapped = match now.columns.iter().find(|column| column.num == old.num) {
                 None => None,
                 Some(new) => {
-                    let Some(labels) = old.carries_into(new) else { return Self::Unreadable };
-                    let moments = moment(old.kind, old.def.as_ref());
-                    Some(ColumnMapping { name: new.name.clone(), moments, labels })
+                    let Some(labels) = old.mapping_to(new) else { return Self::Unreadable };
+                    let timestamps = timestamp_path(old.kind, old.def.as_ref());
+                    Some(ColumnMapping { name: new.name.clone(), timestamps, labels })
                 }
             };
-            columns.insert(old.name.clone(), carried);
+            columns.insert(old.name.clone(), mapped);
         }
-        let is_new = |column: &&Numbered| then.columns.iter().all(|old| old.num != column.num);
+        let is_new = |column: &&NumberedColumn| then.columns.iter().all(|old| old.num != column.num);
         let mut new = now.columns.iter().filter(is_new).peekable();
         let is_partial = new.peek().is_some();
         // Without its key nobody could tell which row it is.
@@ -243,22 +247,22 @@ impl ShapeReader {
     }
 }
 
-impl Numbered {
+impl NumberedColumn {
     /// None when a value of the one is none of the other; else the labels of now by those of then, if one has another name.
-    fn carries_into(&self, new: &Self) -> Option<Option<HashMap<String, String>>> {
+    fn mapping_to(&self, new: &Self) -> Option<Option<HashMap<String, String>>> {
         if self.kind != new.kind {
             return None;
         }
         match (&self.def, &new.def) {
             (old, new) if old == new => Some(None),
-            (Some(old), Some(new)) => old.carries_into(new),
+            (Some(old), Some(new)) => old.mapping_to(new),
             _ => None,
         }
     }
 }
 
 impl Definition {
-    fn carries_into(&self, new: &Self) -> Option<Option<HashMap<String, String>>> {
+    fn mapping_to(&self, new: &Self) -> Option<Option<HashMap<String, String>>> {
         if (self.cast, self.domain, self.array) != (new.cast, new.domain, new.array) || self.row != new.row {
             return None;
         }
@@ -270,7 +274,7 @@ impl Definition {
                 Some(labels.iter().any(|(then, now)| then != now).then_some(labels))
             }
             (None, None, Some(old), Some(new)) if old == new => Some(None),
-            (None, None, Some(old), Some(new)) => old.carries_into(new),
+            (None, None, Some(old), Some(new)) => old.mapping_to(new),
             _ => None,
         }
     }
@@ -280,33 +284,33 @@ impl Definition {
 const TIMESTAMPTZ: u32 = 1184;
 const TIMESTAMPTZ_ARRAY: u32 = 1185;
 
-fn moments(columns: &[Numbered]) -> Moments {
+fn timestamps(columns: &[NumberedColumn]) -> TimestampColumns {
     columns
         .iter()
-        .filter_map(|column| Some((column.name.clone(), moment(column.kind, column.def.as_ref())?)))
+        .filter_map(|column| Some((column.name.clone(), timestamp_path(column.kind, column.def.as_ref())?)))
         .collect()
 }
 
-/// Where in the values of a type moments stand. Those in a row are in UTC: the writer has it made with care.
-fn moment(kind: u32, definition: Option<&Definition>) -> Option<Moment> {
+/// Where in the values of a type timestamps stand. Those in a row are in UTC: the writer has it made with care.
+fn timestamp_path(kind: u32, definition: Option<&Definition>) -> Option<TimestampPath> {
     match (kind, definition) {
-        (TIMESTAMPTZ, _) => Some(Moment::Here),
-        (TIMESTAMPTZ_ARRAY, _) => Some(Moment::InElements(Box::new(Moment::Here))),
-        (_, Some(Definition { domain: Some(base), of, .. })) => moment(*base, of.as_deref()),
+        (TIMESTAMPTZ, _) => Some(TimestampPath::Value),
+        (TIMESTAMPTZ_ARRAY, _) => Some(TimestampPath::Elements(Box::new(TimestampPath::Value))),
+        (_, Some(Definition { domain: Some(base), of, .. })) => timestamp_path(*base, of.as_deref()),
         (_, Some(Definition { array: Some(element), of, .. })) => {
-            Some(Moment::InElements(Box::new(moment(*element, of.as_deref())?)))
+            Some(TimestampPath::Elements(Box::new(timestamp_path(*element, of.as_deref())?)))
         }
         _ => None,
     }
 }
 
-impl Moment {
-    /// The value with its moments in UTC; none when they are already.
+impl TimestampPath {
+    /// The value with its timestamps in UTC; none when they are already.
     fn in_utc(&self, json: &str) -> Option<String> {
         match self {
-            Self::Here if json.ends_with("+00:00\"") => None,
-            Self::Here => in_utc(json),
-            Self::InElements(element) => each_element(json, &mut |value| match value.starts_with('[') {
+            Self::Value if json.ends_with("+00:00\"") => None,
+            Self::Value => in_utc(json),
+            Self::Elements(element) => each_element(json, &mut |value| match value.starts_with('[') {
                 // Another dimension.
                 true => self.in_utc(value),
                 false => element.in_utc(value),
@@ -326,18 +330,18 @@ fn each_element(json: &str, other: &mut dyn FnMut(&str) -> Option<String>) -> Op
     })
 }
 
-/// The object with the moments of these fields in UTC; none when they are already.
-fn with_moments_in_utc(json: &str, moments: &Moments) -> Option<String> {
-    if moments.is_empty() {
+/// The object with the timestamps of these fields in UTC; none when they are already.
+fn with_timestamps_in_utc(json: &str, timestamps: &TimestampColumns) -> Option<String> {
+    if timestamps.is_empty() {
         return None;
     }
     let row = Row::parse(json).ok()?;
-    let other = |name: &str, value: &str| moments.get(name)?.in_utc(value);
-    let is_other = row.fields().any(|(name, value)| other(name, value).is_some());
-    is_other.then(|| {
+    let converted = |name: &str, value: &str| timestamps.get(name)?.in_utc(value);
+    let is_changed = row.fields().any(|(name, value)| converted(name, value).is_some());
+    is_changed.then(|| {
         object(
             row.fields()
-                .map(|(name, value)| (name, other(name, value).map_or(Cow::Borrowed(value), Cow::Owned))),
+                .map(|(name, value)| (name, converted(name, value).map_or(Cow::Borrowed(value), Cow::Owned))),
         )
     })
 }
@@ -352,19 +356,19 @@ fn rewritten(image: &str, columns: &HashMap<String, Option<ColumnMapping>>) -> O
     let row = Row::parse(image).ok()?;
     let mut fields = Vec::with_capacity(row.names().len());
     for (name, value) in row.fields() {
-        let Some(carried) = columns.get(name)? else { continue };
-        let moved = carried.moments.as_ref().and_then(|moments| moments.in_utc(value));
+        let Some(mapped) = columns.get(name)? else { continue };
+        let moved = mapped.timestamps.as_ref().and_then(|timestamps| timestamps.in_utc(value));
         let mut value = moved.map_or(Cow::Borrowed(value), Cow::Owned);
-        if let Some(labels) = &carried.labels {
-            value = Cow::Owned(relabelled(&value, labels)?);
+        if let Some(labels) = &mapped.labels {
+            value = Cow::Owned(renamed_labels(&value, labels)?);
         }
-        fields.push((&*carried.name, value));
+        fields.push((&*mapped.name, value));
     }
     Some(object(fields.into_iter()))
 }
 
 /// A label, or an array of labels, with the names of now; none when one of them is not known.
-fn relabelled(json: &str, labels: &HashMap<String, String>) -> Option<String> {
+fn renamed_labels(json: &str, labels: &HashMap<String, String>) -> Option<String> {
     if json == "null" {
         return Some(json.to_owned());
     }
@@ -374,7 +378,7 @@ fn relabelled(json: &str, labels: &HashMap<String, String>) -> Option<String> {
     }
     let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;
     let elements: Option<Vec<String>> =
-        elements.iter().map(|element| relabelled(element.get(), labels)).collect();
+        elements.iter().map(|element| renamed_labels(element.get(), labels)).collect();
     Some(format!("[{}]", elements?.join(",")))
 }
 

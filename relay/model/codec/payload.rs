@@ -91,7 +91,7 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
         quoted(&view.relation.table),
         if view.exact { change.exact_timestamp() } else { change.commit_timestamp() },
         if view.exact { mark(change, view.is_last) } else { String::new() },
-        operation.word(),
+        operation.name(),
         columns(view),
     );
     if operation != Operation::Delete {
@@ -187,7 +187,7 @@ mod tests {
             relation: RelationId(7),
             shape: None,
             began: None,
-            reading: ImageState::default(),
+            image_state: ImageState::default(),
             operation: Operation::Update,
             oversize: false,
             before: before.map(str::to_owned),

@@ -20,15 +20,15 @@ pub enum ClaimExpr {
     /// `request.jwt.claim.role`
     Role,
     /// Another setting of that family; nobody sets it, so that it is null or empty.
-    Unset,
+    OtherSetting,
     /// A cast from text to `json` (`false`) or `jsonb` (`true`).
     Document(Box<ClaimExpr>, bool),
     /// `->` with a key or an index.
-    Part(Box<ClaimExpr>, ClaimStep),
+    Element(Box<ClaimExpr>, ClaimStep),
     /// `->>`: the part as text.
-    PartText(Box<ClaimExpr>, ClaimStep),
+    ElementText(Box<ClaimExpr>, ClaimStep),
     /// `jsonb_array_elements_text`, or the keys and strings that `?` looks at (`true`): a list of texts.
-    Texts(Box<ClaimExpr>, bool),
+    TextList(Box<ClaimExpr>, bool),
     /// A cast to one of the kinds, element by element for a list.
     Cast(Box<ClaimExpr>, Kind),
     /// `nullif`
@@ -56,13 +56,13 @@ pub enum ClaimValue {
     /// A list, without its nulls.
     List(Arc<[Datum]>),
     /// PostgreSQL raises an error.
-    Raises,
+    Error,
     /// Only PostgreSQL knows.
-    Unsure,
+    Undecided,
 }
 
 /// While it is worked out: also documents.
-enum Found {
+enum Evaluated {
     Null,
     One(Datum),
     Document(Value),
@@ -71,20 +71,22 @@ enum Found {
     EmptyOrNull,
 }
 
-enum Stop {
-    Raises,
-    Unsure,
+enum Failure {
+    Error,
+    Undecided,
 }
 
 impl ClaimExpr {
     /// Works it out for these claims.
     pub fn value(&self, claims: &Claims) -> ClaimValue {
-        match self.find(claims) {
-            Ok(Found::Null) => ClaimValue::Null,
-            Ok(Found::One(datum)) => ClaimValue::One(datum),
-            Ok(Found::List(list)) => ClaimValue::List(list.into()),
-            Ok(Found::Document(_) | Found::EmptyOrNull) | Err(Stop::Unsure) => ClaimValue::Unsure,
-            Err(Stop::Raises) => ClaimValue::Raises,
+        match self.evaluate(claims) {
+            Ok(Evaluated::Null) => ClaimValue::Null,
+            Ok(Evaluated::One(datum)) => ClaimValue::One(datum),
+            Ok(Evaluated::List(list)) => ClaimValue::List(list.into()),
+            Ok(Evaluated::Document(_) | Evaluated::EmptyOrNull) | Err(Failure::Undecided) => {
+                ClaimValue::Undecided
+            }
+            Err(Failure::Error) => ClaimValue::Error,
         }
     }
 
@@ -92,78 +94,79 @@ impl ClaimExpr {
     pub fn is_constant(&self) -> bool {
         match self {
             Self::Constant(_) => true,
-            Self::Claims | Self::Subject | Self::Role | Self::Unset => false,
+            Self::Claims | Self::Subject | Self::Role | Self::OtherSetting => false,
             Self::Document(inner, _)
-            | Self::Part(inner, _)
-            | Self::PartText(inner, _)
-            | Self::Texts(inner, _)
+            | Self::Element(inner, _)
+            | Self::ElementText(inner, _)
+            | Self::TextList(inner, _)
             | Self::Cast(inner, _) => inner.is_constant(),
             Self::NullIf(one, other) => one.is_constant() && other.is_constant(),
-            Self::Coalesce(terms) => terms.iter().all(Self::is_constant),
+            Self::Coalesce(exprs) => exprs.iter().all(Self::is_constant),
         }
     }
 
-    fn find(&self, claims: &Claims) -> Result<Found, Stop> {
-        let text = |text: &str| Ok(Found::One(Datum::Text(text.into())));
+    fn evaluate(&self, claims: &Claims) -> Result<Evaluated, Failure> {
+        let text = |text: &str| Ok(Evaluated::One(Datum::Text(text.into())));
         match self {
-            Self::Constant(None) => Ok(Found::Null),
-            Self::Constant(Some(datum)) => Ok(Found::One(datum.clone())),
+            Self::Constant(None) => Ok(Evaluated::Null),
+            Self::Constant(Some(datum)) => Ok(Evaluated::One(datum.clone())),
             Self::Claims => text(claims.json()),
             Self::Subject => text(claims.sub().unwrap_or_default()),
             Self::Role => text(claims.role()),
-            Self::Unset => Ok(Found::EmptyOrNull),
-            Self::Document(inner, _) => match inner.find(claims)? {
-                Found::Null => Ok(Found::Null),
-                Found::One(Datum::Text(text)) => document(&text).map(Found::Document),
-                _ => Err(Stop::Unsure),
+            Self::OtherSetting => Ok(Evaluated::EmptyOrNull),
+            Self::Document(inner, _) => match inner.evaluate(claims)? {
+                Evaluated::Null => Ok(Evaluated::Null),
+                Evaluated::One(Datum::Text(text)) => document(&text).map(Evaluated::Document),
+                _ => Err(Failure::Undecided),
             },
-            Self::Part(inner, step) => match inner.find(claims)? {
-                Found::Null => Ok(Found::Null),
-                Found::Document(value) => {
-                    Ok(part(&value, step).map_or(Found::Null, |part| Found::Document(part.clone())))
-                }
-                _ => Err(Stop::Unsure),
+            Self::Element(inner, step) => match inner.evaluate(claims)? {
+                Evaluated::Null => Ok(Evaluated::Null),
+                Evaluated::Document(value) => Ok(element(&value, step)
+                    .map_or(Evaluated::Null, |element| Evaluated::Document(element.clone()))),
+                _ => Err(Failure::Undecided),
             },
-            Self::PartText(inner, step) => match inner.find(claims)? {
-                Found::Null => Ok(Found::Null),
-                Found::Document(value) => match part(&value, step) {
-                    None => Ok(Found::Null),
-                    Some(part) => as_text(part),
+            Self::ElementText(inner, step) => match inner.evaluate(claims)? {
+                Evaluated::Null => Ok(Evaluated::Null),
+                Evaluated::Document(value) => match element(&value, step) {
+                    None => Ok(Evaluated::Null),
+                    Some(element) => as_text(element),
                 },
-                _ => Err(Stop::Unsure),
+                _ => Err(Failure::Undecided),
             },
-            Self::Texts(inner, for_keys) => match inner.find(claims)? {
-                Found::Null if *for_keys => Ok(Found::Null),
-                Found::Null => Ok(Found::List(Vec::new())),
-                Found::Document(value) => texts(&value, *for_keys).map(Found::List),
-                _ => Err(Stop::Unsure),
+            Self::TextList(inner, is_key_list) => match inner.evaluate(claims)? {
+                Evaluated::Null if *is_key_list => Ok(Evaluated::Null),
+                Evaluated::Null => Ok(Evaluated::List(Vec::new())),
+                Evaluated::Document(value) => text_list(&value, *is_key_list).map(Evaluated::List),
+                _ => Err(Failure::Undecided),
             },
-            Self::Cast(inner, kind) => match inner.find(claims)? {
-                Found::Null => Ok(Found::Null),
-                Found::One(datum) => cast(&datum, *kind).map(Found::One),
-                Found::List(list) => {
-                    list.iter().map(|datum| cast(datum, *kind)).collect::<Result<_, _>>().map(Found::List)
+            Self::Cast(inner, kind) => match inner.evaluate(claims)? {
+                Evaluated::Null => Ok(Evaluated::Null),
+                Evaluated::One(datum) => cast(&datum, *kind).map(Evaluated::One),
+                Evaluated::List(list) => {
+                    list.iter().map(|datum| cast(datum, *kind)).collect::<Result<_, _>>().map(Evaluated::List)
                 }
-                Found::Document(Value::Bool(value)) if *kind == Kind::Bool => {
-                    Ok(Found::One(Datum::Bool(value)))
+                Evaluated::Document(Value::Bool(value)) if *kind == Kind::Bool => {
+                    Ok(Evaluated::One(Datum::Bool(value)))
                 }
-                Found::Document(_) | Found::EmptyOrNull => Err(Stop::Unsure),
+                Evaluated::Document(_) | Evaluated::EmptyOrNull => Err(Failure::Undecided),
             },
-            Self::NullIf(one, other) => match (one.find(claims)?, other.find(claims)?) {
-                (Found::Null, _) => Ok(Found::Null),
-                (Found::EmptyOrNull, Found::One(Datum::Text(text))) if text.is_empty() => Ok(Found::Null),
-                (Found::One(one), Found::One(other)) if one == other => Ok(Found::Null),
-                (Found::One(one), Found::One(_) | Found::Null) => Ok(Found::One(one)),
-                _ => Err(Stop::Unsure),
+            Self::NullIf(one, other) => match (one.evaluate(claims)?, other.evaluate(claims)?) {
+                (Evaluated::Null, _) => Ok(Evaluated::Null),
+                (Evaluated::EmptyOrNull, Evaluated::One(Datum::Text(text))) if text.is_empty() => {
+                    Ok(Evaluated::Null)
+                }
+                (Evaluated::One(one), Evaluated::One(other)) if one == other => Ok(Evaluated::Null),
+                (Evaluated::One(one), Evaluated::One(_) | Evaluated::Null) => Ok(Evaluated::One(one)),
+                _ => Err(Failure::Undecided),
             },
-            Self::Coalesce(terms) => {
-                for term in terms {
-                    match term.find(claims)? {
-                        Found::Null => {}
+            Self::Coalesce(exprs) => {
+                for expr in exprs {
+                    match expr.evaluate(claims)? {
+                        Evaluated::Null => {}
                         found => return Ok(found),
                     }
                 }
-                Ok(Found::Null)
+                Ok(Evaluated::Null)
             }
         }
     }
@@ -175,18 +178,18 @@ impl fmt::Display for ClaimExpr {
         match self {
             Self::Constant(None) => f.write_str("null"),
             Self::Constant(Some(datum)) => write!(f, "'{}'", datum.to_text()),
-            Self::Claims | Self::Unset => f.write_str("auth.jwt()"),
+            Self::Claims | Self::OtherSetting => f.write_str("auth.jwt()"),
             Self::Subject => f.write_str("auth.jwt() ->> 'sub'"),
             Self::Role => f.write_str("auth.jwt() ->> 'role'"),
             // What stands around the claims to make them a document, or nothing of an empty text, is no news.
             Self::Document(inner, _) | Self::NullIf(inner, _) => inner.fmt(f),
-            Self::Part(inner, step) => write!(f, "{inner} -> {step}"),
-            Self::PartText(inner, step) => write!(f, "{inner} ->> {step}"),
-            Self::Texts(inner, _) => write!(f, "elements of {inner}"),
+            Self::Element(inner, step) => write!(f, "{inner} -> {step}"),
+            Self::ElementText(inner, step) => write!(f, "{inner} ->> {step}"),
+            Self::TextList(inner, _) => write!(f, "elements of {inner}"),
             Self::Cast(inner, kind) => write!(f, "({inner})::{}", format!("{kind:?}").to_lowercase()),
-            Self::Coalesce(terms) => {
-                let terms: Vec<String> = terms.iter().map(ToString::to_string).collect();
-                write!(f, "coalesce({})", terms.join(", "))
+            Self::Coalesce(exprs) => {
+                let exprs: Vec<String> = exprs.iter().map(ToString::to_string).collect();
+                write!(f, "coalesce({})", exprs.join(", "))
             }
         }
     }
@@ -203,8 +206,8 @@ impl fmt::Display for ClaimStep {
 
 /// Claims that JSON and `jsonb` of PostgreSQL read alike and as we do: no number but plain integers, no null character.
 /// A number elsewhere in the claims could make `jsonb` raise for all of them.
-fn document(text: &str) -> Result<Value, Stop> {
-    let value: Value = serde_json::from_str(text).map_err(|_| Stop::Unsure)?;
+fn document(text: &str) -> Result<Value, Failure> {
+    let value: Value = serde_json::from_str(text).map_err(|_| Failure::Undecided)?;
     fn is_plain(value: &Value) -> bool {
         match value {
             Value::Null | Value::Bool(_) => true,
@@ -215,10 +218,10 @@ fn document(text: &str) -> Result<Value, Stop> {
             Value::Object(fields) => fields.iter().all(|(key, value)| !key.contains('\0') && is_plain(value)),
         }
     }
-    if is_plain(&value) { Ok(value) } else { Err(Stop::Unsure) }
+    if is_plain(&value) { Ok(value) } else { Err(Failure::Undecided) }
 }
 
-fn part<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
+fn element<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
     match (step, value) {
         (ClaimStep::Key(key), Value::Object(fields)) => fields.get(key),
         (ClaimStep::Index(index), Value::Array(list)) => {
@@ -229,22 +232,22 @@ fn part<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
     }
 }
 
-fn as_text(value: &Value) -> Result<Found, Stop> {
+fn as_text(value: &Value) -> Result<Evaluated, Failure> {
     match value {
-        Value::Null => Ok(Found::Null),
-        Value::Bool(value) => Ok(Found::One(Datum::Text((if *value { "true" } else { "false" }).into()))),
+        Value::Null => Ok(Evaluated::Null),
+        Value::Bool(value) => Ok(Evaluated::One(Datum::Text((if *value { "true" } else { "false" }).into()))),
         Value::Number(number) if number.is_i64() || number.is_u64() => {
-            Ok(Found::One(Datum::Text(number.to_string().into())))
+            Ok(Evaluated::One(Datum::Text(number.to_string().into())))
         }
-        Value::String(text) => Ok(Found::One(Datum::Text(text.as_str().into()))),
+        Value::String(text) => Ok(Evaluated::One(Datum::Text(text.as_str().into()))),
         // Written by PostgreSQL with blanks and digits of its own.
-        Value::Number(_) | Value::Array(_) | Value::Object(_) => Err(Stop::Unsure),
+        Value::Number(_) | Value::Array(_) | Value::Object(_) => Err(Failure::Undecided),
     }
 }
 
-fn texts(value: &Value, for_keys: bool) -> Result<Vec<Datum>, Stop> {
+fn text_list(value: &Value, is_key_list: bool) -> Result<Vec<Datum>, Failure> {
     let text = |text: &String| Datum::Text(text.as_str().into());
-    match (value, for_keys) {
+    match (value, is_key_list) {
         (Value::Array(list), true) => Ok(list
             .iter()
             .filter_map(|item| if let Value::String(item) = item { Some(text(item)) } else { None })
@@ -256,21 +259,21 @@ fn texts(value: &Value, for_keys: bool) -> Result<Vec<Datum>, Stop> {
             let mut texts = Vec::with_capacity(list.len());
             for item in list {
                 match as_text(item)? {
-                    Found::One(item) => texts.push(item),
+                    Evaluated::One(item) => texts.push(item),
                     // A null among them makes "not found" unknown instead of false.
-                    _ => return Err(Stop::Unsure),
+                    _ => return Err(Failure::Undecided),
                 }
             }
             Ok(texts)
         }
-        (_, false) => Err(Stop::Raises),
+        (_, false) => Err(Failure::Error),
     }
 }
 
-fn cast(datum: &Datum, kind: Kind) -> Result<Datum, Stop> {
+fn cast(datum: &Datum, kind: Kind) -> Result<Datum, Failure> {
     let fits = |value: i64, least: i64, most: i64| match (least..=most).contains(&value) {
         true => Ok(Datum::Int(value)),
-        false => Err(Stop::Raises),
+        false => Err(Failure::Error),
     };
     match (datum, kind) {
         (Datum::Int(value), Kind::Int2) => fits(*value, i16::MIN.into(), i16::MAX.into()),
@@ -280,9 +283,9 @@ fn cast(datum: &Datum, kind: Kind) -> Result<Datum, Stop> {
         (_, Kind::Text) => Ok(Datum::Text(datum.to_text())),
         (Datum::Text(text), _) => match kind.read(text) {
             Read::Value(datum) => Ok(datum),
-            Read::Raises => Err(Stop::Raises),
-            Read::Unsure => Err(Stop::Unsure),
+            Read::Error => Err(Failure::Error),
+            Read::Undecided => Err(Failure::Undecided),
         },
-        _ => Err(Stop::Unsure),
+        _ => Err(Failure::Undecided),
     }
 }

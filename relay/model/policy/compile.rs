@@ -14,8 +14,8 @@ use sqlparser::parser::Parser;
 use sqlparser::tokenizer::{Token, Tokenizer};
 
 use crate::model::policy::claim_expr::ClaimExpr;
+use crate::model::policy::compile::dependencies::dependencies;
 use crate::model::policy::compile::depth::is_too_deep;
-use crate::model::policy::compile::known::contents;
 use crate::model::policy::compile::list::only_expression;
 use crate::model::policy::compile::operand::{Operand, Type};
 use crate::model::policy::plan::{Obstacle, Plan, PlanKind, ServerQuery};
@@ -27,29 +27,29 @@ use crate::model::row::datum::Kind;
 mod condition;
 mod depth;
 mod invert;
-mod known;
+mod dependencies;
 mod list;
 mod operand;
 mod probe;
 
 /// Why something is not compiled; fit for whoever wrote the policy.
 #[derive(Debug, Clone)]
-struct Refused(String);
+struct Unsupported(String);
 
-fn refuse(why: &str) -> Refused {
-    Refused(why.to_owned())
+fn unsupported(why: &str) -> Unsupported {
+    Unsupported(why.to_owned())
 }
 
 /// How deep expressions may nest: PostgreSQL's own text of a sane policy stays far below.
-const DEEPEST: usize = 200;
+const MAX_DEPTH: usize = 200;
 
 /// Compiles a policy of a table with these columns for a role with these rights. Never fails: the worst plan is to ask one by one.
 pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -> Plan {
-    if invert::is_ours(table) {
+    if invert::is_reserved_name(table) {
         let why = String::from("the table has a name that the relay's own statements use");
         return Plan::opaque(Obstacle { part: table.to_owned(), why });
     }
-    if rights.own_casts {
+    if rights.user_casts {
         let why = String::from("a cast between types of the system was made by somebody");
         return Plan::opaque(Obstacle { part: policy.to_owned(), why });
     }
@@ -58,10 +58,10 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
     };
     // Named for the fields of its rows alone, it is not looked at.
-    if let Some(table) = rights.unreadable.as_ref().filter(|table| known::looks_into(&expr, table)) {
+    if let Some(table) = rights.unreadable.as_ref().filter(|table| dependencies::reads_table(&expr, table)) {
         let why = String::from("the role may not read it, so that every look at the table raises");
         let obstacles = vec![Obstacle { part: table.clone(), why }];
-        return Plan { obstacles, ..Plan::of(Predicate::Constant(Some(false))) };
+        return Plan { obstacles, ..Plan::compiled(Predicate::Constant(Some(false))) };
     }
     let compiler = Compiler {
         table,
@@ -69,37 +69,45 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         rights,
         without_columns: false,
         depth: 0,
-        terms: RefCell::default(),
-        leaves: RefCell::default(),
+        claim_exprs: RefCell::default(),
+        queries: RefCell::default(),
         obstacles: RefCell::default(),
     };
     let predicate = compiler.predicate(&expr, true);
     let obstacles = compiler.obstacles.borrow().clone();
     if obstacles.is_empty() {
-        let leaves = compiler.leaves.into_inner();
-        let way = if leaves.is_empty() { PlanKind::Compiled } else { PlanKind::Inverted };
-        let terms = compiler.terms.into_inner();
+        let queries = compiler.queries.into_inner();
+        let kind = if queries.is_empty() { PlanKind::Compiled } else { PlanKind::Inverted };
+        let claim_exprs = compiler.claim_exprs.into_inner();
         return Plan {
-            way,
+            kind,
             predicate,
-            terms,
+            claim_exprs,
             reads_all: false,
-            leaves,
+            queries,
             obstacles,
             probe: probe::probe(&expr, rights),
         };
     }
     let reads_all = !compiler.claims_are_known(&expr);
     // What is asked one by one is asked whole: nobody needs the leaves.
-    let predicate = without_leaves(predicate);
-    let terms = compiler.terms.into_inner();
+    let predicate = without_queries(predicate);
+    let claim_exprs = compiler.claim_exprs.into_inner();
     let probe = probe::probe(&expr, rights);
-    Plan { way: PlanKind::OneByOne, predicate, terms, reads_all, leaves: Vec::new(), obstacles, probe }
+    Plan {
+        kind: PlanKind::PerIdentity,
+        predicate,
+        claim_exprs,
+        reads_all,
+        queries: Vec::new(),
+        obstacles,
+        probe,
+    }
 }
 
-fn without_leaves(predicate: Predicate) -> Predicate {
-    let all = |list: Vec<Predicate>| list.into_iter().map(without_leaves).collect();
-    let boxed = |inner: Box<Predicate>| Box::new(without_leaves(*inner));
+fn without_queries(predicate: Predicate) -> Predicate {
+    let all = |list: Vec<Predicate>| list.into_iter().map(without_queries).collect();
+    let boxed = |inner: Box<Predicate>| Box::new(without_queries(*inner));
     match predicate {
         Predicate::Fact(_) | Predicate::Readers { .. } => Predicate::Opaque,
         Predicate::And(list) => Predicate::And(all(list)),
@@ -108,28 +116,28 @@ fn without_leaves(predicate: Predicate) -> Predicate {
         Predicate::Is(inner, wanted) => Predicate::Is(boxed(inner), wanted),
         Predicate::IsUnknown(inner) => Predicate::IsUnknown(boxed(inner)),
         Predicate::Case(branches, otherwise) => Predicate::Case(
-            branches.into_iter().map(|(one, then)| (without_leaves(one), without_leaves(then))).collect(),
+            branches.into_iter().map(|(one, then)| (without_queries(one), without_queries(then))).collect(),
             boxed(otherwise),
         ),
         other => other,
     }
 }
 
-fn parser(text: &str) -> Result<Parser<'static>, Refused> {
+fn parser(text: &str) -> Result<Parser<'static>, Unsupported> {
     const DIALECT: PostgreSqlDialect = PostgreSqlDialect {};
     let tokens = Tokenizer::new(&DIALECT, text).tokenize();
-    let tokens = tokens.map_err(|error| Refused(format!("it is not understood: {error}")))?;
+    let tokens = tokens.map_err(|error| Unsupported(format!("it is not understood: {error}")))?;
     if is_too_deep(&tokens) {
-        return Err(refuse("it is too long to be taken apart"));
+        return Err(unsupported("it is too long to be taken apart"));
     }
-    Ok(Parser::new(&DIALECT).with_recursion_limit(DEEPEST).with_tokens(tokens))
+    Ok(Parser::new(&DIALECT).with_recursion_limit(MAX_DEPTH).with_tokens(tokens))
 }
 
-fn parse(text: &str) -> Result<Expr, Refused> {
-    let not_understood = |error| Refused(format!("it is not understood: {error}"));
+fn parse(text: &str) -> Result<Expr, Unsupported> {
+    let not_understood = |error| Unsupported(format!("it is not understood: {error}"));
     // The parser's own text of such a name may be that of another.
     if text.contains("\"\"") || text.contains("\\\"") {
-        return Err(refuse("a name has a quote in it"));
+        return Err(unsupported("a name has a quote in it"));
     }
     let mut parser = parser(text)?;
     let mut expr = parser.parse_expr().map_err(not_understood)?;
@@ -156,13 +164,13 @@ impl VisitorMut for Unambiguous {
 }
 
 /// The expression that the body of an SQL function gives.
-fn parse_body(text: &str) -> Result<Expr, Refused> {
-    let statements = parser(text)?.parse_statements().map_err(|error| Refused(error.to_string()))?;
+fn parse_body(text: &str) -> Result<Expr, Unsupported> {
+    let statements = parser(text)?.parse_statements().map_err(|error| Unsupported(error.to_string()))?;
     match statements.as_slice() {
         [Statement::Query(query)] => {
-            only_expression(query).cloned().ok_or_else(|| refuse("it is more than one expression"))
+            only_expression(query).cloned().ok_or_else(|| unsupported("it is more than one expression"))
         }
-        _ => Err(refuse("it is more than one query")),
+        _ => Err(unsupported("it is more than one query")),
     }
 }
 
@@ -173,80 +181,80 @@ struct Compiler<'a> {
     /// In the body of a function, where a name is not a column of the table.
     without_columns: bool,
     depth: usize,
-    terms: RefCell<Vec<ClaimExpr>>,
-    leaves: RefCell<Vec<ServerQuery>>,
+    claim_exprs: RefCell<Vec<ClaimExpr>>,
+    queries: RefCell<Vec<ServerQuery>>,
     obstacles: RefCell<Vec<Obstacle>>,
 }
 
 impl Compiler<'_> {
     /// In the body of a function.
-    fn inside(&self) -> Self {
+    fn function_body(&self) -> Self {
         Compiler {
             table: self.table,
             columns: self.columns,
             rights: self.rights,
             without_columns: true,
             depth: self.depth + 1,
-            terms: RefCell::default(),
-            leaves: RefCell::default(),
+            claim_exprs: RefCell::default(),
+            queries: RefCell::default(),
             obstacles: RefCell::default(),
         }
     }
 
-    fn term(&self, term: ClaimExpr) -> usize {
-        place(&mut self.terms.borrow_mut(), term)
+    fn claim_index(&self, claim: ClaimExpr) -> usize {
+        index_of(&mut self.claim_exprs.borrow_mut(), claim)
     }
 
-    fn leaf(&self, leaf: ServerQuery) -> usize {
-        place(&mut self.leaves.borrow_mut(), leaf)
+    fn query_index(&self, query: ServerQuery) -> usize {
+        index_of(&mut self.queries.borrow_mut(), query)
     }
 
     fn scalar(&self, operand: Operand) -> Scalar {
         match operand {
             Operand::Row(scalar, _) => scalar,
-            Operand::Claim(term, _) => Scalar::Term(self.term(term)),
+            Operand::Claim(claim, _) => Scalar::Claim(self.claim_index(claim)),
         }
     }
 
     /// A condition. `lenient`: false and null mean the same here, since only `and` and `or` stand around it.
     fn predicate(&self, expr: &Expr, lenient: bool) -> Predicate {
-        let leaves = self.leaves.borrow().len();
-        let predicate = self.by_parts(expr, lenient);
+        let before = self.queries.borrow().len();
+        let predicate = self.by_structure(expr, lenient);
         let is_whole = matches!(predicate, Predicate::Fact(_));
-        if self.leaves.borrow().len() > leaves && !is_whole && self.is_of_row(expr) {
+        if self.queries.borrow().len() > before && !is_whole && self.reads_only_row(expr) {
             // Whole, PostgreSQL keeps what guards from what raises.
-            self.leaves.borrow_mut().truncate(leaves);
+            self.queries.borrow_mut().truncate(before);
             return self.fact(expr.to_string());
         }
         predicate
     }
 
     /// Whether it depends on the row alone, and PostgreSQL can be asked.
-    fn is_of_row(&self, expr: &Expr) -> bool {
-        let found = contents(expr, self.rights);
+    fn reads_only_row(&self, expr: &Expr) -> bool {
+        let found = dependencies(expr, self.rights);
         !found.claims && found.obstacle.is_none() && self.rights.obstacles.is_empty()
     }
 
     fn fact(&self, expression: String) -> Predicate {
-        Predicate::Fact(self.leaf(ServerQuery::Fact { expression }))
+        Predicate::Fact(self.query_index(ServerQuery::Fact { expression }))
     }
 
     /// Conditions joined by `and` or `or`. What is asked of the row has those before it in its question, for they may guard
     /// it from raising.
     fn chain(&self, expr: &Expr, op: &BinaryOperator, lenient: bool) -> Predicate {
         let mut parts = Vec::new();
-        links(expr, op, &mut parts);
-        let word = if *op == BinaryOperator::And { " and " } else { " or " };
+        operands_of(expr, op, &mut parts);
+        let joiner = if *op == BinaryOperator::And { " and " } else { " or " };
         let mut guards: Vec<String> = Vec::new();
         let mut list = Vec::with_capacity(parts.len());
         for part in parts {
-            let leaves = self.leaves.borrow().len();
+            let before = self.queries.borrow().len();
             let mut predicate = self.predicate(part, lenient);
-            if self.is_of_row(part) {
+            if self.reads_only_row(part) {
                 guards.push(format!("({part})"));
-                if self.leaves.borrow().len() > leaves {
-                    self.leaves.borrow_mut().truncate(leaves);
-                    predicate = self.fact(guards.join(word));
+                if self.queries.borrow().len() > before {
+                    self.queries.borrow_mut().truncate(before);
+                    predicate = self.fact(guards.join(joiner));
                 }
             }
             list.push(predicate);
@@ -254,7 +262,7 @@ impl Compiler<'_> {
         joined(list, *op == BinaryOperator::And)
     }
 
-    fn by_parts(&self, expr: &Expr, lenient: bool) -> Predicate {
+    fn by_structure(&self, expr: &Expr, lenient: bool) -> Predicate {
         match expr {
             Expr::Nested(inner) => self.predicate(inner, lenient),
             Expr::BinaryOp { op: op @ (BinaryOperator::And | BinaryOperator::Or), .. } => {
@@ -287,27 +295,27 @@ impl Compiler<'_> {
                 not(self.predicate(&found, false))
             }
             _ => {
-                let terms = self.terms.borrow().len();
-                self.compared(expr).unwrap_or_else(|why| {
-                    self.terms.borrow_mut().truncate(terms);
-                    self.asked(expr, lenient, why)
+                let known = self.claim_exprs.borrow().len();
+                self.condition(expr).unwrap_or_else(|why| {
+                    self.claim_exprs.borrow_mut().truncate(known);
+                    self.query(expr, lenient, why)
                 })
             }
         }
     }
 
     /// A condition that PostgreSQL is asked: once for all if it can be.
-    fn asked(&self, expr: &Expr, lenient: bool, why: Refused) -> Predicate {
-        let found = contents(expr, self.rights);
+    fn query(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Predicate {
+        let found = dependencies(expr, self.rights);
         let obstacle = self.rights.obstacles.first().cloned().or(found.obstacle);
         let outcome = match obstacle {
-            Some(obstacle) => Err(Refused(obstacle)),
+            Some(obstacle) => Err(Unsupported(obstacle)),
             None if !found.claims => return self.fact(expr.to_string()),
-            None => self.inverted(expr, lenient, why),
+            None => self.invert(expr, lenient, why),
         };
-        let readers = |leaf: usize| {
-            let by = self.leaves.borrow()[leaf].by().iter().map(|(term, _)| *term).collect();
-            Predicate::Readers { leaf, by }
+        let readers = |query: usize| {
+            let by = self.queries.borrow()[query].by().iter().map(|(claim, _)| *claim).collect();
+            Predicate::Readers { query, by }
         };
         outcome.map(readers).unwrap_or_else(|why| {
             let mut part = expr.clone();
@@ -321,13 +329,13 @@ impl Compiler<'_> {
 
     /// Whether all that the policy reads of the claims is among the terms. Adds what is missing.
     fn claims_are_known(&self, expr: &Expr) -> bool {
-        let found = contents(expr, self.rights);
+        let found = dependencies(expr, self.rights);
         if !self.rights.obstacles.is_empty() || found.obstacle.is_some() {
             return false;
         }
         let mut rest = expr.clone();
         self.replace_claims(&mut rest, &mut |_, _| Expr::value(Value::Null));
-        !contents(&rest, self.rights).claims
+        !dependencies(&rest, self.rights).claims
     }
 
     /// Puts something else in the place of each largest expression of claims, whose number and type it gets.
@@ -345,16 +353,16 @@ impl VisitorMut for Replace<'_, '_> {
     type Break = ();
 
     fn pre_visit_expr(&mut self, expr: &mut Expr) -> std::ops::ControlFlow<()> {
-        if let Ok(Operand::Claim(term, Type::Known(kind))) = self.compiler.inside().operand(expr)
-            && !term.is_constant()
+        if let Ok(Operand::Claim(claim, Type::Known(kind))) = self.compiler.function_body().operand(expr)
+            && !claim.is_constant()
         {
-            *expr = (self.by)(self.compiler.term(term), kind);
+            *expr = (self.by)(self.compiler.claim_index(claim), kind);
         }
         std::ops::ControlFlow::Continue(())
     }
 }
 
-fn place<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
+fn index_of<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
     list.iter().position(|held| *held == item).unwrap_or_else(|| {
         list.push(item);
         list.len() - 1
@@ -366,7 +374,7 @@ fn not(predicate: Predicate) -> Predicate {
 }
 
 /// The parts of a chain of `and` or `or`, from left to right: in a loop, for chains may be long.
-fn links<'a>(expr: &'a Expr, op: &BinaryOperator, parts: &mut Vec<&'a Expr>) {
+fn operands_of<'a>(expr: &'a Expr, op: &BinaryOperator, parts: &mut Vec<&'a Expr>) {
     let mut open = vec![expr];
     while let Some(expr) = open.pop() {
         match expr {
@@ -394,7 +402,7 @@ mod tests {
     use super::*;
     use crate::model::catalog::relation::tests::todos;
     use crate::model::identity::claims::Claims;
-    use crate::model::policy::predicate::{Answers, Unasked};
+    use crate::model::policy::predicate::{Answers, NoAnswers};
     use crate::model::row::image::Image;
     use crate::model::row::truth::Truth;
 
@@ -413,9 +421,9 @@ mod tests {
 
     /// On a thread with as little stack as those of the program have.
     #[track_caller]
-    fn way_of(policy: String) -> PlanKind {
+    fn kind_of(policy: String) -> PlanKind {
         let todos = todos(false, false);
-        let compiled = move || compile(&policy, &todos.table, &todos.columns, &rights()).way;
+        let compiled = move || compile(&policy, &todos.table, &todos.columns, &rights()).kind;
         std::thread::Builder::new().stack_size(2 << 20).spawn(compiled).unwrap().join().unwrap()
     }
 
@@ -440,30 +448,30 @@ mod tests {
                 ("id = ANY (ARRAY[", "1", "])"),
                 ("( SELECT ", "1", ")"),
             ] {
-                let _ = way_of(format!("{}{inner}{}", open.repeat(deep), close.repeat(deep)));
+                let _ = kind_of(format!("{}{inner}{}", open.repeat(deep), close.repeat(deep)));
             }
             for link in [" AND (id = 1)", " OR (id = 1)", " = 1", " || 'x'::text", " -> 'a'::text", " + 1"] {
-                let _ = way_of(format!("(id = 1){}", link.repeat(deep)));
+                let _ = kind_of(format!("(id = 1){}", link.repeat(deep)));
             }
-            let _ = way_of(format!("id = ANY (ARRAY[1{}])", ", 1".repeat(deep)));
+            let _ = kind_of(format!("id = ANY (ARRAY[1{}])", ", 1".repeat(deep)));
         }
     }
 
     /// Answers by the number of the leaf.
-    struct Said(usize);
+    struct FixedAnswers(usize);
 
-    impl Answers for Said {
-        fn fact(&self, leaf: usize) -> Truth {
-            [Truth::True, Truth::False, Truth::Null, Truth::Error][(leaf + self.0) % 4]
+    impl Answers for FixedAnswers {
+        fn fact(&self, query: usize) -> Truth {
+            [Truth::True, Truth::False, Truth::Null, Truth::Error][(query + self.0) % 4]
         }
 
-        fn reads(&self, leaf: usize) -> Truth {
-            [Truth::True, Truth::False][(leaf + self.0) % 2]
+        fn reads(&self, query: usize) -> Truth {
+            [Truth::True, Truth::False][(query + self.0) % 2]
         }
     }
 
     /// Policies as PostgreSQL writes them, or nearly.
-    fn grown() -> impl Strategy<Value = String> {
+    fn any_policy() -> impl Strategy<Value = String> {
         let value = proptest::sample::select(vec![
             "id",
             "owner",
@@ -538,25 +546,25 @@ mod tests {
 
         /// Strictly read or for "true" alone, before PostgreSQL was asked or after: what is decided is decided alike.
         #[test]
-        fn a_plan_is_whole_and_never_contradicts_itself(policy in grown()) {
+        fn a_plan_is_whole_and_never_contradicts_itself(policy in any_policy()) {
             let relation = todos(false, false);
             let plan = compile(&policy, &relation.table, &relation.columns, &rights());
-            prop_assert_eq!(plan.way == PlanKind::OneByOne, !plan.obstacles.is_empty(), "{}", policy);
-            prop_assert_eq!(plan.way == PlanKind::Inverted, !plan.leaves.is_empty(), "{}", policy);
+            prop_assert_eq!(plan.kind == PlanKind::PerIdentity, !plan.obstacles.is_empty(), "{}", policy);
+            prop_assert_eq!(plan.kind == PlanKind::Inverted, !plan.queries.is_empty(), "{}", policy);
             let uid = "0a1b2c3d-0000-4000-8000-00000000000f";
             let claims = format!(r#"{{"role":"a","exp":1,"sub":"{uid}","org":"a","roles":["a"]}}"#);
             let claims = Claims::from_verified_payload(&claims).unwrap();
-            let terms = plan.values(&claims);
+            let claims = plan.values(&claims);
             for row in [
                 format!(r#"{{"id":1,"owner":"{uid}","title":"a","raw":"\\x00"}}"#),
                 r#"{"id":5,"owner":null,"title":null,"raw":null}"#.to_owned(),
                 r#"{"id":7}"#.to_owned(),
             ] {
                 let image = Image::parse(&row, &relation.columns).unwrap();
-                let before = plan.predicate.truth(&image, &terms, &Unasked, false);
-                for said in 0..4 {
-                    let strict = plan.predicate.truth(&image, &terms, &Said(said), false);
-                    let lenient = plan.predicate.truth(&image, &terms, &Said(said), true);
+                let before = plan.predicate.truth(&image, &claims, &NoAnswers, false);
+                for seed in 0..4 {
+                    let strict = plan.predicate.truth(&image, &claims, &FixedAnswers(seed), false);
+                    let lenient = plan.predicate.truth(&image, &claims, &FixedAnswers(seed), true);
                     let alike = (strict == Truth::True) == (lenient == Truth::True);
                     prop_assert!(alike, "{policy} {row} {strict:?} {lenient:?}");
                     prop_assert!(before == Truth::Undecided || before == strict, "{policy} {row} {before:?} {strict:?}");

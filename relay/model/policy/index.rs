@@ -1,6 +1,6 @@
 //! The filter index: which subscriptions a row may concern, found by the row's values and not by asking each of them.
 //!
-//! A subscription stands under one or more anchors: equal values and beginnings of texts by hash, numbers in a range by
+//! A subscription stands under one or more keys: equal values and beginnings of texts by hash, numbers in a range by
 //! order, or under none, and then every row may concern it. What is found still has to be decided; what is not found need not be looked at.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -45,9 +45,9 @@ impl<T> Default for SubscriptionIndex<T> {
 }
 
 impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
-    /// Puts an entry under an anchor; none means that every row may concern it.
-    pub fn insert(&mut self, anchor: Option<&IndexKey>, entry: T) {
-        match anchor {
+    /// Puts an entry under an key; none means that every row may concern it.
+    pub fn insert(&mut self, key: Option<&IndexKey>, entry: T) {
+        match key {
             Some(IndexKey { equal, .. }) if !equal.is_empty() => {
                 let (columns, values) = equal.iter().cloned().unzip();
                 self.equal.entry(columns).or_default().entry(values).or_default().insert(entry);
@@ -62,9 +62,9 @@ impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
         }
     }
 
-    /// Takes an entry from under an anchor; nothing of it stays.
-    pub fn remove(&mut self, anchor: Option<&IndexKey>, entry: T) {
-        match anchor {
+    /// Takes an entry from under an key; nothing of it stays.
+    pub fn remove(&mut self, key: Option<&IndexKey>, entry: T) {
+        match key {
             Some(IndexKey { equal, .. }) if !equal.is_empty() => {
                 let (columns, values): (Vec<usize>, Vec<Datum>) = equal.iter().cloned().unzip();
                 let Some(by_values) = self.equal.get_mut(&columns) else { return };
@@ -105,12 +105,12 @@ impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
             probe(image, columns, &mut Vec::with_capacity(columns.len()), by_values, &mut found);
         }
         for (column, ranges) in &self.ranges {
-            if let ColumnValue::One(Datum::Int(value)) = image.held(*column) {
+            if let ColumnValue::One(Datum::Int(value)) = image.value(*column) {
                 ranges.look_up(*value, &mut found);
             }
         }
         for (column, prefixes) in &self.prefixes {
-            if let ColumnValue::One(Datum::Text(text)) | ColumnValue::Padded(text) = image.held(*column) {
+            if let ColumnValue::One(Datum::Text(text)) | ColumnValue::Padded(text) = image.value(*column) {
                 prefixes.look_up(text, &mut found);
             }
         }
@@ -141,7 +141,7 @@ fn probe<T: Copy>(
         probe(image, columns, values, by_values, found);
         values.pop();
     };
-    match image.held(*column) {
+    match image.value(*column) {
         ColumnValue::One(datum) => with(datum),
         ColumnValue::Many(elements) => elements.iter().flatten().for_each(with),
         ColumnValue::Null | ColumnValue::Padded(_) | ColumnValue::Foreign | ColumnValue::Missing => {}
@@ -313,15 +313,15 @@ mod tests {
                 ))
                 .collect();
             let mut index = SubscriptionIndex::default();
-            for (entry, anchor) in (0..).zip(&ranges) {
-                index.insert(Some(anchor), entry);
+            for (entry, key) in (0..).zip(&ranges) {
+                index.insert(Some(key), entry);
             }
-            let holds = |anchor: &IndexKey| anchor.range.is_some_and(|(_, range)| range.first <= value && value <= range.last);
+            let holds = |key: &IndexKey| key.range.is_some_and(|(_, range)| range.first <= value && value <= range.last);
             let expected: Vec<u32> =
-                (0..).zip(&ranges).filter(|(_, anchor)| holds(anchor)).map(|(entry, _)| entry).collect();
+                (0..).zip(&ranges).filter(|(_, key)| holds(key)).map(|(entry, _)| entry).collect();
             prop_assert_eq!(found(&index, &format!(r#"{{"id":{value}}}"#)), expected);
-            for (entry, anchor) in (0..).zip(&ranges) {
-                index.remove(Some(anchor), entry);
+            for (entry, key) in (0..).zip(&ranges) {
+                index.remove(Some(key), entry);
             }
             prop_assert!(index.is_empty());
         }

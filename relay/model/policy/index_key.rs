@@ -37,10 +37,10 @@ pub enum IndexKeys {
     OneOf(Vec<IndexKey>),
 }
 
-/// Terms of one anchor: each further one costs a look-up per change and makes the index larger.
-const MOST_TERMS: usize = 3;
+/// Terms of one key: each further one costs a look-up per change and makes the index larger.
+const MAX_COLUMNS: usize = 3;
 /// Anchors of one subscription. More than that, and one side of an `and` has to do.
-const MOST_ANCHORS: usize = 256;
+const MAX_KEYS: usize = 256;
 
 impl IndexKey {
     fn equal(column: usize, datum: Datum) -> Self {
@@ -59,10 +59,10 @@ impl IndexKey {
     fn and(&self, other: &Self) -> Self {
         let mut both = self.clone();
         both.named |= other.named;
-        for term in &other.equal {
+        for pair in &other.equal {
             // Two values of one column: impossible, or an array that has both. Keeping one is right for either.
-            if both.equal.len() < MOST_TERMS && !both.equal.iter().any(|(column, _)| *column == term.0) {
-                both.equal.push(term.clone());
+            if both.equal.len() < MAX_COLUMNS && !both.equal.iter().any(|(column, _)| *column == pair.0) {
+                both.equal.push(pair.clone());
             }
         }
         both.equal.sort();
@@ -85,9 +85,9 @@ impl IndexKeys {
     /// What is necessary for both.
     pub fn and(self, other: Self) -> Self {
         match (self, other) {
-            (Self::Any, anchors) | (anchors, Self::Any) => anchors,
+            (Self::Any, keys) | (keys, Self::Any) => keys,
             (Self::OneOf(some), Self::OneOf(others)) => match some.len() * others.len() {
-                count if count > MOST_ANCHORS => {
+                count if count > MAX_KEYS => {
                     Self::OneOf(if some.len() < others.len() { some } else { others })
                 }
                 _ => Self::OneOf(
@@ -100,11 +100,11 @@ impl IndexKeys {
     /// What is necessary for one of them.
     pub fn or(self, other: Self) -> Self {
         match (self, other) {
-            (Self::OneOf(mut some), Self::OneOf(others)) if some.len() + others.len() <= MOST_ANCHORS => {
+            (Self::OneOf(mut some), Self::OneOf(others)) if some.len() + others.len() <= MAX_KEYS => {
                 some.extend(others);
                 Self::OneOf(some)
             }
-            (anchors, Self::OneOf(none)) | (Self::OneOf(none), anchors) if none.is_empty() => anchors,
+            (keys, Self::OneOf(none)) | (Self::OneOf(none), keys) if none.is_empty() => keys,
             _ => Self::Any,
         }
     }
@@ -112,7 +112,7 @@ impl IndexKeys {
 
 impl Predicate {
     /// What a row must have for this to be true, given what the terms come to.
-    pub fn anchors(&self, terms: &[ClaimValue]) -> IndexKeys {
+    pub fn index_keys(&self, claims: &[ClaimValue]) -> IndexKeys {
         match self {
             Self::Constant(value) => {
                 if *value == Some(true) {
@@ -123,36 +123,42 @@ impl Predicate {
             }
             Self::Truth(scalar) => match scalar {
                 Scalar::Column(column) => IndexKeys::OneOf(vec![IndexKey::equal(*column, Datum::Bool(true))]),
-                Scalar::Term(term) => match terms.get(*term) {
-                    Some(ClaimValue::One(Datum::Bool(true)) | ClaimValue::Unsure) | None => IndexKeys::Any,
+                Scalar::Claim(claim) => match claims.get(*claim) {
+                    Some(ClaimValue::One(Datum::Bool(true)) | ClaimValue::Undecided) | None => IndexKeys::Any,
                     Some(_) => IndexKeys::NEVER,
                 },
                 Scalar::ColumnText(_) | Scalar::Coalesce(_) => IndexKeys::Any,
             },
-            Self::Compare(one, comparison, other) => compared(one, *comparison, other, terms),
+            Self::Compare(one, comparison, other) => compared(one, *comparison, other, claims),
             Self::Among(scalar, List::Of(scalars)) => scalars
                 .iter()
-                .map(|other| compared(scalar, Comparison::Equal, other, terms))
+                .map(|other| compared(scalar, Comparison::Equal, other, claims))
                 .fold(IndexKeys::NEVER, IndexKeys::or),
-            Self::Among(scalar, List::Term(term) | List::Keys(term)) => match (scalar, terms.get(*term)) {
-                (Scalar::Column(column), Some(ClaimValue::List(list))) if list.len() <= MOST_ANCHORS => {
-                    IndexKeys::OneOf(
-                        list.iter().map(|datum| IndexKey::equal(*column, datum.clone())).collect(),
-                    )
+            Self::Among(scalar, List::Claim(claim) | List::ClaimKeys(claim)) => {
+                match (scalar, claims.get(*claim)) {
+                    (Scalar::Column(column), Some(ClaimValue::List(list))) if list.len() <= MAX_KEYS => {
+                        IndexKeys::OneOf(
+                            list.iter().map(|datum| IndexKey::equal(*column, datum.clone())).collect(),
+                        )
+                    }
+                    (_, Some(ClaimValue::Null | ClaimValue::Error)) => IndexKeys::NEVER,
+                    _ => IndexKeys::Any,
                 }
-                (_, Some(ClaimValue::Null | ClaimValue::Raises)) => IndexKeys::NEVER,
-                _ => IndexKeys::Any,
-            },
-            Self::Among(Scalar::Term(term), List::Column(column)) => match terms.get(*term) {
+            }
+            Self::Among(Scalar::Claim(claim), List::Column(column)) => match claims.get(*claim) {
                 Some(ClaimValue::One(datum)) => {
                     IndexKeys::OneOf(vec![IndexKey::equal(*column, datum.clone())])
                 }
-                Some(ClaimValue::Null | ClaimValue::Raises) => IndexKeys::NEVER,
+                Some(ClaimValue::Null | ClaimValue::Error) => IndexKeys::NEVER,
                 _ => IndexKeys::Any,
             },
-            Self::And(all) => all.iter().map(|one| one.anchors(terms)).fold(IndexKeys::Any, IndexKeys::and),
-            Self::Or(all) => all.iter().map(|one| one.anchors(terms)).fold(IndexKeys::NEVER, IndexKeys::or),
-            Self::Readers { by, .. } => match known_by(by, terms) {
+            Self::And(all) => {
+                all.iter().map(|one| one.index_keys(claims)).fold(IndexKeys::Any, IndexKeys::and)
+            }
+            Self::Or(all) => {
+                all.iter().map(|one| one.index_keys(claims)).fold(IndexKeys::NEVER, IndexKeys::or)
+            }
+            Self::Readers { by, .. } => match known_by(by, claims) {
                 Some(true) => IndexKeys::OneOf(vec![IndexKey { named: true, ..IndexKey::default() }]),
                 Some(false) => IndexKeys::NEVER,
                 None => IndexKeys::Any,
@@ -161,7 +167,7 @@ impl Predicate {
                 "" => IndexKeys::Any,
                 prefix => IndexKeys::OneOf(vec![IndexKey::prefix(*column, prefix)]),
             },
-            Self::Is(inner, true) => inner.anchors(terms),
+            Self::Is(inner, true) => inner.index_keys(claims),
             Self::Among(..)
             | Self::Same(..)
             | Self::IsNull(_)
@@ -176,30 +182,30 @@ impl Predicate {
     }
 }
 
-fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, terms: &[ClaimValue]) -> IndexKeys {
+fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, claims: &[ClaimValue]) -> IndexKeys {
     let is_text = [one, other].iter().any(|side| matches!(side, Scalar::ColumnText(_)));
     let (column, comparison, other) = match (one, other) {
         (Scalar::Column(column) | Scalar::ColumnText(column), _) => (*column, comparison, other),
         (_, Scalar::Column(column) | Scalar::ColumnText(column)) => (*column, comparison.mirrored(), one),
-        (Scalar::Term(one), Scalar::Term(other)) => {
+        (Scalar::Claim(one), Scalar::Claim(other)) => {
             // Of claims alone: the same for every row.
-            return match (terms.get(*one), terms.get(*other)) {
+            return match (claims.get(*one), claims.get(*other)) {
                 (Some(ClaimValue::One(one)), Some(ClaimValue::One(other)))
                     if comparison == Comparison::Equal && one != other =>
                 {
                     IndexKeys::NEVER
                 }
-                (Some(ClaimValue::Null | ClaimValue::Raises), _)
-                | (_, Some(ClaimValue::Null | ClaimValue::Raises)) => IndexKeys::NEVER,
+                (Some(ClaimValue::Null | ClaimValue::Error), _)
+                | (_, Some(ClaimValue::Null | ClaimValue::Error)) => IndexKeys::NEVER,
                 _ => IndexKeys::Any,
             };
         }
         _ => return IndexKeys::Any,
     };
-    let Scalar::Term(term) = other else { return IndexKeys::Any };
-    let datum = match terms.get(*term) {
+    let Scalar::Claim(claim) = other else { return IndexKeys::Any };
+    let datum = match claims.get(*claim) {
         Some(ClaimValue::One(datum)) => datum,
-        Some(ClaimValue::Null | ClaimValue::Raises) => return IndexKeys::NEVER,
+        Some(ClaimValue::Null | ClaimValue::Error) => return IndexKeys::NEVER,
         _ => return IndexKeys::Any,
     };
     if is_text {
@@ -228,7 +234,7 @@ fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, terms: &[Claim
 fn written_so(text: &str) -> Vec<Datum> {
     let kinds = [Kind::Uuid, Kind::Bool].into_iter().filter_map(|kind| match kind.read(text) {
         Read::Value(datum) => Some(datum),
-        Read::Raises | Read::Unsure => None,
+        Read::Error | Read::Undecided => None,
     });
     let number = text.parse().ok().map(Datum::Int);
     std::iter::once(Datum::Text(text.into())).chain(kinds).chain(number).collect()

@@ -13,22 +13,22 @@ pub enum PlanKind {
     /// PostgreSQL is asked once who may see the rows of a page, not once for each who might.
     Inverted,
     /// PostgreSQL is asked for each distinct set of the claims that the policy reads.
-    OneByOne,
+    PerIdentity,
 }
 
 /// A policy, ready to be decided. Made by [`compile`](crate::model::policy::compile::compile).
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// How it is decided.
-    pub way: PlanKind,
+    pub kind: PlanKind,
     /// What is known of it here; all of it unless the way is one by one.
     pub predicate: Predicate,
     /// What it reads of the claims. Who agrees in these is judged together.
-    pub terms: Vec<ClaimExpr>,
+    pub claim_exprs: Vec<ClaimExpr>,
     /// It may read any claim, or nobody knows which.
     pub reads_all: bool,
     /// What PostgreSQL is asked per page.
-    pub leaves: Vec<ServerQuery>,
+    pub queries: Vec<ServerQuery>,
     /// What keeps it from a cheaper way.
     pub obstacles: Vec<Obstacle>,
     /// A condition of the claims alone that holds unless the claims make the policy raise, for PostgreSQL.
@@ -85,29 +85,29 @@ impl ServerQuery {
 
 impl PlanKind {
     /// A word for it.
-    pub fn word(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Compiled => "compiled",
             Self::Inverted => "inverted",
-            Self::OneByOne => "one by one",
+            Self::PerIdentity => "one by one",
         }
     }
 }
 
 impl Plan {
     /// Every row.
-    pub fn everything() -> Self {
-        Self::of(Predicate::Constant(Some(true)))
+    pub fn allow_all() -> Self {
+        Self::compiled(Predicate::Constant(Some(true)))
     }
 
     /// A condition that needs nobody's help.
-    pub fn of(predicate: Predicate) -> Self {
+    pub fn compiled(predicate: Predicate) -> Self {
         Self {
-            way: PlanKind::Compiled,
+            kind: PlanKind::Compiled,
             predicate,
-            terms: Vec::new(),
+            claim_exprs: Vec::new(),
             reads_all: false,
-            leaves: Vec::new(),
+            queries: Vec::new(),
             obstacles: Vec::new(),
             probe: None,
         }
@@ -116,10 +116,10 @@ impl Plan {
     /// Nothing is known of it but that PostgreSQL can judge it.
     pub fn opaque(obstacle: Obstacle) -> Self {
         Self {
-            way: PlanKind::OneByOne,
+            kind: PlanKind::PerIdentity,
             reads_all: true,
             obstacles: vec![obstacle],
-            ..Self::of(Predicate::Opaque)
+            ..Self::compiled(Predicate::Opaque)
         }
     }
 
@@ -127,24 +127,25 @@ impl Plan {
     pub fn pending() -> Self {
         let why = String::from("a table that it reads is locked, so that it cannot be read itself");
         let obstacles = vec![Obstacle { part: String::from("the policy"), why }];
-        Self { way: PlanKind::OneByOne, obstacles, ..Self::of(Predicate::Pending) }
+        Self { kind: PlanKind::PerIdentity, obstacles, ..Self::compiled(Predicate::Pending) }
     }
 
     /// Whether these claims make it raise, whatever the row is, as far as that is known here. Then PostgreSQL shows nothing.
-    pub fn raises(&self, terms: &[ClaimValue]) -> bool {
-        !self.is_probed(terms) && self.predicate.raises(terms)
+    pub fn raises(&self, values: &[ClaimValue]) -> bool {
+        !self.is_probed(values) && self.predicate.raises(values)
     }
 
     /// Whether PostgreSQL has to be asked whether these claims make it raise, before anything is shown.
-    pub fn is_probed(&self, terms: &[ClaimValue]) -> bool {
-        self.probe.is_some() && (self.way == PlanKind::OneByOne || terms.contains(&ClaimValue::Unsure))
+    pub fn is_probed(&self, values: &[ClaimValue]) -> bool {
+        self.probe.is_some()
+            && (self.kind == PlanKind::PerIdentity || values.contains(&ClaimValue::Undecided))
     }
 
     /// Whether PostgreSQL is asked what may name something in this schema, which is written as in SQL.
     pub fn names(&self, schema: &str) -> bool {
         let named = format!("{schema}.");
-        self.way == PlanKind::OneByOne
-            || self.leaves.iter().any(|leaf| match leaf {
+        self.kind == PlanKind::PerIdentity
+            || self.queries.iter().any(|query| match query {
                 ServerQuery::Fact { expression } | ServerQuery::Equals { expression, .. } => {
                     expression.contains(&named)
                 }
@@ -154,6 +155,6 @@ impl Plan {
 
     /// What the terms come to for these claims.
     pub fn values(&self, claims: &Claims) -> Vec<ClaimValue> {
-        self.terms.iter().map(|term| term.value(claims)).collect()
+        self.claim_exprs.iter().map(|expr| expr.value(claims)).collect()
     }
 }

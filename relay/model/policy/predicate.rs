@@ -44,7 +44,7 @@ pub enum Predicate {
     /// Holds for certain readers, whom PostgreSQL names.
     Readers {
         /// The number of a leaf.
-        leaf: usize,
+        query: usize,
         /// The terms by which it knows readers.
         by: Vec<usize>,
     },
@@ -69,15 +69,15 @@ pub enum Comparison {
 /// What PostgreSQL said of a leaf for one image.
 pub trait Answers {
     /// A [`Predicate::Fact`].
-    fn fact(&self, leaf: usize) -> Truth;
+    fn fact(&self, query: usize) -> Truth;
     /// A [`Predicate::Readers`], for the reader at hand.
-    fn reads(&self, leaf: usize) -> Truth;
+    fn reads(&self, query: usize) -> Truth;
 }
 
 /// Nobody was asked.
-pub struct Unasked;
+pub struct NoAnswers;
 
-impl Answers for Unasked {
+impl Answers for NoAnswers {
     fn fact(&self, _: usize) -> Truth {
         Truth::Undecided
     }
@@ -124,21 +124,21 @@ impl Predicate {
     pub fn truth(
         &self,
         image: &Image<'_>,
-        terms: &[ClaimValue],
+        claims: &[ClaimValue],
         answers: &dyn Answers,
         lenient: bool,
     ) -> Truth {
-        let truth = |predicate: &Self, lenient| predicate.truth(image, terms, answers, lenient);
+        let truth = |predicate: &Self, lenient| predicate.truth(image, claims, answers, lenient);
         match self {
             Self::Constant(value) => (*value).into(),
-            Self::Truth(scalar) => match scalar.held(image, terms) {
+            Self::Truth(scalar) => match scalar.value(image, claims) {
                 Ok(ColumnValue::One(Datum::Bool(value))) => value.into(),
                 Ok(ColumnValue::Null) => Truth::Null,
                 Ok(_) => Truth::Undecided,
                 Err(stop) => stop,
             },
             Self::Compare(one, comparison, other) => {
-                match (one.held(image, terms), other.held(image, terms)) {
+                match (one.value(image, claims), other.value(image, claims)) {
                     (Err(stop), _) | (Ok(_), Err(stop)) => stop,
                     (Ok(ColumnValue::Null), Ok(_)) | (Ok(_), Ok(ColumnValue::Null)) => Truth::Null,
                     (Ok(ColumnValue::One(one)), Ok(ColumnValue::One(other))) => {
@@ -147,7 +147,7 @@ impl Predicate {
                     _ => Truth::Undecided,
                 }
             }
-            Self::Same(one, other) => match (one.held(image, terms), other.held(image, terms)) {
+            Self::Same(one, other) => match (one.value(image, claims), other.value(image, claims)) {
                 (Err(stop), _) | (Ok(_), Err(stop)) => stop,
                 (Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_)), Ok(_))
                 | (Ok(_), Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_))) => {
@@ -155,17 +155,17 @@ impl Predicate {
                 }
                 (Ok(one), Ok(other)) => (one == other).into(),
             },
-            Self::Among(scalar, list) => match scalar.held(image, terms) {
+            Self::Among(scalar, list) => match scalar.value(image, claims) {
                 Err(stop) => stop,
-                Ok(held) => list.holds(&held, image, terms),
+                Ok(held) => list.holds(&held, image, claims),
             },
-            Self::Matches(column, pattern) => match image.held(*column) {
+            Self::Matches(column, pattern) => match image.value(*column) {
                 ColumnValue::Null => Truth::Null,
                 ColumnValue::One(Datum::Text(text)) | ColumnValue::Padded(text) => pattern.matches(text),
                 ColumnValue::Missing => Truth::Error,
                 _ => Truth::Undecided,
             },
-            Self::IsNull(scalar) => match scalar.held(image, terms) {
+            Self::IsNull(scalar) => match scalar.value(image, claims) {
                 Ok(held) => (held == ColumnValue::Null).into(),
                 Err(stop) => stop,
             },
@@ -225,9 +225,9 @@ impl Predicate {
                 }
                 truth(otherwise, lenient)
             }
-            Self::Fact(leaf) => answers.fact(*leaf),
-            Self::Readers { leaf, by } => match known_by(by, terms) {
-                Some(true) => answers.reads(*leaf),
+            Self::Fact(query) => answers.fact(*query),
+            Self::Readers { query, by } => match known_by(by, claims) {
+                Some(true) => answers.reads(*query),
                 Some(false) => Truth::False,
                 // It may raise, or find nothing to compare the claim with.
                 None => Truth::Undecided,
@@ -240,15 +240,17 @@ impl Predicate {
 
 impl Predicate {
     /// Whether it may be that only PostgreSQL knows what it comes to for an image, whatever the terms are.
-    pub fn asks(&self) -> bool {
+    pub fn needs_postgres(&self) -> bool {
         match self {
             Self::Fact(_) | Self::Readers { .. } | Self::Opaque => true,
             Self::Matches(_, pattern) => !pattern.is_exact(),
-            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.asks(),
-            Self::And(all) | Self::Or(all) => all.iter().any(Self::asks),
+            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.needs_postgres(),
+            Self::And(all) | Self::Or(all) => all.iter().any(Self::needs_postgres),
             Self::Case(branches, otherwise) => {
-                branches.iter().any(|(condition, result)| condition.asks() || result.asks())
-                    || otherwise.asks()
+                branches
+                    .iter()
+                    .any(|(condition, result)| condition.needs_postgres() || result.needs_postgres())
+                    || otherwise.needs_postgres()
             }
             _ => false,
         }
@@ -257,10 +259,10 @@ impl Predicate {
 
 /// Whether PostgreSQL can name a reader with such terms: each is compared by `=`, so null finds nothing. None when it
 /// has to be asked.
-pub(super) fn known_by(by: &[usize], terms: &[ClaimValue]) -> Option<bool> {
+pub(super) fn known_by(by: &[usize], claims: &[ClaimValue]) -> Option<bool> {
     let mut is_known = true;
-    for term in by {
-        match terms.get(*term) {
+    for claim in by {
+        match claims.get(*claim) {
             Some(ClaimValue::One(datum)) if datum.is_short() => {}
             Some(ClaimValue::Null) => is_known = false,
             Some(_) | None => return None,

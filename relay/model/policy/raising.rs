@@ -1,7 +1,7 @@
 //! Whether claims make a condition raise, whatever the row is.
 
 use crate::model::policy::claim_expr::ClaimValue;
-use crate::model::policy::predicate::{Predicate, Unasked};
+use crate::model::policy::predicate::{NoAnswers, Predicate};
 use crate::model::policy::scalar::{List, Scalar};
 use crate::model::row::image::Image;
 use crate::model::row::truth::Truth;
@@ -9,63 +9,65 @@ use crate::model::row::truth::Truth;
 impl Predicate {
     /// Whether one of the terms that it reads raises. PostgreSQL works claims out before it looks at rows, or for the first row
     /// that needs them, and then shows none. What a `case` guards by claims alone is looked at only where the guard lets it.
-    pub fn raises(&self, terms: &[ClaimValue]) -> bool {
-        let any = |list: &[Self]| list.iter().any(|one| one.raises(terms));
-        let bad = |term: &usize| terms.get(*term) == Some(&ClaimValue::Raises);
+    pub fn raises(&self, claims: &[ClaimValue]) -> bool {
+        let any = |list: &[Self]| list.iter().any(|one| one.raises(claims));
+        let bad = |claim: &usize| claims.get(*claim) == Some(&ClaimValue::Error);
         match self {
             Self::Constant(_) | Self::Matches(..) | Self::Fact(_) | Self::Opaque | Self::Pending => false,
-            Self::Truth(scalar) | Self::IsNull(scalar) => scalar.raises(terms),
-            Self::Compare(one, _, other) | Self::Same(one, other) => one.raises(terms) || other.raises(terms),
+            Self::Truth(scalar) | Self::IsNull(scalar) => scalar.raises(claims),
+            Self::Compare(one, _, other) | Self::Same(one, other) => {
+                one.raises(claims) || other.raises(claims)
+            }
             Self::Among(scalar, list) => {
-                scalar.raises(terms)
+                scalar.raises(claims)
                     || match list {
-                        List::Of(scalars) => scalars.iter().any(|scalar| scalar.raises(terms)),
-                        List::Term(term) | List::Keys(term) => bad(term),
+                        List::Of(scalars) => scalars.iter().any(|scalar| scalar.raises(claims)),
+                        List::Claim(claim) | List::ClaimKeys(claim) => bad(claim),
                         List::Column(_) => false,
                     }
             }
-            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.raises(terms),
+            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.raises(claims),
             Self::And(all) | Self::Or(all) => any(all),
             Self::Case(branches, otherwise) => {
                 for (condition, result) in branches {
-                    if condition.raises(terms) {
+                    if condition.raises(claims) {
                         return true;
                     }
-                    match condition.is_of_claims() {
-                        true => match condition.truth(&Image::none(), terms, &Unasked, false) {
-                            Truth::True => return result.raises(terms),
+                    match condition.reads_only_claims() {
+                        true => match condition.truth(&Image::none(), claims, &NoAnswers, false) {
+                            Truth::True => return result.raises(claims),
                             Truth::False | Truth::Null => {}
-                            _ if result.raises(terms) => return true,
+                            _ if result.raises(claims) => return true,
                             _ => {}
                         },
-                        false if result.raises(terms) => return true,
+                        false if result.raises(claims) => return true,
                         false => {}
                     }
                 }
-                otherwise.raises(terms)
+                otherwise.raises(claims)
             }
             Self::Readers { by, .. } => by.iter().any(bad),
         }
     }
 
     /// Whether it depends on claims alone.
-    fn is_of_claims(&self) -> bool {
-        let all = |list: &[Self]| list.iter().all(Self::is_of_claims);
+    fn reads_only_claims(&self) -> bool {
+        let all = |list: &[Self]| list.iter().all(Self::reads_only_claims);
         match self {
             Self::Constant(_) => true,
-            Self::Truth(scalar) | Self::IsNull(scalar) => scalar.is_of_claims(),
+            Self::Truth(scalar) | Self::IsNull(scalar) => scalar.reads_only_claims(),
             Self::Compare(one, _, other) | Self::Same(one, other) => {
-                one.is_of_claims() && other.is_of_claims()
+                one.reads_only_claims() && other.reads_only_claims()
             }
             Self::Among(scalar, list) => {
-                scalar.is_of_claims()
+                scalar.reads_only_claims()
                     && match list {
-                        List::Of(scalars) => scalars.iter().all(Scalar::is_of_claims),
-                        List::Term(_) | List::Keys(_) => true,
+                        List::Of(scalars) => scalars.iter().all(Scalar::reads_only_claims),
+                        List::Claim(_) | List::ClaimKeys(_) => true,
                         List::Column(_) => false,
                     }
             }
-            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.is_of_claims(),
+            Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.reads_only_claims(),
             Self::And(list) | Self::Or(list) => all(list),
             Self::Matches(..)
             | Self::Case(..)

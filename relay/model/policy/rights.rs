@@ -17,7 +17,7 @@ pub struct Rights {
     /// Why nobody knows what the policies depend on.
     pub obstacles: Vec<String>,
     /// They call functions of users, whose bodies may depend on the search path.
-    pub calls_own: bool,
+    pub calls_user_functions: bool,
     /// A table that they look into and the role may not read.
     pub unreadable: Option<String>,
     /// Grants that the role lacks for them: until it has them all, PostgreSQL shows it nothing.
@@ -25,7 +25,7 @@ pub struct Rights {
     /// Grants that the judging login lacks to look up what the policies name, where PostgreSQL is asked.
     pub unusable: BTreeMap<String, String>,
     /// Somebody made a cast between types of the system.
-    pub own_casts: bool,
+    pub user_casts: bool,
 }
 
 /// One policy.

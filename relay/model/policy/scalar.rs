@@ -13,7 +13,7 @@ pub enum Scalar {
     /// A column cast to text.
     ColumnText(usize),
     /// A term.
-    Term(usize),
+    Claim(usize),
     /// The first that is not null.
     Coalesce(Vec<Scalar>),
 }
@@ -24,53 +24,53 @@ pub enum List {
     /// These values.
     Of(Vec<Scalar>),
     /// A term that is a list.
-    Term(usize),
+    Claim(usize),
     /// A term that is a list of keys; null is neither among them nor not, even if there are none.
-    Keys(usize),
+    ClaimKeys(usize),
     /// An array column.
     Column(usize),
 }
 
 impl Scalar {
-    pub(super) fn raises(&self, terms: &[ClaimValue]) -> bool {
+    pub(super) fn raises(&self, claims: &[ClaimValue]) -> bool {
         match self {
             Self::Column(_) | Self::ColumnText(_) => false,
-            Self::Term(term) => terms.get(*term) == Some(&ClaimValue::Raises),
-            Self::Coalesce(scalars) => scalars.iter().any(|scalar| scalar.raises(terms)),
+            Self::Claim(claim) => claims.get(*claim) == Some(&ClaimValue::Error),
+            Self::Coalesce(scalars) => scalars.iter().any(|scalar| scalar.raises(claims)),
         }
     }
 
-    pub(super) fn is_of_claims(&self) -> bool {
+    pub(super) fn reads_only_claims(&self) -> bool {
         match self {
             Self::Column(_) | Self::ColumnText(_) => false,
-            Self::Term(_) => true,
-            Self::Coalesce(scalars) => scalars.iter().all(Self::is_of_claims),
+            Self::Claim(_) => true,
+            Self::Coalesce(scalars) => scalars.iter().all(Self::reads_only_claims),
         }
     }
 
     /// Its value, or why there is none.
-    pub(super) fn held(&self, image: &Image<'_>, terms: &[ClaimValue]) -> Result<ColumnValue, Truth> {
+    pub(super) fn value(&self, image: &Image<'_>, claims: &[ClaimValue]) -> Result<ColumnValue, Truth> {
         match self {
-            Self::Column(column) => match image.held(*column) {
+            Self::Column(column) => match image.value(*column) {
                 // A rule cannot be read as if what is missing were null.
                 ColumnValue::Missing => Err(Truth::Error),
                 held => Ok(held.clone()),
             },
-            Self::ColumnText(column) => match image.held(*column) {
+            Self::ColumnText(column) => match image.value(*column) {
                 ColumnValue::Missing => Err(Truth::Error),
                 ColumnValue::Null => Ok(ColumnValue::Null),
                 ColumnValue::One(datum) => Ok(ColumnValue::One(Datum::Text(datum.to_text()))),
                 _ => Err(Truth::Undecided),
             },
-            Self::Term(term) => match terms.get(*term) {
+            Self::Claim(claim) => match claims.get(*claim) {
                 Some(ClaimValue::Null) => Ok(ColumnValue::Null),
                 Some(ClaimValue::One(datum)) => Ok(ColumnValue::One(datum.clone())),
-                Some(ClaimValue::Raises) => Err(Truth::Error),
-                Some(ClaimValue::List(_) | ClaimValue::Unsure) | None => Err(Truth::Undecided),
+                Some(ClaimValue::Error) => Err(Truth::Error),
+                Some(ClaimValue::List(_) | ClaimValue::Undecided) | None => Err(Truth::Undecided),
             },
             Self::Coalesce(scalars) => {
                 for scalar in scalars {
-                    match scalar.held(image, terms)? {
+                    match scalar.value(image, claims)? {
                         ColumnValue::Null => {}
                         held => return Ok(held),
                     }
@@ -83,12 +83,12 @@ impl Scalar {
 
 impl List {
     /// `value = any (list)`
-    pub(super) fn holds(&self, value: &ColumnValue, image: &Image<'_>, terms: &[ClaimValue]) -> Truth {
+    pub(super) fn holds(&self, value: &ColumnValue, image: &Image<'_>, claims: &[ClaimValue]) -> Truth {
         let elements: Vec<Option<Datum>> = match self {
             Self::Of(scalars) => {
                 let mut elements = Vec::with_capacity(scalars.len());
                 for scalar in scalars {
-                    match scalar.held(image, terms) {
+                    match scalar.value(image, claims) {
                         Ok(ColumnValue::Null) => elements.push(None),
                         Ok(ColumnValue::One(datum)) => elements.push(Some(datum)),
                         Ok(_) => return Truth::Undecided,
@@ -97,20 +97,20 @@ impl List {
                 }
                 elements
             }
-            Self::Term(term) | Self::Keys(term) => match terms.get(*term) {
+            Self::Claim(claim) | Self::ClaimKeys(claim) => match claims.get(*claim) {
                 Some(ClaimValue::List(list)) => {
                     return match value {
-                        _ if list.is_empty() && matches!(self, Self::Term(_)) => Truth::False,
+                        _ if list.is_empty() && matches!(self, Self::Claim(_)) => Truth::False,
                         ColumnValue::Null => Truth::Null,
                         ColumnValue::One(value) => list.contains(value).into(),
                         _ => Truth::Undecided,
                     };
                 }
                 Some(ClaimValue::Null) => return Truth::Null,
-                Some(ClaimValue::Raises) => return Truth::Error,
+                Some(ClaimValue::Error) => return Truth::Error,
                 _ => return Truth::Undecided,
             },
-            Self::Column(column) => match image.held(*column) {
+            Self::Column(column) => match image.value(*column) {
                 ColumnValue::Many(elements) => elements.clone(),
                 ColumnValue::Null => return Truth::Null,
                 ColumnValue::Missing => return Truth::Error,

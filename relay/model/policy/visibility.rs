@@ -101,7 +101,7 @@ impl EventKind {
 /// What `operation` means to somebody with this sight of its images, if anything.
 ///
 /// `leave_events`: the relation was watched with the wish to tell of rows that go out of sight.
-pub fn meaning(operation: Operation, sight: Visibility, leave_events: bool) -> Option<EventKind> {
+pub fn event_kind(operation: Operation, sight: Visibility, leave_events: bool) -> Option<EventKind> {
     match (operation, sight.before, sight.after) {
         (Operation::Insert, _, true) => Some(EventKind::Insert),
         (Operation::Update, true, true) => Some(EventKind::Update),
@@ -131,13 +131,13 @@ mod tests {
             (Operation::Truncate, sees(true, true), None),
         ];
         for (operation, sight, expected) in cases {
-            assert_eq!(meaning(operation, sight, false), expected, "{operation:?} {sight:?}");
+            assert_eq!(event_kind(operation, sight, false), expected, "{operation:?} {sight:?}");
             let with_leave = if (operation, sight) == (Operation::Update, sees(true, false)) {
                 Some(EventKind::Leave)
             } else {
                 expected
             };
-            assert_eq!(meaning(operation, sight, true), with_leave, "{operation:?} {sight:?}");
+            assert_eq!(event_kind(operation, sight, true), with_leave, "{operation:?} {sight:?}");
         }
     }
 }

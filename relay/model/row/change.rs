@@ -35,7 +35,8 @@ pub enum Operation {
 pub struct Loss {
     why: String,
     /// The schema in which the relation is not watched any more.
-    pub left: Option<String>,
+    #[serde(rename = "left")]
+    pub former_schema: Option<String>,
 }
 
 impl Loss {
@@ -66,7 +67,7 @@ impl Operation {
     }
 
     /// The word on the wire (`data.type`).
-    pub fn word(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Insert => "INSERT",
             Self::Update => "UPDATE",
@@ -80,7 +81,7 @@ impl Operation {
 
 /// What a change is, as one word after the other: `U 17 3 L16402 B731 S`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kind {
+pub struct ChangeHeader {
     /// What happened.
     pub operation: Operation,
     /// To which watched relation.
@@ -95,23 +96,23 @@ pub struct Kind {
     pub oversize: bool,
 }
 
-impl Kind {
+impl ChangeHeader {
     /// Reads these words; none when they are others.
     pub fn parse(text: &str) -> Option<Self> {
         let mut words = text.split(' ');
         let operation = Operation::from_letter(words.next()?)?;
         let relation = RelationId(words.next()?.parse().ok()?);
         let shape = words.next()?.parse().ok()?;
-        let mut kind = Self { operation, relation, shape, leaf: None, began: None, oversize: false };
+        let mut header = Self { operation, relation, shape, leaf: None, began: None, oversize: false };
         for word in words {
             match word.split_at_checked(1)? {
-                ("L", leaf) => kind.leaf = Some(leaf.parse().ok()?),
-                ("B", began) => kind.began = Some(began.parse().ok()?),
-                ("S", "") => kind.oversize = true,
+                ("L", leaf) => header.leaf = Some(leaf.parse().ok()?),
+                ("B", began) => header.began = Some(began.parse().ok()?),
+                ("S", "") => header.oversize = true,
                 _ => return None,
             }
         }
-        Some(kind)
+        Some(header)
     }
 }
 
@@ -145,7 +146,7 @@ pub struct Change {
     /// All transactions before this one were over in the snapshot by which the writer read, where that matters to how the images are read.
     pub began: Option<u64>,
     /// How the images are to be read.
-    pub reading: ImageState,
+    pub image_state: ImageState,
     /// What happened.
     pub operation: Operation,
     /// The images hold the key and the small columns only: the row was too large for one image.
@@ -164,9 +165,9 @@ impl Change {
 
     /// Why changes may be missing here; none when this is a change.
     pub fn loss(&self) -> Option<Loss> {
-        let unknown = Loss { why: String::new(), left: None };
-        let said = |text: &String| serde_json::from_str(text).ok();
-        (self.operation == Operation::Gap).then(|| self.after.as_ref().and_then(said).unwrap_or(unknown))
+        let unknown = Loss { why: String::new(), former_schema: None };
+        let parse = |text: &String| serde_json::from_str(text).ok();
+        (self.operation == Operation::Gap).then(|| self.after.as_ref().and_then(parse).unwrap_or(unknown))
     }
 
     /// The time as clients expect it: UTC, milliseconds, `Z`.
@@ -324,13 +325,13 @@ mod tests {
 
     #[test]
     fn kinds_are_read_whole_or_not_at_all() {
-        let plain = Kind::parse("I 17 3").unwrap();
+        let plain = ChangeHeader::parse("I 17 3").unwrap();
         assert_eq!((plain.operation, plain.relation, plain.shape), (Operation::Insert, RelationId(17), 3));
         assert_eq!((plain.leaf, plain.began, plain.oversize), (None, None, false));
-        let full = Kind::parse("U 17 0 L4294967295 B18446744073709551615 S").unwrap();
+        let full = ChangeHeader::parse("U 17 0 L4294967295 B18446744073709551615 S").unwrap();
         assert_eq!((full.leaf, full.began, full.oversize), (Some(u32::MAX), Some(u64::MAX), true));
         for text in ["", "I", "I 17", "X 17 3", "I 17 3 ", "I 17 3 L", "I 17 3 Q", "I 17 3 S1", "I a 3"] {
-            assert_eq!(Kind::parse(text), None, "{text}");
+            assert_eq!(ChangeHeader::parse(text), None, "{text}");
         }
     }
 

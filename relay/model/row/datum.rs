@@ -45,9 +45,9 @@ pub enum Read {
     /// This value.
     Value(Datum),
     /// PostgreSQL raises an error.
-    Raises,
+    Error,
     /// One of the rarer spellings; PostgreSQL knows.
-    Unsure,
+    Undecided,
 }
 
 impl Kind {
@@ -87,8 +87,8 @@ impl Kind {
             Self::Bool => match text {
                 "true" | "t" => Read::Value(Datum::Bool(true)),
                 "false" | "f" => Read::Value(Datum::Bool(false)),
-                _ if text.trim().starts_with(|c: char| "tTfFyYnNoO01".contains(c)) => Read::Unsure,
-                _ => Read::Raises,
+                _ if text.trim().starts_with(|c: char| "tTfFyYnNoO01".contains(c)) => Read::Undecided,
+                _ => Read::Error,
             },
             Self::Uuid => read_uuid(text),
             Self::Int2 => read_integer(text, i16::MIN.into(), i16::MAX.into()),
@@ -142,23 +142,23 @@ fn read_uuid(text: &str) -> Read {
     let digits: String = text.chars().filter(|c| *c != '-').collect();
     let is_possible = bytes.iter().all(|byte| byte.is_ascii_hexdigit() || b"-{}".contains(byte));
     if !is_possible || digits.trim_matches(['{', '}']).len() != 32 {
-        return Read::Raises;
+        return Read::Error;
     }
     match u128::from_str_radix(&digits, 16) {
         Ok(value) if hyphens.is_empty() || hyphens == [8, 13, 18, 23] => Read::Value(Datum::Uuid(value)),
-        _ => Read::Unsure,
+        _ => Read::Undecided,
     }
 }
 
-fn read_integer(text: &str, least: i64, most: i64) -> Read {
+fn read_integer(text: &str, min: i64, max: i64) -> Read {
     let digits = text.strip_prefix('-').unwrap_or(text);
     if !digits.is_empty() && digits.len() <= 19 && digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return match text.parse::<i64>() {
-            Ok(value) if (least..=most).contains(&value) => Read::Value(Datum::Int(value)),
-            _ => Read::Raises,
+            Ok(value) if (min..=max).contains(&value) => Read::Value(Datum::Int(value)),
+            _ => Read::Error,
         };
     }
-    if text.bytes().any(|byte| byte.is_ascii_digit()) { Read::Unsure } else { Read::Raises }
+    if text.bytes().any(|byte| byte.is_ascii_digit()) { Read::Undecided } else { Read::Error }
 }
 
 #[cfg(test)]
@@ -174,22 +174,22 @@ mod tests {
             (Kind::Uuid, UUID, Read::Value(uuid.clone())),
             (Kind::Uuid, &UUID.to_uppercase(), Read::Value(uuid)),
             (Kind::Uuid, &UUID.replace('-', ""), Kind::Uuid.read(UUID)),
-            (Kind::Uuid, &format!("{{{UUID}}}"), Read::Unsure),
-            (Kind::Uuid, &UUID.replace("-4", "4"), Read::Unsure),
-            (Kind::Uuid, &UUID[1..], Read::Raises),
-            (Kind::Uuid, "auth0|17", Read::Raises),
-            (Kind::Uuid, "", Read::Raises),
+            (Kind::Uuid, &format!("{{{UUID}}}"), Read::Undecided),
+            (Kind::Uuid, &UUID.replace("-4", "4"), Read::Undecided),
+            (Kind::Uuid, &UUID[1..], Read::Error),
+            (Kind::Uuid, "auth0|17", Read::Error),
+            (Kind::Uuid, "", Read::Error),
             (Kind::Int4, "-17", Read::Value(Datum::Int(-17))),
-            (Kind::Int4, "2147483648", Read::Raises),
+            (Kind::Int4, "2147483648", Read::Error),
             (Kind::Int2, "32767", Read::Value(Datum::Int(32767))),
             (Kind::Int8, "9223372036854775807", Read::Value(Datum::Int(i64::MAX))),
-            (Kind::Int8, "9223372036854775808", Read::Raises),
-            (Kind::Int4, " 17 ", Read::Unsure),
-            (Kind::Int4, "1.5", Read::Unsure),
-            (Kind::Int4, "many", Read::Raises),
+            (Kind::Int8, "9223372036854775808", Read::Error),
+            (Kind::Int4, " 17 ", Read::Undecided),
+            (Kind::Int4, "1.5", Read::Undecided),
+            (Kind::Int4, "many", Read::Error),
             (Kind::Bool, "true", Read::Value(Datum::Bool(true))),
-            (Kind::Bool, "YES", Read::Unsure),
-            (Kind::Bool, "maybe", Read::Raises),
+            (Kind::Bool, "YES", Read::Undecided),
+            (Kind::Bool, "maybe", Read::Error),
         ] {
             assert_eq!(kind.read(text), expected, "{kind:?} {text}");
         }

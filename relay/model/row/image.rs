@@ -11,7 +11,7 @@ use crate::model::row::datum::{Datum, Kind};
 pub struct Image<'a> {
     row: Row<'a>,
     columns: &'a [Column],
-    held: Vec<OnceCell<ColumnValue>>,
+    values: Vec<OnceCell<ColumnValue>>,
 }
 
 /// What an image holds in a column.
@@ -37,13 +37,13 @@ impl<'a> Image<'a> {
     /// # Errors
     /// When the text is not one JSON object.
     pub fn parse(json: &'a str, columns: &'a [Column]) -> Result<Self, serde_json::Error> {
-        let held = columns.iter().map(|_| OnceCell::new()).collect();
-        Ok(Self { row: Row::parse(json)?, columns, held })
+        let values = columns.iter().map(|_| OnceCell::new()).collect();
+        Ok(Self { row: Row::parse(json)?, columns, values })
     }
 
     /// Without a column, for what depends on claims alone.
     pub fn none() -> Self {
-        Self { row: Row::default(), columns: &[], held: Vec::new() }
+        Self { row: Row::default(), columns: &[], values: Vec::new() }
     }
 
     /// The row, taken apart.
@@ -52,10 +52,10 @@ impl<'a> Image<'a> {
     }
 
     /// What stands in the column at this place of the list of columns.
-    pub fn held(&self, column: usize) -> &ColumnValue {
-        const NOTHING: &ColumnValue = &ColumnValue::Missing;
-        let (Some(cell), Some(column)) = (self.held.get(column), self.columns.get(column)) else {
-            return NOTHING;
+    pub fn value(&self, column: usize) -> &ColumnValue {
+        const MISSING: &ColumnValue = &ColumnValue::Missing;
+        let (Some(cell), Some(column)) = (self.values.get(column), self.columns.get(column)) else {
+            return MISSING;
         };
         cell.get_or_init(|| match (self.row.value(&column.name), column.shape()) {
             (None, _) => ColumnValue::Missing,
@@ -65,14 +65,14 @@ impl<'a> Image<'a> {
             }
             (Some(json), ColumnKind::Many(kind)) => {
                 let mut elements = Vec::new();
-                let mut take = |element: &str| {
+                let mut push = |element: &str| {
                     elements.push(match element {
                         "null" => None,
                         element => Some(kind.from_json(element)?),
                     });
                     Some(())
                 };
-                flatten(json, MOST_DIMENSIONS, &mut take)
+                flatten(json, MAX_DIMENSIONS, &mut push)
                     .map_or(ColumnValue::Foreign, |()| ColumnValue::Many(elements))
             }
             (Some(json), ColumnKind::Padded) => match Kind::Text.from_json(json) {
@@ -85,16 +85,16 @@ impl<'a> Image<'a> {
 }
 
 /// PostgreSQL's own limit. What is nested deeper is no array of its.
-const MOST_DIMENSIONS: usize = 6;
+const MAX_DIMENSIONS: usize = 6;
 
-/// Calls `take` for each element of an array of so many dimensions at most; none when it is no such array.
-fn flatten(json: &str, dimensions: usize, take: &mut impl FnMut(&str) -> Option<()>) -> Option<()> {
+/// Calls `push` for each element of an array of so many dimensions at most; none when it is no such array.
+fn flatten(json: &str, dimensions: usize, push: &mut impl FnMut(&str) -> Option<()>) -> Option<()> {
     let dimensions = dimensions.checked_sub(1)?;
     let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;
     for element in elements {
         match element.get() {
-            nested if nested.starts_with('[') => flatten(nested, dimensions, take)?,
-            element => take(element)?,
+            nested if nested.starts_with('[') => flatten(nested, dimensions, push)?,
+            element => push(element)?,
         }
     }
     Some(())
@@ -122,7 +122,7 @@ mod tests {
         let relation = lists();
         let many = |json: &str| {
             let image = format!(r#"{{"many":{json}}}"#);
-            Image::parse(&image, &relation.columns).unwrap().held(0).clone()
+            Image::parse(&image, &relation.columns).unwrap().value(0).clone()
         };
         let one = |n| Some(Datum::Int(n));
         assert_eq!(many("[[1,2],[3,null]]"), ColumnValue::Many(vec![one(1), one(2), one(3), None]));
@@ -135,7 +135,7 @@ mod tests {
     fn a_nesting_that_no_array_has_is_not_followed() {
         let relation = lists();
         let image = format!(r#"{{"many":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
-        assert_eq!(*Image::parse(&image, &relation.columns).unwrap().held(0), ColumnValue::Foreign);
+        assert_eq!(*Image::parse(&image, &relation.columns).unwrap().value(0), ColumnValue::Foreign);
     }
 
     fn json() -> impl Strategy<Value = String> {
@@ -167,11 +167,11 @@ mod tests {
             let text = format!(r#"{{"many":{many},"one":{one},"yes":{yes}}}"#);
             let image = Image::parse(&text, &relation.columns).unwrap();
             for (column, (json, one)) in [(&many, false), (&one, true), (&yes, true)].into_iter().enumerate() {
-                let held = image.held(column);
-                prop_assert_eq!(*held == ColumnValue::Null, json == "null");
-                prop_assert!(*held != ColumnValue::Missing && !(one && matches!(held, ColumnValue::Many(_))));
+                let value = image.value(column);
+                prop_assert_eq!(*value == ColumnValue::Null, json == "null");
+                prop_assert!(*value != ColumnValue::Missing && !(one && matches!(value, ColumnValue::Many(_))));
             }
-            prop_assert_eq!(image.held(3), &ColumnValue::Missing);
+            prop_assert_eq!(image.value(3), &ColumnValue::Missing);
         }
     }
 }

@@ -30,7 +30,7 @@ pub struct Pattern {
     /// The text ends with this; none when the pattern has no `%`, so that `first` is all of it.
     last: Option<Run>,
     /// Both sides are compared in small letters.
-    folds: bool,
+    folds_case: bool,
     /// It is exact for texts of ASCII only.
     ascii_only: bool,
 }
@@ -41,19 +41,19 @@ enum Run {
     /// A text.
     Text(String),
     /// Characters, of which none stands for any.
-    Holes(Vec<Option<char>>),
+    Wildcards(Vec<Option<char>>),
 }
 
 /// A run with `_` is looked for by one machine word, a bit for each of its characters.
-const MOST_WITH_HOLES: usize = u64::BITS as usize;
+const MAX_WILDCARD_RUN: usize = u64::BITS as usize;
 
 /// So many bytes of what a pattern begins with are worth an index entry.
-const MOST_PREFIX: usize = 16;
+const MAX_PREFIX_BYTES: usize = 16;
 
 impl Pattern {
     /// A pattern of `like`, or of `ilike` where `folds` says how letters compare; none when only PostgreSQL can match it.
-    pub fn new(pattern: &str, folds: Option<Folding>) -> Option<Self> {
-        let ascii_only = match folds {
+    pub fn new(pattern: &str, folding: Option<Folding>) -> Option<Self> {
+        let ascii_only = match folding {
             None | Some(Folding::Ascii) => false,
             Some(Folding::Letters) if pattern.is_ascii() => true,
             Some(Folding::Letters | Folding::Unknown) => return None,
@@ -72,7 +72,7 @@ impl Pattern {
                 literal => Some(literal),
             };
             let item =
-                item.map(|literal| if folds.is_some() { literal.to_ascii_lowercase() } else { literal });
+                item.map(|literal| if folding.is_some() { literal.to_ascii_lowercase() } else { literal });
             runs.last_mut()?.push(item);
         }
         let mut runs = runs.into_iter().map(Run::new).collect::<Option<Vec<_>>>()?;
@@ -80,7 +80,7 @@ impl Pattern {
         let mut runs = runs.into_iter();
         let first = runs.next()?;
         let middle = runs.filter(|run| !run.is_empty()).collect();
-        Some(Self { first, middle, last, folds: folds.is_some(), ascii_only })
+        Some(Self { first, middle, last, folds_case: folding.is_some(), ascii_only })
     }
 
     /// Whether it is exact for every text.
@@ -91,8 +91,8 @@ impl Pattern {
     /// What each text that it matches begins with, as far as an index wants to know.
     pub fn prefix(&self) -> &str {
         match &self.first {
-            Run::Text(text) if !self.folds => {
-                let mut end = text.len().min(MOST_PREFIX);
+            Run::Text(text) if !self.folds_case => {
+                let mut end = text.len().min(MAX_PREFIX_BYTES);
                 while !text.is_char_boundary(end) {
                     end -= 1;
                 }
@@ -104,14 +104,14 @@ impl Pattern {
 
     /// Whether it matches the text.
     pub fn matches(&self, text: &str) -> Truth {
-        match (self.folds, self.ascii_only && !text.is_ascii()) {
+        match (self.folds_case, self.ascii_only && !text.is_ascii()) {
             (_, true) => Truth::Undecided,
-            (true, false) => self.holds(&text.to_ascii_lowercase()).into(),
-            (false, false) => self.holds(text).into(),
+            (true, false) => self.matches_folded(&text.to_ascii_lowercase()).into(),
+            (false, false) => self.matches_folded(text).into(),
         }
     }
 
-    fn holds(&self, text: &str) -> bool {
+    fn matches_folded(&self, text: &str) -> bool {
         let Some(mut rest) = self.first.after_start(text) else { return false };
         let Some(last) = &self.last else { return rest.is_empty() };
         // The leftmost place for each run leaves most for those behind it.
@@ -130,7 +130,7 @@ impl Run {
     fn new(items: Vec<Option<char>>) -> Option<Self> {
         match items.iter().copied().collect::<Option<String>>() {
             Some(text) => Some(Self::Text(text)),
-            None => (items.len() <= MOST_WITH_HOLES).then_some(Self::Holes(items)),
+            None => (items.len() <= MAX_WILDCARD_RUN).then_some(Self::Wildcards(items)),
         }
     }
 
@@ -142,7 +142,7 @@ impl Run {
     fn after_start<'t>(&self, text: &'t str) -> Option<&'t str> {
         match self {
             Self::Text(run) => text.strip_prefix(run.as_str()),
-            Self::Holes(items) => {
+            Self::Wildcards(items) => {
                 let mut characters = text.chars();
                 let fits = |item: &Option<char>| {
                     characters.next().is_some_and(|character| item.is_none_or(|item| item == character))
@@ -156,7 +156,7 @@ impl Run {
     fn after_first<'t>(&self, text: &'t str) -> Option<&'t str> {
         match self {
             Self::Text(run) => text.find(run.as_str()).map(|at| &text[at + run.len()..]),
-            Self::Holes(items) => {
+            Self::Wildcards(items) => {
                 // Bit n: the last n + 1 characters are those that the run begins with.
                 let mut states = 0_u64;
                 let mut characters = text.chars();
@@ -182,7 +182,7 @@ impl Run {
     fn is_end_of(&self, text: &str) -> bool {
         match self {
             Self::Text(run) => text.ends_with(run.as_str()),
-            Self::Holes(items) => {
+            Self::Wildcards(items) => {
                 let mut characters = text.chars().rev();
                 items.iter().rev().all(|item| {
                     characters.next().is_some_and(|character| item.is_none_or(|item| item == character))

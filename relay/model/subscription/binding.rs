@@ -180,7 +180,7 @@ impl Request {
             Some((column.kind.clone(), column.shape(), column.folding))
         };
         let relation = found.map(|(relation, _)| (relation.id(), relation.oid));
-        let lack = found.and_then(|(relation, _)| relation.lack(role));
+        let lack = found.and_then(|(relation, _)| relation.missing_grants(role));
         Grounds { relation, lack, columns: named.map(column).collect() }
     }
 }
@@ -335,7 +335,7 @@ impl Subscription {
         let (mut anchors, mut values, mut selections) = (IndexKeys::OneOf(Vec::new()), 0, HashSet::new());
         for binding in self.bindings.iter().filter(|binding| !binding.is_refused()) {
             let filter = binding.filter.as_ref();
-            anchors = anchors.or(filter.map_or(IndexKeys::Any, |filter| filter.anchors()));
+            anchors = anchors.or(filter.map_or(IndexKeys::Any, |filter| filter.index_keys()));
             values += filter.map_or(0, |filter| filter.value_count());
             selections.insert(&binding.select);
         }
@@ -380,7 +380,7 @@ impl Subscription {
 
     /// Whether the change says that a relation left the schema that it follows, so that earlier changes of that cannot be told.
     pub fn has_lost(&self, change: &Change, now: &Catalog) -> bool {
-        let Some(left) = change.loss().and_then(|loss| loss.left) else { return false };
+        let Some(left) = change.loss().and_then(|loss| loss.former_schema) else { return false };
         let is_followed =
             now.relation(change.relation).is_some_and(|relation| self.concerning(relation).next().is_some());
         !is_followed
@@ -403,8 +403,10 @@ impl Subscription {
             _ => None,
         });
         named.filter_map(move |relation| {
-            let had = before.and_then(|before| before.relation(relation.id())).and_then(|had| had.lack(role));
-            relation.lack(role).filter(|lack| had.as_ref() != Some(lack))
+            let had = before
+                .and_then(|before| before.relation(relation.id()))
+                .and_then(|had| had.missing_grants(role));
+            relation.missing_grants(role).filter(|lack| had.as_ref() != Some(lack))
         })
     }
 
@@ -470,7 +472,7 @@ pub fn readable<'a>(
             ));
         }
     }
-    if let Some(lack) = relation.lack(identity.claims().role()) {
+    if let Some(lack) = relation.missing_grants(identity.claims().role()) {
         return Err(exception(request, &format!("{FORBIDDEN}{lack}")));
     }
     Ok(relation)

@@ -6,7 +6,7 @@ use crate::model::catalog::relation::{Access, Relation};
 use crate::model::catalog::shape::Labels;
 use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::policy::index_key::IndexKeys;
-use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar, Unasked};
+use crate::model::policy::predicate::{Comparison, List, NoAnswers, Predicate, Scalar};
 use crate::model::row::column::ColumnKind;
 use crate::model::row::datum::{Kind, Read};
 use crate::model::row::image::Image;
@@ -106,12 +106,12 @@ impl TypedFilter {
 
     /// Whether the row matches, as far as that is known here.
     pub fn truth(&self, image: &Image<'_>) -> Truth {
-        self.predicate.truth(image, &self.constants, &Unasked, true)
+        self.predicate.truth(image, &self.constants, &NoAnswers, true)
     }
 
     /// Whether PostgreSQL may have to be asked whether a row matches.
     pub fn asks(&self) -> bool {
-        self.predicate.asks()
+        self.predicate.needs_postgres()
     }
 
     /// How many values a row may have to be compared with.
@@ -120,8 +120,8 @@ impl TypedFilter {
     }
 
     /// What a row must have to match.
-    pub fn anchors(&self) -> IndexKeys {
-        self.predicate.anchors(&self.constants)
+    pub fn index_keys(&self) -> IndexKeys {
+        self.predicate.index_keys(&self.constants)
     }
 }
 
@@ -163,9 +163,9 @@ impl TypedCondition {
         let mut constant = |text: &String| match kind.read(text) {
             Read::Value(datum) => {
                 constants.push(ClaimValue::One(datum));
-                Some(Scalar::Term(constants.len() - 1))
+                Some(Scalar::Claim(constants.len() - 1))
             }
-            Read::Raises | Read::Unsure => None,
+            Read::Error | Read::Undecided => None,
         };
         let comparison = match self.condition.operator {
             Operator::Eq => Comparison::Equal,

@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use crate::model::log::cursor::{Epoch, Snapshot};
-use crate::model::row::change::{self, Change, ImageState, Kind, RelationId};
+use crate::model::row::change::{self, Change, ChangeHeader, ImageState, RelationId};
 use crate::postgres::catalog::RuleScope;
 use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Server};
 
@@ -331,7 +331,7 @@ pub(super) async fn committed(client: &Client) -> Result<&'static str, Error> {
 
 fn change(row: &Row) -> Result<Change, Error> {
     let xid: &str = row.try_get("xid")?;
-    let kind = Kind::parse(row.try_get("kind")?)
+    let kind = ChangeHeader::parse(row.try_get("kind")?)
         .ok_or_else(|| unfit("relay.page gave an unknown kind of change"))?;
     let mut oversize = kind.oversize;
     let (before, after) = (image(row, "before", &mut oversize)?, image(row, "after", &mut oversize)?);
@@ -345,7 +345,7 @@ fn change(row: &Row) -> Result<Change, Error> {
         relation: kind.relation,
         shape: Some(kind.shape),
         began: kind.began,
-        reading: ImageState::default(),
+        image_state: ImageState::default(),
         operation: kind.operation,
         oversize,
         before,

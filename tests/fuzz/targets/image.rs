@@ -67,7 +67,7 @@ fuzz_target!(|text: &str| {
         relation: RelationId(7),
         shape: None,
         began: None,
-        reading: ImageState::default(),
+        image_state: ImageState::default(),
         operation: Operation::Update,
         oversize: chosen('o'),
         before: before.map(str::to_owned),
@@ -92,7 +92,7 @@ fuzz_target!(|text: &str| {
         }
         if let Ok(image) = Image::parse(image, &relation.columns) {
             for column in 0..=relation.columns.len() {
-                image.held(column);
+                image.value(column);
             }
         }
     }

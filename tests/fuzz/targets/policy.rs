@@ -11,7 +11,7 @@ use relay::model::identity::claims::Claims;
 use relay::model::policy::compile::compile;
 use relay::model::row::image::Image;
 use relay::model::policy::plan::{Plan, PlanKind};
-use relay::model::policy::predicate::{Answers, List, Predicate, Scalar, Unasked};
+use relay::model::policy::predicate::{Answers, List, Predicate, Scalar, NoAnswers};
 use relay::model::row::truth::Truth;
 use relay::model::catalog::relation::Relation;
 use relay::model::policy::rights::Rights;
@@ -75,12 +75,12 @@ fuzz_target!(|text: &str| {
 
     let plan = compile(policy, &RELATION, &RIGHTS);
     is_whole(&plan);
-    let questions: usize = plan.leaves.iter().map(|leaf| format!("{leaf:?}").len()).sum();
+    let questions: usize = plan.queries.iter().map(|leaf| format!("{leaf:?}").len()).sum();
     assert!(questions < 2_000 * (policy.len() + 100), "{questions} bytes of questions");
-    plan.terms.iter().for_each(|term| drop(term.to_string()));
+    plan.claim_exprs.iter().for_each(|term| drop(term.to_string()));
 
     let terms = plan.values(&claims);
-    let before = plan.predicate.truth(&row, &terms, &Unasked, false);
+    let before = plan.predicate.truth(&row, &terms, &NoAnswers, false);
     for said in 0..4 {
         let strict = plan.predicate.truth(&row, &terms, &Said(said), false);
         let lenient = plan.predicate.truth(&row, &terms, &Said(said), true);
@@ -91,10 +91,10 @@ fuzz_target!(|text: &str| {
 
 /// What the predicate names is there, and is what its way allows.
 fn is_whole(plan: &Plan) {
-    match plan.way {
-        PlanKind::Compiled => assert!(plan.leaves.is_empty() && plan.obstacles.is_empty()),
-        PlanKind::Inverted => assert!(!plan.leaves.is_empty() && plan.obstacles.is_empty()),
-        PlanKind::OneByOne => assert!(plan.leaves.is_empty() && !plan.obstacles.is_empty()),
+    match plan.kind {
+        PlanKind::Compiled => assert!(plan.queries.is_empty() && plan.obstacles.is_empty()),
+        PlanKind::Inverted => assert!(!plan.queries.is_empty() && plan.obstacles.is_empty()),
+        PlanKind::PerIdentity => assert!(plan.queries.is_empty() && !plan.obstacles.is_empty()),
     }
     let mut open = vec![&plan.predicate];
     while let Some(predicate) = open.pop() {
@@ -109,7 +109,7 @@ fn is_whole(plan: &Plan) {
                 names(plan, one);
                 match list {
                     List::Of(list) => list.iter().for_each(|one| names(plan, one)),
-                    List::Term(term) | List::Keys(term) => assert!(*term < plan.terms.len()),
+                    List::Claim(term) | List::ClaimKeys(term) => assert!(*term < plan.claim_exprs.len()),
                     List::Column(column) => assert!(*column < RELATION.columns.len()),
                 }
             }
@@ -119,13 +119,13 @@ fn is_whole(plan: &Plan) {
                 open.extend(branches.iter().flat_map(|(one, then)| [one, then]));
                 open.push(otherwise);
             }
-            Predicate::Fact(leaf) => assert!(plan.leaves[*leaf].by().is_empty()),
-            Predicate::Readers { leaf, by } => {
-                let known: Vec<usize> = plan.leaves[*leaf].by().iter().map(|(term, _)| *term).collect();
+            Predicate::Fact(leaf) => assert!(plan.queries[*leaf].by().is_empty()),
+            Predicate::Readers { query: leaf, by } => {
+                let known: Vec<usize> = plan.queries[*leaf].by().iter().map(|(term, _)| *term).collect();
                 assert_eq!(*by, known);
-                assert!(by.iter().all(|term| *term < plan.terms.len()));
+                assert!(by.iter().all(|term| *term < plan.claim_exprs.len()));
             }
-            Predicate::Opaque => assert_eq!(plan.way, PlanKind::OneByOne),
+            Predicate::Opaque => assert_eq!(plan.kind, PlanKind::PerIdentity),
         }
     }
 }
@@ -133,7 +133,7 @@ fn is_whole(plan: &Plan) {
 fn names(plan: &Plan, scalar: &Scalar) {
     match scalar {
         Scalar::Column(column) | Scalar::ColumnText(column) => assert!(*column < RELATION.columns.len()),
-        Scalar::Term(term) => assert!(*term < plan.terms.len()),
+        Scalar::Claim(term) => assert!(*term < plan.claim_exprs.len()),
         Scalar::Coalesce(scalars) => scalars.iter().for_each(|one| names(plan, one)),
     }
 }

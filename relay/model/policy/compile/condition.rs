@@ -3,30 +3,30 @@
 use sqlparser::ast::{BinaryOperator, CastKind, DataType, Expr};
 
 use super::operand::{Operand, Type};
-use super::{Compiler, Refused, not, refuse};
+use super::{Compiler, Unsupported, not, unsupported};
 use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar};
 use crate::model::row::datum::{Datum, Kind};
 
 impl Compiler<'_> {
     /// A condition that is decided here.
-    pub(super) fn compared(&self, expr: &Expr) -> Result<Predicate, Refused> {
+    pub(super) fn condition(&self, expr: &Expr) -> Result<Predicate, Unsupported> {
         match expr {
             Expr::BinaryOp { left, op: BinaryOperator::Question, right } => {
                 let (Operand::Claim(document, Type::Jsonb), key) =
                     (self.operand(left)?, self.operand(right)?)
                 else {
-                    return Err(refuse("a document in a column is PostgreSQL's to read"));
+                    return Err(unsupported("a document in a column is PostgreSQL's to read"));
                 };
                 let key = key.typed_as(&Type::Known(Kind::Text))?;
                 if *key.of() != Type::Known(Kind::Text) {
-                    return Err(refuse("the key is not a text"));
+                    return Err(unsupported("the key is not a text"));
                 }
-                let keys = List::Keys(self.term(ClaimExpr::Texts(Box::new(document), true)));
+                let keys = List::ClaimKeys(self.claim_index(ClaimExpr::TextList(Box::new(document), true)));
                 Ok(Predicate::Among(self.scalar(key), keys))
             }
             Expr::BinaryOp { left, op, right } if comparison(op).is_some() => {
-                let Some(comparison) = comparison(op) else { return Err(refuse("")) };
+                let Some(comparison) = comparison(op) else { return Err(unsupported("")) };
                 let (one, other) = self.pair(self.operand(left)?, self.operand(right)?, Some(comparison))?;
                 Ok(Predicate::Compare(one, comparison, other))
             }
@@ -59,7 +59,7 @@ impl Compiler<'_> {
                     }
                     operand => Predicate::Truth(self.scalar(operand)),
                 }),
-                _ => Err(refuse("it is not a truth value that is known here")),
+                _ => Err(unsupported("it is not a truth value that is known here")),
             },
         }
     }
@@ -70,7 +70,7 @@ impl Compiler<'_> {
         one: Operand,
         other: Operand,
         comparison: Option<Comparison>,
-    ) -> Result<(Scalar, Scalar), Refused> {
+    ) -> Result<(Scalar, Scalar), Unsupported> {
         let of = match (one.of(), other.of()) {
             (Type::Untyped, Type::Untyped) => Type::Known(Kind::Text),
             (Type::Untyped, of) | (of, _) => of.clone(),
@@ -87,24 +87,24 @@ impl Compiler<'_> {
         };
         match known {
             true => Ok((self.scalar(one), self.scalar(other))),
-            false => Err(refuse("values of these types are PostgreSQL's to compare")),
+            false => Err(unsupported("values of these types are PostgreSQL's to compare")),
         }
     }
 
-    fn is_null(&self, expr: &Expr) -> Result<Predicate, Refused> {
+    fn is_null(&self, expr: &Expr) -> Result<Predicate, Unsupported> {
         let operand = self.operand(expr)?;
         if let Operand::Row(Scalar::Column(column), _) = operand
             && !self.columns[column].plain
         {
-            return Err(refuse("`is null` of a row or domain is PostgreSQL's"));
+            return Err(unsupported("`is null` of a row or domain is PostgreSQL's"));
         }
         match operand.of() {
-            Type::Json | Type::Jsonb => Err(refuse("`is null` of a document is PostgreSQL's")),
+            Type::Json | Type::Jsonb => Err(unsupported("`is null` of a document is PostgreSQL's")),
             _ => Ok(Predicate::IsNull(self.scalar(operand))),
         }
     }
 
-    fn among(&self, left: &Expr, right: &Expr) -> Result<Predicate, Refused> {
+    fn among(&self, left: &Expr, right: &Expr) -> Result<Predicate, Unsupported> {
         match constants(right) {
             Some((list, None)) => self.among_these(left, list),
             // The cast of the whole is one of each.
@@ -124,7 +124,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn among_these(&self, left: &Expr, list: &[Expr]) -> Result<Predicate, Refused> {
+    fn among_these(&self, left: &Expr, list: &[Expr]) -> Result<Predicate, Unsupported> {
         let value = self.operand(left)?;
         let mut scalars = Vec::with_capacity(list.len());
         let mut compared = None;
@@ -139,15 +139,17 @@ impl Compiler<'_> {
         }
     }
 
-    fn among_list(&self, value: Operand, list: Operand) -> Result<Predicate, Refused> {
-        let Type::Many(kind) = *list.of() else { return Err(refuse("this kind of list is PostgreSQL's")) };
+    fn among_list(&self, value: Operand, list: Operand) -> Result<Predicate, Unsupported> {
+        let Type::Many(kind) = *list.of() else {
+            return Err(unsupported("this kind of list is PostgreSQL's"));
+        };
         let value = value.typed_as(&Type::Known(kind))?;
         let compares = matches!(value.of(), Type::Known(of) if of.compares_with(kind));
         let list = match list {
-            _ if !compares => return Err(refuse("values of these types are PostgreSQL's to compare")),
-            Operand::Claim(term, _) => List::Term(self.term(term)),
+            _ if !compares => return Err(unsupported("values of these types are PostgreSQL's to compare")),
+            Operand::Claim(claim, _) => List::Claim(self.claim_index(claim)),
             Operand::Row(Scalar::Column(column), _) => List::Column(column),
-            Operand::Row(..) => return Err(refuse("this kind of list is PostgreSQL's")),
+            Operand::Row(..) => return Err(unsupported("this kind of list is PostgreSQL's")),
         };
         Ok(Predicate::Among(self.scalar(value), list))
     }

@@ -7,7 +7,7 @@ use sqlparser::tokenizer::Token;
 /// What walks through the tree, and drops it, goes one level deeper for each link of a chain (`a and b and c`,
 /// `x::text::text`), which the parser follows in a loop and so does not count itself. So many levels fit on a thread's stack
 /// several times.
-const DEEPEST: usize = 700;
+const MAX_DEPTH: usize = 700;
 
 /// Whether the tree of these tokens may become too deep.
 pub(super) fn is_too_deep(tokens: &[Token]) -> bool {
@@ -27,7 +27,7 @@ pub(super) fn is_too_deep(tokens: &[Token]) -> bool {
             }
             _ => level.links += 1,
         }
-        if outer.len() > DEEPEST || level.depth() > DEEPEST {
+        if outer.len() > MAX_DEPTH || level.depth() > MAX_DEPTH {
             return true;
         }
     }

@@ -1,4 +1,4 @@
-//! From "may this reader see the row?" to "who may?": sub-selects turned round, so that PostgreSQL can start from the row.
+//! From "may this reader see the row?" to "who may?": sub-selects inverted round, so that PostgreSQL can start from the row.
 //!
 //! `exists (select from members m where m.team = t.team and m.user_id = auth.uid())` becomes a query with the reader as one more
 //! table in it: `… from members m where m.team = t.team and m.user_id = reader.v0`, joined and not nested, so that the
@@ -11,10 +11,10 @@ use sqlparser::ast::{
     TableWithJoins, Value, visit_expressions,
 };
 
-use super::known::contents;
+use super::dependencies::dependencies;
 use super::list::{only_expression, plain_select, projected};
 use super::operand::{Operand, Type};
-use super::{Compiler, Refused, parser, refuse};
+use super::{Compiler, Unsupported, parser, unsupported};
 use crate::model::policy::plan::{READER, ServerQuery};
 use crate::model::row::datum::Kind;
 
@@ -22,14 +22,14 @@ use crate::model::row::datum::Kind;
 #[derive(Default)]
 struct Readers {
     by: Vec<(usize, Kind)>,
-    found: Vec<bool>,
+    indexed: Vec<bool>,
 }
 
 impl Readers {
-    fn column(&mut self, term: usize, kind: Kind) -> Expr {
-        let at = self.by.iter().position(|known| *known == (term, kind)).unwrap_or_else(|| {
-            self.by.push((term, kind));
-            self.found.push(false);
+    fn column(&mut self, claim: usize, kind: Kind) -> Expr {
+        let at = self.by.iter().position(|known| *known == (claim, kind)).unwrap_or_else(|| {
+            self.by.push((claim, kind));
+            self.indexed.push(false);
             self.by.len() - 1
         });
         Expr::CompoundIdentifier(vec![Ident::with_quote('"', READER), Ident::new(format!("v{at}"))])
@@ -38,26 +38,28 @@ impl Readers {
 
 impl Compiler<'_> {
     /// A condition that depends on the reader's claims, as a question for all readers. Its number as a leaf.
-    pub(super) fn inverted(&self, expr: &Expr, lenient: bool, why: Refused) -> Result<usize, Refused> {
+    pub(super) fn invert(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Result<usize, Unsupported> {
         match expr {
-            Expr::Nested(inner) => self.inverted(inner, lenient, why),
-            Expr::Exists { subquery, negated: false } => self.found_in(subquery, None),
+            Expr::Nested(inner) => self.invert(inner, lenient, why),
+            Expr::Exists { subquery, negated: false } => self.membership_query(subquery, None),
             // Below `not`, false and null differ, and here both would be "not found".
             _ if !lenient => {
-                Err(refuse("under `not`, `is` or `case`, it cannot be asked for all readers at once"))
+                Err(unsupported("under `not`, `is` or `case`, it cannot be asked for all readers at once"))
             }
             Expr::InSubquery { expr, subquery, negated: false } => {
                 let mut wanted = (**expr).clone();
                 self.qualify(&mut wanted);
-                self.found_in(subquery, Some(wanted))
+                self.membership_query(subquery, Some(wanted))
             }
             Expr::BinaryOp { left, op: BinaryOperator::Eq, right } => {
                 for (claim, value) in [(left, right), (right, left)] {
-                    if let Ok(Operand::Claim(term, Type::Known(kind))) = self.operand(claim)
-                        && !contents(&**value, self.rights).claims
+                    if let Ok(Operand::Claim(claim, Type::Known(kind))) = self.operand(claim)
+                        && !dependencies(&**value, self.rights).claims
                     {
-                        let by = (self.term(term), kind);
-                        return Ok(self.leaf(ServerQuery::Equals { expression: value.to_string(), by }));
+                        let by = (self.claim_index(claim), kind);
+                        return Ok(
+                            self.query_index(ServerQuery::Equals { expression: value.to_string(), by })
+                        );
                     }
                 }
                 Err(why)
@@ -66,91 +68,91 @@ impl Compiler<'_> {
         }
     }
 
-    fn found_in(&self, query: &Query, wanted: Option<Expr>) -> Result<usize, Refused> {
+    fn membership_query(&self, query: &Query, wanted: Option<Expr>) -> Result<usize, Unsupported> {
         let mut readers = Readers::default();
         let mut nested = 0;
-        let query = self.turn(query, wanted, &mut readers, &mut nested)?;
-        if readers.by.is_empty() || !readers.found.iter().all(|found| *found) {
-            return Err(refuse(
+        let query = self.invert_query(query, wanted, &mut readers, &mut nested)?;
+        if readers.by.is_empty() || !readers.indexed.iter().all(|indexed| *indexed) {
+            return Err(unsupported(
                 "it does not compare the claim by `=` with a column in a `where` whose parts are joined by `and`, \
                  so no index leads from the row to its readers",
             ));
         }
-        Ok(self.leaf(ServerQuery::Found { query: query.to_string(), by: readers.by }))
+        Ok(self.query_index(ServerQuery::Found { query: query.to_string(), by: readers.by }))
     }
 
     /// Turns a query round. `wanted` is what its result has to equal.
-    fn turn(
+    fn invert_query(
         &self,
         query: &Query,
         wanted: Option<Expr>,
         readers: &mut Readers,
         nested: &mut usize,
-    ) -> Result<Query, Refused> {
-        let odd = || refuse("it is more than `select … from … where …`");
-        let select = plain_select(query).ok_or_else(odd)?;
+    ) -> Result<Query, Unsupported> {
+        let not_plain = || unsupported("it is more than `select … from … where …`");
+        let select = plain_select(query).ok_or_else(not_plain)?;
         // Aggregates make one row of none, sets make many or none of one: neither is a row found.
-        if !select.projection.iter().all(|item| self.gives_a_row(item))
+        if !select.projection.iter().all(|item| self.is_row_value(item))
             || matches!(select.distinct, Some(Distinct::On(_)))
         {
-            return Err(odd());
+            return Err(not_plain());
         }
         let mut conditions = Vec::new();
         if let Some(selection) = &select.selection {
             conjuncts(selection, &mut conditions);
         }
         if let Some(wanted) = wanted {
-            let given = projected(select).ok_or_else(odd)?;
+            let given = projected(select).ok_or_else(not_plain)?;
             let (left, right) = (nest(wanted), nest(given.clone()));
             conditions.push(Expr::BinaryOp { left, op: BinaryOperator::Eq, right });
         }
-        let mut turned: Select = select.clone();
-        turned.distinct = None;
-        turned.projection =
+        let mut inverted: Select = select.clone();
+        inverted.distinct = None;
+        inverted.projection =
             vec![SelectItem::UnnamedExpr(Expr::value(Value::Number(String::from("1"), false)))];
-        turned.from.iter().try_for_each(only_tables)?;
+        inverted.from.iter().try_for_each(require_tables)?;
         let mut rest = Vec::new();
         for condition in conditions {
             match condition {
-                condition if !contents(&condition, self.rights).claims => rest.push(condition),
+                condition if !dependencies(&condition, self.rights).claims => rest.push(condition),
                 Expr::Exists { subquery, negated: false } => {
-                    let inner = self.turn(&subquery, None, readers, nested)?;
-                    turned.from.push(lateral(&inner, nested)?);
+                    let inner = self.invert_query(&subquery, None, readers, nested)?;
+                    inverted.from.push(lateral(&inner, nested)?);
                 }
                 Expr::InSubquery { expr, subquery, negated: false }
                     if only_expression(&subquery).is_none() =>
                 {
                     // A bare name is of columns that a join merged; inside, it could be another's.
-                    if has_bare_names(&expr) {
-                        return Err(refuse("it compares a column that a join merged"));
+                    if has_unqualified_names(&expr) {
+                        return Err(unsupported("it compares a column that a join merged"));
                     }
-                    let inner = self.turn(&subquery, Some(*expr), readers, nested)?;
-                    turned.from.push(lateral(&inner, nested)?);
+                    let inner = self.invert_query(&subquery, Some(*expr), readers, nested)?;
+                    inverted.from.push(lateral(&inner, nested)?);
                 }
                 mut condition => {
-                    self.replace_claims(&mut condition, &mut |term, kind| readers.column(term, kind));
-                    note_equality(&condition, readers);
+                    self.replace_claims(&mut condition, &mut |claim, kind| readers.column(claim, kind));
+                    mark_indexed(&condition, readers);
                     rest.push(condition);
                 }
             }
         }
-        self.replace_claims(&mut turned.from, &mut |term, kind| readers.column(term, kind));
-        turned.selection = rest.into_iter().reduce(|left, right| Expr::BinaryOp {
+        self.replace_claims(&mut inverted.from, &mut |claim, kind| readers.column(claim, kind));
+        inverted.selection = rest.into_iter().reduce(|left, right| Expr::BinaryOp {
             left: nest(left),
             op: BinaryOperator::And,
             right: nest(right),
         });
         let mut query = query.clone();
         query.order_by = None;
-        *query.body = SetExpr::Select(Box::new(turned));
-        match contents(&query, self.rights).claims {
-            true => Err(refuse("it reads claims in a way that is PostgreSQL's")),
+        *query.body = SetExpr::Select(Box::new(inverted));
+        match dependencies(&query, self.rights).claims {
+            true => Err(unsupported("it reads claims in a way that is PostgreSQL's")),
             false => Ok(query),
         }
     }
 
     /// A column, a constant, a claim, everything: what gives one value for each row.
-    fn gives_a_row(&self, item: &SelectItem) -> bool {
+    fn is_row_value(&self, item: &SelectItem) -> bool {
         fn is_plain(expr: &Expr) -> bool {
             match expr {
                 Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => is_plain(inner),
@@ -160,7 +162,7 @@ impl Compiler<'_> {
         }
         match item {
             SelectItem::UnnamedExpr(expr) | SelectItem::ExprWithAlias { expr, .. } => {
-                is_plain(expr) || self.inside().operand(expr).is_ok()
+                is_plain(expr) || self.function_body().operand(expr).is_ok()
             }
             SelectItem::Wildcard(_) | SelectItem::QualifiedWildcard(..) => true,
             SelectItem::ExprWithAliases { .. } => false,
@@ -199,7 +201,7 @@ fn conjuncts(expr: &Expr, list: &mut Vec<Expr>) {
 }
 
 /// A claim that equals a column, or anything that is not the reader's: an index can lead from there to the readers.
-fn note_equality(condition: &Expr, readers: &mut Readers) {
+fn mark_indexed(condition: &Expr, readers: &mut Readers) {
     let Expr::BinaryOp { left, op: BinaryOperator::Eq, right } = condition else { return };
     for (reader, other) in [(left, right), (right, left)] {
         let mut reader = &**reader;
@@ -210,14 +212,14 @@ fn note_equality(condition: &Expr, readers: &mut Readers) {
         let [table, column] = parts.as_slice() else { continue };
         if table.value == READER && !other.to_string().contains(READER) {
             let at = column.value.strip_prefix('v').and_then(|at| at.parse::<usize>().ok());
-            if let Some(found) = at.and_then(|at| readers.found.get_mut(at)) {
-                *found = true;
+            if let Some(indexed) = at.and_then(|at| readers.indexed.get_mut(at)) {
+                *indexed = true;
             }
         }
     }
 }
 
-fn has_bare_names(expr: &Expr) -> bool {
+fn has_unqualified_names(expr: &Expr) -> bool {
     visit_expressions(expr, |expr| match expr {
         Expr::Identifier(_) => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
@@ -225,14 +227,16 @@ fn has_bare_names(expr: &Expr) -> bool {
     .is_break()
 }
 
-fn only_tables(source: &TableWithJoins) -> Result<(), Refused> {
+fn require_tables(source: &TableWithJoins) -> Result<(), Unsupported> {
     let factors = std::iter::once(&source.relation).chain(source.joins.iter().map(|join| &join.relation));
     for factor in factors {
         match factor {
             TableFactor::Table { name, args: None, alias, .. }
-                if !is_ours(alias.as_ref().map_or_else(|| last_part(name), |alias| &alias.name.value)) => {}
-            TableFactor::NestedJoin { table_with_joins, .. } => only_tables(table_with_joins)?,
-            other => return Err(refuse(&format!("{other} is not a table"))),
+                if !is_reserved_name(
+                    alias.as_ref().map_or_else(|| last_part(name), |alias| &alias.name.value),
+                ) => {}
+            TableFactor::NestedJoin { table_with_joins, .. } => require_tables(table_with_joins)?,
+            other => return Err(unsupported(&format!("{other} is not a table"))),
         }
     }
     Ok(())
@@ -243,12 +247,12 @@ fn last_part(name: &ObjectName) -> &str {
 }
 
 /// Whether a table has a name that our statements give to something else.
-pub(super) fn is_ours(name: &str) -> bool {
+pub(super) fn is_reserved_name(name: &str) -> bool {
     name.starts_with("relay ")
 }
 
-fn lateral(query: &Query, nested: &mut usize) -> Result<TableWithJoins, Refused> {
+fn lateral(query: &Query, nested: &mut usize) -> Result<TableWithJoins, Unsupported> {
     *nested += 1;
     let text = format!("LATERAL ({query}) AS \"relay nested {nested}\"");
-    parser(&text)?.parse_table_and_joins().map_err(|error| Refused(error.to_string()))
+    parser(&text)?.parse_table_and_joins().map_err(|error| Unsupported(error.to_string()))
 }

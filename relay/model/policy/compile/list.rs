@@ -6,13 +6,13 @@ use sqlparser::ast::{
 };
 
 use super::operand::{Operand, Type};
-use super::{Compiler, Refused, refuse};
+use super::{Compiler, Unsupported, unsupported};
 use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::row::datum::Kind;
 
 impl Compiler<'_> {
     /// The values of an expression that is a list of claims: `array(select jsonb_array_elements_text(…))`.
-    pub(super) fn list(&self, expr: &Expr) -> Result<Operand, Refused> {
+    pub(super) fn list(&self, expr: &Expr) -> Result<Operand, Unsupported> {
         match expr {
             Expr::Nested(inner) => self.list(inner),
             Expr::Function(Function { name, args: FunctionArguments::Subquery(query), .. })
@@ -29,43 +29,43 @@ impl Compiler<'_> {
                     (Operand::Row(column, Type::Many(Kind::Text | Kind::Varchar)), Some(Kind::Text)) => {
                         Ok(Operand::Row(column, Type::Many(Kind::Text)))
                     }
-                    _ => Err(refuse(&format!("the cast to {name} is PostgreSQL's"))),
+                    _ => Err(unsupported(&format!("the cast to {name} is PostgreSQL's"))),
                 }
             }
             _ => match self.operand(expr)? {
                 operand if matches!(operand.of(), Type::Many(_)) => Ok(operand),
-                _ => Err(refuse("this kind of list is PostgreSQL's")),
+                _ => Err(unsupported("this kind of list is PostgreSQL's")),
             },
         }
     }
 
     /// The values of a query that lists claims.
-    pub(super) fn listed(&self, query: &Query) -> Result<Operand, Refused> {
-        let odd = || refuse("a sub-select is PostgreSQL's");
-        let select = plain_select(query).ok_or_else(odd)?;
-        let projected = projected(select).ok_or_else(odd)?;
+    pub(super) fn listed(&self, query: &Query) -> Result<Operand, Unsupported> {
+        let not_plain = || unsupported("a sub-select is PostgreSQL's");
+        let select = plain_select(query).ok_or_else(not_plain)?;
+        let projected = projected(select).ok_or_else(not_plain)?;
         if select.selection.is_some() || matches!(select.distinct, Some(Distinct::On(_))) {
-            return Err(odd());
+            return Err(not_plain());
         }
         match select.from.as_slice() {
             [] => self.elements(projected, None),
             [one] if one.joins.is_empty() => {
-                self.elements(projected, Some(&Source::of(&one.relation).ok_or_else(odd)?))
+                self.elements(projected, Some(&Source::of(&one.relation).ok_or_else(not_plain)?))
             }
-            _ => Err(odd()),
+            _ => Err(not_plain()),
         }
     }
 
     /// Each element of a list of claims, perhaps cast.
-    fn elements(&self, expr: &Expr, source: Option<&Source<'_>>) -> Result<Operand, Refused> {
-        let texts = |name: &str, argument: &Expr| -> Result<Operand, Refused> {
+    fn elements(&self, expr: &Expr, source: Option<&Source<'_>>) -> Result<Operand, Unsupported> {
+        let texts = |name: &str, argument: &Expr| -> Result<Operand, Unsupported> {
             let bare = name.strip_prefix("pg_catalog.").unwrap_or(name);
             match (bare, self.operand(argument)?) {
-                ("jsonb_array_elements_text", Operand::Claim(term, Type::Jsonb))
-                | ("json_array_elements_text", Operand::Claim(term, Type::Json)) => {
-                    Ok(Operand::Claim(ClaimExpr::Texts(Box::new(term), false), Type::Many(Kind::Text)))
+                ("jsonb_array_elements_text", Operand::Claim(claim, Type::Jsonb))
+                | ("json_array_elements_text", Operand::Claim(claim, Type::Json)) => {
+                    Ok(Operand::Claim(ClaimExpr::TextList(Box::new(claim), false), Type::Many(Kind::Text)))
                 }
-                _ => Err(refuse(&format!("{name}() is PostgreSQL's"))),
+                _ => Err(unsupported(&format!("{name}() is PostgreSQL's"))),
             }
         };
         match (expr, source) {
@@ -76,7 +76,7 @@ impl Compiler<'_> {
                     (Operand::Claim(list, _), Some(kind)) => {
                         Ok(Operand::Claim(ClaimExpr::Cast(Box::new(list), kind), Type::Many(kind)))
                     }
-                    _ => Err(refuse(&format!("the cast to {data_type} is PostgreSQL's"))),
+                    _ => Err(unsupported(&format!("the cast to {data_type} is PostgreSQL's"))),
                 }
             }
             (column, Some(source)) if source.is_its_column(column) => {
@@ -87,10 +87,10 @@ impl Compiler<'_> {
                     [FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))] => {
                         texts(&name.to_string(), argument)
                     }
-                    _ => Err(refuse(&format!("{name}() is PostgreSQL's"))),
+                    _ => Err(unsupported(&format!("{name}() is PostgreSQL's"))),
                 }
             }
-            _ => Err(refuse("this kind of list is PostgreSQL's")),
+            _ => Err(unsupported("this kind of list is PostgreSQL's")),
         }
     }
 }

@@ -8,11 +8,11 @@ use std::ops::ControlFlow;
 
 use sqlparser::ast::{Expr, Function, Query, Value, Visit, VisitMut, Visitor, VisitorMut};
 
-use crate::model::policy::compile::known::{contents, written};
+use crate::model::policy::compile::dependencies::{dependencies, written};
 use crate::model::policy::rights::Rights;
 
 /// Functions that may stand in a condition, give one value each, and read nothing.
-const PLAIN: &[&str] = &[
+const SCALAR_FUNCTIONS: &[&str] = &[
     "btrim",
     "coalesce",
     "current_setting",
@@ -34,21 +34,21 @@ pub(super) fn probe(policy: &Expr, rights: &Rights) -> Option<String> {
 
 /// The same as conditions that may be true or false.
 fn parts(policy: &Expr, rights: &Rights) -> Vec<String> {
-    let mut gather = Gather { rights, parts: Vec::new() };
-    let _ = VisitMut::visit(&mut policy.clone(), &mut gather);
-    gather.parts
+    let mut reads = ClaimReads { rights, parts: Vec::new() };
+    let _ = VisitMut::visit(&mut policy.clone(), &mut reads);
+    reads.parts
 }
 
-struct Gather<'a> {
+struct ClaimReads<'a> {
     rights: &'a Rights,
     parts: Vec<String>,
 }
 
-impl Gather<'_> {
-    fn of_claims(&self, expr: &Expr) -> bool {
-        let mut look = Look { rights: self.rights, others: false };
-        let _ = Visit::visit(expr, &mut look);
-        !look.others && contents(expr, self.rights).claims
+impl ClaimReads<'_> {
+    fn reads_only_claims(&self, expr: &Expr) -> bool {
+        let mut visitor = ReadsOther { rights: self.rights, found: false };
+        let _ = Visit::visit(expr, &mut visitor);
+        !visitor.found && dependencies(expr, self.rights).claims
     }
 
     /// A `case` with guards of claims alone.
@@ -57,7 +57,7 @@ impl Gather<'_> {
         let of = |result: &Expr| probe(result, self.rights).unwrap_or_else(|| String::from("true"));
         let mut text = String::from("case");
         for branch in conditions {
-            if !self.of_claims(&branch.condition) {
+            if !self.reads_only_claims(&branch.condition) {
                 return None;
             }
             text += &format!(" when {} then {}", branch.condition, of(&branch.result));
@@ -67,11 +67,11 @@ impl Gather<'_> {
     }
 }
 
-impl VisitorMut for Gather<'_> {
+impl VisitorMut for ClaimReads<'_> {
     type Break = ();
 
     fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
-        let part = match self.of_claims(expr) {
+        let part = match self.reads_only_claims(expr) {
             true => Some(format!("({expr}) is null")),
             false => self.guarded(expr),
         };
@@ -86,16 +86,16 @@ impl VisitorMut for Gather<'_> {
 }
 
 /// Looks for columns, queries, and functions that are not plain.
-struct Look<'a> {
+struct ReadsOther<'a> {
     rights: &'a Rights,
-    others: bool,
+    found: bool,
 }
 
-impl Visitor for Look<'_> {
+impl Visitor for ReadsOther<'_> {
     type Break = ();
 
     fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<()> {
-        self.others |= match expr {
+        self.found |= match expr {
             Expr::Identifier(_)
             | Expr::CompoundIdentifier(_)
             | Expr::CompoundFieldAccess { .. }
@@ -108,11 +108,11 @@ impl Visitor for Look<'_> {
                     .unwrap_or(&written)
                     .trim_matches('"')
                     .to_ascii_lowercase();
-                !self.rights.helpers.contains_key(&written) && !PLAIN.contains(&bare.as_str())
+                !self.rights.helpers.contains_key(&written) && !SCALAR_FUNCTIONS.contains(&bare.as_str())
             }
             _ => false,
         };
-        if self.others { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.found { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
     fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
@@ -120,7 +120,7 @@ impl Visitor for Look<'_> {
         match crate::model::policy::compile::list::only_expression(query) {
             Some(_) => ControlFlow::Continue(()),
             None => {
-                self.others = true;
+                self.found = true;
                 ControlFlow::Break(())
             }
         }

@@ -8,7 +8,7 @@ use sqlparser::ast::{Expr, Function, ObjectName, Query, TableFactor, Visit, Visi
 use crate::model::policy::rights::Rights;
 
 /// Functions of `pg_catalog` that read no setting which somebody's claims could stand in, and call nothing of a user's.
-const HARMLESS: &[&str] = &[
+const SAFE_FUNCTIONS: &[&str] = &[
     "abs",
     "age",
     "any_value",
@@ -154,7 +154,7 @@ const HARMLESS: &[&str] = &[
 
 /// What stands in an expression.
 #[derive(Debug, Default)]
-pub(super) struct Contents {
+pub(super) struct Dependencies {
     /// It calls something that gives claims.
     pub claims: bool,
     /// What keeps PostgreSQL from being asked once for all.
@@ -162,19 +162,19 @@ pub(super) struct Contents {
 }
 
 /// Looks through an expression or query.
-pub(super) fn contents(of: &impl Visit, rights: &Rights) -> Contents {
-    let mut look = Look { rights, contents: Contents::default() };
-    let _ = of.visit(&mut look);
-    look.contents
+pub(super) fn dependencies(of: &impl Visit, rights: &Rights) -> Dependencies {
+    let mut analyzer = Analyzer { rights, dependencies: Dependencies::default() };
+    let _ = of.visit(&mut analyzer);
+    analyzer.dependencies
 }
 
 /// Whether it has a table of this name among those that it looks into.
-pub(super) fn looks_into(expr: &Expr, table: &str) -> bool {
-    let is_it = |name: &ObjectName| match written(name) == table {
+pub(super) fn reads_table(expr: &Expr, table: &str) -> bool {
+    let matches = |name: &ObjectName| match written(name) == table {
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),
     };
-    visit_relations(expr, is_it).is_break()
+    visit_relations(expr, matches).is_break()
 }
 
 /// The name as one writes it, with quotes where they are needed.
@@ -182,30 +182,30 @@ pub(super) fn written(name: &ObjectName) -> String {
     name.to_string()
 }
 
-struct Look<'a> {
+struct Analyzer<'a> {
     rights: &'a Rights,
-    contents: Contents,
+    dependencies: Dependencies,
 }
 
-impl Look<'_> {
+impl Analyzer<'_> {
     fn call(&mut self, name: &ObjectName) {
         let written = written(name);
         // Some names are written in quotes because they are words of the grammar, too.
         let bare =
             written.strip_prefix("pg_catalog.").unwrap_or(&written).trim_matches('"').to_ascii_lowercase();
         if bare == "current_setting" || self.rights.helpers.contains_key(&written) {
-            self.contents.claims = true;
-        } else if bare != "array" && HARMLESS.binary_search(&bare.as_str()).is_err() {
-            self.obstacle(format!("{written}() may read anything"));
+            self.dependencies.claims = true;
+        } else if bare != "array" && SAFE_FUNCTIONS.binary_search(&bare.as_str()).is_err() {
+            self.add_obstacle(format!("{written}() may read anything"));
         }
     }
 
-    fn obstacle(&mut self, why: String) {
-        self.contents.obstacle.get_or_insert(why);
+    fn add_obstacle(&mut self, why: String) {
+        self.dependencies.obstacle.get_or_insert(why);
     }
 }
 
-impl Visitor for Look<'_> {
+impl Visitor for Analyzer<'_> {
     type Break = ();
 
     fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<()> {
@@ -220,7 +220,7 @@ impl Visitor for Look<'_> {
             TableFactor::Table { name, args: None, .. } => {
                 let name = written(name);
                 if !self.rights.tables.contains(&name) {
-                    self.obstacle(format!(
+                    self.add_obstacle(format!(
                         "{name} is a view, or has row security of its own, or may not be read"
                     ));
                 }
@@ -229,7 +229,7 @@ impl Visitor for Look<'_> {
                 self.call(name);
             }
             TableFactor::Derived { .. } | TableFactor::NestedJoin { .. } | TableFactor::UNNEST { .. } => {}
-            other => self.obstacle(format!("{other} is not understood")),
+            other => self.add_obstacle(format!("{other} is not understood")),
         }
         ControlFlow::Continue(())
     }
@@ -237,7 +237,7 @@ impl Visitor for Look<'_> {
     fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
         // Names of its parts could be taken for tables.
         if query.with.is_some() {
-            self.obstacle(String::from("it has a `with` clause"));
+            self.add_obstacle(String::from("it has a `with` clause"));
         }
         ControlFlow::Continue(())
     }
@@ -245,10 +245,10 @@ impl Visitor for Look<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::HARMLESS;
+    use super::SAFE_FUNCTIONS;
 
     #[test]
     fn the_list_of_functions_is_in_order() {
-        assert!(HARMLESS.is_sorted());
+        assert!(SAFE_FUNCTIONS.is_sorted());
     }
 }
