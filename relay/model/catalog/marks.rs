@@ -1,8 +1,8 @@
-//! Hashes of what the catalog is made of, and the parts of it that they tell to be out of date.
+//! Hashes of the parts of the catalog, which show what has to be read again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What `relay.catalog_marks()` says at one moment.
+/// The rows of `relay.catalog_marks()` at one moment.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Marks {
     database: String,
@@ -10,14 +10,14 @@ pub struct Marks {
     relations: BTreeMap<i32, String>,
 }
 
-/// What of the catalog has to be read again.
+/// The parts of the catalog that have to be read again.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Outdated {
-    /// All of it; then the others are empty.
+    /// The whole catalog; the other fields are empty then.
     pub everything: bool,
-    /// What these roles may see of each relation, those included that are gone.
+    /// The roles whose access to all relations has changed, dropped roles included.
     pub roles: BTreeSet<String>,
-    /// These relations, by their numbers in `relay.watch_list`, those included that are gone.
+    /// The changed relations by `relay.watch_list.id`, removed relations included.
     pub relations: BTreeSet<i32>,
 }
 
@@ -35,7 +35,7 @@ impl Marks {
         }
     }
 
-    /// What a catalog with these marks lacks where the marks are `now`.
+    /// Returns what is outdated in a catalog with these marks when the current marks are `now`.
     pub fn outdated(&self, now: &Self) -> Outdated {
         if self.database != now.database {
             return Outdated { everything: true, ..Outdated::default() };
@@ -49,7 +49,7 @@ impl Marks {
 }
 
 impl Outdated {
-    /// Nothing is.
+    /// Whether nothing is outdated.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }

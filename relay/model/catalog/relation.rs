@@ -1,4 +1,4 @@
-//! The catalog as the relay knows it: watched relations, their columns and keys, and what each role may see.
+//! The catalog: watched relations, their columns and keys, and the access of each role.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -22,22 +22,22 @@ pub struct Catalog {
     widenings: Vec<Widening>,
 }
 
-/// When somebody came to see more of a relation.
+/// An event after which readers may see more of a relation.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Widening {
-    /// Changes with smaller numbers are older; none where a role was altered or came to be a member, which stands in no
-    /// changelog.
+    /// The changelog number of the event: older changes have smaller ones. `None` where a role was altered or became a member,
+    /// which the changelog does not record.
     number: Option<i64>,
-    /// Who has this transaction behind it stood after it. Of a role it may be a part of a transaction, which began before.
+    /// The transaction of the event. For a role it may be a subtransaction, whose top-level transaction began earlier.
     xid: u64,
-    /// Which relation; 0 is every one.
+    /// The relation; 0 means every relation.
     relation: i32,
-    /// For readers of which role; none is every one.
+    /// The role whose readers are affected; `None` means every role.
     role: Option<String>,
 }
 
 impl Widening {
-    /// Whether whoever has this snapshot behind it stood before it.
+    /// Whether a reader that has seen exactly this snapshot is before the event.
     pub fn is_after(&self, seen: &Snapshot) -> bool {
         match self.number {
             Some(_) => !seen.has_finished(self.xid),
@@ -45,12 +45,12 @@ impl Widening {
         }
     }
 
-    /// Whether a reader of this role may see more by it.
+    /// Whether the event may affect readers of this role.
     pub fn is_for(&self, role: &str) -> bool {
         self.role.as_ref().is_none_or(|widened| widened == role)
     }
 
-    /// Whether a change was made before it, so that today's rules may show more of it than those of its time.
+    /// Whether the change precedes the event, so that today's rules may show more of it than the rules of its time.
     pub fn concerns(&self, change: &Change) -> bool {
         let is_older = match self.number {
             Some(number) => change.number < number && change.xid != self.xid,
@@ -61,25 +61,25 @@ impl Widening {
 }
 
 impl Catalog {
-    /// The relations with the rights of exactly these roles. `ordered`: see [`Catalog::is_ordered`].
+    /// Creates a catalog with the access of exactly these roles. `ordered`: see [`Catalog::is_ordered`].
     pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>, ordered: bool) -> Self {
         let compiled = |relation: Relation| (relation.id(), Arc::new(relation.compiled()));
         let relations = relations.into_iter().map(compiled).collect();
         Self { relations, roles, ordered, widenings: Vec::new() }
     }
 
-    /// The same, knowing when rules were widened.
+    /// Sets the events that widened access.
     pub fn with_widenings(self, widenings: Vec<Widening>) -> Self {
         Self { widenings, ..self }
     }
 
-    /// When rules were widened, as far as somebody may stand before it.
+    /// Returns the events that widened access, as far as a reader may be before them.
     pub fn widenings(&self) -> &[Widening] {
         &self.widenings
     }
 
-    /// The same with what was read anew: `read` in place of the relations `outdated`, and what `roles` may see of all others,
-    /// which came with `others`.
+    /// Replaces what was read again: the relations `outdated` by `read`, and the access of `roles` to all other relations by the
+    /// access in `others`.
     #[must_use]
     pub fn renewed(
         &self,
@@ -105,49 +105,49 @@ impl Catalog {
         renewed
     }
 
-    /// The same for readers of these roles, too.
+    /// Sets the roles whose access the catalog holds.
     #[must_use]
     pub fn with_roles(self, roles: BTreeSet<String>) -> Self {
         Self { roles, ..self }
     }
 
-    /// Whether the rights of this role are part of the catalog.
+    /// Whether the catalog holds the access of this role.
     pub fn knows_role(&self, role: &str) -> bool {
         self.roles.contains(role)
     }
 
-    /// Changes of the schema stand in the changelog, in order with the changes of rows.
+    /// Whether schema changes are in the changelog, ordered with the row changes.
     pub fn is_ordered(&self) -> bool {
         self.ordered
     }
 
-    /// How many policies, relation by relation and role by role, could not be read because a table was locked.
+    /// Counts the policies, per relation and role, that could not be read because a table was locked.
     pub fn pending(&self) -> usize {
         self.relations().map(|relation| relation.pending()).sum()
     }
 
-    /// The relations of which that holds.
+    /// Returns the relations with such policies.
     pub fn pending_relations(&self) -> impl Iterator<Item = i32> {
         self.relations().filter(|relation| relation.is_pending()).map(|relation| relation.id)
     }
 
-    /// The relation watched under that number.
+    /// Returns the relation with this id.
     pub fn relation(&self, id: RelationId) -> Option<&Arc<Relation>> {
         self.relations.get(&id)
     }
 
-    /// The relation of that name.
+    /// Returns the relation with this name.
     pub fn named(&self, schema: &str, table: &str) -> Option<&Arc<Relation>> {
         self.relations().find(|relation| relation.schema == schema && relation.table == table)
     }
 
-    /// What roles lack for the policies by which they read, and the grants that help.
+    /// Describes the grants that roles lack for their policies.
     pub fn missing_grants(&self) -> impl Iterator<Item = String> {
         self.relations()
             .flat_map(|relation| self.roles.iter().filter_map(|role| relation.missing_grants(role)))
     }
 
-    /// All of them, in no order.
+    /// Returns all relations, in no order.
     pub fn relations(&self) -> impl Iterator<Item = &Arc<Relation>> {
         self.relations.values()
     }
@@ -157,29 +157,29 @@ impl Catalog {
 #[derive(Debug, Deserialize)]
 pub struct Relation {
     id: i32,
-    /// Its number in `pg_class`. The one under which it is watched is given out anew where the relay is installed anew.
+    /// The OID in `pg_class`. Unlike `id`, it survives a new installation of the relay.
     #[serde(default)]
     pub oid: u32,
-    /// Its schema.
+    /// The schema.
     pub schema: String,
-    /// Its name.
+    /// The name.
     pub table: String,
-    /// Since when it is watched under this name.
+    /// Since when the relation is watched under this name.
     #[serde(default)]
     pub named: Option<Naming>,
-    /// Its kind in `pg_class`: `r`, `p`, `m`, `f`.
+    /// The kind in `pg_class`: `r`, `p`, `m`, `f`.
     pub kind: String,
-    /// Rows that leave a subscriber's sight are reported to it.
+    /// Whether subscribers are notified of rows that leave their visibility.
     pub leave_events: bool,
-    /// Replica identity is FULL: `old_record` is the whole old row.
+    /// Whether the replica identity is FULL: `old_record` is the whole old row.
     pub full: bool,
-    /// The columns of the primary key (of a materialized view: of its unique index).
+    /// The columns of the primary key (for a materialized view: of its unique index).
     pub key: Vec<String>,
     /// All columns, in table order.
     pub columns: Vec<Column>,
-    // A handful of roles, looked up for every subscriber and change: faster by order than by hash.
+    // A few roles, looked up for every subscriber and change: an ordered map is faster than hashing.
     access: BTreeMap<String, Arc<Access>>,
-    /// The number of its shape; none when what is recorded is not what it is.
+    /// The number of the current shape; `None` when the recorded shape differs from the actual one.
     #[serde(default)]
     shape: Option<i32>,
     #[serde(default, rename = "shapes")]
@@ -188,7 +188,7 @@ pub struct Relation {
     shapes: Shapes,
 }
 
-/// When a relation was watched first, or got its name: the transaction, and its place in the changelog.
+/// When a relation was first watched, or got its name: the transaction and the changelog number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 pub struct Naming {
     #[serde(deserialize_with = "transaction")]
@@ -197,30 +197,30 @@ pub struct Naming {
 }
 
 impl Naming {
-    /// Whether somebody here stands before it.
+    /// Whether the cursor is before this event.
     pub fn is_after(&self, cursor: &Cursor) -> bool {
         !cursor.has(self.xid, self.number)
     }
 }
 
-/// Written as a text, for JSON has no numbers of that size.
+/// Parses a number written as text, because JSON numbers are too small for it.
 fn transaction<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
-/// What one role may see of a relation.
+/// The access of one role to a relation.
 #[derive(Debug, Deserialize)]
 pub struct Access {
-    /// The columns it may select; never empty.
+    /// The columns that the role may select.
     pub columns: Vec<String>,
-    /// The row policy that applies to it as SQL; none means every row.
+    /// The row policy of the role as SQL; `None` means every row.
     pub policy: Option<String>,
-    /// The statement by which PostgreSQL judges row images under that policy.
+    /// The statement by which PostgreSQL evaluates the policy on row images.
     pub judge: Option<Arc<str>>,
-    /// What the policy may rely on.
+    /// What the policy refers to.
     #[serde(default)]
     pub rights: Rights,
-    /// The policy could not be read, because a table in it is locked.
+    /// Whether the policy could not be read because one of its tables is locked.
     #[serde(default)]
     pub pending: bool,
     /// How the policy is decided.
@@ -236,12 +236,12 @@ impl Access {
 }
 
 impl Relation {
-    /// The number under which it is watched.
+    /// Returns the id under which the relation is watched.
     pub fn id(&self) -> RelationId {
         RelationId(self.id)
     }
 
-    /// With the policies compiled.
+    /// Compiles the policies and shapes.
     fn compiled(mut self) -> Self {
         let mut roles = std::mem::take(&mut self.access);
         for access in roles.values_mut().filter_map(Arc::get_mut) {
@@ -256,7 +256,7 @@ impl Relation {
                 }),
                 Some(policy) => compile(policy, &self.table, &self.columns, &access.rights),
             };
-            // Worked out before the images, once.
+            // The probe of the claims is evaluated once, before the images.
             if let (Some(probe), Some(judge)) = (&access.plan.probe, &mut access.judge) {
                 *judge = format!("{judge} where {probe}").into();
             }
@@ -266,34 +266,34 @@ impl Relation {
         self
     }
 
-    /// For how many roles its policies could not be read.
+    /// Counts the roles whose policies could not be read.
     fn pending(&self) -> usize {
         self.access.values().filter(|access| access.pending).count()
     }
 
-    /// Whether policies of it could not be read.
+    /// Whether policies could not be read.
     pub fn is_pending(&self) -> bool {
         self.pending() > 0
     }
 
-    /// What its images were written under.
+    /// Returns the shapes that images were written under.
     pub fn shapes(&self) -> &Shapes {
         &self.shapes
     }
 
-    /// What the role may see; none means nothing at all.
+    /// Returns the access of the role; `None` when it may not select any column.
     pub fn access(&self, role: &str) -> Option<&Access> {
         self.access.get(role).map(|access| &**access).filter(|access| !access.columns.is_empty())
     }
 
-    /// The column of that name.
+    /// Returns the column with this name.
     pub fn column(&self, name: &str) -> Option<&Column> {
         self.columns.iter().find(|column| column.name == name)
     }
 
-    /// Whether the role's policy may read a column. The text of a policy of row security is PostgreSQL's own, in which a column
-    /// stands by its name; a name that only looks like a column's reads too much, never too little. Other policies are as
-    /// somebody wrote them, and may read any column in any spelling.
+    /// Whether the role's policy may read a column. The text of a row security policy is PostgreSQL's own, where each column
+    /// stands by its name; a false match only reads too much, never too little. Policies of materialized views and foreign tables
+    /// are the user's text and may read any column in any spelling.
     pub fn policy_reads(&self, access: &Access, column: &str) -> bool {
         let Some(policy) = &access.policy else { return false };
         matches!(self.kind.as_str(), "m" | "f")
@@ -301,14 +301,14 @@ impl Relation {
             || contains_name(policy, &column.replace('"', "\"\""))
     }
 
-    /// A row image with nothing but what is read, for PostgreSQL, which need not be able to take back the other columns. It
-    /// holds domains in any case: one may refuse the null that stands for what is left out.
+    /// Reduces a row image to the columns that are read, because PostgreSQL may not be able to parse the others. Keeps domains in
+    /// any case: a domain may refuse the null of an omitted column.
     pub fn narrowed(&self, row: &Row<'_>, reads: impl Fn(&str) -> bool) -> String {
         let is_domain = |name: &str| self.column(name).is_some_and(|column| column.domain);
         row.project(|name| (is_domain(name) || reads(name)).then_some(Spelling::Plain))
     }
 
-    /// What the role lacks for the policies by which it reads, and the grants that help, in one line.
+    /// Describes the grants that the role lacks for its policies, in one line.
     pub fn missing_grants(&self, role: &str) -> Option<String> {
         let Access { rights: Rights { missing, unusable, .. }, plan, .. } = self.access(role)?;
         let unusable =
@@ -332,7 +332,7 @@ impl Relation {
     }
 }
 
-/// Whether the name stands in a text of SQL as a whole word.
+/// Whether the name occurs in SQL text as a whole word.
 fn contains_name(sql: &str, name: &str) -> bool {
     let continues_name = |next: Option<char>| {
         next.is_some_and(|next| next.is_alphanumeric() || next == '_' || next == '$' || !next.is_ascii())
@@ -347,7 +347,8 @@ fn contains_name(sql: &str, name: &str) -> bool {
 pub(crate) mod tests {
     use super::*;
 
-    /// A catalog entry for tests: `public.todos (id int8 key, owner uuid, title text, raw bytea)`, seen whole by `authenticated`.
+    /// A catalog entry for tests: `public.todos (id int8 key, owner uuid, title text, raw bytea)`, fully visible to
+    /// `authenticated`.
     pub(crate) fn todos(full: bool, leave_events: bool) -> Relation {
         serde_json::from_value(serde_json::json!({
             "id": 7, "oid": 16400, "schema": "public", "table": "todos", "kind": "r",
@@ -367,7 +368,7 @@ pub(crate) mod tests {
         .unwrap()
     }
 
-    /// A relation with one column `c`, all of whose values are of this kind, if they can be compared here.
+    /// A relation with one column `c` of this type; `known` is its kind if the relay can compare it.
     pub(crate) fn one_column(kind: &str, known: Option<&str>) -> Relation {
         serde_json::from_value(serde_json::json!({
             "id": 8, "schema": "public", "table": "ones", "kind": "r", "leave_events": false, "full": false, "key": [],

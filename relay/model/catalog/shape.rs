@@ -1,7 +1,7 @@
-//! Shapes: what the columns of a relation were when an image was written, and how such an image is read today.
+//! Shapes: the columns of a relation when an image was written, and the mapping of such an image to the columns of today.
 //!
-//! Columns, types, attributes and labels have numbers, which a new name does not change and which are never given out again. An image is
-//! read by the numbers of the shape that it was written under. What cannot be read so is unreadable: to guess could show what is hidden.
+//! Columns, types, attributes and labels have numbers, which survive a rename and are never reused. An image is read by the
+//! numbers of its shape. An image that cannot be mapped is unreadable: a guess could show what is hidden.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -13,26 +13,26 @@ use crate::model::log::cursor::Snapshot;
 use crate::model::row::change::{Change, ImageState, Operation, Row, quoted};
 use crate::model::row::utc::in_utc;
 
-/// A line of `relay.shapes`.
+/// A row of `relay.shapes`.
 #[derive(Debug, Deserialize)]
 pub struct ShapeRecord {
-    /// Its number, counted for each relation from 1.
+    /// The number, counted for each relation from 1.
     #[serde(rename = "shape")]
     number: i32,
     columns: Vec<NumberedColumn>,
-    /// The transaction that made it …
+    /// The transaction that made the shape.
     #[serde(deserialize_with = "number")]
     xid: u64,
-    /// … and the snapshot in which it did.
+    /// The snapshot in which that transaction made it.
     #[serde(deserialize_with = "snapshot")]
     seen: Snapshot,
-    /// The definition of a type changed, on which writers hold no lock.
+    /// Whether the definition of a type changed, on which writers hold no lock.
     loose: bool,
-    /// Made by the statement that altered the relation: no image has the number of the one before and yet this shape.
+    /// Whether the statement that altered the relation recorded the shape: then no image has the previous number and this shape.
     guarded: bool,
 }
 
-/// A column, or an attribute of a row type.
+/// A column, or an attribute of a composite type.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 struct NumberedColumn {
     num: i16,
@@ -42,68 +42,68 @@ struct NumberedColumn {
     def: Option<Definition>,
 }
 
-/// What the text of a value depends on beyond the number of its type. The checks of a domain do not change a text.
+/// What the text of a value depends on besides the type's number. The checks of a domain do not affect it.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 struct Definition {
-    /// The function that makes the JSON.
+    /// The function that converts the value to JSON.
     cast: Option<u32>,
-    /// A domain over this type.
+    /// The base type of a domain.
     domain: Option<u32>,
-    /// An array of this type.
+    /// The element type of an array.
     array: Option<u32>,
-    /// The definition of either.
+    /// The definition of the base or element type.
     of: Option<Box<Definition>>,
     /// The labels of an enum, by their numbers.
     labels: Option<Labels>,
-    /// The attributes of a row type.
+    /// The attributes of a composite type.
     row: Option<Vec<NumberedColumn>>,
 }
 
 /// How images of one shape are read.
 #[derive(Debug)]
 enum ShapeReader {
-    /// They have the columns of now; these hold timestamps, which follow the time zone of the writer.
+    /// The columns are the current ones; these hold timestamps, which have the time zone of the writer.
     Same(TimestampColumns),
-    /// They are rewritten: what becomes of each column. Some of the columns of now may be missing.
+    /// Each column is mapped or dropped; `is_partial` when current columns are missing.
     Older { columns: HashMap<String, Option<ColumnMapping>>, is_partial: bool },
-    /// Not at all.
+    /// The images cannot be mapped.
     Unreadable,
 }
 
-/// A column that is still there.
+/// The current column that an old one is mapped to.
 #[derive(Debug)]
 struct ColumnMapping {
     name: String,
     timestamps: Option<TimestampPath>,
-    /// The labels of now by those of then, where one has another name.
+    /// The current labels by the old ones, where one was renamed.
     labels: Option<HashMap<String, String>>,
 }
 
 /// Labels of enums by their numbers.
 pub type Labels = BTreeMap<String, String>;
 
-/// Columns by name.
+/// Columns with timestamps, by name.
 type TimestampColumns = HashMap<String, TimestampPath>;
 
-/// Where in a value timestamps stand.
+/// The location of timestamps in a value.
 #[derive(Debug, Clone)]
 enum TimestampPath {
     Value,
     Elements(Box<TimestampPath>),
 }
 
-/// The shapes of a relation, as its images are read.
+/// The shapes of a relation and how images of each are read.
 #[derive(Debug, Default)]
 pub struct Shapes {
     readers: HashMap<i32, ShapeReader>,
-    /// Of columns that hold enums, the labels by their numbers.
+    /// The labels of enum columns by their numbers.
     labels: HashMap<String, Labels>,
-    /// What changed definitions on which writers hold no lock: who could not see that may have mixed old and new.
+    /// Type changes on which writers hold no lock: an image of a writer that did not see one may mix old and new.
     loose: Vec<(u64, Snapshot)>,
 }
 
 impl Shapes {
-    /// `current` is the number of the shape that the relation has now; none when that was not recorded.
+    /// Creates the readers. `current` is the number of the current shape; `None` when that was not recorded.
     pub fn new(shapes: &[ShapeRecord], current: Option<i32>, key: &[String]) -> Self {
         let newest = current.and_then(|current| shapes.iter().find(|shape| shape.number == current));
         let reader = |shape: &ShapeRecord| {
@@ -127,12 +127,12 @@ impl Shapes {
         }
     }
 
-    /// The labels of the enums that a column holds, also inside of arrays, domains and rows; none where it holds none.
+    /// Returns the labels of the enums in a column, also inside arrays, domains and composite types.
     pub fn labels(&self, column: &str) -> Option<&Labels> {
         self.labels.get(column)
     }
 
-    /// Whether a type may have changed while the change's transaction ran, which could not see whether it did.
+    /// Whether a type may have changed while the change's transaction ran, without that transaction seeing it.
     fn is_mixed(&self, change: &Change) -> bool {
         let Some(began) = change.began else { return false };
         let may_overlap =
@@ -140,7 +140,7 @@ impl Shapes {
         self.loose.iter().any(|(xid, seen)| may_overlap(*xid, seen))
     }
 
-    /// The change as it is to be read today.
+    /// Maps the change to the columns of today.
     fn read<'a>(&self, change: &'a Change) -> Cow<'a, Change> {
         if change.operation == Operation::Gap || change.before.is_none() && change.after.is_none() {
             return Cow::Borrowed(change);
@@ -180,7 +180,7 @@ impl Shapes {
     }
 }
 
-/// The changes as they are to be read with this catalog.
+/// Maps the changes to the columns of this catalog.
 pub fn read<'a>(catalog: &Catalog, changes: &'a [Change]) -> Cow<'a, [Change]> {
     let one = |change: &'a Change| match catalog.relation(change.relation) {
         Some(relation) => relation.shapes().read(change),
@@ -193,7 +193,7 @@ pub fn read<'a>(catalog: &Catalog, changes: &'a [Change]) -> Cow<'a, [Change]> {
     }
 }
 
-/// Whether every shape that the changes have is known to the catalog.
+/// Whether the catalog knows the shape of the change.
 pub fn knows(relation: &Relation, change: &Change) -> bool {
     change.shape.is_none_or(|shape| shape == 0 || relation.shapes().readers.contains_key(&shape))
 }
@@ -204,7 +204,7 @@ fn unreadable(change: &Change) -> Cow<'_, Change> {
     Cow::Owned(change)
 }
 
-/// Of columns that hold enums, the labels.
+/// Returns the labels of each enum column.
 fn labels(columns: &[NumberedColumn]) -> HashMap<String, Labels> {
     let of = |column: &NumberedColumn| {
         let labels = column.def.as_ref().map(Definition::collect_labels).unwrap_or_default();
@@ -214,7 +214,7 @@ fn labels(columns: &[NumberedColumn]) -> HashMap<String, Labels> {
 }
 
 impl Definition {
-    /// The labels of an enum, or of those that it is made of.
+    /// Returns the labels of an enum, or of the enums in a nested type.
     fn collect_labels(&self) -> Labels {
         let own = self.labels.iter().flatten().map(|(number, label)| (number.clone(), label.clone()));
         let attributes = self.row.iter().flatten().filter_map(|attribute| attribute.def.as_ref());
@@ -239,7 +239,7 @@ impl ShapeReader {
         let is_new = |column: &&NumberedColumn| then.columns.iter().all(|old| old.num != column.num);
         let mut new = now.columns.iter().filter(is_new).peekable();
         let is_partial = new.peek().is_some();
-        // Without its key nobody could tell which row it is.
+        // Without its key, the row could not be identified.
         if new.any(|column| key.contains(&column.name)) {
             return Self::Unreadable;
         }
@@ -248,7 +248,8 @@ impl ShapeReader {
 }
 
 impl NumberedColumn {
-    /// None when a value of the one is none of the other; else the labels of now by those of then, if one has another name.
+    /// Maps a value of one column to the other: `None` when the types differ; otherwise the current labels by the old ones, if
+    /// one was renamed.
     fn mapping_to(&self, new: &Self) -> Option<Option<HashMap<String, String>>> {
         if self.kind != new.kind {
             return None;
@@ -280,7 +281,7 @@ impl Definition {
     }
 }
 
-/// `timestamptz` in `pg_type`, and the array of it.
+/// The OIDs of `timestamptz` and its array type in `pg_type`.
 const TIMESTAMPTZ: u32 = 1184;
 const TIMESTAMPTZ_ARRAY: u32 = 1185;
 
@@ -291,7 +292,7 @@ fn timestamps(columns: &[NumberedColumn]) -> TimestampColumns {
         .collect()
 }
 
-/// Where in the values of a type timestamps stand. Those in a row are in UTC: the writer has it made with care.
+/// Returns where a type holds timestamps. Those inside a composite value are already in UTC: the trigger writes them so.
 fn timestamp_path(kind: u32, definition: Option<&Definition>) -> Option<TimestampPath> {
     match (kind, definition) {
         (TIMESTAMPTZ, _) => Some(TimestampPath::Value),
@@ -305,13 +306,13 @@ fn timestamp_path(kind: u32, definition: Option<&Definition>) -> Option<Timestam
 }
 
 impl TimestampPath {
-    /// The value with its timestamps in UTC; none when they are already.
+    /// Converts the timestamps of a value to UTC; `None` when they already are.
     fn in_utc(&self, json: &str) -> Option<String> {
         match self {
             Self::Value if json.ends_with("+00:00\"") => None,
             Self::Value => in_utc(json),
             Self::Elements(element) => each_element(json, &mut |value| match value.starts_with('[') {
-                // Another dimension.
+                // An array of more dimensions.
                 true => self.in_utc(value),
                 false => element.in_utc(value),
             }),
@@ -319,7 +320,7 @@ impl TimestampPath {
     }
 }
 
-/// The array with other elements; none when all stay, or it is none.
+/// Replaces elements of an array; `None` when all stay, or when it is no array.
 fn each_element(json: &str, other: &mut dyn FnMut(&str) -> Option<String>) -> Option<String> {
     let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;
     let others: Vec<Option<String>> = elements.iter().map(|element| other(element.get())).collect();
@@ -330,7 +331,7 @@ fn each_element(json: &str, other: &mut dyn FnMut(&str) -> Option<String>) -> Op
     })
 }
 
-/// The object with the timestamps of these fields in UTC; none when they are already.
+/// Converts the timestamps of these fields to UTC; `None` when they already are.
 fn with_timestamps_in_utc(json: &str, timestamps: &TimestampColumns) -> Option<String> {
     if timestamps.is_empty() {
         return None;
@@ -351,7 +352,7 @@ fn object<'a>(fields: impl Iterator<Item = (&'a str, Cow<'a, str>)>) -> String {
     format!("{{{}}}", fields.join(","))
 }
 
-/// An image of an older shape with the columns of now; none when it holds what the shape does not know.
+/// Rewrites an image of an older shape with the current columns; `None` when it holds a column that the shape lacks.
 fn rewritten(image: &str, columns: &HashMap<String, Option<ColumnMapping>>) -> Option<String> {
     let row = Row::parse(image).ok()?;
     let mut fields = Vec::with_capacity(row.names().len());
@@ -367,7 +368,7 @@ fn rewritten(image: &str, columns: &HashMap<String, Option<ColumnMapping>>) -> O
     Some(object(fields.into_iter()))
 }
 
-/// A label, or an array of labels, with the names of now; none when one of them is not known.
+/// Replaces a label, or the labels of an array, by the current ones; `None` when one is unknown.
 fn renamed_labels(json: &str, labels: &HashMap<String, String>) -> Option<String> {
     if json == "null" {
         return Some(json.to_owned());
@@ -386,7 +387,7 @@ fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
-/// The reader's own transaction runs in a snapshot and yet is not among those that do, so its `xmin` may be no other's.
+/// Ignores `xmin`: it may be the id of the transaction that took the snapshot, which the list omits.
 fn snapshot<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Snapshot, D::Error> {
     let text = String::deserialize(deserializer)?;
     let bad = || serde::de::Error::custom("no snapshot");

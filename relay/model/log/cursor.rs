@@ -1,4 +1,4 @@
-//! Positions in the changelog: which transactions a reader has seen, and the word that says so to a client.
+//! Positions in the changelog: which transactions a reader has seen, and the cursor text that a client gets for it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,25 +6,25 @@ use std::str::FromStr;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-/// The layout of a cursor's bytes; another first byte is another layout.
+/// The version of a cursor's byte layout, its first byte.
 const LAYOUT: u8 = 1;
-/// A cursor travels in URLs and headers, where 8 KiB is usual and nobody takes more than 64.
+/// A cursor travels in URLs and headers, whose usual limit is 8 KiB and whose highest is 64 KiB.
 const MAX_TEXT: usize = 64 * 1024;
-/// Far over the number of connections of any server, and each is a transaction at most.
+/// Far above the number of connections of any server, each of which has at most one transaction.
 const MAX_RUNNING: usize = 100_000;
 
-/// What one reading of the database could see: every transaction below `xmax` that wasn't running.
+/// What one read of the database could see: every transaction below `xmax` that was not running.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Snapshot {
     xmax: u64,
     running: Vec<u64>,
 }
 
-/// One history of a database. Positions of different epochs can't be compared.
+/// One history of a database. Positions of different epochs cannot be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch(pub i64);
 
-/// A place in the feed. Its text form is one URL-safe word.
+/// A position in the feed. Its text form is one URL-safe string.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Cursor {
     pub(super) epoch: Epoch,
@@ -32,35 +32,35 @@ pub struct Cursor {
     pub(super) within: Option<Within>,
 }
 
-/// How far into a page a reader has come.
+/// A position inside a page.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Within {
     pub(super) until: Snapshot,
     pub(super) number: i64,
 }
 
-/// Why a text isn't a position.
+/// The reason why a text is not a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CursorError {
-    /// Longer than any cursor of ours.
+    /// Longer than any cursor of the relay.
     #[error("the cursor is too long")]
     TooLong,
-    /// Not in the one form that we write.
+    /// Not in the one form that the relay writes.
     #[error("the cursor is malformed")]
     Malformed,
-    /// Written by another version of this program.
+    /// Written by another version of the relay.
     #[error("the cursor is of an unknown layout")]
     UnknownLayout,
     /// Not a snapshot in the form that PostgreSQL writes.
     #[error("the snapshot is malformed")]
     BadSnapshot,
-    /// The end of the page lies before its start.
+    /// The end of the page precedes its start.
     #[error("the page ends before it starts")]
     EndsBeforeStart,
 }
 
 impl Snapshot {
-    /// A snapshot from its parts; `running` ascends and lies between 1 and `xmax`, exclusive.
+    /// Creates a snapshot; `running` ascends, above 0 and below `xmax`.
     pub fn new(xmax: u64, running: Vec<u64>) -> Result<Self, CursorError> {
         let ascends = running.is_sorted_by(|a, b| a < b);
         let bounded =
@@ -71,10 +71,10 @@ impl Snapshot {
         Ok(Self { xmax, running })
     }
 
-    /// Reads PostgreSQL's `xmin:xmax:xip,xip`, and only what PostgreSQL itself would write.
+    /// Parses PostgreSQL's `xmin:xmax:xip,xip`, and only what PostgreSQL itself would write.
     ///
-    /// The server's own reader takes blanks, signs, duplicates and saturates at 2^64 - 1, which would mean
-    /// "everything is seen"; so text of others never goes there unread.
+    /// The server's own parser accepts blanks, signs and duplicates, and saturates at 2^64 - 1, which would mean "everything is
+    /// seen". So text from clients never goes there unchecked.
     pub fn parse(text: &str) -> Result<Self, CursorError> {
         let bad = CursorError::BadSnapshot;
         let mut parts = text.splitn(3, ':');
@@ -91,24 +91,24 @@ impl Snapshot {
             }
         }
         let snapshot = Self::new(canonical_number(xmax).ok_or(bad)?, running)?;
-        // Who took it may have had a number itself: then that counts for the first, though it is not in the list.
+        // `xmin` may be the id of the transaction that took the snapshot, which the list omits.
         if canonical_number(xmin).is_none_or(|xmin| xmin == 0 || xmin > snapshot.xmin()) {
             return Err(bad);
         }
         Ok(snapshot)
     }
 
-    /// The first transaction that hadn't begun.
+    /// Returns the first transaction that had not begun.
     pub fn xmax(&self) -> u64 {
         self.xmax
     }
 
-    /// The oldest transaction that hadn't finished.
+    /// Returns the oldest transaction that had not finished.
     pub fn xmin(&self) -> u64 {
         self.running.first().copied().unwrap_or(self.xmax)
     }
 
-    /// The transactions below `xmax` that hadn't finished, ascending.
+    /// Returns the transactions below `xmax` that had not finished, ascending.
     pub fn running(&self) -> &[u64] {
         &self.running
     }
@@ -118,7 +118,7 @@ impl Snapshot {
         xid < self.xmax && self.running.binary_search(&xid).is_err()
     }
 
-    /// Whether whatever had finished here had finished in `later` too; true of a snapshot and itself.
+    /// Whether every transaction that had finished here had finished in `later` too; true of a snapshot and itself.
     pub fn is_before_or_equal(&self, later: &Self) -> bool {
         let still_running = &later.running[..later.running.partition_point(|xid| *xid < self.xmax)];
         self.xmax <= later.xmax && still_running.iter().all(|xid| !self.has_finished(*xid))
@@ -137,12 +137,12 @@ impl fmt::Display for Snapshot {
 }
 
 impl Cursor {
-    /// After everything that had finished in `seen`.
+    /// Returns the position after everything that had finished in `seen`.
     pub fn after(epoch: Epoch, seen: Snapshot) -> Self {
         Self { epoch, seen, within: None }
     }
 
-    /// Inside the page from `seen` to `until`, after the change of this number.
+    /// Returns the position inside the page from `seen` to `until`, after the change with this number.
     pub fn inside(epoch: Epoch, seen: Snapshot, until: Snapshot, number: i64) -> Result<Self, CursorError> {
         if number < 0 {
             return Err(CursorError::Malformed);
@@ -153,17 +153,17 @@ impl Cursor {
         Ok(Self { epoch, seen, within: Some(Within { until, number }) })
     }
 
-    /// The history that this cursor belongs to.
+    /// Returns the history that the cursor belongs to.
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
 
-    /// What the reader had seen whole.
+    /// Returns the snapshot that the reader has seen completely.
     pub fn seen(&self) -> &Snapshot {
         &self.seen
     }
 
-    /// The place inside the next page, when the reader stopped there.
+    /// Returns the position inside the next page, when the reader stopped there.
     pub fn within(&self) -> Option<&Within> {
         self.within.as_ref()
     }
@@ -189,31 +189,31 @@ impl Cursor {
     }
 }
 
-/// A page of the changelog: what finished after one snapshot and up to another.
+/// A page of the changelog: the transactions that finished after one snapshot and up to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// The history it belongs to.
+    /// The history.
     pub epoch: Epoch,
-    /// The snapshot that it begins after.
+    /// The snapshot at the start.
     pub seen: Snapshot,
-    /// The snapshot at its end.
+    /// The snapshot at the end.
     pub until: Snapshot,
 }
 
 impl Span {
-    /// After everything of the page.
+    /// Returns the position after the whole page.
     pub fn end(&self) -> Cursor {
         Cursor::after(self.epoch, self.until.clone())
     }
 }
 
 impl Within {
-    /// Where the page ends.
+    /// Returns the snapshot at the end of the page.
     pub fn until(&self) -> &Snapshot {
         &self.until
     }
 
-    /// The number of the last change that the reader has.
+    /// Returns the number of the last change that the reader has.
     pub fn number(&self) -> i64 {
         self.number
     }
@@ -237,7 +237,7 @@ impl fmt::Display for Cursor {
 impl FromStr for Cursor {
     type Err = CursorError;
 
-    /// Takes exactly what [`Display`](fmt::Display) writes, so that equal positions are equal words.
+    /// Accepts exactly what [`Display`](fmt::Display) writes, so that equal positions have equal text.
     fn from_str(text: &str) -> Result<Self, CursorError> {
         if text.len() > MAX_TEXT {
             return Err(CursorError::TooLong);
@@ -246,8 +246,8 @@ impl FromStr for Cursor {
     }
 }
 
-/// From the newest down, each as the distance to the one before: open transactions are mostly young, so a
-/// distance is mostly one byte.
+/// Writes the running transactions from the newest down, each as the distance to the one before: open transactions are mostly
+/// young, so a distance is mostly one byte.
 fn push_running(bytes: &mut Vec<u8>, snapshot: &Snapshot) {
     push_varint(bytes, snapshot.running.len() as u64);
     let mut above = snapshot.xmax;
@@ -265,7 +265,7 @@ fn push_varint(bytes: &mut Vec<u8>, mut value: u64) {
     bytes.push(value as u8);
 }
 
-/// Digits as a machine writes them: no sign, no blank, no leading zero.
+/// Parses digits without sign, blank or leading zero.
 fn canonical_number(text: &str) -> Option<u64> {
     let leading_zero = text.len() > 1 && text.starts_with('0');
     if leading_zero || !text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -274,7 +274,7 @@ fn canonical_number(text: &str) -> Option<u64> {
     text.parse().ok()
 }
 
-/// The bytes of a cursor that are still to be read.
+/// The unread bytes of a cursor.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
@@ -313,7 +313,7 @@ impl Bytes<'_> {
         if count > MAX_RUNNING as u64 {
             return Err(CursorError::Malformed);
         }
-        // Grown as it is read: a claimed length reserves nothing.
+        // No reservation: the claimed length is not trusted.
         let mut running = Vec::new();
         let mut above = xmax;
         for _ in 0..count {
@@ -349,7 +349,7 @@ mod tests {
         check_snapshot("742:742:", Some((742, &[])));
         check_snapshot("5:9:5", Some((9, &[5])));
         check_snapshot("5:9:5,6,8", Some((9, &[5, 6, 8])));
-        // Taken by a transaction with a number of its own, which it does not list.
+        // Taken by a transaction that does not list its own id.
         for (text, same) in [("5:9:", "9:9:"), ("4:9:5", "5:9:5")] {
             assert_eq!(Snapshot::parse(text), Snapshot::parse(same), "{text}");
         }
@@ -442,19 +442,19 @@ mod tests {
         for rest in [
             &[][..],
             &[9],
-            // No first transaction; a longer form of 9; more than 64 bits.
+            // `xmax` 0; a padded 9; more than 64 bits.
             &[0, 0],
             &[0x89, 0, 0],
             &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0],
             &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
-            // Fewer running than said; distances that are nothing or too much.
+            // Fewer running than claimed; distances of zero, or below the first transaction.
             &[9, 2, 1],
             &[9, 1, 0],
             &[9, 1, 9],
             &[9, 1, 10],
             // A claim of far too many running.
             &[9, 0xff, 0xff, 0xff, 0x7f],
-            // The page's end is cut, overflows, or is followed by something.
+            // The page's end is cut off, overflows, or is followed by another byte.
             &[9, 0, 0],
             &[9, 0, 0, 0],
             &[9, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0, 0],
@@ -492,7 +492,7 @@ mod tests {
     }
 
     prop_compose! {
-        /// Some of the running finish, and new ones begin.
+        /// Some running transactions finish, and new ones begin.
         fn any_page()(
             seen in any_snapshot(), finish in any::<u64>(), begin in 0..500_u64, open in any::<u64>()
         ) -> (Snapshot, Snapshot) {

@@ -1,25 +1,25 @@
-//! The order of positions, and how a reader's position meets that of a feed that reads other pages.
+//! The order of positions, and what a reader misses of a feed that is cut into other pages.
 //!
-//! A position `(S, U, n)` says: everything that had finished in `S`, and of what had finished in `U` everything with
-//! numbers up to `n`; a plain one says only the first. `S` is the reader's own: it may lie anywhere between the start
-//! and the end of the page that is being told. That is exact because a page is told in order of number, and because
-//! the snapshots of one primary are totally ordered by inclusion.
+//! A position `(S, U, n)` means: everything that had finished in `S`, and of what had finished in `U` every change with a number
+//! up to `n`. A plain position is `S` alone. `S` belongs to the reader: it may lie anywhere between the start and the end of the
+//! page in delivery. The meaning is exact because a page is delivered in order of number, and because the snapshots of one
+//! primary are totally ordered by inclusion.
 
 use crate::model::log::cursor::{Cursor, Snapshot, Span, Within};
 
-/// What a reader lacks next, as one pass over the changelog.
+/// What a reader misses next, as one pass over the changelog.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
-    /// Of this page …
+    /// The page.
     pub span: Span,
-    /// … the changes with numbers above this one …
+    /// The number after which the missing changes begin.
     pub after: i64,
-    /// … and up to this one, when not to the end.
+    /// The number of the last missing change; `None` means the end of the page.
     pub through: Option<i64>,
 }
 
 impl Missing {
-    /// Where a reader is that has all of it.
+    /// Returns the position of a reader that has all of it.
     pub fn end(&self) -> Cursor {
         match self.through {
             None => self.span.end(),
@@ -29,13 +29,13 @@ impl Missing {
 }
 
 impl Cursor {
-    /// Whether the reader has this change, given the transaction that wrote it and its number.
+    /// Whether the reader has the change with this transaction and number.
     pub fn has(&self, xid: u64, number: i64) -> bool {
         let inside = |within: &Within| number <= within.number && within.until.has_finished(xid);
         self.seen.has_finished(xid) || self.within.as_ref().is_some_and(inside)
     }
 
-    /// Whether a reader here has everything that one at `other` has. False of another epoch.
+    /// Whether the position includes every change that `other` includes. False for another epoch.
     pub fn is_at_or_after(&self, other: &Self) -> bool {
         let reaches = |theirs: &Within| {
             theirs.until.is_before_or_equal(&self.seen)
@@ -48,12 +48,12 @@ impl Cursor {
             && other.within.as_ref().is_none_or(reaches)
     }
 
-    /// The newest snapshot of which the position says anything.
+    /// Returns the newest snapshot that the position refers to.
     pub fn reach(&self) -> &Snapshot {
         self.within.as_ref().map_or(&self.seen, |within| &within.until)
     }
 
-    /// Whether the snapshots of both can be of one history.
+    /// Whether the snapshots of both positions can belong to one history.
     pub fn fits(&self, other: &Self) -> bool {
         let ordered =
             |one: &Snapshot, other: &Snapshot| one.is_before_or_equal(other) || other.is_before_or_equal(one);
@@ -63,11 +63,10 @@ impl Cursor {
                 .all(|one| ordered(one, &other.seen) && ordered(one, other.reach()))
     }
 
-    /// What a reader here lacks next of what a feed has told up to `feed`; none when it has all of that, and can be told
-    /// what follows as the feed goes on.
+    /// Returns what a reader at this position misses next of a feed that is at `feed`; `None` when it misses nothing, and can
+    /// follow the feed from there.
     ///
-    /// A reader amid a page that is not the feed's lacks the rest of its own page first: no position says that it has
-    /// parts of two pages.
+    /// A reader inside a page that is not the feed's finishes its own page first: no position can express parts of two pages.
     pub fn missing(&self, feed: &Self) -> Option<Missing> {
         let (epoch, seen) = (self.epoch, self.seen.clone());
         let page = |until: &Snapshot| Span { epoch, seen, until: until.clone() };
@@ -95,9 +94,8 @@ impl Cursor {
         }
     }
 
-    /// Where a reader here is once it has been told everything up to `other` too: the least position at or after both.
-    /// Where no position says that (they are amid different pages), the greatest that is surely true and not before
-    /// this one.
+    /// Returns the position of a reader that also received everything up to `other`: the least position at or after both. Where
+    /// no position expresses that (inside different pages), returns the greatest that is surely true and not before this one.
     pub fn and(&self, other: &Self) -> Self {
         if self.epoch != other.epoch {
             return self.clone();
@@ -117,7 +115,7 @@ impl Cursor {
 }
 
 impl Span {
-    /// After the change of this number; `last` when nothing of the page comes after it.
+    /// Returns the position after the change with this number; `last` when it is the page's last change.
     pub fn after(&self, number: i64, last: bool) -> Cursor {
         if last {
             return self.end();
@@ -126,14 +124,14 @@ impl Span {
         Cursor { epoch: self.epoch, seen: self.seen.clone(), within }
     }
 
-    /// What a reader at `position` has seen whole, when that is more than what lies before the page: its positions amid
-    /// the page say so.
+    /// Returns the snapshot that a reader at `position` has seen completely, when it is beyond the start of the page: the
+    /// reader's positions inside the page keep it.
     pub fn base<'a>(&self, position: &'a Cursor) -> Option<&'a Snapshot> {
         Some(&position.seen).filter(|seen| !seen.is_before_or_equal(&self.seen))
     }
 
-    /// Whether a reader at `position`, who lacks nothing before the page, can be told the page from where it is: wherever
-    /// that is cut off, a position says so.
+    /// Whether a reader at `position`, who misses nothing before the page, can receive the page from there: at every interruption
+    /// a position expresses what it has.
     pub fn continues(&self, position: &Cursor) -> bool {
         position.within.as_ref().is_none_or(|within| within.until == self.until)
     }
@@ -153,7 +151,7 @@ mod tests {
     const ROWS: u8 = 5;
     const RELAYS: usize = 3;
     const READERS: usize = 4;
-    /// Of a page larger than this the rest is told beside the feed.
+    /// Larger pages are read by each reader from the changelog.
     const MOST_PARTS: usize = 3;
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,7 +161,7 @@ mod tests {
         row: u8,
     }
 
-    /// A database: transactions that overlap, wait for each other's rows, end in any order.
+    /// A database with overlapping transactions, which wait for each other's rows and end in any order.
     struct Database {
         next_xid: u64,
         number: i64,
@@ -217,7 +215,7 @@ mod tests {
         }
     }
 
-    /// A relay: the page it tells, and what it told last.
+    /// A relay: the page in delivery, and recent parts of pages.
     struct Relay {
         position: Cursor,
         page: Option<(Span, Vec<Change>, usize)>,
@@ -242,9 +240,9 @@ mod tests {
 
     enum State {
         Away,
-        /// It reads what it lacks.
+        /// Catching up with this relay.
         Behind(usize),
-        /// The relay tells it what comes that it does not have.
+        /// Receiving live changes of this relay, from this base.
         Live(usize, Cursor),
     }
 
@@ -256,7 +254,7 @@ mod tests {
     }
 
     impl Reader {
-        /// Begins with the rows of this moment.
+        /// Starts with the rows of this moment.
         fn begin(database: &Database) -> Self {
             let mut last = HashMap::new();
             let has = database.committed.iter().map(|change| {
@@ -285,7 +283,7 @@ mod tests {
         database: Database,
         relays: Vec<Relay>,
         readers: Vec<Reader>,
-        /// As it should be: positions keep what the reader had seen whole.
+        /// The correct behaviour: positions keep what the reader had seen completely.
         keeps_base: bool,
     }
 
@@ -327,7 +325,7 @@ mod tests {
             if self.keeps_base { position.and(reader) } else { position }
         }
 
-        /// The next part of a relay's page goes to those who are live; a large page is left to its readers.
+        /// Delivers the next part of a relay's page to live readers; leaves a large page to them.
         fn deliver(&mut self, number: usize, size: usize) -> Result<(), TestCaseError> {
             let Some((span, mut changes, parts)) = self.relays[number].page.take() else { return Ok(()) };
             let rest = changes.split_off(size.min(changes.len()));
@@ -365,7 +363,7 @@ mod tests {
             Ok(())
         }
 
-        /// A reader is told some of what it lacks, from what the relay told last or from the changelog; or goes live.
+        /// Delivers some of what a reader misses, from the relay's recent parts or from the changelog; or makes it live.
         fn catch_up(&mut self, index: usize, how: u8) -> Result<(), TestCaseError> {
             let State::Behind(number) = self.readers[index].state else { return Ok(()) };
             let (relay, position) = (&self.relays[number], self.readers[index].position.clone());
@@ -411,7 +409,7 @@ mod tests {
             self.readers[index].moves(if self.keeps_base { end.and(&position) } else { end })
         }
 
-        /// A reader goes, with the cursor of its last change or with where it was at the end of a wait.
+        /// Disconnects a reader, with the cursor of its last change or the position at the end of a long poll.
         fn leave(&mut self, index: usize, how: u8) -> Result<(), TestCaseError> {
             let state = std::mem::replace(&mut self.readers[index].state, State::Away);
             match state {
@@ -423,7 +421,7 @@ mod tests {
             }
         }
 
-        /// Everything ends, and everybody reads on until there is nothing more.
+        /// Ends all transactions, and lets every reader catch up.
         fn settle(&mut self) -> Result<(), TestCaseError> {
             while !self.database.running.is_empty() {
                 self.database.end(0, true);
@@ -468,13 +466,13 @@ mod tests {
         TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() })
     }
 
-    /// Several relays tell other pages of one history; readers change relay, transport and moment.
+    /// Several relays cut one history into different pages; readers change relay, transport and moment.
     #[test]
     fn each_change_comes_once_and_in_order_whichever_relay_tells_it() {
         runner(1500).run(&steps(), |steps| run(&steps, true)).unwrap();
     }
 
-    /// The proof that the test above can fail: without the reader's own base it does.
+    /// Proves that the test above can fail: it does without the reader's own base.
     #[test]
     fn positions_without_the_readers_own_base_tell_changes_again() {
         let found = runner(5000).run(&steps(), |steps| run(&steps, false));
@@ -482,7 +480,7 @@ mod tests {
     }
 
     prop_compose! {
-        /// Positions of one history, plain and amid pages of any beginning.
+        /// Positions of one history, plain and inside pages of any start.
         fn any_positions()(
             steps in proptest::collection::vec((1..4_u64, any::<u64>()), 2..6),
             picks in proptest::collection::vec((any::<usize>(), any::<usize>(), 0..5_i64), 2..7),
@@ -512,7 +510,7 @@ mod tests {
     }
 
     proptest! {
-        /// To be at or after another is to have every change that the other has; and it is an order.
+        /// A position at or after another includes every change of the other, and the relation is an order.
         #[test]
         fn at_or_after_means_having_at_least_as_much(positions in any_positions()) {
             for one in &positions {
@@ -528,8 +526,8 @@ mod tests {
             }
         }
 
-        /// What two positions come to is never less than the first, nor more than both; and all of both, where the reader
-        /// lacks nothing of the feed.
+        /// The result is never less than the first position, nor more than both; and it is all of both where the reader misses
+        /// nothing of the feed.
         #[test]
         fn a_position_only_grows(positions in any_positions()) {
             for (one, other) in positions.iter().flat_map(|one| positions.iter().map(move |other| (one, other))) {

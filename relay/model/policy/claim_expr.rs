@@ -1,4 +1,4 @@
-//! Expressions over claims alone, with the meaning that they have in a policy: `auth.jwt() ->> 'org'` and their like.
+//! Expressions over claims alone, evaluated as in a policy: `auth.jwt() ->> 'org'` and similar.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use serde_json::Value;
 use crate::model::identity::claims::Claims;
 use crate::model::row::datum::{Datum, Kind, Read};
 
-/// An expression that reads nothing but claims.
+/// An expression that reads only claims.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClaimExpr {
-    /// A constant; none is null.
+    /// A constant; `None` is null.
     Constant(Option<Datum>),
     /// `request.jwt.claims` as text.
     Claims,
@@ -19,15 +19,15 @@ pub enum ClaimExpr {
     Subject,
     /// `request.jwt.claim.role`
     Role,
-    /// Another setting of that family; nobody sets it, so that it is null or empty.
+    /// Another `request.jwt.claim.…` setting, which is never set: null or empty.
     OtherSetting,
     /// A cast from text to `json` (`false`) or `jsonb` (`true`).
     Document(Box<ClaimExpr>, bool),
     /// `->` with a key or an index.
     Element(Box<ClaimExpr>, ClaimStep),
-    /// `->>`: the part as text.
+    /// `->>`: the element as text.
     ElementText(Box<ClaimExpr>, ClaimStep),
-    /// `jsonb_array_elements_text`, or the keys and strings that `?` looks at (`true`): a list of texts.
+    /// The texts of `jsonb_array_elements_text`, or the keys and strings that `?` compares (`true`).
     TextList(Box<ClaimExpr>, bool),
     /// A cast to one of the kinds, element by element for a list.
     Cast(Box<ClaimExpr>, Kind),
@@ -42,11 +42,11 @@ pub enum ClaimExpr {
 pub enum ClaimStep {
     /// The value of a key.
     Key(String),
-    /// An element; negative from the end.
+    /// An array element; negative counts from the end.
     Index(i64),
 }
 
-/// What a term comes to for some claims.
+/// The value of an expression for some claims.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ClaimValue {
     /// Null.
@@ -57,17 +57,17 @@ pub enum ClaimValue {
     List(Arc<[Datum]>),
     /// PostgreSQL raises an error.
     Error,
-    /// Only PostgreSQL knows.
+    /// Only PostgreSQL can evaluate it.
     Undecided,
 }
 
-/// While it is worked out: also documents.
+/// An intermediate value, which may be a document.
 enum Evaluated {
     Null,
     One(Datum),
     Document(Value),
     List(Vec<Datum>),
-    /// An empty text or null, nobody knows which.
+    /// An empty text or null; which of them is unknown.
     EmptyOrNull,
 }
 
@@ -77,7 +77,7 @@ enum Failure {
 }
 
 impl ClaimExpr {
-    /// Works it out for these claims.
+    /// Evaluates the expression for these claims.
     pub fn value(&self, claims: &Claims) -> ClaimValue {
         match self.evaluate(claims) {
             Ok(Evaluated::Null) => ClaimValue::Null,
@@ -90,7 +90,7 @@ impl ClaimExpr {
         }
     }
 
-    /// Whether it depends on the claims at all.
+    /// Whether the value is the same for all claims.
     pub fn is_constant(&self) -> bool {
         match self {
             Self::Constant(_) => true,
@@ -173,7 +173,7 @@ impl ClaimExpr {
 }
 
 impl fmt::Display for ClaimExpr {
-    /// As SQL, with `auth.jwt()` for the claims.
+    /// Writes SQL, with `auth.jwt()` for the claims.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Constant(None) => f.write_str("null"),
@@ -181,7 +181,7 @@ impl fmt::Display for ClaimExpr {
             Self::Claims | Self::OtherSetting => f.write_str("auth.jwt()"),
             Self::Subject => f.write_str("auth.jwt() ->> 'sub'"),
             Self::Role => f.write_str("auth.jwt() ->> 'role'"),
-            // What stands around the claims to make them a document, or nothing of an empty text, is no news.
+            // The cast to a document and the `nullif` of an empty text add nothing for the reader.
             Self::Document(inner, _) | Self::NullIf(inner, _) => inner.fmt(f),
             Self::Element(inner, step) => write!(f, "{inner} -> {step}"),
             Self::ElementText(inner, step) => write!(f, "{inner} ->> {step}"),
@@ -204,14 +204,14 @@ impl fmt::Display for ClaimStep {
     }
 }
 
-/// Claims that JSON and `jsonb` of PostgreSQL read alike and as we do: no number but plain integers, no null character.
-/// A number elsewhere in the claims could make `jsonb` raise for all of them.
+/// Parses claims that PostgreSQL's `json` and `jsonb` and serde_json read alike. A null character makes `jsonb` raise for the
+/// whole document.
 fn document(text: &str) -> Result<Value, Failure> {
     let value: Value = serde_json::from_str(text).map_err(|_| Failure::Undecided)?;
     fn is_plain(value: &Value) -> bool {
         match value {
             Value::Null | Value::Bool(_) => true,
-            // Fractions and exponents are kept or rewritten by PostgreSQL, but never beyond what f64 can hold.
+            // PostgreSQL keeps or rewrites fractions and exponents; the parser already refused what f64 cannot hold.
             Value::Number(_) => true,
             Value::String(text) => !text.contains('\0'),
             Value::Array(list) => list.iter().all(is_plain),
@@ -240,7 +240,7 @@ fn as_text(value: &Value) -> Result<Evaluated, Failure> {
             Ok(Evaluated::One(Datum::Text(number.to_string().into())))
         }
         Value::String(text) => Ok(Evaluated::One(Datum::Text(text.as_str().into()))),
-        // Written by PostgreSQL with blanks and digits of its own.
+        // PostgreSQL formats them with its own blanks and digits.
         Value::Number(_) | Value::Array(_) | Value::Object(_) => Err(Failure::Undecided),
     }
 }
@@ -260,7 +260,7 @@ fn text_list(value: &Value, is_key_list: bool) -> Result<Vec<Datum>, Failure> {
             for item in list {
                 match as_text(item)? {
                     Evaluated::One(item) => texts.push(item),
-                    // A null among them makes "not found" unknown instead of false.
+                    // With a null in the list, "not found" is null instead of false.
                     _ => return Err(Failure::Undecided),
                 }
             }

@@ -1,8 +1,8 @@
-//! From a policy's SQL to a [`Plan`]: what can be decided here is, the rest becomes questions to PostgreSQL.
+//! Compiles a policy's SQL to a [`Plan`]: the relay decides what it can, queries to PostgreSQL decide the rest.
 //!
 //! The text is PostgreSQL's own deparsed form: names outside `pg_catalog` are qualified, constants carry their types,
-//! operators of users are spelled out. Only what has one meaning in that form is compiled; a part that has not is asked of
-//! PostgreSQL, once for all readers where nothing in it can depend on the reader, otherwise reader by reader.
+//! user-defined operators are spelled out. Only parts with one meaning in that form are compiled. PostgreSQL evaluates the
+//! others: once for all readers where the part cannot depend on the reader, otherwise for each identity.
 
 use std::cell::RefCell;
 
@@ -32,7 +32,7 @@ mod list;
 mod operand;
 mod probe;
 
-/// Why something is not compiled; fit for whoever wrote the policy.
+/// The reason why a part is not compiled, for the author of the policy.
 #[derive(Debug, Clone)]
 struct Unsupported(String);
 
@@ -40,10 +40,11 @@ fn unsupported(why: &str) -> Unsupported {
     Unsupported(why.to_owned())
 }
 
-/// How deep expressions may nest: PostgreSQL's own text of a sane policy stays far below.
+/// The maximum nesting of expressions, far above that of real policies in PostgreSQL's own text.
 const MAX_DEPTH: usize = 200;
 
-/// Compiles a policy of a table with these columns for a role with these rights. Never fails: the worst plan is to ask one by one.
+/// Compiles the policy of a table with these columns for a role with these rights. Never fails: the fallback is a plan that is
+/// evaluated per identity.
 pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -> Plan {
     if invert::is_reserved_name(table) {
         let why = String::from("the table has a name that the relay's own statements use");
@@ -57,7 +58,7 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         Ok(expr) => expr,
         Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
     };
-    // Named for the fields of its rows alone, it is not looked at.
+    // A table that is named only for the fields of its row type is not read.
     if let Some(table) = rights.unreadable.as_ref().filter(|table| dependencies::reads_table(&expr, table)) {
         let why = String::from("the role may not read it, so that every look at the table raises");
         let obstacles = vec![Obstacle { part: table.clone(), why }];
@@ -90,7 +91,7 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         };
     }
     let reads_all = !compiler.claims_are_known(&expr);
-    // What is asked one by one is asked whole: nobody needs the leaves.
+    // Per-identity evaluation takes the whole policy, so the plan needs no queries.
     let predicate = without_queries(predicate);
     let claim_exprs = compiler.claim_exprs.into_inner();
     let probe = probe::probe(&expr, rights);
@@ -135,7 +136,7 @@ fn parser(text: &str) -> Result<Parser<'static>, Unsupported> {
 
 fn parse(text: &str) -> Result<Expr, Unsupported> {
     let not_understood = |error| Unsupported(format!("it is not understood: {error}"));
-    // The parser's own text of such a name may be that of another.
+    // The parser may print such a name as a different one.
     if text.contains("\"\"") || text.contains("\\\"") {
         return Err(unsupported("a name has a quote in it"));
     }
@@ -146,8 +147,8 @@ fn parse(text: &str) -> Result<Expr, Unsupported> {
     Ok(expr)
 }
 
-/// Writes constants so that their text is theirs: the parser leaves a quote alone that stands after a backslash or another
-/// quote, as if it were escaped.
+/// Rewrites constants so that their text is unambiguous: the parser prints a quote after a backslash or another quote as if it
+/// were already escaped.
 struct Unambiguous;
 
 impl VisitorMut for Unambiguous {
@@ -163,7 +164,7 @@ impl VisitorMut for Unambiguous {
     }
 }
 
-/// The expression that the body of an SQL function gives.
+/// Returns the expression that the body of an SQL function evaluates.
 fn parse_body(text: &str) -> Result<Expr, Unsupported> {
     let statements = parser(text)?.parse_statements().map_err(|error| Unsupported(error.to_string()))?;
     match statements.as_slice() {
@@ -178,7 +179,7 @@ struct Compiler<'a> {
     table: &'a str,
     columns: &'a [Column],
     rights: &'a Rights,
-    /// In the body of a function, where a name is not a column of the table.
+    /// Whether this is a function body, where a name is not a column of the table.
     without_columns: bool,
     depth: usize,
     claim_exprs: RefCell<Vec<ClaimExpr>>,
@@ -187,7 +188,7 @@ struct Compiler<'a> {
 }
 
 impl Compiler<'_> {
-    /// In the body of a function.
+    /// Returns the compiler for a function body.
     fn function_body(&self) -> Self {
         Compiler {
             table: self.table,
@@ -216,20 +217,20 @@ impl Compiler<'_> {
         }
     }
 
-    /// A condition. `lenient`: false and null mean the same here, since only `and` and `or` stand around it.
+    /// Compiles a condition. `lenient`: only `and` and `or` surround it, so false and null mean the same.
     fn predicate(&self, expr: &Expr, lenient: bool) -> Predicate {
         let before = self.queries.borrow().len();
         let predicate = self.by_structure(expr, lenient);
         let is_whole = matches!(predicate, Predicate::Fact(_));
         if self.queries.borrow().len() > before && !is_whole && self.reads_only_row(expr) {
-            // Whole, PostgreSQL keeps what guards from what raises.
+            // As one query, PostgreSQL keeps the guards before what may raise.
             self.queries.borrow_mut().truncate(before);
             return self.fact(expr.to_string());
         }
         predicate
     }
 
-    /// Whether it depends on the row alone, and PostgreSQL can be asked.
+    /// Whether the condition depends on the row alone, and PostgreSQL can evaluate it for all readers.
     fn reads_only_row(&self, expr: &Expr) -> bool {
         let found = dependencies(expr, self.rights);
         !found.claims && found.obstacle.is_none() && self.rights.obstacles.is_empty()
@@ -239,8 +240,8 @@ impl Compiler<'_> {
         Predicate::Fact(self.query_index(ServerQuery::Fact { expression }))
     }
 
-    /// Conditions joined by `and` or `or`. What is asked of the row has those before it in its question, for they may guard
-    /// it from raising.
+    /// Compiles operands of `and` or `or`. A query for one operand includes the row conditions before it, which may guard it from
+    /// raising.
     fn chain(&self, expr: &Expr, op: &BinaryOperator, lenient: bool) -> Predicate {
         let mut parts = Vec::new();
         operands_of(expr, op, &mut parts);
@@ -304,7 +305,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// A condition that PostgreSQL is asked: once for all if it can be.
+    /// Compiles a condition that PostgreSQL evaluates: for all readers at once if possible.
     fn query(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Predicate {
         let found = dependencies(expr, self.rights);
         let obstacle = self.rights.obstacles.first().cloned().or(found.obstacle);
@@ -327,7 +328,7 @@ impl Compiler<'_> {
         })
     }
 
-    /// Whether all that the policy reads of the claims is among the terms. Adds what is missing.
+    /// Whether the claim expressions cover all claims that the policy reads. Adds missing ones.
     fn claims_are_known(&self, expr: &Expr) -> bool {
         let found = dependencies(expr, self.rights);
         if !self.rights.obstacles.is_empty() || found.obstacle.is_some() {
@@ -338,7 +339,7 @@ impl Compiler<'_> {
         !dependencies(&rest, self.rights).claims
     }
 
-    /// Puts something else in the place of each largest expression of claims, whose number and type it gets.
+    /// Replaces each largest claim expression, by its index and type.
     fn replace_claims(&self, within: &mut impl VisitMut, by: &mut dyn FnMut(usize, Kind) -> Expr) {
         let _ = within.visit(&mut Replace { compiler: self, by });
     }
@@ -373,7 +374,7 @@ fn not(predicate: Predicate) -> Predicate {
     Predicate::Not(Box::new(predicate))
 }
 
-/// The parts of a chain of `and` or `or`, from left to right: in a loop, for chains may be long.
+/// Returns the operands of a chain of `and` or `or`, from left to right; iterative because chains may be long.
 fn operands_of<'a>(expr: &'a Expr, op: &BinaryOperator, parts: &mut Vec<&'a Expr>) {
     let mut open = vec![expr];
     while let Some(expr) = open.pop() {
@@ -386,7 +387,7 @@ fn operands_of<'a>(expr: &'a Expr, op: &BinaryOperator, parts: &mut Vec<&'a Expr
 }
 
 fn joined(list: Vec<Predicate>, all: bool) -> Predicate {
-    // PostgreSQL looks no further either, whatever stands before it.
+    // PostgreSQL folds such a chain too, whatever precedes the constant.
     let decides = Predicate::Constant(Some(!all));
     match all {
         _ if list.contains(&decides) => decides,
@@ -419,7 +420,7 @@ mod tests {
         .unwrap()
     }
 
-    /// On a thread with as little stack as those of the program have.
+    /// Compiles on a thread with as little stack as the program's own threads.
     #[track_caller]
     fn kind_of(policy: String) -> PlanKind {
         let todos = todos(false, false);
@@ -457,7 +458,7 @@ mod tests {
         }
     }
 
-    /// Answers by the number of the leaf.
+    /// Fixed answers by the index of the query.
     struct FixedAnswers(usize);
 
     impl Answers for FixedAnswers {
@@ -470,7 +471,7 @@ mod tests {
         }
     }
 
-    /// Policies as PostgreSQL writes them, or nearly.
+    /// Policies in PostgreSQL's form, or close to it.
     fn any_policy() -> impl Strategy<Value = String> {
         let value = proptest::sample::select(vec![
             "id",
@@ -544,7 +545,7 @@ mod tests {
             }
         }
 
-        /// Strictly read or for "true" alone, before PostgreSQL was asked or after: what is decided is decided alike.
+        /// Strict and lenient evaluation agree on true, and what is decided without answers is decided alike with them.
         #[test]
         fn a_plan_is_whole_and_never_contradicts_itself(policy in any_policy()) {
             let relation = todos(false, false);

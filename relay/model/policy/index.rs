@@ -1,7 +1,7 @@
-//! The filter index: which subscriptions a row may concern, found by the row's values and not by asking each of them.
+//! The subscription index: finds the entries that a row may concern by the row's values, without testing each entry.
 //!
-//! A subscription stands under one or more keys: equal values and beginnings of texts by hash, numbers in a range by
-//! order, or under none, and then every row may concern it. What is found still has to be decided; what is not found need not be looked at.
+//! An entry has one or more keys: equal values and text prefixes by hash, integer ranges by order, or none, so that every row may
+//! concern it. An entry that is found still has to be decided; one that is not found cannot match.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
@@ -11,7 +11,7 @@ use crate::model::policy::index_key::{IndexKey, Range};
 use crate::model::row::datum::Datum;
 use crate::model::row::image::{ColumnValue, Image};
 
-/// Entries by what a row must have to concern them.
+/// Entries by the values that a row must have to concern them.
 #[derive(Debug)]
 pub struct SubscriptionIndex<T> {
     any: BTreeSet<T>,
@@ -21,15 +21,15 @@ pub struct SubscriptionIndex<T> {
     prefixes: BTreeMap<usize, Prefixes<T>>,
 }
 
-/// Entries by ranges of numbers. Ranges of like length stand together in order of their first number, so that those
-/// which hold a number stand near it. Those without a beginning stand in order of their end.
+/// Entries by integer ranges. Ranges of similar length are ordered by their first value, so those that contain a value are near
+/// it. Ranges without a lower bound are ordered by their last value.
 #[derive(Debug)]
 struct Ranges<T> {
     by_length: BTreeMap<u32, BTreeMap<i64, BTreeSet<(i64, T)>>>,
     by_last: BTreeMap<i64, BTreeSet<T>>,
 }
 
-/// Entries by what a text begins with, by the length of that.
+/// Entries by text prefix, grouped by its length.
 #[derive(Debug)]
 struct Prefixes<T>(BTreeMap<usize, HashMap<Arc<str>, BTreeSet<T>>>);
 
@@ -45,7 +45,7 @@ impl<T> Default for SubscriptionIndex<T> {
 }
 
 impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
-    /// Puts an entry under an key; none means that every row may concern it.
+    /// Inserts an entry under a key; without a key every row may concern it.
     pub fn insert(&mut self, key: Option<&IndexKey>, entry: T) {
         match key {
             Some(IndexKey { equal, .. }) if !equal.is_empty() => {
@@ -62,7 +62,7 @@ impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
         }
     }
 
-    /// Takes an entry from under an key; nothing of it stays.
+    /// Removes an entry from a key, and structures that become empty.
     pub fn remove(&mut self, key: Option<&IndexKey>, entry: T) {
         match key {
             Some(IndexKey { equal, .. }) if !equal.is_empty() => {
@@ -98,7 +98,7 @@ impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
         }
     }
 
-    /// Calls `found` for each entry that the image may concern, some more than once.
+    /// Calls `found` for each entry that the image may concern, for some more than once.
     pub fn look_up(&self, image: &Image<'_>, mut found: impl FnMut(T)) {
         self.any.iter().copied().for_each(&mut found);
         for (columns, by_values) in &self.equal {
@@ -116,13 +116,13 @@ impl<T: Copy + Ord + Hash> SubscriptionIndex<T> {
         }
     }
 
-    /// Whether there is no entry, and nothing left of earlier ones.
+    /// Whether there is no entry, and no structure left of earlier ones.
     pub fn is_empty(&self) -> bool {
         self.any.is_empty() && self.equal.is_empty() && self.ranges.is_empty() && self.prefixes.is_empty()
     }
 }
 
-/// Tries the values of these columns; an array has one for each of its elements.
+/// Looks up the values of these columns; each element of an array is a value.
 fn probe<T: Copy>(
     image: &Image<'_>,
     columns: &[usize],
@@ -155,7 +155,7 @@ impl<T> Default for Ranges<T> {
 }
 
 impl<T: Copy + Ord> Ranges<T> {
-    /// Ranges of one class are less than twice as long as others of it.
+    /// Returns the length class: lengths within a class differ by less than a factor of two.
     fn class(range: Range) -> u32 {
         u64::BITS - range.last.abs_diff(range.first).leading_zeros()
     }
@@ -163,7 +163,7 @@ impl<T: Copy + Ord> Ranges<T> {
     fn insert(&mut self, range: Range, entry: T) {
         if range.first == i64::MIN {
             self.by_last.entry(range.last).or_default().insert(entry);
-        // An empty range holds nothing.
+        // An empty range contains nothing.
         } else if range.first <= range.last {
             let by_first = self.by_length.entry(Self::class(range)).or_default();
             by_first.entry(range.first).or_default().insert((range.last, entry));
@@ -196,7 +196,7 @@ impl<T: Copy + Ord> Ranges<T> {
     fn look_up(&self, value: i64, found: &mut impl FnMut(T)) {
         self.by_last.range(value..).flat_map(|(_, entries)| entries).copied().for_each(&mut *found);
         for (class, by_first) in &self.by_length {
-            // The longest of the class that could still reach the value begins here.
+            // The earliest start of a range of this class that reaches the value.
             let reach = 1_u64.checked_shl(*class).map_or(u64::MAX, |length| length - 1);
             let earliest = value.saturating_sub_unsigned(reach);
             for (last, entry) in by_first.range(earliest..=value).flat_map(|(_, entries)| entries) {

@@ -1,4 +1,4 @@
-//! Under which values of a row a condition can hold at all: what the filter index keeps subscriptions under.
+//! Index keys: values of a row that are necessary for a condition, under which the index stores subscriptions.
 
 use std::sync::Arc;
 
@@ -6,40 +6,40 @@ use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar, known_by};
 use crate::model::row::datum::{Datum, Kind, Read};
 
-/// A condition that is necessary for another: the row has these values.
+/// A necessary condition: the row has these values.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct IndexKey {
-    /// Columns and values, in order of the columns. An array column has the value among its elements.
+    /// Columns and values, ordered by column. An array column contains the value.
     pub equal: Vec<(usize, Datum)>,
-    /// A column whose number lies in a range.
+    /// A column whose integer lies in a range.
     pub range: Option<(usize, Range)>,
-    /// A column whose text begins with this; it is short.
+    /// A column whose text has this short prefix.
     pub prefix: Option<(usize, Arc<str>)>,
-    /// PostgreSQL names the readers of the row.
+    /// Whether PostgreSQL names the readers of the row.
     pub named: bool,
 }
 
-/// Numbers from the first to the last, both included.
+/// A range of integers, both bounds included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Range {
-    /// The least.
+    /// The lower bound.
     pub first: i64,
-    /// The greatest.
+    /// The upper bound.
     pub last: i64,
 }
 
-/// What is necessary for a condition to hold.
+/// The necessary conditions of a predicate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IndexKeys {
-    /// Nothing that is known: any row may fulfil it.
+    /// None is known: any row may fulfil it.
     Any,
-    /// At least one of these; none at all means that no row fulfils it.
+    /// At least one of these; an empty list means that no row fulfils it.
     OneOf(Vec<IndexKey>),
 }
 
-/// Terms of one key: each further one costs a look-up per change and makes the index larger.
+/// The maximum columns of one key: each costs a lookup per change and makes the index larger.
 const MAX_COLUMNS: usize = 3;
-/// Anchors of one subscription. More than that, and one side of an `and` has to do.
+/// The maximum keys of one subscription. Beyond it, only one side of an `and` is used.
 const MAX_KEYS: usize = 256;
 
 impl IndexKey {
@@ -55,12 +55,12 @@ impl IndexKey {
         Self { prefix: Some((column, prefix.into())), ..Self::default() }
     }
 
-    /// Both at once.
+    /// Returns a key that requires both.
     fn and(&self, other: &Self) -> Self {
         let mut both = self.clone();
         both.named |= other.named;
         for pair in &other.equal {
-            // Two values of one column: impossible, or an array that has both. Keeping one is right for either.
+            // Two values of one column: impossible, or an array that contains both. One of them is necessary in either case.
             if both.equal.len() < MAX_COLUMNS && !both.equal.iter().any(|(column, _)| *column == pair.0) {
                 both.equal.push(pair.clone());
             }
@@ -82,7 +82,7 @@ impl IndexKey {
 impl IndexKeys {
     const NEVER: Self = Self::OneOf(Vec::new());
 
-    /// What is necessary for both.
+    /// Returns what is necessary for both conditions.
     pub fn and(self, other: Self) -> Self {
         match (self, other) {
             (Self::Any, keys) | (keys, Self::Any) => keys,
@@ -97,7 +97,7 @@ impl IndexKeys {
         }
     }
 
-    /// What is necessary for one of them.
+    /// Returns what is necessary for either condition.
     pub fn or(self, other: Self) -> Self {
         match (self, other) {
             (Self::OneOf(mut some), Self::OneOf(others)) if some.len() + others.len() <= MAX_KEYS => {
@@ -111,7 +111,7 @@ impl IndexKeys {
 }
 
 impl Predicate {
-    /// What a row must have for this to be true, given what the terms come to.
+    /// Returns what a row must have for the predicate to be true with these claim values.
     pub fn index_keys(&self, claims: &[ClaimValue]) -> IndexKeys {
         match self {
             Self::Constant(value) => {
@@ -188,7 +188,7 @@ fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, claims: &[Clai
         (Scalar::Column(column) | Scalar::ColumnText(column), _) => (*column, comparison, other),
         (_, Scalar::Column(column) | Scalar::ColumnText(column)) => (*column, comparison.mirrored(), one),
         (Scalar::Claim(one), Scalar::Claim(other)) => {
-            // Of claims alone: the same for every row.
+            // Claims alone: the same result for every row.
             return match (claims.get(*one), claims.get(*other)) {
                 (Some(ClaimValue::One(one)), Some(ClaimValue::One(other)))
                     if comparison == Comparison::Equal && one != other =>
@@ -230,7 +230,7 @@ fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, claims: &[Clai
     }
 }
 
-/// What a column may hold whose cast to text gives this.
+/// Returns the column values whose cast to text gives this text.
 fn written_so(text: &str) -> Vec<Datum> {
     let kinds = [Kind::Uuid, Kind::Bool].into_iter().filter_map(|kind| match kind.read(text) {
         Read::Value(datum) => Some(datum),

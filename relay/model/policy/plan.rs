@@ -1,51 +1,51 @@
-//! How a relation's policy is decided for one role: what is told here, what PostgreSQL is asked, and for whom at once.
+//! The plan of a policy for one role: what the relay decides, and what PostgreSQL evaluates for which readers.
 
 use crate::model::identity::claims::Claims;
 use crate::model::policy::claim_expr::{ClaimExpr, ClaimValue};
 use crate::model::policy::predicate::Predicate;
 use crate::model::row::datum::Kind;
 
-/// The three ways to a verdict, cheapest first.
+/// The kinds of plans, cheapest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PlanKind {
-    /// Decided here, without a question to PostgreSQL.
+    /// The relay decides alone.
     Compiled,
-    /// PostgreSQL is asked once who may see the rows of a page, not once for each who might.
+    /// PostgreSQL names the readers of a page's rows, once for all readers.
     Inverted,
-    /// PostgreSQL is asked for each distinct set of the claims that the policy reads.
+    /// PostgreSQL evaluates the policy for each distinct set of the claims that it reads.
     PerIdentity,
 }
 
-/// A policy, ready to be decided. Made by [`compile`](crate::model::policy::compile::compile).
+/// A compiled policy. Made by [`compile`](crate::model::policy::compile::compile).
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// How it is decided.
+    /// The kind.
     pub kind: PlanKind,
-    /// What is known of it here; all of it unless the way is one by one.
+    /// The condition as far as the relay knows it; complete unless the kind is per identity.
     pub predicate: Predicate,
-    /// What it reads of the claims. Who agrees in these is judged together.
+    /// The claims that the policy reads. Identities with equal values are evaluated together.
     pub claim_exprs: Vec<ClaimExpr>,
-    /// It may read any claim, or nobody knows which.
+    /// Whether the policy may read any claim, or the claims that it reads are unknown.
     pub reads_all: bool,
-    /// What PostgreSQL is asked per page.
+    /// The queries to PostgreSQL for each page.
     pub queries: Vec<ServerQuery>,
-    /// What keeps it from a cheaper way.
+    /// The reasons against a cheaper kind.
     pub obstacles: Vec<Obstacle>,
-    /// A condition of the claims alone that holds unless the claims make the policy raise, for PostgreSQL.
+    /// A condition on claims alone, for PostgreSQL: it holds unless the claims make the policy raise.
     pub probe: Option<String>,
 }
 
-/// A part of a policy that cannot be decided here, and why.
+/// A part of a policy that the relay cannot decide, and the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Obstacle {
     /// The part as SQL.
     pub part: String,
-    /// What about it.
+    /// The reason.
     pub why: String,
 }
 
-/// A question about row images that has one answer for all readers. Expressions name the relation's columns, bare or
-/// by the relation's name, and what they need of a reader by [`READER`].
+/// A query about row images with one result for all readers. Expressions name the relation's columns, unqualified or by the
+/// relation's name, and the reader's values by [`READER`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ServerQuery {
     /// A condition that does not depend on the reader.
@@ -53,27 +53,27 @@ pub enum ServerQuery {
         /// The condition.
         expression: String,
     },
-    /// Who finds a row in a query. The reader's terms are columns `v0`, `v1`, … of [`READER`].
+    /// The readers for whom a query finds the row. Their claim values are the columns `v0`, `v1`, … of [`READER`].
     Found {
-        /// The query; it gives a row for each finding.
+        /// The query; it returns a row for each match.
         query: String,
-        /// What a reader is known by: numbers of terms and their types.
+        /// The indexes and types of the claim expressions that identify a reader.
         by: Vec<(usize, Kind)>,
     },
-    /// Whose term equals a value of the row.
+    /// The readers whose claim equals a value of the row.
     Equals {
         /// The value.
         expression: String,
-        /// The number of the term and its type.
+        /// The index and type of the claim expression.
         by: (usize, Kind),
     },
 }
 
-/// The name under which a leaf's query knows the reader.
+/// The alias of the reader's claim values in a query.
 pub const READER: &str = "relay reader";
 
 impl ServerQuery {
-    /// The terms by which readers are known; none for a fact.
+    /// Returns the claim expressions that identify readers; none for a fact.
     pub fn by(&self) -> &[(usize, Kind)] {
         match self {
             Self::Fact { .. } => &[],
@@ -84,7 +84,7 @@ impl ServerQuery {
 }
 
 impl PlanKind {
-    /// A word for it.
+    /// Returns the display name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Compiled => "compiled",
@@ -95,12 +95,12 @@ impl PlanKind {
 }
 
 impl Plan {
-    /// Every row.
+    /// Returns the plan that allows every row.
     pub fn allow_all() -> Self {
         Self::compiled(Predicate::Constant(Some(true)))
     }
 
-    /// A condition that needs nobody's help.
+    /// Returns the plan of a condition that the relay decides alone.
     pub fn compiled(predicate: Predicate) -> Self {
         Self {
             kind: PlanKind::Compiled,
@@ -113,7 +113,7 @@ impl Plan {
         }
     }
 
-    /// Nothing is known of it but that PostgreSQL can judge it.
+    /// Returns the plan of a policy that only PostgreSQL can evaluate.
     pub fn opaque(obstacle: Obstacle) -> Self {
         Self {
             kind: PlanKind::PerIdentity,
@@ -123,25 +123,25 @@ impl Plan {
         }
     }
 
-    /// Nothing is known of it yet, and nobody can be asked: what it would decide cannot be told.
+    /// Returns the plan of a policy that is not known yet: nothing can be decided or queried.
     pub fn pending() -> Self {
         let why = String::from("a table that it reads is locked, so that it cannot be read itself");
         let obstacles = vec![Obstacle { part: String::from("the policy"), why }];
         Self { kind: PlanKind::PerIdentity, obstacles, ..Self::compiled(Predicate::Pending) }
     }
 
-    /// Whether these claims make it raise, whatever the row is, as far as that is known here. Then PostgreSQL shows nothing.
+    /// Whether these claims make the policy raise for every row, as far as the relay knows. Then PostgreSQL shows nothing.
     pub fn raises(&self, values: &[ClaimValue]) -> bool {
         !self.is_probed(values) && self.predicate.raises(values)
     }
 
-    /// Whether PostgreSQL has to be asked whether these claims make it raise, before anything is shown.
+    /// Whether PostgreSQL has to check whether these claims make the policy raise, before anything is shown.
     pub fn is_probed(&self, values: &[ClaimValue]) -> bool {
         self.probe.is_some()
             && (self.kind == PlanKind::PerIdentity || values.contains(&ClaimValue::Undecided))
     }
 
-    /// Whether PostgreSQL is asked what may name something in this schema, which is written as in SQL.
+    /// Whether a query to PostgreSQL may name an object of this schema, which is quoted as in SQL.
     pub fn names(&self, schema: &str) -> bool {
         let named = format!("{schema}.");
         self.kind == PlanKind::PerIdentity
@@ -153,7 +153,7 @@ impl Plan {
             })
     }
 
-    /// What the terms come to for these claims.
+    /// Evaluates the claim expressions for these claims.
     pub fn values(&self, claims: &Claims) -> Vec<ClaimValue> {
         self.claim_exprs.iter().map(|expr| expr.value(claims)).collect()
     }

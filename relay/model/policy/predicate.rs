@@ -1,7 +1,7 @@
-//! Conditions over a row image and somebody's claims, with SQL's three truth values and its errors.
+//! Conditions over a row image and claims, with SQL's three truth values and its errors.
 //!
-//! What cannot be told here is [`Truth::Undecided`], never a guess; then PostgreSQL is asked. Operands are looked at from
-//! left to right, as PostgreSQL does: what raises before something decides, denies.
+//! What the relay cannot decide is [`Truth::Undecided`], never a guess; PostgreSQL evaluates it then. Operands are evaluated from
+//! left to right, as in PostgreSQL: an error before the deciding operand denies.
 
 use crate::model::policy::claim_expr::ClaimValue;
 pub use crate::model::policy::scalar::{List, Scalar};
@@ -10,20 +10,20 @@ use crate::model::row::image::{ColumnValue, Image};
 use crate::model::row::pattern::Pattern;
 use crate::model::row::truth::Truth;
 
-/// A condition. Numbers of columns are places in the relation's list, those of terms and leaves places in the plan's.
+/// A condition. Columns are indexes into the relation's list; claims and queries are indexes into the plan's lists.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Predicate {
-    /// Always the same; none is null.
+    /// A constant; `None` is null.
     Constant(Option<bool>),
     /// A boolean value.
     Truth(Scalar),
-    /// A comparison; null when either side is.
+    /// A comparison; null when either side is null.
     Compare(Scalar, Comparison, Scalar),
     /// `is not distinct from`
     Same(Scalar, Scalar),
-    /// `= any`: equal to one of a list.
+    /// `= any`: equal to an element of a list.
     Among(Scalar, List),
-    /// `like` or `ilike` of a column; null when the column is.
+    /// `like` or `ilike` of a column; null when the column is null.
     Matches(usize, Pattern),
     /// `is null`
     IsNull(Scalar),
@@ -33,28 +33,28 @@ pub enum Predicate {
     IsUnknown(Box<Predicate>),
     /// `not`
     Not(Box<Predicate>),
-    /// All of them.
+    /// `and`
     And(Vec<Predicate>),
-    /// One of them.
+    /// `or`
     Or(Vec<Predicate>),
     /// `case when … then … else …`
     Case(Vec<(Predicate, Predicate)>, Box<Predicate>),
-    /// Depends on the row and not on who reads it; PostgreSQL tells once for all. The number of a leaf.
+    /// A query whose result depends on the row and not on the reader.
     Fact(usize),
-    /// Holds for certain readers, whom PostgreSQL names.
+    /// True for the readers that PostgreSQL names.
     Readers {
-        /// The number of a leaf.
+        /// The query.
         query: usize,
-        /// The terms by which it knows readers.
+        /// The claims that identify a reader.
         by: Vec<usize>,
     },
-    /// Only PostgreSQL can tell, for one reader at a time.
+    /// Only PostgreSQL can evaluate it, for one identity at a time.
     Opaque,
-    /// The condition itself is not known yet.
+    /// The condition is not known yet.
     Pending,
 }
 
-/// How two values compare.
+/// A comparison of two values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names say it")]
 pub enum Comparison {
@@ -66,15 +66,15 @@ pub enum Comparison {
     GreaterOrEqual,
 }
 
-/// What PostgreSQL said of a leaf for one image.
+/// PostgreSQL's answers to the queries of a plan, for one image.
 pub trait Answers {
-    /// A [`Predicate::Fact`].
+    /// Returns the answer to a [`Predicate::Fact`].
     fn fact(&self, query: usize) -> Truth;
-    /// A [`Predicate::Readers`], for the reader at hand.
+    /// Returns the answer to a [`Predicate::Readers`], for the reader being evaluated.
     fn reads(&self, query: usize) -> Truth;
 }
 
-/// Nobody was asked.
+/// No answers: every query is undecided.
 pub struct NoAnswers;
 
 impl Answers for NoAnswers {
@@ -88,7 +88,7 @@ impl Answers for NoAnswers {
 }
 
 impl Comparison {
-    /// With the sides exchanged.
+    /// Returns the comparison with the sides exchanged.
     pub fn mirrored(self) -> Self {
         match self {
             Self::Less => Self::Greater,
@@ -110,17 +110,17 @@ impl Comparison {
         }
     }
 
-    /// Whether values of the kind compare so here.
+    /// Whether the relay knows this comparison for values of the kind.
     pub fn is_known_for(self, kind: Kind) -> bool {
         matches!(self, Self::Equal | Self::NotEqual) || kind.is_ordered()
     }
 }
 
 impl Predicate {
-    /// What it comes to for this image, these terms and these answers.
+    /// Evaluates the condition for this image, these claim values and these answers.
     ///
-    /// `lenient`: nothing stands around it but `and`, so only true counts, and what is behind something unsure may still make
-    /// it false. Elsewhere an error and false differ.
+    /// `lenient`: only `and` surrounds the condition, so only true counts, and an operand after an undecided one may still make
+    /// it false. Otherwise an error and false differ.
     pub fn truth(
         &self,
         image: &Image<'_>,
@@ -229,7 +229,7 @@ impl Predicate {
             Self::Readers { query, by } => match known_by(by, claims) {
                 Some(true) => answers.reads(*query),
                 Some(false) => Truth::False,
-                // It may raise, or find nothing to compare the claim with.
+                // The query may raise, or have no value to compare the claim with.
                 None => Truth::Undecided,
             },
             Self::Opaque => Truth::Undecided,
@@ -239,7 +239,7 @@ impl Predicate {
 }
 
 impl Predicate {
-    /// Whether it may be that only PostgreSQL knows what it comes to for an image, whatever the terms are.
+    /// Whether evaluation may need PostgreSQL for some image, whatever the claims are.
     pub fn needs_postgres(&self) -> bool {
         match self {
             Self::Fact(_) | Self::Readers { .. } | Self::Opaque => true,
@@ -257,8 +257,8 @@ impl Predicate {
     }
 }
 
-/// Whether PostgreSQL can name a reader with such terms: each is compared by `=`, so null finds nothing. None when it
-/// has to be asked.
+/// Whether PostgreSQL can name a reader with such claims: each is compared by `=`, so null matches nothing. `None` when the query
+/// is undecided for the reader.
 pub(super) fn known_by(by: &[usize], claims: &[ClaimValue]) -> Option<bool> {
     let mut is_known = true;
     for claim in by {

@@ -7,8 +7,9 @@ use crate::model::row::image::Image;
 use crate::model::row::truth::Truth;
 
 impl Predicate {
-    /// Whether one of the terms that it reads raises. PostgreSQL works claims out before it looks at rows, or for the first row
-    /// that needs them, and then shows none. What a `case` guards by claims alone is looked at only where the guard lets it.
+    /// Whether a claim that the condition reads raises. PostgreSQL evaluates claims when it plans, or for the first row that
+    /// needs them, and the whole query fails. A branch of a `case` whose guard reads only claims counts only where the guard
+    /// selects it.
     pub fn raises(&self, claims: &[ClaimValue]) -> bool {
         let any = |list: &[Self]| list.iter().any(|one| one.raises(claims));
         let bad = |claim: &usize| claims.get(*claim) == Some(&ClaimValue::Error);
@@ -50,7 +51,7 @@ impl Predicate {
         }
     }
 
-    /// Whether it depends on claims alone.
+    /// Whether the condition depends on claims alone.
     fn reads_only_claims(&self) -> bool {
         let all = |list: &[Self]| list.iter().all(Self::reads_only_claims);
         match self {

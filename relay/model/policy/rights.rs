@@ -1,49 +1,49 @@
-//! What the policies of a relation refer to, as far as a role may use it.
+//! The objects that the policies of a relation refer to, as far as a role may use them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
-/// What policies of a relation refer to, as far as the role may use it.
+/// The objects that the policies of a relation refer to, as far as the role may use them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Rights {
-    /// The policies that apply to the role, in the order in which PostgreSQL tries them.
+    /// The policies that apply to the role, in the order in which PostgreSQL evaluates them.
     pub policies: Vec<Policy>,
-    /// Functions without arguments whose body is one expression, by their names.
+    /// Functions without arguments whose body is one expression, by name.
     pub helpers: BTreeMap<String, Helper>,
-    /// Tables without row security of their own for the role, by their names.
+    /// Tables without row security for the role, by name.
     pub tables: BTreeSet<String>,
-    /// Why nobody knows what the policies depend on.
+    /// Reasons why the dependencies of the policies are unknown.
     pub obstacles: Vec<String>,
-    /// They call functions of users, whose bodies may depend on the search path.
+    /// Whether they call user-defined functions, whose bodies may depend on the search path.
     pub calls_user_functions: bool,
-    /// A table that they look into and the role may not read.
+    /// A table that they read and the role may not.
     pub unreadable: Option<String>,
-    /// Grants that the role lacks for them: until it has them all, PostgreSQL shows it nothing.
+    /// Grants that the role lacks for them: without all of them PostgreSQL shows it nothing.
     pub missing: Vec<String>,
-    /// Grants that the judging login lacks to look up what the policies name, where PostgreSQL is asked.
+    /// Grants by schema that the evaluating login lacks to look up what the policies name.
     pub unusable: BTreeMap<String, String>,
-    /// Somebody made a cast between types of the system.
+    /// Whether a user-defined cast exists between system types.
     pub user_casts: bool,
 }
 
-/// One policy.
+/// A policy.
 #[derive(Debug, Deserialize)]
 pub struct Policy {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// Whether it lets rows through; a restrictive one only keeps them back.
+    /// Whether it is permissive; a restrictive policy only removes rows.
     pub permissive: bool,
-    /// Its condition as SQL.
+    /// The condition as SQL.
     pub condition: String,
 }
 
-/// A function that stands for its body.
+/// A function that is replaced by its body.
 #[derive(Debug, Deserialize)]
 pub struct Helper {
-    /// The type it returns.
+    /// The return type.
     pub returns: String,
-    /// Its text.
+    /// The source text.
     pub body: String,
 }

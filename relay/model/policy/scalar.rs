@@ -1,4 +1,4 @@
-//! What conditions compare: values of a row image and of somebody's claims, and lists of them.
+//! The operands of conditions: values of a row image and of claims, and lists of them.
 
 use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::row::datum::Datum;
@@ -12,20 +12,20 @@ pub enum Scalar {
     Column(usize),
     /// A column cast to text.
     ColumnText(usize),
-    /// A term.
+    /// A claim value.
     Claim(usize),
-    /// The first that is not null.
+    /// The first value that is not null.
     Coalesce(Vec<Scalar>),
 }
 
-/// What a value can be among.
+/// The right side of `= any`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum List {
     /// These values.
     Of(Vec<Scalar>),
-    /// A term that is a list.
+    /// A claim value that is a list.
     Claim(usize),
-    /// A term that is a list of keys; null is neither among them nor not, even if there are none.
+    /// A claim value that is a list of keys; null compares to it as null, even when it is empty.
     ClaimKeys(usize),
     /// An array column.
     Column(usize),
@@ -48,11 +48,11 @@ impl Scalar {
         }
     }
 
-    /// Its value, or why there is none.
+    /// Returns the value, or the result of the condition when there is none.
     pub(super) fn value(&self, image: &Image<'_>, claims: &[ClaimValue]) -> Result<ColumnValue, Truth> {
         match self {
             Self::Column(column) => match image.value(*column) {
-                // A rule cannot be read as if what is missing were null.
+                // A missing value must not be read as null.
                 ColumnValue::Missing => Err(Truth::Error),
                 held => Ok(held.clone()),
             },
@@ -82,7 +82,7 @@ impl Scalar {
 }
 
 impl List {
-    /// `value = any (list)`
+    /// Evaluates `value = any (list)`.
     pub(super) fn holds(&self, value: &ColumnValue, image: &Image<'_>, claims: &[ClaimValue]) -> Truth {
         let elements: Vec<Option<Datum>> = match self {
             Self::Of(scalars) => {

@@ -1,4 +1,4 @@
-//! Who may see what: verified identities, and what a change means to somebody who may see its images or not.
+//! Verified identities, the visibility of a change's images, and the event that results for a subscriber.
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::model::identity::claims::Claims;
 use crate::model::row::change::Operation;
 
-/// Verified claims, shared by everything that acts for the same token. Equal when the claims are, to the letter.
+/// Verified claims, shared by all users of a token. Equal when the text of the claims is equal.
 #[derive(Debug, Clone)]
 pub struct Identity(Arc<Claims>);
 
@@ -16,7 +16,7 @@ impl Identity {
         Self(Arc::new(claims))
     }
 
-    /// The claims.
+    /// Returns the claims.
     pub fn claims(&self) -> &Claims {
         &self.0
     }
@@ -36,59 +36,59 @@ impl Hash for Identity {
     }
 }
 
-/// Whether the images of a change may be seen; an image that the change does not have counts as "no".
+/// Which images of a change are visible; an image that the change lacks is not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Visibility {
-    /// The row as it was.
+    /// The row before the change.
     pub before: bool,
-    /// The row as it became.
+    /// The row after the change.
     pub after: bool,
 }
 
 impl Visibility {
-    /// Sees neither.
+    /// Neither image.
     pub const NONE: Self = Self { before: false, after: false };
 
-    /// What both see.
+    /// Returns the images that are visible in both.
     pub fn and(self, other: Self) -> Self {
         Self { before: self.before && other.before, after: self.after && other.after }
     }
 }
 
-/// Why images were denied without a judgement.
+/// The reason why images were denied without a result of the policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
-    /// The policy raised an error, for at least one of them.
+    /// The policy raised an error for at least one of them.
     Raised,
     /// The claims make the policy raise, whatever the row is.
     Claims,
-    /// PostgreSQL cannot read an image back, so that nothing is known of what the policy says.
+    /// PostgreSQL cannot parse an image, so the policy's result is unknown.
     Unreadable,
-    /// The policy took longer than the limit.
+    /// The policy exceeded the time limit.
     TimedOut,
-    /// A table that it reads is locked.
+    /// A table that the policy reads is locked.
     Locked,
-    /// The role cannot be taken, or the policy changed it.
+    /// The role could not be set, or the policy changed it.
     Role,
 }
 
-/// What a change means to one subscription.
+/// The event that a change is for one subscription.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EventKind {
-    /// A row went out of sight: only its key is told.
+    /// A row left the subscriber's visibility: the event has only its key.
     Leave,
-    /// A row was deleted; the old row is told as far as the replica identity goes.
+    /// A row was deleted: the event has the old row as far as the replica identity goes.
     Delete,
-    /// A row came into sight by an update: the new row, of the old one only the key.
+    /// A row became visible by an update: the event has the new row, and the old row's key.
     Enter,
-    /// A row changed in sight: the new row, and the old one as far as the replica identity goes.
+    /// A visible row changed: the event has the new row, and the old one as far as the replica identity goes.
     Update,
-    /// A row came.
+    /// A row was inserted.
     Insert,
 }
 
 impl EventKind {
-    /// As which operation it is told.
+    /// Returns the operation under which the event is sent.
     pub fn operation(self) -> Operation {
         match self {
             Self::Insert => Operation::Insert,
@@ -98,9 +98,9 @@ impl EventKind {
     }
 }
 
-/// What `operation` means to somebody with this sight of its images, if anything.
+/// Returns the event for a subscriber with this visibility of the images, if any.
 ///
-/// `leave_events`: the relation was watched with the wish to tell of rows that go out of sight.
+/// `leave_events`: whether the relation is watched with leave events.
 pub fn event_kind(operation: Operation, sight: Visibility, leave_events: bool) -> Option<EventKind> {
     match (operation, sight.before, sight.after) {
         (Operation::Insert, _, true) => Some(EventKind::Insert),

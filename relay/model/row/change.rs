@@ -1,4 +1,4 @@
-//! One row's change as the changelog tells it, and the JSON object it becomes for a subscriber.
+//! One change as the changelog records it, and the JSON object that a subscriber gets of its row.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,38 +9,38 @@ use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-/// The number under which a relation is watched (`relay.watch_list.id`).
+/// The id of a watched relation (`relay.watch_list.id`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RelationId(pub i32);
 
-/// What happened to the row.
+/// The kind of a changelog entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
-    /// A row came: `after` is set.
+    /// A row was inserted: `after` is set.
     Insert,
-    /// A row changed: `before` and `after` are set.
+    /// A row was updated: `before` and `after` are set.
     Update,
-    /// A row went: `before` is set.
+    /// A row was deleted: `before` is set.
     Delete,
-    /// All rows went at once: no images.
+    /// All rows were removed at once: no images.
     Truncate,
-    /// Not of rows: from here on the schema, or who may see what, is another.
+    /// Not a row change: the schema or the access rules differ from here on.
     Schema,
-    /// Changes of the relation may be missing here; `after` says why, see [`Change::loss`].
+    /// Changes of the relation may be missing here; `after` holds the reason, see [`Change::loss`].
     Gap,
 }
 
-/// Why changes of a relation may be missing.
+/// The reason why changes of a relation may be missing.
 #[derive(Debug, Deserialize)]
 pub struct Loss {
     why: String,
-    /// The schema in which the relation is not watched any more.
+    /// The schema in which the relation is no longer watched.
     #[serde(rename = "left")]
     pub former_schema: Option<String>,
 }
 
 impl Loss {
-    /// What its subscribers are told; none when it only concerns those who followed the schema that it left.
+    /// Returns the text for subscribers; `None` when only subscribers of the former schema are affected.
     pub fn text(&self) -> Option<&'static str> {
         match &*self.why {
             "gone" => None,
@@ -53,7 +53,7 @@ impl Loss {
 }
 
 impl Operation {
-    /// From the changelog's letter.
+    /// Parses the changelog's letter.
     pub fn from_letter(letter: &str) -> Option<Self> {
         match letter {
             "I" => Some(Self::Insert),
@@ -66,7 +66,7 @@ impl Operation {
         }
     }
 
-    /// The word on the wire (`data.type`).
+    /// Returns the name on the wire (`data.type`).
     pub fn name(self) -> &'static str {
         match self {
             Self::Insert => "INSERT",
@@ -79,25 +79,25 @@ impl Operation {
     }
 }
 
-/// What a change is, as one word after the other: `U 17 3 L16402 B731 S`.
+/// The header of a changelog entry, space-separated fields: `U 17 3 L16402 B731 S`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChangeHeader {
-    /// What happened.
+    /// The operation.
     pub operation: Operation,
-    /// To which watched relation.
+    /// The watched relation.
     pub relation: RelationId,
-    /// The number of the shape that the images were written under; 0 where that is not known.
+    /// The number of the shape that the images were written under; 0 where it is unknown.
     pub shape: i32,
-    /// The partition that holds the row.
+    /// The OID of the partition that holds the row.
     pub leaf: Option<u32>,
-    /// As [`Change::began`].
+    /// See [`Change::began`].
     pub began: Option<u64>,
-    /// As [`Change::oversize`].
+    /// See [`Change::oversize`].
     pub oversize: bool,
 }
 
 impl ChangeHeader {
-    /// Reads these words; none when they are others.
+    /// Parses a header; `None` when a field is malformed or unknown.
     pub fn parse(text: &str) -> Option<Self> {
         let mut words = text.split(' ');
         let operation = Operation::from_letter(words.next()?)?;
@@ -116,68 +116,69 @@ impl ChangeHeader {
     }
 }
 
-/// How the images of a change are to be read.
+/// How the images of a change map to the columns of today.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ImageState {
-    /// By the columns of the relation.
+    /// They have all columns of the relation.
     #[default]
     Whole,
-    /// The same, but they lack columns that were added since.
+    /// They lack columns that were added since.
     Partial,
-    /// Not at all: what they meant cannot be told any more.
+    /// They cannot be interpreted any more.
     Unreadable,
 }
 
-/// One line of the changelog. Images are JSON objects as PostgreSQL wrote them, in column order.
+/// One entry of the changelog. Images are JSON objects as PostgreSQL wrote them, in column order.
 ///
-/// `Debug` leaves the images out: row contents never reach a log.
+/// `Debug` omits the images: row contents never reach a log.
 #[derive(Clone)]
 pub struct Change {
-    /// Place in the changelog; per row it grows in the order of the writes.
+    /// The position in the changelog. For one row, numbers ascend in the order of the writes.
     pub number: i64,
     /// The writer's top-level transaction.
     pub xid: u64,
-    /// When the transaction committed, as exactly as that is known.
+    /// The commit time, as exactly as it is known.
     pub committed: OffsetDateTime,
-    /// Which watched relation.
+    /// The watched relation.
     pub relation: RelationId,
-    /// The number of the shape that the images were written under; 0 or none where that is not known.
+    /// The number of the shape that the images were written under; 0 or `None` where it is unknown.
     pub shape: Option<i32>,
-    /// All transactions before this one were over in the snapshot by which the writer read, where that matters to how the images are read.
+    /// The lower bound of what the writer's snapshot did not see: all transactions below it had finished. Set where it affects
+    /// how the images are read.
     pub began: Option<u64>,
-    /// How the images are to be read.
+    /// The state of the images.
     pub image_state: ImageState,
-    /// What happened.
+    /// The operation.
     pub operation: Operation,
-    /// The images hold the key and the small columns only: the row was too large for one image.
+    /// Whether the images hold only the key and the small columns, because the row was too large for one image.
     pub oversize: bool,
-    /// The row as it was.
+    /// The row before the change.
     pub before: Option<String>,
-    /// The row as it became.
+    /// The row after the change.
     pub after: Option<String>,
 }
 
 impl Change {
-    /// How many bytes its images have.
+    /// Returns the size of both images in bytes.
     pub fn bytes(&self) -> usize {
         [&self.before, &self.after].into_iter().flatten().map(String::len).sum()
     }
 
-    /// Why changes may be missing here; none when this is a change.
+    /// Returns why changes may be missing here; `None` when the entry is not a gap.
     pub fn loss(&self) -> Option<Loss> {
         let unknown = Loss { why: String::new(), former_schema: None };
         let parse = |text: &String| serde_json::from_str(text).ok();
         (self.operation == Operation::Gap).then(|| self.after.as_ref().and_then(parse).unwrap_or(unknown))
     }
 
-    /// The time as clients expect it: UTC, milliseconds, `Z`.
+    /// Returns the commit time as clients expect it: UTC, milliseconds, `Z`.
     pub fn commit_timestamp(&self) -> String {
         let shape =
             format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
         self.committed.format(shape).unwrap_or_else(|_| String::from("1970-01-01T00:00:00.000Z"))
     }
 
-    /// The same with microseconds, as exact as PostgreSQL knows it.
+    /// Returns the commit time with microseconds, PostgreSQL's own precision.
     pub fn exact_timestamp(&self) -> String {
         let shape =
             format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
@@ -195,14 +196,14 @@ impl fmt::Debug for Change {
     }
 }
 
-/// A row image taken apart: its columns in order, each value as the JSON text it had.
+/// A parsed row image: its columns in order, each value as its original JSON text.
 #[derive(Default)]
 pub struct Row<'a> {
     columns: Vec<(Cow<'a, str>, &'a RawValue)>,
 }
 
 impl<'a> Row<'a> {
-    /// Takes an image apart without rebuilding its values.
+    /// Parses an image without rebuilding its values.
     ///
     /// # Errors
     /// When the text is not one JSON object.
@@ -229,29 +230,29 @@ impl<'a> Row<'a> {
         Ok(Self { columns })
     }
 
-    /// The names of its columns, in order.
+    /// Returns the names of the columns, in order.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.columns.iter().map(|(name, _)| &**name)
     }
 
-    /// Its columns and their values as JSON text, in order.
+    /// Returns the columns and their values as JSON text, in order.
     pub fn fields(&self) -> impl ExactSizeIterator<Item = (&str, &'a str)> {
         self.columns.iter().map(|(name, value)| (&**name, value.get()))
     }
 
-    /// The object without the values whose text is longer than this.
+    /// Returns the object without the values whose JSON text is longer than `max` bytes.
     pub fn without_long_values(&self, most: usize) -> String {
         self.project(|name| {
             self.value(name).is_some_and(|value| value.len() <= most).then_some(Spelling::Plain)
         })
     }
 
-    /// The JSON text of a column's value; none when the image does not hold the column.
+    /// Returns the JSON text of a column's value; `None` when the image does not hold the column.
     pub fn value(&self, column: &str) -> Option<&'a str> {
         self.columns.iter().find(|(name, _)| name == column).map(|(_, value)| value.get())
     }
 
-    /// The object reduced to the columns that `keep` wants; `keep` says how a value is written.
+    /// Returns the object reduced to the columns for which `keep` returns a spelling.
     pub fn project(&self, keep: impl Fn(&str) -> Option<Spelling>) -> String {
         let mut text = String::from("{");
         for (name, value) in &self.columns {
@@ -277,13 +278,13 @@ impl<'a> Row<'a> {
 /// How a column's value is written for clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spelling {
-    /// As PostgreSQL's JSON has it.
+    /// As in PostgreSQL's JSON.
     Plain,
-    /// A `bytea`: the hex digits without the leading `\x`, as Supabase clients know it.
+    /// A `bytea` as hex digits without the leading `\x`, as Supabase clients expect it.
     BareHex,
 }
 
-/// A JSON string literal of `text`.
+/// Returns `text` as a JSON string literal.
 pub fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }

@@ -1,4 +1,4 @@
-//! The columns of a relation, and how their values are read here.
+//! The columns of a relation, and which of their values the relay can compare.
 
 use serde::Deserialize;
 
@@ -9,46 +9,46 @@ use crate::model::row::pattern::Folding;
 /// A column of a relation.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Column {
-    /// Its name.
+    /// The column name.
     pub name: String,
-    /// Its type's name in `pg_type` (`int4`, `_text`).
+    /// The type's name in `pg_type` (`int4`, `_text`).
     #[serde(rename = "type")]
     pub kind: String,
-    /// Its type as one writes it, with its schema where it is not the system's.
+    /// The type as written in SQL, with its schema unless it is `pg_catalog`.
     #[serde(default)]
     pub readable_type: String,
-    /// The kind of its values, or of its elements, when they can be compared here.
+    /// The kind of the values, or of the array's elements, where the relay can compare them.
     #[serde(default)]
     pub(crate) known: Option<Kind>,
-    /// Whether it is an array.
+    /// Whether the column is an array.
     #[serde(default)]
     pub(crate) many: bool,
-    /// What `lower` does to its texts, when they are matched with patterns here.
+    /// What `lower` does to the texts, where the relay can match them with patterns.
     #[serde(default)]
     pub folding: Option<Folding>,
-    /// Whether `is null` asks for one value: neither a row nor a domain over one.
+    /// Whether `is null` tests one value: the type is neither composite nor a domain over a composite type.
     #[serde(default)]
     pub plain: bool,
-    /// Whether it is of a domain, which may refuse nulls.
+    /// Whether the type is a domain, which may refuse nulls.
     #[serde(default)]
     pub domain: bool,
 }
 
-/// How the values of a column are read here.
+/// How the relay reads the values of a column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ColumnKind {
-    /// One value.
+    /// As one value.
     One(Kind),
-    /// An array of values.
+    /// As an array of values.
     Many(Kind),
-    /// A text that patterns read as it is, while `=` does not look at all of it.
+    /// As a text that patterns match as stored, while `=` ignores part of it (`char(n)`).
     Padded,
-    /// Not at all.
+    /// Not at all: only PostgreSQL compares them.
     Foreign,
 }
 
 impl Column {
-    /// How its values are read here.
+    /// Returns how the relay reads the values.
     pub fn shape(&self) -> ColumnKind {
         match (self.known, self.many) {
             (Some(kind), false) => ColumnKind::One(kind),
@@ -58,7 +58,7 @@ impl Column {
         }
     }
 
-    /// How its values are written for clients.
+    /// Returns how the values are written for clients.
     pub fn spelling(&self) -> Spelling {
         if self.kind == "bytea" { Spelling::BareHex } else { Spelling::Plain }
     }

@@ -1,10 +1,10 @@
-//! Values whose equality and order are PostgreSQL's own: booleans, integers, uuids, texts compared byte by byte, enum labels.
+//! Values that the relay compares exactly as PostgreSQL does: booleans, integers, uuids, texts compared bytewise, enum labels.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-/// Types of columns whose values are read here. Everything else is PostgreSQL's to compare.
+/// The column types whose values the relay compares. PostgreSQL compares all others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -18,55 +18,55 @@ pub enum Kind {
     Int8,
     /// `uuid`
     Uuid,
-    /// `text` with a deterministic collation: equal means the same bytes. Its order is the collation's, not ours.
+    /// `text` with a deterministic collation: equality is bytewise. The order is the collation's and unknown here.
     Text,
-    /// `varchar`, likewise.
+    /// `varchar`, with the same rules as `text`.
     Varchar,
-    /// An enum; its values are equal when their labels are. Their order is not known here.
+    /// An enum: equal values have equal labels. Their order is unknown here.
     Enum,
 }
 
-/// One value that is not null.
+/// A value that is not null.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Datum {
     /// `boolean`
     Bool(bool),
-    /// An integer of any size.
+    /// An integer of any width.
     Int(i64),
     /// `uuid`
     Uuid(u128),
-    /// `text`, `varchar`, or an enum's label.
+    /// `text`, `varchar`, or an enum label.
     Text(Arc<str>),
 }
 
-/// What a text is as a value of some type.
+/// The result of parsing a text as a value of a type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Read {
-    /// This value.
+    /// The value.
     Value(Datum),
     /// PostgreSQL raises an error.
     Error,
-    /// One of the rarer spellings; PostgreSQL knows.
+    /// A rare spelling that only PostgreSQL parses.
     Undecided,
 }
 
 impl Kind {
-    /// Whether values of the kind are numbers.
+    /// Whether the kind is an integer.
     pub fn is_integer(self) -> bool {
         matches!(self, Self::Int2 | Self::Int4 | Self::Int8)
     }
 
-    /// Whether `<` between values of the kind is known here.
+    /// Whether the relay knows the order of the kind's values.
     pub fn is_ordered(self) -> bool {
         self.is_integer()
     }
 
-    /// Whether both compare by the same equality.
+    /// Whether values of both kinds compare by the same equality.
     pub fn compares_with(self, other: Self) -> bool {
         self == other || (self.is_integer() && other.is_integer())
     }
 
-    /// The kind of a type by PostgreSQL's name of it.
+    /// Returns the kind of the type with this name in PostgreSQL.
     pub fn named(name: &str) -> Option<Self> {
         Some(match name {
             "boolean" | "bool" => Self::Bool,
@@ -80,7 +80,7 @@ impl Kind {
         })
     }
 
-    /// Reads a text as PostgreSQL's input function of the type does.
+    /// Parses a text as PostgreSQL's input function of the type does.
     pub fn read(self, text: &str) -> Read {
         match self {
             Self::Text | Self::Varchar | Self::Enum => Read::Value(Datum::Text(text.into())),
@@ -97,7 +97,7 @@ impl Kind {
         }
     }
 
-    /// The value of a column of this kind from the JSON text in a row image; none when it is not one.
+    /// Parses the JSON text of a row image as a value of this kind; `None` when it is not one.
     pub fn from_json(self, json: &str) -> Option<Datum> {
         match self {
             Self::Bool => serde_json::from_str(json).ok().map(Datum::Bool),
@@ -114,12 +114,12 @@ impl Kind {
 }
 
 impl Datum {
-    /// Whether an index of PostgreSQL takes it, beside others of its kind.
+    /// Whether the value fits into a PostgreSQL index together with others.
     pub fn is_short(&self) -> bool {
         !matches!(self, Self::Text(text) if text.len() > 500)
     }
 
-    /// The text that a cast to `text` gives.
+    /// Returns the text that a cast to `text` gives.
     pub fn to_text(&self) -> Arc<str> {
         match self {
             Self::Bool(value) => (if *value { "true" } else { "false" }).into(),
@@ -135,7 +135,7 @@ fn uuid_text(value: u128) -> String {
     [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
 }
 
-/// With all its hyphens, or with none. PostgreSQL also takes braces, and some of the hyphens.
+/// Accepts all hyphens or none. PostgreSQL also accepts braces and some of the hyphens.
 fn read_uuid(text: &str) -> Read {
     let bytes = text.as_bytes();
     let hyphens: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at] == b'-').collect();

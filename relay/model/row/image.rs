@@ -1,4 +1,4 @@
-//! A row image as predicates read it: typed values by column, each read once.
+//! A row image as predicates read it: typed values by column, each parsed once.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -7,32 +7,32 @@ use crate::model::row::change::Row;
 use crate::model::row::column::{Column, ColumnKind};
 use crate::model::row::datum::{Datum, Kind};
 
-/// An image together with its columns.
+/// A row image together with the columns of its relation.
 pub struct Image<'a> {
     row: Row<'a>,
     columns: &'a [Column],
     values: Vec<OnceCell<ColumnValue>>,
 }
 
-/// What an image holds in a column.
+/// The value of a column in an image.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ColumnValue {
     /// Null.
     Null,
-    /// A value that can be compared here.
+    /// A value that the relay compares.
     One(Datum),
-    /// The elements of an array; nulls are none.
+    /// The elements of an array; `None` is a null element.
     Many(Vec<Option<Datum>>),
-    /// A text that only patterns compare here: what `=` finds equal need not have the same bytes.
+    /// A text that the relay only matches with patterns: values equal under `=` may differ in bytes.
     Padded(Arc<str>),
     /// A value of a type that only PostgreSQL compares.
     Foreign,
-    /// Nothing: the column was left out because the row was too large.
+    /// Not in the image: the row was too large, or the column is newer.
     Missing,
 }
 
 impl<'a> Image<'a> {
-    /// Takes an image apart that has these columns.
+    /// Parses an image of a relation with these columns.
     ///
     /// # Errors
     /// When the text is not one JSON object.
@@ -41,17 +41,17 @@ impl<'a> Image<'a> {
         Ok(Self { row: Row::parse(json)?, columns, values })
     }
 
-    /// Without a column, for what depends on claims alone.
+    /// Returns an image without columns, for conditions that depend on claims alone.
     pub fn none() -> Self {
         Self { row: Row::default(), columns: &[], values: Vec::new() }
     }
 
-    /// The row, taken apart.
+    /// Returns the parsed row.
     pub fn row(&self) -> &Row<'a> {
         &self.row
     }
 
-    /// What stands in the column at this place of the list of columns.
+    /// Returns the value of the column with this index in the relation's list.
     pub fn value(&self, column: usize) -> &ColumnValue {
         const MISSING: &ColumnValue = &ColumnValue::Missing;
         let (Some(cell), Some(column)) = (self.values.get(column), self.columns.get(column)) else {
@@ -84,10 +84,10 @@ impl<'a> Image<'a> {
     }
 }
 
-/// PostgreSQL's own limit. What is nested deeper is no array of its.
+/// PostgreSQL's own limit: JSON that is nested deeper is not an array column.
 const MAX_DIMENSIONS: usize = 6;
 
-/// Calls `push` for each element of an array of so many dimensions at most; none when it is no such array.
+/// Calls `push` for each element of an array with at most `dimensions` dimensions; `None` when it is no such array.
 fn flatten(json: &str, dimensions: usize, push: &mut impl FnMut(&str) -> Option<()>) -> Option<()> {
     let dimensions = dimensions.checked_sub(1)?;
     let elements: Vec<&serde_json::value::RawValue> = serde_json::from_str(json).ok()?;

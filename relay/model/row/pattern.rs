@@ -1,8 +1,7 @@
-//! Patterns of `like` and `ilike`, matched as PostgreSQL matches them, in time that grows with the text and not with
-//! what the pattern says.
+//! `like` and `ilike` patterns, matched as PostgreSQL does, in time linear in the text whatever the pattern is.
 //!
-//! Only for UTF-8 databases and deterministic collations: there `like` compares characters one by one. `ilike` compares
-//! what `lower` makes of both sides, which is known here for ASCII alone.
+//! Valid only for UTF-8 databases and deterministic collations, where `like` compares characters one by one. `ilike` compares
+//! both sides after `lower`, whose result is known here for ASCII only.
 
 use serde::Deserialize;
 
@@ -12,46 +11,46 @@ use crate::model::row::truth::Truth;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Folding {
-    /// ASCII letters get small, every other character stays as it is.
+    /// It lowers ASCII letters and keeps every other character.
     Ascii,
-    /// ASCII letters get small; what becomes of a text with other characters only PostgreSQL knows.
+    /// It lowers ASCII letters; its effect on other characters is unknown here.
     Letters,
-    /// Unknown.
+    /// Its effect is unknown here.
     Unknown,
 }
 
-/// A pattern, taken apart at its `%`.
+/// A pattern, split at its `%`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pattern {
-    /// The text begins with this.
+    /// The run at the start of the text.
     first: Run,
-    /// Then these follow, in this order and anywhere.
+    /// The runs that follow, in order, at any distance.
     middle: Vec<Run>,
-    /// The text ends with this; none when the pattern has no `%`, so that `first` is all of it.
+    /// The run at the end of the text; `None` when the pattern has no `%`, so that `first` is all of it.
     last: Option<Run>,
-    /// Both sides are compared in small letters.
+    /// Whether both sides are lowered before they are compared.
     folds_case: bool,
-    /// It is exact for texts of ASCII only.
+    /// Whether the match is exact for ASCII texts only.
     ascii_only: bool,
 }
 
-/// What stands between two `%`.
+/// The characters between two `%`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Run {
-    /// A text.
+    /// Literal text.
     Text(String),
-    /// Characters, of which none stands for any.
+    /// Characters; `None` is `_`, which matches any character.
     Wildcards(Vec<Option<char>>),
 }
 
-/// A run with `_` is looked for by one machine word, a bit for each of its characters.
+/// The maximum length of a run with `_`: its search keeps one bit for each character in a machine word.
 const MAX_WILDCARD_RUN: usize = u64::BITS as usize;
 
-/// So many bytes of what a pattern begins with are worth an index entry.
+/// The maximum length of an indexed prefix, in bytes.
 const MAX_PREFIX_BYTES: usize = 16;
 
 impl Pattern {
-    /// A pattern of `like`, or of `ilike` where `folds` says how letters compare; none when only PostgreSQL can match it.
+    /// Compiles a `like` pattern, or an `ilike` pattern where `folding` is set; `None` when only PostgreSQL can match it.
     pub fn new(pattern: &str, folding: Option<Folding>) -> Option<Self> {
         let ascii_only = match folding {
             None | Some(Folding::Ascii) => false,
@@ -67,7 +66,7 @@ impl Pattern {
                     continue;
                 }
                 '_' => None,
-                // A pattern that ends here raises, but only where the text reaches so far.
+                // PostgreSQL raises for a trailing backslash, but only where the match gets that far.
                 '\\' => Some(characters.next()?),
                 literal => Some(literal),
             };
@@ -83,12 +82,12 @@ impl Pattern {
         Some(Self { first, middle, last, folds_case: folding.is_some(), ascii_only })
     }
 
-    /// Whether it is exact for every text.
+    /// Whether the match is exact for every text.
     pub fn is_exact(&self) -> bool {
         !self.ascii_only
     }
 
-    /// What each text that it matches begins with, as far as an index wants to know.
+    /// Returns a prefix of every matching text, at most as long as the index stores.
     pub fn prefix(&self) -> &str {
         match &self.first {
             Run::Text(text) if !self.folds_case => {
@@ -102,7 +101,7 @@ impl Pattern {
         }
     }
 
-    /// Whether it matches the text.
+    /// Matches the text.
     pub fn matches(&self, text: &str) -> Truth {
         match (self.folds_case, self.ascii_only && !text.is_ascii()) {
             (_, true) => Truth::Undecided,
@@ -114,7 +113,7 @@ impl Pattern {
     fn matches_folded(&self, text: &str) -> bool {
         let Some(mut rest) = self.first.after_start(text) else { return false };
         let Some(last) = &self.last else { return rest.is_empty() };
-        // The leftmost place for each run leaves most for those behind it.
+        // Taking the leftmost match of each run leaves the most text for the following runs.
         for run in &self.middle {
             match run.after_first(rest) {
                 Some(after) => rest = after,
@@ -126,7 +125,7 @@ impl Pattern {
 }
 
 impl Run {
-    /// None when it has too many characters to be looked for.
+    /// Returns `None` when a run with `_` is too long to be searched.
     fn new(items: Vec<Option<char>>) -> Option<Self> {
         match items.iter().copied().collect::<Option<String>>() {
             Some(text) => Some(Self::Text(text)),
@@ -138,7 +137,7 @@ impl Run {
         matches!(self, Self::Text(text) if text.is_empty())
     }
 
-    /// What stands behind the run at the start of the text.
+    /// Returns the text after the run, when the run is at its start.
     fn after_start<'t>(&self, text: &'t str) -> Option<&'t str> {
         match self {
             Self::Text(run) => text.strip_prefix(run.as_str()),
@@ -152,12 +151,12 @@ impl Run {
         }
     }
 
-    /// What stands behind the first place where the run is in the text.
+    /// Returns the text after the first occurrence of the run.
     fn after_first<'t>(&self, text: &'t str) -> Option<&'t str> {
         match self {
             Self::Text(run) => text.find(run.as_str()).map(|at| &text[at + run.len()..]),
             Self::Wildcards(items) => {
-                // Bit n: the last n + 1 characters are those that the run begins with.
+                // Bit n is set when the last n + 1 characters match the first n + 1 of the run.
                 let mut states = 0_u64;
                 let mut characters = text.chars();
                 while let Some(character) = characters.next() {
@@ -253,7 +252,7 @@ mod tests {
         assert!(ascii.is_exact() && !letters.is_exact());
     }
 
-    /// As the definition says it, in time that grows with the product of both.
+    /// The definition of `like`, in time that grows with the product of both lengths.
     fn by_definition(pattern: &[char], text: &[char]) -> bool {
         match pattern {
             [] => text.is_empty(),

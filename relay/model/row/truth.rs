@@ -1,6 +1,6 @@
-//! The result of a condition: three-valued logic of SQL, an error, or not known here.
+//! The result of a condition: SQL's three-valued logic, an error, or undecided.
 
-/// What a condition comes to.
+/// The result of a condition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Truth {
     /// True.
@@ -11,9 +11,9 @@ pub enum Truth {
     Null,
     /// PostgreSQL raises an error.
     Error,
-    /// Only PostgreSQL knows.
+    /// Only PostgreSQL can decide.
     Undecided,
-    /// PostgreSQL was asked and took too long.
+    /// PostgreSQL did not answer within the time limit.
     TimedOut,
 }
 

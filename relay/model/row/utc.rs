@@ -1,9 +1,9 @@
-//! Timestamps with a time zone, as PostgreSQL writes them into JSON in any zone, brought to UTC: the same moment in the same spelling.
+//! Conversion of `timestamptz` values in PostgreSQL's JSON, which has any time zone, to UTC, so that equal times have equal text.
 
-/// The JSON string of a moment in UTC; none when it is there already, or is no such string (`"infinity"`, null).
+/// Converts the JSON string of a timestamp to UTC; `None` when it already is, or is no such string (`"infinity"`, null).
 ///
-/// `"2026-01-02T03:04:05.67+02:00"` becomes `"2026-01-02T01:04:05.67+00:00"`. Offsets have seconds where a zone had them, years more
-/// than four digits, and those before the year 1 a ` BC` at the end.
+/// `"2026-01-02T03:04:05.67+02:00"` becomes `"2026-01-02T01:04:05.67+00:00"`. Offsets may have seconds, years more than four
+/// digits, and dates before the year 1 end in ` BC`.
 pub fn in_utc(json: &str) -> Option<String> {
     let text = json.strip_prefix('"')?.strip_suffix('"')?;
     let (text, is_bc) = text.strip_suffix(" BC").map_or((text, false), |text| (text, true));
@@ -17,7 +17,7 @@ pub fn in_utc(json: &str) -> Option<String> {
     let (whole, fraction) = clock.find('.').map_or((clock, ""), |point| clock.split_at(point));
     let mut fields = date.split('-').map(|field| field.parse::<i64>().ok());
     let (year, month, day) = (fields.next()??, fields.next()??, fields.next()??);
-    // There is no year 0: 1 BC comes before 1.
+    // There is no year 0: 1 BC precedes 1.
     let days = days_of(if is_bc { 1 - year } else { year }, month, day);
     let moment = days.checked_mul(DAY)?.checked_add(seconds_of(whole)? - offset)?;
     let (year, month, day) = date_of(moment.div_euclid(DAY));
@@ -33,7 +33,7 @@ pub fn in_utc(json: &str) -> Option<String> {
 
 const DAY: i64 = 24 * 60 * 60;
 
-/// Of `HH:MM` or `HH:MM:SS`.
+/// Returns the seconds of `HH:MM` or `HH:MM:SS`.
 fn seconds_of(clock: &str) -> Option<i64> {
     let mut fields = clock.split(':').map(|field| field.parse::<i64>().ok());
     let (hours, minutes) = (fields.next()??, fields.next()??);
@@ -44,16 +44,16 @@ fn seconds_of(clock: &str) -> Option<i64> {
     fields.next().is_none().then_some(hours * 3600 + minutes * 60 + seconds)
 }
 
-/// Days since 1970-01-01 of a date of the Gregorian calendar, which goes on before its time; year 0 is 1 BC.
+/// Returns the days since 1970-01-01 of a date of the proleptic Gregorian calendar; year 0 is 1 BC.
 fn days_of(year: i64, month: i64, day: i64) -> i64 {
-    // Years begin in March, so that the leap day is the last one; an era is 400 of them.
+    // Years begin in March, so that the leap day is the last day; an era is 400 years.
     let year = if month > 2 { year } else { year - 1 };
     let (era, of_era) = (year.div_euclid(400), year.rem_euclid(400));
     let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
     era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
 }
 
-/// The date of such a day.
+/// Returns the date of a number of days since 1970-01-01.
 fn date_of(days: i64) -> (i64, i64, i64) {
     let days = days + 719_468;
     let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));

@@ -1,4 +1,4 @@
-//! Conditions that are decided here: comparisons of operands whose equality, or order, is known.
+//! Conditions that the relay decides: comparisons of operands whose equality, or order, it knows.
 
 use sqlparser::ast::{BinaryOperator, CastKind, DataType, Expr};
 
@@ -9,7 +9,7 @@ use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar};
 use crate::model::row::datum::{Datum, Kind};
 
 impl Compiler<'_> {
-    /// A condition that is decided here.
+    /// Compiles a condition that the relay decides.
     pub(super) fn condition(&self, expr: &Expr) -> Result<Predicate, Unsupported> {
         match expr {
             Expr::BinaryOp { left, op: BinaryOperator::Question, right } => {
@@ -64,7 +64,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// Both sides, when they compare by an equality, or order, that is known here.
+    /// Returns both sides, when the relay knows their equality, or order.
     fn pair(
         &self,
         one: Operand,
@@ -107,7 +107,7 @@ impl Compiler<'_> {
     fn among(&self, left: &Expr, right: &Expr) -> Result<Predicate, Unsupported> {
         match constants(right) {
             Some((list, None)) => self.among_these(left, list),
-            // The cast of the whole is one of each.
+            // A cast of the array casts each element.
             Some((list, Some(kind))) => {
                 let cast = |element: &Expr| Expr::Cast {
                     kind: CastKind::DoubleColon,
@@ -167,7 +167,7 @@ fn comparison(op: &BinaryOperator) -> Option<Comparison> {
     })
 }
 
-/// The elements of `array[…]`, and the type that it is cast to as a whole.
+/// Returns the elements of `array[…]`, and the element type of a cast of the array.
 fn constants(expr: &Expr) -> Option<(&[Expr], Option<DataType>)> {
     match expr {
         Expr::Nested(inner) => constants(inner),

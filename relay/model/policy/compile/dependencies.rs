@@ -1,5 +1,4 @@
-//! What an expression calls and reads: whether its answer depends on nothing but the row, the tables it names, and the claims
-//! that it asks for by name.
+//! The dependencies of an expression: whether it reads only the row, the tables that it names, and the claims that it names.
 
 use std::ops::ControlFlow;
 
@@ -7,7 +6,7 @@ use sqlparser::ast::{Expr, Function, ObjectName, Query, TableFactor, Visit, Visi
 
 use crate::model::policy::rights::Rights;
 
-/// Functions of `pg_catalog` that read no setting which somebody's claims could stand in, and call nothing of a user's.
+/// Functions of `pg_catalog` that read no setting, in which claims could be, and call no user-defined function. Sorted.
 const SAFE_FUNCTIONS: &[&str] = &[
     "abs",
     "age",
@@ -152,23 +151,23 @@ const SAFE_FUNCTIONS: &[&str] = &[
     "upper_inf",
 ];
 
-/// What stands in an expression.
+/// The dependencies of an expression.
 #[derive(Debug, Default)]
 pub(super) struct Dependencies {
-    /// It calls something that gives claims.
+    /// Whether it calls a function that returns claims.
     pub claims: bool,
-    /// What keeps PostgreSQL from being asked once for all.
+    /// The first reason why PostgreSQL cannot evaluate it once for all readers.
     pub obstacle: Option<String>,
 }
 
-/// Looks through an expression or query.
+/// Analyzes an expression or query.
 pub(super) fn dependencies(of: &impl Visit, rights: &Rights) -> Dependencies {
     let mut analyzer = Analyzer { rights, dependencies: Dependencies::default() };
     let _ = of.visit(&mut analyzer);
     analyzer.dependencies
 }
 
-/// Whether it has a table of this name among those that it looks into.
+/// Whether the expression reads a table with this name.
 pub(super) fn reads_table(expr: &Expr, table: &str) -> bool {
     let matches = |name: &ObjectName| match written(name) == table {
         true => ControlFlow::Break(()),
@@ -177,7 +176,7 @@ pub(super) fn reads_table(expr: &Expr, table: &str) -> bool {
     visit_relations(expr, matches).is_break()
 }
 
-/// The name as one writes it, with quotes where they are needed.
+/// Returns the name as in SQL, quoted where necessary.
 pub(super) fn written(name: &ObjectName) -> String {
     name.to_string()
 }
@@ -190,7 +189,7 @@ struct Analyzer<'a> {
 impl Analyzer<'_> {
     fn call(&mut self, name: &ObjectName) {
         let written = written(name);
-        // Some names are written in quotes because they are words of the grammar, too.
+        // Some names are quoted because they are also keywords.
         let bare =
             written.strip_prefix("pg_catalog.").unwrap_or(&written).trim_matches('"').to_ascii_lowercase();
         if bare == "current_setting" || self.rights.helpers.contains_key(&written) {
@@ -235,7 +234,7 @@ impl Visitor for Analyzer<'_> {
     }
 
     fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
-        // Names of its parts could be taken for tables.
+        // Names of common table expressions could be taken for tables.
         if query.with.is_some() {
             self.add_obstacle(String::from("it has a `with` clause"));
         }

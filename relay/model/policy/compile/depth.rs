@@ -1,12 +1,11 @@
-//! How deep the tree of an expression may become, told from its tokens before anything is built that deep.
+//! A bound on the depth of an expression tree, computed from its tokens before the tree is built.
 
 use sqlparser::tokenizer::Token;
 
-/// Of a sane policy in PostgreSQL's own text it stays far below.
+/// The maximum depth, far above that of real policies in PostgreSQL's own text.
 ///
-/// What walks through the tree, and drops it, goes one level deeper for each link of a chain (`a and b and c`,
-/// `x::text::text`), which the parser follows in a loop and so does not count itself. So many levels fit on a thread's stack
-/// several times.
+/// Visitors of the tree, and its drop, recurse one level for each link of a chain (`a and b and c`, `x::text::text`). The parser
+/// follows chains in a loop and does not count them. A thread's stack has room for several times as many levels.
 const MAX_DEPTH: usize = 700;
 
 /// Whether the tree of these tokens may become too deep.
@@ -34,14 +33,14 @@ pub(super) fn is_too_deep(tokens: &[Token]) -> bool {
     false
 }
 
-/// What stands between two parentheses.
+/// The tokens between two parentheses.
 #[derive(Default)]
 struct Level {
     /// The tokens since the last comma: each may be a link of a chain.
     links: usize,
-    /// The deepest of what is nested since the last comma.
+    /// The maximum depth nested since the last comma.
     inside: usize,
-    /// The deepest between commas so far.
+    /// The maximum depth of the items before the last comma.
     deepest: usize,
 }
 

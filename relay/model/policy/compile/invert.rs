@@ -1,8 +1,9 @@
-//! From "may this reader see the row?" to "who may?": sub-selects inverted round, so that PostgreSQL can start from the row.
+//! Inversion of sub-selects, from "may this reader see the row?" to "which readers may?", so that PostgreSQL can start from the
+//! row.
 //!
-//! `exists (select from members m where m.team = t.team and m.user_id = auth.uid())` becomes a query with the reader as one more
-//! table in it: `… from members m where m.team = t.team and m.user_id = reader.v0`, joined and not nested, so that the
-//! planner walks from the row by index to its members, and from those by index to the readers who are connected.
+//! `exists (select from members m where m.team = t.team and m.user_id = auth.uid())` becomes a query with the readers as another
+//! table: `… from members m where m.team = t.team and m.user_id = reader.v0`. It is joined and not nested, so the planner can go
+//! by index from the row to its members, and from those to the connected readers.
 
 use std::ops::ControlFlow;
 
@@ -18,7 +19,7 @@ use super::{Compiler, Unsupported, parser, unsupported};
 use crate::model::policy::plan::{READER, ServerQuery};
 use crate::model::row::datum::Kind;
 
-/// What a query needs to know of its readers, and whether an index leads to each.
+/// The claims that a query reads of its readers, and whether an index can find readers by each.
 #[derive(Default)]
 struct Readers {
     by: Vec<(usize, Kind)>,
@@ -37,12 +38,12 @@ impl Readers {
 }
 
 impl Compiler<'_> {
-    /// A condition that depends on the reader's claims, as a question for all readers. Its number as a leaf.
+    /// Compiles a condition on the reader's claims to a query for all readers. Returns the query's index.
     pub(super) fn invert(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Result<usize, Unsupported> {
         match expr {
             Expr::Nested(inner) => self.invert(inner, lenient, why),
             Expr::Exists { subquery, negated: false } => self.membership_query(subquery, None),
-            // Below `not`, false and null differ, and here both would be "not found".
+            // Below `not`, false and null differ, but both would be "not found" here.
             _ if !lenient => {
                 Err(unsupported("under `not`, `is` or `case`, it cannot be asked for all readers at once"))
             }
@@ -81,7 +82,7 @@ impl Compiler<'_> {
         Ok(self.query_index(ServerQuery::Found { query: query.to_string(), by: readers.by }))
     }
 
-    /// Turns a query round. `wanted` is what its result has to equal.
+    /// Inverts a query. `wanted` is the value that its result has to equal.
     fn invert_query(
         &self,
         query: &Query,
@@ -91,7 +92,8 @@ impl Compiler<'_> {
     ) -> Result<Query, Unsupported> {
         let not_plain = || unsupported("it is more than `select … from … where …`");
         let select = plain_select(query).ok_or_else(not_plain)?;
-        // Aggregates make one row of none, sets make many or none of one: neither is a row found.
+        // An aggregate returns a row without input, and a set-returning function several or none: neither means that a row was
+        // found.
         if !select.projection.iter().all(|item| self.is_row_value(item))
             || matches!(select.distinct, Some(Distinct::On(_)))
         {
@@ -122,7 +124,7 @@ impl Compiler<'_> {
                 Expr::InSubquery { expr, subquery, negated: false }
                     if only_expression(&subquery).is_none() =>
                 {
-                    // A bare name is of columns that a join merged; inside, it could be another's.
+                    // An unqualified name is a column merged by a join; inside the sub-select it could be another table's.
                     if has_unqualified_names(&expr) {
                         return Err(unsupported("it compares a column that a join merged"));
                     }
@@ -151,7 +153,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// A column, a constant, a claim, everything: what gives one value for each row.
+    /// Whether the item is a column, constant, claim or wildcard, so that it gives one value for each row.
     fn is_row_value(&self, item: &SelectItem) -> bool {
         fn is_plain(expr: &Expr) -> bool {
             match expr {
@@ -169,7 +171,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// Bare columns of the table get its name, since they go where other tables are.
+    /// Qualifies the table's columns, because the expression moves to where other tables are.
     fn qualify(&self, expr: &mut Expr) {
         let table = self.table;
         let _ = sqlparser::ast::visit_expressions_mut(expr, |expr| {
@@ -200,7 +202,7 @@ fn conjuncts(expr: &Expr, list: &mut Vec<Expr>) {
     }
 }
 
-/// A claim that equals a column, or anything that is not the reader's: an index can lead from there to the readers.
+/// Marks claims that equal a value without claims: an index can find the readers from that value.
 fn mark_indexed(condition: &Expr, readers: &mut Readers) {
     let Expr::BinaryOp { left, op: BinaryOperator::Eq, right } = condition else { return };
     for (reader, other) in [(left, right), (right, left)] {
@@ -246,7 +248,7 @@ fn last_part(name: &ObjectName) -> &str {
     name.0.last().and_then(|part| part.as_ident()).map_or("", |part| &part.value)
 }
 
-/// Whether a table has a name that our statements give to something else.
+/// Whether the relay's own statements use the name.
 pub(super) fn is_reserved_name(name: &str) -> bool {
     name.starts_with("relay ")
 }

@@ -1,4 +1,4 @@
-//! Lists in a policy: array columns, and the elements of a claim that is an array.
+//! Lists in a policy: array columns, and the elements of claims that are arrays.
 
 use sqlparser::ast::{
     Distinct, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, Query,
@@ -11,7 +11,7 @@ use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::row::datum::Kind;
 
 impl Compiler<'_> {
-    /// The values of an expression that is a list of claims: `array(select jsonb_array_elements_text(…))`.
+    /// Compiles an expression that is a list: an array column, or `array(select jsonb_array_elements_text(…))`.
     pub(super) fn list(&self, expr: &Expr) -> Result<Operand, Unsupported> {
         match expr {
             Expr::Nested(inner) => self.list(inner),
@@ -39,7 +39,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// The values of a query that lists claims.
+    /// Compiles a query that lists the elements of a claim.
     pub(super) fn listed(&self, query: &Query) -> Result<Operand, Unsupported> {
         let not_plain = || unsupported("a sub-select is PostgreSQL's");
         let select = plain_select(query).ok_or_else(not_plain)?;
@@ -56,7 +56,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// Each element of a list of claims, perhaps cast.
+    /// Compiles the projection of such a query: the elements, with or without a cast.
     fn elements(&self, expr: &Expr, source: Option<&Source<'_>>) -> Result<Operand, Unsupported> {
         let texts = |name: &str, argument: &Expr| -> Result<Operand, Unsupported> {
             let bare = name.strip_prefix("pg_catalog.").unwrap_or(name);
@@ -128,13 +128,13 @@ impl<'a> Source<'a> {
     }
 }
 
-/// `select x` alone.
+/// Returns the expression of a query that is only `select x`.
 pub(super) fn only_expression(query: &Query) -> Option<&Expr> {
     let select = plain_select(query)?;
     (select.from.is_empty() && select.selection.is_none()).then(|| projected(select))?
 }
 
-/// The one expression that a select gives.
+/// Returns the one expression of a select.
 pub(super) fn projected(select: &Select) -> Option<&Expr> {
     match select.projection.as_slice() {
         [SelectItem::UnnamedExpr(expr) | SelectItem::ExprWithAlias { expr, .. }] => Some(expr),
@@ -142,7 +142,7 @@ pub(super) fn projected(select: &Select) -> Option<&Expr> {
     }
 }
 
-/// The select of a query that has nothing but `select … from … where …`.
+/// Returns the select of a query that is only `select … from … where …`.
 pub(super) fn plain_select(query: &Query) -> Option<&Select> {
     let Query { with: None, body, limit_clause: None, fetch: None, locks, .. } = query else { return None };
     let SetExpr::Select(select) = &**body else { return None };

@@ -1,4 +1,4 @@
-//! Values in a policy: columns of the row, and expressions over claims.
+//! Operands in a policy: columns of the row, and expressions over claims.
 
 use sqlparser::ast::{
     BinaryOperator, CastKind, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Ident, Value,
@@ -14,26 +14,26 @@ use crate::model::row::datum::{Datum, Kind, Read};
 /// The type of an operand.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Type {
-    /// One of those that are compared here.
+    /// A type whose values the relay compares.
     Known(Kind),
     /// An enum, by its name.
     Enum(String),
-    /// A literal that takes the type of what it is compared with.
+    /// A literal, which takes the type of the other operand.
     Untyped,
     Json,
     Jsonb,
     /// A list of values.
     Many(Kind),
-    /// Compared by PostgreSQL only.
+    /// A type that only PostgreSQL compares.
     Foreign,
 }
 
-/// A value before it has its place in a predicate.
+/// An operand before it is part of a predicate.
 #[derive(Debug, Clone)]
 pub(super) enum Operand {
-    /// Of the row.
+    /// A value of the row.
     Row(Scalar, Type),
-    /// Of the claims.
+    /// A value of the claims.
     Claim(ClaimExpr, Type),
 }
 
@@ -44,7 +44,7 @@ impl Operand {
         }
     }
 
-    /// The operand as a value of a type that it may be compared with.
+    /// Converts a literal to the type of the other operand.
     pub(super) fn typed_as(self, wanted: &Type) -> Result<Self, Unsupported> {
         match (self, wanted) {
             (Self::Claim(ClaimExpr::Constant(None), Type::Untyped), _) => {
@@ -66,7 +66,7 @@ fn literal(text: &str, kind: Kind) -> Result<Operand, Unsupported> {
 }
 
 impl Compiler<'_> {
-    /// The value of an expression.
+    /// Compiles an expression.
     pub(super) fn operand(&self, expr: &Expr) -> Result<Operand, Unsupported> {
         match expr {
             Expr::Nested(inner) => self.operand(inner),
@@ -179,7 +179,7 @@ impl Compiler<'_> {
         };
         let mut steps = if path { keys(right)? } else { vec![self.step(right)?] };
         let Some(last) = steps.pop() else { return Err(unsupported("the path is empty")) };
-        // Of a key that stands twice, `json` looks into the first and we into the last.
+        // For a duplicate key, `json` steps into the first value, and serde_json into the last.
         if of == Type::Json && !steps.is_empty() {
             return Err(unsupported("a path into json is PostgreSQL's to read"));
         }
@@ -276,7 +276,7 @@ impl Compiler<'_> {
         Ok(Operand::Row(Scalar::Coalesce(scalars), of))
     }
 
-    /// What a function without arguments gives: its body stands for it.
+    /// Compiles a call of a function without arguments by compiling its body.
     fn helper(&self, name: &str) -> Result<Operand, Unsupported> {
         let Some(helper) = self.rights.helpers.get(name).filter(|_| self.depth < MAX_DEPTH) else {
             return Err(unsupported(&format!("{name}() is PostgreSQL's")));
@@ -297,7 +297,7 @@ impl Compiler<'_> {
     }
 }
 
-/// Helpers that call helpers that call helpers.
+/// The maximum nesting of helper calls.
 const MAX_DEPTH: usize = 4;
 
 fn constant(value: &Value) -> Result<Operand, Unsupported> {
@@ -319,7 +319,7 @@ fn constant(value: &Value) -> Result<Operand, Unsupported> {
     Ok(Operand::Claim(ClaimExpr::Constant(datum), of))
 }
 
-/// The keys of a path, `'{a,b}'::text[]`, when each can only be a key.
+/// Parses a path, `'{a,b}'::text[]`, whose elements can only be keys.
 fn keys(expr: &Expr) -> Result<Vec<ClaimStep>, Unsupported> {
     let odd = || unsupported("this path is PostgreSQL's to read");
     match expr {

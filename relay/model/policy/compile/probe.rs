@@ -1,8 +1,8 @@
-//! What a policy reads of the claims alone, to be worked out before any row is looked at: where it raises, PostgreSQL shows
-//! nothing of the table, whatever the rows are.
+//! The probe: the claim expressions of a policy, evaluated before any row. Where one raises, PostgreSQL shows nothing of the
+//! table, whatever the rows are.
 //!
-//! PostgreSQL works such expressions out when it plans a query, or for the first row that needs them, and then the whole query
-//! fails. A row image alone may never need them. What a `case` guards by claims is left to its guard, as PostgreSQL does.
+//! PostgreSQL evaluates such expressions when it plans a query, or for the first row that needs them, and then the whole query
+//! fails. Evaluation on a row image may never need them. A `case` guarded by claims stays guarded, as in PostgreSQL.
 
 use std::ops::ControlFlow;
 
@@ -11,7 +11,7 @@ use sqlparser::ast::{Expr, Function, Query, Value, Visit, VisitMut, Visitor, Vis
 use crate::model::policy::compile::dependencies::{dependencies, written};
 use crate::model::policy::rights::Rights;
 
-/// Functions that may stand in a condition, give one value each, and read nothing.
+/// Functions that are allowed in a probe: they return one value and read no table.
 const SCALAR_FUNCTIONS: &[&str] = &[
     "btrim",
     "coalesce",
@@ -26,13 +26,13 @@ const SCALAR_FUNCTIONS: &[&str] = &[
     "upper",
 ];
 
-/// A condition that holds unless it raises; none when there is nothing to work out.
+/// Returns a condition that holds unless it raises; `None` when the policy has no such expression.
 pub(super) fn probe(policy: &Expr, rights: &Rights) -> Option<String> {
     let parts = parts(policy, rights);
     (!parts.is_empty()).then(|| format!("array[{}] is not null", parts.join(", ")))
 }
 
-/// The same as conditions that may be true or false.
+/// Returns the claim expressions as conditions, each true or false.
 fn parts(policy: &Expr, rights: &Rights) -> Vec<String> {
     let mut reads = ClaimReads { rights, parts: Vec::new() };
     let _ = VisitMut::visit(&mut policy.clone(), &mut reads);
@@ -51,7 +51,7 @@ impl ClaimReads<'_> {
         !visitor.found && dependencies(expr, self.rights).claims
     }
 
-    /// A `case` with guards of claims alone.
+    /// Returns a `case` whose guards read only claims.
     fn guarded(&self, expr: &Expr) -> Option<String> {
         let Expr::Case { operand: None, conditions, else_result, .. } = expr else { return None };
         let of = |result: &Expr| probe(result, self.rights).unwrap_or_else(|| String::from("true"));
@@ -85,7 +85,7 @@ impl VisitorMut for ClaimReads<'_> {
     }
 }
 
-/// Looks for columns, queries, and functions that are not plain.
+/// Finds columns, queries, and functions outside the list.
 struct ReadsOther<'a> {
     rights: &'a Rights,
     found: bool,
@@ -116,7 +116,7 @@ impl Visitor for ReadsOther<'_> {
     }
 
     fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
-        // `(select auth.uid())` is one expression; what has tables is looked through by itself.
+        // `(select auth.uid())` is one expression; queries with tables are visited on their own.
         match crate::model::policy::compile::list::only_expression(query) {
             Some(_) => ControlFlow::Continue(()),
             None => {
