@@ -250,9 +250,7 @@ impl Relation {
                 None => Plan::allow_all(),
                 Some(policy) if matches!(self.kind.as_str(), "m" | "f") => Plan::opaque(Obstacle {
                     part: policy.clone(),
-                    why: String::from(
-                        "the policy of relay.allow is text, of which PostgreSQL keeps no parsed form",
-                    ),
+                    why: String::from("PostgreSQL keeps no parsed form of a policy from relay.allow"),
                 }),
                 Some(policy) => compile(policy, &self.table, &self.columns, &access.rights),
             };
@@ -315,15 +313,14 @@ impl Relation {
             unusable.iter().filter(|(schema, _)| plan.names(schema)).map(|(_, grant)| grant.clone());
         let unusable: Vec<String> = unusable.collect();
         let (problem, grants) = match (missing.is_empty(), unusable.is_empty()) {
-            (false, _) => (format!("read what the role {role} may not"), missing),
+            (false, _) => (format!("read objects that the role {role} may not read"), missing),
             (true, true) => return None,
-            (true, false) => (
-                format!("name what may not be looked up where they are judged for the role {role}"),
-                &unusable,
-            ),
+            (true, false) => {
+                (format!("name objects that the evaluating login may not look up (role {role})"), &unusable)
+            }
         };
         let (schema, table, grants) = (&self.schema, &self.table, grants.join("; "));
-        Some(format!("the policies of {schema}.{table} {problem}, so that nothing of it is shown: {grants}"))
+        Some(format!("the policies of {schema}.{table} {problem}, so no row is shown. Run: {grants}"))
     }
 
     /// Whether the column belongs to the key.

@@ -47,11 +47,15 @@ const MAX_DEPTH: usize = 200;
 /// evaluated per identity.
 pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -> Plan {
     if invert::is_reserved_name(table) {
-        let why = String::from("the table has a name that the relay's own statements use");
+        let why = String::from(
+            "the table's name begins with `relay `, which the relay's own statements use; rename the table",
+        );
         return Plan::opaque(Obstacle { part: table.to_owned(), why });
     }
     if rights.user_casts {
-        let why = String::from("a cast between types of the system was made by somebody");
+        let why = String::from(
+            "the database has a user-defined cast between system types; the relay does not model it",
+        );
         return Plan::opaque(Obstacle { part: policy.to_owned(), why });
     }
     let expr = match parse(policy) {
@@ -60,7 +64,8 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
     };
     // A table that is named only for the fields of its row type is not read.
     if let Some(table) = rights.unreadable.as_ref().filter(|table| dependencies::reads_table(&expr, table)) {
-        let why = String::from("the role may not read it, so that every look at the table raises");
+        let why =
+            String::from("the role may not read this table, so every query of the policy's table raises");
         let obstacles = vec![Obstacle { part: table.clone(), why }];
         return Plan { obstacles, ..Plan::compiled(Predicate::Constant(Some(false))) };
     }
@@ -127,18 +132,19 @@ fn without_queries(predicate: Predicate) -> Predicate {
 fn parser(text: &str) -> Result<Parser<'static>, Unsupported> {
     const DIALECT: PostgreSqlDialect = PostgreSqlDialect {};
     let tokens = Tokenizer::new(&DIALECT, text).tokenize();
-    let tokens = tokens.map_err(|error| Unsupported(format!("it is not understood: {error}")))?;
+    let tokens =
+        tokens.map_err(|error| Unsupported(format!("the parser does not understand it: {error}")))?;
     if is_too_deep(&tokens) {
-        return Err(unsupported("it is too long to be taken apart"));
+        return Err(unsupported("it is too long or too deeply nested"));
     }
     Ok(Parser::new(&DIALECT).with_recursion_limit(MAX_DEPTH).with_tokens(tokens))
 }
 
 fn parse(text: &str) -> Result<Expr, Unsupported> {
-    let not_understood = |error| Unsupported(format!("it is not understood: {error}"));
+    let not_understood = |error| Unsupported(format!("the parser does not understand it: {error}"));
     // The parser may print such a name as a different one.
     if text.contains("\"\"") || text.contains("\\\"") {
-        return Err(unsupported("a name has a quote in it"));
+        return Err(unsupported("a name contains a quote"));
     }
     let mut parser = parser(text)?;
     let mut expr = parser.parse_expr().map_err(not_understood)?;

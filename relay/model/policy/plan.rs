@@ -125,7 +125,7 @@ impl Plan {
 
     /// Returns the plan of a policy that is not known yet: nothing can be decided or queried.
     pub fn pending() -> Self {
-        let why = String::from("a table that it reads is locked, so that it cannot be read itself");
+        let why = String::from("a table that it reads is locked, so PostgreSQL cannot show it");
         let obstacles = vec![Obstacle { part: String::from("the policy"), why }];
         Self { kind: PlanKind::PerIdentity, obstacles, ..Self::compiled(Predicate::Pending) }
     }

@@ -16,7 +16,7 @@ impl Compiler<'_> {
                 let (Operand::Claim(document, Type::Jsonb), key) =
                     (self.operand(left)?, self.operand(right)?)
                 else {
-                    return Err(unsupported("a document in a column is PostgreSQL's to read"));
+                    return Err(unsupported("only PostgreSQL reads documents in columns"));
                 };
                 let key = key.typed_as(&Type::Known(Kind::Text))?;
                 if *key.of() != Type::Known(Kind::Text) {
@@ -59,7 +59,7 @@ impl Compiler<'_> {
                     }
                     operand => Predicate::Truth(self.scalar(operand)),
                 }),
-                _ => Err(unsupported("it is not a truth value that is known here")),
+                _ => Err(unsupported("it is not a condition that the relay evaluates")),
             },
         }
     }
@@ -87,7 +87,7 @@ impl Compiler<'_> {
         };
         match known {
             true => Ok((self.scalar(one), self.scalar(other))),
-            false => Err(unsupported("values of these types are PostgreSQL's to compare")),
+            false => Err(unsupported("only PostgreSQL compares values of these types")),
         }
     }
 
@@ -96,10 +96,10 @@ impl Compiler<'_> {
         if let Operand::Row(Scalar::Column(column), _) = operand
             && !self.columns[column].plain
         {
-            return Err(unsupported("`is null` of a row or domain is PostgreSQL's"));
+            return Err(unsupported("only PostgreSQL evaluates `is null` of a row or domain"));
         }
         match operand.of() {
-            Type::Json | Type::Jsonb => Err(unsupported("`is null` of a document is PostgreSQL's")),
+            Type::Json | Type::Jsonb => Err(unsupported("only PostgreSQL evaluates `is null` of a document")),
             _ => Ok(Predicate::IsNull(self.scalar(operand))),
         }
     }
@@ -141,15 +141,15 @@ impl Compiler<'_> {
 
     fn among_list(&self, value: Operand, list: Operand) -> Result<Predicate, Unsupported> {
         let Type::Many(kind) = *list.of() else {
-            return Err(unsupported("this kind of list is PostgreSQL's"));
+            return Err(unsupported("only PostgreSQL evaluates this kind of list"));
         };
         let value = value.typed_as(&Type::Known(kind))?;
         let compares = matches!(value.of(), Type::Known(of) if of.compares_with(kind));
         let list = match list {
-            _ if !compares => return Err(unsupported("values of these types are PostgreSQL's to compare")),
+            _ if !compares => return Err(unsupported("only PostgreSQL compares values of these types")),
             Operand::Claim(claim, _) => List::Claim(self.claim_index(claim)),
             Operand::Row(Scalar::Column(column), _) => List::Column(column),
-            Operand::Row(..) => return Err(unsupported("this kind of list is PostgreSQL's")),
+            Operand::Row(..) => return Err(unsupported("only PostgreSQL evaluates this kind of list")),
         };
         Ok(Predicate::Among(self.scalar(value), list))
     }

@@ -220,7 +220,7 @@ impl Visitor for Analyzer<'_> {
                 let name = written(name);
                 if !self.rights.tables.contains(&name) {
                     self.add_obstacle(format!(
-                        "{name} is a view, or has row security of its own, or may not be read"
+                        "{name} is a view, has row security, or is not readable for the role"
                     ));
                 }
             }
@@ -228,7 +228,7 @@ impl Visitor for Analyzer<'_> {
                 self.call(name);
             }
             TableFactor::Derived { .. } | TableFactor::NestedJoin { .. } | TableFactor::UNNEST { .. } => {}
-            other => self.add_obstacle(format!("{other} is not understood")),
+            other => self.add_obstacle(format!("the relay does not understand {other}")),
         }
         ControlFlow::Continue(())
     }

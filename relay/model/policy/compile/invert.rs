@@ -148,7 +148,7 @@ impl Compiler<'_> {
         query.order_by = None;
         *query.body = SetExpr::Select(Box::new(inverted));
         match dependencies(&query, self.rights).claims {
-            true => Err(unsupported("it reads claims in a way that is PostgreSQL's")),
+            true => Err(unsupported("it reads claims in an expression that only PostgreSQL evaluates")),
             false => Ok(query),
         }
     }

@@ -29,19 +29,19 @@ impl Compiler<'_> {
                     (Operand::Row(column, Type::Many(Kind::Text | Kind::Varchar)), Some(Kind::Text)) => {
                         Ok(Operand::Row(column, Type::Many(Kind::Text)))
                     }
-                    _ => Err(unsupported(&format!("the cast to {name} is PostgreSQL's"))),
+                    _ => Err(unsupported(&format!("only PostgreSQL evaluates the cast to {name}"))),
                 }
             }
             _ => match self.operand(expr)? {
                 operand if matches!(operand.of(), Type::Many(_)) => Ok(operand),
-                _ => Err(unsupported("this kind of list is PostgreSQL's")),
+                _ => Err(unsupported("only PostgreSQL evaluates this kind of list")),
             },
         }
     }
 
     /// Compiles a query that lists the elements of a claim.
     pub(super) fn listed(&self, query: &Query) -> Result<Operand, Unsupported> {
-        let not_plain = || unsupported("a sub-select is PostgreSQL's");
+        let not_plain = || unsupported("only PostgreSQL evaluates a sub-select");
         let select = plain_select(query).ok_or_else(not_plain)?;
         let projected = projected(select).ok_or_else(not_plain)?;
         if select.selection.is_some() || matches!(select.distinct, Some(Distinct::On(_))) {
@@ -65,7 +65,7 @@ impl Compiler<'_> {
                 | ("json_array_elements_text", Operand::Claim(claim, Type::Json)) => {
                     Ok(Operand::Claim(ClaimExpr::TextList(Box::new(claim), false), Type::Many(Kind::Text)))
                 }
-                _ => Err(unsupported(&format!("{name}() is PostgreSQL's"))),
+                _ => Err(unsupported(&format!("only PostgreSQL evaluates {name}()"))),
             }
         };
         match (expr, source) {
@@ -76,7 +76,7 @@ impl Compiler<'_> {
                     (Operand::Claim(list, _), Some(kind)) => {
                         Ok(Operand::Claim(ClaimExpr::Cast(Box::new(list), kind), Type::Many(kind)))
                     }
-                    _ => Err(unsupported(&format!("the cast to {data_type} is PostgreSQL's"))),
+                    _ => Err(unsupported(&format!("only PostgreSQL evaluates the cast to {data_type}"))),
                 }
             }
             (column, Some(source)) if source.is_its_column(column) => {
@@ -87,10 +87,10 @@ impl Compiler<'_> {
                     [FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))] => {
                         texts(&name.to_string(), argument)
                     }
-                    _ => Err(unsupported(&format!("{name}() is PostgreSQL's"))),
+                    _ => Err(unsupported(&format!("only PostgreSQL evaluates {name}()"))),
                 }
             }
-            _ => Err(unsupported("this kind of list is PostgreSQL's")),
+            _ => Err(unsupported("only PostgreSQL evaluates this kind of list")),
         }
     }
 }

@@ -61,7 +61,7 @@ impl Operand {
 fn literal(text: &str, kind: Kind) -> Result<Operand, Unsupported> {
     match kind.read(text) {
         Read::Value(datum) => Ok(Operand::Claim(ClaimExpr::Constant(Some(datum)), Type::Known(kind))),
-        Read::Error | Read::Undecided => Err(unsupported("its spelling is PostgreSQL's to read")),
+        Read::Error | Read::Undecided => Err(unsupported("only PostgreSQL parses this literal")),
     }
 }
 
@@ -85,16 +85,16 @@ impl Compiler<'_> {
                     BinaryOperator::LongArrow => (true, false),
                     BinaryOperator::HashArrow => (false, true),
                     BinaryOperator::HashLongArrow => (true, true),
-                    _ => return Err(unsupported(&format!("the operator {op} is PostgreSQL's"))),
+                    _ => return Err(unsupported(&format!("only PostgreSQL evaluates the operator {op}"))),
                 };
                 self.part(left, right, for_text, path)
             }
             Expr::Subquery(query) => match only_expression(query) {
                 Some(inner) => self.operand(inner),
-                None => Err(unsupported("a sub-select is PostgreSQL's")),
+                None => Err(unsupported("only PostgreSQL evaluates a sub-select")),
             },
             Expr::Function(function) => self.call(function),
-            _ => Err(unsupported("this kind of expression is PostgreSQL's")),
+            _ => Err(unsupported("only PostgreSQL evaluates this kind of expression")),
         }
     }
 
@@ -115,7 +115,7 @@ impl Compiler<'_> {
     }
 
     fn cast(&self, expr: &Expr, name: &str, as_written: &str) -> Result<Operand, Unsupported> {
-        let foreign = || unsupported(&format!("the cast to {as_written} is PostgreSQL's"));
+        let foreign = || unsupported(&format!("only PostgreSQL evaluates the cast to {as_written}"));
         let inner = self.operand(expr)?;
         let is_enum = |column: &Column| {
             column.shape() == ColumnKind::One(Kind::Enum) && column.readable_type == as_written
@@ -175,13 +175,13 @@ impl Compiler<'_> {
 
     fn part(&self, left: &Expr, right: &Expr, for_text: bool, path: bool) -> Result<Operand, Unsupported> {
         let Operand::Claim(document, of @ (Type::Json | Type::Jsonb)) = self.operand(left)? else {
-            return Err(unsupported("a document in a column is PostgreSQL's to read"));
+            return Err(unsupported("only PostgreSQL reads documents in columns"));
         };
         let mut steps = if path { keys(right)? } else { vec![self.step(right)?] };
         let Some(last) = steps.pop() else { return Err(unsupported("the path is empty")) };
         // For a duplicate key, `json` steps into the first value, and serde_json into the last.
         if of == Type::Json && !steps.is_empty() {
-            return Err(unsupported("a path into json is PostgreSQL's to read"));
+            return Err(unsupported("only PostgreSQL follows a path into json"));
         }
         let inner = steps.into_iter().fold(document, |inner, step| ClaimExpr::Element(Box::new(inner), step));
         Ok(match for_text {
@@ -217,7 +217,7 @@ impl Compiler<'_> {
         };
         let Some(arguments) = arguments.filter(|_| function.over.is_none() && function.filter.is_none())
         else {
-            return Err(unsupported(&format!("{written} is PostgreSQL's")));
+            return Err(unsupported(&format!("only PostgreSQL evaluates {written}")));
         };
         match (bare.as_str(), arguments.as_slice()) {
             ("current_setting", [name]) => self.setting(name, false),
@@ -229,13 +229,13 @@ impl Compiler<'_> {
                     Operand::Claim(other, same) if same == of && matches!(of, Type::Known(_)) => {
                         Ok(Operand::Claim(ClaimExpr::NullIf(Box::new(one), Box::new(other)), of))
                     }
-                    _ => Err(unsupported("nullif of different types is PostgreSQL's")),
+                    _ => Err(unsupported("only PostgreSQL evaluates nullif of different types")),
                 },
-                _ => Err(unsupported("nullif of a column is PostgreSQL's")),
+                _ => Err(unsupported("only PostgreSQL evaluates nullif of a column")),
             },
             ("coalesce", _) => self.coalesce(&arguments),
             (_, []) if self.rights.helpers.contains_key(&written) => self.helper(&written),
-            _ => Err(unsupported(&format!("{written}() is PostgreSQL's"))),
+            _ => Err(unsupported(&format!("only PostgreSQL evaluates {written}()"))),
         }
     }
 
@@ -246,7 +246,7 @@ impl Compiler<'_> {
                 "request.jwt.claim.sub" => ClaimExpr::Subject,
                 "request.jwt.claim.role" => ClaimExpr::Role,
                 name if may_miss && name.starts_with("request.jwt.claim") => ClaimExpr::OtherSetting,
-                _ => return Err(unsupported("this setting is PostgreSQL's")),
+                _ => return Err(unsupported("only PostgreSQL evaluates this setting")),
             },
             _ => return Err(unsupported("the setting's name is not a constant")),
         };
@@ -261,7 +261,7 @@ impl Compiler<'_> {
         for operand in operands {
             let operand = operand.typed_as(&of)?;
             if *operand.of() != of || matches!(of, Type::Foreign | Type::Many(_)) {
-                return Err(unsupported("coalesce of different types is PostgreSQL's"));
+                return Err(unsupported("only PostgreSQL evaluates coalesce of different types"));
             }
             same.push(operand);
         }
@@ -279,10 +279,11 @@ impl Compiler<'_> {
     /// Compiles a call of a function without arguments by compiling its body.
     fn helper(&self, name: &str) -> Result<Operand, Unsupported> {
         let Some(helper) = self.rights.helpers.get(name).filter(|_| self.depth < MAX_DEPTH) else {
-            return Err(unsupported(&format!("{name}() is PostgreSQL's")));
+            return Err(unsupported(&format!("only PostgreSQL evaluates {name}()")));
         };
-        let unread =
-            |why: Unsupported| unsupported(&format!("the body of {name}() is PostgreSQL's: {}", why.0));
+        let unread = |why: Unsupported| {
+            unsupported(&format!("only PostgreSQL evaluates the body of {name}(): {}", why.0))
+        };
         let body = parse_body(&helper.body).map_err(unread)?;
         let found = self.function_body().operand(&body).map_err(unread)?;
         let promised = match helper.returns.as_str() {
@@ -292,7 +293,7 @@ impl Compiler<'_> {
         };
         match found.typed_as(&promised).map_err(unread)? {
             Operand::Claim(claim, of) if of == promised => Ok(Operand::Claim(claim, of)),
-            _ => Err(unsupported(&format!("{name}() returns what PostgreSQL casts"))),
+            _ => Err(unsupported(&format!("only PostgreSQL casts the result of {name}()"))),
         }
     }
 }
@@ -310,18 +311,18 @@ fn constant(value: &Value) -> Result<Operand, Unsupported> {
                 let kind = if i32::try_from(number).is_ok() { Kind::Int4 } else { Kind::Int8 };
                 (Some(Datum::Int(number)), Type::Known(kind))
             }
-            Err(_) => return Err(unsupported("a fraction is PostgreSQL's to compare")),
+            Err(_) => return Err(unsupported("only PostgreSQL compares fractions")),
         },
         Value::Boolean(value) => (Some(Datum::Bool(*value)), Type::Known(Kind::Bool)),
         Value::Null => (None, Type::Untyped),
-        _ => return Err(unsupported("this kind of constant is PostgreSQL's")),
+        _ => return Err(unsupported("only PostgreSQL evaluates this kind of constant")),
     };
     Ok(Operand::Claim(ClaimExpr::Constant(datum), of))
 }
 
 /// Parses a path, `'{a,b}'::text[]`, whose elements can only be keys.
 fn keys(expr: &Expr) -> Result<Vec<ClaimStep>, Unsupported> {
-    let odd = || unsupported("this path is PostgreSQL's to read");
+    let odd = || unsupported("only PostgreSQL parses this path");
     match expr {
         Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => keys(inner),
         Expr::Value(value) => {
