@@ -89,7 +89,7 @@ impl CatchUp {
                     let mut alone = self.alone();
                     past.replay_recent(&missed, looked, &mut alone).await?;
                     let has_told = alone.told > 0;
-                    self.since.send_replace(self.since().and(&to));
+                    self.since.send_replace(self.since().merge(&to));
                     // While it was told, the feed may have gone on, and may do so each time.
                     let is_enough = looked && has_told || started.elapsed() > TURN;
                     if is_enough || self.outbox.is_behind() {
@@ -224,7 +224,7 @@ impl ReplaySink for SingleSink<'_> {
     }
 
     fn reached(&mut self, here: Cursor) {
-        self.since.send_modify(|since| *since = since.and(&here));
+        self.since.send_modify(|since| *since = since.merge(&here));
     }
 
     fn has_enough(&self) -> bool {

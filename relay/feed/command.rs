@@ -118,7 +118,7 @@ impl FollowOutcome {
         if since.epoch() != position.epoch() {
             return Self::Gap("the cursor is of another database, or of an older state of it");
         }
-        if !since.fits(position) {
+        if !since.is_comparable(position) {
             return Self::Gap("the cursor is of no moment of this database");
         }
         if !checked && !since.reach().is_before_or_equal(position.reach()) {

@@ -74,7 +74,7 @@ impl<'a> EncodeCache<'a> {
         match base {
             None => self.cursor.get_or_init(|| span.after(number, last).to_string()),
             Some(seen) => self.based.entry(seen).or_insert_with(|| {
-                span.after(number, last).and(&Cursor::after(span.epoch, seen.clone())).to_string()
+                span.after(number, last).merge(&Cursor::after(span.epoch, seen.clone())).to_string()
             }),
         }
     }

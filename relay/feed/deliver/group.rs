@@ -158,7 +158,7 @@ impl SubscriberGroup {
     pub fn position(&self, here: &Cursor) -> Cursor {
         match (self.members.position(), &self.key.since) {
             (Some(position), _) => Cursor::clone(&position),
-            (None, Some(since)) => here.and(since),
+            (None, Some(since)) => here.merge(since),
             (None, None) => here.clone(),
         }
     }

@@ -197,7 +197,7 @@ impl Hub {
         }
         let groups = self.replays.remove(&replay).map(|listed| listed.groups);
         for (_, group) in groups.into_iter().flatten() {
-            let position = at.map(|at| at.and(&group.position(at)));
+            let position = at.map(|at| at.merge(&group.position(at)));
             if let Some(catalog) = self.live.rules() {
                 group.apply_catalog(rules, catalog, position.as_ref());
             }

@@ -152,7 +152,7 @@ impl State {
     fn reached(&mut self, here: &Arc<Cursor>) {
         if let Some(position) = &mut self.position {
             let has_more = !here.is_at_or_after(position);
-            *position = if has_more { Arc::new(here.and(position)) } else { Arc::clone(here) };
+            *position = if has_more { Arc::new(here.merge(position)) } else { Arc::clone(here) };
         }
     }
 }

@@ -195,7 +195,7 @@ impl ReplaySink for ReplayTask {
         if here.within().is_none() {
             self.only = None;
         }
-        self.at = self.at.and(&here);
+        self.at = self.at.merge(&here);
         self.moved = Instant::now();
         self.send_stall(false);
     }

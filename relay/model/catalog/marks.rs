@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_is_read_again() {
+    fn only_differing_marks_are_outdated() {
         let before = marks(&[
             ("database", "", "a"),
             ("role", "anon", "b"),
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn what_all_depends_on_makes_everything_outdated() {
+    fn a_changed_database_mark_makes_everything_outdated() {
         let before = marks(&[("database", "", "a"), ("relation", "1", "c")]);
         assert!(before.outdated(&marks(&[("database", "", "b"), ("relation", "1", "c")])).everything);
         assert!(Marks::default().outdated(&before).everything);

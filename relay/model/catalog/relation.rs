@@ -375,7 +375,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_policy_reads_the_columns_whose_names_are_words_of_it() {
+    fn a_policy_reads_the_columns_that_its_text_names() {
         for (column, policy, reads) in [
             ("id", "(id = 1)", true),
             ("id", "(todos.id = 1)", true),

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer};
 use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::log::cursor::Snapshot;
 use crate::model::row::change::{Change, ImageState, Operation, Row, quoted};
-use crate::model::row::utc::in_utc;
+use crate::model::row::utc::to_utc;
 
 /// A row of `relay.shapes`.
 #[derive(Debug, Deserialize)]
@@ -152,8 +152,7 @@ impl Shapes {
             _ if self.is_mixed(change) => return unreadable(change),
             ShapeReader::Unreadable => return unreadable(change),
             ShapeReader::Same(timestamps) => {
-                let images =
-                    images.map(|image| image.and_then(|image| with_timestamps_in_utc(image, timestamps)));
+                let images = images.map(|image| image.and_then(|image| timestamps_to_utc(image, timestamps)));
                 if images == [None, None] {
                     return Cow::Borrowed(change);
                 }
@@ -307,14 +306,14 @@ fn timestamp_path(kind: u32, definition: Option<&Definition>) -> Option<Timestam
 
 impl TimestampPath {
     /// Converts the timestamps of a value to UTC; `None` when they already are.
-    fn in_utc(&self, json: &str) -> Option<String> {
+    fn to_utc(&self, json: &str) -> Option<String> {
         match self {
             Self::Value if json.ends_with("+00:00\"") => None,
-            Self::Value => in_utc(json),
+            Self::Value => to_utc(json),
             Self::Elements(element) => each_element(json, &mut |value| match value.starts_with('[') {
                 // An array of more dimensions.
-                true => self.in_utc(value),
-                false => element.in_utc(value),
+                true => self.to_utc(value),
+                false => element.to_utc(value),
             }),
         }
     }
@@ -332,12 +331,12 @@ fn each_element(json: &str, other: &mut dyn FnMut(&str) -> Option<String>) -> Op
 }
 
 /// Converts the timestamps of these fields to UTC; `None` when they already are.
-fn with_timestamps_in_utc(json: &str, timestamps: &TimestampColumns) -> Option<String> {
+fn timestamps_to_utc(json: &str, timestamps: &TimestampColumns) -> Option<String> {
     if timestamps.is_empty() {
         return None;
     }
     let row = Row::parse(json).ok()?;
-    let converted = |name: &str, value: &str| timestamps.get(name)?.in_utc(value);
+    let converted = |name: &str, value: &str| timestamps.get(name)?.to_utc(value);
     let is_changed = row.fields().any(|(name, value)| converted(name, value).is_some());
     is_changed.then(|| {
         object(
@@ -358,7 +357,7 @@ fn rewritten(image: &str, columns: &HashMap<String, Option<ColumnMapping>>) -> O
     let mut fields = Vec::with_capacity(row.names().len());
     for (name, value) in row.fields() {
         let Some(mapped) = columns.get(name)? else { continue };
-        let moved = mapped.timestamps.as_ref().and_then(|timestamps| timestamps.in_utc(value));
+        let moved = mapped.timestamps.as_ref().and_then(|timestamps| timestamps.to_utc(value));
         let mut value = moved.map_or(Cow::Borrowed(value), Cow::Owned);
         if let Some(labels) = &mapped.labels {
             value = Cow::Owned(renamed_labels(&value, labels)?);

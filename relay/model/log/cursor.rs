@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn snapshots_are_read_as_the_server_writes_them() {
+    fn snapshots_are_parsed_as_the_server_writes_them() {
         check_snapshot("742:742:", Some((742, &[])));
         check_snapshot("5:9:5", Some((9, &[5])));
         check_snapshot("5:9:5,6,8", Some((9, &[5, 6, 8])));
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_would_not_write_is_no_snapshot() {
+    fn malformed_snapshots_are_refused() {
         for text in [
             "",
             ":",
@@ -397,14 +397,14 @@ mod tests {
     }
 
     #[test]
-    fn finished_is_what_is_below_the_end_and_not_running() {
+    fn transactions_below_xmax_have_finished_unless_running() {
         let seen = snapshot("5:9:5,7");
         assert_eq!((1..11).filter(|xid| seen.has_finished(*xid)).collect::<Vec<_>>(), [1, 2, 3, 4, 6, 8]);
         assert_eq!((seen.xmin(), snapshot("9:9:").xmin()), (5, 9));
     }
 
     #[test]
-    fn a_later_snapshot_has_seen_everything_of_an_earlier_one() {
+    fn a_later_snapshot_includes_an_earlier_one() {
         let check = |earlier, later, expected| {
             assert_eq!(snapshot(earlier).is_before_or_equal(&snapshot(later)), expected, "{earlier} {later}");
         };
@@ -417,10 +417,10 @@ mod tests {
     }
 
     #[test]
-    fn cursors_have_one_word_each() {
-        let check = |cursor: Cursor, word: &str| {
-            assert_eq!(cursor.to_string(), word);
-            assert_eq!(word.parse(), Ok(cursor));
+    fn each_cursor_has_one_text() {
+        let check = |cursor: Cursor, text: &str| {
+            assert_eq!(cursor.to_string(), text);
+            assert_eq!(text.parse(), Ok(cursor));
         };
         check(Cursor::after(Epoch(-2), snapshot("742:742:")), "Af_________-5gUA");
         check(Cursor::after(Epoch(1), snapshot("5:300:5,299")), "AQAAAAAAAAABrAICAaYC");
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn what_we_would_not_write_is_no_cursor() {
+    fn malformed_cursors_are_refused() {
         let malformed = CursorError::Malformed;
         let after_epoch = |rest: &[u8]| [&[LAYOUT, 0, 0, 0, 0, 0, 0, 0, 0], rest].concat();
         check_bytes(&[], malformed);
@@ -507,28 +507,28 @@ mod tests {
 
     proptest! {
         #[test]
-        fn snapshots_come_back(snapshot in any_snapshot()) {
+        fn snapshots_round_trip(snapshot in any_snapshot()) {
             prop_assert_eq!(Snapshot::parse(&snapshot.to_string()), Ok(snapshot));
         }
 
         #[test]
-        fn cursors_come_back(epoch in any::<i64>(), seen in any_snapshot()) {
+        fn cursors_round_trip(epoch in any::<i64>(), seen in any_snapshot()) {
             let cursor = Cursor::after(Epoch(epoch), seen);
             prop_assert_eq!(cursor.to_string().parse(), Ok(cursor));
         }
 
         #[test]
-        fn cursors_inside_a_page_come_back(epoch in any::<i64>(), page in any_page(), number in 0..=i64::MAX) {
+        fn cursors_inside_a_page_round_trip(epoch in any::<i64>(), page in any_page(), number in 0..=i64::MAX) {
             let (seen, until) = page;
             let cursor = Cursor::inside(Epoch(epoch), seen, until, number).unwrap();
             prop_assert_eq!(cursor.to_string().parse(), Ok(cursor));
         }
 
         #[test]
-        fn an_accepted_word_is_the_only_one_of_its_cursor(rest in proptest::collection::vec(any::<u8>(), 0..40)) {
-            let word = URL_SAFE_NO_PAD.encode([&[LAYOUT], rest.as_slice()].concat());
-            if let Ok(cursor) = word.parse::<Cursor>() {
-                prop_assert_eq!(cursor.to_string(), word);
+        fn an_accepted_text_is_the_only_one_of_its_cursor(rest in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let text = URL_SAFE_NO_PAD.encode([&[LAYOUT], rest.as_slice()].concat());
+            if let Ok(cursor) = text.parse::<Cursor>() {
+                prop_assert_eq!(cursor.to_string(), text);
             }
         }
 

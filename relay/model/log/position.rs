@@ -54,7 +54,7 @@ impl Cursor {
     }
 
     /// Whether the snapshots of both positions can belong to one history.
-    pub fn fits(&self, other: &Self) -> bool {
+    pub fn is_comparable(&self, other: &Self) -> bool {
         let ordered =
             |one: &Snapshot, other: &Snapshot| one.is_before_or_equal(other) || other.is_before_or_equal(one);
         self.epoch == other.epoch
@@ -83,20 +83,20 @@ impl Cursor {
             }
             (Some(ours), _) => Some(Missing { span: page(&ours.until), after: ours.number, through: None }),
             (None, Some(theirs)) if feed.seen.is_before_or_equal(&self.seen) => {
-                let lacks = !theirs.until.is_before_or_equal(&self.seen);
+                let is_behind = !theirs.until.is_before_or_equal(&self.seen);
                 let through = Some(theirs.number);
-                lacks.then(|| Missing { span: page(&theirs.until), after: 0, through })
+                is_behind.then(|| Missing { span: page(&theirs.until), after: 0, through })
             }
             (None, _) => {
-                let lacks = !feed.seen.is_before_or_equal(&self.seen);
-                lacks.then(|| Missing { span: page(&feed.seen), after: 0, through: None })
+                let is_behind = !feed.seen.is_before_or_equal(&self.seen);
+                is_behind.then(|| Missing { span: page(&feed.seen), after: 0, through: None })
             }
         }
     }
 
     /// Returns the position of a reader that also received everything up to `other`: the least position at or after both. Where
     /// no position expresses that (inside different pages), returns the greatest that is surely true and not before this one.
-    pub fn and(&self, other: &Self) -> Self {
+    pub fn merge(&self, other: &Self) -> Self {
         if self.epoch != other.epoch {
             return self.clone();
         }
@@ -152,7 +152,7 @@ mod tests {
     const RELAYS: usize = 3;
     const READERS: usize = 4;
     /// Larger pages are read by each reader from the changelog.
-    const MOST_PARTS: usize = 3;
+    const MAX_PARTS: usize = 3;
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     struct Change {
@@ -224,7 +224,7 @@ mod tests {
     }
 
     impl Relay {
-        fn look(&mut self, database: &Database) {
+        fn poll(&mut self, database: &Database) {
             if self.page.is_some() {
                 return;
             }
@@ -239,9 +239,9 @@ mod tests {
     }
 
     enum State {
-        Away,
+        Disconnected,
         /// Catching up with this relay.
-        Behind(usize),
+        CatchingUp(usize),
         /// Receiving live changes of this relay, from this base.
         Live(usize, Cursor),
     }
@@ -262,17 +262,22 @@ mod tests {
                 change.number
             });
             let has = has.collect();
-            Self { position: Cursor::after(EPOCH, database.snapshot()), state: State::Away, has, last }
+            Self {
+                position: Cursor::after(EPOCH, database.snapshot()),
+                state: State::Disconnected,
+                has,
+                last,
+            }
         }
 
-        fn take(&mut self, change: &Change, position: Cursor) -> Result<(), TestCaseError> {
+        fn receive(&mut self, change: &Change, position: Cursor) -> Result<(), TestCaseError> {
             prop_assert!(self.has.insert(change.number), "{change:?} again, at {:?}", self.position);
             let before = self.last.insert(change.row, change.number);
             prop_assert!(before.is_none_or(|before| before < change.number), "{change:?} out of order");
-            self.moves(position)
+            self.advance(position)
         }
 
-        fn moves(&mut self, position: Cursor) -> Result<(), TestCaseError> {
+        fn advance(&mut self, position: Cursor) -> Result<(), TestCaseError> {
             prop_assert!(position.is_at_or_after(&self.position), "{position:?} for {:?}", self.position);
             self.position = position.to_string().parse().unwrap();
             Ok(())
@@ -309,11 +314,11 @@ mod tests {
                 0..8 => self.database.write(which, how % ROWS),
                 8..11 => self.database.end(which, true),
                 11 => self.database.end(which, false),
-                12..15 => self.relays[relay].look(&self.database),
+                12..15 => self.relays[relay].poll(&self.database),
                 15..20 => self.deliver(relay, 1 + how as usize % 3)?,
-                20..22 => self.readers[reader].state = State::Behind(how as usize % RELAYS),
+                20..22 => self.readers[reader].state = State::CatchingUp(how as usize % RELAYS),
                 22..26 => self.catch_up(reader, how)?,
-                26 => self.leave(reader, how)?,
+                26 => self.disconnect(reader, how)?,
                 27 if how < 40 => self.readers[reader] = Reader::begin(&self.database),
                 _ => {}
             }
@@ -322,7 +327,7 @@ mod tests {
 
         fn after(&self, span: &Span, number: i64, last: bool, reader: &Cursor) -> Cursor {
             let position = span.after(number, last);
-            if self.keeps_base { position.and(reader) } else { position }
+            if self.keeps_base { position.merge(reader) } else { position }
         }
 
         /// Delivers the next part of a relay's page to live readers; leaves a large page to them.
@@ -338,23 +343,23 @@ mod tests {
                 let base = base.clone();
                 for change in changes.iter().filter(|change| !base.has(change.xid, change.number)) {
                     let position = self.after(&span, change.number, is_last(change), &base);
-                    self.readers[index].take(change, position)?;
+                    self.readers[index].receive(change, position)?;
                 }
             }
             let relay = &mut self.relays[number];
             let last = changes.last().unwrap().number;
             relay.position = span.after(last, rest.is_empty());
             relay.recent.push((span.clone(), changes, !rest.is_empty()));
-            if rest.is_empty() || parts + 1 < MOST_PARTS {
+            if rest.is_empty() || parts + 1 < MAX_PARTS {
                 relay.page = (!rest.is_empty()).then_some((span, rest, parts + 1));
             } else {
                 for reader in &mut self.readers {
                     if let State::Live(at, base) = &reader.state
                         && *at == number
                     {
-                        let position = relay.position.and(base);
-                        reader.state = State::Behind(number);
-                        reader.moves(position)?;
+                        let position = relay.position.merge(base);
+                        reader.state = State::CatchingUp(number);
+                        reader.advance(position)?;
                     }
                 }
                 relay.position = span.end();
@@ -365,9 +370,9 @@ mod tests {
 
         /// Delivers some of what a reader misses, from the relay's recent parts or from the changelog; or makes it live.
         fn catch_up(&mut self, index: usize, how: u8) -> Result<(), TestCaseError> {
-            let State::Behind(number) = self.readers[index].state else { return Ok(()) };
+            let State::CatchingUp(number) = self.readers[index].state else { return Ok(()) };
             let (relay, position) = (&self.relays[number], self.readers[index].position.clone());
-            prop_assert!(position.fits(&relay.position));
+            prop_assert!(position.is_comparable(&relay.position));
             let Some(missing) = position.missing(&relay.position) else {
                 prop_assert!(position.is_at_or_after(&relay.position));
                 self.readers[index].state = State::Live(number, position);
@@ -376,8 +381,8 @@ mod tests {
             let end_of = |(span, changes, more): &(Span, Vec<Change>, bool)| {
                 span.after(changes.last().unwrap().number, !more)
             };
-            let lacks = |part: &&(Span, Vec<Change>, bool)| !position.is_at_or_after(&end_of(part));
-            let first = relay.recent.iter().find(lacks);
+            let is_missing = |part: &&(Span, Vec<Change>, bool)| !position.is_at_or_after(&end_of(part));
+            let first = relay.recent.iter().find(is_missing);
             if how.is_multiple_of(2)
                 && position.is_at_or_after(&relay.start)
                 && let Some((span, changes, more)) = first.filter(|(span, ..)| span.continues(&position))
@@ -385,50 +390,50 @@ mod tests {
                 let (span, changes, more) = (span.clone(), changes.clone(), *more);
                 for change in changes.iter().filter(|one| !position.has(one.xid, one.number)) {
                     let is_last = !more && Some(change) == changes.last();
-                    let here = self.after(&span, change.number, is_last, &position);
-                    self.readers[index].take(change, here)?;
+                    let position = self.after(&span, change.number, is_last, &position);
+                    self.readers[index].receive(change, position)?;
                 }
                 let end = self.after(&span, changes.last().unwrap().number, !more, &position);
-                return self.readers[index].moves(end);
+                return self.readers[index].advance(end);
             }
-            let lacked = |change: &Change| {
+            let is_wanted = |change: &Change| {
                 change.number > missing.after
                     && missing.through.is_none_or(|through| change.number <= through)
             };
-            let page = self.database.page(&missing.span).into_iter().filter(lacked);
-            let (page, most): (Vec<Change>, usize) = (page.collect(), 1 + how as usize % 4);
-            for change in page.iter().take(most) {
+            let page = self.database.page(&missing.span).into_iter().filter(is_wanted);
+            let (page, limit): (Vec<Change>, usize) = (page.collect(), 1 + how as usize % 4);
+            for change in page.iter().take(limit) {
                 let is_last = missing.through.is_none() && Some(change) == page.last();
-                let here = self.after(&missing.span, change.number, is_last, &position);
-                self.readers[index].take(change, here)?;
+                let position = self.after(&missing.span, change.number, is_last, &position);
+                self.readers[index].receive(change, position)?;
             }
-            if page.len() > most {
+            if page.len() > limit {
                 return Ok(());
             }
             let end = missing.end();
-            self.readers[index].moves(if self.keeps_base { end.and(&position) } else { end })
+            self.readers[index].advance(if self.keeps_base { end.merge(&position) } else { end })
         }
 
         /// Disconnects a reader, with the cursor of its last change or the position at the end of a long poll.
-        fn leave(&mut self, index: usize, how: u8) -> Result<(), TestCaseError> {
-            let state = std::mem::replace(&mut self.readers[index].state, State::Away);
+        fn disconnect(&mut self, index: usize, how: u8) -> Result<(), TestCaseError> {
+            let state = std::mem::replace(&mut self.readers[index].state, State::Disconnected);
             match state {
                 State::Live(number, base) if how.is_multiple_of(2) && self.keeps_base => {
-                    let position = self.relays[number].position.and(&base);
-                    self.readers[index].moves(position)
+                    let position = self.relays[number].position.merge(&base);
+                    self.readers[index].advance(position)
                 }
                 _ => Ok(()),
             }
         }
 
         /// Ends all transactions, and lets every reader catch up.
-        fn settle(&mut self) -> Result<(), TestCaseError> {
+        fn finish(&mut self) -> Result<(), TestCaseError> {
             while !self.database.running.is_empty() {
                 self.database.end(0, true);
             }
             for number in 0..RELAYS {
                 for _ in 0..2 {
-                    self.relays[number].look(&self.database);
+                    self.relays[number].poll(&self.database);
                     while self.relays[number].page.is_some() {
                         self.deliver(number, 3)?;
                     }
@@ -436,13 +441,13 @@ mod tests {
             }
             for index in 0..READERS {
                 if !matches!(self.readers[index].state, State::Live(..)) {
-                    self.readers[index].state = State::Behind(index % RELAYS);
+                    self.readers[index].state = State::CatchingUp(index % RELAYS);
                 }
                 for how in 0..=u8::MAX {
                     self.catch_up(index, how)?;
                 }
                 let live = matches!(self.readers[index].state, State::Live(..));
-                prop_assert!(live, "it never comes to an end: {:?}", self.readers[index].position);
+                prop_assert!(live, "it never catches up: {:?}", self.readers[index].position);
                 let all: BTreeSet<i64> = self.database.committed.iter().map(|change| change.number).collect();
                 prop_assert_eq!(&self.readers[index].has, &all, "something is missing");
             }
@@ -459,7 +464,7 @@ mod tests {
         for step in steps {
             world.step(*step)?;
         }
-        world.settle()
+        world.finish()
     }
 
     fn runner(cases: u32) -> TestRunner {
@@ -468,13 +473,13 @@ mod tests {
 
     /// Several relays cut one history into different pages; readers change relay, transport and moment.
     #[test]
-    fn each_change_comes_once_and_in_order_whichever_relay_tells_it() {
+    fn each_change_comes_once_and_in_order_from_any_relay() {
         runner(1500).run(&steps(), |steps| run(&steps, true)).unwrap();
     }
 
     /// Proves that the test above can fail: it does without the reader's own base.
     #[test]
-    fn positions_without_the_readers_own_base_tell_changes_again() {
+    fn positions_without_the_readers_own_base_repeat_changes() {
         let found = runner(5000).run(&steps(), |steps| run(&steps, false));
         assert!(matches!(found, Err(TestError::Fail(..))), "nothing was found");
     }
@@ -531,10 +536,10 @@ mod tests {
         #[test]
         fn a_position_only_grows(positions in any_positions()) {
             for (one, other) in positions.iter().flat_map(|one| positions.iter().map(move |other| (one, other))) {
-                let both = one.and(other);
+                let both = one.merge(other);
                 prop_assert!(both.is_at_or_after(one), "{one:?} and {other:?}: {both:?}");
-                let lacks_nothing = one.missing(other).is_none();
-                prop_assert!(!lacks_nothing || both.is_at_or_after(other), "{one:?} and {other:?}: {both:?}");
+                let misses_nothing = one.missing(other).is_none();
+                prop_assert!(!misses_nothing || both.is_at_or_after(other), "{one:?} and {other:?}: {both:?}");
                 for (xid, number) in changes() {
                     let of_either = one.has(xid, number) || other.has(xid, number);
                     prop_assert!(of_either || !both.has(xid, number), "{one:?} and {other:?}: {both:?}");

@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn however_deep_or_long_a_policy_is_its_plan_ends() {
+    fn deep_and_long_policies_compile_without_overflow() {
         for deep in [10, 100, 190, 340, 3000] {
             for (open, inner, close) in [
                 ("(", "(id = 1)", ")"),
@@ -553,7 +553,7 @@ mod tests {
 
         /// Strict and lenient evaluation agree on true, and what is decided without answers is decided alike with them.
         #[test]
-        fn a_plan_is_whole_and_never_contradicts_itself(policy in any_policy()) {
+        fn a_plan_is_consistent(policy in any_policy()) {
             let relation = todos(false, false);
             let plan = compile(&policy, &relation.table, &relation.columns, &rights());
             prop_assert_eq!(plan.kind == PlanKind::PerIdentity, !plan.obstacles.is_empty(), "{}", policy);

@@ -136,14 +136,14 @@ fn probe<T: Copy>(
         }
         return;
     };
-    let mut with = |datum: &Datum| {
+    let mut descend = |datum: &Datum| {
         values.push(datum.clone());
         probe(image, columns, values, by_values, found);
         values.pop();
     };
     match image.value(*column) {
-        ColumnValue::One(datum) => with(datum),
-        ColumnValue::Many(elements) => elements.iter().flatten().for_each(with),
+        ColumnValue::One(datum) => descend(datum),
+        ColumnValue::Many(elements) => elements.iter().flatten().for_each(descend),
         ColumnValue::Null | ColumnValue::Padded(_) | ColumnValue::Foreign | ColumnValue::Missing => {}
     }
 }
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_finds_what_stands_under_its_values() {
+    fn a_row_finds_the_entries_under_its_values() {
         let mut index = SubscriptionIndex::default();
         index.insert(Some(&title("a")), 1);
         index.insert(Some(&title("b")), 2);
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_finds_the_beginnings_of_its_texts_and_removing_them_leaves_nothing() {
+    fn a_row_finds_the_prefixes_of_its_texts_and_removal_leaves_nothing() {
         let prefix = |text: &str| IndexKey { prefix: Some((2, text.into())), ..IndexKey::default() };
         let mut index = SubscriptionIndex::default();
         for (entry, text) in (0..).zip(["a", "ab", "ü", "b", "ab"]) {
@@ -301,7 +301,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranges_find_what_a_scan_finds_and_leave_nothing_behind(
+        fn ranges_find_what_a_scan_finds_and_removal_leaves_nothing(
             ranges in proptest::collection::vec((-50..50_i64, 0..60_i64, any::<bool>(), any::<bool>()), 0..40),
             value in -120..120_i64,
         ) {

@@ -135,11 +135,11 @@ impl Predicate {
                 Ok(ColumnValue::One(Datum::Bool(value))) => value.into(),
                 Ok(ColumnValue::Null) => Truth::Null,
                 Ok(_) => Truth::Undecided,
-                Err(stop) => stop,
+                Err(result) => result,
             },
             Self::Compare(one, comparison, other) => {
                 match (one.value(image, claims), other.value(image, claims)) {
-                    (Err(stop), _) | (Ok(_), Err(stop)) => stop,
+                    (Err(result), _) | (Ok(_), Err(result)) => result,
                     (Ok(ColumnValue::Null), Ok(_)) | (Ok(_), Ok(ColumnValue::Null)) => Truth::Null,
                     (Ok(ColumnValue::One(one)), Ok(ColumnValue::One(other))) => {
                         comparison.holds(&one, &other).into()
@@ -148,7 +148,7 @@ impl Predicate {
                 }
             }
             Self::Same(one, other) => match (one.value(image, claims), other.value(image, claims)) {
-                (Err(stop), _) | (Ok(_), Err(stop)) => stop,
+                (Err(result), _) | (Ok(_), Err(result)) => result,
                 (Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_)), Ok(_))
                 | (Ok(_), Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_))) => {
                     Truth::Undecided
@@ -156,8 +156,8 @@ impl Predicate {
                 (Ok(one), Ok(other)) => (one == other).into(),
             },
             Self::Among(scalar, list) => match scalar.value(image, claims) {
-                Err(stop) => stop,
-                Ok(held) => list.holds(&held, image, claims),
+                Err(result) => result,
+                Ok(value) => list.contains(&value, image, claims),
             },
             Self::Matches(column, pattern) => match image.value(*column) {
                 ColumnValue::Null => Truth::Null,
@@ -166,8 +166,8 @@ impl Predicate {
                 _ => Truth::Undecided,
             },
             Self::IsNull(scalar) => match scalar.value(image, claims) {
-                Ok(held) => (held == ColumnValue::Null).into(),
-                Err(stop) => stop,
+                Ok(value) => (value == ColumnValue::Null).into(),
+                Err(result) => result,
             },
             Self::Is(inner, wanted) => match truth(inner, false) {
                 Truth::Null => Truth::False,
@@ -183,38 +183,8 @@ impl Predicate {
                 Truth::False => Truth::True,
                 other => other,
             },
-            Self::And(all) => {
-                let mut whole = Truth::True;
-                for one in all {
-                    match (whole, truth(one, lenient)) {
-                        (Truth::True | Truth::Null, stop @ (Truth::False | Truth::Error)) => return stop,
-                        (Truth::Undecided | Truth::TimedOut, Truth::False | Truth::Null | Truth::Error)
-                            if lenient =>
-                        {
-                            return Truth::False;
-                        }
-                        (Truth::Null, Truth::Undecided | Truth::TimedOut) if lenient => return Truth::Null,
-                        (Truth::True, found) => whole = found,
-                        (Truth::Null, found @ (Truth::Undecided | Truth::TimedOut)) => whole = found,
-                        (Truth::Undecided, Truth::TimedOut) => whole = Truth::TimedOut,
-                        _ => {}
-                    }
-                }
-                whole
-            }
-            Self::Or(all) => {
-                let mut whole = Truth::False;
-                for one in all {
-                    match (whole, truth(one, false)) {
-                        (Truth::False | Truth::Null, stop @ (Truth::True | Truth::Error)) => return stop,
-                        (Truth::False, found) => whole = found,
-                        (Truth::Null, found @ (Truth::Undecided | Truth::TimedOut)) => whole = found,
-                        (Truth::Undecided, Truth::TimedOut) => whole = Truth::TimedOut,
-                        _ => {}
-                    }
-                }
-                whole
-            }
+            Self::And(operands) => Self::all(operands, |operand| truth(operand, lenient), lenient),
+            Self::Or(operands) => Self::any(operands, |operand| truth(operand, false)),
             Self::Case(branches, otherwise) => {
                 for (condition, result) in branches {
                     match truth(condition, false) {
@@ -235,6 +205,42 @@ impl Predicate {
             Self::Opaque => Truth::Undecided,
             Self::Pending => Truth::TimedOut,
         }
+    }
+
+    /// Evaluates `and`. `lenient`: see [`Predicate::truth`].
+    fn all(operands: &[Self], truth: impl Fn(&Self) -> Truth, lenient: bool) -> Truth {
+        let mut result = Truth::True;
+        for operand in operands {
+            match (result, truth(operand)) {
+                (Truth::True | Truth::Null, decided @ (Truth::False | Truth::Error)) => return decided,
+                (Truth::Undecided | Truth::TimedOut, Truth::False | Truth::Null | Truth::Error)
+                    if lenient =>
+                {
+                    return Truth::False;
+                }
+                (Truth::Null, Truth::Undecided | Truth::TimedOut) if lenient => return Truth::Null,
+                (Truth::True, found) => result = found,
+                (Truth::Null, found @ (Truth::Undecided | Truth::TimedOut)) => result = found,
+                (Truth::Undecided, Truth::TimedOut) => result = Truth::TimedOut,
+                _ => {}
+            }
+        }
+        result
+    }
+
+    /// Evaluates `or`.
+    fn any(operands: &[Self], truth: impl Fn(&Self) -> Truth) -> Truth {
+        let mut result = Truth::False;
+        for operand in operands {
+            match (result, truth(operand)) {
+                (Truth::False | Truth::Null, decided @ (Truth::True | Truth::Error)) => return decided,
+                (Truth::False, found) => result = found,
+                (Truth::Null, found @ (Truth::Undecided | Truth::TimedOut)) => result = found,
+                (Truth::Undecided, Truth::TimedOut) => result = Truth::TimedOut,
+                _ => {}
+            }
+        }
+        result
     }
 }
 

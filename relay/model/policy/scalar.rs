@@ -54,7 +54,7 @@ impl Scalar {
             Self::Column(column) => match image.value(*column) {
                 // A missing value must not be read as null.
                 ColumnValue::Missing => Err(Truth::Error),
-                held => Ok(held.clone()),
+                value => Ok(value.clone()),
             },
             Self::ColumnText(column) => match image.value(*column) {
                 ColumnValue::Missing => Err(Truth::Error),
@@ -72,7 +72,7 @@ impl Scalar {
                 for scalar in scalars {
                     match scalar.value(image, claims)? {
                         ColumnValue::Null => {}
-                        held => return Ok(held),
+                        value => return Ok(value),
                     }
                 }
                 Ok(ColumnValue::Null)
@@ -83,7 +83,7 @@ impl Scalar {
 
 impl List {
     /// Evaluates `value = any (list)`.
-    pub(super) fn holds(&self, value: &ColumnValue, image: &Image<'_>, claims: &[ClaimValue]) -> Truth {
+    pub(super) fn contains(&self, value: &ColumnValue, image: &Image<'_>, claims: &[ClaimValue]) -> Truth {
         let elements: Vec<Option<Datum>> = match self {
             Self::Of(scalars) => {
                 let mut elements = Vec::with_capacity(scalars.len());
@@ -92,7 +92,7 @@ impl List {
                         Ok(ColumnValue::Null) => elements.push(None),
                         Ok(ColumnValue::One(datum)) => elements.push(Some(datum)),
                         Ok(_) => return Truth::Undecided,
-                        Err(stop) => return stop,
+                        Err(result) => return result,
                     }
                 }
                 elements

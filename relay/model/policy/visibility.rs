@@ -101,8 +101,8 @@ impl EventKind {
 /// Returns the event for a subscriber with this visibility of the images, if any.
 ///
 /// `leave_events`: whether the relation is watched with leave events.
-pub fn event_kind(operation: Operation, sight: Visibility, leave_events: bool) -> Option<EventKind> {
-    match (operation, sight.before, sight.after) {
+pub fn event_kind(operation: Operation, visibility: Visibility, leave_events: bool) -> Option<EventKind> {
+    match (operation, visibility.before, visibility.after) {
         (Operation::Insert, _, true) => Some(EventKind::Insert),
         (Operation::Update, true, true) => Some(EventKind::Update),
         (Operation::Update, false, true) => Some(EventKind::Enter),
@@ -117,27 +117,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_of_operations_and_images() {
-        let sees = |before, after| Visibility { before, after };
+    fn events_by_operation_and_visibility() {
+        let visible = |before, after| Visibility { before, after };
         let cases = [
-            (Operation::Insert, sees(false, true), Some(EventKind::Insert)),
-            (Operation::Insert, sees(false, false), None),
-            (Operation::Update, sees(true, true), Some(EventKind::Update)),
-            (Operation::Update, sees(false, true), Some(EventKind::Enter)),
-            (Operation::Update, sees(true, false), None),
-            (Operation::Update, sees(false, false), None),
-            (Operation::Delete, sees(true, false), Some(EventKind::Delete)),
-            (Operation::Delete, sees(false, false), None),
-            (Operation::Truncate, sees(true, true), None),
+            (Operation::Insert, visible(false, true), Some(EventKind::Insert)),
+            (Operation::Insert, visible(false, false), None),
+            (Operation::Update, visible(true, true), Some(EventKind::Update)),
+            (Operation::Update, visible(false, true), Some(EventKind::Enter)),
+            (Operation::Update, visible(true, false), None),
+            (Operation::Update, visible(false, false), None),
+            (Operation::Delete, visible(true, false), Some(EventKind::Delete)),
+            (Operation::Delete, visible(false, false), None),
+            (Operation::Truncate, visible(true, true), None),
         ];
-        for (operation, sight, expected) in cases {
-            assert_eq!(event_kind(operation, sight, false), expected, "{operation:?} {sight:?}");
-            let with_leave = if (operation, sight) == (Operation::Update, sees(true, false)) {
+        for (operation, visibility, expected) in cases {
+            assert_eq!(event_kind(operation, visibility, false), expected, "{operation:?} {visibility:?}");
+            let with_leave = if (operation, visibility) == (Operation::Update, visible(true, false)) {
                 Some(EventKind::Leave)
             } else {
                 expected
             };
-            assert_eq!(event_kind(operation, sight, true), with_leave, "{operation:?} {sight:?}");
+            assert_eq!(event_kind(operation, visibility, true), with_leave, "{operation:?} {visibility:?}");
         }
     }
 }

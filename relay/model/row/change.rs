@@ -241,9 +241,9 @@ impl<'a> Row<'a> {
     }
 
     /// Returns the object without the values whose JSON text is longer than `max` bytes.
-    pub fn without_long_values(&self, most: usize) -> String {
+    pub fn without_long_values(&self, max: usize) -> String {
         self.project(|name| {
-            self.value(name).is_some_and(|value| value.len() <= most).then_some(Spelling::Plain)
+            self.value(name).is_some_and(|value| value.len() <= max).then_some(Spelling::Plain)
         })
     }
 
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_are_read_whole_or_not_at_all() {
+    fn headers_are_parsed_completely_or_refused() {
         let plain = ChangeHeader::parse("I 17 3").unwrap();
         assert_eq!((plain.operation, plain.relation, plain.shape), (Operation::Insert, RelationId(17), 3));
         assert_eq!((plain.leaf, plain.began, plain.oversize), (None, None, false));
@@ -346,14 +346,14 @@ mod tests {
     }
 
     #[test]
-    fn bytea_loses_its_prefix_and_only_bytea() {
+    fn only_bytea_loses_its_prefix() {
         let row = Row::parse(r#"{"raw":"\\xdeadbeef","text":"\\xdeadbeef","none":null}"#).unwrap();
         let text = row.project(|name| Some(if name == "text" { Spelling::Plain } else { Spelling::BareHex }));
         assert_eq!(text, r#"{"raw":"deadbeef","text":"\\xdeadbeef","none":null}"#);
     }
 
     #[test]
-    fn what_is_no_object_is_refused() {
+    fn images_that_are_not_objects_are_refused() {
         for image in ["", "[1]", "null", "{\"a\":1}x", "{\"a\"", "{1:2}"] {
             assert!(Row::parse(image).is_err(), "{image}");
         }

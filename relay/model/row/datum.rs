@@ -168,7 +168,7 @@ mod tests {
     const UUID: &str = "0a1b2c3d-0000-4000-8000-00000000000f";
 
     #[test]
-    fn common_spellings_are_read_and_rare_ones_left_to_postgresql() {
+    fn common_spellings_are_parsed_and_rare_ones_undecided() {
         let uuid = Datum::Uuid(0x0a1b_2c3d_0000_4000_8000_0000_0000_000f);
         for (kind, text, expected) in [
             (Kind::Uuid, UUID, Read::Value(uuid.clone())),
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn values_come_from_images_and_go_to_texts() {
+    fn values_are_parsed_from_images_and_written_as_text() {
         for (kind, json, text) in [
             (Kind::Int8, "9223372036854775807", "9223372036854775807"),
             (Kind::Bool, "true", "true"),

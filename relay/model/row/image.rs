@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_have_the_elements_of_all_their_dimensions() {
+    fn arrays_have_the_elements_of_all_dimensions() {
         let relation = lists();
         let many = |json: &str| {
             let image = format!(r#"{{"many":{json}}}"#);
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nesting_that_no_array_has_is_not_followed() {
+    fn deeper_nesting_than_an_array_is_foreign() {
         let relation = lists();
         let image = format!(r#"{{"many":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
         assert_eq!(*Image::parse(&image, &relation.columns).unwrap().value(0), ColumnValue::Foreign);
@@ -162,7 +162,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_value_is_read_or_foreign(many in json(), one in json(), yes in json()) {
+        fn any_value_is_parsed_or_foreign(many in json(), one in json(), yes in json()) {
             let relation = lists();
             let text = format!(r#"{{"many":{many},"one":{one},"yes":{yes}}}"#);
             let image = Image::parse(&text, &relation.columns).unwrap();

@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn percent_stands_for_any_run_and_underscore_for_one_character() {
+    fn percent_matches_any_run_and_underscore_one_character() {
         for (pattern, text, expected) in [
             ("", "", true),
             ("", "a", false),
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_here_is_left_to_postgresql() {
+    fn unknown_matches_are_undecided() {
         assert_eq!(Pattern::new("abc\\", None), None);
         assert_eq!(Pattern::new("ü", Some(Folding::Letters)), None);
         assert_eq!(Pattern::new("a", Some(Folding::Unknown)), None);
@@ -264,7 +264,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn patterns_match_what_their_definition_matches(pattern in "[ab%_ü]{0,8}", text in "[abü]{0,10}") {
+        fn patterns_match_as_defined(pattern in "[ab%_ü]{0,8}", text in "[abü]{0,10}") {
             let characters = |text: &str| text.chars().collect::<Vec<_>>();
             let expected = by_definition(&characters(&pattern), &characters(&text));
             let compiled = Pattern::new(&pattern, None).unwrap();

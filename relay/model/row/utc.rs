@@ -4,7 +4,7 @@
 ///
 /// `"2026-01-02T03:04:05.67+02:00"` becomes `"2026-01-02T01:04:05.67+00:00"`. Offsets may have seconds, years more than four
 /// digits, and dates before the year 1 end in ` BC`.
-pub fn in_utc(json: &str) -> Option<String> {
+pub fn to_utc(json: &str) -> Option<String> {
     let text = json.strip_prefix('"')?.strip_suffix('"')?;
     let (text, is_bc) = text.strip_suffix(" BC").map_or((text, false), |text| (text, true));
     let (date, time) = text.split_once('T')?;
@@ -19,9 +19,9 @@ pub fn in_utc(json: &str) -> Option<String> {
     let (year, month, day) = (fields.next()??, fields.next()??, fields.next()??);
     // There is no year 0: 1 BC precedes 1.
     let days = days_of(if is_bc { 1 - year } else { year }, month, day);
-    let moment = days.checked_mul(DAY)?.checked_add(seconds_of(whole)? - offset)?;
-    let (year, month, day) = date_of(moment.div_euclid(DAY));
-    let clock = moment.rem_euclid(DAY);
+    let seconds = days.checked_mul(DAY)?.checked_add(seconds_of(whole)? - offset)?;
+    let (year, month, day) = date_of(seconds.div_euclid(DAY));
+    let clock = seconds.rem_euclid(DAY);
     let (year, era) = if year > 0 { (year, "") } else { (1 - year, " BC") };
     Some(format!(
         "\"{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}{fraction}+00:00{era}\"",
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_moment_in_utc() {
+    fn timestamps_are_converted_to_utc() {
         for (json, expected) in [
             ("\"2026-01-02T03:04:05.678901+02:00\"", "\"2026-01-02T01:04:05.678901+00:00\""),
             ("\"2026-01-01T00:30:00+05:30\"", "\"2025-12-31T19:00:00+00:00\""),
@@ -85,12 +85,12 @@ mod tests {
             ("\"4714-11-23T19:00:00-05:00 BC\"", "\"4714-11-24T00:00:00+00:00 BC\""),
             ("\"294277-01-01T08:59:59.999999+09:00\"", "\"294276-12-31T23:59:59.999999+00:00\""),
         ] {
-            assert_eq!(in_utc(json).as_deref(), Some(expected), "{json}");
+            assert_eq!(to_utc(json).as_deref(), Some(expected), "{json}");
         }
     }
 
     #[test]
-    fn what_is_in_utc_or_no_moment_stays() {
+    fn utc_and_other_strings_are_unchanged() {
         for json in [
             "\"2026-01-02T01:04:05+00:00\"",
             "\"0044-03-15T12:00:00+00:00 BC\"",
@@ -102,13 +102,13 @@ mod tests {
             "\"T+\"",
             "\"2026-01-02\"",
         ] {
-            assert_eq!(in_utc(json), None, "{json}");
+            assert_eq!(to_utc(json), None, "{json}");
         }
     }
 
     proptest! {
         #[test]
-        fn dates_come_back(days in -3_000_000_i64..120_000_000) {
+        fn dates_round_trip(days in -3_000_000_i64..120_000_000) {
             let (year, month, day) = date_of(days);
             prop_assert!((1..=12).contains(&month) && (1..=31).contains(&day));
             prop_assert_eq!(days_of(year, month, day), days);
@@ -116,7 +116,7 @@ mod tests {
 
         #[test]
         fn no_text_panics(text in "\"?[-+T:.0-9 BC]{0,40}\"?") {
-            in_utc(&text);
+            to_utc(&text);
         }
     }
 }

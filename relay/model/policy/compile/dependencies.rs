@@ -247,7 +247,7 @@ mod tests {
     use super::SAFE_FUNCTIONS;
 
     #[test]
-    fn the_list_of_functions_is_in_order() {
+    fn the_list_of_functions_is_sorted() {
         assert!(SAFE_FUNCTIONS.is_sorted());
     }
 }
