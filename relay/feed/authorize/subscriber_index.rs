@@ -144,7 +144,7 @@ impl SubscriberIndex {
             (Some(cohort), Some(access)) => {
                 let truth = access.plan.predicate.truth(image, &cohort.key.terms, answers, true);
                 match truth {
-                    Truth::True | Truth::Error if access.plan.is_probed(&cohort.key.terms) => {
+                    Truth::True | Truth::Error if access.plan.needs_probe(&cohort.key.terms) => {
                         Truth::Undecided
                     }
                     truth => truth,

@@ -309,8 +309,10 @@ impl Relation {
     /// Describes the grants that the role lacks for its policies, in one line.
     pub fn missing_grants(&self, role: &str) -> Option<String> {
         let Access { rights: Rights { missing, unusable, .. }, plan, .. } = self.access(role)?;
-        let unusable =
-            unusable.iter().filter(|(schema, _)| plan.names(schema)).map(|(_, grant)| grant.clone());
+        let unusable = unusable
+            .iter()
+            .filter(|(schema, _)| plan.may_name_schema(schema))
+            .map(|(_, grant)| grant.clone());
         let unusable: Vec<String> = unusable.collect();
         let (problem, grants) = match (missing.is_empty(), unusable.is_empty()) {
             (false, _) => (format!("read objects that the role {role} may not read"), missing),

@@ -271,7 +271,7 @@ fn text_list(value: &Value, is_key_list: bool) -> Result<Vec<Datum>, Failure> {
 }
 
 fn cast(datum: &Datum, kind: Kind) -> Result<Datum, Failure> {
-    let fits = |value: i64, least: i64, most: i64| match (least..=most).contains(&value) {
+    let fits = |value: i64, min: i64, max: i64| match (min..=max).contains(&value) {
         true => Ok(Datum::Int(value)),
         false => Err(Failure::Error),
     };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::model::policy::claim_expr::ClaimValue;
-use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar, known_by};
+use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar, identifies_reader};
 use crate::model::row::datum::{Datum, Kind, Read};
 
 /// A necessary condition: the row has these values.
@@ -129,10 +129,10 @@ impl Predicate {
                 },
                 Scalar::ColumnText(_) | Scalar::Coalesce(_) => IndexKeys::Any,
             },
-            Self::Compare(one, comparison, other) => compared(one, *comparison, other, claims),
+            Self::Compare(one, comparison, other) => comparison_keys(one, *comparison, other, claims),
             Self::Among(scalar, List::Of(scalars)) => scalars
                 .iter()
-                .map(|other| compared(scalar, Comparison::Equal, other, claims))
+                .map(|other| comparison_keys(scalar, Comparison::Equal, other, claims))
                 .fold(IndexKeys::NEVER, IndexKeys::or),
             Self::Among(scalar, List::Claim(claim) | List::ClaimKeys(claim)) => {
                 match (scalar, claims.get(*claim)) {
@@ -158,7 +158,7 @@ impl Predicate {
             Self::Or(all) => {
                 all.iter().map(|one| one.index_keys(claims)).fold(IndexKeys::NEVER, IndexKeys::or)
             }
-            Self::Readers { by, .. } => match known_by(by, claims) {
+            Self::Readers { by, .. } => match identifies_reader(by, claims) {
                 Some(true) => IndexKeys::OneOf(vec![IndexKey { named: true, ..IndexKey::default() }]),
                 Some(false) => IndexKeys::NEVER,
                 None => IndexKeys::Any,
@@ -182,7 +182,7 @@ impl Predicate {
     }
 }
 
-fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, claims: &[ClaimValue]) -> IndexKeys {
+fn comparison_keys(one: &Scalar, comparison: Comparison, other: &Scalar, claims: &[ClaimValue]) -> IndexKeys {
     let is_text = [one, other].iter().any(|side| matches!(side, Scalar::ColumnText(_)));
     let (column, comparison, other) = match (one, other) {
         (Scalar::Column(column) | Scalar::ColumnText(column), _) => (*column, comparison, other),
@@ -210,9 +210,9 @@ fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, claims: &[Clai
     };
     if is_text {
         let Datum::Text(text) = datum else { return IndexKeys::Any };
-        let written = |datum| IndexKey::equal(column, datum);
+        let equal = |datum| IndexKey::equal(column, datum);
         return match comparison {
-            Comparison::Equal => IndexKeys::OneOf(written_so(text).into_iter().map(written).collect()),
+            Comparison::Equal => IndexKeys::OneOf(values_with_text(text).into_iter().map(equal).collect()),
             _ => IndexKeys::Any,
         };
     }
@@ -231,7 +231,7 @@ fn compared(one: &Scalar, comparison: Comparison, other: &Scalar, claims: &[Clai
 }
 
 /// Returns the column values whose cast to text gives this text.
-fn written_so(text: &str) -> Vec<Datum> {
+fn values_with_text(text: &str) -> Vec<Datum> {
     let kinds = [Kind::Uuid, Kind::Bool].into_iter().filter_map(|kind| match kind.read(text) {
         Read::Value(datum) => Some(datum),
         Read::Error | Read::Undecided => None,

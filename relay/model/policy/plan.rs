@@ -132,17 +132,17 @@ impl Plan {
 
     /// Whether these claims make the policy raise for every row, as far as the relay knows. Then PostgreSQL shows nothing.
     pub fn raises(&self, values: &[ClaimValue]) -> bool {
-        !self.is_probed(values) && self.predicate.raises(values)
+        !self.needs_probe(values) && self.predicate.raises(values)
     }
 
     /// Whether PostgreSQL has to check whether these claims make the policy raise, before anything is shown.
-    pub fn is_probed(&self, values: &[ClaimValue]) -> bool {
+    pub fn needs_probe(&self, values: &[ClaimValue]) -> bool {
         self.probe.is_some()
             && (self.kind == PlanKind::PerIdentity || values.contains(&ClaimValue::Undecided))
     }
 
     /// Whether a query to PostgreSQL may name an object of this schema, which is quoted as in SQL.
-    pub fn names(&self, schema: &str) -> bool {
+    pub fn may_name_schema(&self, schema: &str) -> bool {
         let named = format!("{schema}.");
         self.kind == PlanKind::PerIdentity
             || self.queries.iter().any(|query| match query {

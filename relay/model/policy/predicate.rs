@@ -56,7 +56,7 @@ pub enum Predicate {
 
 /// A comparison of two values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say it")]
+#[allow(missing_docs, reason = "named for the operators")]
 pub enum Comparison {
     Equal,
     NotEqual,
@@ -172,11 +172,11 @@ impl Predicate {
             Self::Is(inner, wanted) => match truth(inner, false) {
                 Truth::Null => Truth::False,
                 found @ (Truth::True | Truth::False) => ((found == Truth::True) == *wanted).into(),
-                stop => stop,
+                other => other,
             },
             Self::IsUnknown(inner) => match truth(inner, false) {
                 found @ (Truth::True | Truth::False | Truth::Null) => (found == Truth::Null).into(),
-                stop => stop,
+                other => other,
             },
             Self::Not(inner) => match truth(inner, false) {
                 Truth::True => Truth::False,
@@ -190,13 +190,13 @@ impl Predicate {
                     match truth(condition, false) {
                         Truth::True => return truth(result, lenient),
                         Truth::False | Truth::Null => {}
-                        stop => return stop,
+                        other => return other,
                     }
                 }
                 truth(otherwise, lenient)
             }
             Self::Fact(query) => answers.fact(*query),
-            Self::Readers { query, by } => match known_by(by, claims) {
+            Self::Readers { query, by } => match identifies_reader(by, claims) {
                 Some(true) => answers.reads(*query),
                 Some(false) => Truth::False,
                 // The query may raise, or have no value to compare the claim with.
@@ -265,14 +265,14 @@ impl Predicate {
 
 /// Whether PostgreSQL can name a reader with such claims: each is compared by `=`, so null matches nothing. `None` when the query
 /// is undecided for the reader.
-pub(super) fn known_by(by: &[usize], claims: &[ClaimValue]) -> Option<bool> {
-    let mut is_known = true;
+pub(super) fn identifies_reader(by: &[usize], claims: &[ClaimValue]) -> Option<bool> {
+    let mut can_match = true;
     for claim in by {
         match claims.get(*claim) {
             Some(ClaimValue::One(datum)) if datum.is_short() => {}
-            Some(ClaimValue::Null) => is_known = false,
+            Some(ClaimValue::Null) => can_match = false,
             Some(_) | None => return None,
         }
     }
-    Some(is_known)
+    Some(can_match)
 }

@@ -45,9 +45,9 @@ impl Loss {
         match &*self.why {
             "gone" => None,
             "unheard" => Some("its triggers did not capture every change"),
-            "parts" => Some("rows came or went with a partition"),
+            "parts" => Some("a partition with rows was attached or detached"),
             "rewritten" => Some("its rows were rewritten as a whole"),
-            _ => Some("what became of it could not be told"),
+            _ => Some("the reason is unknown"),
         }
     }
 }
@@ -99,13 +99,13 @@ pub struct ChangeHeader {
 impl ChangeHeader {
     /// Parses a header; `None` when a field is malformed or unknown.
     pub fn parse(text: &str) -> Option<Self> {
-        let mut words = text.split(' ');
-        let operation = Operation::from_letter(words.next()?)?;
-        let relation = RelationId(words.next()?.parse().ok()?);
-        let shape = words.next()?.parse().ok()?;
+        let mut fields = text.split(' ');
+        let operation = Operation::from_letter(fields.next()?)?;
+        let relation = RelationId(fields.next()?.parse().ok()?);
+        let shape = fields.next()?.parse().ok()?;
         let mut header = Self { operation, relation, shape, leaf: None, began: None, oversize: false };
-        for word in words {
-            match word.split_at_checked(1)? {
+        for field in fields {
+            match field.split_at_checked(1)? {
                 ("L", leaf) => header.leaf = Some(leaf.parse().ok()?),
                 ("B", began) => header.began = Some(began.parse().ok()?),
                 ("S", "") => header.oversize = true,

@@ -45,11 +45,11 @@ impl Compiler<'_> {
                 self.among(left, right).map(not)
             }
             Expr::InList { expr, list, negated } => {
-                let found = self.among_these(expr, list)?;
+                let found = self.among_values(expr, list)?;
                 Ok(if *negated { not(found) } else { found })
             }
             Expr::InSubquery { expr, subquery, negated: false } => {
-                let list = self.listed(subquery)?;
+                let list = self.claim_list(subquery)?;
                 self.among_list(self.operand(expr)?, list)
             }
             _ => match self.operand(expr)? {
@@ -106,7 +106,7 @@ impl Compiler<'_> {
 
     fn among(&self, left: &Expr, right: &Expr) -> Result<Predicate, Unsupported> {
         match constants(right) {
-            Some((list, None)) => self.among_these(left, list),
+            Some((list, None)) => self.among_values(left, list),
             // A cast of the array casts each element.
             Some((list, Some(kind))) => {
                 let cast = |element: &Expr| Expr::Cast {
@@ -115,7 +115,7 @@ impl Compiler<'_> {
                     data_type: kind.clone(),
                     format: None,
                 };
-                self.among_these(left, &list.iter().map(cast).collect::<Vec<_>>())
+                self.among_values(left, &list.iter().map(cast).collect::<Vec<_>>())
             }
             None => {
                 let list = self.list(right)?;
@@ -124,7 +124,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn among_these(&self, left: &Expr, list: &[Expr]) -> Result<Predicate, Unsupported> {
+    fn among_values(&self, left: &Expr, list: &[Expr]) -> Result<Predicate, Unsupported> {
         let value = self.operand(left)?;
         let mut scalars = Vec::with_capacity(list.len());
         let mut compared = None;

@@ -19,11 +19,14 @@ use super::{Compiler, Unsupported, parser, unsupported};
 use crate::model::policy::plan::{READER, ServerQuery};
 use crate::model::row::datum::Kind;
 
-/// The claims that a query reads of its readers, and whether an index can find readers by each.
+/// The claims that a query reads of its readers.
 #[derive(Default)]
 struct Readers {
     by: Vec<(usize, Kind)>,
+    /// Whether an index can find readers by each claim.
     indexed: Vec<bool>,
+    /// The number of sub-selects that were joined so far, for their aliases.
+    laterals: usize,
 }
 
 impl Readers {
@@ -44,9 +47,9 @@ impl Compiler<'_> {
             Expr::Nested(inner) => self.invert(inner, lenient, why),
             Expr::Exists { subquery, negated: false } => self.membership_query(subquery, None),
             // Below `not`, false and null differ, but both would be "not found" here.
-            _ if !lenient => {
-                Err(unsupported("under `not`, `is` or `case`, it cannot be asked for all readers at once"))
-            }
+            _ if !lenient => Err(unsupported(
+                "under `not`, `is` or `case`, PostgreSQL cannot evaluate it for all readers at once",
+            )),
             Expr::InSubquery { expr, subquery, negated: false } => {
                 let mut wanted = (**expr).clone();
                 self.qualify(&mut wanted);
@@ -71,8 +74,7 @@ impl Compiler<'_> {
 
     fn membership_query(&self, query: &Query, wanted: Option<Expr>) -> Result<usize, Unsupported> {
         let mut readers = Readers::default();
-        let mut nested = 0;
-        let query = self.invert_query(query, wanted, &mut readers, &mut nested)?;
+        let query = self.invert_query(query, wanted, &mut readers)?;
         if readers.by.is_empty() || !readers.indexed.iter().all(|indexed| *indexed) {
             return Err(unsupported(
                 "it does not compare the claim by `=` with a column in a `where` whose parts are joined by `and`, \
@@ -88,7 +90,6 @@ impl Compiler<'_> {
         query: &Query,
         wanted: Option<Expr>,
         readers: &mut Readers,
-        nested: &mut usize,
     ) -> Result<Query, Unsupported> {
         let not_plain = || unsupported("it is more than `select … from … where …`");
         let select = plain_select(query).ok_or_else(not_plain)?;
@@ -115,28 +116,7 @@ impl Compiler<'_> {
         inverted.from.iter().try_for_each(require_tables)?;
         let mut rest = Vec::new();
         for condition in conditions {
-            match condition {
-                condition if !dependencies(&condition, self.rights).claims => rest.push(condition),
-                Expr::Exists { subquery, negated: false } => {
-                    let inner = self.invert_query(&subquery, None, readers, nested)?;
-                    inverted.from.push(lateral(&inner, nested)?);
-                }
-                Expr::InSubquery { expr, subquery, negated: false }
-                    if only_expression(&subquery).is_none() =>
-                {
-                    // An unqualified name is a column merged by a join; inside the sub-select it could be another table's.
-                    if has_unqualified_names(&expr) {
-                        return Err(unsupported("it compares a column that a join merged"));
-                    }
-                    let inner = self.invert_query(&subquery, Some(*expr), readers, nested)?;
-                    inverted.from.push(lateral(&inner, nested)?);
-                }
-                mut condition => {
-                    self.replace_claims(&mut condition, &mut |claim, kind| readers.column(claim, kind));
-                    mark_indexed(&condition, readers);
-                    rest.push(condition);
-                }
-            }
+            self.invert_condition(condition, &mut inverted.from, &mut rest, readers)?;
         }
         self.replace_claims(&mut inverted.from, &mut |claim, kind| readers.column(claim, kind));
         inverted.selection = rest.into_iter().reduce(|left, right| Expr::BinaryOp {
@@ -151,6 +131,37 @@ impl Compiler<'_> {
             true => Err(unsupported("it reads claims in an expression that only PostgreSQL evaluates")),
             false => Ok(query),
         }
+    }
+
+    /// Joins a sub-select to the tables in `from`; adds any other condition to `rest`, with the claims replaced.
+    fn invert_condition(
+        &self,
+        condition: Expr,
+        from: &mut Vec<TableWithJoins>,
+        rest: &mut Vec<Expr>,
+        readers: &mut Readers,
+    ) -> Result<(), Unsupported> {
+        match condition {
+            condition if !dependencies(&condition, self.rights).claims => rest.push(condition),
+            Expr::Exists { subquery, negated: false } => {
+                let inner = self.invert_query(&subquery, None, readers)?;
+                from.push(lateral(&inner, &mut readers.laterals)?);
+            }
+            Expr::InSubquery { expr, subquery, negated: false } if only_expression(&subquery).is_none() => {
+                // An unqualified name is a column merged by a join; inside the sub-select it could be another table's.
+                if has_unqualified_names(&expr) {
+                    return Err(unsupported("it compares a column that a join merged"));
+                }
+                let inner = self.invert_query(&subquery, Some(*expr), readers)?;
+                from.push(lateral(&inner, &mut readers.laterals)?);
+            }
+            mut condition => {
+                self.replace_claims(&mut condition, &mut |claim, kind| readers.column(claim, kind));
+                mark_indexed(&condition, readers);
+                rest.push(condition);
+            }
+        }
+        Ok(())
     }
 
     /// Whether the item is a column, constant, claim or wildcard, so that it gives one value for each row.
@@ -253,8 +264,8 @@ pub(super) fn is_reserved_name(name: &str) -> bool {
     name.starts_with("relay ")
 }
 
-fn lateral(query: &Query, nested: &mut usize) -> Result<TableWithJoins, Unsupported> {
-    *nested += 1;
-    let text = format!("LATERAL ({query}) AS \"relay nested {nested}\"");
+fn lateral(query: &Query, count: &mut usize) -> Result<TableWithJoins, Unsupported> {
+    *count += 1;
+    let text = format!("LATERAL ({query}) AS \"relay nested {count}\"");
     parser(&text)?.parse_table_and_joins().map_err(|error| Unsupported(error.to_string()))
 }

@@ -18,7 +18,7 @@ impl Compiler<'_> {
             Expr::Function(Function { name, args: FunctionArguments::Subquery(query), .. })
                 if name.to_string().eq_ignore_ascii_case("array") =>
             {
-                self.listed(query)
+                self.claim_list(query)
             }
             Expr::Cast { expr, data_type, .. } => {
                 let name = data_type.to_string().to_ascii_lowercase();
@@ -40,7 +40,7 @@ impl Compiler<'_> {
     }
 
     /// Compiles a query that lists the elements of a claim.
-    pub(super) fn listed(&self, query: &Query) -> Result<Operand, Unsupported> {
+    pub(super) fn claim_list(&self, query: &Query) -> Result<Operand, Unsupported> {
         let not_plain = || unsupported("only PostgreSQL evaluates a sub-select");
         let select = plain_select(query).ok_or_else(not_plain)?;
         let projected = projected(select).ok_or_else(not_plain)?;

@@ -322,14 +322,17 @@ fn constant(value: &Value) -> Result<Operand, Unsupported> {
 
 /// Parses a path, `'{a,b}'::text[]`, whose elements can only be keys.
 fn keys(expr: &Expr) -> Result<Vec<ClaimStep>, Unsupported> {
-    let odd = || unsupported("only PostgreSQL parses this path");
+    let unsupported_path = || unsupported("only PostgreSQL parses this path");
     match expr {
         Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => keys(inner),
         Expr::Value(value) => {
             let (Value::SingleQuotedString(text) | Value::EscapedStringLiteral(text)) = &value.value else {
-                return Err(odd());
+                return Err(unsupported_path());
             };
-            let inside = text.strip_prefix('{').and_then(|text| text.strip_suffix('}')).ok_or_else(odd)?;
+            let inside = text
+                .strip_prefix('{')
+                .and_then(|text| text.strip_suffix('}'))
+                .ok_or_else(unsupported_path)?;
             let is_word = |key: &str| {
                 key.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
                     && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
@@ -337,9 +340,17 @@ fn keys(expr: &Expr) -> Result<Vec<ClaimStep>, Unsupported> {
             };
             inside
                 .split(',')
-                .map(|key| if is_word(key) { Ok(ClaimStep::Key(key.to_owned())) } else { Err(odd()) })
+                .map(
+                    |key| {
+                        if is_word(key) {
+                            Ok(ClaimStep::Key(key.to_owned()))
+                        } else {
+                            Err(unsupported_path())
+                        }
+                    },
+                )
                 .collect()
         }
-        _ => Err(odd()),
+        _ => Err(unsupported_path()),
     }
 }
