@@ -370,7 +370,7 @@ impl VisitorMut for Replace<'_, '_> {
 }
 
 fn index_of<T: PartialEq>(list: &mut Vec<T>, item: T) -> usize {
-    list.iter().position(|held| *held == item).unwrap_or_else(|| {
+    list.iter().position(|known| *known == item).unwrap_or_else(|| {
         list.push(item);
         list.len() - 1
     })

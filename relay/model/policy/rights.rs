@@ -17,6 +17,7 @@ pub struct Rights {
     /// Reasons why the dependencies of the policies are unknown.
     pub obstacles: Vec<String>,
     /// Whether they call user-defined functions, whose bodies may depend on the search path.
+    #[serde(rename = "calls_own")]
     pub calls_user_functions: bool,
     /// A table that they read and the role may not.
     pub unreadable: Option<String>,
@@ -25,6 +26,7 @@ pub struct Rights {
     /// Grants by schema that the evaluating login lacks to look up what the policies name.
     pub unusable: BTreeMap<String, String>,
     /// Whether a user-defined cast exists between system types.
+    #[serde(rename = "own_casts")]
     pub user_casts: bool,
 }
 
@@ -46,4 +48,16 @@ pub struct Helper {
     pub returns: String,
     /// The source text.
     pub body: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Missing fields have defaults, so a wrong name would go unnoticed.
+    #[test]
+    fn fields_have_the_names_of_the_catalog() {
+        let rights: Rights = serde_json::from_str(r#"{"calls_own": true, "own_casts": true}"#).unwrap();
+        assert!(rights.calls_user_functions && rights.user_casts);
+    }
 }

@@ -87,7 +87,7 @@ impl Compiler<'_> {
                     BinaryOperator::HashLongArrow => (true, true),
                     _ => return Err(unsupported(&format!("only PostgreSQL evaluates the operator {op}"))),
                 };
-                self.part(left, right, for_text, path)
+                self.element(left, right, for_text, path)
             }
             Expr::Subquery(query) => match only_expression(query) {
                 Some(inner) => self.operand(inner),
@@ -173,7 +173,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn part(&self, left: &Expr, right: &Expr, for_text: bool, path: bool) -> Result<Operand, Unsupported> {
+    fn element(&self, left: &Expr, right: &Expr, for_text: bool, path: bool) -> Result<Operand, Unsupported> {
         let Operand::Claim(document, of @ (Type::Json | Type::Jsonb)) = self.operand(left)? else {
             return Err(unsupported("only PostgreSQL reads documents in columns"));
         };
@@ -221,8 +221,8 @@ impl Compiler<'_> {
         };
         match (bare.as_str(), arguments.as_slice()) {
             ("current_setting", [name]) => self.setting(name, false),
-            ("current_setting", [name, Expr::Value(may_miss)]) => {
-                self.setting(name, may_miss.value == Value::Boolean(true))
+            ("current_setting", [name, Expr::Value(missing_ok)]) => {
+                self.setting(name, missing_ok.value == Value::Boolean(true))
             }
             ("nullif", [one, other]) => match (self.operand(one)?, self.operand(other)?) {
                 (Operand::Claim(one, of), other) => match other.typed_as(&of)? {
@@ -239,13 +239,13 @@ impl Compiler<'_> {
         }
     }
 
-    fn setting(&self, name: &Expr, may_miss: bool) -> Result<Operand, Unsupported> {
+    fn setting(&self, name: &Expr, missing_ok: bool) -> Result<Operand, Unsupported> {
         let claim = match self.operand(name)? {
             Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(name))), _) => match &*name {
                 "request.jwt.claims" => ClaimExpr::Claims,
                 "request.jwt.claim.sub" => ClaimExpr::Subject,
                 "request.jwt.claim.role" => ClaimExpr::Role,
-                name if may_miss && name.starts_with("request.jwt.claim") => ClaimExpr::OtherSetting,
+                name if missing_ok && name.starts_with("request.jwt.claim") => ClaimExpr::OtherSetting,
                 _ => return Err(unsupported("only PostgreSQL evaluates this setting")),
             },
             _ => return Err(unsupported("the setting's name is not a constant")),
@@ -281,18 +281,18 @@ impl Compiler<'_> {
         let Some(helper) = self.rights.helpers.get(name).filter(|_| self.depth < MAX_DEPTH) else {
             return Err(unsupported(&format!("only PostgreSQL evaluates {name}()")));
         };
-        let unread = |why: Unsupported| {
+        let in_body = |why: Unsupported| {
             unsupported(&format!("only PostgreSQL evaluates the body of {name}(): {}", why.0))
         };
-        let body = parse_body(&helper.body).map_err(unread)?;
-        let found = self.function_body().operand(&body).map_err(unread)?;
-        let promised = match helper.returns.as_str() {
+        let body = parse_body(&helper.body).map_err(in_body)?;
+        let result = self.function_body().operand(&body).map_err(in_body)?;
+        let declared = match helper.returns.as_str() {
             "json" => Type::Json,
             "jsonb" => Type::Jsonb,
             other => Kind::named(other).map_or(Type::Foreign, Type::Known),
         };
-        match found.typed_as(&promised).map_err(unread)? {
-            Operand::Claim(claim, of) if of == promised => Ok(Operand::Claim(claim, of)),
+        match result.typed_as(&declared).map_err(in_body)? {
+            Operand::Claim(claim, of) if of == declared => Ok(Operand::Claim(claim, of)),
             _ => Err(unsupported(&format!("only PostgreSQL casts the result of {name}()"))),
         }
     }
