@@ -6,7 +6,7 @@ use sqlparser::tokenizer::Token;
 ///
 /// Visitors of the tree, and its drop, recurse one level for each link of a chain (`a and b and c`, `x::text::text`). The parser
 /// follows chains in a loop and does not count them. A thread's stack has room for several times as many levels.
-const MAX_DEPTH: usize = 700;
+const MAX_TREE_DEPTH: usize = 700;
 
 /// Whether the tree of these tokens may become too deep.
 pub(super) fn is_too_deep(tokens: &[Token]) -> bool {
@@ -26,7 +26,7 @@ pub(super) fn is_too_deep(tokens: &[Token]) -> bool {
             }
             _ => level.links += 1,
         }
-        if outer.len() > MAX_DEPTH || level.depth() > MAX_DEPTH {
+        if outer.len() > MAX_TREE_DEPTH || level.depth() > MAX_TREE_DEPTH {
             return true;
         }
     }

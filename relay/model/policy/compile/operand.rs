@@ -278,7 +278,7 @@ impl Compiler<'_> {
 
     /// Compiles a call of a function without arguments by compiling its body.
     fn helper(&self, name: &str) -> Result<Operand, Unsupported> {
-        let Some(helper) = self.rights.helpers.get(name).filter(|_| self.depth < MAX_DEPTH) else {
+        let Some(helper) = self.rights.helpers.get(name).filter(|_| self.depth < MAX_HELPER_DEPTH) else {
             return Err(unsupported(&format!("only PostgreSQL evaluates {name}()")));
         };
         let in_body = |why: Unsupported| {
@@ -299,7 +299,7 @@ impl Compiler<'_> {
 }
 
 /// The maximum nesting of helper calls.
-const MAX_DEPTH: usize = 4;
+const MAX_HELPER_DEPTH: usize = 4;
 
 fn constant(value: &Value) -> Result<Operand, Unsupported> {
     let (datum, of) = match value {
