@@ -1,7 +1,7 @@
 //! A Postgres change-feed relay: delivers each row change to the subscribers who may see it by the table's own policies.
 //!
 //! ```text
-//! writer ── SQL ──▶ trigger ──▶ relay.changes          the changelog, in the writer's transaction
+//! writer ── SQL ──▶ trigger ──▶ relay.log              the changelog, in the writer's transaction
 //!                          └──▶ NOTIFY                  the doorbell, only if the relay sleeps
 //! ```
 //!
@@ -20,13 +20,42 @@
 //! ([`model::subscription::binding`]) and registers it with [`feed::router`].
 //!
 //! **A poll.** [`transport::routes`] dispatches, [`transport::changes::request`] reads the parameters, [`feed::handle`] follows from the
-//! cursor ([`feed::replay::catch_up`]), [`feed::replay::reader`] reads what was missed from the changelog, and the answer waits for
+//! cursor ([`feed::catch_up`]), [`feed::replay::reader`] reads what was missed from the changelog, and the answer waits for
 //! its client in [`transport::held_answer`].
 //!
 //! # Layers
 //!
 //! Imports go one way, down this page: `server`, `command` → `transport` → `auth` → `feed` → `postgres` → `model`, with `config`,
 //! `observe` and `tls` beside them. Between the rooms of a layer imports go one way, too. `tests/layers.rs` holds both rules.
+//!
+//! # Glossary
+//!
+//! | Word | Meaning |
+//! |---|---|
+//! | changelog | the tables `relay.log_0` to `relay.log_2`, one row for each change of a watched table |
+//! | change | an INSERT, UPDATE, DELETE or TRUNCATE of a watched table, with its row images |
+//! | image | a row as JSON, before or after a change |
+//! | shape | the columns and types under which an image was written, with their catalog numbers |
+//! | page | the changes that became visible between two snapshots, ordered by number |
+//! | batch | a piece of a page, delivered at once |
+//! | chunk | a piece of a page that is read on its own, for those who missed it |
+//! | position | which transactions a reader has received, and how far within a page |
+//! | cursor | a position as text, for a client |
+//! | epoch | the number of one history of transaction ids; cursors of another one are refused |
+//! | gap | changes may be missing: the client reads the rows again |
+//! | bookmark | the position of one channel of a named session, kept in the database |
+//! | doorbell | NOTIFY and the advisory locks around it, by which writers wake the relay |
+//! | leader | the relay that writers wake; it wakes the others, its followers |
+//! | catalog | the watched relations with the rights and policies of each role |
+//! | identity | a role with verified claims |
+//! | plan | how a policy is decided: here, by index, or by PostgreSQL |
+//! | visibility | which images of a change a subscriber may see |
+//! | subscription | what a channel asked for, bound to the rights of its identity |
+//! | group | subscribers that get the same bytes |
+//! | cohort | subscribers whose claims are equal as far as a policy reads them |
+//! | outbox | the bounded queue of frames to one client |
+//! | widening | a change of rules by which somebody may see more than before |
+//! | lane | a router of its own, for channels whose filters PostgreSQL evaluates |
 #![allow(
     clippy::disallowed_methods,
     reason = "the clock is forbidden in `model` alone, which turns this lint on again"
