@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::auth::jwks_fetch::Endpoint;
 use crate::auth::jwks_refresh::{JwksRefresher, Schedule};
 use crate::auth::verifier::{TokenSettings, Verifier};
-use crate::model::session::limits::{Limits, MostRows};
+use crate::model::session::limits::{Limits, RowLimit};
 use crate::transport::listen;
 
 /// The longest time that can be set, in seconds or milliseconds: what PostgreSQL takes for a time-out.
@@ -377,7 +377,7 @@ impl Settings {
             total_outbox_bytes,
             change_bytes,
             send_buffer_bytes,
-            rows: MostRows {
+            rows: RowLimit {
                 number: self.most_rows.unwrap_or(10_000),
                 bytes: self.most_row_bytes.unwrap_or(64 << 20),
             },

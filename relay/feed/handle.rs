@@ -18,7 +18,7 @@ use crate::model::codec::payload::record;
 use crate::model::identity::bookmark::{BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
-use crate::model::session::limits::MostRows;
+use crate::model::session::limits::RowLimit;
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request, Scope, Subscription};
 use crate::model::subscription::paging::{After, Paging};
@@ -167,7 +167,7 @@ impl Feed {
         &self,
         subscription: &Subscription,
         paging: &Paging,
-        most: MostRows,
+        most: RowLimit,
         take: RowSink<'_>,
     ) -> Result<Given, Attempt> {
         let claims = subscription.identity().claims();

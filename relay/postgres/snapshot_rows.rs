@@ -11,7 +11,7 @@ use tokio_postgres::types::ToSql;
 
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::identity::claims::Claims;
-use crate::model::session::limits::{Beyond, MostRows};
+use crate::model::session::limits::{ExceededLimit, RowLimit};
 use crate::model::subscription::paging::By;
 use crate::postgres::connect::pool::{Error, SPELLING, Server, give_up};
 
@@ -43,7 +43,7 @@ pub struct SnapshotRows {
 #[derive(Debug)]
 pub struct RowsRead {
     /// There are more than may be given.
-    pub beyond: Option<Beyond>,
+    pub beyond: Option<ExceededLimit>,
     /// The cursor.
     pub cursor: String,
 }
@@ -87,7 +87,7 @@ impl SnapshotRows {
         &self,
         claims: &Claims,
         selection: &Selection<'_>,
-        most: MostRows,
+        most: RowLimit,
         take: RowSink<'_>,
     ) -> Result<RowsRead, Error> {
         let wait = Timeouts { wait: Some(self.wait), ..self.readers.timeouts() };
@@ -111,7 +111,7 @@ async fn read_with(
     reader: &mut Client,
     claims: &Claims,
     selection: &Selection<'_>,
-    most: MostRows,
+    most: RowLimit,
     take: RowSink<'_>,
 ) -> Result<RowsRead, Error> {
     let snapshot = main
@@ -152,9 +152,9 @@ async fn fetch(
     reading: &Transaction<'_>,
     query: &str,
     parameters: &[&(dyn ToSql + Sync)],
-    most: MostRows,
+    most: RowLimit,
     take: RowSink<'_>,
-) -> Result<Option<Beyond>, Error> {
+) -> Result<Option<ExceededLimit>, Error> {
     let portal = reading.bind(query, parameters).await?;
     let (mut number, mut bytes) = (0, 0);
     loop {
@@ -165,9 +165,9 @@ async fn fetch(
             number += 1;
             bytes += row.len();
             let beyond = match () {
-                () if number > most.number => Beyond::Number,
-                () if bytes > most.bytes => Beyond::Bytes,
-                () if !take(row) => Beyond::Room,
+                () if number > most.number => ExceededLimit::Number,
+                () if bytes > most.bytes => ExceededLimit::Bytes,
+                () if !take(row) => ExceededLimit::Room,
                 () => continue,
             };
             return Ok(Some(beyond));

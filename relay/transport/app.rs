@@ -1,4 +1,4 @@
-//! What all connections share.
+//! The state that all connections share, and the checks that every request needs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,38 +18,38 @@ use crate::model::session::limits::Limits;
 use crate::observe::Observe;
 use crate::transport::connection_limits::ConnectionLimits;
 
-/// What every connection needs.
+/// The state that every connection shares.
 pub struct App {
-    /// Who somebody is.
+    /// Turns tokens and API keys into claims.
     pub verifier: Verifier,
-    /// The way into the feed.
+    /// The handle to the feed.
     pub feed: Feed,
-    /// What is counted.
+    /// Metrics.
     pub observe: Arc<Observe>,
-    /// Whether the feed goes on.
+    /// Tells whether the feed is stalled.
     pub stall_monitor: Arc<StallMonitor>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
-    /// Who may connect.
+    /// Limits on open connections.
     pub connection_limits: Arc<ConnectionLimits>,
-    /// What clients may ask for and hold.
+    /// Limits on what clients may request and hold.
     pub limits: Limits,
-    /// What may wait for all of them together.
+    /// Memory budget for data queued for all clients together.
     pub budget: Arc<MemoryBudget>,
-    /// How long a client that named its session may be away.
+    /// How long a named session can be resumed after its client disconnected.
     pub resume: Duration,
-    /// The database is reached and has the relay's schema, or once was and had.
+    /// True once the database was reached and found to have the relay's schema. Never reset.
     pub prepared: Arc<AtomicBool>,
-    /// The end of the relay.
+    /// Cancelled when the relay shuts down.
     pub end: CancellationToken,
-    /// Every session's task.
+    /// The tasks of all sessions.
     pub sessions: TaskTracker,
     /// The number of the next session.
     pub numbers: AtomicU64,
 }
 
 impl App {
-    /// Why clients should not be sent here, if they should not.
+    /// Returns the reason why the relay is not ready for clients; `None` if it is ready.
     pub fn unready(&self) -> Option<&'static str> {
         match (self.stall_monitor.why_cut_off(), self.stall_monitor.stalled()) {
             (Some(why), _) => Some(why),
@@ -60,29 +60,30 @@ impl App {
         }
     }
 
-    /// A number that no session had before.
+    /// Returns a session number that was never used before in this process.
     pub fn next_session(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Claims for what a client connects with. A token of an unknown key waits for the keys to be read anew.
+    /// Returns the claims of a token or API key. For a token signed by an unknown key, waits for a refresh of the JWK set.
     ///
     /// # Errors
-    /// When it is refused.
-    pub async fn identify(&self, key: &str) -> Result<Claims, TokenError> {
-        match self.verifier.identify(key, now()) {
+    /// If the token or key is refused.
+    pub async fn identify(&self, credential: &str) -> Result<Claims, TokenError> {
+        match self.verifier.identify(credential, now()) {
             Err(TokenError::Signer) => {
-                if let Some(refreshed) = self.verifier.refresh_for(key) {
+                if let Some(refreshed) = self.verifier.refresh_for(credential) {
                     refreshed.await;
                 }
-                self.verifier.identify(key, now())
+                self.verifier.identify(credential, now())
             }
             outcome => outcome,
         }
     }
 }
 
-/// Without a list any origin may connect; with one, a browser's must be on it. Others send no origin.
+/// Whether a request's `Origin` is allowed. An empty list allows any. A request without `Origin` does not come from a browser
+/// and is always allowed.
 pub fn origin_is_allowed(allowed: &[String], headers: &HeaderMap) -> bool {
     match headers.get(header::ORIGIN) {
         None => true,

@@ -1,4 +1,4 @@
-//! Who may connect: so many connections in all, also those that are no clients yet, and so many from one address.
+//! Limits on open connections: in total, including those that have not sent a request yet, and from one address.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -12,73 +12,73 @@ use tokio::time::timeout;
 
 use crate::transport::response::refusal;
 
-/// Beside the clients so many connections may be open: requests, and those that say nothing.
-const SPARE: usize = 1000;
-/// So many at a time are told why they may not stay; others are cut.
-const TOLD: usize = 100;
-/// They have this long to hear it.
-const LINGER: Duration = Duration::from_secs(1);
+/// Connections allowed beyond the client limit, for plain HTTP requests and idle connections.
+const SPARE_CONNECTIONS: usize = 1000;
+/// Maximum number of refused connections that are answered at the same time. The others are closed without an answer.
+const MAX_REFUSALS: usize = 100;
+/// Time limit for answering a refused connection.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Counts connections.
 pub struct ConnectionLimits {
-    most: usize,
-    most_of_one: Option<usize>,
+    max_open: usize,
+    max_per_address: Option<usize>,
     open: Mutex<Open>,
-    told: Semaphore,
+    refusals: Semaphore,
 }
 
 #[derive(Default)]
 struct Open {
     all: usize,
-    /// Only where it matters.
+    /// Open connections of each address; empty without a limit per address.
     by_address: HashMap<IpAddr, usize>,
 }
 
-/// A connection that may stay; its place is free when this is dropped.
+/// The slot of an admitted connection. Dropping it frees the slot.
 pub struct ConnectionSlot {
     connection_limits: Arc<ConnectionLimits>,
     address: IpAddr,
 }
 
 impl ConnectionSlot {
-    /// The address that it counts for.
+    /// Returns the address that the connection is counted for.
     pub fn address(&self) -> IpAddr {
         self.address
     }
 }
 
-/// Why a connection may not stay: status line and words.
+/// Why a connection is refused: HTTP status line and message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refused {
     status: &'static str,
-    /// The words.
+    /// The message.
     pub why: &'static str,
 }
 
 impl ConnectionLimits {
-    /// For so many clients, and so many connections from one address.
-    pub fn new(clients: usize, of_one: Option<usize>) -> Self {
+    /// Creates the limits: `max_clients` in total, and `max_per_address` connections from one address.
+    pub fn new(max_clients: usize, max_per_address: Option<usize>) -> Self {
         Self {
-            most: clients.saturating_add(SPARE),
-            most_of_one: of_one,
+            max_open: max_clients.saturating_add(SPARE_CONNECTIONS),
+            max_per_address,
             open: Mutex::default(),
-            told: Semaphore::new(TOLD),
+            refusals: Semaphore::new(MAX_REFUSALS),
         }
     }
 
-    /// Takes in a connection.
+    /// Takes a slot for a connection.
     ///
     /// # Errors
-    /// When there are too many.
+    /// If there are too many connections, in total or from this address.
     pub fn admit(self: &Arc<Self>, address: IpAddr) -> Result<ConnectionSlot, Refused> {
-        let address = place(address);
+        let address = counted_address(address);
         let mut open = self.lock();
-        if open.all >= self.most {
+        if open.all >= self.max_open {
             return Err(Refused { status: "503 Service Unavailable", why: "Too many connections" });
         }
-        if let Some(most) = self.most_of_one {
+        if let Some(max) = self.max_per_address {
             let count = open.by_address.entry(address).or_default();
-            if *count >= most {
+            if *count >= max {
                 let why = "Too many connections from this address";
                 return Err(Refused { status: "429 Too Many Requests", why });
             }
@@ -88,14 +88,14 @@ impl ConnectionLimits {
         Ok(ConnectionSlot { connection_limits: Arc::clone(self), address })
     }
 
-    /// Says why, without waiting for the request.
-    pub async fn turn_away(&self, mut stream: TcpStream, refused: Refused) {
-        let Ok(_told) = self.told.try_acquire() else { return };
+    /// Answers a refused connection without waiting for its request, then closes it.
+    pub async fn refuse(&self, mut stream: TcpStream, refused: Refused) {
+        let Ok(_permit) = self.refusals.try_acquire() else { return };
         let answer = refusal(refused.status, refused.why);
-        let _ = timeout(LINGER, async {
+        let _ = timeout(REFUSAL_TIMEOUT, async {
             stream.write_all(&answer).await?;
             stream.shutdown().await?;
-            // Closing before the request is read could cost the client the answer.
+            // Read the request first: closing with unread data resets the connection, and the client loses the answer.
             let mut request = [0; 1024];
             while stream.read(&mut request).await? > 0 {}
             std::io::Result::Ok(())
@@ -108,8 +108,8 @@ impl ConnectionLimits {
     }
 }
 
-/// Which address a connection counts for. Whoever has an address of version 6 has all 2^64 of its network.
-fn place(address: IpAddr) -> IpAddr {
+/// The address that a connection is counted for. IPv6 addresses count by their /64 network, which usually belongs to one client.
+fn counted_address(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
         address => address,

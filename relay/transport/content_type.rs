@@ -1,11 +1,11 @@
-//! What a client can read: JSON, or an event stream where it asks for one.
+//! Content negotiation: JSON, or an event stream if the client asks for it.
 
 use hyper::header::{ACCEPT, HeaderMap};
 
-const STREAM: &str = "text/event-stream";
+const EVENT_STREAM: &str = "text/event-stream";
 const JSON: &str = "application/json";
 
-/// Whether an event stream is asked for by its name, and not less than JSON is.
+/// Whether `Accept` names `text/event-stream` with a weight at least that of JSON. Wildcards do not count.
 pub fn wants_stream(headers: &HeaderMap) -> bool {
     let values = headers.get_all(ACCEPT);
     let ranges: Vec<_> = values
@@ -21,10 +21,10 @@ pub fn wants_stream(headers: &HeaderMap) -> bool {
         let named = ranges.iter().filter(|(range, _)| range.eq_ignore_ascii_case(name));
         named.map(|(_, weight)| *weight).reduce(f32::max)
     };
-    weight_of(STREAM).is_some_and(|stream| stream > 0.0 && stream >= weight_of(JSON).unwrap_or(0.0))
+    weight_of(EVENT_STREAM).is_some_and(|stream| stream > 0.0 && stream >= weight_of(JSON).unwrap_or(0.0))
 }
 
-/// What a parameter `q=` says; one that cannot be read says nothing.
+/// Returns the value of a `q=` parameter; `None` for other parameters and unreadable values.
 fn weight(parameter: &str) -> Option<f32> {
     let (name, value) = parameter.split_once('=')?;
     name.trim().eq_ignore_ascii_case("q").then(|| value.trim().parse().ok()).flatten()
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_is_for_those_who_ask_for_it_by_name() {
+    fn a_stream_is_chosen_only_if_accept_names_it() {
         for (accept, wanted) in [
             ("", false),
             ("*/*", false),

@@ -1,4 +1,5 @@
-//! What is refused before it is a request: told as all other errors are, and so that its client can read it.
+//! Errors in requests that the HTTP library refuses by itself: answered as JSON like all other errors, and in a way that the
+//! client can read them.
 
 use std::io::{Error, IoSlice, Result};
 use std::pin::Pin;
@@ -15,44 +16,54 @@ use crate::transport::intake::Intake;
 use crate::transport::response::refusal;
 use crate::transport::write_timeout::WriteTimeout;
 
-/// What a client still sends is read for so long before the connection is closed: closing before could cost it the answer.
+/// How long the client's remaining data is read before the connection is closed. Closing with unread data resets the
+/// connection, and the client loses the answer.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// A connection on which what the HTTP library answers by itself gets a body.
-pub struct Refusing {
+/// A connection that adds a JSON body to the HTTP library's own error answers.
+pub struct EarlyRefusal {
     stream: WriteTimeout,
     exchange: Arc<Exchange>,
-    /// How much of a request was read that is not whole.
+    /// Number of bytes read of an incomplete request.
     unfinished: Arc<AtomicUsize>,
-    /// Its first line was read.
+    /// Whether the request line was read.
     has_line: bool,
-    /// Its head has to be whole after so long.
+    /// Time limit for a complete request head.
     limit: Duration,
     alarm: Option<Pin<Box<Sleep>>>,
-    /// What is answered in the place of the library, and how much of it was written.
-    own: Option<(Vec<u8>, usize)>,
-    /// Nothing more is written.
+    /// The answer that replaces the library's, and how many bytes of it are written.
+    replacement: Option<(Vec<u8>, usize)>,
+    /// Whether the write side is shut down.
     is_shut: bool,
 }
 
-impl Refusing {
-    /// Around a connection; a head is to be whole within `limit`.
+impl EarlyRefusal {
+    /// Wraps a connection. A request head must be complete within `limit`.
     pub fn new(
         stream: WriteTimeout,
         exchange: Arc<Exchange>,
         unfinished: Arc<AtomicUsize>,
         limit: Duration,
     ) -> Self {
-        Self { stream, exchange, unfinished, has_line: false, limit, alarm: None, own: None, is_shut: false }
+        Self {
+            stream,
+            exchange,
+            unfinished,
+            has_line: false,
+            limit,
+            alarm: None,
+            replacement: None,
+            is_shut: false,
+        }
     }
 
-    /// The bare connection.
+    /// Returns the underlying connection.
     pub fn into_inner(self) -> Intake {
         self.stream.into_inner()
     }
 
-    /// A head that has begun and does not end is answered once it has taken too long.
-    fn poll_slow(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+    /// Answers with 408 and fails once an incomplete request head has taken longer than `limit`.
+    fn poll_head_timeout(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         if !self.exchange.is_idle() || self.unfinished.load(Ordering::Relaxed) == 0 {
             self.alarm = None;
             return Poll::Pending;
@@ -60,13 +71,13 @@ impl Refusing {
         let limit = self.limit;
         ready!(self.alarm.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(context));
         let why = "the head of the request took too long";
-        // It fits into the empty buffer of the socket.
-        let _ = self.stream.bare().try_write(&refusal("408 Request Timeout", why));
+        // A single attempt is enough: the answer fits into the empty send buffer.
+        let _ = self.stream.stream().try_write(&refusal("408 Request Timeout", why));
         Poll::Ready(Err(Error::other(why)))
     }
 
-    /// What to answer where the library would answer this without a body.
-    fn in_place_of(&self, answer: &[u8]) -> Option<Vec<u8>> {
+    /// Returns the answer to send instead of the library's own; `None` if this is not an error of the library.
+    fn replacement_for(&self, answer: &[u8]) -> Option<Vec<u8>> {
         let status = answer.strip_prefix(b"HTTP/1.1 ").filter(|_| self.exchange.is_idle())?;
         Some(match status.get(..3)? {
             b"431" | b"414" if !self.has_line => refusal(
@@ -81,10 +92,12 @@ impl Refusing {
         })
     }
 
-    /// Writes the answer in the place of `bytes`.
-    fn poll_own(&mut self, context: &mut Context<'_>, bytes: usize) -> Poll<Result<usize>> {
-        while let Some((own, written)) = self.own.as_mut().filter(|(own, written)| *written < own.len()) {
-            *written += ready!(Pin::new(&mut self.stream).poll_write(context, &own[*written..]))?;
+    /// Writes the replacement, then reports the library's `bytes` as written.
+    fn poll_replacement(&mut self, context: &mut Context<'_>, bytes: usize) -> Poll<Result<usize>> {
+        while let Some((replacement, written)) =
+            self.replacement.as_mut().filter(|(replacement, written)| *written < replacement.len())
+        {
+            *written += ready!(Pin::new(&mut self.stream).poll_write(context, &replacement[*written..]))?;
         }
         self.exchange.leaves_unread();
         Poll::Ready(Ok(bytes))
@@ -98,7 +111,7 @@ impl Refusing {
         let mut bytes = [0; 4096];
         loop {
             let mut bytes = ReadBuf::new(&mut bytes);
-            match ready!(Pin::new(self.stream.bare_mut()).poll_read(context, &mut bytes)) {
+            match ready!(Pin::new(self.stream.stream_mut()).poll_read(context, &mut bytes)) {
                 Ok(()) if !bytes.filled().is_empty() => {}
                 _ => return Poll::Ready(Ok(())),
             }
@@ -106,7 +119,7 @@ impl Refusing {
     }
 }
 
-impl AsyncRead for Refusing {
+impl AsyncRead for EarlyRefusal {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -117,20 +130,20 @@ impl AsyncRead for Refusing {
         }
         let before = into.filled().len();
         let Poll::Ready(read) = Pin::new(&mut self.stream).poll_read(context, into) else {
-            return self.poll_slow(context);
+            return self.poll_head_timeout(context);
         };
         self.has_line |= into.filled()[before..].contains(&b'\n');
         Poll::Ready(read)
     }
 }
 
-impl AsyncWrite for Refusing {
+impl AsyncWrite for EarlyRefusal {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
-        if self.own.is_none() {
-            self.own = self.in_place_of(bytes).map(|own| (own, 0));
+        if self.replacement.is_none() {
+            self.replacement = self.replacement_for(bytes).map(|answer| (answer, 0));
         }
-        match self.own {
-            Some(_) => self.poll_own(context, bytes.len()),
+        match self.replacement {
+            Some(_) => self.poll_replacement(context, bytes.len()),
             None => Pin::new(&mut self.stream).poll_write(context, bytes),
         }
     }
@@ -140,11 +153,12 @@ impl AsyncWrite for Refusing {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
-        if self.own.is_none() {
-            self.own = slices.first().and_then(|first| self.in_place_of(first)).map(|own| (own, 0));
+        if self.replacement.is_none() {
+            self.replacement =
+                slices.first().and_then(|first| self.replacement_for(first)).map(|answer| (answer, 0));
         }
-        match self.own {
-            Some(_) => self.poll_own(context, slices.iter().map(|slice| slice.len()).sum()),
+        match self.replacement {
+            Some(_) => self.poll_replacement(context, slices.iter().map(|slice| slice.len()).sum()),
             None => Pin::new(&mut self.stream).poll_write_vectored(context, slices),
         }
     }

@@ -1,5 +1,5 @@
-//! A request and its answer on one connection. A client may close its side once it has asked, and still reads: what it asked
-//! for is answered, and what would only wait for more ends at once, as most who close are gone.
+//! The state of the request and answer on one connection. A client may close its side after the request and still read: its
+//! answer is written, but waiting for further changes ends at once, because most clients that close are gone.
 
 use std::io::Result;
 use std::pin::Pin;
@@ -14,12 +14,12 @@ use tokio_util::sync::CancellationToken;
 
 /// No request is being answered.
 const IDLE: u8 = 0;
-/// One is.
+/// A request is being answered.
 const ANSWERING: u8 = 1;
-/// The answer is complete, but not all of it is written.
+/// The answer is complete, but not fully written.
 const WRITING: u8 = 2;
 
-/// What the reader of a connection and those who answer on it know of each other.
+/// State shared by the reader of a connection and the handlers that answer on it.
 #[derive(Debug, Default)]
 pub struct Exchange {
     state: AtomicU8,
@@ -29,7 +29,7 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// A request came. Until its answer is written, the end of what the client sends is kept back.
+    /// Marks that a request arrived. Until its answer is written, [`end`](Self::end) withholds the end of the client's data.
     pub fn begin(self: &Arc<Self>) -> Answering {
         self.state.store(ANSWERING, Ordering::Release);
         Answering(Arc::clone(self))
@@ -40,29 +40,29 @@ impl Exchange {
         self.state.load(Ordering::Acquire) == IDLE
     }
 
-    /// The connection will be closed before all that the client sends is read.
+    /// Marks that the connection will be closed before all of the client's data is read.
     pub fn leaves_unread(&self) {
         self.unread.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it will.
+    /// Whether the connection will be closed with unread data.
     pub fn has_unread(&self) -> bool {
         self.unread.load(Ordering::Relaxed)
     }
 
-    /// Done when the client has closed its side.
+    /// Returns a token that is cancelled when the client has closed its side.
     pub fn closed(&self) -> CancellationToken {
         self.closed.clone()
     }
 
-    /// What the reader is told in the place of an end.
+    /// Called by the reader at the end of the client's data: ready if idle, else pending until the answer is written.
     pub fn end(&self, context: &Context<'_>) -> Poll<Result<()>> {
         self.closed.cancel();
         self.reader.register(context.waker());
         if self.state.load(Ordering::Acquire) == IDLE { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
-    /// All that there was to write is written.
+    /// Marks that everything is written. If the answer is complete, the connection becomes idle.
     pub fn flushed(&self) {
         let done = self.state.compare_exchange(WRITING, IDLE, Ordering::AcqRel, Ordering::Relaxed);
         if done.is_ok() {
@@ -71,7 +71,7 @@ impl Exchange {
     }
 }
 
-/// A request that is being answered.
+/// A request that is being answered. Dropping it marks the answer as complete.
 pub struct Answering(Arc<Exchange>);
 
 impl Drop for Answering {
@@ -80,14 +80,14 @@ impl Drop for Answering {
     }
 }
 
-/// The body of an answer; once all of it is taken, the answer is complete.
+/// The body of an answer. The answer is complete when hyper drops the body.
 pub struct Answered<B> {
     body: B,
     _answering: Answering,
 }
 
 impl<B> Answered<B> {
-    /// This body answers it.
+    /// Wraps the body that answers the request.
     pub fn with(body: B, answering: Answering) -> Self {
         Self { body, _answering: answering }
     }

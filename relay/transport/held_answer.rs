@@ -1,4 +1,4 @@
-//! The body of an answer that waits for its client: given piece by piece, and evicted as what waits for sockets is.
+//! The body of an answer that waits in an outbox: handed over piece by piece, and evictable like data queued for sockets.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -13,31 +13,31 @@ use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 use crate::feed::deliver::outbox::Outbox;
 
-/// Where an answer that takes long says whose overflow ends its connection. The body of a client that does not read is
-/// not polled: it cannot notice by itself.
-pub type Watched = watch::Sender<Option<Arc<Outbox>>>;
+/// The outbox whose overflow ends the connection; `None` if there is none. The connection watches it because hyper does not
+/// poll the body of a client that does not read.
+pub type WatchedOutbox = watch::Sender<Option<Arc<Outbox>>>;
 
-/// So much is handed to the connection at a time.
-const AT_ONCE: usize = 32 * 1024;
+/// Maximum number of bytes handed to the connection at a time.
+const MAX_PIECE: usize = 32 * 1024;
 
-/// What is in the hand of an outbox, as the body of an answer.
+/// The frames taken from an outbox, as the body of an answer.
 pub struct HeldAnswer {
     outbox: Arc<Outbox>,
-    watched: Watched,
-    /// How many bytes of the first frame were given.
+    watched: WatchedOutbox,
+    /// Number of bytes of the first frame that were handed over.
     begun: usize,
     left: usize,
 }
 
-/// Bytes on their way to a connection, counted until they are written.
+/// Bytes handed to a connection, counted in the memory budget until they are written.
 struct Counted {
     bytes: Vec<u8>,
     _held: Held,
 }
 
 impl HeldAnswer {
-    /// Whoever watches hears when it is evicted: a body that nobody reads cannot say so.
-    pub fn new(outbox: Arc<Outbox>, watched: Watched) -> Self {
+    /// Creates the body from the taken frames and registers the outbox with `watched`.
+    pub fn new(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Self {
         let left = outbox.hand().frames.iter().map(Frame::len).sum();
         outbox.is_stuck_with(left);
         watched.send_replace(Some(Arc::clone(&outbox)));
@@ -49,15 +49,15 @@ impl HeldAnswer {
         if hand.is_evicted {
             return None;
         }
-        let mut bytes = Vec::with_capacity(self.left.min(AT_ONCE));
-        while bytes.len() < AT_ONCE
+        let mut bytes = Vec::with_capacity(self.left.min(MAX_PIECE));
+        while bytes.len() < MAX_PIECE
             && let Some(first) = hand.frames.front()
         {
             let mut given = self.begun;
             for piece in first.pieces() {
                 let rest = &piece[given.min(piece.len())..];
                 given -= given.min(piece.len());
-                let part = &rest[..rest.len().min(AT_ONCE - bytes.len())];
+                let part = &rest[..rest.len().min(MAX_PIECE - bytes.len())];
                 bytes.extend_from_slice(part);
                 self.begun += part.len();
             }
@@ -81,7 +81,7 @@ impl Body for HeldAnswer {
         if self.left == 0 {
             return Poll::Ready(None);
         }
-        // The connection is cut.
+        // Evicted: the connection is about to be closed by the task that watches the outbox.
         let Some(bytes) = self.next_bytes() else { return Poll::Pending };
         self.left = self.left.saturating_sub(bytes.len());
         self.outbox.is_stuck_with(self.left);
@@ -109,7 +109,7 @@ impl AsRef<[u8]> for Counted {
     }
 }
 
-/// Bytes that count until the connection has written them.
+/// Wraps bytes so that they count in the budget until the connection has written them.
 pub fn counted(bytes: Vec<u8>, budget: &Arc<MemoryBudget>) -> Bytes {
     let held = budget.hold(bytes.capacity());
     Bytes::from_owner(Counted { bytes, _held: held })

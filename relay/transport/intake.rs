@@ -1,4 +1,4 @@
-//! What a client has sent that is no whole message or request yet: it is in memory until the rest comes, so it counts.
+//! Counts incomplete messages and requests in the memory budget: they stay in memory until the rest arrives.
 
 use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::pin::Pin;
@@ -11,56 +11,56 @@ use tokio::net::TcpStream;
 
 use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
 
-/// So much of every client is not counted.
-const FREE: usize = 16 * 1024;
-/// More is counted in steps of this size.
+/// Number of bytes of each client that are not counted.
+const UNCOUNTED: usize = 16 * 1024;
+/// Granularity of counting, in bytes.
 const STEP: usize = 8 * 1024;
 
-/// A connection that is read only as long as there is room for what comes.
+/// A connection whose reads fail when the memory budget has no room for the data.
 pub struct Intake {
     stream: TcpStream,
-    read: Arc<AtomicUsize>,
-    /// The most that was there at a time: buffers do not shrink.
-    most: usize,
-    counted: Reserved,
+    unfinished: Arc<AtomicUsize>,
+    /// The largest counted size so far. It never decreases because the buffers behind it do not shrink.
+    counted_up_to: usize,
+    reserved: Reserved,
 }
 
 impl Intake {
-    /// Around a connection.
+    /// Wraps a connection.
     pub fn new(stream: TcpStream, budget: &Arc<MemoryBudget>) -> Self {
-        Self { stream, read: Arc::default(), most: FREE, counted: budget.reserved() }
+        Self { stream, unfinished: Arc::default(), counted_up_to: UNCOUNTED, reserved: budget.reserved() }
     }
 
-    /// The bare connection, to be written to.
+    /// Returns the underlying stream, for writing.
     pub fn stream(&self) -> &TcpStream {
         &self.stream
     }
 
-    /// The same, to be read without counting what is thrown away.
+    /// Returns the underlying stream, for reading discarded data without counting it.
     pub fn stream_mut(&mut self) -> &mut TcpStream {
         &mut self.stream
     }
 
-    /// How much was read since the last whole message: set to 0 by whoever understands one.
+    /// Returns the counter of bytes read since the last complete message. The parser sets it to 0 after each message.
     pub fn unfinished(&self) -> Arc<AtomicUsize> {
-        Arc::clone(&self.read)
+        Arc::clone(&self.unfinished)
     }
 
-    /// A whole message was read.
-    pub fn understood(&self) {
-        self.read.store(0, Ordering::Relaxed);
+    /// Resets the counter after a complete message.
+    pub fn message_complete(&self) {
+        self.unfinished.store(0, Ordering::Relaxed);
     }
 
     fn count(&mut self, bytes: usize) -> Result<()> {
-        let read = self.read.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if read <= self.most {
+        let read = self.unfinished.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if read <= self.counted_up_to {
             return Ok(());
         }
-        let most = read.next_multiple_of(STEP);
-        if !self.counted.resize(most - FREE) {
+        let size = read.next_multiple_of(STEP);
+        if !self.reserved.resize(size - UNCOUNTED) {
             return Err(Error::new(ErrorKind::OutOfMemory, "there is no room for what the client sends"));
         }
-        self.most = most;
+        self.counted_up_to = size;
         Ok(())
     }
 }

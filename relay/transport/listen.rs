@@ -1,21 +1,21 @@
-//! Where to listen, as people write it.
+//! Parsing of the address to listen on.
 
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 
-/// The address of a setting: one with a port, a name with a port, or a port alone. By default this machine alone is
-/// listened to.
+/// Parses a listen setting: an address with a port, a host name with a port, or a port alone. Default: the loopback address
+/// with port 4000.
 ///
 /// # Errors
-/// What is expected instead.
+/// A message that names the expected form.
 pub fn address(setting: Option<&str>) -> Result<SocketAddr, String> {
     let text = setting.unwrap_or("127.0.0.1:4000");
-    read(text).ok_or_else(|| {
+    parse(text).ok_or_else(|| {
         format!("--listen {text}: an address and a port are expected, such as 127.0.0.1:4000 or :4000 (all addresses)")
     })
 }
 
-/// Of a name's addresses one of version 4 is preferred.
-fn read(text: &str) -> Option<SocketAddr> {
+/// Resolves the setting. IPv4 is preferred if a name has several addresses.
+fn parse(text: &str) -> Option<SocketAddr> {
     let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let Some((host, port)) = text.rsplit_once(':') else { return text.parse().ok().map(local) };
     let port: u16 = port.parse().ok()?;
@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_to_listen_at_are_read_as_people_write_them() {
+    fn listen_settings_are_parsed() {
         for (text, read) in [
             ("127.0.0.1:4000", Some("127.0.0.1:4000")),
             ("localhost:4000", Some("127.0.0.1:4000")),

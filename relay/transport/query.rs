@@ -1,35 +1,35 @@
-//! The parameters of a request, and the token in its headers.
+//! Query parameters of a request, and the token in its headers.
 
 use std::collections::HashSet;
 
 use hyper::header::HeaderMap;
 
-/// Whether the query has this parameter and it is no text.
+/// Whether the query has this parameter and its value is not valid UTF-8.
 pub fn is_unreadable(query: &str, name: &str) -> bool {
     pairs(query).any(|(known, value)| decoded(known) == name.as_bytes() && value.is_some())
         && parameter(query, name).is_none()
 }
 
-/// A parameter of the query, percent-decoded.
+/// Returns a parameter of the query, percent-decoded; `None` if it is missing, has no value or is not UTF-8.
 pub fn parameter(query: &str, name: &str) -> Option<String> {
     let value =
         pairs(query).find_map(|(known, value)| value.filter(|_| decoded(known) == name.as_bytes()))?;
     String::from_utf8(decoded(value)).ok()
 }
 
-/// The names of all parameters, percent-decoded.
+/// Returns the names of all parameters, percent-decoded.
 pub fn names(query: &str) -> impl Iterator<Item = String> {
     pairs(query).map(|(name, _)| String::from_utf8_lossy(&decoded(name)).into_owned())
 }
 
-/// The name of a parameter that the query has more than once: nobody knows which of them is meant, and one may allow what
+/// Returns the name of a parameter that the query has more than once. Such a query is ambiguous, and one value may allow what
 /// another does not.
 pub fn repeated(query: &str) -> Option<String> {
     let mut seen = HashSet::new();
     names(query).find(|name| !seen.insert(name.clone()))
 }
 
-/// Names and values as they are written; what has no `=` has no value.
+/// Returns names and values, not decoded. A parameter without `=` has no value.
 fn pairs(query: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
     query.split('&').filter(|pair| !pair.is_empty()).map(|pair| match pair.split_once('=') {
         Some((name, value)) => (name, Some(value)),
@@ -59,7 +59,7 @@ fn decoded(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// The token of an `Authorization` header, or an API key.
+/// Returns the token of an `Authorization: Bearer` header, else the API key of `apikey` or `x-api-key`.
 pub fn bearer(headers: &HeaderMap) -> Option<String> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let bearer = text("authorization").and_then(|value| {
@@ -69,10 +69,10 @@ pub fn bearer(headers: &HeaderMap) -> Option<String> {
     bearer.or_else(|| text("apikey")).or_else(|| text("x-api-key")).map(str::to_owned)
 }
 
-/// What is said of a parameter that a request has more than once.
-pub fn twice(name: &str) -> String {
+/// Returns the error for a parameter that a request has more than once.
+pub fn repeated_error(name: &str) -> String {
     let name: String = name.chars().take(40).collect();
-    format!("{name}: this parameter is there more than once, nobody knows which of them is meant")
+    format!("{name}: this parameter is there more than once, give it once")
 }
 
 #[cfg(test)]
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_there_twice_is_named_however_it_is_written() {
+    fn a_repeated_parameter_is_found_in_any_encoding() {
         for query in [
             "filter=a&filter=b",
             "filter=a&x=1&%66ilter=b",

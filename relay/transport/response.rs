@@ -1,4 +1,4 @@
-//! Answers as they are put together. None may be kept on its way: each is for the bearer of one token at one moment.
+//! HTTP answers. None may be cached: each is for the bearer of one token at one moment.
 
 use std::convert::Infallible;
 
@@ -11,20 +11,20 @@ use hyper::{Response, StatusCode};
 /// An answer with a body of any kind.
 pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
-/// Seconds after which whoever is told to try again should.
+/// `Retry-After` of temporary errors, in seconds.
 const RETRY_AFTER: &str = "2";
 
-/// What a page of another origin may send.
+/// Answers a CORS preflight request.
 pub fn preflight() -> Answer {
     let mut answer = empty(StatusCode::NO_CONTENT);
     let headers = answer.headers_mut();
-    // The star does not stand for this one.
+    // The wildcard does not cover `Authorization`.
     headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("Authorization, *"));
     headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, OPTIONS"));
     answer
 }
 
-/// A plain text.
+/// A plain text answer.
 pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(Full::new(body.into()).boxed_unsync());
     *answer.status_mut() = status;
@@ -35,14 +35,14 @@ pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     answer
 }
 
-/// No body at all.
+/// An answer without a body.
 pub fn empty(status: StatusCode) -> Answer {
     let mut answer = text(status, Bytes::new());
     answer.headers_mut().remove(header::CONTENT_TYPE);
     answer
 }
 
-/// An error as JSON. What may be otherwise soon is to be asked again.
+/// An error as JSON. Status 503 gets a `Retry-After`.
 pub fn error(status: StatusCode, why: &str) -> Answer {
     let mut answer = json(status, serde_json::json!({ "error": why }).to_string());
     if status == StatusCode::SERVICE_UNAVAILABLE {
@@ -51,7 +51,7 @@ pub fn error(status: StatusCode, why: &str) -> Answer {
     answer
 }
 
-/// An error as bytes, for a connection that is closed with it.
+/// A complete HTTP error answer as bytes, for a connection that is closed after it.
 pub fn refusal(status: &str, why: &str) -> Vec<u8> {
     let body = serde_json::json!({ "error": why }).to_string();
     let length = body.len();
@@ -62,7 +62,7 @@ pub fn refusal(status: &str, why: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// A JSON text as answer.
+/// A JSON answer.
 pub fn json(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     let mut answer = text(status, body);
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -1,4 +1,4 @@
-//! The one port: connections, and which answer a path has.
+//! Serves the connections of the listening port and dispatches requests by path.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -24,29 +24,29 @@ use crate::feed::deliver::outbox::Outbox;
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::changes::request as changes;
 use crate::transport::connection_limits::ConnectionSlot;
-use crate::transport::early_refusal::Refusing;
+use crate::transport::early_refusal::EarlyRefusal;
 use crate::transport::exchange::{Answered, Exchange};
-use crate::transport::held_answer::Watched;
+use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::intake::Intake;
 use crate::transport::response::Answer;
 use crate::transport::response::{error, preflight, text};
 use crate::transport::socket::handshake::handshake;
 use crate::transport::write_timeout::WriteTimeout;
 
-/// An answer on its way when the relay ends gets this long.
-const LAST_ANSWER: Duration = Duration::from_secs(1);
-/// The largest head. Tokens travel in it, so it must hold a few of them.
-const HEAD_BYTES: usize = 64 * 1024;
-/// The largest body that is passed over.
-const MOST_BODY: u64 = 64 * 1024;
+/// Time limit for an answer that is being written when the relay shuts down.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum size of a request head. It must hold several tokens.
+const MAX_HEAD_BYTES: usize = 64 * 1024;
+/// Maximum size of a request body that is ignored; a larger one is refused.
+const MAX_IGNORED_BODY: u64 = 64 * 1024;
 
 /// Serves one connection until it ends or becomes a session.
 pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
-    let place = match app.connection_limits.admit(address) {
+    let slot = match app.connection_limits.admit(address) {
         Ok(admitted) => Arc::new(admitted),
         Err(refused) => {
             app.observe.connection_refused(refused.why);
-            return app.connection_limits.turn_away(stream, refused).await;
+            return app.connection_limits.refuse(stream, refused).await;
         }
     };
     let (watched, watching) = watch::channel(None);
@@ -55,41 +55,42 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     let stream = Intake::new(stream, &app.budget);
     let unfinished = stream.unfinished();
     let stream = WriteTimeout::new(stream, app.limits.write, Arc::clone(&exchange));
-    let stream = Refusing::new(stream, Arc::clone(&exchange), Arc::clone(&unfinished), app.limits.head);
+    let stream = EarlyRefusal::new(stream, Arc::clone(&exchange), Arc::clone(&unfinished), app.limits.head);
     let service = service_fn(move |request: Request<Incoming>| {
         unfinished.store(0, Ordering::Relaxed);
-        let (app, place, watched) = (Arc::clone(&answering), Arc::clone(&place), watched.clone());
+        let (app, slot, watched) = (Arc::clone(&answering), Arc::clone(&slot), watched.clone());
         let (begun, closed) = (exchanging.begin(), exchanging.closed());
         if !request.body().is_end_stream() {
             exchanging.leaves_unread();
         }
         async move {
-            let answer = Box::pin(answer(app, place, request, watched, closed)).await;
+            let answer = Box::pin(answer(app, slot, request, watched, closed)).await;
             Ok::<_, Infallible>(answer.map(|body| Answered::with(body, begun)))
         }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        // A head that has begun is told before.
+        // Longer than the limit of `EarlyRefusal`, which answers an incomplete head before hyper closes the connection.
         .header_read_timeout(app.limits.head + Duration::from_secs(1))
-        .max_buf_size(HEAD_BYTES)
+        .max_buf_size(MAX_HEAD_BYTES)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
-        // The overflow first: the stream would tell its end to somebody who does not listen.
+         // Poll the overflow first: the client is not reading, so the stream could not deliver its end.
         biased;
         () = overflowed(watching) => app.observe.session_full(),
-        served = connection.as_mut() => if served.is_err_and(|error| is_too_slow(&error)) {
+        served = connection.as_mut() => if served.is_err_and(|error| is_write_timeout(&error)) {
             app.observe.session_full();
         },
         () = app.end.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            let _ = timeout(LAST_ANSWER, connection).await;
+            let _ = timeout(SHUTDOWN_TIMEOUT, connection).await;
         }
     }
 }
 
+/// Completes when the watched outbox overflows.
 async fn overflowed(mut watching: watch::Receiver<Option<Arc<Outbox>>>) {
     loop {
         let outbox = watching.borrow_and_update().clone();
@@ -107,8 +108,8 @@ async fn overflowed(mut watching: watch::Receiver<Option<Arc<Outbox>>>) {
     }
 }
 
-/// Whether a connection ended because its client took nothing.
-fn is_too_slow(error: &hyper::Error) -> bool {
+/// Whether a connection ended because the client did not read.
+fn is_write_timeout(error: &hyper::Error) -> bool {
     let mut source = error.source();
     while let Some(error) = source {
         if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::TimedOut) {
@@ -119,22 +120,23 @@ fn is_too_slow(error: &hyper::Error) -> bool {
     false
 }
 
-/// Nobody here reads the body of a request, so a connection on which one comes ends with the answer.
+/// Answers a request. Request bodies are never read, so the connection is closed after a request that has one.
 async fn answer(
     app: Arc<App>,
-    place: Arc<ConnectionSlot>,
+    slot: Arc<ConnectionSlot>,
     request: Request<Incoming>,
-    watched: Watched,
+    watched: WatchedOutbox,
     closed: CancellationToken,
 ) -> Answer {
     let has_body = !request.body().is_end_stream();
-    let mut answer = if request.body().size_hint().lower() > MOST_BODY {
-        let why = format!("no request of more than {MOST_BODY} bytes is taken here: send it without a body");
+    let mut answer = if request.body().size_hint().lower() > MAX_IGNORED_BODY {
+        let why =
+            format!("no request of more than {MAX_IGNORED_BODY} bytes is taken here: send it without a body");
         error(StatusCode::PAYLOAD_TOO_LARGE, &why)
     } else if request.headers().contains_key(header::TRANSFER_ENCODING) {
         error(StatusCode::BAD_REQUEST, "a request without a body is expected here")
     } else {
-        route(app, place, request, watched, closed).await
+        route(app, slot, request, watched, closed).await
     };
     if has_body {
         answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -144,25 +146,25 @@ async fn answer(
 
 async fn route(
     app: Arc<App>,
-    place: Arc<ConnectionSlot>,
+    slot: Arc<ConnectionSlot>,
     request: Request<Incoming>,
-    watched: Watched,
+    watched: WatchedOutbox,
     closed: CancellationToken,
 ) -> Answer {
     if request.method() == Method::OPTIONS {
         return preflight();
     }
     match request.uri().path() {
-        "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, place, request).await,
+        "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, slot, request).await,
         "/realtime/v1/changes" if !origin_is_allowed(&app.allowed_origins, request.headers()) => {
             error(StatusCode::FORBIDDEN, "this origin is not allowed")
         }
         "/realtime/v1/changes" if request.method() != Method::GET => {
             error(StatusCode::METHOD_NOT_ALLOWED, "changes are read by GET")
         }
-        // On the heap: a connection that becomes a WebSocket never needs the room.
+        // Boxed: a connection that becomes a WebSocket never needs the memory of this future.
         "/realtime/v1/changes" => {
-            Box::pin(changes::serve(app, request, place.address(), watched, closed)).await
+            Box::pin(changes::serve(app, request, slot.address(), watched, closed)).await
         }
         "/healthcheck" if !app.prepared.load(Ordering::Relaxed) => {
             text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is being prepared")

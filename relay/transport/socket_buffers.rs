@@ -1,4 +1,4 @@
-//! What the kernel may hold of a connection. The settings of the listening socket are those of all it accepts.
+//! Limits on kernel buffers. Accepted connections inherit the settings of the listening socket.
 
 use std::io::Result;
 use std::time::Duration;
@@ -6,27 +6,27 @@ use std::time::Duration;
 use socket2::SockRef;
 use tokio::net::TcpListener;
 
-/// So much may be in the send buffer without having been sent: enough to keep the line busy until the socket is written
-/// to again, and all that a reader that stopped costs there.
-const UNSENT: u32 = 64 * 1024;
-/// What clients send is small, and read at once.
-const RECEIVED: usize = 32 * 1024;
+/// Maximum number of unsent bytes in the send buffer: enough to keep the line busy until the next write, and the limit of what
+/// a stopped reader costs there.
+const MAX_UNSENT: u32 = 64 * 1024;
+/// Receive buffer in bytes. Small, because clients send little and it is read at once.
+const RECEIVE_BUFFER: usize = 32 * 1024;
 
-/// Bounds what the kernel holds of each connection. `send` bytes may be on their way, for which the kernel takes twice as
-/// much memory at most and no more by itself; a peer from which nothing is heard for `vanished` is gone.
+/// Limits the kernel buffers of each connection. `send` bytes may be in flight; the kernel uses at most twice that memory and
+/// does not grow the buffer. A connection whose peer acknowledges nothing for `vanished` is closed.
 ///
 /// # Errors
-/// When the system refuses.
+/// If the system refuses a socket option.
 pub fn bound(listener: &TcpListener, send: usize, vanished: Duration) -> Result<()> {
     let socket = SockRef::from(listener);
     socket.set_send_buffer_size(send)?;
-    socket.set_recv_buffer_size(RECEIVED)?;
+    socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
     #[cfg(target_os = "linux")]
     {
-        socket.set_tcp_notsent_lowat(UNSENT)?;
+        socket.set_tcp_notsent_lowat(MAX_UNSENT)?;
         socket.set_tcp_user_timeout(Some(vanished))?;
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = (UNSENT, vanished);
+    let _ = (MAX_UNSENT, vanished);
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! A connection that has to be read: when the other side takes nothing for too long, writing to it fails. When it closes its
-//! side while it is answered, the answer is written first.
+//! A connection with a write timeout: writes fail when the peer reads nothing for too long. If the peer closes its side while a
+//! request is answered, the answer is still written.
 
 use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::pin::Pin;
@@ -14,38 +14,39 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::transport::exchange::Exchange;
 use crate::transport::intake::Intake;
 
-/// A connection whose writes end with [`ErrorKind::TimedOut`] when none comes on for so long.
+/// A connection whose writes fail with [`ErrorKind::TimedOut`] after making no progress for `limit`.
 pub struct WriteTimeout {
     stream: Intake,
     exchange: Arc<Exchange>,
     limit: Duration,
-    /// Made by the first write that has to wait, which most connections never do.
+    /// Created by the first write that has to wait. Most connections never need it.
     alarm: Option<Pin<Box<Sleep>>>,
     waits: bool,
 }
 
 impl WriteTimeout {
-    /// Around a connection.
+    /// Wraps a connection.
     pub fn new(stream: Intake, limit: Duration, exchange: Arc<Exchange>) -> Self {
         Self { stream, exchange, limit, alarm: None, waits: false }
     }
 
-    /// The bare connection.
+    /// Returns the underlying connection.
     pub fn into_inner(self) -> Intake {
         self.stream
     }
 
-    /// The same, to be written to or read past this.
-    pub fn bare(&self) -> &TcpStream {
+    /// Returns the underlying stream, for writing without a timeout.
+    pub fn stream(&self) -> &TcpStream {
         self.stream.stream()
     }
 
-    /// The same, to be read without counting.
-    pub fn bare_mut(&mut self) -> &mut TcpStream {
+    /// Returns the underlying stream, for reading without counting.
+    pub fn stream_mut(&mut self) -> &mut TcpStream {
         self.stream.stream_mut()
     }
 
-    fn watched<T>(&mut self, context: &mut Context<'_>, written: Poll<Result<T>>) -> Poll<Result<T>> {
+    /// Passes on the outcome of a write, or fails once it has been pending for `limit`.
+    fn with_timeout<T>(&mut self, context: &mut Context<'_>, written: Poll<Result<T>>) -> Poll<Result<T>> {
         if written.is_ready() {
             self.waits = false;
             return written;
@@ -77,7 +78,7 @@ impl AsyncRead for WriteTimeout {
 impl AsyncWrite for WriteTimeout {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.watched(context, written)
+        self.with_timeout(context, written)
     }
 
     fn poll_write_vectored(
@@ -86,7 +87,7 @@ impl AsyncWrite for WriteTimeout {
         slices: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.watched(context, written)
+        self.with_timeout(context, written)
     }
 
     fn is_write_vectored(&self) -> bool {

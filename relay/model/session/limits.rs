@@ -1,58 +1,58 @@
-//! How much one client may ask for, hold and take its time over.
+//! Limits on what clients may request and hold, and how long they may take.
 
 use std::time::Duration;
 
-/// The bounds of a relay towards its clients.
+/// The relay's limits for its clients.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Clients at a time.
+    /// Concurrent clients.
     pub connections: usize,
-    /// Connections from one address at a time; none means any number.
+    /// Concurrent connections from one address; `None` means no limit.
     pub connections_per_address: Option<usize>,
-    /// Channels that one client may join.
+    /// Channels joined by one client.
     pub channels: usize,
-    /// Joins of one client a second, on average over a minute.
+    /// Joins of one client per second, on average over a minute.
     pub joins_per_second: u32,
-    /// Messages of one client a second, on average over a minute.
+    /// Messages of one client per second, on average over a minute.
     pub messages_per_second: u32,
-    /// Bytes of one message from a client.
+    /// Size of one message from a client, in bytes.
     pub message_bytes: usize,
-    /// Bytes that wait for one client.
+    /// Bytes queued for one client.
     pub outbox_bytes: usize,
-    /// Bytes that wait for all clients together.
+    /// Bytes queued for all clients together.
     pub total_outbox_bytes: usize,
-    /// Bytes of the frame of one change.
+    /// Size of the frame of one change, in bytes.
     pub change_bytes: usize,
-    /// Bytes that may be on their way to one client.
+    /// Size of the kernel's send buffer of one client, in bytes.
     pub send_buffer_bytes: usize,
-    /// Rows of one answer.
-    pub rows: MostRows,
-    /// A connection that sends no whole head of a request for this long is gone.
+    /// Rows in one answer.
+    pub rows: RowLimit,
+    /// Time limit for a complete request head.
     pub head: Duration,
-    /// A client that takes nothing for this long is gone.
+    /// Write timeout: how long a client may read nothing while data waits for it.
     pub write: Duration,
-    /// A socket that says nothing for this long is gone; clients send a heartbeat every 25 seconds.
+    /// How long a WebSocket client may be silent. Clients send a heartbeat every 25 seconds.
     pub silence: Duration,
-    /// A stream says this often that it lives, and where it stands.
+    /// Interval between keep-alives of an idle event stream.
     pub keep_alive: Duration,
 }
 
-/// How many rows are given at once.
+/// Limits on the rows of one answer.
 #[derive(Debug, Clone, Copy)]
-pub struct MostRows {
-    /// So many.
+pub struct RowLimit {
+    /// Maximum row count.
     pub number: usize,
-    /// So many bytes of them, as JSON.
+    /// Maximum size as JSON, in bytes.
     pub bytes: usize,
 }
 
-/// What is beyond a bound.
+/// The limit that an answer exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Beyond {
-    /// The number.
+pub enum ExceededLimit {
+    /// The row count.
     Number,
-    /// The bytes.
+    /// The size in bytes.
     Bytes,
-    /// What there is room for in memory now.
+    /// The memory available now.
     Room,
 }

@@ -1,4 +1,4 @@
-//! `GET /realtime/v1/changes`: rows with a cursor, the changes since one, and the changes as a stream.
+//! `GET /realtime/v1/changes`: the current rows with a cursor, a long poll for the changes since a cursor, or an event stream.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::feed::subscribe::BindError;
 use crate::model::codec::event::{ChangeEvent, Codec};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
-use crate::model::session::limits::{Beyond, MostRows};
+use crate::model::session::limits::{ExceededLimit, RowLimit};
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request as Wanted, Scope, Subscription, Target};
 use crate::model::subscription::error::{SubscribeError, is_raising, raising_somewhere};
@@ -33,36 +33,36 @@ use crate::transport::app::App;
 use crate::transport::changes::sse;
 use crate::transport::content_type::wants_stream;
 use crate::transport::held_answer::HeldAnswer;
-use crate::transport::held_answer::Watched;
-use crate::transport::query::twice;
+use crate::transport::held_answer::WatchedOutbox;
+use crate::transport::query::repeated_error;
 use crate::transport::query::{bearer, is_unreadable, names, parameter, repeated};
 use crate::transport::response::Answer;
 use crate::transport::response::{error, json};
 
-/// How long a poll waits by default, and at most, in seconds: below what proxies allow an answer.
-const WAIT: u64 = 25;
-const MOST_WAIT: u64 = 55;
-/// What a request may say.
+/// Default and maximum wait of a poll, in seconds. Below the usual timeouts of proxies.
+const DEFAULT_WAIT: u64 = 25;
+const MAX_WAIT: u64 = 55;
+/// The known parameters.
 const PARAMETERS: [&str; 12] = [
     "apikey", "topic", "event", "schema", "table", "filter", "select", "since", "wait", "order", "limit",
     "after",
 ];
-/// Of these, what is said of rows alone.
+/// The parameters that only apply to rows.
 const PAGING: [&str; 3] = ["order", "limit", "after"];
-/// Room for the largest change beside a part of others: what is read from the past waits for its reader.
-const LEAST_OUTBOX: usize = 4 << 20;
-/// Rows are put together up to this size, and counted then.
+/// Minimum outbox size in bytes: room for the largest change beside a chunk of others. Replayed changes wait in the outbox.
+const MIN_OUTBOX: usize = 4 << 20;
+/// Rows are collected into blocks of this size, each counted in the memory budget.
 const BLOCK: usize = 64 * 1024;
-/// PostgreSQL has this long to let a poll begin.
-const PATIENCE: Duration = Duration::from_secs(8);
-/// How long it may take to learn whether there is more.
-const AHEAD: Duration = Duration::from_secs(2);
-/// The pause between two looks whether the rest of a page was delivered.
-const PAUSE: Duration = Duration::from_millis(5);
-/// What `event=` may be, in capitals or not.
+/// Time limit for a poll or stream to read its first changes from PostgreSQL.
+const START_TIMEOUT: Duration = Duration::from_secs(8);
+/// Time limit for finding out whether there are more changes.
+const MORE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval between checks whether the rest of a page was delivered.
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
+/// The values of `event=`, case-insensitive.
 const EVENTS: [&str; 4] = ["*", "INSERT", "UPDATE", "DELETE"];
 
-/// A request that was understood.
+/// A valid request.
 struct ChangesRequest {
     subscription: Subscription,
     since: Option<Cursor>,
@@ -72,19 +72,19 @@ struct ChangesRequest {
     outbox: Arc<Outbox>,
 }
 
-/// Answers a request. Once it is `closed`, whoever asked sends nothing more, and is not made to wait for what may come.
+/// Answers a request. `closed` is cancelled when the client has closed its side; the answer then waits for no further changes.
 pub async fn serve(
     app: Arc<App>,
     request: Request<Incoming>,
     address: IpAddr,
-    watched: Watched,
+    watched: WatchedOutbox,
     closed: CancellationToken,
 ) -> Answer {
     let wants_stream = wants_stream(request.headers());
     if !app.budget.make_room(0) {
         return no_room();
     }
-    let call = match understand(&app, &request, address).await {
+    let call = match parse(&app, &request, address).await {
         Ok(call) => call,
         Err(refused) => return refused,
     };
@@ -95,15 +95,15 @@ pub async fn serve(
     }
 }
 
-async fn understand(
-    app: &App,
-    request: &Request<Incoming>,
-    address: IpAddr,
-) -> Result<ChangesRequest, Answer> {
+/// Reads the parameters, verifies the token and binds the subscription.
+///
+/// # Errors
+/// The answer that refuses the request.
+async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Result<ChangesRequest, Answer> {
     let query = request.uri().query().unwrap_or_default();
     let refused = |status: StatusCode, why: &str| error(status, why);
     if let Some(name) = repeated(query) {
-        return Err(refused(StatusCode::BAD_REQUEST, &twice(&name)));
+        return Err(refused(StatusCode::BAD_REQUEST, &repeated_error(&name)));
     }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
     let claims = app.identify(&token).await.map_err(|why| {
@@ -159,9 +159,9 @@ async fn understand(
         })?),
     };
     let wait = match parameter(query, "wait") {
-        None => WAIT,
-        Some(seconds) => seconds.parse().ok().filter(|seconds| *seconds <= MOST_WAIT).ok_or_else(|| {
-            refused(StatusCode::BAD_REQUEST, &format!("wait: seconds are expected, at most {MOST_WAIT}"))
+        None => DEFAULT_WAIT,
+        Some(seconds) => seconds.parse().ok().filter(|seconds| *seconds <= MAX_WAIT).ok_or_else(|| {
+            refused(StatusCode::BAD_REQUEST, &format!("wait: seconds are expected, at most {MAX_WAIT}"))
         })?,
     };
     let is_of_changes = since.is_some() || wants_stream(request.headers());
@@ -178,25 +178,28 @@ async fn understand(
         }
         BindError::Unavailable => unavailable(),
     })?;
-    // Without a name of their own, those of one address have one share.
+    // Clients without a subject share the memory budget of their address.
     let claims = identity.claims();
     let owner = match claims.sub() {
         Some(sub) => app.budget.owner((claims.role(), sub)),
         None => app.budget.owner((claims.role(), address)),
     };
-    let most = app.limits.outbox_bytes.max(LEAST_OUTBOX);
+    let outbox_bytes = app.limits.outbox_bytes.max(MIN_OUTBOX);
     Ok(ChangesRequest {
         subscription,
         since,
         wait: Duration::from_secs(wait),
         paging,
         channel,
-        outbox: Arc::new(Outbox::of(Some(owner), most, Arc::clone(&app.budget))),
+        outbox: Arc::new(Outbox::of(Some(owner), outbox_bytes, Arc::clone(&app.budget))),
     })
 }
 
-/// What a query says of order and pages.
-fn paging(query: &str, is_of_changes: bool, most: usize) -> Result<Paging, SubscribeError> {
+/// Reads the paging parameters. `max_rows` is the largest allowed limit.
+///
+/// # Errors
+/// If a parameter is malformed, or the request is for changes.
+fn paging(query: &str, is_of_changes: bool, max_rows: usize) -> Result<Paging, SubscribeError> {
     let given = PAGING.iter().find(|name| parameter(query, name).is_some());
     if let Some(name) = given.filter(|_| is_of_changes) {
         return Err(SubscribeError(format!(
@@ -204,8 +207,10 @@ fn paging(query: &str, is_of_changes: bool, most: usize) -> Result<Paging, Subsc
         )));
     }
     let limit = parameter(query, "limit").map(|limit| {
-        let number = limit.parse().ok().filter(|number| (1..=most).contains(number));
-        number.ok_or_else(|| SubscribeError(format!("limit: a number of rows from 1 to {most} is expected")))
+        let number = limit.parse().ok().filter(|number| (1..=max_rows).contains(number));
+        number.ok_or_else(|| {
+            SubscribeError(format!("limit: a number of rows from 1 to {max_rows} is expected"))
+        })
     });
     Ok(Paging {
         limit: limit.transpose()?,
@@ -214,17 +219,17 @@ fn paging(query: &str, is_of_changes: bool, most: usize) -> Result<Paging, Subsc
     })
 }
 
-/// The current rows, or a page of them, and the cursor after them.
-async fn rows(app: &App, call: ChangesRequest, watched: Watched) -> Answer {
+/// Answers with the current rows, or a page of them, and the cursor to continue from.
+async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> Answer {
     let paging = &call.paging;
-    let most = MostRows {
+    let limit = RowLimit {
         number: paging.limit.unwrap_or(app.limits.rows.number),
         bytes: app.limits.rows.bytes.min(app.budget.share()),
     };
     let outbox = call.outbox;
     let mut block = String::new();
     let mut is_first = true;
-    // What is read can be evicted before it is answered.
+    // Full blocks wait in the outbox, where they are counted and can be evicted.
     let mut take = |row: &str| {
         if !std::mem::take(&mut is_first) {
             block.push(',');
@@ -232,14 +237,14 @@ async fn rows(app: &App, call: ChangesRequest, watched: Watched) -> Answer {
         block.push_str(row);
         block.len() < BLOCK || outbox.answer(std::mem::take(&mut block))
     };
-    match app.feed.rows(&call.subscription, paging, most, &mut take).await {
+    match app.feed.rows(&call.subscription, paging, limit, &mut take).await {
         Ok(Given { found, last }) => match found.beyond {
-            Some(Beyond::Room) => no_room(),
-            Some(beyond) if beyond != Beyond::Number || paging.limit.is_none() => {
-                error(StatusCode::PAYLOAD_TOO_LARGE, &too_much(most, beyond))
+            Some(ExceededLimit::Room) => no_room(),
+            Some(exceeded) if exceeded != ExceededLimit::Number || paging.limit.is_none() => {
+                error(StatusCode::PAYLOAD_TOO_LARGE, &too_many_rows(limit, exceeded))
             }
-            beyond => {
-                let more = beyond.is_some();
+            exceeded => {
+                let more = exceeded.is_some();
                 block.push_str(&format!(r#"],"more":{more}"#));
                 if let Some(last) = last.filter(|_| more) {
                     block.push_str(&format!(r#","after":"{}""#, last.word()));
@@ -255,10 +260,10 @@ async fn rows(app: &App, call: ChangesRequest, watched: Watched) -> Answer {
         },
         Err(Attempt::Refused(why)) => error(StatusCode::BAD_REQUEST, &why.0),
         Err(Attempt::Failed(why)) => {
-            // What a policy raises may tell of rows and claims.
+            // Log no message of PostgreSQL: an error raised by a policy may contain rows or claims.
             match why.code() {
-                Some(code) => tracing::debug!(code, "rows could not be read: PostgreSQL refused"),
-                None => tracing::debug!(error = %why, "rows could not be read"),
+                Some(code) => tracing::debug!(code, "rows refused by PostgreSQL"),
+                None => tracing::debug!(error = %why, "rows not read"),
             }
             match why.refusal() {
                 Some(_) if why.code() == Some("42883") && !paging.order.is_empty() => error(
@@ -266,7 +271,7 @@ async fn rows(app: &App, call: ChangesRequest, watched: Watched) -> Answer {
                     "order: a column that it names has a type without an order",
                 ),
                 Some(_) if !why.is_transient() => {
-                    error(StatusCode::FORBIDDEN, &why_unread(&call.subscription, why.code()))
+                    error(StatusCode::FORBIDDEN, &rows_refused(&call.subscription, why.code()))
                 }
                 _ => unavailable(),
             }
@@ -274,8 +279,8 @@ async fn rows(app: &App, call: ChangesRequest, watched: Watched) -> Answer {
     }
 }
 
-/// Why PostgreSQL did not give the rows. It may have been the rights of the role, or the time that it takes; else the policy.
-fn why_unread(subscription: &Subscription, code: Option<&str>) -> String {
+/// The error for rows that PostgreSQL refused. Unless the code means missing rights or a timeout, the policy raised an error.
+fn rows_refused(subscription: &Subscription, code: Option<&str>) -> String {
     let binding = subscription.bindings().first();
     match (binding.map(|binding| (&binding.scope, &binding.filter)), code) {
         (Some((Scope::Relation(_, _, name, _), None)), Some(code)) if !matches!(code, "42501" | "57014") => {
@@ -285,11 +290,11 @@ fn why_unread(subscription: &Subscription, code: Option<&str>) -> String {
     }
 }
 
-fn too_much(most: MostRows, beyond: Beyond) -> String {
-    let (what, setting) = match beyond {
-        Beyond::Number => (format!("{} rows", most.number), "--most-rows"),
-        Beyond::Bytes | Beyond::Room => {
-            (format!("{} bytes of rows", most.bytes), "--most-row-bytes or --total-outbox-bytes")
+fn too_many_rows(limit: RowLimit, exceeded: ExceededLimit) -> String {
+    let (what, setting) = match exceeded {
+        ExceededLimit::Number => (format!("{} rows", limit.number), "--most-rows"),
+        ExceededLimit::Bytes | ExceededLimit::Room => {
+            (format!("{} bytes of rows", limit.bytes), "--most-row-bytes or --total-outbox-bytes")
         }
     };
     format!(
@@ -297,22 +302,22 @@ fn too_much(most: MostRows, beyond: Beyond) -> String {
     )
 }
 
-/// What is in the hand of the outbox, as JSON.
-fn answer(outbox: Arc<Outbox>, watched: Watched) -> Answer {
+/// Answers with the frames taken from the outbox, as JSON.
+fn answer(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Answer {
     let mut answer = json(StatusCode::OK, "");
     *answer.body_mut() = HeldAnswer::new(outbox, watched).boxed_unsync();
     answer
 }
 
-/// The changes since the cursor, as soon as there is one.
-async fn poll(app: &App, call: ChangesRequest, watched: Watched, closed: CancellationToken) -> Answer {
+/// Answers with the changes since the cursor, as soon as there is one.
+async fn poll(app: &App, call: ChangesRequest, watched: WatchedOutbox, closed: CancellationToken) -> Answer {
     let ChangesRequest { subscription, since: Some(since), wait, channel, outbox, .. } = call else {
         return unavailable();
     };
     let until = Instant::now() + wait;
     let expiry = subscription.identity().claims().expires_at().saturating_sub(now());
     let until = until.min(Instant::now() + Duration::from_secs(expiry));
-    let mut follower = CatchUp::new(
+    let mut catch_up = CatchUp::new(
         app.feed.clone(),
         channel,
         subscription,
@@ -320,19 +325,19 @@ async fn poll(app: &App, call: ChangesRequest, watched: Watched, closed: Cancell
         since.clone(),
         Arc::clone(&outbox),
     );
-    let began = follower.since();
-    let patience = Instant::now() + PATIENCE;
+    let start = catch_up.since();
+    let start_deadline = Instant::now() + START_TIMEOUT;
     let (progress, taken) = loop {
-        let progress = match timeout_at(patience, follower.go_on()).await {
+        let progress = match timeout_at(start_deadline, catch_up.go_on()).await {
             Ok(Ok(progress)) => progress,
             Ok(Err(ReplayError::Gap(why))) => return gap(why),
             Ok(Err(ReplayError::Unavailable(why))) => {
-                tracing::debug!(error = %why, "the past could not be read");
+                tracing::debug!(error = %why, "replay not read");
                 return unavailable();
             }
-            Ok(Err(ReplayError::Ended)) => return ended(follower.subscription()),
-            // A long past in which nothing may be seen.
-            Err(_) if follower.since() != began => return nothing(&follower.since().to_string(), true),
+            Ok(Err(ReplayError::Ended)) => return expired(catch_up.subscription()),
+            // A long replay without visible changes: answer with the position reached.
+            Err(_) if catch_up.since() != start => return no_changes(&catch_up.since().to_string(), true),
             Err(_) => return unavailable(),
         };
         let taken = outbox.take().now_or_never();
@@ -344,7 +349,7 @@ async fn poll(app: &App, call: ChangesRequest, watched: Watched, closed: Cancell
         Some(taken) => Some(taken),
         None => tokio::select! {
             taken = timeout_at(until, outbox.take()) => taken.ok(),
-            () = app.verifier.withdrawn(follower.subscription().identity().claims()) => {
+            () = app.verifier.withdrawn(catch_up.subscription().identity().claims()) => {
                 return error(StatusCode::UNAUTHORIZED, &TokenError::Signer.connect_text());
             }
             () = app.end.cancelled() => None,
@@ -352,53 +357,53 @@ async fn poll(app: &App, call: ChangesRequest, watched: Watched, closed: Cancell
         },
     };
     if taken == Some(Taken::Full) {
-        // More came at once than may wait, for one client or for all: it is read from the changelog next time.
-        return nothing(&since.to_string(), true);
+        // The outbox or the memory budget is full: the next poll reads the same changes from the changelog.
+        return no_changes(&since.to_string(), true);
     }
-    // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
-    let ends_at = follower.subscription().identity().claims().expires_at();
+    // Nothing is delivered after the token's expiry, so a later position must not be returned: it would skip changes.
+    let expires_at = catch_up.subscription().identity().claims().expires_at();
     let reached = match progress {
-        // It has come further than the last change that may be seen.
-        Progress::More => Some(follower.since()),
-        Progress::Live => follower.leave().await.filter(|_| now() < ends_at),
+        // The position may be beyond the last visible change.
+        Progress::More => Some(catch_up.since()),
+        Progress::Live => catch_up.leave().await.filter(|_| now() < expires_at),
     };
-    // What was delivered while we left is there now.
+    // Take the changes that were delivered while leaving.
     if outbox.take().now_or_never() == Some(Taken::Full) {
-        return nothing(&since.to_string(), true);
+        return no_changes(&since.to_string(), true);
     }
     let reached = reached.filter(|cursor| cursor.is_at_or_after(&since));
     if outbox.hand().frames.is_empty() {
-        return nothing(&reached.unwrap_or(since).to_string(), false);
+        return no_changes(&reached.unwrap_or(since).to_string(), false);
     }
-    // Where that is not known, it is up to the last change.
+    // Without a known position, the cursor is that of the last change.
     let Some(cursor) = reached else { return changes(&outbox, None, true, watched) };
-    // In the middle of a page, or before the last one, there may be more, but nothing that this reader gets.
-    let is_cut = progress == Progress::More || cursor.within().is_some();
-    let more = is_cut && goes_on(app, follower, &cursor).await;
+    // Within or before the last page there may be more changes, but perhaps none that this subscriber may see.
+    let is_partial = progress == Progress::More || cursor.within().is_some();
+    let more = is_partial && has_more(app, catch_up, &cursor).await;
     changes(&outbox, Some(&cursor.to_string()), more, watched)
 }
 
-/// Whether the reader of a follower gets more changes after the cursor at once.
-async fn goes_on(app: &App, follower: CatchUp, cursor: &Cursor) -> bool {
-    let (subscription, channel) = (follower.subscription().clone(), follower.channel());
-    let outbox = &follower.outbox;
-    let outbox = Arc::new(Outbox::of(outbox.owner(), LEAST_OUTBOX, Arc::clone(outbox.budget())));
-    // It leaves before the next one comes with the same name.
-    drop(follower);
+/// Whether this subscription has more changes after the cursor now. True if that is not known in time.
+async fn has_more(app: &App, catch_up: CatchUp, cursor: &Cursor) -> bool {
+    let (subscription, channel) = (catch_up.subscription().clone(), catch_up.channel());
+    let outbox = &catch_up.outbox;
+    let outbox = Arc::new(Outbox::of(outbox.owner(), MIN_OUTBOX, Arc::clone(outbox.budget())));
+    // It must leave before the next one joins with the same channel id.
+    drop(catch_up);
     let feed = app.feed.clone();
     let ahead = Arc::clone(&outbox);
     let mut ahead = CatchUp::new(feed, channel, subscription, Codec::ChangeEvent, cursor.clone(), ahead);
-    let looked = timeout(AHEAD, async {
+    let has_more = timeout(MORE_TIMEOUT, async {
         loop {
             match ahead.go_on().await {
-                // What is wrong is told to who asks again.
+                // The next request gets the error.
                 Err(_) => return true,
                 Ok(_) if outbox.take().now_or_never().is_some() => return true,
                 Ok(Progress::More) => {}
                 Ok(Progress::Live) => break,
             }
         }
-        // The rest of a page that is being delivered is on its way.
+        // Live within a page: wait for the rest of it.
         loop {
             let is_between = ahead.position().await.is_some_and(|here| here.within().is_none());
             if outbox.take().now_or_never().is_some() {
@@ -407,20 +412,20 @@ async fn goes_on(app: &App, follower: CatchUp, cursor: &Cursor) -> bool {
             if is_between {
                 return false;
             }
-            sleep(PAUSE).await;
+            sleep(CHECK_INTERVAL).await;
         }
     });
-    looked.await.unwrap_or(true)
+    has_more.await.unwrap_or(true)
 }
 
-/// No changes up to the cursor.
-fn nothing(cursor: &str, more: bool) -> Answer {
+/// Answers with no changes, and the cursor.
+fn no_changes(cursor: &str, more: bool) -> Answer {
     json(StatusCode::OK, format!(r#"{{"cursor":"{cursor}","changes":[],"more":{more}}}"#))
 }
 
-/// What is in the hand as an answer, up to the cursor, or to the last piece when none is given.
-fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) -> Answer {
-    // Of its own: what is still delivered to the other one must not end the answer.
+/// Answers with the changes taken from the outbox, and the cursor; without one, the cursor of the last change.
+fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: WatchedOutbox) -> Answer {
+    // A separate outbox: later deliveries to the other one must not evict the answer.
     let answering = Arc::new(Outbox::of(outbox.owner(), usize::MAX, Arc::clone(outbox.budget())));
     let mut pieces = std::mem::take(&mut outbox.hand().frames);
     let (mut last, mut is_cut) = (String::new(), false);
@@ -433,7 +438,7 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
                 last.push_str(cursor);
                 count += 1;
             }
-            // What stands before a gap is told first; the gap is met again from there.
+            // Changes before a gap are returned first; the next request meets the gap.
             Some((_, ChangeEvent::Gap(why))) if count == 0 && is_raising(why) => {
                 return error(StatusCode::FORBIDDEN, why);
             }
@@ -448,7 +453,7 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
     let cursor = cursor.filter(|_| !is_cut).unwrap_or(&last);
     let more = more || is_cut;
     if pieces.is_empty() {
-        return nothing(cursor, more);
+        return no_changes(cursor, more);
     }
     let mut head = format!(r#"{{"cursor":"{cursor}","changes":["#);
     let mut hand = answering.hand();
@@ -463,7 +468,13 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: Watched) 
     answer(answering, watched)
 }
 
-async fn follow(app: Arc<App>, call: ChangesRequest, watched: Watched, closed: CancellationToken) -> Answer {
+/// Answers with an event stream from the cursor, or from now on.
+async fn follow(
+    app: Arc<App>,
+    call: ChangesRequest,
+    watched: WatchedOutbox,
+    closed: CancellationToken,
+) -> Answer {
     if app.observe.session_count() >= app.limits.connections {
         return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     }
@@ -475,7 +486,7 @@ async fn follow(app: Arc<App>, call: ChangesRequest, watched: Watched, closed: C
             None => return unavailable(),
         },
     };
-    let mut follower = CatchUp::new(
+    let mut catch_up = CatchUp::new(
         app.feed.clone(),
         channel,
         subscription,
@@ -483,15 +494,15 @@ async fn follow(app: Arc<App>, call: ChangesRequest, watched: Watched, closed: C
         since.clone(),
         Arc::clone(&outbox),
     );
-    match timeout(PATIENCE, follower.go_on()).await {
-        Ok(Ok(progress)) => sse::answer(app, follower, since, progress, (watched, closed)),
+    match timeout(START_TIMEOUT, catch_up.go_on()).await {
+        Ok(Ok(progress)) => sse::answer(app, catch_up, since, progress, (watched, closed)),
         Ok(Err(ReplayError::Gap(why))) => gap(why),
-        Ok(Err(ReplayError::Ended)) => ended(follower.subscription()),
+        Ok(Err(ReplayError::Ended)) => expired(catch_up.subscription()),
         Ok(Err(ReplayError::Unavailable(_))) | Err(_) => unavailable(),
     }
 }
 
-/// What was missed cannot be had: 410, and how to begin again.
+/// Status 410: the missed changes are not available. Says how to start again.
 fn gap(why: &str) -> Answer {
     let body = serde_json::json!({
         "error": format!("Gap: {why}"),
@@ -500,8 +511,8 @@ fn gap(why: &str) -> Answer {
     json(StatusCode::GONE, body.to_string())
 }
 
-/// The token has ended while it was answered: nothing of that is told, and the cursor is where it was.
-fn ended(subscription: &Subscription) -> Answer {
+/// Status 401: the token expired while the request was answered. No changes are returned.
+fn expired(subscription: &Subscription) -> Answer {
     let seconds_ago = now().saturating_sub(subscription.identity().claims().expires_at());
     error(StatusCode::UNAUTHORIZED, &TokenError::Expired { seconds_ago }.connect_text())
 }

@@ -1,4 +1,4 @@
-//! An event stream: each change an event whose id is its cursor, so that a client that comes back misses nothing.
+//! Server-sent events: each change is an event whose id is its cursor, so that a reconnecting client misses nothing.
 
 use std::convert::Infallible;
 use std::fmt::Write;
@@ -21,54 +21,67 @@ use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::event::{ChangeEvent, RESUMED, STALLED};
 use crate::model::log::cursor::Cursor;
 use crate::transport::app::App;
-use crate::transport::held_answer::Watched;
+use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::held_answer::counted;
 use crate::transport::response::Answer;
 
-/// A quiet stream waits this long to hear where it stands.
-const ASKED: Duration = Duration::from_secs(1);
-/// What a client is to wait before it comes back, in milliseconds.
-const RETRY: u32 = 1000;
-/// Events are written together up to this size, and larger ones in pieces; the rest can be evicted.
-const TOGETHER: usize = 32 * 1024;
+/// Time limit for querying the position of an idle stream.
+const POSITION_TIMEOUT: Duration = Duration::from_secs(1);
+/// Delay before a client reconnects, in milliseconds.
+const RETRY_MS: u32 = 1000;
+/// Maximum size in bytes of one body chunk. Smaller events are joined and larger ones split; what is not yet written stays
+/// evictable.
+const MAX_CHUNK: usize = 32 * 1024;
 
 struct Stream {
     app: Arc<App>,
-    watched: Watched,
-    /// The client has closed its side: it is gone.
+    watched: WatchedOutbox,
+    /// Cancelled when the client has closed its side.
     closed: CancellationToken,
-    follower: CatchUp,
+    catch_up: CatchUp,
     progress: Progress,
-    /// How much of the change at the head of the hand was written.
+    /// Number of bytes written of the first frame's change.
     written: usize,
-    /// Where it said that the client stands.
-    stands: Cursor,
-    /// When the token ends.
+    /// The last event id that was sent without an event.
+    sent_position: Cursor,
+    /// When the token expires.
     expiry: Instant,
     stalls: Stalls,
-    begun: bool,
-    over: bool,
+    has_begun: bool,
+    is_closed: bool,
 }
 
-/// The stream of a follower that came with the cursor `stands`; what it missed may be in its outbox already.
+/// Answers with the stream of a subscription that catches up from the cursor `sent_position`. Its outbox may already hold
+/// missed changes.
 pub fn answer(
     app: Arc<App>,
-    follower: CatchUp,
-    stands: Cursor,
+    catch_up: CatchUp,
+    sent_position: Cursor,
     progress: Progress,
-    (watched, closed): (Watched, CancellationToken),
+    (watched, closed): (WatchedOutbox, CancellationToken),
 ) -> Answer {
-    let left = follower.subscription().identity().claims().expires_at().saturating_sub(now());
+    let left = catch_up.subscription().identity().claims().expires_at().saturating_sub(now());
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
     app.observe.session_opened();
-    watched.send_replace(Some(Arc::clone(&follower.outbox)));
+    watched.send_replace(Some(Arc::clone(&catch_up.outbox)));
     let mut stalls = app.stall_monitor.watch();
     if app.stall_monitor.stalled().is_some() {
         stalls.mark_changed();
     }
-    let (written, begun, over) = (0, false, false);
-    let stream =
-        Stream { app, watched, closed, follower, progress, written, stands, expiry, stalls, begun, over };
+    let (written, has_begun, is_closed) = (0, false, false);
+    let stream = Stream {
+        app,
+        watched,
+        closed,
+        catch_up,
+        progress,
+        written,
+        sent_position,
+        expiry,
+        stalls,
+        has_begun,
+        is_closed,
+    };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
         let chunk = counted(chunk.into_bytes(), &stream.app.budget);
@@ -84,45 +97,45 @@ pub fn answer(
 }
 
 impl Stream {
-    /// The next bytes; none at the end.
+    /// Returns the next bytes; `None` at the end of the stream.
     async fn next(&mut self) -> Option<String> {
-        if !self.begun {
-            self.begun = true;
-            // Whoever loses the stream before its first event comes back to where it came from.
-            return Some(format!("retry: {RETRY}\nid: {}\n\n", self.stands));
+        if !self.has_begun {
+            self.has_begun = true;
+            // A client that loses the stream before its first event resumes from its original cursor.
+            return Some(format!("retry: {RETRY_MS}\nid: {}\n\n", self.sent_position));
         }
         loop {
-            if self.over {
+            if self.is_closed {
                 return None;
             }
-            // What was taken first, then what is there, so that there is room for what comes.
-            if !self.follower.outbox.hand().frames.is_empty() {
-                return self.told(Taken::Frames);
+            // Write frames already taken, then those waiting in the outbox, to make room before reading on.
+            if !self.catch_up.outbox.hand().frames.is_empty() {
+                return self.encoded(Taken::Frames);
             }
-            if let Some(taken) = self.follower.outbox.take().now_or_never()
-                && let Some(text) = self.told(taken)
+            if let Some(taken) = self.catch_up.outbox.take().now_or_never()
+                && let Some(text) = self.encoded(taken)
             {
                 return Some(text);
             }
-            let claims = self.follower.subscription().identity().claims().clone();
+            let claims = self.catch_up.subscription().identity().claims().clone();
             if self.progress == Progress::More {
                 tokio::select! {
-                    // A long past is no reason to go on after its token has ended.
+                     // Poll the expiry first: a long replay must not continue after it.
                     biased;
                     () = sleep_until(self.expiry) => return Some(self.expired()),
                     () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
                     () = self.app.end.cancelled() => return None,
                     () = self.closed.cancelled() => return None,
-                    went_on = self.follower.go_on() => match went_on {
+                    outcome = self.catch_up.go_on() => match outcome {
                         Ok(progress) => self.progress = progress,
-                        Err(missed) => return Some(self.ended(&missed)),
+                        Err(error) => return Some(self.replay_failed(&error)),
                     },
                 }
                 continue;
             }
-            let outbox = Arc::clone(&self.follower.outbox);
+            let outbox = Arc::clone(&self.catch_up.outbox);
             tokio::select! {
-                taken = outbox.take() => if let Some(text) = self.told(taken) {
+                taken = outbox.take() => if let Some(text) = self.encoded(taken) {
                     return Some(text);
                 },
                 () = sleep_until(self.expiry) => return Some(self.expired()),
@@ -137,7 +150,7 @@ impl Stream {
                 () = self.app.end.cancelled() => return None,
                 () = self.closed.cancelled() => return None,
                 () = sleep_until(Instant::now() + self.app.limits.keep_alive) => {
-                    if let Some(text) = self.still_here().await {
+                    if let Some(text) = self.keep_alive().await {
                         return Some(text);
                     }
                 }
@@ -145,36 +158,36 @@ impl Stream {
         }
     }
 
-    /// What keeps proxies from taking a quiet stream for a dead one, with the id that it has come to: whoever lost it long
-    /// after its last event would have a cursor older than what is kept.
-    async fn still_here(&mut self) -> Option<String> {
-        let position = timeout(ASKED, self.follower.position()).await.ok().flatten();
-        // What was delivered before the answer goes first, and has ids of its own.
-        if let Some(taken) = self.follower.outbox.take().now_or_never() {
-            return self.told(taken);
+    /// Returns a keep-alive with the current position as id. It stops proxies from closing an idle stream, and keeps the
+    /// client's cursor within the retention.
+    async fn keep_alive(&mut self) -> Option<String> {
+        let position = timeout(POSITION_TIMEOUT, self.catch_up.position()).await.ok().flatten();
+        // Changes delivered before the position was returned go first; they have their own ids.
+        if let Some(taken) = self.catch_up.outbox.take().now_or_never() {
+            return self.encoded(taken);
         }
-        // From the second on in which the token ends nothing is delivered to it: what comes then is for the next one.
-        let is_good = now() < self.follower.subscription().identity().claims().expires_at();
-        let moved = position.filter(|position| is_good && position.is_at_or_after(&self.stands));
-        let Some(position) = moved.filter(|position| *position != self.stands) else {
+        // Nothing is delivered after the token's expiry, so a later position must not be sent: it would skip changes.
+        let is_in_force = now() < self.catch_up.subscription().identity().claims().expires_at();
+        let reached = position.filter(|position| is_in_force && position.is_at_or_after(&self.sent_position));
+        let Some(position) = reached.filter(|position| *position != self.sent_position) else {
             return Some(String::from(": still here\n\n"));
         };
         let text = format!("id: {position}\n\n");
-        self.stands = position;
+        self.sent_position = position;
         Some(text)
     }
 
-    /// What was taken, as events; none when there is nothing to tell.
-    fn told(&mut self, taken: Taken) -> Option<String> {
+    /// Encodes taken frames as events; `None` if there are none.
+    fn encoded(&mut self, taken: Taken) -> Option<String> {
         if taken != Taken::Frames {
-            // Too slow, or its table is another: it comes back with its last id.
-            self.over = true;
+            // The client is too slow, or the subscription must be bound again: the client reconnects with its last id.
+            self.is_closed = true;
             return None;
         }
-        let outbox = Arc::clone(&self.follower.outbox);
+        let outbox = Arc::clone(&self.catch_up.outbox);
         let mut hand = outbox.hand();
         let mut text = String::new();
-        while text.len() < TOGETHER
+        while text.len() < MAX_CHUNK
             && let Some(first) = hand.frames.front()
         {
             let head = std::str::from_utf8(first.head()).unwrap_or_default();
@@ -184,10 +197,10 @@ impl Stream {
                     if self.written == 0 {
                         let _ = write!(text, "event: change\nid: {cursor}\ndata: ");
                     }
-                    let most = change.len().min(self.written + TOGETHER);
-                    let end = (self.written..=most).rev().find(|end| change.is_char_boundary(*end));
-                    let end = end.unwrap_or(most);
-                    data(&mut text, &change[self.written..end]);
+                    let limit = change.len().min(self.written + MAX_CHUNK);
+                    let end = (self.written..=limit).rev().find(|end| change.is_char_boundary(*end));
+                    let end = end.unwrap_or(limit);
+                    write_data(&mut text, &change[self.written..end]);
                     self.written = end;
                     if end < change.len() {
                         continue;
@@ -196,8 +209,8 @@ impl Stream {
                     text.push_str("\n\n");
                 }
                 Some((cursor, ChangeEvent::Gap(why))) => {
-                    // Without a cursor it is another history, in which this stream has no place.
-                    self.over |= cursor.is_empty();
+                    // A gap without a cursor means another changelog history: the stream cannot continue.
+                    self.is_closed |= cursor.is_empty();
                     let why = serde_json::json!({ "error": format!("Gap: {why}") });
                     match cursor.is_empty() {
                         true => _ = write!(text, "event: gap\ndata: {why}\n\n"),
@@ -213,20 +226,20 @@ impl Stream {
     }
 
     fn expired(&mut self) -> String {
-        self.over = true;
+        self.is_closed = true;
         String::from("event: failure\ndata: {\"error\":\"the token has expired\"}\n\n")
     }
 
     fn withdrawn(&mut self) -> String {
-        self.over = true;
+        self.is_closed = true;
         String::from("event: failure\ndata: {\"error\":\"the token's key was withdrawn\"}\n\n")
     }
 
-    fn ended(&mut self, missed: &ReplayError) -> String {
-        self.over = true;
+    fn replay_failed(&mut self, error: &ReplayError) -> String {
+        self.is_closed = true;
         let mut text = String::new();
-        match missed {
-            // Without an id: whoever comes back with the last one is told by status 410.
+        match error {
+            // Without an id: a client that reconnects with its last id gets status 410.
             ReplayError::Gap(why) => {
                 let _ = write!(
                     text,
@@ -248,8 +261,8 @@ impl Drop for Stream {
     }
 }
 
-/// Data of an event. A line break would end its line: `json` columns keep those they were written with.
-fn data(text: &mut String, data: &str) {
+/// Writes the data of an event, one `data:` field for each line. `json` columns may contain line breaks.
+fn write_data(text: &mut String, data: &str) {
     for (number, line) in data.split(['\n', '\r']).enumerate() {
         if number > 0 {
             text.push_str("\ndata: ");

@@ -1,4 +1,4 @@
-//! A channel's way from its bookmark to the present: as far as its client reads, step by step.
+//! A channel that catches up from its bookmark to the live feed, step by step, as fast as its client reads.
 
 use std::future::pending;
 use std::task::{Context, Poll};
@@ -13,57 +13,57 @@ use crate::feed::catch_up::{CatchUp, Progress};
 use crate::feed::replay::reader::ReplayError;
 use crate::model::log::cursor::Cursor;
 
-/// One channel that is told what it missed.
+/// The catch-up of one channel.
 pub struct ChannelCatchUp {
-    place: watch::Receiver<Cursor>,
+    position: watch::Receiver<Cursor>,
     step: Step,
 }
 
 enum Step {
-    Reads(BoxFuture<'static, (CatchUp, Result<Progress, ReplayError>)>),
-    /// The client has to read first.
-    Waits(CatchUp),
+    Reading(BoxFuture<'static, (CatchUp, Result<Progress, ReplayError>)>),
+    /// Paused until the client has read what is in its outbox.
+    Waiting(CatchUp),
 }
 
 impl ChannelCatchUp {
-    /// Begins, after a pause.
-    pub fn new(follower: CatchUp, pause: Duration) -> Self {
-        Self { place: follower.place(), step: reads(follower, pause) }
+    /// Starts reading after a pause.
+    pub fn new(catch_up: CatchUp, pause: Duration) -> Self {
+        Self { position: catch_up.place(), step: read(catch_up, pause) }
     }
 
-    /// With somebody who has to read first.
-    pub fn waiting(follower: CatchUp) -> Self {
-        Self { place: follower.place(), step: Step::Waits(follower) }
+    /// Waits for the client to read before the next step.
+    pub fn waiting(catch_up: CatchUp) -> Self {
+        Self { position: catch_up.place(), step: Step::Waiting(catch_up) }
     }
 
-    /// Up to where everything is in the outbox.
-    pub fn place(&self) -> Cursor {
-        self.place.borrow().clone()
+    /// Returns the position up to which everything is in the outbox.
+    pub fn position(&self) -> Cursor {
+        self.position.borrow().clone()
     }
 
-    /// What came of the last step, once; it is over then.
+    /// Completes with the outcome of the current step. Must not be polled again afterwards.
     pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<(CatchUp, Result<Progress, ReplayError>)> {
         match &mut self.step {
-            Step::Reads(reads) => reads.poll_unpin(context),
-            Step::Waits(_) => Poll::Pending,
+            Step::Reading(reading) => reading.poll_unpin(context),
+            Step::Waiting(_) => Poll::Pending,
         }
     }
 
-    /// Reads on, if it waited.
-    pub fn go_on(&mut self) {
-        let nothing = Step::Reads(pending().boxed());
-        self.step = match std::mem::replace(&mut self.step, nothing) {
-            Step::Waits(follower) => reads(follower, Duration::ZERO),
+    /// Starts the next step if it was waiting.
+    pub fn resume(&mut self) {
+        let placeholder = Step::Reading(pending().boxed());
+        self.step = match std::mem::replace(&mut self.step, placeholder) {
+            Step::Waiting(catch_up) => read(catch_up, Duration::ZERO),
             step => step,
         };
     }
 }
 
-fn reads(mut follower: CatchUp, pause: Duration) -> Step {
+fn read(mut catch_up: CatchUp, pause: Duration) -> Step {
     let step = async move {
         sleep(pause).await;
-        let outcome = follower.go_on().await;
-        (follower, outcome)
+        let outcome = catch_up.go_on().await;
+        (catch_up, outcome)
     };
-    Step::Reads(step.boxed())
+    Step::Reading(step.boxed())
 }

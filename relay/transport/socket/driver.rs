@@ -1,4 +1,4 @@
-//! Drives one session over one WebSocket: frames in, the outbox out, time, and the end.
+//! Drives one session over one WebSocket: reads frames, writes the outbox, and handles timers, key changes and shutdown.
 
 use std::future::ready;
 use std::pin::{Pin, pin};
@@ -36,37 +36,37 @@ use crate::model::subscription::binding::Subscription;
 use crate::transport::app::App;
 use crate::transport::intake::Intake;
 use crate::transport::socket::frame_writer::{Broken, Socket, Writer};
-use crate::transport::socket::inbound::{Inbound, Kept, NO_ROOM, said};
+use crate::transport::socket::inbound::{Inbound, KeptMemory, NO_ROOM, decode};
 use crate::transport::socket::resume::{Resume, work};
 
-/// What a client said when it connected.
+/// The parameters of a client's handshake.
 pub struct ConnectRequest {
-    /// The serialisation of frames.
+    /// Protocol version of the frames.
     pub version: Version,
-    /// It wants to be told cursors.
+    /// Whether changes carry their cursor.
     pub with_cursor: bool,
-    /// It named its session.
+    /// Name of the session, if it can be resumed.
     pub name: Option<SessionName>,
-    /// Who it is.
+    /// Claims of the client's token or API key.
     pub claims: Claims,
 }
 
-/// Each step of an end in order may take this long.
-const LAST: Duration = Duration::from_secs(1);
-/// A client speaks faster than it may.
-const TOO_MANY: &str = "Too many messages per second";
-/// After this many writes in a row the client is heard, the clock looked at and so on.
-const TURNS: u8 = 16;
-/// So many joins that later ones made void may still be on their way. The next message waits in the socket for them.
-const VOID: usize = 8;
-/// Small, because it lives as long as the socket: the library's default of 128 KiB would be resident for every client.
+/// Time limit for each step of an orderly close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The message for a client that exceeds its message rate.
+const TOO_MANY_MESSAGES: &str = "Too many messages per second";
+/// Number of consecutive writes after which the other branches of the loop are polled.
+const MAX_CONSECUTIVE_WRITES: u8 = 16;
+/// Number of superseded binds that may still be pending. With more, no further message is read from the socket.
+const MAX_SUPERSEDED_BINDS: usize = 8;
+/// Read buffer in bytes. It lives as long as the socket: the library's default of 128 KiB would be resident for every client.
 const READ_BUFFER: usize = 1024;
 
 /// Why a session ends.
 enum SessionEnd {
     /// The client left, or its connection broke.
     Gone,
-    /// We end it with this close frame.
+    /// The relay closes the connection with this code and reason.
     Close(u16, &'static str),
 }
 
@@ -76,8 +76,8 @@ impl From<Broken> for SessionEnd {
     }
 }
 
-/// Takes over a connection after the handshake and serves it to its end.
-pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: ConnectRequest) {
+/// Serves a connection from the handshake to its close. `read` holds the bytes read beyond the handshake.
+pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: ConnectRequest) {
     let mut config = WebSocketConfig::default();
     config.read_buffer_size = READ_BUFFER;
     config.write_buffer_size = 0;
@@ -87,7 +87,7 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: Conne
     let socket = WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
     app.observe.session_opened();
     let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
-    let ConnectRequest { version, with_cursor, name, claims } = greeting;
+    let ConnectRequest { version, with_cursor, name, claims } = request;
     let session = Session::new(app.next_session(), version, claims, app.limits.channels);
     let resume =
         name.map(|name| Box::new(Resume::new(name, app.feed.clone(), Arc::clone(&outbox), app.resume)));
@@ -98,33 +98,34 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, greeting: Conne
         session,
         outbox,
         writer: Writer::default(),
-        turns: 0,
-        began: Instant::now(),
-        pace: RateLimit::new(&app.limits),
-        kept: Kept::new(&app.budget),
+        consecutive_writes: 0,
+        connected_at: Instant::now(),
+        rate_limit: RateLimit::new(&app.limits),
+        kept: KeptMemory::new(&app.budget),
         with_cursor,
         resume,
         binds,
-        held: None,
+        waiting_message: None,
     };
-    let over = driver.run().await;
+    let end = driver.run().await;
     let actions = driver.session.end();
-    driver.obey(actions, &mut None);
+    driver.perform(actions, &mut None);
     driver.resume = None;
-    if let SessionEnd::Close(code, reason) = over {
+    if let SessionEnd::Close(code, reason) = end {
         let close = CloseFrame { code: CloseCode::from(code), reason: Utf8Bytes::from_static(reason) };
-        let _ = timeout(LAST, async {
-            driver.writer.forget(&driver.outbox);
+        let _ = timeout(CLOSE_TIMEOUT, async {
+            driver.writer.discard(&driver.outbox);
             driver.writer.write(&mut driver.socket, &driver.outbox).await?;
             driver.socket.close(Some(close)).await.map_err(|_| SessionEnd::Gone)
         })
         .await;
-        // The client answers with its own close frame; cutting before that could cost it the last frames.
-        let _ =
-            timeout(LAST, async { while driver.socket.next().await.is_some_and(|frame| frame.is_ok()) {} })
-                .await;
-    } else if !driver.writer.is_amid_a_frame() {
-        // The answer to the client's own close frame is still with the library.
+        // Wait for the client's close frame: closing the connection earlier could lose the last frames.
+        let _ = timeout(CLOSE_TIMEOUT, async {
+            while driver.socket.next().await.is_some_and(|frame| frame.is_ok()) {}
+        })
+        .await;
+    } else if !driver.writer.is_within_frame() {
+        // The library still holds the answer to the client's close frame.
         let _ = timeout(Duration::from_millis(100), driver.socket.flush()).await;
     }
     app.observe.session_closed();
@@ -136,107 +137,107 @@ struct Driver {
     session: Session,
     outbox: Arc<Outbox>,
     writer: Writer,
-    /// Writes since everything else had its turn.
-    turns: u8,
-    began: Instant,
-    pace: RateLimit,
-    /// Memory for what is kept of the client's own words.
-    kept: Kept,
-    /// The client asked for cursors.
+    /// Writes since the other branches were polled.
+    consecutive_writes: u8,
+    connected_at: Instant,
+    rate_limit: RateLimit,
+    /// Memory reserved for the client's topics, filters and tokens.
+    kept: KeptMemory,
+    /// Whether changes carry their cursor.
     with_cursor: bool,
-    /// The client named its session.
+    /// Bookmarks of the channels, if the client named its session.
     resume: Option<Box<Resume>>,
-    binds: FuturesUnordered<BoxFuture<'static, Outcome>>,
-    /// A message whose token waits for keys to be read anew. Those after it wait in the socket.
-    held: Option<BoxFuture<'static, Message>>,
+    binds: FuturesUnordered<BoxFuture<'static, BindOutcome>>,
+    /// A message that waits for a refresh of the JWK set. Later messages wait in the socket.
+    waiting_message: Option<BoxFuture<'static, Message>>,
 }
 
-/// What came of binding a channel, at this attempt.
-type Outcome = (ChannelId, u32, Result<Bound, BindError>);
+/// The outcome of an attempt to bind a channel.
+type BindOutcome = (ChannelId, u32, Result<Bound, BindError>);
 
-/// What delivery begins with.
+/// A bound subscription, ready for delivery.
 struct Bound {
     subscription: Subscription,
-    /// The channel's bookmark, when it was opened for it.
+    /// The channel's bookmark, if it was opened for this bind.
     opened: Option<Opened>,
 }
 
 impl Driver {
     async fn run(&mut self) -> SessionEnd {
         let app = Arc::clone(&self.app);
-        let mut ended = pin!(app.end.cancelled());
+        let mut shutdown = pin!(app.end.cancelled());
         let mut keys = app.verifier.follow_keys();
         let silence = app.limits.silence;
-        let mut heard = Instant::now();
-        // Moved only when it is due or a token ends before it: most turns of the loop concern neither.
-        let mut alarm = pin!(sleep_until(heard + silence));
+        let mut last_read = Instant::now();
+        // Reset only when it fires or a token expires before it: most iterations need neither.
+        let mut alarm = pin!(sleep_until(last_read + silence));
         loop {
             tokio::select! {
-                // Writing first, as that is what most turns are for; the last branch keeps the others from waiting for ever.
+                 // Poll writes first because they are the most frequent. The last branch prevents the others from starving.
                 biased;
-                taken = self.outbox.take(), if self.turns < TURNS => match taken {
-                    Taken::Frames => if let Err(over) = self.write_in_time(&mut keys).await {
-                        return over;
+                taken = self.outbox.take(), if self.consecutive_writes < MAX_CONSECUTIVE_WRITES => match taken {
+                    Taken::Frames => if let Err(end) = self.write_in_time(&mut keys).await {
+                        return end;
                     },
                     Taken::Rebind(channel) => {
-                        // It goes on at its bookmark: of what comes in between nothing is told to it.
+                         // A resumable channel continues from its bookmark. Nothing is delivered to it until it is bound.
                         if let Some(resume) = &mut self.resume {
                             resume.stop(channel);
                         }
                         let actions = self.session.rebind(channel);
-                        self.obey(actions, &mut None);
+                        self.perform(actions, &mut None);
                     }
                     Taken::Full => return self.full(),
                 },
-                Some(message) = OptionFuture::from(self.held.as_mut()) => {
-                    self.held = None;
+                Some(message) = OptionFuture::from(self.waiting_message.as_mut()) => {
+                    self.waiting_message = None;
                     self.receive(message);
-                    self.be_woken_for_expiry(alarm.as_mut());
+                    self.advance_alarm_to_expiry(alarm.as_mut());
                 }
-                frame = self.socket.next(), if self.held.is_none()
-                    && self.binds.len() <= self.session.channel_count() + VOID => {
-                    heard = Instant::now();
-                    self.socket.get_ref().understood();
-                    self.writer.heard();
-                    if let Err(over) = self.hear(frame) {
-                        if matches!(over, SessionEnd::Close(..)) {
-                            // What the router has to say before it, such as the end of a channel, goes first.
-                            let _ = timeout(LAST, app.feed.settled()).await;
+                frame = self.socket.next(), if self.waiting_message.is_none()
+                    && self.binds.len() <= self.session.channel_count() + MAX_SUPERSEDED_BINDS => {
+                     last_read = Instant::now();
+                    self.socket.get_ref().message_complete();
+                    self.writer.frame_read();
+                    if let Err(end) = self.handle_frame(frame) {
+                        if matches!(end, SessionEnd::Close(..)) {
+                             // Write the router's pending frames first, such as the end of a channel.
+                            let _ = timeout(CLOSE_TIMEOUT, app.feed.settled()).await;
                             self.write_last().await;
                         }
-                        return over;
+                        return end;
                     }
-                    self.be_woken_for_expiry(alarm.as_mut());
+                    self.advance_alarm_to_expiry(alarm.as_mut());
                 }
                 Some(outcome) = self.binds.next(), if !self.binds.is_empty() => {
                     self.bound(outcome);
-                    self.be_woken_for_expiry(alarm.as_mut());
+                    self.advance_alarm_to_expiry(alarm.as_mut());
                 }
                 _ = work(&mut self.resume) => {}
                 Ok(()) = keys.changed() => {
                     let actions = self.session.recheck(&app.verifier);
-                    self.obey(actions, &mut None);
+                    self.perform(actions, &mut None);
                 }
-                () = ended.as_mut() => {
+                () = shutdown.as_mut() => {
                     self.write_last().await;
                     return SessionEnd::Close(1012, "the relay restarts, connect again");
                 }
                 () = alarm.as_mut() => {
-                    if heard.elapsed() >= silence {
+                    if last_read.elapsed() >= silence {
                         return SessionEnd::Close(1000, "no heartbeat came");
                     }
                     let actions = self.session.expire(now());
-                    self.obey(actions, &mut None);
-                    alarm.as_mut().reset(heard + silence);
-                    self.be_woken_for_expiry(alarm.as_mut());
+                    self.perform(actions, &mut None);
+                    alarm.as_mut().reset(last_read + silence);
+                    self.advance_alarm_to_expiry(alarm.as_mut());
                 }
-                () = ready(()), if self.turns >= TURNS => self.turns = 0,
+                () = ready(()), if self.consecutive_writes >= MAX_CONSECUTIVE_WRITES => self.consecutive_writes = 0,
             }
         }
     }
 
-    /// Sets the alarm earlier when a token ends before it.
-    fn be_woken_for_expiry(&self, alarm: Pin<&mut Sleep>) {
+    /// Moves the alarm forward if a token expires before it.
+    fn advance_alarm_to_expiry(&self, alarm: Pin<&mut Sleep>) {
         if let Some(at) = self.session.next_expiry() {
             let expiry = Instant::now() + Duration::from_secs(at.saturating_sub(now()).min(86_400));
             if expiry < alarm.deadline() {
@@ -245,36 +246,37 @@ impl Driver {
         }
     }
 
-    /// Writes what there is before the end, if the client takes it.
+    /// Writes the outbox once more before the session ends, if the client reads it.
     async fn write_last(&mut self) {
         if let Some(Taken::Frames) = self.outbox.take().now_or_never() {
-            let _ = timeout(LAST, self.writer.write(&mut self.socket, &self.outbox)).await;
+            let _ = timeout(CLOSE_TIMEOUT, self.writer.write(&mut self.socket, &self.outbox)).await;
         }
     }
 
+    /// Counts and returns the end of a session whose client reads too slowly.
     fn full(&self) -> SessionEnd {
         self.app.observe.session_full();
         SessionEnd::Close(1013, "the client reads too slowly: connect again and read the rows anew")
     }
 
-    /// Writes what was taken, unless the client takes nothing for too long.
+    /// Writes the frames taken from the outbox, with the write timeout.
     async fn write_in_time(&mut self, keys: &mut watch::Receiver<Arc<KeySet>>) -> Result<(), SessionEnd> {
-        // A client to which there is always something to write must not keep its thread from the others.
+        // Yield now and then: a client with a steady stream of frames must not starve other tasks of its thread.
         consume_budget().await;
-        self.turns += 1;
+        self.consecutive_writes += 1;
         while !self.writer.write_now(&mut self.socket, &self.outbox)? {
-            self.turns = TURNS;
+            self.consecutive_writes = MAX_CONSECUTIVE_WRITES;
             self.outbox.is_stuck_with(self.writer.left(&self.outbox));
             tokio::select! {
-                room = timeout(self.app.limits.write, Writer::room(&mut self.socket)) => match room {
-                    Ok(room) => room?,
+                 writable = timeout(self.app.limits.write, Writer::writable(&mut self.socket)) => match writable {
+                     Ok(writable) => writable?,
                     Err(_) => return Err(self.full()),
                 },
                 () = self.outbox.overflowed() => return Err(self.full()),
-                // Nothing more may be told by a token whose key is gone, however long this takes.
+                 // Nothing may be delivered under a token whose key was withdrawn, even during a long write.
                 Ok(()) = keys.changed() => {
                     let actions = self.session.recheck(&self.app.verifier);
-                    self.obey(actions, &mut None);
+                    self.perform(actions, &mut None);
                 }
             }
         }
@@ -284,52 +286,56 @@ impl Driver {
         Ok(())
     }
 
-    fn hear(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), SessionEnd> {
-        let (version, at) = (self.session.version(), self.began.elapsed());
-        let is_asked_for = match (&frame, &mut self.resume) {
+    /// Handles a frame from the client.
+    ///
+    /// # Errors
+    /// How the session ends, if the frame ends it.
+    fn handle_frame(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), SessionEnd> {
+        let (version, at) = (self.session.version(), self.connected_at.elapsed());
+        let is_expected_pong = match (&frame, &mut self.resume) {
             (Some(Ok(Frame::Pong(payload))), Some(resume)) => resume.pong(payload),
             _ => false,
         };
-        // The pong to a ping of ours is no message.
-        let is_in_time = is_asked_for || self.pace.messages.take(at);
-        let message = match said(version, frame) {
+        // The pong to one of the relay's pings does not count as a message.
+        let is_within_rate = is_expected_pong || self.rate_limit.messages.take(at);
+        let message = match decode(version, frame) {
             Inbound::Message(message) => Ok(message),
             Inbound::Unreadable(error) => Err(error),
             Inbound::LargeJoin(message) => {
                 let refused = self.session.refuse(&message, &too_large());
-                self.obey(vec![refused], &mut None);
-                return may_stay(is_in_time);
+                self.perform(vec![refused], &mut None);
+                return close_unless(is_within_rate);
             }
-            Inbound::Nothing => return may_stay(is_in_time),
+            Inbound::Ignored => return close_unless(is_within_rate),
             Inbound::Gone => return Err(SessionEnd::Gone),
             Inbound::Close(code, reason) => return Err(SessionEnd::Close(code, reason)),
         };
         match message {
-            Ok(message) if !is_in_time => {
-                let actions = self.session.shut(&message.topic, TOO_MANY);
-                may_stay(!actions.is_empty())?;
-                self.obey(actions, &mut None);
+            Ok(message) if !is_within_rate => {
+                let actions = self.session.shut(&message.topic, TOO_MANY_MESSAGES);
+                close_unless(!actions.is_empty())?;
+                self.perform(actions, &mut None);
             }
-            Ok(message) if message.event == "phx_join" && !self.pace.joins.take(at) => {
+            Ok(message) if message.event == "phx_join" && !self.rate_limit.joins.take(at) => {
                 let reason = "ClientJoinRateLimitReached: Too many joins per second";
                 let refused = self.session.refuse(&message, reason);
-                self.obey(vec![refused], &mut None);
+                self.perform(vec![refused], &mut None);
                 return Err(SessionEnd::Close(1001, "Too many joins per second"));
             }
-            Ok(message) if message.event == "phx_join" && !self.kept.may_keep(&self.session, &message) => {
+            Ok(message) if message.event == "phx_join" && !self.kept.reserve(&self.session, &message) => {
                 let refused = self.session.refuse(&message, NO_ROOM);
-                self.obey(vec![refused], &mut None);
+                self.perform(vec![refused], &mut None);
             }
             Ok(message) => {
                 let refreshed = ["user_token", "access_token"]
                     .into_iter()
                     .find_map(|name| self.app.verifier.refresh_for(message.payload.get(name)?.as_str()?));
                 match refreshed {
-                    Some(refreshed) => self.held = Some(refreshed.map(|()| message).boxed()),
+                    Some(refreshed) => self.waiting_message = Some(refreshed.map(|()| message).boxed()),
                     None => self.receive(message),
                 }
             }
-            Err(_) if !is_in_time => return may_stay(is_in_time),
+            Err(_) if !is_within_rate => return close_unless(is_within_rate),
             Err(error) => {
                 let payload = system("phoenix", "system", "error", &error.to_string());
                 self.outbox.push(fan_out(version, "phoenix", "system", &payload));
@@ -340,11 +346,11 @@ impl Driver {
 
     fn receive(&mut self, message: Message) {
         let actions = self.session.receive(message, now(), &self.app.verifier);
-        self.kept.keeps(&self.session);
-        self.obey(actions, &mut None);
+        self.kept.update(&self.session);
+        self.perform(actions, &mut None);
     }
 
-    fn bound(&mut self, (channel, attempt, outcome): Outcome) {
+    fn bound(&mut self, (channel, attempt, outcome): BindOutcome) {
         let (actions, mut bound) = match outcome {
             Ok(bound) => {
                 let refusals = bound.subscription.refusals().cloned().collect();
@@ -353,10 +359,11 @@ impl Driver {
             Err(BindError::Refused(refusal)) => (self.session.bound(channel, attempt, Err(refusal)), None),
             Err(BindError::Unavailable) => (self.session.unavailable(channel, attempt), None),
         };
-        self.obey(actions, &mut bound);
+        self.perform(actions, &mut bound);
     }
 
-    fn obey(&mut self, actions: Vec<Action>, bound: &mut Option<Bound>) {
+    /// Performs the session's actions. `bound` is the subscription for [`Action::Join`].
+    fn perform(&mut self, actions: Vec<Action>, bound: &mut Option<Bound>) {
         for action in actions {
             match action {
                 Action::Send(frame) => self.outbox.push(frame),
@@ -369,7 +376,7 @@ impl Driver {
                         let subscription = feed.bind(channel, identity, &requests).await?;
                         let opened = match opening {
                             Some(opening) => {
-                                // A bookmark of before its table was watched would be a gap.
+                                // Wait until the tables are watched: a bookmark from before that would be a gap.
                                 feed.beginning(&subscription).await.ok_or(BindError::Unavailable)?;
                                 opening.await?
                             }
@@ -400,6 +407,7 @@ impl Driver {
         }
     }
 
+    /// Starts delivery to a channel after the greeting.
     fn join(
         &mut self,
         channel: ChannelId,
@@ -415,14 +423,14 @@ impl Driver {
             Some(resume) => resume.start(channel, subscription, codec, greeting, opened),
             None => {
                 let outbox = Arc::clone(&self.outbox);
-                let registration = Subscriber { codec, subscription, since: None, outbox, missed: None };
-                self.app.feed.join(channel, registration, greeting);
+                let subscriber = Subscriber { codec, subscription, since: None, outbox, missed: None };
+                self.app.feed.join(channel, subscriber, greeting);
             }
         }
     }
 }
 
-/// Whoever speaks too fast and has no channel that could be closed for it is closed itself.
-fn may_stay(is_in_time: bool) -> Result<(), SessionEnd> {
-    if is_in_time { Ok(()) } else { Err(SessionEnd::Close(1008, TOO_MANY)) }
+/// Closes the connection of a client that exceeds its message rate where no channel can be closed instead.
+fn close_unless(is_within_rate: bool) -> Result<(), SessionEnd> {
+    if is_within_rate { Ok(()) } else { Err(SessionEnd::Close(1008, TOO_MANY_MESSAGES)) }
 }

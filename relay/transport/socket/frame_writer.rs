@@ -1,4 +1,4 @@
-//! Writes frames into a socket, many in one system call, and keeps nothing of them.
+//! Writes frames into a socket, many in one system call, without a buffer for each client.
 
 use std::cell::RefCell;
 use std::io::{ErrorKind, IoSlice};
@@ -12,18 +12,18 @@ use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::outbox::{Hand, Outbox};
 use crate::transport::intake::Intake;
 
-/// Frames are written together up to this size.
-const TOGETHER: usize = 64 * 1024;
-/// A client's queue keeps room for this many frames: enough for steady changes, little for an idle client.
-const ROOM: usize = 16;
-/// The first byte of a ping; no text begins with it.
+/// Maximum size in bytes of frames that are copied together for one system call.
+const MAX_BATCH: usize = 64 * 1024;
+/// Capacity that an empty queue keeps, in frames: enough for steady changes, little for an idle client.
+const KEPT_CAPACITY: usize = 16;
+/// The first byte of a WebSocket ping frame. No UTF-8 text begins with it.
 const PING: u8 = 0x89;
-/// The first byte of a text, whole.
+/// The first byte of an unfragmented WebSocket text frame.
 const TEXT: u8 = 0x81;
 
 thread_local! {
-    /// Where frames are put together for one system call: a thread's, as nothing stays in it when the call is done.
-    static WRITTEN: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+     /// Buffer in which frames are joined for one system call. One for each thread, because it is empty between calls.
+     static BATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A client's connection after the handshake.
@@ -33,153 +33,152 @@ pub type Socket = WebSocketStream<Intake>;
 #[derive(Debug)]
 pub struct Broken;
 
-/// Writes into one socket what is in the hand of its outbox: texts, and pings as [`ping`] makes them.
+/// Writes the frames taken from an outbox into its socket: texts, and pings made by [`ping`].
 ///
-/// Past the library, which would copy each frame into a buffer of this client's own, and keep that for good.
+/// It bypasses the WebSocket library, which would copy each frame into a buffer for each client and never shrink it.
 #[derive(Default)]
 pub struct Writer {
-    /// How many bytes of the first frame the socket has taken, its head included. Nothing else may be written before the
-    /// others.
-    begun: usize,
-    /// The library may have something to say by itself: a pong.
-    answers: bool,
+    /// Number of bytes of the first frame that are written, including its header. Nothing else may be written before the rest.
+    written: usize,
+    /// Whether the library may have a frame of its own to write: a pong or a close frame.
+    flush_needed: bool,
 }
 
 impl Writer {
-    /// Something was read: the library may want to answer it.
-    pub fn heard(&mut self) {
-        self.answers = true;
+    /// Marks that a frame was read, which the library may have to answer.
+    pub fn frame_read(&mut self) {
+        self.flush_needed = true;
     }
 
-    /// Gives up what is not written, but for a frame that was begun.
-    pub fn forget(&mut self, outbox: &Outbox) {
-        outbox.hand().frames.truncate(usize::from(self.begun > 0));
+    /// Drops all frames except a partly written one.
+    pub fn discard(&mut self, outbox: &Outbox) {
+        outbox.hand().frames.truncate(usize::from(self.written > 0));
     }
 
-    /// How many bytes are not written.
+    /// Returns the number of unwritten bytes.
     pub fn left(&self, outbox: &Outbox) -> usize {
-        outbox.hand().frames.iter().map(Frame::len).sum::<usize>().saturating_sub(self.begun)
+        outbox.hand().frames.iter().map(Frame::len).sum::<usize>().saturating_sub(self.written)
     }
 
-    /// Whether a frame was begun and not ended.
-    pub fn is_amid_a_frame(&self) -> bool {
-        self.begun > 0
+    /// Whether a frame is partly written.
+    pub fn is_within_frame(&self) -> bool {
+        self.written > 0
     }
 
-    /// Writes all frames, however long that takes.
+    /// Writes all frames. Has no time limit.
     ///
     /// # Errors
-    /// When the connection is broken.
+    /// If the connection is broken.
     pub async fn write(&mut self, socket: &mut Socket, outbox: &Outbox) -> Result<(), Broken> {
         while !self.write_now(socket, outbox)? {
-            Self::room(socket).await?;
+            Self::writable(socket).await?;
         }
         Ok(())
     }
 
-    /// Waits until the socket takes something.
+    /// Waits until the socket is writable.
     ///
     /// # Errors
-    /// When the connection is broken.
-    pub async fn room(socket: &mut Socket) -> Result<(), Broken> {
+    /// If the connection is broken.
+    pub async fn writable(socket: &mut Socket) -> Result<(), Broken> {
         socket.flush().await.map_err(|_| Broken)?;
         socket.get_ref().stream().writable().await.map_err(|_| Broken)
     }
 
-    /// Writes what the socket takes at once; true when that was everything.
+    /// Writes as much as the socket accepts without waiting. Returns true if everything was written.
     ///
     /// # Errors
-    /// When the connection is broken, or the rest of a frame that was begun was taken away.
+    /// If the connection is broken, or the rest of a partly written frame was evicted.
     pub fn write_now(&mut self, socket: &mut Socket, outbox: &Outbox) -> Result<bool, Broken> {
-        // An answer of the library's own must not end up inside a frame of ours.
-        if self.answers {
+        // Flush the library's own frames first: they must not be written inside one of ours.
+        if self.flush_needed {
             match socket.flush().now_or_never() {
                 Some(flushed) => flushed.map_err(|_| Broken)?,
                 None => return Ok(false),
             }
-            self.answers = false;
+            self.flush_needed = false;
         }
         let mut hand = outbox.hand();
-        if hand.is_evicted && self.begun > 0 {
+        if hand.is_evicted && self.written > 0 {
             return Err(Broken);
         }
         while let Some(first) = hand.frames.front() {
-            let whole = match first.len() > TOGETHER {
+            let whole = match first.len() > MAX_BATCH {
                 true => self.write_large(socket.get_ref().stream(), &mut hand)?,
                 false => {
                     let stream = socket.get_ref().stream();
-                    WRITTEN.with_borrow_mut(|written| self.write_together(stream, &mut hand, written))?
+                    BATCH.with_borrow_mut(|written| self.write_batch(stream, &mut hand, written))?
                 }
             };
             if !whole {
                 return Ok(false);
             }
         }
-        hand.frames.shrink_to(ROOM);
+        hand.frames.shrink_to(KEPT_CAPACITY);
         Ok(true)
     }
 
-    /// Writes the first frame as it is, without putting it together; true when the socket took all of it.
+    /// Writes the first frame without copying it. Returns true if all of it was written.
     fn write_large(&mut self, stream: &TcpStream, hand: &mut Hand) -> Result<bool, Broken> {
         let Some(first) = hand.frames.front() else { return Ok(true) };
-        let mut start = Vec::with_capacity(10);
-        put_start(&mut start, first);
+        let mut header = Vec::with_capacity(10);
+        put_header(&mut header, first);
         let [head, payload, tail] = first.pieces();
-        let mut pieces = [&start[..], head, payload, tail].map(IoSlice::new);
+        let mut pieces = [&header[..], head, payload, tail].map(IoSlice::new);
         let mut left = &mut pieces[..];
-        IoSlice::advance_slices(&mut left, self.begun);
+        IoSlice::advance_slices(&mut left, self.written);
         let length: usize = left.iter().map(|piece| piece.len()).sum();
-        let count = taken(stream.try_write_vectored(left))?;
-        self.took(count, hand);
+        let count = accepted(stream.try_write_vectored(left))?;
+        self.advance(count, hand);
         Ok(count == length)
     }
 
-    /// Writes the next frames in one call; true when the socket took them all.
-    fn write_together(
+    /// Writes the next small frames in one system call. Returns true if all of them were written.
+    fn write_batch(
         &mut self,
         stream: &TcpStream,
         hand: &mut Hand,
         written: &mut Vec<u8>,
     ) -> Result<bool, Broken> {
         written.clear();
-        for frame in hand.frames.iter().take_while(|frame| frame.len() <= TOGETHER) {
-            put_start(written, frame);
+        for frame in hand.frames.iter().take_while(|frame| frame.len() <= MAX_BATCH) {
+            put_header(written, frame);
             frame.pieces().into_iter().for_each(|piece| written.extend_from_slice(piece));
-            if written.len() >= TOGETHER {
+            if written.len() >= MAX_BATCH {
                 break;
             }
         }
-        let left = &written[self.begun..];
-        let count = taken(stream.try_write(left))?;
+        let left = &written[self.written..];
+        let count = accepted(stream.try_write(left))?;
         let whole = count == left.len();
-        written.shrink_to(2 * TOGETHER);
-        self.took(count, hand);
+        written.shrink_to(2 * MAX_BATCH);
+        self.advance(count, hand);
         Ok(whole)
     }
 
-    /// The socket took so many bytes more.
-    fn took(&mut self, count: usize, hand: &mut Hand) {
-        self.begun += count;
+    /// Counts `count` more bytes as written and removes the completed frames.
+    fn advance(&mut self, count: usize, hand: &mut Hand) {
+        self.written += count;
         while let Some(first) = hand.frames.front()
-            && let Some(left) = self.begun.checked_sub(start_length(first) + first.len())
+            && let Some(left) = self.written.checked_sub(header_length(first) + first.len())
         {
-            self.begun = left;
+            self.written = left;
             hand.frames.pop_front();
         }
     }
 }
 
-/// A ping with a number as its payload, to be queued among texts.
+/// Makes a complete ping frame with a number as its payload, to be queued among texts.
 pub fn ping(number: u64) -> Bytes {
     let mut frame = vec![PING, 8];
     frame.extend_from_slice(&number.to_be_bytes());
     frame.into()
 }
 
-/// What a server writes before a frame: of a text its length, of a ping, which is whole already, nothing.
-fn put_start(written: &mut Vec<u8>, frame: &Frame) {
+/// Writes the WebSocket header of a text. A ping is already complete and gets none.
+fn put_header(written: &mut Vec<u8>, frame: &Frame) {
     let length = frame.len();
-    match start_length(frame) {
+    match header_length(frame) {
         0 => {}
         2 => written.extend_from_slice(&[TEXT, length as u8]),
         4 => {
@@ -193,8 +192,8 @@ fn put_start(written: &mut Vec<u8>, frame: &Frame) {
     }
 }
 
-/// How many bytes stand before it in the socket.
-fn start_length(frame: &Frame) -> usize {
+/// Returns the length of the header that precedes a frame.
+fn header_length(frame: &Frame) -> usize {
     match frame.len() {
         _ if frame.head().first() == Some(&PING) => 0,
         0..126 => 2,
@@ -203,9 +202,9 @@ fn start_length(frame: &Frame) -> usize {
     }
 }
 
-/// How much the socket took at once.
-fn taken(written: std::io::Result<usize>) -> Result<usize, Broken> {
-    match written {
+/// Returns the number of bytes the socket accepted: 0 if it would block.
+fn accepted(outcome: std::io::Result<usize>) -> Result<usize, Broken> {
+    match outcome {
         Ok(count) => Ok(count),
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
         Err(_) => Err(Broken),

@@ -13,16 +13,16 @@ use crate::model::codec::phoenix::Version;
 use crate::model::identity::bookmark::NoSessionName;
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::connection_limits::ConnectionSlot;
-use crate::transport::early_refusal::Refusing;
+use crate::transport::early_refusal::EarlyRefusal;
 use crate::transport::intake::Intake;
-use crate::transport::query::twice;
+use crate::transport::query::repeated_error;
 use crate::transport::query::{is_unreadable, parameter, repeated};
 use crate::transport::response::Answer;
 use crate::transport::response::{empty, error};
 use crate::transport::socket::driver::{self, ConnectRequest};
 
-/// Answers the request of a handshake.
-pub async fn handshake(app: &Arc<App>, place: Arc<ConnectionSlot>, mut request: Request<Incoming>) -> Answer {
+/// Answers a handshake request.
+pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: Request<Incoming>) -> Answer {
     let refused = |status: StatusCode, why: &str| {
         app.observe.connection_refused(why);
         error(status, why)
@@ -36,13 +36,13 @@ pub async fn handshake(app: &Arc<App>, place: Arc<ConnectionSlot>, mut request: 
     let query = request.uri().query().unwrap_or_default();
     if let Some(name) = repeated(query) {
         app.observe.connection_refused("a parameter is there more than once");
-        return error(StatusCode::BAD_REQUEST, &twice(&name));
+        return error(StatusCode::BAD_REQUEST, &repeated_error(&name));
     }
     let Some(version) = Version::from_vsn(parameter(query, "vsn").as_deref()) else {
         app.observe.connection_refused("this version of the protocol (vsn) is not known");
         return empty(StatusCode::FORBIDDEN);
     };
-    let claims = match app.identify(&shown(request.headers(), query)).await {
+    let claims = match app.identify(&credential(request.headers(), query)).await {
         Ok(claims) => claims,
         Err(why) => {
             app.observe.connection_refused(&why.advised_text());
@@ -65,14 +65,14 @@ pub async fn handshake(app: &Arc<App>, place: Arc<ConnectionSlot>, mut request: 
         Ok(name) => name,
         Err(error) => return refused(StatusCode::BAD_REQUEST, &error.to_string()),
     };
-    let greeting = ConnectRequest { version, with_cursor, name, claims };
+    let connect_request = ConnectRequest { version, with_cursor, name, claims };
     let upgrade = hyper::upgrade::on(&mut request);
-    let session = Arc::clone(app);
+    let session_app = Arc::clone(app);
     app.sessions.spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
-        let Some((stream, read)) = taken_over(upgraded) else { return };
-        driver::serve(session, stream, read, greeting).await;
-        drop(place);
+        let Some((stream, read)) = into_connection(upgraded) else { return };
+        driver::serve(session_app, stream, read, connect_request).await;
+        drop(slot);
     });
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
@@ -84,19 +84,20 @@ pub async fn handshake(app: &Arc<App>, place: Arc<ConnectionSlot>, mut request: 
     answer
 }
 
-/// The bare connection, and what was read of it beyond the request. The reader's buffer of 8 KiB ends here: held by
-/// the session's future it would be most of what an idle client costs.
-fn taken_over(upgraded: Upgraded) -> Option<(Intake, Vec<u8>)> {
-    let parts = upgraded.downcast::<TokioIo<Refusing>>().ok()?;
+/// Returns the underlying connection and the bytes read beyond the request. Frees hyper's read buffer of 8 KiB: kept in the
+/// session's future it would be most of the memory of an idle client.
+fn into_connection(upgraded: Upgraded) -> Option<(Intake, Vec<u8>)> {
+    let parts = upgraded.downcast::<TokioIo<EarlyRefusal>>().ok()?;
     Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
 }
 
-/// The key or token that a handshake shows.
-fn shown(headers: &HeaderMap, query: &str) -> String {
+/// Returns the API key or token of a handshake; empty if there is none.
+fn credential(headers: &HeaderMap, query: &str) -> String {
     let header = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
     header.or_else(|| parameter(query, "apikey")).unwrap_or_default()
 }
 
+/// Returns the `Sec-WebSocket-Key`; `None` if the request is no valid handshake.
 fn upgrade_key(request: &Request<Incoming>) -> Option<String> {
     let headers = request.headers();
     let has = |name: header::HeaderName, token: &str| {

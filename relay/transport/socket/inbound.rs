@@ -1,4 +1,4 @@
-//! What a client's WebSocket frames say, and how much of what it says may be kept.
+//! Decoding of a client's WebSocket frames, and a limit on how much of their content is kept.
 
 use std::sync::Arc;
 
@@ -11,33 +11,33 @@ use crate::model::codec::phoenix::{
 use crate::model::session::join::{MOST_BYTES, MOST_TOPIC};
 use crate::model::session::machine::Session;
 
-/// Of its own words so much may be kept of one client: topics, filters, tokens of all its channels …
-const KEPT: usize = 1 << 20;
-/// … of which so much is what any client costs, and not counted.
-const FREE: usize = 16 * 1024;
+/// Maximum number of bytes kept for one client: topics, filters and tokens of all its channels.
+const MAX_KEPT: usize = 1 << 20;
+/// Number of these bytes that are not counted in the memory budget.
+const UNCOUNTED: usize = 16 * 1024;
 
-/// There is no room for what a join asks to keep.
+/// The refusal of a join whose topic, filters and token do not fit.
 pub const NO_ROOM: &str =
     "ChannelRateLimitReached: The topics, filters and tokens of all channels are too long";
 
-/// What a frame says.
+/// A decoded frame.
 pub enum Inbound {
     /// A message.
     Message(Message),
-    /// A join that is too large to be read.
+    /// A join that is too large to be parsed, without its payload.
     LargeJoin(Message),
-    /// No message.
+    /// A frame that is no valid message.
     Unreadable(FrameError),
-    /// Nothing that is to be answered here.
-    Nothing,
-    /// The client ends the connection, or it is broken.
+    /// A frame that needs no handling here, such as a pong.
+    Ignored,
+    /// The client closed the connection, or it is broken.
     Gone,
-    /// The connection is to be closed with this code and reason.
+    /// A protocol error: the connection must be closed with this code and reason.
     Close(u16, &'static str),
 }
 
-/// Understands a frame.
-pub fn said(version: Version, frame: Option<Result<Frame, SocketError>>) -> Inbound {
+/// Decodes a frame.
+pub fn decode(version: Version, frame: Option<Result<Frame, SocketError>>) -> Inbound {
     let message = match frame {
         None | Some(Ok(Frame::Close(_))) => return Inbound::Gone,
         Some(Err(SocketError::Capacity(_))) => return Inbound::Close(1009, "the message is too large"),
@@ -56,35 +56,35 @@ pub fn said(version: Version, frame: Option<Result<Frame, SocketError>>) -> Inbo
         Some(Ok(Frame::Binary(bytes))) if bytes.len() > MOST_BYTES => Err(FrameError::TooLarge),
         Some(Ok(Frame::Binary(bytes))) => match decode_binary(version, &bytes) {
             Ok(Binary::Message(message)) => Ok(message),
-            Ok(Binary::Opaque(_)) => return Inbound::Nothing,
+            Ok(Binary::Opaque(_)) => return Inbound::Ignored,
             Err(error) => Err(error),
         },
-        Some(Ok(_)) => return Inbound::Nothing,
+        Some(Ok(_)) => return Inbound::Ignored,
     };
     message.map_or_else(Inbound::Unreadable, Inbound::Message)
 }
 
-/// Memory for what is kept of a client's own words.
-pub struct Kept(Reserved);
+/// Memory reserved for a client's topics, filters and tokens.
+pub struct KeptMemory(Reserved);
 
-impl Kept {
-    /// For a client that said nothing yet.
+impl KeptMemory {
+    /// Creates the reservation of a new client: nothing.
     pub fn new(budget: &Arc<MemoryBudget>) -> Self {
         Self(budget.reserved())
     }
 
-    /// Whether there is room for what a join asks to keep.
-    pub fn may_keep(&mut self, session: &Session, join: &Message) -> bool {
-        // Refused for that, with a better reason.
+    /// Reserves memory for a join. Returns false if there is no room.
+    pub fn reserve(&mut self, session: &Session, join: &Message) -> bool {
+        // `Join::read` refuses the topic with a more precise reason.
         if join.topic.len() > MOST_TOPIC {
             return true;
         }
         let bytes = session.bytes() + join.topic.len() + join.payload.to_string().len();
-        bytes <= KEPT && self.0.resize(bytes.saturating_sub(FREE))
+        bytes <= MAX_KEPT && self.0.resize(bytes.saturating_sub(UNCOUNTED))
     }
 
-    /// Counts what is kept now.
-    pub fn keeps(&mut self, session: &Session) {
-        self.0.resize(session.bytes().saturating_sub(FREE));
+    /// Adjusts the reservation to what the session keeps now.
+    pub fn update(&mut self, session: &Session) {
+        self.0.resize(session.bytes().saturating_sub(UNCOUNTED));
     }
 }

@@ -1,7 +1,6 @@
-//! What makes a socket one that can be resumed: its channels begin where their bookmarks are, and the bookmarks follow
-//! what the client has surely received.
+//! Resumable sessions: channels continue from their bookmarks, and the bookmarks follow what the client has acknowledged.
 //!
-//! A ping goes out behind everything up to a known place of the feed. Its pong says that the client has all of that.
+//! A ping is queued behind everything up to a known position of the feed. Its pong acknowledges all of that.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -35,30 +34,30 @@ use crate::transport::socket::acks::{AckMode, AckPings};
 use crate::transport::socket::catch_up::ChannelCatchUp;
 use crate::transport::socket::frame_writer::ping;
 
-/// After something was delivered, the client is asked so much later what it has.
-const SOON: Duration = Duration::from_millis(500);
-/// Without anything delivered, bookmarks move at least this often.
-const LATE: Duration = Duration::from_secs(240);
-/// When the past cannot be read, the next try comes so much later.
-const PAUSE: Duration = Duration::from_millis(500);
+/// Delay between a delivery and the ping that asks for its acknowledgement.
+const PING_DELAY: Duration = Duration::from_millis(500);
+/// Maximum interval between bookmark updates when nothing is delivered.
+const MAX_IDLE_INTERVAL: Duration = Duration::from_secs(240);
+/// Delay before a failed replay is retried.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
 
-/// So many pings may be without their pong.
-const MOST_PINGS: usize = 16;
+/// Maximum number of pings without a pong.
+const MAX_PENDING_PINGS: usize = 16;
 
-/// What is told to whoever was away for too long.
+/// The gap text for a client that was disconnected for too long.
 const LAPSED: &str = "this session was away for longer than it is kept, read the rows again";
-/// What is told to a connection whose session goes on elsewhere.
-const TAKEN: &str = "another connection goes on with this session, or its user has too many of them: what this one misses from here on is not given back";
+/// The gap text for a connection whose session was taken over.
+const TAKEN_OVER: &str = "another connection goes on with this session, or its user has too many of them: what this one misses from here on is not given back";
 
-/// A channel's bookmark in our hands.
+/// A bookmark that this connection owns.
 struct OpenBookmark {
     bookmark: Bookmark,
-    /// It was taken over by another connection.
-    taken: Arc<AtomicBool>,
+    /// Set when another connection has taken the bookmark over.
+    taken_over: Arc<AtomicBool>,
     codec: Codec,
-    /// Where it was found, and then where the client's pongs have brought it.
+    /// The position it was opened at, then the position the client has acknowledged.
     at: Option<Cursor>,
-    /// The second at which the channel's token ends: from then on nothing is delivered to it, whatever the position.
+    /// Expiry of the channel's token, in Unix seconds. Nothing is delivered from then on, although the feed's position advances.
     expires_at: u64,
 }
 
@@ -66,57 +65,57 @@ struct OpenBookmark {
 struct Opening {
     channel: ChannelId,
     key: BookmarkKey,
-    /// Shared with whoever opens it. True when the client left the channel, or opens another bookmark for it.
+    /// Shared with the task that opens it. True when the client left the channel or opens another bookmark for it.
     left: Arc<AtomicBool>,
 }
 
-/// Up to where a channel is received once a pong has come.
+/// The position up to which a channel is received once a pong arrives.
 type BookmarkMark = (ChannelId, Bookmark, Cursor);
 
-/// The position is being asked for, with a ping behind it.
+/// A pending query for the feed's position, with a ping queued behind that position.
 struct PendingPing {
     ping: u64,
-    /// The channels that it is about: those that were delivered to.
+    /// The live channels with a bookmark.
     channels: Vec<(ChannelId, Bookmark)>,
     position: BoxFuture<'static, Option<DeliveredUpTo>>,
 }
 
-/// The channels of one socket that named its session.
+/// The bookmarks and replays of one resumable session.
 pub struct Resume {
     name: SessionName,
     feed: Feed,
     outbox: Arc<Outbox>,
-    /// Without anything delivered, bookmarks move this often, so that they do not grow old.
-    late: Duration,
-    held: BTreeMap<ChannelId, OpenBookmark>,
+    /// Interval between bookmark updates when nothing is delivered. Keeps bookmarks from expiring.
+    idle_interval: Duration,
+    bookmarks: BTreeMap<ChannelId, OpenBookmark>,
     opening: Vec<Opening>,
-    /// Channels that are told what they missed.
-    behind: BTreeMap<ChannelId, ChannelCatchUp>,
-    asked: Option<PendingPing>,
+    /// Channels that are catching up.
+    catching_up: BTreeMap<ChannelId, ChannelCatchUp>,
+    pending: Option<PendingPing>,
     pings: AckPings<Vec<BookmarkMark>>,
-    due: Pin<Box<Sleep>>,
+    next_ping: Pin<Box<Sleep>>,
 }
 
 impl Resume {
-    /// For the session of this name; `away` is how long it may be away.
+    /// Creates the state of a named session that can be resumed for `away` after its client disconnected.
     pub fn new(name: SessionName, feed: Feed, outbox: Arc<Outbox>, away: Duration) -> Self {
-        let late = LATE.min(away / 4);
+        let idle_interval = MAX_IDLE_INTERVAL.min(away / 4);
         Self {
             name,
             feed,
             outbox,
-            late,
-            held: BTreeMap::new(),
+            idle_interval,
+            bookmarks: BTreeMap::new(),
             opening: Vec::new(),
-            behind: BTreeMap::new(),
-            asked: None,
+            catching_up: BTreeMap::new(),
+            pending: None,
             pings: AckPings::default(),
-            due: Box::pin(sleep(late)),
+            next_ping: Box::pin(sleep(idle_interval)),
         }
     }
 
-    /// Opens the bookmark of a channel; none inside when the channel has it in hand. Once its token has ended it has not:
-    /// from then on nothing was delivered to it, and it goes on at the bookmark.
+    /// Opens the bookmark of a channel. Returns `None` if the channel already owns it and its token has not expired. After the
+    /// expiry nothing was delivered, so the bookmark is opened again and the channel continues from it.
     pub fn open(
         &mut self,
         channel: ChannelId,
@@ -124,27 +123,27 @@ impl Resume {
         topic: &str,
     ) -> impl Future<Output = Result<Option<Opened>, BindError>> + use<> {
         let key = BookmarkKey::new(self.name, claims, topic);
-        let has_it =
-            self.is_in_force(channel) && self.held.get(&channel).is_some_and(|held| held.bookmark.key == key);
+        let is_owned = self.is_in_force(channel)
+            && self.bookmarks.get(&channel).is_some_and(|held| held.bookmark.key == key);
         let (feed, left) = (self.feed.clone(), Arc::<AtomicBool>::default());
-        self.opening.retain(Opening::goes_on);
-        // An earlier try may come later than this one, and would take the bookmark from us.
+        self.opening.retain(Opening::is_pending);
+        // An earlier attempt may finish later than this one and would take the bookmark over.
         for earlier in self.opening.iter().filter(|opening| opening.channel == channel) {
             earlier.left.store(true, Ordering::Relaxed);
         }
-        if !has_it {
+        if !is_owned {
             self.opening.push(Opening { channel, key: key.clone(), left: Arc::clone(&left) });
         }
         async move {
-            match has_it {
+            match is_owned {
                 true => Ok(None),
                 false => feed.bookmark(key, || !left.load(Ordering::Relaxed)).await.map(Some),
             }
         }
     }
 
-    /// Delivers to a channel from its bookmark on, after the greeting. With a bookmark in hand: goes on, as somebody else
-    /// or with other rights.
+    /// Starts delivery to a channel after the greeting: from its opened bookmark, or, if it already owns one, from its current
+    /// position with another identity or other rights.
     pub fn start(
         &mut self,
         channel: ChannelId,
@@ -153,36 +152,38 @@ impl Resume {
         greeting: Vec<Bytes>,
         opened: Option<Opened>,
     ) {
-        let mut since = self.behind.remove(&channel).map(|behind| behind.place());
+        let mut since = self.catching_up.remove(&channel).map(|catching_up| catching_up.position());
         let mut gap = None;
         let expires_at = subscription.identity().claims().expires_at();
-        let has_ended = !self.is_in_force(channel);
-        if let Some(held) = self.held.get_mut(&channel) {
-            if has_ended {
-                // While this one was bound: from then on nothing was delivered, whatever a position says.
+        let has_expired = !self.is_in_force(channel);
+        if let Some(held) = self.bookmarks.get_mut(&channel) {
+            if has_expired {
+                // The old token expired during the bind. Nothing was delivered since, so ignore positions of the feed.
                 since = since.or_else(|| held.at.clone());
-                if let Some(asked) = &mut self.asked {
-                    asked.channels.retain(|(asked, _)| *asked != channel);
+                if let Some(pending) = &mut self.pending {
+                    pending.channels.retain(|(other, _)| *other != channel);
                 }
             }
             held.expires_at = expires_at;
         }
         if let Some(opened) = opened {
-            let (bookmark, taken) = (opened.bookmark().clone(), Arc::default());
+            let (bookmark, taken_over) = (opened.bookmark().clone(), Arc::default());
             (since, gap) = match opened {
                 Opened::At(_, cursor) => (Some(cursor), None),
                 Opened::Lapsed(_) => (None, Some(LAPSED)),
             };
             let at = since.clone();
-            self.held.insert(channel, OpenBookmark { bookmark, taken, codec: codec.clone(), at, expires_at });
+            self.bookmarks
+                .insert(channel, OpenBookmark { bookmark, taken_over, codec: codec.clone(), at, expires_at });
         }
         match since {
-            Some(since) => self.read(channel, subscription, codec, greeting, since),
-            None => self.begin_anew(channel, subscription, codec, greeting, gap),
+            Some(since) => self.replay(channel, subscription, codec, greeting, since),
+            None => self.start_live(channel, subscription, codec, greeting, gap),
         }
     }
 
-    fn read(
+    /// Ends live delivery to a channel and replays from `since`.
+    fn replay(
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
@@ -190,15 +191,15 @@ impl Resume {
         greeting: Vec<Bytes>,
         since: Cursor,
     ) {
-        // What was delivered until now, if anything, was for other rights.
+        // Deliveries until now, if any, were for other rights.
         self.feed.leave(channel, &self.outbox, greeting);
         let (feed, outbox) = (self.feed.clone(), Arc::clone(&self.outbox));
-        let follower = CatchUp::new(feed, channel, subscription, codec, since, outbox);
-        self.behind.insert(channel, ChannelCatchUp::new(follower, Duration::ZERO));
+        let catch_up = CatchUp::new(feed, channel, subscription, codec, since, outbox);
+        self.catching_up.insert(channel, ChannelCatchUp::new(catch_up, Duration::ZERO));
     }
 
-    /// Delivers from now on; `gap` says why what came before is missing.
-    fn begin_anew(
+    /// Starts live delivery to a channel. `gap` says why earlier changes are missing.
+    fn start_live(
         &mut self,
         channel: ChannelId,
         subscription: Subscription,
@@ -214,51 +215,52 @@ impl Resume {
             greeting,
         );
         if gap.is_some() {
-            self.due.as_mut().reset(Instant::now());
-            // Where it was cannot be had any more.
-            if let Some(held) = self.held.get_mut(&channel) {
+            self.next_ping.as_mut().reset(Instant::now());
+            // The old position cannot be replayed any more.
+            if let Some(held) = self.bookmarks.get_mut(&channel) {
                 held.at = None;
             }
         }
     }
 
-    /// Delivery to a channel ends; its client may come back to it.
+    /// Stops delivery to a channel and keeps its bookmark, so that the client can resume it.
     pub fn stop(&mut self, channel: ChannelId) {
-        self.behind.remove(&channel);
-        self.held.remove(&channel);
+        self.catching_up.remove(&channel);
+        self.bookmarks.remove(&channel);
     }
 
-    /// A client left a channel and will not come back to it.
+    /// Deletes the bookmark of a channel that the client left.
     pub fn forget(&mut self, channel: ChannelId) {
-        if let Some(held) = self.held.remove(&channel) {
+        if let Some(held) = self.bookmarks.remove(&channel) {
             self.feed.bookmarks().forget(held.bookmark);
         }
-        for opening in self.opening.extract_if(.., |opening| opening.channel == channel && opening.goes_on())
+        for opening in
+            self.opening.extract_if(.., |opening| opening.channel == channel && opening.is_pending())
         {
             opening.left.store(true, Ordering::Relaxed);
             self.feed.bookmarks().forget_opening(opening.key);
         }
     }
 
-    /// A pong came: the client has everything before the ping of this number. False when it was not asked for.
+    /// Handles a pong: the client has everything sent before the ping of this number. Returns false if it was not expected.
     pub fn pong(&mut self, payload: &[u8]) -> bool {
         let Ok(number) = payload.try_into().map(u64::from_be_bytes) else { return false };
-        let is_asked_for = self.pings.answered(number);
-        self.receive();
-        is_asked_for
+        let is_expected = self.pings.handle_pong(number);
+        self.move_bookmarks();
+        is_expected
     }
 
-    /// Frames were written.
+    /// Called after frames were written: schedules a ping and continues replays that waited for the client.
     pub fn written(&mut self) {
-        if self.outbox.was_delivered_to() && self.due.deadline() > Instant::now() + SOON {
-            self.due.as_mut().reset(Instant::now() + SOON);
+        if self.outbox.was_delivered_to() && self.next_ping.deadline() > Instant::now() + PING_DELAY {
+            self.next_ping.as_mut().reset(Instant::now() + PING_DELAY);
         }
-        if !self.behind.is_empty() && !self.outbox.is_behind() {
-            self.behind.values_mut().for_each(ChannelCatchUp::go_on);
+        if !self.catching_up.is_empty() && !self.outbox.is_behind() {
+            self.catching_up.values_mut().for_each(ChannelCatchUp::resume);
         }
     }
 
-    /// Does what there is to do, for ever. Cancel safe.
+    /// Runs replays and pings; never returns. Cancel safe.
     pub async fn work(&mut self) -> Infallible {
         poll_fn(|context| {
             while self.step(context) {}
@@ -267,117 +269,123 @@ impl Resume {
         .await
     }
 
-    /// Whether something was done.
+    /// Performs one step. Returns false if there is nothing to do now.
     fn step(&mut self, context: &mut Context<'_>) -> bool {
-        let mut done = None;
-        for (channel, behind) in &mut self.behind {
-            if let Poll::Ready(outcome) = behind.poll(context) {
-                done = Some((*channel, outcome));
+        let mut finished = None;
+        for (channel, catching_up) in &mut self.catching_up {
+            if let Poll::Ready(outcome) = catching_up.poll(context) {
+                finished = Some((*channel, outcome));
                 break;
             }
         }
-        if let Some((channel, (follower, outcome))) = done {
-            self.has_read(channel, follower, outcome);
+        if let Some((channel, (catch_up, outcome))) = finished {
+            self.replay_step_done(channel, catch_up, outcome);
             return true;
         }
-        if let Some(asked) = &mut self.asked
-            && let Poll::Ready(position) = asked.position.poll_unpin(context)
+        if let Some(pending) = &mut self.pending
+            && let Poll::Ready(position) = pending.position.poll_unpin(context)
         {
-            if let (Some(asked), Some(DeliveredUpTo { channels, .. })) = (self.asked.take(), position) {
-                let place =
-                    |asked| channels.iter().find(|(told, _)| *told == asked).map(|(_, here)| here.clone());
-                let told = asked.channels.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
-                let marks = told
-                    .filter_map(|(channel, bookmark)| Some((channel, bookmark, place(channel)?)))
+            if let (Some(pending), Some(DeliveredUpTo { channels, .. })) = (self.pending.take(), position) {
+                let position =
+                    |channel| channels.iter().find(|(other, _)| *other == channel).map(|(_, at)| at.clone());
+                let in_force = pending.channels.into_iter().filter(|(channel, _)| self.is_in_force(*channel));
+                let marks = in_force
+                    .filter_map(|(channel, bookmark)| Some((channel, bookmark, position(channel)?)))
                     .collect();
-                self.pings.note(asked.ping, marks);
-                self.receive();
+                self.pings.record(pending.ping, marks);
+                self.move_bookmarks();
             }
             return true;
         }
-        if self.due.as_mut().poll(context).is_ready() {
-            self.due.as_mut().reset(Instant::now() + self.late);
-            self.ask();
+        if self.next_ping.as_mut().poll(context).is_ready() {
+            self.next_ping.as_mut().reset(Instant::now() + self.idle_interval);
+            self.query_position();
             return true;
         }
         false
     }
 
-    fn has_read(&mut self, channel: ChannelId, follower: CatchUp, outcome: Result<Progress, ReplayError>) {
-        self.behind.remove(&channel);
+    fn replay_step_done(
+        &mut self,
+        channel: ChannelId,
+        catch_up: CatchUp,
+        outcome: Result<Progress, ReplayError>,
+    ) {
+        self.catching_up.remove(&channel);
         match outcome {
             Ok(Progress::Live) => {
-                follower.settle();
-                self.due.as_mut().reset(Instant::now() + SOON);
+                catch_up.settle();
+                self.next_ping.as_mut().reset(Instant::now() + PING_DELAY);
             }
             Ok(Progress::More) => {
                 if self.is_in_force(channel)
-                    && let Some(held) = self.held.get(&channel)
+                    && let Some(held) = self.bookmarks.get(&channel)
                 {
-                    let mark = (channel, held.bookmark.clone(), follower.since());
+                    let mark = (channel, held.bookmark.clone(), catch_up.since());
                     let number = self.pings.next(AckMode::Own);
-                    self.pings.note(number, vec![mark]);
+                    self.pings.record(number, vec![mark]);
                     self.outbox.push(ping(number));
                 }
-                let mut behind = ChannelCatchUp::waiting(follower);
+                let mut catching_up = ChannelCatchUp::waiting(catch_up);
                 if !self.outbox.is_behind() {
-                    behind.go_on();
+                    catching_up.resume();
                 }
-                self.behind.insert(channel, behind);
+                self.catching_up.insert(channel, catching_up);
             }
             Err(ReplayError::Gap(why)) => {
-                let (subscription, codec) = (follower.subscription().clone(), follower.codec().clone());
-                drop(follower);
-                self.begin_anew(channel, subscription, codec, Vec::new(), Some(why));
+                let (subscription, codec) = (catch_up.subscription().clone(), catch_up.codec().clone());
+                drop(catch_up);
+                self.start_live(channel, subscription, codec, Vec::new(), Some(why));
             }
-            Err(missed) => {
-                // The database is to be asked again; or the token has ended, and its channel does in a moment.
-                if let ReplayError::Unavailable(error) = missed {
-                    tracing::debug!(error = %error, "a session waits for what it missed");
+            Err(error) => {
+                // Retry: the database is unavailable, or the token has expired and the channel is about to be closed.
+                if let ReplayError::Unavailable(error) = error {
+                    tracing::debug!(error = %error, "replay not read, retrying");
                 }
-                self.behind.insert(channel, ChannelCatchUp::new(follower, PAUSE));
+                self.catching_up.insert(channel, ChannelCatchUp::new(catch_up, RETRY_DELAY));
             }
         }
     }
 
-    /// Whether everything up to now was delivered to a channel: its token has not ended.
+    /// Whether the channel's token has not expired, so that everything up to now was delivered to it.
     fn is_in_force(&self, channel: ChannelId) -> bool {
-        self.held.get(&channel).is_some_and(|held| now() < held.expires_at)
+        self.bookmarks.get(&channel).is_some_and(|held| now() < held.expires_at)
     }
 
-    /// Asks where the feed is, with a ping behind everything up to there.
-    fn ask(&mut self) {
-        self.held.retain(|_, held| {
-            let is_ours = !held.taken.load(Ordering::Relaxed);
+    /// Queries the feed's position, with a ping queued behind everything up to it.
+    fn query_position(&mut self) {
+        self.bookmarks.retain(|_, held| {
+            let is_ours = !held.taken_over.load(Ordering::Relaxed);
             if !is_ours {
-                self.outbox.push(held.codec.gap(TAKEN, ""));
+                self.outbox.push(held.codec.gap(TAKEN_OVER, ""));
             }
             is_ours
         });
-        let delivered = self.held.iter().filter(|(channel, _)| !self.behind.contains_key(channel));
-        let channels: Vec<_> = delivered.map(|(channel, held)| (*channel, held.bookmark.clone())).collect();
-        // A client that does not answer pings is not asked for ever.
-        if self.asked.is_some() || channels.is_empty() || self.pings.waiting() >= MOST_PINGS {
+        let live = self.bookmarks.iter().filter(|(channel, _)| !self.catching_up.contains_key(channel));
+        let channels: Vec<_> = live.map(|(channel, held)| (*channel, held.bookmark.clone())).collect();
+        // Stop pinging a client that does not answer.
+        if self.pending.is_some() || channels.is_empty() || self.pings.pending() >= MAX_PENDING_PINGS {
             return;
         }
         let number = self.pings.next(AckMode::Router);
-        let asked = channels.iter().map(|(channel, _)| *channel).collect();
+        let queried = channels.iter().map(|(channel, _)| *channel).collect();
         let (feed, then) = (self.feed.clone(), Some((Arc::clone(&self.outbox), ping(number))));
-        let position = async move { feed.position(asked, then).await }.boxed();
-        self.asked = Some(PendingPing { ping: number, channels, position });
+        let position = async move { feed.position(queried, then).await }.boxed();
+        self.pending = Some(PendingPing { ping: number, channels, position });
     }
 
-    /// Moves bookmarks to what the last pong says, and never back: pongs of one way may come long after those of the other.
-    fn receive(&mut self) {
-        while let Some(marks) = self.pings.received() {
+    /// Moves bookmarks to the acknowledged positions. Never moves one back: pongs of one mode may arrive long after those of the
+    /// other.
+    fn move_bookmarks(&mut self) {
+        while let Some(marks) = self.pings.next_acknowledged() {
             for (channel, bookmark, to) in marks {
-                if let Some(held) = self.held.get_mut(&channel)
+                if let Some(held) = self.bookmarks.get_mut(&channel)
                     && held.bookmark == bookmark
                     && held.at.as_ref().is_none_or(|at| to.is_at_or_after(at))
                     && !self.outbox.is_to_rebind(channel)
                 {
                     held.at = Some(to.clone());
-                    self.feed.bookmarks().move_to(bookmark, to, &held.taken);
+                    self.feed.bookmarks().move_to(bookmark, to, &held.taken_over);
                 }
             }
         }
@@ -385,13 +393,13 @@ impl Resume {
 }
 
 impl Opening {
-    /// Somebody is about it still; else it is ours alone.
-    fn goes_on(&self) -> bool {
+    /// Whether the task that opens the bookmark is still running: it holds the other reference.
+    fn is_pending(&self) -> bool {
         Arc::strong_count(&self.left) > 1
     }
 }
 
-/// The work of a session that can be resumed; for ever.
+/// Runs the work of a resumable session; never returns.
 pub async fn work(resume: &mut Option<Box<Resume>>) -> Infallible {
     match resume {
         Some(resume) => resume.work().await,
