@@ -326,7 +326,7 @@ impl Settings {
         let tokens = TokenSettings {
             secrets: self.jwt_secret.into_iter().collect(),
             keys,
-            group: self.jwt_audience,
+            audience: self.jwt_audience,
             issuer: self.jwt_issuer,
             publishable_keys: self.publishable_key,
             secret_keys: self.secret_key,

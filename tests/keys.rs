@@ -360,7 +360,7 @@ async fn a_withdrawn_key_ends_what_its_tokens_opened_at_once_and_nothing_else() 
 async fn an_endpoint_is_believed_by_its_certificate_and_its_failure_is_told_once() {
     let database = Database::new().await;
     let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/tls/authority.pem");
-    for (trusted, told) in [(Some(authority), "the JWK set was read"), (None, "the JWK set cannot be read")] {
+    for (trusted, told) in [(Some(authority), "JWK set loaded"), (None, "JWK set not loaded")] {
         let issuer = Issuer::start_tls(Behaviour::Text(jwks(&[1]))).await;
         let url = format!("https://localhost:{}/jwks.json?canary", issuer.address.port());
         let mut program = relay(&["serve", "--listen", "127.0.0.1:0", "--database-url", &database.url]);

@@ -1,4 +1,4 @@
-//! Keys that verify tokens: read from a JWK set, each bound to what it may verify. Pure: where a set comes from is not known here.
+//! Parsing of JWK sets: each key is bound to the algorithms it may verify. No I/O.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -8,15 +8,15 @@ use sha2::{Digest, Sha256};
 
 use crate::model::identity::claims::KeyId;
 
-/// RFC 7518 asks for a key as long as the hash of HS256; shorter secrets have been guessed.
-const SHORTEST_SECRET: usize = 32;
+/// Minimum length of a secret in bytes. RFC 7518 requires a key as long as the hash of HS256; shorter secrets have been guessed.
+const MIN_SECRET_BYTES: usize = 32;
 
-/// A secret is too short; it has this many bytes.
+/// A secret is too short. Holds its length in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the JWT secret has {0} bytes, at least {SHORTEST_SECRET} are needed")]
+#[error("the JWT secret has {0} bytes, at least {MIN_SECRET_BYTES} are needed")]
 pub struct ShortSecret(pub usize);
 
-/// The text is no JWK set.
+/// The text is not a JWK set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the JWK set is not a JSON object with a list `keys`")]
 pub struct BadJwks;
@@ -28,7 +28,7 @@ pub struct KeySet {
     skipped: Vec<String>,
 }
 
-/// A key of a JWK set, bound to what it may verify: the header of a token only chooses within that.
+/// A key of a JWK set, bound to the algorithms it may verify. The header of a token only chooses among these.
 struct PublishedKey {
     id: KeyId,
     kid: Option<String>,
@@ -37,10 +37,10 @@ struct PublishedKey {
 }
 
 impl KeySet {
-    /// Reads a JWK set. Keys that can't be used are left out, see [`skipped`](Self::skipped).
+    /// Parses a JWK set. Unusable keys are left out, see [`skipped`](Self::skipped).
     ///
     /// # Errors
-    /// When the text is no JWK set at all.
+    /// If the text is not a JWK set.
     pub fn parse(text: &str) -> Result<Self, BadJwks> {
         let set: Value = serde_json::from_str(text).map_err(|_| BadJwks)?;
         let Some(Value::Array(list)) = set.get("keys") else {
@@ -59,32 +59,32 @@ impl KeySet {
         Ok(Self { keys, skipped })
     }
 
-    /// The keys of the set that can't be used, each with the reason.
+    /// Returns the unusable keys of the set, each with the reason.
     pub fn skipped(&self) -> &[String] {
         &self.skipped
     }
 
-    /// How many keys can be used.
+    /// Returns the number of usable keys.
     pub fn len(&self) -> usize {
         self.keys.len()
     }
 
-    /// Whether none can be used.
+    /// Whether there is no usable key.
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty()
     }
 
-    /// Whether there is a key of this name, or one without a name.
+    /// Whether there is a key with this `kid`; for `None`, a key without one.
     pub fn has(&self, kid: Option<&str>) -> bool {
         self.keys.iter().any(|key| key.kid.as_deref() == kid)
     }
 
-    /// Whether this very key is among them.
+    /// Whether exactly this key is in the set.
     pub fn holds(&self, id: KeyId) -> bool {
         self.keys.iter().any(|key| key.id == id)
     }
 
-    /// The keys that may have signed a token of this header.
+    /// Returns the keys that may have signed a token with this algorithm and `kid`.
     pub fn candidates(
         &self,
         algorithm: Algorithm,
@@ -96,21 +96,21 @@ impl KeySet {
     }
 }
 
-/// A secret that is long enough.
+/// Returns the secret if it is long enough.
 ///
 /// # Errors
-/// When it is not.
-pub fn strong(secret: &[u8]) -> Result<&[u8], ShortSecret> {
-    if secret.len() < SHORTEST_SECRET {
+/// If it is too short.
+pub fn checked_secret(secret: &[u8]) -> Result<&[u8], ShortSecret> {
+    if secret.len() < MIN_SECRET_BYTES {
         return Err(ShortSecret(secret.len()));
     }
     Ok(secret)
 }
 
-/// An algorithm by its name. `none` isn't among them, nor any that we can't verify.
+/// Returns an algorithm by its JWA name. `None` for `none` and for unsupported algorithms.
 pub fn algorithm_of(name: &str) -> Option<Algorithm> {
     match name {
-        // RFC 9864 gave the curve's own name to what was EdDSA.
+        // RFC 9864 renamed EdDSA with this curve to the curve's name.
         "Ed25519" => Some(Algorithm::EdDSA),
         name => name.parse().ok(),
     }
@@ -131,7 +131,9 @@ fn read_jwk(jwk: &Value) -> Result<PublishedKey, String> {
     };
     let kty = text("kty").unwrap_or_default();
     let key = match (kty, text("crv").unwrap_or_default()) {
-        ("oct", _) => DecodingKey::from_secret(strong(&bytes("k")?).map_err(|short| short.to_string())?),
+        ("oct", _) => {
+            DecodingKey::from_secret(checked_secret(&bytes("k")?).map_err(|short| short.to_string())?)
+        }
         ("RSA", _) => rsa_key(&bytes("n")?, &bytes("e")?)?,
         ("EC", "P-256") => point_key(&bytes("x")?, &bytes("y")?, 32)?,
         ("EC", "P-384") => point_key(&bytes("x")?, &bytes("y")?, 48)?,
@@ -140,7 +142,7 @@ fn read_jwk(jwk: &Value) -> Result<PublishedKey, String> {
         (kty, _) => return Err(format!("the key type {kty:?} is not supported")),
     };
     let mut algorithms = key.family().algorithms().to_vec();
-    // Only an attempt shows whether a point lies on the curve of the algorithm.
+    // Only an attempt to verify shows whether a point lies on the algorithm's curve.
     algorithms.retain(|algorithm| crypto::verify("", b"", &key, *algorithm).is_ok());
     if algorithms.is_empty() {
         return Err("it is not a point on its curve".to_owned());
@@ -155,7 +157,7 @@ fn read_jwk(jwk: &Value) -> Result<PublishedKey, String> {
     Ok(PublishedKey { id: id_of(jwk), kid, algorithms, key })
 }
 
-/// By everything that decides which tokens a key verifies, in whatever order it stands.
+/// Hashes every field that decides which tokens a key verifies, in a fixed order.
 fn id_of(jwk: &Value) -> KeyId {
     let mut hash = Sha256::new();
     for name in ["kid", "kty", "alg", "crv", "n", "e", "x", "y", "k"] {
@@ -166,7 +168,7 @@ fn id_of(jwk: &Value) -> KeyId {
     KeyId(u64::from_be_bytes(first.unwrap_or_default()))
 }
 
-/// Sizes as RFC 7518 asks (2048 bits at least) and as the library can take (4096 at most).
+/// Accepts 2048 bits, the minimum of RFC 7518, to 4096 bits, the maximum of the library.
 fn rsa_key(modulus: &[u8], exponent: &[u8]) -> Result<DecodingKey, String> {
     let zeros = modulus.iter().take_while(|byte| **byte == 0).count();
     let modulus = &modulus[zeros..];
@@ -190,7 +192,7 @@ fn point_key(x: &[u8], y: &[u8], length: usize) -> Result<DecodingKey, String> {
 }
 
 fn edwards_key(x: &[u8]) -> Result<DecodingKey, String> {
-    // The library takes the first 32 bytes for granted, at every token.
+    // The library assumes 32 bytes whenever it verifies a token.
     if x.len() != 32 {
         return Err("its coordinate is not of its curve's length".to_owned());
     }
@@ -214,7 +216,7 @@ pub(super) mod samples {
     pub const P384_Y: &str = "LmOzZl5M5F4fwGtqpqTZ6QNOBvdGsl8c7jAti1Nqyl250eb0VScXriXdE-bor-F4";
     pub const ED_X: &str = "FUj3fa7yF0F8_1dWryXA0WcmqAMpV-1CAWIMHK7vxOc";
 
-    /// A set of one key of each kind.
+    /// A set with one key of each kind.
     pub fn jwks() -> Value {
         json!({"keys": [
             {"kid": "rsa", "kty": "RSA", "n": RSA_N, "e": "AQAB"},
@@ -235,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_key_set_is_an_error() {
+    fn text_that_is_no_jwk_set_is_an_error() {
         for text in ["{}", "{", "[]", "", r#"{"keys": {}}"#] {
             assert_eq!(KeySet::parse(text).err(), Some(BadJwks), "{text}");
         }

@@ -1,5 +1,4 @@
-//! One small document over HTTP, from a server that is trusted with nothing else: where it may be, how long it may
-//! take and how much it may send are bounded.
+//! Fetches one small document over HTTP. The server is not trusted otherwise: its address, the duration and the size are limited.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -22,12 +21,12 @@ use tokio_rustls::TlsConnector;
 
 use crate::tls;
 
-/// The whole of it, from the name to the last byte.
-const LIMIT: Duration = Duration::from_secs(5);
-/// One address of several, so that a dead one does not take the time of the others.
-const CONNECT: Duration = Duration::from_secs(2);
+/// Time limit for the whole fetch, including name resolution.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time limit for connecting to one address, so that an unreachable one does not use up the time of the others.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What is fetched, and how.
+/// The URL to fetch, parsed, and the restrictions on it.
 pub struct Endpoint {
     host: String,
     port: u16,
@@ -38,46 +37,46 @@ pub struct Endpoint {
     allow_private: bool,
 }
 
-/// Why there is no document. Nothing of what the server said is part of it.
+/// Why a fetch failed. Contains nothing that the server sent, except its status.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// It took too long.
-    #[error("no answer within {} seconds", LIMIT.as_secs())]
+    /// The time limit was exceeded.
+    #[error("no answer within {} seconds", FETCH_TIMEOUT.as_secs())]
     Slow,
     /// The name has no address.
     #[error("{0} cannot be resolved: {1}")]
     Unresolved(String, io::Error),
-    /// It is where nothing is fetched from without leave.
+    /// The address is private, which needs `--jwks-allow-private`.
     #[error("{0} is no public address; --jwks-allow-private allows it")]
     Private(IpAddr),
-    /// It is plain HTTP across a network of others.
+    /// Plain HTTP to a public address.
     #[error("{0} is a public address, which must be asked by https://")]
     Plain(IpAddr),
-    /// No connection, or no TLS that is trusted.
+    /// No connection, or no trusted TLS.
     #[error("no connection: {0}")]
     Unreachable(#[from] io::Error),
-    /// What came is not HTTP, or broke off.
+    /// The answer is not HTTP, or incomplete.
     #[error("no HTTP answer: {0}")]
     Broken(#[from] hyper::Error),
-    /// It names another place.
+    /// The answer is a redirect.
     #[error("status {0}: redirects are not followed")]
     Redirect(u16),
-    /// It refuses.
+    /// The answer has an error status.
     #[error("status {0}")]
     Status(u16),
-    /// It is too long.
+    /// The answer is too long.
     #[error("the answer is longer than {0} bytes")]
     Large(usize),
-    /// It is no text.
+    /// The answer is not UTF-8.
     #[error("the answer is not UTF-8")]
     NotText,
 }
 
 impl Endpoint {
-    /// Reads a URL. Private addresses are asked only if `allow_private`, and only they may be asked by plain HTTP.
+    /// Parses a URL. Private addresses need `allow_private`. Plain HTTP is only for private addresses.
     ///
     /// # Errors
-    /// When it is no URL that is ever fetched; the text says why.
+    /// If the URL is never fetched; the text says why.
     pub fn parse(url: &str, allow_private: bool) -> Result<Self, String> {
         let uri = Uri::from_str(url).map_err(|error| error.to_string())?;
         let tls = match uri.scheme_str() {
@@ -113,30 +112,30 @@ impl Endpoint {
         })
     }
 
-    /// Its host, for the log: the rest of the URL may hold what is nobody's business.
+    /// Returns the host, for logs. The rest of the URL may contain secrets.
     pub fn host(&self) -> &str {
         &self.host
     }
 
-    /// The document, if it is a text of at most so many bytes.
+    /// Fetches the document, a UTF-8 text of at most `max_bytes`.
     ///
     /// # Errors
-    /// Anything else.
-    pub async fn fetch(&self, most_bytes: usize) -> Result<String, FetchError> {
-        let fetched = timeout(LIMIT, async {
+    /// If it cannot be fetched, or is something else.
+    pub async fn fetch(&self, max_bytes: usize) -> Result<String, FetchError> {
+        let fetched = timeout(FETCH_TIMEOUT, async {
             let stream = self.connect().await?;
             match &self.tls {
-                None => self.ask(stream, most_bytes).await,
+                None => self.request(stream, max_bytes).await,
                 Some(tls) => {
                     let name = ServerName::try_from(self.host.clone()).map_err(io::Error::other)?;
-                    self.ask(tls.connect(name, stream).await?, most_bytes).await
+                    self.request(tls.connect(name, stream).await?, max_bytes).await
                 }
             }
         });
         fetched.await.unwrap_or(Err(FetchError::Slow))
     }
 
-    /// Resolved once: what is connected to is the very address that was looked at.
+    /// Resolves the name once and connects to an address that was checked, so that a second lookup cannot change it.
     async fn connect(&self) -> Result<TcpStream, FetchError> {
         let unresolved = |error| FetchError::Unresolved(self.host.clone(), error);
         let found: Vec<SocketAddr> =
@@ -144,7 +143,7 @@ impl Endpoint {
         let mut outcome = FetchError::Unresolved(self.host.clone(), io::ErrorKind::NotFound.into());
         for address in found {
             match self.permits(address.ip()) {
-                Ok(()) => match timeout(CONNECT, TcpStream::connect(address)).await {
+                Ok(()) => match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
                     Ok(Ok(stream)) => return Ok(stream),
                     Ok(Err(error)) => outcome = FetchError::Unreachable(error),
                     Err(_) => outcome = FetchError::Unreachable(io::ErrorKind::TimedOut.into()),
@@ -163,12 +162,13 @@ impl Endpoint {
         }
     }
 
-    async fn ask<S>(&self, stream: S, most_bytes: usize) -> Result<String, FetchError>
+    /// Requests the document over a connection.
+    async fn request<S>(&self, stream: S, max_bytes: usize) -> Result<String, FetchError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        // Dropped with this call, which ends the connection whatever is still on its way.
+        // Dropping the set ends the connection when this call returns.
         let mut driver = JoinSet::new();
         driver.spawn(connection);
         let mut request = Request::new(Empty::<Bytes>::new());
@@ -184,17 +184,17 @@ impl Endpoint {
             status if status.is_redirection() => return Err(FetchError::Redirect(status.as_u16())),
             status => return Err(FetchError::Status(status.as_u16())),
         }
-        let body = Limited::new(answer.into_body(), most_bytes).collect().await;
+        let body = Limited::new(answer.into_body(), max_bytes).collect().await;
         let body = body.map_err(|error| match error.downcast::<hyper::Error>() {
             Ok(error) => FetchError::Broken(*error),
-            Err(error) if error.is::<LengthLimitError>() => FetchError::Large(most_bytes),
+            Err(error) if error.is::<LengthLimitError>() => FetchError::Large(max_bytes),
             Err(error) => FetchError::Unreachable(io::Error::other(error)),
         })?;
         String::from_utf8(body.to_bytes().into()).map_err(|_| FetchError::NotText)
     }
 }
 
-/// Whether an address is one of the internet, not of this machine, its neighbours or nobody.
+/// Whether an address is on the public internet: not loopback, private, link-local or reserved.
 fn is_public(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(address) => is_public_v4(address),
@@ -220,12 +220,12 @@ fn is_public_v4(address: Ipv4Addr) -> bool {
 fn is_public_v6(address: Ipv6Addr) -> bool {
     let segments = address.segments();
     match segments {
-        // What a NAT64 makes of an IPv4 address is as public as that.
+        // NAT64: as public as the IPv4 address it maps.
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
             let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
             is_public_v4(Ipv4Addr::new(a, b, c, d))
         }
-        // Tunnels that carry an IPv4 address of anybody's choice, protocol assignments, documentation.
+        // Tunnels that can embed any IPv4 address, protocol assignments, documentation.
         [0x2001, second, ..] if second < 0x200 || second == 0xdb8 => false,
         [0x2002, ..] => false,
         [0x3fff, second, ..] if second < 0x1000 => false,
@@ -238,8 +238,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_near_is_not_public() {
-        for near in [
+    fn private_and_reserved_addresses_are_not_public() {
+        for address in [
             "127.0.0.1",
             "10.1.2.3",
             "172.16.0.1",
@@ -271,9 +271,9 @@ mod tests {
             "2001:db8::1",
             "3fff::1",
         ] {
-            assert!(!is_public(near.parse().unwrap()), "{near}");
+            assert!(!is_public(address.parse().unwrap()), "{address}");
         }
-        for far in [
+        for address in [
             "1.1.1.1",
             "8.8.8.8",
             "172.32.0.1",
@@ -286,7 +286,7 @@ mod tests {
             "64:ff9b::808:808",
             "2a00::1",
         ] {
-            assert!(is_public(far.parse().unwrap()), "{far}");
+            assert!(is_public(address.parse().unwrap()), "{address}");
         }
     }
 
@@ -302,9 +302,9 @@ mod tests {
         let plain = "http:// is only for private addresses, with --jwks-allow-private";
         check("http://id.example/", false, Some(plain));
         check("http://localhost:1/", true, None);
-        for near in ["127.0.0.1", "169.254.169.254", "::1"] {
-            let host = if near.contains(':') { format!("[{near}]") } else { near.to_owned() };
-            let refused = format!("{near} is no public address; --jwks-allow-private allows it");
+        for private in ["127.0.0.1", "169.254.169.254", "::1"] {
+            let host = if private.contains(':') { format!("[{private}]") } else { private.to_owned() };
+            let refused = format!("{private} is no public address; --jwks-allow-private allows it");
             check(&format!("https://{host}/"), false, Some(&refused));
             check(&format!("https://{host}/"), true, None);
         }

@@ -1,5 +1,4 @@
-//! The published keys of now, and their keeper, which reads them anew: by the clock, and when a token names a key
-//! that is not known.
+//! The current JWK set, and the task that refreshes it: periodically, and when a token names an unknown key.
 
 use std::fmt;
 use std::fs::File;
@@ -17,104 +16,104 @@ use crate::auth::jwks::{BadJwks, KeySet};
 use crate::auth::jwks_fetch::{Endpoint, FetchError};
 use crate::observe::Observe;
 
-/// A set of keys is some KiB long; what is longer is something else.
-pub const MOST_BYTES: usize = 1 << 20;
-/// Whoever waits for keys waits no longer than a try may take, and a little for the way.
-const PATIENCE: Duration = Duration::from_secs(6);
-/// The pause after a failure, which doubles up to the second.
-const RETRY: Duration = Duration::from_secs(1);
-const LONGEST_RETRY: Duration = Duration::from_secs(30);
-/// So many keys that cannot be used are told one by one.
-const TOLD: usize = 10;
+/// Maximum size of a JWK set in bytes. Real ones have a few KiB.
+pub const MAX_BYTES: usize = 1 << 20;
+/// How long a token waits for a refresh: slightly longer than one fetch may take.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(6);
+/// Initial and maximum delay after a failed refresh. The delay doubles with each failure.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(30);
+/// Maximum number of unusable keys that are logged.
+const MAX_LOGGED_KEYS: usize = 10;
 
-/// The keys in force. Reading them waits for nobody.
+/// The current JWK set. Readers never wait for a refresh.
 pub struct PublishedKeys {
     current: watch::Sender<Arc<KeySet>>,
-    demand: Mutex<Demand>,
-    asked: Notify,
-    /// The latest demand that a finished try has served.
+    requests: Mutex<RefreshRequests>,
+    refresh_requested: Notify,
+    /// The number of the last refresh request that was attempted.
     served: watch::Sender<u64>,
-    /// None when nobody reads them anew.
+    /// Minimum interval between refreshes caused by unknown keys; `None` if the set is fixed.
     cooldown: Option<Duration>,
-    /// At the start it is not known yet which they are.
-    come_later: bool,
+    /// Whether the keys are loaded only after the start.
+    loaded_later: bool,
 }
 
-/// What was asked for because of unknown keys.
+/// Refresh requests caused by unknown keys.
 #[derive(Default)]
-struct Demand {
+struct RefreshRequests {
     count: u64,
     last: Option<Instant>,
 }
 
 impl PublishedKeys {
-    /// Keys that stay as they are.
+    /// A set that never changes.
     pub fn fixed(set: KeySet) -> Self {
         Self::new(Some(set), None)
     }
 
     fn new(set: Option<KeySet>, cooldown: Option<Duration>) -> Self {
         Self {
-            come_later: set.is_none(),
+            loaded_later: set.is_none(),
             current: watch::Sender::new(Arc::new(set.unwrap_or_default())),
-            demand: Mutex::default(),
-            asked: Notify::new(),
+            requests: Mutex::default(),
+            refresh_requested: Notify::new(),
             served: watch::Sender::new(0),
             cooldown,
         }
     }
 
-    /// The keys of now.
+    /// Returns the current set.
     pub fn current(&self) -> Arc<KeySet> {
         Arc::clone(&self.current.borrow())
     }
 
-    /// The keys of now and of whenever they are others.
+    /// Returns a receiver of the current set and its changes.
     pub fn follow(&self) -> watch::Receiver<Arc<KeySet>> {
         self.current.subscribe()
     }
 
-    /// Whether there is none and none is to come.
-    pub fn are_none(&self) -> bool {
-        !self.come_later && self.current().is_empty()
+    /// Whether there are no keys and none will be loaded later.
+    pub fn is_empty(&self) -> bool {
+        !self.loaded_later && self.current().is_empty()
     }
 
-    /// Whether there may be other keys one day.
-    pub fn are_kept(&self) -> bool {
+    /// Whether the set is refreshed.
+    pub fn is_refreshed(&self) -> bool {
         self.cooldown.is_some()
     }
 
-    /// Has the keys read anew, and waits until that was tried; none when it was tried too short a time ago for the
-    /// same reason. Everybody who asks before a try has ended waits for that one.
+    /// Requests a refresh. The future completes when it was attempted. `None` if the last request was less than the cooldown
+    /// ago. Requests during a refresh share it.
     pub fn refresh(&self) -> Option<impl Future<Output = ()> + Send + use<>> {
         let cooldown = self.cooldown?;
-        let mut demand = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         let mut served = self.served.subscribe();
-        if demand.count == *served.borrow() {
-            if demand.last.is_some_and(|last| last.elapsed() < cooldown) {
+        if requests.count == *served.borrow() {
+            if requests.last.is_some_and(|last| last.elapsed() < cooldown) {
                 return None;
             }
-            demand.count += 1;
-            demand.last = Some(Instant::now());
-            self.asked.notify_one();
+            requests.count += 1;
+            requests.last = Some(Instant::now());
+            self.refresh_requested.notify_one();
         }
-        let count = demand.count;
-        Some(async move { _ = timeout(PATIENCE, served.wait_for(|served| *served >= count)).await })
+        let count = requests.count;
+        Some(async move { _ = timeout(REFRESH_TIMEOUT, served.wait_for(|served| *served >= count)).await })
     }
 
-    fn demanded(&self) -> u64 {
-        self.demand.lock().unwrap_or_else(PoisonError::into_inner).count
+    fn requested(&self) -> u64 {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).count
     }
 }
 
-/// When keys are read, and how long they are believed.
+/// When keys are refreshed, and how long they stay valid without confirmation.
 #[derive(Clone, Copy)]
 pub struct Schedule {
-    /// From one reading to the next.
+    /// Interval between refreshes.
     pub refresh: Duration,
-    /// Between readings that unknown keys cause.
+    /// Minimum interval between refreshes caused by unknown keys.
     pub cooldown: Duration,
-    /// How long keys are believed that an endpoint does not confirm. Those of a file are believed until it says otherwise.
+    /// How long keys of an endpoint stay valid while it cannot be read. Keys of a file stay valid until the file changes.
     pub keep: Duration,
 }
 
@@ -124,93 +123,93 @@ pub enum ReadError {
     /// The file cannot be read.
     #[error("{0}")]
     File(#[from] io::Error),
-    /// The endpoint does not give it.
+    /// The endpoint cannot be fetched.
     #[error(transparent)]
     Endpoint(#[from] FetchError),
-    /// It is no JWK set.
+    /// The text is not a JWK set.
     #[error(transparent)]
     Bad(#[from] BadJwks),
 }
 
-/// Where keys are read.
+/// The source of the keys.
 enum KeySource {
     File(PathBuf),
     Endpoint(Endpoint),
 }
 
-/// Reads the keys of one place again and again.
+/// Refreshes the keys of one source.
 pub struct JwksRefresher {
     keys: Arc<PublishedKeys>,
-    place: KeySource,
+    source: KeySource,
     schedule: Schedule,
-    /// What is in force.
+    /// The text of the current set.
     text: Option<String>,
-    /// When that was last confirmed.
+    /// When the source last confirmed it.
     confirmed: Instant,
-    /// The last try failed.
-    fails: bool,
+    /// Whether the last refresh failed.
+    is_failing: bool,
 }
 
 impl JwksRefresher {
-    /// The keys of a file, which must be there now. None when it can be read only once: a pipe.
+    /// Reads the keys of a file, which must exist now. Returns no refresher if it can be read only once, such as a pipe.
     ///
     /// # Errors
-    /// When it can't be read.
+    /// If it cannot be read.
     pub fn of_file(path: &Path, schedule: Schedule) -> Result<(Arc<PublishedKeys>, Option<Self>), ReadError> {
         let text = read_file(path)?;
         let set = KeySet::parse(&text)?;
         if !path.metadata()?.is_file() {
             return Ok((Arc::new(PublishedKeys::fixed(set)), None));
         }
-        let keeper = Self::new(KeySource::File(path.to_owned()), schedule, Some(set), Some(text));
-        Ok((Arc::clone(&keeper.keys), Some(keeper)))
+        let refresher = Self::new(KeySource::File(path.to_owned()), schedule, Some(set), Some(text));
+        Ok((Arc::clone(&refresher.keys), Some(refresher)))
     }
 
-    /// The keys of an endpoint. There are none before it was asked.
+    /// Creates the refresher of an endpoint. There are no keys until the first refresh.
     pub fn of_endpoint(endpoint: Endpoint, schedule: Schedule) -> (Arc<PublishedKeys>, Self) {
-        let keeper = Self::new(KeySource::Endpoint(endpoint), schedule, None, None);
-        (Arc::clone(&keeper.keys), keeper)
+        let refresher = Self::new(KeySource::Endpoint(endpoint), schedule, None, None);
+        (Arc::clone(&refresher.keys), refresher)
     }
 
-    fn new(place: KeySource, schedule: Schedule, set: Option<KeySet>, text: Option<String>) -> Self {
+    fn new(source: KeySource, schedule: Schedule, set: Option<KeySet>, text: Option<String>) -> Self {
         let keys = Arc::new(PublishedKeys::new(set, Some(schedule.cooldown)));
-        Self { keys, place, schedule, text, confirmed: Instant::now(), fails: false }
+        Self { keys, source, schedule, text, confirmed: Instant::now(), is_failing: false }
     }
 
-    /// Keeps the keys until the end.
+    /// Refreshes the keys until `end` is cancelled.
     pub async fn run(mut self, observe: Arc<Observe>, end: CancellationToken) {
-        let mut retry = RETRY;
+        let mut retry = RETRY_DELAY;
         loop {
-            let demanded = self.keys.demanded();
+            let requested = self.keys.requested();
             let read = tokio::select! {
                 read = self.read() => read,
                 () = end.cancelled() => return,
             };
-            let pause = match read.and_then(|text| self.take(text)) {
+            let pause = match read.and_then(|text| self.replace(text)) {
                 Ok(()) => {
                     self.succeeded(&observe);
-                    retry = RETRY;
+                    retry = RETRY_DELAY;
                     self.schedule.refresh
                 }
                 Err(error) => {
                     self.failed(&error, &observe);
                     let pause = retry.min(self.schedule.refresh);
-                    retry = (retry * 2).min(LONGEST_RETRY);
+                    retry = (retry * 2).min(MAX_RETRY_DELAY);
                     pause
                 }
             };
-            self.keys.served.send_replace(demanded);
+            self.keys.served.send_replace(requested);
             tokio::select! {
                 () = sleep(pause) => {}
-                () = self.keys.asked.notified() => {}
+                () = self.keys.refresh_requested.notified() => {}
                 () = end.cancelled() => return,
             }
         }
     }
 
     async fn read(&self) -> Result<String, ReadError> {
-        match &self.place {
-            KeySource::Endpoint(endpoint) => Ok(endpoint.fetch(MOST_BYTES).await?),
+        match &self.source {
+            KeySource::Endpoint(endpoint) => Ok(endpoint.fetch(MAX_BYTES).await?),
             KeySource::File(path) => {
                 let path = path.clone();
                 let reading = spawn_blocking(move || read_file(&path));
@@ -219,15 +218,15 @@ impl JwksRefresher {
         }
     }
 
-    /// Puts what was read in force, if it is something else than before.
-    fn take(&mut self, text: String) -> Result<(), ReadError> {
+    /// Replaces the current set if the text changed.
+    fn replace(&mut self, text: String) -> Result<(), ReadError> {
         if self.text.as_ref() == Some(&text) {
             return Ok(());
         }
         let set = KeySet::parse(&text)?;
-        tracing::info!(from = %self.place, key.count = set.len(), "the JWK set was read");
-        for skipped in set.skipped().iter().take(TOLD) {
-            tracing::warn!("a key of the JWK set is not used: {skipped:.200}");
+        tracing::info!(from = %self.source, key.count = set.len(), "JWK set loaded");
+        for skipped in set.skipped().iter().take(MAX_LOGGED_KEYS) {
+            tracing::warn!("key of the JWK set not used: {skipped:.200}");
         }
         self.keys.current.send_replace(Arc::new(set));
         self.text = Some(text);
@@ -237,22 +236,22 @@ impl JwksRefresher {
     fn succeeded(&mut self, observe: &Observe) {
         self.confirmed = Instant::now();
         observe.keys_read(self.keys.current().len());
-        if std::mem::take(&mut self.fails) {
-            tracing::info!(from = %self.place, "the JWK set can be read again");
+        if std::mem::take(&mut self.is_failing) {
+            tracing::info!(from = %self.source, "JWK set loaded again");
         }
     }
 
-    /// Told when it begins and when its consequences change, not at each try.
+    /// Logs the first failure and the expiry of the keys, not each attempt.
     fn failed(&mut self, error: &ReadError, observe: &Observe) {
-        let began = !std::mem::replace(&mut self.fails, true);
-        if began && self.keys.current().is_empty() {
-            tracing::warn!(from = %self.place, %error, "the JWK set cannot be read: until it can, tokens of its keys are refused");
-        } else if began {
-            tracing::warn!(from = %self.place, %error, "the JWK set cannot be read: the keys at hand stay in force");
+        let is_first = !std::mem::replace(&mut self.is_failing, true);
+        if is_first && self.keys.current().is_empty() {
+            tracing::warn!(from = %self.source, %error, "JWK set not loaded, tokens of its keys are refused");
+        } else if is_first {
+            tracing::warn!(from = %self.source, %error, "JWK set not loaded, keeping the current keys");
         }
-        let is_endpoint = matches!(self.place, KeySource::Endpoint(_));
+        let is_endpoint = matches!(self.source, KeySource::Endpoint(_));
         if is_endpoint && self.text.is_some() && self.confirmed.elapsed() >= self.schedule.keep {
-            tracing::warn!(from = %self.place, %error, "the JWK set could not be read for too long: its keys are in force no longer");
+            tracing::warn!(from = %self.source, %error, "JWK set not loaded for too long, its keys are no longer accepted");
             self.text = None;
             self.keys.current.send_replace(Arc::default());
         }
@@ -261,7 +260,7 @@ impl JwksRefresher {
 }
 
 impl fmt::Display for KeySource {
-    /// Of a URL only the host: the rest may hold what is not for the log.
+    /// Shows only the host of a URL: the rest may contain secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => path.display().fmt(f),
@@ -272,9 +271,9 @@ impl fmt::Display for KeySource {
 
 fn read_file(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(MOST_BYTES as u64 + 1).read_to_string(&mut text)?;
-    if text.len() > MOST_BYTES {
-        return Err(io::Error::other(format!("it is longer than {MOST_BYTES} bytes")));
+    File::open(path)?.take(MAX_BYTES as u64 + 1).read_to_string(&mut text)?;
+    if text.len() > MAX_BYTES {
+        return Err(io::Error::other(format!("it is longer than {MAX_BYTES} bytes")));
     }
     Ok(text)
 }

@@ -1,4 +1,4 @@
-//! Tokens: from what a client shows to claims that are verified.
+//! Verification of tokens and API keys. Only a verified token becomes claims.
 
 use std::fmt;
 use std::future::pending;
@@ -11,59 +11,59 @@ use jsonwebtoken::{Algorithm, AlgorithmFamily, DecodingKey, EncodingKey, Header,
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
-use crate::auth::jwks::{KeySet, ShortSecret, algorithm_of, strong};
+use crate::auth::jwks::{KeySet, ShortSecret, algorithm_of, checked_secret};
 use crate::auth::jwks_refresh::PublishedKeys;
 use crate::model::identity::claims::{Claims, ClaimsError, KeyId, LATEST_EXPIRY, TokenRefusal, Tokens};
 
-/// Clocks of issuer and relay differ by seconds; PostgREST grants the same.
+/// Allowed clock difference between issuer and relay, in seconds. PostgREST allows the same.
 const LEEWAY: f64 = 30.0;
-/// HTTP servers take some 16 KiB of headers at most, so a longer token has no honest sender.
-const LONGEST_TOKEN: usize = 64 * 1024;
+/// Maximum length of a token in bytes. HTTP servers commonly accept about 16 KiB of headers, so longer tokens are not genuine.
+const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
-/// What tokens are verified with.
+/// The secrets, keys and expected claims that tokens are verified with.
 #[derive(Clone, Default)]
 pub struct TokenSettings {
-    /// Secrets for HS256, HS384 and HS512; more than one while a secret is being changed.
+    /// Secrets for HS256, HS384 and HS512; more than one during a rotation.
     pub secrets: Vec<String>,
-    /// Published keys.
+    /// Keys of a JWK set.
     pub keys: Option<Arc<PublishedKeys>>,
-    /// What `aud` must be or contain.
-    pub group: Option<String>,
-    /// What `iss` must be.
+    /// Expected audience: `aud` must be it or contain it.
+    pub audience: Option<String>,
+    /// Expected issuer (`iss`).
     pub issuer: Option<String>,
-    /// Keys, not tokens, that stand for the role `anon`.
+    /// Opaque API keys of the role `anon`.
     pub publishable_keys: Vec<String>,
-    /// Keys, not tokens, that stand for the role `service_role`.
+    /// Opaque API keys of the role `service_role`.
     pub secret_keys: Vec<String>,
 }
 
-/// Why settings can't verify anything.
+/// Why settings cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingsError {
     /// A secret is too short.
     #[error(transparent)]
     ShortSecret(#[from] ShortSecret),
-    /// There is nothing to verify with.
+    /// There is no secret and no key.
     #[error("there is no JWT secret, no usable JWK and no opaque key")]
     NoKeys,
-    /// A token can't be made of these claims.
+    /// These claims cannot be signed.
     #[error("the claims can't be signed")]
     Unsignable,
 }
 
-/// Why a token is refused. The text is for the client and tells nothing that it doesn't know.
+/// Why a token is refused. The text is for the client and reveals nothing that the client does not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    /// There is none.
+    /// No token was given.
     #[error("The token provided is not a valid JWT")]
     Missing,
     /// Not a JWT.
     #[error("The token provided is not a valid JWT")]
     Malformed,
-    /// Signed by somebody else.
+    /// Not signed by any of the candidate keys.
     #[error("Failed to validate JWT signature")]
     BadSignature,
-    /// Its algorithm is none, is unknown, or has no key here.
+    /// Its algorithm is `none` or unknown, or no key fits its algorithm and `kid`.
     #[error("Failed to generate JWT signer, check your JWT secret or JWKS configuration")]
     Signer,
     /// No role, or no expiry.
@@ -72,19 +72,19 @@ pub enum TokenError {
     /// The expiry is not a number.
     #[error("Token expiration time is invalid")]
     BadExpiry,
-    /// Its time is over.
+    /// It has expired.
     #[error("Token has expired {seconds_ago} seconds ago")]
     Expired {
-        /// For how long.
+        /// Seconds since the expiry.
         seconds_ago: u64,
     },
-    /// Not yet valid, or meant for somebody else.
+    /// Not yet valid, or issued by or for another party.
     #[error("Token claims are not accepted")]
     Refused,
 }
 
 impl TokenError {
-    /// The text for a handshake, where an expiry is told without its time and what is missing is a key.
+    /// Returns the text for a handshake. It omits the time since the expiry, and calls a missing credential an API key.
     pub fn connect_text(&self) -> String {
         match self {
             Self::Expired { .. } => "Token has expired".to_owned(),
@@ -93,7 +93,7 @@ impl TokenError {
         }
     }
 
-    /// The same, and what to do where that is not plain.
+    /// Returns the text for a handshake with advice on what to do.
     pub fn advised_text(&self) -> String {
         let advice = match self {
             Self::Missing => ": give a token by the header `Authorization: Bearer …`, or by &apikey=…",
@@ -103,7 +103,7 @@ impl TokenError {
         self.connect_text() + advice
     }
 
-    /// The code before the text in the reason of a refused join.
+    /// Returns the code that precedes the text in the reason of a refused join.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Missing | Self::Malformed => "MalformedJWT",
@@ -113,7 +113,7 @@ impl TokenError {
         }
     }
 
-    /// The reason of a refused join.
+    /// Returns the reason of a refused join.
     pub fn join_reason(&self) -> String {
         format!("{}: {self}", self.code())
     }
@@ -133,42 +133,48 @@ impl From<ClaimsError> for TokenError {
 pub struct Verifier {
     secrets: Vec<DecodingKey>,
     keys: Arc<PublishedKeys>,
-    group: Option<String>,
+    audience: Option<String>,
     issuer: Option<String>,
     opaque: Vec<(String, Claims)>,
 }
 
 impl Verifier {
-    /// Reads the secrets.
+    /// Creates a verifier.
     ///
     /// # Errors
-    /// When a secret is too short, or there is nothing to verify with, nor to come.
+    /// If a secret is too short, or there are no keys and none can be loaded later.
     pub fn new(settings: &TokenSettings) -> Result<Self, SettingsError> {
         let mut secrets = Vec::new();
         for secret in &settings.secrets {
-            secrets.push(DecodingKey::from_secret(strong(secret.as_bytes())?));
+            secrets.push(DecodingKey::from_secret(checked_secret(secret.as_bytes())?));
         }
         let keys = settings.keys.clone().unwrap_or_else(|| Arc::new(PublishedKeys::fixed(KeySet::default())));
         let mut opaque = Vec::new();
         for (role, keys) in [("anon", &settings.publishable_keys), ("service_role", &settings.secret_keys)] {
             let keys = keys.iter().filter(|key| !key.is_empty());
-            opaque.extend(keys.map(|key| (key.clone(), standing_for(role))));
+            opaque.extend(keys.map(|key| (key.clone(), role_claims(role))));
         }
-        if secrets.is_empty() && opaque.is_empty() && keys.are_none() {
+        if secrets.is_empty() && opaque.is_empty() && keys.is_empty() {
             return Err(SettingsError::NoKeys);
         }
-        Ok(Self { secrets, keys, group: settings.group.clone(), issuer: settings.issuer.clone(), opaque })
+        Ok(Self {
+            secrets,
+            keys,
+            audience: settings.audience.clone(),
+            issuer: settings.issuer.clone(),
+            opaque,
+        })
     }
 
-    /// The keys of the JWK set that can't be used, each with the reason.
+    /// Returns the unusable keys of the JWK set, each with the reason.
     pub fn skipped_keys(&self) -> Vec<String> {
         self.keys.current().skipped().to_vec()
     }
 
-    /// Has the published keys read anew for a token whose key is not among them, and waits for that. None when there
-    /// is nothing to wait for: the token can be judged, or the keys were read for such a token a short time ago.
+    /// Requests a refresh of the JWK set if the token's key is not in it. The future completes when the refresh was attempted.
+    /// `None` if there is nothing to wait for: a key fits, or the last such refresh was a short time ago.
     pub fn refresh_for(&self, token: &str) -> Option<impl Future<Output = ()> + Send + use<>> {
-        if !self.keys.are_kept() {
+        if !self.keys.is_refreshed() {
             return None;
         }
         let parts = Parts::of(token.trim()).ok()?;
@@ -179,7 +185,7 @@ impl Verifier {
         self.keys.refresh()
     }
 
-    /// Done once the key that signed these claims is withdrawn; mostly never.
+    /// Completes when the key that signed these claims is withdrawn. Never completes if it cannot be.
     pub async fn withdrawn(&self, claims: &Claims) {
         let mut keys = self.keys.follow();
         let is_gone = |keys: &Arc<KeySet>| claims.key().is_some_and(|id| !keys.holds(id));
@@ -188,12 +194,12 @@ impl Verifier {
         }
     }
 
-    /// Tells when the published keys are others, as a cause to [`recheck`](Tokens::recheck).
+    /// Returns a receiver of changes of the JWK set. On each change, call [`recheck`](Tokens::recheck).
     pub fn follow_keys(&self) -> watch::Receiver<Arc<KeySet>> {
         self.keys.follow()
     }
 
-    /// Claims for what a client connects with: an opaque key, or a token.
+    /// Returns the claims of an opaque API key or a token.
     pub fn identify(&self, key: &str, now_unix: u64) -> Result<Claims, TokenError> {
         let key = key.trim();
         match self.opaque.iter().find(|(known, _)| same_secret(known, key)) {
@@ -202,7 +208,7 @@ impl Verifier {
         }
     }
 
-    /// Claims of a token, if it is signed by one of our keys, in force and meant for us.
+    /// Returns the claims of a token that is signed by a known key, in force, and issued by and for the expected parties.
     pub fn verify(&self, token: &str, now_unix: u64) -> Result<Claims, TokenError> {
         let parts = Parts::of(token.trim())?;
         let Parts { message, payload, signature, algorithm, .. } = parts;
@@ -222,11 +228,11 @@ impl Verifier {
             let seconds_ago = now_unix - claims.expires_at();
             return Err(TokenError::Expired { seconds_ago });
         }
-        self.accept(&payload, now_unix)?;
+        self.check_claims(&payload, now_unix)?;
         Ok(claims)
     }
 
-    /// The keys that may have signed a token of this header.
+    /// Returns the keys that may have signed a token with this algorithm and `kid`.
     fn candidates<'a>(
         &'a self,
         published: &'a KeySet,
@@ -235,26 +241,27 @@ impl Verifier {
     ) -> Vec<(Option<KeyId>, &'a DecodingKey)> {
         let mut keys: Vec<_> =
             published.candidates(algorithm, kid).map(|(id, key)| (Some(id), key)).collect();
-        // Issuers that sign with the secret name all sorts of things in `kid`.
+        // Issuers that sign with the shared secret may put any `kid` into the header.
         if algorithm.family() == AlgorithmFamily::Hmac && (keys.is_empty() || kid.is_none()) {
             keys.extend(self.secrets.iter().map(|key| (None, key)));
         }
         keys
     }
 
-    fn accept(&self, payload: &str, now_unix: u64) -> Result<(), TokenError> {
+    /// Checks `nbf`, `iat`, `aud` and `iss`.
+    fn check_claims(&self, payload: &str, now_unix: u64) -> Result<(), TokenError> {
         let claims: Map<String, Value> = serde_json::from_str(payload).map_err(|_| TokenError::Malformed)?;
-        let begun = |name| match claims.get(name) {
+        let is_past = |name| match claims.get(name) {
             None | Some(Value::Null) => true,
             Some(time) => time.as_f64().is_some_and(|time| time <= now_unix as f64 + LEEWAY),
         };
-        let for_us = self.group.as_ref().is_none_or(|us| match claims.get("aud") {
-            Some(Value::Array(list)) => list.iter().any(|one| one == us),
-            one => one.is_some_and(|one| one == us),
+        let is_audience = self.audience.as_ref().is_none_or(|audience| match claims.get("aud") {
+            Some(Value::Array(list)) => list.iter().any(|one| one == audience),
+            one => one.is_some_and(|one| one == audience),
         });
         let iss = claims.get("iss").unwrap_or(&Value::Null);
-        let from_them = self.issuer.as_ref().is_none_or(|issuer| iss == issuer);
-        if !(begun("nbf") && begun("iat") && for_us && from_them) {
+        let is_issuer = self.issuer.as_ref().is_none_or(|issuer| iss == issuer);
+        if !(is_past("nbf") && is_past("iat") && is_audience && is_issuer) {
             return Err(TokenError::Refused);
         }
         Ok(())
@@ -280,7 +287,7 @@ impl From<TokenError> for TokenRefusal {
     }
 }
 
-/// The second of the Unix epoch. Tokens are judged by the wall clock, read anew each time.
+/// Returns the current time in Unix seconds. Token lifetimes are checked against the wall clock.
 pub fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
@@ -291,14 +298,14 @@ impl fmt::Debug for Verifier {
     }
 }
 
-/// A token taken apart; nothing of it is verified.
+/// The parts of a token, not verified.
 struct Parts<'a> {
-    /// What is signed: header and payload, as they came.
+    /// The signed text: encoded header and payload.
     message: &'a str,
     payload: &'a str,
     signature: &'a str,
     header: Map<String, Value>,
-    /// None when it is not known here.
+    /// `None` if the algorithm is not supported.
     algorithm: Option<Algorithm>,
 }
 
@@ -307,7 +314,7 @@ impl<'a> Parts<'a> {
         if token.is_empty() {
             return Err(TokenError::Missing);
         }
-        if token.len() > LONGEST_TOKEN {
+        if token.len() > MAX_TOKEN_BYTES {
             return Err(TokenError::Malformed);
         }
         let (message, signature) = token.rsplit_once('.').ok_or(TokenError::Malformed)?;
@@ -315,7 +322,7 @@ impl<'a> Parts<'a> {
         let header = decode_part(header)?;
         let header: Map<String, Value> =
             serde_json::from_slice(&header).map_err(|_| TokenError::Malformed)?;
-        // A critical extension must be understood or the token refused, and we know none.
+        // A token with an unsupported critical extension must be refused, and none is supported.
         if payload.contains('.') || header.contains_key("crit") {
             return Err(TokenError::Malformed);
         }
@@ -331,14 +338,17 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Signs claims with the secret (HS256). `iat` and `exp` are added where the claims don't have them.
+/// Signs claims with the secret (HS256). Adds `iat` and `exp` if the claims do not have them.
+///
+/// # Errors
+/// If the secret is too short or the claims cannot be signed.
 pub fn mint(
     secret: &str,
     claims: &Map<String, Value>,
     now_unix: u64,
     ttl: Duration,
 ) -> Result<String, SettingsError> {
-    let key = EncodingKey::from_secret(strong(secret.as_bytes())?);
+    let key = EncodingKey::from_secret(checked_secret(secret.as_bytes())?);
     let mut claims = claims.clone();
     claims.entry("iat").or_insert_with(|| Value::from(now_unix));
     let end = now_unix.saturating_add(ttl.as_secs());
@@ -346,7 +356,8 @@ pub fn mint(
     jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &key).map_err(|_| SettingsError::Unsignable)
 }
 
-fn standing_for(role: &str) -> Claims {
+/// The claims of an opaque key: a role and an expiry that is never reached.
+fn role_claims(role: &str) -> Claims {
     let payload = format!(r#"{{"role":"{role}","exp":{LATEST_EXPIRY}}}"#);
     Claims::from_verified_payload(&payload).expect("the payload has a role and an expiry")
 }
@@ -359,7 +370,7 @@ fn decode_part(part: &str) -> Result<Vec<u8>, TokenError> {
     URL_SAFE_NO_PAD.decode(part).map_err(|_| TokenError::Malformed)
 }
 
-/// Takes the same time wherever two keys of one length differ.
+/// Compares in constant time for two keys of the same length.
 fn same_secret(known: &str, given: &str) -> bool {
     let pairs = known.bytes().zip(given.bytes());
     known.len() == given.len() && pairs.fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
@@ -376,7 +387,7 @@ mod tests {
     const SECRET: &str = "a secret that only tests know of, 32 bytes and more";
     const PAYLOAD: &str = r#"{"role":"authenticated","exp":2000,"sub":"u1"}"#;
 
-    // What the private halves of the sample keys signed, namely `PAYLOAD` under the header of `signed`.
+    // Signatures by the private halves of the sample keys, over `PAYLOAD` with the header that `signed` makes.
     const BY_RS256: &str = "aio6RNf7SF5lNDTsImcUPrugROBh9XbJrOEx-Aw0Y4GeuTtqzom5d_vtjvave0Lst6-mZO5Z957KWxDSaIw2_o-_PnczmcTG\
         _KkQc1qV8xoYM9QmAqgC27kDWSakxvlkckbFkd8XIauoEnCpWqpUQd_KsYZ_yihrfQKiInbVckaMPzy_SwUPToKq_98as5so\
         2DHTfZ3u6JAj9P2elJe7q4I7XT-5KbvD65T8vmndRw7YXZ6lkZPheSXQpHz13WmCxqSjlM0YcTrQhlitjbwJAP9vv5598oqf\
@@ -417,12 +428,12 @@ mod tests {
         format!("{header}.{payload}")
     }
 
-    /// A token of one of the published keys.
+    /// A token signed by a key of the JWK set.
     fn signed(algorithm: &str, kid: &str, signature: &str) -> String {
         format!("{}.{signature}", encoded(&json!({"alg": algorithm, "typ": "JWT", "kid": kid}), PAYLOAD))
     }
 
-    /// A token of a shared secret, whatever the header says.
+    /// A token signed by a shared secret, with any header.
     fn hashed(header: &Value, payload: &str, secret: &[u8], algorithm: Algorithm) -> String {
         let message = encoded(header, payload);
         let signature =
@@ -464,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_being_changed_is_good_beside_the_new_one() {
+    fn the_old_secret_is_accepted_during_a_rotation() {
         let mut settings = settings();
         settings.secrets.insert(0, "the secret that comes after the other one".to_owned());
         check(&settings, &with_secret(PAYLOAD), Ok(PAYLOAD));
@@ -530,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_of_the_future_are_refused() {
+    fn tokens_not_yet_valid_are_refused() {
         let check = |claim: &str, expected| {
             check_payload(&settings(), &format!(r#"{{"role":"a","exp":2000,{claim}}}"#), expected);
         };
@@ -542,9 +553,12 @@ mod tests {
     }
 
     #[test]
-    fn audience_and_issuer_count_where_they_are_configured() {
-        let expecting =
-            TokenSettings { group: Some("us".to_owned()), issuer: Some("issuer".to_owned()), ..settings() };
+    fn audience_and_issuer_are_checked_if_configured() {
+        let expecting = TokenSettings {
+            audience: Some("us".to_owned()),
+            issuer: Some("issuer".to_owned()),
+            ..settings()
+        };
         let check = |claims: &str, expected| {
             let payload = format!(r#"{{"role":"a","exp":2000{claims}}}"#);
             check_payload(&settings(), &payload, Ok(()));
@@ -561,7 +575,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_token_is_malformed() {
+    fn text_that_is_no_token_is_malformed() {
         check(&settings(), "", Err(TokenError::Missing));
         check(&settings(), " \n", Err(TokenError::Missing));
         let good = with_secret(PAYLOAD);
@@ -591,7 +605,7 @@ mod tests {
     }
 
     #[test]
-    fn opaque_keys_stand_for_roles() {
+    fn opaque_keys_map_to_roles() {
         let verifier = Verifier::new(&settings()).unwrap();
         let role = |key: &str| verifier.identify(key, 1000).map(|claims| claims.role().to_owned());
         assert_eq!(role("sb_publishable_one"), Ok("anon".to_owned()));
@@ -603,7 +617,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_verify_nothing_are_refused() {
+    fn settings_without_keys_are_refused() {
         let refused = |settings| Verifier::new(&settings).unwrap_err();
         let none = TokenSettings::default;
         assert_eq!(refused(none()), SettingsError::NoKeys);

@@ -1,4 +1,4 @@
-//! A client's wish to join a channel: what it asks for, and the frames that answer it.
+//! A client's request to join a channel, and the frames that answer it.
 
 use std::collections::HashSet;
 
@@ -8,21 +8,21 @@ use crate::model::codec::phoenix::{Message, Status, Version, push, reply, system
 use crate::model::subscription::binding::Request;
 use crate::model::subscription::error::SubscribeError;
 
-/// How many entries of `postgres_changes` one channel may have: each is looked at for each change.
-pub const MOST_ENTRIES: usize = 100;
+/// Maximum number of `postgres_changes` entries of a channel. Each is checked for each change.
+pub const MAX_ENTRIES: usize = 100;
 
-/// How many bytes of topic, configuration and token a join may have: most of them are kept as long as the channel is
-/// joined, and a client may have a hundred.
-pub const MOST_BYTES: usize = 256 * 1024;
+/// Maximum size in bytes of a join's topic, configuration and token together. Most of it is kept while the channel is joined,
+/// and a client may join a hundred channels.
+pub const MAX_JOIN_BYTES: usize = 256 * 1024;
 
-/// How many bytes a topic may have: each frame of its channel says it again.
-pub const MOST_TOPIC: usize = 1024;
+/// Maximum length of a topic in bytes. Each frame of the channel repeats it.
+pub const MAX_TOPIC_BYTES: usize = 1024;
 
-/// A join that has a topic and a readable configuration. It may wait long for PostgreSQL, so it keeps texts, which are
-/// much smaller than what they are read to, and no more of them than it needs.
+/// A join with a valid topic and configuration. It may wait long for PostgreSQL, so it keeps the entries as JSON text, which is
+/// much smaller than parsed values, and drops the rest of the payload.
 #[derive(Debug)]
 pub struct Join {
-    /// Without its payload.
+    /// The message, without its payload.
     message: Message,
     /// The entries of `postgres_changes`, each as JSON.
     entries: Vec<String>,
@@ -34,18 +34,18 @@ pub struct Join {
 }
 
 impl Join {
-    /// Reads a `phx_join`.
+    /// Parses a `phx_join`.
     ///
     /// # Errors
-    /// With the reason for the reply: no topic of ours, too many bytes, or entries of `postgres_changes` that are too many
-    /// or no objects.
-    pub fn read(message: &Message) -> Result<Self, String> {
-        if message.topic.len() > MOST_TOPIC {
-            return Err(format!("TopicNameTooLong: A topic may have {MOST_TOPIC} bytes at most"));
+    /// The reason for the reply: an invalid topic, too many bytes, or `postgres_changes` entries that are too many or not
+    /// objects.
+    pub fn parse(message: &Message) -> Result<Self, String> {
+        if message.topic.len() > MAX_TOPIC_BYTES {
+            return Err(format!("TopicNameTooLong: A topic may have {MAX_TOPIC_BYTES} bytes at most"));
         }
         let references = message.join_ref.to_string().len() + message.ref_.to_string().len();
         let bytes = message.topic.len() + references + message.payload.to_string().len();
-        if bytes > MOST_BYTES {
+        if bytes > MAX_JOIN_BYTES {
             return Err(too_large());
         }
         match message.topic.strip_prefix("realtime:") {
@@ -54,9 +54,9 @@ impl Join {
             Some(_) => {}
         }
         let payload = &message.payload;
-        let named = named_by_topic(message);
-        let by_operation = named.is_some();
-        let entries = named.map_or_else(|| entries(payload), |entry| Ok(vec![entry.to_string()]))?;
+        let by_topic = entry_of_topic(message);
+        let by_operation = by_topic.is_some();
+        let entries = by_topic.map_or_else(|| entries(payload), |entry| Ok(vec![entry.to_string()]))?;
         let setting = |group: &str, name: &str| {
             let config = payload.get("config");
             config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
@@ -81,32 +81,32 @@ impl Join {
         })
     }
 
-    /// Its topic.
+    /// Returns the topic.
     pub fn topic(&self) -> &str {
         &self.message.topic
     }
 
-    /// The reference that ties the channel's frames to this join.
+    /// Returns the reference that ties the channel's frames to this join.
     pub fn join_ref(&self) -> &Value {
         &self.message.join_ref
     }
 
-    /// The token that it shows, if it shows one; an opaque key (`sb_…`) is none.
+    /// Returns the token of the join, if any. An opaque key (`sb_…`) is not a token.
     pub fn token(&self) -> Option<&str> {
         self.token.as_deref()
     }
 
-    /// How many bytes it had, about as much as its channel keeps.
+    /// Returns the size of the join in bytes, which approximates what its channel keeps.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Whether changes are asked for at all.
+    /// Whether the join requests changes.
     pub fn wants_changes(&self) -> bool {
         !self.entries.is_empty()
     }
 
-    /// What is to be bound, and why other entries cannot be served as they are written.
+    /// Returns the requests to bind, and the errors of entries that cannot be parsed.
     pub fn requests(&self) -> (Vec<Request>, Vec<SubscribeError>) {
         let (mut requests, mut malformed) = (Vec::new(), Vec::new());
         for entry in self.entries() {
@@ -119,19 +119,19 @@ impl Join {
         (requests, malformed)
     }
 
-    /// Whether its topic names the table, and changes are events named after their operation.
+    /// Whether the topic names the table, so that changes are events named after their operation.
     pub fn is_by_operation(&self) -> bool {
         self.by_operation
     }
 
-    /// Whether a failed subscription is to fail the join.
+    /// Whether a failed subscription must fail the join.
     pub fn waits(&self) -> bool {
         self.waits
     }
 
-    /// The frames that say yes. Every entry is echoed; one that cannot be served with an id that nothing will carry.
+    /// Returns the frames that accept the join. Every entry is echoed; a malformed one with an id that no change will carry.
     pub fn accept(&self, version: Version) -> Vec<String> {
-        // One after the other: read, an entry may take many times its size.
+        // Parse one entry at a time: a parsed entry may need many times its size.
         let echo = |(n, entry): (usize, Map<String, Value>)| match Request::parse(&entry) {
             Ok(request) => request.echo(entry).to_string(),
             Err(_) => with_id(entry, n + 1).to_string(),
@@ -145,7 +145,7 @@ impl Join {
         frames
     }
 
-    /// The frame that says no.
+    /// Returns the frame that refuses the join.
     pub fn refuse(&self, version: Version, reason: &str) -> String {
         reply(version, &self.message, Status::Error, &json!({"reason": reason}))
     }
@@ -155,40 +155,40 @@ impl Join {
     }
 }
 
-/// The outcome of a subscription as the client is told it: each reason why an entry is refused, once, or that all of it stands.
+/// Returns the `system` frames with the outcome of a subscription: each distinct error once, or success if there is none.
 pub fn changes_system(
     version: Version,
     join_ref: &Value,
     topic: &str,
     refusals: &[SubscribeError],
 ) -> Vec<String> {
-    let told = |status, message: &str| {
+    let frame = |status, message: &str| {
         push(version, join_ref, topic, "system", &system(topic, "postgres_changes", status, message))
     };
     if refusals.is_empty() {
-        return vec![told("ok", "Subscribed to PostgreSQL")];
+        return vec![frame("ok", "Subscribed to PostgreSQL")];
     }
-    let mut known = HashSet::new();
+    let mut seen = HashSet::new();
     refusals
         .iter()
-        .filter(|refusal| known.insert(&refusal.0))
-        .map(|refusal| told("error", &refusal.0))
+        .filter(|refusal| seen.insert(&refusal.0))
+        .map(|refusal| frame("error", &refusal.0))
         .collect()
 }
 
-/// The refusal of a join whose subscription is refused.
+/// Returns the reason for refusing a join whose subscription failed.
 pub fn disabled(refusal: &SubscribeError) -> String {
     format!("RealtimeDisabledForConfiguration: {refusal}")
 }
 
-/// Why a join is refused that has more than [`MOST_BYTES`].
+/// Returns the reason for refusing a join of more than [`MAX_JOIN_BYTES`].
 pub fn too_large() -> String {
-    format!("ChannelRateLimitReached: A join may have {MOST_BYTES} bytes at most")
+    format!("ChannelRateLimitReached: A join may have {MAX_JOIN_BYTES} bytes at most")
 }
 
-/// What a join without any configuration asks for by its topic, `realtime:schema:table` or `realtime:schema:table:filter`, as
-/// clients did before there was one.
-fn named_by_topic(message: &Message) -> Option<Value> {
+/// Returns the entry that a join without a configuration requests by its topic: `realtime:schema:table` or
+/// `realtime:schema:table:filter`, the form of older clients.
+fn entry_of_topic(message: &Message) -> Option<Value> {
     let topic =
         message.topic.strip_prefix("realtime:").filter(|_| message.payload.get("config").is_none())?;
     let (schema, rest) = topic.split_once(':')?;
@@ -196,13 +196,13 @@ fn named_by_topic(message: &Message) -> Option<Value> {
     Some(json!({"event": "*", "schema": schema, "table": table, "filter": filter}))
 }
 
-/// The entries of `config.postgres_changes`; null and `[null]` mean none.
+/// Returns the entries of `config.postgres_changes` as JSON. Null entries are ignored.
 fn entries(payload: &Value) -> Result<Vec<String>, String> {
     let list =
         payload.get("config").and_then(|config| config.get("postgres_changes")).and_then(Value::as_array);
     let list = list.map(Vec::as_slice).unwrap_or_default();
-    if list.len() > MOST_ENTRIES {
-        return Err(format!("ChannelRateLimitReached: More than {MOST_ENTRIES} postgres_changes entries"));
+    if list.len() > MAX_ENTRIES {
+        return Err(format!("ChannelRateLimitReached: More than {MAX_ENTRIES} postgres_changes entries"));
     }
     list.iter()
         .filter(|entry| !entry.is_null())
@@ -228,7 +228,7 @@ mod tests {
 
     fn read(topic: &str, payload: Value) -> Result<Join, String> {
         let (join_ref, ref_) = (json!("1"), json!("1"));
-        Join::read(&Message {
+        Join::parse(&Message {
             join_ref,
             ref_,
             topic: topic.to_owned(),
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_topic_is_needed_and_entries_are_bounded_objects() {
+    fn a_topic_is_required_and_entries_are_objects_of_limited_number() {
         let with = |entries: Value| read("realtime:t", json!({"config": {"postgres_changes": entries}}));
         assert_eq!(read("phoenix", json!({})).unwrap_err(), "unmatched topic");
         assert!(read("realtime:", json!({})).unwrap_err().starts_with("TopicNameRequired"));
@@ -279,16 +279,16 @@ mod tests {
     }
 
     #[test]
-    fn what_a_channel_keeps_is_bounded() {
+    fn the_size_of_a_join_is_limited() {
         let filter = |bytes| json!([{"table": "t", "filter": "x".repeat(bytes)}]);
         let with = |topic: &str, bytes: usize| {
             read(topic, json!({"config": {"postgres_changes": filter(bytes)}})).err()
         };
-        assert_eq!(with("realtime:t", MOST_BYTES - 1000), None);
+        assert_eq!(with("realtime:t", MAX_JOIN_BYTES - 1000), None);
         let refused = Some(String::from("ChannelRateLimitReached: A join may have 262144 bytes at most"));
-        assert_eq!(with("realtime:t", MOST_BYTES), refused);
-        assert_eq!(with(&format!("realtime:{}", "t".repeat(MOST_TOPIC - 9)), 0), None);
-        let refused = with(&format!("realtime:{}", "t".repeat(MOST_TOPIC - 8)), 0);
+        assert_eq!(with("realtime:t", MAX_JOIN_BYTES), refused);
+        assert_eq!(with(&format!("realtime:{}", "t".repeat(MAX_TOPIC_BYTES - 9)), 0), None);
+        let refused = with(&format!("realtime:{}", "t".repeat(MAX_TOPIC_BYTES - 8)), 0);
         assert!(refused.unwrap().starts_with("TopicNameTooLong: "));
     }
 
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_read_as_booleans_or_their_words() {
+    fn settings_are_booleans_or_their_names() {
         let waits = |value: Value| {
             read("realtime:t", json!({"config": {"postgres_changes_options": {"wait": value}}}))
                 .unwrap()

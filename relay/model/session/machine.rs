@@ -1,4 +1,5 @@
-//! One client's life on a Phoenix socket: joins, leaves, tokens and their expiry. It does nothing itself; it says what to do.
+//! One client's session on a Phoenix socket as a state machine: joins, leaves, tokens and their expiry. It has no side effects:
+//! each input returns the actions to perform.
 
 use std::collections::HashMap;
 
@@ -7,74 +8,73 @@ use serde_json::{Value, json};
 use crate::model::codec::phoenix::{Message, Status, Version, close, error, push, reply, system};
 use crate::model::identity::claims::{Claims, TokenRefusal, Tokens};
 use crate::model::policy::visibility::Identity;
-use crate::model::session::join::{Join, MOST_BYTES, changes_system, disabled};
+use crate::model::session::join::{Join, MAX_JOIN_BYTES, changes_system, disabled};
 use crate::model::subscription::binding::Request;
 use crate::model::subscription::error::SubscribeError;
 
-/// PostgreSQL cannot be asked who may see what.
-/// What a channel is told that cannot be bound while PostgreSQL is away; it may be joined again.
+/// The error for a channel that cannot be bound because PostgreSQL is unavailable. The client may join it again.
 pub const UNAVAILABLE: &str =
     "UnableToConnectToProject: Realtime was unable to connect to the project database";
 
-/// A joined channel: unique in the process, never used again.
+/// The id of a joined channel. Unique in the process and never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ChannelId {
     /// The session's number.
     pub session: u64,
-    /// The channel's number in it.
+    /// The channel's number in the session.
     pub channel: u32,
 }
 
-/// What the driver has to do, in order.
+/// An action for the driver. Actions are performed in order.
 #[derive(Debug, PartialEq)]
 pub enum Action {
     /// Send this frame.
     Send(String),
     /// Bind these requests to this identity and give the outcome to [`Session::bound`].
     Bind {
-        /// For which channel.
+        /// The channel to bind.
         channel: ChannelId,
-        /// Which of the channel's attempts: a later one makes the outcome of an earlier one void.
+        /// Number of the channel's attempt. A later attempt supersedes an earlier one, whose outcome is ignored.
         attempt: u32,
-        /// As whom.
+        /// The identity to bind to.
         identity: Identity,
-        /// What for.
+        /// The requests to bind.
         requests: Vec<Request>,
     },
-    /// Start delivery with the subscription that was bound; the frames go out first.
+    /// Start delivery with the bound subscription, after the greeting.
     Join {
-        /// Which channel.
+        /// The channel.
         channel: ChannelId,
         /// Its topic.
         topic: String,
-        /// Changes are events named after their operation.
+        /// Whether changes are events named after their operation.
         by_operation: bool,
-        /// What the client hears before any change.
+        /// Frames to send before the first change.
         greeting: Vec<String>,
     },
-    /// The client left this channel by itself, and will not come back to it.
+    /// Delete the bookmark of a channel that the client left.
     Forget {
-        /// Which channel.
+        /// The channel.
         channel: ChannelId,
     },
-    /// End delivery; the frames go out after the last change.
+    /// End delivery, then send the farewell.
     Leave {
-        /// Which channel.
+        /// The channel.
         channel: ChannelId,
-        /// What the client hears after the last change.
+        /// Frames to send after the last change.
         farewell: Vec<String>,
     },
 }
 
-/// The machine. Each input returns what to do.
+/// The state of a session. Each input returns the actions to perform.
 #[derive(Debug)]
 pub struct Session {
     number: u64,
     version: Version,
     own: Identity,
-    // Boxed: a map has room for a few more than it holds, and most clients have one channel.
+    // Boxed because a map has spare capacity, and most clients have one channel.
     channels: HashMap<String, Box<Channel>>,
-    most_channels: usize,
+    max_channels: usize,
     joins: u32,
 }
 
@@ -84,58 +84,51 @@ struct Channel {
     join_ref: Value,
     identity: Identity,
     requests: Vec<Request>,
-    /// Why other entries cannot be served at all.
+    /// The errors of entries that could not be parsed.
     malformed: Vec<SubscribeError>,
     attempt: u32,
-    /// How much of the client's own words it keeps, about.
+    /// Approximate size of the kept topic, filters and token, in bytes.
     bytes: usize,
-    /// The join that still waits for its reply.
+    /// The join, until it is answered.
     joining: Option<Box<Join>>,
-    /// The router delivers to it.
+    /// Whether the router delivers changes to the channel.
     delivering: bool,
-    /// Its changes are events named after their operation.
+    /// Whether changes are events named after their operation.
     by_operation: bool,
 }
 
 impl Session {
-    /// A client that connected with these claims, and how many channels it may join.
-    pub fn new(number: u64, version: Version, claims: Claims, most_channels: usize) -> Self {
-        Self {
-            number,
-            version,
-            own: Identity::new(claims),
-            channels: HashMap::new(),
-            most_channels,
-            joins: 0,
-        }
+    /// Creates the session of a client that connected with these claims and may join `max_channels`.
+    pub fn new(number: u64, version: Version, claims: Claims, max_channels: usize) -> Self {
+        Self { number, version, own: Identity::new(claims), channels: HashMap::new(), max_channels, joins: 0 }
     }
 
-    /// The serialisation of its frames.
+    /// Returns the protocol version of the frames.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// How many channels are joined.
+    /// Returns the number of joined channels.
     pub fn channel_count(&self) -> usize {
         self.channels.len()
     }
 
-    /// How many bytes of the client's own words are kept, about: topics, filters, tokens.
+    /// Returns the approximate size of all kept topics, filters and tokens, in bytes.
     pub fn bytes(&self) -> usize {
         self.channels.values().map(|channel| channel.bytes).sum()
     }
 
-    /// The topic of a channel.
+    /// Returns the topic of a channel.
     pub fn topic(&self, channel: ChannelId) -> Option<&str> {
         self.channels.iter().find(|(_, state)| state.id == channel).map(|(topic, _)| topic.as_str())
     }
 
-    /// The second at which the first token of a channel ends.
+    /// Returns the earliest expiry of the channels' tokens, in Unix seconds.
     pub fn next_expiry(&self) -> Option<u64> {
         self.channels.values().map(|channel| channel.identity.claims().expires_at()).min()
     }
 
-    /// A message came.
+    /// Handles a message from the client.
     pub fn receive(&mut self, message: Message, now: u64, tokens: &impl Tokens) -> Vec<Action> {
         match (message.topic.as_str(), message.event.as_str()) {
             ("phoenix", "heartbeat") => vec![self.reply_ok(&message)],
@@ -146,12 +139,12 @@ impl Session {
             }
             (_, "phx_leave") => self.leave(&message),
             (_, "access_token") => self.access_token(&message, tokens),
-            (_, event @ ("broadcast" | "presence")) => self.not_yet(&message, event),
+            (_, event @ ("broadcast" | "presence")) => self.unsupported(&message, event),
             _ => Vec::new(),
         }
     }
 
-    /// [`Action::Bind`] could not be done now: the client has to join again, which it does by itself.
+    /// Handles an [`Action::Bind`] that failed because PostgreSQL is unavailable. The client joins again by itself.
     pub fn unavailable(&mut self, channel: ChannelId, attempt: u32) -> Vec<Action> {
         let found = self.channels.iter().find(|(_, state)| state.id == channel && state.attempt == attempt);
         let Some(topic) = found.map(|(topic, _)| topic.clone()) else {
@@ -163,9 +156,9 @@ impl Session {
         match state.joining.take() {
             Some(join) => vec![Action::Send(join.refuse(self.version, UNAVAILABLE))],
             None => {
-                let told = system(&topic, "system", "error", UNAVAILABLE);
+                let payload = system(&topic, "system", "error", UNAVAILABLE);
                 let frames = vec![
-                    push(self.version, &state.join_ref, &topic, "system", &told),
+                    push(self.version, &state.join_ref, &topic, "system", &payload),
                     error(self.version, &state.join_ref, &topic),
                 ];
                 state.farewell(frames)
@@ -173,14 +166,14 @@ impl Session {
         }
     }
 
-    /// What a channel was bound to is gone, or what it was refused may be there now: it is bound anew.
+    /// Binds a channel again: its table changed, or a refused entry may be accepted now.
     pub fn rebind(&mut self, channel: ChannelId) -> Vec<Action> {
         let found = self.channels.values_mut().find(|state| state.id == channel && state.delivering);
         found.map_or_else(Vec::new, |state| vec![state.bind()])
     }
 
-    /// The outcome of [`Action::Bind`]: why single entries were refused, while the others are bound, or why nothing could be
-    /// bound. Only when no entry is refused is the channel told that it is subscribed.
+    /// Handles the outcome of [`Action::Bind`]: `Ok` has the errors of refused entries while the others are bound, `Err` means
+    /// that nothing is bound. The channel is reported as subscribed only if no entry is refused.
     pub fn bound(
         &mut self,
         channel: ChannelId,
@@ -215,20 +208,20 @@ impl Session {
         }
     }
 
-    /// Time passed: channels whose token ended are closed.
+    /// Closes the channels whose token has expired at `now`, in Unix seconds.
     pub fn expire(&mut self, now: u64) -> Vec<Action> {
-        self.shut_where(|claims| {
+        self.close_where(|claims| {
             let seconds_ago = now.checked_sub(claims.expires_at())?;
             Some(format!("Token has expired {seconds_ago} seconds ago"))
         })
     }
 
-    /// The keys are others: channels whose token was signed by one that is gone are closed.
+    /// Closes the channels whose token was signed by a withdrawn key. Called when the keys change.
     pub fn recheck(&mut self, tokens: &impl Tokens) -> Vec<Action> {
-        self.shut_where(|claims| tokens.recheck(claims).err().map(|refusal| refusal.text))
+        self.close_where(|claims| tokens.recheck(claims).err().map(|refusal| refusal.text))
     }
 
-    /// The socket is gone: delivery to all channels ends.
+    /// Ends delivery to all channels. Called when the socket is closed.
     pub fn end(&mut self) -> Vec<Action> {
         let delivering =
             self.channels.drain().map(|(_, channel)| channel).filter(|channel| channel.delivering);
@@ -236,7 +229,7 @@ impl Session {
     }
 
     fn join(&mut self, message: &Message, now: u64, tokens: &impl Tokens) -> Vec<Action> {
-        let join = match Join::read(message) {
+        let join = match Join::parse(message) {
             Ok(join) => Box::new(join),
             Err(reason) => return vec![self.refuse(message, &reason)],
         };
@@ -245,7 +238,7 @@ impl Session {
             let frame = close(self.version, &old.join_ref, join.topic());
             actions.extend(old.farewell(vec![frame]));
         }
-        if self.channels.len() >= self.most_channels {
+        if self.channels.len() >= self.max_channels {
             actions.push(self.refuse(message, "ChannelRateLimitReached: Too many channels"));
             return actions;
         }
@@ -283,23 +276,23 @@ impl Session {
         } else {
             actions.extend(join.accept(self.version).into_iter().map(Action::Send));
             if !channel.malformed.is_empty() {
-                let told = changes_system(self.version, &channel.join_ref, &topic, &channel.malformed);
-                actions.extend(told.into_iter().map(Action::Send));
+                let frames = changes_system(self.version, &channel.join_ref, &topic, &channel.malformed);
+                actions.extend(frames.into_iter().map(Action::Send));
             }
         }
         self.channels.insert(topic, Box::new(channel));
         actions
     }
 
-    /// Whose channel it will be: the token in the join, or the connection's own identity.
+    /// Returns the identity of a new channel: that of the token in the join, else the connection's own.
     fn identity(&self, join: &Join, now: u64, tokens: &impl Tokens) -> Result<Identity, TokenRefusal> {
         if let Some(token) = join.token() {
             return tokens.verify(token).map(Identity::new);
         }
         tokens.recheck(self.own.claims())?;
-        let expired = self.own.claims().expires_at();
-        if expired <= now {
-            let text = format!("Token has expired {} seconds ago", now - expired);
+        let expires_at = self.own.claims().expires_at();
+        if expires_at <= now {
+            let text = format!("Token has expired {} seconds ago", now - expires_at);
             return Err(TokenRefusal { code: "InvalidJWTToken", text });
         }
         Ok(self.own.clone())
@@ -309,7 +302,7 @@ impl Session {
         let Some(channel) = self.channels.get(&message.topic) else {
             return Vec::new();
         };
-        // A leave that belongs to an earlier join of the topic must not end this one.
+        // A leave for an earlier join of the topic must not end this one.
         if !message.join_ref.is_null() && message.join_ref != channel.join_ref {
             return vec![self.reply_ok(message)];
         }
@@ -330,12 +323,12 @@ impl Session {
         let Some(token) = token.filter(|token| !token.starts_with("sb_")) else {
             return Vec::new();
         };
-        if token.len() > MOST_BYTES {
-            return self.shut(&message.topic, "Token is too long");
+        if token.len() > MAX_JOIN_BYTES {
+            return self.close(&message.topic, "Token is too long");
         }
         let claims = match tokens.verify(token) {
             Ok(claims) => claims,
-            Err(refusal) => return self.shut(&message.topic, &refusal.text),
+            Err(refusal) => return self.close(&message.topic, &refusal.text),
         };
         let Some(channel) = self.channels.get_mut(&message.topic) else {
             return Vec::new();
@@ -349,7 +342,7 @@ impl Session {
         if channel.requests.is_empty() { Vec::new() } else { vec![channel.bind()] }
     }
 
-    fn not_yet(&self, message: &Message, event: &str) -> Vec<Action> {
+    fn unsupported(&self, message: &Message, event: &str) -> Vec<Action> {
         if message.ref_.is_null() {
             return Vec::new();
         }
@@ -361,17 +354,17 @@ impl Session {
         ]
     }
 
-    /// Closes the channels to whose claims there is an objection.
-    fn shut_where(&mut self, objection: impl Fn(&Claims) -> Option<String>) -> Vec<Action> {
+    /// Closes the channels for whose claims `objection` returns a reason.
+    fn close_where(&mut self, objection: impl Fn(&Claims) -> Option<String>) -> Vec<Action> {
         let channels = self.channels.iter();
-        let met = channels
+        let affected = channels
             .filter_map(|(topic, channel)| Some((topic.clone(), objection(channel.identity.claims())?)));
-        let met: Vec<_> = met.collect();
-        met.iter().flat_map(|(topic, text)| self.shut(topic, text)).collect()
+        let affected: Vec<_> = affected.collect();
+        affected.iter().flat_map(|(topic, text)| self.close(topic, text)).collect()
     }
 
-    /// Closes a channel with a reason; nothing when there is none of this topic.
-    pub fn shut(&mut self, topic: &str, text: &str) -> Vec<Action> {
+    /// Closes the channel of a topic with a reason. Returns no actions if there is none.
+    pub fn close(&mut self, topic: &str, text: &str) -> Vec<Action> {
         let Some(channel) = self.channels.remove(topic) else {
             return Vec::new();
         };
@@ -386,13 +379,14 @@ impl Session {
         Action::Send(reply(self.version, message, Status::Ok, &json!({})))
     }
 
-    /// The reply to a message that is not obeyed.
+    /// Returns the error reply to a message.
     pub fn refuse(&self, message: &Message, reason: &str) -> Action {
         Action::Send(reply(self.version, message, Status::Error, &json!({"reason": reason})))
     }
 }
 
 impl Channel {
+    /// Starts a new attempt to bind the channel.
     fn bind(&mut self) -> Action {
         self.attempt += 1;
         Action::Bind {
@@ -407,7 +401,7 @@ impl Channel {
         self.end_delivery(frames)
     }
 
-    /// Frames that come after the last change, if changes were delivered at all.
+    /// Ends delivery and sends the frames after the last change. Without delivery, sends them at once.
     fn end_delivery(&mut self, frames: Vec<String>) -> Vec<Action> {
         if std::mem::take(&mut self.delivering) {
             vec![Action::Leave { channel: self.id, farewell: frames }]
@@ -428,12 +422,12 @@ mod tests {
     use crate::model::identity::claims::KeyId;
 
     const NOW: u64 = 1000;
-    const MOST_CHANNELS: usize = 100;
+    const MAX_CHANNELS: usize = 100;
 
-    /// Tokens are `name` or `name:expiry`; anything with a blank is none.
-    struct Names;
+    /// Verifies tokens of the form `name` or `name:expiry`; a text with a blank is no token.
+    struct TestTokens;
 
-    impl Tokens for Names {
+    impl Tokens for TestTokens {
         fn verify(&self, token: &str) -> Result<Claims, TokenRefusal> {
             if token.contains(' ') || token.is_empty() {
                 return Err(TokenRefusal { code: "MalformedJWT", text: "no token".to_owned() });
@@ -456,10 +450,16 @@ mod tests {
     }
 
     fn session() -> Session {
-        Session::new(7, Version::V2, claims("own", 9000), MOST_CHANNELS)
+        Session::new(7, Version::V2, claims("own", 9000), MAX_CHANNELS)
     }
 
-    fn says(session: &mut Session, reference: &str, topic: &str, event: &str, payload: Value) -> Vec<Action> {
+    fn receive(
+        session: &mut Session,
+        reference: &str,
+        topic: &str,
+        event: &str,
+        payload: Value,
+    ) -> Vec<Action> {
         let message = Message {
             join_ref: json!(reference),
             ref_: json!(reference),
@@ -467,7 +467,7 @@ mod tests {
             event: event.to_owned(),
             payload,
         };
-        session.receive(message, NOW, &Names)
+        session.receive(message, NOW, &TestTokens)
     }
 
     fn join(session: &mut Session, reference: &str, token: &str, more: Value) -> Vec<Action> {
@@ -475,10 +475,16 @@ mod tests {
         for (name, value) in more.as_object().unwrap() {
             config[name] = value.clone();
         }
-        says(session, reference, "realtime:t", "phx_join", json!({"config": config, "access_token": token}))
+        receive(
+            session,
+            reference,
+            "realtime:t",
+            "phx_join",
+            json!({"config": config, "access_token": token}),
+        )
     }
 
-    /// What is to be bound: channel, attempt and for whom.
+    /// Returns the channel, attempt and subject of the bind action.
     fn bind(actions: &[Action]) -> (ChannelId, u32, String) {
         let found = actions.iter().find_map(|action| match action {
             Action::Bind { channel, attempt, identity, .. } => {
@@ -489,7 +495,7 @@ mod tests {
         found.unwrap_or_else(|| panic!("nothing is to be bound: {actions:?}"))
     }
 
-    /// A session with one channel that delivers.
+    /// Returns a session with one channel that is being delivered to.
     fn delivering() -> (Session, ChannelId) {
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", json!({})));
@@ -497,8 +503,8 @@ mod tests {
         (session, channel)
     }
 
-    /// The frames in order, each as `event status-or-message`, with what they are part of.
-    fn told(actions: &[Action]) -> Vec<String> {
+    /// Returns the frames in order, each as `event status-or-message`, prefixed by the action they belong to.
+    fn frames_of(actions: &[Action]) -> Vec<String> {
         let line = |kind: &str, frame: &String| {
             let frame: Value = serde_json::from_str(frame).unwrap();
             let payload = &frame[4];
@@ -521,21 +527,21 @@ mod tests {
     fn a_join_is_answered_when_it_is_bound_and_before_any_change() {
         let mut session = session();
         let actions = join(&mut session, "1", "ann", json!({"presence": {"enabled": true}}));
-        assert_eq!(told(&actions), ["bind"]);
+        assert_eq!(frames_of(&actions), ["bind"]);
         let (channel, attempt, who) = bind(&actions);
         assert_eq!(who, "ann");
         let actions = session.bound(channel, attempt, Ok(Vec::new()));
         let greeting =
             ["join: 1 phx_reply ok", "join: 1 presence_state ", "join: 1 system Subscribed to PostgreSQL"];
-        assert_eq!(told(&actions), greeting);
+        assert_eq!(frames_of(&actions), greeting);
     }
 
     #[test]
     fn a_join_without_bindings_is_answered_at_once() {
         let mut session = session();
         let actions = join(&mut session, "1", "ann", json!({"postgres_changes": [null]}));
-        assert_eq!(told(&actions), ["1 phx_reply ok"]);
-        assert_eq!(told(&session.end()), [""; 0], "nothing was delivered to it");
+        assert_eq!(frames_of(&actions), ["1 phx_reply ok"]);
+        assert_eq!(frames_of(&session.end()), [""; 0], "nothing was delivered to it");
     }
 
     #[test]
@@ -543,50 +549,51 @@ mod tests {
         let mut session = session();
         let (channel, first, _) = bind(&join(&mut session, "1", "ann", json!({})));
         let token = json!({"access_token": "bob"});
-        let (_, second, who) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
+        let (_, second, who) = bind(&receive(&mut session, "1", "realtime:t", "access_token", token));
         assert_eq!((second, who.as_str()), (first + 1, "bob"));
         assert_eq!(session.bound(channel, first, Ok(Vec::new())), []);
         assert_eq!(session.unavailable(channel, first), []);
-        assert_eq!(told(&session.bound(channel, second, Ok(Vec::new()))).len(), 2);
+        assert_eq!(frames_of(&session.bound(channel, second, Ok(Vec::new()))).len(), 2);
 
-        // The same for a channel that is joined anew, or left, while it is being bound.
+        // The same for a channel that is joined again or left while it is being bound.
         let (old, attempt, _) = bind(&join(&mut session, "2", "ann", json!({})));
         let actions = join(&mut session, "3", "ann", json!({}));
-        assert_eq!(told(&actions), ["2 phx_close ", "bind"]);
+        assert_eq!(frames_of(&actions), ["2 phx_close ", "bind"]);
         let (new, ..) = bind(&actions);
         assert_ne!(old, new);
         assert_eq!(session.bound(old, attempt, Ok(Vec::new())), []);
-        let left = says(&mut session, "3", "realtime:t", "phx_leave", json!({}));
-        assert_eq!(told(&left), ["3 phx_reply ok", "3 phx_close "]);
+        let left = receive(&mut session, "3", "realtime:t", "phx_leave", json!({}));
+        assert_eq!(frames_of(&left), ["3 phx_reply ok", "3 phx_close "]);
         assert_eq!(session.bound(new, 1, Ok(Vec::new())), []);
     }
 
     #[test]
-    fn a_refusal_is_told_beside_the_join_or_in_its_place() {
+    fn a_refusal_follows_the_join_or_fails_it() {
         let refusal = || Err(SubscribeError("no".to_owned()));
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", "ann", json!({})));
         let actions = session.bound(channel, attempt, refusal());
-        assert_eq!(told(&actions), ["1 phx_reply ok", "1 system no"]);
+        assert_eq!(frames_of(&actions), ["1 phx_reply ok", "1 system no"]);
         assert_eq!(session.channel_count(), 1);
 
         let waiting = json!({"postgres_changes_options": {"wait": true}});
         let (channel, attempt, _) = bind(&join(&mut session, "2", "ann", waiting.clone()));
         let actions = session.bound(channel, attempt, refusal());
-        assert_eq!(told(&actions), ["2 phx_reply RealtimeDisabledForConfiguration: no"]);
+        assert_eq!(frames_of(&actions), ["2 phx_reply RealtimeDisabledForConfiguration: no"]);
         assert_eq!(session.channel_count(), 0);
 
         let mut unreadable = waiting;
         unreadable["postgres_changes"] = json!([{}]);
         let actions = join(&mut session, "3", "ann", unreadable);
         assert!(
-            told(&actions)[0].starts_with("3 phx_reply RealtimeDisabledForConfiguration: No subscription")
+            frames_of(&actions)[0]
+                .starts_with("3 phx_reply RealtimeDisabledForConfiguration: No subscription")
         );
         assert_eq!(session.channel_count(), 0);
     }
 
     #[test]
-    fn an_entry_that_is_refused_leaves_the_others_and_is_told_each_time() {
+    fn a_refused_entry_does_not_affect_the_others_and_is_reported_each_time() {
         let no = |text: &str| SubscribeError(text.to_owned());
         let mut session = session();
         let entries = json!({"postgres_changes": [{"table": "todos"}, {}, {"table": "others"}]});
@@ -594,43 +601,43 @@ mod tests {
         let actions = session.bound(channel, attempt, Ok(vec![no("others"), no("others")]));
         let malformed = "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}";
         let refused = format!("join: 1 system {malformed}");
-        assert_eq!(told(&actions), ["join: 1 phx_reply ok", &refused, "join: 1 system others"]);
+        assert_eq!(frames_of(&actions), ["join: 1 phx_reply ok", &refused, "join: 1 system others"]);
         let (_, attempt, _) = bind(&session.rebind(channel));
-        assert_eq!(told(&session.bound(channel, attempt, Ok(Vec::new()))), [refused]);
+        assert_eq!(frames_of(&session.bound(channel, attempt, Ok(Vec::new()))), [refused]);
 
         let mut waiting = entries;
         waiting["postgres_changes"] = json!([{"table": "todos"}]);
         waiting["postgres_changes_options"] = json!({"wait": true});
         let (channel, attempt, _) = bind(&join(&mut session, "2", "ann", waiting));
         let actions = session.bound(channel, attempt, Ok(vec![no("others")]));
-        assert_eq!(told(&actions), ["2 phx_reply RealtimeDisabledForConfiguration: others"]);
+        assert_eq!(frames_of(&actions), ["2 phx_reply RealtimeDisabledForConfiguration: others"]);
     }
 
     #[test]
     fn a_refusal_of_new_claims_ends_delivery_and_keeps_the_channel() {
         let (mut session, channel) = delivering();
         let token = json!({"access_token": "bob"});
-        let (_, attempt, _) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
+        let (_, attempt, _) = bind(&receive(&mut session, "1", "realtime:t", "access_token", token));
         let actions = session.bound(channel, attempt, Err(SubscribeError("no".to_owned())));
-        assert_eq!(told(&actions), ["leave: 1 system no"]);
+        assert_eq!(frames_of(&actions), ["leave: 1 system no"]);
         assert_eq!(session.channel_count(), 1);
-        assert_eq!(told(&session.end()), [""; 0]);
+        assert_eq!(frames_of(&session.end()), [""; 0]);
     }
 
     #[test]
-    fn without_postgresql_a_client_is_sent_to_join_again() {
+    fn a_client_joins_again_when_postgresql_is_unavailable() {
         let mut joining = session();
         let (channel, attempt, _) = bind(&join(&mut joining, "1", "ann", json!({})));
         let actions = joining.unavailable(channel, attempt);
-        assert_eq!(told(&actions), [format!("1 phx_reply {UNAVAILABLE}")]);
+        assert_eq!(frames_of(&actions), [format!("1 phx_reply {UNAVAILABLE}")]);
         assert_eq!(joining.channel_count(), 0);
 
         let (mut session, channel) = delivering();
         let token = json!({"access_token": "bob"});
-        let (_, attempt, _) = bind(&says(&mut session, "1", "realtime:t", "access_token", token));
+        let (_, attempt, _) = bind(&receive(&mut session, "1", "realtime:t", "access_token", token));
         let actions = session.unavailable(channel, attempt);
         assert_eq!(
-            told(&actions),
+            frames_of(&actions),
             [format!("leave: 1 system {UNAVAILABLE}"), "leave: 1 phx_error ".to_owned()]
         );
         assert_eq!(session.channel_count(), 0);
@@ -639,19 +646,20 @@ mod tests {
     #[test]
     fn what_ends_a_channel_comes_after_its_last_change() {
         let (mut session, _) = delivering();
-        let bad = says(&mut session, "1", "realtime:t", "access_token", json!({"access_token": "no token"}));
-        assert_eq!(told(&bad), ["leave: 1 system no token", "leave: 1 phx_close "]);
+        let bad =
+            receive(&mut session, "1", "realtime:t", "access_token", json!({"access_token": "no token"}));
+        assert_eq!(frames_of(&bad), ["leave: 1 system no token", "leave: 1 phx_close "]);
         let (mut session, _) = delivering();
-        let left = says(&mut session, "1", "realtime:t", "phx_leave", json!({}));
-        assert_eq!(told(&left), ["leave: 1 phx_reply ok", "leave: 1 phx_close "]);
+        let left = receive(&mut session, "1", "realtime:t", "phx_leave", json!({}));
+        assert_eq!(frames_of(&left), ["leave: 1 phx_reply ok", "leave: 1 phx_close "]);
         let (mut session, _) = delivering();
-        let stale = says(&mut session, "0", "realtime:t", "phx_leave", json!({}));
-        assert_eq!(told(&stale), ["0 phx_reply ok"]);
-        assert_eq!(told(&session.end()), ["leave"]);
+        let stale = receive(&mut session, "0", "realtime:t", "phx_leave", json!({}));
+        assert_eq!(frames_of(&stale), ["0 phx_reply ok"]);
+        assert_eq!(frames_of(&session.end()), ["leave"]);
     }
 
     #[test]
-    fn tokens_that_say_nothing_new_do_nothing() {
+    fn a_token_with_the_same_claims_or_without_claims_does_nothing() {
         let (mut session, _) = delivering();
         for payload in [
             json!({"access_token": "ann"}),
@@ -660,7 +668,7 @@ mod tests {
             json!({}),
             json!(null),
         ] {
-            assert_eq!(says(&mut session, "1", "realtime:t", "access_token", payload), []);
+            assert_eq!(receive(&mut session, "1", "realtime:t", "access_token", payload), []);
         }
     }
 
@@ -670,15 +678,15 @@ mod tests {
         assert_eq!(session.next_expiry(), None);
         for (n, token) in ["ann:2000", "bob:3000", "sb_secret_x"].into_iter().enumerate() {
             let payload = json!({"access_token": token});
-            says(&mut session, &n.to_string(), &format!("realtime:{n}"), "phx_join", payload);
+            receive(&mut session, &n.to_string(), &format!("realtime:{n}"), "phx_join", payload);
         }
         assert_eq!(session.next_expiry(), Some(2000));
         assert_eq!(session.expire(1999), []);
         let ended = session.expire(2000);
-        assert_eq!(told(&ended), ["0 system Token has expired 0 seconds ago", "0 phx_close "]);
+        assert_eq!(frames_of(&ended), ["0 system Token has expired 0 seconds ago", "0 phx_close "]);
         assert_eq!(session.next_expiry(), Some(3000));
         let ended = session.expire(3007);
-        assert_eq!(told(&ended), ["1 system Token has expired 7 seconds ago", "1 phx_close "]);
+        assert_eq!(frames_of(&ended), ["1 system Token has expired 7 seconds ago", "1 phx_close "]);
         assert_eq!(session.next_expiry(), Some(9000), "the connection's own");
     }
 
@@ -695,49 +703,49 @@ mod tests {
         ] {
             let mut payload = payload;
             payload["config"] = json!({"postgres_changes": [{"table": "todos"}]});
-            let (.., who) = bind(&says(&mut session, "1", "realtime:t", "phx_join", payload.clone()));
+            let (.., who) = bind(&receive(&mut session, "1", "realtime:t", "phx_join", payload.clone()));
             assert_eq!(who, expected, "{payload}");
         }
-        let mut late = Session::new(7, Version::V2, claims("own", 900), MOST_CHANNELS);
-        let actions = says(&mut late, "1", "realtime:t", "phx_join", json!({}));
-        assert_eq!(told(&actions), ["1 phx_reply InvalidJWTToken: Token has expired 100 seconds ago"]);
+        let mut late = Session::new(7, Version::V2, claims("own", 900), MAX_CHANNELS);
+        let actions = receive(&mut late, "1", "realtime:t", "phx_join", json!({}));
+        assert_eq!(frames_of(&actions), ["1 phx_reply InvalidJWTToken: Token has expired 100 seconds ago"]);
     }
 
     #[test]
     fn channels_of_a_withdrawn_key_are_closed_and_not_joined_again() {
         let own = claims("own", 9000).signed_by(Some(KeyId(7)));
-        let mut session = Session::new(7, Version::V2, own, MOST_CHANNELS);
+        let mut session = Session::new(7, Version::V2, own, MAX_CHANNELS);
         join(&mut session, "1", "ann", json!({}));
         let bindings = json!({"config": {"postgres_changes": [{"event": "*", "table": "todos"}]}});
-        // Its claims are those of the connection, which were good when it joined.
+        // It has the connection's claims, whose key was valid when it joined.
         session.own = Identity::new(claims("own", 9000));
-        says(&mut session, "2", "realtime:own", "phx_join", bindings.clone());
+        receive(&mut session, "2", "realtime:own", "phx_join", bindings.clone());
         session.own = Identity::new(claims("own", 9000).signed_by(Some(KeyId(7))));
-        assert_eq!(session.recheck(&Names), []);
-        let refused = says(&mut session, "3", "realtime:own", "phx_join", bindings);
-        assert_eq!(told(&refused), ["2 phx_close ", "3 phx_reply JwtSignerError: no key"]);
+        assert_eq!(session.recheck(&TestTokens), []);
+        let refused = receive(&mut session, "3", "realtime:own", "phx_join", bindings);
+        assert_eq!(frames_of(&refused), ["2 phx_close ", "3 phx_reply JwtSignerError: no key"]);
         let channel = session.channels.get_mut("realtime:t").unwrap();
         channel.identity = Identity::new(claims("ann", 5000).signed_by(Some(KeyId(7))));
-        assert_eq!(told(&session.recheck(&Names)), ["1 system no key", "1 phx_close "]);
+        assert_eq!(frames_of(&session.recheck(&TestTokens)), ["1 system no key", "1 phx_close "]);
         assert_eq!(session.channel_count(), 0);
     }
 
     #[test]
     fn channels_are_bounded() {
         let mut session = session();
-        for n in 0..MOST_CHANNELS {
-            says(&mut session, "1", &format!("realtime:{n}"), "phx_join", json!({}));
+        for n in 0..MAX_CHANNELS {
+            receive(&mut session, "1", &format!("realtime:{n}"), "phx_join", json!({}));
         }
-        let refused = says(&mut session, "1", "realtime:more", "phx_join", json!({}));
-        assert_eq!(told(&refused), ["1 phx_reply ChannelRateLimitReached: Too many channels"]);
-        let again = says(&mut session, "2", "realtime:5", "phx_join", json!({}));
-        assert_eq!(told(&again), ["1 phx_close ", "2 phx_reply ok"]);
-        assert_eq!(session.channel_count(), MOST_CHANNELS);
+        let refused = receive(&mut session, "1", "realtime:more", "phx_join", json!({}));
+        assert_eq!(frames_of(&refused), ["1 phx_reply ChannelRateLimitReached: Too many channels"]);
+        let again = receive(&mut session, "2", "realtime:5", "phx_join", json!({}));
+        assert_eq!(frames_of(&again), ["1 phx_close ", "2 phx_reply ok"]);
+        assert_eq!(session.channel_count(), MAX_CHANNELS);
     }
 
     proptest! {
-        /// Whatever comes in whatever order: delivery that ends had begun, nothing is delivered to a channel that was
-        /// not bound for its latest identity, and at the end nothing is left.
+         /// For any sequence of inputs: delivery ends only after it began, a channel gets deliveries only when bound for its
+        /// latest identity, and all deliveries end with the session.
         #[test]
         fn delivery_begins_and_ends_in_pairs(
             steps in proptest::collection::vec((0_usize..8, 0_usize..3, 0_usize..3, any::<bool>()), 0..60)
@@ -752,9 +760,9 @@ mod tests {
                 let token = ["ann", "bob", "cat:1200"][token];
                 let bindings = json!({"postgres_changes": [{"table": "todos"}], "postgres_changes_options": {"wait": flag}});
                 let actions = match step {
-                    0 | 1 => says(&mut session, "1", &topic, "phx_join", json!({"config": bindings, "access_token": token})),
-                    2 => says(&mut session, if flag { "1" } else { "0" }, &topic, "phx_leave", json!({})),
-                    3 => says(&mut session, "1", &topic, "access_token", json!({"access_token": if flag { token } else { "no token" }})),
+                    0 | 1 => receive(&mut session, "1", &topic, "phx_join", json!({"config": bindings, "access_token": token})),
+                    2 => receive(&mut session, if flag { "1" } else { "0" }, &topic, "phx_leave", json!({})),
+                    3 => receive(&mut session, "1", &topic, "access_token", json!({"access_token": if flag { token } else { "no token" }})),
                     4 => {
                         now += 50;
                         session.expire(now)
@@ -795,9 +803,9 @@ mod tests {
             prop_assert!(delivering.is_empty());
         }
 
-        /// Frames that make sense, or nearly, in any order: each answer is one frame of the version.
+         /// For any sequence of valid or nearly_valid_frame valid frames: each answer is one frame of the version.
         #[test]
-        fn every_answer_is_a_frame_of_its_version(version in 1..3_u8, frames in proptest::collection::vec(nearly(), 0..12)) {
+        fn every_answer_is_a_frame_of_its_version(version in 1..3_u8, frames in proptest::collection::vec(nearly_valid_frame(), 0..12)) {
             let version = if version == 1 { Version::V1 } else { Version::V2 };
             let mut session = Session::new(7, version, claims("own", 9000), 100);
             let mut delivering = HashSet::new();
@@ -809,7 +817,7 @@ mod tests {
                     Version::V2 => format!("[{join_ref},{reference},{topic},{event},{payload}]"),
                 };
                 let Ok(message) = decode_text(version, &frame) else { continue };
-                let mut actions = session.receive(message, NOW, &Names);
+                let mut actions = session.receive(message, NOW, &TestTokens);
                 let binds: Vec<(ChannelId, u32)> = actions
                     .iter()
                     .filter_map(|action| match action {
@@ -843,8 +851,8 @@ mod tests {
         }
     }
 
-    /// The five parts of a frame as JSON, mostly of the right kind.
-    fn nearly() -> impl Strategy<Value = [String; 5]> {
+    /// The five parts of a frame as JSON, mostly of the right type.
+    fn nearly_valid_frame() -> impl Strategy<Value = [String; 5]> {
         let texts = |texts: &[&str]| {
             proptest::sample::select(texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>())
         };

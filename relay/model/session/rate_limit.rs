@@ -1,13 +1,13 @@
-//! How fast one client may speak: so much a second on average, with bursts, as the real server counts it.
+//! Rate limits of one client: an average rate with bursts, as the Supabase server counts it.
 
 use std::time::Duration;
 
 use crate::model::session::limits::Limits;
 
-/// What is left of a minute's worth may be used at once: rates are averages over this long.
-const OVER: f64 = 60.0;
+/// The period of the average in seconds, which is also the largest burst.
+const PERIOD: f64 = 60.0;
 
-/// A token bucket: it fills at a rate, and each thing done takes one out.
+/// A token bucket.
 #[derive(Debug, Clone)]
 pub struct TokenBucket {
     per_second: f64,
@@ -15,17 +15,17 @@ pub struct TokenBucket {
     filled: Duration,
 }
 
-/// What one client may still do.
+/// The rate limits of one client.
 #[derive(Debug, Clone)]
 pub struct RateLimit {
-    /// Messages it may send.
+    /// Messages from the client.
     pub messages: TokenBucket,
-    /// Channels it may join.
+    /// Joins of channels.
     pub joins: TokenBucket,
 }
 
 impl RateLimit {
-    /// Of a client that did nothing yet.
+    /// Creates the limits of a new client, with full buckets.
     pub fn new(limits: &Limits) -> Self {
         Self {
             messages: TokenBucket::new(limits.messages_per_second),
@@ -35,17 +35,17 @@ impl RateLimit {
 }
 
 impl TokenBucket {
-    /// A full one. It holds what comes in a minute.
+    /// Creates a full bucket that holds the tokens of one period.
     pub fn new(per_second: u32) -> Self {
         let per_second = f64::from(per_second);
-        Self { per_second, left: per_second * OVER, filled: Duration::ZERO }
+        Self { per_second, left: per_second * PERIOD, filled: Duration::ZERO }
     }
 
-    /// Takes one out, if there is one at this time, counted from any fixed moment on.
+    /// Takes a token at time `at`, measured from any fixed moment. Returns false if there is none.
     pub fn take(&mut self, at: Duration) -> bool {
         let passed = at.saturating_sub(self.filled).as_secs_f64();
         self.filled = self.filled.max(at);
-        self.left = (self.left + passed * self.per_second).min(self.per_second * OVER);
+        self.left = (self.left + passed * self.per_second).min(self.per_second * PERIOD);
         let is_left = self.left >= 1.0;
         if is_left {
             self.left -= 1.0;
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_minutes_worth_passes_at_once_and_then_what_comes_in() {
+    fn a_burst_of_one_period_passes_and_then_the_rate() {
         let mut bucket = TokenBucket::new(2);
         let mut taken = |seconds: f64, tries: usize| {
             let at = Duration::from_secs_f64(seconds);

@@ -312,7 +312,7 @@ impl Driver {
         };
         match message {
             Ok(message) if !is_within_rate => {
-                let actions = self.session.shut(&message.topic, TOO_MANY_MESSAGES);
+                let actions = self.session.close(&message.topic, TOO_MANY_MESSAGES);
                 close_unless(!actions.is_empty())?;
                 self.perform(actions, &mut None);
             }

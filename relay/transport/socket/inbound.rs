@@ -8,7 +8,7 @@ use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
 use crate::model::codec::phoenix::{
     Binary, FrameError, Message, Version, decode_binary, decode_large, decode_text,
 };
-use crate::model::session::join::{MOST_BYTES, MOST_TOPIC};
+use crate::model::session::join::{MAX_JOIN_BYTES, MAX_TOPIC_BYTES};
 use crate::model::session::machine::Session;
 
 /// Maximum number of bytes kept for one client: topics, filters and tokens of all its channels.
@@ -46,14 +46,14 @@ pub fn decode(version: Version, frame: Option<Result<Frame, SocketError>>) -> In
             return Inbound::Close(1002, "this is not the WebSocket protocol");
         }
         Some(Err(_)) => return Inbound::Gone,
-        Some(Ok(Frame::Text(text))) if text.len() > MOST_BYTES => {
-            match decode_large(version, &text, MOST_BYTES) {
+        Some(Ok(Frame::Text(text))) if text.len() > MAX_JOIN_BYTES => {
+            match decode_large(version, &text, MAX_JOIN_BYTES) {
                 Ok((message, true)) if message.event == "phx_join" => return Inbound::LargeJoin(message),
                 outcome => outcome.map(|(message, _)| message),
             }
         }
         Some(Ok(Frame::Text(text))) => decode_text(version, &text),
-        Some(Ok(Frame::Binary(bytes))) if bytes.len() > MOST_BYTES => Err(FrameError::TooLarge),
+        Some(Ok(Frame::Binary(bytes))) if bytes.len() > MAX_JOIN_BYTES => Err(FrameError::TooLarge),
         Some(Ok(Frame::Binary(bytes))) => match decode_binary(version, &bytes) {
             Ok(Binary::Message(message)) => Ok(message),
             Ok(Binary::Opaque(_)) => return Inbound::Ignored,
@@ -75,8 +75,8 @@ impl KeptMemory {
 
     /// Reserves memory for a join. Returns false if there is no room.
     pub fn reserve(&mut self, session: &Session, join: &Message) -> bool {
-        // `Join::read` refuses the topic with a more precise reason.
-        if join.topic.len() > MOST_TOPIC {
+        // `Join::parse` refuses the topic with a more precise reason.
+        if join.topic.len() > MAX_TOPIC_BYTES {
             return true;
         }
         let bytes = session.bytes() + join.topic.len() + join.payload.to_string().len();
