@@ -1,42 +1,42 @@
-//! How a change, or the news of a gap, is written for a client: in Phoenix frames, or bare with its cursor.
+//! Encoding of changes, gaps and stalls for a client: as Phoenix frames, or as change events with a cursor.
 
 use crate::model::codec::phoenix::{Version, around_changes, around_event, fan_out, system};
 
-/// The form of what goes to a client.
+/// The encoding of a subscription.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Codec {
-    /// Frames of a joined topic.
+    /// Phoenix frames of a joined topic.
     Phoenix {
-        /// The serialisation.
+        /// The protocol version.
         version: Version,
-        /// The topic, as on the wire.
+        /// The full topic, including `realtime:`.
         topic: String,
-        /// Whether `data` tells the cursor.
+        /// Whether `data` includes the cursor.
         with_cursor: bool,
         /// Whether a change is an event named after its operation, with its object as the payload.
         by_operation: bool,
     },
-    /// A [`ChangeEvent`] piece: for event streams and polls.
+    /// [`ChangeEvent`]s, for event streams and polls.
     ChangeEvent,
 }
 
-/// What clients are told when the feed stalls …
+/// The message when the feed stalls.
 pub const STALLED: &str =
     "Stalled: the database cannot be asked now, changes follow in order once it is back";
-/// … and when it goes on.
+/// The message when it resumes.
 pub const RESUMED: &str = "Feed resumed";
 
-/// A piece without a frame around it, taken apart.
+/// A parsed event of [`Codec::ChangeEvent`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChangeEvent<'a> {
     /// A change: the object that a `postgres_changes` message has as `data`, with its `cursor`.
     Change(&'a str),
-    /// Changes are missing; why.
+    /// Changes are missing, with the reason.
     Gap(&'a str),
 }
 
 impl Codec {
-    /// Whether a change is written with its cursor.
+    /// Whether a change is encoded with its cursor.
     pub fn tells_cursor(&self) -> bool {
         match self {
             Self::Phoenix { with_cursor, .. } => *with_cursor,
@@ -44,7 +44,8 @@ impl Codec {
         }
     }
 
-    /// What stands before and after the object of a change that comes as this operation, for the bindings of these ids.
+    /// Returns the text before and after the object of a change, for the bindings with these ids. `operation` is the one that the
+    /// subscriber sees.
     pub fn around(&self, ids: &[u32], operation: &str, cursor: &str) -> (String, &'static str) {
         match self {
             Self::Phoenix { version, topic, by_operation: true, .. } => {
@@ -55,8 +56,7 @@ impl Codec {
         }
     }
 
-    /// The news that nothing comes for now, or that it goes on. None for what is bare: whoever writes that hears of it
-    /// by itself.
+    /// Encodes that the feed is stalled or has resumed. `None` for change events: the stream observes stalls by itself.
     pub fn stall(&self, stalls: bool) -> Option<String> {
         let Self::Phoenix { version, topic, .. } = self else { return None };
         let (status, text) = if stalls { ("error", STALLED) } else { ("ok", RESUMED) };
@@ -64,7 +64,7 @@ impl Codec {
         Some(fan_out(*version, topic, "system", &payload))
     }
 
-    /// The news that changes are missing before the cursor.
+    /// Encodes that changes before the cursor are missing.
     pub fn gap(&self, why: &str, cursor: &str) -> String {
         match self {
             Self::Phoenix { version, topic, .. } => {
@@ -76,7 +76,7 @@ impl Codec {
     }
 }
 
-/// The object of a change with its cursor as the last field.
+/// Adds the cursor to the object of a change, as the last field.
 pub fn with_cursor(mut data: String, cursor: &str) -> String {
     if data.ends_with('}') {
         data.pop();
@@ -89,7 +89,8 @@ pub fn with_cursor(mut data: String, cursor: &str) -> String {
 }
 
 impl<'a> ChangeEvent<'a> {
-    /// A piece as [`Codec::ChangeEvent`] writes it, and its cursor; `payload` is what stands behind the head of a change.
+    /// Parses an event written by [`Codec::ChangeEvent`] and returns it with its cursor. `payload` is the text after the head of a
+    /// change. `None` if the head is neither a change nor a gap.
     pub fn parse(head: &'a str, payload: &'a str) -> Option<(&'a str, Self)> {
         let (head, body) = head.split_once('\n')?;
         match head.strip_prefix('C') {
@@ -104,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bare_piece_is_taken_apart_as_it_was_written() {
+    fn a_change_event_is_parsed_as_it_was_encoded() {
         let data = with_cursor(String::from(r#"{"a":"x\ny"}"#), "AQ");
         assert_eq!(data, r#"{"a":"x\ny","cursor":"AQ"}"#);
         let (head, tail) = Codec::ChangeEvent.around(&[1], "INSERT", "AQ");

@@ -1,4 +1,4 @@
-//! The `data` of a `postgres_changes` message: what one change looks like to one set of rights.
+//! The `data` of a `postgres_changes` message: one change, as seen with one set of rights.
 
 use std::fmt::Write as _;
 
@@ -7,21 +7,21 @@ use crate::model::policy::visibility::EventKind;
 use crate::model::row::change::{Change, Operation, Row, Spelling, quoted};
 use crate::model::row::column::Column;
 
-/// Everything that decides the text of a delivery. Equal views of one change are the same bytes.
+/// Everything that determines the encoded text of a change. Equal views of a change give equal bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
     /// The relation of the change.
     pub relation: &'a Relation,
     /// The subscriber's rights.
     pub access: &'a Access,
-    /// The columns the subscriber asked for; the key comes with them. None means all.
+    /// The selected columns, to which the key is added. `None` means all columns.
     pub select: Option<&'a [String]>,
-    /// What the change means to the subscriber.
+    /// The kind of event that the subscriber sees.
     pub meaning: EventKind,
-    /// The change is told with its transaction, its number and the time in microseconds: who may get it twice knows it
-    /// again.
+    /// Whether to include the transaction id, the number and the time in microseconds, so that a client can recognise a change
+    /// that it receives twice.
     pub exact: bool,
-    /// No other change of its transaction comes after it to the subscriber.
+    /// Whether it is the last change of its transaction for the subscriber.
     pub is_last: bool,
 }
 
@@ -40,39 +40,39 @@ impl View<'_> {
     }
 }
 
-/// Of a change that is too large, columns whose values have more bytes than this are left out.
+/// In a change that is too large, values of more bytes than this are omitted.
 const SHORT: usize = 64;
 
-/// How much of a change is told.
+/// How much of a change is included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 enum Extent {
     /// All of it.
     Whole,
-    /// Of the old row of an update only the key.
+    /// All, except that the old row of an update has only the key.
     NewRow,
-    /// Keys and short columns.
+    /// Keys and short values.
     Short,
-    /// Short columns alone: a key may be long, too.
+    /// Short values only: a key may be long as well.
     Shortest,
 }
 
-/// The JSON object that goes out as `data` (PROTOCOL: `schema, table, commit_timestamp, type, columns, record, old_record, errors`).
+/// Returns the JSON object sent as `data` ( `schema, table, commit_timestamp, type, columns, record, old_record, errors`).
 ///
 /// `INSERT` has no `old_record`, `DELETE` no `record`. A leave is a `DELETE` with the key and `"leave":true`.
-/// Columns without the right to select them appear nowhere. None when an image is not what it should be.
+/// Columns that may not be selected never appear. Returns `None` if a row image is malformed.
 ///
-/// Above `most` bytes, an update keeps its new row and tells the old one by its key; what is still too large is told by
-/// key and short columns, and says so.
-pub fn data(change: &Change, view: View<'_>, most: usize) -> Option<String> {
+/// If the object has more than `max_bytes`, the old row of an update is reduced to its key. If that is still too large, rows are
+/// reduced to the key and short values, and `errors` says so.
+pub fn data(change: &Change, view: View<'_>, max_bytes: usize) -> Option<String> {
     let whole = object(change, view, Extent::Whole)?;
-    if whole.len() <= most {
+    if whole.len() <= max_bytes {
         return Some(whole);
     }
     drop(whole);
     let mut smaller = None;
     for extent in [Extent::NewRow, Extent::Short, Extent::Shortest] {
         let text = object(change, view, extent)?;
-        let fits = text.len() <= most;
+        let fits = text.len() <= max_bytes;
         smaller = Some(text);
         if fits {
             break;
@@ -90,8 +90,8 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
         quoted(&view.relation.schema),
         quoted(&view.relation.table),
         if view.exact { change.exact_timestamp() } else { change.commit_timestamp() },
-        if view.exact { mark(change, view.is_last) } else { String::new() },
-        operation.name(),
+        if view.exact { identification(change, view.is_last) } else { String::new() },
+        operation.word(),
         columns(view),
     );
     if operation != Operation::Delete {
@@ -99,7 +99,7 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
     }
     match view.meaning {
         EventKind::Insert => {}
-        // The old key may itself be hidden: the key that is told is the one of the row in sight.
+        // The old row may be hidden, including its key: use the key of the new row.
         EventKind::Enter => {
             let _ = write!(text, r#","old_record":{}"#, key(change.after.as_deref()?, view, extent)?);
         }
@@ -109,9 +109,9 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
         }
         EventKind::Update | EventKind::Delete => {
             let before = change.before.as_deref()?;
-            let is_told =
+            let is_included =
                 view.relation.full && (extent != Extent::NewRow || view.meaning == EventKind::Delete);
-            let old = if is_told { row(before, view, extent)? } else { key(before, view, extent)? };
+            let old = if is_included { row(before, view, extent)? } else { key(before, view, extent)? };
             let _ = write!(text, r#","old_record":{old}"#);
         }
     }
@@ -123,13 +123,13 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
     Some(text)
 }
 
-/// Which change it is, as strings: neither number fits into JavaScript's.
-fn mark(change: &Change, is_last: bool) -> String {
+/// Identifies the change. The numbers are strings because they exceed JavaScript's safe integers.
+fn identification(change: &Change, is_last: bool) -> String {
     let last = if is_last { r#","last":true"# } else { "" };
     format!(r#","txid":"{}","number":"{}"{last}"#, change.xid, change.number)
 }
 
-/// A row as it is told to somebody with these rights who selected these columns; none when it is no row.
+/// Returns a row with the selected columns that these rights allow. `None` if the text is not a row.
 pub fn record(row: &str, relation: &Relation, access: &Access, select: Option<&[String]>) -> Option<String> {
     self::row(
         row,
@@ -151,19 +151,19 @@ fn columns(view: View<'_>) -> String {
 
 fn row(image: &str, view: View<'_>, extent: Extent) -> Option<String> {
     let row = Row::parse(image).ok()?;
-    let is_told = |name: &str| {
+    let is_included = |name: &str| {
         extent <= Extent::NewRow
             || (extent == Extent::Short && view.relation.is_key(name))
             || is_short(&row, name)
     };
-    Some(row.project(|name| view.spelling(name).filter(|_| is_told(name))))
+    Some(row.project(|name| view.spelling(name).filter(|_| is_included(name))))
 }
 
 fn key(image: &str, view: View<'_>, extent: Extent) -> Option<String> {
     let row = Row::parse(image).ok()?;
-    let is_told = |name: &str| extent <= Extent::Short || is_short(&row, name);
+    let is_included = |name: &str| extent <= Extent::Short || is_short(&row, name);
     let in_key = |name: &str| view.relation.is_key(name).then(|| view.spelling(name)).flatten();
-    Some(row.project(|name| in_key(name).filter(|_| is_told(name))))
+    Some(row.project(|name| in_key(name).filter(|_| is_included(name))))
 }
 
 fn is_short(row: &Row<'_>, column: &str) -> bool {
@@ -215,15 +215,15 @@ mod tests {
             is_last: false,
         };
         let text = data(&change(Some(before), Some(after)), view, usize::MAX).unwrap();
-        let told: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let sent: serde_json::Value = serde_json::from_str(&text).unwrap();
         for name in ["record", "old_record", "leave", "type"] {
-            assert_eq!(told.get(name), expected.get(name), "{name} in {text}");
+            assert_eq!(sent.get(name), expected.get(name), "{name} in {text}");
         }
-        assert_eq!(told["errors"], serde_json::Value::Null);
+        assert_eq!(sent["errors"], serde_json::Value::Null);
     }
 
     #[test]
-    fn old_and_new_by_meaning() {
+    fn old_and_new_row_by_kind_of_event() {
         let whole = |n: i64, owner: &str, title: &str| serde_json::json!({"id": n, "owner": owner, "title": title, "raw": format!("0{n}")});
         let (old, new) = (whole(1, "a", "old"), whole(2, "b", "new"));
         check(
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_without_right_or_not_asked_for_appears_nowhere() {
+    fn a_column_without_right_or_not_selected_appears_nowhere() {
         check(
             true,
             "narrow",
@@ -289,30 +289,30 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_is_told_by_the_new_row_then_by_short_columns() {
+    fn a_large_change_is_reduced_to_the_new_row_then_to_short_values() {
         let relation = todos(true, false);
         let access = relation.access("authenticated").unwrap();
         let image = |id: usize, title: usize| {
             format!(r#"{{"id":{id},"owner":"a","title":"{}"}}"#, "\\u0001".repeat(title))
         };
-        let told = |meaning, before: &str, after: &str, most| {
+        let sent = |meaning, before: &str, after: &str, most| {
             let view =
                 View { relation: &relation, access, select: None, meaning, exact: false, is_last: false };
             let text = data(&change(Some(before), Some(after)), view, most).unwrap();
-            let told: serde_json::Value = serde_json::from_str(&text).unwrap();
-            let size = |name: &str| told.get(name).map(|row| row.as_object().unwrap().len());
-            assert!(told["columns"].as_array().unwrap().len() > 2);
-            (text.len() <= most, size("record"), size("old_record"), told["errors"].is_null())
+            let sent: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let size = |name: &str| sent.get(name).map(|row| row.as_object().unwrap().len());
+            assert!(sent["columns"].as_array().unwrap().len() > 2);
+            (text.len() <= most, size("record"), size("old_record"), sent["errors"].is_null())
         };
         let (old, new) = (image(1, 300), image(2, 300));
-        assert_eq!(told(EventKind::Update, &old, &new, 5000), (true, Some(3), Some(3), true));
-        assert_eq!(told(EventKind::Update, &old, &new, 3000), (true, Some(3), Some(1), true));
-        assert_eq!(told(EventKind::Update, &old, &new, 1000), (true, Some(2), Some(2), false));
-        assert_eq!(told(EventKind::Delete, &old, &new, 1000), (true, None, Some(2), false));
-        assert_eq!(told(EventKind::Insert, &old, &new, 1000), (true, Some(2), None, false));
+        assert_eq!(sent(EventKind::Update, &old, &new, 5000), (true, Some(3), Some(3), true));
+        assert_eq!(sent(EventKind::Update, &old, &new, 3000), (true, Some(3), Some(1), true));
+        assert_eq!(sent(EventKind::Update, &old, &new, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(sent(EventKind::Delete, &old, &new, 1000), (true, None, Some(2), false));
+        assert_eq!(sent(EventKind::Insert, &old, &new, 1000), (true, Some(2), None, false));
         let long_key = format!(r#"{{"id":"{}","owner":"a","title":"b"}}"#, "k".repeat(2000));
-        assert_eq!(told(EventKind::Update, &long_key, &long_key, 1000), (true, Some(2), Some(2), false));
-        assert_eq!(told(EventKind::Leave, &long_key, &long_key, 1000), (true, None, Some(0), false));
+        assert_eq!(sent(EventKind::Update, &long_key, &long_key, 1000), (true, Some(2), Some(2), false));
+        assert_eq!(sent(EventKind::Leave, &long_key, &long_key, 1000), (true, None, Some(0), false));
     }
 
     #[test]
@@ -322,7 +322,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn only_columns_that_may_be_seen_and_are_wanted_are_told(
+        fn only_selected_columns_with_the_right_to_select_them_appear(
             names in proptest::sample::subsequence(vec!["raw", "title", "id", "unknown", "owner"], 0..=5).prop_shuffle(),
             value in prop_oneof![
                 Just("null"), Just(r#""\\xff""#), Just(r#""\\x""#), Just("1.50"), Just(r#"{"a" : [1, 2]}"#), Just(r#""\ud800""#),
@@ -339,8 +339,8 @@ mod tests {
             let image = format!("{{{}}}", fields.join(","));
             let view = View { relation: &relation, access, select, meaning, exact: false, is_last: false };
             let text = data(&change(Some(&image), Some(&image)), view, usize::MAX).unwrap();
-            let told = Row::parse(&text).unwrap();
-            for record in ["record", "old_record"].iter().filter_map(|name| told.value(name)) {
+            let sent = Row::parse(&text).unwrap();
+            for record in ["record", "old_record"].iter().filter_map(|name| sent.value(name)) {
                 let record = Row::parse(record).unwrap();
                 for name in record.names() {
                     let wanted = relation.is_key(name) || select.is_none_or(|names| names.iter().any(|one| one == name));

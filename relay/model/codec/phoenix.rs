@@ -1,4 +1,4 @@
-//! The Phoenix wire: frames of versions 1.0.0 and 2.0.0 to messages, and messages to frames.
+//! The Phoenix wire format, versions 1.0.0 and 2.0.0: decodes frames to messages and encodes frames.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -8,10 +8,10 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-/// The only binary frame that a client may send: a broadcast of its user.
+/// The kind of the only binary frame that a client may send: a user broadcast.
 const USER_BROADCAST_PUSH: u8 = 3;
 
-/// The serialisation that a socket was opened with.
+/// The protocol version of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Version {
     /// 1.0.0: JSON objects.
@@ -20,36 +20,36 @@ pub enum Version {
     V2,
 }
 
-/// What a client says, in either version.
+/// A message from a client, of either version.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
-    /// The join that it belongs to: a string, a number or null, echoed as it came.
+    /// Reference of the join it belongs to: a string, a number or null, echoed unchanged.
     pub join_ref: Value,
-    /// Its own reference: a string, a number or null, echoed as it came.
+    /// Reference of the message: a string, a number or null, echoed unchanged.
     pub ref_: Value,
     /// The channel's topic.
     pub topic: String,
-    /// What it asks for.
+    /// The event.
     pub event: String,
-    /// Its content.
+    /// The payload.
     pub payload: Value,
 }
 
-/// What a binary frame holds.
+/// The content of a binary frame.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Binary {
-    /// A broadcast of JSON, in the form that it has as text.
+    /// A broadcast of JSON, as the message of the equivalent text frame.
     Message(Message),
-    /// A broadcast of bytes that only other version 2 sockets can take.
+    /// A broadcast of bytes, which only version 2 sockets can receive.
     Opaque(OpaqueBroadcast),
 }
 
-/// A broadcast whose content isn't JSON.
+/// A broadcast whose content is not JSON.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OpaqueBroadcast {
-    /// The join that it belongs to, or null.
+    /// Reference of the join it belongs to, or null.
     pub join_ref: Value,
-    /// Its own reference, or null.
+    /// Reference of the message, or null.
     pub ref_: Value,
     /// The channel's topic.
     pub topic: String,
@@ -59,37 +59,37 @@ pub struct OpaqueBroadcast {
     pub payload: Vec<u8>,
 }
 
-/// How a request ended.
+/// The status of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// It was done.
+    /// Success.
     Ok,
-    /// It was refused.
+    /// Refusal.
     Error,
 }
 
-/// Why a frame isn't a message. The socket stays open.
+/// Why a frame is not a message. The socket stays open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// Not JSON, or nested too deeply.
     #[error("the frame is not JSON")]
     NotJson,
-    /// JSON of another shape than this version's.
+    /// JSON without the shape of a message of this version.
     #[error("the frame does not have the shape of a message")]
     WrongShape,
-    /// A binary frame that ends too early or holds text that isn't UTF-8.
+    /// A binary frame that is truncated or has text that is not UTF-8.
     #[error("the binary frame is malformed")]
     MalformedBinary,
-    /// A binary frame with more bytes than are read.
+    /// A binary frame above the size limit.
     #[error("the binary frame is too large")]
     TooLarge,
-    /// A binary frame of a kind that clients don't send in this version.
+    /// A binary frame of a kind that clients of this version do not send.
     #[error("the kind of binary frame is not supported")]
     UnknownKind,
 }
 
 impl Version {
-    /// The version that `vsn` asks for; a client that doesn't say means the first.
+    /// Returns the version named by `vsn`, by default 1.0.0. `None` if it is not supported.
     pub fn from_vsn(vsn: Option<&str>) -> Option<Self> {
         match vsn {
             None | Some("1.0.0") => Some(Self::V1),
@@ -108,9 +108,9 @@ impl Status {
     }
 }
 
-/// Reads a text frame.
+/// Decodes a text frame.
 pub fn decode_text(version: Version, text: &str) -> Result<Message, FrameError> {
-    // serde_json stops at a nesting of 128, so a hostile frame can't exhaust the stack.
+    // serde_json limits nesting to 128, so a hostile frame cannot exhaust the stack.
     let frame = serde_json::from_str(text).map_err(|_| FrameError::NotJson)?;
     let message = match (version, frame) {
         (Version::V1, Value::Object(fields)) => from_object(fields),
@@ -145,34 +145,34 @@ fn reference(value: Value) -> Option<Value> {
     matches!(value, Value::Null | Value::String(_) | Value::Number(_)).then_some(value)
 }
 
-/// Reads a text frame without its payload when that has more bytes than `most`: read to the end it would take many times
-/// its size. The second is whether the payload was left out, which is null then.
+/// Decodes a large text frame. A payload of more than `max_bytes` is skipped and replaced by null, because a parsed payload may
+/// need many times its size. The second value says whether it was skipped.
 ///
 /// # Errors
 /// As [`decode_text`].
-pub fn decode_large(version: Version, text: &str, most: usize) -> Result<(Message, bool), FrameError> {
+pub fn decode_large(version: Version, text: &str, max_bytes: usize) -> Result<(Message, bool), FrameError> {
     let parts: [&RawValue; 5] = match version {
         Version::V1 => {
-            let fields = named(text)?;
+            let fields = known_fields(text)?;
             let field = |name: &str| fields.get(name).copied().ok_or(FrameError::WrongShape);
             let none = RawValue::NULL;
             let join_ref = field("join_ref").unwrap_or(none);
             [join_ref, field("ref")?, field("topic")?, field("event")?, field("payload")?]
         }
-        Version::V2 => listed(text)?,
+        Version::V2 => first_five(text)?,
     };
-    let is_large = parts[4].get().len() > most;
+    let is_large = parts[4].get().len() > max_bytes;
     let payload = if is_large { "null" } else { parts[4].get() };
     let [join_ref, ref_, topic, event] = [0, 1, 2, 3].map(|n: usize| parts[n].get());
-    if [join_ref, ref_, event].iter().any(|part| part.len() > most) {
+    if [join_ref, ref_, event].iter().any(|part| part.len() > max_bytes) {
         return Err(FrameError::WrongShape);
     }
     let text = format!("[{join_ref},{ref_},{topic},{event},{payload}]");
     decode_text(Version::V2, &text).map(|message| (message, is_large))
 }
 
-/// The first five of a list.
-fn listed(text: &str) -> Result<[&RawValue; 5], FrameError> {
+/// Returns the first five elements of a JSON array, unparsed.
+fn first_five(text: &str) -> Result<[&RawValue; 5], FrameError> {
     struct Five;
     impl<'de> Visitor<'de> for Five {
         type Value = Option<[&'de RawValue; 5]>;
@@ -199,8 +199,8 @@ fn listed(text: &str) -> Result<[&RawValue; 5], FrameError> {
     parts.ok_or(FrameError::WrongShape)
 }
 
-/// The fields of an object that a message may have.
-fn named(text: &str) -> Result<BTreeMap<&'static str, &RawValue>, FrameError> {
+/// Returns the known fields of a JSON object, unparsed.
+fn known_fields(text: &str) -> Result<BTreeMap<&'static str, &RawValue>, FrameError> {
     struct Fields;
     impl<'de> Visitor<'de> for Fields {
         type Value = BTreeMap<&'static str, &'de RawValue>;
@@ -235,7 +235,7 @@ fn text(value: Value) -> Option<String> {
     }
 }
 
-/// Reads a binary frame.
+/// Decodes a binary frame.
 pub fn decode_binary(version: Version, frame: &[u8]) -> Result<Binary, FrameError> {
     let malformed = FrameError::MalformedBinary;
     let (kind, rest) = frame.split_first().ok_or(malformed)?;
@@ -253,7 +253,7 @@ pub fn decode_binary(version: Version, frame: &[u8]) -> Result<Binary, FrameErro
     let ref_ = reference_or_null(field(ref_)?);
     let topic = field(topic)?.to_owned();
     let event = field(event)?.to_owned();
-    // Only asks for storage, which public broadcasts don't have.
+    // Ignored: the metadata only requests storage, which public broadcasts do not have.
     field(metadata)?;
     if *encoding == 0 {
         let payload = rest.to_vec();
@@ -268,40 +268,40 @@ fn reference_or_null(text: &str) -> Value {
     if text.is_empty() { Value::Null } else { Value::from(text) }
 }
 
-/// The answer to a message.
+/// Encodes the reply to a message.
 pub fn reply(version: Version, to: &Message, status: Status, response: &impl fmt::Display) -> String {
     let payload = format!(r#"{{"status":"{}","response":{response}}}"#, status.as_str());
     frame(version, &to.join_ref, &to.ref_, &to.topic, "phx_reply", &payload)
 }
 
-/// A push of one channel to its own client: `join_ref` is the channel's. `payload` is JSON.
+/// Encodes a push to the client of one channel. `join_ref` is the channel's; `payload` is JSON.
 pub fn push(version: Version, join_ref: &Value, topic: &str, event: &str, payload: &str) -> String {
     frame(version, join_ref, &Value::Null, topic, event, payload)
 }
 
-/// A push that every member of a topic gets alike. `payload` is JSON.
+/// Encodes a push that is the same for every member of a topic. `payload` is JSON.
 pub fn fan_out(version: Version, topic: &str, event: &str, payload: &str) -> String {
     frame(version, &Value::Null, &Value::Null, topic, event, payload)
 }
 
-/// The end of a channel; the client won't join again by itself.
+/// Encodes the end of a channel. The client does not join again by itself.
 pub fn close(version: Version, join_ref: &Value, topic: &str) -> String {
     frame(version, join_ref, join_ref, topic, "phx_close", "{}")
 }
 
-/// The failure of a channel; the client joins again.
+/// Encodes the failure of a channel. The client joins again by itself.
 pub fn error(version: Version, join_ref: &Value, topic: &str) -> String {
     frame(version, join_ref, join_ref, topic, "phx_error", "{}")
 }
 
-/// The payload of a `system` message, as JSON; clients want all four of its fields.
+/// Returns the payload of a `system` message as JSON. Clients require all four fields.
 pub fn system(topic: &str, extension: &str, status: &str, message: &str) -> String {
     let channel = topic.strip_prefix("realtime:").unwrap_or(topic);
     json!({"channel": channel, "extension": extension, "message": message, "status": status}).to_string()
 }
 
-/// What stands before and after the `data` of one change for the subscriptions `ids` of a channel. `data` is the JSON that
-/// all channels share.
+/// Returns the text before and after the `data` of a change, for the subscriptions `ids` of a channel. All channels share the
+/// same `data`.
 pub fn around_changes(version: Version, topic: &str, ids: &[u32]) -> (String, &'static str) {
     let (before, event, payload, after) = match version {
         Version::V1 => {
@@ -321,7 +321,7 @@ pub fn around_changes(version: Version, topic: &str, ids: &[u32]) -> (String, &'
     (head, after)
 }
 
-/// The same where the event has the name of the operation and the change is all of its payload.
+/// Returns the text before and after a change that is sent as an event named after its operation, with the change as payload.
 pub fn around_event(version: Version, topic: &str, operation: &str) -> (String, &'static str) {
     let (topic, operation) = (quoted(topic), quoted(operation));
     match version {
@@ -340,7 +340,7 @@ fn frame(
 ) -> String {
     let (topic, event) = (quoted(topic), quoted(event));
     match version {
-        // Clients of this version drop a frame without the key `ref`, and none of them knows a `join_ref`.
+        // Clients of this version drop a frame without `ref`, and none of them uses `join_ref`.
         Version::V1 => format!(r#"{{"topic":{topic},"event":{event},"payload":{payload},"ref":{ref_}}}"#),
         Version::V2 => format!("[{join_ref},{ref_},{topic},{event},{payload}]"),
     }
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_read() {
+    fn messages_are_decoded() {
         let join = message(json!("1"), json!("2"), "realtime:room1", "phx_join", json!({"config": {}}));
         let object = r#"{"topic":"realtime:room1","event":"phx_join","payload":{"config":{}},"ref":"2","join_ref":"1","x":0}"#;
         check(Version::V1, object, Ok(join.clone()));
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_payload_is_left_out_and_a_small_one_in_a_large_text_is_read() {
+    fn a_large_payload_is_skipped_and_a_small_one_in_a_large_text_is_decoded() {
         let join = |payload: Value| message(json!("1"), json!("2"), "realtime:t", "phx_join", payload);
         let zeros = vec![0; 1000];
         for (payload, is_large) in [(json!({"a": zeros}), true), (json!({"b": [1]}), false)] {
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn a_binary_broadcast_is_read_like_its_text() {
+    fn a_binary_broadcast_is_decoded_like_its_text() {
         let frame = binary(["1", "2", "realtime:room1", "ping", ""], 1, br#"{"n":1}"#);
         assert_eq!(frame[..7], [3, 1, 1, 14, 4, 0, 1]);
         let payload = json!({"type": "broadcast", "event": "ping", "payload": {"n": 1}});
@@ -505,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_written() {
+    fn frames_are_encoded() {
         let join = message(json!("1"), json!(2), "realtime:a\"b", "phx_join", json!({}));
         check_frames(
             |version| reply(version, &join, Status::Ok, &json!({"postgres_changes": []})),
@@ -541,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_written_for_its_subscriptions() {
+    fn a_change_is_encoded_for_its_subscriptions() {
         check_frames(
             |version| changes_frame(version, "realtime:t", &[7, 4_294_967_295], r#"{"type":"DELETE"}"#),
             r#"{"topic":"realtime:t","event":"postgres_changes","payload":{"ids":[7,4294967295],"data":{"type":"DELETE"}},"ref":null}"#,
@@ -560,7 +560,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_written_is_read(topic in "\\PC*", event in ".*", join_ref in ".*", ids in any::<[u32; 3]>()) {
+        fn encoded_frames_are_decoded(topic in "\\PC*", event in ".*", join_ref in ".*", ids in any::<[u32; 3]>()) {
             let join_ref = Value::from(join_ref);
             let data = json!({"text": topic}).to_string();
             for version in [Version::V1, Version::V2] {

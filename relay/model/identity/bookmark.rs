@@ -1,4 +1,4 @@
-//! Bookmarks: up to where a client that may come back has surely received a channel.
+//! Bookmarks: the position up to which a resumable session has acknowledged a channel.
 
 use std::str::FromStr;
 
@@ -7,48 +7,48 @@ use sha2::{Digest, Sha256};
 use crate::model::identity::claims::Claims;
 use crate::model::log::cursor::Cursor;
 
-/// The name that a client gives itself, a UUID in the usual spelling.
+/// The name that a client chose for its session: a UUID in the hyphenated form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionName(u128);
 
-/// What a client named itself is no UUID.
+/// The session name is not a UUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("session: a UUID is expected, such as crypto.randomUUID() gives")]
-pub struct NoSessionName;
+pub struct InvalidSessionName;
 
-/// Which bookmark: a session's channel, as far as it belongs to one subject.
+/// The key of a bookmark: a session, a subject and a channel.
 ///
-/// Somebody else who gives the same name has other bookmarks.
+/// Two subjects that choose the same session name have different bookmarks.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BookmarkKey {
-    /// Whose.
+    /// The session.
     pub session: SessionName,
-    /// Half of the SHA-256 of the token's subject, then half of that of the subject and the topic: neither is anybody
-    /// else's business, but those of one subject can be counted. Where the first byte is 0 it is the role of a token that
-    /// has no subject.
+    /// Half of the SHA-256 of the token's subject, then half of that of the subject and the topic. Hashed because both are private;
+    /// in two halves so that the bookmarks of a subject can be counted. A first byte of 0 means a token without a subject, whose
+    /// role is hashed instead.
     pub channel: [u8; 32],
 }
 
-/// A bookmark in the hand of the connection that may move it.
+/// A bookmark owned by the connection that may move it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bookmark {
-    /// Which.
+    /// The key.
     pub key: BookmarkKey,
-    /// The mark of the connection: whoever takes the bookmark over has another.
+    /// Id of the owning connection. A connection that takes the bookmark over has another.
     pub owner: String,
 }
 
-/// What is known of a bookmark when it is opened.
+/// The result of opening a bookmark.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Opened {
-    /// Go on after this.
+    /// Delivery continues after this cursor.
     At(Bookmark, Cursor),
-    /// Its client was away for too long, or it cannot be read: what was missed is not given back.
+    /// The client was disconnected for too long, or the bookmark cannot be read: missed changes are not replayed.
     Lapsed(Bookmark),
 }
 
 impl Opened {
-    /// The bookmark.
+    /// Returns the bookmark.
     pub fn bookmark(&self) -> &Bookmark {
         match self {
             Self::At(bookmark, _) | Self::Lapsed(bookmark) => bookmark,
@@ -57,7 +57,7 @@ impl Opened {
 }
 
 impl BookmarkKey {
-    /// The bookmark of a topic in a session, for whoever the claims say.
+    /// Returns the key of a topic's bookmark, for a session and the subject of the claims.
     pub fn new(session: SessionName, claims: &Claims, topic: &str) -> Self {
         let (kind, subject) = match claims.sub() {
             Some(sub) => ("sub", sub),
@@ -79,19 +79,19 @@ impl BookmarkKey {
 }
 
 impl FromStr for SessionName {
-    type Err = NoSessionName;
+    type Err = InvalidSessionName;
 
-    fn from_str(text: &str) -> Result<Self, NoSessionName> {
+    fn from_str(text: &str) -> Result<Self, InvalidSessionName> {
         let hyphens = [8, 13, 18, 23];
-        let is_spelt = text.len() == 36
+        let is_uuid = text.len() == 36
             && text.bytes().enumerate().all(|(n, byte)| match hyphens.contains(&n) {
                 true => byte == b'-',
                 false => byte.is_ascii_hexdigit(),
             });
-        if !is_spelt {
-            return Err(NoSessionName);
+        if !is_uuid {
+            return Err(InvalidSessionName);
         }
-        u128::from_str_radix(&text.replace('-', ""), 16).map(Self).map_err(|_| NoSessionName)
+        u128::from_str_radix(&text.replace('-', ""), 16).map(Self).map_err(|_| InvalidSessionName)
     }
 }
 
@@ -110,14 +110,14 @@ mod tests {
     const NAME: &str = "0f8fad5b-d9cb-469f-a165-70867728950e";
 
     #[test]
-    fn a_name_is_a_uuid_and_nothing_else() {
+    fn a_session_name_is_a_uuid() {
         let name: SessionName = NAME.parse().unwrap();
         assert_eq!(name.to_string(), NAME);
         assert_eq!(NAME.to_uppercase().parse(), Ok(name));
         for other in
             ["", "1", &NAME[1..], &format!("{NAME}0"), &NAME.replace('-', "+"), &NAME.replace('f', "g")]
         {
-            assert_eq!(other.parse::<SessionName>(), Err(NoSessionName), "{other}");
+            assert_eq!(other.parse::<SessionName>(), Err(InvalidSessionName), "{other}");
         }
     }
 

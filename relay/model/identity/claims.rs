@@ -1,17 +1,16 @@
-//! Verified claims: who a subscriber is, kept exactly as its token says it.
+//! Verified claims: the identity of a subscriber, with the payload kept exactly as in its token.
 
 use std::fmt;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-/// The last second of the year 9999. A later expiry is cut to it, so that whoever turns it into a time of
-/// day or adds to it can't overflow.
+/// The last second of the year 9999. A later expiry is clamped to it, so that date conversions and additions cannot overflow.
 pub const LATEST_EXPIRY: u64 = 253_402_300_799;
 
 /// The claims of one verified token.
 ///
-/// Two claims are equal when their payloads are the same text and the same key signed them.
+/// Claims are equal if their payloads are the same text and the same key signed them.
 #[derive(Clone)]
 pub struct Claims {
     role: String,
@@ -21,11 +20,11 @@ pub struct Claims {
     key: Option<KeyId>,
 }
 
-/// A key that signs tokens and may be withdrawn: equal for equal keys.
+/// The id of a signing key that may be withdrawn. Equal keys have equal ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyId(pub u64);
 
-/// Why a verified payload can't be claims.
+/// Why a verified payload is not valid claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ClaimsError {
     /// Not a JSON object.
@@ -39,22 +38,22 @@ pub enum ClaimsError {
     BadExpiry,
 }
 
-/// Where tokens are verified.
+/// Verifies tokens.
 pub trait Tokens {
-    /// The claims of a token that is good now.
+    /// Returns the claims of a token that is valid now.
     ///
     /// # Errors
-    /// When it is not, with the words for the client.
+    /// If it is not valid, with the text for the client.
     fn verify(&self, token: &str) -> Result<Claims, TokenRefusal>;
 
-    /// Whether the key that signed these claims still counts.
+    /// Checks that the key that signed these claims was not withdrawn.
     ///
     /// # Errors
-    /// When it was withdrawn, with the words for the client.
+    /// If it was withdrawn, with the text for the client.
     fn recheck(&self, claims: &Claims) -> Result<(), TokenRefusal>;
 }
 
-/// Why a token is not good.
+/// Why a token is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRefusal {
     /// The code of a refused join (`InvalidJWTToken`).
@@ -64,10 +63,10 @@ pub struct TokenRefusal {
 }
 
 impl Claims {
-    /// Reads the payload of a token whose signature has been verified; nothing here verifies it.
+    /// Parses the payload of a token. The caller must have verified the signature.
     pub fn from_verified_payload(json: &str) -> Result<Self, ClaimsError> {
         let fields: Map<String, Value> = serde_json::from_str(json).map_err(|_| ClaimsError::Malformed)?;
-        // PostgreSQL has no text with a null character: as a name it would fail every question that it is part of.
+        // PostgreSQL text cannot contain a null character: as a name it would fail every query that uses it.
         let text = |name: &str| fields.get(name).and_then(Value::as_str).filter(|text| !text.contains('\0'));
         let role = text("role").filter(|role| !role.is_empty());
         let exp = fields.get("exp").filter(|exp| !exp.is_null());
@@ -83,38 +82,38 @@ impl Claims {
         })
     }
 
-    /// The same, signed by this key, if it is one that may be withdrawn.
+    /// Sets the signing key, if it may be withdrawn.
     pub fn signed_by(self, key: Option<KeyId>) -> Self {
         Self { key, ..self }
     }
 
-    /// The database role to act as. Whether it may be used is decided elsewhere.
+    /// Returns the database role to act as. Whether it may be used is checked elsewhere.
     pub fn role(&self) -> &str {
         &self.role
     }
 
-    /// The second of the Unix epoch at which these claims end.
+    /// Returns the expiry in Unix seconds.
     pub fn expires_at(&self) -> u64 {
         self.expires_at
     }
 
-    /// The payload exactly as it stood in the token.
+    /// Returns the payload exactly as in the token.
     pub fn json(&self) -> &Arc<str> {
         &self.json
     }
 
-    /// The payload without escapes: with all characters that a part of it may have.
+    /// Returns the payload re-encoded without escapes, so that every character appears as itself.
     pub fn plain(&self) -> String {
         serde_json::from_str::<Value>(&self.json)
             .map_or_else(|_| self.json.to_string(), |json| json.to_string())
     }
 
-    /// The key that signed them, if it may be withdrawn.
+    /// Returns the signing key, if it may be withdrawn.
     pub fn key(&self) -> Option<KeyId> {
         self.key
     }
 
-    /// The subject, when the token names one as a string.
+    /// Returns the subject, if the token has one that is a string.
     pub fn sub(&self) -> Option<&str> {
         self.sub.as_deref()
     }
@@ -135,15 +134,15 @@ impl std::hash::Hash for Claims {
 }
 
 impl fmt::Debug for Claims {
-    /// Claims are personal data and end up in logs through somebody's derived `Debug`.
+    /// Hides the claims: they are personal data, and a derived `Debug` would write them into logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Claims").finish_non_exhaustive()
     }
 }
 
-/// Fractions are rounded, the past before 1970 is 0.
+/// Rounds to whole seconds. Times before 1970 become 0.
 fn whole_second(seconds: f64) -> u64 {
-    // A cast from a float saturates.
+    // The cast saturates.
     (seconds.round() as u64).min(LATEST_EXPIRY)
 }
 
@@ -170,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn fractions_are_rounded_and_extremes_are_cut() {
+    fn fractions_are_rounded_and_extremes_are_clamped() {
         check(r#"{"role":"a","exp":10.4}"#, Ok(("a", 10, None)));
         check(r#"{"role":"a","exp":10.5}"#, Ok(("a", 11, None)));
         check(r#"{"role":"a","exp":-5}"#, Ok(("a", 0, None)));
@@ -178,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_of_a_wrong_type_is_refused() {
+    fn missing_claims_and_wrong_types_are_refused() {
         check(r#"{"exp":1}"#, Err(ClaimsError::MissingFields));
         check(r#"{"role":"a"}"#, Err(ClaimsError::MissingFields));
         check(r#"{"role":"","exp":1}"#, Err(ClaimsError::MissingFields));
@@ -195,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_payload_is_kept_to_the_letter_and_never_printed() {
+    fn the_payload_is_kept_unchanged_and_never_printed() {
         let json = "{ \"exp\": 99,\n\"role\":\"a\", \"n\":1.50, \"email\":\"canary@example.org\" }";
         let claims = Claims::from_verified_payload(json).unwrap();
         assert_eq!(&**claims.json(), json);

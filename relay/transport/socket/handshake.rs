@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::model::codec::phoenix::Version;
-use crate::model::identity::bookmark::NoSessionName;
+use crate::model::identity::bookmark::InvalidSessionName;
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::connection_limits::ConnectionSlot;
 use crate::transport::early_refusal::EarlyRefusal;
@@ -58,7 +58,7 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
         Some(_) => return refused(StatusCode::BAD_REQUEST, "cursor: true or false is expected"),
     };
     let name = match parameter(query, "session") {
-        None if is_unreadable(query, "session") => Err(NoSessionName),
+        None if is_unreadable(query, "session") => Err(InvalidSessionName),
         name => name.map(|name| name.parse()).transpose(),
     };
     let name = match name {
