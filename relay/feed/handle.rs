@@ -21,7 +21,7 @@ use crate::model::policy::visibility::Identity;
 use crate::model::session::limits::RowLimit;
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request, Scope, Subscription};
-use crate::model::subscription::paging::{After, Paging};
+use crate::model::subscription::paging::{PageToken, Paging};
 use crate::postgres::connect::pool::Error;
 use crate::postgres::snapshot_rows::{RowSink, RowsRead, Selection, SnapshotRows};
 
@@ -40,7 +40,7 @@ pub struct Given {
     /// Which bound they went beyond, if they did, and the cursor.
     pub found: RowsRead,
     /// The last one, for a page to begin after it; none where rows have no order or none was asked for.
-    pub last: Option<After>,
+    pub last: Option<PageToken>,
 }
 
 impl Feed {
@@ -203,7 +203,7 @@ impl Feed {
         let selection = Selection { relation, access, conditions, order: &order };
         let found = self.rows.read(claims, &selection, most, &mut take).await?;
         let has_key = !relation.key.is_empty() && relation.key.iter().all(|key| access.sees(key));
-        let last = if has_key { After::of(&order, &last_row) } else { None };
+        let last = if has_key { PageToken::of(&order, &last_row) } else { None };
         Ok(Given { found, last })
     }
 

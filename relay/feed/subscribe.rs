@@ -12,7 +12,7 @@ use crate::model::row::change::RelationId;
 use crate::model::subscription::binding::{Request, Subscription, Target, exception, readable};
 use crate::model::subscription::error::{FORBIDDEN, SubscribeError};
 use crate::model::subscription::filter::{self, Condition};
-use crate::model::subscription::paging::{After, By, Paging};
+use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
@@ -173,10 +173,10 @@ impl Binder {
     pub(super) async fn after(
         &self,
         paging: &Paging,
-        order: &[By],
+        order: &[OrderBy],
         relation: &Relation,
     ) -> Result<Option<String>, Attempt> {
-        let Some(beyond) = paging.beyond(order, relation)? else { return Ok(None) };
+        let Some(beyond) = paging.keyset(order, relation)? else { return Ok(None) };
         let mut condition: Option<String> = None;
         for (by, beyond) in order.iter().zip(&beyond).rev() {
             let read: Vec<&Condition> = [Some(&beyond.equal), beyond.later.as_ref(), beyond.from.as_ref()]
@@ -186,7 +186,7 @@ impl Binder {
             let mut read = match timeout(PATIENCE, self.catalog.conditions(relation, &read)).await {
                 Ok(Ok(read)) => read.into_iter(),
                 Ok(Err(error)) if error.refusal().is_some() && !error.is_transient() => {
-                    return Err(After::unknown().into());
+                    return Err(PageToken::invalid().into());
                 }
                 Ok(Err(error)) => return Err(error.into()),
                 Err(_) => return Err(Error::Lost("the catalog does not answer").into()),

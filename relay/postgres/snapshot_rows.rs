@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::identity::claims::Claims;
 use crate::model::session::limits::{ExceededLimit, RowLimit};
-use crate::model::subscription::paging::By;
+use crate::model::subscription::paging::OrderBy;
 use crate::postgres::connect::pool::{Error, SPELLING, Server, give_up};
 
 /// Connections that read rows as somebody else.
@@ -57,7 +57,7 @@ pub struct Selection<'a> {
     /// What they fulfil, as SQL.
     pub conditions: Vec<&'a str>,
     /// Their order.
-    pub order: &'a [By],
+    pub order: &'a [OrderBy],
 }
 
 /// Takes rows as JSON objects, in their order; false when there is no room for more.
@@ -232,7 +232,7 @@ fn query(spelling: &Spelling, selection: &Selection<'_>, most: usize) -> String 
         true => String::new(),
         false => format!(" where {}", conditions.join(" and ")),
     };
-    let term = |by: &By| {
+    let term = |by: &OrderBy| {
         let direction = if by.descending { "desc" } else { "asc" };
         let nulls = if by.nulls_first { "first" } else { "last" };
         format!("{} {direction} nulls {nulls}", quote(&by.column))

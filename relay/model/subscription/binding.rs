@@ -1,4 +1,4 @@
-//! What a channel asks for (`postgres_changes` entries) and what it becomes once bound to verified claims.
+//! Requests of a channel (`postgres_changes` entries), and the subscriptions they become once bound to verified claims.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -20,28 +20,28 @@ use crate::model::subscription::typed_filter::TypedFilter;
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// The word for the operations, as it was written.
+    /// The event as the client wrote it.
     event: String,
-    /// Which operations; an unknown word means all of them, as on the real server.
+    /// The requested operations. An unknown name means all, as on the Supabase server.
     pub events: Events,
-    /// Which relations.
+    /// The relations.
     pub target: Target,
-    /// The filter's text; empty means none.
+    /// The filter; empty means none.
     pub filter: String,
-    /// The columns asked for; empty means all.
+    /// The selected columns; empty means all.
     pub select: Vec<String>,
 }
 
-/// Which operations a binding wants.
+/// The operations that a binding receives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Events {
     /// `*`
     All,
-    /// One by name.
+    /// One operation.
     Only(Operation),
 }
 
-/// Which relations a request names.
+/// The relations that a request names.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Target {
     /// One table.
@@ -51,7 +51,7 @@ pub enum Target {
         /// Its name.
         table: String,
     },
-    /// The tables of one name in every schema.
+    /// Every watched relation with this name, in any schema.
     Named(String),
     /// Every watched relation of a schema.
     Schema(String),
@@ -59,38 +59,40 @@ pub enum Target {
     All,
 }
 
-/// What the catalog says, to one role, of all that an entry names. As long as that stays, a refusal stays as well.
+/// The parts of the catalog, as one role sees them, that the outcome of a request depends on. While they are unchanged, a
+/// refusal stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Grounds {
-    /// The table, if the role may read it.
+struct CatalogView {
+    /// Id and `oid` of the table, if the role may read it.
     relation: Option<(RelationId, u32)>,
-    /// What the role lacks for its policies.
-    lack: Option<String>,
-    /// The columns that filter and selection name, as far as the role may read them.
+    /// The grant that the role is missing for its policies.
+    missing_grant: Option<String>,
+    /// The columns of filter and selection; `None` if the role may not read one.
     columns: Vec<Option<(String, ColumnKind, Option<Folding>)>>,
 }
 
-/// An entry that was refused, and what may lift the refusal.
+/// A refused request, with the state of the catalog that led to the refusal.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// Why, for the client.
+    /// The error for the client.
     pub why: SubscribeError,
     request: Request,
-    grounds: Grounds,
+    catalog_view: CatalogView,
 }
 
 impl Request {
-    /// Reads one entry.
+    /// Parses one entry.
     ///
     /// # Errors
-    /// With the real server's texts: no schema or table, a `select` that is no list or stands beside a wildcard.
+    /// The Supabase server's texts: no schema or table, a `select` that is no list, or one with a wildcard.
     pub fn parse(entry: &Map<String, Value>) -> Result<Self, SubscribeError> {
-        let word = |name: &str| entry.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
-        // What is there but no text must not widen the subscription by counting as absent.
-        let is_text = |name: &str| entry.get(name).is_none_or(|value| value.is_string() || value.is_null());
-        let named = (word("schema"), word("table"));
+        let text = |name: &str| entry.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
+        // A value that is no text is refused. Treating it as absent would widen the subscription.
+        let is_text_or_null =
+            |name: &str| entry.get(name).is_none_or(|value| value.is_string() || value.is_null());
+        let named = (text("schema"), text("table"));
         let target = match (named.0, named.1.filter(|table| *table != "*")) {
-            _ if named == (None, None) || !is_text("schema") || !is_text("table") => {
+            _ if named == (None, None) || !is_text_or_null("schema") || !is_text_or_null("table") => {
                 return Err(SubscribeError(format!(
                     "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}",
                     Value::Object(entry.clone())
@@ -122,35 +124,35 @@ impl Request {
                 "Column selection is not supported for wildcard subscriptions. Provide an explicit schema and table name.",
             )));
         }
-        let events = match word("event").unwrap_or("*").to_ascii_uppercase().as_str() {
+        let events = match text("event").unwrap_or("*").to_ascii_uppercase().as_str() {
             "INSERT" => Events::Only(Operation::Insert),
             "UPDATE" => Events::Only(Operation::Update),
             "DELETE" => Events::Only(Operation::Delete),
             _ => Events::All,
         };
-        if let Some(other) = entry.get("filter").filter(|_| !is_text("filter")) {
+        if let Some(other) = entry.get("filter").filter(|_| !is_text_or_null("filter")) {
             return Err(SubscribeError(format!("{FILTER}[{other}]")));
         }
-        let filter = word("filter").unwrap_or_default().trim().to_owned();
+        let filter = text("filter").unwrap_or_default().trim().to_owned();
         let event = entry.get("event").and_then(Value::as_str).unwrap_or("*").to_owned();
         Ok(Self { event, events, target, filter, select })
     }
 
-    /// The id under which changes for this entry are reported: equal entries have equal ids, everywhere.
-    /// 27 bits and never zero, which clients take for "none".
+    /// Returns the id that changes for this entry are reported with. Equal entries have equal ids in every relay. It has 27 bits
+    /// and is never zero, which clients treat as "none".
     pub fn id(&self) -> u32 {
         let mut hasher = DefaultHasher::new();
         (self.events, &self.target, &self.filter, &self.select).hash(&mut hasher);
         (hasher.finish() as u32 & 0x07ff_ffff).max(1)
     }
 
-    /// The entry that it was read from, as the join's reply echoes it.
+    /// Returns the original entry with its id, as echoed in the reply to the join.
     pub fn echo(&self, mut entry: Map<String, Value>) -> Value {
         entry.insert(String::from("id"), Value::from(self.id()));
         Value::Object(entry)
     }
 
-    /// The parameters as the real server's error texts list them.
+    /// Describes the parameters as in the Supabase server's error texts.
     pub fn described(&self) -> String {
         let event = &self.event;
         let (schema, table) = match &self.target {
@@ -166,7 +168,8 @@ impl Request {
         )
     }
 
-    fn grounds(&self, catalog: &Catalog, role: &str) -> Grounds {
+    /// Returns the parts of the catalog that decide about this request.
+    fn catalog_view(&self, catalog: &Catalog, role: &str) -> CatalogView {
         let found = match &self.target {
             Target::Table { schema, table } => catalog.named(schema, table),
             Target::Named(_) | Target::Schema(_) | Target::All => None,
@@ -180,24 +183,23 @@ impl Request {
             Some((column.kind.clone(), column.shape(), column.folding))
         };
         let relation = found.map(|(relation, _)| (relation.id(), relation.oid));
-        let lack = found.and_then(|(relation, _)| relation.missing_grants(role));
-        Grounds { relation, lack, columns: named.map(column).collect() }
+        let missing_grant = found.and_then(|(relation, _)| relation.lack(role));
+        CatalogView { relation, missing_grant, columns: named.map(column).collect() }
     }
 }
 
-/// A request bound to a relation and to the rights of the claims it was made with. Equal when they mean the same; ids
-/// alone may collide.
+/// A request bound to a relation and to the rights of its claims. Equality compares the content, because ids may collide.
 #[derive(Debug)]
 pub struct Binding {
     /// See [`Request::id`].
     pub id: u32,
-    /// Which operations.
+    /// The operations.
     pub events: Events,
-    /// Which relations.
+    /// The relations.
     pub scope: Scope,
-    /// Which rows.
+    /// The filter on rows; `None` means all rows.
     pub filter: Option<Arc<TypedFilter>>,
-    /// Which columns; none means all.
+    /// The selected columns; `None` means all.
     pub select: Option<Vec<String>>,
 }
 
@@ -207,7 +209,7 @@ impl PartialEq for Binding {
         (self.id, self.events, &self.scope, &self.select)
             == (other.id, other.events, &other.scope, &other.select)
             && match filters {
-                (Some(one), Some(other)) => one.says_the_same(other),
+                (Some(one), Some(other)) => one.has_same_conditions(other),
                 (one, other) => one.is_none() && other.is_none(),
             }
     }
@@ -216,7 +218,7 @@ impl PartialEq for Binding {
 impl Eq for Binding {}
 
 impl Binding {
-    /// Whether its entry was refused, so that it gets nothing.
+    /// Whether the entry was refused, so that it receives nothing.
     pub fn is_refused(&self) -> bool {
         matches!(self.scope, Scope::Refused(_))
     }
@@ -228,27 +230,27 @@ impl Hash for Binding {
     }
 }
 
-/// To write a frame takes as long as to compare so many values.
-const VALUES_OF_FRAME: usize = 10;
+/// The cost of encoding a frame, as a number of value comparisons.
+const COMPARISONS_PER_FRAME: usize = 10;
 
 /// The relations of a binding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
-    /// None: the entry was refused, for now or for good.
+    /// No relation: the entry was refused, temporarily or permanently.
     Refused(Arc<Refused>),
-    /// One relation: the number under which it is watched, its own, and schema and table as they were asked for.
+    /// One relation: its id in the catalog, its `oid`, the requested schema and table, and when it got that name.
     Relation(RelationId, u32, Arc<(String, String)>, Option<Naming>),
-    /// Every watched relation of a name, also those to come.
+    /// Every watched relation with a name, including future ones.
     Named(String),
-    /// Every watched relation of a schema, also those to come.
+    /// Every watched relation of a schema, including future ones.
     Schema(String),
-    /// Every watched relation, also those to come.
+    /// Every watched relation, including future ones.
     All,
 }
 
 impl Scope {
-    /// Whether it holds the relation, by the name that the relation has now.
-    fn has(&self, relation: &Relation) -> bool {
+    /// Whether it includes the relation under its current name.
+    fn includes(&self, relation: &Relation) -> bool {
         match self {
             Self::Relation(id, oid, name, _) => {
                 (*id, *oid, &name.0, &name.1)
@@ -262,7 +264,7 @@ impl Scope {
     }
 }
 
-/// What one channel receives. It exists only bound to verified claims, and only [`Subscription::bind`] makes one.
+/// The subscription of one channel. It always has verified claims: only [`Subscription::bind`] creates one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Subscription {
     identity: Identity,
@@ -270,11 +272,10 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Binds requests to an identity by the catalog's rights, each for itself: one that is refused leaves the others.
+    /// Binds requests to an identity with the rights in the catalog. A refused request does not affect the others.
     ///
-    /// `filters` holds, in the order of `requests`, each filter as PostgreSQL read it, or why it is refused. A request is
-    /// also refused when a relation is not watched or not readable by the identity's role (one text for both), or a
-    /// selected column is not one that the role may read.
+    /// `filters` has each request's typed filter or error, in the order of `requests`. A request is also refused if the relation
+    /// is not watched or not readable by the role (the same text for both), or if a selected column is not readable.
     pub fn bind(
         identity: Identity,
         catalog: &Catalog,
@@ -284,12 +285,12 @@ impl Subscription {
         let bind = |(request, filter): (&Request, Result<Option<Arc<TypedFilter>>, SubscribeError>)| {
             let bound = filter.and_then(|filter| Ok((scope(&identity, catalog, request)?, filter)));
             let (scope, filter) = bound.unwrap_or_else(|why| {
-                let grounds = request.grounds(catalog, identity.claims().role());
-                (Scope::Refused(Arc::new(Refused { why, request: request.clone(), grounds })), None)
+                let catalog_view = request.catalog_view(catalog, identity.claims().role());
+                (Scope::Refused(Arc::new(Refused { why, request: request.clone(), catalog_view })), None)
             });
-            // A column that is named again is no news, and would be looked at again for each change.
-            let mut named = HashSet::new();
-            let select = request.select.iter().filter(|column| named.insert(*column)).cloned();
+            // Remove duplicate columns, which would be checked again for each change.
+            let mut seen = HashSet::new();
+            let select = request.select.iter().filter(|column| seen.insert(*column)).cloned();
             let select = (!request.select.is_empty()).then(|| select.collect());
             Binding { id: request.id(), events: request.events, scope, filter, select }
         };
@@ -297,7 +298,7 @@ impl Subscription {
         Self { identity, bindings }
     }
 
-    /// Why entries were refused, in their order.
+    /// Returns the errors of refused entries, in order.
     pub fn refusals(&self) -> impl Iterator<Item = &SubscribeError> {
         self.bindings.iter().filter_map(|binding| match &binding.scope {
             Scope::Refused(refused) => Some(&refused.why),
@@ -305,55 +306,55 @@ impl Subscription {
         })
     }
 
-    /// It, if no entry was refused.
+    /// Returns the subscription if no entry was refused.
     ///
     /// # Errors
-    /// With the first refusal.
+    /// The error of the first refused entry.
     pub fn whole(self) -> Result<Self, SubscribeError> {
         let refusal = self.refusals().next().cloned();
         refusal.map_or(Ok(self), Err)
     }
 
-    /// Whose it is.
+    /// Returns the subscriber's identity.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// What it asks for.
+    /// Returns the bindings.
     pub fn bindings(&self) -> &[Binding] {
         &self.bindings
     }
 
-    /// The same, for as long as somebody has them.
+    /// Returns a shared reference to the bindings.
     pub fn shared_bindings(&self) -> Arc<[Binding]> {
         Arc::clone(&self.bindings)
     }
 
-    /// How many values of its filters are compared with each change, since no index leads from a row to them; and what
-    /// columns its bindings select beyond those of the first, which make another frame of a change.
+    /// Returns the cost of a change for this subscription, in value comparisons: those of filters that no index covers, and the
+    /// encoding of a frame for each further column selection.
     pub fn scanned_values(&self) -> usize {
-        let (mut anchors, mut values, mut selections) = (IndexKeys::OneOf(Vec::new()), 0, HashSet::new());
+        let (mut index_keys, mut values, mut selections) = (IndexKeys::OneOf(Vec::new()), 0, HashSet::new());
         for binding in self.bindings.iter().filter(|binding| !binding.is_refused()) {
             let filter = binding.filter.as_ref();
-            anchors = anchors.or(filter.map_or(IndexKeys::Any, |filter| filter.index_keys()));
+            index_keys = index_keys.or(filter.map_or(IndexKeys::Any, |filter| filter.anchors()));
             values += filter.map_or(0, |filter| filter.value_count());
             selections.insert(&binding.select);
         }
-        let frames = selections.len().saturating_sub(1) * VALUES_OF_FRAME;
-        if anchors == IndexKeys::Any { values + frames } else { frames }
+        let frames = selections.len().saturating_sub(1) * COMPARISONS_PER_FRAME;
+        if index_keys == IndexKeys::Any { values + frames } else { frames }
     }
 
-    /// Whether PostgreSQL may have to be asked which rows match its filters.
+    /// Whether PostgreSQL may have to evaluate its filters.
     pub fn asks(&self) -> bool {
         self.bindings.iter().any(|binding| binding.filter.as_ref().is_some_and(|filter| filter.asks()))
     }
 
-    /// Whether a relation it names is not watched any more, or watched anew, or has another name or schema, or other types
-    /// than its filter was read with: then it would wait for ever, or be told of a table that it did not name.
+    /// Whether it must be bound again: a named relation is no longer watched, was watched again, has another name or schema, or no
+    /// longer fits its filter. Otherwise it would receive nothing, or changes of a table that it did not name.
     pub fn is_stale(&self, catalog: &Catalog) -> bool {
         self.bindings.iter().any(|binding| match &binding.scope {
             Scope::Relation(id, ..) => match catalog.relation(*id) {
-                Some(relation) if binding.scope.has(relation) => {
+                Some(relation) if binding.scope.includes(relation) => {
                     binding.filter.as_ref().is_some_and(|filter| !filter.fits(relation))
                 }
                 _ => true,
@@ -362,23 +363,24 @@ impl Subscription {
         })
     }
 
-    /// Whether the catalog says something else than before of what a refused entry names, so that it may be bound now.
+    /// Whether the catalog changed for a refused entry, so that it may be accepted now.
     pub fn may_be_lifted(&self, catalog: &Catalog) -> bool {
         let role = self.identity.claims().role();
         self.bindings.iter().any(|binding| match &binding.scope {
-            Scope::Refused(refused) => refused.request.grounds(catalog, role) != refused.grounds,
+            Scope::Refused(refused) => refused.request.catalog_view(catalog, role) != refused.catalog_view,
             _ => false,
         })
     }
 
-    /// Whether a relation that it names is watched under this name only since a later moment than this.
+    /// Whether a named relation is watched under this name only since after the cursor.
     pub fn is_younger_than(&self, cursor: &Cursor) -> bool {
         self.bindings.iter().any(
             |binding| matches!(&binding.scope, Scope::Relation(.., Some(named)) if named.is_after(cursor)),
         )
     }
 
-    /// Whether the change says that a relation left the schema that it follows, so that earlier changes of that cannot be told.
+    /// Whether the change reports that a relation left a schema this subscription follows, so that earlier changes of that relation
+    /// cannot be delivered.
     pub fn has_lost(&self, change: &Change, now: &Catalog) -> bool {
         let Some(left) = change.loss().and_then(|loss| loss.former_schema) else { return false };
         let is_followed =
@@ -391,7 +393,7 @@ impl Subscription {
             })
     }
 
-    /// What its role lacks for the policies of tables that it names, and did not lack `before`.
+    /// Returns the grants that its role is missing for the policies of its tables now, but was not missing in `before`.
     pub fn lacks<'a>(
         &'a self,
         before: Option<&'a Catalog>,
@@ -410,7 +412,7 @@ impl Subscription {
         })
     }
 
-    /// Whether a relation that it had `before` is not watched any more, or is in a schema that it does not follow.
+    /// Whether a relation that it received `before` is no longer watched or has moved to a schema that it does not follow.
     pub fn loses(&self, before: &Catalog, now: &Catalog) -> bool {
         let concerns = |relation: &Relation| self.concerning(relation).next().is_some();
         let is_gone = |had: &Relation| {
@@ -423,13 +425,13 @@ impl Subscription {
         before.relations().any(|relation| had(relation) && is_gone(relation))
     }
 
-    /// The bindings that concern a relation.
+    /// Returns the bindings that include a relation.
     pub fn concerning<'a>(&'a self, relation: &'a Relation) -> impl Iterator<Item = &'a Binding> {
-        self.bindings.iter().filter(|binding| binding.scope.has(relation))
+        self.bindings.iter().filter(|binding| binding.scope.includes(relation))
     }
 }
 
-/// The relations of a request.
+/// Returns the scope of a request.
 fn scope(identity: &Identity, catalog: &Catalog, request: &Request) -> Result<Scope, SubscribeError> {
     Ok(match &request.target {
         Target::All => Scope::All,
@@ -443,10 +445,10 @@ fn scope(identity: &Identity, catalog: &Catalog, request: &Request) -> Result<Sc
     })
 }
 
-/// The relation a request names, if the identity's role may read it and every column the request mentions.
+/// Returns the relation that a request names, if the identity's role may read it and every selected column.
 ///
 /// # Errors
-/// The same text whether the table is missing, not watched or not readable.
+/// One text for a table that is missing, not watched or not readable, so that it does not reveal which tables exist.
 pub fn readable<'a>(
     identity: &Identity,
     catalog: &'a Catalog,
@@ -478,7 +480,7 @@ pub fn readable<'a>(
     Ok(relation)
 }
 
-/// The real server's text for a subscription that PostgreSQL refused.
+/// Returns the Supabase server's text for a subscription that PostgreSQL refused.
 pub fn exception(request: &Request, error: &str) -> SubscribeError {
     SubscribeError(format!(
         "{EXCEPTION} so please check your connect parameters: {}. {CAUSE}{error}",
@@ -536,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_text_does_not_count_as_absent() {
+    fn a_value_that_is_no_text_does_not_count_as_absent() {
         for entry in [
             json!({}),
             json!({"event": "*", "filter": "id=eq.1"}),
@@ -575,7 +577,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_positive_and_that_of_every_equal_entry() {
+    fn an_id_is_positive_and_equal_for_equal_entries() {
         let id = |entry: Value| parse(&entry).unwrap().id();
         let plain = id(json!({"event": "*", "schema": "public", "table": "t"}));
         assert_eq!(plain, id(json!({"table": "t", "filter": " ", "select": [], "extra": 1})));
@@ -607,7 +609,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_not_be_read_is_refused_like_what_is_not_there() {
+    fn an_unreadable_table_is_refused_like_a_missing_one() {
         let entry = |table: &str| json!({"event": "*", "schema": "public", "table": table});
         assert!(bind("authenticated", &entry("todos")).is_ok());
         let missing = bind("authenticated", &entry("missing")).unwrap_err();
@@ -641,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn subscriptions_are_the_same_only_if_they_mean_the_same_whatever_their_ids() {
+    fn subscriptions_are_equal_only_if_their_content_is_equal() {
         let subscription = |filter: Option<&str>, events| {
             let filter = filter.map(|filter| Arc::new(bound(filter, &one_column("int8", Some("int8")))));
             let scope = Scope::Relation(RelationId(7), 0, Arc::default(), None);

@@ -1,33 +1,34 @@
-//! Why a request cannot be served: in the words of the contract, and in plain ones that say what to do.
+//! Subscribe errors: with the texts of the protocol, and in a plain form that says what to do.
 
 use crate::model::subscription::filter::FORM;
 
-/// A request that cannot be served; the text is fit for the client.
+/// Why a request cannot be served. The text may be sent to the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct SubscribeError(pub String);
 
-/// How the contract begins when no table is found that the role may read.
+/// Start of the protocol's text for a table that does not exist or may not be read.
 pub const UNREADABLE: &str =
     "Unable to subscribe to changes with given parameters. Please check Realtime is enabled";
-/// How the contract begins when PostgreSQL refused.
+/// Start of the protocol's text for an error of PostgreSQL.
 pub const EXCEPTION: &str = "Unable to subscribe to changes with given parameters. An exception happened";
-/// What comes before PostgreSQL's own word.
+/// Text before PostgreSQL's own message.
 pub const CAUSE: &str = "Exception: ";
-/// What PostgreSQL says where a right is missing.
+/// Start of PostgreSQL's message for a missing grant.
 pub const FORBIDDEN: &str = "ERROR 42501 (insufficient_privilege) ";
-/// How the contract begins when a filter cannot be read.
+/// Start of the protocol's text for an invalid filter.
 pub const FILTER: &str = "Error parsing `filter` params: ";
 
-/// How texts begin that say which grant is missing.
-const LACKS: [&str; 2] = ["the policies of ", "the filter of "];
+/// Starts of the texts that name a missing grant.
+const MISSING_GRANTS: [&str; 2] = ["the policies of ", "the filter of "];
+/// The list of operators, for error messages.
 const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
      filters are joined by commas";
 
 impl SubscribeError {
-    /// The same for whoever does not come with the contract: a person at a terminal, a call by HTTP.
+    /// Returns the text for clients that do not use the protocol: the command line and HTTP requests.
     ///
-    /// `table` is what was asked for, with its schema; `role` is the asking role, where that is known.
+    /// `table` is the requested schema and table. `role` is the requesting role, if known.
     pub fn plain(&self, table: (&str, &str), role: Option<&str>) -> String {
         let text = self.0.as_str();
         let (schema, name) = table;
@@ -35,12 +36,12 @@ impl SubscribeError {
         let reader =
             role.map_or_else(|| String::from("the role of the token"), |role| format!("the role {role}"));
         if text.starts_with(UNREADABLE) {
-            let to = role.unwrap_or("<role>");
+            let grantee = role.unwrap_or("<role>");
             let table = format!("{}.{}", identifier(schema), identifier(name));
             let usage = match schema {
                 "public" => String::new(),
                 _ => format!(
-                    ", that role may use the schema (grant usage on schema {} to {to})",
+                    ", that role may use the schema (grant usage on schema {} to {grantee})",
                     identifier(schema)
                 ),
             };
@@ -52,9 +53,9 @@ impl SubscribeError {
             };
             return format!(
                 "{shown} cannot be followed by {reader}. It can when there is such a table, it is watched (select \
-                 relay.watch('{}')){usage}, that role may select from it (grant select on {table} to {to}), and the role exists, is \
-                 no superuser, and the relay's judging login is a member of it (grant {to} to that login){parameter}. What is \
-                 missing is said by: relay explain {table} --role {to}",
+                 relay.watch('{}')){usage}, that role may select from it (grant select on {table} to {grantee}), and the role exists, is \
+                 no superuser, and the relay's judging login is a member of it (grant {grantee} to that login){parameter}. What is \
+                 missing is said by: relay explain {table} --role {grantee}",
                 table.replace('\'', "''"),
             );
         }
@@ -65,11 +66,11 @@ impl SubscribeError {
         let Some((_, cause)) = text.starts_with(EXCEPTION).then(|| text.rsplit_once(CAUSE)).flatten() else {
             return text.to_owned();
         };
-        let is_whole = |lack: &&str| LACKS.iter().any(|begin| lack.starts_with(begin));
+        let is_whole = |lack: &&str| MISSING_GRANTS.iter().any(|begin| lack.starts_with(begin));
         if let Some(lack) = cause.strip_prefix(FORBIDDEN).filter(is_whole) {
             return lack.to_owned();
         }
-        // The code and its name are for programs.
+        // Strip the error code and its name.
         let is_code = |(code, _): &(&str, &str)| code.starts_with("ERROR ") && code.contains(" (");
         let cause = cause.split_once(") ").filter(is_code).map_or(cause, |(_, cause)| cause);
         for what in ["filter", "select"] {
@@ -81,13 +82,13 @@ impl SubscribeError {
     }
 }
 
-/// What is said where the claims of a token make the policy of a table raise.
+/// Returns the error for a table whose policy raises an error for the claims of a token.
 pub fn raising(schema: &str, table: &str) -> String {
     raising_for(schema, table, "")
 }
 
-/// The same where it may also be a row that makes it raise, which fails a reading of all rows.
-pub fn raising_somewhere(schema: &str, table: &str) -> String {
+/// Returns the error for a table whose policy raises an error for the claims or for a row, which fails a read of all rows.
+pub fn raising_on_read(schema: &str, table: &str) -> String {
     raising_for(schema, table, ", or for a row")
 }
 
@@ -99,15 +100,15 @@ fn raising_for(schema: &str, table: &str, or: &str) -> String {
     )
 }
 
-/// Whether this is what [`raising`] says.
+/// Whether this is a text of [`raising`].
 pub fn is_raising(why: &str) -> bool {
     why.starts_with("the policy of ") && why.contains(CLAIMS)
 }
 
-/// Whose claims they are.
+/// The part of the text that identifies it.
 const CLAIMS: &str = " for the claims of this token";
 
-/// A name as SQL wants it.
+/// Quotes a name as an SQL identifier if necessary.
 fn identifier(name: &str) -> String {
     let is_plain =
         |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_';
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_cannot_be_read_is_said_with_the_statements_that_mend_it() {
+    fn an_unreadable_table_is_reported_with_the_statements_that_fix_it() {
         let text = format!("{UNREADABLE} for the given connect parameters: […]");
         check(&text, "public.Todos cannot be followed by the role anon");
         check(&text, r#"select relay.watch('public."Todos"')"#);
@@ -139,14 +140,14 @@ mod tests {
     }
 
     #[test]
-    fn a_schema_that_is_given_in_the_name_of_the_table_is_said_to_be_a_parameter_of_its_own() {
+    fn a_schema_in_the_name_of_the_table_is_reported_as_a_separate_parameter() {
         let refusal = SubscribeError(format!("{UNREADABLE} for the given connect parameters: […]"));
         let told = refusal.plain(("public", "shop.orders"), Some("anon"));
         assert!(told.contains("The schema is a parameter of its own: schema=shop, table=orders."), "{told}");
     }
 
     #[test]
-    fn a_filter_that_cannot_be_read_is_said_with_the_right_form() {
+    fn an_invalid_filter_is_reported_with_the_right_form() {
         check(
             &format!("{FILTER}[\"id>7\"]"),
             r#"["id>7"]. A filter is column=op.value, such as id=gt.7; op is one of eq"#,
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_postgresql_refused_is_said_without_what_was_asked() {
+    fn an_error_of_postgresql_is_reported_without_the_request() {
         let exception =
             |cause: &str| format!("{EXCEPTION} so please check your connect parameters: […]. {CAUSE}{cause}");
         check(
@@ -165,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn any_other_text_is_left_as_it_is() {
+    fn any_other_text_is_unchanged() {
         check("one table is expected", "one table is expected");
     }
 }

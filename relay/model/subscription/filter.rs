@@ -1,28 +1,28 @@
-//! The filter of a subscription as the client writes it: conditions joined by commas, all of which must hold.
+//! Parsing of a subscription's filter: conditions joined by commas, all of which must hold.
 
 use std::fmt;
 
-/// The contract's limit for the list of `in`.
+/// The protocol's limit for the list of `in`.
 const MAX_ITEMS: usize = 100;
-/// Each condition costs a question to the database at the join; nobody writes this many by hand.
+/// Maximum number of conditions. Each costs a query at the join.
 const MAX_CONDITIONS: usize = 100;
-/// A hundred quoted values of some hundred characters fit; a join that carries more is not a filter.
+/// Maximum length of a filter in bytes. A hundred quoted values of several hundred characters fit.
 const MAX_LENGTH: usize = 64 * 1024;
-/// What a filter looks like, for whoever wrote something else.
+/// The form of a filter, for error messages.
 pub const FORM: &str = "A filter is column=op.value, such as id=gt.7";
-/// How much of a wrong condition is told back.
+/// Maximum number of characters of an invalid condition that an error repeats.
 const MAX_ECHO: usize = 200;
 
 /// One comparison of a column.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Condition {
-    /// The column as the client wrote it; whether there is one is for the catalog to say.
+    /// The column as the client wrote it. It may not exist.
     pub column: String,
     /// Whether `not.` stood before the operator.
     pub negated: bool,
-    /// How to compare.
+    /// The comparison.
     pub operator: Operator,
-    /// What to compare with: one text, or any number of them for [`Operator::In`].
+    /// The values to compare with: one, or any number for [`Operator::In`].
     pub values: Vec<String>,
 }
 
@@ -53,41 +53,41 @@ pub enum Operator {
     Match,
     /// `imatch`: matches a regular expression in any case.
     Imatch,
-    /// `isdistinct`: not equal, null being a value like others.
+    /// `isdistinct`: not equal, with null as an ordinary value.
     IsDistinct,
 }
 
-/// Why a text isn't a filter; its text is what the client is told.
+/// Why a text is not a filter. The message is for the client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FilterError {
-    /// No column, no operator, or one that isn't known: the parts as they were understood.
+    /// No column, no operator or an unknown one. Holds the parts found.
     #[error("Error parsing `filter` params: [{}]. {form}", quoted(.0), form = FORM)]
     Unparsable(Vec<String>),
-    /// The list of `in` stands without its parentheses.
+    /// The list of `in` has no parentheses.
     #[error("Error parsing `filter` params: `in` filter value must be wrapped by parentheses")]
     MissingParentheses,
     /// Nothing between two commas.
     #[error("Error parsing `filter` params: filter must not contain empty segments (check for extra commas)")]
     EmptySegment,
-    /// An item of an `in` list is empty without being quoted, or its quotes don't fit.
+    /// An item of an `in` list is empty without quotes, or its quotes are unbalanced.
     #[error("Error parsing `filter` params: malformed list in `in` filter")]
     MalformedList,
     /// More than 100 items in an `in` list.
     #[error("Error parsing `filter` params: too many values for `in` filter. Maximum 100")]
     TooManyItems,
-    /// `is` with something else than its four words.
+    /// `is` with another value than null, true, false or unknown.
     #[error("Error parsing `filter` params: `is` filter value must be null, true, false or unknown")]
     UnknownState,
-    /// More conditions than a filter may have.
+    /// Too many conditions.
     #[error("Error parsing `filter` params: too many conditions. Maximum 100")]
     TooManyConditions,
-    /// Longer than a filter may be, or with a character that PostgreSQL has no text for.
+    /// Too long, or with a null character, which PostgreSQL text cannot contain.
     #[error("Error parsing `filter` params: filter is too long or contains a null character")]
     Unacceptable,
 }
 
 impl Operator {
-    /// The operator of this name.
+    /// Returns the operator with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "eq" => Self::Eq,
@@ -107,7 +107,7 @@ impl Operator {
         })
     }
 
-    /// Its name in the grammar.
+    /// Returns its name in the grammar.
     pub fn name(self) -> &'static str {
         match self {
             Self::Eq => "eq",
@@ -127,7 +127,7 @@ impl Operator {
     }
 }
 
-/// Reads a filter; an empty or blank one has no conditions.
+/// Parses a filter. An empty or blank one has no conditions.
 pub fn parse(filter: &str) -> Result<Vec<Condition>, FilterError> {
     if filter.len() > MAX_LENGTH || filter.contains('\0') {
         return Err(FilterError::Unacceptable);
@@ -166,7 +166,7 @@ fn condition(segment: &str) -> Result<Condition, FilterError> {
 fn items(list: &str) -> Result<Vec<String>, FilterError> {
     let inside = list.strip_prefix('(').and_then(|list| list.strip_suffix(')'));
     let inside = inside.ok_or(FilterError::MissingParentheses)?;
-    // What client libraries write for an empty list; nothing is in it.
+    // Client libraries write `()` for an empty list, which no value is in.
     if inside.trim().is_empty() {
         return Ok(Vec::new());
     }
@@ -194,7 +194,7 @@ fn state(value: &str) -> Result<String, FilterError> {
     }
 }
 
-/// The text between the quotes, without its escapes; `None` when it isn't one quoted run from end to end.
+/// Returns the text between quotes, unescaped. `None` if the text is not quoted from end to end.
 fn unquoted(text: &str) -> Option<String> {
     let mut value = String::with_capacity(text.len());
     let mut rest = text.strip_prefix('"')?.chars();
@@ -207,19 +207,19 @@ fn unquoted(text: &str) -> Option<String> {
     }
 }
 
-/// Whether parentheses keep the commas inside them from splitting.
+/// Whether commas inside parentheses split.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Parentheses {
     Nest,
     Plain,
 }
 
-/// Splits at the commas that are neither quoted nor in parentheses. A quote opens a quoted run only where a
-/// value can begin: elsewhere it is an ordinary character, as in `height=eq.6'2"`.
+/// Splits at commas that are neither quoted nor in parentheses. A quote opens a quoted text only where a value can begin.
+/// Elsewhere it is an ordinary character, as in `height=eq.6'2"`.
 fn split(text: &str, parentheses: Parentheses) -> Vec<&str> {
     let mut pieces = Vec::new();
     let (mut start, mut depth, mut quoted) = (0, 0_usize, false);
-    // In a list the first item begins where the parenthesis has just been taken off.
+    // The first item of a list begins after its parenthesis, which was removed.
     let mut before = if parentheses == Parentheses::Plain { '(' } else { ' ' };
     let mut characters = text.char_indices();
     while let Some((at, character)) = characters.next() {
@@ -238,7 +238,7 @@ fn split(text: &str, parentheses: Parentheses) -> Vec<&str> {
             }
             _ => {}
         }
-        // Blanks before an item of a list don't count.
+        // Skip blanks before an item of a list.
         let in_list = depth > 0 || parentheses == Parentheses::Plain;
         if !in_list || !character.is_whitespace() {
             before = character;
@@ -262,7 +262,7 @@ mod tests {
 
     use super::*;
 
-    /// Conditions as `column`, `operator` with its `not.`, and the values.
+    /// Expects conditions as column, operator with its `not.`, and values.
     fn check(filter: &str, expected: &[(&str, &str, &[&str])]) {
         let found = parse(filter).unwrap();
         let found: Vec<_> = found.iter().map(|condition| (&*condition.column, name(condition))).collect();
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_no_condition() {
+    fn an_empty_filter_has_no_conditions() {
         check("", &[]);
         check(" \t\n", &[]);
     }
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn quotes_elsewhere_are_ordinary() {
+    fn quotes_elsewhere_are_ordinary_characters() {
         check(r#"v=eq.6'2",n=eq.1"#, &[("v", "eq", &[r#"6'2""#]), ("n", "eq", &["1"])]);
         check(r#"v=eq."open,n=eq.1"#, &[("v", "eq", &[r#""open,n=eq.1"#])]);
         check(r#"v=eq."a"b"#, &[("v", "eq", &[r#""a"b"#])]);
@@ -350,14 +350,14 @@ mod tests {
     }
 
     #[test]
-    fn states_are_four() {
+    fn is_takes_one_of_four_states() {
         check("v=is.null", &[("v", "is", &["null"])]);
         check("v=not.is.TRUE,w=is.unknown", &[("v", "not.is", &["true"]), ("w", "is", &["unknown"])]);
         check_error("v=is.5", "`is` filter value must be null, true, false or unknown");
     }
 
     #[test]
-    fn what_cannot_be_read_is_told_back_in_parts() {
+    fn an_invalid_condition_is_repeated_in_parts() {
         let check_parts = |filter: &str, parts: &str| check_error(filter, &format!("{parts}. {FORM}"));
         check_parts("wrong", r#"["wrong"]"#);
         check_parts("id=foo.1", r#"["foo", "1"]"#);
@@ -373,15 +373,15 @@ mod tests {
     }
 
     #[test]
-    fn size_is_bounded() {
+    fn size_is_limited() {
         check_error(&["a=eq.1"; 101].join(","), "too many conditions. Maximum 100");
         let unacceptable = "filter is too long or contains a null character";
         check_error(&format!("a=eq.{}", "x".repeat(MAX_LENGTH)), unacceptable);
         check_error("a=eq.\0", unacceptable);
     }
 
-    /// Texts that are filters, or nearly.
-    fn nearly() -> impl Strategy<Value = String> {
+    /// Valid and nearly_valid_filter valid filters.
+    fn nearly_valid_filter() -> impl Strategy<Value = String> {
         let column = prop_oneof![8 => "[a-z ]{1,3}", 1 => "[a-z.(\",)]{0,3}"];
         let not = prop_oneof![Just(""), Just("not."), Just("not")];
         let names = "eq neq lt lte gt gte in like ilike is match imatch isdistinct fts";
@@ -414,7 +414,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_read_says_the_same_when_it_is_written_again(filter in nearly()) {
+        fn a_parsed_filter_is_the_same_when_written_and_parsed_again(filter in nearly_valid_filter()) {
             let found = match parse(&filter) {
                 Ok(found) => found,
                 Err(refused) => {
@@ -426,7 +426,7 @@ mod tests {
                 prop_assert_eq!(Operator::from_name(condition.operator.name()), Some(condition.operator));
                 prop_assert!(condition.operator == Operator::In || condition.values.len() == 1);
             }
-            // A column with signs of the grammar in it has no second spelling.
+             // A column with characters of the grammar cannot be quoted, so it cannot be written again.
             let plain = |condition: &&Condition| !condition.column.contains(['"', '(', ')', ',']);
             let plain: Vec<Condition> = found.iter().filter(plain).cloned().collect();
             let again = plain.iter().map(written).collect::<Vec<_>>().join(",");

@@ -1,4 +1,4 @@
-//! In which order the rows of a table are given, and where a page of them begins.
+//! Order and keyset pagination of a table's rows.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -8,68 +8,68 @@ use crate::model::row::change::Row;
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::filter::{Condition, Operator};
 
-/// The most columns of an order: each costs a few questions to the database.
+/// Maximum number of columns of an order. Each costs a few queries.
 const MAX_COLUMNS: usize = 16;
 
-/// What a request says of order and pages.
+/// The paging parameters of a request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Paging {
-    /// The most rows of the page.
+    /// Maximum row count of the page.
     pub limit: Option<usize>,
-    /// The columns that it named.
-    pub order: Vec<By>,
-    /// The page begins after this row.
-    pub after: Option<After>,
+    /// The requested order.
+    pub order: Vec<OrderBy>,
+    /// The row after which the page begins.
+    pub after: Option<PageToken>,
 }
 
-/// A column of an order.
+/// One column of an order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct By {
-    /// Its name.
+pub struct OrderBy {
+    /// The column.
     pub column: String,
-    /// The largest value first.
+    /// Whether the largest value comes first.
     pub descending: bool,
-    /// Nulls come before all values.
+    /// Whether nulls come before all values.
     pub nulls_first: bool,
 }
 
-/// A row in an order of rows.
+/// The position of a row in an order, after which the next page begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct After {
+pub struct PageToken {
     /// The order, as [`described`] writes it.
     order: String,
-    /// The values of its columns.
+    /// The row's values of the order's columns.
     values: Vec<Option<String>>,
 }
 
-/// What comes after a row in one column of an order.
+/// The conditions for rows that come after a given row, in one column of an order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Beyond {
-    /// The same value.
+pub struct KeysetCondition {
+    /// Matches the same value.
     pub equal: Condition,
-    /// A later value; none when there is none.
+    /// Matches later values; `None` if there are none.
     pub later: Option<Condition>,
-    /// Nulls come later.
+    /// Whether nulls come later.
     pub or_null: bool,
-    /// The same value or a later one, where nulls do not come later: an index finds these.
+    /// Matches the same value or later ones, so that an index can be used. Only if nulls do not come later.
     pub from: Option<Condition>,
 }
 
-impl By {
-    /// Reads `column.desc.nullslast,…`.
+impl OrderBy {
+    /// Parses `column.desc.nullslast,…`.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// A message that says what is wrong.
     pub fn parse(text: &str) -> Result<Vec<Self>, SubscribeError> {
         let order: Vec<Self> =
-            text.split(',').map(|term| Self::one(term.trim())).collect::<Result<_, _>>()?;
+            text.split(',').map(|term| Self::parse_term(term.trim())).collect::<Result<_, _>>()?;
         match order.len() > MAX_COLUMNS {
             true => Err(SubscribeError(format!("order: at most {MAX_COLUMNS} columns are expected"))),
             false => Ok(order),
         }
     }
 
-    fn one(term: &str) -> Result<Self, SubscribeError> {
+    fn parse_term(term: &str) -> Result<Self, SubscribeError> {
         let (rest, nulls_first) = match term.rsplit_once('.') {
             Some((rest, "nullsfirst")) => (rest, Some(true)),
             Some((rest, "nullslast")) => (rest, Some(false)),
@@ -87,19 +87,19 @@ impl By {
         Ok(Self { column: column.to_owned(), descending, nulls_first })
     }
 
-    fn key(column: &str) -> Self {
+    fn ascending(column: &str) -> Self {
         Self { column: column.to_owned(), descending: false, nulls_first: false }
     }
 
-    /// What comes after this value, or after null.
-    fn beyond(&self, value: Option<String>, is_nullable: bool) -> Beyond {
+    /// Returns the conditions for rows after this value; `None` stands for null.
+    fn keyset(&self, value: Option<String>, is_nullable: bool) -> KeysetCondition {
         let condition = |operator, negated, value: String| {
             let values = vec![value];
             Condition { column: self.column.clone(), negated, operator, values }
         };
         let null = || String::from("null");
         match value {
-            None => Beyond {
+            None => KeysetCondition {
                 equal: condition(Operator::Is, false, null()),
                 later: self.nulls_first.then(|| condition(Operator::Is, true, null())),
                 or_null: false,
@@ -111,7 +111,7 @@ impl By {
                     false => (Operator::Gt, Operator::Gte),
                 };
                 let or_null = is_nullable && !self.nulls_first;
-                Beyond {
+                KeysetCondition {
                     equal: condition(Operator::Eq, false, value.clone()),
                     later: Some(condition(later, false, value.clone())),
                     or_null,
@@ -122,17 +122,21 @@ impl By {
     }
 }
 
-/// What `order=` may be.
+/// The accepted form of `order=`.
 const FORM: &str = "order: column.asc or column.desc is expected, with .nullsfirst or .nullslast behind it if need be; several \
      are joined by commas, such as created_at.desc,id";
 
 impl Paging {
-    /// The order in full: the columns that were named, then those of the key that were not, so that no two rows have the
-    /// same place.
+    /// Returns the complete order: the requested columns, then the remaining columns of the key, so that the order is total.
     ///
     /// # Errors
-    /// When a column is not there for this role.
-    pub fn order(&self, relation: &Relation, access: &Access, role: &str) -> Result<Vec<By>, SubscribeError> {
+    /// If a column does not exist, may not be read by the role, or is an array.
+    pub fn order(
+        &self,
+        relation: &Relation,
+        access: &Access,
+        role: &str,
+    ) -> Result<Vec<OrderBy>, SubscribeError> {
         let mut order = self.order.clone();
         for by in &order {
             let (schema, table, column) = (&relation.schema, &relation.table, &by.column);
@@ -149,17 +153,21 @@ impl Paging {
         }
         for key in relation.key.iter().filter(|key| access.sees(key)) {
             if !order.iter().any(|by| by.column == *key) {
-                order.push(By::key(key));
+                order.push(OrderBy::ascending(key));
             }
         }
         Ok(order)
     }
 
-    /// What comes after the row that the page begins after, column by column; none for the first page.
+    /// Returns the conditions for the rows of the page, column by column; `None` for the first page.
     ///
     /// # Errors
-    /// When that row is of another order.
-    pub fn beyond(&self, order: &[By], relation: &Relation) -> Result<Option<Vec<Beyond>>, SubscribeError> {
+    /// If the page token is of another order.
+    pub fn keyset(
+        &self,
+        order: &[OrderBy],
+        relation: &Relation,
+    ) -> Result<Option<Vec<KeysetCondition>>, SubscribeError> {
         let Some(after) = &self.after else { return Ok(None) };
         if after.order != described(order) || after.values.len() != order.len() {
             return Err(SubscribeError(String::from(
@@ -167,16 +175,16 @@ impl Paging {
             )));
         }
         let values = after.values.iter().cloned();
-        let beyond = |(by, value): (&By, _)| by.beyond(value, !relation.is_key(&by.column));
-        Ok(Some(order.iter().zip(values).map(beyond).collect()))
+        let condition = |(by, value): (&OrderBy, _)| by.keyset(value, !relation.is_key(&by.column));
+        Ok(Some(order.iter().zip(values).map(condition).collect()))
     }
 }
 
-impl After {
-    /// The row with this image, of which all columns of the order are told.
-    pub fn of(order: &[By], image: &str) -> Option<Self> {
+impl PageToken {
+    /// Returns the position of the row with this image. `None` if the image lacks a column of the order.
+    pub fn of(order: &[OrderBy], image: &str) -> Option<Self> {
         let row = Row::parse(image).ok()?;
-        let value = |by: &By| {
+        let value = |by: &OrderBy| {
             let text = row.value(&by.column)?;
             Some(match serde_json::from_str(text).ok()? {
                 serde_json::Value::Null => None,
@@ -188,34 +196,34 @@ impl After {
         Some(Self { order: described(order), values })
     }
 
-    /// Reads what [`Self::word`] wrote.
+    /// Decodes a token made by [`Self::encode`].
     ///
     /// # Errors
-    /// When it is something else.
-    pub fn parse(word: &str) -> Result<Self, SubscribeError> {
+    /// If it is something else.
+    pub fn parse(token: &str) -> Result<Self, SubscribeError> {
         let read = || {
-            let bytes = URL_SAFE_NO_PAD.decode(word).ok()?;
+            let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
             let (order, values) = serde_json::from_slice(&bytes).ok()?;
             Some(Self { order, values })
         };
         let is_text = |after: &Self| !after.values.iter().flatten().any(|value| value.contains('\0'));
-        read().filter(is_text).ok_or_else(Self::unknown)
+        read().filter(is_text).ok_or_else(Self::invalid)
     }
 
-    /// As a word of a query.
-    pub fn word(&self) -> String {
+    /// Encodes the token for use in a URL.
+    pub fn encode(&self) -> String {
         URL_SAFE_NO_PAD.encode(serde_json::json!([self.order, self.values]).to_string())
     }
 
-    /// What is said of what no answer gave.
-    pub fn unknown() -> SubscribeError {
+    /// Returns the error for a token that no answer contained.
+    pub fn invalid() -> SubscribeError {
         SubscribeError(String::from("after: this is not what an answer gave, begin without it"))
     }
 }
 
-/// An order in one text.
-fn described(order: &[By]) -> String {
-    let term = |by: &By| {
+/// Describes an order as text.
+fn described(order: &[OrderBy]) -> String {
+    let term = |by: &OrderBy| {
         let direction = if by.descending { "desc" } else { "asc" };
         let nulls = if by.nulls_first { "nullsfirst" } else { "nullslast" };
         format!("{}.{direction}.{nulls}", by.column)
@@ -229,35 +237,38 @@ mod tests {
     use crate::model::catalog::relation::tests::todos;
 
     #[test]
-    fn an_order_is_read_as_postgrest_writes_it() {
-        let by =
-            |column: &str, descending, nulls_first| By { column: column.to_owned(), descending, nulls_first };
+    fn an_order_has_the_syntax_of_postgrest() {
+        let by = |column: &str, descending, nulls_first| OrderBy {
+            column: column.to_owned(),
+            descending,
+            nulls_first,
+        };
         for (text, order) in [
             ("id", vec![by("id", false, false)]),
             ("a.desc, b.asc", vec![by("a", true, true), by("b", false, false)]),
             ("a.desc.nullslast,b.nullsfirst", vec![by("a", true, false), by("b", false, true)]),
             ("odd.name.desc", vec![by("odd.name", true, true)]),
         ] {
-            assert_eq!(By::parse(text), Ok(order), "{text}");
+            assert_eq!(OrderBy::parse(text), Ok(order), "{text}");
         }
         for text in ["", "a,", ".desc", ",", "a,,b", "\0", &"a,".repeat(20)] {
-            assert!(By::parse(text).is_err(), "{text:?}");
+            assert!(OrderBy::parse(text).is_err(), "{text:?}");
         }
     }
 
     #[test]
-    fn a_place_among_rows_is_read_as_it_was_written() {
-        let order = By::parse("a.desc,b,c").unwrap();
-        let after = After::of(&order, r#"{"b":1.50,"c":null,"a":"x\"y","d":[]}"#).unwrap();
+    fn a_page_token_is_decoded_as_it_was_encoded() {
+        let order = OrderBy::parse("a.desc,b,c").unwrap();
+        let after = PageToken::of(&order, r#"{"b":1.50,"c":null,"a":"x\"y","d":[]}"#).unwrap();
         assert_eq!(after.values, [Some("x\"y".to_owned()), Some("1.50".to_owned()), None]);
-        assert_eq!(After::parse(&after.word()), Ok(after.clone()));
+        assert_eq!(PageToken::parse(&after.encode()), Ok(after.clone()));
         let paging = Paging { after: Some(after), ..Paging::default() };
         let relation = todos(false, false);
-        assert_eq!(paging.beyond(&order, &relation).unwrap().unwrap().len(), 3);
-        assert!(paging.beyond(&By::parse("a,b,c").unwrap(), &relation).is_err());
-        assert!(After::of(&order, r#"{"a":1}"#).is_none());
+        assert_eq!(paging.keyset(&order, &relation).unwrap().unwrap().len(), 3);
+        assert!(paging.keyset(&OrderBy::parse("a,b,c").unwrap(), &relation).is_err());
+        assert!(PageToken::of(&order, r#"{"a":1}"#).is_none());
         for word in ["", "x", "%", "W10", "WyJhIiwgMV0"] {
-            assert!(After::parse(word).is_err(), "{word}");
+            assert!(PageToken::parse(word).is_err(), "{word}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A subscription's filter, read with the types of its columns: decided here where that is exact, else by PostgreSQL.
+//! A subscription's filter, typed by its columns: evaluated here where that is exact, else by PostgreSQL.
 
 use std::sync::Arc;
 
@@ -14,39 +14,39 @@ use crate::model::row::pattern::{Folding, Pattern};
 use crate::model::row::truth::Truth;
 use crate::model::subscription::filter::{Condition, Operator};
 
-/// A filter whose values PostgreSQL has read with the column's type.
+/// A filter whose values PostgreSQL has parsed with the types of its columns.
 #[derive(Debug)]
 pub struct TypedFilter {
     relation: (String, String),
     conditions: Vec<TypedCondition>,
-    /// Of each condition, the labels of enums that its values name.
+    /// For each condition, the enum labels that its values name.
     labels: Vec<Labels>,
-    /// What is known of it here.
+    /// The filter as a predicate. Conditions that only PostgreSQL can evaluate are opaque.
     predicate: Predicate,
     constants: Vec<ClaimValue>,
-    /// It as an SQL condition.
+    /// The filter as an SQL condition.
     pub condition: String,
-    /// The statement by which PostgreSQL judges row images against this filter.
+    /// The statement with which PostgreSQL evaluates row images against this filter.
     pub statement: Arc<str>,
 }
 
-/// One condition of a filter with its values in PostgreSQL's own spelling.
+/// One condition of a filter, with its values as PostgreSQL prints them.
 #[derive(Debug)]
 pub struct TypedCondition {
     /// The condition.
     pub condition: Condition,
     /// The column's type (`pg_type.typname`).
     pub kind: String,
-    /// How its values were read here: a collation that changes does not change the type's name.
+    /// The kind of its values when it was bound. A change of the collation does not change the type's name.
     pub shape: ColumnKind,
-    /// What `lower` does to the column's texts, likewise.
+    /// The case folding of the column's texts when it was bound.
     pub folding: Option<Folding>,
-    /// Its values as `value::type::text` spells them.
+    /// The values as printed by `value::type::text`.
     pub values: Vec<String>,
 }
 
 impl TypedFilter {
-    /// Brings conditions and statement together.
+    /// Creates the filter of a relation from its typed conditions, SQL condition and statement.
     pub fn new(
         relation: &Relation,
         conditions: Vec<TypedCondition>,
@@ -67,15 +67,14 @@ impl TypedFilter {
         }
     }
 
-    /// Whether both have the same conditions.
-    pub fn says_the_same(&self, other: &Self) -> bool {
+    /// Whether both filters have the same conditions.
+    pub fn has_same_conditions(&self, other: &Self) -> bool {
         let conditions =
             |filter: &Self| filter.conditions.iter().map(|typed| typed.condition.clone()).collect::<Vec<_>>();
         conditions(self) == conditions(other)
     }
 
-    /// Whether relation, columns and the labels of enums that it names still have the names and types with which the filter
-    /// was read.
+    /// Whether the relation, the columns and the named enum labels still have the names and types with which the filter was bound.
     pub fn fits(&self, relation: &Relation) -> bool {
         let has_labels = |(typed, labels): (&TypedCondition, &Labels)| {
             let now = || relation.shapes().labels(&typed.condition.column);
@@ -94,39 +93,39 @@ impl TypedFilter {
             && self.conditions.iter().zip(&self.labels).all(has_labels)
     }
 
-    /// Whether it fits and reads only what may be read.
+    /// Whether it fits and reads only columns that may be read.
     pub fn is_usable(&self, relation: &Relation, access: &Access) -> bool {
         self.fits(relation) && self.columns().all(|column| access.sees(column))
     }
 
-    /// The columns that the filter reads.
+    /// Returns the columns that the filter reads.
     pub fn columns(&self) -> impl Iterator<Item = &str> {
         self.conditions.iter().map(|typed| typed.condition.column.as_str())
     }
 
-    /// Whether the row matches, as far as that is known here.
+    /// Returns whether the row matches; undecided if only PostgreSQL can tell.
     pub fn truth(&self, image: &Image<'_>) -> Truth {
         self.predicate.truth(image, &self.constants, &NoAnswers, true)
     }
 
-    /// Whether PostgreSQL may have to be asked whether a row matches.
+    /// Whether PostgreSQL may have to evaluate the filter.
     pub fn asks(&self) -> bool {
         self.predicate.needs_postgres()
     }
 
-    /// How many values a row may have to be compared with.
+    /// Returns the maximum number of values that a row is compared with.
     pub fn value_count(&self) -> usize {
         self.conditions.iter().map(|typed| typed.values.len().max(1)).sum()
     }
 
-    /// What a row must have to match.
-    pub fn index_keys(&self) -> IndexKeys {
-        self.predicate.index_keys(&self.constants)
+    /// Returns the index keys of matching rows.
+    pub fn anchors(&self) -> IndexKeys {
+        self.predicate.anchors(&self.constants)
     }
 }
 
 impl TypedCondition {
-    /// The labels of enums that its values name, or may name.
+    /// Returns the enum labels that its values may name.
     fn labels(&self, relation: &Relation) -> Labels {
         let is_named = |label: &str| self.values.iter().any(|value| value.contains(label));
         let labels = relation.shapes().labels(&self.condition.column).into_iter().flatten();
@@ -136,7 +135,7 @@ impl TypedCondition {
             .collect()
     }
 
-    /// The condition as a predicate; what it compares with goes to the constants.
+    /// Returns the condition as a predicate, and adds its values to `constants`.
     fn predicate(&self, relation: &Relation, constants: &mut Vec<ClaimValue>) -> Predicate {
         let found = relation.columns.iter().position(|column| column.name == self.condition.column);
         let asks_for_null = self.condition.operator == Operator::Is && self.values == ["null"];
@@ -149,7 +148,7 @@ impl TypedCondition {
                 let folds = (self.condition.operator == Operator::Ilike).then_some(folding);
                 Some(Predicate::Matches(column, Pattern::new(self.values.first()?, folds)?))
             }
-            ColumnKind::One(kind) => self.compared(column, kind, constants),
+            ColumnKind::One(kind) => self.comparison(column, kind, constants),
             ColumnKind::Many(_) | ColumnKind::Padded | ColumnKind::Foreign => None,
         });
         match found {
@@ -159,7 +158,8 @@ impl TypedCondition {
         }
     }
 
-    fn compared(&self, column: usize, kind: Kind, constants: &mut Vec<ClaimValue>) -> Option<Predicate> {
+    /// Returns the comparison of a column as a predicate; `None` if only PostgreSQL can evaluate it.
+    fn comparison(&self, column: usize, kind: Kind, constants: &mut Vec<ClaimValue>) -> Option<Predicate> {
         let mut constant = |text: &String| match kind.read(text) {
             Read::Value(datum) => {
                 constants.push(ClaimValue::One(datum));
@@ -204,7 +204,7 @@ pub(crate) mod tests {
     use crate::model::catalog::relation::tests::{one_column, todos};
     use crate::model::subscription::filter;
 
-    /// The filter bound to a relation of one column.
+    /// A filter bound to a relation with one column.
     pub(crate) fn bound(filter: &str, relation: &Relation) -> TypedFilter {
         let conditions = filter::parse(filter).unwrap();
         let typed = conditions.into_iter().map(|condition| {
@@ -220,7 +220,7 @@ pub(crate) mod tests {
         TypedFilter::new(relation, typed.collect(), String::new(), "".into())
     }
 
-    /// `None`: only PostgreSQL knows.
+    /// `None` means that only PostgreSQL can decide.
     #[track_caller]
     fn check(filter: &str, kind: &str, value: &str, expected: Option<bool>) {
         let known = ["int4", "int8", "bool", "uuid", "text"].contains(&kind);
@@ -235,7 +235,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_filter_is_decided_here_only_where_equal_values_have_equal_texts() {
+    fn a_filter_is_evaluated_here_only_where_equal_values_have_equal_texts() {
         for (filter, value, expected) in [
             ("c=eq.5", "5", true),
             ("c=eq.5", "-5", false),
@@ -287,7 +287,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_filter_fits_while_its_columns_have_the_types_it_was_read_with() {
+    fn a_filter_fits_while_its_columns_have_the_types_it_was_bound_with() {
         let (big, small) = (one_column("int8", Some("int8")), one_column("int4", Some("int4")));
         let filter = bound("c=eq.5,c=gt.1", &big);
         assert!(filter.fits(&big));

@@ -27,8 +27,8 @@ use crate::model::policy::visibility::Identity;
 use crate::model::session::limits::{ExceededLimit, RowLimit};
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request as Wanted, Scope, Subscription, Target};
-use crate::model::subscription::error::{SubscribeError, is_raising, raising_somewhere};
-use crate::model::subscription::paging::{After, By, Paging};
+use crate::model::subscription::error::{SubscribeError, is_raising, raising_on_read};
+use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::transport::app::App;
 use crate::transport::changes::sse;
 use crate::transport::content_type::wants_stream;
@@ -214,8 +214,8 @@ fn paging(query: &str, is_of_changes: bool, max_rows: usize) -> Result<Paging, S
     });
     Ok(Paging {
         limit: limit.transpose()?,
-        order: parameter(query, "order").map(|order| By::parse(&order)).transpose()?.unwrap_or_default(),
-        after: parameter(query, "after").map(|after| After::parse(&after)).transpose()?,
+        order: parameter(query, "order").map(|order| OrderBy::parse(&order)).transpose()?.unwrap_or_default(),
+        after: parameter(query, "after").map(|after| PageToken::parse(&after)).transpose()?,
     })
 }
 
@@ -247,7 +247,7 @@ async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> Answer
                 let more = exceeded.is_some();
                 block.push_str(&format!(r#"],"more":{more}"#));
                 if let Some(last) = last.filter(|_| more) {
-                    block.push_str(&format!(r#","after":"{}""#, last.word()));
+                    block.push_str(&format!(r#","after":"{}""#, last.encode()));
                 }
                 block.push('}');
                 if !outbox.answer(block) || outbox.take().await != Taken::Frames {
@@ -284,7 +284,7 @@ fn rows_refused(subscription: &Subscription, code: Option<&str>) -> String {
     let binding = subscription.bindings().first();
     match (binding.map(|binding| (&binding.scope, &binding.filter)), code) {
         (Some((Scope::Relation(_, _, name, _), None)), Some(code)) if !matches!(code, "42501" | "57014") => {
-            raising_somewhere(&name.0, &name.1)
+            raising_on_read(&name.0, &name.1)
         }
         _ => String::from("the rows may not be read"),
     }
