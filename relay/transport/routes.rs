@@ -77,7 +77,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
         .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
-         // Poll the overflow first: the client is not reading, so the stream could not deliver its end.
+        // Poll the overflow first: the client is not reading, so the stream could not deliver its end.
         biased;
         () = overflowed(watching) => app.observe.session_full(),
         served = connection.as_mut() => if served.is_err_and(|error| is_write_timeout(&error)) {

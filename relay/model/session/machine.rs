@@ -744,7 +744,7 @@ mod tests {
     }
 
     proptest! {
-         /// For any sequence of inputs: delivery ends only after it began, a channel gets deliveries only when bound for its
+        /// For any sequence of inputs: delivery ends only after it began, a channel gets deliveries only when bound for its
         /// latest identity, and all deliveries end with the session.
         #[test]
         fn delivery_begins_and_ends_in_pairs(
@@ -803,7 +803,7 @@ mod tests {
             prop_assert!(delivering.is_empty());
         }
 
-         /// For any sequence of valid or nearly_valid_frame valid frames: each answer is one frame of the version.
+        /// For any sequence of valid or nearly valid frames: each answer is one frame of the version.
         #[test]
         fn every_answer_is_a_frame_of_its_version(version in 1..3_u8, frames in proptest::collection::vec(nearly_valid_frame(), 0..12)) {
             let version = if version == 1 { Version::V1 } else { Version::V2 };

@@ -380,7 +380,7 @@ mod tests {
         check_error("a=eq.\0", unacceptable);
     }
 
-    /// Valid and nearly_valid_filter valid filters.
+    /// Valid and nearly valid filters.
     fn nearly_valid_filter() -> impl Strategy<Value = String> {
         let column = prop_oneof![8 => "[a-z ]{1,3}", 1 => "[a-z.(\",)]{0,3}"];
         let not = prop_oneof![Just(""), Just("not."), Just("not")];
@@ -426,7 +426,7 @@ mod tests {
                 prop_assert_eq!(Operator::from_name(condition.operator.name()), Some(condition.operator));
                 prop_assert!(condition.operator == Operator::In || condition.values.len() == 1);
             }
-             // A column with characters of the grammar cannot be quoted, so it cannot be written again.
+            // A column with characters of the grammar cannot be quoted, so it cannot be written again.
             let plain = |condition: &&Condition| !condition.column.contains(['"', '(', ')', ',']);
             let plain: Vec<Condition> = found.iter().filter(plain).cloned().collect();
             let again = plain.iter().map(written).collect::<Vec<_>>().join(",");

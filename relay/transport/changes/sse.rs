@@ -120,7 +120,7 @@ impl Stream {
             let claims = self.catch_up.subscription().identity().claims().clone();
             if self.progress == Progress::More {
                 tokio::select! {
-                     // Poll the expiry first: a long replay must not continue after it.
+                    // Poll the expiry first: a long replay must not continue after it.
                     biased;
                     () = sleep_until(self.expiry) => return Some(self.expired()),
                     () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),

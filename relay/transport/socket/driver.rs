@@ -173,14 +173,14 @@ impl Driver {
         let mut alarm = pin!(sleep_until(last_read + silence));
         loop {
             tokio::select! {
-                 // Poll writes first because they are the most frequent. The last branch prevents the others from starving.
+                // Poll writes first because they are the most frequent. The last branch prevents the others from starving.
                 biased;
                 taken = self.outbox.take(), if self.consecutive_writes < MAX_CONSECUTIVE_WRITES => match taken {
                     Taken::Frames => if let Err(end) = self.write_in_time(&mut keys).await {
                         return end;
                     },
                     Taken::Rebind(channel) => {
-                         // A resumable channel continues from its bookmark. Nothing is delivered to it until it is bound.
+                        // A resumable channel continues from its bookmark. Nothing is delivered to it until it is bound.
                         if let Some(resume) = &mut self.resume {
                             resume.stop(channel);
                         }
@@ -196,12 +196,12 @@ impl Driver {
                 }
                 frame = self.socket.next(), if self.waiting_message.is_none()
                     && self.binds.len() <= self.session.channel_count() + MAX_SUPERSEDED_BINDS => {
-                     last_read = Instant::now();
+                    last_read = Instant::now();
                     self.socket.get_ref().message_complete();
                     self.writer.frame_read();
                     if let Err(end) = self.handle_frame(frame) {
                         if matches!(end, SessionEnd::Close(..)) {
-                             // Write the router's pending frames first, such as the end of a channel.
+                            // Write the router's pending frames first, such as the end of a channel.
                             let _ = timeout(CLOSE_TIMEOUT, app.feed.settled()).await;
                             self.write_last().await;
                         }
@@ -268,12 +268,12 @@ impl Driver {
             self.consecutive_writes = MAX_CONSECUTIVE_WRITES;
             self.outbox.is_stuck_with(self.writer.left(&self.outbox));
             tokio::select! {
-                 writable = timeout(self.app.limits.write, Writer::writable(&mut self.socket)) => match writable {
-                     Ok(writable) => writable?,
+                writable = timeout(self.app.limits.write, Writer::writable(&mut self.socket)) => match writable {
+                    Ok(writable) => writable?,
                     Err(_) => return Err(self.full()),
                 },
                 () = self.outbox.overflowed() => return Err(self.full()),
-                 // Nothing may be delivered under a token whose key was withdrawn, even during a long write.
+                // Nothing may be delivered under a token whose key was withdrawn, even during a long write.
                 Ok(()) = keys.changed() => {
                     let actions = self.session.recheck(&self.app.verifier);
                     self.perform(actions, &mut None);

@@ -22,8 +22,8 @@ const PING: u8 = 0x89;
 const TEXT: u8 = 0x81;
 
 thread_local! {
-     /// Buffer in which frames are joined for one system call. One for each thread, because it is empty between calls.
-     static BATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Buffer in which frames are joined for one system call. One for each thread, because it is empty between calls.
+    static BATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A client's connection after the handshake.
