@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use hyper::header::HeaderMap;
 use hyper::{Request, StatusCode};
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -101,72 +102,24 @@ pub async fn serve(
 /// The answer that refuses the request.
 async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Result<ChangesRequest, Answer> {
     let query = request.uri().query().unwrap_or_default();
-    let refused = |status: StatusCode, why: &str| error(status, why);
     if let Some(name) = repeated(query) {
-        return Err(refused(StatusCode::BAD_REQUEST, &repeated_error(&name)));
+        return Err(bad_request(&repeated_error(&name)));
     }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
     let claims = app.identify(&token).await.map_err(|why| {
         let why = why.advised_text();
         app.observe.request_refused(address, request.uri().path(), &why);
-        refused(StatusCode::UNAUTHORIZED, &why)
+        error(StatusCode::UNAUTHORIZED, &why)
     })?;
-    if parameter(query, "topic").is_some() {
-        return Err(refused(StatusCode::BAD_REQUEST, "broadcasts are not available here: give table="));
-    }
-    if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
-        let name: String = unknown.chars().take(40).collect();
-        let why = format!("{name}: there is no such parameter, only {}", PARAMETERS.join(", "));
-        return Err(refused(StatusCode::BAD_REQUEST, &why));
-    }
-    for name in PARAMETERS {
-        if is_unreadable(query, name) {
-            return Err(refused(StatusCode::BAD_REQUEST, &format!("{name}: this is not UTF-8")));
-        }
-    }
-    let event = parameter(query, "event").unwrap_or_default();
-    if !event.is_empty() && !EVENTS.iter().any(|known| known.eq_ignore_ascii_case(&event)) {
-        let why = format!("event: there are only {}", EVENTS.join(", "));
-        return Err(refused(StatusCode::BAD_REQUEST, &why));
-    }
-    let mut entry = Map::new();
-    for name in ["event", "schema", "table", "filter"] {
-        if let Some(value) = parameter(query, name) {
-            entry.insert(name.to_owned(), Value::from(value));
-        }
-    }
-    if let Some(columns) = parameter(query, "select").filter(|columns| columns != "*") {
-        entry.insert(String::from("select"), columns.split(',').map(str::trim).map(Value::from).collect());
-    }
-    if parameter(query, "table").is_none_or(|table| table.is_empty() || table == "*") {
-        return Err(refused(
-            StatusCode::BAD_REQUEST,
-            "which table? ?table=todos (&schema=public&filter=id=gt.7)",
-        ));
-    }
-    let wanted = Wanted::parse(&entry).map_err(|why| refused(StatusCode::BAD_REQUEST, &why.0))?;
+    check_parameters(query)?;
+    let wanted = wanted_changes(query)?;
     let Target::Table { schema, table } = wanted.target.clone() else {
-        return Err(refused(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
+        return Err(bad_request("one table of one schema is expected"));
     };
-    let last = request.headers().get("last-event-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
-    let since = match last.filter(|id| !id.is_empty()).or_else(|| parameter(query, "since")) {
-        None => None,
-        Some(word) => Some(word.parse::<Cursor>().map_err(|why| {
-            refused(
-                StatusCode::BAD_REQUEST,
-                &format!("since: {why}; without it you get the rows and a cursor"),
-            )
-        })?),
-    };
-    let wait = match parameter(query, "wait") {
-        None => DEFAULT_WAIT,
-        Some(seconds) => seconds.parse().ok().filter(|seconds| *seconds <= MAX_WAIT).ok_or_else(|| {
-            refused(StatusCode::BAD_REQUEST, &format!("wait: seconds are expected, at most {MAX_WAIT}"))
-        })?,
-    };
+    let since = since(request.headers(), query)?;
+    let wait = wait(query)?;
     let is_of_changes = since.is_some() || wants_stream(request.headers());
-    let paging = paging(query, is_of_changes, app.limits.rows.number)
-        .map_err(|why| refused(StatusCode::BAD_REQUEST, &why.0))?;
+    let paging = paging(query, is_of_changes, app.limits.rows.number).map_err(|why| bad_request(&why.0))?;
     let identity = Identity::new(claims);
     let channel = ChannelId { session: app.next_session(), channel: 0 };
     let bound = app.feed.bind(channel, identity.clone(), &[wanted]).await;
@@ -174,7 +127,7 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
     let subscription = whole.map_err(|why| match why {
         BindError::Refused(refusal) => {
             let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
-            refused(StatusCode::BAD_REQUEST, &plain)
+            bad_request(&plain)
         }
         BindError::Unavailable => unavailable(),
     })?;
@@ -188,11 +141,68 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
     Ok(ChangesRequest {
         subscription,
         since,
-        wait: Duration::from_secs(wait),
+        wait,
         paging,
         channel,
         outbox: Arc::new(Outbox::of(Some(owner), outbox_bytes, Arc::clone(&app.budget))),
     })
+}
+
+/// Refuses unknown parameters and values that are not UTF-8.
+fn check_parameters(query: &str) -> Result<(), Answer> {
+    if parameter(query, "topic").is_some() {
+        return Err(bad_request("broadcasts are not available here: give table="));
+    }
+    if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
+        let name: String = unknown.chars().take(40).collect();
+        return Err(bad_request(&format!(
+            "{name}: there is no such parameter, only {}",
+            PARAMETERS.join(", ")
+        )));
+    }
+    match PARAMETERS.into_iter().find(|name| is_unreadable(query, name)) {
+        Some(name) => Err(bad_request(&format!("{name}: this is not UTF-8"))),
+        None => Ok(()),
+    }
+}
+
+/// Reads the parameters that name the table, operations, filter and columns.
+fn wanted_changes(query: &str) -> Result<Wanted, Answer> {
+    let event = parameter(query, "event").unwrap_or_default();
+    if !event.is_empty() && !EVENTS.iter().any(|known| known.eq_ignore_ascii_case(&event)) {
+        return Err(bad_request(&format!("event: there are only {}", EVENTS.join(", "))));
+    }
+    let mut entry = Map::new();
+    for name in ["event", "schema", "table", "filter"] {
+        if let Some(value) = parameter(query, name) {
+            entry.insert(name.to_owned(), Value::from(value));
+        }
+    }
+    if let Some(columns) = parameter(query, "select").filter(|columns| columns != "*") {
+        entry.insert(String::from("select"), columns.split(',').map(str::trim).map(Value::from).collect());
+    }
+    if parameter(query, "table").is_none_or(|table| table.is_empty() || table == "*") {
+        return Err(bad_request("which table? ?table=todos (&schema=public&filter=id=gt.7)"));
+    }
+    Wanted::parse(&entry).map_err(|why| bad_request(&why.0))
+}
+
+/// Reads the cursor of `Last-Event-ID`, else of `since=`.
+fn since(headers: &HeaderMap, query: &str) -> Result<Option<Cursor>, Answer> {
+    let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
+    let text = last.filter(|id| !id.is_empty()).or_else(|| parameter(query, "since"));
+    text.map(|text| text.parse::<Cursor>())
+        .transpose()
+        .map_err(|why| bad_request(&format!("since: {why}; without it you get the rows and a cursor")))
+}
+
+/// Reads how long a poll waits.
+fn wait(query: &str) -> Result<Duration, Answer> {
+    let Some(text) = parameter(query, "wait") else { return Ok(Duration::from_secs(DEFAULT_WAIT)) };
+    let seconds = text.parse().ok().filter(|seconds| *seconds <= MAX_WAIT);
+    seconds
+        .map(Duration::from_secs)
+        .ok_or_else(|| bad_request(&format!("wait: seconds are expected, at most {MAX_WAIT}")))
 }
 
 /// Reads the paging parameters. `max_rows` is the largest allowed limit.
@@ -515,6 +525,10 @@ fn gap(why: &str) -> Answer {
 fn expired(subscription: &Subscription) -> Answer {
     let seconds_ago = now().saturating_sub(subscription.identity().claims().expires_at());
     error(StatusCode::UNAUTHORIZED, &TokenError::Expired { seconds_ago }.connect_text())
+}
+
+fn bad_request(why: &str) -> Answer {
+    error(StatusCode::BAD_REQUEST, why)
 }
 
 fn no_room() -> Answer {
