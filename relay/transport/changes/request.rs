@@ -103,7 +103,7 @@ pub async fn serve(
 async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Result<ChangesRequest, Answer> {
     let query = request.uri().query().unwrap_or_default();
     if let Some(name) = repeated(query) {
-        return Err(bad_request(&repeated_error(&name)));
+        return Err(error(StatusCode::BAD_REQUEST, &repeated_error(&name)));
     }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
     let claims = app.identify(&token).await.map_err(|why| {
@@ -111,15 +111,15 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
         app.observe.request_refused(address, request.uri().path(), &why);
         error(StatusCode::UNAUTHORIZED, &why)
     })?;
-    check_parameters(query)?;
-    let wanted = wanted_changes(query)?;
+    check_parameters(query).map_err(bad_request)?;
+    let wanted = wanted_changes(query).map_err(bad_request)?;
     let Target::Table { schema, table } = wanted.target.clone() else {
-        return Err(bad_request("one table of one schema is expected"));
+        return Err(error(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
     };
-    let since = since(request.headers(), query)?;
-    let wait = wait(query)?;
+    let since = since(request.headers(), query).map_err(bad_request)?;
+    let wait = wait(query).map_err(bad_request)?;
     let is_of_changes = since.is_some() || wants_stream(request.headers());
-    let paging = paging(query, is_of_changes, app.limits.rows.number).map_err(|why| bad_request(&why.0))?;
+    let paging = paging(query, is_of_changes, app.limits.rows.number).map_err(bad_request)?;
     let identity = Identity::new(claims);
     let channel = ChannelId { session: app.next_session(), channel: 0 };
     let bound = app.feed.bind(channel, identity.clone(), &[wanted]).await;
@@ -127,7 +127,7 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
     let subscription = whole.map_err(|why| match why {
         BindError::Refused(refusal) => {
             let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
-            bad_request(&plain)
+            error(StatusCode::BAD_REQUEST, &plain)
         }
         BindError::Unavailable => unavailable(),
     })?;
@@ -149,28 +149,28 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
 }
 
 /// Refuses unknown parameters and values that are not UTF-8.
-fn check_parameters(query: &str) -> Result<(), Answer> {
+fn check_parameters(query: &str) -> Result<(), SubscribeError> {
     if parameter(query, "topic").is_some() {
-        return Err(bad_request("broadcasts are not available here: give table="));
+        return Err(SubscribeError(String::from("broadcasts are not available here: give table=")));
     }
     if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
         let name: String = unknown.chars().take(40).collect();
-        return Err(bad_request(&format!(
+        return Err(SubscribeError(format!(
             "{name}: there is no such parameter, only {}",
             PARAMETERS.join(", ")
         )));
     }
     match PARAMETERS.into_iter().find(|name| is_unreadable(query, name)) {
-        Some(name) => Err(bad_request(&format!("{name}: this is not UTF-8"))),
+        Some(name) => Err(SubscribeError(format!("{name}: this is not UTF-8"))),
         None => Ok(()),
     }
 }
 
 /// Reads the parameters that name the table, operations, filter and columns.
-fn wanted_changes(query: &str) -> Result<Wanted, Answer> {
+fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
     let event = parameter(query, "event").unwrap_or_default();
     if !event.is_empty() && !EVENTS.iter().any(|known| known.eq_ignore_ascii_case(&event)) {
-        return Err(bad_request(&format!("event: there are only {}", EVENTS.join(", "))));
+        return Err(SubscribeError(format!("event: there are only {}", EVENTS.join(", "))));
     }
     let mut entry = Map::new();
     for name in ["event", "schema", "table", "filter"] {
@@ -182,27 +182,29 @@ fn wanted_changes(query: &str) -> Result<Wanted, Answer> {
         entry.insert(String::from("select"), columns.split(',').map(str::trim).map(Value::from).collect());
     }
     if parameter(query, "table").is_none_or(|table| table.is_empty() || table == "*") {
-        return Err(bad_request("which table? ?table=todos (&schema=public&filter=id=gt.7)"));
+        return Err(SubscribeError(String::from(
+            "which table? ?table=todos (&schema=public&filter=id=gt.7)",
+        )));
     }
-    Wanted::parse(&entry).map_err(|why| bad_request(&why.0))
+    Wanted::parse(&entry)
 }
 
 /// Reads the cursor of `Last-Event-ID`, else of `since=`.
-fn since(headers: &HeaderMap, query: &str) -> Result<Option<Cursor>, Answer> {
+fn since(headers: &HeaderMap, query: &str) -> Result<Option<Cursor>, SubscribeError> {
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
     let text = last.filter(|id| !id.is_empty()).or_else(|| parameter(query, "since"));
     text.map(|text| text.parse::<Cursor>())
         .transpose()
-        .map_err(|why| bad_request(&format!("since: {why}; without it you get the rows and a cursor")))
+        .map_err(|why| SubscribeError(format!("since: {why}; without it you get the rows and a cursor")))
 }
 
 /// Reads how long a poll waits.
-fn wait(query: &str) -> Result<Duration, Answer> {
+fn wait(query: &str) -> Result<Duration, SubscribeError> {
     let Some(text) = parameter(query, "wait") else { return Ok(Duration::from_secs(DEFAULT_WAIT)) };
     let seconds = text.parse().ok().filter(|seconds| *seconds <= MAX_WAIT);
     seconds
         .map(Duration::from_secs)
-        .ok_or_else(|| bad_request(&format!("wait: seconds are expected, at most {MAX_WAIT}")))
+        .ok_or_else(|| SubscribeError(format!("wait: seconds are expected, at most {MAX_WAIT}")))
 }
 
 /// Reads the paging parameters. `max_rows` is the largest allowed limit.
@@ -527,8 +529,8 @@ fn expired(subscription: &Subscription) -> Answer {
     error(StatusCode::UNAUTHORIZED, &TokenError::Expired { seconds_ago }.connect_text())
 }
 
-fn bad_request(why: &str) -> Answer {
-    error(StatusCode::BAD_REQUEST, why)
+fn bad_request(why: SubscribeError) -> Answer {
+    error(StatusCode::BAD_REQUEST, &why.0)
 }
 
 fn no_room() -> Answer {

@@ -291,13 +291,13 @@ impl Driver {
     /// # Errors
     /// How the session ends, if the frame ends it.
     fn handle_frame(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), SessionEnd> {
-        let (version, at) = (self.session.version(), self.connected_at.elapsed());
+        let (version, elapsed) = (self.session.version(), self.connected_at.elapsed());
         let is_expected_pong = match (&frame, &mut self.resume) {
             (Some(Ok(Frame::Pong(payload))), Some(resume)) => resume.pong(payload),
             _ => false,
         };
         // The pong to one of the relay's pings does not count as a message.
-        let is_within_rate = is_expected_pong || self.rate_limit.messages.take(at);
+        let is_within_rate = is_expected_pong || self.rate_limit.messages.take(elapsed);
         let message = match decode(version, frame) {
             Inbound::Message(message) => Ok(message),
             Inbound::Unreadable(error) => Err(error),
@@ -316,7 +316,7 @@ impl Driver {
                 close_unless(!actions.is_empty())?;
                 self.perform(actions, &mut None);
             }
-            Ok(message) if message.event == "phx_join" && !self.rate_limit.joins.take(at) => {
+            Ok(message) if message.event == "phx_join" && !self.rate_limit.joins.take(elapsed) => {
                 let reason = "ClientJoinRateLimitReached: Too many joins per second";
                 let refused = self.session.refuse(&message, reason);
                 self.perform(vec![refused], &mut None);
