@@ -115,14 +115,14 @@ async fn a_page_that_cannot_be_given_is_refused_with_what_is_expected() {
         ("&table=t&order=id.down", "order: public.t has no column id.down"),
         ("&table=t&order=tags", "order: tags is an array"),
         ("&table=t&order=doc", "order: a column that it names has a type without an order"),
-        ("&table=t&after=7", "after: this is not what an answer gave"),
-        ("&table=t&after=", "after: this is not what an answer gave"),
+        ("&table=t&after=7", "after: this value is not from an answer"),
+        ("&table=t&after=", "after: this value is not from an answer"),
         (&format!("&table=t&order=v&after={after}"), "after: it is of another order"),
         (&format!("&table=bare&after={after}"), "after: it is of another order"),
         // ["part.asc.nullslast,id.asc.nullslast",["p0","x"]]
         (
             "&table=t&after=WyJwYXJ0LmFzYy5udWxsc2xhc3QsaWQuYXNjLm51bGxzbGFzdCIsWyJwMCIsIngiXV0",
-            "after: this is not what an answer gave",
+            "after: this value is not from an answer",
         ),
         ("&table=t&since=A&limit=1", "since:"),
         (

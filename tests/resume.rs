@@ -366,7 +366,7 @@ async fn of_two_connections_with_one_name_the_older_is_told_that_it_is_not_resum
             }
         }
     };
-    assert!(told.await.starts_with("Gap: another connection goes on with this session"));
+    assert!(told.await.starts_with("Gap: another connection took over this session"));
     insert(&stage, 2..3).await;
     assert!(heard(&stage, &mut newer).await.0.ends_with(&[2]));
 }

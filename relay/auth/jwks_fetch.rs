@@ -47,10 +47,10 @@ pub enum FetchError {
     #[error("{0} cannot be resolved: {1}")]
     Unresolved(String, io::Error),
     /// The address is private, which needs `--jwks-allow-private`.
-    #[error("{0} is no public address; --jwks-allow-private allows it")]
+    #[error("{0} is not a public address; --jwks-allow-private allows it")]
     Private(IpAddr),
     /// Plain HTTP to a public address.
-    #[error("{0} is a public address, which must be asked by https://")]
+    #[error("{0} is a public address, use https://")]
     Plain(IpAddr),
     /// No connection, or no trusted TLS.
     #[error("no connection: {0}")]
@@ -304,7 +304,7 @@ mod tests {
         check("http://localhost:1/", true, None);
         for private in ["127.0.0.1", "169.254.169.254", "::1"] {
             let host = if private.contains(':') { format!("[{private}]") } else { private.to_owned() };
-            let refused = format!("{private} is no public address; --jwks-allow-private allows it");
+            let refused = format!("{private} is not a public address; --jwks-allow-private allows it");
             check(&format!("https://{host}/"), false, Some(&refused));
             check(&format!("https://{host}/"), true, None);
         }

@@ -58,7 +58,7 @@ impl Intake {
         }
         let size = read.next_multiple_of(STEP);
         if !self.reserved.resize(size - UNCOUNTED) {
-            return Err(Error::new(ErrorKind::OutOfMemory, "there is no room for what the client sends"));
+            return Err(Error::new(ErrorKind::OutOfMemory, "no memory for the client's data"));
         }
         self.counted_up_to = size;
         Ok(())

@@ -131,7 +131,7 @@ async fn answer(
     let has_body = !request.body().is_end_stream();
     let mut answer = if request.body().size_hint().lower() > MAX_IGNORED_BODY {
         let why =
-            format!("no request of more than {MAX_IGNORED_BODY} bytes is taken here: send it without a body");
+            format!("the body is larger than {MAX_IGNORED_BODY} bytes: send the request without a body");
         error(StatusCode::PAYLOAD_TOO_LARGE, &why)
     } else if request.headers().contains_key(header::TRANSFER_ENCODING) {
         error(StatusCode::BAD_REQUEST, "a request without a body is expected here")
@@ -177,7 +177,7 @@ async fn route(
         "/metrics" => text(StatusCode::OK, app.observe.text()),
         _ => error(
             StatusCode::NOT_FOUND,
-            "nothing is here; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes",
+            "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes",
         ),
     }
 }

@@ -54,8 +54,8 @@ impl SubscribeError {
             return format!(
                 "{shown} cannot be followed by {reader}. It can when there is such a table, it is watched (select \
                  relay.watch('{}')){usage}, that role may select from it (grant select on {table} to {grantee}), and the role exists, is \
-                 no superuser, and the relay's judging login is a member of it (grant {grantee} to that login){parameter}. What is \
-                 missing is said by: relay explain {table} --role {grantee}",
+                 no superuser, and the relay's judging login is a member of it (grant {grantee} to that login){parameter}. To find \
+                 what is missing: relay explain {table} --role {grantee}",
                 table.replace('\'', "''"),
             );
         }

@@ -171,7 +171,7 @@ impl Paging {
         let Some(after) = &self.after else { return Ok(None) };
         if after.order != described(order) || after.values.len() != order.len() {
             return Err(SubscribeError(String::from(
-                "after: it is of another order, ask with the order= and the table with which it was given",
+                "after: it is of another order, use the order= and the table of the request that returned it",
             )));
         }
         let values = after.values.iter().cloned();
@@ -217,7 +217,7 @@ impl PageToken {
 
     /// Returns the error for a token that no answer contained.
     pub fn invalid() -> SubscribeError {
-        SubscribeError(String::from("after: this is not what an answer gave, begin without it"))
+        SubscribeError(String::from("after: this value is not from an answer, start without it"))
     }
 }
 

@@ -170,7 +170,7 @@ fn check_parameters(query: &str) -> Result<(), SubscribeError> {
 fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
     let event = parameter(query, "event").unwrap_or_default();
     if !event.is_empty() && !EVENTS.iter().any(|known| known.eq_ignore_ascii_case(&event)) {
-        return Err(SubscribeError(format!("event: there are only {}", EVENTS.join(", "))));
+        return Err(SubscribeError(format!("event: one of {} is expected", EVENTS.join(", "))));
     }
     let mut entry = Map::new();
     for name in ["event", "schema", "table", "filter"] {
@@ -183,7 +183,7 @@ fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
     }
     if parameter(query, "table").is_none_or(|table| table.is_empty() || table == "*") {
         return Err(SubscribeError(String::from(
-            "which table? ?table=todos (&schema=public&filter=id=gt.7)",
+            "table: the name of a table is expected, such as ?table=todos (&schema=public&filter=id=gt.7)",
         )));
     }
     Wanted::parse(&entry)
@@ -518,7 +518,7 @@ async fn follow(
 fn gap(why: &str) -> Answer {
     let body = serde_json::json!({
         "error": format!("Gap: {why}"),
-        "hint": "ask again without since: you get the rows as they are now, and a cursor",
+        "hint": "request it again without since= to get the current rows and a cursor",
     });
     json(StatusCode::GONE, body.to_string())
 }
@@ -534,9 +534,9 @@ fn bad_request(why: SubscribeError) -> Answer {
 }
 
 fn no_room() -> Answer {
-    error(StatusCode::SERVICE_UNAVAILABLE, "too much waits for clients now, try again")
+    error(StatusCode::SERVICE_UNAVAILABLE, "the memory for queued data is full, try again")
 }
 
 fn unavailable() -> Answer {
-    error(StatusCode::SERVICE_UNAVAILABLE, "the database cannot be asked now, try again")
+    error(StatusCode::SERVICE_UNAVAILABLE, "the database is unavailable, try again")
 }

@@ -248,7 +248,7 @@ impl Stream {
                 );
             }
             ReplayError::Ended => return self.expired(),
-            ReplayError::Unavailable(_) => text.push_str(": the database cannot be asked now\n\n"),
+            ReplayError::Unavailable(_) => text.push_str(": the database is unavailable\n\n"),
         }
         text
     }

@@ -224,7 +224,7 @@ impl Driver {
                 }
                 () = alarm.as_mut() => {
                     if last_read.elapsed() >= silence {
-                        return SessionEnd::Close(1000, "no heartbeat came");
+                        return SessionEnd::Close(1000, "no heartbeat received");
                     }
                     let actions = self.session.expire(now());
                     self.perform(actions, &mut None);
@@ -256,7 +256,7 @@ impl Driver {
     /// Counts and returns the end of a session whose client reads too slowly.
     fn full(&self) -> SessionEnd {
         self.app.observe.session_full();
-        SessionEnd::Close(1013, "the client reads too slowly: connect again and read the rows anew")
+        SessionEnd::Close(1013, "the client reads too slowly: connect again and read the rows again")
     }
 
     /// Writes the frames taken from the outbox, with the write timeout.

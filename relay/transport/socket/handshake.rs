@@ -35,11 +35,11 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
     }
     let query = request.uri().query().unwrap_or_default();
     if let Some(name) = repeated(query) {
-        app.observe.connection_refused("a parameter is there more than once");
+        app.observe.connection_refused("repeated parameter");
         return error(StatusCode::BAD_REQUEST, &repeated_error(&name));
     }
     let Some(version) = Version::from_vsn(parameter(query, "vsn").as_deref()) else {
-        app.observe.connection_refused("this version of the protocol (vsn) is not known");
+        app.observe.connection_refused("unknown protocol version (vsn)");
         return empty(StatusCode::FORBIDDEN);
     };
     let claims = match app.identify(&credential(request.headers(), query)).await {

@@ -45,9 +45,9 @@ const RETRY_DELAY: Duration = Duration::from_millis(500);
 const MAX_PENDING_PINGS: usize = 16;
 
 /// The gap text for a client that was disconnected for too long.
-const LAPSED: &str = "this session was away for longer than it is kept, read the rows again";
+const LAPSED: &str = "this session was disconnected for longer than it is kept, read the rows again";
 /// The gap text for a connection whose session was taken over.
-const TAKEN_OVER: &str = "another connection goes on with this session, or its user has too many of them: what this one misses from here on is not given back";
+const TAKEN_OVER: &str = "another connection took over this session, or its user has too many sessions: changes missed from here on are not replayed";
 
 /// A bookmark that this connection owns.
 struct OpenBookmark {
