@@ -337,25 +337,9 @@ async fn poll(app: &App, call: ChangesRequest, watched: WatchedOutbox, closed: C
         since.clone(),
         Arc::clone(&outbox),
     );
-    let start = catch_up.since();
-    let start_deadline = Instant::now() + START_TIMEOUT;
-    let (progress, taken) = loop {
-        let progress = match timeout_at(start_deadline, catch_up.go_on()).await {
-            Ok(Ok(progress)) => progress,
-            Ok(Err(ReplayError::Gap(why))) => return gap(why),
-            Ok(Err(ReplayError::Unavailable(why))) => {
-                tracing::debug!(error = %why, "replay not read");
-                return unavailable();
-            }
-            Ok(Err(ReplayError::Ended)) => return expired(catch_up.subscription()),
-            // A long replay without visible changes: answer with the position reached.
-            Err(_) if catch_up.since() != start => return no_changes(&catch_up.since().to_string(), true),
-            Err(_) => return unavailable(),
-        };
-        let taken = outbox.take().now_or_never();
-        if taken.is_some() || progress == Progress::Live {
-            break (progress, taken);
-        }
+    let (progress, taken) = match read_first(&mut catch_up, &outbox).await {
+        Ok(first) => first,
+        Err(answer) => return answer,
     };
     let taken = match taken {
         Some(taken) => Some(taken),
@@ -393,6 +377,35 @@ async fn poll(app: &App, call: ChangesRequest, watched: WatchedOutbox, closed: C
     let is_partial = progress == Progress::More || cursor.within().is_some();
     let more = is_partial && has_more(app, catch_up, &cursor).await;
     changes(&outbox, Some(&cursor.to_string()), more, watched)
+}
+
+/// Reads until there are frames or the subscription is live. Returns what was taken from the outbox, if anything.
+///
+/// # Errors
+/// The answer, if there is nothing to wait for.
+async fn read_first(catch_up: &mut CatchUp, outbox: &Outbox) -> Result<(Progress, Option<Taken>), Answer> {
+    let start = catch_up.since();
+    let start_deadline = Instant::now() + START_TIMEOUT;
+    loop {
+        let progress = match timeout_at(start_deadline, catch_up.go_on()).await {
+            Ok(Ok(progress)) => progress,
+            Ok(Err(ReplayError::Gap(why))) => return Err(gap(why)),
+            Ok(Err(ReplayError::Unavailable(why))) => {
+                tracing::debug!(error = %why, "replay not read");
+                return Err(unavailable());
+            }
+            Ok(Err(ReplayError::Ended)) => return Err(expired(catch_up.subscription())),
+            // A long replay without visible changes: answer with the position reached.
+            Err(_) if catch_up.since() != start => {
+                return Err(no_changes(&catch_up.since().to_string(), true));
+            }
+            Err(_) => return Err(unavailable()),
+        };
+        let taken = outbox.take().now_or_never();
+        if taken.is_some() || progress == Progress::Live {
+            return Ok((progress, taken));
+        }
+    }
 }
 
 /// Whether this subscription has more changes after the cursor now. True if that is not known in time.

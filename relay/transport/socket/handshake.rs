@@ -74,6 +74,11 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
         driver::serve(session_app, stream, read, connect_request).await;
         drop(slot);
     });
+    switching_protocols(&key)
+}
+
+/// The answer that accepts a handshake.
+fn switching_protocols(key: &str) -> Answer {
     let mut answer = empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
