@@ -75,12 +75,12 @@ impl KeySet {
     }
 
     /// Whether there is a key with this `kid`; for `None`, a key without one.
-    pub fn has(&self, kid: Option<&str>) -> bool {
+    pub fn has_kid(&self, kid: Option<&str>) -> bool {
         self.keys.iter().any(|key| key.kid.as_deref() == kid)
     }
 
     /// Whether exactly this key is in the set.
-    pub fn holds(&self, id: KeyId) -> bool {
+    pub fn contains(&self, id: KeyId) -> bool {
         self.keys.iter().any(|key| key.id == id)
     }
 

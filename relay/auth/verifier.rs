@@ -135,7 +135,7 @@ pub struct Verifier {
     keys: Arc<PublishedKeys>,
     audience: Option<String>,
     issuer: Option<String>,
-    opaque: Vec<(String, Claims)>,
+    opaque_keys: Vec<(String, Claims)>,
 }
 
 impl Verifier {
@@ -149,12 +149,12 @@ impl Verifier {
             secrets.push(DecodingKey::from_secret(checked_secret(secret.as_bytes())?));
         }
         let keys = settings.keys.clone().unwrap_or_else(|| Arc::new(PublishedKeys::fixed(KeySet::default())));
-        let mut opaque = Vec::new();
+        let mut opaque_keys = Vec::new();
         for (role, keys) in [("anon", &settings.publishable_keys), ("service_role", &settings.secret_keys)] {
             let keys = keys.iter().filter(|key| !key.is_empty());
-            opaque.extend(keys.map(|key| (key.clone(), role_claims(role))));
+            opaque_keys.extend(keys.map(|key| (key.clone(), role_claims(role))));
         }
-        if secrets.is_empty() && opaque.is_empty() && keys.is_empty() {
+        if secrets.is_empty() && opaque_keys.is_empty() && keys.is_empty() {
             return Err(SettingsError::NoKeys);
         }
         Ok(Self {
@@ -162,7 +162,7 @@ impl Verifier {
             keys,
             audience: settings.audience.clone(),
             issuer: settings.issuer.clone(),
-            opaque,
+            opaque_keys,
         })
     }
 
@@ -177,9 +177,9 @@ impl Verifier {
         if !self.keys.is_refreshed() {
             return None;
         }
-        let parts = Parts::of(token.trim()).ok()?;
+        let parts = TokenParts::of(token.trim()).ok()?;
         let (published, algorithm, kid) = (self.keys.current(), parts.algorithm?, parts.kid());
-        if published.has(kid) || !self.candidates(&published, algorithm, kid).is_empty() {
+        if published.has_kid(kid) || !self.candidates(&published, algorithm, kid).is_empty() {
             return None;
         }
         self.keys.refresh()
@@ -188,7 +188,7 @@ impl Verifier {
     /// Completes when the key that signed these claims is withdrawn. Never completes if it cannot be.
     pub async fn withdrawn(&self, claims: &Claims) {
         let mut keys = self.keys.follow();
-        let is_gone = |keys: &Arc<KeySet>| claims.key().is_some_and(|id| !keys.holds(id));
+        let is_gone = |keys: &Arc<KeySet>| claims.key().is_some_and(|id| !keys.contains(id));
         if keys.wait_for(is_gone).await.is_err() {
             pending::<()>().await;
         }
@@ -202,7 +202,7 @@ impl Verifier {
     /// Returns the claims of an opaque API key or a token.
     pub fn identify(&self, key: &str, now_unix: u64) -> Result<Claims, TokenError> {
         let key = key.trim();
-        match self.opaque.iter().find(|(known, _)| same_secret(known, key)) {
+        match self.opaque_keys.iter().find(|(known, _)| same_secret(known, key)) {
             Some((_, claims)) => Ok(claims.clone()),
             None => self.verify(key, now_unix),
         }
@@ -210,8 +210,8 @@ impl Verifier {
 
     /// Returns the claims of a token that is signed by a known key, in force, and issued by and for the expected parties.
     pub fn verify(&self, token: &str, now_unix: u64) -> Result<Claims, TokenError> {
-        let parts = Parts::of(token.trim())?;
-        let Parts { message, payload, signature, algorithm, .. } = parts;
+        let parts = TokenParts::of(token.trim())?;
+        let TokenParts { message, payload, signature, algorithm, .. } = parts;
         let algorithm = algorithm.ok_or(TokenError::Signer)?;
         let published = self.keys.current();
         let candidates = self.candidates(&published, algorithm, parts.kid());
@@ -275,7 +275,7 @@ impl Tokens for Verifier {
 
     fn recheck(&self, claims: &Claims) -> Result<(), TokenRefusal> {
         match claims.key() {
-            Some(id) if !self.keys.current().holds(id) => Err(TokenError::Signer.into()),
+            Some(id) if !self.keys.current().contains(id) => Err(TokenError::Signer.into()),
             _ => Ok(()),
         }
     }
@@ -299,7 +299,7 @@ impl fmt::Debug for Verifier {
 }
 
 /// The parts of a token, not verified.
-struct Parts<'a> {
+struct TokenParts<'a> {
     /// The signed text: encoded header and payload.
     message: &'a str,
     payload: &'a str,
@@ -309,7 +309,7 @@ struct Parts<'a> {
     algorithm: Option<Algorithm>,
 }
 
-impl<'a> Parts<'a> {
+impl<'a> TokenParts<'a> {
     fn of(token: &'a str) -> Result<Self, TokenError> {
         if token.is_empty() {
             return Err(TokenError::Missing);

@@ -71,11 +71,11 @@ pub enum Action {
 pub struct Session {
     number: u64,
     version: Version,
-    own: Identity,
+    connection_identity: Identity,
     // Boxed because a map has spare capacity, and most clients have one channel.
     channels: HashMap<String, Box<Channel>>,
     max_channels: usize,
-    joins: u32,
+    join_count: u32,
 }
 
 #[derive(Debug)]
@@ -100,7 +100,14 @@ struct Channel {
 impl Session {
     /// Creates the session of a client that connected with these claims and may join `max_channels`.
     pub fn new(number: u64, version: Version, claims: Claims, max_channels: usize) -> Self {
-        Self { number, version, own: Identity::new(claims), channels: HashMap::new(), max_channels, joins: 0 }
+        Self {
+            number,
+            version,
+            connection_identity: Identity::new(claims),
+            channels: HashMap::new(),
+            max_channels,
+            join_count: 0,
+        }
     }
 
     /// Returns the protocol version of the frames.
@@ -254,8 +261,8 @@ impl Session {
             actions.push(self.refuse(message, &disabled(refusal)));
             return actions;
         }
-        self.joins += 1;
-        let id = ChannelId { session: self.number, channel: self.joins };
+        self.join_count += 1;
+        let id = ChannelId { session: self.number, channel: self.join_count };
         let (topic, join_ref) = (join.topic().to_owned(), join.join_ref().clone());
         let bytes = join.bytes();
         let mut channel = Channel {
@@ -289,13 +296,13 @@ impl Session {
         if let Some(token) = join.token() {
             return tokens.verify(token).map(Identity::new);
         }
-        tokens.recheck(self.own.claims())?;
-        let expires_at = self.own.claims().expires_at();
+        tokens.recheck(self.connection_identity.claims())?;
+        let expires_at = self.connection_identity.claims().expires_at();
         if expires_at <= now {
             let text = format!("Token has expired {} seconds ago", now - expires_at);
             return Err(TokenRefusal { code: "InvalidJWTToken", text });
         }
-        Ok(self.own.clone())
+        Ok(self.connection_identity.clone())
     }
 
     fn leave(&mut self, message: &Message) -> Vec<Action> {
@@ -718,9 +725,9 @@ mod tests {
         join(&mut session, "1", "ann", json!({}));
         let bindings = json!({"config": {"postgres_changes": [{"event": "*", "table": "todos"}]}});
         // It has the connection's claims, whose key was valid when it joined.
-        session.own = Identity::new(claims("own", 9000));
+        session.connection_identity = Identity::new(claims("own", 9000));
         receive(&mut session, "2", "realtime:own", "phx_join", bindings.clone());
-        session.own = Identity::new(claims("own", 9000).signed_by(Some(KeyId(7))));
+        session.connection_identity = Identity::new(claims("own", 9000).signed_by(Some(KeyId(7))));
         assert_eq!(session.recheck(&TestTokens), []);
         let refused = receive(&mut session, "3", "realtime:own", "phx_join", bindings);
         assert_eq!(frames_of(&refused), ["2 phx_close ", "3 phx_reply JwtSignerError: no key"]);

@@ -187,7 +187,7 @@ impl Driver {
                         let actions = self.session.rebind(channel);
                         self.perform(actions, &mut None);
                     }
-                    Taken::Full => return self.full(),
+                    Taken::Full => return self.too_slow(),
                 },
                 Some(message) = OptionFuture::from(self.waiting_message.as_mut()) => {
                     self.waiting_message = None;
@@ -254,7 +254,7 @@ impl Driver {
     }
 
     /// Counts and returns the end of a session whose client reads too slowly.
-    fn full(&self) -> SessionEnd {
+    fn too_slow(&self) -> SessionEnd {
         self.app.observe.session_full();
         SessionEnd::Close(1013, "the client reads too slowly: connect again and read the rows again")
     }
@@ -270,9 +270,9 @@ impl Driver {
             tokio::select! {
                 writable = timeout(self.app.limits.write, Writer::writable(&mut self.socket)) => match writable {
                     Ok(writable) => writable?,
-                    Err(_) => return Err(self.full()),
+                    Err(_) => return Err(self.too_slow()),
                 },
-                () = self.outbox.overflowed() => return Err(self.full()),
+                () = self.outbox.overflowed() => return Err(self.too_slow()),
                 // Nothing may be delivered under a token whose key was withdrawn, even during a long write.
                 Ok(()) = keys.changed() => {
                     let actions = self.session.recheck(&self.app.verifier);
