@@ -91,7 +91,7 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
         quoted(&view.relation.table),
         if view.exact { change.exact_timestamp() } else { change.commit_timestamp() },
         if view.exact { identification(change, view.is_last) } else { String::new() },
-        operation.word(),
+        operation.name(),
         columns(view),
     );
     if operation != Operation::Delete {

@@ -183,7 +183,7 @@ impl Request {
             Some((column.kind.clone(), column.shape(), column.folding))
         };
         let relation = found.map(|(relation, _)| (relation.id(), relation.oid));
-        let missing_grant = found.and_then(|(relation, _)| relation.lack(role));
+        let missing_grant = found.and_then(|(relation, _)| relation.missing_grants(role));
         CatalogView { relation, missing_grant, columns: named.map(column).collect() }
     }
 }

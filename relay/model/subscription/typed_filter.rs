@@ -119,8 +119,8 @@ impl TypedFilter {
     }
 
     /// Returns the index keys of matching rows.
-    pub fn anchors(&self) -> IndexKeys {
-        self.predicate.anchors(&self.constants)
+    pub fn index_keys(&self) -> IndexKeys {
+        self.predicate.index_keys(&self.constants)
     }
 }
 
