@@ -1,4 +1,4 @@
-//! What was written of a change already, for the next audience that gets the same.
+//! The encodings of one change, reused by the next group that gets the same.
 
 use std::cell::OnceCell;
 use std::collections::{HashMap, VecDeque};
@@ -12,63 +12,63 @@ use crate::model::log::cursor::{Cursor, Snapshot, Span};
 use crate::model::policy::visibility::EventKind;
 use crate::model::row::change::Change;
 
-/// Payloads are kept for the next audience up to this many bytes, and the last one in any case. Others are found again
-/// as long as they wait for a client.
+/// Maximum bytes of payloads kept alive for the next group. The last payload is kept in any case; older ones are
+/// reused while a client's queue still holds them.
 const KEPT: usize = 512 * 1024;
-/// So many of one change are remembered.
+/// Maximum number of payloads remembered per change.
 const REMEMBERED: usize = 64;
-/// What stands around a change in its frame has at most this many bytes: a topic of 1 KiB with every character escaped,
-/// a hundred numbers, a cursor.
+/// Maximum bytes around a change in its frame: a topic of 1 KiB with every character escaped, a hundred ids, a
+/// cursor.
 const AROUND: usize = 12 * 1024;
 
-/// What the text of a change depends on: rights, selected columns, meaning, whether it has its cursor, whether it is marked as
-/// the last one of its transaction, and what the cursor says that the reader had seen whole, when this is more than what
-/// lies before the page.
+/// What the text of a change depends on: role, selected columns, event kind, whether it has a cursor, whether it is
+/// marked as the last of its transaction, and the base of the cursor when that is more than what lies before the
+/// page.
 type DataKey<'a> = (&'a str, Option<&'a [String]>, EventKind, bool, bool, Option<&'a Snapshot>);
 
-/// What was written of one change.
+/// The encodings of one change.
 pub struct EncodeCache<'a> {
-    /// Where a reader is after the change, written when it is first asked for.
+    /// The cursor after the change, encoded on first use.
     cursor: OnceCell<String>,
-    /// The same for readers who had seen more than what lies before the page.
+    /// The same for readers whose cursors have a base: they have seen more than what lies before the page.
     based: HashMap<&'a Snapshot, String>,
     after: (&'a Span, i64, bool),
-    /// None for what cannot be written.
+    /// `None` for a change that cannot be encoded.
     payloads: HashMap<DataKey<'a>, Option<Weak<Text>>>,
-    /// The frame made last, which as a rule is the next one too.
+    /// The last frame, which usually is the next one too.
     last: Option<(&'a Codec, Vec<u32>, DataKey<'a>, Frame)>,
 }
 
-/// The payloads that were used last, kept alive for the next audience.
+/// The payloads used last, kept alive for the next group.
 #[derive(Default)]
 pub struct Kept {
     payloads: VecDeque<Payload>,
     bytes: usize,
 }
 
-/// Why there is no frame.
+/// Why a change has no frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unwritten {
-    /// The image is not what it should be.
+    /// The image cannot be parsed.
     Unreadable,
-    /// There is no room for it in memory.
+    /// The memory budget is exhausted.
     NoRoom,
 }
 
 impl<'a> EncodeCache<'a> {
-    /// Nothing yet of the change of this number on a page; `last` when nothing of the page comes after it.
+    /// Creates an empty cache for the change of this number; `last` when it is the last one of its page.
     pub fn new(span: &'a Span, number: i64, last: bool) -> Self {
         let after = (span, number, last);
         let (cursor, based) = (OnceCell::new(), HashMap::new());
         Self { cursor, based, after, payloads: HashMap::new(), last: None }
     }
 
-    /// What a reader with this position had seen whole, when its cursors have to say so.
+    /// Returns the base that the cursors of a reader at this position need.
     pub fn base(&self, position: Option<&'a Cursor>) -> Option<&'a Snapshot> {
         position.and_then(|position| self.after.0.base(position))
     }
 
-    /// The cursor after the change, of a reader with this base.
+    /// Returns the cursor after the change for readers with this base.
     pub fn cursor(&mut self, base: Option<&'a Snapshot>) -> &str {
         let (span, number, last) = self.after;
         match base {
@@ -79,10 +79,10 @@ impl<'a> EncodeCache<'a> {
         }
     }
 
-    /// The frame of a change for channels of this dress, naming these ids, for a role with this view and base.
+    /// Returns the frame of a change for channels with this codec and these ids, and a role with this view and base.
     ///
     /// # Errors
-    /// When there is none.
+    /// When the change cannot be encoded, or does not fit in memory.
     pub fn frame(
         &mut self,
         codec: &'a Codec,

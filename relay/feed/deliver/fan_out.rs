@@ -1,4 +1,4 @@
-//! Delivers a batch to every subscriber whom it concerns.
+//! Delivers a batch to every subscriber group it concerns.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::model::catalog::shape;
 use crate::model::row::change::{Change, Operation};
 use crate::postgres::connect::pool::Error;
 
-/// Tells a stretch to all whom it concerns; returns how many frames that makes.
+/// Delivers a batch to all groups it concerns; returns the number of frames queued.
 ///
 /// # Errors
-/// Only when PostgreSQL cannot be asked; then nobody was told anything.
+/// Only when PostgreSQL does not answer; nothing was delivered then.
 pub async fn tell<'a>(
     gate: &Gate,
     catalog: &'a Catalog,
@@ -45,7 +45,7 @@ pub async fn tell<'a>(
     let mut written: Vec<EncodeCache<'_>> = changes.iter().enumerate().map(written).collect();
     let mut desk = FrameBuffer::default();
     let mut frames = 0;
-    // Audience by audience, not change by change: what a stretch holds for a client reaches it in one piece.
+    // Group by group, not change by change: the frames of a batch are queued for a client at once.
     for candidates in by_audience(&verdicts.candidates) {
         let Some(first) = candidates.first() else { continue };
         let group = group(first.group);
@@ -93,15 +93,15 @@ pub async fn tell<'a>(
     Ok(frames)
 }
 
-/// The time in seconds, as tokens count it: from the second on in which one ends nothing is told to who has it.
+/// Returns the time in seconds, as tokens count it. A token is expired from the second of its expiry on.
 pub fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// Tells a stretch to one audience alone.
+/// Delivers a batch to one group.
 ///
 /// # Errors
-/// As [`tell`].
+/// As [`deliver`].
 pub async fn tell_one(
     gate: &Gate,
     catalog: &Catalog,
@@ -117,7 +117,7 @@ pub async fn tell_one(
     tell(gate, catalog, batch, &subscriber_indexes, |_| group, Unit::PAST).await
 }
 
-/// The candidates of each audience, in order of the changes.
+/// Groups the candidates by subscriber group, in order of the changes.
 fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
     let mut places: HashMap<GroupId, usize> = HashMap::new();
     let mut groups: Vec<Vec<Candidate>> = Vec::new();
@@ -131,14 +131,15 @@ fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
     groups
 }
 
-/// A partitioned table is truncated part by part; its subscribers hear of it once.
+/// Returns whether the change repeats the truncation before it: a partitioned table is truncated partition by
+/// partition, but reported once.
 fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
     let told =
         |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
     index > 0 && told(&changes[index]).is_some() && told(&changes[index]) == told(&changes[index - 1])
 }
 
-/// The changes of a batch that are the last of their transactions which an audience gets, of those that it `gets`.
+/// Returns the changes that are the last of their transaction for this group, among those that it `gets`.
 fn last_changes(
     batch: &Batch,
     catalog: &Catalog,

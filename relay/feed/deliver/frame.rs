@@ -1,4 +1,4 @@
-//! A frame on its way to clients, in pieces: what is the same for all channels is in memory once.
+//! A frame queued for clients, in pieces: the payload common to many channels is in memory once.
 
 use std::sync::Arc;
 
@@ -6,10 +6,10 @@ use bytes::Bytes;
 
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 
-/// What it takes to keep a frame beside its text: its counters, its place in a queue, and what the allocator adds.
+/// Bytes counted for a frame beside its text: reference counts, queue slot, allocator overhead.
 pub const KEPT: usize = 256;
 
-/// A text for one or many clients. Counted as long as anyone has it.
+/// A text for one or many clients. Counted until the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct Frame(Arc<Pieces>);
 
@@ -21,7 +21,7 @@ struct Pieces {
     _held: Held,
 }
 
-/// The part of a frame that many frames share. Counted as long as one of them is there.
+/// The part that many frames share. Counted until the last clone is dropped.
 pub type Payload = Arc<Text>;
 
 /// The text of a payload.
@@ -32,25 +32,25 @@ pub struct Text {
 }
 
 impl Text {
-    /// A text to share.
+    /// Creates a shared text.
     pub fn new(text: String, budget: &Arc<MemoryBudget>) -> Payload {
         let held = budget.hold(KEPT + text.capacity());
         Arc::new(Self { text, _held: held })
     }
 
-    /// As it is sent.
+    /// Returns the text as it is sent.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 }
 
 impl Frame {
-    /// A frame of one piece.
+    /// Creates a frame of one piece.
     pub fn whole(text: impl Into<Bytes>, budget: &Arc<MemoryBudget>) -> Self {
         Self::new(text.into(), None, "", budget)
     }
 
-    /// A payload with what stands before and after it.
+    /// Creates a frame of a payload with a head and a tail.
     pub fn around(head: String, payload: Payload, tail: &'static str, budget: &Arc<MemoryBudget>) -> Self {
         Self::new(head.into(), Some(payload), tail, budget)
     }
@@ -60,23 +60,23 @@ impl Frame {
         Self(Arc::new(Pieces { head, payload, tail, _held: held }))
     }
 
-    /// What stands before the payload; all of it when there is none.
+    /// Returns the piece before the payload; the whole text when there is no payload.
     pub fn head(&self) -> &[u8] {
         &self.0.head
     }
 
-    /// What it shares with others.
+    /// Returns the shared payload.
     pub fn payload(&self) -> Option<&Payload> {
         self.0.payload.as_ref()
     }
 
-    /// Its pieces, in order.
+    /// Returns its pieces, in order.
     pub fn pieces(&self) -> [&[u8]; 3] {
         let payload = self.0.payload.as_ref().map_or(&[][..], |payload| payload.as_str().as_bytes());
         [&self.0.head, payload, self.0.tail.as_bytes()]
     }
 
-    /// How many bytes it has on the wire.
+    /// Returns its size on the wire in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a frame is never empty")]
     pub fn len(&self) -> usize {
         let payload = self.0.payload.as_ref().map_or(0, |payload| payload.as_str().len());

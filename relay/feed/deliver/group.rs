@@ -1,4 +1,4 @@
-//! Channels that get the same frames, and how a change becomes one frame for all of them.
+//! Channels that get the same frames, and the encoding of a change into one frame for all of them.
 
 use std::sync::Arc;
 
@@ -20,32 +20,32 @@ use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Binding, Events, Subscription};
 use crate::model::subscription::error::raising;
 
-/// A channel's place among the audiences.
+/// A channel to register with the hub.
 pub struct Subscriber {
-    /// How its frames are written.
+    /// The wire format of its frames.
     pub codec: Codec,
-    /// What it receives.
+    /// The subscription.
     pub subscription: Subscription,
-    /// What it has already, when that is more than what was delivered to the others.
+    /// Its position, when that is beyond the feed's.
     pub since: Option<Cursor>,
-    /// Where frames go.
+    /// The queue for its frames.
     pub outbox: Arc<Outbox>,
-    /// Why something was not told to it, which it is to hear of when it goes on.
+    /// Why changes may be missing, to be sent when delivery continues.
     pub missed: Option<&'static str>,
 }
 
-/// What makes channels one audience: they get the same frames.
+/// What the channels of a group have in common, so that they get the same frames.
 #[derive(PartialEq, Eq, Hash)]
 pub struct GroupKey {
-    /// How frames are written.
+    /// The wire format.
     pub codec: Codec,
-    /// What is received.
+    /// The subscription.
     pub subscription: Subscription,
-    /// What its channels have already, when that is more than what was delivered to the others.
+    /// The position of the channels, when that is beyond the feed's.
     pub since: Option<Cursor>,
 }
 
-/// Channels with the same dress, claims and bindings; a copy is the same audience.
+/// Channels with the same codec, claims and bindings. A clone refers to the same channels.
 #[derive(Clone)]
 pub struct SubscriberGroup {
     key: Arc<GroupKey>,
@@ -53,47 +53,47 @@ pub struct SubscriberGroup {
     members: Arc<Members>,
 }
 
-/// What a binding wants of a change: columns, meaning, id.
+/// What a binding gets of a change: columns, event kind, id.
 type Wanted<'a> = (Option<&'a [String]>, EventKind, u32);
 
-/// One message per channel, naming all ids; bindings that select different columns need different messages. Likewise one
-/// binding that loses the row from another that keeps it.
+/// Bindings with an equal key share a message that names all their ids. Bindings that select different columns need
+/// different messages, and so does a binding that loses the row beside one that keeps it.
 fn kind<'a>((select, meaning, _): &Wanted<'a>) -> (Option<&'a [String]>, bool) {
     (*select, *meaning <= EventKind::Delete)
 }
 
-/// What a change is to an audience.
+/// How a change concerns a group.
 enum Weighed<'a> {
-    /// It is not told.
+    /// It is not delivered.
     Nothing,
-    /// All rows went at once.
+    /// The relation was truncated.
     Truncated,
-    /// It cannot be told, and why.
+    /// It is replaced by a gap with this reason.
     Lost(&'static str),
-    /// Some bindings want it, with these rights.
+    /// Some bindings get it, with these rights.
     Wanted(&'a Access),
 }
 
-/// What is being put together for one audience; kept for its allocations.
+/// The frames under construction for one group; reused to save allocations.
 #[derive(Default)]
 pub struct FrameBuffer<'a> {
-    /// What the bindings want of the change at hand.
+    /// What the bindings get of the current change.
     wanted: Vec<Wanted<'a>>,
     ids: Vec<u32>,
-    /// Relations of which a change was lost.
+    /// Relations with a gap.
     lost: Vec<RelationId>,
-    /// The frames of the part so far.
+    /// The frames of the batch so far.
     frames: Vec<Frame>,
-    /// There was no room in memory for one of them.
+    /// A frame did not fit in memory.
     has_no_room: bool,
-    /// Payloads for the next audience.
+    /// Payloads kept for the next group.
     kept: Kept,
-    /// What frames count for.
+    /// The memory budget of the frames.
     budget: Option<Arc<MemoryBudget>>,
 }
 
 impl FrameBuffer<'_> {
-    /// For the next audience.
+    /// Prepares the buffer for the next group.
     pub fn clear(&mut self) {
         self.lost.clear();
         self.frames.clear();
@@ -102,29 +102,29 @@ impl FrameBuffer<'_> {
 }
 
 impl SubscriberGroup {
-    /// With its first channel.
+    /// Creates a group with its first channel.
     pub fn new(key: Arc<GroupKey>, channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let subscription = key.subscription.clone();
         Self { key, subscription, members: Arc::new(Members::new(channel, outbox)) }
     }
 
-    /// What its channels have in common.
+    /// Returns what its channels have in common.
     pub fn key(&self) -> &Arc<GroupKey> {
         &self.key
     }
 
-    /// Its channels.
+    /// Returns its channels.
     pub fn members(&self) -> &Members {
         &self.members
     }
 
-    /// Takes in another channel. The newest subscription serves all: its filters were read with today's column types.
+    /// Adds a channel. The newest subscription serves all: its filters were parsed with the current column types.
     pub fn add(&mut self, channel: ChannelId, outbox: Arc<Outbox>, subscription: Subscription) {
         self.subscription = subscription;
         self.members.add(channel, outbox);
     }
 
-    /// The same channels, told on their own from this position on.
+    /// Returns a group of the same channels with their own position.
     pub fn beginning_at(&self, position: Cursor) -> Self {
         let Self { subscription, members, .. } = self.clone();
         let (codec, since) = (self.key.codec.clone(), Some(position.clone()));
@@ -133,7 +133,7 @@ impl SubscriberGroup {
         Self { key, subscription, members }
     }
 
-    /// Its channels let go, each as it would be registered with what it has.
+    /// Removes its channels and returns them as subscribers at `since`.
     pub fn into_registrations(self, since: Option<Cursor>) -> impl Iterator<Item = (ChannelId, Subscriber)> {
         let Self { key, subscription, members } = self;
         let missed = members.missed();
@@ -143,18 +143,18 @@ impl SubscriberGroup {
         })
     }
 
-    /// What its channels get.
+    /// Returns the subscription of its channels.
     pub fn subscription(&self) -> &Subscription {
         &self.subscription
     }
 
-    /// It as the gate knows it. Where it is of several sessions, one of them stands for all.
+    /// Returns the group as the gate sees it. The session of its first channel represents all.
     pub fn reader(&self) -> Reader<'_> {
         let session = self.members.first().map_or(0, |channel| channel.session);
         Reader { subscription: &self.subscription, session }
     }
 
-    /// Up to where its channels were told everything when `here` is what was delivered to all who are told together.
+    /// Returns the position of its channels when `here` is the feed's position.
     pub fn position(&self, here: &Cursor) -> Cursor {
         match (self.members.position(), &self.key.since) {
             (Some(position), _) => Cursor::clone(&position),
@@ -163,19 +163,16 @@ impl SubscriberGroup {
         }
     }
 
-    /// Whether all of its clients are closed: nothing more is to be written for them.
+    /// Returns whether all of its clients are closed, so that nothing needs to be encoded for them.
     pub fn is_over(&self) -> bool {
         self.members.are_over()
     }
 
-    /// Whoever subscribed to a relation that is not watched any more, or watched anew, or has another name or other
-    /// types than a filter was read with, would wait for ever: such channels are told of a gap and bound anew, and then
-    /// told again, because of what comes in between.
-    /// Whoever subscribed to a whole schema is told of what was there `before` and is not any more.
-    /// Channels of which an entry was refused that may be bound now are bound anew, and told because of what they did not
-    /// hear of before.
+    /// Applies a new catalog. Sends a gap and binds the channels anew when a relation is not watched any more, was
+    /// watched anew, was renamed, or has other types than a filter was parsed with; the channels get a second gap
+    /// once bound, because changes may come in between.
     ///
-    /// `here` is up to where everything was delivered to all.
+    /// `here` is the feed's position.
     pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
             self.send_gap(ALTERED, &self.reached(here));
@@ -193,7 +190,7 @@ impl SubscriberGroup {
         }
     }
 
-    /// Whether it is told on its own, and has everything up to here.
+    /// Returns whether it has its own position, which is at or after `here`.
     pub fn has_reached(&self, here: &Cursor) -> bool {
         self.members.position().is_some_and(|position| position.is_at_or_after(here))
     }
@@ -202,13 +199,13 @@ impl SubscriberGroup {
         here.map_or_else(String::new, |here| self.position(here).to_string())
     }
 
-    /// Whether it has come less far than a widening of what its role may see.
+    /// Returns whether its position is before a widening of its role's rights.
     pub fn stood_before(&self, widening: &Widening) -> bool {
         widening.is_for(self.subscription.identity().claims().role())
             && self.key.since.as_ref().is_none_or(|since| widening.is_after(since.seen()))
     }
 
-    /// Whether it gets messages of a change, a candidate for it.
+    /// Returns whether the change of this candidate is sent to the group.
     pub fn gets<'a>(
         &'a self,
         candidate: &Candidate,
@@ -220,14 +217,14 @@ impl SubscriberGroup {
         matches!(self.weigh(candidate, change, relation, verdicts, &mut desk.wanted), Weighed::Wanted(_))
     }
 
-    /// Whether it may get changes of one of these relations.
+    /// Returns whether it may get changes of one of these relations.
     pub fn concerns(&self, catalog: &Catalog, relations: &[RelationId]) -> bool {
         let mut relations = relations.iter().filter_map(|id| catalog.relation(*id));
         relations.any(|relation| self.subscription.concerning(relation).next().is_some())
     }
 
-    /// Adds what one change is to this audience, a candidate for it, to the frames on the desk. The last of them is marked
-    /// if the change `is_last`: nothing else of its transaction comes to the audience.
+    /// Encodes the change of this candidate and adds its frames to the buffer. When the change `is_last`, the last
+    /// frame is marked as the end of its transaction for this group.
     pub fn write<'a>(
         &'a self,
         candidate: &Candidate,
@@ -273,7 +270,7 @@ impl SubscriberGroup {
         }
     }
 
-    /// What a change is to this audience; `wanted` is what its bindings want of it, in the order of their messages.
+    /// Decides how a change concerns the group. Fills `wanted` in the order of the messages.
     fn weigh<'a>(
         &'a self,
         candidate: &Candidate,
@@ -327,8 +324,9 @@ impl SubscriberGroup {
         Weighed::Wanted(access)
     }
 
-    /// Hands what is on the desk to all members, as belonging to a part, which brings those that are told on their own up
-    /// to `here`; returns how many frames that makes. A client without room for it is closed: going on would lose it.
+    /// Queues the frames of the buffer for all channels as part of a unit and moves their own position, if they have
+    /// one, to `here`. Returns the number of frames queued. A client without room is closed, because continuing would
+    /// lose changes.
     pub fn send(&self, part: Unit, desk: &mut FrameBuffer<'_>, here: Option<&Arc<Cursor>>) -> usize {
         if desk.frames.is_empty() && !desk.has_no_room {
             return 0;
@@ -337,7 +335,7 @@ impl SubscriberGroup {
         self.members.deliver(part, &mut desk.frames, has_room, here)
     }
 
-    /// A change that this audience might have had to be told cannot be told: says so, once per relation and part.
+    /// Adds a gap for a change that cannot be delivered, once per relation and batch.
     fn lose(&self, relation: &Relation, why: &str, cursor: &str, desk: &mut FrameBuffer<'_>) {
         if !desk.lost.contains(&relation.id()) {
             desk.lost.push(relation.id());
@@ -346,13 +344,13 @@ impl SubscriberGroup {
         }
     }
 
-    /// Tells all members that changes are missing before the cursor.
+    /// Sends a gap before this cursor to all channels.
     pub fn send_gap(&self, why: &str, cursor: &str) {
         let gap = Bytes::from(self.key.codec.gap(why, cursor));
         self.members.each(|_, outbox| outbox.push(gap.clone()));
     }
 
-    /// The claims of all members make the policy of the relation raise, so that it shows them nothing: says so, once.
+    /// Reports once per channel that the relation's policy raises an error for its claims, so that nothing is shown.
     pub fn send_policy_error(&self, relation: &Relation) {
         let (schema, table) = (&relation.schema, &relation.table);
         self.members.each_once(relation.id(), |outbox| {
@@ -364,7 +362,7 @@ impl SubscriberGroup {
         });
     }
 
-    /// Tells all members that nothing comes for now, or that it goes on.
+    /// Reports to all channels that the feed stalls or continues.
     pub fn send_stall(&self, stalls: bool) {
         if let Some(frame) = self.key.codec.stall(stalls).map(Bytes::from) {
             self.members.each(|_, outbox| outbox.push(frame.clone()));
@@ -376,16 +374,16 @@ impl SubscriberGroup {
     }
 }
 
-/// What is told of changes that today's rules show and those of their time may not have shown.
+/// The gap for changes that the current policies show, but those at their time may not have shown.
 const WIDENED: &str = "a policy, grant or role was widened after this change was written";
 
-/// What is told to whoever subscribed to a table that is another now.
+/// The gap for a subscription whose table was changed.
 pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";
 
-/// What is told to who comes back to a table that was watched, or got its name, after they went.
+/// The gap for a cursor from before the table was watched under its name.
 pub const ANOTHER: &str = "a table was not watched under this name all the time since, read its rows again";
 
-/// What is told to whoever goes on with a new token after something came for which the last one was too old.
+/// The gap for a new token that comes after changes for which the last one had expired.
 pub const BETWEEN: &str =
     "something changed after the last token had ended and before this one came, read the rows again";
 

@@ -1,4 +1,4 @@
-//! Audiences that are told together, by one reading of the changelog: who reads what of it.
+//! Subscriber groups that get each batch together, with their indexes.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,28 +17,28 @@ use crate::model::log::cursor::Cursor;
 use crate::model::subscription::binding::Subscription;
 use crate::postgres::connect::pool::Error;
 
-/// The audiences, by number.
+/// The groups, by id, and the catalog that changes are authorized with.
 #[derive(Default)]
 pub struct SubscriberGroups {
     groups: Slab<SubscriberGroup>,
     subscriber_indexes: SubscriberIndexes,
     catalog: Option<Arc<Catalog>>,
-    /// One came that was bound by other rules than these. Which are the older ones shows when the next change is judged.
+    /// A group was bound with another catalog. Which of the two is newer shows when the next change is authorized.
     is_doubtful: bool,
 }
 
 impl SubscriberGroups {
-    /// None yet; what comes is judged with these rules until there are others.
+    /// Creates an empty set that authorizes with this catalog until it gets another.
     pub fn with_catalog(catalog: Option<Arc<Catalog>>) -> Self {
         Self { catalog, ..Self::default() }
     }
 
-    /// The rules that changes are judged with.
+    /// Returns the catalog that changes are authorized with.
     pub fn rules(&self) -> Option<&Arc<Catalog>> {
         self.catalog.as_ref()
     }
 
-    /// Takes one in.
+    /// Adds a group.
     pub fn insert(&mut self, group: SubscriberGroup) -> GroupId {
         self.is_doubtful |= self.is_bound_by_others(group.subscription());
         let number = self.groups.insert(group);
@@ -46,7 +46,7 @@ impl SubscriberGroups {
         number
     }
 
-    /// Changes one, which may have another subscription then.
+    /// Changes a group, which may get another subscription.
     pub fn change(&mut self, number: GroupId, change: impl FnOnce(&mut SubscriberGroup)) {
         let group = &mut self.groups[number];
         change(group);
@@ -55,28 +55,28 @@ impl SubscriberGroups {
         self.seat(number);
     }
 
-    /// Takes one out.
+    /// Removes a group.
     pub fn remove(&mut self, number: GroupId) -> SubscriberGroup {
         self.subscriber_indexes.leave(number);
         self.groups.remove(number)
     }
 
-    /// One of them.
+    /// Returns a group.
     pub fn get(&self, number: GroupId) -> &SubscriberGroup {
         &self.groups[number]
     }
 
-    /// All of them.
+    /// Iterates over all groups.
     pub fn iter(&self) -> impl Iterator<Item = (GroupId, &SubscriberGroup)> {
         self.groups.iter()
     }
 
-    /// How many there are.
+    /// Returns the number of groups.
     pub fn len(&self) -> usize {
         self.groups.len()
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no groups.
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
@@ -87,30 +87,30 @@ impl SubscriberGroups {
         self.subscriber_indexes.join(number, self.groups[number].subscription(), relation);
     }
 
-    /// Whether what the subscription was bound to is gone, or another, by the rules that changes are judged with.
+    /// Returns whether the subscription was bound to a relation that is gone or changed in the current catalog.
     pub fn is_stale(&self, subscription: &Subscription) -> bool {
         self.catalog.as_ref().is_some_and(|catalog| subscription.is_stale(catalog))
     }
 
-    /// Whether the subscription was bound by other rules than those that changes are judged with, as far as that shows.
+    /// Returns whether the subscription was evidently bound with another catalog than the current one.
     fn is_bound_by_others(&self, subscription: &Subscription) -> bool {
         let is_other =
             |catalog: &Arc<Catalog>| subscription.is_stale(catalog) || subscription.may_be_lifted(catalog);
         self.catalog.as_ref().is_some_and(is_other)
     }
 
-    /// Whether a subscription came that was bound by other rules than changes are judged with; the rules are then read again.
+    /// Returns whether a group was bound with another catalog; the catalog has to be reloaded then.
     pub fn is_doubtful(&self) -> bool {
         self.is_doubtful
     }
 
-    /// Whether changes are judged with this catalog already.
+    /// Returns whether changes are already authorized with this catalog.
     pub fn has_catalog(&self, catalog: &Arc<Catalog>) -> bool {
         !self.is_doubtful && self.catalog.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
     }
 
-    /// From now on changes are judged with this catalog. Those who subscribed to what is gone are told so, with the cursor:
-    /// `here` is what was delivered to all.
+    /// Sets the catalog that changes are authorized with. Groups that lost a relation get a gap with the cursor;
+    /// `here` is the feed's position.
     pub fn set_catalog(&mut self, catalog: &Arc<Catalog>, here: Option<&Cursor>) {
         if self.has_catalog(catalog) {
             return;
@@ -123,10 +123,10 @@ impl SubscriberGroups {
         self.is_doubtful = false;
     }
 
-    /// Tells a stretch to all whom it concerns; returns how many frames that makes.
+    /// Delivers a batch to all groups it concerns; returns the number of frames queued.
     ///
     /// # Errors
-    /// Only when PostgreSQL cannot be asked; then nobody was told anything.
+    /// Only when PostgreSQL does not answer; nothing was delivered then.
     pub async fn tell(&mut self, gate: &Gate, catalog: &Catalog, batch: &Batch) -> Result<usize, Error> {
         for change in &batch.changes {
             if let Some(relation) = catalog.relation(change.relation) {
@@ -137,7 +137,7 @@ impl SubscriberGroups {
         tell(gate, catalog, batch, &self.subscriber_indexes, |id| &self.groups[id], Unit::part()).await
     }
 
-    /// Gives clients that have much to read the time to do so, up to `most`; returns how much they took.
+    /// Waits up to `most` for clients that have much to read; returns the time waited.
     pub async fn let_clients_read(&self, most: Duration) -> Duration {
         let started = Instant::now();
         while started.elapsed() < most && self.is_behind() {
@@ -146,7 +146,7 @@ impl SubscriberGroups {
         started.elapsed()
     }
 
-    /// Whether a client has much to read.
+    /// Returns whether a client has much to read.
     pub fn is_behind(&self) -> bool {
         self.groups.iter().any(|(_, group)| group.members().is_behind())
     }

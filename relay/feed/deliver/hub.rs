@@ -1,5 +1,5 @@
-//! All channels of the relay, each in one place: told what comes, or told the past beside it. They come, go and have other
-//! tokens here, at once, whoever tells them.
+//! All channels of one router, each in exactly one group: live, or in a replay. Channels are added, removed and
+//! rebound here at once, whichever task delivers to them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,39 +16,39 @@ use crate::model::log::cursor::Cursor;
 use crate::model::row::change::RelationId;
 use crate::model::session::machine::ChannelId;
 
-/// The channels.
+/// The channels, groups and replays of a router.
 #[derive(Default)]
 pub struct Hub {
-    /// Those who are told what comes.
+    /// The groups that get live batches.
     pub live: SubscriberGroups,
     by_key: HashMap<Arc<GroupKey>, GroupId>,
-    /// Of those, the audiences that have more than what was delivered to the others.
+    /// The live groups whose position is beyond the feed's.
     ahead: BTreeSet<GroupId>,
     channels: HashMap<ChannelId, ChannelState>,
     replays: BTreeMap<u64, Listed>,
     last_replay: u64,
 }
 
-/// Where a channel is.
+/// The group that a channel is in.
 #[derive(Clone, Copy)]
 enum ChannelState {
     Live(GroupId),
-    /// In the replay of this number.
+    /// In a replay, by its number and the group's position in it.
     Replay(u64, usize),
 }
 
-/// A replay, as seen from here.
+/// The hub's record of a replay.
 struct Listed {
     groups: Slab<SubscriberGroup>,
     newcomers: Arc<Newcomers>,
 }
 
-/// Audiences on their way into a replay that has begun. Each has its position.
+/// Groups that join a replay that has begun. Each has its own position.
 #[derive(Default)]
 pub struct Newcomers(Mutex<Vec<SubscriberGroup>>);
 
 impl Newcomers {
-    /// Those who came since this was asked last.
+    /// Takes the groups added since the last call.
     pub fn take(&self) -> Vec<SubscriberGroup> {
         std::mem::take(&mut self.lock())
     }
@@ -58,19 +58,19 @@ impl Newcomers {
     }
 }
 
-/// What a replay begins with.
+/// The initial state of a replay.
 pub struct Replayed {
-    /// Its number.
+    /// The replay's number.
     pub number: u64,
-    /// Who is told.
+    /// The groups to replay to.
     pub groups: Vec<SubscriberGroup>,
-    /// Who comes later.
+    /// Groups that join later.
     pub newcomers: Arc<Newcomers>,
 }
 
 impl Hub {
-    /// Delivers to this channel from now on, in place of what it had; the greeting goes out first. While it is told the
-    /// past it goes on there, with what is given here.
+    /// Starts delivery to a channel, replacing its last subscription; the greeting goes out first. A channel in a
+    /// replay stays there with its new subscription.
     pub fn join(&mut self, channel: ChannelId, registration: Subscriber, greeting: Vec<Bytes>) {
         let place = self.channels.get(&channel).copied();
         let missed = place.and_then(|place| self.group(place).members().missed());
@@ -80,7 +80,8 @@ impl Hub {
             }
             _ => None,
         };
-        // Held until the channel has come over: whoever tells looks here after each part, when all have their new positions.
+        // Held until the channel has moved: the replay checks this list after each batch, once all positions are
+        // updated.
         let mut newcomers = replay.as_ref().map(|(_, newcomers)| newcomers.lock());
         let at = self.remove(channel);
         for frame in greeting {
@@ -97,14 +98,14 @@ impl Hub {
         }
     }
 
-    /// Delivers to this channel what comes after what it has.
+    /// Starts live delivery to a channel after its position.
     pub fn admit(&mut self, channel: ChannelId, registration: Subscriber) {
         self.remove(channel);
         self.take_in(channel, registration);
     }
 
-    /// Delivers nothing more to this channel; the farewell goes out after the last change. Returns up to where it was told
-    /// everything, when `here` is what was delivered to all.
+    /// Ends delivery to a channel; the farewell goes out after the last change. Returns the channel's position, when
+    /// `here` is the feed's.
     pub fn leave(
         &mut self,
         channel: ChannelId,
@@ -120,7 +121,7 @@ impl Hub {
         at.map(|at| Cursor::clone(&at)).or(live)
     }
 
-    /// Up to where this channel was told everything when `here` is what was delivered to all.
+    /// Returns a channel's position when `here` is the feed's.
     pub fn position(&self, channel: ChannelId, here: &Cursor) -> Cursor {
         match self.channels.get(&channel) {
             Some(place) => self.group(*place).position(here),
@@ -128,19 +129,19 @@ impl Hub {
         }
     }
 
-    /// Whether this channel is told the past.
+    /// Returns whether a channel is in a replay.
     pub fn is_replayed(&self, channel: ChannelId) -> bool {
         matches!(self.channels.get(&channel), Some(ChannelState::Replay(..)))
     }
 
-    /// How many channels, and how many audiences.
+    /// Returns the number of channels and of groups.
     pub fn count(&self) -> (usize, usize) {
         let replayed: usize = self.replays.values().map(|listed| listed.groups.len()).sum();
         (self.channels.len(), self.live.len() + replayed)
     }
 
-    /// Everything up to `here` was delivered to all: those that had as much before are not apart from the others any more.
-    /// Without a place all are in the same one.
+    /// Records the feed's new position: groups that were ahead of it and are not any more join the others. `None`
+    /// after a gap: all groups are at the same, unknown position.
     pub fn moved(&mut self, here: Option<&Cursor>) {
         let is_behind = |since: &Cursor| here.is_none_or(|here| here.is_at_or_after(since));
         let met = |number: &GroupId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
@@ -150,8 +151,8 @@ impl Hub {
         }
     }
 
-    /// The rest of a page, after `at`, is told on their own to all whom changes of one of these relations may concern; none
-    /// when there are none.
+    /// Moves the groups that these relations may concern into a replay of the rest of a page after `at`; `None` when
+    /// there are none.
     pub fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor) -> Option<Replayed> {
         let catalog = Arc::clone(self.live.rules()?);
         let relations: Vec<_> = relations.iter().filter_map(|id| catalog.relation(*id)).collect();
@@ -181,9 +182,9 @@ impl Hub {
         Some(Replayed { number, groups, newcomers })
     }
 
-    /// Those of a replay have come to `at`, where they lack nothing of what was delivered to all, which is `here`: from now
-    /// on they are told what comes. Nobody knows where they are when what they lack cannot be had; they know. False when
-    /// the replay has to ask again: somebody has come to it whom it has not heard of.
+    /// Ends a replay: its groups are live from now on. `at` is where they are, with nothing missing before the feed's
+    /// position `here`; `None` when what they miss cannot be recovered and they got a gap. Returns false when the
+    /// replay must continue, because a group has joined that it does not know yet.
     pub fn end_replay(
         &mut self,
         replay: u64,
@@ -207,7 +208,7 @@ impl Hub {
         true
     }
 
-    /// Calls `with` for each audience of a replay.
+    /// Calls `with` for each group of a replay.
     pub fn each_of(&self, replay: u64, with: impl FnMut(&SubscriberGroup)) {
         let groups = self.replays.get(&replay).map(|listed| &listed.groups);
         groups.into_iter().flatten().map(|(_, group)| group).for_each(with);
@@ -220,7 +221,7 @@ impl Hub {
         }
     }
 
-    /// Its channels are told what comes and they do not have.
+    /// Makes the channels of a group live at `since`.
     fn make_live(&mut self, group: SubscriberGroup, since: Option<Cursor>) {
         for (channel, registration) in group.into_registrations(since) {
             self.take_in(channel, registration);
@@ -252,7 +253,7 @@ impl Hub {
         }
     }
 
-    /// A channel goes on in a replay, from its own position.
+    /// Adds a channel to a replay at its own position.
     fn enter(
         &mut self,
         replay: u64,
@@ -273,7 +274,7 @@ impl Hub {
         group
     }
 
-    /// Takes a channel out, and says where it was if it was told the past.
+    /// Removes a channel; returns its position if it was in a replay.
     fn remove(&mut self, channel: ChannelId) -> Option<Arc<Cursor>> {
         let place = self.channels.remove(&channel)?;
         let members = self.group(place).members();

@@ -1,4 +1,5 @@
-//! The channels of one audience, and up to where they were told: shared by whoever tells them and whoever lets them in.
+//! The channels of one subscriber group and their position. Shared by the task that delivers to them and the hub that
+//! adds and removes them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -12,72 +13,72 @@ use crate::model::session::machine::ChannelId;
 
 /// Channels that get the same frames.
 pub struct Members {
-    // Held to hand out frames, never across an await: what a channel was told and its position change together.
+    // Held while frames are queued, never across an await: the frames of a channel and its position change together.
     state: Mutex<State>,
-    /// Why something may not have been told to them.
+    /// Why changes may be missing.
     missed: OnceLock<&'static str>,
 }
 
 struct State {
     outboxes: BTreeMap<ChannelId, Arc<Outbox>>,
-    /// Up to where they were told everything while that is not up to where the feed is.
+    /// The position of the channels while it differs from the feed's.
     position: Option<Arc<Cursor>>,
-    /// The channels that were told why they get nothing of a relation.
+    /// Relations whose policy error was sent, with the channel.
     told: BTreeSet<(RelationId, ChannelId)>,
 }
 
 impl Members {
-    /// With the first channel.
+    /// Creates the members with a first channel.
     pub fn new(channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let outboxes = BTreeMap::from([(channel, outbox)]);
         let state = State { outboxes, position: None, told: BTreeSet::new() };
         Self { state: Mutex::new(state), missed: OnceLock::new() }
     }
 
-    /// Takes in another channel.
+    /// Adds a channel.
     pub fn add(&self, channel: ChannelId, outbox: Arc<Outbox>) {
         self.lock().outboxes.insert(channel, outbox);
     }
 
-    /// Lets a channel go, and says up to where it was told everything if that is not up to where the feed is.
+    /// Removes a channel and returns its position if that differs from the feed's.
     pub fn remove(&self, channel: ChannelId) -> Option<Arc<Cursor>> {
         let mut state = self.lock();
         state.outboxes.remove(&channel);
         state.position.clone()
     }
 
-    /// Lets all of them go.
+    /// Removes and returns all channels.
     pub fn take(&self) -> BTreeMap<ChannelId, Arc<Outbox>> {
         std::mem::take(&mut self.lock().outboxes)
     }
 
-    /// The first channel.
+    /// Returns the first channel.
     pub fn first(&self) -> Option<ChannelId> {
         self.lock().outboxes.keys().next().copied()
     }
 
-    /// Whether no channel is left.
+    /// Returns whether no channel is left.
     pub fn is_empty(&self) -> bool {
         self.lock().outboxes.is_empty()
     }
 
-    /// Up to where they were told everything; none when that is up to where the feed is.
+    /// Returns the position of the channels; `None` when it is the feed's.
     pub fn position(&self) -> Option<Arc<Cursor>> {
         self.lock().position.clone()
     }
 
-    /// From now on they are told on their own, from this position.
+    /// Gives the channels their own position: they are replayed from here.
     pub fn begin_at(&self, position: Arc<Cursor>) {
         self.lock().position = Some(position);
     }
 
-    /// They were told everything up to here, besides what they have.
+    /// Records that everything up to `here` was delivered, besides what they already have.
     pub fn reached(&self, here: &Arc<Cursor>) {
         self.lock().reached(here);
     }
 
-    /// Hands frames that belong to a part to all of them, which brings those that are told on their own up to `here`; returns how many frames
-    /// that makes.
+    /// Queues the frames of a unit for all channels and moves their own position, if they have one, to `here`.
+    /// Returns the number of frames queued.
     pub fn deliver(
         &self,
         part: Unit,
@@ -91,7 +92,8 @@ impl Members {
         }
         let count = frames.len() * state.outboxes.len();
         let mut outboxes = state.outboxes.values();
-        // The last one, as a rule the only one, takes them as they are: a frame's count of owners is a bottleneck.
+        // The last outbox, usually the only one, takes the frames without cloning: their reference counts are a
+        // bottleneck.
         let last = outboxes.next_back();
         for outbox in outboxes {
             outbox.deliver(part, frames.iter().cloned(), has_room);
@@ -107,7 +109,7 @@ impl Members {
         self.lock().outboxes.iter().for_each(|(channel, outbox)| with(*channel, outbox));
     }
 
-    /// Calls `with` for each channel, the first time that this is about the relation.
+    /// Calls `with` for each channel that was not called for this relation before.
     pub fn each_once(&self, relation: RelationId, mut with: impl FnMut(&Arc<Outbox>)) {
         let mut state = self.lock();
         let State { outboxes, told, .. } = &mut *state;
@@ -118,27 +120,27 @@ impl Members {
         }
     }
 
-    /// Whether the clients of all of them are closed.
+    /// Returns whether the clients of all channels are closed.
     pub fn are_over(&self) -> bool {
         self.lock().outboxes.values().all(|outbox| outbox.is_full())
     }
 
-    /// Whether one of them has much to read.
+    /// Returns whether a client has much to read.
     pub fn is_behind(&self) -> bool {
         self.lock().outboxes.values().any(|outbox| outbox.is_behind())
     }
 
-    /// From now on something may come that is not told to them, and why.
+    /// Records why changes may be missing from now on.
     pub fn misses(&self, why: &'static str) {
         let _ = self.missed.set(why);
     }
 
-    /// Why something may have come that was not told.
+    /// Returns why changes may be missing.
     pub fn missed(&self) -> Option<&'static str> {
         self.missed.get().copied()
     }
 
-    /// What their frames count for; none without any channel.
+    /// Returns the memory budget of the channels; `None` without channels.
     pub fn budget(&self) -> Option<Arc<MemoryBudget>> {
         self.lock().outboxes.values().next().map(|outbox| Arc::clone(outbox.budget()))
     }

@@ -1,7 +1,7 @@
-//! The bound on memory for what waits for clients: frames, answers, and what is kept of clients' own words.
+//! The bound on memory that waits for clients: frames, answers, and what is kept of clients' requests.
 //!
-//! Memory is counted from when it is made to when it is freed. Before more is taken, room is made: the clients with the
-//! most waiting are evicted until the rest fits.
+//! Memory is counted from allocation to release. When it runs out, the clients with the most waiting are evicted
+//! until the rest fits.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -15,47 +15,47 @@ use slab::Slab;
 use crate::feed::deliver::frame::Frame;
 use crate::observe::Observe;
 
-/// The bound of a relay, in bytes.
+/// The memory bound of a relay, in bytes.
 pub struct MemoryBudget {
     limit: usize,
-    /// The frame of one change has at most this many.
+    /// Maximum bytes of the frame of one change.
     change_bytes: usize,
-    /// Of what is counted, so much cannot be evicted.
+    /// Counted bytes that cannot be evicted.
     reserved: AtomicUsize,
-    /// Counts what is taken; shared with the metrics.
+    /// Holds the count; shared with the metrics.
     observe: Arc<Observe>,
     holders: Mutex<Slab<Weak<dyn Holder>>>,
     owners: Mutex<HashMap<u64, Weak<Owner>>>,
 }
 
-/// A client for which something waits.
+/// A client with memory that can be evicted.
 pub trait Holder: Send + Sync {
-    /// What waits for it; none when nothing does.
+    /// Returns what waits for the client; `None` when nothing does.
     fn waiting(&self) -> Option<Waiting>;
 
-    /// Whose answer it is; none for a socket or stream.
+    /// Returns the owner of an answer; `None` for a socket or stream.
     fn owner(&self) -> Option<&Arc<Owner>>;
 
-    /// Frees everything that waits. The client is closed.
+    /// Frees everything that waits, and closes the client.
     fn evict(&self);
 }
 
-/// What waits for a client.
+/// The memory that waits for a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Waiting {
-    /// For a while already: the client is slow, and not only served just now.
+    /// It has waited for long: the client is slow.
     pub is_old: bool,
-    /// So many bytes.
+    /// Its size.
     pub bytes: usize,
 }
 
-/// An identity whose answers have a common share of the memory.
+/// An identity whose answers share a part of the memory.
 #[derive(Debug)]
 pub struct Owner {
     key: u64,
 }
 
-/// Counted memory; given back when this is dropped.
+/// Counted memory; released when dropped.
 #[derive(Debug)]
 pub struct Held {
     budget: Arc<MemoryBudget>,
@@ -66,50 +66,51 @@ pub struct Held {
 #[derive(Debug)]
 pub struct Reserved(Held);
 
-/// The place of a holder among those that can be evicted.
+/// The registration of a holder that can be evicted.
 pub struct Reservation {
     budget: Arc<MemoryBudget>,
     number: usize,
 }
 
 impl MemoryBudget {
-    /// Of so much memory. A quarter of it is for what the allocator adds when a thousand clients come and go.
+    /// Creates the budget of a process with `memory` bytes. A quarter of it is left for the allocator's overhead when
+    /// thousands of clients come and go.
     pub fn within(memory: usize, change_bytes: usize, observe: Arc<Observe>) -> Self {
         Self { change_bytes, ..Self::new(memory - memory / 4, observe) }
     }
 
-    /// Nothing is taken yet.
+    /// Creates an empty budget.
     pub fn new(limit: usize, observe: Arc<Observe>) -> Self {
         let reserved = AtomicUsize::new(0);
         let (holders, owners) = (Mutex::default(), Mutex::default());
         Self { limit, change_bytes: usize::MAX, reserved, observe, holders, owners }
     }
 
-    /// How many bytes the frame of one change may have.
+    /// Returns the maximum bytes of the frame of one change.
     pub fn change_bytes(&self) -> usize {
         self.change_bytes
     }
 
-    /// Counts memory that is there.
+    /// Counts allocated memory.
     pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
         self.observe.waits(bytes);
         Held { budget: Arc::clone(self), bytes }
     }
 
-    /// Counts places for frames in place of others.
+    /// Replaces the count of queue slots of an outbox.
     pub fn places(&self, before: usize, now: usize) {
         let bytes = |places: usize| places * size_of::<Frame>();
         self.observe.waits(bytes(now));
         self.observe.waits_no_more(bytes(before));
     }
 
-    /// Memory that cannot be evicted, at first none.
+    /// Creates a reservation of zero bytes.
     pub fn reserved(self: &Arc<Self>) -> Reserved {
         Reserved(self.hold(0))
     }
 
-    /// Whether so many bytes more fit, once the clients for which most waits are evicted. One with less than an equal part
-    /// is not.
+    /// Makes room for `bytes` more by evicting the clients with the most waiting; false when that is not enough. A
+    /// client with less than an equal share is not evicted.
     pub fn make_room(&self, bytes: usize) -> bool {
         if self.fits(bytes) {
             return true;
@@ -124,7 +125,7 @@ impl MemoryBudget {
         self.fits(bytes)
     }
 
-    /// The same for an answer to this owner, whose answers together have at most [`Self::share`].
+    /// Makes room for an answer to this owner, whose answers together have at most [`Self::share`].
     pub fn make_room_for(&self, owner: &Arc<Owner>, bytes: usize) -> bool {
         let share = self.share();
         if self.observe.waiting_bytes().saturating_add(bytes) > share {
@@ -145,12 +146,12 @@ impl MemoryBudget {
         self.make_room(bytes)
     }
 
-    /// The most that the answers to one owner may have waiting: half, so that others always find room.
+    /// Returns the maximum bytes of all answers to one owner: half, so that others always find room.
     pub fn share(&self) -> usize {
         self.limit / 2
     }
 
-    /// Whose answers have a share together.
+    /// Returns the owner with this key, creating it if needed.
     pub fn owner(&self, who: impl Hash) -> Arc<Owner> {
         let mut hasher = DefaultHasher::new();
         who.hash(&mut hasher);
@@ -165,13 +166,14 @@ impl MemoryBudget {
         owner
     }
 
-    /// Takes in a holder; it can be evicted until its place is dropped.
+    /// Registers a holder; it can be evicted until the registration is dropped.
     pub fn enter(self: &Arc<Self>, holder: Weak<dyn Holder>) -> Reservation {
         let number = lock(&self.holders).insert(holder);
         Reservation { budget: Arc::clone(self), number }
     }
 
-    /// Evicts the slow ones first, and of those the ones with the most, until it is `enough`, which hears what was freed.
+    /// Evicts slow clients first, then those with the most waiting, until `enough`. `enough` gets the bytes freed
+    /// since its last call.
     fn evict<'a>(
         &self,
         holders: impl Iterator<Item = &'a Arc<dyn Holder>>,
@@ -196,11 +198,11 @@ impl MemoryBudget {
 }
 
 impl Reserved {
-    /// From now on so many bytes; false, and as before, when these are not to be had.
+    /// Changes the size to `bytes`; false, with the size unchanged, when that does not fit.
     pub fn resize(&mut self, bytes: usize) -> bool {
         let Held { budget, bytes: now } = &mut self.0;
         if let Some(more) = bytes.checked_sub(*now) {
-            // What can be evicted always has the other half.
+            // The other half always remains for memory that can be evicted.
             let reserved = budget.reserved.load(Ordering::Relaxed);
             if more > 0 && (reserved + more > budget.limit / 2 || !budget.make_room(more)) {
                 return false;

@@ -1,4 +1,4 @@
-//! The bounded queue of frames to one client. Whoever fills it never waits; when it is full the client is closed.
+//! The bounded queue of frames to one client. Adding never waits; a client whose queue is full is closed.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -13,21 +13,21 @@ use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Reservation, Waiting};
 use crate::model::session::machine::ChannelId;
 
-/// A client for which this much waits …
+/// A client with this many bytes waiting …
 const MUCH: usize = 64 * 1024;
 /// … for this long is slow.
 const LONG: Duration = Duration::from_millis(250);
-/// What waits may be this much before more of a page is to wait for the client, or half of the limit if that is less.
+/// Bytes waiting, or half of the limit if less, above which the next batch of a page should wait for the client.
 const BEHIND: usize = 256 * 1024;
-/// An answer to what the client says is no reason to close it, if it is this small.
+/// A reply this small never evicts a client.
 const SMALL: usize = 4 * 1024;
-/// Places for frames that an outbox has without being counted for them.
+/// Queue slots that are not counted in the memory budget.
 const PLACES: usize = 32;
 
-/// Frames on their way to one client, bounded in bytes.
+/// Frames queued for one client, bounded in bytes.
 ///
-/// The client is closed when more is to be added while more than the limit waits. So all that one change is to a client
-/// fits, whatever it is, if the client has read enough of what was before it.
+/// The client is closed when frames are added while more than the limit waits. So all frames of one unit fit,
+/// whatever their size, if the client has read enough before it.
 pub struct Outbox {
     shared: Arc<Shared>,
     limit: usize,
@@ -36,7 +36,8 @@ pub struct Outbox {
 }
 
 struct Shared {
-    // Neither is held across an await. The hand may be held while the socket is written to, so never by those who push.
+    // Neither lock is held across an await. `hand` may be held during a socket write, so it is never locked by those
+    // who add.
     queue: Mutex<Queue>,
     hand: Mutex<Hand>,
     owner: Option<Arc<Owner>>,
@@ -47,42 +48,42 @@ struct Shared {
 struct Queue {
     frames: VecDeque<Frame>,
     bytes: usize,
-    /// What the last change is of.
+    /// The unit delivered last.
     part: Unit,
-    /// How many of the bytes are replies and the like.
+    /// Bytes of replies and pings.
     said: usize,
-    /// How many of the bytes are of the past, and how many of those that were taken.
+    /// Bytes of replayed frames, queued and taken.
     past: usize,
     past_taken: usize,
-    /// What was taken and cannot be written now.
+    /// Bytes taken that the socket does not accept now.
     stuck: usize,
-    /// Since when much waits.
+    /// Since when more than [`SLOW_BYTES`] have waited.
     since: Option<Instant>,
-    /// Places for frames that are counted.
+    /// Queue slots that are counted.
     places: usize,
-    /// Channels to be bound anew.
+    /// Channels to bind anew.
     rebind: Vec<ChannelId>,
     full: bool,
-    /// Something was delivered since somebody asked.
+    /// Changes were delivered since the last query.
     delivered: bool,
-    /// The session's task, while it waits: it is woken once, not once per frame.
+    /// The task that waits to take frames. Woken once, not once per frame.
     waiting: Option<Waker>,
-    /// Whoever waits for nothing but its end.
+    /// The task that waits for the outbox to overflow.
     watching: Option<Waker>,
 }
 
-/// What belongs together: a client that had room for the beginning has room for the rest.
+/// Frames that belong together: a client that has room for the first of them has room for all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Unit(u64);
 
-/// The last unit that was begun.
+/// The number of the last unit.
 static UNITS: AtomicU64 = AtomicU64::new(1);
 
 impl Unit {
-    /// What one reader missed. It is read as fast as the reader takes it.
+    /// Replayed frames. They are read at the client's pace.
     pub const PAST: Self = Self(1);
 
-    /// A part of a page: all that its changes are to a client, in whichever of its channels.
+    /// Creates the unit of a batch: all of its frames for a client, over all channels.
     pub fn part() -> Self {
         Self(UNITS.fetch_add(1, Ordering::Relaxed) + 1)
     }
@@ -91,30 +92,30 @@ impl Unit {
 /// Frames that were taken and are being written.
 #[derive(Debug, Default)]
 pub struct Hand {
-    /// They, in order.
+    /// The frames, in order.
     pub frames: VecDeque<Frame>,
-    /// They were taken away, also one that was begun.
+    /// The client was evicted: the frames were dropped, even one that is partly written.
     pub is_evicted: bool,
 }
 
-/// What the session finds in its outbox.
+/// What [`Outbox::take`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
-    /// Frames: they are in the hand.
+    /// Frames, moved to the hand.
     Frames,
-    /// A channel's relation is gone, or another: it is to be bound anew.
+    /// A channel to bind anew, because its relation is gone or changed.
     Rebind(ChannelId),
-    /// It was full, and nothing more will come: the client reads too slowly and should come back.
+    /// The outbox overflowed and is closed: the client reads too slowly and should reconnect.
     Full,
 }
 
 impl Outbox {
-    /// An empty outbox that holds up to `limit` bytes of what `budget` allows all together.
+    /// Creates an outbox for up to `limit` bytes, counted in `budget`.
     pub fn new(limit: usize, budget: Arc<MemoryBudget>) -> Self {
         Self::of(None, limit, budget)
     }
 
-    /// The same for an answer that belongs to somebody.
+    /// The same for the answer of an owner.
     pub fn of(owner: Option<Arc<Owner>>, limit: usize, budget: Arc<MemoryBudget>) -> Self {
         let (queue, hand) = (Mutex::default(), Mutex::default());
         let shared = Arc::new(Shared { queue, hand, owner, budget: Arc::clone(&budget) });
@@ -123,19 +124,19 @@ impl Outbox {
         Self { shared, limit, budget, _place }
     }
 
-    /// Adds a frame of its own. One frame is always taken, however large: otherwise it could never be delivered.
+    /// Adds a single frame. It is accepted whatever its size, or it could never be delivered.
     pub fn push(&self, frame: impl Into<Bytes>) {
         let frame = Frame::whole(frame, &self.budget);
         let has_room = frame.len() <= SMALL || self.budget.make_room(0);
         self.add(has_room, [frame], None);
     }
 
-    /// Adds all that a part of a page is to a channel. Without room for it in memory, the client is closed.
+    /// Adds the frames of a unit for one channel. Without room in memory, the client is closed.
     pub fn deliver(&self, part: Unit, frames: impl IntoIterator<Item = Frame>, has_room: bool) {
         self.add(has_room, frames, Some(part));
     }
 
-    /// Adds a piece of an answer; false when it may not have more, or was evicted.
+    /// Adds a piece of an answer; false when the owner may not have more, or the answer was evicted.
     pub fn answer(&self, text: String) -> bool {
         let has_room = match &self.shared.owner {
             Some(owner) => self.budget.make_room_for(owner, text.len()),
@@ -158,7 +159,7 @@ impl Outbox {
             queue.delivered |= part.is_some();
             let goes_on = match part {
                 Some(part) => part == Unit::PAST || part == queue.part,
-                // Replies and pings are no reason to close a client to which a large change is on its way.
+                // Replies and pings do not close a client that is receiving a large change.
                 None => queue.said <= self.limit / 4,
             };
             let is_too_much = queue.bytes > 0 && queue.pressing() > self.limit;
@@ -180,17 +181,17 @@ impl Outbox {
         wakers.into_iter().flatten().for_each(Waker::wake);
     }
 
-    /// Whose answers it holds.
+    /// Returns the owner of the answers.
     pub fn owner(&self) -> Option<Arc<Owner>> {
         self.shared.owner.clone()
     }
 
-    /// What counts for it.
+    /// Returns the memory budget.
     pub fn budget(&self) -> &Arc<MemoryBudget> {
         &self.budget
     }
 
-    /// Asks the session to bind a channel anew, after the frames that are there.
+    /// Asks the session to bind a channel anew, after the queued frames.
     pub fn rebind(&self, channel: ChannelId) {
         let wakers = {
             let mut queue = self.lock();
@@ -202,35 +203,35 @@ impl Outbox {
         wakers.into_iter().flatten().for_each(Waker::wake);
     }
 
-    /// So many bytes of what was taken cannot be written now. That counts beside the rest until more is taken.
+    /// Records that `bytes` of the taken frames cannot be written now. They count as waiting until more is taken.
     pub fn is_stuck_with(&self, bytes: usize) {
         let mut queue = self.lock();
         queue.stuck = bytes;
         queue.note_since();
     }
 
-    /// Whether a channel is to be bound anew, and the session did not hear of it yet: what comes is not told to it.
+    /// Returns whether a channel waits to be bound anew: changes are not delivered to it.
     pub fn is_to_rebind(&self, channel: ChannelId) -> bool {
         self.lock().rebind.contains(&channel)
     }
 
-    /// Whether so much waits that another part of a page might not fit.
+    /// Returns whether another batch of the page might not fit.
     pub fn is_behind(&self) -> bool {
         let queue = self.lock();
         !queue.full && queue.bytes > BEHIND.min(self.limit / 2)
     }
 
-    /// Whether it overflowed.
+    /// Returns whether it overflowed.
     pub fn is_full(&self) -> bool {
         self.lock().full
     }
 
-    /// Whether changes were delivered since this was asked last.
+    /// Returns whether changes were delivered since the last call.
     pub fn was_delivered_to(&self) -> bool {
         std::mem::take(&mut self.lock().delivered)
     }
 
-    /// Waits until there is something and takes it all into the hand. Cancel safe. Only one task may wait at a time.
+    /// Waits for frames and moves all of them to the hand. Cancel safe. Only one task may wait at a time.
     pub async fn take(&self) -> Taken {
         poll_fn(|context| {
             let mut queue = self.lock();
@@ -239,12 +240,13 @@ impl Outbox {
         .await
     }
 
-    /// What was taken.
+    /// Locks the taken frames.
     pub fn hand(&self) -> MutexGuard<'_, Hand> {
         lock(&self.shared.hand)
     }
 
-    /// Waits until it overflows, also while somebody waits to take. Cancel safe. Only one task may wait at a time.
+    /// Waits until it overflows, even while another task waits to take. Cancel safe. Only one task may wait at a
+    /// time.
     pub async fn overflowed(&self) {
         poll_fn(|context| {
             let mut queue = self.lock();
@@ -312,7 +314,8 @@ impl Queue {
         self.note_since();
     }
 
-    /// What counts against the limit: more of the past comes only once the client has read what is there of it.
+    /// Returns the bytes that count against the limit. Replayed frames do not: more of them come only when the client
+    /// has read the last.
     fn pressing(&self) -> usize {
         self.bytes - self.past + self.stuck.saturating_sub(self.past_taken)
     }
@@ -323,7 +326,7 @@ impl Queue {
         }
     }
 
-    /// Frames that are shared by many clients are small for each of them; their places in its queue are its own.
+    /// Counts queue slots: frames are shared by many clients, their slots are not.
     fn count_places(&mut self, budget: &MemoryBudget) {
         let places = self.frames.capacity();
         if places > PLACES.max(self.places) || places * 4 < self.places {
@@ -332,14 +335,14 @@ impl Queue {
         }
     }
 
-    /// What is queued would come before a gap: none of it may be delivered as if nothing were missing.
+    /// Closes the queue. Queued frames precede a gap, so none of them may be delivered.
     fn end(&mut self) {
         self.full = true;
         self.frames = VecDeque::new();
         (self.bytes, self.past) = (0, 0);
     }
 
-    /// Whom to wake for what came.
+    /// Takes the wakers of the tasks to wake.
     fn wakers(&mut self) -> [Option<Waker>; 2] {
         [self.waiting.take(), if self.full { self.watching.take() } else { None }]
     }

@@ -1,5 +1,6 @@
-//! The bounded queue of parts in front of a router that may be slow. Adding never waits; what does not fit is left to be read
-//! from the changelog. A router without channels is not woken for changes: it learns where the feed is when it gets a channel.
+//! The bounded queue of feed items in front of a secondary router. Adding never waits; items that do not fit are
+//! dropped and replayed from the changelog. A router without channels is not woken for changes: it takes over the
+//! feed's position when it gets its first channel.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,12 +10,12 @@ use tokio::sync::Notify;
 use crate::feed::read::source::FeedItem;
 use crate::model::log::cursor::Cursor;
 
-/// So much may wait: bytes of changes, of which most are shared with those who were told already.
+/// Maximum bytes of queued changes. Most of them are shared with the main router.
 const MOST_BYTES: usize = 8 << 20;
-/// A part counts at least so much.
+/// Minimum bytes counted per item.
 const LEAST: usize = 1 << 10;
 
-/// Parts on their way to a router that may be slow.
+/// Feed items queued for one router.
 #[derive(Default)]
 pub struct Backlog {
     // Never held across an await.
@@ -26,13 +27,13 @@ pub struct Backlog {
 struct Waiting {
     parts: VecDeque<(FeedItem, usize)>,
     bytes: usize,
-    /// The router has channels.
+    /// The router has channels and must be woken.
     is_heard: bool,
 }
 
 impl Backlog {
-    /// Adds a part, before which everything up to `here` was added. When too much waits, all of that gives way to a part that
-    /// says so.
+    /// Adds an item; `position` is the feed's position before it. When the queue is full, all queued items are
+    /// replaced by one [`FeedItem::Overflow`].
     pub fn add(&self, part: FeedItem, here: Option<&Cursor>) {
         let mut waiting = self.waiting();
         if !waiting.is_heard
@@ -41,7 +42,7 @@ impl Backlog {
             return waiting.skip_to(end);
         }
         let bytes = LEAST + part.bytes();
-        // One part fits always.
+        // A single item always fits.
         if waiting.bytes + bytes > MOST_BYTES
             && !waiting.parts.is_empty()
             && let Some(here) = here
@@ -53,7 +54,7 @@ impl Backlog {
         self.news.notify_one();
     }
 
-    /// The next part, as soon as there is one. Cancel safe. Only one task may wait at a time.
+    /// Waits for the next item. Cancel safe. Only one task may wait at a time.
     pub async fn next(&self) -> FeedItem {
         loop {
             if let Some(part) = self.take() {
@@ -63,7 +64,8 @@ impl Backlog {
         }
     }
 
-    /// From now on the router is woken for every part: it is about to get a channel. Returns how far the feed came meanwhile.
+    /// Wakes the router for every item from now on, because it is about to get a channel. Returns the position that
+    /// the feed reached meanwhile.
     pub fn listen(&self) -> Option<FeedItem> {
         let mut waiting = self.waiting();
         waiting.is_heard = true;
@@ -71,7 +73,7 @@ impl Backlog {
         if is_skipped { waiting.take() } else { None }
     }
 
-    /// The router has no channel any more.
+    /// Stops waking the router for changes: its last channel is gone.
     pub fn rest(&self) {
         self.waiting().is_heard = false;
     }
@@ -92,7 +94,7 @@ impl Waiting {
         Some(part)
     }
 
-    /// What was a gap already stays one; without one, the changelog has what is left out here.
+    /// Keeps a queued gap as a gap. Without one, the dropped changes can be read from the changelog.
     fn give_way(&mut self, here: Cursor) {
         let gap = self.parts.iter().rev().find_map(|(part, _)| match part {
             FeedItem::Gap(why) => Some(why.clone()),

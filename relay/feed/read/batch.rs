@@ -6,32 +6,32 @@ use crate::model::log::cursor::{Cursor, Span};
 use crate::model::row::change::{Change, Operation};
 use crate::postgres::changelog::transactions::Unfinished;
 
-/// A part of a page.
+/// Consecutive changes of one page.
 pub struct Batch {
-    /// Its changes.
+    /// The changes, ascending by number.
     pub changes: Vec<Change>,
-    /// Which of their transactions go on after it.
+    /// The transactions that continue after this batch.
     pub unfinished: Unfinished,
-    /// The page goes on after it.
+    /// The page continues after this batch.
     pub more: bool,
-    /// The page.
+    /// The page that the batch belongs to.
     pub span: Arc<Span>,
-    /// The sign of the rules at the end of the page, where it was read live.
+    /// The version mark of the policies at the end of the page, when it was read live.
     pub mark: Option<i64>,
 }
 
 impl Batch {
-    /// Where one stands after it; none when it is empty.
+    /// Returns the position after the batch; `None` when it is empty.
     pub fn end(&self) -> Option<Cursor> {
         Some(self.span.after(self.changes.last()?.number, !self.more))
     }
 
-    /// Whether a change of the schema, or of what is watched, stands in it.
+    /// Returns whether the batch contains a change of the schema or of the set of watched relations.
     pub fn is_news(&self) -> bool {
         self.changes.iter().any(|change| matches!(change.operation, Operation::Schema | Operation::Gap))
     }
 
-    /// How many bytes its images have, about.
+    /// Returns the approximate size of the row images in bytes.
     pub fn bytes(&self) -> usize {
         self.changes.iter().map(|change| 100 + change.bytes()).sum()
     }
@@ -45,7 +45,7 @@ pub(crate) mod tests {
     use crate::model::log::cursor::{Epoch, Snapshot};
     use crate::model::row::change::{ImageState, RelationId};
 
-    /// A page with one change of this number, whose image has so many bytes.
+    /// Builds a page with one change of this number, whose image has `bytes` bytes.
     pub(crate) fn batch(number: i64, bytes: usize) -> Arc<Batch> {
         let snapshot = |xmax| Snapshot::new(xmax, Vec::new()).unwrap();
         let span = Arc::new(Span { epoch: Epoch(1), seen: snapshot(1), until: snapshot(2) });

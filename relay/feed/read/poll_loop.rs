@@ -1,5 +1,5 @@
-//! Reads the changelog page after page while its connections hold, and decides when to poll, and when to sleep until
-//! somebody rings: writers for the leader, the leader for its deputies.
+//! Reads the changelog page by page while its connections hold. Decides when to poll and when to sleep until the
+//! doorbell rings: writers ring for the leader, the leader rings for its followers.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,60 +15,62 @@ use crate::postgres::changelog::doorbell::{Doorbell, Rings};
 use crate::postgres::changelog::reader::{Changelog, Flush, PagePosition};
 use crate::postgres::connect::pool::Error;
 
-/// After so many parts a page is large: everybody waits for them, and no longer.
+/// Batches after which a page counts as large: its rest is replayed to the subscribers it concerns, instead of
+/// delaying the others.
 const PARTS: usize = 16;
 
-/// Awake, the pause after a page that was not full: the added wait stays under a millisecond or two, the load on
-/// PostgreSQL under a few hundred small statements a second.
+/// Pause after a page that was not full, while awake. Adds at most one or two milliseconds of latency and costs
+/// PostgreSQL at most a few hundred small statements a second.
 const POLL: Duration = Duration::from_millis(2);
-/// Awake without finding anything for this long, the source tries to sleep.
+/// Time awake without changes after which the source tries to sleep.
 const IDLE: Duration = Duration::from_millis(30);
-/// The pause between two tries to sleep while a writer that did not ring is in flight.
+/// Pause between two attempts to sleep while a writer that did not ring is in flight.
 const CALM: Duration = Duration::from_millis(10);
-/// This many rings within [`RUSH`] end the sleep: at a few hundred commits a second polling is cheaper for writers.
+/// Rings within [`BURST`] that end the sleep: at a few hundred commits a second, polling is cheaper for writers.
 const RUSH_RINGS: usize = 6;
-/// See [`RUSH_RINGS`].
+/// See [`BURST_RINGS`].
 const RUSH: Duration = Duration::from_millis(20);
-/// Without a bell (a pooler swallows it, the database turned it off, whoever leads does not ring) the source polls, at
-/// most this slowly.
+/// Longest pause between polls when the doorbell does not work: a pooler swallows it, the database turned it off, or
+/// the leader does not ring.
 const DEAF: Duration = Duration::from_millis(100);
-/// Asleep, the bell is rung by ourselves this often, to prove that it is still heard.
+/// While asleep, the source rings the doorbell itself this often, to check that it is still heard.
 const PROBE: Duration = Duration::from_secs(10);
-/// A deputy tries this often to lead, so that it does within half a second when the leader is gone.
+/// A follower tries this often to become the leader, so that one takes over within half a second.
 const SUCCEED: Duration = Duration::from_millis(400);
 
-/// Trimming takes several looks after the changelog, so what was read a moment ago cannot be affected.
+/// Pages read within this time after the last poll cannot have been trimmed: trimming looks at the changelog several
+/// times first.
 const TRIMMED: Duration = Duration::from_millis(100);
-/// Where we are is told this often when there is nothing else to tell, so that cursors do not grow old.
+/// The position is sent this often when there are no changes, so that cursors do not grow old.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// The source while its connections hold.
+/// The state of the source while its connections hold.
 pub(super) struct PollLoop<'a> {
     source: &'a Source,
     changelog: Changelog,
     doorbell: Doorbell,
     place: &'a mut SourcePosition,
     parts: &'a Sender<FeedItem>,
-    /// When somebody last heard where we are.
+    /// When the position was sent last.
     told: Instant,
-    /// The position moved since, with nothing to tell.
+    /// The position has moved since, without changes.
     unheard: bool,
-    /// When the last look at the changelog began; handing on what it found may have taken long.
+    /// When the last poll began. Sending its batches may have taken long.
     looked: Instant,
-    /// It led, and let another lead while nobody took what it read.
+    /// This relay gave up the lead because its router took no items.
     stepped_down: bool,
 }
 
-/// What a look at the changelog found.
+/// The outcome of a poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PollResult {
-    /// Nothing new.
+    /// No changes.
     Nothing,
-    /// Some changes.
+    /// Fewer changes than a batch.
     Some,
-    /// More than a part: look again at once.
+    /// A full batch or more: poll again at once.
     Plenty,
-    /// Nobody takes parts any more.
+    /// The receiver is closed.
     Over,
 }
 
@@ -85,7 +87,8 @@ impl<'a> PollLoop<'a> {
         Self { source, changelog, doorbell, place, parts, told: now, unheard, looked: now, stepped_down }
     }
 
-    /// Sleeps when nothing happens, once it leads. Ends well, as all of these, when nobody takes parts any more.
+    /// Waits to become the leader, then alternates between polling and sleeping. Returns `Ok` when the receiver is
+    /// closed, as all loops here.
     pub(super) async fn run_with_notifications(&mut self) -> Result<(), Error> {
         if self.until_leader().await?.is_over() {
             return Ok(());
@@ -97,7 +100,7 @@ impl<'a> PollLoop<'a> {
         }
     }
 
-    /// Polls for itself and its deputies, once it leads: writers do not ring.
+    /// Waits to become the leader, then polls for itself and its followers. Writers do not ring.
     pub(super) async fn poll_as_leader(&mut self) -> Result<(), Error> {
         if self.until_leader().await?.is_over() {
             return Ok(());
@@ -124,7 +127,7 @@ impl<'a> PollLoop<'a> {
         }
     }
 
-    /// Looks when the leader rings, until this relay leads itself.
+    /// Polls when the leader rings, until this relay becomes the leader.
     async fn until_leader(&mut self) -> Result<PollResult, Error> {
         if self.try_lead().await? {
             return Ok(PollResult::Nothing);
@@ -136,7 +139,7 @@ impl<'a> PollLoop<'a> {
             let found = self.look_to_the_end(Flush::WithWriters).await?;
             match found {
                 PollResult::Over => return Ok(PollResult::Over),
-                // Anybody in the database may take the leader's lock: who does not ring is not relied on.
+                // Any database user may take the leader's lock, so a leader that does not ring is not relied on.
                 PollResult::Some if !rung => {
                     self.source.observe.found_by_polling();
                     poll = poll.min(DEAF);
@@ -144,12 +147,12 @@ impl<'a> PollLoop<'a> {
                 _ if rung => poll = self.source.poll,
                 _ => {}
             }
-            // Asked and not only waited for: under many rings in a row the leader may be another one by now.
+            // Checked between rings too: under many rings in a row the leader may have changed.
             loop {
                 if tried.elapsed() >= SUCCEED {
                     tried = Instant::now();
                     if self.try_lead().await? {
-                        // Whatever happened since the other's end has to be looked for; being awake does.
+                        // Changes since the last leader's end are found by polling while awake.
                         self.source.refresh_jobs.notify_one();
                         return Ok(PollResult::Nothing);
                     }
@@ -173,7 +176,7 @@ impl<'a> PollLoop<'a> {
         Ok(leads)
     }
 
-    /// Looks until a page is not full.
+    /// Polls until a page is not full.
     async fn look_to_the_end(&mut self, how: Flush) -> Result<PollResult, Error> {
         let mut found = PollResult::Nothing;
         loop {
@@ -185,7 +188,7 @@ impl<'a> PollLoop<'a> {
         }
     }
 
-    /// What was rung, if anything was in time.
+    /// Waits for rings; `None` on timeout.
     async fn rung_within(&mut self, wait: Duration) -> Result<Option<Rings>, Error> {
         let Ok(rung) = timeout(wait, self.doorbell.rung()).await else { return Ok(None) };
         let rings = rung.ok_or(Error::Lost("the listening connection ended"))?;
@@ -196,7 +199,7 @@ impl<'a> PollLoop<'a> {
         Ok(Some(rings))
     }
 
-    /// Polls until it is quiet and every writer that did not ring is done.
+    /// Polls until there are no changes and every writer that did not ring is done.
     async fn awake(&mut self) -> Result<PollResult, Error> {
         let mut found = Instant::now();
         loop {
@@ -219,7 +222,7 @@ impl<'a> PollLoop<'a> {
         }
     }
 
-    /// Holds the lock, so everybody rings: looks once for those who came before, then once per ring.
+    /// Holds the doorbell lock, so every writer rings. Polls once for writers that began before, then once per ring.
     async fn asleep(&mut self) -> Result<PollResult, Error> {
         self.source.observe.asleep();
         if self.look_to_the_end(Flush::AtOnce).await?.is_over() {
@@ -261,14 +264,14 @@ impl<'a> PollLoop<'a> {
         }
     }
 
-    /// Awake, nobody waits for rings; one about the refresh schedule must count all the same.
+    /// Forwards a ring about the refresh schedule, which would be lost while polling.
     fn pass_on(&mut self) {
         if self.doorbell.refresh_jobs() {
             self.source.refresh_jobs.notify_one();
         }
     }
 
-    /// Reads one page and hands it on in parts. The position moves with what was handed on.
+    /// Reads one page and sends it in batches. The position moves with each batch sent.
     async fn look(&mut self, how: Flush) -> Result<PollResult, Error> {
         let found = self.read_page(how).await?;
         match self.stepped_down {
@@ -294,7 +297,8 @@ impl<'a> PollLoop<'a> {
                 self.source.stall_monitor.is_read();
                 break;
             };
-            // What was trimmed before it was read would be missing in the page. While the page is open nothing more can be.
+            // Changes trimmed before they were read would be missing in the page. While the page is open, nothing
+            // more can be trimmed.
             if total == 0 && slept > TRIMMED {
                 let horizon = self.source.page(self.source.horizon()).await?;
                 if !horizon.is_before_or_equal(&span.seen) {
@@ -334,12 +338,12 @@ impl<'a> PollLoop<'a> {
                 return self.hand_over_rest(&span, last).await;
             }
         }
-        // Without the flush an id counted as finished here could be handed out again after a crash, so an empty page
-        // moves the position only when it is safe by itself.
+        // Without the flush, a transaction id counted as finished here could be assigned again after a crash. So an
+        // empty page moves the position only when it needs no flush.
         if unflushed.is_none() {
             self.place.position = PagePosition::after(until);
             self.unheard = goes_on || (total == 0 && (self.unheard || span.seen != span.until));
-            // Whoever was told that a page goes on is told at once that it does not.
+            // Announce the end of the page at once if the last batch said that it continues.
             if goes_on || (self.unheard && self.told.elapsed() > QUIET) {
                 self.told = Instant::now();
                 self.unheard = false;
@@ -350,7 +354,7 @@ impl<'a> PollLoop<'a> {
         }
         self.doorbell.notify_followers(false).await?;
         Ok(match total {
-            // The end of a page that an interruption cut short; what came since is on the next.
+            // This was the end of an interrupted page; newer changes are on the next one.
             _ if resumed => PollResult::Plenty,
             0 => PollResult::Nothing,
             _ if total < PART_CHANGES => PollResult::Some,
@@ -358,8 +362,9 @@ impl<'a> PollLoop<'a> {
         })
     }
 
-    /// False when nobody takes parts any more. While nothing is taken for long, because policies cannot be judged, another
-    /// relay may be able to: it is to lead, since who waits here rings for nobody.
+    /// Sends an item; false when the receiver is closed. While the router takes nothing for long because policies
+    /// cannot be evaluated, gives up the lead: another relay may be able to evaluate them, and a blocked leader rings
+    /// for no follower.
     async fn hand_on(&mut self, part: FeedItem) -> bool {
         let parts = self.parts;
         let mut room = pin!(parts.reserve());
@@ -367,7 +372,7 @@ impl<'a> PollLoop<'a> {
             match timeout(self.source.patience, &mut room).await {
                 Ok(room) => break room,
                 Err(_) if self.doorbell.has_followers() => {
-                    // Where this fails the connection does, which ends with the page.
+                    // If this fails, the connection fails too, which ends the page.
                     let _ = self.doorbell.step_down().await;
                     self.source.observe.leads(false);
                     self.stepped_down = true;
@@ -378,9 +383,9 @@ impl<'a> PollLoop<'a> {
         room.map(|room| room.send(part)).is_ok()
     }
 
-    /// Leaves the rest of a page to whom it concerns.
+    /// Sends the rest of a large page as counts per relation, to be replayed to the subscribers it concerns.
     async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<PollResult, Error> {
-        // On the connection that streams large rows, those that were not looked at would have to come first.
+        // The old connection streams large rows: it would have to receive the unread ones first.
         self.changelog = Changelog::connect(&self.source.server).await?;
         let counts = self.changelog.counts(&span.seen, &span.until, after);
         let counts = self.source.page(counts).await?;

@@ -1,4 +1,4 @@
-//! The last batches, kept for those who come back after a moment.
+//! The batches delivered last, kept for clients that reconnect after a moment.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,22 +6,22 @@ use std::sync::Arc;
 use crate::feed::read::batch::Batch;
 use crate::model::log::cursor::Cursor;
 
-/// What was delivered last, bounded in bytes: those who come back after a moment need not go to the changelog.
+/// The batches delivered last, bounded in bytes. Clients that reconnect soon need not read the changelog.
 #[derive(Default)]
 pub struct RecentBatches {
-    /// Where one stood before the first of them.
+    /// The position before the first batch.
     start: Option<Cursor>,
     batches: VecDeque<(Arc<Batch>, usize)>,
     bytes: usize,
 }
 
-/// The bound.
+/// Maximum bytes kept.
 const MOST_BYTES: usize = 4 << 20;
-/// How much of it one client is handed.
+/// Maximum bytes replayed to one client.
 const MOST_AT_ONCE: usize = 256 << 10;
 
 impl RecentBatches {
-    /// Adds what was delivered after `start`.
+    /// Adds a batch that was delivered after `start`.
     pub fn add(&mut self, start: Option<Cursor>, batch: Arc<Batch>) {
         if self.start.is_none() {
             self.start = start;
@@ -37,15 +37,15 @@ impl RecentBatches {
         }
     }
 
-    /// The position moved without anything to deliver.
+    /// Records that the position moved without changes.
     pub fn moved(&mut self, from: &Option<Cursor>, to: &Cursor) {
-        // With nothing at hand, whoever stands between the two has missed nothing either.
+        // With no batch kept, a cursor between the two positions has missed nothing.
         if self.start.is_none() {
             self.start = Some(from.as_ref().unwrap_or(to).clone());
         }
     }
 
-    /// What was delivered that a reader here lacks; none when that is not all at hand.
+    /// Returns the batches that a reader at `cursor` is missing; `None` when not all of them are kept.
     pub fn since(&self, cursor: &Cursor) -> Option<Vec<Arc<Batch>>> {
         let start = self.start.as_ref()?;
         if !cursor.is_at_or_after(start) {
@@ -54,11 +54,11 @@ impl RecentBatches {
         let is_missed = |batch: &Batch| batch.end().is_some_and(|end| !cursor.is_at_or_after(&end));
         let missed: Vec<&(Arc<Batch>, usize)> =
             self.batches.iter().filter(|(batch, _)| is_missed(batch)).collect();
-        // Amid a page of another relay it has to come to the end of that first.
+        // A cursor within a page that another relay cut differently must first reach the end of that page.
         if !missed.first()?.0.span.continues(cursor) {
             return None;
         }
-        // More than a client should get in one go is read from the changelog, as fast as the client reads.
+        // More than this is read from the changelog, at the client's pace.
         let bytes: usize = missed.iter().map(|(_, bytes)| bytes).sum();
         (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(batch, _)| Arc::clone(batch)).collect())
     }

@@ -1,4 +1,4 @@
-//! The source of changes: finds the place in the changelog and keeps it over any number of connections.
+//! The source of changes: holds the position in the changelog over any number of connections.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -24,41 +24,42 @@ use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::backoff::Backoff;
 use crate::postgres::connect::pool::{Error, Server};
 
-/// A part of a page goes on at this many changes …
+/// A batch ends at this many changes …
 pub const PART_CHANGES: usize = 250;
-/// … or this many bytes of row images, whichever comes first. It bounds the memory of what is on its way, and its
-/// frames must fit well into an empty outbox.
+/// … or this many bytes of row images, whichever comes first. Bounds the memory in flight; its frames must fit well
+/// into an empty outbox.
 pub const PART_BYTES: usize = 128 * 1024;
 
-/// The longest pause between two tries to connect.
+/// Longest pause between two connection attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// What goes from the source to the router.
+/// An item that the source sends to the router.
 #[derive(Clone)]
 pub enum FeedItem {
-    /// Changes in the order of their numbers.
+    /// Changes, ascending by number.
     Changes(Arc<Batch>),
-    /// The page goes on, but is too large for everybody to wait for it: who wants its rest reads that by itself.
+    /// The page continues, but is too large to deliver it to all in order: its rest is replayed to the subscribers it
+    /// concerns.
     Rest {
         /// The page.
         span: Arc<Span>,
-        /// The number of the last change that was handed on.
+        /// Number of the last change that was sent.
         after: i64,
-        /// How many of the others are of which relation; 0 is the schema.
+        /// Number of remaining changes by relation; relation 0 is the schema.
         counts: HashMap<RelationId, i64>,
     },
-    /// There was nothing for anybody up to here.
+    /// The position moved to here without changes.
     Quiet(Cursor),
     /// The router had no channel for the changes up to this position.
     Skipped(Cursor),
-    /// What there was up to here is more than can wait for the router: the changelog has it.
+    /// The queue overflowed: the changes up to this position have to be read from the changelog.
     TooMuch(Cursor),
-    /// Changes may be missing here and cannot be had any more; the text says why.
+    /// Changes may be missing here and cannot be recovered; the text gives the reason.
     Gap(String),
 }
 
 impl FeedItem {
-    /// How much room it takes.
+    /// Returns its size in bytes.
     pub fn bytes(&self) -> usize {
         match self {
             Self::Changes(batch) => batch.bytes(),
@@ -66,7 +67,7 @@ impl FeedItem {
         }
     }
 
-    /// Where it ends, if all that it has are changes of rows.
+    /// Returns its end, unless it carries a gap or schema changes.
     pub fn end_if_plain(&self) -> Option<Cursor> {
         match self {
             Self::Changes(batch) if !batch.is_news() => batch.end(),
@@ -76,38 +77,38 @@ impl FeedItem {
     }
 }
 
-/// Settings of the source.
+/// Connections and settings of the source.
 pub struct Source {
-    /// Where the changelog is.
+    /// The server with the changelog.
     pub server: Server,
-    /// Where the bell is heard: a direct connection, when `server` goes through a pooler.
+    /// The server for the doorbell: a direct connection when `server` is a pooler.
     pub bell: Server,
     /// For the flush, which needs a connection beside the one that streams a page.
     pub pool: Pool,
-    /// Asleep, the changelog is looked at this often even if nobody rings.
+    /// Poll interval while asleep, in case a ring is lost.
     pub poll: Duration,
-    /// What completes the parts of a page.
+    /// Adds transaction data to the batches of a page.
     pub transactions: Arc<Transactions>,
-    /// How long PostgreSQL may take for a page, or a part of one.
+    /// Time limit for each statement.
     pub patience: Duration,
-    /// Where it is told whether the feed goes on.
+    /// Records what the feed waits for.
     pub stall_monitor: Arc<StallMonitor>,
-    /// What is counted.
+    /// Metrics.
     pub observe: Arc<Observe>,
-    /// Told when the refresh schedule changed.
+    /// Notified when the refresh schedule changes.
     pub refresh_jobs: Arc<Notify>,
-    /// What the mark of a page is made of.
+    /// What the version mark of a page is computed from.
     pub scope: watch::Receiver<Arc<RuleScope>>,
 }
 
-/// Where the source stands; it outlives connections.
+/// The position of the source. Outlives connections.
 pub(super) struct SourcePosition {
     pub(super) epoch: Epoch,
     pub(super) position: PagePosition,
 }
 
 impl Source {
-    /// Reads until the end, over any number of connections.
+    /// Reads until `end`, over any number of connections.
     pub async fn run(self, parts: Sender<FeedItem>, end: CancellationToken) {
         let (mut place, mut bell) = (None, None);
         let mut backoff = Backoff::new(Duration::from_millis(50), LONGEST_PAUSE);
@@ -123,7 +124,7 @@ impl Source {
             if started.elapsed() > LONGEST_PAUSE {
                 backoff.reset();
             }
-            // What does not pass by itself is not asked for again and again.
+            // A permanent error is not retried at the fast rate.
             if !error.is_transient() {
                 backoff.slow_down();
             }
@@ -136,14 +137,14 @@ impl Source {
         }
     }
 
-    /// One connection's life. Ends well only when nobody takes parts any more.
+    /// Runs over one pair of connections. Returns `Ok` only when the receiver is closed.
     async fn work(
         &self,
         place: &mut Option<SourcePosition>,
         bell: &mut Option<Backend>,
         parts: &Sender<FeedItem>,
     ) -> Result<(), Error> {
-        // Before the doorbell: on a standby there is neither, and this one says so.
+        // Connect here first: on a standby neither works, and this connection reports why.
         let changelog = Changelog::connect(&self.server).await?;
         let mut doorbell = Doorbell::connect(&self.bell).await?;
         if let Some(lost) = bell.take() {
@@ -151,13 +152,13 @@ impl Source {
         }
         let epoch = self.in_time(changelog.epoch()).await?;
         match place {
-            // The files of an earlier moment, put back, have the same epoch but have not come as far yet.
+            // A restored backup has the same epoch, but its position is behind the known one.
             Some(known)
                 if known.epoch == epoch
                     && known.position.is_reached_by(&self.in_time(changelog.now()).await?)
                     && self.horizon().await?.is_before_or_equal(&known.position.seen) => {}
             Some(known) => {
-                // Both or neither: if the start fails, the next try has to find the difference again.
+                // Set both together: if the start fails, the next attempt must find the difference again.
                 let position = self.start(&changelog).await?;
                 *known = SourcePosition { epoch, position };
                 let why = String::from(
@@ -179,7 +180,7 @@ impl Source {
             }
         }
         let hears = doorbell.is_heard(changelog.client()).await?;
-        // Behind a pooler it would be somebody else's by then.
+        // Behind a pooler, the backend may belong to another client later.
         *bell = hears.then(|| doorbell.backend().clone());
         let rings = hears && !doorbell.is_off().await?;
         if !hears {
@@ -198,14 +199,14 @@ impl Source {
         }
     }
 
-    /// The position of this moment, safe from a crash.
+    /// Reads the current position and flushes the log, so that a crash cannot take it back.
     async fn start(&self, changelog: &Changelog) -> Result<PagePosition, Error> {
         let now = self.in_time(changelog.now()).await?;
         self.in_time(reader::flush(&self.pool)).await?;
         Ok(PagePosition::after(now))
     }
 
-    /// What a crash could take back is never shown: waits until the log is flushed up to a place in it.
+    /// Waits until the log is flushed up to `through`: changes that a crash could undo are never delivered.
     pub(super) async fn flush(&self, how: Flush, through: &str) -> Result<(), Error> {
         let started = Instant::now();
         let by_others = async {
@@ -218,12 +219,12 @@ impl Source {
         Ok(())
     }
 
-    /// Before this snapshot changes are not kept any more.
+    /// Reads the snapshot before which changes are not kept any more.
     pub(super) async fn horizon(&self) -> Result<Snapshot, Error> {
         self.in_time(reader::horizon(&self.pool)).await
     }
 
-    /// Something of a page; while it is waited for the feed does not go on.
+    /// Awaits data of a page and records the wait in the stall monitor.
     pub(super) async fn page<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         self.stall_monitor.waits(StallCause::Changelog);
         let answered = self.in_time(asked).await?;
@@ -231,7 +232,7 @@ impl Source {
         Ok(answered)
     }
 
-    /// A connection on which nothing comes any more may look open for ever.
+    /// Applies the time limit: a dead connection may look open for ever.
     pub(super) async fn in_time<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         match timeout(self.patience, asked).await {
             Ok(answered) => answered,

@@ -1,4 +1,4 @@
-//! Whether the feed goes on: what it waits for, since when, and who is to hear that this takes long.
+//! Stall detection: records what the feed waits for and since when, and reports waits over a bound.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,19 +11,19 @@ use tokio_util::sync::CancellationToken;
 pub enum StallCause {
     /// The next page of the changelog, or a connection to read it by.
     Changelog,
-    /// Verdicts on the changes at hand.
+    /// The evaluation of policies for the current changes.
     Judgement,
 }
 
-/// Hears of each stall: what the feed waits for, or that it goes on.
+/// Reports each stall with its cause, and `None` when the feed continues.
 pub type Stalls = watch::Receiver<Option<StallCause>>;
 
-/// The feed's pulse.
+/// Detects stalls of the feed or of one lane.
 pub struct StallMonitor {
     bound: Duration,
-    /// Where this is the pulse of a part of the feed: that of the feed as a whole, and the name of the part.
+    /// For a lane: the monitor of the whole feed, and the lane's name.
     whole: Option<(Arc<StallMonitor>, &'static str)>,
-    // Held for a moment, once or twice a page.
+    // Held briefly, once or twice a page.
     waits: Mutex<Waits>,
     stalled: watch::Sender<Option<StallCause>>,
 }
@@ -32,9 +32,9 @@ pub struct StallMonitor {
 struct Waits {
     changelog: Option<Instant>,
     judgement: Option<Instant>,
-    /// Since when it failed again and again before anything was read.
+    /// Since when connecting has failed repeatedly before anything was read.
     interrupted: Option<Instant>,
-    /// Why there is no connection, in a few words that anybody may read.
+    /// Why there is no connection, in a few words without secrets.
     why: Option<&'static str>,
 }
 
@@ -48,31 +48,31 @@ impl Waits {
 }
 
 impl StallMonitor {
-    /// Of a feed that stalls when it has waited for `bound`. It waits for its first page.
+    /// Creates the monitor of a feed that stalls after waiting for `bound`. It starts waiting for its first page.
     pub fn new(bound: Duration) -> Self {
         let waits = Waits { changelog: Some(Instant::now()), ..Waits::default() };
         Self { bound, whole: None, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
     }
 
-    /// Of a part of a feed: it waits for verdicts of its own, and for the changelog when the feed does.
+    /// Creates the monitor of a lane: it waits for its own evaluations, and for the changelog when the feed does.
     pub fn beside(feed: &Arc<Self>, name: &'static str) -> Self {
         let (whole, waits) = (Some((Arc::clone(feed), name)), Mutex::default());
         Self { bound: feed.bound, whole, waits, stalled: watch::Sender::new(None) }
     }
 
-    /// How long a wait is a stall.
+    /// Returns the wait after which the feed stalls.
     pub fn bound(&self) -> Duration {
         self.bound
     }
 
-    /// It waits from now on, if it does not yet.
+    /// Records the begin of a wait, if it has not begun yet.
     pub fn waits(&self, cause: StallCause) {
         self.change(|waits| {
             waits.since(cause).get_or_insert_with(Instant::now);
         });
     }
 
-    /// It has what it waited for.
+    /// Records the end of a wait.
     pub fn goes_on(&self, cause: StallCause) {
         self.change(|waits| {
             *waits.since(cause) = None;
@@ -82,7 +82,7 @@ impl StallMonitor {
         });
     }
 
-    /// A page was read to the end, or a part of one handed on: it is not interrupted any more.
+    /// Records that a page was read or a batch sent: the feed is connected.
     pub fn is_read(&self) {
         self.change(|waits| {
             waits.interrupted = None;
@@ -92,7 +92,7 @@ impl StallMonitor {
         });
     }
 
-    /// It has no connection, and why.
+    /// Records that there is no connection, and why.
     pub fn is_cut_off(&self, why: &'static str) {
         self.waits(StallCause::Changelog);
         self.change(|waits| {
@@ -101,22 +101,22 @@ impl StallMonitor {
         });
     }
 
-    /// Why there is no connection.
+    /// Returns why there is no connection.
     pub fn why_cut_off(&self) -> Option<&'static str> {
         self.waits.lock().unwrap_or_else(PoisonError::into_inner).why
     }
 
-    /// What it has waited for longer than the bound.
+    /// Returns the cause of the current stall.
     pub fn stalled(&self) -> Option<StallCause> {
         *self.stalled.borrow()
     }
 
-    /// Hears when it stalls, and when it goes on.
+    /// Subscribes to stalls.
     pub fn watch(&self) -> Stalls {
         self.stalled.subscribe()
     }
 
-    /// Looks after it until the end.
+    /// Checks the waits until `end`.
     pub async fn run(&self, end: CancellationToken) {
         let tick = (self.bound / 10).clamp(Duration::from_millis(20), Duration::from_secs(1));
         while end.run_until_cancelled(tokio::time::sleep(tick)).await.is_some() {
@@ -141,7 +141,7 @@ impl StallMonitor {
         }
     }
 
-    /// A part says what it waits for alone; what all wait for, the feed says.
+    /// Logs a stall. A lane logs only its own evaluations; the feed logs common causes.
     fn log(&self, before: Option<StallCause>, now: Option<StallCause>) {
         let lane = self.whole.as_ref().map(|(_, name)| *name);
         let own = |cause: &StallCause| lane.is_none() || *cause == StallCause::Judgement;
