@@ -1,4 +1,4 @@
-//! Somebody who comes with a cursor: first what was missed, then what is delivered to everybody.
+//! One subscriber with a cursor: replays what it missed, then hands it over to live delivery.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,41 +21,41 @@ use crate::model::row::change::Change;
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::Subscription;
 
-/// The longest pause before the router is asked again whether it is ready.
+/// Longest pause between two queries to the router.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// A feed that moves on all the time is followed for so long in one go: who waits for the answer gets it then.
+/// Maximum time of one step while the feed keeps moving, so that a waiting answer can be sent.
 const TURN: Duration = Duration::from_secs(2);
 
-/// What is told to a client for whose past there is no room in memory.
+/// The gap for a client whose replay does not fit in memory.
 const NO_ROOM: &str = "too much waits for clients to read what was missed, read the rows again";
 
-/// A channel that came with a cursor. It leaves when it is dropped.
+/// A channel with a cursor. Dropping it ends delivery.
 pub struct CatchUp {
     feed: Feed,
     channel: ChannelId,
     subscription: Subscription,
     codec: Codec,
-    /// Up to where it was told everything; whoever drops it amid a step knows it, too.
+    /// The position of the replay. Valid even when a step is cancelled.
     since: watch::Sender<Cursor>,
-    /// Where pieces arrive.
+    /// The queue for its frames.
     pub outbox: Arc<Outbox>,
-    /// The database was asked whether the cursor is of its future.
+    /// The cursor is known not to be in the future.
     is_known: bool,
-    /// Delivery goes on without it.
+    /// Delivery continues after it is dropped.
     stays: bool,
 }
 
-/// How far a follower has come.
+/// The progress of a catch-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// Everything missed is in the outbox, and what comes will be.
+    /// Everything missed is in the outbox, and live changes follow.
     Live,
-    /// The outbox has so much that it is to be read first.
+    /// The outbox has to be read before more is replayed.
     More,
 }
 
 impl CatchUp {
-    /// Whoever comes with this cursor; nothing is delivered before [`Self::go_on`].
+    /// Creates a subscriber at this cursor; nothing is delivered before [`Self::go_on`].
     pub fn new(
         feed: Feed,
         channel: ChannelId,
@@ -68,10 +68,10 @@ impl CatchUp {
         Self { feed, channel, subscription, codec, since, outbox, is_known: false, stays: false }
     }
 
-    /// Goes on until everything missed is delivered, or there is enough to read for now.
+    /// Replays until nothing is missing, or the outbox has enough to read.
     ///
     /// # Errors
-    /// When what was missed cannot be had.
+    /// When what was missed cannot be read.
     pub async fn go_on(&mut self) -> Result<Progress, ReplayError> {
         let (mut pause, mut looked, started) = (Duration::from_millis(50), false, Instant::now());
         if self.subscription.is_younger_than(&self.since()) {
@@ -89,8 +89,8 @@ impl CatchUp {
                     let mut alone = self.alone();
                     past.replay_recent(&missed, looked, &mut alone).await?;
                     let has_told = alone.told > 0;
-                    self.since.send_replace(self.since().merge(&to));
-                    // While it was told, the feed may have gone on, and may do so each time.
+                    self.since.send_replace(self.since().and(&to));
+                    // The feed may have moved during the replay, and may do so each time.
                     let is_enough = looked && has_told || started.elapsed() > TURN;
                     if is_enough || self.outbox.is_behind() {
                         return Ok(Progress::More);
@@ -113,7 +113,7 @@ impl CatchUp {
         }
     }
 
-    /// Asks the router to deliver from here on. None when the relay ends.
+    /// Asks the router for live delivery from here. `None` when the relay ends.
     async fn ask(&self) -> Option<FollowOutcome> {
         let (outcome, heard) = oneshot::channel();
         let registration = Subscriber {
@@ -128,7 +128,7 @@ impl CatchUp {
         heard.await.ok()
     }
 
-    /// This channel alone, as somebody to whom the past is told. What was delivered to others may begin with what it has.
+    /// Returns the channel as a replay sink. A replayed batch may begin with changes that it already has.
     fn alone(&self) -> SingleSink<'_> {
         let key = GroupKey {
             codec: self.codec.clone(),
@@ -139,43 +139,43 @@ impl CatchUp {
         SingleSink { group, outbox: &self.outbox, since: &self.since, told: 0 }
     }
 
-    /// Ends, while delivery goes on until the channel is left.
+    /// Ends the catch-up; delivery continues until the channel leaves.
     pub fn settle(mut self) {
         self.stays = true;
     }
 
-    /// Its channel.
+    /// Returns its channel.
     pub fn channel(&self) -> ChannelId {
         self.channel
     }
 
-    /// What it receives.
+    /// Returns its subscription.
     pub fn subscription(&self) -> &Subscription {
         &self.subscription
     }
 
-    /// How its frames are written.
+    /// Returns its wire format.
     pub fn codec(&self) -> &Codec {
         &self.codec
     }
 
-    /// Up to where it was told everything from the past.
+    /// Returns the position of the replay.
     pub fn since(&self) -> Cursor {
         self.since.borrow().clone()
     }
 
-    /// The same, for as long as it goes on.
+    /// Subscribes to the position of the replay.
     pub fn place(&self) -> watch::Receiver<Cursor> {
         self.since.subscribe()
     }
 
-    /// Up to where everything is in the outbox; none while the changelog is not being read.
+    /// Returns the position up to which everything is in the outbox; `None` while the changelog is not being read.
     pub async fn position(&self) -> Option<Cursor> {
         let position = self.feed.position(vec![self.channel], None).await?;
         position.channels.into_iter().next().map(|(_, here)| here)
     }
 
-    /// Ends delivery; everything up to the cursor that comes back is in the outbox.
+    /// Ends delivery and returns the position up to which everything is in the outbox.
     pub async fn leave(&self) -> Option<Cursor> {
         let (until, heard) = oneshot::channel();
         let outbox = Arc::clone(&self.outbox);
@@ -193,12 +193,12 @@ impl Drop for CatchUp {
     }
 }
 
-/// A follower while it is told the past.
+/// The replay sink of one channel.
 struct SingleSink<'a> {
     group: SubscriberGroup,
     outbox: &'a Outbox,
     since: &'a watch::Sender<Cursor>,
-    /// How many frames it was told.
+    /// Number of frames queued.
     told: usize,
 }
 
@@ -211,12 +211,12 @@ impl ReplaySink for SingleSink<'_> {
         {
             return Err(ReplayError::Gap(ALTERED));
         }
-        // To be closed for it would end nothing: it would come back for the same.
+        // A gap instead of closing the client: it would come back for the same changes.
         if !self.outbox.budget().make_room(batch.bytes()) {
             return Err(ReplayError::Gap(NO_ROOM));
         }
         self.told += tell_one(gate, catalog, batch, &self.group).await?;
-        // It may not have been told all of it, so it has not come further.
+        // Its token may have expired before the end of the batch: the position stays.
         match self.group.subscription().identity().claims().expires_at() <= now() {
             true => Err(ReplayError::Ended),
             false => Ok(()),

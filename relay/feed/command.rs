@@ -1,4 +1,4 @@
-//! What is asked of whoever delivers, and what comes of it.
+//! Commands to a router, and their outcomes.
 
 use std::sync::Arc;
 
@@ -13,73 +13,73 @@ use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
 use crate::model::session::machine::ChannelId;
 
-/// What a session asks of the router.
+/// A command to a router.
 pub enum Command {
-    /// Deliver to this channel from now on, in place of what it had.
+    /// Start delivery to a channel, replacing its last subscription.
     Join {
-        /// Which channel.
+        /// The channel.
         channel: ChannelId,
-        /// What, and where to.
+        /// Its subscription and outbox.
         registration: Subscriber,
         /// Frames that go out before any change.
         greeting: Vec<Bytes>,
     },
-    /// Deliver to this channel what comes after the registration's cursor, as soon as that is near enough.
+    /// Start delivery to a channel after the subscriber's cursor, if the router can replay from there.
     Follow {
-        /// Which channel.
+        /// The channel.
         channel: ChannelId,
-        /// What, where to, and since when.
+        /// Its subscription, outbox and cursor.
         registration: Subscriber,
-        /// The cursor is known not to be of the future.
+        /// The cursor is known not to be in the future.
         checked: bool,
-        /// Hears what came of it.
+        /// Receives the outcome.
         outcome: oneshot::Sender<FollowOutcome>,
     },
-    /// Deliver nothing more to this channel.
+    /// End delivery to a channel.
     Leave {
-        /// Which channel.
+        /// The channel.
         channel: ChannelId,
         /// Its client's outbox.
         outbox: Arc<Outbox>,
         /// Frames that go out after the last change.
         farewell: Vec<Bytes>,
-        /// Hears up to where everything was delivered to it.
+        /// Receives the channel's position.
         until: Option<oneshot::Sender<Option<Cursor>>>,
     },
-    /// Say up to where everything was delivered to some channels of one client.
+    /// Query the positions of channels of one client.
     DeliveredUpTo {
-        /// Which; none for the feed as a whole.
+        /// The channels; empty for the feed's position alone.
         channels: Vec<ChannelId>,
-        /// A frame that goes out behind all that was delivered up to there, and where to.
+        /// A frame to queue after everything before these positions, and its outbox.
         then: Option<(Arc<Outbox>, Bytes)>,
-        /// Hears it, unless nobody knows.
+        /// Receives the positions; dropped when they are unknown.
         until: oneshot::Sender<DeliveredUpTo>,
     },
-    /// A replay has come as far as it was sent, or can't go on.
+    /// A replay has reached its target, or cannot continue.
     Arrived {
-        /// Which.
+        /// The replay's number.
         replay: u64,
-        /// Up to where its channels were told everything, or why that cannot be had any more.
+        /// Its position, or why its changes cannot be recovered.
         at: Result<Cursor, &'static str>,
-        /// What it was judged with.
+        /// The catalog that it authorizes with.
         rules: Option<Arc<Catalog>>,
-        /// Its channels were told that nothing comes.
+        /// Its channels were told that the feed stalls.
         stalled: bool,
-        /// Hears what is still before it: nothing when it is over.
+        /// Receives what is still missing; `Live` when the replay is over.
         answer: oneshot::Sender<FollowOutcome>,
     },
 }
 
-/// Up to where everything was delivered.
+/// Positions up to which everything was delivered.
 pub struct DeliveredUpTo {
-    /// By the feed as a whole.
+    /// The feed's position.
     pub here: Cursor,
-    /// To the channels that were asked about.
+    /// The positions of the channels in the query.
     pub channels: Vec<(ChannelId, Cursor)>,
 }
 
 impl DeliveredUpTo {
-    /// Answers for these channels, with the frame behind what was delivered to them.
+    /// Sends the answer, and queues the frame, if there is one.
     pub fn tell(
         here: Option<Cursor>,
         channels: Vec<(ChannelId, Cursor)>,
@@ -95,25 +95,25 @@ impl DeliveredUpTo {
     }
 }
 
-/// What came of a wish to follow.
+/// The outcome of [`Command::Follow`].
 pub enum FollowOutcome {
-    /// Delivered from here on.
+    /// Delivery continues from here.
     Live,
-    /// The cursor is of a moment that the feed has not come to, if it has been at all.
+    /// The cursor is beyond the feed's position, or invalid.
     Ahead,
-    /// What was missed up to this cursor is still at hand: tell it, then ask again.
+    /// The batches missed up to this cursor: replay them, then follow again.
     Missed(Vec<Arc<Batch>>, Cursor),
-    /// What lies before this cursor has to be read from the changelog.
+    /// Changes up to this cursor have to be read from the changelog.
     Behind(Cursor),
-    /// Nobody can say what was missed; why.
+    /// What was missed cannot be recovered, and why.
     Gap(&'static str),
-    /// The changelog is not being read yet.
+    /// The feed has no position yet.
     NotYet,
 }
 
 impl FollowOutcome {
-    /// Where what comes after a cursor is to be had, when everything up to `position` was delivered, the last of it
-    /// `recent`; `checked` says that the cursor is not of the future.
+    /// Returns where to continue from a cursor when the feed is at `position` and delivered `recent` last. `checked`
+    /// says that the cursor is not in the future.
     pub fn of(since: &Cursor, checked: bool, position: &Cursor, recent: &RecentBatches) -> Self {
         if since.epoch() != position.epoch() {
             return Self::Gap("the cursor is of another database, or of an older state of it");

@@ -1,4 +1,4 @@
-//! Why somebody gets a row, or does not: what a subscription comes to, with the reasons.
+//! Explains why a subscriber gets a row or does not: its effective subscription, with the reasons.
 
 use std::sync::Arc;
 
@@ -20,47 +20,47 @@ use crate::postgres::connect::pool::Error;
 use crate::postgres::evaluate::per_identity::{IdentityEvaluator, IdentityQuery, reading};
 use crate::postgres::explain_queries::ExplainQueries;
 
-/// What is to be explained.
+/// A request to explain a subscription.
 pub struct ExplainRequest {
     /// The table as in SQL.
     pub table: String,
-    /// Who subscribes.
+    /// The subscriber.
     pub identity: Identity,
-    /// With which filter.
+    /// Its filter.
     pub filter: Option<String>,
-    /// Whether this row would be seen.
+    /// A row to evaluate.
     pub row: Option<ExplainTarget>,
 }
 
-/// A row.
+/// How a row is given.
 pub enum ExplainTarget {
-    /// One of the table that has these values.
+    /// By values that a row of the table has.
     Like(Value),
-    /// One as it would be logged.
+    /// By its image in the changelog.
     Image(String),
 }
 
-/// The answer. As JSON it is a contract: fields come, but do not go.
+/// The answer. Its JSON is a contract: fields are added, never removed.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
     /// Schema and name.
     pub table: String,
     /// The role of the subscriber.
     pub role: String,
-    /// Why nothing would ever come, and what to do; empty when something may.
+    /// Why the subscriber would never get anything, and what to do; empty when it may get changes.
     pub hindrances: Vec<String>,
-    /// Columns that the role may not read, and that appear nowhere.
+    /// Columns that the role may not read, and that are never sent.
     pub hidden_columns: Vec<String>,
-    /// `compiled`, `inverted` or `one by one`; none where nothing would come.
+    /// The evaluation strategy: `compiled`, `inverted` or `one by one`; `None` when nothing would be delivered.
     pub way: Option<&'static str>,
-    /// What keeps the policies from a cheaper way.
+    /// What rules out a cheaper strategy.
     pub obstacles: Vec<Reason>,
-    /// The claims that the policies read; none when it may be any.
+    /// The claims that the policies read; `None` when it may be any.
     pub claims_read: Option<Vec<String>>,
-    /// What PostgreSQL is asked, once a page for all readers.
+    /// The queries to PostgreSQL, once a page for all subscribers.
     pub questions: Vec<String>,
-    /// Columns by whose values a change finds this subscription, each line one way to it; none when every change of the table
-    /// is looked at.
+    /// The index keys by which a change finds this subscription, one a line; `None` when every change of the table is
+    /// evaluated.
     pub index: Option<Vec<String>>,
     /// The policies that apply to the role.
     pub policies: Vec<PolicyPart>,
@@ -70,12 +70,12 @@ pub struct Explanation {
     pub row: Option<RowPart>,
 }
 
-/// A part of a policy and what about it.
+/// A part of a policy and a remark.
 #[derive(Debug, Serialize)]
 pub struct Reason {
     /// The part as SQL.
     pub part: String,
-    /// What about it.
+    /// The remark.
     pub why: String,
 }
 
@@ -88,9 +88,9 @@ pub struct PolicyPart {
     pub kind: &'static str,
     /// Its condition as PostgreSQL reads it.
     pub condition: String,
-    /// How it would be decided alone.
+    /// Its evaluation strategy on its own.
     pub way: &'static str,
-    /// What it says of the row: `yes`, `no`, or why not even that.
+    /// Its result for the row: `yes`, `no`, or why there is none.
     pub says: Option<&'static str>,
 }
 
@@ -106,18 +106,18 @@ pub struct FilterPart {
 /// The row.
 #[derive(Debug, Serialize)]
 pub struct RowPart {
-    /// Whether there is one.
+    /// Whether the row exists.
     pub found: bool,
     /// Whether the policies let the subscriber see it.
     pub allowed: bool,
-    /// The policies that decided: those that let it through, or the restrictive ones that kept it back; none when no
-    /// permissive one let it through, or when no policy applies.
+    /// The policies that decided: those that allowed it, or the restrictive ones that did not; empty when no
+    /// permissive one allowed it, or when no policy applies.
     pub by: Vec<String>,
     /// Whether it matches the filter, when one was given that is accepted.
     pub matches: Option<bool>,
 }
 
-/// Explains.
+/// Explains a subscription.
 ///
 /// # Errors
 /// As the connections.
@@ -227,7 +227,7 @@ fn index(anchors: &IndexKeys, relation: &Relation) -> Option<Vec<String>> {
     Some(lines)
 }
 
-/// The filter as it was read, or why it is refused.
+/// Returns the parsed filter, or why it is refused.
 async fn filter(
     binder: &Binder,
     wanted: &ExplainRequest,
@@ -253,7 +253,7 @@ async fn filter(
     }
 }
 
-/// Where one row is judged for one subscriber.
+/// The context to evaluate one row for one subscriber.
 struct ExplainContext<'a> {
     judge: &'a IdentityEvaluator,
     enquiry: &'a ExplainQueries,
@@ -276,7 +276,7 @@ impl ExplainContext<'_> {
         let Some(image) = image else {
             return Ok(RowPart { found: false, allowed: false, by: Vec::new(), matches: None });
         };
-        // As the feed does it: of nothing but what is read.
+        // As in the feed: only columns that are read.
         let narrowed = |reads: &dyn Fn(&str) -> bool| match Row::parse(&image) {
             Ok(row) => relation.narrowed(&row, reads),
             Err(_) => image.clone(),

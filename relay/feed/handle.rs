@@ -1,4 +1,4 @@
-//! What sessions ask of the feed.
+//! The feed's interface for sessions.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,16 +35,16 @@ pub struct Feed {
     bookmarks: BookmarkHandle,
 }
 
-/// What came of reading rows.
+/// The result of reading rows.
 pub struct Given {
-    /// Which bound they went beyond, if they did, and the cursor.
+    /// The limit that was exceeded, if any, and the cursor.
     pub found: RowsRead,
-    /// The last one, for a page to begin after it; none where rows have no order or none was asked for.
-    pub last: Option<PageToken>,
+    /// The last row, where the next page begins; `None` when rows have no order or no page was requested.
+    pub last: Option<After>,
 }
 
 impl Feed {
-    /// Joins the parts.
+    /// Creates a handle.
     pub fn new(
         binder: Binder,
         lanes: Lanes,
@@ -55,10 +55,10 @@ impl Feed {
         Self { binder: Arc::new(binder), lanes: Arc::new(lanes), past, rows: Arc::new(rows), bookmarks }
     }
 
-    /// Binds a channel's requests to an identity, each for itself.
+    /// Binds each of a channel's requests to an identity.
     ///
     /// # Errors
-    /// As [`Binder::bind`]; also when the client of the channel asks for more than one may.
+    /// As [`Binder::bind`]; also when the client of the channel exceeds a limit.
     pub async fn bind(
         &self,
         channel: ChannelId,
@@ -70,18 +70,18 @@ impl Feed {
         Ok(subscription)
     }
 
-    /// Starts delivery to a channel, or changes what is delivered; `greeting` goes out first.
+    /// Starts delivery to a channel, or changes its subscription; `greeting` goes out first.
     pub fn join(&self, channel: ChannelId, registration: Subscriber, greeting: Vec<Bytes>) {
         self.send(Command::Join { channel, registration, greeting });
     }
 
-    /// Ends delivery to a channel; `farewell` goes out after everything that was delivered.
+    /// Ends delivery to a channel; `farewell` goes out after everything delivered before.
     pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
         self.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
     }
 
-    /// Up to where everything was delivered to channels of one client, or by the feed when there are none; none while the
-    /// changelog is not being read. The frame, if there is one, goes out after all that was delivered up to there.
+    /// Returns the positions of channels of one client, and of the feed; `None` while the changelog is not being
+    /// read. The frame in `then` is queued after everything before these positions.
     pub async fn position(
         &self,
         channels: Vec<ChannelId>,
@@ -91,7 +91,7 @@ impl Feed {
         let mut then = then;
         let mut found: Option<DeliveredUpTo> = None;
         while let Some(channels) = lists.next() {
-            // Behind what was delivered before the last answer is behind all of it.
+            // A frame after the last lane's answer comes after the changes of all lanes.
             let then = if lists.peek().is_none() { then.take() } else { None };
             let (until, heard) = oneshot::channel();
             self.send(Command::DeliveredUpTo { channels, then, until });
@@ -105,13 +105,13 @@ impl Feed {
         found
     }
 
-    /// Waits until everything that sessions asked for before is in their outboxes.
+    /// Waits until all earlier commands are handled.
     pub async fn settled(&self) {
         self.lanes.settled().await;
     }
 
-    /// Where the feed is, as soon as it has come to where the tables of the subscription have their names; none when that
-    /// takes too long.
+    /// Returns the feed's position once the tables of the subscription have their current names there; `None` on
+    /// timeout.
     pub async fn beginning(&self, subscription: &Subscription) -> Option<Cursor> {
         let tries = async {
             loop {
@@ -125,7 +125,7 @@ impl Feed {
         timeout(PATIENCE, tries).await.ok().flatten()
     }
 
-    /// Where the feed is, as soon as the changelog is read; none when that takes too long.
+    /// Returns the feed's position once the changelog is read; `None` on timeout.
     pub async fn position_soon(&self) -> Option<Cursor> {
         let tries = async {
             loop {
@@ -138,10 +138,10 @@ impl Feed {
         timeout(PATIENCE, tries).await.ok()
     }
 
-    /// Takes over a bookmark, or makes it where the feed is now, unless it is not `wanted` any more by then.
+    /// Takes over a bookmark, or creates it at the feed's position, unless it is not `wanted` any more by then.
     ///
     /// # Errors
-    /// When PostgreSQL cannot be asked in time.
+    /// When PostgreSQL does not answer in time.
     pub async fn bookmark(
         &self,
         key: BookmarkKey,
@@ -154,15 +154,15 @@ impl Feed {
         timeout(PATIENCE, opened).await.ok().flatten().ok_or(BindError::Unavailable)
     }
 
-    /// Where bookmarks are kept.
+    /// Returns the handle on bookmarks.
     pub fn bookmarks(&self) -> &BookmarkHandle {
         &self.bookmarks
     }
 
-    /// Reads the rows that a subscription of one table may see now, up to `most`, and the cursor after which it goes on.
+    /// Reads up to `most` rows of one table that the subscription may see now, and the cursor to continue from.
     ///
     /// # Errors
-    /// As [`SnapshotRows::read`]; also when the table is gone, or has no such order.
+    /// As [`SnapshotRows::read`]; also when the table is gone, or cannot be ordered as requested.
     pub async fn rows(
         &self,
         subscription: &Subscription,

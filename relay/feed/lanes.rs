@@ -1,8 +1,8 @@
-//! Three ways for changes to clients: for whom everything is decided here, for those few of whose filters PostgreSQL
-//! decides, and for those who ask for much.
+//! Three lanes from the feed to clients: for subscriptions that are decided in memory, for filters that PostgreSQL
+//! evaluates, and for clients with many filters.
 //!
-//! Each is a router of its own, with connections of its own, and is told the same parts; all but the first may be behind. A
-//! channel stays where it began. So work that a client chose delays nobody but those who chose alike.
+//! Each lane is a router with its own connections. All get the same items; all but the main one may be behind. A
+//! channel stays in its lane, so the cost of a client's filters delays only clients in the same lane.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,9 +18,9 @@ use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
 
-/// The routers, and which channel is with which.
+/// The routers, and the lane of each channel.
 pub struct Lanes {
-    // Unbounded, because a session has at most one command per channel on the way and must never wait to leave.
+    // Unbounded, because a session has at most one pending command per channel and must never wait to leave.
     main: UnboundedSender<Command>,
     asked: UnboundedSender<Command>,
     crowd: UnboundedSender<Command>,
@@ -31,14 +31,14 @@ pub struct Lanes {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Lane {
     Main,
-    /// For filters that PostgreSQL decides.
+    /// For filters that PostgreSQL evaluates.
     Asked,
-    /// For clients that ask for much.
+    /// For clients with many filters.
     Crowd,
 }
 
 impl Lanes {
-    /// Over these: the main one, that for filters which PostgreSQL decides, and that for clients that ask for much.
+    /// Creates the lanes over these routers.
     pub fn new(
         main: UnboundedSender<Command>,
         asked: UnboundedSender<Command>,
@@ -47,24 +47,24 @@ impl Lanes {
         Self { main, asked, crowd, loads: FilterCosts::default(), homes: Mutex::default() }
     }
 
-    /// Notes what a channel will ask for.
+    /// Records the filter cost of a channel.
     ///
     /// # Errors
-    /// When its client would ask for more than one may.
+    /// When its client exceeds a limit.
     pub fn admit(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), SubscribeError> {
         self.loads.take(channel, subscription)
     }
 
-    /// Passes a command on to the router that it concerns.
+    /// Sends a command to the router of its channel.
     pub fn send(&self, command: Command) {
-        // The routers are gone only when the relay ends, and then nobody waits for an answer.
+        // Sending fails only at shutdown, when no caller waits for an answer.
         let _ = match command {
             Command::Join { channel, registration, mut greeting } => {
                 let (lane, has_moved) = self.settle(channel, &registration.subscription);
                 if has_moved {
                     let (outbox, farewell) = (Arc::clone(&registration.outbox), Vec::new());
                     let _ = self.main.send(Command::Leave { channel, outbox, farewell, until: None });
-                    // What came between the two places is told to nobody.
+                    // Changes between the two routers' positions are not delivered.
                     greeting.push(Bytes::from(registration.codec.gap(ALTERED, "")));
                 }
                 self.of(lane).send(Command::Join { channel, registration, greeting })
@@ -85,7 +85,7 @@ impl Lanes {
         };
     }
 
-    /// Waits until all that was sent before is done.
+    /// Waits until all earlier commands are handled.
     pub async fn settled(&self) {
         let ask = |way: &UnboundedSender<Command>| {
             let (until, heard) = oneshot::channel();
@@ -105,7 +105,7 @@ impl Lanes {
         }
     }
 
-    /// Where a channel is told from now on, and whether it was elsewhere.
+    /// Assigns a channel to a lane; also returns whether it has moved from the main one.
     fn settle(&self, channel: ChannelId, subscription: &Subscription) -> (Lane, bool) {
         let wanted = match (self.loads.is_much(channel, subscription), subscription.asks()) {
             (true, _) => Lane::Crowd,
@@ -114,7 +114,7 @@ impl Lanes {
         };
         let mut homes = self.homes.lock().unwrap_or_else(PoisonError::into_inner);
         let home = homes.entry(channel).or_insert(wanted);
-        // A column that has another type now may need to be asked about.
+        // After a column changes its type, PostgreSQL may have to evaluate the filter.
         let has_moved = *home == Lane::Main && subscription.asks();
         if has_moved {
             *home = wanted;
@@ -132,7 +132,7 @@ impl Lanes {
         homes.get(&channel).copied().unwrap_or(Lane::Main)
     }
 
-    /// The channels by who answers for them; without any, one that answers for all.
+    /// Splits channels by lane; one empty list for no channels.
     pub fn by_router(&self, channels: Vec<ChannelId>) -> Vec<Vec<ChannelId>> {
         let mut lists: Vec<Vec<ChannelId>> = vec![Vec::new(); 3];
         for channel in channels {

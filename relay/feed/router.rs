@@ -1,4 +1,5 @@
-//! From changes to outboxes: who is subscribed to what, one frame for all who get the same, and never a wait for a client.
+//! The task that owns all subscriptions of a lane: takes feed items and commands in order, and delivers each batch to
+//! the outboxes of the groups it concerns. Never waits for a client.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -30,52 +31,52 @@ use crate::observe::Observe;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
 
-/// The longest pause between two parts of a page, for clients that have much to read …
+/// Longest pause between two batches of a page, for clients that have much to read …
 const PAUSE: Duration = Duration::from_millis(100);
-/// … as long as these pauses are not more than this together, and a tenth of all time.
+/// … while these pauses together stay under this, and under a tenth of the time.
 const PAUSES: Duration = Duration::from_secs(1);
-/// What a channel is told when changes could not wait for its router and there is no position to read them from.
+/// The gap when the router's queue overflowed and there is no position to replay from.
 const UNPLACED: &str = "changes came faster than they could be decided, read the rows again";
-/// The regular look at the catalog has so long.
+/// Time limit for the regular check of the catalog.
 const LOOK: Duration = Duration::from_millis(500);
-/// So many changes of one relation are more than those of others should wait for.
+/// Changes of one relation above which subscribers of other relations do not wait for them.
 const LARGE: i64 = 1000;
 
-/// The task that owns all subscriptions.
+/// The task that owns all subscriptions of a lane.
 pub struct Router {
     catalog: Arc<CatalogCache>,
     gate: Gate,
     observe: Arc<Observe>,
     hub: Hub,
-    /// Up to where everything was delivered.
+    /// The feed's position: everything before it was delivered.
     position: Option<Cursor>,
-    /// What was delivered last, for those who come with a cursor.
+    /// The last batches, for clients that come with a cursor.
     recent: RecentBatches,
-    /// The rules are to be looked at anew before anything else is judged.
+    /// The catalog has to be reloaded before anything else is authorized.
     is_news: bool,
     stall_monitor: Arc<StallMonitor>,
     stalls: Stalls,
-    /// Everybody was told that the feed stalls, and not yet that it goes on.
+    /// The live groups were told that the feed stalls, and not yet that it continues.
     stalled: bool,
-    /// What is left of [`PAUSES`], and when that was.
+    /// What was left of [`PAUSES`], and when.
     pauses: (Duration, Instant),
     past: Arc<ReplayReader>,
-    /// The way back to us, for replays.
+    /// The router's own command channel, for replays.
     router: UnboundedSender<Command>,
     replays: JoinSet<()>,
-    /// Who came and went before the changelog was read.
+    /// Commands that came before the first position.
     early: Vec<Command>,
-    /// Where parts go for the routers aside; nowhere when this is one of them.
+    /// The queues of the secondary routers; empty in one of those.
     aside: Vec<Arc<Backlog>>,
-    /// Channels and audiences as they were counted last.
+    /// The last published number of channels and groups.
     counted: (usize, usize),
 }
 
-/// Where parts come from.
+/// Where a router gets its feed items.
 pub enum Parts {
-    /// The source, which waits while nothing is taken.
+    /// The source. It waits until the router takes an item.
     Source(Receiver<FeedItem>),
-    /// Another router, which does not.
+    /// The queue filled by the main router. It does not wait.
     Backlog(Arc<Backlog>),
 }
 
@@ -87,7 +88,7 @@ impl Parts {
         }
     }
 
-    /// Before a command, which may bring a channel: every part counts from now on. Returns how far the feed came before.
+    /// Enables wake-ups before a command, which may add a channel. Returns how far the feed came before.
     fn listen(&self) -> Option<FeedItem> {
         match self {
             Self::Source(_) => None,
@@ -95,7 +96,7 @@ impl Parts {
         }
     }
 
-    /// After the last channel has left: the queue keeps only the position of the parts that come.
+    /// Disables wake-ups after the last channel has left: the queue keeps only the position.
     fn rest(&self) {
         if let Self::Backlog(parts) = self {
             parts.rest();
@@ -104,7 +105,8 @@ impl Parts {
 }
 
 impl Router {
-    /// Without any subscription; `router` is where its commands come from, and `aside` where it passes on what it is told.
+    /// Creates a router without subscriptions. `router` is its own command channel, `secondary` the queues that it
+    /// copies its items to.
     pub fn new(
         catalog: Arc<CatalogCache>,
         gate: Gate,
@@ -136,7 +138,7 @@ impl Router {
         }
     }
 
-    /// Serves commands and parts until the end.
+    /// Handles commands and feed items until `end`.
     pub async fn run(
         mut self,
         mut commands: UnboundedReceiver<Command>,
@@ -145,7 +147,7 @@ impl Router {
     ) {
         loop {
             tokio::select! {
-                // Commands first: a leave or a join that came before a part counts for it.
+                // Commands first: a join or leave that came before an item applies to it.
                 biased;
                 () = end.cancelled() => return,
                 command = commands.recv() => match command {
@@ -180,7 +182,7 @@ impl Router {
         }
     }
 
-    /// Moves the position without delivering anything: no channel of this router needs the changes up to `end`.
+    /// Moves the position without delivering: no live channel of this router gets the changes up to `end` here.
     fn skip_to(&mut self, end: Cursor) {
         self.recent = RecentBatches::default();
         self.recent.moved(&None, &end);
@@ -192,13 +194,13 @@ impl Router {
         self.counted.0 == 0 && self.early.is_empty()
     }
 
-    /// Reads the rules again after a subscription came that was bound by other rules than changes are judged with. The next
-    /// change would do so, but may be long in coming; it does if this fails.
+    /// Reloads the catalog after a subscription that was bound with another one. The next change would do so, but may
+    /// be long in coming; it still does if this fails.
     async fn resolve_doubt(&mut self) {
         let _ = timeout(LOOK, self.deliver(None)).await;
     }
 
-    /// What waited for a place in the feed comes before all that follows.
+    /// Handles commands that waited for the first position.
     fn obey_early(&mut self) {
         if self.position.is_some() {
             for command in std::mem::take(&mut self.early) {
@@ -207,7 +209,7 @@ impl Router {
         }
     }
 
-    /// Tells all who are told what comes that the feed stalls or goes on, if that is news.
+    /// Reports a change of the stall state to all live groups.
     fn send_stall(&mut self) {
         let stalls = self.stalls.borrow_and_update().is_some();
         if std::mem::replace(&mut self.stalled, stalls) != stalls {
@@ -217,7 +219,8 @@ impl Router {
 
     fn obey(&mut self, command: Command) {
         match command {
-            // Whoever is told that it is subscribed misses nothing from then on: so not before there is a place to begin at.
+            // A channel misses nothing once it is told that it is subscribed: queue joins until the first position is
+            // known.
             Command::Join { .. } | Command::Leave { until: None, .. } if self.position.is_none() => {
                 self.early.push(command);
             }
@@ -229,7 +232,7 @@ impl Router {
             }
             Command::Follow { channel, registration, checked, outcome } => {
                 let handover = self.follow(channel, registration, checked);
-                // Whoever wished it may be gone; then its leave is on the way.
+                // The receiver may be gone; its leave follows then.
                 let _ = outcome.send(handover);
             }
             Command::Leave { channel, outbox, farewell, until } => {
@@ -268,7 +271,7 @@ impl Router {
         if self.hub.live.is_stale(&registration.subscription) {
             return FollowOutcome::Gap(ALTERED);
         }
-        // Nothing that comes is known to it: it shares its frames with all others.
+        // No later change is known to it: it can share its frames with all others.
         if self.position.as_ref().is_some_and(|position| position.is_at_or_after(since)) {
             registration.since = None;
         }
@@ -283,7 +286,7 @@ impl Router {
         })
     }
 
-    /// Lets those of a replay hear what comes when they lack nothing, else says what is still before them.
+    /// Makes the groups of a replay live when nothing is missing, else returns what is.
     fn arrived(
         &mut self,
         replay: u64,
@@ -309,10 +312,10 @@ impl Router {
         }
     }
 
-    /// The rest of a page goes to those whom it concerns by itself; the others have nothing to wait for. Those whom only
-    /// its smaller part concerns, which may be one row among a million, do not wait for the others either.
+    /// Replays the rest of a large page to the groups it concerns; the others go on at once. Groups that only its
+    /// small relations concern, which may be one row among a million, get a replay of their own.
     async fn send_off(&mut self, span: &Span, after: i64, counts: &HashMap<RelationId, i64>) {
-        // Something of the schema changed, which is told as relation 0: whom the rest concerns is said by the new rules.
+        // Relation 0 stands for a change of the schema: the new catalog decides whom the rest concerns.
         if counts.contains_key(&RelationId(0)) {
             self.deliver_when_judged(None).await;
         }
@@ -327,7 +330,7 @@ impl Router {
         self.skip_to(span.end());
     }
 
-    /// All read what there was up to here from the changelog, as fast as it can be decided for them.
+    /// Replays everything up to `end` to all groups, after the queue overflowed.
     async fn leave_behind(&mut self, end: Cursor) {
         match self.position.clone() {
             Some(position) => {
@@ -335,17 +338,17 @@ impl Router {
                 let all = rules.relations().map(|relation| relation.id()).collect();
                 self.begin_replay(&all, &position, None);
             }
-            // After a gap there is no position to read from: these changes belong to a gap, too.
+            // After a gap there is no position to replay from: these changes are part of a gap, too.
             None => self.hub.live.iter().for_each(|(_, group)| group.send_gap(UNPLACED, "")),
         }
         self.skip_to(end);
-        // Other rules may have stood in what was left out.
+        // The skipped changes may have included schema changes.
         self.deliver_when_judged(None).await;
     }
 
     fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor, only: Option<Arc<[i32]>>) {
         let Some(replayed) = self.hub.begin_replay(relations, at) else { return };
-        // They are told changes, so for them the feed goes on.
+        // They get changes, so the feed does not stall for them.
         if self.stalled {
             replayed.groups.iter().for_each(|group| group.send_stall(false));
         }
@@ -364,11 +367,11 @@ impl Router {
         match part {
             FeedItem::Changes(batch) => {
                 let more = batch.more;
-                // Other rules count for those who come later, too.
+                // Schema changes matter for later channels, too.
                 if !self.hub.live.is_empty() || batch.is_news() {
                     self.deliver_when_judged(Some(&batch)).await;
                 }
-                // What is told aside may be late by its clients' choice.
+                // Secondary routers may be late because of their clients' filters: their delay is not measured.
                 if !self.aside.is_empty() {
                     self.observe.delivered_through(&batch.changes);
                 }
@@ -379,7 +382,7 @@ impl Router {
                 if more {
                     self.let_clients_read().await;
                 } else if !self.aside.is_empty() {
-                    // Where it fails or hangs, the next change that needs the catalog finds out, and is told as a stall.
+                    // If this fails or hangs, the next change that needs the catalog reports a stall.
                     let _ = timeout(LOOK, self.catalog.refresh_if_stale()).await;
                 }
             }
@@ -396,15 +399,14 @@ impl Router {
                 self.recent = RecentBatches::default();
                 self.position = None;
                 self.hub.moved(None);
-                // What was watched may be another by now, and no change may ever say so.
+                // Watched relations may have changed meanwhile, and no change may ever say so.
                 self.deliver_when_judged(None).await;
             }
         }
     }
 
-    /// Between the parts of a large page, clients that read get the time to do so: a transaction of thousands of rows
-    /// must not look like a client that is too slow. Whoever reads too slowly costs the others no more than [`PAUSES`];
-    /// then its outbox fills.
+    /// Gives clients time to read between the batches of a page, so that a transaction of thousands of rows does not
+    /// make them look slow. Slow clients delay the others by no more than [`PAUSES`]; then their outboxes fill.
     async fn let_clients_read(&mut self) {
         let (left, then) = self.pauses;
         let left = PAUSES.min(left + then.elapsed() / 10);
@@ -412,8 +414,8 @@ impl Router {
         self.pauses = (left.saturating_sub(paused), Instant::now());
     }
 
-    /// A part waits as long as PostgreSQL cannot be asked: to deliver without a verdict would show hidden rows, to go
-    /// on without delivering would lose changes. Without a part, only the rules are looked at anew.
+    /// Delivers a batch, retrying until PostgreSQL answers: without a verdict, delivery would show hidden rows and
+    /// skipping would lose changes. Without a batch, only reloads the catalog.
     async fn deliver_when_judged(&mut self, batch: Option<&Batch>) {
         let mut pause = Duration::from_millis(50);
         self.stall_monitor.waits(StallCause::Judgement);
@@ -421,7 +423,7 @@ impl Router {
             let mut stalls = self.stall_monitor.watch();
             let delivered = tokio::select! {
                 delivered = self.deliver(batch) => delivered,
-                // Asked anew, on a new connection: nothing may come on the old one ever again.
+                // Retry on a new connection: the old one may never answer.
                 Ok(()) = stalls.changed() => Err(Error::Lost("the judgement takes too long")),
             };
             match delivered {
@@ -444,8 +446,8 @@ impl Router {
         Ok(())
     }
 
-    /// The catalog to judge these changes by. Where the page goes on (`more`), a change of the schema may stand further
-    /// down although it was committed before them.
+    /// Returns the catalog to authorize these changes with. When the page continues (`more`), a schema change may
+    /// follow that was committed before them.
     async fn catalog_for(
         &mut self,
         changes: &[Change],
@@ -467,7 +469,7 @@ impl Router {
             catalog = self.catalog.retry_pending().await?;
         }
         if !self.hub.live.has_catalog(&catalog) {
-            // First, so that it is not left out where this is given up and tried again.
+            // Before the rest, so that a retry does not skip it.
             self.gate.forget().await;
             self.observe.lacks(catalog.missing_grants());
             self.hub.live.set_catalog(&catalog, self.position.as_ref());

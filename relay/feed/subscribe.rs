@@ -17,33 +17,33 @@ use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
 
-/// Binds requests to rights.
+/// Binds requests to the rights of their role.
 pub struct Binder {
     catalog: Arc<CatalogCache>,
     filters: Filters,
 }
 
-/// Filters in use, so that equal ones are read by PostgreSQL and decided per change once.
+/// Filters in use, so that equal ones are parsed by PostgreSQL, and evaluated per change, once.
 type Filters = Mutex<HashMap<(RelationId, String), Weak<TypedFilter>>>;
 
 /// Why a channel could not be bound.
 #[derive(Debug)]
 pub enum BindError {
-    /// The request is wrong, or not allowed; the text is for the client.
+    /// The request is wrong or not allowed; the text is for the client.
     Refused(SubscribeError),
-    /// PostgreSQL could not be asked in time.
+    /// PostgreSQL did not answer in time.
     Unavailable,
 }
 
-/// A join waits this long for PostgreSQL; clients give up after ten seconds.
+/// Time limit of a join for PostgreSQL; clients give up after ten seconds.
 pub(super) const PATIENCE: Duration = Duration::from_secs(8);
 
-/// Why something asked for cannot be had.
+/// Why a request failed.
 #[derive(Debug)]
 pub enum Attempt {
-    /// It cannot be served as it is.
+    /// The request is wrong or not allowed.
     Refused(SubscribeError),
-    /// PostgreSQL did not answer, or refused.
+    /// PostgreSQL did not answer, or failed.
     Failed(Error),
 }
 
@@ -60,21 +60,21 @@ impl From<SubscribeError> for Attempt {
 }
 
 impl Binder {
-    /// Binds by the rights in this catalog.
+    /// Creates a binder that reads rights from this catalog.
     pub fn new(catalog: Arc<CatalogCache>) -> Self {
         Self { catalog, filters: Filters::default() }
     }
 
-    /// The catalog that it binds by.
+    /// Returns the catalog.
     pub(super) fn catalog(&self) -> &CatalogCache {
         &self.catalog
     }
 
-    /// Binds a channel's requests to an identity, as long as PostgreSQL may still come back in time. What is wrong with one
-    /// request, or not allowed, stands in its binding.
+    /// Binds a channel's requests to an identity, retrying while the connection fails, up to [`PATIENCE`]. The
+    /// refusal of a single request is recorded in its binding.
     ///
     /// # Errors
-    /// When nothing can be bound to these claims, or PostgreSQL cannot be asked.
+    /// When nothing can be bound to these claims, or PostgreSQL does not answer.
     pub async fn bind(&self, identity: Identity, requests: &[Request]) -> Result<Subscription, BindError> {
         let tries = async {
             let mut pause = Duration::from_millis(50);
@@ -169,7 +169,7 @@ impl Binder {
         }
     }
 
-    /// The condition of a page that begins after a row, as SQL.
+    /// Returns the SQL condition of a page that begins after a row.
     pub(super) async fn after(
         &self,
         paging: &Paging,
@@ -211,7 +211,7 @@ impl Binder {
     }
 }
 
-/// A table that was watched or granted a moment ago may not be so in the catalog at hand yet.
+/// Returns whether the request's table is missing in the catalog, which may be older than a recent watch or grant.
 fn is_missed(catalog: &Catalog, role: &str, request: &Request) -> bool {
     match &request.target {
         Target::Table { schema, table } => {

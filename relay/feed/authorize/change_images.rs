@@ -1,4 +1,4 @@
-//! A change as the gate looks at it: its images taken apart, and whether they still have the columns of their relation.
+//! The parsed images of a change, and how their columns compare with those of the relation.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,13 +7,13 @@ use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::row::change::{Change, ImageState, Operation, RelationId};
 use crate::model::row::image::Image;
 
-/// One change of a part.
+/// The images of one change of a batch.
 pub struct ChangeImages<'a> {
-    /// Its images, before and after.
+    /// The images before and after.
     pub images: [Option<Image<'a>>; 2],
-    /// Where they stand among the images of the relation in this part.
+    /// Their positions among the images of the relation in this batch.
     pub slots: [Option<usize>; 2],
-    /// How its columns compare with the relation's.
+    /// How the columns compare with the relation's.
     pub layout: ImageColumns,
 }
 
@@ -21,21 +21,21 @@ pub struct ChangeImages<'a> {
 pub enum ImageColumns {
     /// The same names.
     Same,
-    /// Some are left out, because the row was too large.
+    /// Columns were left out because the row was too large.
     Lacking(Vec<String>),
-    /// Some were added since: what they would hold cannot be told.
+    /// Columns were added since: their values are unknown.
     Partial(Vec<String>),
-    /// Others: the relation was altered in between, and a rule would read the wrong values.
+    /// The relation was altered otherwise: a policy or filter would read the wrong values.
     Other,
 }
 
 impl<'a> ChangeImages<'a> {
-    /// The image before (0) or after (1), and where it stands.
+    /// Returns the image before (0) or after (1), and its position.
     pub fn image(&self, side: usize) -> Option<(&Image<'a>, usize)> {
         self.images[side].as_ref().zip(self.slots[side])
     }
 
-    /// Whether a rule that reads such columns would take what was left out for null.
+    /// Returns whether a column that `reads` accepts is missing and would be taken for null.
     pub fn lacks(&self, reads: impl Fn(&str) -> bool) -> bool {
         match &self.layout {
             ImageColumns::Same => false,
@@ -47,7 +47,8 @@ impl<'a> ChangeImages<'a> {
     }
 }
 
-/// The places of a part's changes; none for those that have no relation or no images. And the images of each relation.
+/// Parses the changes of a batch. Returns the images of each change, `None` without a relation or images, and the
+/// image texts of each relation.
 pub fn places<'a>(
     catalog: &'a Catalog,
     changes: &'a [Change],

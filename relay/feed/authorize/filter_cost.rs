@@ -1,4 +1,4 @@
-//! What each client's filters cost per change, and how much of that one client may choose.
+//! The cost per change of each client's filters, and its limits.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -8,26 +8,26 @@ use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Binding, Subscription};
 use crate::model::subscription::error::SubscribeError;
 
-/// Different filters of one client that PostgreSQL has to decide: each is a statement per part of the changelog.
+/// Maximum number of different filters of one client that PostgreSQL evaluates: each is a statement per batch.
 pub const MOST_ASKED: usize = 100;
-/// Values that the filters of one client compare with, and columns that they select: each is looked at for each change.
+/// Maximum number of values in the filters of one client, and of columns selected: each is visited for each change.
 pub const MOST_VALUES: usize = 20_000;
-/// A channel with which its client gets over one of these is told aside from those who ask for less. The second is of
-/// values that are compared with each change of a table, since no index leads from the row to the filter.
+/// A channel with which its client exceeds one of these gets the lane for heavy clients. The second counts values
+/// that are compared with each change of a table, since no index leads from the row to the filter.
 const MANY_ASKED: usize = 10;
 const MANY_SCANNED: usize = 200;
 
-/// Who pays for filters: all connections of one subject together, or one connection where the token names none.
+/// The unit of accounting: all connections of one subject, or one connection when the token names none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Client {
     /// Role and subject.
     Subject(String, String),
-    /// The number of a session.
+    /// Number of a session.
     Session(u64),
 }
 
 impl Client {
-    /// The client behind a session with this identity.
+    /// Returns the client of a session with this identity.
     pub fn of(identity: &Identity, session: u64) -> Self {
         let claims = identity.claims();
         match claims.sub().filter(|sub| !sub.is_empty()) {
@@ -37,23 +37,23 @@ impl Client {
     }
 }
 
-/// What all clients asked for.
+/// The filter costs of all clients.
 #[derive(Debug, Default)]
 pub struct FilterCosts(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
     clients: HashMap<Client, HashMap<ChannelId, Wish>>,
-    /// How many clients there were when those that are gone were looked for last.
+    /// Number of clients after the last sweep.
     swept: usize,
 }
 
-/// What a channel asks for.
+/// The filter cost of a channel.
 #[derive(Debug)]
 struct Wish {
     bindings: Weak<[Binding]>,
     scanned: usize,
-    /// With it, its client asks for much.
+    /// With it, the client exceeds a threshold of heavy clients.
     is_much: bool,
 }
 
@@ -64,10 +64,10 @@ impl Wish {
 }
 
 impl FilterCosts {
-    /// Notes what a channel asks for from now on.
+    /// Records the cost of a channel's new subscription.
     ///
     /// # Errors
-    /// When its client would ask for more than one may. Then what the channel had before counts on, if it has that still.
+    /// When its client exceeds a limit. The channel's last subscription still counts then, if it exists.
     pub fn take(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), SubscribeError> {
         let client = Client::of(subscription.identity(), channel.session);
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -101,7 +101,7 @@ impl FilterCosts {
         Ok(())
     }
 
-    /// Whether the client of a channel asked for much when that was bound last.
+    /// Returns whether the client was heavy when the channel was bound last.
     pub fn is_much(&self, channel: ChannelId, subscription: &Subscription) -> bool {
         let client = Client::of(subscription.identity(), channel.session);
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -111,7 +111,7 @@ impl FilterCosts {
 }
 
 impl Known {
-    /// Forgets clients that are gone, when there may be as many of them as others.
+    /// Drops clients that are gone, once they may be as many as the others.
     fn sweep(&mut self) {
         if self.clients.len() > 2 * self.swept + 100 {
             self.clients.retain(|_, channels| !channels.values().all(Wish::is_over));
@@ -120,7 +120,7 @@ impl Known {
     }
 }
 
-/// What some bindings come to. Equal filters count once: they are decided once.
+/// The cost of some bindings. Equal filters count once: they are evaluated once.
 #[derive(Default)]
 struct Total {
     filters: HashSet<usize>,

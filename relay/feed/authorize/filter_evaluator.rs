@@ -1,5 +1,5 @@
-//! Asks PostgreSQL what clients' own filters say of row images: on a connection that judges nothing else, and for each
-//! client within what it may take of the time of all.
+//! Evaluates clients' filters in PostgreSQL, on a connection separate from policies, within each client's share of
+//! the time.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -11,56 +11,56 @@ use crate::model::policy::visibility::Denied;
 use crate::postgres::connect::pool::Error;
 use crate::postgres::evaluate::per_identity::{IdentityAnswer, IdentityEvaluator, IdentityQuery};
 
-/// Questions that are asked before it is looked again who may still ask.
+/// Queries per round, after which balances are checked again.
 const AT_ONCE: usize = 8;
-/// All questions of one part may take so many times what one client may take at once.
+/// Time limit of all queries of a batch, as a multiple of one client's burst.
 const PART: u32 = 5;
-/// A client that asked nothing for so long is not counted when the time is shared.
+/// A client without queries for this long has no share of the time.
 const ACTIVE: Duration = Duration::from_secs(10);
 
-/// The connection, and what clients have left of its time.
+/// The connection, and the balance of each client.
 pub struct FilterEvaluator {
     judge: IdentityEvaluator,
-    /// What a client may take at once.
+    /// Maximum balance of a client.
     most: Duration,
     // Never held across an await.
     accounts: Mutex<HashMap<Client, Account>>,
-    /// The turns: time that a client waits for another client's questions is not charged to it.
+    /// The permit for the connection: a client is not charged while it waits for another client's queries.
     turn: tokio::sync::Mutex<()>,
 }
 
-/// The time that a client may take.
+/// The time balance of a client.
 struct Account {
-    /// In seconds; below zero it took more than it had.
+    /// In seconds; negative when it is overdrawn.
     balance: f64,
     since: Instant,
 }
 
-/// A question, and the clients that chose the filter. They pay in equal parts.
+/// A query and the clients with the filter, who pay equal parts.
 pub struct ChargedQuery<'a> {
-    /// What is asked.
+    /// The query.
     pub question: IdentityQuery<'a>,
-    /// Who pays; never empty.
+    /// The clients that pay; never empty.
     pub clients: &'a [Client],
 }
 
 impl FilterEvaluator {
-    /// Asks by `judge`; each client may take `most` at once, and then its equal part of all time.
+    /// Creates an evaluator. Each client may use `burst` at once, then an equal share of the time.
     pub fn new(judge: IdentityEvaluator, most: Duration) -> Self {
         Self { judge, most, accounts: Mutex::default(), turn: tokio::sync::Mutex::default() }
     }
 
-    /// Forgets all plans.
+    /// Discards all prepared plans.
     pub async fn forget(&self) {
         let _turn = self.turn.lock().await;
         self.judge.discard_plans().await;
     }
 
-    /// Answers the questions, those of clients that took least first. What a client has no time left for is denied as if
-    /// it had taken too long.
+    /// Evaluates the queries, those of clients that used least first. Queries of a client without balance are denied
+    /// as timed out.
     ///
     /// # Errors
-    /// Only when the connection fails, so that nothing was judged: ask again.
+    /// Only when the connection fails; nothing was evaluated then.
     pub async fn judge(&self, questions: &[ChargedQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
         let mut verdicts: Vec<IdentityAnswer> = questions
             .iter()
@@ -81,7 +81,7 @@ impl FilterEvaluator {
                 break;
             }
             let _turn = self.turn.lock().await;
-            // The round trip to PostgreSQL is charged to no client.
+            // Connecting is charged to no client.
             self.judge.open().await?;
             let asked: Vec<IdentityQuery<'_>> =
                 now.iter().map(|number| questions[*number].question.clone()).collect();
@@ -95,7 +95,7 @@ impl FilterEvaluator {
         Ok(verdicts)
     }
 
-    /// The numbers of the questions: who has most time left comes first, then who asks least.
+    /// Orders queries by the largest balance of their clients, then by the fewest queries.
     fn in_order(&self, questions: &[ChargedQuery<'_>]) -> Vec<usize> {
         let mut counts: HashMap<&Client, usize> = HashMap::new();
         for client in questions.iter().flat_map(|paid| paid.clients) {

@@ -1,7 +1,8 @@
-//! Who may see what: for one part of the changelog, whom it concerns and what of it each may see.
+//! Authorization: finds the subscribers that a batch concerns, and what each may see of it.
 //!
-//! The index names candidates by the values of a row, PostgreSQL names others for policies that lead to readers by a table. What
-//! can be told of a candidate here is; what cannot is asked, once for all whom the rule cannot tell apart. Unknown means "no".
+//! The index finds candidates by the values of a row; PostgreSQL finds others, for policies that lead to subscribers
+//! through a table. Policies and filters are evaluated in memory where possible, else by PostgreSQL, once for all
+//! subscribers that the policy cannot tell apart. Unknown means "no".
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -27,83 +28,83 @@ use crate::postgres::evaluate::per_identity::{
 };
 use crate::postgres::evaluate::set_based::{SetAnswer, SetEvaluator, SetQuery};
 
-/// Asks and remembers for the length of one part.
+/// Authorizes batches.
 pub struct Gate {
     judge: IdentityEvaluator,
     set_evaluator: SetEvaluator,
-    /// For filters that are not decided here; without it these are lost.
+    /// Evaluates filters that cannot be decided in memory; without it, their changes are reported as a gap.
     filters: Option<FilterEvaluator>,
     observe: Arc<Observe>,
 }
 
-/// What a rule says of a change.
+/// The verdict of a policy or filter on a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Which images may be seen.
     Visibility(Visibility),
-    /// That cannot be told any more, and never will be; the text says why.
+    /// It cannot be decided any more, and why.
     Lost(&'static str),
 }
 
-/// An audience as the gate knows it.
+/// A subscriber group as the gate sees it.
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
-    /// What it is subscribed to.
+    /// Its subscription.
     pub subscription: &'a Subscription,
-    /// One of the sessions that it is of.
+    /// One of its sessions.
     pub session: u64,
 }
 
-/// A change that may concern an audience.
+/// A change that may concern a group.
 #[derive(Debug, Clone, Copy)]
 pub struct Candidate {
-    /// Whom.
+    /// The group.
     pub group: GroupId,
-    /// Which change of the part.
+    /// The change's position in the batch.
     pub change: usize,
-    /// What the policy says of it; none for a change without images.
+    /// The position of the policy's evaluation; `None` for a change without images.
     pub(super) policy: Option<usize>,
 }
 
-/// What was found out about a part.
+/// The verdicts on a batch.
 #[derive(Default)]
 pub struct Verdicts {
     /// In order of the changes.
     pub candidates: Vec<Candidate>,
     pub(super) policies: Vec<Evaluation>,
     pub(super) filters: HashMap<FilterKey, Evaluation>,
-    /// Of these sides PostgreSQL cannot read the image back.
+    /// Images that PostgreSQL cannot parse.
     unreadable: HashSet<AnswerSlot>,
-    /// Audiences whose claims make the policy raise, and the change about which that was found out.
+    /// Groups whose claims make the policy raise an error, and the change that showed it.
     pub raising: Vec<(GroupId, usize)>,
-    /// Statements asked of PostgreSQL.
+    /// Statements run.
     pub statements: usize,
-    /// Audiences that were looked at, change by change.
+    /// Groups considered, summed over the changes.
     pub considered: usize,
 }
 
-/// What a rule says of the images before and after.
+/// The truth values of a policy or filter for the images before and after.
 pub(super) type Evaluation = [Truth; 2];
 
-/// A filter, for a role: what one role may not evaluate, another may. Filters and rights are told apart by address:
-/// both outlive the part that is being judged. Then the change.
+/// A filter, the rights of a role, and a change: a role may not be allowed to evaluate a filter that another may.
+/// Filters and rights are compared by address; both outlive the batch.
 pub(super) type FilterKey = (usize, usize, usize);
 
-/// What one rule is asked, and where its answers go.
+/// A query for one policy or filter, and where its answers go.
 pub(super) struct PendingQuery<'a> {
     pub(super) identity: &'a Identity,
     pub(super) statement: &'a Arc<str>,
     pub(super) relation: &'a Relation,
     pub(super) images: Vec<String>,
     pub(super) answers: Vec<AnswerSlot>,
-    /// Of a policy: the change about which it is asked first, and who is judged by the answer.
+    /// For a policy: the first change in question, and the cohort that the answer applies to.
     pub(super) cohort: Option<(usize, &'a SubscriberIndex, u64)>,
     pub(super) with_path: bool,
-    /// Who chose it; nobody did when it is a policy.
+    /// The clients that chose the filter; empty for a policy.
     pub(super) clients: Vec<Client>,
 }
 
-/// A side of a ruling, 0 before and 1 after.
+/// One truth value of an evaluation: side 0 before, 1 after.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum AnswerSlot {
     Policy(usize, usize),
@@ -117,7 +118,7 @@ const UNREADABLE: &str = "a value that the policy or filter reads cannot be read
 const COLUMNS_CHANGED: &str = "its columns changed while a change was on its way";
 
 impl Gate {
-    /// Asks by these.
+    /// Creates a gate.
     pub fn new(
         judge: IdentityEvaluator,
         set_evaluator: SetEvaluator,
@@ -127,7 +128,7 @@ impl Gate {
         Self { judge, set_evaluator, filters, observe }
     }
 
-    /// The rules are others now.
+    /// Discards prepared plans and cached tables after the catalog changed.
     pub async fn forget(&self) {
         self.judge.discard_plans().await;
         self.set_evaluator.forget().await;
@@ -136,10 +137,10 @@ impl Gate {
         }
     }
 
-    /// Finds whom `changes` concern among the readers, and what each may see.
+    /// Finds the groups that `changes` concern, and what each may see.
     ///
     /// # Errors
-    /// Only when PostgreSQL cannot be asked; then nothing may be delivered yet.
+    /// Only when PostgreSQL does not answer; nothing may be delivered then.
     pub async fn verdicts<'a>(
         &self,
         catalog: &'a Catalog,
@@ -175,13 +176,14 @@ impl Gate {
         Ok(verdicts)
     }
 
-    /// Does what may take long, as clients may have thousands of filters here: others are served meanwhile.
+    /// Runs work that may take long, because clients may have thousands of filters, without blocking other tasks of
+    /// this thread.
     fn apart<T>(&self, work: impl FnOnce() -> T) -> T {
         let has_threads = Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread;
         if self.filters.is_some() && has_threads { block_in_place(work) } else { work() }
     }
 
-    /// What PostgreSQL tells once for all readers: for each leaf of the plan what it says of each image.
+    /// Runs the set-based queries of a policy: one answer per query and image. Also returns the number of statements.
     async fn inquire(
         &self,
         subscriber_index: &SubscriberIndex,
@@ -215,7 +217,7 @@ impl Gate {
         Ok((answers, statements))
     }
 
-    /// Asks what could not be told, and puts the answers in their places.
+    /// Runs the pending queries and records their answers.
     async fn ask(&self, verdicts: &mut Verdicts, asked: Vec<PendingQuery<'_>>) -> Result<(), Error> {
         verdicts.statements += asked.len();
         let (policies, filters): (Vec<_>, Vec<_>) =
@@ -278,13 +280,13 @@ impl PendingQuery<'_> {
 }
 
 impl Verdicts {
-    /// What the candidate may see by the relation's policy alone.
+    /// Returns what the candidate may see by the policy alone.
     pub fn policy(&self, candidate: &Candidate) -> Verdict {
         let Some(policy) = candidate.policy else { return Verdict::Lost(COLUMNS_CHANGED) };
         self.verdict(&self.policies[policy], |side| AnswerSlot::Policy(policy, side), TOO_LONG)
     }
 
-    /// Which images of the candidate's change match the filter.
+    /// Returns which images of the candidate's change match the filter.
     pub fn filter(&self, candidate: &Candidate, access: &Access, filter: &Arc<TypedFilter>) -> Verdict {
         let key = filter_key(candidate.change, access, filter);
         let Some(ruling) = self.filters.get(&key) else { return Verdict::Visibility(Visibility::NONE) };

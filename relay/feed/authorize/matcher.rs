@@ -1,4 +1,5 @@
-//! Finds whom a change may concern, decides what can be decided here, and gathers what PostgreSQL has to be asked.
+//! Finds the groups that a change may concern, evaluates policies and filters in memory where possible, and collects
+//! queries for PostgreSQL.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,28 +20,28 @@ use crate::postgres::evaluate::set_based::SetAnswer;
 pub(super) struct Matcher<'v, 'a> {
     pub(super) verdicts: &'v mut Verdicts,
     pub(super) asked: &'v mut Vec<PendingQuery<'a>>,
-    /// Where a rule's questions are gathered.
+    /// The position of each rule's pending query.
     pub(super) questions: HashMap<Rule, usize>,
 }
 
-/// A filter that so many clients share costs each of them next to nothing.
+/// Clients that pay for a filter: beyond this many, the share of each is negligible.
 const MOST_PAYERS: usize = 16;
 
-/// What images are asked of together.
+/// A policy or filter whose images are evaluated by one query.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Rule {
-    /// The policy of a readership, for one of its groups.
+    /// The policy of a subscriber index, for one cohort.
     Policy(u64, u64),
     /// A filter, for a role: by their addresses, as in a [`FilterKey`](crate::feed::authorize::gate::FilterKey).
     Filter(usize, usize),
 }
 
-/// What the leaves said of one image, for one group.
+/// The set-based answers for one image and one cohort.
 struct EventMatch<'s> {
     said: &'s [Vec<SetAnswer>],
     slot: usize,
     cohort: u64,
-    /// The image lacks something that the policy reads.
+    /// The image is missing a column that the policy reads.
     lacks: bool,
 }
 
@@ -63,20 +64,20 @@ impl Answers for EventMatch<'_> {
     }
 }
 
-/// One change as one readership looks at it.
+/// One change, evaluated for one subscriber index.
 struct MatchContext<'s, 'a> {
     index: usize,
     place: &'s ChangeImages<'a>,
     subscriber_index: &'a SubscriberIndex,
     access: &'a Access,
-    /// What the leaves of the policy said, leaf by leaf.
+    /// The set-based answers, by query and image.
     said: &'s [Vec<SetAnswer>],
-    /// An image lacks something that the policy reads.
+    /// An image is missing a column that the policy reads.
     lacks: bool,
 }
 
 impl<'a> Matcher<'_, 'a> {
-    /// Adds the candidates among a readership for the change at `index`.
+    /// Adds the candidates of a subscriber index for the change at `index`.
     pub(super) fn find(
         &mut self,
         (index, change): (usize, &Change),
@@ -94,7 +95,7 @@ impl<'a> Matcher<'_, 'a> {
         };
         let told = |group| Candidate { group, change: index, policy: None };
         let Some(place) = place.filter(is_told) else {
-            // Truncated, or altered under way: everybody has to hear of it.
+            // A truncation, or an altered relation: it concerns every group.
             if change.operation != Operation::Schema {
                 self.verdicts.candidates.extend(subscriber_index.everybody().map(told));
             }
@@ -104,7 +105,7 @@ impl<'a> Matcher<'_, 'a> {
         let scene = MatchContext { index, place, subscriber_index, access, said, lacks };
         let mut found = scene.concerned();
         if matches!(place.layout, ImageColumns::Partial(_)) {
-            // Nor can a filter be told that reads what was added.
+            // A filter that reads an added column cannot be decided either.
             let cannot_tell = |group: &GroupId| {
                 let mut bindings = reader(*group).subscription.concerning(subscriber_index.relation());
                 bindings.any(|binding| {
@@ -120,7 +121,7 @@ impl<'a> Matcher<'_, 'a> {
         found.sort_unstable();
         found.dedup();
         self.verdicts.considered += found.len();
-        // Neighbours are of one group as a rule.
+        // Consecutive groups usually are of one cohort.
         let mut last: Option<(u64, usize)> = None;
         let mut known: HashMap<u64, usize> = HashMap::new();
         for group in found {
@@ -154,7 +155,7 @@ impl<'a> Matcher<'_, 'a> {
         }
     }
 
-    /// What the policy says of a change to a group; gathers what has to be asked. Gives the number of the ruling.
+    /// Evaluates the policy for a cohort, or queues it for PostgreSQL. Returns the position of the evaluation.
     fn rule(&mut self, scene: &MatchContext<'_, 'a>, cohort: u64) -> usize {
         let &MatchContext { subscriber_index, access, said, lacks, .. } = scene;
         let number = self.verdicts.policies.len();
@@ -187,7 +188,7 @@ impl<'a> Matcher<'_, 'a> {
         number
     }
 
-    /// Likewise a filter. Whether the change may match it.
+    /// Evaluates a filter, or queues it for PostgreSQL. Returns whether the change may match.
     fn filter(
         &mut self,
         scene: &MatchContext<'_, 'a>,
@@ -225,7 +226,7 @@ impl<'a> Matcher<'_, 'a> {
         !ruling.iter().all(|truth| is_no(*truth))
     }
 
-    /// Notes who chose a rule, if it is asked.
+    /// Adds the reader's client to those that pay for a pending filter query.
     fn is_paid_by(&mut self, rule: Rule, reader: Reader<'_>) {
         if let Some(number) = self.questions.get(&rule) {
             let client = Client::of(reader.subscription.identity(), reader.session);
@@ -247,7 +248,7 @@ impl<'a> Matcher<'_, 'a> {
     ) {
         let number = *self.questions.entry(rule).or_insert_with(|| {
             let (images, answers) = (Vec::new(), Vec::new());
-            // A filter calls nothing; a policy may.
+            // A filter calls no functions of users; a policy may.
             let with_path = matches!(rule, Rule::Policy(..)) && needs_path(relation, identity);
             let clients = Vec::new();
             self.asked.push(PendingQuery {
@@ -276,7 +277,7 @@ impl<'a> MatchContext<'_, 'a> {
         self.relation().policy_reads(self.access, column)
     }
 
-    /// Whom the index and the leaves name; some more than once.
+    /// Returns the groups found by the index and by PostgreSQL, possibly with duplicates.
     fn concerned(&self) -> Vec<GroupId> {
         let mut found = Vec::new();
         for (image, slot) in (0..2).filter_map(|side| self.place.image(side)) {
@@ -297,7 +298,8 @@ impl<'a> MatchContext<'_, 'a> {
     }
 }
 
-/// Whether the policy calls functions of users, or is text of somebody's.
+/// Returns whether the policy calls functions of users or may contain their SQL, so that it needs their
+/// `search_path`.
 fn needs_path(relation: &Relation, identity: &Identity) -> bool {
     let access = relation.access(identity.claims().role());
     matches!(relation.kind.as_str(), "m" | "f")

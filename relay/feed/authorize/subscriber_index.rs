@@ -1,4 +1,5 @@
-//! Who reads a relation with one role: grouped by what the policy reads of their claims, and found by the values of a row.
+//! The groups that read a relation with one role: in cohorts by the claims that the policy reads, and indexed by the
+//! values of a row.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
@@ -19,15 +20,15 @@ use crate::model::row::truth::Truth;
 use crate::model::subscription::binding::Subscription;
 use crate::postgres::evaluate::set_based::SubscriberSet;
 
-/// The number of an audience in the router.
+/// Identifies a group within a router.
 pub type GroupId = usize;
 
-/// Readers of one relation who have one role.
+/// The groups that read one relation with one role.
 pub struct SubscriberIndex {
     id: u64,
     relation: Arc<Relation>,
     role: String,
-    /// By numbers that grow and never come again.
+    /// By increasing numbers that are never reused.
     cohorts: BTreeMap<u64, PolicyCohort>,
     by_key: HashMap<Arc<CohortKey>, u64>,
     last: Option<u64>,
@@ -35,23 +36,23 @@ pub struct SubscriberIndex {
     index: SubscriptionIndex<GroupId>,
 }
 
-/// Readers of whom the policy says the same.
+/// Groups for which the policy has equal results.
 pub struct PolicyCohort {
-    /// One of them; to the policy they are all alike.
+    /// The identity of one group; the policy cannot tell them apart.
     pub identity: Identity,
     key: Arc<CohortKey>,
-    /// The claims make the policy raise: nothing is shown.
+    /// The claims make the policy raise an error: nothing is shown.
     raises: bool,
     seats: BTreeSet<GroupId>,
-    /// Those whom PostgreSQL names.
+    /// Groups that PostgreSQL finds by set-based queries.
     named: BTreeSet<GroupId>,
 }
 
-/// What readers have in common when the policy cannot tell them apart.
+/// What the groups of a cohort have in common.
 #[derive(PartialEq, Eq, Hash)]
 struct CohortKey {
     terms: Vec<ClaimValue>,
-    /// The policy may read more than the terms, or only PostgreSQL knows what they come to.
+    /// Set when the policy may read more than these claims, or only PostgreSQL can evaluate them.
     identity: Option<Identity>,
 }
 
@@ -61,7 +62,7 @@ struct CohortEntry {
 }
 
 impl SubscriberIndex {
-    /// Nobody yet. None when the role may not read the relation.
+    /// Creates an empty index; `None` when the role may not read the relation.
     fn new(relation: &Arc<Relation>, role: &str) -> Option<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         relation.access(role)?;
@@ -77,67 +78,68 @@ impl SubscriberIndex {
         })
     }
 
-    /// A number of its own.
+    /// Returns its unique number.
     pub fn number(&self) -> u64 {
         self.id
     }
 
-    /// The relation that is read.
+    /// Returns the relation.
     pub fn relation(&self) -> &Arc<Relation> {
         &self.relation
     }
 
-    /// The role that reads.
+    /// Returns the role.
     pub fn role(&self) -> &str {
         &self.role
     }
 
-    /// What the role may see; there is such a thing, or there were no readership.
+    /// Returns the rights of the role. Always `Some`: `new` requires it.
     pub fn access(&self) -> Option<&Access> {
         self.relation.access(&self.role)
     }
 
-    /// A group by its number.
+    /// Returns a cohort.
     pub fn cohort(&self, number: u64) -> Option<&PolicyCohort> {
         self.cohorts.get(&number)
     }
 
-    /// Whether the claims of a group make the policy raise, as far as that is known without PostgreSQL.
+    /// Returns whether the claims of a cohort make the policy raise an error, as far as that is known without
+    /// PostgreSQL.
     pub fn raises(&self, cohort: u64) -> bool {
         self.cohorts.get(&cohort).is_some_and(|cohort| cohort.raises)
     }
 
-    /// The audiences of a group.
+    /// Returns the groups of a cohort.
     pub fn groups(&self, cohort: u64) -> impl Iterator<Item = GroupId> {
         self.cohorts.get(&cohort).into_iter().flat_map(|cohort| cohort.seats.iter().copied())
     }
 
-    /// The group of an audience.
+    /// Returns the cohort of a group.
     pub fn cohort_of(&self, group: GroupId) -> Option<u64> {
         self.seats.get(&group).map(|seat| seat.cohort)
     }
 
-    /// All audiences.
+    /// Returns all groups.
     pub fn everybody(&self) -> impl Iterator<Item = GroupId> {
         self.seats.keys().copied()
     }
 
-    /// All audiences that stand under what PostgreSQL names.
+    /// Returns all groups that PostgreSQL finds by set-based queries.
     pub fn all_named(&self) -> impl Iterator<Item = GroupId> {
         self.cohorts.values().flat_map(|cohort| cohort.named.iter().copied())
     }
 
-    /// The audiences of a group that stand under what PostgreSQL names.
+    /// Returns the groups of a cohort that PostgreSQL finds by set-based queries.
     pub fn named(&self, cohort: u64) -> impl Iterator<Item = GroupId> {
         self.cohorts.get(&cohort).into_iter().flat_map(|cohort| cohort.named.iter().copied())
     }
 
-    /// Calls `found` for each audience that the image may concern by its values, some more than once.
+    /// Calls `found` for each group that the values of the image may concern, possibly more than once.
     pub fn look_up(&self, image: &Image<'_>, found: impl FnMut(GroupId)) {
         self.index.look_up(image, found);
     }
 
-    /// What the policy says of an image to a group.
+    /// Evaluates the policy on an image for a cohort.
     pub fn truth(&self, cohort: u64, image: &Image<'_>, answers: &dyn Answers) -> Truth {
         match (self.cohorts.get(&cohort), self.access()) {
             (Some(cohort), _) if cohort.raises => Truth::Error,
@@ -181,7 +183,7 @@ impl SubscriberIndex {
         self.seats.insert(group, CohortEntry { cohort: number, anchors });
     }
 
-    /// The group of an identity.
+    /// Returns the cohort of an identity, creating it if needed.
     fn grouped(&mut self, plan: &Plan, identity: &Identity) -> u64 {
         let terms = plan.values(identity.claims());
         let is_alone = plan.reads_all || terms.contains(&ClaimValue::Undecided);
@@ -223,7 +225,7 @@ impl SubscriberIndex {
     }
 }
 
-/// What a row must have for one of the subscription's filters to match.
+/// Returns the index keys of the subscription's filters.
 fn wanted(subscription: &Subscription, relation: &Relation, access: &Access) -> IndexKeys {
     let mut wanted = IndexKeys::OneOf(Vec::new());
     for binding in subscription.concerning(relation) {
@@ -266,17 +268,17 @@ impl SubscriberSet for SubscriberIndex {
     }
 }
 
-/// The readerships of all relations that changed so far.
+/// The subscriber indexes of all relations that have changed so far.
 #[derive(Default)]
 pub struct SubscriberIndexes(HashMap<RelationId, Vec<SubscriberIndex>>);
 
 impl SubscriberIndexes {
-    /// Forgets all of them: the rules are others now.
+    /// Drops all indexes after the catalog changed.
     pub fn forget(&mut self) {
         self.0.clear();
     }
 
-    /// Makes those of a relation if there are none yet.
+    /// Creates the indexes of a relation if there are none yet.
     pub fn prepare<'a>(
         &mut self,
         relation: &Arc<Relation>,
@@ -292,7 +294,7 @@ impl SubscriberIndexes {
         self.0.insert(relation.id(), subscriber_indexes);
     }
 
-    /// An audience came, or has another subscription.
+    /// Adds a group, or replaces its subscription.
     pub fn join(
         &mut self,
         group: GroupId,
@@ -306,7 +308,7 @@ impl SubscriberIndexes {
         }
     }
 
-    /// An audience went. A readership that nobody is left of stays: PostgreSQL may keep a table for it.
+    /// Removes a group. An empty index stays: PostgreSQL may keep a table for it.
     pub fn leave(&mut self, group: GroupId) {
         for subscriber_indexes in self.0.values_mut() {
             for subscriber_index in subscriber_indexes.iter_mut() {
@@ -315,7 +317,7 @@ impl SubscriberIndexes {
         }
     }
 
-    /// Those of a relation, a role each.
+    /// Returns the indexes of a relation, one per role.
     pub fn of(&self, relation: RelationId) -> &[SubscriberIndex] {
         self.0.get(&relation).map_or(&[], Vec::as_slice)
     }

@@ -170,7 +170,9 @@ impl SubscriberGroup {
 
     /// Applies a new catalog. Sends a gap and binds the channels anew when a relation is not watched any more, was
     /// watched anew, was renamed, or has other types than a filter was parsed with; the channels get a second gap
-    /// once bound, because changes may come in between.
+    /// once bound, because changes may come in between. Sends a gap when a schema subscription loses a relation that
+    /// was there `before`. Binds channels anew when a refused entry may be accepted now, with a gap for what they
+    /// missed.
     ///
     /// `here` is the feed's position.
     pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {

@@ -1,4 +1,4 @@
-//! The task that keeps bookmarks: what many sockets want at once becomes a few statements.
+//! The task that writes bookmarks: combines the commands of many sockets into a few statements.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,20 +15,20 @@ use crate::model::log::cursor::Cursor;
 use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::connect::pool::Error;
 
-/// Bookmarks that moved are written together, at most so much later.
+/// Delay until moved bookmarks are written, so that they are written together.
 const TOGETHER: Duration = Duration::from_secs(1);
-/// So many at a time, in one statement.
+/// Maximum bookmarks per statement.
 const MOST: usize = 1000;
-/// After a failure the next try comes so much later.
+/// Pause after a failure.
 const PAUSE: Duration = Duration::from_millis(500);
-/// Bookmarks of clients that never came back, and the oldest of who has too many, are dropped this often …
+/// Interval of trimming: drops bookmarks of clients that never came back, and the oldest ones over an owner's limit …
 const TRIM: Duration = Duration::from_secs(600);
-/// … and after so many were opened.
+/// … also after this many were opened.
 const MANY: usize = 5_000;
-/// When the relay ends, what moved is still written, within this.
+/// Time limit for the last write at shutdown.
 const LAST: Duration = Duration::from_secs(2);
 
-/// What a session wants of its bookmarks.
+/// A session's command.
 enum BookmarkCommand {
     Open(BookmarkKey, Cursor, oneshot::Sender<Opened>),
     Move(Bookmark, Cursor, Arc<AtomicBool>),
@@ -39,23 +39,23 @@ enum BookmarkCommand {
 #[derive(Clone)]
 pub struct BookmarkHandle(UnboundedSender<BookmarkCommand>);
 
-/// The task.
+/// The task that writes bookmarks.
 pub struct BookmarkWriter {
     bookmarks: Bookmarks,
     commands: UnboundedReceiver<BookmarkCommand>,
     opens: HashMap<BookmarkKey, (Cursor, oneshot::Sender<Opened>)>,
     /// By owner.
     moves: HashMap<String, (Bookmark, Cursor, Arc<AtomicBool>)>,
-    /// With the owner, when only that one's is to go.
+    /// With the owner, when only the bookmark of that owner is dropped.
     forgets: Vec<(BookmarkKey, Option<String>)>,
-    /// How many were opened since the last trim.
+    /// Bookmarks opened since the last trim.
     opened: usize,
-    /// When what moved is to be written.
+    /// When to write next.
     due: Option<Instant>,
 }
 
 impl BookmarkHandle {
-    /// A handle, and the task to be run.
+    /// Creates a handle and its task.
     pub fn new(bookmarks: Bookmarks) -> (Self, BookmarkWriter) {
         let (sender, commands) = unbounded_channel();
         let keeping = BookmarkWriter {
@@ -70,14 +70,15 @@ impl BookmarkHandle {
         (Self(sender), keeping)
     }
 
-    /// Takes over a bookmark, or makes it at `here`, safe from a crash. None when the relay ends.
+    /// Takes over a bookmark, or creates it at `here`, durably. `None` when the relay ends, or a later connection of
+    /// the same session opened it.
     pub async fn open(&self, key: BookmarkKey, here: Cursor) -> Option<Opened> {
         let (opened, heard) = oneshot::channel();
         let _ = self.0.send(BookmarkCommand::Open(key, here, opened));
         heard.await.ok()
     }
 
-    /// Moves a bookmark, some time soon. `taken` becomes true when it belongs to another connection by then.
+    /// Moves a bookmark within about a second. Sets `taken` if it belongs to another connection by then.
     pub fn move_to(&self, bookmark: Bookmark, to: Cursor, taken: &Arc<AtomicBool>) {
         let _ = self.0.send(BookmarkCommand::Move(bookmark, to, Arc::clone(taken)));
     }
@@ -87,14 +88,14 @@ impl BookmarkHandle {
         let _ = self.0.send(BookmarkCommand::Forget(key, Some(owner)));
     }
 
-    /// Drops whatever bookmark there is: its client left the channel while it was being opened.
+    /// Drops the bookmark of any owner: its client left the channel while the bookmark was being opened.
     pub fn forget_opening(&self, key: BookmarkKey) {
         let _ = self.0.send(BookmarkCommand::Forget(key, None));
     }
 }
 
 impl BookmarkWriter {
-    /// Serves until the end, which comes after that of all sessions; what moved is still written then.
+    /// Runs until `end`, which comes after the end of all sessions, then writes what moved.
     pub async fn run(mut self, end: CancellationToken) {
         let mut trim = interval(TRIM);
         loop {
@@ -124,7 +125,8 @@ impl BookmarkWriter {
     fn note(&mut self, command: BookmarkCommand) {
         let when = match command {
             BookmarkCommand::Open(key, here, opened) => {
-                // Of two connections of one session only the later one gets it; the earlier one is told nothing, and joins again.
+                // Of two connections of one session only the later one gets it; the earlier one gets no answer and
+                // joins again.
                 self.opens.insert(key, (here, opened));
                 Instant::now()
             }
@@ -143,7 +145,7 @@ impl BookmarkWriter {
         self.due = Some(self.due.map_or(when, |due| due.min(when)));
     }
 
-    /// Writes what moved, then opens: whoever comes back finds what was surely received a moment ago.
+    /// Writes moves before opens: a client that reconnects finds what it acknowledged a moment ago.
     async fn write(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             self.note(command);
@@ -176,7 +178,7 @@ impl BookmarkWriter {
             self.bookmarks.forget(&self.forgets).await?;
             self.forgets.clear();
         }
-        // Whoever wished it may have gone.
+        // Skip requests whose session has ended.
         self.opens.retain(|_, (_, opened)| !opened.is_closed());
         let opens = self.opens.iter().take(MOST);
         let wanted: Vec<_> = opens.map(|(key, (here, _))| (key.clone(), here.clone())).collect();

@@ -1,4 +1,4 @@
-//! The past, read from the changelog for those who missed it.
+//! Reads missed changes from the changelog and replays them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,40 +19,41 @@ use crate::postgres::changelog::reader;
 use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::pool::{Error, Server};
 
-/// Portions of the past that are read and judged at a time: a storm of readers queues here, and not at the database.
+/// Chunks read and authorized concurrently for single subscribers: a storm of reconnects queues here, not at the
+/// database.
 const AT_ONCE: usize = 4;
-/// The same for those that many are told together.
+/// The same for replays to many groups.
 const SHARED: usize = 2;
-/// A connection is kept so long for the next portion.
+/// Time that an idle connection is kept for the next chunk.
 const SPARE: Duration = Duration::from_secs(5);
-/// One reader's turn, as somebody may wait for the answer; a long past takes several.
+/// Maximum time of one replay to a single subscriber, whose answer may be waiting; a long replay takes several.
 const TURN: Duration = Duration::from_secs(2);
 
-/// Reads the past for those who missed it.
+/// Reads missed changes from the changelog.
 pub struct ReplayReader {
     server: Server,
     pool: Pool,
     transactions: Arc<Transactions>,
     catalog: Arc<CatalogCache>,
-    /// Apart from the gate of what happens now, which must not wait for the past.
+    /// Separate from the gate of live delivery, which must not wait for a replay.
     gate: Gate,
     places: Arc<Semaphore>,
     shared: Arc<Semaphore>,
-    /// PostgreSQL may take this long for a portion.
+    /// Time limit for a chunk.
     patience: Duration,
-    /// Connections that nobody reads by, and since when.
+    /// Idle connections, and since when.
     spare: Mutex<Vec<(ChunkReader, Instant)>>,
     judged_with: Mutex<Option<Arc<Catalog>>>,
 }
 
-/// Why a cursor leads nowhere.
+/// Why a replay failed.
 #[derive(Debug)]
 pub enum ReplayError {
-    /// What was missed cannot be had any more, and why: read the rows again.
+    /// What was missed cannot be recovered, and why: the rows have to be read again.
     Gap(&'static str),
-    /// The database cannot be asked now.
+    /// PostgreSQL does not answer.
     Unavailable(Error),
-    /// The reader's token has ended: what is left is for its next one.
+    /// The subscriber's token has expired: the rest waits for its next token.
     Ended,
 }
 
@@ -62,9 +63,9 @@ impl From<Error> for ReplayError {
     }
 }
 
-/// Whom the past is told.
+/// The receiver of a replay.
 pub trait ReplaySink {
-    /// Tells them a stretch.
+    /// Delivers a batch.
     fn tell(
         &mut self,
         gate: &Gate,
@@ -72,7 +73,7 @@ pub trait ReplaySink {
         batch: &Batch,
     ) -> impl Future<Output = Result<(), ReplayError>> + Send;
 
-    /// Waits for something of the past. Whoever has others to listen to does so meanwhile.
+    /// Awaits a query of the replay. A sink may do other work meanwhile.
     fn meanwhile<T: Send>(
         &mut self,
         asked: impl Future<Output = T> + Send,
@@ -80,30 +81,31 @@ pub trait ReplaySink {
         asked
     }
 
-    /// Whether they are to read what they were told before more of it comes.
+    /// Returns whether clients should read before more is delivered.
     fn is_behind(&self) -> bool {
         false
     }
 
-    /// Lets them read it.
+    /// Waits for clients to read.
     fn let_read(&mut self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
 
-    /// The relations whose changes are all that concerns them of the page in which they stand, when that is known.
+    /// Returns the relations to replay from a partly delivered page; `None` for all.
     fn only(&self) -> Option<Arc<[i32]>> {
         None
     }
 
-    /// They were told everything up to here.
+    /// Records that everything up to `here` was delivered.
     fn reached(&mut self, here: Cursor);
 
-    /// Whether they have enough for now.
+    /// Returns whether the replay should stop here.
     fn has_enough(&self) -> bool;
 }
 
 impl ReplayReader {
-    /// Reads the changelog of `server`, which has `patience` for each portion; `pool` is for other questions.
+    /// Creates a reader of the changelog of `server`, with a time limit of `patience` per chunk; `pool` is for other
+    /// queries.
     pub fn new(
         server: Server,
         pool: Pool,
@@ -126,10 +128,10 @@ impl ReplayReader {
         }
     }
 
-    /// Whether the cursor is of a moment that has been, and whose changes are still there.
+    /// Checks that the cursor is not in the future and that the changes after it are still kept.
     ///
     /// # Errors
-    /// When it is not.
+    /// When the cursor is invalid, or PostgreSQL does not answer.
     pub async fn check(&self, cursor: &Cursor) -> Result<(), ReplayError> {
         self.check_by(&self.places, cursor).await
     }
@@ -144,7 +146,7 @@ impl ReplayReader {
         checked
     }
 
-    /// The connection of a reader before, when many come one after the other; else a new one.
+    /// Takes an idle connection or opens one.
     async fn connection(&self) -> Result<ChunkReader, Error> {
         let mut spare = self.spare.lock().await;
         spare.retain(|(chunks, since)| since.elapsed() < SPARE && chunks.is_open());
@@ -171,7 +173,7 @@ impl ReplayReader {
         }
     }
 
-    /// A connection on which nothing comes any more may look open for ever, and so may those that wait for their next use.
+    /// Applies the time limit. A dead connection may look open for ever, and so may the idle ones: they are dropped.
     async fn in_time<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         match timeout(self.patience, asked).await {
             Ok(answered) => answered,
@@ -182,7 +184,7 @@ impl ReplayReader {
         }
     }
 
-    /// Whether everything after the snapshot is still there.
+    /// Checks that everything after the snapshot is still kept.
     async fn check_kept(&self, seen: &Snapshot) -> Result<(), ReplayError> {
         match self.in_time(reader::horizon(&self.pool)).await?.is_before_or_equal(seen) {
             true => Ok(()),
@@ -190,7 +192,7 @@ impl ReplayReader {
         }
     }
 
-    /// What was planned with other rules is forgotten.
+    /// Discards plans that were made with another catalog.
     async fn set_catalog(&self, catalog: &Arc<Catalog>) {
         let mut judged_with = self.judged_with.lock().await;
         if !judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog)) {
@@ -199,11 +201,11 @@ impl ReplayReader {
         }
     }
 
-    /// Tells what was delivered to others a moment ago. Where the rules were looked at for these listeners already
-    /// (`looked`), those count that counted for the others.
+    /// Replays batches that were delivered live a moment ago. When the catalog was already reloaded for this sink
+    /// (`looked`), the version mark of the batches suffices.
     ///
     /// # Errors
-    /// When it cannot be told.
+    /// When delivery fails.
     pub async fn replay_recent(
         &self,
         missed: &[Arc<Batch>],
@@ -226,11 +228,11 @@ impl ReplayReader {
         Ok(())
     }
 
-    /// Tells one reader what lies between two cursors; stops when it has enough, or for it to answer whom it tells. True
-    /// when that was all.
+    /// Replays the changes between two cursors to one subscriber; stops when it has enough, or after [`TURN`].
+    /// Returns whether that was all.
     ///
     /// # Errors
-    /// When it cannot be told.
+    /// When reading or delivery fails.
     pub async fn replay_to_one(
         &self,
         since: &Cursor,
@@ -241,10 +243,10 @@ impl ReplayReader {
         Box::pin(self.tell(&self.places, since, to, until, listener)).await
     }
 
-    /// Tells many together what lies between two cursors, unless they have enough before.
+    /// Replays the changes between two cursors to many groups, until they have enough.
     ///
     /// # Errors
-    /// When it cannot be told.
+    /// When reading or delivery fails.
     pub async fn replay_to_many(
         &self,
         since: &Cursor,
@@ -267,7 +269,7 @@ impl ReplayReader {
             ReplaySink::has_enough(listeners) || until.is_some_and(|until| Instant::now() > until)
         };
         let mut here = since.clone();
-        // The page in which the cursor stands comes first.
+        // The page that the cursor is in comes first.
         while let Some(missing) = here.missing(to) {
             here = missing.end();
             let Missing { span, after, through } = missing;
@@ -275,7 +277,7 @@ impl ReplayReader {
             let mut bearing = ChunkPosition::new(&span, after).through(through).only(only);
             let span = Arc::new(span);
             loop {
-                // Kept until the portion is told: those who wait for a place must not each have one in memory.
+                // Held until the chunk is delivered: waiting replays must not each have a chunk in memory.
                 let mut place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
                 let chunk = listeners.meanwhile(self.chunk(&bearing)).await?;
                 let mut parts = chunk.parts.into_iter().peekable();
@@ -299,7 +301,7 @@ impl ReplayReader {
                         return Ok(false);
                     }
                     if listeners.is_behind() {
-                        // Whoever reads slowly has no place meanwhile.
+                        // A replay that waits for slow clients frees its permit.
                         place = None;
                         listeners.let_read().await;
                     }
@@ -320,7 +322,7 @@ impl ReplayReader {
         Ok(true)
     }
 
-    /// Reads a portion; nothing of it was trimmed before.
+    /// Reads a chunk, and checks that nothing of it was trimmed before.
     async fn chunk(&self, from: &ChunkPosition) -> Result<Chunk, ReplayError> {
         let chunks = self.connection().await?;
         let chunk = self.in_time(chunks.read(from, PART_CHANGES, PART_BYTES)).await?;

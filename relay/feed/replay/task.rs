@@ -1,5 +1,6 @@
-//! Those who have the rest of a large page before them are told it beside the others, who go on meanwhile: one reading for
-//! all of them. Their channels stay with the hub; here is only who tells them, until they are where the feed is.
+//! A replay of the rest of a large page to the groups it concerns, beside live delivery. One read of the changelog
+//! serves all of them. The hub owns the channels; this task only delivers to them, until they reach the feed's
+//! position.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -21,24 +22,23 @@ use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
 use crate::observe::Observe;
 
-/// After each part, clients that have much to read get so much time for it: who takes half a megabyte a second is waited
-/// for, and is never too slow.
+/// Longest wait for clients after each batch: a client that reads half a megabyte a second is never too slow.
 const PAUSE: Duration = Duration::from_millis(250);
-/// The pause before the next try, when PostgreSQL cannot be asked or the router is not ready.
+/// Pause before a retry, when PostgreSQL does not answer or the router is not ready.
 const AGAIN: Duration = Duration::from_millis(200);
 
-/// Audiences on their way through the past.
+/// A replay to a set of groups.
 pub struct ReplayTask {
     number: u64,
     groups: SubscriberGroups,
     newcomers: Arc<Newcomers>,
-    /// Up to where all of them were told everything.
+    /// The position of all groups.
     at: Cursor,
-    /// The relations that concern them, of the page with which they began; none when that is most of it.
+    /// The relations to replay from the page that it began with; `None` for all.
     pub only: Option<Arc<[i32]>>,
-    /// They were told that nothing comes for now, and not yet that it goes on.
+    /// The groups were told that the feed stalls, and not yet that it continues.
     stalled: bool,
-    /// When they came further last, and how long without that is a stall.
+    /// When the position moved last; `bound` is the time without progress that counts as a stall.
     moved: Instant,
     bound: Duration,
     past: Arc<ReplayReader>,
@@ -47,7 +47,7 @@ pub struct ReplayTask {
 }
 
 impl ReplayTask {
-    /// Of these, from `at` on; they have heard of no stall. Without anything new for as long as `bound` they will.
+    /// Creates a replay from `at`, not stalled. It stalls after `bound` without progress.
     pub fn new(
         replayed: Replayed,
         at: Cursor,
@@ -77,7 +77,7 @@ impl ReplayTask {
         }
     }
 
-    /// Tells what the router says is still before them, until that is nothing or cannot be had.
+    /// Replays what the router says is missing, until nothing is or it cannot be recovered.
     pub async fn run(mut self) {
         let past = Arc::clone(&self.past);
         loop {
@@ -114,12 +114,12 @@ impl ReplayTask {
         }
     }
 
-    /// Asks the router what comes next for them, who are here, or lack what cannot be had.
+    /// Reports the position, or why the changes cannot be recovered; returns what is still missing.
     async fn ask(&mut self, at: Result<Cursor, &'static str>) -> FollowOutcome {
         let (answer, heard) = oneshot::channel();
         let (replay, rules, stalled) = (self.number, self.groups.rules().cloned(), self.stalled);
         let _ = self.router.send(Command::Arrived { replay, at, rules, stalled, answer });
-        // Without a router there is nobody left to tell.
+        // The router is gone at shutdown only.
         self.meanwhile(heard).await.unwrap_or(FollowOutcome::Live)
     }
 
@@ -129,7 +129,7 @@ impl ReplayTask {
         }
     }
 
-    /// Takes in those who came since, and lets go of audiences of which nobody is left.
+    /// Adds groups that joined since, and removes those without channels. Returns the added groups.
     fn welcome(&mut self) -> Vec<SubscriberGroup> {
         let is_left =
             |(number, group): (usize, &SubscriberGroup)| group.members().is_empty().then_some(number);
@@ -152,8 +152,8 @@ impl ReplaySink for ReplayTask {
         let Some(here) = batch.end().map(Arc::new) else { return Ok(()) };
         loop {
             self.groups.iter().for_each(|(_, group)| group.members().reached(&here));
-            // Those who came while it was told may have left another audience before that was told. When none come any more,
-            // all who come later have this part.
+            // A channel that joined meanwhile may have left another group before that got this batch. When no more
+            // join, all later ones are past this batch.
             let newcomers = self.welcome();
             if newcomers.is_empty() {
                 break;
@@ -174,7 +174,7 @@ impl ReplaySink for ReplayTask {
         self.groups.let_clients_read(PAUSE).await;
     }
 
-    /// Before its first page, or while PostgreSQL does not answer, it may wait for long.
+    /// The first page, or a PostgreSQL that does not answer, may take long.
     async fn meanwhile<T: Send>(&mut self, asked: impl Future<Output = T> + Send) -> T {
         let mut asked = pin!(asked);
         loop {
