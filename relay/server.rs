@@ -24,7 +24,7 @@ use crate::feed::read::source::Source;
 use crate::feed::read::stall::{StallCause, StallMonitor};
 use crate::feed::replay::bookmarks::BookmarkHandle;
 use crate::feed::replay::reader::ReplayReader;
-use crate::feed::router::{Parts, Router};
+use crate::feed::router::{FeedItems, Router};
 use crate::feed::subscribe::Binder;
 use crate::observe::Observe;
 use crate::postgres::bookmarks::Bookmarks;
@@ -154,9 +154,9 @@ pub async fn serve(
     let aside = |name| {
         let (way_in, commands) = mpsc::unbounded_channel();
         let (backlog, stall_monitor) =
-            (Arc::new(Backlog::default()), Arc::new(StallMonitor::beside(&stall_monitor, name)));
+            (Arc::new(Backlog::default()), Arc::new(StallMonitor::for_lane(&stall_monitor, name)));
         let router = router(gate(filter_judge()), way_in.clone(), Arc::clone(&stall_monitor), Vec::new());
-        tasks.spawn(router.run(commands, Parts::Backlog(Arc::clone(&backlog)), feed_end.clone()));
+        tasks.spawn(router.run(commands, FeedItems::Backlog(Arc::clone(&backlog)), feed_end.clone()));
         let end = end.clone();
         tasks.spawn(async move { stall_monitor.run(end).await });
         (way_in, backlog)
@@ -165,7 +165,7 @@ pub async fn serve(
     let (asked_in, asked) = aside("filters");
     let (crowd_in, crowd) = aside("crowd");
     let main_router = router(gate(None), commands_in.clone(), Arc::clone(&stall_monitor), vec![asked, crowd]);
-    tasks.spawn(main_router.run(commands, Parts::Source(parts), feed_end.clone()));
+    tasks.spawn(main_router.run(commands, FeedItems::Source(parts), feed_end.clone()));
     let lanes = Lanes::new(commands_in, asked_in, crowd_in);
     if let Some(keeper) = config.keeper {
         tasks.spawn(keeper.run(Arc::clone(&observe), end.clone()));
@@ -245,9 +245,9 @@ async fn prepare(
             let mut client = server.connect().await?;
             if wanted {
                 // However long that takes, the database is there.
-                stall_monitor.goes_on(StallCause::Changelog);
+                stall_monitor.end_wait(StallCause::Changelog);
                 let applied = install::install(&mut client).await?;
-                stall_monitor.waits(StallCause::Changelog);
+                stall_monitor.begin_wait(StallCause::Changelog);
                 if !applied.is_empty() {
                     tracing::info!(file.count = applied.len(), "installed");
                 }
@@ -269,7 +269,7 @@ async fn prepare(
                 return Ok(());
             }
             Err(error) if error.is_transient() => {
-                stall_monitor.is_cut_off(error.kind());
+                stall_monitor.record_disconnect(error.kind());
                 let pause = backoff.pause();
                 tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "waiting for the database");
                 sleep(pause).await;

@@ -203,7 +203,7 @@ async fn a_flood_of_rings_while_changes_wait_for_their_judgement_takes_no_memory
         ))
         .await;
     database.run("insert into t select generate_series(1, 3000)").await;
-    line_with(&mut lines, "changes wait for their judgement").await;
+    line_with(&mut lines, "changes not authorized, retrying").await;
     let reading = tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
     let before = most_memory(child.id().unwrap());
     for _ in 0..10 {

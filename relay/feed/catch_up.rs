@@ -8,8 +8,8 @@ use tokio::time::sleep;
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::command::{Command, FollowOutcome};
-use crate::feed::deliver::fan_out::{now, tell_one};
-use crate::feed::deliver::group::{ALTERED, ANOTHER, GroupKey, Subscriber, SubscriberGroup};
+use crate::feed::deliver::fan_out::{deliver_to_one, now};
+use crate::feed::deliver::group::{GroupKey, NOT_WATCHED, Subscriber, SubscriberGroup, TABLE_CHANGED};
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::handle::Feed;
 use crate::feed::read::batch::Batch;
@@ -22,7 +22,7 @@ use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::Subscription;
 
 /// Longest pause between two queries to the router.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// Maximum time of one step while the feed keeps moving, so that a waiting answer can be sent.
 const TURN: Duration = Duration::from_secs(2);
 
@@ -40,9 +40,9 @@ pub struct CatchUp {
     /// The queue for its frames.
     pub outbox: Arc<Outbox>,
     /// The cursor is known not to be in the future.
-    is_known: bool,
+    is_checked: bool,
     /// Delivery continues after it is dropped.
-    stays: bool,
+    is_detached: bool,
 }
 
 /// The progress of a catch-up.
@@ -65,7 +65,7 @@ impl CatchUp {
         outbox: Arc<Outbox>,
     ) -> Self {
         let since = watch::Sender::new(since);
-        Self { feed, channel, subscription, codec, since, outbox, is_known: false, stays: false }
+        Self { feed, channel, subscription, codec, since, outbox, is_checked: false, is_detached: false }
     }
 
     /// Replays until nothing is missing, or the outbox has enough to read.
@@ -73,33 +73,33 @@ impl CatchUp {
     /// # Errors
     /// When what was missed cannot be read.
     pub async fn go_on(&mut self) -> Result<Progress, ReplayError> {
-        let (mut pause, mut looked, started) = (Duration::from_millis(50), false, Instant::now());
+        let (mut pause, mut is_catalog_checked, started) = (Duration::from_millis(50), false, Instant::now());
         if self.subscription.is_younger_than(&self.since()) {
-            return Err(ReplayError::Gap(ANOTHER));
+            return Err(ReplayError::Gap(NOT_WATCHED));
         }
         loop {
-            match self.ask().await {
+            match self.request_delivery().await {
                 Some(FollowOutcome::Live) => return Ok(Progress::Live),
                 Some(FollowOutcome::Ahead) => {
-                    self.feed.past().check(&self.since()).await?;
-                    self.is_known = true;
+                    self.feed.replay_reader().check(&self.since()).await?;
+                    self.is_checked = true;
                 }
                 Some(FollowOutcome::Missed(missed, to)) => {
-                    let past = self.feed.past();
-                    let mut alone = self.alone();
-                    past.replay_recent(&missed, looked, &mut alone).await?;
-                    let has_told = alone.told > 0;
+                    let reader = self.feed.replay_reader();
+                    let mut sink = self.sink();
+                    reader.replay_recent(&missed, is_catalog_checked, &mut sink).await?;
+                    let has_sent = sink.sent > 0;
                     self.since.send_replace(self.since().and(&to));
                     // The feed may have moved during the replay, and may do so each time.
-                    let is_enough = looked && has_told || started.elapsed() > TURN;
+                    let is_enough = is_catalog_checked && has_sent || started.elapsed() > TURN;
                     if is_enough || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
-                    looked = true;
+                    is_catalog_checked = true;
                 }
                 Some(FollowOutcome::Behind(to)) => {
-                    let (past, since) = (self.feed.past(), self.since());
-                    let is_there = past.replay_to_one(&since, &to, &mut self.alone()).await?;
+                    let (reader, since) = (self.feed.replay_reader(), self.since());
+                    let is_there = reader.replay_to_one(&since, &to, &mut self.sink()).await?;
                     if !is_there || self.outbox.is_behind() {
                         return Ok(Progress::More);
                     }
@@ -107,41 +107,41 @@ impl CatchUp {
                 Some(FollowOutcome::Gap(why)) => return Err(ReplayError::Gap(why)),
                 Some(FollowOutcome::NotYet) | None => {
                     sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    pause = (pause * 2).min(MAX_PAUSE);
                 }
             }
         }
     }
 
     /// Asks the router for live delivery from here. `None` when the relay ends.
-    async fn ask(&self) -> Option<FollowOutcome> {
-        let (outcome, heard) = oneshot::channel();
-        let registration = Subscriber {
+    async fn request_delivery(&self) -> Option<FollowOutcome> {
+        let (outcome, receiver) = oneshot::channel();
+        let subscriber = Subscriber {
             codec: self.codec.clone(),
             subscription: self.subscription.clone(),
             since: Some(self.since()),
             outbox: Arc::clone(&self.outbox),
             missed: None,
         };
-        let checked = self.is_known;
-        self.feed.send(Command::Follow { channel: self.channel, registration, checked, outcome });
-        heard.await.ok()
+        let checked = self.is_checked;
+        self.feed.send(Command::Follow { channel: self.channel, subscriber, checked, outcome });
+        receiver.await.ok()
     }
 
     /// Returns the channel as a replay sink. A replayed batch may begin with changes that it already has.
-    fn alone(&self) -> SingleSink<'_> {
+    fn sink(&self) -> SingleSink<'_> {
         let key = GroupKey {
             codec: self.codec.clone(),
             subscription: self.subscription.clone(),
             since: Some(self.since()),
         };
         let group = SubscriberGroup::new(Arc::new(key), self.channel, Arc::clone(&self.outbox));
-        SingleSink { group, outbox: &self.outbox, since: &self.since, told: 0 }
+        SingleSink { group, outbox: &self.outbox, since: &self.since, sent: 0 }
     }
 
     /// Ends the catch-up; delivery continues until the channel leaves.
     pub fn settle(mut self) {
-        self.stays = true;
+        self.is_detached = true;
     }
 
     /// Returns its channel.
@@ -177,17 +177,17 @@ impl CatchUp {
 
     /// Ends delivery and returns the position up to which everything is in the outbox.
     pub async fn leave(&self) -> Option<Cursor> {
-        let (until, heard) = oneshot::channel();
+        let (reply, receiver) = oneshot::channel();
         let outbox = Arc::clone(&self.outbox);
         let farewell = Vec::new();
-        self.feed.send(Command::Leave { channel: self.channel, outbox, farewell, until: Some(until) });
-        heard.await.ok().flatten()
+        self.feed.send(Command::Leave { channel: self.channel, outbox, farewell, reply: Some(reply) });
+        receiver.await.ok().flatten()
     }
 }
 
 impl Drop for CatchUp {
     fn drop(&mut self) {
-        if !self.stays {
+        if !self.is_detached {
             self.feed.leave(self.channel, &self.outbox, Vec::new());
         }
     }
@@ -199,23 +199,28 @@ struct SingleSink<'a> {
     outbox: &'a Outbox,
     since: &'a watch::Sender<Cursor>,
     /// Number of frames queued.
-    told: usize,
+    sent: usize,
 }
 
 impl ReplaySink for SingleSink<'_> {
-    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, batch: &Batch) -> Result<(), ReplayError> {
+    async fn deliver(
+        &mut self,
+        gate: &Gate,
+        catalog: &Arc<Catalog>,
+        batch: &Batch,
+    ) -> Result<(), ReplayError> {
         let is_new = |change: &&Change| !self.since.borrow().has(change.xid, change.number);
         let subscription = self.group.subscription();
         if subscription.is_stale(catalog)
             || batch.changes.iter().filter(is_new).any(|change| subscription.has_lost(change, catalog))
         {
-            return Err(ReplayError::Gap(ALTERED));
+            return Err(ReplayError::Gap(TABLE_CHANGED));
         }
         // A gap instead of closing the client: it would come back for the same changes.
         if !self.outbox.budget().make_room(batch.bytes()) {
             return Err(ReplayError::Gap(NO_ROOM));
         }
-        self.told += tell_one(gate, catalog, batch, &self.group).await?;
+        self.sent += deliver_to_one(gate, catalog, batch, &self.group).await?;
         // Its token may have expired before the end of the batch: the position stays.
         match self.group.subscription().identity().claims().expires_at() <= now() {
             true => Err(ReplayError::Ended),

@@ -20,7 +20,7 @@ pub enum Command {
         /// The channel.
         channel: ChannelId,
         /// Its subscription and outbox.
-        registration: Subscriber,
+        subscriber: Subscriber,
         /// Frames that go out before any change.
         greeting: Vec<Bytes>,
     },
@@ -29,7 +29,7 @@ pub enum Command {
         /// The channel.
         channel: ChannelId,
         /// Its subscription, outbox and cursor.
-        registration: Subscriber,
+        subscriber: Subscriber,
         /// The cursor is known not to be in the future.
         checked: bool,
         /// Receives the outcome.
@@ -44,16 +44,16 @@ pub enum Command {
         /// Frames that go out after the last change.
         farewell: Vec<Bytes>,
         /// Receives the channel's position.
-        until: Option<oneshot::Sender<Option<Cursor>>>,
+        reply: Option<oneshot::Sender<Option<Cursor>>>,
     },
     /// Query the positions of channels of one client.
     DeliveredUpTo {
         /// The channels; empty for the feed's position alone.
         channels: Vec<ChannelId>,
         /// A frame to queue after everything before these positions, and its outbox.
-        then: Option<(Arc<Outbox>, Bytes)>,
+        trailing_frame: Option<(Arc<Outbox>, Bytes)>,
         /// Receives the positions; dropped when they are unknown.
-        until: oneshot::Sender<DeliveredUpTo>,
+        reply: oneshot::Sender<DeliveredUpTo>,
     },
     /// A replay has reached its target, or cannot continue.
     Arrived {
@@ -73,24 +73,24 @@ pub enum Command {
 /// Positions up to which everything was delivered.
 pub struct DeliveredUpTo {
     /// The feed's position.
-    pub here: Cursor,
+    pub feed: Cursor,
     /// The positions of the channels in the query.
     pub channels: Vec<(ChannelId, Cursor)>,
 }
 
 impl DeliveredUpTo {
     /// Sends the answer, and queues the frame, if there is one.
-    pub fn tell(
-        here: Option<Cursor>,
+    pub fn answer(
+        feed: Option<Cursor>,
         channels: Vec<(ChannelId, Cursor)>,
-        then: Option<(Arc<Outbox>, Bytes)>,
-        until: oneshot::Sender<Self>,
+        trailing_frame: Option<(Arc<Outbox>, Bytes)>,
+        reply: oneshot::Sender<Self>,
     ) {
-        if let Some((outbox, frame)) = then {
+        if let Some((outbox, frame)) = trailing_frame {
             outbox.push(frame);
         }
-        if let Some(here) = here {
-            let _ = until.send(Self { here, channels });
+        if let Some(feed) = feed {
+            let _ = reply.send(Self { feed, channels });
         }
     }
 }

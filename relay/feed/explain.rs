@@ -122,22 +122,22 @@ pub struct RowPart {
 /// # Errors
 /// As the connections.
 pub async fn explain(
-    keeper: &CatalogCache,
+    catalog_cache: &CatalogCache,
     binder: &Binder,
-    judge: &IdentityEvaluator,
-    enquiry: &ExplainQueries,
-    wanted: &ExplainRequest,
+    evaluator: &IdentityEvaluator,
+    queries: &ExplainQueries,
+    request: &ExplainRequest,
 ) -> Result<Explanation, Error> {
-    let role = wanted.identity.claims().role();
-    let catalog = keeper.with_role(role).await?;
-    let named = enquiry.named(&wanted.table).await?;
+    let role = request.identity.claims().role();
+    let catalog = catalog_cache.with_role(role).await?;
+    let named = queries.named(&request.table).await?;
     let relation = named.as_ref().and_then(|(schema, table)| catalog.named(schema, table));
     let mut explanation = Explanation {
         table: named
             .as_ref()
-            .map_or_else(|| wanted.table.clone(), |(schema, table)| format!("{schema}.{table}")),
+            .map_or_else(|| request.table.clone(), |(schema, table)| format!("{schema}.{table}")),
         role: role.to_owned(),
-        hindrances: enquiry.hindrances(&wanted.table, role).await?,
+        hindrances: queries.hindrances(&request.table, role).await?,
         hidden_columns: Vec::new(),
         way: None,
         obstacles: Vec::new(),
@@ -162,8 +162,8 @@ pub async fn explain(
     explanation.obstacles =
         reasons.map(|obstacle| Reason { part: obstacle.part.clone(), why: obstacle.why.clone() }).collect();
     explanation.claims_read = claims_read(&access.plan);
-    explanation.questions = access.plan.queries.iter().map(question).collect();
-    let mut anchors = access.plan.predicate.index_keys(&access.plan.values(wanted.identity.claims()));
+    explanation.questions = access.plan.leaves.iter().map(describe_query).collect();
+    let mut keys = access.plan.predicate.anchors(&access.plan.values(request.identity.claims()));
     for policy in &access.rights.policies {
         explanation.policies.push(PolicyPart {
             name: policy.name.clone(),
@@ -174,20 +174,20 @@ pub async fn explain(
         });
     }
     let mut bound = None;
-    if let Some(text) = &wanted.filter {
-        match filter(binder, wanted, relation, text).await {
+    if let Some(text) = &request.filter {
+        match filter(binder, request, relation, text).await {
             Ok(filter) => {
-                anchors = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.index_keys()).and(anchors);
+                keys = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.anchors()).and(keys);
                 bound = filter;
                 explanation.filter = Some(FilterPart { text: text.clone(), refused: None });
             }
             Err(why) => explanation.filter = Some(FilterPart { text: text.clone(), refused: Some(why) }),
         }
     }
-    explanation.index = index(&anchors, relation);
-    if let Some(sought) = &wanted.row {
-        let bench = ExplainContext { judge, enquiry, identity: &wanted.identity };
-        let row = bench.row(relation, access, sought, &mut explanation.policies, bound.as_deref()).await?;
+    explanation.index = index(&keys, relation);
+    if let Some(target) = &request.row {
+        let context = ExplainContext { evaluator, queries, identity: &request.identity };
+        let row = context.row(relation, access, target, &mut explanation.policies, bound.as_deref()).await?;
         explanation.row = Some(row);
     }
     Ok(explanation)
@@ -198,7 +198,7 @@ fn claims_read(plan: &Plan) -> Option<Vec<String>> {
     (!plan.reads_all).then(|| terms.map(ToString::to_string).collect())
 }
 
-fn question(leaf: &ServerQuery) -> String {
+fn describe_query(leaf: &ServerQuery) -> String {
     match leaf {
         ServerQuery::Fact { expression } => format!("which rows fulfil: {expression}"),
         ServerQuery::Found { query, .. } => format!("which readers are found by: {query}"),
@@ -206,15 +206,15 @@ fn question(leaf: &ServerQuery) -> String {
     }
 }
 
-fn index(anchors: &IndexKeys, relation: &Relation) -> Option<Vec<String>> {
-    let IndexKeys::OneOf(anchors) = anchors else { return None };
+fn index(keys: &IndexKeys, relation: &Relation) -> Option<Vec<String>> {
+    let IndexKeys::OneOf(keys) = keys else { return None };
     let name = |column: &usize| relation.columns.get(*column).map_or("?", |column| &column.name);
-    let mut lines: Vec<String> = anchors
+    let mut lines: Vec<String> = keys
         .iter()
-        .map(|anchor| match (&anchor.equal[..], &anchor.range) {
-            _ if anchor.named => String::from("named by PostgreSQL"),
+        .map(|key| match (&key.equal[..], &key.range) {
+            _ if key.named => String::from("named by PostgreSQL"),
             ([], Some((column, _))) => format!("{} in a range", name(column)),
-            ([], None) if let Some((column, _)) = &anchor.prefix => {
+            ([], None) if let Some((column, _)) = &key.prefix => {
                 format!("{} by what it begins with", name(column))
             }
             (equal, _) => {
@@ -230,7 +230,7 @@ fn index(anchors: &IndexKeys, relation: &Relation) -> Option<Vec<String>> {
 /// Returns the parsed filter, or why it is refused.
 async fn filter(
     binder: &Binder,
-    wanted: &ExplainRequest,
+    request: &ExplainRequest,
     relation: &Relation,
     text: &str,
 ) -> Result<Option<Arc<TypedFilter>>, String> {
@@ -240,10 +240,10 @@ async fn filter(
         entry.insert(name.to_owned(), Value::from(value));
     }
     let plain = |refusal: SubscribeError| {
-        refusal.plain((&relation.schema, &relation.table), Some(wanted.identity.claims().role()))
+        refusal.plain((&relation.schema, &relation.table), Some(request.identity.claims().role()))
     };
-    let request = Request::parse(&entry).map_err(plain)?;
-    match binder.bind(wanted.identity.clone(), &[request]).await {
+    let subscription_request = Request::parse(&entry).map_err(plain)?;
+    match binder.bind(request.identity.clone(), &[subscription_request]).await {
         Ok(subscription) => {
             let subscription = subscription.whole().map_err(plain)?;
             Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone()))
@@ -255,8 +255,8 @@ async fn filter(
 
 /// The context to evaluate one row for one subscriber.
 struct ExplainContext<'a> {
-    judge: &'a IdentityEvaluator,
-    enquiry: &'a ExplainQueries,
+    evaluator: &'a IdentityEvaluator,
+    queries: &'a ExplainQueries,
     identity: &'a Identity,
 }
 
@@ -265,13 +265,13 @@ impl ExplainContext<'_> {
         &self,
         relation: &Relation,
         access: &Access,
-        sought: &ExplainTarget,
+        target: &ExplainTarget,
         policies: &mut [PolicyPart],
         filter: Option<&TypedFilter>,
     ) -> Result<RowPart, Error> {
-        let image = match sought {
+        let image = match target {
             ExplainTarget::Image(image) => Some(image.clone()),
-            ExplainTarget::Like(values) => self.enquiry.row(relation, values).await?,
+            ExplainTarget::Like(values) => self.queries.row(relation, values).await?,
         };
         let Some(image) = image else {
             return Ok(RowPart { found: false, allowed: false, by: Vec::new(), matches: None });
@@ -285,8 +285,8 @@ impl ExplainContext<'_> {
         let reading: Arc<str> = reading(relation).into();
         let says = |image: String, statement, with_path| self.says(image, statement, &reading, with_path);
         for policy in policies.iter_mut() {
-            let judgement = self.enquiry.judgement(relation, &policy.condition).await?;
-            policy.says = Some(says(of_policy.clone(), judgement, access.rights.calls_user_functions).await?);
+            let judgement = self.queries.judgement(relation, &policy.condition).await?;
+            policy.says = Some(says(of_policy.clone(), judgement, access.rights.calls_own).await?);
         }
         let allowed = match (&access.policy, &access.judge) {
             (None, _) => true,
@@ -316,7 +316,7 @@ impl ExplainContext<'_> {
     ) -> Result<&'static str, Error> {
         let (identity, reading) = (self.identity.clone(), Arc::clone(reading));
         let question = IdentityQuery { identity, statement, images: &[image], reading, with_path };
-        let verdict = self.judge.judge(&[question]).await?;
+        let verdict = self.evaluator.judge(&[question]).await?;
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
             Some((_, Some(Denied::TimedOut))) => "it took too long",
             Some((_, Some(Denied::Locked))) => "a table that it reads is locked",

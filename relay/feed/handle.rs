@@ -13,7 +13,7 @@ use crate::feed::deliver::outbox::Outbox;
 use crate::feed::lanes::Lanes;
 use crate::feed::replay::bookmarks::BookmarkHandle;
 use crate::feed::replay::reader::ReplayReader;
-use crate::feed::subscribe::{Attempt, BindError, Binder, PATIENCE};
+use crate::feed::subscribe::{BindError, Binder, PATIENCE, RequestError};
 use crate::model::codec::payload::record;
 use crate::model::identity::bookmark::{BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
@@ -30,13 +30,13 @@ use crate::postgres::snapshot_rows::{RowSink, RowsRead, Selection, SnapshotRows}
 pub struct Feed {
     binder: Arc<Binder>,
     lanes: Arc<Lanes>,
-    past: Arc<ReplayReader>,
+    replay_reader: Arc<ReplayReader>,
     rows: Arc<SnapshotRows>,
     bookmarks: BookmarkHandle,
 }
 
 /// The result of reading rows.
-pub struct Given {
+pub struct RowsPage {
     /// The limit that was exceeded, if any, and the cursor.
     pub found: RowsRead,
     /// The last row, where the next page begins; `None` when rows have no order or no page was requested.
@@ -48,11 +48,17 @@ impl Feed {
     pub fn new(
         binder: Binder,
         lanes: Lanes,
-        past: Arc<ReplayReader>,
+        replay_reader: Arc<ReplayReader>,
         rows: SnapshotRows,
         bookmarks: BookmarkHandle,
     ) -> Self {
-        Self { binder: Arc::new(binder), lanes: Arc::new(lanes), past, rows: Arc::new(rows), bookmarks }
+        Self {
+            binder: Arc::new(binder),
+            lanes: Arc::new(lanes),
+            replay_reader,
+            rows: Arc::new(rows),
+            bookmarks,
+        }
     }
 
     /// Binds each of a channel's requests to an identity.
@@ -71,13 +77,13 @@ impl Feed {
     }
 
     /// Starts delivery to a channel, or changes its subscription; `greeting` goes out first.
-    pub fn join(&self, channel: ChannelId, registration: Subscriber, greeting: Vec<Bytes>) {
-        self.send(Command::Join { channel, registration, greeting });
+    pub fn join(&self, channel: ChannelId, subscriber: Subscriber, greeting: Vec<Bytes>) {
+        self.send(Command::Join { channel, subscriber, greeting });
     }
 
     /// Ends delivery to a channel; `farewell` goes out after everything delivered before.
     pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
-        self.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, until: None });
+        self.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, reply: None });
     }
 
     /// Returns the positions of channels of one client, and of the feed; `None` while the changelog is not being
@@ -85,17 +91,17 @@ impl Feed {
     pub async fn position(
         &self,
         channels: Vec<ChannelId>,
-        then: Option<(Arc<Outbox>, Bytes)>,
+        trailing_frame: Option<(Arc<Outbox>, Bytes)>,
     ) -> Option<DeliveredUpTo> {
         let mut lists = self.lanes.by_router(channels).into_iter().peekable();
-        let mut then = then;
+        let mut trailing_frame = trailing_frame;
         let mut found: Option<DeliveredUpTo> = None;
         while let Some(channels) = lists.next() {
             // A frame after the last lane's answer comes after the changes of all lanes.
-            let then = if lists.peek().is_none() { then.take() } else { None };
-            let (until, heard) = oneshot::channel();
-            self.send(Command::DeliveredUpTo { channels, then, until });
-            if let Ok(position) = heard.await {
+            let trailing_frame = if lists.peek().is_none() { trailing_frame.take() } else { None };
+            let (reply, receiver) = oneshot::channel();
+            self.send(Command::DeliveredUpTo { channels, trailing_frame, reply });
+            if let Ok(position) = receiver.await {
                 match &mut found {
                     Some(found) => found.channels.extend(position.channels),
                     None => found = Some(position),
@@ -113,7 +119,7 @@ impl Feed {
     /// Returns the feed's position once the tables of the subscription have their current names there; `None` on
     /// timeout.
     pub async fn beginning(&self, subscription: &Subscription) -> Option<Cursor> {
-        let tries = async {
+        let attempts = async {
             loop {
                 let here = self.position_soon().await?;
                 if !subscription.is_younger_than(&here) {
@@ -122,20 +128,20 @@ impl Feed {
                 sleep(Duration::from_millis(50)).await;
             }
         };
-        timeout(PATIENCE, tries).await.ok().flatten()
+        timeout(PATIENCE, attempts).await.ok().flatten()
     }
 
     /// Returns the feed's position once the changelog is read; `None` on timeout.
     pub async fn position_soon(&self) -> Option<Cursor> {
-        let tries = async {
+        let attempts = async {
             loop {
                 if let Some(position) = self.position(Vec::new(), None).await {
-                    return position.here;
+                    return position.feed;
                 }
                 sleep(Duration::from_millis(50)).await;
             }
         };
-        timeout(PATIENCE, tries).await.ok()
+        timeout(PATIENCE, attempts).await.ok()
     }
 
     /// Takes over a bookmark, or creates it at the feed's position, unless it is not `wanted` any more by then.
@@ -167,9 +173,9 @@ impl Feed {
         &self,
         subscription: &Subscription,
         paging: &Paging,
-        most: RowLimit,
+        limit: MostRows,
         take: RowSink<'_>,
-    ) -> Result<Given, Attempt> {
+    ) -> Result<RowsPage, RequestError> {
         let claims = subscription.identity().claims();
         let catalog = timeout(PATIENCE, self.binder.catalog().with_role(claims.role())).await;
         let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
@@ -189,29 +195,29 @@ impl Feed {
         let conditions = filter.into_iter().chain(after.as_deref()).collect();
         let select = binding.select.as_deref();
         let mut last_row = String::new();
-        let mut number = 0;
+        let mut count = 0;
         let mut take = |row: &str| {
-            number += 1;
-            if Some(number) == paging.limit {
+            count += 1;
+            if Some(count) == paging.limit {
                 row.clone_into(&mut last_row);
             }
             match record(row, relation, access, select) {
-                Some(told) => take(&told),
+                Some(stripped) => take(&stripped),
                 None => take(row),
             }
         };
         let selection = Selection { relation, access, conditions, order: &order };
-        let found = self.rows.read(claims, &selection, most, &mut take).await?;
+        let found = self.rows.read(claims, &selection, limit, &mut take).await?;
         let has_key = !relation.key.is_empty() && relation.key.iter().all(|key| access.sees(key));
-        let last = if has_key { PageToken::of(&order, &last_row) } else { None };
-        Ok(Given { found, last })
+        let last = if has_key { After::of(&order, &last_row) } else { None };
+        Ok(RowsPage { found, last })
     }
 
     pub(super) fn send(&self, command: Command) {
         self.lanes.send(command);
     }
 
-    pub(super) fn past(&self) -> Arc<ReplayReader> {
-        Arc::clone(&self.past)
+    pub(super) fn replay_reader(&self) -> Arc<ReplayReader> {
+        Arc::clone(&self.replay_reader)
     }
 }

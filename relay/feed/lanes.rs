@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::feed::authorize::filter_cost::FilterCosts;
 use crate::feed::command::Command;
-use crate::feed::deliver::group::ALTERED;
+use crate::feed::deliver::group::TABLE_CHANGED;
 use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
@@ -22,29 +22,29 @@ use crate::model::subscription::error::SubscribeError;
 pub struct Lanes {
     // Unbounded, because a session has at most one pending command per channel and must never wait to leave.
     main: UnboundedSender<Command>,
-    asked: UnboundedSender<Command>,
-    crowd: UnboundedSender<Command>,
-    loads: FilterCosts,
-    homes: Mutex<HashMap<ChannelId, Lane>>,
+    server_filters: UnboundedSender<Command>,
+    heavy: UnboundedSender<Command>,
+    filter_costs: FilterCosts,
+    lanes: Mutex<HashMap<ChannelId, Lane>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Lane {
     Main,
     /// For filters that PostgreSQL evaluates.
-    Asked,
+    ServerFilters,
     /// For clients with many filters.
-    Crowd,
+    Heavy,
 }
 
 impl Lanes {
     /// Creates the lanes over these routers.
     pub fn new(
         main: UnboundedSender<Command>,
-        asked: UnboundedSender<Command>,
-        crowd: UnboundedSender<Command>,
+        server_filters: UnboundedSender<Command>,
+        heavy: UnboundedSender<Command>,
     ) -> Self {
-        Self { main, asked, crowd, loads: FilterCosts::default(), homes: Mutex::default() }
+        Self { main, server_filters, heavy, filter_costs: FilterCosts::default(), lanes: Mutex::default() }
     }
 
     /// Records the filter cost of a channel.
@@ -52,34 +52,34 @@ impl Lanes {
     /// # Errors
     /// When its client exceeds a limit.
     pub fn admit(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), SubscribeError> {
-        self.loads.take(channel, subscription)
+        self.filter_costs.record(channel, subscription)
     }
 
     /// Sends a command to the router of its channel.
     pub fn send(&self, command: Command) {
         // Sending fails only at shutdown, when no caller waits for an answer.
         let _ = match command {
-            Command::Join { channel, registration, mut greeting } => {
-                let (lane, has_moved) = self.settle(channel, &registration.subscription);
+            Command::Join { channel, subscriber, mut greeting } => {
+                let (lane, has_moved) = self.assign(channel, &subscriber.subscription);
                 if has_moved {
-                    let (outbox, farewell) = (Arc::clone(&registration.outbox), Vec::new());
-                    let _ = self.main.send(Command::Leave { channel, outbox, farewell, until: None });
+                    let (outbox, farewell) = (Arc::clone(&subscriber.outbox), Vec::new());
+                    let _ = self.main.send(Command::Leave { channel, outbox, farewell, reply: None });
                     // Changes between the two routers' positions are not delivered.
-                    greeting.push(Bytes::from(registration.codec.gap(ALTERED, "")));
+                    greeting.push(Bytes::from(subscriber.codec.gap(TABLE_CHANGED, "")));
                 }
-                self.of(lane).send(Command::Join { channel, registration, greeting })
+                self.sender(lane).send(Command::Join { channel, subscriber, greeting })
             }
-            Command::Follow { channel, registration, checked, outcome } => {
-                let (lane, _) = self.settle(channel, &registration.subscription);
-                self.of(lane).send(Command::Follow { channel, registration, checked, outcome })
+            Command::Follow { channel, subscriber, checked, outcome } => {
+                let (lane, _) = self.assign(channel, &subscriber.subscription);
+                self.sender(lane).send(Command::Follow { channel, subscriber, checked, outcome })
             }
-            Command::Leave { channel, outbox, farewell, until } => {
+            Command::Leave { channel, outbox, farewell, reply } => {
                 let lane = self.forget(channel);
-                self.of(lane).send(Command::Leave { channel, outbox, farewell, until })
+                self.sender(lane).send(Command::Leave { channel, outbox, farewell, reply })
             }
-            Command::DeliveredUpTo { channels, then, until } => {
-                let lane = channels.first().map_or(Lane::Main, |channel| self.home(*channel));
-                self.of(lane).send(Command::DeliveredUpTo { channels, then, until })
+            Command::DeliveredUpTo { channels, trailing_frame, reply } => {
+                let lane = channels.first().map_or(Lane::Main, |channel| self.lane_of(*channel));
+                self.sender(lane).send(Command::DeliveredUpTo { channels, trailing_frame, reply })
             }
             command => self.main.send(command),
         };
@@ -87,56 +87,56 @@ impl Lanes {
 
     /// Waits until all earlier commands are handled.
     pub async fn settled(&self) {
-        let ask = |way: &UnboundedSender<Command>| {
-            let (until, heard) = oneshot::channel();
-            let _ = way.send(Command::DeliveredUpTo { channels: Vec::new(), then: None, until });
-            heard
+        let flush = |sender: &UnboundedSender<Command>| {
+            let (reply, receiver) = oneshot::channel();
+            let _ = sender.send(Command::DeliveredUpTo { channels: Vec::new(), trailing_frame: None, reply });
+            receiver
         };
-        for heard in [&self.main, &self.asked, &self.crowd].map(ask) {
-            let _ = heard.await;
+        for receiver in [&self.main, &self.server_filters, &self.heavy].map(flush) {
+            let _ = receiver.await;
         }
     }
 
-    fn of(&self, lane: Lane) -> &UnboundedSender<Command> {
+    fn sender(&self, lane: Lane) -> &UnboundedSender<Command> {
         match lane {
             Lane::Main => &self.main,
-            Lane::Asked => &self.asked,
-            Lane::Crowd => &self.crowd,
+            Lane::ServerFilters => &self.server_filters,
+            Lane::Heavy => &self.heavy,
         }
     }
 
     /// Assigns a channel to a lane; also returns whether it has moved from the main one.
-    fn settle(&self, channel: ChannelId, subscription: &Subscription) -> (Lane, bool) {
-        let wanted = match (self.loads.is_much(channel, subscription), subscription.asks()) {
-            (true, _) => Lane::Crowd,
-            (false, true) => Lane::Asked,
+    fn assign(&self, channel: ChannelId, subscription: &Subscription) -> (Lane, bool) {
+        let wanted = match (self.filter_costs.is_heavy(channel, subscription), subscription.asks()) {
+            (true, _) => Lane::Heavy,
+            (false, true) => Lane::ServerFilters,
             (false, false) => Lane::Main,
         };
-        let mut homes = self.homes.lock().unwrap_or_else(PoisonError::into_inner);
-        let home = homes.entry(channel).or_insert(wanted);
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let lane = lanes.entry(channel).or_insert(wanted);
         // After a column changes its type, PostgreSQL may have to evaluate the filter.
-        let has_moved = *home == Lane::Main && subscription.asks();
+        let has_moved = *lane == Lane::Main && subscription.asks();
         if has_moved {
-            *home = wanted;
+            *lane = wanted;
         }
-        (*home, has_moved)
+        (*lane, has_moved)
     }
 
     fn forget(&self, channel: ChannelId) -> Lane {
-        let mut homes = self.homes.lock().unwrap_or_else(PoisonError::into_inner);
-        homes.remove(&channel).unwrap_or(Lane::Main)
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        lanes.remove(&channel).unwrap_or(Lane::Main)
     }
 
-    fn home(&self, channel: ChannelId) -> Lane {
-        let homes = self.homes.lock().unwrap_or_else(PoisonError::into_inner);
-        homes.get(&channel).copied().unwrap_or(Lane::Main)
+    fn lane_of(&self, channel: ChannelId) -> Lane {
+        let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        lanes.get(&channel).copied().unwrap_or(Lane::Main)
     }
 
     /// Splits channels by lane; one empty list for no channels.
     pub fn by_router(&self, channels: Vec<ChannelId>) -> Vec<Vec<ChannelId>> {
         let mut lists: Vec<Vec<ChannelId>> = vec![Vec::new(); 3];
         for channel in channels {
-            lists[self.home(channel) as usize].push(channel);
+            lists[self.lane_of(channel) as usize].push(channel);
         }
         lists.retain(|list| !list.is_empty());
         if lists.is_empty() { vec![Vec::new()] } else { lists }

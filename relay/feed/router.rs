@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::command::{Command, DeliveredUpTo, FollowOutcome};
-use crate::feed::deliver::group::{ALTERED, Subscriber};
+use crate::feed::deliver::group::{Subscriber, TABLE_CHANGED};
 use crate::feed::deliver::hub::Hub;
 use crate::feed::read::backlog::Backlog;
 use crate::feed::read::batch::Batch;
@@ -36,11 +36,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// … while these pauses together stay under this, and under a tenth of the time.
 const PAUSES: Duration = Duration::from_secs(1);
 /// The gap when the router's queue overflowed and there is no position to replay from.
-const UNPLACED: &str = "changes came faster than they could be decided, read the rows again";
+const OVERFLOW: &str = "changes came faster than they could be decided, read the rows again";
 /// Time limit for the regular check of the catalog.
-const LOOK: Duration = Duration::from_millis(500);
+const CATALOG_TIMEOUT: Duration = Duration::from_millis(500);
 /// Changes of one relation above which subscribers of other relations do not wait for them.
-const LARGE: i64 = 1000;
+const LARGE_COUNT: i64 = 1000;
 
 /// The task that owns all subscriptions of a lane.
 pub struct Router {
@@ -59,47 +59,47 @@ pub struct Router {
     /// The live groups were told that the feed stalls, and not yet that it continues.
     stalled: bool,
     /// What was left of [`PAUSES`], and when.
-    pauses: (Duration, Instant),
-    past: Arc<ReplayReader>,
+    pause_budget: (Duration, Instant),
+    replay_reader: Arc<ReplayReader>,
     /// The router's own command channel, for replays.
     router: UnboundedSender<Command>,
     replays: JoinSet<()>,
     /// Commands that came before the first position.
     early: Vec<Command>,
     /// The queues of the secondary routers; empty in one of those.
-    aside: Vec<Arc<Backlog>>,
+    secondary: Vec<Arc<Backlog>>,
     /// The last published number of channels and groups.
     counted: (usize, usize),
 }
 
 /// Where a router gets its feed items.
-pub enum Parts {
+pub enum FeedItems {
     /// The source. It waits until the router takes an item.
     Source(Receiver<FeedItem>),
     /// The queue filled by the main router. It does not wait.
     Backlog(Arc<Backlog>),
 }
 
-impl Parts {
+impl FeedItems {
     async fn next(&mut self) -> Option<FeedItem> {
         match self {
-            Self::Source(parts) => parts.recv().await,
-            Self::Backlog(parts) => Some(parts.next().await),
+            Self::Source(items) => items.recv().await,
+            Self::Backlog(items) => Some(items.next().await),
         }
     }
 
     /// Enables wake-ups before a command, which may add a channel. Returns how far the feed came before.
-    fn listen(&self) -> Option<FeedItem> {
+    fn resume(&self) -> Option<FeedItem> {
         match self {
             Self::Source(_) => None,
-            Self::Backlog(parts) => parts.listen(),
+            Self::Backlog(items) => items.resume(),
         }
     }
 
     /// Disables wake-ups after the last channel has left: the queue keeps only the position.
-    fn rest(&self) {
-        if let Self::Backlog(parts) = self {
-            parts.rest();
+    fn pause(&self) {
+        if let Self::Backlog(items) = self {
+            items.pause();
         }
     }
 }
@@ -111,10 +111,10 @@ impl Router {
         catalog: Arc<CatalogCache>,
         gate: Gate,
         observe: Arc<Observe>,
-        past: Arc<ReplayReader>,
+        replay_reader: Arc<ReplayReader>,
         router: UnboundedSender<Command>,
         stall_monitor: Arc<StallMonitor>,
-        aside: Vec<Arc<Backlog>>,
+        secondary: Vec<Arc<Backlog>>,
     ) -> Self {
         let stalls = stall_monitor.watch();
         Self {
@@ -128,12 +128,12 @@ impl Router {
             position: None,
             recent: RecentBatches::default(),
             is_news: false,
-            pauses: (PAUSES, Instant::now()),
-            past,
+            pause_budget: (PAUSES, Instant::now()),
+            replay_reader,
             router,
             replays: JoinSet::new(),
             early: Vec::new(),
-            aside,
+            secondary,
             counted: (0, 0),
         }
     }
@@ -142,7 +142,7 @@ impl Router {
     pub async fn run(
         mut self,
         mut commands: UnboundedReceiver<Command>,
-        mut parts: Parts,
+        mut items: FeedItems,
         end: CancellationToken,
     ) {
         loop {
@@ -152,27 +152,27 @@ impl Router {
                 () = end.cancelled() => return,
                 command = commands.recv() => match command {
                     Some(command) => {
-                        if let Some(FeedItem::Skipped(end)) = parts.listen() {
+                        if let Some(FeedItem::Skipped(end)) = items.resume() {
                             self.skip_to(end);
                         }
-                        let was_doubtful = self.hub.live.is_doubtful();
-                        self.obey(command);
-                        if self.hub.live.is_doubtful() && !was_doubtful {
+                        let had_other_catalog = self.hub.live.has_other_catalog();
+                        self.handle(command);
+                        if self.hub.live.has_other_catalog() && !had_other_catalog {
                             tokio::select! {
                                 () = end.cancelled() => return,
-                                () = self.resolve_doubt() => {}
+                                () = self.reload_catalog() => {}
                             }
                         }
                         if self.has_no_channel() {
-                            parts.rest();
+                            items.pause();
                         }
                     }
                     None => return,
                 },
-                part = parts.next() => match part {
-                    Some(part) => tokio::select! {
+                item = items.next() => match item {
+                    Some(item) => tokio::select! {
                         () = end.cancelled() => return,
-                        () = self.deliver_part(part) => self.obey_early(),
+                        () = self.deliver_item(item) => self.handle_early(),
                     },
                     None => return,
                 },
@@ -187,7 +187,7 @@ impl Router {
         self.recent = RecentBatches::default();
         self.recent.moved(&None, &end);
         self.position = Some(end);
-        self.hub.moved(self.position.as_ref());
+        self.hub.set_position(self.position.as_ref());
     }
 
     fn has_no_channel(&self) -> bool {
@@ -196,15 +196,15 @@ impl Router {
 
     /// Reloads the catalog after a subscription that was bound with another one. The next change would do so, but may
     /// be long in coming; it still does if this fails.
-    async fn resolve_doubt(&mut self) {
-        let _ = timeout(LOOK, self.deliver(None)).await;
+    async fn reload_catalog(&mut self) {
+        let _ = timeout(CATALOG_TIMEOUT, self.deliver(None)).await;
     }
 
     /// Handles commands that waited for the first position.
-    fn obey_early(&mut self) {
+    fn handle_early(&mut self) {
         if self.position.is_some() {
             for command in std::mem::take(&mut self.early) {
-                self.obey(command);
+                self.handle(command);
             }
         }
     }
@@ -217,69 +217,69 @@ impl Router {
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn handle(&mut self, command: Command) {
         match command {
             // A channel misses nothing once it is told that it is subscribed: queue joins until the first position is
             // known.
-            Command::Join { .. } | Command::Leave { until: None, .. } if self.position.is_none() => {
+            Command::Join { .. } | Command::Leave { reply: None, .. } if self.position.is_none() => {
                 self.early.push(command);
             }
-            Command::Join { channel, registration, mut greeting } => {
+            Command::Join { channel, subscriber, mut greeting } => {
                 let stalled = self.stalled && !self.hub.is_replayed(channel);
-                let stalled = stalled.then(|| registration.codec.stall(true)).flatten();
+                let stalled = stalled.then(|| subscriber.codec.stall(true)).flatten();
                 greeting.extend(stalled.map(Bytes::from));
-                self.hub.join(channel, registration, greeting);
+                self.hub.join(channel, subscriber, greeting);
             }
-            Command::Follow { channel, registration, checked, outcome } => {
-                let handover = self.follow(channel, registration, checked);
+            Command::Follow { channel, subscriber, checked, outcome } => {
+                let outcome_now = self.follow(channel, subscriber, checked);
                 // The receiver may be gone; its leave follows then.
-                let _ = outcome.send(handover);
+                let _ = outcome.send(outcome_now);
             }
-            Command::Leave { channel, outbox, farewell, until } => {
+            Command::Leave { channel, outbox, farewell, reply } => {
                 let reached = self.hub.leave(channel, &outbox, farewell, self.position.as_ref());
-                if let Some(until) = until {
-                    let _ = until.send(reached);
+                if let Some(reply) = reply {
+                    let _ = reply.send(reached);
                 }
             }
-            Command::DeliveredUpTo { channels, then, until } => {
+            Command::DeliveredUpTo { channels, trailing_frame, reply } => {
                 let here = self.position.clone();
-                let place = |channel| Some((channel, self.hub.position(channel, here.as_ref()?)));
-                let channels = channels.into_iter().filter_map(place).collect();
-                DeliveredUpTo::tell(here, channels, then, until);
+                let position_of = |channel| Some((channel, self.hub.position(channel, here.as_ref()?)));
+                let channels = channels.into_iter().filter_map(position_of).collect();
+                DeliveredUpTo::answer(here, channels, trailing_frame, reply);
             }
             Command::Arrived { replay, at, rules, stalled, answer } => {
-                let handover = self.arrived(replay, at, rules.as_deref(), stalled);
-                let _ = answer.send(handover);
+                let outcome_now = self.arrived(replay, at, rules.as_deref(), stalled);
+                let _ = answer.send(outcome_now);
             }
         }
         let now = self.hub.count();
         self.observe.subscriptions(std::mem::replace(&mut self.counted, now), now);
     }
 
-    /// Takes in somebody who came with a cursor and has missed nothing; else says where what was missed is to be had.
-    fn follow(&mut self, channel: ChannelId, mut registration: Subscriber, checked: bool) -> FollowOutcome {
-        let Some(since) = &registration.since else { return FollowOutcome::NotYet };
-        let handover = self.handover(since, checked);
-        if !matches!(handover, FollowOutcome::Live) {
-            return handover;
+    /// Makes a subscriber with a cursor live if it has missed nothing; else returns where to read what it missed.
+    fn follow(&mut self, channel: ChannelId, mut subscriber: Subscriber, checked: bool) -> FollowOutcome {
+        let Some(since) = &subscriber.since else { return FollowOutcome::NotYet };
+        let outcome_now = self.outcome_at(since, checked);
+        if !matches!(outcome_now, FollowOutcome::Live) {
+            return outcome_now;
         }
-        // Before it has come to where a table got the name that was asked for, it knows none of that name, or another.
-        if self.position.as_ref().is_some_and(|position| registration.subscription.is_younger_than(position))
-        {
+        // Before the position at which a table got the requested name, the feed knows no relation of that name, or
+        // another one.
+        if self.position.as_ref().is_some_and(|position| subscriber.subscription.is_younger_than(position)) {
             return FollowOutcome::NotYet;
         }
-        if self.hub.live.is_stale(&registration.subscription) {
-            return FollowOutcome::Gap(ALTERED);
+        if self.hub.live.is_stale(&subscriber.subscription) {
+            return FollowOutcome::Gap(TABLE_CHANGED);
         }
         // No later change is known to it: it can share its frames with all others.
         if self.position.as_ref().is_some_and(|position| position.is_at_or_after(since)) {
-            registration.since = None;
+            subscriber.since = None;
         }
-        self.hub.admit(channel, registration);
+        self.hub.admit(channel, subscriber);
         FollowOutcome::Live
     }
 
-    fn handover(&self, since: &Cursor, checked: bool) -> FollowOutcome {
+    fn outcome_at(&self, since: &Cursor, checked: bool) -> FollowOutcome {
         let position = self.position.as_ref();
         position.map_or(FollowOutcome::NotYet, |position| {
             FollowOutcome::of(since, checked, position, &self.recent)
@@ -294,17 +294,18 @@ impl Router {
         rules: Option<&Catalog>,
         stalled: bool,
     ) -> FollowOutcome {
-        let handover = at.as_ref().map_or_else(|why| FollowOutcome::Gap(why), |at| self.handover(at, true));
-        let at = match handover {
+        let outcome_now =
+            at.as_ref().map_or_else(|why| FollowOutcome::Gap(why), |at| self.outcome_at(at, true));
+        let at = match outcome_now {
             FollowOutcome::Live => at.ok(),
             FollowOutcome::Gap(why) => {
-                self.hub.each_of(replay, |group| group.send_gap(why, ""));
+                self.hub.for_each_group(replay, |group| group.send_gap(why, ""));
                 None
             }
-            _ => return handover,
+            _ => return outcome_now,
         };
         if stalled != self.stalled {
-            self.hub.each_of(replay, |group| group.send_stall(self.stalled));
+            self.hub.for_each_group(replay, |group| group.send_stall(self.stalled));
         }
         match self.hub.end_replay(replay, at.as_ref(), rules, self.position.as_ref()) {
             true => FollowOutcome::Live,
@@ -314,12 +315,12 @@ impl Router {
 
     /// Replays the rest of a large page to the groups it concerns; the others go on at once. Groups that only its
     /// small relations concern, which may be one row among a million, get a replay of their own.
-    async fn send_off(&mut self, span: &Span, after: i64, counts: &HashMap<RelationId, i64>) {
+    async fn replay_rest(&mut self, span: &Span, after: i64, counts: &HashMap<RelationId, i64>) {
         // Relation 0 stands for a change of the schema: the new catalog decides whom the rest concerns.
         if counts.contains_key(&RelationId(0)) {
-            self.deliver_when_judged(None).await;
+            self.deliver_with_retry(None).await;
         }
-        let large = |count: &i64| *count > LARGE;
+        let large = |count: &i64| *count > LARGE_COUNT;
         let relations = |is_large| {
             counts.iter().filter(move |(_, count)| large(count) == is_large).map(|(relation, _)| *relation)
         };
@@ -331,19 +332,19 @@ impl Router {
     }
 
     /// Replays everything up to `end` to all groups, after the queue overflowed.
-    async fn leave_behind(&mut self, end: Cursor) {
+    async fn replay_overflow(&mut self, end: Cursor) {
         match self.position.clone() {
             Some(position) => {
-                let rules = self.hub.live.rules().cloned().unwrap_or_default();
+                let rules = self.hub.live.catalog().cloned().unwrap_or_default();
                 let all = rules.relations().map(|relation| relation.id()).collect();
                 self.begin_replay(&all, &position, None);
             }
             // After a gap there is no position to replay from: these changes are part of a gap, too.
-            None => self.hub.live.iter().for_each(|(_, group)| group.send_gap(UNPLACED, "")),
+            None => self.hub.live.iter().for_each(|(_, group)| group.send_gap(OVERFLOW, "")),
         }
         self.skip_to(end);
         // The skipped changes may have included schema changes.
-        self.deliver_when_judged(None).await;
+        self.deliver_with_retry(None).await;
     }
 
     fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor, only: Option<Arc<[i32]>>) {
@@ -352,85 +353,85 @@ impl Router {
         if self.stalled {
             replayed.groups.iter().for_each(|group| group.send_stall(false));
         }
-        let (past, router, observe) =
-            (Arc::clone(&self.past), self.router.clone(), Arc::clone(&self.observe));
-        let (rules, bound) = (self.hub.live.rules().cloned(), self.stall_monitor.bound());
-        let mut replay = ReplayTask::new(replayed, at.clone(), rules, bound, past, router, observe);
+        let (replay_reader, router, observe) =
+            (Arc::clone(&self.replay_reader), self.router.clone(), Arc::clone(&self.observe));
+        let (rules, bound) = (self.hub.live.catalog().cloned(), self.stall_monitor.bound());
+        let mut replay = ReplayTask::new(replayed, at.clone(), rules, bound, replay_reader, router, observe);
         replay.only = only;
         self.replays.spawn(replay.run());
     }
 
-    async fn deliver_part(&mut self, part: FeedItem) {
-        for aside in &self.aside {
-            aside.add(part.clone(), self.position.as_ref());
+    async fn deliver_item(&mut self, item: FeedItem) {
+        for secondary in &self.secondary {
+            secondary.add(item.clone(), self.position.as_ref());
         }
-        match part {
+        match item {
             FeedItem::Changes(batch) => {
                 let more = batch.more;
                 // Schema changes matter for later channels, too.
-                if !self.hub.live.is_empty() || batch.is_news() {
-                    self.deliver_when_judged(Some(&batch)).await;
+                if !self.hub.live.is_empty() || batch.has_schema_changes() {
+                    self.deliver_with_retry(Some(&batch)).await;
                 }
                 // Secondary routers may be late because of their clients' filters: their delay is not measured.
-                if !self.aside.is_empty() {
+                if !self.secondary.is_empty() {
                     self.observe.delivered_through(&batch.changes);
                 }
                 if let Some(end) = batch.end() {
                     self.recent.add(self.position.replace(end), Arc::clone(&batch));
-                    self.hub.moved(self.position.as_ref());
+                    self.hub.set_position(self.position.as_ref());
                 }
                 if more {
-                    self.let_clients_read().await;
-                } else if !self.aside.is_empty() {
+                    self.wait_for_clients().await;
+                } else if !self.secondary.is_empty() {
                     // If this fails or hangs, the next change that needs the catalog reports a stall.
-                    let _ = timeout(LOOK, self.catalog.refresh_if_stale()).await;
+                    let _ = timeout(CATALOG_TIMEOUT, self.catalog.refresh_if_stale()).await;
                 }
             }
-            FeedItem::Rest { span, after, counts } => self.send_off(&span, after, &counts).await,
-            FeedItem::Quiet(cursor) => {
+            FeedItem::Rest { span, after, counts } => self.replay_rest(&span, after, &counts).await,
+            FeedItem::Moved(cursor) => {
                 self.recent.moved(&self.position, &cursor);
                 self.position = Some(cursor);
-                self.hub.moved(self.position.as_ref());
+                self.hub.set_position(self.position.as_ref());
             }
             FeedItem::Skipped(end) => self.skip_to(end),
-            FeedItem::TooMuch(end) => self.leave_behind(end).await,
+            FeedItem::Overflow(end) => self.replay_overflow(end).await,
             FeedItem::Gap(why) => {
                 self.hub.live.iter().for_each(|(_, group)| group.send_gap(&why, ""));
                 self.recent = RecentBatches::default();
                 self.position = None;
-                self.hub.moved(None);
+                self.hub.set_position(None);
                 // Watched relations may have changed meanwhile, and no change may ever say so.
-                self.deliver_when_judged(None).await;
+                self.deliver_with_retry(None).await;
             }
         }
     }
 
     /// Gives clients time to read between the batches of a page, so that a transaction of thousands of rows does not
     /// make them look slow. Slow clients delay the others by no more than [`PAUSES`]; then their outboxes fill.
-    async fn let_clients_read(&mut self) {
-        let (left, then) = self.pauses;
-        let left = PAUSES.min(left + then.elapsed() / 10);
-        let paused = self.hub.live.let_clients_read(PAUSE.min(left)).await;
-        self.pauses = (left.saturating_sub(paused), Instant::now());
+    async fn wait_for_clients(&mut self) {
+        let (left, since) = self.pause_budget;
+        let left = PAUSES.min(left + since.elapsed() / 10);
+        let paused = self.hub.live.wait_for_clients(PAUSE.min(left)).await;
+        self.pause_budget = (left.saturating_sub(paused), Instant::now());
     }
 
     /// Delivers a batch, retrying until PostgreSQL answers: without a verdict, delivery would show hidden rows and
     /// skipping would lose changes. Without a batch, only reloads the catalog.
-    async fn deliver_when_judged(&mut self, batch: Option<&Batch>) {
+    async fn deliver_with_retry(&mut self, batch: Option<&Batch>) {
         let mut pause = Duration::from_millis(50);
-        self.stall_monitor.waits(StallCause::Judgement);
+        self.stall_monitor.begin_wait(StallCause::Evaluation);
         loop {
             let mut stalls = self.stall_monitor.watch();
             let delivered = tokio::select! {
                 delivered = self.deliver(batch) => delivered,
                 // Retry on a new connection: the old one may never answer.
-                Ok(()) = stalls.changed() => Err(Error::Lost("the judgement takes too long")),
+                Ok(()) = stalls.changed() => Err(Error::Lost("the evaluation of policies takes too long")),
             };
             match delivered {
-                Ok(()) => return self.stall_monitor.goes_on(StallCause::Judgement),
+                Ok(()) => return self.stall_monitor.end_wait(StallCause::Evaluation),
                 Err(error) => {
                     self.send_stall();
-                    tracing::warn!(error = %error, "changes wait for their judgement");
+                    tracing::warn!(error = %error, "changes not authorized, retrying");
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }
@@ -441,7 +442,7 @@ impl Router {
     async fn deliver(&mut self, batch: Option<&Batch>) -> Result<(), Error> {
         let Some(batch) = batch else { return self.catalog_for(&[], true, None).await.map(|_| ()) };
         let catalog = self.catalog_for(&batch.changes, batch.more, batch.mark).await?;
-        let frames = self.hub.live.tell(&self.gate, &catalog, batch).await?;
+        let frames = self.hub.live.deliver(&self.gate, &catalog, batch).await?;
         self.observe.frames_delivered(frames);
         Ok(())
     }

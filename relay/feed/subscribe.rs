@@ -40,20 +40,20 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Why a request failed.
 #[derive(Debug)]
-pub enum Attempt {
+pub enum RequestError {
     /// The request is wrong or not allowed.
     Refused(SubscribeError),
     /// PostgreSQL did not answer, or failed.
     Failed(Error),
 }
 
-impl From<Error> for Attempt {
+impl From<Error> for RequestError {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
 }
 
-impl From<SubscribeError> for Attempt {
+impl From<SubscribeError> for RequestError {
     fn from(refusal: SubscribeError) -> Self {
         Self::Refused(refusal)
     }
@@ -76,17 +76,17 @@ impl Binder {
     /// # Errors
     /// When nothing can be bound to these claims, or PostgreSQL does not answer.
     pub async fn bind(&self, identity: Identity, requests: &[Request]) -> Result<Subscription, BindError> {
-        let tries = async {
+        let attempts = async {
             let mut pause = Duration::from_millis(50);
             loop {
                 match self.try_bind(&identity, requests).await {
                     Ok(subscription) => return Ok(subscription),
-                    Err(Attempt::Refused(refusal)) => return Err(BindError::Refused(refusal)),
-                    Err(Attempt::Failed(error)) if error.is_transient() => {
-                        tracing::debug!(error = %error, "a channel waits to be bound");
+                    Err(RequestError::Refused(refusal)) => return Err(BindError::Refused(refusal)),
+                    Err(RequestError::Failed(error)) if error.is_transient() => {
+                        tracing::debug!(error = %error, "channel not bound, retrying");
                     }
-                    Err(Attempt::Failed(error)) => {
-                        tracing::warn!(error = %error, "a channel could not be bound");
+                    Err(RequestError::Failed(error)) => {
+                        tracing::warn!(error = %error, "channel not bound");
                         return Err(BindError::Unavailable);
                     }
                 }
@@ -94,23 +94,27 @@ impl Binder {
                 pause *= 2;
             }
         };
-        timeout(PATIENCE, tries).await.unwrap_or(Err(BindError::Unavailable))
+        timeout(PATIENCE, attempts).await.unwrap_or(Err(BindError::Unavailable))
     }
 
-    async fn try_bind(&self, identity: &Identity, requests: &[Request]) -> Result<Subscription, Attempt> {
+    async fn try_bind(
+        &self,
+        identity: &Identity,
+        requests: &[Request],
+    ) -> Result<Subscription, RequestError> {
         if !self.catalog.has_characters_of(identity.claims()).await? {
             let why = "Unable to subscribe to changes: the token has a character that the database's encoding does not have";
             return Err(SubscribeError(String::from(why)).into());
         }
         let role = identity.claims().role();
         let mut catalog = self.catalog.with_role(role).await?;
-        if requests.iter().any(|request| is_missed(&catalog, role, request)) {
+        if requests.iter().any(|request| is_missing(&catalog, role, request)) {
             catalog = self.catalog.reload().await?;
         }
         let mut filters = Vec::with_capacity(requests.len());
         for request in requests {
             filters.push(match self.filter(identity, &catalog, request).await {
-                Err(Attempt::Refused(why)) => Err(why),
+                Err(RequestError::Refused(why)) => Err(why),
                 filter => Ok(filter?),
             });
         }
@@ -122,7 +126,7 @@ impl Binder {
         identity: &Identity,
         catalog: &Catalog,
         request: &Request,
-    ) -> Result<Option<Arc<TypedFilter>>, Attempt> {
+    ) -> Result<Option<Arc<TypedFilter>>, RequestError> {
         let conditions = filter::parse(&request.filter).map_err(|error| SubscribeError(error.to_string()))?;
         if conditions.is_empty() {
             return Ok(None);
@@ -143,7 +147,7 @@ impl Binder {
             return Err(exception(request, &why).into());
         }
         let key = (relation.id(), request.filter.clone());
-        if let Some(known) = self.known(relation, &key) {
+        if let Some(known) = self.cached(relation, &key) {
             return Ok(Some(known));
         }
         let missing = self.catalog.missing_for(relation, &conditions, identity.claims().role()).await?;
@@ -175,8 +179,8 @@ impl Binder {
         paging: &Paging,
         order: &[OrderBy],
         relation: &Relation,
-    ) -> Result<Option<String>, Attempt> {
-        let Some(beyond) = paging.keyset(order, relation)? else { return Ok(None) };
+    ) -> Result<Option<String>, RequestError> {
+        let Some(beyond) = paging.beyond(order, relation)? else { return Ok(None) };
         let mut condition: Option<String> = None;
         for (by, beyond) in order.iter().zip(&beyond).rev() {
             let read: Vec<&Condition> = [Some(&beyond.equal), beyond.later.as_ref(), beyond.from.as_ref()]
@@ -195,8 +199,8 @@ impl Binder {
             let (equal, later) = (next(), beyond.later.as_ref().map(|_| next()));
             let null = beyond.or_null.then(|| format!("\"{}\" is null", by.column.replace('"', "\"\"")));
             let rest = condition.map(|rest| format!("{equal} and ({rest})"));
-            let ways: Vec<String> = [later, null, rest].into_iter().flatten().collect();
-            let any = if ways.is_empty() { String::from("false") } else { ways.join(" or ") };
+            let alternatives: Vec<String> = [later, null, rest].into_iter().flatten().collect();
+            let any = if alternatives.is_empty() { String::from("false") } else { alternatives.join(" or ") };
             condition = Some(match beyond.from {
                 Some(_) => format!("{} and ({any})", next()),
                 None => any,
@@ -205,14 +209,14 @@ impl Binder {
         Ok(condition)
     }
 
-    fn known(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<TypedFilter>> {
+    fn cached(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<TypedFilter>> {
         let filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
         filters.get(key).and_then(Weak::upgrade).filter(|filter| filter.fits(relation))
     }
 }
 
 /// Returns whether the request's table is missing in the catalog, which may be older than a recent watch or grant.
-fn is_missed(catalog: &Catalog, role: &str, request: &Request) -> bool {
+fn is_missing(catalog: &Catalog, role: &str, request: &Request) -> bool {
     match &request.target {
         Target::Table { schema, table } => {
             catalog.named(schema, table).and_then(|relation| relation.access(role)).is_none()

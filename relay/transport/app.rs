@@ -51,10 +51,10 @@ pub struct App {
 impl App {
     /// Returns the reason why the relay is not ready for clients; `None` if it is ready.
     pub fn unready(&self) -> Option<&'static str> {
-        match (self.stall_monitor.why_cut_off(), self.stall_monitor.stalled()) {
+        match (self.stall_monitor.disconnect_reason(), self.stall_monitor.stalled()) {
             (Some(why), _) => Some(why),
             (None, Some(StallCause::Changelog)) => Some("the changelog could not be read for too long"),
-            (None, Some(StallCause::Judgement)) => Some("policies could not be judged for too long"),
+            (None, Some(StallCause::Evaluation)) => Some("policies could not be judged for too long"),
             (None, None) if self.observe.is_ready() => None,
             (None, None) => Some("the changelog is not being read"),
         }

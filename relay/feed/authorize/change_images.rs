@@ -22,7 +22,7 @@ pub enum ImageColumns {
     /// The same names.
     Same,
     /// Columns were left out because the row was too large.
-    Lacking(Vec<String>),
+    Oversize(Vec<String>),
     /// Columns were added since: their values are unknown.
     Partial(Vec<String>),
     /// The relation was altered otherwise: a policy or filter would read the wrong values.
@@ -36,10 +36,10 @@ impl<'a> ChangeImages<'a> {
     }
 
     /// Returns whether a column that `reads` accepts is missing and would be taken for null.
-    pub fn lacks(&self, reads: impl Fn(&str) -> bool) -> bool {
+    pub fn is_missing(&self, reads: impl Fn(&str) -> bool) -> bool {
         match &self.layout {
             ImageColumns::Same => false,
-            ImageColumns::Lacking(columns) | ImageColumns::Partial(columns) => {
+            ImageColumns::Oversize(columns) | ImageColumns::Partial(columns) => {
                 columns.iter().any(|column| reads(column))
             }
             ImageColumns::Other => true,
@@ -49,23 +49,23 @@ impl<'a> ChangeImages<'a> {
 
 /// Parses the changes of a batch. Returns the images of each change, `None` without a relation or images, and the
 /// image texts of each relation.
-pub fn places<'a>(
+pub fn change_images<'a>(
     catalog: &'a Catalog,
     changes: &'a [Change],
 ) -> (Vec<Option<ChangeImages<'a>>>, HashMap<RelationId, Vec<&'a str>>) {
     let mut images: HashMap<RelationId, Vec<&str>> = HashMap::new();
-    let mut places = Vec::with_capacity(changes.len());
+    let mut change_images = Vec::with_capacity(changes.len());
     for change in changes {
-        places.push(
+        change_images.push(
             catalog
                 .relation(change.relation)
-                .and_then(|relation| place(relation, change, images.entry(change.relation).or_default())),
+                .and_then(|relation| images_of(relation, change, images.entry(change.relation).or_default())),
         );
     }
-    (places, images)
+    (change_images, images)
 }
 
-fn place<'a>(
+fn images_of<'a>(
     relation: &'a Arc<Relation>,
     change: &'a Change,
     all: &mut Vec<&'a str>,
@@ -78,7 +78,7 @@ fn place<'a>(
     let images = texts.map(|text| {
         let image = Image::parse(text?, &relation.columns);
         match &image {
-            Ok(image) => layout.look_at(image, relation, change),
+            Ok(image) => layout.compare(image, relation, change),
             Err(_) => layout = ImageColumns::Other,
         }
         image.ok()
@@ -92,24 +92,25 @@ fn place<'a>(
 }
 
 impl ImageColumns {
-    fn look_at(&mut self, image: &Image<'_>, relation: &Relation, change: &Change) {
+    fn compare(&mut self, image: &Image<'_>, relation: &Relation, change: &Change) {
         let row = image.row();
         let known = row.names().filter(|name| relation.column(name).is_some()).count();
-        let lacks = known < relation.columns.len();
-        let may_lack = change.oversize || change.image_state == ImageState::Partial;
-        let is_other =
-            change.image_state == ImageState::Unreadable || known < row.names().len() || (lacks && !may_lack);
+        let is_incomplete = known < relation.columns.len();
+        let may_be_incomplete = change.oversize || change.reading == ImageState::Partial;
+        let is_other = change.reading == ImageState::Unreadable
+            || known < row.names().len()
+            || (is_incomplete && !may_be_incomplete);
         if is_other || matches!(self, Self::Other) {
             *self = Self::Other;
-        } else if lacks {
+        } else if is_incomplete {
             let missing =
                 relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
             match self {
-                Self::Lacking(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
-                layout if change.image_state == ImageState::Partial => {
+                Self::Oversize(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
+                layout if change.reading == ImageState::Partial => {
                     *layout = Self::Partial(missing.cloned().collect());
                 }
-                layout => *layout = Self::Lacking(missing.cloned().collect()),
+                layout => *layout = Self::Oversize(missing.cloned().collect()),
             }
         }
     }

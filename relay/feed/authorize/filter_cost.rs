@@ -9,13 +9,13 @@ use crate::model::subscription::binding::{Binding, Subscription};
 use crate::model::subscription::error::SubscribeError;
 
 /// Maximum number of different filters of one client that PostgreSQL evaluates: each is a statement per batch.
-pub const MOST_ASKED: usize = 100;
+pub const MAX_SERVER_FILTERS: usize = 100;
 /// Maximum number of values in the filters of one client, and of columns selected: each is visited for each change.
-pub const MOST_VALUES: usize = 20_000;
+pub const MAX_VALUES: usize = 20_000;
 /// A channel with which its client exceeds one of these gets the lane for heavy clients. The second counts values
 /// that are compared with each change of a table, since no index leads from the row to the filter.
-const MANY_ASKED: usize = 10;
-const MANY_SCANNED: usize = 200;
+const HEAVY_SERVER_FILTERS: usize = 10;
+const HEAVY_SCANNED_VALUES: usize = 200;
 
 /// The unit of accounting: all connections of one subject, or one connection when the token names none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -39,26 +39,26 @@ impl Client {
 
 /// The filter costs of all clients.
 #[derive(Debug, Default)]
-pub struct FilterCosts(Mutex<Known>);
+pub struct FilterCosts(Mutex<State>);
 
 #[derive(Debug, Default)]
-struct Known {
-    clients: HashMap<Client, HashMap<ChannelId, Wish>>,
+struct State {
+    clients: HashMap<Client, HashMap<ChannelId, ChannelCost>>,
     /// Number of clients after the last sweep.
     swept: usize,
 }
 
 /// The filter cost of a channel.
 #[derive(Debug)]
-struct Wish {
+struct ChannelCost {
     bindings: Weak<[Binding]>,
     scanned: usize,
     /// With it, the client exceeds a threshold of heavy clients.
-    is_much: bool,
+    is_heavy: bool,
 }
 
-impl Wish {
-    fn is_over(&self) -> bool {
+impl ChannelCost {
+    fn is_dropped(&self) -> bool {
         self.bindings.strong_count() == 0
     }
 }
@@ -68,53 +68,53 @@ impl FilterCosts {
     ///
     /// # Errors
     /// When its client exceeds a limit. The channel's last subscription still counts then, if it exists.
-    pub fn take(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), SubscribeError> {
+    pub fn record(&self, channel: ChannelId, subscription: &Subscription) -> Result<(), SubscribeError> {
         let client = Client::of(subscription.identity(), channel.session);
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.sweep();
-        let channels = known.clients.entry(client).or_default();
-        channels.retain(|_, wish| !wish.is_over());
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.sweep();
+        let channels = state.clients.entry(client).or_default();
+        channels.retain(|_, cost| !cost.is_dropped());
         let others = channels.iter().filter(|(other, _)| **other != channel);
         let mut total = Total::default();
         let mut scanned = subscription.scanned_values();
         let own = scanned;
-        for (_, wish) in others {
-            scanned += wish.scanned;
-            total.add(&wish.bindings.upgrade().unwrap_or_default());
+        for (_, cost) in others {
+            scanned += cost.scanned;
+            total.add(&cost.bindings.upgrade().unwrap_or_default());
         }
         total.add(subscription.bindings());
-        if total.asked > MOST_ASKED {
+        if total.server_filters > MAX_SERVER_FILTERS {
             return Err(SubscribeError(format!(
-                "FilterLimitReached: one client may have {MOST_ASKED} different filters that PostgreSQL has to decide: \
+                "FilterLimitReached: one client may have {MAX_SERVER_FILTERS} different filters that PostgreSQL has to decide: \
                  those with match and imatch, those with ilike, as a rule, those that ask which text is less, and all that compare decimals, dates or times. Filters that \
                  compare whole numbers, uuids, booleans or texts for equality, or a text with like, do not count"
             )));
         }
-        if total.values > MOST_VALUES {
+        if total.values > MAX_VALUES {
             return Err(SubscribeError(format!(
-                "FilterLimitReached: the filters of one client may have {MOST_VALUES} values, and columns selected, together"
+                "FilterLimitReached: the filters of one client may have {MAX_VALUES} values, and columns selected, together"
             )));
         }
-        let is_much = total.asked > MANY_ASKED || scanned > MANY_SCANNED;
+        let is_heavy = total.server_filters > HEAVY_SERVER_FILTERS || scanned > HEAVY_SCANNED_VALUES;
         let bindings = Arc::downgrade(&subscription.shared_bindings());
-        channels.insert(channel, Wish { bindings, scanned: own, is_much });
+        channels.insert(channel, ChannelCost { bindings, scanned: own, is_heavy });
         Ok(())
     }
 
     /// Returns whether the client was heavy when the channel was bound last.
-    pub fn is_much(&self, channel: ChannelId, subscription: &Subscription) -> bool {
+    pub fn is_heavy(&self, channel: ChannelId, subscription: &Subscription) -> bool {
         let client = Client::of(subscription.identity(), channel.session);
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let wish = known.clients.get(&client).and_then(|channels| channels.get(&channel));
-        wish.is_some_and(|wish| wish.is_much)
+        let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let cost = state.clients.get(&client).and_then(|channels| channels.get(&channel));
+        cost.is_some_and(|cost| cost.is_heavy)
     }
 }
 
-impl Known {
+impl State {
     /// Drops clients that are gone, once they may be as many as the others.
     fn sweep(&mut self) {
         if self.clients.len() > 2 * self.swept + 100 {
-            self.clients.retain(|_, channels| !channels.values().all(Wish::is_over));
+            self.clients.retain(|_, channels| !channels.values().all(ChannelCost::is_dropped));
             self.swept = self.clients.len();
         }
     }
@@ -124,7 +124,7 @@ impl Known {
 #[derive(Default)]
 struct Total {
     filters: HashSet<usize>,
-    asked: usize,
+    server_filters: usize,
     values: usize,
 }
 
@@ -135,7 +135,7 @@ impl Total {
             if let Some(filter) = &binding.filter
                 && self.filters.insert(Arc::as_ptr(filter).addr())
             {
-                self.asked += usize::from(filter.asks());
+                self.server_filters += usize::from(filter.asks());
                 self.values += filter.value_count();
             }
         }

@@ -12,17 +12,17 @@ use crate::postgres::connect::pool::Error;
 use crate::postgres::evaluate::per_identity::{IdentityAnswer, IdentityEvaluator, IdentityQuery};
 
 /// Queries per round, after which balances are checked again.
-const AT_ONCE: usize = 8;
+const ROUND: usize = 8;
 /// Time limit of all queries of a batch, as a multiple of one client's burst.
-const PART: u32 = 5;
+const BURSTS_PER_BATCH: u32 = 5;
 /// A client without queries for this long has no share of the time.
 const ACTIVE: Duration = Duration::from_secs(10);
 
 /// The connection, and the balance of each client.
 pub struct FilterEvaluator {
-    judge: IdentityEvaluator,
+    evaluator: IdentityEvaluator,
     /// Maximum balance of a client.
-    most: Duration,
+    burst: Duration,
     // Never held across an await.
     accounts: Mutex<HashMap<Client, Account>>,
     /// The permit for the connection: a client is not charged while it waits for another client's queries.
@@ -39,21 +39,21 @@ struct Account {
 /// A query and the clients with the filter, who pay equal parts.
 pub struct ChargedQuery<'a> {
     /// The query.
-    pub question: IdentityQuery<'a>,
+    pub query: IdentityQuery<'a>,
     /// The clients that pay; never empty.
     pub clients: &'a [Client],
 }
 
 impl FilterEvaluator {
     /// Creates an evaluator. Each client may use `burst` at once, then an equal share of the time.
-    pub fn new(judge: IdentityEvaluator, most: Duration) -> Self {
-        Self { judge, most, accounts: Mutex::default(), turn: tokio::sync::Mutex::default() }
+    pub fn new(evaluator: IdentityEvaluator, burst: Duration) -> Self {
+        Self { evaluator, burst, accounts: Mutex::default(), turn: tokio::sync::Mutex::default() }
     }
 
     /// Discards all prepared plans.
-    pub async fn forget(&self) {
+    pub async fn discard_plans(&self) {
         let _turn = self.turn.lock().await;
-        self.judge.discard_plans().await;
+        self.evaluator.discard_plans().await;
     }
 
     /// Evaluates the queries, those of clients that used least first. Queries of a client without balance are denied
@@ -61,33 +61,33 @@ impl FilterEvaluator {
     ///
     /// # Errors
     /// Only when the connection fails; nothing was evaluated then.
-    pub async fn judge(&self, questions: &[ChargedQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
-        let mut verdicts: Vec<IdentityAnswer> = questions
+    pub async fn evaluate(&self, queries: &[ChargedQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
+        let mut verdicts: Vec<IdentityAnswer> = queries
             .iter()
-            .map(|paid| IdentityAnswer::none(paid.question.images, Denied::TimedOut))
+            .map(|charged| IdentityAnswer::none(charged.query.images, Denied::TimedOut))
             .collect();
-        if questions.is_empty() {
+        if queries.is_empty() {
             return Ok(verdicts);
         }
         let started = Instant::now();
-        let mut waiting = self.in_order(questions).into_iter();
-        while started.elapsed() < self.most * PART {
+        let mut waiting = self.by_balance(queries).into_iter();
+        while started.elapsed() < self.burst * BURSTS_PER_BATCH {
             let now: Vec<usize> = waiting
                 .by_ref()
-                .filter(|number| self.may_ask(questions[*number].clients))
-                .take(AT_ONCE)
+                .filter(|number| self.has_balance(queries[*number].clients))
+                .take(ROUND)
                 .collect();
             if now.is_empty() {
                 break;
             }
             let _turn = self.turn.lock().await;
             // Connecting is charged to no client.
-            self.judge.open().await?;
-            let asked: Vec<IdentityQuery<'_>> =
-                now.iter().map(|number| questions[*number].question.clone()).collect();
+            self.evaluator.open().await?;
+            let round: Vec<IdentityQuery<'_>> =
+                now.iter().map(|number| queries[*number].query.clone()).collect();
             let began = Instant::now();
-            let answers = self.judge.judge(&asked).await?;
-            self.charge(began.elapsed(), now.iter().map(|number| questions[*number].clients));
+            let answers = self.evaluator.judge(&round).await?;
+            self.charge(began.elapsed(), now.iter().map(|number| queries[*number].clients));
             for (number, answer) in now.into_iter().zip(answers) {
                 verdicts[number] = answer;
             }
@@ -96,9 +96,9 @@ impl FilterEvaluator {
     }
 
     /// Orders queries by the largest balance of their clients, then by the fewest queries.
-    fn in_order(&self, questions: &[ChargedQuery<'_>]) -> Vec<usize> {
+    fn by_balance(&self, queries: &[ChargedQuery<'_>]) -> Vec<usize> {
         let mut counts: HashMap<&Client, usize> = HashMap::new();
-        for client in questions.iter().flat_map(|paid| paid.clients) {
+        for client in queries.iter().flat_map(|charged| charged.clients) {
             *counts.entry(client).or_default() += 1;
         }
         let mut accounts = self.lock();
@@ -106,40 +106,41 @@ impl FilterEvaluator {
         accounts.retain(|_, account| now.duration_since(account.since) < ACTIVE);
         for client in counts.keys() {
             if !accounts.contains_key(client) {
-                accounts.insert((*client).clone(), Account { balance: self.most.as_secs_f64(), since: now });
+                accounts.insert((*client).clone(), Account { balance: self.burst.as_secs_f64(), since: now });
             }
         }
         let share = 1.0 / accounts.len().max(1) as f64;
         for client in counts.keys() {
             if let Some(account) = accounts.get_mut(client) {
                 let earned = now.duration_since(account.since).as_secs_f64() * share;
-                account.balance = (account.balance + earned).min(self.most.as_secs_f64());
+                account.balance = (account.balance + earned).min(self.burst.as_secs_f64());
                 account.since = now;
             }
         }
-        // In hundredths of what one may take: who is as good as equal is told apart by how much it asks.
+        // In hundredths of the burst, so that nearly equal balances are ordered by the number of queries.
         let left = |client: &Client| {
             let balance = accounts.get(client).map_or(0.0, |account| account.balance);
-            (100.0 * balance / self.most.as_secs_f64()) as i64
+            (100.0 * balance / self.burst.as_secs_f64()) as i64
         };
-        let rank = |paid: &ChargedQuery<'_>| {
-            let best = paid.clients.iter().map(|client| (Reverse(left(client)), counts.get(client).copied()));
+        let rank = |charged: &ChargedQuery<'_>| {
+            let best =
+                charged.clients.iter().map(|client| (Reverse(left(client)), counts.get(client).copied()));
             best.min()
         };
-        let mut order: Vec<usize> = (0..questions.len()).collect();
-        order.sort_by_cached_key(|number| rank(&questions[*number]));
+        let mut order: Vec<usize> = (0..queries.len()).collect();
+        order.sort_by_cached_key(|number| rank(&queries[*number]));
         order
     }
 
-    fn may_ask(&self, clients: &[Client]) -> bool {
+    fn has_balance(&self, clients: &[Client]) -> bool {
         let accounts = self.lock();
         clients.iter().any(|client| accounts.get(client).is_some_and(|account| account.balance > 0.0))
     }
 
-    fn charge<'a>(&self, spent: Duration, asked: impl ExactSizeIterator<Item = &'a [Client]>) {
-        let each = spent.as_secs_f64() / asked.len().max(1) as f64;
+    fn charge<'a>(&self, spent: Duration, round: impl ExactSizeIterator<Item = &'a [Client]>) {
+        let each = spent.as_secs_f64() / round.len().max(1) as f64;
         let mut accounts = self.lock();
-        for clients in asked {
+        for clients in round {
             for client in clients {
                 if let Some(account) = accounts.get_mut(client) {
                     account.balance -= each / clients.len() as f64;

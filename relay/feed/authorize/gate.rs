@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::block_in_place;
 
-use crate::feed::authorize::change_images::places;
+use crate::feed::authorize::change_images::change_images;
 use crate::feed::authorize::filter_cost::Client;
 use crate::feed::authorize::filter_evaluator::{ChargedQuery, FilterEvaluator};
 use crate::feed::authorize::matcher::Matcher;
@@ -30,7 +30,7 @@ use crate::postgres::evaluate::set_based::{SetAnswer, SetEvaluator, SetQuery};
 
 /// Authorizes batches.
 pub struct Gate {
-    judge: IdentityEvaluator,
+    evaluator: IdentityEvaluator,
     set_evaluator: SetEvaluator,
     /// Evaluates filters that cannot be decided in memory; without it, their changes are reported as a gap.
     filters: Option<FilterEvaluator>,
@@ -120,20 +120,20 @@ const COLUMNS_CHANGED: &str = "its columns changed while a change was on its way
 impl Gate {
     /// Creates a gate.
     pub fn new(
-        judge: IdentityEvaluator,
+        evaluator: IdentityEvaluator,
         set_evaluator: SetEvaluator,
         filters: Option<FilterEvaluator>,
         observe: Arc<Observe>,
     ) -> Self {
-        Self { judge, set_evaluator, filters, observe }
+        Self { evaluator, set_evaluator, filters, observe }
     }
 
     /// Discards prepared plans and cached tables after the catalog changed.
     pub async fn forget(&self) {
-        self.judge.discard_plans().await;
+        self.evaluator.discard_plans().await;
         self.set_evaluator.forget().await;
         if let Some(filters) = &self.filters {
-            filters.forget().await;
+            filters.discard_plans().await;
         }
     }
 
@@ -148,43 +148,44 @@ impl Gate {
         subscriber_indexes: &'a SubscriberIndexes,
         reader: impl Fn(GroupId) -> Reader<'a>,
     ) -> Result<Verdicts, Error> {
-        let (places, images) = places(catalog, changes);
+        let (change_images, images) = change_images(catalog, changes);
         let mut verdicts = Verdicts::default();
-        let mut said: HashMap<u64, Vec<Vec<SetAnswer>>> = HashMap::new();
+        let mut set_answers: HashMap<u64, Vec<Vec<SetAnswer>>> = HashMap::new();
         for (relation, images) in &images {
             for subscriber_index in subscriber_indexes.of(*relation) {
-                let (answers, statements) = self.inquire(subscriber_index, images).await?;
+                let (answers, statements) = self.query_sets(subscriber_index, images).await?;
                 verdicts.statements += statements;
-                said.insert(subscriber_index.number(), answers);
+                set_answers.insert(subscriber_index.number(), answers);
             }
         }
-        let mut asked: Vec<PendingQuery<'a>> = Vec::new();
-        self.apart(|| {
-            let mut finder =
-                Matcher { verdicts: &mut verdicts, asked: &mut asked, questions: HashMap::new() };
+        let mut pending: Vec<PendingQuery<'a>> = Vec::new();
+        self.run_blocking(|| {
+            let mut matcher =
+                Matcher { verdicts: &mut verdicts, pending: &mut pending, queries: HashMap::new() };
             for (index, change) in changes.iter().enumerate() {
                 for subscriber_index in subscriber_indexes.of(change.relation) {
-                    let said = said.get(&subscriber_index.number()).map_or(&[][..], Vec::as_slice);
-                    let place = places[index].as_ref();
-                    finder.find((index, change), place, subscriber_index, said, &reader);
+                    let set_answers =
+                        set_answers.get(&subscriber_index.number()).map_or(&[][..], Vec::as_slice);
+                    let of_change = change_images[index].as_ref();
+                    matcher.find((index, change), of_change, subscriber_index, set_answers, &reader);
                 }
             }
         });
-        drop(places);
-        self.ask(&mut verdicts, asked).await?;
+        drop(change_images);
+        self.run_pending(&mut verdicts, pending).await?;
         self.observe.judged(verdicts.statements);
         Ok(verdicts)
     }
 
     /// Runs work that may take long, because clients may have thousands of filters, without blocking other tasks of
     /// this thread.
-    fn apart<T>(&self, work: impl FnOnce() -> T) -> T {
+    fn run_blocking<T>(&self, work: impl FnOnce() -> T) -> T {
         let has_threads = Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread;
         if self.filters.is_some() && has_threads { block_in_place(work) } else { work() }
     }
 
     /// Runs the set-based queries of a policy: one answer per query and image. Also returns the number of statements.
-    async fn inquire(
+    async fn query_sets(
         &self,
         subscriber_index: &SubscriberIndex,
         images: &[&str],
@@ -203,62 +204,66 @@ impl Gate {
         let images: Vec<String> = images.iter().map(narrowed).collect();
         for leaf in access.plan.queries.iter().enumerate() {
             let (relation, role) = (&**subscriber_index.relation(), subscriber_index.role());
-            let inquiry = SetQuery { relation, role, leaf, roster: subscriber_index, images: &images };
-            let (said, asked) = self.set_evaluator.ask(&inquiry).await?;
+            let query = SetQuery { relation, role, leaf, roster: subscriber_index, images: &images };
+            let (set_answers, count) = self.set_evaluator.ask(&query).await?;
             for truth in [Truth::TimedOut, Truth::Error] {
-                if said.contains(&SetAnswer::Nothing(truth)) {
+                if set_answers.contains(&SetAnswer::Nothing(truth)) {
                     let denied = if truth == Truth::TimedOut { Denied::TimedOut } else { Denied::Raised };
                     self.observe.judgement_failed(denied, &relation.table);
                 }
             }
-            statements += asked;
-            answers.push(said);
+            statements += count;
+            answers.push(set_answers);
         }
         Ok((answers, statements))
     }
 
     /// Runs the pending queries and records their answers.
-    async fn ask(&self, verdicts: &mut Verdicts, asked: Vec<PendingQuery<'_>>) -> Result<(), Error> {
-        verdicts.statements += asked.len();
+    async fn run_pending(
+        &self,
+        verdicts: &mut Verdicts,
+        pending: Vec<PendingQuery<'_>>,
+    ) -> Result<(), Error> {
+        verdicts.statements += pending.len();
         let (policies, filters): (Vec<_>, Vec<_>) =
-            asked.into_iter().partition(|asked| asked.clients.is_empty());
-        let questions: Vec<IdentityQuery<'_>> = policies.iter().map(PendingQuery::question).collect();
-        let answers = self.judge.judge(&questions).await?;
-        self.note(verdicts, &policies, answers);
-        let questions: Vec<ChargedQuery<'_>> = filters
+            pending.into_iter().partition(|pending| pending.clients.is_empty());
+        let queries: Vec<IdentityQuery<'_>> = policies.iter().map(PendingQuery::query).collect();
+        let answers = self.evaluator.judge(&queries).await?;
+        self.record(verdicts, &policies, answers);
+        let queries: Vec<ChargedQuery<'_>> = filters
             .iter()
-            .map(|asked| ChargedQuery { question: asked.question(), clients: &asked.clients })
+            .map(|pending| ChargedQuery { query: pending.query(), clients: &pending.clients })
             .collect();
         let answers = match &self.filters {
-            Some(judge) => Box::pin(judge.judge(&questions)).await?,
-            None => filters.iter().map(|asked| Answered::none(&asked.images, Denied::TimedOut)).collect(),
+            Some(evaluator) => Box::pin(evaluator.evaluate(&queries)).await?,
+            None => filters.iter().map(|pending| Answered::none(&pending.images, Denied::TimedOut)).collect(),
         };
-        self.note(verdicts, &filters, answers);
+        self.record(verdicts, &filters, answers);
         Ok(())
     }
 
-    fn note(&self, verdicts: &mut Verdicts, asked: &[PendingQuery<'_>], answers: Vec<Answered>) {
-        for (asked, answer) in asked.iter().zip(answers) {
+    fn record(&self, verdicts: &mut Verdicts, pending: &[PendingQuery<'_>], answers: Vec<Answered>) {
+        for (pending, answer) in pending.iter().zip(answers) {
             if let Some(denied) = answer.denied {
-                self.observe.judgement_failed(denied, &asked.relation.table);
+                self.observe.judgement_failed(denied, &pending.relation.table);
             }
             if let (Some(Denied::Claims), Some((change, subscriber_index, cohort))) =
-                (answer.denied, asked.cohort)
+                (answer.denied, pending.cohort)
             {
                 verdicts.raising.extend(subscriber_index.groups(cohort).map(|group| (group, change)));
             }
-            let is_late = matches!(answer.denied, Some(Denied::TimedOut | Denied::Locked));
-            for (number, (place, allowed)) in asked.answers.iter().zip(answer.allowed).enumerate() {
+            let is_timed_out = matches!(answer.denied, Some(Denied::TimedOut | Denied::Locked));
+            for (number, (slot, allowed)) in pending.answers.iter().zip(answer.allowed).enumerate() {
                 let is_unreadable = answer.unreadable.contains(&number);
                 if is_unreadable {
-                    verdicts.unreadable.insert(*place);
+                    verdicts.unreadable.insert(*slot);
                 }
-                let truth = if is_late || is_unreadable { Truth::TimedOut } else { allowed.into() };
-                match place {
+                let truth = if is_timed_out || is_unreadable { Truth::TimedOut } else { allowed.into() };
+                match slot {
                     AnswerSlot::Policy(policy, side) => verdicts.policies[*policy][*side] = truth,
                     AnswerSlot::Filter(key, side) => {
-                        if let Some(ruling) = verdicts.filters.get_mut(key) {
-                            ruling[*side] = truth;
+                        if let Some(evaluation) = verdicts.filters.get_mut(key) {
+                            evaluation[*side] = truth;
                         }
                     }
                 }
@@ -268,7 +273,7 @@ impl Gate {
 }
 
 impl PendingQuery<'_> {
-    fn question(&self) -> IdentityQuery<'_> {
+    fn query(&self) -> IdentityQuery<'_> {
         IdentityQuery {
             identity: self.identity.clone(),
             statement: Arc::clone(self.statement),
@@ -289,23 +294,26 @@ impl Verdicts {
     /// Returns which images of the candidate's change match the filter.
     pub fn filter(&self, candidate: &Candidate, access: &Access, filter: &Arc<TypedFilter>) -> Verdict {
         let key = filter_key(candidate.change, access, filter);
-        let Some(ruling) = self.filters.get(&key) else { return Verdict::Visibility(Visibility::NONE) };
-        self.verdict(ruling, |side| AnswerSlot::Filter(key, side), FILTER_TOO_LONG)
+        let Some(evaluation) = self.filters.get(&key) else { return Verdict::Visibility(Visibility::NONE) };
+        self.verdict(evaluation, |side| AnswerSlot::Filter(key, side), FILTER_TOO_LONG)
     }
 
     fn verdict(
         &self,
-        ruling: &Evaluation,
+        evaluation: &Evaluation,
         answer: impl Fn(usize) -> AnswerSlot,
         too_long: &'static str,
     ) -> Verdict {
         if [0, 1].into_iter().any(|side| self.unreadable.contains(&answer(side))) {
             return Verdict::Lost(UNREADABLE);
         }
-        if ruling.contains(&Truth::TimedOut) {
+        if evaluation.contains(&Truth::TimedOut) {
             return Verdict::Lost(too_long);
         }
-        Verdict::Visibility(Visibility { before: ruling[0] == Truth::True, after: ruling[1] == Truth::True })
+        Verdict::Visibility(Visibility {
+            before: evaluation[0] == Truth::True,
+            after: evaluation[1] == Truth::True,
+        })
     }
 }
 

@@ -19,13 +19,13 @@ use crate::postgres::evaluate::set_based::SetAnswer;
 /// Finds the candidates of one change after another.
 pub(super) struct Matcher<'v, 'a> {
     pub(super) verdicts: &'v mut Verdicts,
-    pub(super) asked: &'v mut Vec<PendingQuery<'a>>,
+    pub(super) pending: &'v mut Vec<PendingQuery<'a>>,
     /// The position of each rule's pending query.
-    pub(super) questions: HashMap<Rule, usize>,
+    pub(super) queries: HashMap<Rule, usize>,
 }
 
 /// Clients that pay for a filter: beyond this many, the share of each is negligible.
-const MOST_PAYERS: usize = 16;
+const MAX_PAYERS: usize = 16;
 
 /// A policy or filter whose images are evaluated by one query.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,26 +37,26 @@ pub(super) enum Rule {
 }
 
 /// The set-based answers for one image and one cohort.
-struct EventMatch<'s> {
-    said: &'s [Vec<SetAnswer>],
+struct CohortAnswers<'s> {
+    set_answers: &'s [Vec<SetAnswer>],
     slot: usize,
     cohort: u64,
     /// The image is missing a column that the policy reads.
-    lacks: bool,
+    is_incomplete: bool,
 }
 
-impl Answers for EventMatch<'_> {
+impl Answers for CohortAnswers<'_> {
     fn fact(&self, leaf: usize) -> Truth {
-        match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
-            _ if self.lacks => Truth::Error,
+        match self.set_answers.get(leaf).and_then(|set_answers| set_answers.get(self.slot)) {
+            _ if self.is_incomplete => Truth::Error,
             Some(SetAnswer::Fact(truth) | SetAnswer::Nothing(truth)) => *truth,
             Some(SetAnswer::Readers(_)) | None => Truth::Undecided,
         }
     }
 
     fn reads(&self, leaf: usize) -> Truth {
-        match self.said.get(leaf).and_then(|said| said.get(self.slot)) {
-            _ if self.lacks => Truth::Error,
+        match self.set_answers.get(leaf).and_then(|set_answers| set_answers.get(self.slot)) {
+            _ if self.is_incomplete => Truth::Error,
             Some(SetAnswer::Readers(readers)) => readers.binary_search(&self.cohort).is_ok().into(),
             Some(SetAnswer::Nothing(truth)) => *truth,
             Some(SetAnswer::Fact(_)) | None => Truth::Undecided,
@@ -67,13 +67,13 @@ impl Answers for EventMatch<'_> {
 /// One change, evaluated for one subscriber index.
 struct MatchContext<'s, 'a> {
     index: usize,
-    place: &'s ChangeImages<'a>,
+    images: &'s ChangeImages<'a>,
     subscriber_index: &'a SubscriberIndex,
     access: &'a Access,
     /// The set-based answers, by query and image.
-    said: &'s [Vec<SetAnswer>],
+    set_answers: &'s [Vec<SetAnswer>],
     /// An image is missing a column that the policy reads.
-    lacks: bool,
+    is_incomplete: bool,
 }
 
 impl<'a> Matcher<'_, 'a> {
@@ -81,42 +81,42 @@ impl<'a> Matcher<'_, 'a> {
     pub(super) fn find(
         &mut self,
         (index, change): (usize, &Change),
-        place: Option<&ChangeImages<'a>>,
+        images: Option<&ChangeImages<'a>>,
         subscriber_index: &'a SubscriberIndex,
-        said: &[Vec<SetAnswer>],
+        set_answers: &[Vec<SetAnswer>],
         reader: &impl Fn(GroupId) -> Reader<'a>,
     ) {
         let Some(access) = subscriber_index.access() else { return };
         let reads_policy = |column: &str| subscriber_index.relation().policy_reads(access, column);
-        let is_told = |place: &&ChangeImages<'_>| match &place.layout {
+        let is_readable = |images: &&ChangeImages<'_>| match &images.layout {
             ImageColumns::Other => false,
-            ImageColumns::Partial(_) => !place.lacks(reads_policy),
-            ImageColumns::Same | ImageColumns::Lacking(_) => true,
+            ImageColumns::Partial(_) => !images.is_missing(reads_policy),
+            ImageColumns::Same | ImageColumns::Oversize(_) => true,
         };
-        let told = |group| Candidate { group, change: index, policy: None };
-        let Some(place) = place.filter(is_told) else {
+        let unevaluated = |group| Candidate { group, change: index, policy: None };
+        let Some(images) = images.filter(is_readable) else {
             // A truncation, or an altered relation: it concerns every group.
             if change.operation != Operation::Schema {
-                self.verdicts.candidates.extend(subscriber_index.everybody().map(told));
+                self.verdicts.candidates.extend(subscriber_index.all_groups().map(unevaluated));
             }
             return;
         };
-        let lacks = place.lacks(reads_policy);
-        let scene = MatchContext { index, place, subscriber_index, access, said, lacks };
-        let mut found = scene.concerned();
-        if matches!(place.layout, ImageColumns::Partial(_)) {
+        let is_incomplete = images.is_missing(reads_policy);
+        let context = MatchContext { index, images, subscriber_index, access, set_answers, is_incomplete };
+        let mut found = context.find_groups();
+        if matches!(images.layout, ImageColumns::Partial(_)) {
             // A filter that reads an added column cannot be decided either.
             let cannot_tell = |group: &GroupId| {
                 let mut bindings = reader(*group).subscription.concerning(subscriber_index.relation());
                 bindings.any(|binding| {
                     binding.filter.as_ref().is_some_and(|filter| {
-                        place.lacks(|column| filter.columns().any(|read| read == column))
+                        images.is_missing(|column| filter.columns().any(|read| read == column))
                     })
                 })
             };
-            let lost: Vec<GroupId> = subscriber_index.everybody().filter(cannot_tell).collect();
+            let lost: Vec<GroupId> = subscriber_index.all_groups().filter(cannot_tell).collect();
             found.retain(|group| !lost.contains(group));
-            self.verdicts.candidates.extend(lost.into_iter().map(told));
+            self.verdicts.candidates.extend(lost.into_iter().map(unevaluated));
         }
         found.sort_unstable();
         found.dedup();
@@ -128,13 +128,13 @@ impl<'a> Matcher<'_, 'a> {
             let Some(cohort) = subscriber_index.cohort_of(group) else { continue };
             let policy = match last {
                 Some((same, policy)) if same == cohort => policy,
-                _ => *known.entry(cohort).or_insert_with(|| self.rule(&scene, cohort)),
+                _ => *known.entry(cohort).or_insert_with(|| self.evaluate_policy(&context, cohort)),
             };
             last = Some((cohort, policy));
             if subscriber_index.raises(cohort) {
                 self.verdicts.raising.push((group, index));
             }
-            if self.verdicts.policies[policy].iter().all(|truth| is_no(*truth)) {
+            if self.verdicts.policies[policy].iter().all(|truth| is_denied(*truth)) {
                 continue;
             }
             let reader = reader(group);
@@ -144,7 +144,7 @@ impl<'a> Matcher<'_, 'a> {
                     None => true,
                     Some(filter) => {
                         filter.is_usable(subscriber_index.relation(), access)
-                            && self.filter(&scene, filter, reader)
+                            && self.filter_may_match(&context, filter, reader)
                     }
                 };
             }
@@ -156,62 +156,66 @@ impl<'a> Matcher<'_, 'a> {
     }
 
     /// Evaluates the policy for a cohort, or queues it for PostgreSQL. Returns the position of the evaluation.
-    fn rule(&mut self, scene: &MatchContext<'_, 'a>, cohort: u64) -> usize {
-        let &MatchContext { subscriber_index, access, said, lacks, .. } = scene;
+    fn evaluate_policy(&mut self, context: &MatchContext<'_, 'a>, cohort: u64) -> usize {
+        let &MatchContext { subscriber_index, access, set_answers, is_incomplete, .. } = context;
         let number = self.verdicts.policies.len();
-        let mut ruling = [Truth::False; 2];
-        for (side, truth) in ruling.iter_mut().enumerate() {
-            let Some((image, slot)) = scene.place.image(side) else { continue };
-            *truth = subscriber_index.truth(cohort, image, &EventMatch { said, slot, cohort, lacks });
+        let mut evaluation = [Truth::False; 2];
+        for (side, truth) in evaluation.iter_mut().enumerate() {
+            let Some((image, slot)) = context.images.image(side) else { continue };
+            *truth = subscriber_index.truth(
+                cohort,
+                image,
+                &CohortAnswers { set_answers, slot, cohort, is_incomplete },
+            );
             if *truth != Truth::Undecided {
                 continue;
             }
-            let whom = subscriber_index.cohort(cohort).map(|cohort| &cohort.identity);
-            match (&access.judge, whom) {
-                (Some(statement), Some(identity)) if !lacks => {
+            let representative = subscriber_index.cohort(cohort).map(|cohort| &cohort.identity);
+            match (&access.judge, representative) {
+                (Some(statement), Some(identity)) if !is_incomplete => {
                     let rule = Rule::Policy(subscriber_index.number(), cohort);
                     let answer = AnswerSlot::Policy(number, side);
-                    let cohort = Some((scene.index, subscriber_index, cohort));
-                    self.question(
+                    let cohort = Some((context.index, subscriber_index, cohort));
+                    self.add_query(
                         rule,
                         cohort,
                         subscriber_index.relation(),
                         identity,
                         statement,
-                        (scene.relation().narrowed(image.row(), |name| scene.policy_reads(name)), answer),
+                        (context.relation().narrowed(image.row(), |name| context.policy_reads(name)), answer),
                     );
                 }
                 _ => *truth = Truth::Error,
             }
         }
-        self.verdicts.policies.push(ruling);
+        self.verdicts.policies.push(evaluation);
         number
     }
 
     /// Evaluates a filter, or queues it for PostgreSQL. Returns whether the change may match.
-    fn filter(
+    fn filter_may_match(
         &mut self,
-        scene: &MatchContext<'_, 'a>,
+        context: &MatchContext<'_, 'a>,
         filter: &'a Arc<TypedFilter>,
         reader: Reader<'a>,
     ) -> bool {
         let identity = reader.subscription.identity();
-        let key = filter_key(scene.index, scene.access, filter);
+        let key = filter_key(context.index, context.access, filter);
         let rule = Rule::Filter(key.0, key.1);
         if let Some(known) = self.verdicts.filters.get(&key) {
-            let may_match = !known.iter().all(|truth| is_no(*truth));
-            self.is_paid_by(rule, reader);
+            let may_match = !known.iter().all(|truth| is_denied(*truth));
+            self.add_payer(rule, reader);
             return may_match;
         }
         let reads = |column: &str| filter.columns().any(|read| read == column);
-        let lacks = scene.place.lacks(reads);
-        let mut ruling = [Truth::False; 2];
-        for (side, truth) in ruling.iter_mut().enumerate() {
-            let Some((image, _)) = scene.place.image(side) else { continue };
-            *truth = if lacks { Truth::Error } else { filter.truth(image) };
+        let is_incomplete = context.images.is_missing(reads);
+        let mut evaluation = [Truth::False; 2];
+        for (side, truth) in evaluation.iter_mut().enumerate() {
+            let Some((image, _)) = context.images.image(side) else { continue };
+            *truth = if is_incomplete { Truth::Error } else { filter.truth(image) };
             if *truth == Truth::Undecided {
-                let (relation, answer) = (scene.subscriber_index.relation(), AnswerSlot::Filter(key, side));
-                self.question(
+                let (relation, answer) = (context.subscriber_index.relation(), AnswerSlot::Filter(key, side));
+                self.add_query(
                     rule,
                     None,
                     relation,
@@ -221,23 +225,23 @@ impl<'a> Matcher<'_, 'a> {
                 );
             }
         }
-        self.verdicts.filters.insert(key, ruling);
-        self.is_paid_by(rule, reader);
-        !ruling.iter().all(|truth| is_no(*truth))
+        self.verdicts.filters.insert(key, evaluation);
+        self.add_payer(rule, reader);
+        !evaluation.iter().all(|truth| is_denied(*truth))
     }
 
     /// Adds the reader's client to those that pay for a pending filter query.
-    fn is_paid_by(&mut self, rule: Rule, reader: Reader<'_>) {
-        if let Some(number) = self.questions.get(&rule) {
+    fn add_payer(&mut self, rule: Rule, reader: Reader<'_>) {
+        if let Some(number) = self.queries.get(&rule) {
             let client = Client::of(reader.subscription.identity(), reader.session);
-            let clients = &mut self.asked[*number].clients;
-            if clients.len() < MOST_PAYERS && !clients.contains(&client) {
+            let clients = &mut self.pending[*number].clients;
+            if clients.len() < MAX_PAYERS && !clients.contains(&client) {
                 clients.push(client);
             }
         }
     }
 
-    fn question(
+    fn add_query(
         &mut self,
         rule: Rule,
         cohort: Option<(usize, &'a SubscriberIndex, u64)>,
@@ -246,12 +250,12 @@ impl<'a> Matcher<'_, 'a> {
         statement: &'a Arc<str>,
         (image, answer): (String, AnswerSlot),
     ) {
-        let number = *self.questions.entry(rule).or_insert_with(|| {
+        let number = *self.queries.entry(rule).or_insert_with(|| {
             let (images, answers) = (Vec::new(), Vec::new());
             // A filter calls no functions of users; a policy may.
             let with_path = matches!(rule, Rule::Policy(..)) && needs_path(relation, identity);
             let clients = Vec::new();
-            self.asked.push(PendingQuery {
+            self.pending.push(PendingQuery {
                 identity,
                 statement,
                 relation,
@@ -261,10 +265,10 @@ impl<'a> Matcher<'_, 'a> {
                 with_path,
                 clients,
             });
-            self.asked.len() - 1
+            self.pending.len() - 1
         });
-        self.asked[number].images.push(image);
-        self.asked[number].answers.push(answer);
+        self.pending[number].images.push(image);
+        self.pending[number].answers.push(answer);
     }
 }
 
@@ -278,12 +282,12 @@ impl<'a> MatchContext<'_, 'a> {
     }
 
     /// Returns the groups found by the index and by PostgreSQL, possibly with duplicates.
-    fn concerned(&self) -> Vec<GroupId> {
+    fn find_groups(&self) -> Vec<GroupId> {
         let mut found = Vec::new();
-        for (image, slot) in (0..2).filter_map(|side| self.place.image(side)) {
+        for (image, slot) in (0..2).filter_map(|side| self.images.image(side)) {
             self.subscriber_index.look_up(image, |group| found.push(group));
-            for said in self.said {
-                match said.get(slot) {
+            for set_answers in self.set_answers {
+                match set_answers.get(slot) {
                     Some(SetAnswer::Readers(cohorts)) => {
                         found.extend(cohorts.iter().flat_map(|cohort| self.subscriber_index.named(*cohort)));
                     }
@@ -306,6 +310,6 @@ fn needs_path(relation: &Relation, identity: &Identity) -> bool {
         || access.is_none_or(|access| access.rights.calls_user_functions)
 }
 
-fn is_no(truth: Truth) -> bool {
+fn is_denied(truth: Truth) -> bool {
     matches!(truth, Truth::False | Truth::Null | Truth::Error)
 }

@@ -32,7 +32,7 @@ pub struct SubscriberIndex {
     cohorts: BTreeMap<u64, PolicyCohort>,
     by_key: HashMap<Arc<CohortKey>, u64>,
     last: Option<u64>,
-    seats: HashMap<GroupId, CohortEntry>,
+    entries: HashMap<GroupId, CohortEntry>,
     index: SubscriptionIndex<GroupId>,
 }
 
@@ -43,7 +43,7 @@ pub struct PolicyCohort {
     key: Arc<CohortKey>,
     /// The claims make the policy raise an error: nothing is shown.
     raises: bool,
-    seats: BTreeSet<GroupId>,
+    groups: BTreeSet<GroupId>,
     /// Groups that PostgreSQL finds by set-based queries.
     named: BTreeSet<GroupId>,
 }
@@ -58,7 +58,7 @@ struct CohortKey {
 
 struct CohortEntry {
     cohort: u64,
-    anchors: IndexKeys,
+    keys: IndexKeys,
 }
 
 impl SubscriberIndex {
@@ -73,7 +73,7 @@ impl SubscriberIndex {
             cohorts: BTreeMap::new(),
             by_key: HashMap::new(),
             last: None,
-            seats: HashMap::new(),
+            entries: HashMap::new(),
             index: SubscriptionIndex::default(),
         })
     }
@@ -111,17 +111,17 @@ impl SubscriberIndex {
 
     /// Returns the groups of a cohort.
     pub fn groups(&self, cohort: u64) -> impl Iterator<Item = GroupId> {
-        self.cohorts.get(&cohort).into_iter().flat_map(|cohort| cohort.seats.iter().copied())
+        self.cohorts.get(&cohort).into_iter().flat_map(|cohort| cohort.groups.iter().copied())
     }
 
     /// Returns the cohort of a group.
     pub fn cohort_of(&self, group: GroupId) -> Option<u64> {
-        self.seats.get(&group).map(|seat| seat.cohort)
+        self.entries.get(&group).map(|entry| entry.cohort)
     }
 
     /// Returns all groups.
-    pub fn everybody(&self) -> impl Iterator<Item = GroupId> {
-        self.seats.keys().copied()
+    pub fn all_groups(&self) -> impl Iterator<Item = GroupId> {
+        self.entries.keys().copied()
     }
 
     /// Returns all groups that PostgreSQL finds by set-based queries.
@@ -156,35 +156,35 @@ impl SubscriberIndex {
         }
     }
 
-    fn seat(&mut self, group: GroupId, subscription: &Subscription) {
+    fn insert(&mut self, group: GroupId, subscription: &Subscription) {
         let relation = Arc::clone(&self.relation);
         let Some(access) = relation.access(&self.role) else { return };
-        self.unseat(group);
-        let number = self.grouped(&access.plan, subscription.identity());
+        self.remove(group);
+        let number = self.cohort_for(&access.plan, subscription.identity());
         let Some(cohort) = self.cohorts.get_mut(&number) else { return };
-        let anchors = match cohort.raises {
+        let keys = match cohort.raises {
             true => IndexKeys::Any,
             false => access.plan.predicate.index_keys(&cohort.key.terms),
         };
-        let anchors = anchors.and(wanted(subscription, &relation, access));
-        cohort.seats.insert(group);
-        match &anchors {
+        let keys = keys.and(filter_keys(subscription, &relation, access));
+        cohort.groups.insert(group);
+        match &keys {
             IndexKeys::Any => self.index.insert(None, group),
-            IndexKeys::OneOf(anchors) => {
-                for anchor in anchors {
-                    if anchor.named {
+            IndexKeys::OneOf(keys) => {
+                for key in keys {
+                    if key.named {
                         cohort.named.insert(group);
                     } else {
-                        self.index.insert(Some(anchor), group);
+                        self.index.insert(Some(key), group);
                     }
                 }
             }
         }
-        self.seats.insert(group, CohortEntry { cohort: number, anchors });
+        self.entries.insert(group, CohortEntry { cohort: number, keys });
     }
 
     /// Returns the cohort of an identity, creating it if needed.
-    fn grouped(&mut self, plan: &Plan, identity: &Identity) -> u64 {
+    fn cohort_for(&mut self, plan: &Plan, identity: &Identity) -> u64 {
         let terms = plan.values(identity.claims());
         let is_alone = plan.reads_all || terms.contains(&ClaimValue::Undecided);
         let key = CohortKey { terms, identity: is_alone.then(|| identity.clone()) };
@@ -198,45 +198,45 @@ impl SubscriberIndex {
         let identity = identity.clone();
         self.cohorts.insert(
             number,
-            PolicyCohort { identity, key, raises, seats: BTreeSet::new(), named: BTreeSet::new() },
+            PolicyCohort { identity, key, raises, groups: BTreeSet::new(), named: BTreeSet::new() },
         );
         self.last = Some(number);
         number
     }
 
-    fn unseat(&mut self, group: GroupId) {
-        let Some(seat) = self.seats.remove(&group) else { return };
-        match &seat.anchors {
+    fn remove(&mut self, group: GroupId) {
+        let Some(entry) = self.entries.remove(&group) else { return };
+        match &entry.keys {
             IndexKeys::Any => self.index.remove(None, group),
-            IndexKeys::OneOf(anchors) => {
-                anchors.iter().filter(|anchor| !anchor.named).for_each(|anchor: &IndexKey| {
-                    self.index.remove(Some(anchor), group);
+            IndexKeys::OneOf(keys) => {
+                keys.iter().filter(|key| !key.named).for_each(|key: &IndexKey| {
+                    self.index.remove(Some(key), group);
                 });
             }
         }
-        if let Some(cohort) = self.cohorts.get_mut(&seat.cohort) {
-            cohort.seats.remove(&group);
+        if let Some(cohort) = self.cohorts.get_mut(&entry.cohort) {
+            cohort.groups.remove(&group);
             cohort.named.remove(&group);
-            if cohort.seats.is_empty() {
+            if cohort.groups.is_empty() {
                 self.by_key.remove(&cohort.key);
-                self.cohorts.remove(&seat.cohort);
+                self.cohorts.remove(&entry.cohort);
             }
         }
     }
 }
 
 /// Returns the index keys of the subscription's filters.
-fn wanted(subscription: &Subscription, relation: &Relation, access: &Access) -> IndexKeys {
-    let mut wanted = IndexKeys::OneOf(Vec::new());
+fn filter_keys(subscription: &Subscription, relation: &Relation, access: &Access) -> IndexKeys {
+    let mut filter_keys = IndexKeys::OneOf(Vec::new());
     for binding in subscription.concerning(relation) {
         let one = match &binding.filter {
             None => IndexKeys::Any,
             Some(filter) if filter.is_usable(relation, access) => filter.index_keys(),
             Some(_) => continue,
         };
-        wanted = wanted.or(one);
+        filter_keys = filter_keys.or(one);
     }
-    wanted
+    filter_keys
 }
 
 impl SubscriberSet for SubscriberIndex {
@@ -274,7 +274,7 @@ pub struct SubscriberIndexes(HashMap<RelationId, Vec<SubscriberIndex>>);
 
 impl SubscriberIndexes {
     /// Drops all indexes after the catalog changed.
-    pub fn forget(&mut self) {
+    pub fn clear(&mut self) {
         self.0.clear();
     }
 
@@ -289,13 +289,13 @@ impl SubscriberIndexes {
         }
         let mut subscriber_indexes = Vec::new();
         for (group, subscription) in groups {
-            take_seat(&mut subscriber_indexes, relation, group, subscription);
+            insert_group(&mut subscriber_indexes, relation, group, subscription);
         }
         self.0.insert(relation.id(), subscriber_indexes);
     }
 
     /// Adds a group, or replaces its subscription.
-    pub fn join(
+    pub fn insert(
         &mut self,
         group: GroupId,
         subscription: &Subscription,
@@ -303,16 +303,16 @@ impl SubscriberIndexes {
     ) {
         for (id, subscriber_indexes) in &mut self.0 {
             if let Some(relation) = relation(*id) {
-                take_seat(subscriber_indexes, &relation, group, subscription);
+                insert_group(subscriber_indexes, &relation, group, subscription);
             }
         }
     }
 
     /// Removes a group. An empty index stays: PostgreSQL may keep a table for it.
-    pub fn leave(&mut self, group: GroupId) {
+    pub fn remove(&mut self, group: GroupId) {
         for subscriber_indexes in self.0.values_mut() {
             for subscriber_index in subscriber_indexes.iter_mut() {
-                subscriber_index.unseat(group);
+                subscriber_index.remove(group);
             }
         }
     }
@@ -323,7 +323,7 @@ impl SubscriberIndexes {
     }
 }
 
-fn take_seat(
+fn insert_group(
     subscriber_indexes: &mut Vec<SubscriberIndex>,
     relation: &Arc<Relation>,
     group: GroupId,
@@ -344,5 +344,5 @@ fn take_seat(
             None => return,
         },
     };
-    subscriber_indexes[at].seat(group, subscription);
+    subscriber_indexes[at].insert(group, subscription);
 }

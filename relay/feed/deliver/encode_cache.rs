@@ -14,12 +14,12 @@ use crate::model::row::change::Change;
 
 /// Maximum bytes of payloads kept alive for the next group. The last payload is kept in any case; older ones are
 /// reused while a client's queue still holds them.
-const KEPT: usize = 512 * 1024;
+const KEPT_BYTES: usize = 512 * 1024;
 /// Maximum number of payloads remembered per change.
-const REMEMBERED: usize = 64;
+const MAX_PAYLOADS: usize = 64;
 /// Maximum bytes around a change in its frame: a topic of 1 KiB with every character escaped, a hundred ids, a
 /// cursor.
-const AROUND: usize = 12 * 1024;
+const MAX_OVERHEAD: usize = 12 * 1024;
 
 /// What the text of a change depends on: role, selected columns, event kind, whether it has a cursor, whether it is
 /// marked as the last of its transaction, and the base of the cursor when that is more than what lies before the
@@ -41,14 +41,14 @@ pub struct EncodeCache<'a> {
 
 /// The payloads used last, kept alive for the next group.
 #[derive(Default)]
-pub struct Kept {
+pub struct RecentPayloads {
     payloads: VecDeque<Payload>,
     bytes: usize,
 }
 
 /// Why a change has no frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unwritten {
+pub enum EncodeError {
     /// The image cannot be parsed.
     Unreadable,
     /// The memory budget is exhausted.
@@ -90,17 +90,17 @@ impl<'a> EncodeCache<'a> {
         change: &Change,
         (role, view, base): (&'a str, View<'a>, Option<&'a Snapshot>),
         budget: &Arc<MemoryBudget>,
-        kept: &mut Kept,
-    ) -> Result<Frame, Unwritten> {
+        recent: &mut RecentPayloads,
+    ) -> Result<Frame, EncodeError> {
         let base = base.filter(|_| view.exact);
         let key = (role, view.select, view.meaning, view.exact, view.is_last, base);
-        if let Some((last_dress, last_ids, last, frame)) = &self.last
-            && (*last_dress, &last_ids[..], *last) == (codec, ids, key)
+        if let Some((last_codec, last_ids, last, frame)) = &self.last
+            && (*last_codec, &last_ids[..], *last) == (codec, ids, key)
         {
             return Ok(frame.clone());
         }
-        let payload = self.payload(key, change, view, budget, kept)?;
-        let operation = view.meaning.operation().name();
+        let payload = self.payload(key, change, view, budget, recent)?;
+        let operation = view.meaning.operation().word();
         let (head, tail) = codec.around(ids, operation, if view.exact { self.cursor(base) } else { "" });
         let frame = Frame::around(head, payload, tail, budget);
         self.last = Some((codec, ids.to_vec(), key, frame.clone()));
@@ -113,10 +113,10 @@ impl<'a> EncodeCache<'a> {
         change: &Change,
         view: View<'a>,
         budget: &Arc<MemoryBudget>,
-        kept: &mut Kept,
-    ) -> Result<Payload, Unwritten> {
+        recent: &mut RecentPayloads,
+    ) -> Result<Payload, EncodeError> {
         match self.payloads.get(&key) {
-            Some(None) => return Err(Unwritten::Unreadable),
+            Some(None) => return Err(EncodeError::Unreadable),
             Some(Some(known)) => {
                 if let Some(payload) = known.upgrade() {
                     return Ok(payload);
@@ -124,32 +124,32 @@ impl<'a> EncodeCache<'a> {
             }
             None => {}
         }
-        if self.payloads.len() == REMEMBERED {
+        if self.payloads.len() == MAX_PAYLOADS {
             self.payloads.clear();
         }
-        let most = budget.change_bytes().saturating_sub(AROUND);
-        let text = data(change, view, most).map(|text| match view.exact {
+        let limit = budget.change_bytes().saturating_sub(MAX_OVERHEAD);
+        let text = data(change, view, limit).map(|text| match view.exact {
             true => with_cursor(text, self.cursor(key.5)),
             false => text,
         });
         let Some(text) = text else {
             self.payloads.insert(key, None);
-            return Err(Unwritten::Unreadable);
+            return Err(EncodeError::Unreadable);
         };
-        kept.make_room(text.len());
+        recent.make_room(text.len());
         if !budget.make_room(text.len()) {
-            return Err(Unwritten::NoRoom);
+            return Err(EncodeError::NoRoom);
         }
         let payload = Text::new(text, budget);
         self.payloads.insert(key, Some(Arc::downgrade(&payload)));
-        kept.add(Arc::clone(&payload));
+        recent.add(Arc::clone(&payload));
         Ok(payload)
     }
 }
 
-impl Kept {
+impl RecentPayloads {
     fn make_room(&mut self, bytes: usize) {
-        while self.bytes + bytes > KEPT
+        while self.bytes + bytes > KEPT_BYTES
             && let Some(oldest) = self.payloads.pop_front()
         {
             self.bytes -= oldest.as_str().len();

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use crate::feed::authorize::gate::{Candidate, Gate};
 use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
 use crate::feed::deliver::encode_cache::EncodeCache;
-use crate::feed::deliver::group::{BETWEEN, FrameBuffer, SubscriberGroup};
+use crate::feed::deliver::group::{FrameBuffer, SubscriberGroup, TOKEN_EXPIRED};
 use crate::feed::deliver::outbox::Unit;
 use crate::feed::read::batch::Batch;
 use crate::model::catalog::relation::{Catalog, Widening};
@@ -19,13 +19,13 @@ use crate::postgres::connect::pool::Error;
 ///
 /// # Errors
 /// Only when PostgreSQL does not answer; nothing was delivered then.
-pub async fn tell<'a>(
+pub async fn deliver<'a>(
     gate: &Gate,
     catalog: &'a Catalog,
     batch: &'a Batch,
     subscriber_indexes: &'a SubscriberIndexes,
     group: impl Fn(GroupId) -> &'a SubscriberGroup,
-    part: Unit,
+    unit: Unit,
 ) -> Result<usize, Error> {
     let here = batch.end().map(Arc::new);
     let changes = &*shape::read(catalog, &batch.changes);
@@ -38,25 +38,25 @@ pub async fn tell<'a>(
     let now = now();
     let last = changes.len().saturating_sub(1);
     let is_last = |index: usize| index == last && !batch.more;
-    let written =
+    let caches =
         |(index, change): (usize, &Change)| EncodeCache::new(&batch.span, change.number, is_last(index));
     let widenings: Vec<&Widening> =
         catalog.widenings().iter().filter(|widening| widening.is_after(&batch.span.seen)).collect();
-    let mut written: Vec<EncodeCache<'_>> = changes.iter().enumerate().map(written).collect();
-    let mut desk = FrameBuffer::default();
+    let mut caches: Vec<EncodeCache<'_>> = changes.iter().enumerate().map(caches).collect();
+    let mut buffer = FrameBuffer::default();
     let mut frames = 0;
     // Group by group, not change by change: the frames of a batch are queued for a client at once.
-    for candidates in by_audience(&verdicts.candidates) {
+    for candidates in by_group(&verdicts.candidates) {
         let Some(first) = candidates.first() else { continue };
         let group = group(first.group);
         if group.subscription().identity().claims().expires_at() <= now {
-            group.members().misses(BETWEEN);
+            group.members().set_missed(TOKEN_EXPIRED);
             continue;
         }
         if here.as_ref().is_some_and(|here| group.has_reached(here)) {
             continue;
         }
-        if group.is_over() {
+        if group.is_closed() {
             continue;
         }
         let is_older = |change: &Change| {
@@ -68,7 +68,8 @@ pub async fn tell<'a>(
                 let change = &changes[candidate.change];
                 let relation = catalog.relation(change.relation);
                 let change = (change, is_older(change));
-                relation.is_some_and(|relation| group.gets(candidate, change, relation, &verdicts, &mut desk))
+                relation
+                    .is_some_and(|relation| group.gets(candidate, change, relation, &verdicts, &mut buffer))
             });
         }
         for candidate in &candidates {
@@ -82,13 +83,13 @@ pub async fn tell<'a>(
                     (change, is_older(change), lasts.contains(&index)),
                     relation,
                     &verdicts,
-                    &mut written[index],
-                    &mut desk,
+                    &mut caches[index],
+                    &mut buffer,
                 );
             }
         }
-        frames += group.send(part, &mut desk, here.as_ref());
-        desk.clear();
+        frames += group.send(unit, &mut buffer, here.as_ref());
+        buffer.clear();
     }
     Ok(frames)
 }
@@ -102,7 +103,7 @@ pub fn now() -> u64 {
 ///
 /// # Errors
 /// As [`deliver`].
-pub async fn tell_one(
+pub async fn deliver_to_one(
     gate: &Gate,
     catalog: &Catalog,
     batch: &Batch,
@@ -114,19 +115,19 @@ pub async fn tell_one(
             subscriber_indexes.prepare(relation, std::iter::once((0, group.subscription())));
         }
     }
-    tell(gate, catalog, batch, &subscriber_indexes, |_| group, Unit::PAST).await
+    deliver(gate, catalog, batch, &subscriber_indexes, |_| group, Unit::REPLAY).await
 }
 
 /// Groups the candidates by subscriber group, in order of the changes.
-fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
-    let mut places: HashMap<GroupId, usize> = HashMap::new();
+fn by_group(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
+    let mut positions: HashMap<GroupId, usize> = HashMap::new();
     let mut groups: Vec<Vec<Candidate>> = Vec::new();
     for candidate in candidates {
-        let place = *places.entry(candidate.group).or_insert_with(|| {
+        let position = *positions.entry(candidate.group).or_insert_with(|| {
             groups.push(Vec::new());
             groups.len() - 1
         });
-        groups[place].push(*candidate);
+        groups[position].push(*candidate);
     }
     groups
 }
@@ -134,9 +135,11 @@ fn by_audience(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
 /// Returns whether the change repeats the truncation before it: a partitioned table is truncated partition by
 /// partition, but reported once.
 fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
-    let told =
+    let truncation =
         |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
-    index > 0 && told(&changes[index]).is_some() && told(&changes[index]) == told(&changes[index - 1])
+    index > 0
+        && truncation(&changes[index]).is_some()
+        && truncation(&changes[index]) == truncation(&changes[index - 1])
 }
 
 /// Returns the changes that are the last of their transaction for this group, among those that it `gets`.

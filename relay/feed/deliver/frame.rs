@@ -7,7 +7,7 @@ use bytes::Bytes;
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 
 /// Bytes counted for a frame beside its text: reference counts, queue slot, allocator overhead.
-pub const KEPT: usize = 256;
+pub const FRAME_OVERHEAD: usize = 256;
 
 /// A text for one or many clients. Counted until the last clone is dropped.
 #[derive(Debug, Clone)]
@@ -34,7 +34,7 @@ pub struct Text {
 impl Text {
     /// Creates a shared text.
     pub fn new(text: String, budget: &Arc<MemoryBudget>) -> Payload {
-        let held = budget.hold(KEPT + text.capacity());
+        let held = budget.hold(FRAME_OVERHEAD + text.capacity());
         Arc::new(Self { text, _held: held })
     }
 
@@ -56,7 +56,7 @@ impl Frame {
     }
 
     fn new(head: Bytes, payload: Option<Payload>, tail: &'static str, budget: &Arc<MemoryBudget>) -> Self {
-        let held = budget.hold(KEPT + head.len());
+        let held = budget.hold(FRAME_OVERHEAD + head.len());
         Self(Arc::new(Pieces { head, payload, tail, _held: held }))
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::feed::authorize::gate::{Candidate, Reader, Verdict, Verdicts};
-use crate::feed::deliver::encode_cache::{EncodeCache, Kept, Unwritten};
+use crate::feed::deliver::encode_cache::{EncodeCache, EncodeError, RecentPayloads};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::members::Members;
 use crate::feed::deliver::memory_budget::MemoryBudget;
@@ -58,12 +58,12 @@ type Wanted<'a> = (Option<&'a [String]>, EventKind, u32);
 
 /// Bindings with an equal key share a message that names all their ids. Bindings that select different columns need
 /// different messages, and so does a binding that loses the row beside one that keeps it.
-fn kind<'a>((select, meaning, _): &Wanted<'a>) -> (Option<&'a [String]>, bool) {
+fn message_key<'a>((select, meaning, _): &Wanted<'a>) -> (Option<&'a [String]>, bool) {
     (*select, *meaning <= EventKind::Delete)
 }
 
 /// How a change concerns a group.
-enum Weighed<'a> {
+enum Disposition<'a> {
     /// It is not delivered.
     Nothing,
     /// The relation was truncated.
@@ -87,7 +87,7 @@ pub struct FrameBuffer<'a> {
     /// A frame did not fit in memory.
     has_no_room: bool,
     /// Payloads kept for the next group.
-    kept: Kept,
+    recent: RecentPayloads,
     /// The memory budget of the frames.
     budget: Option<Arc<MemoryBudget>>,
 }
@@ -128,13 +128,13 @@ impl SubscriberGroup {
     pub fn beginning_at(&self, position: Cursor) -> Self {
         let Self { subscription, members, .. } = self.clone();
         let (codec, since) = (self.key.codec.clone(), Some(position.clone()));
-        members.begin_at(Arc::new(position));
+        members.set_position(Arc::new(position));
         let key = Arc::new(GroupKey { codec, subscription: subscription.clone(), since });
         Self { key, subscription, members }
     }
 
     /// Removes its channels and returns them as subscribers at `since`.
-    pub fn into_registrations(self, since: Option<Cursor>) -> impl Iterator<Item = (ChannelId, Subscriber)> {
+    pub fn into_subscribers(self, since: Option<Cursor>) -> impl Iterator<Item = (ChannelId, Subscriber)> {
         let Self { key, subscription, members } = self;
         let missed = members.missed();
         members.take().into_iter().map(move |(channel, outbox)| {
@@ -164,8 +164,8 @@ impl SubscriberGroup {
     }
 
     /// Returns whether all of its clients are closed, so that nothing needs to be encoded for them.
-    pub fn is_over(&self) -> bool {
-        self.members.are_over()
+    pub fn is_closed(&self) -> bool {
+        self.members.are_closed()
     }
 
     /// Applies a new catalog. Sends a gap and binds the channels anew when a relation is not watched any more, was
@@ -177,18 +177,18 @@ impl SubscriberGroup {
     /// `here` is the feed's position.
     pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
-            self.send_gap(ALTERED, &self.reached(here));
-            self.members.misses(ALTERED);
-            self.members.each(|channel, outbox| outbox.rebind(channel));
+            self.send_gap(TABLE_CHANGED, &self.reached(here));
+            self.members.set_missed(TABLE_CHANGED);
+            self.members.for_each(|channel, outbox| outbox.rebind(channel));
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
-            self.send_gap(ALTERED, &self.reached(here));
+            self.send_gap(TABLE_CHANGED, &self.reached(here));
         }
         for lack in self.subscription.lacks(before, catalog) {
             self.send_gap(&lack, &self.reached(here));
         }
         if self.subscription.may_be_lifted(catalog) {
-            self.members.misses(ALTERED);
-            self.members.each(|channel, outbox| outbox.rebind(channel));
+            self.members.set_missed(TABLE_CHANGED);
+            self.members.for_each(|channel, outbox| outbox.rebind(channel));
         }
     }
 
@@ -214,9 +214,12 @@ impl SubscriberGroup {
         change: (&Change, bool),
         relation: &'a Relation,
         verdicts: &Verdicts,
-        desk: &mut FrameBuffer<'a>,
+        buffer: &mut FrameBuffer<'a>,
     ) -> bool {
-        matches!(self.weigh(candidate, change, relation, verdicts, &mut desk.wanted), Weighed::Wanted(_))
+        matches!(
+            self.classify(candidate, change, relation, verdicts, &mut buffer.wanted),
+            Disposition::Wanted(_)
+        )
     }
 
     /// Returns whether it may get changes of one of these relations.
@@ -233,83 +236,85 @@ impl SubscriberGroup {
         (change, is_older, is_last): (&Change, bool, bool),
         relation: &'a Relation,
         verdicts: &Verdicts,
-        written: &mut EncodeCache<'a>,
-        desk: &mut FrameBuffer<'a>,
+        cache: &mut EncodeCache<'a>,
+        buffer: &mut FrameBuffer<'a>,
     ) {
-        let base = written.base(self.key.since.as_ref());
-        let access = match self.weigh(candidate, (change, is_older), relation, verdicts, &mut desk.wanted) {
-            Weighed::Nothing => return,
-            Weighed::Truncated => {
-                let (schema, table) = (&relation.schema, &relation.table);
-                let why = format!("{schema}.{table} was truncated, read its rows again");
-                return desk.frames.extend(self.gap(&why, written.cursor(base)));
-            }
-            Weighed::Lost(why) => return self.lose(relation, why, written.cursor(base), desk),
-            Weighed::Wanted(access) => access,
-        };
-        if desk.budget.is_none() {
-            desk.budget = self.members.budget();
+        let base = cache.base(self.key.since.as_ref());
+        let access =
+            match self.classify(candidate, (change, is_older), relation, verdicts, &mut buffer.wanted) {
+                Disposition::Nothing => return,
+                Disposition::Truncated => {
+                    let (schema, table) = (&relation.schema, &relation.table);
+                    let why = format!("{schema}.{table} was truncated, read its rows again");
+                    return buffer.frames.extend(self.gap(&why, cache.cursor(base)));
+                }
+                Disposition::Lost(why) => return self.add_gap(relation, why, cache.cursor(base), buffer),
+                Disposition::Wanted(access) => access,
+            };
+        if buffer.budget.is_none() {
+            buffer.budget = self.members.budget();
         }
         let role = self.subscription.identity().claims().role();
         let exact = self.key.codec.tells_cursor();
-        let mut groups = desk.wanted.chunk_by(|one, other| kind(one) == kind(other)).peekable();
-        while let Some(group) = groups.next() {
-            let select = group[0].0;
-            let Some(meaning) = group.iter().map(|(_, meaning, _)| *meaning).max() else {
+        let mut messages =
+            buffer.wanted.chunk_by(|one, other| message_key(one) == message_key(other)).peekable();
+        while let Some(bindings) = messages.next() {
+            let select = bindings[0].0;
+            let Some(meaning) = bindings.iter().map(|(_, meaning, _)| *meaning).max() else {
                 continue;
             };
-            desk.ids.clear();
-            desk.ids.extend(group.iter().map(|(_, _, id)| *id));
-            let is_last = exact && is_last && groups.peek().is_none();
+            buffer.ids.clear();
+            buffer.ids.extend(bindings.iter().map(|(_, _, id)| *id));
+            let is_last = exact && is_last && messages.peek().is_none();
             let view = View { relation, access, select, meaning, exact, is_last };
             let codec = &self.key.codec;
-            let Some(budget) = &desk.budget else { return };
-            match written.frame(codec, &desk.ids, change, (role, view, base), budget, &mut desk.kept) {
-                Ok(frame) => desk.frames.push(frame),
-                Err(Unwritten::Unreadable) => {}
-                Err(Unwritten::NoRoom) => desk.has_no_room = true,
+            let Some(budget) = &buffer.budget else { return };
+            match cache.frame(codec, &buffer.ids, change, (role, view, base), budget, &mut buffer.recent) {
+                Ok(frame) => buffer.frames.push(frame),
+                Err(EncodeError::Unreadable) => {}
+                Err(EncodeError::NoRoom) => buffer.has_no_room = true,
             }
         }
     }
 
     /// Decides how a change concerns the group. Fills `wanted` in the order of the messages.
-    fn weigh<'a>(
+    fn classify<'a>(
         &'a self,
         candidate: &Candidate,
         (change, is_older): (&Change, bool),
         relation: &'a Relation,
         verdicts: &Verdicts,
         wanted: &mut Vec<Wanted<'a>>,
-    ) -> Weighed<'a> {
+    ) -> Disposition<'a> {
         wanted.clear();
         if self.key.since.as_ref().is_some_and(|since| since.has(change.xid, change.number)) {
-            return Weighed::Nothing;
+            return Disposition::Nothing;
         }
         let Some(access) = relation.access(self.subscription.identity().claims().role()) else {
-            return Weighed::Nothing;
+            return Disposition::Nothing;
         };
         if change.operation == Operation::Truncate {
-            return Weighed::Truncated;
+            return Disposition::Truncated;
         }
         if let Some(loss) = change.loss() {
-            return loss.text().map_or(Weighed::Nothing, Weighed::Lost);
+            return loss.text().map_or(Disposition::Nothing, Disposition::Lost);
         }
         let policy = match verdicts.policy(candidate) {
-            Verdict::Visibility(sight) => sight,
-            Verdict::Lost(why) => return Weighed::Lost(why),
+            Verdict::Visibility(visibility) => visibility,
+            Verdict::Lost(why) => return Disposition::Lost(why),
         };
         for binding in self.subscription.concerning(relation) {
-            let sight = match &binding.filter {
+            let visibility = match &binding.filter {
                 None => policy,
                 Some(filter) if filter.is_usable(relation, access) => {
                     match verdicts.filter(candidate, access, filter) {
                         Verdict::Visibility(matches) => policy.and(matches),
-                        Verdict::Lost(why) => return Weighed::Lost(why),
+                        Verdict::Lost(why) => return Disposition::Lost(why),
                     }
                 }
                 Some(_) => continue,
             };
-            let Some(meaning) = event_kind(change.operation, sight, relation.leave_events) else {
+            let Some(meaning) = meaning(change.operation, visibility, relation.leave_events) else {
                 continue;
             };
             if wants(binding, meaning) {
@@ -317,48 +322,48 @@ impl SubscriberGroup {
             }
         }
         if wanted.is_empty() {
-            return Weighed::Nothing;
+            return Disposition::Nothing;
         }
         if is_older {
-            return Weighed::Lost(WIDENED);
+            return Disposition::Lost(WIDENED);
         }
-        wanted.sort_by_key(kind);
-        Weighed::Wanted(access)
+        wanted.sort_by_key(message_key);
+        Disposition::Wanted(access)
     }
 
     /// Queues the frames of the buffer for all channels as part of a unit and moves their own position, if they have
     /// one, to `here`. Returns the number of frames queued. A client without room is closed, because continuing would
     /// lose changes.
-    pub fn send(&self, part: Unit, desk: &mut FrameBuffer<'_>, here: Option<&Arc<Cursor>>) -> usize {
-        if desk.frames.is_empty() && !desk.has_no_room {
+    pub fn send(&self, unit: Unit, buffer: &mut FrameBuffer<'_>, here: Option<&Arc<Cursor>>) -> usize {
+        if buffer.frames.is_empty() && !buffer.has_no_room {
             return 0;
         }
-        let has_room = !desk.has_no_room && desk.budget.as_ref().is_none_or(|budget| budget.make_room(0));
-        self.members.deliver(part, &mut desk.frames, has_room, here)
+        let has_room = !buffer.has_no_room && buffer.budget.as_ref().is_none_or(|budget| budget.make_room(0));
+        self.members.deliver(unit, &mut buffer.frames, has_room, here)
     }
 
     /// Adds a gap for a change that cannot be delivered, once per relation and batch.
-    fn lose(&self, relation: &Relation, why: &str, cursor: &str, desk: &mut FrameBuffer<'_>) {
-        if !desk.lost.contains(&relation.id()) {
-            desk.lost.push(relation.id());
+    fn add_gap(&self, relation: &Relation, why: &str, cursor: &str, buffer: &mut FrameBuffer<'_>) {
+        if !buffer.lost.contains(&relation.id()) {
+            buffer.lost.push(relation.id());
             let why = format!("{}.{}: {why}, read its rows again", relation.schema, relation.table);
-            desk.frames.extend(self.gap(&why, cursor));
+            buffer.frames.extend(self.gap(&why, cursor));
         }
     }
 
     /// Sends a gap before this cursor to all channels.
     pub fn send_gap(&self, why: &str, cursor: &str) {
         let gap = Bytes::from(self.key.codec.gap(why, cursor));
-        self.members.each(|_, outbox| outbox.push(gap.clone()));
+        self.members.for_each(|_, outbox| outbox.push(gap.clone()));
     }
 
     /// Reports once per channel that the relation's policy raises an error for its claims, so that nothing is shown.
     pub fn send_policy_error(&self, relation: &Relation) {
         let (schema, table) = (&relation.schema, &relation.table);
-        self.members.each_once(relation.id(), |outbox| {
+        self.members.for_each_once(relation.id(), |outbox| {
             tracing::info!(
                 relation.name = table,
-                "a policy raises an error for the claims of a reader: nothing is shown"
+                "policy raises an error for a reader's claims, nothing is shown"
             );
             outbox.push(self.key.codec.gap(&raising(schema, table), ""));
         });
@@ -367,7 +372,7 @@ impl SubscriberGroup {
     /// Reports to all channels that the feed stalls or continues.
     pub fn send_stall(&self, stalls: bool) {
         if let Some(frame) = self.key.codec.stall(stalls).map(Bytes::from) {
-            self.members.each(|_, outbox| outbox.push(frame.clone()));
+            self.members.for_each(|_, outbox| outbox.push(frame.clone()));
         }
     }
 
@@ -380,13 +385,15 @@ impl SubscriberGroup {
 const WIDENED: &str = "a policy, grant or role was widened after this change was written";
 
 /// The gap for a subscription whose table was changed.
-pub const ALTERED: &str = "a table of this channel was altered, dropped or watched anew, read its rows again";
+pub const TABLE_CHANGED: &str =
+    "a table of this channel was altered, dropped or watched anew, read its rows again";
 
 /// The gap for a cursor from before the table was watched under its name.
-pub const ANOTHER: &str = "a table was not watched under this name all the time since, read its rows again";
+pub const NOT_WATCHED: &str =
+    "a table was not watched under this name all the time since, read its rows again";
 
 /// The gap for a new token that comes after changes for which the last one had expired.
-pub const BETWEEN: &str =
+pub const TOKEN_EXPIRED: &str =
     "something changed after the last token had ended and before this one came, read the rows again";
 
 fn wants(binding: &Binding, meaning: EventKind) -> bool {

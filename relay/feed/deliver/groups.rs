@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
-use crate::feed::deliver::fan_out::tell;
+use crate::feed::deliver::fan_out::deliver;
 use crate::feed::deliver::group::SubscriberGroup;
 use crate::feed::deliver::outbox::Unit;
 use crate::feed::read::batch::Batch;
@@ -24,7 +24,7 @@ pub struct SubscriberGroups {
     subscriber_indexes: SubscriberIndexes,
     catalog: Option<Arc<Catalog>>,
     /// A group was bound with another catalog. Which of the two is newer shows when the next change is authorized.
-    is_doubtful: bool,
+    has_other_catalog: bool,
 }
 
 impl SubscriberGroups {
@@ -34,30 +34,30 @@ impl SubscriberGroups {
     }
 
     /// Returns the catalog that changes are authorized with.
-    pub fn rules(&self) -> Option<&Arc<Catalog>> {
+    pub fn catalog(&self) -> Option<&Arc<Catalog>> {
         self.catalog.as_ref()
     }
 
     /// Adds a group.
     pub fn insert(&mut self, group: SubscriberGroup) -> GroupId {
-        self.is_doubtful |= self.is_bound_by_others(group.subscription());
+        self.has_other_catalog |= self.is_bound_by_other_catalog(group.subscription());
         let number = self.groups.insert(group);
-        self.seat(number);
+        self.index(number);
         number
     }
 
     /// Changes a group, which may get another subscription.
-    pub fn change(&mut self, number: GroupId, change: impl FnOnce(&mut SubscriberGroup)) {
+    pub fn update(&mut self, number: GroupId, update: impl FnOnce(&mut SubscriberGroup)) {
         let group = &mut self.groups[number];
-        change(group);
+        update(group);
         let subscription = group.subscription().clone();
-        self.is_doubtful |= self.is_bound_by_others(&subscription);
-        self.seat(number);
+        self.has_other_catalog |= self.is_bound_by_other_catalog(&subscription);
+        self.index(number);
     }
 
     /// Removes a group.
     pub fn remove(&mut self, number: GroupId) -> SubscriberGroup {
-        self.subscriber_indexes.leave(number);
+        self.subscriber_indexes.remove(number);
         self.groups.remove(number)
     }
 
@@ -81,10 +81,10 @@ impl SubscriberGroups {
         self.groups.is_empty()
     }
 
-    fn seat(&mut self, number: GroupId) {
+    fn index(&mut self, number: GroupId) {
         let catalog = self.catalog.as_ref();
         let relation = |id| catalog.and_then(|catalog| catalog.relation(id)).cloned();
-        self.subscriber_indexes.join(number, self.groups[number].subscription(), relation);
+        self.subscriber_indexes.insert(number, self.groups[number].subscription(), relation);
     }
 
     /// Returns whether the subscription was bound to a relation that is gone or changed in the current catalog.
@@ -93,20 +93,20 @@ impl SubscriberGroups {
     }
 
     /// Returns whether the subscription was evidently bound with another catalog than the current one.
-    fn is_bound_by_others(&self, subscription: &Subscription) -> bool {
+    fn is_bound_by_other_catalog(&self, subscription: &Subscription) -> bool {
         let is_other =
             |catalog: &Arc<Catalog>| subscription.is_stale(catalog) || subscription.may_be_lifted(catalog);
         self.catalog.as_ref().is_some_and(is_other)
     }
 
     /// Returns whether a group was bound with another catalog; the catalog has to be reloaded then.
-    pub fn is_doubtful(&self) -> bool {
-        self.is_doubtful
+    pub fn has_other_catalog(&self) -> bool {
+        self.has_other_catalog
     }
 
     /// Returns whether changes are already authorized with this catalog.
     pub fn has_catalog(&self, catalog: &Arc<Catalog>) -> bool {
-        !self.is_doubtful && self.catalog.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
+        !self.has_other_catalog && self.catalog.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
     }
 
     /// Sets the catalog that changes are authorized with. Groups that lost a relation get a gap with the cursor;
@@ -115,32 +115,32 @@ impl SubscriberGroups {
         if self.has_catalog(catalog) {
             return;
         }
-        self.subscriber_indexes.forget();
+        self.subscriber_indexes.clear();
         for (_, group) in &self.groups {
             group.apply_catalog(self.catalog.as_deref(), catalog, here);
         }
         self.catalog = Some(Arc::clone(catalog));
-        self.is_doubtful = false;
+        self.has_other_catalog = false;
     }
 
     /// Delivers a batch to all groups it concerns; returns the number of frames queued.
     ///
     /// # Errors
     /// Only when PostgreSQL does not answer; nothing was delivered then.
-    pub async fn tell(&mut self, gate: &Gate, catalog: &Catalog, batch: &Batch) -> Result<usize, Error> {
+    pub async fn deliver(&mut self, gate: &Gate, catalog: &Catalog, batch: &Batch) -> Result<usize, Error> {
         for change in &batch.changes {
             if let Some(relation) = catalog.relation(change.relation) {
                 let groups = self.groups.iter().map(|(id, group)| (id, group.subscription()));
                 self.subscriber_indexes.prepare(relation, groups);
             }
         }
-        tell(gate, catalog, batch, &self.subscriber_indexes, |id| &self.groups[id], Unit::part()).await
+        deliver(gate, catalog, batch, &self.subscriber_indexes, |id| &self.groups[id], Unit::next()).await
     }
 
     /// Waits up to `most` for clients that have much to read; returns the time waited.
-    pub async fn let_clients_read(&self, most: Duration) -> Duration {
+    pub async fn wait_for_clients(&self, limit: Duration) -> Duration {
         let started = Instant::now();
-        while started.elapsed() < most && self.is_behind() {
+        while started.elapsed() < limit && self.is_behind() {
             sleep(Duration::from_millis(1)).await;
         }
         started.elapsed()

@@ -25,7 +25,7 @@ pub struct Hub {
     /// The live groups whose position is beyond the feed's.
     ahead: BTreeSet<GroupId>,
     channels: HashMap<ChannelId, ChannelState>,
-    replays: BTreeMap<u64, Listed>,
+    replays: BTreeMap<u64, ReplayEntry>,
     last_replay: u64,
 }
 
@@ -38,7 +38,7 @@ enum ChannelState {
 }
 
 /// The hub's record of a replay.
-struct Listed {
+struct ReplayEntry {
     groups: Slab<SubscriberGroup>,
     newcomers: Arc<Newcomers>,
 }
@@ -71,10 +71,10 @@ pub struct Replayed {
 impl Hub {
     /// Starts delivery to a channel, replacing its last subscription; the greeting goes out first. A channel in a
     /// replay stays there with its new subscription.
-    pub fn join(&mut self, channel: ChannelId, registration: Subscriber, greeting: Vec<Bytes>) {
-        let place = self.channels.get(&channel).copied();
-        let missed = place.and_then(|place| self.group(place).members().missed());
-        let replay = match place {
+    pub fn join(&mut self, channel: ChannelId, subscriber: Subscriber, greeting: Vec<Bytes>) {
+        let state = self.channels.get(&channel).copied();
+        let missed = state.and_then(|state| self.group(state).members().missed());
+        let replay = match state {
             Some(ChannelState::Replay(number, _)) => {
                 Some((number, Arc::clone(&self.replays[&number].newcomers)))
             }
@@ -85,23 +85,23 @@ impl Hub {
         let mut newcomers = replay.as_ref().map(|(_, newcomers)| newcomers.lock());
         let at = self.remove(channel);
         for frame in greeting {
-            registration.outbox.push(frame);
+            subscriber.outbox.push(frame);
         }
         if let Some(why) = missed {
-            registration.outbox.push(registration.codec.gap(why, ""));
+            subscriber.outbox.push(subscriber.codec.gap(why, ""));
         }
         match (replay.as_ref(), newcomers.as_mut(), at) {
             (Some((number, _)), Some(newcomers), Some(at)) => {
-                newcomers.push(self.enter(*number, channel, registration, &at));
+                newcomers.push(self.add_to_replay(*number, channel, subscriber, &at));
             }
-            _ => self.take_in(channel, registration),
+            _ => self.add_live(channel, subscriber),
         }
     }
 
     /// Starts live delivery to a channel after its position.
-    pub fn admit(&mut self, channel: ChannelId, registration: Subscriber) {
+    pub fn admit(&mut self, channel: ChannelId, subscriber: Subscriber) {
         self.remove(channel);
-        self.take_in(channel, registration);
+        self.add_live(channel, subscriber);
     }
 
     /// Ends delivery to a channel; the farewell goes out after the last change. Returns the channel's position, when
@@ -124,7 +124,7 @@ impl Hub {
     /// Returns a channel's position when `here` is the feed's.
     pub fn position(&self, channel: ChannelId, here: &Cursor) -> Cursor {
         match self.channels.get(&channel) {
-            Some(place) => self.group(*place).position(here),
+            Some(state) => self.group(*state).position(here),
             None => here.clone(),
         }
     }
@@ -136,16 +136,16 @@ impl Hub {
 
     /// Returns the number of channels and of groups.
     pub fn count(&self) -> (usize, usize) {
-        let replayed: usize = self.replays.values().map(|listed| listed.groups.len()).sum();
+        let replayed: usize = self.replays.values().map(|entry| entry.groups.len()).sum();
         (self.channels.len(), self.live.len() + replayed)
     }
 
     /// Records the feed's new position: groups that were ahead of it and are not any more join the others. `None`
     /// after a gap: all groups are at the same, unknown position.
-    pub fn moved(&mut self, here: Option<&Cursor>) {
+    pub fn set_position(&mut self, here: Option<&Cursor>) {
         let is_behind = |since: &Cursor| here.is_none_or(|here| here.is_at_or_after(since));
-        let met = |number: &GroupId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
-        for number in self.ahead.iter().copied().filter(met).collect::<Vec<_>>() {
+        let is_reached = |number: &GroupId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
+        for number in self.ahead.iter().copied().filter(is_reached).collect::<Vec<_>>() {
             let group = self.discard(number);
             self.make_live(group, None);
         }
@@ -154,7 +154,7 @@ impl Hub {
     /// Moves the groups that these relations may concern into a replay of the rest of a page after `at`; `None` when
     /// there are none.
     pub fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor) -> Option<Replayed> {
-        let catalog = Arc::clone(self.live.rules()?);
+        let catalog = Arc::clone(self.live.catalog()?);
         let relations: Vec<_> = relations.iter().filter_map(|id| catalog.relation(*id)).collect();
         let is_concerned = |group: &SubscriberGroup| {
             let concerns = |relation| group.subscription().concerning(relation).next().is_some();
@@ -167,18 +167,18 @@ impl Hub {
         }
         self.last_replay += 1;
         let number = self.last_replay;
-        let mut listed = Listed { groups: Slab::new(), newcomers: Arc::default() };
+        let mut entry = ReplayEntry { groups: Slab::new(), newcomers: Arc::default() };
         for live in concerned {
             let group = self.discard(live);
             let group = group.beginning_at(group.position(at));
-            let place = listed.groups.insert(group.clone());
-            group.members().each(|channel, _| {
-                self.channels.insert(channel, ChannelState::Replay(number, place));
+            let index = entry.groups.insert(group.clone());
+            group.members().for_each(|channel, _| {
+                self.channels.insert(channel, ChannelState::Replay(number, index));
             });
         }
-        let groups = listed.groups.iter().map(|(_, group)| group.clone()).collect();
-        let newcomers = Arc::clone(&listed.newcomers);
-        self.replays.insert(number, listed);
+        let groups = entry.groups.iter().map(|(_, group)| group.clone()).collect();
+        let newcomers = Arc::clone(&entry.newcomers);
+        self.replays.insert(number, entry);
         Some(Replayed { number, groups, newcomers })
     }
 
@@ -192,14 +192,14 @@ impl Hub {
         rules: Option<&Catalog>,
         here: Option<&Cursor>,
     ) -> bool {
-        let Some(listed) = self.replays.get(&replay) else { return true };
-        if at.is_some() && !listed.newcomers.lock().is_empty() {
+        let Some(entry) = self.replays.get(&replay) else { return true };
+        if at.is_some() && !entry.newcomers.lock().is_empty() {
             return false;
         }
-        let groups = self.replays.remove(&replay).map(|listed| listed.groups);
+        let groups = self.replays.remove(&replay).map(|entry| entry.groups);
         for (_, group) in groups.into_iter().flatten() {
-            let position = at.map(|at| at.merge(&group.position(at)));
-            if let Some(catalog) = self.live.rules() {
+            let position = at.map(|at| at.and(&group.position(at)));
+            if let Some(catalog) = self.live.catalog() {
                 group.apply_catalog(rules, catalog, position.as_ref());
             }
             let is_behind = |position: &Cursor| here.is_some_and(|here| here.is_at_or_after(position));
@@ -209,32 +209,32 @@ impl Hub {
     }
 
     /// Calls `with` for each group of a replay.
-    pub fn each_of(&self, replay: u64, with: impl FnMut(&SubscriberGroup)) {
-        let groups = self.replays.get(&replay).map(|listed| &listed.groups);
+    pub fn for_each_group(&self, replay: u64, with: impl FnMut(&SubscriberGroup)) {
+        let groups = self.replays.get(&replay).map(|entry| &entry.groups);
         groups.into_iter().flatten().map(|(_, group)| group).for_each(with);
     }
 
-    fn group(&self, place: ChannelState) -> &SubscriberGroup {
-        match place {
+    fn group(&self, state: ChannelState) -> &SubscriberGroup {
+        match state {
             ChannelState::Live(number) => self.live.get(number),
-            ChannelState::Replay(number, place) => &self.replays[&number].groups[place],
+            ChannelState::Replay(number, index) => &self.replays[&number].groups[index],
         }
     }
 
     /// Makes the channels of a group live at `since`.
     fn make_live(&mut self, group: SubscriberGroup, since: Option<Cursor>) {
-        for (channel, registration) in group.into_registrations(since) {
-            self.take_in(channel, registration);
+        for (channel, subscriber) in group.into_subscribers(since) {
+            self.add_live(channel, subscriber);
         }
     }
 
-    fn take_in(&mut self, channel: ChannelId, registration: Subscriber) {
-        let Subscriber { codec, subscription, since, outbox, missed } = registration;
+    fn add_live(&mut self, channel: ChannelId, subscriber: Subscriber) {
+        let Subscriber { codec, subscription, since, outbox, missed } = subscriber;
         let is_ahead = since.is_some();
         let key = GroupKey { codec, subscription: subscription.clone(), since };
         let number = match self.by_key.get(&key) {
             Some(known) => {
-                self.live.change(*known, |group| group.add(channel, outbox, subscription));
+                self.live.update(*known, |group| group.add(channel, outbox, subscription));
                 *known
             }
             None => {
@@ -249,42 +249,42 @@ impl Hub {
         };
         self.channels.insert(channel, ChannelState::Live(number));
         if let Some(why) = missed {
-            self.live.get(number).members().misses(why);
+            self.live.get(number).members().set_missed(why);
         }
     }
 
     /// Adds a channel to a replay at its own position.
-    fn enter(
+    fn add_to_replay(
         &mut self,
         replay: u64,
         channel: ChannelId,
-        registration: Subscriber,
+        subscriber: Subscriber,
         at: &Arc<Cursor>,
     ) -> SubscriberGroup {
-        let Subscriber { codec, subscription, outbox, missed, .. } = registration;
+        let Subscriber { codec, subscription, outbox, missed, .. } = subscriber;
         let key = GroupKey { codec, subscription, since: None };
         let group = SubscriberGroup::new(Arc::new(key), channel, outbox).beginning_at(Cursor::clone(at));
         if let Some(why) = missed {
-            group.members().misses(why);
+            group.members().set_missed(why);
         }
-        if let Some(listed) = self.replays.get_mut(&replay) {
-            let place = listed.groups.insert(group.clone());
-            self.channels.insert(channel, ChannelState::Replay(replay, place));
+        if let Some(entry) = self.replays.get_mut(&replay) {
+            let index = entry.groups.insert(group.clone());
+            self.channels.insert(channel, ChannelState::Replay(replay, index));
         }
         group
     }
 
     /// Removes a channel; returns its position if it was in a replay.
     fn remove(&mut self, channel: ChannelId) -> Option<Arc<Cursor>> {
-        let place = self.channels.remove(&channel)?;
-        let members = self.group(place).members();
+        let state = self.channels.remove(&channel)?;
+        let members = self.group(state).members();
         let (at, is_empty) = (members.remove(channel), members.is_empty());
-        match place {
+        match state {
             _ if !is_empty => {}
             ChannelState::Live(number) => _ = self.discard(number),
-            ChannelState::Replay(number, place) => {
-                if let Some(listed) = self.replays.get_mut(&number) {
-                    listed.groups.remove(place);
+            ChannelState::Replay(number, index) => {
+                if let Some(entry) = self.replays.get_mut(&number) {
+                    entry.groups.remove(index);
                 }
             }
         }

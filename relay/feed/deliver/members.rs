@@ -24,14 +24,14 @@ struct State {
     /// The position of the channels while it differs from the feed's.
     position: Option<Arc<Cursor>>,
     /// Relations whose policy error was sent, with the channel.
-    told: BTreeSet<(RelationId, ChannelId)>,
+    notified: BTreeSet<(RelationId, ChannelId)>,
 }
 
 impl Members {
     /// Creates the members with a first channel.
     pub fn new(channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let outboxes = BTreeMap::from([(channel, outbox)]);
-        let state = State { outboxes, position: None, told: BTreeSet::new() };
+        let state = State { outboxes, position: None, notified: BTreeSet::new() };
         Self { state: Mutex::new(state), missed: OnceLock::new() }
     }
 
@@ -68,7 +68,7 @@ impl Members {
     }
 
     /// Gives the channels their own position: they are replayed from here.
-    pub fn begin_at(&self, position: Arc<Cursor>) {
+    pub fn set_position(&self, position: Arc<Cursor>) {
         self.lock().position = Some(position);
     }
 
@@ -81,7 +81,7 @@ impl Members {
     /// Returns the number of frames queued.
     pub fn deliver(
         &self,
-        part: Unit,
+        unit: Unit,
         frames: &mut Vec<Frame>,
         has_room: bool,
         here: Option<&Arc<Cursor>>,
@@ -96,32 +96,32 @@ impl Members {
         // bottleneck.
         let last = outboxes.next_back();
         for outbox in outboxes {
-            outbox.deliver(part, frames.iter().cloned(), has_room);
+            outbox.deliver(unit, frames.iter().cloned(), has_room);
         }
         if let Some(outbox) = last {
-            outbox.deliver(part, frames.drain(..), has_room);
+            outbox.deliver(unit, frames.drain(..), has_room);
         }
         count
     }
 
     /// Calls `with` for each channel.
-    pub fn each(&self, mut with: impl FnMut(ChannelId, &Arc<Outbox>)) {
+    pub fn for_each(&self, mut with: impl FnMut(ChannelId, &Arc<Outbox>)) {
         self.lock().outboxes.iter().for_each(|(channel, outbox)| with(*channel, outbox));
     }
 
     /// Calls `with` for each channel that was not called for this relation before.
-    pub fn each_once(&self, relation: RelationId, mut with: impl FnMut(&Arc<Outbox>)) {
+    pub fn for_each_once(&self, relation: RelationId, mut with: impl FnMut(&Arc<Outbox>)) {
         let mut state = self.lock();
-        let State { outboxes, told, .. } = &mut *state;
+        let State { outboxes, notified, .. } = &mut *state;
         for (channel, outbox) in outboxes {
-            if told.insert((relation, *channel)) {
+            if notified.insert((relation, *channel)) {
                 with(outbox);
             }
         }
     }
 
     /// Returns whether the clients of all channels are closed.
-    pub fn are_over(&self) -> bool {
+    pub fn are_closed(&self) -> bool {
         self.lock().outboxes.values().all(|outbox| outbox.is_full())
     }
 
@@ -131,7 +131,7 @@ impl Members {
     }
 
     /// Records why changes may be missing from now on.
-    pub fn misses(&self, why: &'static str) {
+    pub fn set_missed(&self, why: &'static str) {
         let _ = self.missed.set(why);
     }
 

@@ -67,7 +67,7 @@ pub struct Held {
 pub struct Reserved(Held);
 
 /// The registration of a holder that can be evicted.
-pub struct Reservation {
+pub struct Registration {
     budget: Arc<MemoryBudget>,
     number: usize,
 }
@@ -98,8 +98,8 @@ impl MemoryBudget {
     }
 
     /// Replaces the count of queue slots of an outbox.
-    pub fn places(&self, before: usize, now: usize) {
-        let bytes = |places: usize| places * size_of::<Frame>();
+    pub fn set_slots(&self, before: usize, now: usize) {
+        let bytes = |slots: usize| slots * size_of::<Frame>();
         self.observe.waits(bytes(now));
         self.observe.waits_no_more(bytes(before));
     }
@@ -117,9 +117,12 @@ impl MemoryBudget {
         }
         let holders: Vec<Arc<dyn Holder>> =
             lock(&self.holders).iter().filter_map(|(_, holder)| holder.upgrade()).collect();
-        let part = self.limit.saturating_sub(self.reserved.load(Ordering::Relaxed)) / holders.len().max(1);
+        let equal_share =
+            self.limit.saturating_sub(self.reserved.load(Ordering::Relaxed)) / holders.len().max(1);
         self.evict(
-            holders.iter().filter(|holder| holder.waiting().is_some_and(|waits| waits.bytes > part)),
+            holders
+                .iter()
+                .filter(|holder| holder.waiting().is_some_and(|waiting| waiting.bytes > equal_share)),
             |_| self.fits(bytes),
         );
         self.fits(bytes)
@@ -133,7 +136,7 @@ impl MemoryBudget {
             let holders =
                 lock(&self.holders).iter().filter_map(|(_, holder)| holder.upgrade()).collect::<Vec<_>>();
             let own: Vec<_> = holders.into_iter().filter(is_own).collect();
-            let waiting = |holder: &Arc<dyn Holder>| holder.waiting().map_or(0, |waits| waits.bytes);
+            let waiting = |holder: &Arc<dyn Holder>| holder.waiting().map_or(0, |waiting| waiting.bytes);
             let mut all: usize = own.iter().map(waiting).sum();
             self.evict(own.iter(), |freed| {
                 all = all.saturating_sub(freed);
@@ -152,9 +155,9 @@ impl MemoryBudget {
     }
 
     /// Returns the owner with this key, creating it if needed.
-    pub fn owner(&self, who: impl Hash) -> Arc<Owner> {
+    pub fn owner(&self, key_of: impl Hash) -> Arc<Owner> {
         let mut hasher = DefaultHasher::new();
-        who.hash(&mut hasher);
+        key_of.hash(&mut hasher);
         let key = hasher.finish();
         let mut owners = lock(&self.owners);
         if let Some(known) = owners.get(&key).and_then(Weak::upgrade) {
@@ -167,9 +170,9 @@ impl MemoryBudget {
     }
 
     /// Registers a holder; it can be evicted until the registration is dropped.
-    pub fn enter(self: &Arc<Self>, holder: Weak<dyn Holder>) -> Reservation {
+    pub fn register(self: &Arc<Self>, holder: Weak<dyn Holder>) -> Registration {
         let number = lock(&self.holders).insert(holder);
-        Reservation { budget: Arc::clone(self), number }
+        Registration { budget: Arc::clone(self), number }
     }
 
     /// Evicts slow clients first, then those with the most waiting, until `enough`. `enough` gets the bytes freed
@@ -230,7 +233,7 @@ impl Drop for Held {
     }
 }
 
-impl Drop for Reservation {
+impl Drop for Registration {
     fn drop(&mut self) {
         lock(&self.budget.holders).try_remove(self.number);
     }

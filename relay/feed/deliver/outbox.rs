@@ -10,19 +10,19 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Reservation, Waiting};
+use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Registration, Waiting};
 use crate::model::session::machine::ChannelId;
 
 /// A client with this many bytes waiting …
-const MUCH: usize = 64 * 1024;
+const SLOW_BYTES: usize = 64 * 1024;
 /// … for this long is slow.
-const LONG: Duration = Duration::from_millis(250);
+const SLOW_AFTER: Duration = Duration::from_millis(250);
 /// Bytes waiting, or half of the limit if less, above which the next batch of a page should wait for the client.
-const BEHIND: usize = 256 * 1024;
+const BEHIND_BYTES: usize = 256 * 1024;
 /// A reply this small never evicts a client.
-const SMALL: usize = 4 * 1024;
+const SMALL_REPLY: usize = 4 * 1024;
 /// Queue slots that are not counted in the memory budget.
-const PLACES: usize = 32;
+const UNCOUNTED_SLOTS: usize = 32;
 
 /// Frames queued for one client, bounded in bytes.
 ///
@@ -32,7 +32,7 @@ pub struct Outbox {
     shared: Arc<Shared>,
     limit: usize,
     budget: Arc<MemoryBudget>,
-    _place: Reservation,
+    _registration: Registration,
 }
 
 struct Shared {
@@ -49,27 +49,27 @@ struct Queue {
     frames: VecDeque<Frame>,
     bytes: usize,
     /// The unit delivered last.
-    part: Unit,
+    unit: Unit,
     /// Bytes of replies and pings.
-    said: usize,
+    reply_bytes: usize,
     /// Bytes of replayed frames, queued and taken.
-    past: usize,
-    past_taken: usize,
+    replay_bytes: usize,
+    replay_bytes_taken: usize,
     /// Bytes taken that the socket does not accept now.
-    stuck: usize,
+    unwritten: usize,
     /// Since when more than [`SLOW_BYTES`] have waited.
     since: Option<Instant>,
     /// Queue slots that are counted.
-    places: usize,
+    slots: usize,
     /// Channels to bind anew.
     rebind: Vec<ChannelId>,
     full: bool,
     /// Changes were delivered since the last query.
     delivered: bool,
     /// The task that waits to take frames. Woken once, not once per frame.
-    waiting: Option<Waker>,
+    taker: Option<Waker>,
     /// The task that waits for the outbox to overflow.
-    watching: Option<Waker>,
+    watcher: Option<Waker>,
 }
 
 /// Frames that belong together: a client that has room for the first of them has room for all.
@@ -81,10 +81,10 @@ static UNITS: AtomicU64 = AtomicU64::new(1);
 
 impl Unit {
     /// Replayed frames. They are read at the client's pace.
-    pub const PAST: Self = Self(1);
+    pub const REPLAY: Self = Self(1);
 
     /// Creates the unit of a batch: all of its frames for a client, over all channels.
-    pub fn part() -> Self {
+    pub fn next() -> Self {
         Self(UNITS.fetch_add(1, Ordering::Relaxed) + 1)
     }
 }
@@ -120,20 +120,20 @@ impl Outbox {
         let (queue, hand) = (Mutex::default(), Mutex::default());
         let shared = Arc::new(Shared { queue, hand, owner, budget: Arc::clone(&budget) });
         let holder: Weak<dyn Holder> = Arc::<Shared>::downgrade(&shared);
-        let _place = budget.enter(holder);
-        Self { shared, limit, budget, _place }
+        let _registration = budget.register(holder);
+        Self { shared, limit, budget, _registration }
     }
 
     /// Adds a single frame. It is accepted whatever its size, or it could never be delivered.
     pub fn push(&self, frame: impl Into<Bytes>) {
         let frame = Frame::whole(frame, &self.budget);
-        let has_room = frame.len() <= SMALL || self.budget.make_room(0);
+        let has_room = frame.len() <= SMALL_REPLY || self.budget.make_room(0);
         self.add(has_room, [frame], None);
     }
 
     /// Adds the frames of a unit for one channel. Without room in memory, the client is closed.
-    pub fn deliver(&self, part: Unit, frames: impl IntoIterator<Item = Frame>, has_room: bool) {
-        self.add(has_room, frames, Some(part));
+    pub fn deliver(&self, unit: Unit, frames: impl IntoIterator<Item = Frame>, has_room: bool) {
+        self.add(has_room, frames, Some(unit));
     }
 
     /// Adds a piece of an answer; false when the owner may not have more, or the answer was evicted.
@@ -153,28 +153,28 @@ impl Outbox {
         !queue.full
     }
 
-    fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, part: Option<Unit>) {
+    fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, unit: Option<Unit>) {
         let wakers = {
             let mut queue = self.lock();
-            queue.delivered |= part.is_some();
-            let goes_on = match part {
-                Some(part) => part == Unit::PAST || part == queue.part,
+            queue.delivered |= unit.is_some();
+            let is_continued = match unit {
+                Some(unit) => unit == Unit::REPLAY || unit == queue.unit,
                 // Replies and pings do not close a client that is receiving a large change.
-                None => queue.said <= self.limit / 4,
+                None => queue.reply_bytes <= self.limit / 4,
             };
-            let is_too_much = queue.bytes > 0 && queue.pressing() > self.limit;
-            if !has_room || (is_too_much && !goes_on) {
-                queue.end();
+            let is_too_much = queue.bytes > 0 && queue.limited_bytes() > self.limit;
+            if !has_room || (is_too_much && !is_continued) {
+                queue.close();
             }
             if !queue.full {
                 let before = queue.bytes;
                 frames.into_iter().for_each(|frame| queue.add(frame));
-                match part {
-                    Some(Unit::PAST) => queue.past += queue.bytes - before,
-                    Some(part) => queue.part = part,
-                    None => queue.said += queue.bytes - before,
+                match unit {
+                    Some(Unit::REPLAY) => queue.replay_bytes += queue.bytes - before,
+                    Some(unit) => queue.unit = unit,
+                    None => queue.reply_bytes += queue.bytes - before,
                 }
-                queue.count_places(&self.budget);
+                queue.count_slots(&self.budget);
             }
             queue.wakers()
         };
@@ -206,8 +206,8 @@ impl Outbox {
     /// Records that `bytes` of the taken frames cannot be written now. They count as waiting until more is taken.
     pub fn is_stuck_with(&self, bytes: usize) {
         let mut queue = self.lock();
-        queue.stuck = bytes;
-        queue.note_since();
+        queue.unwritten = bytes;
+        queue.note_slow();
     }
 
     /// Returns whether a channel waits to be bound anew: changes are not delivered to it.
@@ -218,7 +218,7 @@ impl Outbox {
     /// Returns whether another batch of the page might not fit.
     pub fn is_behind(&self) -> bool {
         let queue = self.lock();
-        !queue.full && queue.bytes > BEHIND.min(self.limit / 2)
+        !queue.full && queue.bytes > BEHIND_BYTES.min(self.limit / 2)
     }
 
     /// Returns whether it overflowed.
@@ -235,7 +235,7 @@ impl Outbox {
     pub async fn take(&self) -> Taken {
         poll_fn(|context| {
             let mut queue = self.lock();
-            queue.take(&self.shared.hand).map_or_else(|| wait(&mut queue.waiting, context), Poll::Ready)
+            queue.take(&self.shared.hand).map_or_else(|| wait(&mut queue.taker, context), Poll::Ready)
         })
         .await
     }
@@ -250,7 +250,7 @@ impl Outbox {
     pub async fn overflowed(&self) {
         poll_fn(|context| {
             let mut queue = self.lock();
-            if queue.full { Poll::Ready(()) } else { wait(&mut queue.watching, context) }
+            if queue.full { Poll::Ready(()) } else { wait(&mut queue.watcher, context) }
         })
         .await;
     }
@@ -263,8 +263,8 @@ impl Outbox {
 impl Holder for Shared {
     fn waiting(&self) -> Option<Waiting> {
         let queue = lock(&self.queue);
-        let bytes = queue.bytes + queue.stuck;
-        let is_old = queue.since.is_some_and(|since| since.elapsed() > LONG);
+        let bytes = queue.bytes + queue.unwritten;
+        let is_old = queue.since.is_some_and(|since| since.elapsed() > SLOW_AFTER);
         (bytes > 0 && !queue.full).then_some(Waiting { is_old, bytes })
     }
 
@@ -275,9 +275,9 @@ impl Holder for Shared {
     fn evict(&self) {
         let wakers = {
             let mut queue = lock(&self.queue);
-            queue.end();
-            queue.stuck = 0;
-            queue.count_places(&self.budget);
+            queue.close();
+            queue.unwritten = 0;
+            queue.count_slots(&self.budget);
             queue.wakers()
         };
         let mut hand = lock(&self.hand);
@@ -291,14 +291,14 @@ impl Holder for Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         let queue = self.queue.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.budget.places(queue.places, 0);
+        self.budget.set_slots(queue.slots, 0);
     }
 }
 
-fn wait<T>(place: &mut Option<Waker>, context: &Context<'_>) -> Poll<T> {
-    match place {
+fn wait<T>(slot: &mut Option<Waker>, context: &Context<'_>) -> Poll<T> {
+    match slot {
         Some(waker) => waker.clone_from(context.waker()),
-        nobody => *nobody = Some(context.waker().clone()),
+        empty => *empty = Some(context.waker().clone()),
     }
     Poll::Pending
 }
@@ -311,46 +311,46 @@ impl Queue {
     fn add(&mut self, frame: Frame) {
         self.bytes += frame.len();
         self.frames.push_back(frame);
-        self.note_since();
+        self.note_slow();
     }
 
     /// Returns the bytes that count against the limit. Replayed frames do not: more of them come only when the client
     /// has read the last.
-    fn pressing(&self) -> usize {
-        self.bytes - self.past + self.stuck.saturating_sub(self.past_taken)
+    fn limited_bytes(&self) -> usize {
+        self.bytes - self.replay_bytes + self.unwritten.saturating_sub(self.replay_bytes_taken)
     }
 
-    fn note_since(&mut self) {
-        if self.since.is_none() && self.bytes + self.stuck > MUCH {
+    fn note_slow(&mut self) {
+        if self.since.is_none() && self.bytes + self.unwritten > SLOW_BYTES {
             self.since = Some(Instant::now());
         }
     }
 
     /// Counts queue slots: frames are shared by many clients, their slots are not.
-    fn count_places(&mut self, budget: &MemoryBudget) {
-        let places = self.frames.capacity();
-        if places > PLACES.max(self.places) || places * 4 < self.places {
-            budget.places(self.places, places);
-            self.places = places;
+    fn count_slots(&mut self, budget: &MemoryBudget) {
+        let slots = self.frames.capacity();
+        if slots > UNCOUNTED_SLOTS.max(self.slots) || slots * 4 < self.slots {
+            budget.set_slots(self.slots, slots);
+            self.slots = slots;
         }
     }
 
     /// Closes the queue. Queued frames precede a gap, so none of them may be delivered.
-    fn end(&mut self) {
+    fn close(&mut self) {
         self.full = true;
         self.frames = VecDeque::new();
-        (self.bytes, self.past) = (0, 0);
+        (self.bytes, self.replay_bytes) = (0, 0);
     }
 
     /// Takes the wakers of the tasks to wake.
     fn wakers(&mut self) -> [Option<Waker>; 2] {
-        [self.waiting.take(), if self.full { self.watching.take() } else { None }]
+        [self.taker.take(), if self.full { self.watcher.take() } else { None }]
     }
 
     fn take(&mut self, hand: &Mutex<Hand>) -> Option<Taken> {
-        self.stuck = 0;
+        self.unwritten = 0;
         self.since = None;
-        self.said = 0;
+        self.reply_bytes = 0;
         if !self.frames.is_empty() {
             let mut hand = lock(hand);
             if hand.frames.is_empty() {
@@ -358,7 +358,7 @@ impl Queue {
             } else {
                 hand.frames.append(&mut self.frames);
             }
-            self.past_taken = std::mem::take(&mut self.past);
+            self.replay_bytes_taken = std::mem::take(&mut self.replay_bytes);
             self.bytes = 0;
             return Some(Taken::Frames);
         }
@@ -374,7 +374,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::feed::deliver::frame::{KEPT, Text};
+    use crate::feed::deliver::frame::{FRAME_OVERHEAD, Text};
     use crate::observe::Observe;
 
     fn budget(limit: usize) -> (Arc<MemoryBudget>, Arc<Observe>) {
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_outbox_gives_nothing_but_its_end() {
+    async fn a_full_outbox_drops_its_frames() {
         let outbox = outbox(10);
         outbox.push(frame(6));
         outbox.push(frame(6));
@@ -406,37 +406,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_one_part_is_to_the_channels_of_a_client_fits_whatever_it_is() {
+    async fn a_unit_fits_whatever_its_size() {
         let outbox = outbox(10);
         let whole = |bytes| Frame::whole(frame(bytes), outbox.budget());
         outbox.push(frame(6));
-        let part = Unit::part();
+        let unit = Unit::next();
         for _ in 0..3 {
-            outbox.deliver(part, [whole(100), whole(100)], true);
+            outbox.deliver(unit, [whole(100), whole(100)], true);
         }
         assert_eq!(take(&outbox).await, (Taken::Frames, 7));
-        outbox.deliver(Unit::part(), [whole(100)], true);
-        outbox.deliver(Unit::part(), [whole(1)], true);
+        outbox.deliver(Unit::next(), [whole(100)], true);
+        outbox.deliver(Unit::next(), [whole(1)], true);
         assert!(outbox.is_full(), "more than the limit waited before this one began");
     }
 
     #[test]
-    fn what_was_missed_closes_no_client_for_what_comes_now() {
+    fn replayed_frames_do_not_count_against_the_limit() {
         let outbox = outbox(1000);
         let whole = |bytes| Frame::whole(frame(bytes), outbox.budget());
-        outbox.deliver(Unit::PAST, [whole(5000)], true);
-        outbox.deliver(Unit::part(), [whole(900)], true);
-        outbox.deliver(Unit::PAST, [whole(5000)], true);
-        outbox.deliver(Unit::part(), [whole(900)], true);
+        outbox.deliver(Unit::REPLAY, [whole(5000)], true);
+        outbox.deliver(Unit::next(), [whole(900)], true);
+        outbox.deliver(Unit::REPLAY, [whole(5000)], true);
+        outbox.deliver(Unit::next(), [whole(900)], true);
         assert!(!outbox.is_full());
-        outbox.deliver(Unit::part(), [whole(1)], true);
+        outbox.deliver(Unit::next(), [whole(1)], true);
         assert!(outbox.is_full());
     }
 
     #[test]
-    fn a_reply_closes_no_client_for_the_change_that_is_before_it_and_many_replies_do() {
+    fn a_few_replies_behind_a_large_change_close_no_client_and_many_do() {
         let outbox = outbox(1000);
-        outbox.deliver(Unit::part(), [Frame::whole(frame(5000), outbox.budget())], true);
+        outbox.deliver(Unit::next(), [Frame::whole(frame(5000), outbox.budget())], true);
         outbox.push(frame(100));
         outbox.push(frame(100));
         assert!(!outbox.is_full());
@@ -446,7 +446,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn its_end_is_heard_by_who_watches_while_another_waits_to_take() {
+    async fn an_overflow_wakes_the_watcher_while_another_task_waits_to_take() {
         let outbox = Arc::new(outbox(10));
         let watched = Arc::clone(&outbox);
         let watching = tokio::spawn(async move { watched.overflowed().await });
@@ -459,8 +459,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn when_too_much_waits_for_all_the_one_with_most_of_it_ends() {
-        let (budget, observe) = budget(10_000 + 4 * KEPT);
+    async fn the_client_with_the_most_waiting_is_evicted() {
+        let (budget, observe) = budget(10_000 + 4 * FRAME_OVERHEAD);
         let outboxes: Vec<Outbox> = (0..4).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
         let [slow, small, idle, _] = &outboxes[..] else { panic!("there are four") };
         small.push(frame(1000));
@@ -469,13 +469,13 @@ mod tests {
         assert!(!slow.is_full(), "it was not too much before");
         idle.push(frame(5000));
         assert!(slow.is_full() && !idle.is_full() && !small.is_full());
-        assert_eq!(observe.waiting_bytes(), 6000 + 2 * KEPT);
+        assert_eq!(observe.waiting_bytes(), 6000 + 2 * FRAME_OVERHEAD);
         drop(outboxes);
         assert_eq!(observe.waiting_bytes(), 0);
     }
 
     #[tokio::test]
-    async fn what_is_being_written_is_freed_when_its_client_is_evicted() {
+    async fn eviction_frees_frames_that_are_being_written() {
         let (budget, observe) = budget(10_000);
         let (stuck, other) = (Outbox::new(100_000, Arc::clone(&budget)), Outbox::new(100_000, budget));
         stuck.push(frame(6000));
@@ -484,25 +484,25 @@ mod tests {
         other.push(frame(5000));
         assert!(stuck.is_full() && !other.is_full());
         assert!(stuck.hand().is_evicted && stuck.hand().frames.is_empty());
-        assert_eq!(observe.waiting_bytes(), 5000 + KEPT);
+        assert_eq!(observe.waiting_bytes(), 5000 + FRAME_OVERHEAD);
     }
 
     #[tokio::test]
-    async fn a_client_is_refused_what_does_not_fit_when_all_others_have_less_than_their_part() {
+    async fn a_client_is_closed_when_all_others_have_less_than_an_equal_share() {
         let (budget, observe) = budget(10_000);
         let outboxes: Vec<Outbox> = (0..10).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
         for outbox in &outboxes[1..] {
             outbox.push(frame(700));
         }
         let whole = |bytes| Frame::whole(frame(bytes), outboxes[0].budget());
-        outboxes[0].deliver(Unit::part(), [whole(9000)], outboxes[0].budget().make_room(0));
+        outboxes[0].deliver(Unit::next(), [whole(9000)], outboxes[0].budget().make_room(0));
         assert!(outboxes[0].is_full());
         assert!(outboxes[1..].iter().all(|outbox| !outbox.is_full()));
         assert!(observe.waiting_bytes() <= 10_000);
     }
 
     #[tokio::test]
-    async fn answers_to_one_owner_have_half_of_all_and_the_slow_ones_go_first() {
+    async fn answers_to_one_owner_share_half_of_the_memory() {
         let (budget, _) = budget(100_000);
         let answer = |who: &str| Outbox::of(Some(budget.owner(who)), usize::MAX, Arc::clone(&budget));
         let (first, second, other) = (answer("ann"), answer("ann"), answer("ben"));
@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_cannot_be_evicted_is_half_of_all_at_most() {
+    fn reserved_memory_is_at_most_half() {
         let (budget, observe) = budget(10_000);
         let (mut one, mut other) = (budget.reserved(), budget.reserved());
         assert!(one.resize(3000) && !other.resize(3000) && other.resize(2000));
@@ -527,17 +527,17 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_counts_once_until_the_last_has_read_it() {
+    fn a_shared_payload_counts_once_until_the_last_reader_drops_it() {
         let (budget, observe) = budget(usize::MAX);
         let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, Arc::clone(&budget)));
         let payload = Text::new("x".repeat(7), &budget);
         let around = |head: &str| Frame::around(head.to_owned(), Arc::clone(&payload), "", &budget);
-        one.deliver(Unit::part(), [around("a")], true);
-        other.deliver(Unit::part(), [around("b")], true);
+        one.deliver(Unit::next(), [around("a")], true);
+        other.deliver(Unit::next(), [around("b")], true);
         drop(payload);
-        assert_eq!(observe.waiting_bytes(), 3 * KEPT + 7 + 2);
+        assert_eq!(observe.waiting_bytes(), 3 * FRAME_OVERHEAD + 7 + 2);
         drop(one);
-        assert_eq!(observe.waiting_bytes(), 2 * KEPT + 7 + 1);
+        assert_eq!(observe.waiting_bytes(), 2 * FRAME_OVERHEAD + 7 + 1);
         drop(other);
         assert_eq!(observe.waiting_bytes(), 0);
     }

@@ -1,4 +1,4 @@
-//! A batch of changes, in order: a piece of a page.
+//! A batch: consecutive changes of one page.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ impl Batch {
     }
 
     /// Returns whether the batch contains a change of the schema or of the set of watched relations.
-    pub fn is_news(&self) -> bool {
+    pub fn has_schema_changes(&self) -> bool {
         self.changes.iter().any(|change| matches!(change.operation, Operation::Schema | Operation::Gap))
     }
 

@@ -9,7 +9,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::time::timeout;
 
 use crate::feed::read::batch::Batch;
-use crate::feed::read::source::{FeedItem, PART_BYTES, PART_CHANGES, Source, SourcePosition};
+use crate::feed::read::source::{BATCH_BYTES, BATCH_CHANGES, FeedItem, Source, SourcePosition};
 use crate::model::log::cursor::Span;
 use crate::postgres::changelog::doorbell::{Doorbell, Rings};
 use crate::postgres::changelog::reader::{Changelog, Flush, PagePosition};
@@ -17,46 +17,46 @@ use crate::postgres::connect::pool::Error;
 
 /// Batches after which a page counts as large: its rest is replayed to the subscribers it concerns, instead of
 /// delaying the others.
-const PARTS: usize = 16;
+const LARGE_PAGE_BATCHES: usize = 16;
 
 /// Pause after a page that was not full, while awake. Adds at most one or two milliseconds of latency and costs
 /// PostgreSQL at most a few hundred small statements a second.
-const POLL: Duration = Duration::from_millis(2);
+const POLL_PAUSE: Duration = Duration::from_millis(2);
 /// Time awake without changes after which the source tries to sleep.
 const IDLE: Duration = Duration::from_millis(30);
 /// Pause between two attempts to sleep while a writer that did not ring is in flight.
-const CALM: Duration = Duration::from_millis(10);
+const SLEEP_RETRY: Duration = Duration::from_millis(10);
 /// Rings within [`BURST`] that end the sleep: at a few hundred commits a second, polling is cheaper for writers.
-const RUSH_RINGS: usize = 6;
+const BURST_RINGS: usize = 6;
 /// See [`BURST_RINGS`].
-const RUSH: Duration = Duration::from_millis(20);
+const BURST: Duration = Duration::from_millis(20);
 /// Longest pause between polls when the doorbell does not work: a pooler swallows it, the database turned it off, or
 /// the leader does not ring.
-const DEAF: Duration = Duration::from_millis(100);
+const MAX_POLL_PAUSE: Duration = Duration::from_millis(100);
 /// While asleep, the source rings the doorbell itself this often, to check that it is still heard.
 const PROBE: Duration = Duration::from_secs(10);
 /// A follower tries this often to become the leader, so that one takes over within half a second.
-const SUCCEED: Duration = Duration::from_millis(400);
+const LEAD_RETRY: Duration = Duration::from_millis(400);
 
 /// Pages read within this time after the last poll cannot have been trimmed: trimming looks at the changelog several
 /// times first.
-const TRIMMED: Duration = Duration::from_millis(100);
+const TRIM_CHECK_AFTER: Duration = Duration::from_millis(100);
 /// The position is sent this often when there are no changes, so that cursors do not grow old.
-const QUIET: Duration = Duration::from_secs(1);
+const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The state of the source while its connections hold.
 pub(super) struct PollLoop<'a> {
     source: &'a Source,
     changelog: Changelog,
     doorbell: Doorbell,
-    place: &'a mut SourcePosition,
-    parts: &'a Sender<FeedItem>,
+    position: &'a mut SourcePosition,
+    items: &'a Sender<FeedItem>,
     /// When the position was sent last.
-    told: Instant,
+    last_sent: Instant,
     /// The position has moved since, without changes.
-    unheard: bool,
+    unsent: bool,
     /// When the last poll began. Sending its batches may have taken long.
-    looked: Instant,
+    last_poll: Instant,
     /// This relay gave up the lead because its router took no items.
     stepped_down: bool,
 }
@@ -69,9 +69,9 @@ enum PollResult {
     /// Fewer changes than a batch.
     Some,
     /// A full batch or more: poll again at once.
-    Plenty,
+    Full,
     /// The receiver is closed.
-    Over,
+    Closed,
 }
 
 impl<'a> PollLoop<'a> {
@@ -79,22 +79,32 @@ impl<'a> PollLoop<'a> {
         source: &'a Source,
         changelog: Changelog,
         doorbell: Doorbell,
-        place: &'a mut SourcePosition,
-        parts: &'a Sender<FeedItem>,
+        position: &'a mut SourcePosition,
+        items: &'a Sender<FeedItem>,
     ) -> Self {
         let now = Instant::now();
-        let (unheard, stepped_down) = (false, false);
-        Self { source, changelog, doorbell, place, parts, told: now, unheard, looked: now, stepped_down }
+        let (unsent, stepped_down) = (false, false);
+        Self {
+            source,
+            changelog,
+            doorbell,
+            position,
+            items,
+            last_sent: now,
+            unsent,
+            last_poll: now,
+            stepped_down,
+        }
     }
 
     /// Waits to become the leader, then alternates between polling and sleeping. Returns `Ok` when the receiver is
     /// closed, as all loops here.
     pub(super) async fn run_with_notifications(&mut self) -> Result<(), Error> {
-        if self.until_leader().await?.is_over() {
+        if self.follow_until_leader().await?.is_closed() {
             return Ok(());
         }
         loop {
-            if self.awake().await?.is_over() || self.asleep().await?.is_over() {
+            if self.poll_awake().await?.is_closed() || self.wait_asleep().await?.is_closed() {
                 return Ok(());
             }
         }
@@ -102,65 +112,65 @@ impl<'a> PollLoop<'a> {
 
     /// Waits to become the leader, then polls for itself and its followers. Writers do not ring.
     pub(super) async fn poll_as_leader(&mut self) -> Result<(), Error> {
-        if self.until_leader().await?.is_over() {
+        if self.follow_until_leader().await?.is_closed() {
             return Ok(());
         }
-        self.poll_alone().await
+        self.poll_only().await
     }
 
-    pub(super) async fn poll_alone(&mut self) -> Result<(), Error> {
-        let mut pause = POLL;
+    pub(super) async fn poll_only(&mut self) -> Result<(), Error> {
+        let mut pause = POLL_PAUSE;
         loop {
-            self.pass_on();
-            match self.look(Flush::WithWriters).await? {
-                PollResult::Over => return Ok(()),
-                PollResult::Plenty => pause = POLL,
+            self.forward_refresh();
+            match self.poll(Flush::WithWriters).await? {
+                PollResult::Closed => return Ok(()),
+                PollResult::Full => pause = POLL_PAUSE,
                 PollResult::Some => {
-                    pause = POLL;
+                    pause = POLL_PAUSE;
                     tokio::time::sleep(pause).await;
                 }
                 PollResult::Nothing => {
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(DEAF);
+                    pause = (pause * 2).min(MAX_POLL_PAUSE);
                 }
             }
         }
     }
 
     /// Polls when the leader rings, until this relay becomes the leader.
-    async fn until_leader(&mut self) -> Result<PollResult, Error> {
+    async fn follow_until_leader(&mut self) -> Result<PollResult, Error> {
         if self.try_lead().await? {
             return Ok(PollResult::Nothing);
         }
         self.doorbell.follow().await?;
-        tracing::info!("another relay leads: this one is its deputy");
-        let (mut tried, mut rung, mut poll) = (Instant::now(), true, self.source.poll);
+        tracing::info!("following another relay");
+        let (mut last_try, mut rung, mut max_wait) = (Instant::now(), true, self.source.poll);
         loop {
-            let found = self.look_to_the_end(Flush::WithWriters).await?;
+            let found = self.poll_to_end(Flush::WithWriters).await?;
             match found {
-                PollResult::Over => return Ok(PollResult::Over),
+                PollResult::Closed => return Ok(PollResult::Closed),
                 // Any database user may take the leader's lock, so a leader that does not ring is not relied on.
                 PollResult::Some if !rung => {
                     self.source.observe.found_by_polling();
-                    poll = poll.min(DEAF);
+                    max_wait = max_wait.min(MAX_POLL_PAUSE);
                 }
-                _ if rung => poll = self.source.poll,
+                _ if rung => max_wait = self.source.poll,
                 _ => {}
             }
             // Checked between rings too: under many rings in a row the leader may have changed.
             loop {
-                if tried.elapsed() >= SUCCEED {
-                    tried = Instant::now();
+                if last_try.elapsed() >= LEAD_RETRY {
+                    last_try = Instant::now();
                     if self.try_lead().await? {
                         // Changes since the last leader's end are found by polling while awake.
                         self.source.refresh_jobs.notify_one();
                         return Ok(PollResult::Nothing);
                     }
                 }
-                let wait = SUCCEED.saturating_sub(tried.elapsed());
-                let wait = wait.min(poll.saturating_sub(self.looked.elapsed()));
-                rung = self.rung_within(wait).await?.is_some();
-                if rung || self.looked.elapsed() >= poll {
+                let wait = LEAD_RETRY.saturating_sub(last_try.elapsed());
+                let wait = wait.min(max_wait.saturating_sub(self.last_poll.elapsed()));
+                rung = self.wait_for_ring(wait).await?.is_some();
+                if rung || self.last_poll.elapsed() >= max_wait {
                     break;
                 }
             }
@@ -170,18 +180,18 @@ impl<'a> PollLoop<'a> {
     async fn try_lead(&mut self) -> Result<bool, Error> {
         let leads = self.doorbell.try_lead().await?;
         if leads {
-            tracing::info!("this relay leads: it is the one that writers ring");
+            tracing::info!("elected leader");
             self.source.observe.leads(true);
         }
         Ok(leads)
     }
 
     /// Polls until a page is not full.
-    async fn look_to_the_end(&mut self, how: Flush) -> Result<PollResult, Error> {
+    async fn poll_to_end(&mut self, how: Flush) -> Result<PollResult, Error> {
         let mut found = PollResult::Nothing;
         loop {
-            match self.look(how).await? {
-                PollResult::Plenty => found = PollResult::Some,
+            match self.poll(how).await? {
+                PollResult::Full => found = PollResult::Some,
                 PollResult::Nothing => return Ok(found),
                 last => return Ok(last),
             }
@@ -189,7 +199,7 @@ impl<'a> PollLoop<'a> {
     }
 
     /// Waits for rings; `None` on timeout.
-    async fn rung_within(&mut self, wait: Duration) -> Result<Option<Rings>, Error> {
+    async fn wait_for_ring(&mut self, wait: Duration) -> Result<Option<Rings>, Error> {
         let Ok(rung) = timeout(wait, self.doorbell.rung()).await else { return Ok(None) };
         let rings = rung.ok_or(Error::Lost("the listening connection ended"))?;
         if rings.refresh_jobs {
@@ -200,174 +210,182 @@ impl<'a> PollLoop<'a> {
     }
 
     /// Polls until there are no changes and every writer that did not ring is done.
-    async fn awake(&mut self) -> Result<PollResult, Error> {
+    async fn poll_awake(&mut self) -> Result<PollResult, Error> {
         let mut found = Instant::now();
         loop {
-            self.pass_on();
-            match self.look(Flush::WithWriters).await? {
-                PollResult::Over => return Ok(PollResult::Over),
-                PollResult::Plenty => found = Instant::now(),
+            self.forward_refresh();
+            match self.poll(Flush::WithWriters).await? {
+                PollResult::Closed => return Ok(PollResult::Closed),
+                PollResult::Full => found = Instant::now(),
                 PollResult::Some => {
                     found = Instant::now();
-                    tokio::time::sleep(POLL).await;
+                    tokio::time::sleep(POLL_PAUSE).await;
                 }
-                PollResult::Nothing if found.elapsed() < IDLE => tokio::time::sleep(POLL).await,
+                PollResult::Nothing if found.elapsed() < IDLE => tokio::time::sleep(POLL_PAUSE).await,
                 PollResult::Nothing => {
                     if self.doorbell.try_sleep().await? {
                         return Ok(PollResult::Nothing);
                     }
-                    tokio::time::sleep(CALM).await;
+                    tokio::time::sleep(SLEEP_RETRY).await;
                 }
             }
         }
     }
 
     /// Holds the doorbell lock, so every writer rings. Polls once for writers that began before, then once per ring.
-    async fn asleep(&mut self) -> Result<PollResult, Error> {
+    async fn wait_asleep(&mut self) -> Result<PollResult, Error> {
         self.source.observe.asleep();
-        if self.look_to_the_end(Flush::AtOnce).await?.is_over() {
-            return Ok(PollResult::Over);
+        if self.poll_to_end(Flush::AtOnce).await?.is_closed() {
+            return Ok(PollResult::Closed);
         }
-        let mut rush = Instant::now();
+        let mut burst = Instant::now();
         let mut count = 0;
-        let mut heard = Instant::now();
+        let mut last_heard = Instant::now();
         loop {
-            let wait = (self.source.poll.saturating_sub(self.looked.elapsed()))
-                .min(PROBE.saturating_sub(heard.elapsed()));
-            let Some(rings) = self.rung_within(wait).await? else {
-                if heard.elapsed() >= PROBE {
+            let wait = (self.source.poll.saturating_sub(self.last_poll.elapsed()))
+                .min(PROBE.saturating_sub(last_heard.elapsed()));
+            let Some(rings) = self.wait_for_ring(wait).await? else {
+                if last_heard.elapsed() >= PROBE {
                     if !self.doorbell.is_heard(self.changelog.client()).await? {
                         return Err(Error::Lost("the doorbell is not heard any more"));
                     }
-                    heard = Instant::now();
+                    last_heard = Instant::now();
                 }
-                match self.look_to_the_end(Flush::AtOnce).await? {
-                    PollResult::Over => return Ok(PollResult::Over),
+                match self.poll_to_end(Flush::AtOnce).await? {
+                    PollResult::Closed => return Ok(PollResult::Closed),
                     PollResult::Nothing => {}
-                    PollResult::Some | PollResult::Plenty => self.source.observe.found_by_polling(),
+                    PollResult::Some | PollResult::Full => self.source.observe.found_by_polling(),
                 }
                 continue;
             };
-            if rush.elapsed() > RUSH {
-                rush = Instant::now();
+            if burst.elapsed() > BURST {
+                burst = Instant::now();
                 count = 0;
             }
             count += rings.count;
-            if count >= RUSH_RINGS {
+            if count >= BURST_RINGS {
                 self.doorbell.wake().await?;
                 self.source.observe.awake();
                 return Ok(PollResult::Some);
             }
-            if self.look_to_the_end(Flush::AtOnce).await?.is_over() {
-                return Ok(PollResult::Over);
+            if self.poll_to_end(Flush::AtOnce).await?.is_closed() {
+                return Ok(PollResult::Closed);
             }
         }
     }
 
     /// Forwards a ring about the refresh schedule, which would be lost while polling.
-    fn pass_on(&mut self) {
+    fn forward_refresh(&mut self) {
         if self.doorbell.refresh_jobs() {
             self.source.refresh_jobs.notify_one();
         }
     }
 
     /// Reads one page and sends it in batches. The position moves with each batch sent.
-    async fn look(&mut self, how: Flush) -> Result<PollResult, Error> {
+    async fn poll(&mut self, how: Flush) -> Result<PollResult, Error> {
         let found = self.read_page(how).await?;
         match self.stepped_down {
             false => Ok(found),
-            true => Err(Error::Lost("what was read could not be judged for long, so another relay leads")),
+            true => Err(Error::Lost("policies could not be evaluated for long, gave up the lead")),
         }
     }
 
     async fn read_page(&mut self, how: Flush) -> Result<PollResult, Error> {
-        let slept = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
-        let resumed = self.place.position.until.is_some();
+        let since_last_poll = std::mem::replace(&mut self.last_poll, Instant::now()).elapsed();
+        let resumed = self.position.page.until.is_some();
         let scope = Arc::clone(&self.source.scope.borrow());
-        let mut page =
-            self.source.page(self.changelog.open(&self.place.position, PARTS * PART_CHANGES, &scope)).await?;
+        let mut page = self
+            .source
+            .await_changelog(self.changelog.open(
+                &self.position.page,
+                LARGE_PAGE_BATCHES * BATCH_CHANGES,
+                &scope,
+            ))
+            .await?;
         let until = page.until.clone();
-        let seen = self.place.position.seen.clone();
-        let span = Arc::new(Span { epoch: self.place.epoch, seen, until: until.clone() });
-        let (mut total, mut goes_on, mut parts) = (0, false, 0);
+        let seen = self.position.page.seen.clone();
+        let span = Arc::new(Span { epoch: self.position.epoch, seen, until: until.clone() });
+        let (mut total, mut page_continues, mut batches) = (0, false, 0);
         let mut unflushed = page.unflushed.take();
         loop {
-            let (mut changes, more) = self.source.page(page.part(PART_CHANGES, PART_BYTES)).await?;
+            let (mut changes, more) =
+                self.source.await_changelog(page.part(BATCH_CHANGES, BATCH_BYTES)).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
-                self.source.stall_monitor.is_read();
+                self.source.stall_monitor.record_read();
                 break;
             };
             // Changes trimmed before they were read would be missing in the page. While the page is open, nothing
             // more can be trimmed.
-            if total == 0 && slept > TRIMMED {
-                let horizon = self.source.page(self.source.horizon()).await?;
+            if total == 0 && since_last_poll > TRIM_CHECK_AFTER {
+                let horizon = self.source.await_changelog(self.source.horizon()).await?;
                 if !horizon.is_before_or_equal(&span.seen) {
-                    self.place.position = PagePosition::after(horizon);
-                    let why =
-                        String::from("changes were trimmed before they could be told, read the rows again");
-                    let is_taken = self.hand_on(FeedItem::Gap(why)).await;
-                    return Ok(if is_taken { PollResult::Plenty } else { PollResult::Over });
+                    self.position.page = PagePosition::after(horizon);
+                    let why = String::from(
+                        "changes were trimmed before they could be delivered, read the rows again",
+                    );
+                    let is_taken = self.send(FeedItem::Gap(why)).await;
+                    return Ok(if is_taken { PollResult::Full } else { PollResult::Closed });
                 }
             }
             if let Some(through) = unflushed.take() {
-                self.source.page(self.source.flush(how, &through)).await?;
+                self.source.await_changelog(self.source.flush(how, &through)).await?;
             }
             let first = total == 0;
             total += changes.len();
-            goes_on = more;
+            page_continues = more;
             self.source.observe.read(changes.len());
             let completed = self.source.transactions.complete(span.epoch, &mut changes, !more);
-            let unfinished = self.source.page(completed).await?;
+            let unfinished = self.source.await_changelog(completed).await?;
             let batch = Batch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
-            let part = FeedItem::Changes(Arc::new(batch));
-            if !self.hand_on(part).await {
-                return Ok(PollResult::Over);
+            let item = FeedItem::Changes(Arc::new(batch));
+            if !self.send(item).await {
+                return Ok(PollResult::Closed);
             }
-            self.source.stall_monitor.is_read();
-            self.told = Instant::now();
-            self.place.position.until = Some(until.clone());
-            self.place.position.after = last;
+            self.source.stall_monitor.record_read();
+            self.last_sent = Instant::now();
+            self.position.page.until = Some(until.clone());
+            self.position.page.after = last;
             if first {
                 self.doorbell.notify_followers(true).await?;
             }
             if !more {
                 break;
             }
-            parts += 1;
-            if parts == PARTS {
-                return self.hand_over_rest(&span, last).await;
+            batches += 1;
+            if batches == LARGE_PAGE_BATCHES {
+                return self.send_rest(&span, last).await;
             }
         }
         // Without the flush, a transaction id counted as finished here could be assigned again after a crash. So an
         // empty page moves the position only when it needs no flush.
         if unflushed.is_none() {
-            self.place.position = PagePosition::after(until);
-            self.unheard = goes_on || (total == 0 && (self.unheard || span.seen != span.until));
+            self.position.page = PagePosition::after(until);
+            self.unsent = page_continues || (total == 0 && (self.unsent || span.seen != span.until));
             // Announce the end of the page at once if the last batch said that it continues.
-            if goes_on || (self.unheard && self.told.elapsed() > QUIET) {
-                self.told = Instant::now();
-                self.unheard = false;
-                if !self.hand_on(FeedItem::Quiet(span.end())).await {
-                    return Ok(PollResult::Over);
+            if page_continues || (self.unsent && self.last_sent.elapsed() > POSITION_INTERVAL) {
+                self.last_sent = Instant::now();
+                self.unsent = false;
+                if !self.send(FeedItem::Moved(span.end())).await {
+                    return Ok(PollResult::Closed);
                 }
             }
         }
         self.doorbell.notify_followers(false).await?;
         Ok(match total {
             // This was the end of an interrupted page; newer changes are on the next one.
-            _ if resumed => PollResult::Plenty,
+            _ if resumed => PollResult::Full,
             0 => PollResult::Nothing,
-            _ if total < PART_CHANGES => PollResult::Some,
-            _ => PollResult::Plenty,
+            _ if total < BATCH_CHANGES => PollResult::Some,
+            _ => PollResult::Full,
         })
     }
 
     /// Sends an item; false when the receiver is closed. While the router takes nothing for long because policies
     /// cannot be evaluated, gives up the lead: another relay may be able to evaluate them, and a blocked leader rings
     /// for no follower.
-    async fn hand_on(&mut self, part: FeedItem) -> bool {
-        let parts = self.parts;
-        let mut room = pin!(parts.reserve());
+    async fn send(&mut self, item: FeedItem) -> bool {
+        let items = self.items;
+        let mut room = pin!(items.reserve());
         let room = loop {
             match timeout(self.source.patience, &mut room).await {
                 Ok(room) => break room,
@@ -380,24 +398,24 @@ impl<'a> PollLoop<'a> {
                 Err(_) => {}
             }
         };
-        room.map(|room| room.send(part)).is_ok()
+        room.map(|room| room.send(item)).is_ok()
     }
 
     /// Sends the rest of a large page as counts per relation, to be replayed to the subscribers it concerns.
-    async fn hand_over_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<PollResult, Error> {
+    async fn send_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<PollResult, Error> {
         // The old connection streams large rows: it would have to receive the unread ones first.
         self.changelog = Changelog::connect(&self.source.server).await?;
         let counts = self.changelog.counts(&span.seen, &span.until, after);
-        let counts = self.source.page(counts).await?;
-        self.place.position = PagePosition::after(span.until.clone());
-        self.unheard = false;
+        let counts = self.source.await_changelog(counts).await?;
+        self.position.page = PagePosition::after(span.until.clone());
+        self.unsent = false;
         let rest = FeedItem::Rest { span: Arc::clone(span), after, counts };
-        Ok(if self.hand_on(rest).await { PollResult::Plenty } else { PollResult::Over })
+        Ok(if self.send(rest).await { PollResult::Full } else { PollResult::Closed })
     }
 }
 
 impl PollResult {
-    fn is_over(&self) -> bool {
-        matches!(self, Self::Over)
+    fn is_closed(&self) -> bool {
+        matches!(self, Self::Closed)
     }
 }

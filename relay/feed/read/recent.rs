@@ -16,9 +16,9 @@ pub struct RecentBatches {
 }
 
 /// Maximum bytes kept.
-const MOST_BYTES: usize = 4 << 20;
+const MAX_BYTES: usize = 4 << 20;
 /// Maximum bytes replayed to one client.
-const MOST_AT_ONCE: usize = 256 << 10;
+const MAX_REPLAY_BYTES: usize = 256 << 10;
 
 impl RecentBatches {
     /// Adds a batch that was delivered after `start`.
@@ -29,7 +29,7 @@ impl RecentBatches {
         let bytes = batch.bytes();
         self.bytes += bytes;
         self.batches.push_back((batch, bytes));
-        while self.bytes > MOST_BYTES
+        while self.bytes > MAX_BYTES
             && let Some((oldest, bytes)) = self.batches.pop_front()
         {
             self.bytes -= bytes;
@@ -60,6 +60,6 @@ impl RecentBatches {
         }
         // More than this is read from the changelog, at the client's pace.
         let bytes: usize = missed.iter().map(|(_, bytes)| bytes).sum();
-        (bytes <= MOST_AT_ONCE).then(|| missed.iter().map(|(batch, _)| Arc::clone(batch)).collect())
+        (bytes <= MAX_REPLAY_BYTES).then(|| missed.iter().map(|(batch, _)| Arc::clone(batch)).collect())
     }
 }

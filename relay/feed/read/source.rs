@@ -25,13 +25,13 @@ use crate::postgres::connect::backoff::Backoff;
 use crate::postgres::connect::pool::{Error, Server};
 
 /// A batch ends at this many changes …
-pub const PART_CHANGES: usize = 250;
+pub const BATCH_CHANGES: usize = 250;
 /// … or this many bytes of row images, whichever comes first. Bounds the memory in flight; its frames must fit well
 /// into an empty outbox.
-pub const PART_BYTES: usize = 128 * 1024;
+pub const BATCH_BYTES: usize = 128 * 1024;
 
 /// Longest pause between two connection attempts.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// An item that the source sends to the router.
 #[derive(Clone)]
@@ -49,11 +49,11 @@ pub enum FeedItem {
         counts: HashMap<RelationId, i64>,
     },
     /// The position moved to here without changes.
-    Quiet(Cursor),
+    Moved(Cursor),
     /// The router had no channel for the changes up to this position.
     Skipped(Cursor),
     /// The queue overflowed: the changes up to this position have to be read from the changelog.
-    TooMuch(Cursor),
+    Overflow(Cursor),
     /// Changes may be missing here and cannot be recovered; the text gives the reason.
     Gap(String),
 }
@@ -63,15 +63,15 @@ impl FeedItem {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Changes(batch) => batch.bytes(),
-            Self::Rest { .. } | Self::Quiet(_) | Self::Skipped(_) | Self::TooMuch(_) | Self::Gap(_) => 0,
+            Self::Rest { .. } | Self::Moved(_) | Self::Skipped(_) | Self::Overflow(_) | Self::Gap(_) => 0,
         }
     }
 
     /// Returns its end, unless it carries a gap or schema changes.
     pub fn end_if_plain(&self) -> Option<Cursor> {
         match self {
-            Self::Changes(batch) if !batch.is_news() => batch.end(),
-            Self::Quiet(end) | Self::Skipped(end) => Some(end.clone()),
+            Self::Changes(batch) if !batch.has_schema_changes() => batch.end(),
+            Self::Moved(end) | Self::Skipped(end) => Some(end.clone()),
             _ => None,
         }
     }
@@ -104,24 +104,24 @@ pub struct Source {
 /// The position of the source. Outlives connections.
 pub(super) struct SourcePosition {
     pub(super) epoch: Epoch,
-    pub(super) position: PagePosition,
+    pub(super) page: PagePosition,
 }
 
 impl Source {
     /// Reads until `end`, over any number of connections.
-    pub async fn run(self, parts: Sender<FeedItem>, end: CancellationToken) {
-        let (mut place, mut bell) = (None, None);
-        let mut backoff = Backoff::new(Duration::from_millis(50), LONGEST_PAUSE);
+    pub async fn run(self, items: Sender<FeedItem>, end: CancellationToken) {
+        let (mut position, mut bell) = (None, None);
+        let mut backoff = Backoff::new(Duration::from_millis(50), MAX_PAUSE);
         loop {
             let started = Instant::now();
-            let worked = tokio::select! {
+            let outcome = tokio::select! {
                 () = end.cancelled() => return,
-                worked = self.work(&mut place, &mut bell, &parts) => worked,
+                outcome = self.work(&mut position, &mut bell, &items) => outcome,
             };
             self.observe.source_down();
-            let Err(error) = worked else { return };
-            self.stall_monitor.is_cut_off(error.kind());
-            if started.elapsed() > LONGEST_PAUSE {
+            let Err(error) = outcome else { return };
+            self.stall_monitor.record_disconnect(error.kind());
+            if started.elapsed() > MAX_PAUSE {
                 backoff.reset();
             }
             // A permanent error is not retried at the fast rate.
@@ -129,7 +129,7 @@ impl Source {
                 backoff.slow_down();
             }
             let pause = backoff.pause();
-            tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "the feed is interrupted");
+            tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "feed interrupted, reconnecting");
             tokio::select! {
                 () = end.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
@@ -140,9 +140,9 @@ impl Source {
     /// Runs over one pair of connections. Returns `Ok` only when the receiver is closed.
     async fn work(
         &self,
-        place: &mut Option<SourcePosition>,
+        position: &mut Option<SourcePosition>,
         bell: &mut Option<Backend>,
-        parts: &Sender<FeedItem>,
+        items: &Sender<FeedItem>,
     ) -> Result<(), Error> {
         // Connect here first: on a standby neither works, and this connection reports why.
         let changelog = Changelog::connect(&self.server).await?;
@@ -151,51 +151,51 @@ impl Source {
             doorbell.end(&lost).await?;
         }
         let epoch = self.in_time(changelog.epoch()).await?;
-        match place {
+        match position {
             // A restored backup has the same epoch, but its position is behind the known one.
             Some(known)
                 if known.epoch == epoch
-                    && known.position.is_reached_by(&self.in_time(changelog.now()).await?)
-                    && self.horizon().await?.is_before_or_equal(&known.position.seen) => {}
+                    && known.page.is_reached_by(&self.in_time(changelog.now()).await?)
+                    && self.horizon().await?.is_before_or_equal(&known.page.seen) => {}
             Some(known) => {
                 // Set both together: if the start fails, the next attempt must find the difference again.
-                let position = self.start(&changelog).await?;
-                *known = SourcePosition { epoch, position };
+                let page = self.start(&changelog).await?;
+                *known = SourcePosition { epoch, page };
                 let why = String::from(
                     "the database is another one, or an older state of it, or was away for too long, read the rows again",
                 );
-                if parts.send(FeedItem::Gap(why)).await.is_err() {
+                if items.send(FeedItem::Gap(why)).await.is_err() {
                     return Ok(());
                 }
             }
             None => {
-                *place = Some(SourcePosition { epoch, position: self.start(&changelog).await? });
+                *position = Some(SourcePosition { epoch, page: self.start(&changelog).await? });
             }
         }
-        let Some(place) = place else { return Ok(()) };
-        if place.position.until.is_none() {
-            let here = Cursor::after(place.epoch, place.position.seen.clone());
-            if parts.send(FeedItem::Quiet(here)).await.is_err() {
+        let Some(position) = position else { return Ok(()) };
+        if position.page.until.is_none() {
+            let here = Cursor::after(position.epoch, position.page.seen.clone());
+            if items.send(FeedItem::Moved(here)).await.is_err() {
                 return Ok(());
             }
         }
-        let hears = doorbell.is_heard(changelog.client()).await?;
+        let is_heard = doorbell.is_heard(changelog.client()).await?;
         // Behind a pooler, the backend may belong to another client later.
-        *bell = hears.then(|| doorbell.backend().clone());
-        let rings = hears && !doorbell.is_off().await?;
-        if !hears {
+        *bell = is_heard.then(|| doorbell.backend().clone());
+        let rings = is_heard && !doorbell.is_off().await?;
+        if !is_heard {
             tracing::warn!(
-                "the doorbell is not heard (a pooler in between?): polling; give a direct --doorbell-url"
+                "doorbell not heard, polling instead: a pooler may swallow it, give a direct connection with --doorbell-url"
             );
         } else if !rings {
-            tracing::info!("relay.doorbell is off in this database: polling");
+            tracing::info!("relay.doorbell is off in this database, polling instead");
         }
         self.observe.source_up(rings);
-        let mut reading = PollLoop::new(self, changelog, doorbell, place, parts);
-        match (hears, rings) {
-            (true, true) => reading.run_with_notifications().await,
-            (true, false) => reading.poll_as_leader().await,
-            (false, _) => reading.poll_alone().await.map(|_| ()),
+        let mut poll_loop = PollLoop::new(self, changelog, doorbell, position, items);
+        match (is_heard, rings) {
+            (true, true) => poll_loop.run_with_notifications().await,
+            (true, false) => poll_loop.poll_as_leader().await,
+            (false, _) => poll_loop.poll_only().await.map(|_| ()),
         }
     }
 
@@ -225,17 +225,20 @@ impl Source {
     }
 
     /// Awaits data of a page and records the wait in the stall monitor.
-    pub(super) async fn page<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        self.stall_monitor.waits(StallCause::Changelog);
-        let answered = self.in_time(asked).await?;
-        self.stall_monitor.goes_on(StallCause::Changelog);
-        Ok(answered)
+    pub(super) async fn await_changelog<T>(
+        &self,
+        query: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        self.stall_monitor.begin_wait(StallCause::Changelog);
+        let answer = self.in_time(query).await?;
+        self.stall_monitor.end_wait(StallCause::Changelog);
+        Ok(answer)
     }
 
     /// Applies the time limit: a dead connection may look open for ever.
-    pub(super) async fn in_time<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        match timeout(self.patience, asked).await {
-            Ok(answered) => answered,
+    pub(super) async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        match timeout(self.patience, query).await {
+            Ok(answer) => answer,
             Err(_) => Err(Error::Lost("the connection to the changelog does not answer")),
         }
     }

@@ -12,7 +12,7 @@ pub enum StallCause {
     /// The next page of the changelog, or a connection to read it by.
     Changelog,
     /// The evaluation of policies for the current changes.
-    Judgement,
+    Evaluation,
 }
 
 /// Reports each stall with its cause, and `None` when the feed continues.
@@ -22,7 +22,7 @@ pub type Stalls = watch::Receiver<Option<StallCause>>;
 pub struct StallMonitor {
     bound: Duration,
     /// For a lane: the monitor of the whole feed, and the lane's name.
-    whole: Option<(Arc<StallMonitor>, &'static str)>,
+    feed: Option<(Arc<StallMonitor>, &'static str)>,
     // Held briefly, once or twice a page.
     waits: Mutex<Waits>,
     stalled: watch::Sender<Option<StallCause>>,
@@ -31,7 +31,7 @@ pub struct StallMonitor {
 #[derive(Default)]
 struct Waits {
     changelog: Option<Instant>,
-    judgement: Option<Instant>,
+    evaluation: Option<Instant>,
     /// Since when connecting has failed repeatedly before anything was read.
     interrupted: Option<Instant>,
     /// Why there is no connection, in a few words without secrets.
@@ -42,7 +42,7 @@ impl Waits {
     fn since(&mut self, cause: StallCause) -> &mut Option<Instant> {
         match cause {
             StallCause::Changelog => &mut self.changelog,
-            StallCause::Judgement => &mut self.judgement,
+            StallCause::Evaluation => &mut self.evaluation,
         }
     }
 }
@@ -51,13 +51,13 @@ impl StallMonitor {
     /// Creates the monitor of a feed that stalls after waiting for `bound`. It starts waiting for its first page.
     pub fn new(bound: Duration) -> Self {
         let waits = Waits { changelog: Some(Instant::now()), ..Waits::default() };
-        Self { bound, whole: None, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
+        Self { bound, feed: None, waits: Mutex::new(waits), stalled: watch::Sender::new(None) }
     }
 
     /// Creates the monitor of a lane: it waits for its own evaluations, and for the changelog when the feed does.
-    pub fn beside(feed: &Arc<Self>, name: &'static str) -> Self {
-        let (whole, waits) = (Some((Arc::clone(feed), name)), Mutex::default());
-        Self { bound: feed.bound, whole, waits, stalled: watch::Sender::new(None) }
+    pub fn for_lane(whole: &Arc<Self>, name: &'static str) -> Self {
+        let (feed, waits) = (Some((Arc::clone(whole), name)), Mutex::default());
+        Self { bound: whole.bound, feed, waits, stalled: watch::Sender::new(None) }
     }
 
     /// Returns the wait after which the feed stalls.
@@ -66,14 +66,14 @@ impl StallMonitor {
     }
 
     /// Records the begin of a wait, if it has not begun yet.
-    pub fn waits(&self, cause: StallCause) {
+    pub fn begin_wait(&self, cause: StallCause) {
         self.change(|waits| {
             waits.since(cause).get_or_insert_with(Instant::now);
         });
     }
 
     /// Records the end of a wait.
-    pub fn goes_on(&self, cause: StallCause) {
+    pub fn end_wait(&self, cause: StallCause) {
         self.change(|waits| {
             *waits.since(cause) = None;
             if cause == StallCause::Changelog && waits.interrupted.is_none() {
@@ -83,7 +83,7 @@ impl StallMonitor {
     }
 
     /// Records that a page was read or a batch sent: the feed is connected.
-    pub fn is_read(&self) {
+    pub fn record_read(&self) {
         self.change(|waits| {
             waits.interrupted = None;
             if waits.changelog.is_none() {
@@ -93,8 +93,8 @@ impl StallMonitor {
     }
 
     /// Records that there is no connection, and why.
-    pub fn is_cut_off(&self, why: &'static str) {
-        self.waits(StallCause::Changelog);
+    pub fn record_disconnect(&self, why: &'static str) {
+        self.begin_wait(StallCause::Changelog);
         self.change(|waits| {
             waits.interrupted.get_or_insert_with(Instant::now);
             waits.why = Some(why);
@@ -102,7 +102,7 @@ impl StallMonitor {
     }
 
     /// Returns why there is no connection.
-    pub fn why_cut_off(&self) -> Option<&'static str> {
+    pub fn disconnect_reason(&self) -> Option<&'static str> {
         self.waits.lock().unwrap_or_else(PoisonError::into_inner).why
     }
 
@@ -122,13 +122,13 @@ impl StallMonitor {
         while end.run_until_cancelled(tokio::time::sleep(tick)).await.is_some() {
             let is_long = |since: Option<Instant>| since.is_some_and(|since| since.elapsed() > self.bound);
             let mut changelog = None;
-            let feed = self.whole.as_ref().map_or(self, |(feed, _)| feed);
+            let feed = self.feed.as_ref().map_or(self, |(feed, _)| feed);
             feed.change(|waits| changelog = waits.interrupted.into_iter().chain(waits.changelog).min());
             let mut now = None;
             self.change(|waits| {
                 now = match () {
                     () if is_long(changelog) => Some(StallCause::Changelog),
-                    () if is_long(waits.judgement) => Some(StallCause::Judgement),
+                    () if is_long(waits.evaluation) => Some(StallCause::Evaluation),
                     () => None,
                 };
             });
@@ -143,12 +143,12 @@ impl StallMonitor {
 
     /// Logs a stall. A lane logs only its own evaluations; the feed logs common causes.
     fn log(&self, before: Option<StallCause>, now: Option<StallCause>) {
-        let lane = self.whole.as_ref().map(|(_, name)| *name);
-        let own = |cause: &StallCause| lane.is_none() || *cause == StallCause::Judgement;
+        let lane = self.feed.as_ref().map(|(_, name)| *name);
+        let own = |cause: &StallCause| lane.is_none() || *cause == StallCause::Evaluation;
         match (before.filter(own), now.filter(own)) {
             (before, now) if before == now => {}
-            (_, Some(cause)) => tracing::warn!(lane, cause = ?cause, "the feed stalls"),
-            (_, None) => tracing::info!(lane, "the feed goes on"),
+            (_, Some(cause)) => tracing::warn!(lane, cause = ?cause, "feed stalled"),
+            (_, None) => tracing::info!(lane, "feed continues"),
         }
     }
 

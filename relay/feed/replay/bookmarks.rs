@@ -16,17 +16,17 @@ use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::connect::pool::Error;
 
 /// Delay until moved bookmarks are written, so that they are written together.
-const TOGETHER: Duration = Duration::from_secs(1);
+const WRITE_DELAY: Duration = Duration::from_secs(1);
 /// Maximum bookmarks per statement.
-const MOST: usize = 1000;
+const MAX_PER_STATEMENT: usize = 1000;
 /// Pause after a failure.
-const PAUSE: Duration = Duration::from_millis(500);
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// Interval of trimming: drops bookmarks of clients that never came back, and the oldest ones over an owner's limit …
-const TRIM: Duration = Duration::from_secs(600);
+const TRIM_INTERVAL: Duration = Duration::from_secs(600);
 /// … also after this many were opened.
-const MANY: usize = 5_000;
+const TRIM_AFTER: usize = 5_000;
 /// Time limit for the last write at shutdown.
-const LAST: Duration = Duration::from_secs(2);
+const FINAL_WRITE: Duration = Duration::from_secs(2);
 
 /// A session's command.
 enum BookmarkCommand {
@@ -58,7 +58,7 @@ impl BookmarkHandle {
     /// Creates a handle and its task.
     pub fn new(bookmarks: Bookmarks) -> (Self, BookmarkWriter) {
         let (sender, commands) = unbounded_channel();
-        let keeping = BookmarkWriter {
+        let writer = BookmarkWriter {
             bookmarks,
             commands,
             opens: HashMap::new(),
@@ -67,15 +67,15 @@ impl BookmarkHandle {
             opened: 0,
             due: None,
         };
-        (Self(sender), keeping)
+        (Self(sender), writer)
     }
 
     /// Takes over a bookmark, or creates it at `here`, durably. `None` when the relay ends, or a later connection of
     /// the same session opened it.
     pub async fn open(&self, key: BookmarkKey, here: Cursor) -> Option<Opened> {
-        let (opened, heard) = oneshot::channel();
+        let (opened, receiver) = oneshot::channel();
         let _ = self.0.send(BookmarkCommand::Open(key, here, opened));
-        heard.await.ok()
+        receiver.await.ok()
     }
 
     /// Moves a bookmark within about a second. Sets `taken` if it belongs to another connection by then.
@@ -97,17 +97,17 @@ impl BookmarkHandle {
 impl BookmarkWriter {
     /// Runs until `end`, which comes after the end of all sessions, then writes what moved.
     pub async fn run(mut self, end: CancellationToken) {
-        let mut trim = interval(TRIM);
+        let mut trim = interval(TRIM_INTERVAL);
         loop {
             let due = self.due;
             tokio::select! {
                 command = self.commands.recv() => match command {
-                    Some(command) => self.note(command),
+                    Some(command) => self.queue(command),
                     None => return,
                 },
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     self.write().await;
-                    if self.opened >= MANY {
+                    if self.opened >= TRIM_AFTER {
                         trim.reset_immediately();
                     }
                 }
@@ -119,10 +119,10 @@ impl BookmarkWriter {
             }
         }
         self.opens.clear();
-        let _ = timeout(LAST, self.write()).await;
+        let _ = timeout(FINAL_WRITE, self.write()).await;
     }
 
-    fn note(&mut self, command: BookmarkCommand) {
+    fn queue(&mut self, command: BookmarkCommand) {
         let when = match command {
             BookmarkCommand::Open(key, here, opened) => {
                 // Of two connections of one session only the later one gets it; the earlier one gets no answer and
@@ -132,14 +132,14 @@ impl BookmarkWriter {
             }
             BookmarkCommand::Move(bookmark, to, taken) => {
                 self.moves.insert(bookmark.owner.clone(), (bookmark, to, taken));
-                Instant::now() + TOGETHER
+                Instant::now() + WRITE_DELAY
             }
             BookmarkCommand::Forget(key, owner) => {
                 if owner.is_none() {
                     self.opens.remove(&key);
                 }
                 self.forgets.push((key, owner));
-                Instant::now() + TOGETHER
+                Instant::now() + WRITE_DELAY
             }
         };
         self.due = Some(self.due.map_or(when, |due| due.min(when)));
@@ -148,11 +148,11 @@ impl BookmarkWriter {
     /// Writes moves before opens: a client that reconnects finds what it acknowledged a moment ago.
     async fn write(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
-            self.note(command);
+            self.queue(command);
         }
         let written = self.try_write().await;
         self.due = if written.is_err() {
-            Some(Instant::now() + PAUSE)
+            Some(Instant::now() + RETRY_PAUSE)
         } else if self.opens.is_empty() && self.moves.is_empty() && self.forgets.is_empty() {
             None
         } else {
@@ -162,7 +162,7 @@ impl BookmarkWriter {
     }
 
     async fn try_write(&mut self) -> Result<(), Error> {
-        let moves = self.moves.values().take(MOST);
+        let moves = self.moves.values().take(MAX_PER_STATEMENT);
         let moves: Vec<_> = moves.map(|(bookmark, to, _)| (bookmark.clone(), to.clone())).collect();
         if !moves.is_empty() {
             let moved = self.bookmarks.move_to(&moves).await?;
@@ -180,7 +180,7 @@ impl BookmarkWriter {
         }
         // Skip requests whose session has ended.
         self.opens.retain(|_, (_, opened)| !opened.is_closed());
-        let opens = self.opens.iter().take(MOST);
+        let opens = self.opens.iter().take(MAX_PER_STATEMENT);
         let wanted: Vec<_> = opens.map(|(key, (here, _))| (key.clone(), here.clone())).collect();
         if !wanted.is_empty() {
             self.opened += wanted.len();
@@ -195,7 +195,7 @@ impl BookmarkWriter {
 
     fn report(&self, outcome: Result<(), Error>) {
         if let Err(error) = outcome {
-            tracing::warn!(error = %error, "bookmarks of sessions wait to be written");
+            tracing::warn!(error = %error, "session positions not saved, retrying");
         }
     }
 }

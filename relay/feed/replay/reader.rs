@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::read::batch::Batch;
-use crate::feed::read::source::{PART_BYTES, PART_CHANGES};
+use crate::feed::read::source::{BATCH_BYTES, BATCH_CHANGES};
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::{Cursor, Snapshot};
 use crate::model::log::position::Missing;
@@ -21,11 +21,11 @@ use crate::postgres::connect::pool::{Error, Server};
 
 /// Chunks read and authorized concurrently for single subscribers: a storm of reconnects queues here, not at the
 /// database.
-const AT_ONCE: usize = 4;
+const MAX_CONCURRENT: usize = 4;
 /// The same for replays to many groups.
-const SHARED: usize = 2;
+const MAX_CONCURRENT_SHARED: usize = 2;
 /// Time that an idle connection is kept for the next chunk.
-const SPARE: Duration = Duration::from_secs(5);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum time of one replay to a single subscriber, whose answer may be waiting; a long replay takes several.
 const TURN: Duration = Duration::from_secs(2);
 
@@ -37,13 +37,13 @@ pub struct ReplayReader {
     catalog: Arc<CatalogCache>,
     /// Separate from the gate of live delivery, which must not wait for a replay.
     gate: Gate,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     shared: Arc<Semaphore>,
     /// Time limit for a chunk.
     patience: Duration,
     /// Idle connections, and since when.
-    spare: Mutex<Vec<(ChunkReader, Instant)>>,
-    judged_with: Mutex<Option<Arc<Catalog>>>,
+    idle: Mutex<Vec<(ChunkReader, Instant)>>,
+    current_catalog: Mutex<Option<Arc<Catalog>>>,
 }
 
 /// Why a replay failed.
@@ -66,7 +66,7 @@ impl From<Error> for ReplayError {
 /// The receiver of a replay.
 pub trait ReplaySink {
     /// Delivers a batch.
-    fn tell(
+    fn deliver(
         &mut self,
         gate: &Gate,
         catalog: &Arc<Catalog>,
@@ -74,11 +74,11 @@ pub trait ReplaySink {
     ) -> impl Future<Output = Result<(), ReplayError>> + Send;
 
     /// Awaits a query of the replay. A sink may do other work meanwhile.
-    fn meanwhile<T: Send>(
+    fn while_waiting<T: Send>(
         &mut self,
-        asked: impl Future<Output = T> + Send,
+        query: impl Future<Output = T> + Send,
     ) -> impl Future<Output = T> + Send {
-        asked
+        query
     }
 
     /// Returns whether clients should read before more is delivered.
@@ -87,7 +87,7 @@ pub trait ReplaySink {
     }
 
     /// Waits for clients to read.
-    fn let_read(&mut self) -> impl Future<Output = ()> + Send {
+    fn wait_for_clients(&mut self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
 
@@ -120,11 +120,11 @@ impl ReplayReader {
             transactions,
             catalog,
             gate,
-            places: Arc::new(Semaphore::new(AT_ONCE)),
-            shared: Arc::new(Semaphore::new(SHARED)),
+            permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
+            shared: Arc::new(Semaphore::new(MAX_CONCURRENT_SHARED)),
             patience,
-            spare: Mutex::default(),
-            judged_with: Mutex::new(None),
+            idle: Mutex::default(),
+            current_catalog: Mutex::new(None),
         }
     }
 
@@ -133,11 +133,11 @@ impl ReplayReader {
     /// # Errors
     /// When the cursor is invalid, or PostgreSQL does not answer.
     pub async fn check(&self, cursor: &Cursor) -> Result<(), ReplayError> {
-        self.check_by(&self.places, cursor).await
+        self.check_by(&self.permits, cursor).await
     }
 
-    async fn check_by(&self, places: &Arc<Semaphore>, cursor: &Cursor) -> Result<(), ReplayError> {
-        let _place = Arc::clone(places).acquire_owned().await;
+    async fn check_by(&self, permits: &Arc<Semaphore>, cursor: &Cursor) -> Result<(), ReplayError> {
+        let _permit = Arc::clone(permits).acquire_owned().await;
         let chunks = self.connection().await?;
         let checked = self.check_with(&chunks, cursor).await;
         if !matches!(checked, Err(ReplayError::Unavailable(_))) {
@@ -148,10 +148,10 @@ impl ReplayReader {
 
     /// Takes an idle connection or opens one.
     async fn connection(&self) -> Result<ChunkReader, Error> {
-        let mut spare = self.spare.lock().await;
-        spare.retain(|(chunks, since)| since.elapsed() < SPARE && chunks.is_open());
-        let known = spare.pop();
-        drop(spare);
+        let mut idle = self.idle.lock().await;
+        idle.retain(|(chunks, since)| since.elapsed() < IDLE_TIMEOUT && chunks.is_open());
+        let known = idle.pop();
+        drop(idle);
         match known {
             Some((chunks, _)) => Ok(chunks),
             None => self.in_time(Box::pin(ChunkReader::connect(&self.server))).await,
@@ -159,13 +159,15 @@ impl ReplayReader {
     }
 
     async fn put_back(&self, chunks: ChunkReader) {
-        self.spare.lock().await.push((chunks, Instant::now()));
+        self.idle.lock().await.push((chunks, Instant::now()));
     }
 
     async fn check_with(&self, chunks: &ChunkReader, cursor: &Cursor) -> Result<(), ReplayError> {
         let now = self.in_time(chunks.now()).await?;
         match () {
-            () if self.in_time(chunks.epoch()).await? != cursor.epoch() => Err(ReplayError::Gap(ELSEWHERE)),
+            () if self.in_time(chunks.epoch()).await? != cursor.epoch() => {
+                Err(ReplayError::Gap(OTHER_DATABASE))
+            }
             () if cursor.reach().xmax() > now.xmax() => {
                 Err(ReplayError::Gap("the cursor is of a moment that has not been"))
             }
@@ -174,12 +176,12 @@ impl ReplayReader {
     }
 
     /// Applies the time limit. A dead connection may look open for ever, and so may the idle ones: they are dropped.
-    async fn in_time<T>(&self, asked: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        match timeout(self.patience, asked).await {
-            Ok(answered) => answered,
+    async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        match timeout(self.patience, query).await {
+            Ok(answer) => answer,
             Err(_) => {
-                self.spare.lock().await.clear();
-                Err(Error::Lost("the connection that reads the past does not answer"))
+                self.idle.lock().await.clear();
+                Err(Error::Lost("the connection that reads missed changes does not answer"))
             }
         }
     }
@@ -194,10 +196,10 @@ impl ReplayReader {
 
     /// Discards plans that were made with another catalog.
     async fn set_catalog(&self, catalog: &Arc<Catalog>) {
-        let mut judged_with = self.judged_with.lock().await;
-        if !judged_with.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog)) {
+        let mut current_catalog = self.current_catalog.lock().await;
+        if !current_catalog.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog)) {
             self.gate.forget().await;
-            *judged_with = Some(Arc::clone(catalog));
+            *current_catalog = Some(Arc::clone(catalog));
         }
     }
 
@@ -209,20 +211,20 @@ impl ReplayReader {
     pub async fn replay_recent(
         &self,
         missed: &[Arc<Batch>],
-        looked: bool,
-        listeners: &mut impl ReplaySink,
+        is_catalog_checked: bool,
+        sink: &mut impl ReplaySink,
     ) -> Result<(), ReplayError> {
-        let is_news = missed.iter().any(|batch| batch.more || batch.is_news());
+        let needs_reload = missed.iter().any(|batch| batch.more || batch.has_schema_changes());
         let mark = missed.last().and_then(|batch| batch.mark);
-        let catalog = match looked && !is_news && mark.is_some() {
+        let catalog = match is_catalog_checked && !needs_reload && mark.is_some() {
             true => self.in_time(self.catalog.fresh(mark)).await?,
             false => self.in_time(self.catalog.reload()).await?,
         };
         self.set_catalog(&catalog).await;
         for batch in missed {
-            listeners.tell(&self.gate, &catalog, batch).await?;
+            sink.deliver(&self.gate, &catalog, batch).await?;
             if let Some(end) = batch.end() {
-                listeners.reached(end);
+                sink.reached(end);
             }
         }
         Ok(())
@@ -237,10 +239,10 @@ impl ReplayReader {
         &self,
         since: &Cursor,
         to: &Cursor,
-        listener: &mut impl ReplaySink,
+        sink: &mut impl ReplaySink,
     ) -> Result<bool, ReplayError> {
         let until = Some(Instant::now() + TURN);
-        Box::pin(self.tell(&self.places, since, to, until, listener)).await
+        Box::pin(self.replay(&self.permits, since, to, until, sink)).await
     }
 
     /// Replays the changes between two cursors to many groups, until they have enough.
@@ -251,71 +253,70 @@ impl ReplayReader {
         &self,
         since: &Cursor,
         to: &Cursor,
-        listeners: &mut impl ReplaySink,
+        sink: &mut impl ReplaySink,
     ) -> Result<(), ReplayError> {
-        Box::pin(self.tell(&self.shared, since, to, None, listeners)).await.map(|_| ())
+        Box::pin(self.replay(&self.shared, since, to, None, sink)).await.map(|_| ())
     }
 
-    async fn tell(
+    async fn replay(
         &self,
-        places: &Arc<Semaphore>,
+        permits: &Arc<Semaphore>,
         since: &Cursor,
         to: &Cursor,
         until: Option<Instant>,
-        listeners: &mut impl ReplaySink,
+        sink: &mut impl ReplaySink,
     ) -> Result<bool, ReplayError> {
-        listeners.meanwhile(self.check_by(places, since)).await?;
-        let is_over = |listeners: &mut _| {
-            ReplaySink::has_enough(listeners) || until.is_some_and(|until| Instant::now() > until)
-        };
+        sink.while_waiting(self.check_by(permits, since)).await?;
+        let is_done =
+            |sink: &mut _| ReplaySink::has_enough(sink) || until.is_some_and(|until| Instant::now() > until);
         let mut here = since.clone();
         // The page that the cursor is in comes first.
         while let Some(missing) = here.missing(to) {
             here = missing.end();
             let Missing { span, after, through } = missing;
-            let only = if after > 0 { listeners.only() } else { None };
-            let mut bearing = ChunkPosition::new(&span, after).through(through).only(only);
+            let only = if after > 0 { sink.only() } else { None };
+            let mut position = ChunkPosition::new(&span, after).through(through).only(only);
             let span = Arc::new(span);
             loop {
                 // Held until the chunk is delivered: waiting replays must not each have a chunk in memory.
-                let mut place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
-                let chunk = listeners.meanwhile(self.chunk(&bearing)).await?;
-                let mut parts = chunk.parts.into_iter().peekable();
-                while let Some(mut changes) = parts.next() {
+                let mut permit = Some(sink.while_waiting(Arc::clone(permits).acquire_owned()).await);
+                let chunk = sink.while_waiting(self.chunk(&position)).await?;
+                let mut batches = chunk.parts.into_iter().peekable();
+                while let Some(mut changes) = batches.next() {
                     let Some(last) = changes.last().map(|change| change.number) else { continue };
-                    let more = chunk.next.is_some() || parts.peek().is_some();
+                    let more = chunk.next.is_some() || batches.peek().is_some();
                     let page_goes_on = more || through.is_some();
-                    let is_all = !page_goes_on && bearing.is_of_all();
+                    let is_all = !page_goes_on && position.is_of_all();
                     let completed = self.transactions.complete(span.epoch, &mut changes, is_all);
-                    let unfinished = listeners.meanwhile(self.in_time(completed)).await?;
+                    let unfinished = sink.while_waiting(self.in_time(completed)).await?;
                     let page = Arc::clone(&span);
                     let batch = Batch { changes, unfinished, more: page_goes_on, span: page, mark: None };
-                    if place.is_none() {
-                        place = Some(listeners.meanwhile(Arc::clone(places).acquire_owned()).await);
+                    if permit.is_none() {
+                        permit = Some(sink.while_waiting(Arc::clone(permits).acquire_owned()).await);
                     }
-                    let catalog = listeners.meanwhile(self.in_time(self.catalog.reload())).await?;
+                    let catalog = sink.while_waiting(self.in_time(self.catalog.reload())).await?;
                     self.set_catalog(&catalog).await;
-                    listeners.tell(&self.gate, &catalog, &batch).await?;
-                    listeners.reached(span.after(last, !page_goes_on));
-                    if more && is_over(listeners) {
+                    sink.deliver(&self.gate, &catalog, &batch).await?;
+                    sink.reached(span.after(last, !page_goes_on));
+                    if more && is_done(sink) {
                         return Ok(false);
                     }
-                    if listeners.is_behind() {
+                    if sink.is_behind() {
                         // A replay that waits for slow clients frees its permit.
-                        place = None;
-                        listeners.let_read().await;
+                        permit = None;
+                        sink.wait_for_clients().await;
                     }
                 }
                 match chunk.next {
-                    Some(next) => bearing = next,
+                    Some(next) => position = next,
                     None => break,
                 }
-                if is_over(listeners) {
+                if is_done(sink) {
                     return Ok(false);
                 }
             }
-            listeners.reached(here.clone());
-            if is_over(listeners) && here.missing(to).is_some() {
+            sink.reached(here.clone());
+            if is_done(sink) && here.missing(to).is_some() {
                 return Ok(false);
             }
         }
@@ -325,7 +326,7 @@ impl ReplayReader {
     /// Reads a chunk, and checks that nothing of it was trimmed before.
     async fn chunk(&self, from: &ChunkPosition) -> Result<Chunk, ReplayError> {
         let chunks = self.connection().await?;
-        let chunk = self.in_time(chunks.read(from, PART_CHANGES, PART_BYTES)).await?;
+        let chunk = self.in_time(chunks.read(from, BATCH_CHANGES, BATCH_BYTES)).await?;
         self.put_back(chunks).await;
         self.check_kept(&from.seen).await?;
         Ok(chunk)
@@ -333,4 +334,4 @@ impl ReplayReader {
 }
 
 const TOO_OLD: &str = "the cursor is older than what is kept of the changelog";
-const ELSEWHERE: &str = "the cursor is of another database, or of an older state of it";
+const OTHER_DATABASE: &str = "the cursor is of another database, or of an older state of it";

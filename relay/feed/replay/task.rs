@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::command::{Command, FollowOutcome};
-use crate::feed::deliver::fan_out::tell_one;
+use crate::feed::deliver::fan_out::deliver_to_one;
 use crate::feed::deliver::group::SubscriberGroup;
 use crate::feed::deliver::groups::SubscriberGroups;
 use crate::feed::deliver::hub::{Newcomers, Replayed};
@@ -23,9 +23,9 @@ use crate::model::log::cursor::Cursor;
 use crate::observe::Observe;
 
 /// Longest wait for clients after each batch: a client that reads half a megabyte a second is never too slow.
-const PAUSE: Duration = Duration::from_millis(250);
+const CLIENT_WAIT: Duration = Duration::from_millis(250);
 /// Pause before a retry, when PostgreSQL does not answer or the router is not ready.
-const AGAIN: Duration = Duration::from_millis(200);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// A replay to a set of groups.
 pub struct ReplayTask {
@@ -39,9 +39,9 @@ pub struct ReplayTask {
     /// The groups were told that the feed stalls, and not yet that it continues.
     stalled: bool,
     /// When the position moved last; `bound` is the time without progress that counts as a stall.
-    moved: Instant,
+    last_progress: Instant,
     bound: Duration,
-    past: Arc<ReplayReader>,
+    reader: Arc<ReplayReader>,
     router: UnboundedSender<Command>,
     observe: Arc<Observe>,
 }
@@ -53,25 +53,25 @@ impl ReplayTask {
         at: Cursor,
         rules: Option<Arc<Catalog>>,
         bound: Duration,
-        past: Arc<ReplayReader>,
+        reader: Arc<ReplayReader>,
         router: UnboundedSender<Command>,
         observe: Arc<Observe>,
     ) -> Self {
         let Replayed { number, groups, newcomers } = replayed;
-        let mut told = SubscriberGroups::with_catalog(rules);
+        let mut members = SubscriberGroups::with_catalog(rules);
         for group in groups {
-            told.insert(group);
+            members.insert(group);
         }
         Self {
             number,
-            groups: told,
+            groups: members,
             newcomers,
             at,
             only: None,
             stalled: false,
-            moved: Instant::now(),
+            last_progress: Instant::now(),
             bound,
-            past,
+            reader,
             router,
             observe,
         }
@@ -79,48 +79,48 @@ impl ReplayTask {
 
     /// Replays what the router says is missing, until nothing is or it cannot be recovered.
     pub async fn run(mut self) {
-        let past = Arc::clone(&self.past);
+        let reader = Arc::clone(&self.reader);
         loop {
-            self.welcome();
-            let told = match self.ask(Ok(self.at.clone())).await {
+            self.admit_newcomers();
+            let outcome = match self.report(Ok(self.at.clone())).await {
                 FollowOutcome::Live | FollowOutcome::Gap(_) => return,
                 FollowOutcome::Missed(missed, to) => {
-                    let told = past.replay_recent(&missed, false, &mut self).await;
-                    if told.is_ok() {
+                    let replayed = reader.replay_recent(&missed, false, &mut self).await;
+                    if replayed.is_ok() {
                         self.reached(to);
                     }
-                    told
+                    replayed
                 }
                 FollowOutcome::Behind(to) => {
                     let at = self.at.clone();
-                    past.replay_to_many(&at, &to, &mut self).await
+                    reader.replay_to_many(&at, &to, &mut self).await
                 }
                 FollowOutcome::Ahead | FollowOutcome::NotYet => {
-                    sleep(AGAIN).await;
+                    sleep(RETRY_PAUSE).await;
                     Ok(())
                 }
             };
-            match told {
+            match outcome {
                 Ok(()) | Err(ReplayError::Ended) => {}
                 Err(ReplayError::Gap(why)) => {
-                    self.ask(Err(why)).await;
+                    self.report(Err(why)).await;
                     return;
                 }
                 Err(ReplayError::Unavailable(error)) => {
-                    tracing::warn!(error = %error, "changes of a large transaction wait");
-                    sleep(AGAIN).await;
+                    tracing::warn!(error = %error, "changes of a large page not replayed, retrying");
+                    sleep(RETRY_PAUSE).await;
                 }
             }
         }
     }
 
     /// Reports the position, or why the changes cannot be recovered; returns what is still missing.
-    async fn ask(&mut self, at: Result<Cursor, &'static str>) -> FollowOutcome {
-        let (answer, heard) = oneshot::channel();
-        let (replay, rules, stalled) = (self.number, self.groups.rules().cloned(), self.stalled);
+    async fn report(&mut self, at: Result<Cursor, &'static str>) -> FollowOutcome {
+        let (answer, receiver) = oneshot::channel();
+        let (replay, rules, stalled) = (self.number, self.groups.catalog().cloned(), self.stalled);
         let _ = self.router.send(Command::Arrived { replay, at, rules, stalled, answer });
         // The router is gone at shutdown only.
-        self.meanwhile(heard).await.unwrap_or(FollowOutcome::Live)
+        self.while_waiting(receiver).await.unwrap_or(FollowOutcome::Live)
     }
 
     fn send_stall(&mut self, stalls: bool) {
@@ -130,10 +130,10 @@ impl ReplayTask {
     }
 
     /// Adds groups that joined since, and removes those without channels. Returns the added groups.
-    fn welcome(&mut self) -> Vec<SubscriberGroup> {
-        let is_left =
+    fn admit_newcomers(&mut self) -> Vec<SubscriberGroup> {
+        let is_abandoned =
             |(number, group): (usize, &SubscriberGroup)| group.members().is_empty().then_some(number);
-        for number in self.groups.iter().filter_map(is_left).collect::<Vec<_>>() {
+        for number in self.groups.iter().filter_map(is_abandoned).collect::<Vec<_>>() {
             self.groups.remove(number);
         }
         let newcomers = self.newcomers.take();
@@ -145,21 +145,26 @@ impl ReplayTask {
 }
 
 impl ReplaySink for ReplayTask {
-    async fn tell(&mut self, gate: &Gate, catalog: &Arc<Catalog>, batch: &Batch) -> Result<(), ReplayError> {
-        self.welcome();
+    async fn deliver(
+        &mut self,
+        gate: &Gate,
+        catalog: &Arc<Catalog>,
+        batch: &Batch,
+    ) -> Result<(), ReplayError> {
+        self.admit_newcomers();
         self.groups.set_catalog(catalog, Some(&self.at));
-        let mut frames = self.groups.tell(gate, catalog, batch).await?;
+        let mut frames = self.groups.deliver(gate, catalog, batch).await?;
         let Some(here) = batch.end().map(Arc::new) else { return Ok(()) };
         loop {
             self.groups.iter().for_each(|(_, group)| group.members().reached(&here));
             // A channel that joined meanwhile may have left another group before that got this batch. When no more
             // join, all later ones are past this batch.
-            let newcomers = self.welcome();
+            let newcomers = self.admit_newcomers();
             if newcomers.is_empty() {
                 break;
             }
             for group in newcomers.iter().filter(|group| !group.has_reached(&here)) {
-                frames += tell_one(gate, catalog, batch, group).await?;
+                frames += deliver_to_one(gate, catalog, batch, group).await?;
             }
         }
         self.observe.frames_delivered(frames);
@@ -170,18 +175,18 @@ impl ReplaySink for ReplayTask {
         self.groups.is_behind()
     }
 
-    async fn let_read(&mut self) {
-        self.groups.let_clients_read(PAUSE).await;
+    async fn wait_for_clients(&mut self) {
+        self.groups.wait_for_clients(CLIENT_WAIT).await;
     }
 
     /// The first page, or a PostgreSQL that does not answer, may take long.
-    async fn meanwhile<T: Send>(&mut self, asked: impl Future<Output = T> + Send) -> T {
-        let mut asked = pin!(asked);
+    async fn while_waiting<T: Send>(&mut self, query: impl Future<Output = T> + Send) -> T {
+        let mut query = pin!(query);
         loop {
-            let stalls_at = self.moved + self.bound;
+            let stalls_at = self.last_progress + self.bound;
             tokio::select! {
                 biased;
-                answer = &mut asked => return answer,
+                answer = &mut query => return answer,
                 () = sleep_until(stalls_at), if !self.stalled => self.send_stall(true),
             }
         }
@@ -195,8 +200,8 @@ impl ReplaySink for ReplayTask {
         if here.within().is_none() {
             self.only = None;
         }
-        self.at = self.at.merge(&here);
-        self.moved = Instant::now();
+        self.at = self.at.and(&here);
+        self.last_progress = Instant::now();
         self.send_stall(false);
     }
 

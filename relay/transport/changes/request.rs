@@ -18,10 +18,10 @@ use crate::auth::verifier::now;
 use crate::feed::catch_up::{CatchUp, Progress};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::outbox::{Outbox, Taken};
-use crate::feed::handle::Given;
+use crate::feed::handle::RowsPage;
 use crate::feed::replay::reader::ReplayError;
-use crate::feed::subscribe::Attempt;
 use crate::feed::subscribe::BindError;
+use crate::feed::subscribe::RequestError;
 use crate::model::codec::event::{ChangeEvent, Codec};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
@@ -249,11 +249,11 @@ async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> Answer
         block.push_str(row);
         block.len() < BLOCK || outbox.answer(std::mem::take(&mut block))
     };
-    match app.feed.rows(&call.subscription, paging, limit, &mut take).await {
-        Ok(Given { found, last }) => match found.beyond {
-            Some(ExceededLimit::Room) => no_room(),
-            Some(exceeded) if exceeded != ExceededLimit::Number || paging.limit.is_none() => {
-                error(StatusCode::PAYLOAD_TOO_LARGE, &too_many_rows(limit, exceeded))
+    match app.feed.rows(&call.subscription, paging, most, &mut take).await {
+        Ok(RowsPage { found, last }) => match found.beyond {
+            Some(Beyond::Room) => no_room(),
+            Some(beyond) if beyond != Beyond::Number || paging.limit.is_none() => {
+                error(StatusCode::PAYLOAD_TOO_LARGE, &too_much(most, beyond))
             }
             exceeded => {
                 let more = exceeded.is_some();
@@ -270,9 +270,9 @@ async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> Answer
                 answer(outbox, watched)
             }
         },
-        Err(Attempt::Refused(why)) => error(StatusCode::BAD_REQUEST, &why.0),
-        Err(Attempt::Failed(why)) => {
-            // Log no message of PostgreSQL: an error raised by a policy may contain rows or claims.
+        Err(RequestError::Refused(why)) => error(StatusCode::BAD_REQUEST, &why.0),
+        Err(RequestError::Failed(why)) => {
+            // What a policy raises may tell of rows and claims.
             match why.code() {
                 Some(code) => tracing::debug!(code, "rows refused by PostgreSQL"),
                 None => tracing::debug!(error = %why, "rows not read"),
