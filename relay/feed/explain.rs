@@ -10,6 +10,7 @@ use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::compile::compile;
 use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::plan::{Plan, ServerQuery};
+use crate::model::policy::rights::Policy;
 use crate::model::policy::visibility::{Denied, Identity};
 use crate::model::row::change::Row;
 use crate::model::subscription::binding::Request;
@@ -165,13 +166,7 @@ pub async fn explain(
     explanation.questions = access.plan.leaves.iter().map(describe_query).collect();
     let mut keys = access.plan.predicate.anchors(&access.plan.values(request.identity.claims()));
     for policy in &access.rights.policies {
-        explanation.policies.push(PolicyPart {
-            name: policy.name.clone(),
-            kind: if policy.permissive { "permissive" } else { "restrictive" },
-            condition: policy.condition.clone(),
-            way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).kind.name(),
-            says: None,
-        });
+        explanation.policies.push(describe_policy(policy, relation, access));
     }
     let mut bound = None;
     if let Some(text) = &request.filter {
@@ -191,6 +186,17 @@ pub async fn explain(
         explanation.row = Some(row);
     }
     Ok(explanation)
+}
+
+/// Describes a policy, before a row is evaluated.
+fn describe_policy(policy: &Policy, relation: &Relation, access: &Access) -> PolicyPart {
+    PolicyPart {
+        name: policy.name.clone(),
+        kind: if policy.permissive { "permissive" } else { "restrictive" },
+        condition: policy.condition.clone(),
+        way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).way.word(),
+        says: None,
+    }
 }
 
 fn claims_read(plan: &Plan) -> Option<Vec<String>> {
@@ -249,7 +255,7 @@ async fn filter(
             Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone()))
         }
         Err(BindError::Refused(refusal)) => Err(plain(refusal)),
-        Err(BindError::Unavailable) => Err(String::from("the database could not be asked in time")),
+        Err(BindError::Unavailable) => Err(String::from("PostgreSQL did not answer in time, try again")),
     }
 }
 
@@ -320,7 +326,7 @@ impl ExplainContext<'_> {
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
             Some((_, Some(Denied::TimedOut))) => "it took too long",
             Some((_, Some(Denied::Locked))) => "a table that it reads is locked",
-            Some((_, Some(Denied::Role))) => "it cannot be asked in this role",
+            Some((_, Some(Denied::Role))) => "it cannot be evaluated in this role",
             Some((_, Some(Denied::Unreadable))) => "a value that it reads cannot be read back",
             Some((Some(true), _)) => YES,
             Some((_, Some(Denied::Claims))) => "it raises an error for these claims",

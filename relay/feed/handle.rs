@@ -165,7 +165,7 @@ impl Feed {
         &self.bookmarks
     }
 
-    /// Reads up to `most` rows of one table that the subscription may see now, and the cursor to continue from.
+    /// Reads up to `limit` rows of one table that the subscription may see now, and the cursor to continue from.
     ///
     /// # Errors
     /// As [`SnapshotRows::read`]; also when the table is gone, or cannot be ordered as requested.

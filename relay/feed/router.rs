@@ -36,7 +36,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// … while these pauses together stay under this, and under a tenth of the time.
 const PAUSES: Duration = Duration::from_secs(1);
 /// The gap when the router's queue overflowed and there is no position to replay from.
-const OVERFLOW: &str = "changes came faster than they could be decided, read the rows again";
+const OVERFLOW: &str = "changes came faster than policies could be evaluated, read the rows again";
 /// Time limit for the regular check of the catalog.
 const CATALOG_TIMEOUT: Duration = Duration::from_millis(500);
 /// Changes of one relation above which subscribers of other relations do not wait for them.
@@ -52,8 +52,6 @@ pub struct Router {
     position: Option<Cursor>,
     /// The last batches, for clients that come with a cursor.
     recent: RecentBatches,
-    /// The catalog has to be reloaded before anything else is authorized.
-    is_news: bool,
     stall_monitor: Arc<StallMonitor>,
     stalls: Stalls,
     /// The live groups were told that the feed stalls, and not yet that it continues.
@@ -127,7 +125,6 @@ impl Router {
             hub: Hub::default(),
             position: None,
             recent: RecentBatches::default(),
-            is_news: false,
             pause_budget: (PAUSES, Instant::now()),
             replay_reader,
             router,
@@ -456,13 +453,12 @@ impl Router {
         mark: Option<i64>,
     ) -> Result<Arc<Catalog>, Error> {
         let mut catalog = self.catalog.fresh(mark).await?;
-        let is_news = |change: &Change| match change.operation {
+        let needs_reload = |change: &Change| match change.operation {
             Operation::Schema | Operation::Gap => true,
             _ => catalog.relation(change.relation).is_none_or(|relation| !shape::knows(relation, change)),
         };
-        if more || self.is_news || changes.iter().any(is_news) {
+        if more || changes.iter().any(needs_reload) {
             catalog = self.catalog.reload().await?;
-            self.is_news = false;
         }
         let is_pending =
             |change: &Change| catalog.relation(change.relation).is_some_and(|relation| relation.is_pending());

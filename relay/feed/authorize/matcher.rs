@@ -13,6 +13,7 @@ use crate::model::policy::predicate::Answers;
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::{Change, Operation};
 use crate::model::row::truth::Truth;
+use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::evaluate::set_based::SetAnswer;
 
@@ -105,16 +106,8 @@ impl<'a> Matcher<'_, 'a> {
         let context = MatchContext { index, images, subscriber_index, access, set_answers, is_incomplete };
         let mut found = context.find_groups();
         if matches!(images.layout, ImageColumns::Partial(_)) {
-            // A filter that reads an added column cannot be decided either.
-            let cannot_tell = |group: &GroupId| {
-                let mut bindings = reader(*group).subscription.concerning(subscriber_index.relation());
-                bindings.any(|binding| {
-                    binding.filter.as_ref().is_some_and(|filter| {
-                        images.is_missing(|column| filter.columns().any(|read| read == column))
-                    })
-                })
-            };
-            let lost: Vec<GroupId> = subscriber_index.all_groups().filter(cannot_tell).collect();
+            let is_lost = |group: &GroupId| context.has_undecidable_filter(reader(*group).subscription);
+            let lost: Vec<GroupId> = subscriber_index.all_groups().filter(is_lost).collect();
             found.retain(|group| !lost.contains(group));
             self.verdicts.candidates.extend(lost.into_iter().map(unevaluated));
         }
@@ -137,22 +130,25 @@ impl<'a> Matcher<'_, 'a> {
             if self.verdicts.policies[policy].iter().all(|truth| is_denied(*truth)) {
                 continue;
             }
-            let reader = reader(group);
-            let mut may_match = false;
-            for binding in reader.subscription.concerning(subscriber_index.relation()) {
-                may_match |= match &binding.filter {
-                    None => true,
-                    Some(filter) => {
-                        filter.is_usable(subscriber_index.relation(), access)
-                            && self.filter_may_match(&context, filter, reader)
-                    }
-                };
+            if self.may_match(&context, reader(group)) {
+                self.verdicts.candidates.push(Candidate { group, change: index, policy: Some(policy) });
             }
-            if !may_match {
-                continue;
-            }
-            self.verdicts.candidates.push(Candidate { group, change: index, policy: Some(policy) });
         }
+    }
+
+    /// Returns whether the change may match a binding of the reader. Evaluates all of its filters, or queues them.
+    fn may_match(&mut self, context: &MatchContext<'_, 'a>, reader: Reader<'a>) -> bool {
+        let mut may_match = false;
+        for binding in reader.subscription.concerning(context.relation()) {
+            may_match |= match &binding.filter {
+                None => true,
+                Some(filter) => {
+                    filter.is_usable(context.relation(), context.access)
+                        && self.filter_may_match(context, filter, reader)
+                }
+            };
+        }
+        may_match
     }
 
     /// Evaluates the policy for a cohort, or queues it for PostgreSQL. Returns the position of the evaluation.
@@ -279,6 +275,15 @@ impl<'a> MatchContext<'_, 'a> {
 
     fn policy_reads(&self, column: &str) -> bool {
         self.relation().policy_reads(self.access, column)
+    }
+
+    /// Returns whether a filter of the subscription reads a column that an image is missing.
+    fn has_undecidable_filter(&self, subscription: &Subscription) -> bool {
+        let is_undecidable = |filter: &TypedFilter| {
+            self.images.is_missing(|column| filter.columns().any(|read| read == column))
+        };
+        let mut bindings = subscription.concerning(self.relation());
+        bindings.any(|binding| binding.filter.as_deref().is_some_and(is_undecidable))
     }
 
     /// Returns the groups found by the index and by PostgreSQL, possibly with duplicates.

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::feed::authorize::gate::{Candidate, Gate};
+use crate::feed::authorize::gate::{Candidate, Gate, Verdicts};
 use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
 use crate::feed::deliver::encode_cache::EncodeCache;
 use crate::feed::deliver::group::{FrameBuffer, SubscriberGroup, TOKEN_EXPIRED};
@@ -37,12 +37,13 @@ pub async fn deliver<'a>(
     }
     let now = now();
     let last = changes.len().saturating_sub(1);
-    let is_last = |index: usize| index == last && !batch.more;
-    let caches =
-        |(index, change): (usize, &Change)| EncodeCache::new(&batch.span, change.number, is_last(index));
-    let widenings: Vec<&Widening> =
+    let cache = |(index, change): (usize, &Change)| {
+        EncodeCache::new(&batch.span, change.number, index == last && !batch.more)
+    };
+    let mut caches: Vec<EncodeCache<'_>> = changes.iter().enumerate().map(cache).collect();
+    let widenings =
         catalog.widenings().iter().filter(|widening| widening.is_after(&batch.span.seen)).collect();
-    let mut caches: Vec<EncodeCache<'_>> = changes.iter().enumerate().map(caches).collect();
+    let authorized = AuthorizedBatch { catalog, batch, changes, verdicts: &verdicts, widenings };
     let mut buffer = FrameBuffer::default();
     let mut frames = 0;
     // Group by group, not change by change: the frames of a batch are queued for a client at once.
@@ -59,39 +60,58 @@ pub async fn deliver<'a>(
         if group.is_closed() {
             continue;
         }
+        authorized.encode(group, &candidates, &mut caches, &mut buffer);
+        frames += group.send(unit, &mut buffer, here.as_ref());
+        buffer.clear();
+    }
+    Ok(frames)
+}
+
+/// A batch with the verdicts on it.
+struct AuthorizedBatch<'a, 'b> {
+    catalog: &'a Catalog,
+    batch: &'a Batch,
+    /// The changes, with their images in the current columns.
+    changes: &'b [Change],
+    verdicts: &'b Verdicts,
+    /// The widenings of rights that are newer than the page.
+    widenings: Vec<&'a Widening>,
+}
+
+impl<'a> AuthorizedBatch<'a, '_> {
+    /// Adds the frames of the candidates, all of one group, to the buffer.
+    fn encode(
+        &self,
+        group: &'a SubscriberGroup,
+        candidates: &[Candidate],
+        caches: &mut [EncodeCache<'a>],
+        buffer: &mut FrameBuffer<'a>,
+    ) {
+        let &Self { catalog, batch, changes, verdicts, .. } = self;
         let is_older = |change: &Change| {
-            widenings.iter().any(|widening| widening.concerns(change) && group.stood_before(widening))
+            let mut widenings = self.widenings.iter();
+            widenings.any(|widening| widening.concerns(change) && group.stood_before(widening))
         };
         let mut lasts = HashSet::new();
         if group.key().codec.tells_cursor() {
-            lasts = last_changes(batch, catalog, group, &candidates, |candidate| {
+            lasts = last_changes(batch, catalog, group, candidates, |candidate| {
                 let change = &changes[candidate.change];
                 let relation = catalog.relation(change.relation);
                 let change = (change, is_older(change));
-                relation
-                    .is_some_and(|relation| group.gets(candidate, change, relation, &verdicts, &mut buffer))
+                relation.is_some_and(|relation| group.gets(candidate, change, relation, verdicts, buffer))
             });
         }
-        for candidate in &candidates {
+        for candidate in candidates {
             let index = candidate.change;
             let change = &changes[index];
             if let Some(relation) = catalog.relation(change.relation)
                 && !is_repeated_truncate(changes, index)
             {
-                group.write(
-                    candidate,
-                    (change, is_older(change), lasts.contains(&index)),
-                    relation,
-                    &verdicts,
-                    &mut caches[index],
-                    &mut buffer,
-                );
+                let change = (change, is_older(change), lasts.contains(&index));
+                group.write(candidate, change, relation, verdicts, &mut caches[index], buffer);
             }
         }
-        frames += group.send(unit, &mut buffer, here.as_ref());
-        buffer.clear();
     }
-    Ok(frames)
 }
 
 /// Returns the time in seconds, as tokens count it. A token is expired from the second of its expiry on.

@@ -137,7 +137,7 @@ impl SubscriberGroups {
         deliver(gate, catalog, batch, &self.subscriber_indexes, |id| &self.groups[id], Unit::next()).await
     }
 
-    /// Waits up to `most` for clients that have much to read; returns the time waited.
+    /// Waits up to `limit` for clients that have much to read; returns the time waited.
     pub async fn wait_for_clients(&self, limit: Duration) -> Duration {
         let started = Instant::now();
         while started.elapsed() < limit && self.is_behind() {

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::feed::read::batch::Batch;
 use crate::feed::read::source::{BATCH_BYTES, BATCH_CHANGES, FeedItem, Source, SourcePosition};
-use crate::model::log::cursor::Span;
+use crate::model::log::cursor::{Snapshot, Span};
 use crate::postgres::changelog::doorbell::{Doorbell, Rings};
 use crate::postgres::changelog::reader::{Changelog, Flush, PagePosition};
 use crate::postgres::connect::pool::Error;
@@ -316,16 +316,11 @@ impl<'a> PollLoop<'a> {
             };
             // Changes trimmed before they were read would be missing in the page. While the page is open, nothing
             // more can be trimmed.
-            if total == 0 && since_last_poll > TRIM_CHECK_AFTER {
-                let horizon = self.source.await_changelog(self.source.horizon()).await?;
-                if !horizon.is_before_or_equal(&span.seen) {
-                    self.position.page = PagePosition::after(horizon);
-                    let why = String::from(
-                        "changes were trimmed before they could be delivered, read the rows again",
-                    );
-                    let is_taken = self.send(FeedItem::Gap(why)).await;
-                    return Ok(if is_taken { PollResult::Full } else { PollResult::Closed });
-                }
+            if total == 0
+                && since_last_poll > TRIM_CHECK_AFTER
+                && let Some(result) = self.skip_trimmed(&span.seen).await?
+            {
+                return Ok(result);
             }
             if let Some(through) = unflushed.take() {
                 self.source.await_changelog(self.source.flush(how, &through)).await?;
@@ -358,17 +353,8 @@ impl<'a> PollLoop<'a> {
         }
         // Without the flush, a transaction id counted as finished here could be assigned again after a crash. So an
         // empty page moves the position only when it needs no flush.
-        if unflushed.is_none() {
-            self.position.page = PagePosition::after(until);
-            self.unsent = page_continues || (total == 0 && (self.unsent || span.seen != span.until));
-            // Announce the end of the page at once if the last batch said that it continues.
-            if page_continues || (self.unsent && self.last_sent.elapsed() > POSITION_INTERVAL) {
-                self.last_sent = Instant::now();
-                self.unsent = false;
-                if !self.send(FeedItem::Moved(span.end())).await {
-                    return Ok(PollResult::Closed);
-                }
-            }
+        if unflushed.is_none() && !self.end_page(&span, page_continues, total == 0).await {
+            return Ok(PollResult::Closed);
         }
         self.doorbell.notify_followers(false).await?;
         Ok(match total {
@@ -378,6 +364,31 @@ impl<'a> PollLoop<'a> {
             _ if total < BATCH_CHANGES => PollResult::Some,
             _ => PollResult::Full,
         })
+    }
+
+    /// Skips to the horizon, with a gap, if changes after `seen` were trimmed.
+    async fn skip_trimmed(&mut self, seen: &Snapshot) -> Result<Option<PollResult>, Error> {
+        let horizon = self.source.await_changelog(self.source.horizon()).await?;
+        if horizon.is_before_or_equal(seen) {
+            return Ok(None);
+        }
+        self.position.page = PagePosition::after(horizon);
+        let why = "changes were trimmed before they could be delivered, read the rows again";
+        let is_taken = self.send(FeedItem::Gap(String::from(why))).await;
+        Ok(Some(if is_taken { PollResult::Full } else { PollResult::Closed }))
+    }
+
+    /// Moves the position to the end of the page, and sends it when it is due; false when the receiver is closed.
+    async fn end_page(&mut self, span: &Span, was_continued: bool, is_empty: bool) -> bool {
+        self.position.page = PagePosition::after(span.until.clone());
+        self.unsent = was_continued || (is_empty && (self.unsent || span.seen != span.until));
+        // Announce the end of the page at once if the last batch said that it continues.
+        if !was_continued && !(self.unsent && self.last_sent.elapsed() > POSITION_INTERVAL) {
+            return true;
+        }
+        self.last_sent = Instant::now();
+        self.unsent = false;
+        self.send(FeedItem::Moved(span.end())).await
     }
 
     /// Sends an item; false when the receiver is closed. While the router takes nothing for long because policies
