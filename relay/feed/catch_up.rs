@@ -172,7 +172,7 @@ impl CatchUp {
     /// Returns the position up to which everything is in the outbox; `None` while the changelog is not being read.
     pub async fn position(&self) -> Option<Cursor> {
         let position = self.feed.position(vec![self.channel], None).await?;
-        position.channels.into_iter().next().map(|(_, here)| here)
+        position.channels.into_iter().next().map(|(_, position)| position)
     }
 
     /// Ends delivery and returns the position up to which everything is in the outbox.
@@ -228,8 +228,8 @@ impl ReplaySink for SingleSink<'_> {
         }
     }
 
-    fn reached(&mut self, here: Cursor) {
-        self.since.send_modify(|since| *since = since.merge(&here));
+    fn reached(&mut self, position: Cursor) {
+        self.since.send_modify(|since| *since = since.and(&position));
     }
 
     fn has_enough(&self) -> bool {

@@ -121,9 +121,9 @@ impl Feed {
     pub async fn beginning(&self, subscription: &Subscription) -> Option<Cursor> {
         let attempts = async {
             loop {
-                let here = self.position_soon().await?;
-                if !subscription.is_younger_than(&here) {
-                    return Some(here);
+                let position = self.position_soon().await?;
+                if !subscription.is_younger_than(&position) {
+                    return Some(position);
                 }
                 sleep(Duration::from_millis(50)).await;
             }
@@ -154,8 +154,8 @@ impl Feed {
         wanted: impl FnOnce() -> bool,
     ) -> Result<Opened, BindError> {
         let opened = async {
-            let here = self.position_soon().await.filter(|_| wanted())?;
-            self.bookmarks.open(key, here).await
+            let position = self.position_soon().await.filter(|_| wanted())?;
+            self.bookmarks.open(key, position).await
         };
         timeout(PATIENCE, opened).await.ok().flatten().ok_or(BindError::Unavailable)
     }

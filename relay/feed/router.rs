@@ -228,9 +228,9 @@ impl Router {
                 self.hub.join(channel, subscriber, greeting);
             }
             Command::Follow { channel, subscriber, checked, outcome } => {
-                let outcome_now = self.follow(channel, subscriber, checked);
+                let result = self.follow(channel, subscriber, checked);
                 // The receiver may be gone; its leave follows then.
-                let _ = outcome.send(outcome_now);
+                let _ = outcome.send(result);
             }
             Command::Leave { channel, outbox, farewell, reply } => {
                 let reached = self.hub.leave(channel, &outbox, farewell, self.position.as_ref());
@@ -239,14 +239,15 @@ impl Router {
                 }
             }
             Command::DeliveredUpTo { channels, trailing_frame, reply } => {
-                let here = self.position.clone();
-                let position_of = |channel| Some((channel, self.hub.position(channel, here.as_ref()?)));
+                let feed_position = self.position.clone();
+                let position_of =
+                    |channel| Some((channel, self.hub.position(channel, feed_position.as_ref()?)));
                 let channels = channels.into_iter().filter_map(position_of).collect();
-                DeliveredUpTo::answer(here, channels, trailing_frame, reply);
+                DeliveredUpTo::answer(feed_position, channels, trailing_frame, reply);
             }
             Command::Arrived { replay, at, rules, stalled, answer } => {
-                let outcome_now = self.arrived(replay, at, rules.as_deref(), stalled);
-                let _ = answer.send(outcome_now);
+                let result = self.replay_arrived(replay, at, rules.as_deref(), stalled);
+                let _ = answer.send(result);
             }
         }
         let now = self.hub.count();
@@ -256,9 +257,9 @@ impl Router {
     /// Makes a subscriber with a cursor live if it has missed nothing; else returns where to read what it missed.
     fn follow(&mut self, channel: ChannelId, mut subscriber: Subscriber, checked: bool) -> FollowOutcome {
         let Some(since) = &subscriber.since else { return FollowOutcome::NotYet };
-        let outcome_now = self.outcome_at(since, checked);
-        if !matches!(outcome_now, FollowOutcome::Live) {
-            return outcome_now;
+        let result = self.outcome_at(since, checked);
+        if !matches!(result, FollowOutcome::Live) {
+            return result;
         }
         // Before the position at which a table got the requested name, the feed knows no relation of that name, or
         // another one.
@@ -284,22 +285,21 @@ impl Router {
     }
 
     /// Makes the groups of a replay live when nothing is missing, else returns what is.
-    fn arrived(
+    fn replay_arrived(
         &mut self,
         replay: u64,
         at: Result<Cursor, &'static str>,
         rules: Option<&Catalog>,
         stalled: bool,
     ) -> FollowOutcome {
-        let outcome_now =
-            at.as_ref().map_or_else(|why| FollowOutcome::Gap(why), |at| self.outcome_at(at, true));
-        let at = match outcome_now {
+        let result = at.as_ref().map_or_else(|why| FollowOutcome::Gap(why), |at| self.outcome_at(at, true));
+        let at = match result {
             FollowOutcome::Live => at.ok(),
             FollowOutcome::Gap(why) => {
                 self.hub.for_each_group(replay, |group| group.send_gap(why, ""));
                 None
             }
-            _ => return outcome_now,
+            _ => return result,
         };
         if stalled != self.stalled {
             self.hub.for_each_group(replay, |group| group.send_stall(self.stalled));

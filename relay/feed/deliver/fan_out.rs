@@ -27,7 +27,7 @@ pub async fn deliver<'a>(
     group: impl Fn(GroupId) -> &'a SubscriberGroup,
     unit: Unit,
 ) -> Result<usize, Error> {
-    let here = batch.end().map(Arc::new);
+    let end = batch.end().map(Arc::new);
     let changes = &*shape::read(catalog, &batch.changes);
     let verdicts = gate.verdicts(catalog, changes, subscriber_indexes, |id| group(id).reader()).await?;
     for (id, change) in &verdicts.raising {
@@ -54,14 +54,14 @@ pub async fn deliver<'a>(
             group.members().set_missed(TOKEN_EXPIRED);
             continue;
         }
-        if here.as_ref().is_some_and(|here| group.has_reached(here)) {
+        if end.as_ref().is_some_and(|end| group.has_reached(end)) {
             continue;
         }
         if group.is_closed() {
             continue;
         }
         authorized.encode(group, &candidates, &mut caches, &mut buffer);
-        frames += group.send(unit, &mut buffer, here.as_ref());
+        frames += group.send(unit, &mut buffer, end.as_ref());
         buffer.clear();
     }
     Ok(frames)
@@ -90,15 +90,15 @@ impl<'a> AuthorizedBatch<'a, '_> {
         let &Self { catalog, batch, changes, verdicts, .. } = self;
         let is_older = |change: &Change| {
             let mut widenings = self.widenings.iter();
-            widenings.any(|widening| widening.concerns(change) && group.stood_before(widening))
+            widenings.any(|widening| widening.concerns(change) && group.is_before(widening))
         };
-        let mut lasts = HashSet::new();
+        let mut last_of_transaction = HashSet::new();
         if group.key().codec.tells_cursor() {
-            lasts = last_changes(batch, catalog, group, candidates, |candidate| {
+            last_of_transaction = last_changes(batch, catalog, group, candidates, |candidate| {
                 let change = &changes[candidate.change];
                 let relation = catalog.relation(change.relation);
                 let change = (change, is_older(change));
-                relation.is_some_and(|relation| group.gets(candidate, change, relation, verdicts, buffer))
+                relation.is_some_and(|relation| group.receives(candidate, change, relation, verdicts, buffer))
             });
         }
         for candidate in candidates {
@@ -107,8 +107,8 @@ impl<'a> AuthorizedBatch<'a, '_> {
             if let Some(relation) = catalog.relation(change.relation)
                 && !is_repeated_truncate(changes, index)
             {
-                let change = (change, is_older(change), lasts.contains(&index));
-                group.write(candidate, change, relation, verdicts, &mut caches[index], buffer);
+                let change = (change, is_older(change), last_of_transaction.contains(&index));
+                group.encode(candidate, change, relation, verdicts, &mut caches[index], buffer);
             }
         }
     }
@@ -170,19 +170,19 @@ fn last_changes(
     candidates: &[Candidate],
     mut gets: impl FnMut(&Candidate) -> bool,
 ) -> HashSet<usize> {
-    let mut passed: HashSet<u64> = batch
+    let mut continued: HashSet<u64> = batch
         .unfinished
         .iter()
         .filter(|(_, relations)| group.concerns(catalog, relations))
         .map(|(xid, _)| *xid)
         .collect();
-    let mut lasts = HashSet::new();
+    let mut last_of_transaction = HashSet::new();
     for candidate in candidates.iter().rev() {
         let xid = batch.changes[candidate.change].xid;
-        if !passed.contains(&xid) && gets(candidate) {
-            passed.insert(xid);
-            lasts.insert(candidate.change);
+        if !continued.contains(&xid) && gets(candidate) {
+            continued.insert(xid);
+            last_of_transaction.insert(candidate.change);
         }
     }
-    lasts
+    last_of_transaction
 }

@@ -125,7 +125,7 @@ impl SubscriberGroup {
     }
 
     /// Returns a group of the same channels with their own position.
-    pub fn beginning_at(&self, position: Cursor) -> Self {
+    pub fn at_position(&self, position: Cursor) -> Self {
         let Self { subscription, members, .. } = self.clone();
         let (codec, since) = (self.key.codec.clone(), Some(position.clone()));
         members.set_position(Arc::new(position));
@@ -154,12 +154,12 @@ impl SubscriberGroup {
         Reader { subscription: &self.subscription, session }
     }
 
-    /// Returns the position of its channels when `here` is the feed's position.
-    pub fn position(&self, here: &Cursor) -> Cursor {
+    /// Returns the position of its channels, given the feed's.
+    pub fn position(&self, feed_position: &Cursor) -> Cursor {
         match (self.members.position(), &self.key.since) {
             (Some(position), _) => Cursor::clone(&position),
-            (None, Some(since)) => here.merge(since),
-            (None, None) => here.clone(),
+            (None, Some(since)) => feed_position.and(since),
+            (None, None) => feed_position.clone(),
         }
     }
 
@@ -173,18 +173,16 @@ impl SubscriberGroup {
     /// once bound, because changes may come in between. Sends a gap when a schema subscription loses a relation that
     /// was there `before`. Binds channels anew when a refused entry may be accepted now, with a gap for what they
     /// missed.
-    ///
-    /// `here` is the feed's position.
-    pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, here: Option<&Cursor>) {
+    pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, feed_position: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
-            self.send_gap(TABLE_CHANGED, &self.reached(here));
+            self.send_gap(TABLE_CHANGED, &self.reached(feed_position));
             self.members.set_missed(TABLE_CHANGED);
             self.members.for_each(|channel, outbox| outbox.rebind(channel));
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
-            self.send_gap(TABLE_CHANGED, &self.reached(here));
+            self.send_gap(TABLE_CHANGED, &self.reached(feed_position));
         }
         for lack in self.subscription.lacks(before, catalog) {
-            self.send_gap(&lack, &self.reached(here));
+            self.send_gap(&lack, &self.reached(feed_position));
         }
         if self.subscription.may_be_lifted(catalog) {
             self.members.set_missed(TABLE_CHANGED);
@@ -192,23 +190,23 @@ impl SubscriberGroup {
         }
     }
 
-    /// Returns whether it has its own position, which is at or after `here`.
-    pub fn has_reached(&self, here: &Cursor) -> bool {
-        self.members.position().is_some_and(|position| position.is_at_or_after(here))
+    /// Returns whether it has its own position, which is at or after `cursor`.
+    pub fn has_reached(&self, cursor: &Cursor) -> bool {
+        self.members.position().is_some_and(|position| position.is_at_or_after(cursor))
     }
 
-    fn reached(&self, here: Option<&Cursor>) -> String {
-        here.map_or_else(String::new, |here| self.position(here).to_string())
+    fn reached(&self, feed_position: Option<&Cursor>) -> String {
+        feed_position.map_or_else(String::new, |feed_position| self.position(feed_position).to_string())
     }
 
     /// Returns whether its position is before a widening of its role's rights.
-    pub fn stood_before(&self, widening: &Widening) -> bool {
+    pub fn is_before(&self, widening: &Widening) -> bool {
         widening.is_for(self.subscription.identity().claims().role())
             && self.key.since.as_ref().is_none_or(|since| widening.is_after(since.seen()))
     }
 
     /// Returns whether the change of this candidate is sent to the group.
-    pub fn gets<'a>(
+    pub fn receives<'a>(
         &'a self,
         candidate: &Candidate,
         change: (&Change, bool),
@@ -230,7 +228,7 @@ impl SubscriberGroup {
 
     /// Encodes the change of this candidate and adds its frames to the buffer. When the change `is_last`, the last
     /// frame is marked as the end of its transaction for this group.
-    pub fn write<'a>(
+    pub fn encode<'a>(
         &'a self,
         candidate: &Candidate,
         (change, is_older, is_last): (&Change, bool, bool),
@@ -332,14 +330,14 @@ impl SubscriberGroup {
     }
 
     /// Queues the frames of the buffer for all channels as part of a unit and moves their own position, if they have
-    /// one, to `here`. Returns the number of frames queued. A client without room is closed, because continuing would
+    /// one, to `end`. Returns the number of frames queued. A client without room is closed, because continuing would
     /// lose changes.
-    pub fn send(&self, unit: Unit, buffer: &mut FrameBuffer<'_>, here: Option<&Arc<Cursor>>) -> usize {
+    pub fn send(&self, unit: Unit, buffer: &mut FrameBuffer<'_>, end: Option<&Arc<Cursor>>) -> usize {
         if buffer.frames.is_empty() && !buffer.has_no_room {
             return 0;
         }
         let has_room = !buffer.has_no_room && buffer.budget.as_ref().is_none_or(|budget| budget.make_room(0));
-        self.members.deliver(unit, &mut buffer.frames, has_room, here)
+        self.members.deliver(unit, &mut buffer.frames, has_room, end)
     }
 
     /// Adds a gap for a change that cannot be delivered, once per relation and batch.

@@ -109,15 +109,14 @@ impl SubscriberGroups {
         !self.has_other_catalog && self.catalog.as_ref().is_some_and(|last| Arc::ptr_eq(last, catalog))
     }
 
-    /// Sets the catalog that changes are authorized with. Groups that lost a relation get a gap with the cursor;
-    /// `here` is the feed's position.
-    pub fn set_catalog(&mut self, catalog: &Arc<Catalog>, here: Option<&Cursor>) {
+    /// Sets the catalog that changes are authorized with. Groups that lost a relation get a gap with their cursor.
+    pub fn set_catalog(&mut self, catalog: &Arc<Catalog>, feed_position: Option<&Cursor>) {
         if self.has_catalog(catalog) {
             return;
         }
         self.subscriber_indexes.clear();
         for (_, group) in &self.groups {
-            group.apply_catalog(self.catalog.as_deref(), catalog, here);
+            group.apply_catalog(self.catalog.as_deref(), catalog, feed_position);
         }
         self.catalog = Some(Arc::clone(catalog));
         self.has_other_catalog = false;

@@ -105,15 +105,15 @@ impl Hub {
     }
 
     /// Ends delivery to a channel; the farewell goes out after the last change. Returns the channel's position, when
-    /// `here` is the feed's.
+    /// `feed_position` is given.
     pub fn leave(
         &mut self,
         channel: ChannelId,
         outbox: &Outbox,
         farewell: Vec<Bytes>,
-        here: Option<&Cursor>,
+        feed_position: Option<&Cursor>,
     ) -> Option<Cursor> {
-        let live = here.map(|here| self.position(channel, here));
+        let live = feed_position.map(|feed_position| self.position(channel, feed_position));
         let at = self.remove(channel);
         for frame in farewell {
             outbox.push(frame);
@@ -121,11 +121,11 @@ impl Hub {
         at.map(|at| Cursor::clone(&at)).or(live)
     }
 
-    /// Returns a channel's position when `here` is the feed's.
-    pub fn position(&self, channel: ChannelId, here: &Cursor) -> Cursor {
+    /// Returns a channel's position, given the feed's.
+    pub fn position(&self, channel: ChannelId, feed_position: &Cursor) -> Cursor {
         match self.channels.get(&channel) {
-            Some(state) => self.group(*state).position(here),
-            None => here.clone(),
+            Some(state) => self.group(*state).position(feed_position),
+            None => feed_position.clone(),
         }
     }
 
@@ -142,11 +142,12 @@ impl Hub {
 
     /// Records the feed's new position: groups that were ahead of it and are not any more join the others. `None`
     /// after a gap: all groups are at the same, unknown position.
-    pub fn set_position(&mut self, here: Option<&Cursor>) {
-        let is_behind = |since: &Cursor| here.is_none_or(|here| here.is_at_or_after(since));
+    pub fn set_position(&mut self, feed_position: Option<&Cursor>) {
+        let is_behind =
+            |since: &Cursor| feed_position.is_none_or(|feed_position| feed_position.is_at_or_after(since));
         let is_reached = |number: &GroupId| self.live.get(*number).key().since.as_ref().is_none_or(is_behind);
         for number in self.ahead.iter().copied().filter(is_reached).collect::<Vec<_>>() {
-            let group = self.discard(number);
+            let group = self.remove_live(number);
             self.make_live(group, None);
         }
     }
@@ -169,8 +170,8 @@ impl Hub {
         let number = self.last_replay;
         let mut entry = ReplayEntry { groups: Slab::new(), newcomers: Arc::default() };
         for live in concerned {
-            let group = self.discard(live);
-            let group = group.beginning_at(group.position(at));
+            let group = self.remove_live(live);
+            let group = group.at_position(group.position(at));
             let index = entry.groups.insert(group.clone());
             group.members().for_each(|channel, _| {
                 self.channels.insert(channel, ChannelState::Replay(number, index));
@@ -183,14 +184,14 @@ impl Hub {
     }
 
     /// Ends a replay: its groups are live from now on. `at` is where they are, with nothing missing before the feed's
-    /// position `here`; `None` when what they miss cannot be recovered and they got a gap. Returns false when the
+    /// position; `None` when what they miss cannot be recovered and they got a gap. Returns false when the
     /// replay must continue, because a group has joined that it does not know yet.
     pub fn end_replay(
         &mut self,
         replay: u64,
         at: Option<&Cursor>,
         rules: Option<&Catalog>,
-        here: Option<&Cursor>,
+        feed_position: Option<&Cursor>,
     ) -> bool {
         let Some(entry) = self.replays.get(&replay) else { return true };
         if at.is_some() && !entry.newcomers.lock().is_empty() {
@@ -202,7 +203,9 @@ impl Hub {
             if let Some(catalog) = self.live.catalog() {
                 group.apply_catalog(rules, catalog, position.as_ref());
             }
-            let is_behind = |position: &Cursor| here.is_some_and(|here| here.is_at_or_after(position));
+            let is_behind = |position: &Cursor| {
+                feed_position.is_some_and(|feed_position| feed_position.is_at_or_after(position))
+            };
             self.make_live(group, position.filter(|position| !is_behind(position)));
         }
         true
@@ -263,7 +266,7 @@ impl Hub {
     ) -> SubscriberGroup {
         let Subscriber { codec, subscription, outbox, missed, .. } = subscriber;
         let key = GroupKey { codec, subscription, since: None };
-        let group = SubscriberGroup::new(Arc::new(key), channel, outbox).beginning_at(Cursor::clone(at));
+        let group = SubscriberGroup::new(Arc::new(key), channel, outbox).at_position(Cursor::clone(at));
         if let Some(why) = missed {
             group.members().set_missed(why);
         }
@@ -281,7 +284,7 @@ impl Hub {
         let (at, is_empty) = (members.remove(channel), members.is_empty());
         match state {
             _ if !is_empty => {}
-            ChannelState::Live(number) => _ = self.discard(number),
+            ChannelState::Live(number) => _ = self.remove_live(number),
             ChannelState::Replay(number, index) => {
                 if let Some(entry) = self.replays.get_mut(&number) {
                     entry.groups.remove(index);
@@ -291,7 +294,7 @@ impl Hub {
         at
     }
 
-    fn discard(&mut self, number: GroupId) -> SubscriberGroup {
+    fn remove_live(&mut self, number: GroupId) -> SubscriberGroup {
         let group = self.live.remove(number);
         self.by_key.remove(group.key());
         self.ahead.remove(&number);

@@ -72,23 +72,23 @@ impl Members {
         self.lock().position = Some(position);
     }
 
-    /// Records that everything up to `here` was delivered, besides what they already have.
-    pub fn reached(&self, here: &Arc<Cursor>) {
-        self.lock().reached(here);
+    /// Records that everything up to `end` was delivered, besides what they already have.
+    pub fn reached(&self, end: &Arc<Cursor>) {
+        self.lock().reached(end);
     }
 
-    /// Queues the frames of a unit for all channels and moves their own position, if they have one, to `here`.
+    /// Queues the frames of a unit for all channels and moves their own position, if they have one, to `end`.
     /// Returns the number of frames queued.
     pub fn deliver(
         &self,
         unit: Unit,
         frames: &mut Vec<Frame>,
         has_room: bool,
-        here: Option<&Arc<Cursor>>,
+        end: Option<&Arc<Cursor>>,
     ) -> usize {
         let mut state = self.lock();
-        if let Some(here) = here {
-            state.reached(here);
+        if let Some(end) = end {
+            state.reached(end);
         }
         let count = frames.len() * state.outboxes.len();
         let mut outboxes = state.outboxes.values();
@@ -151,10 +151,10 @@ impl Members {
 }
 
 impl State {
-    fn reached(&mut self, here: &Arc<Cursor>) {
+    fn reached(&mut self, end: &Arc<Cursor>) {
         if let Some(position) = &mut self.position {
-            let has_more = !here.is_at_or_after(position);
-            *position = if has_more { Arc::new(here.merge(position)) } else { Arc::clone(here) };
+            let has_more = !end.is_at_or_after(position);
+            *position = if has_more { Arc::new(end.and(position)) } else { Arc::clone(end) };
         }
     }
 }

@@ -187,10 +187,10 @@ impl<'a> PollLoop<'a> {
     }
 
     /// Polls until a page is not full.
-    async fn poll_to_end(&mut self, how: Flush) -> Result<PollResult, Error> {
+    async fn poll_to_end(&mut self, mode: Flush) -> Result<PollResult, Error> {
         let mut found = PollResult::Nothing;
         loop {
-            match self.poll(how).await? {
+            match self.poll(mode).await? {
                 PollResult::Full => found = PollResult::Some,
                 PollResult::Nothing => return Ok(found),
                 last => return Ok(last),
@@ -282,15 +282,15 @@ impl<'a> PollLoop<'a> {
     }
 
     /// Reads one page and sends it in batches. The position moves with each batch sent.
-    async fn poll(&mut self, how: Flush) -> Result<PollResult, Error> {
-        let found = self.read_page(how).await?;
+    async fn poll(&mut self, mode: Flush) -> Result<PollResult, Error> {
+        let found = self.read_page(mode).await?;
         match self.stepped_down {
             false => Ok(found),
             true => Err(Error::Lost("policies could not be evaluated for long, gave up the lead")),
         }
     }
 
-    async fn read_page(&mut self, how: Flush) -> Result<PollResult, Error> {
+    async fn read_page(&mut self, mode: Flush) -> Result<PollResult, Error> {
         let since_last_poll = std::mem::replace(&mut self.last_poll, Instant::now()).elapsed();
         let resumed = self.position.page.until.is_some();
         let scope = Arc::clone(&self.source.scope.borrow());
@@ -323,7 +323,7 @@ impl<'a> PollLoop<'a> {
                 return Ok(result);
             }
             if let Some(through) = unflushed.take() {
-                self.source.await_changelog(self.source.flush(how, &through)).await?;
+                self.source.await_changelog(self.source.flush(mode, &through)).await?;
             }
             let first = total == 0;
             total += changes.len();
@@ -383,7 +383,8 @@ impl<'a> PollLoop<'a> {
         self.position.page = PagePosition::after(span.until.clone());
         self.unsent = was_continued || (is_empty && (self.unsent || span.seen != span.until));
         // Announce the end of the page at once if the last batch said that it continues.
-        if !was_continued && !(self.unsent && self.last_sent.elapsed() > POSITION_INTERVAL) {
+        let is_due = self.unsent && self.last_sent.elapsed() > POSITION_INTERVAL;
+        if !was_continued && !is_due {
             return true;
         }
         self.last_sent = Instant::now();

@@ -116,7 +116,7 @@ impl Source {
             let started = Instant::now();
             let outcome = tokio::select! {
                 () = end.cancelled() => return,
-                outcome = self.work(&mut position, &mut bell, &items) => outcome,
+                outcome = self.run_connection(&mut position, &mut bell, &items) => outcome,
             };
             self.observe.source_down();
             let Err(error) = outcome else { return };
@@ -138,7 +138,7 @@ impl Source {
     }
 
     /// Runs over one pair of connections. Returns `Ok` only when the receiver is closed.
-    async fn work(
+    async fn run_connection(
         &self,
         position: &mut Option<SourcePosition>,
         bell: &mut Option<Backend>,
@@ -159,7 +159,7 @@ impl Source {
                     && self.horizon().await?.is_before_or_equal(&known.page.seen) => {}
             Some(known) => {
                 // Set both together: if the start fails, the next attempt must find the difference again.
-                let page = self.start(&changelog).await?;
+                let page = self.start_position(&changelog).await?;
                 *known = SourcePosition { epoch, page };
                 let why = String::from(
                     "the database is another one, or an older state of it, or was away for too long, read the rows again",
@@ -169,13 +169,13 @@ impl Source {
                 }
             }
             None => {
-                *position = Some(SourcePosition { epoch, page: self.start(&changelog).await? });
+                *position = Some(SourcePosition { epoch, page: self.start_position(&changelog).await? });
             }
         }
         let Some(position) = position else { return Ok(()) };
         if position.page.until.is_none() {
-            let here = Cursor::after(position.epoch, position.page.seen.clone());
-            if items.send(FeedItem::Moved(here)).await.is_err() {
+            let cursor = Cursor::after(position.epoch, position.page.seen.clone());
+            if items.send(FeedItem::Moved(cursor)).await.is_err() {
                 return Ok(());
             }
         }
@@ -200,17 +200,17 @@ impl Source {
     }
 
     /// Reads the current position and flushes the log, so that a crash cannot take it back.
-    async fn start(&self, changelog: &Changelog) -> Result<PagePosition, Error> {
+    async fn start_position(&self, changelog: &Changelog) -> Result<PagePosition, Error> {
         let now = self.in_time(changelog.now()).await?;
         self.in_time(reader::flush(&self.pool)).await?;
         Ok(PagePosition::after(now))
     }
 
     /// Waits until the log is flushed up to `through`: changes that a crash could undo are never delivered.
-    pub(super) async fn flush(&self, how: Flush, through: &str) -> Result<(), Error> {
+    pub(super) async fn flush(&self, mode: Flush, through: &str) -> Result<(), Error> {
         let started = Instant::now();
         let by_others = async {
-            Ok(how == Flush::WithWriters && reader::is_flushed_by_others(&self.pool, through).await?)
+            Ok(mode == Flush::WithWriters && reader::is_flushed_by_others(&self.pool, through).await?)
         };
         if !self.in_time(by_others).await? {
             self.in_time(reader::flush(&self.pool)).await?;

@@ -70,11 +70,11 @@ impl BookmarkHandle {
         (Self(sender), writer)
     }
 
-    /// Takes over a bookmark, or creates it at `here`, durably. `None` when the relay ends, or a later connection of
+    /// Takes over a bookmark, or creates it at `position`, durably. `None` when the relay ends, or a later connection of
     /// the same session opened it.
-    pub async fn open(&self, key: BookmarkKey, here: Cursor) -> Option<Opened> {
+    pub async fn open(&self, key: BookmarkKey, position: Cursor) -> Option<Opened> {
         let (opened, receiver) = oneshot::channel();
-        let _ = self.0.send(BookmarkCommand::Open(key, here, opened));
+        let _ = self.0.send(BookmarkCommand::Open(key, position, opened));
         receiver.await.ok()
     }
 
@@ -124,10 +124,10 @@ impl BookmarkWriter {
 
     fn queue(&mut self, command: BookmarkCommand) {
         let when = match command {
-            BookmarkCommand::Open(key, here, opened) => {
+            BookmarkCommand::Open(key, position, opened) => {
                 // Of two connections of one session only the later one gets it; the earlier one gets no answer and
                 // joins again.
-                self.opens.insert(key, (here, opened));
+                self.opens.insert(key, (position, opened));
                 Instant::now()
             }
             BookmarkCommand::Move(bookmark, to, taken) => {
@@ -181,7 +181,7 @@ impl BookmarkWriter {
         // Skip requests whose session has ended.
         self.opens.retain(|_, (_, opened)| !opened.is_closed());
         let opens = self.opens.iter().take(MAX_PER_STATEMENT);
-        let wanted: Vec<_> = opens.map(|(key, (here, _))| (key.clone(), here.clone())).collect();
+        let wanted: Vec<_> = opens.map(|(key, (position, _))| (key.clone(), position.clone())).collect();
         if !wanted.is_empty() {
             self.opened += wanted.len();
             for opened in self.bookmarks.open(&wanted).await? {

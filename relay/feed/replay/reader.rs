@@ -96,8 +96,8 @@ pub trait ReplaySink {
         None
     }
 
-    /// Records that everything up to `here` was delivered.
-    fn reached(&mut self, here: Cursor);
+    /// Records that everything up to `position` was delivered.
+    fn reached(&mut self, position: Cursor);
 
     /// Returns whether the replay should stop here.
     fn has_enough(&self) -> bool;
@@ -269,10 +269,10 @@ impl ReplayReader {
         sink.while_waiting(self.check_by(permits, since)).await?;
         let is_done =
             |sink: &mut _| ReplaySink::has_enough(sink) || until.is_some_and(|until| Instant::now() > until);
-        let mut here = since.clone();
+        let mut cursor = since.clone();
         // The page that the cursor is in comes first.
-        while let Some(missing) = here.missing(to) {
-            here = missing.end();
+        while let Some(missing) = cursor.missing(to) {
+            cursor = missing.end();
             let Missing { span, after, through } = missing;
             let only = if after > 0 { sink.only() } else { None };
             let mut position = ChunkPosition::new(&span, after).through(through).only(only);
@@ -315,8 +315,8 @@ impl ReplayReader {
                     return Ok(false);
                 }
             }
-            sink.reached(here.clone());
-            if is_done(sink) && here.missing(to).is_some() {
+            sink.reached(cursor.clone());
+            if is_done(sink) && cursor.missing(to).is_some() {
                 return Ok(false);
             }
         }

@@ -154,16 +154,16 @@ impl ReplaySink for ReplayTask {
         self.admit_newcomers();
         self.groups.set_catalog(catalog, Some(&self.at));
         let mut frames = self.groups.deliver(gate, catalog, batch).await?;
-        let Some(here) = batch.end().map(Arc::new) else { return Ok(()) };
+        let Some(end) = batch.end().map(Arc::new) else { return Ok(()) };
         loop {
-            self.groups.iter().for_each(|(_, group)| group.members().reached(&here));
+            self.groups.iter().for_each(|(_, group)| group.members().reached(&end));
             // A channel that joined meanwhile may have left another group before that got this batch. When no more
             // join, all later ones are past this batch.
             let newcomers = self.admit_newcomers();
             if newcomers.is_empty() {
                 break;
             }
-            for group in newcomers.iter().filter(|group| !group.has_reached(&here)) {
+            for group in newcomers.iter().filter(|group| !group.has_reached(&end)) {
                 frames += deliver_to_one(gate, catalog, batch, group).await?;
             }
         }
@@ -196,11 +196,11 @@ impl ReplaySink for ReplayTask {
         self.only.clone()
     }
 
-    fn reached(&mut self, here: Cursor) {
-        if here.within().is_none() {
+    fn reached(&mut self, position: Cursor) {
+        if position.within().is_none() {
             self.only = None;
         }
-        self.at = self.at.and(&here);
+        self.at = self.at.and(&position);
         self.last_progress = Instant::now();
         self.send_stall(false);
     }
