@@ -311,7 +311,7 @@ impl Router {
     }
 
     /// Replays the rest of a large page to the groups it concerns; the others go on at once. Groups that only its
-    /// small relations concern, which may be one row among a million, get a replay of their own.
+    /// small relations concern get a replay of their own: these changes may be one row among a million.
     async fn replay_rest(&mut self, span: &Span, after: i64, counts: &HashMap<RelationId, i64>) {
         // Relation 0 stands for a change of the schema: the new catalog decides whom the rest concerns.
         if counts.contains_key(&RelationId(0)) {

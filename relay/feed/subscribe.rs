@@ -70,7 +70,7 @@ impl Binder {
         &self.catalog
     }
 
-    /// Binds a channel's requests to an identity, retrying while the connection fails, up to [`PATIENCE`]. The
+    /// Binds a channel's requests to an identity, retrying while the connection fails, up to a time limit. The
     /// refusal of a single request is recorded in its binding.
     ///
     /// # Errors

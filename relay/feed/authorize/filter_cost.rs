@@ -85,14 +85,16 @@ impl FilterCosts {
         total.add(subscription.bindings());
         if total.server_filters > MAX_SERVER_FILTERS {
             return Err(SubscribeError(format!(
-                "FilterLimitReached: one client may have {MAX_SERVER_FILTERS} different filters that PostgreSQL has to decide: \
-                 those with match and imatch, those with ilike, as a rule, those that ask which text is less, and all that compare decimals, dates or times. Filters that \
-                 compare whole numbers, uuids, booleans or texts for equality, or a text with like, do not count"
+                "FilterLimitReached: one client may have {MAX_SERVER_FILTERS} different filters that PostgreSQL evaluates: \
+                 match, imatch, most ilike, order comparisons of texts, and all comparisons of decimals, dates or \
+                 times. Filters that compare whole numbers, uuids, booleans or texts for equality, or a text with \
+                 like, do not count. Use fewer filters, or filters of these kinds"
             )));
         }
         if total.values > MAX_VALUES {
             return Err(SubscribeError(format!(
-                "FilterLimitReached: the filters of one client may have {MAX_VALUES} values, and columns selected, together"
+                "FilterLimitReached: the filters of one client may have {MAX_VALUES} values and selected columns together, \
+                 use fewer"
             )));
         }
         let is_heavy = total.server_filters > HEAVY_SERVER_FILTERS || scanned > HEAVY_SCANNED_VALUES;

@@ -33,7 +33,7 @@ pub struct Hub {
 #[derive(Clone, Copy)]
 enum ChannelState {
     Live(GroupId),
-    /// In a replay, by its number and the group's position in it.
+    /// In a replay, by its number and the group's index.
     Replay(u64, usize),
 }
 
@@ -104,8 +104,8 @@ impl Hub {
         self.add_live(channel, subscriber);
     }
 
-    /// Ends delivery to a channel; the farewell goes out after the last change. Returns the channel's position, when
-    /// `feed_position` is given.
+    /// Ends delivery to a channel; the farewell goes out after the last change. Returns the channel's position, if it
+    /// is known.
     pub fn leave(
         &mut self,
         channel: ChannelId,

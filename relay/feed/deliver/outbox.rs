@@ -19,7 +19,7 @@ const SLOW_BYTES: usize = 64 * 1024;
 const SLOW_AFTER: Duration = Duration::from_millis(250);
 /// Bytes waiting, or half of the limit if less, above which the next batch of a page should wait for the client.
 const BEHIND_BYTES: usize = 256 * 1024;
-/// A reply this small never evicts a client.
+/// A frame this small does not close the client when the memory budget is exhausted.
 const SMALL_REPLY: usize = 4 * 1024;
 /// Queue slots that are not counted in the memory budget.
 const UNCOUNTED_SLOTS: usize = 32;

@@ -230,7 +230,7 @@ impl ReplayReader {
         Ok(())
     }
 
-    /// Replays the changes between two cursors to one subscriber; stops when it has enough, or after [`TURN`].
+    /// Replays the changes between two cursors to one subscriber; stops when it has enough, or after two seconds.
     /// Returns whether that was all.
     ///
     /// # Errors
