@@ -102,11 +102,11 @@ pub async fn serve(
     let transactions = Arc::new(Transactions::new(pool.clone()));
     let source = Source {
         server: main.clone(),
-        bell: bell.clone(),
+        doorbell: bell.clone(),
         pool: pool.clone(),
         transactions: Arc::clone(&transactions),
         poll: config.poll,
-        patience: config.stall * PATIENCE,
+        query_timeout: config.stall * PATIENCE,
         stall_monitor: Arc::clone(&stall_monitor),
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),

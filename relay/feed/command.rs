@@ -62,7 +62,7 @@ pub enum Command {
         /// Its position, or why its changes cannot be recovered.
         at: Result<Cursor, &'static str>,
         /// The catalog that it authorizes with.
-        rules: Option<Arc<Catalog>>,
+        catalog: Option<Arc<Catalog>>,
         /// Its channels were told that the feed stalls.
         stalled: bool,
         /// Receives what is still missing; `Live` when the replay is over.

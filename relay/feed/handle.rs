@@ -13,7 +13,7 @@ use crate::feed::deliver::outbox::Outbox;
 use crate::feed::lanes::Lanes;
 use crate::feed::replay::bookmarks::BookmarkHandle;
 use crate::feed::replay::reader::ReplayReader;
-use crate::feed::subscribe::{BindError, Binder, PATIENCE, RequestError};
+use crate::feed::subscribe::{BIND_TIMEOUT, BindError, Binder, RequestError};
 use crate::model::codec::payload::record;
 use crate::model::identity::bookmark::{BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
@@ -128,7 +128,7 @@ impl Feed {
                 sleep(Duration::from_millis(50)).await;
             }
         };
-        timeout(PATIENCE, attempts).await.ok().flatten()
+        timeout(BIND_TIMEOUT, attempts).await.ok().flatten()
     }
 
     /// Returns the feed's position once the changelog is read; `None` on timeout.
@@ -141,7 +141,7 @@ impl Feed {
                 sleep(Duration::from_millis(50)).await;
             }
         };
-        timeout(PATIENCE, attempts).await.ok()
+        timeout(BIND_TIMEOUT, attempts).await.ok()
     }
 
     /// Takes over a bookmark, or creates it at the feed's position, unless it is not `wanted` any more by then.
@@ -157,7 +157,7 @@ impl Feed {
             let position = self.position_soon().await.filter(|_| wanted())?;
             self.bookmarks.open(key, position).await
         };
-        timeout(PATIENCE, opened).await.ok().flatten().ok_or(BindError::Unavailable)
+        timeout(BIND_TIMEOUT, opened).await.ok().flatten().ok_or(BindError::Unavailable)
     }
 
     /// Returns the handle on bookmarks.
@@ -177,7 +177,7 @@ impl Feed {
         take: RowSink<'_>,
     ) -> Result<RowsPage, RequestError> {
         let claims = subscription.identity().claims();
-        let catalog = timeout(PATIENCE, self.binder.catalog().with_role(claims.role())).await;
+        let catalog = timeout(BIND_TIMEOUT, self.binder.catalog().with_role(claims.role())).await;
         let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
         let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
             Scope::Relation(id, oid, ..) => {

@@ -245,8 +245,8 @@ impl Router {
                 let channels = channels.into_iter().filter_map(position_of).collect();
                 DeliveredUpTo::answer(feed_position, channels, trailing_frame, reply);
             }
-            Command::Arrived { replay, at, rules, stalled, answer } => {
-                let result = self.replay_arrived(replay, at, rules.as_deref(), stalled);
+            Command::Arrived { replay, at, catalog, stalled, answer } => {
+                let result = self.replay_arrived(replay, at, catalog.as_deref(), stalled);
                 let _ = answer.send(result);
             }
         }
@@ -289,7 +289,7 @@ impl Router {
         &mut self,
         replay: u64,
         at: Result<Cursor, &'static str>,
-        rules: Option<&Catalog>,
+        catalog: Option<&Catalog>,
         stalled: bool,
     ) -> FollowOutcome {
         let result = at.as_ref().map_or_else(|why| FollowOutcome::Gap(why), |at| self.outcome_at(at, true));
@@ -304,7 +304,7 @@ impl Router {
         if stalled != self.stalled {
             self.hub.for_each_group(replay, |group| group.send_stall(self.stalled));
         }
-        match self.hub.end_replay(replay, at.as_ref(), rules, self.position.as_ref()) {
+        match self.hub.end_replay(replay, at.as_ref(), catalog, self.position.as_ref()) {
             true => FollowOutcome::Live,
             false => FollowOutcome::NotYet,
         }
@@ -332,8 +332,8 @@ impl Router {
     async fn replay_overflow(&mut self, end: Cursor) {
         match self.position.clone() {
             Some(position) => {
-                let rules = self.hub.live.catalog().cloned().unwrap_or_default();
-                let all = rules.relations().map(|relation| relation.id()).collect();
+                let catalog = self.hub.live.catalog().cloned().unwrap_or_default();
+                let all = catalog.relations().map(|relation| relation.id()).collect();
                 self.begin_replay(&all, &position, None);
             }
             // After a gap there is no position to replay from: these changes are part of a gap, too.
@@ -352,8 +352,9 @@ impl Router {
         }
         let (replay_reader, router, observe) =
             (Arc::clone(&self.replay_reader), self.router.clone(), Arc::clone(&self.observe));
-        let (rules, bound) = (self.hub.live.catalog().cloned(), self.stall_monitor.bound());
-        let mut replay = ReplayTask::new(replayed, at.clone(), rules, bound, replay_reader, router, observe);
+        let (catalog, bound) = (self.hub.live.catalog().cloned(), self.stall_monitor.bound());
+        let mut replay =
+            ReplayTask::new(replayed, at.clone(), catalog, bound, replay_reader, router, observe);
         replay.only = only;
         self.replays.spawn(replay.run());
     }

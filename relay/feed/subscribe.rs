@@ -36,7 +36,7 @@ pub enum BindError {
 }
 
 /// Time limit of a join for PostgreSQL; clients give up after ten seconds.
-pub(super) const PATIENCE: Duration = Duration::from_secs(8);
+pub(super) const BIND_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Why a request failed.
 #[derive(Debug)]
@@ -94,7 +94,7 @@ impl Binder {
                 pause *= 2;
             }
         };
-        timeout(PATIENCE, attempts).await.unwrap_or(Err(BindError::Unavailable))
+        timeout(BIND_TIMEOUT, attempts).await.unwrap_or(Err(BindError::Unavailable))
     }
 
     async fn try_bind(
@@ -187,7 +187,7 @@ impl Binder {
                 .into_iter()
                 .flatten()
                 .collect();
-            let mut read = match timeout(PATIENCE, self.catalog.conditions(relation, &read)).await {
+            let mut read = match timeout(BIND_TIMEOUT, self.catalog.conditions(relation, &read)).await {
                 Ok(Ok(read)) => read.into_iter(),
                 Ok(Err(error)) if error.refusal().is_some() && !error.is_transient() => {
                     return Err(PageToken::invalid().into());

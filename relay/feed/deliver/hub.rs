@@ -190,7 +190,7 @@ impl Hub {
         &mut self,
         replay: u64,
         at: Option<&Cursor>,
-        rules: Option<&Catalog>,
+        replay_catalog: Option<&Catalog>,
         feed_position: Option<&Cursor>,
     ) -> bool {
         let Some(entry) = self.replays.get(&replay) else { return true };
@@ -201,7 +201,7 @@ impl Hub {
         for (_, group) in groups.into_iter().flatten() {
             let position = at.map(|at| at.and(&group.position(at)));
             if let Some(catalog) = self.live.catalog() {
-                group.apply_catalog(rules, catalog, position.as_ref());
+                group.apply_catalog(replay_catalog, catalog, position.as_ref());
             }
             let is_behind = |position: &Cursor| {
                 feed_position.is_some_and(|feed_position| feed_position.is_at_or_after(position))

@@ -44,7 +44,7 @@ pub trait Holder: Send + Sync {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Waiting {
     /// It has waited for long: the client is slow.
-    pub is_old: bool,
+    pub is_slow: bool,
     /// Its size.
     pub bytes: usize,
 }

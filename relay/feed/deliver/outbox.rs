@@ -264,8 +264,8 @@ impl Holder for Shared {
     fn waiting(&self) -> Option<Waiting> {
         let queue = lock(&self.queue);
         let bytes = queue.bytes + queue.unwritten;
-        let is_old = queue.since.is_some_and(|since| since.elapsed() > SLOW_AFTER);
-        (bytes > 0 && !queue.full).then_some(Waiting { is_old, bytes })
+        let is_slow = queue.since.is_some_and(|since| since.elapsed() > SLOW_AFTER);
+        (bytes > 0 && !queue.full).then_some(Waiting { is_slow, bytes })
     }
 
     fn owner(&self) -> Option<&Arc<Owner>> {

@@ -399,7 +399,7 @@ impl<'a> PollLoop<'a> {
         let items = self.items;
         let mut room = pin!(items.reserve());
         let room = loop {
-            match timeout(self.source.patience, &mut room).await {
+            match timeout(self.source.query_timeout, &mut room).await {
                 Ok(room) => break room,
                 Err(_) if self.doorbell.has_followers() => {
                     // If this fails, the connection fails too, which ends the page.

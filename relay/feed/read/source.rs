@@ -82,7 +82,7 @@ pub struct Source {
     /// The server with the changelog.
     pub server: Server,
     /// The server for the doorbell: a direct connection when `server` is a pooler.
-    pub bell: Server,
+    pub doorbell: Server,
     /// For the flush, which needs a connection beside the one that streams a page.
     pub pool: Pool,
     /// Poll interval while asleep, in case a ring is lost.
@@ -90,7 +90,7 @@ pub struct Source {
     /// Adds transaction data to the batches of a page.
     pub transactions: Arc<Transactions>,
     /// Time limit for each statement.
-    pub patience: Duration,
+    pub query_timeout: Duration,
     /// Records what the feed waits for.
     pub stall_monitor: Arc<StallMonitor>,
     /// Metrics.
@@ -110,13 +110,13 @@ pub(super) struct SourcePosition {
 impl Source {
     /// Reads until `end`, over any number of connections.
     pub async fn run(self, items: Sender<FeedItem>, end: CancellationToken) {
-        let (mut position, mut bell) = (None, None);
+        let (mut position, mut last_backend) = (None, None);
         let mut backoff = Backoff::new(Duration::from_millis(50), MAX_PAUSE);
         loop {
             let started = Instant::now();
             let outcome = tokio::select! {
                 () = end.cancelled() => return,
-                outcome = self.run_connection(&mut position, &mut bell, &items) => outcome,
+                outcome = self.run_connection(&mut position, &mut last_backend, &items) => outcome,
             };
             self.observe.source_down();
             let Err(error) = outcome else { return };
@@ -141,13 +141,13 @@ impl Source {
     async fn run_connection(
         &self,
         position: &mut Option<SourcePosition>,
-        bell: &mut Option<Backend>,
+        last_backend: &mut Option<Backend>,
         items: &Sender<FeedItem>,
     ) -> Result<(), Error> {
         // Connect here first: on a standby neither works, and this connection reports why.
         let changelog = Changelog::connect(&self.server).await?;
-        let mut doorbell = Doorbell::connect(&self.bell).await?;
-        if let Some(lost) = bell.take() {
+        let mut doorbell = Doorbell::connect(&self.doorbell).await?;
+        if let Some(lost) = last_backend.take() {
             doorbell.end(&lost).await?;
         }
         let epoch = self.in_time(changelog.epoch()).await?;
@@ -181,7 +181,7 @@ impl Source {
         }
         let is_heard = doorbell.is_heard(changelog.client()).await?;
         // Behind a pooler, the backend may belong to another client later.
-        *bell = is_heard.then(|| doorbell.backend().clone());
+        *last_backend = is_heard.then(|| doorbell.backend().clone());
         let rings = is_heard && !doorbell.is_off().await?;
         if !is_heard {
             tracing::warn!(
@@ -237,7 +237,7 @@ impl Source {
 
     /// Applies the time limit: a dead connection may look open for ever.
     pub(super) async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        match timeout(self.patience, query).await {
+        match timeout(self.query_timeout, query).await {
             Ok(answer) => answer,
             Err(_) => Err(Error::Lost("the connection to the changelog does not answer")),
         }

@@ -40,7 +40,7 @@ pub struct ReplayReader {
     permits: Arc<Semaphore>,
     shared: Arc<Semaphore>,
     /// Time limit for a chunk.
-    patience: Duration,
+    query_timeout: Duration,
     /// Idle connections, and since when.
     idle: Mutex<Vec<(ChunkReader, Instant)>>,
     current_catalog: Mutex<Option<Arc<Catalog>>>,
@@ -104,7 +104,7 @@ pub trait ReplaySink {
 }
 
 impl ReplayReader {
-    /// Creates a reader of the changelog of `server`, with a time limit of `patience` per chunk; `pool` is for other
+    /// Creates a reader of the changelog of `server`, with a time limit of `query_timeout` per chunk; `pool` is for other
     /// queries.
     pub fn new(
         server: Server,
@@ -112,7 +112,7 @@ impl ReplayReader {
         transactions: Arc<Transactions>,
         catalog: Arc<CatalogCache>,
         gate: Gate,
-        patience: Duration,
+        query_timeout: Duration,
     ) -> Self {
         Self {
             server,
@@ -122,7 +122,7 @@ impl ReplayReader {
             gate,
             permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
             shared: Arc::new(Semaphore::new(MAX_CONCURRENT_SHARED)),
-            patience,
+            query_timeout,
             idle: Mutex::default(),
             current_catalog: Mutex::new(None),
         }
@@ -177,7 +177,7 @@ impl ReplayReader {
 
     /// Applies the time limit. A dead connection may look open for ever, and so may the idle ones: they are dropped.
     async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        match timeout(self.patience, query).await {
+        match timeout(self.query_timeout, query).await {
             Ok(answer) => answer,
             Err(_) => {
                 self.idle.lock().await.clear();

@@ -51,14 +51,14 @@ impl ReplayTask {
     pub fn new(
         replayed: Replayed,
         at: Cursor,
-        rules: Option<Arc<Catalog>>,
+        catalog: Option<Arc<Catalog>>,
         bound: Duration,
         reader: Arc<ReplayReader>,
         router: UnboundedSender<Command>,
         observe: Arc<Observe>,
     ) -> Self {
         let Replayed { number, groups, newcomers } = replayed;
-        let mut members = SubscriberGroups::with_catalog(rules);
+        let mut members = SubscriberGroups::with_catalog(catalog);
         for group in groups {
             members.insert(group);
         }
@@ -117,8 +117,8 @@ impl ReplayTask {
     /// Reports the position, or why the changes cannot be recovered; returns what is still missing.
     async fn report(&mut self, at: Result<Cursor, &'static str>) -> FollowOutcome {
         let (answer, receiver) = oneshot::channel();
-        let (replay, rules, stalled) = (self.number, self.groups.catalog().cloned(), self.stalled);
-        let _ = self.router.send(Command::Arrived { replay, at, rules, stalled, answer });
+        let (replay, catalog, stalled) = (self.number, self.groups.catalog().cloned(), self.stalled);
+        let _ = self.router.send(Command::Arrived { replay, at, catalog, stalled, answer });
         // The router is gone at shutdown only.
         self.while_waiting(receiver).await.unwrap_or(FollowOutcome::Live)
     }
