@@ -89,7 +89,7 @@ impl CatchUp {
                     let mut sink = self.sink();
                     reader.replay_recent(&missed, is_catalog_checked, &mut sink).await?;
                     let has_sent = sink.sent > 0;
-                    self.since.send_replace(self.since().and(&to));
+                    self.since.send_replace(self.since().merge(&to));
                     // The feed may have moved during the replay, and may do so each time.
                     let is_enough = is_catalog_checked && has_sent || started.elapsed() > TURN;
                     if is_enough || self.outbox.is_behind() {
@@ -229,7 +229,7 @@ impl ReplaySink for SingleSink<'_> {
     }
 
     fn reached(&mut self, position: Cursor) {
-        self.since.send_modify(|since| *since = since.and(&position));
+        self.since.send_modify(|since| *since = since.merge(&position));
     }
 
     fn has_enough(&self) -> bool {

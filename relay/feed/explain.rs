@@ -163,8 +163,8 @@ pub async fn explain(
     explanation.obstacles =
         reasons.map(|obstacle| Reason { part: obstacle.part.clone(), why: obstacle.why.clone() }).collect();
     explanation.claims_read = claims_read(&access.plan);
-    explanation.questions = access.plan.leaves.iter().map(describe_query).collect();
-    let mut keys = access.plan.predicate.anchors(&access.plan.values(request.identity.claims()));
+    explanation.questions = access.plan.queries.iter().map(describe_query).collect();
+    let mut keys = access.plan.predicate.index_keys(&access.plan.values(request.identity.claims()));
     for policy in &access.rights.policies {
         explanation.policies.push(describe_policy(policy, relation, access));
     }
@@ -172,7 +172,7 @@ pub async fn explain(
     if let Some(text) = &request.filter {
         match filter(binder, request, relation, text).await {
             Ok(filter) => {
-                keys = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.anchors()).and(keys);
+                keys = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.index_keys()).and(keys);
                 bound = filter;
                 explanation.filter = Some(FilterPart { text: text.clone(), refused: None });
             }
@@ -194,7 +194,7 @@ fn describe_policy(policy: &Policy, relation: &Relation, access: &Access) -> Pol
         name: policy.name.clone(),
         kind: if policy.permissive { "permissive" } else { "restrictive" },
         condition: policy.condition.clone(),
-        way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).way.word(),
+        way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).kind.name(),
         says: None,
     }
 }
@@ -292,7 +292,7 @@ impl ExplainContext<'_> {
         let says = |image: String, statement, with_path| self.says(image, statement, &reading, with_path);
         for policy in policies.iter_mut() {
             let judgement = self.queries.judgement(relation, &policy.condition).await?;
-            policy.says = Some(says(of_policy.clone(), judgement, access.rights.calls_own).await?);
+            policy.says = Some(says(of_policy.clone(), judgement, access.rights.calls_user_functions).await?);
         }
         let allowed = match (&access.policy, &access.judge) {
             (None, _) => true,

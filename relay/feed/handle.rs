@@ -40,7 +40,7 @@ pub struct RowsPage {
     /// The limit that was exceeded, if any, and the cursor.
     pub found: RowsRead,
     /// The last row, where the next page begins; `None` when rows have no order or no page was requested.
-    pub last: Option<After>,
+    pub last: Option<PageToken>,
 }
 
 impl Feed {
@@ -173,7 +173,7 @@ impl Feed {
         &self,
         subscription: &Subscription,
         paging: &Paging,
-        limit: MostRows,
+        limit: RowLimit,
         take: RowSink<'_>,
     ) -> Result<RowsPage, RequestError> {
         let claims = subscription.identity().claims();
@@ -209,7 +209,7 @@ impl Feed {
         let selection = Selection { relation, access, conditions, order: &order };
         let found = self.rows.read(claims, &selection, limit, &mut take).await?;
         let has_key = !relation.key.is_empty() && relation.key.iter().all(|key| access.sees(key));
-        let last = if has_key { After::of(&order, &last_row) } else { None };
+        let last = if has_key { PageToken::of(&order, &last_row) } else { None };
         Ok(RowsPage { found, last })
     }
 

@@ -180,7 +180,7 @@ impl Binder {
         order: &[OrderBy],
         relation: &Relation,
     ) -> Result<Option<String>, RequestError> {
-        let Some(beyond) = paging.beyond(order, relation)? else { return Ok(None) };
+        let Some(beyond) = paging.keyset(order, relation)? else { return Ok(None) };
         let mut condition: Option<String> = None;
         for (by, beyond) in order.iter().zip(&beyond).rev() {
             let read: Vec<&Condition> = [Some(&beyond.equal), beyond.later.as_ref(), beyond.from.as_ref()]

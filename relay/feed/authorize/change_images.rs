@@ -96,8 +96,8 @@ impl ImageColumns {
         let row = image.row();
         let known = row.names().filter(|name| relation.column(name).is_some()).count();
         let is_incomplete = known < relation.columns.len();
-        let may_be_incomplete = change.oversize || change.reading == ImageState::Partial;
-        let is_other = change.reading == ImageState::Unreadable
+        let may_be_incomplete = change.oversize || change.image_state == ImageState::Partial;
+        let is_other = change.image_state == ImageState::Unreadable
             || known < row.names().len()
             || (is_incomplete && !may_be_incomplete);
         if is_other || matches!(self, Self::Other) {
@@ -107,7 +107,7 @@ impl ImageColumns {
                 relation.columns.iter().map(|column| &column.name).filter(|name| row.value(name).is_none());
             match self {
                 Self::Oversize(columns) | Self::Partial(columns) => columns.extend(missing.cloned()),
-                layout if change.reading == ImageState::Partial => {
+                layout if change.image_state == ImageState::Partial => {
                     *layout = Self::Partial(missing.cloned().collect());
                 }
                 layout => *layout = Self::Oversize(missing.cloned().collect()),

@@ -100,7 +100,7 @@ impl<'a> EncodeCache<'a> {
             return Ok(frame.clone());
         }
         let payload = self.payload(key, change, view, budget, recent)?;
-        let operation = view.meaning.operation().word();
+        let operation = view.meaning.operation().name();
         let (head, tail) = codec.around(ids, operation, if view.exact { self.cursor(base) } else { "" });
         let frame = Frame::around(head, payload, tail, budget);
         self.last = Some((codec, ids.to_vec(), key, frame.clone()));

@@ -158,7 +158,7 @@ impl SubscriberGroup {
     pub fn position(&self, feed_position: &Cursor) -> Cursor {
         match (self.members.position(), &self.key.since) {
             (Some(position), _) => Cursor::clone(&position),
-            (None, Some(since)) => feed_position.and(since),
+            (None, Some(since)) => feed_position.merge(since),
             (None, None) => feed_position.clone(),
         }
     }
@@ -312,7 +312,7 @@ impl SubscriberGroup {
                 }
                 Some(_) => continue,
             };
-            let Some(meaning) = meaning(change.operation, visibility, relation.leave_events) else {
+            let Some(meaning) = event_kind(change.operation, visibility, relation.leave_events) else {
                 continue;
             };
             if wants(binding, meaning) {

@@ -199,7 +199,7 @@ impl Hub {
         }
         let groups = self.replays.remove(&replay).map(|entry| entry.groups);
         for (_, group) in groups.into_iter().flatten() {
-            let position = at.map(|at| at.and(&group.position(at)));
+            let position = at.map(|at| at.merge(&group.position(at)));
             if let Some(catalog) = self.live.catalog() {
                 group.apply_catalog(replay_catalog, catalog, position.as_ref());
             }

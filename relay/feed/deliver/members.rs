@@ -154,7 +154,7 @@ impl State {
     fn reached(&mut self, end: &Arc<Cursor>) {
         if let Some(position) = &mut self.position {
             let has_more = !end.is_at_or_after(position);
-            *position = if has_more { Arc::new(end.and(position)) } else { Arc::clone(end) };
+            *position = if has_more { Arc::new(end.merge(position)) } else { Arc::clone(end) };
         }
     }
 }

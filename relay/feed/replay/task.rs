@@ -200,7 +200,7 @@ impl ReplaySink for ReplayTask {
         if position.within().is_none() {
             self.only = None;
         }
-        self.at = self.at.and(&position);
+        self.at = self.at.merge(&position);
         self.last_progress = Instant::now();
         self.send_stall(false);
     }

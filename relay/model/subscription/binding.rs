@@ -336,7 +336,7 @@ impl Subscription {
         let (mut index_keys, mut values, mut selections) = (IndexKeys::OneOf(Vec::new()), 0, HashSet::new());
         for binding in self.bindings.iter().filter(|binding| !binding.is_refused()) {
             let filter = binding.filter.as_ref();
-            index_keys = index_keys.or(filter.map_or(IndexKeys::Any, |filter| filter.anchors()));
+            index_keys = index_keys.or(filter.map_or(IndexKeys::Any, |filter| filter.index_keys()));
             values += filter.map_or(0, |filter| filter.value_count());
             selections.insert(&binding.select);
         }

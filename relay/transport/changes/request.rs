@@ -249,11 +249,11 @@ async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> Answer
         block.push_str(row);
         block.len() < BLOCK || outbox.answer(std::mem::take(&mut block))
     };
-    match app.feed.rows(&call.subscription, paging, most, &mut take).await {
+    match app.feed.rows(&call.subscription, paging, limit, &mut take).await {
         Ok(RowsPage { found, last }) => match found.beyond {
-            Some(Beyond::Room) => no_room(),
-            Some(beyond) if beyond != Beyond::Number || paging.limit.is_none() => {
-                error(StatusCode::PAYLOAD_TOO_LARGE, &too_much(most, beyond))
+            Some(ExceededLimit::Room) => no_room(),
+            Some(exceeded) if exceeded != ExceededLimit::Number || paging.limit.is_none() => {
+                error(StatusCode::PAYLOAD_TOO_LARGE, &too_many_rows(limit, exceeded))
             }
             exceeded => {
                 let more = exceeded.is_some();
@@ -272,7 +272,7 @@ async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> Answer
         },
         Err(RequestError::Refused(why)) => error(StatusCode::BAD_REQUEST, &why.0),
         Err(RequestError::Failed(why)) => {
-            // What a policy raises may tell of rows and claims.
+            // Log no message of PostgreSQL: an error raised by a policy may contain rows or claims.
             match why.code() {
                 Some(code) => tracing::debug!(code, "rows refused by PostgreSQL"),
                 None => tracing::debug!(error = %why, "rows not read"),
