@@ -1,12 +1,12 @@
--- The schema, its roles, the ledger of applied files and the mark of this history.
+-- The schema, its roles, the ledger of applied files, and the random mark of this history.
 --
--- Also run ahead of every later installation: a dump brings the schema into clusters that have no such roles.
+-- Also run before every later installation: a dump can bring the schema into a cluster without these roles.
 
 create schema if not exists relay;
 comment on schema relay is 'change feed: changelog, watched relations, and what the relay reads';
 
--- Roles belong to the whole cluster, so an installer in another database may create the same one at the same moment.
--- Only what this installer creates is granted to it: a role that was there before keeps its members.
+-- Roles belong to the whole cluster, so an installer in another database may create the same role at the same time.
+-- Only roles that this installer creates are granted to it: an existing role keeps its members.
 do $$
 declare
   wanted text;
@@ -31,7 +31,7 @@ begin
           using hint = 'As a superuser: alter role service_role bypassrls';
       end;
     end if;
-    -- Owning relay.capture() through relay_writer needs membership; the others are what the relay judges as.
+    -- Functions owned by relay_writer and relay_image need membership in these; the relay impersonates the others.
     if not superuser and (created or wanted in ('relay_writer', 'relay_image'))
        and not pg_catalog.pg_has_role(current_user, wanted, 'usage') then
       begin
@@ -55,8 +55,8 @@ create table if not exists relay.ledger (
   version text not null,
   applied_at timestamptz not null default pg_catalog.now()
 );
-comment on table relay.ledger is 'which file of which version was applied here';
--- A file of an older version that there is no more; any other that is not known is one of a newer version.
+comment on table relay.ledger is 'applied files of sql/, with checksum and version';
+-- A file that only older versions have; any other unknown file belongs to a newer version.
 delete from relay.ledger where file = '006_indexes.sql';
 
 create table if not exists relay.history (
@@ -68,7 +68,7 @@ insert into relay.history (mark)
 select pg_catalog.gen_random_uuid()
 where not exists (select from relay.history);
 create unique index if not exists history_one_row on relay.history ((true));
--- A publication for all tables refuses updates of a table without a key unless old rows are told whole.
+-- A publication for all tables refuses updates of a table without a key unless its replica identity is FULL.
 do $$
 begin
   if (select c.relreplident <> 'f' from pg_catalog.pg_class c where c.oid = 'relay.history'::pg_catalog.regclass) then

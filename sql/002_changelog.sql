@@ -1,10 +1,10 @@
--- How the changelog is numbered, and which of its segments writers use. Its tables are in 010_log.sql.
+-- Numbers of changes, and the segment that writers use. The tables of the changelog are in 010_log.sql.
 
 create sequence if not exists relay.change_number as bigint cache 1;
 comment on sequence relay.change_number is
   'numbers of changes; CACHE must stay 1, or the changes of one row could be numbered out of order';
 
--- Made once and then replaced by whoever moves on: applying this file again must not move writers back.
+-- Created once, then replaced by relay.trim_changelog(): applying this file again must not move writers back.
 do $$
 begin
   if pg_catalog.to_regprocedure('relay.current_segment()') is null then

@@ -1,4 +1,4 @@
--- What is watched, the read policies of what cannot have row security, and the schedule of refreshes.
+-- Watched relations, read policies of relations that cannot have row security, and the refresh schedule.
 
 create table if not exists relay.watch_list (
   id int generated always as identity primary key,

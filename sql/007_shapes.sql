@@ -1,4 +1,4 @@
--- Shapes: what the columns of a watched relation were when an image was written, so that it keeps its meaning.
+-- Shapes: the column definitions of a watched relation under which an image was written, needed to read that image later.
 
 create table if not exists relay.shapes (
   relation int not null,
@@ -10,14 +10,14 @@ create table if not exists relay.shapes (
   guarded boolean not null,
   primary key (relation, shape)
 );
-comment on table relay.shapes is 'definitions under which images of watched relations were written; written by relay.renew_shapes';
+comment on table relay.shapes is 'column definitions under which images of watched relations were written; written by relay.renew_shapes';
 comment on column relay.shapes.relation is 'relay.watch_list.id';
 comment on column relay.shapes.columns is 'relay.columns_of(relation) at that time';
 comment on column relay.shapes.xid is 'the transaction that made the shape';
 comment on column relay.shapes.seen is 'the snapshot in which it was made';
-comment on column relay.shapes.loose is 'the definition of a type changed, which no lock on the relation guards';
+comment on column relay.shapes.loose is 'the definition of a type changed, which needs no lock on the relation';
 comment on column relay.shapes.guarded is
-  'made by the statement that altered the relation; false: found later, so images with the number before may be of either';
+  'recorded by the statement that altered the relation; false: found later, so images with the previous number may be of either shape';
 
 create table if not exists relay.shape_doubts (
   relation int not null,
@@ -25,4 +25,4 @@ create table if not exists relay.shape_doubts (
 );
 comment on table relay.shape_doubts is
   'relations that were altered while their shape could not be recorded; written and emptied by relay.renew_shapes';
-comment on column relay.shape_doubts.relation is 'relay.watch_list.id; 0 is every one';
+comment on column relay.shape_doubts.relation is 'relay.watch_list.id; 0: all relations';

@@ -1,19 +1,19 @@
--- What is known of who may see watched relations, and when that was widened.
+-- The visibility rules of watched relations as last recorded, and the positions at which they were widened.
 
 create table if not exists relay.known_rules (
   relation int not null,
   open text[] not null,
   shut text[] not null
 );
-comment on table relay.known_rules is 'the rules of each watched relation when relay.note_rules() looked last; -1: a look was left out';
-comment on column relay.known_rules.open is 'what lets somebody see: one more of them widens';
-comment on column relay.known_rules.shut is 'what keeps somebody from seeing: one less of them widens';
+comment on table relay.known_rules is 'the rules of each watched relation at the last relay.note_rules(); -1: a check was skipped';
+comment on column relay.known_rules.open is 'rules that permit rows: an additional one widens visibility';
+comment on column relay.known_rules.shut is 'rules that restrict rows: one less widens visibility';
 
 create table if not exists relay.widenings (
   number bigint not null,
   xid xid8 not null,
   relation int not null
 );
-comment on table relay.widenings is 'when somebody came to see more: changes before it may be told by the new rules to nobody who stood before it';
+comment on table relay.widenings is 'positions at which visibility was widened: a reader positioned before one must not get older changes by the new rules';
 comment on column relay.widenings.number is 'changes with smaller numbers are older';
-comment on column relay.widenings.relation is 'relay.watch_list.id; 0 is every one';
+comment on column relay.widenings.relation is 'relay.watch_list.id; 0: all relations';

@@ -1,4 +1,4 @@
--- What is known of watched relations by themselves: their names, triggers and partitions when they were looked at last.
+-- Names, triggers and partitions of watched relations as last recorded.
 
 create table if not exists relay.known_relations (
   id int primary key,
@@ -9,10 +9,10 @@ create table if not exists relay.known_relations (
   mute text[] not null,
   parts oid[] not null
 );
-comment on table relay.known_relations is 'watched relations as relay.note_relations() saw them last';
+comment on table relay.known_relations is 'watched relations as relay.note_relations() last recorded them';
 comment on column relay.known_relations.id is 'relay.watch_list.id';
 comment on column relay.known_relations.named_by is
-  'the transaction since which the relation is watched under this name: a cursor of before it is a gap';
-comment on column relay.known_relations.named_at is 'where in the changelog that is';
-comment on column relay.known_relations.mute is 'capturing triggers that are missing or do not fire always: table, operation, pg_trigger.tgenabled';
+  'the transaction since which the relation is watched under this name: an older cursor is a gap';
+comment on column relay.known_relations.named_at is 'the position of that transaction''s change in the changelog';
+comment on column relay.known_relations.mute is 'capture triggers that are missing or not enabled ALWAYS: table, operation, pg_trigger.tgenabled';
 comment on column relay.known_relations.parts is 'its partitions, at all levels';

@@ -1,13 +1,13 @@
 -- The changelog: one row per change, written by the trigger functions in the writer's own transaction.
 --
--- Three segments hold the rows, so that old ones can be truncated whole. relay.current_segment() says which one writers
--- use: a constant, which the planner folds, so that choosing costs a writer nothing. Moving on to the next segment is
--- one CREATE OR REPLACE of it, which locks no table; writers under way finish in the old one.
+-- Three segments hold the rows, so that old ones can be truncated whole. relay.current_segment() names the segment that
+-- writers use: a constant, which the planner folds, so the choice costs a writer nothing. Moving writers to the next segment
+-- is one CREATE OR REPLACE of that function, which locks no table; transactions in progress finish in the old segment.
 --
--- Plain inheritance, not partitioning: nobody inserts through relay.log, so routing would be paid for nothing.
+-- Plain inheritance, not partitioning: no insert goes through relay.log, so tuple routing would be a cost without use.
 --
--- Each column and each index costs a writer time with every row, even where it is null: hence `kind`, which is a constant of
--- a trigger function as a rule, and one index. It finds a page by transactions, and a part of a transaction by numbers.
+-- Each column and each index costs a writer time for every row, even a null column. Hence `kind`, usually a constant of the
+-- trigger function, and a single index. It finds a page by transactions, and a part of a transaction by numbers.
 
 create table if not exists relay.log (
   number bigint,
@@ -16,14 +16,14 @@ create table if not exists relay.log (
   kind text,
   before json,
   after json,
-  -- Lets the planner leave the empty table itself out.
+  -- Lets the planner exclude this empty table.
   constraint nothing check (xid is null) no inherit
 );
-comment on table relay.log is 'the changelog; empty itself, its rows are in the segments; relay.changes tells them for people';
+comment on table relay.log is 'the changelog; empty itself, its rows are in the segments; relay.changes shows them in readable form';
 comment on column relay.log.number is 'order of the writes';
 comment on column relay.log.xid is 'the top-level transaction that wrote the change';
 comment on column relay.log.kind is
-  'words: operation, relation and shape, as in relay.changes; then, where there is one, L and the leaf, B and began, S for oversize';
+  'space-separated: operation, relation and shape, as in relay.changes; then optionally L and the leaf, B and began, S for oversize';
 
 create table if not exists relay.log_0 () inherits (relay.log);
 create table if not exists relay.log_1 () inherits (relay.log);
@@ -33,7 +33,7 @@ create index if not exists log_0_xid_number on relay.log_0 (xid, number);
 create index if not exists log_1_xid_number on relay.log_1 (xid, number);
 create index if not exists log_2_xid_number on relay.log_2 (xid, number);
 
--- Images over 2 kB are compressed by the writer; lz4 costs it a fraction of pglz. Not every build has it.
+-- The writer compresses images over 2 kB; lz4 costs a fraction of pglz. Not every build has it.
 do $$
 declare
   segment int;
@@ -46,8 +46,9 @@ exception when feature_not_supported then
 end
 $$;
 
--- An older version had other tables, to which writers under way go on writing: their rows come here instead. What these tables hold is
--- given up, and is a gap for whoever had not read it. The installer drops them once nothing writes there any more.
+-- Upgrade from an older version with other tables: a trigger redirects the rows of writers in progress to the new tables. The
+-- rows already in the old tables are discarded, a gap for subscribers that had not read them. The installer drops the old
+-- tables once nothing writes there.
 do $do$
 declare
   segment int;
@@ -55,8 +56,8 @@ begin
   if pg_catalog.to_regclass('relay.changes_0') is null then
     return;
   end if;
-  -- A transaction that wrote and stays open would make the lock wait, and all other writers behind it: it is asked for
-  -- again and again instead, for a moment only.
+  -- A long transaction that wrote to the tables would make the lock request wait, and all other writers behind it. So each
+  -- attempt is short, and repeated.
   perform pg_catalog.set_config('lock_timeout', '50ms', true);
   loop
     begin

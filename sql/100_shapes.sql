@@ -1,8 +1,8 @@
--- What an image depends on: columns by their numbers, types by theirs, labels of enums by theirs.
+-- Shapes: what the text of an image depends on. Columns, types and enum labels are identified by number or oid, not by name.
 
--- relay.type_definition(type) : what the text of a value in an image depends on, beyond the number of its type
--- null for types of the system whose text means the same for ever. Labels and attributes stand with their own numbers, which
--- a new name does not change; a cast to json and the checks of a domain stand with theirs.
+-- relay.type_definition(type) : what the text of a value in an image depends on, besides the oid of its type
+-- null for system types, whose text format never changes. Enum labels, attributes, casts to json and domain checks are
+-- identified by oid or number, which a rename does not change.
 create or replace function relay.type_definition(type oid) returns jsonb
 language plpgsql stable
 set search_path = pg_catalog, pg_temp as $$
@@ -30,9 +30,9 @@ begin
       select c.castfunc::bigint from pg_cast c where c.castsource = type_definition.type and c.casttarget = 'pg_catalog.json'::regtype)));
 end
 $$;
-comment on function relay.type_definition(oid) is 'what the text of a value depends on beyond the number of its type';
+comment on function relay.type_definition(oid) is 'what the text of a value depends on, besides the oid of its type';
 
--- relay.columns_of(relation) : its shape now
+-- relay.columns_of(relation) : the current shape of a relation
 -- [{"num": 1, "name": "id", "type": 20}, {"num": 3, "name": "mood", "type": 16999, "def": {"labels": {"17001": "sad"}}}]
 create or replace function relay.columns_of(relation regclass) returns jsonb
 language sql stable as $$
@@ -43,16 +43,16 @@ language sql stable as $$
   join pg_catalog.pg_type t on t.oid = a.atttypid
   where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
 $$;
-comment on function relay.columns_of(regclass) is 'columns of a relation with their numbers, types and what these depend on';
+comment on function relay.columns_of(regclass) is 'columns of a relation with numbers, types and type definitions';
 
--- relay.is_loose(columns) : whether a type among them can be altered without a lock on the relation
+-- relay.is_loose(columns) : whether a shape contains a type that can be altered without a lock on the relation
 create or replace function relay.is_loose(columns jsonb) returns boolean
 language sql immutable as $$
   select exists (select from pg_catalog.jsonb_array_elements($1) c where c ? 'def')
 $$;
-comment on function relay.is_loose(jsonb) is 'whether a shape has types that can be altered without a lock on the relation';
+comment on function relay.is_loose(jsonb) is 'whether a shape contains a type that can be altered without a lock on the relation';
 
--- relay.differs_loosely(old, new) : whether the definition of a type differs that a column kept
+-- relay.differs_loosely(old, new) : whether the type of a column is the same and its definition differs
 create or replace function relay.differs_loosely(old jsonb, new jsonb) returns boolean
 language sql immutable as $$
   select exists (

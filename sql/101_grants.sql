@@ -1,8 +1,8 @@
--- What the policies of a relation need and a role lacks.
+-- Grants that policies need and a role lacks.
 
 -- relay.missing_grants(relation, role) : grants that the role lacks for the policies by which it reads the relation
--- PostgreSQL looks at these rights before the first row: while one of them is missing, each look at the relation raises.
--- plpgsql, because relay.policy_parts is made later.
+-- PostgreSQL checks these rights before the first row: while one is missing, each query on the relation raises.
+-- plpgsql, because relay.policy_parts is created later.
 create or replace function relay.missing_grants(relation regclass, role oid) returns text[]
 language plpgsql stable
 set search_path = ''
@@ -19,7 +19,7 @@ begin
     select pg_catalog.format('grant select on %s to %s', c.oid::regclass, role::regrole)
     from parts d join pg_catalog.pg_class c on c.oid = d.object
     where d.class = 'pg_catalog.pg_class'::regclass and c.relkind in ('r', 'p', 'm', 'v', 'f')
-      -- A constant of type regclass names a table that is not read.
+      -- A constant of type regclass refers to a table without reading it.
       and exists (select from pg_catalog.pg_policy p
                   where p.polrelid = relation and pg_catalog.strpos(p.polqual::text, ':relid ' || c.oid || ' ') > 0)
       and not pg_catalog.has_table_privilege(role, c.oid, 'select')
@@ -36,11 +36,11 @@ end
 $$;
 comment on function relay.missing_grants(regclass, oid) is 'grants that a role lacks for the policies by which it reads a relation';
 
--- relay.missing_usage(relation, role, login) : grants that are missing to look up what these policies name
--- {"hidden": "grant usage on schema hidden to relay_judge"}, by schemas as they stand in the policies.
--- PostgreSQL looked names up when the policy was made; to judge, the role does so, or else the login, and needs all schemas.
--- Where a policy looks into a table with row security, also through views, PostgreSQL looks the names up again as the
--- role: then only the role's own right helps.
+-- relay.missing_usage(relation, role, login) : USAGE grants that are missing to resolve the names in these policies
+-- {"hidden": "grant usage on schema hidden to relay_judge"}, by schema as written in the policies.
+-- PostgreSQL resolves the names of a policy when it is created. The relay's statements resolve them again, as the role or
+-- else as the judging login, which therefore needs USAGE on all schemas. Where a policy reads a table with row security,
+-- also through views, PostgreSQL resolves the names once more as the role: then only a grant to the role helps.
 create or replace function relay.missing_usage(relation regclass, role oid, login text) returns jsonb
 language plpgsql stable
 set search_path = ''
@@ -82,10 +82,10 @@ begin
       and not pg_catalog.has_schema_privilege(case when by_role then role else judge::regrole::oid end, n.oid, 'usage'));
 end
 $$;
-comment on function relay.missing_usage(regclass, oid, text) is 'grants that are missing to look up what policies name';
+comment on function relay.missing_usage(regclass, oid, text) is 'USAGE grants that are missing to resolve the names in policies';
 
 -- relay.missing_filter_usage(relation, columns, role, login) : grants that are missing to filter by these columns
--- The caller reads the values of a filter with the types of the columns; the role, or else the judging login, compares.
+-- The caller parses filter values with the types of the columns; the role, or else the judging login, compares them.
 create or replace function relay.missing_filter_usage(relation regclass, columns text[], role text, login text) returns text[]
 language sql stable
 set search_path = '' as $$

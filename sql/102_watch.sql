@@ -1,7 +1,9 @@
--- relay.watch, relay.unwatch and relay.watched: which relations are captured, the triggers that do it, and their functions.
+-- relay.watch, relay.unwatch and relay.watched: the watched relations, their capture triggers and trigger functions.
+
+drop function if exists relay.mend_triggers(int);
 
 -- relay.parts(relation) : the relation and, if it is partitioned, every partition below it
--- pg_partition_tree() would wait for a partition that somebody has locked.
+-- Not pg_partition_tree(), which would wait for a locked partition.
 create or replace function relay.parts(relation regclass) returns setof oid
 language sql stable as $$
   with recursive part (oid) as (
@@ -15,7 +17,7 @@ language sql stable as $$
 $$;
 comment on function relay.parts(regclass) is 'the relation itself and all partitions below it';
 
--- relay.operations() : what row triggers are there for
+-- relay.operations() : the operations that have a row trigger
 create or replace function relay.operations() returns text[]
 language sql immutable as $$
   select '{INSERT,UPDATE,DELETE}'::text[]
@@ -30,22 +32,22 @@ $$;
 comment on function relay.capture_function(int, text) is 'name of a trigger function';
 
 -- relay.capture_trigger(id, operation) : name of the row trigger
--- Names begin with 00 to fire before the users' own AFTER triggers: one that changes the row again must be logged after
--- the change that caused it.
+-- Names begin with 00, so that the trigger fires before the users' own AFTER triggers: if one of these changes the row again,
+-- that change must be logged after the first.
 create or replace function relay.capture_trigger(id int, operation text) returns text
 language sql immutable as $$
   select '00_relay_capture_' || $1 || '_' || pg_catalog.lower($2)
 $$;
 comment on function relay.capture_trigger(int, text) is 'name of a row trigger';
 
--- relay.owner_may_execute(relation, function) : whether the owner of a relation may have it call the function
+-- relay.owner_may_execute(relation, function) : whether the owner of a relation may execute a trigger function
 create or replace function relay.owner_may_execute(relation regclass, function regprocedure) returns boolean
 language sql stable as $$
   select pg_catalog.has_function_privilege(c.relowner, $2, 'execute') from pg_catalog.pg_class c where c.oid = $1
 $$;
-comment on function relay.owner_may_execute(regclass, regprocedure) is 'whether the owner of a relation may have it call a function';
+comment on function relay.owner_may_execute(regclass, regprocedure) is 'whether the owner of a relation may execute a trigger function';
 
--- relay.functions_intact(relation, id) : whether the text of its trigger functions is what it should be
+-- relay.functions_intact(relation, id) : whether its trigger functions are as relay.set_functions writes them
 create or replace function relay.functions_intact(relation regclass, id int) returns boolean
 language plpgsql stable
 set search_path = pg_catalog, pg_temp as $$
@@ -61,11 +63,11 @@ begin
         and p.proowner = 'relay_writer'::regrole and relay.owner_may_execute(relation, p.oid)));
 end
 $$;
-comment on function relay.functions_intact(regclass, int) is 'whether the trigger functions of a watched relation have the text that they should have';
+comment on function relay.functions_intact(regclass, int) is 'whether the trigger functions of a watched relation are up to date';
 
--- relay.triggers_intact(relation, id, thorough) : whether everything that captures its changes is there and fires always
--- For a materialized view: whether it has the unique index that a refresh needs. `thorough` also asks for the truncate
--- trigger of each partition, which one made since lacks until relay.watch is called again.
+-- relay.triggers_intact(relation, id, thorough) : whether all its capture triggers exist and are enabled ALWAYS
+-- For a materialized view: whether it has the unique index that a refresh needs. `thorough` also checks the truncate
+-- trigger of each partition, which a new partition lacks until relay.watch is called again.
 create or replace function relay.triggers_intact(relation regclass, id int, thorough boolean default false) returns boolean
 language sql stable as $$
   select case
@@ -86,10 +88,10 @@ language sql stable as $$
     ) end
   from pg_catalog.pg_class c where c.oid = $1
 $$;
-comment on function relay.triggers_intact(regclass, int, boolean) is 'whether the triggers of a watched relation are there and enabled';
+comment on function relay.triggers_intact(regclass, int, boolean) is 'whether the triggers of a watched relation exist and are enabled ALWAYS';
 
--- relay.set_functions(relation, id, shape) : makes its trigger functions, or replaces their text, which locks no table
--- They are made by whoever owns relay_writer, for which it may create in its schema for that moment.
+-- relay.set_functions(relation, id, shape) : creates or replaces its trigger functions, which locks no table
+-- Their owner becomes relay_writer. ALTER FUNCTION ... OWNER TO needs CREATE on the schema, which is granted temporarily.
 create or replace function relay.set_functions(relation regclass, id int, shape int) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -110,7 +112,7 @@ begin
     is_new := is_new or exists (select from pg_proc p where p.oid = to_regprocedure(name) and p.proowner <> 'relay_writer'::regrole);
   end loop;
   if is_new then
-    -- Only one at a time changes the rights of the schema.
+    -- Serializes changes of the schema's rights.
     perform pg_advisory_xact_lock(1919249009, 7);
     if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
       execute 'grant create on schema relay to relay_writer';
@@ -125,7 +127,7 @@ begin
       execute 'revoke create on schema relay from relay_writer';
     end if;
   end if;
-  -- Whoever adds a partition needs the right to what its triggers call.
+  -- The owner needs EXECUTE to add a partition, which clones the triggers.
   foreach operation in array relay.operations() loop
     name := format('relay.%I()', relay.capture_function(id, operation));
     if not relay.owner_may_execute(relation, to_regprocedure(name)) then
@@ -134,10 +136,10 @@ begin
   end loop;
 end
 $$;
-comment on function relay.set_functions(regclass, int, int) is 'writes the trigger functions of a watched relation';
+comment on function relay.set_functions(regclass, int, int) is 'creates or replaces the trigger functions of a watched relation';
 
--- relay.drop_trigger(trigger, relation) : drops a trigger if it is there
--- DROP TRIGGER IF EXISTS locks out everybody even where there is none.
+-- relay.drop_trigger(trigger, relation) : drops a trigger if it exists
+-- Not DROP TRIGGER IF EXISTS, which takes an access exclusive lock even if there is none.
 create or replace function relay.drop_trigger(trigger text, relation regclass) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -147,11 +149,11 @@ begin
   end if;
 end
 $$;
-comment on function relay.drop_trigger(text, regclass) is 'drops a trigger if it is there';
+comment on function relay.drop_trigger(text, regclass) is 'drops a trigger if it exists';
 
--- relay.set_triggers(relation, id)
--- The row triggers are cloned to partitions, present and future; TRUNCATE triggers are not, so each present partition gets
--- its own. A TRUNCATE of the whole is then logged once per part.
+-- relay.set_triggers(relation, id) : recreates the triggers of a watched relation
+-- PostgreSQL clones row triggers to present and future partitions, but not TRUNCATE triggers, so each present partition gets
+-- its own. A TRUNCATE of the partitioned table is then logged once per partition.
 create or replace function relay.set_triggers(relation regclass, id int) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -161,7 +163,7 @@ declare
   operation text;
   part record;
 begin
-  -- Of an older version.
+  -- The trigger of an older version.
   perform relay.drop_trigger('00_relay_capture_' || id, relation);
   foreach operation in array relay.operations() loop
     perform relay.drop_trigger(relay.capture_trigger(id, operation), relation);
@@ -176,7 +178,7 @@ begin
     end loop;
     if part.relkind <> 'f' then
       perform relay.drop_trigger(truncate_trigger, part.name);
-      -- The event trigger may have made it again by now.
+      -- Or replace: the event trigger may have created it meanwhile.
       execute format('create or replace trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
                      truncate_trigger, part.name, id);
       execute format('alter table %s enable always trigger %I', part.name, truncate_trigger);
@@ -184,14 +186,14 @@ begin
   end loop;
 end
 $$;
-comment on function relay.set_triggers(regclass, int) is 'makes the triggers of a watched relation anew';
+comment on function relay.set_triggers(regclass, int) is 'recreates the triggers of a watched relation';
 
--- relay.renew_shapes(guarded, wanted) : number of watched relations whose shape is another than the one recorded, or whose functions were
--- Records the new shape and writes the trigger functions anew, in the transaction of the caller: `guarded` says that it is
--- the one that altered the table. Waits for no other transaction: what another one is about to renew is left to the next
--- call, and a doubt is noted. The call that finds a doubt records a shape that is not guarded, which no older image survives:
--- an image in between has the number of a shape that it was not written under.
--- New functions are handed over by statements that the event trigger answers with this again: then it is under way already.
+-- relay.renew_shapes(guarded, wanted) : records changed shapes, replaces outdated trigger functions; returns the number of relations
+-- Runs in the caller's transaction; `guarded` means that this transaction altered the table. Waits for no other transaction:
+-- a relation that another transaction is renewing is left to the next call, and recorded in relay.shape_doubts. The next
+-- call then records an unguarded shape, which invalidates all older images: images written in between carry the number of a
+-- shape that they were not written under.
+-- The statements below fire the event trigger, which calls this function again: relay.renewing ends that recursion.
 create or replace function relay.renew_shapes(guarded boolean default false, wanted int[] default null) returns int
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -238,10 +240,10 @@ begin
   return renewed;
 end
 $$;
-comment on function relay.renew_shapes(boolean, int[]) is 'records the shapes of watched relations that changed, and adapts the trigger functions';
+comment on function relay.renew_shapes(boolean, int[]) is 'records changed shapes of watched relations, and replaces outdated trigger functions';
 drop function if exists relay.renew_shapes(boolean);
 
--- relay.sweep() : removes what is left of relations that were dropped, and shapes that no change can have any more
+-- relay.sweep() : removes entries and functions of dropped relations, and shapes that no kept change has
 create or replace function relay.sweep() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -259,20 +261,20 @@ begin
     begin
       execute format('drop function %s', leftover.name);
     exception when others then
-      raise notice '% is left: %', leftover.name, sqlerrm;
+      raise notice 'function % could not be dropped: %', leftover.name, sqlerrm;
     end;
   end loop;
   delete from relay.shapes s
   where not exists (select from relay.watch_list w where w.id = s.relation)
-     -- What was written under it finished before the next one was made, and that is not kept any more.
+     -- All changes of a shape finished before the next shape was recorded. That was before the horizon, so they are truncated.
      or exists (select from relay.shapes n, relay.history h
                 where n.relation = s.relation and n.shape = s.shape + 1 and pg_visible_in_snapshot(n.xid, h.horizon));
 end
 $$;
-comment on function relay.sweep() is 'removes functions and shapes that belong to nothing any more';
+comment on function relay.sweep() is 'removes unused functions and shapes';
 
--- relay.relations_now(wanted) : watched relations as they are: name, triggers that do not capture, partitions; one or all
--- An entry of `mute` says of which table which operation is not captured in every session, and how its trigger is enabled.
+-- relay.relations_now(wanted) : current names, incomplete triggers and partitions of watched relations; null: all
+-- An entry of `mute` is a table, an operation that is not captured in every session, and how its trigger is enabled.
 create or replace function relay.relations_now(wanted int default null)
 returns table (id int, schema text, name text, mute text[], parts oid[])
 language sql stable
@@ -293,12 +295,12 @@ set search_path = pg_catalog, pg_temp as $$
     select case when c.relkind = 'p' then array(select p from relay.parts(c.oid) p) else array[c.oid] end as oids) part
   where $1 is null or w.id = $1
 $$;
-comment on function relay.relations_now(int) is 'names, triggers and partitions of watched relations as they are';
+comment on function relay.relations_now(int) is 'current names, incomplete triggers and partitions of watched relations';
 
--- relay.log_gap(id, why, schema) : changes of a watched relation may be missing here
--- why: `unheard`, its triggers were no longer, or are again, what captures every change; `parts`, rows came or went with a
--- partition; `rewritten`, a statement wrote all rows anew without firing triggers; `gone`, it is not watched in this schema any more;
--- `doubt`, what became of it is not known.
+-- relay.log_gap(id, why, schema) : logs that changes of a watched relation may be missing at this position
+-- why: `unheard`: its triggers stopped, or started again, capturing every change; `parts`: rows came or went with a
+-- partition; `rewritten`: a statement rewrote all rows without firing triggers; `gone`: it is no longer watched in this
+-- schema; `doubt`: its state could not be determined.
 create or replace function relay.log_gap(id int, why text, schema text default null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -309,9 +311,9 @@ begin
   end if;
 end
 $$;
-comment on function relay.log_gap(int, text, text) is 'logs that changes of a watched relation may be missing here';
+comment on function relay.log_gap(int, text, text) is 'logs that changes of a watched relation may be missing at this position';
 
--- relay.note_rewrite(table) : a gap for the watched relation that the table is, or is a partition of
+-- relay.note_rewrite(table) : logs a gap for the watched relation that the table is, or is a partition of
 create or replace function relay.note_rewrite(rewritten oid) returns void
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -320,7 +322,7 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.note_rewrite(oid) is 'logs a gap for the watched relation whose rows were rewritten';
 
--- relay.log_new_name() : from here on a relation is watched under another name, or at all
+-- relay.log_new_name() : logs that a relation was renamed, or is newly watched
 create or replace function relay.log_new_name() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -331,12 +333,12 @@ begin
   end if;
 end
 $$;
-comment on function relay.log_new_name() is 'logs that the names of watched relations are others';
+comment on function relay.log_new_name() is 'logs that the names of watched relations changed';
 
--- relay.mend_triggers(id) : makes triggers fire always that only fire in some sessions, and truncate triggers of new partitions
--- ENABLE TRIGGER ALL makes them fire in sessions of origin alone. One that is disabled, or missing where PostgreSQL would have
--- made it, was meant to be so.
-create or replace function relay.mend_triggers(id int) returns void
+-- relay.repair_triggers(id) : enables triggers ALWAYS that fire only in some sessions, and creates truncate triggers of new partitions
+-- ENABLE TRIGGER ALL makes triggers fire only in sessions of origin. A disabled trigger, or a missing one that PostgreSQL
+-- would have cloned, is left as it is: a user did that on purpose.
+create or replace function relay.repair_triggers(id int) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set client_min_messages = warning as $$
@@ -353,7 +355,7 @@ begin
            not exists (select from pg_trigger t where t.tgrelid = m.oid and t.tgname = truncate_trigger::name) as lacks_truncate
     from relay.watch_list w
     cross join lateral (select distinct split_part(e, ' ', 1)::oid as oid from relay.relations_now(w.id) n, unnest(n.mute) e) m
-    where w.id = mend_triggers.id
+    where w.id = repair_triggers.id
   loop
     if part.actions is not null then
       execute format('alter table %s %s', part.name, part.actions);
@@ -366,10 +368,10 @@ begin
   end loop;
 end
 $$;
-comment on function relay.mend_triggers(int) is 'makes capturing triggers fire always, and those of new partitions';
+comment on function relay.repair_triggers(int) is 'enables capture triggers ALWAYS, and creates those of new partitions';
 
--- relay.note_relation(id) : records what a watched relation is now, and logs a gap where changes may be missing because of it
--- Waits for no other transaction: what another one is about to record is a gap, and is looked at again by the next call.
+-- relay.note_relation(id) : records the current state of a watched relation, and logs a gap where changes may be missing
+-- Waits for no other transaction: if another one is recording it, this logs a gap and leaves the rest to the next call.
 create or replace function relay.note_relation(id int) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -382,7 +384,7 @@ begin
     perform relay.log_gap(id, 'doubt');
     return;
   end if;
-  -- While there is no row, the statements that mend are none of its history.
+  -- Without a row here, the event trigger ignores the statements that repair triggers.
   delete from relay.known_relations k where k.id = note_relation.id returning k.* into was;
   select * into now from relay.relations_now(id);
   if was.id is null then
@@ -394,7 +396,7 @@ begin
   if now.id is null then
     return;
   end if;
-  -- Nothing was captured yet of a partition that has just come, and nothing is to be of one that went.
+  -- Only tables that were and are part of the relation: an attached or detached partition is handled below.
   tables := array(select p::text from unnest(was.parts) p where p = any (now.parts))
     || (select w.relation::oid::text from relay.watch_list w where w.id = was.id);
   if exists (select from unnest(now.mute || was.mute) m
@@ -411,19 +413,19 @@ begin
     perform relay.log_new_name();
   end if;
   begin
-    perform relay.mend_triggers(id);
+    perform relay.repair_triggers(id);
   exception when others then
-    raise notice 'the triggers of % could not be mended: %', format('%I.%I', now.schema, now.name), sqlerrm
+    raise notice 'the triggers of % could not be repaired: %', format('%I.%I', now.schema, now.name), sqlerrm
       using hint = format('As its owner: select relay.watch(%L)', format('%I.%I', now.schema, now.name));
   end;
   insert into relay.known_relations (id, schema, name, named_by, named_at, mute, parts)
   select n.id, n.schema, n.name, was.named_by, was.named_at, n.mute, n.parts from relay.relations_now(id) n;
 end
 $$;
-comment on function relay.note_relation(int) is 'records what a watched relation is now, and logs gaps';
+comment on function relay.note_relation(int) is 'records the current state of a watched relation, and logs gaps';
 
--- relay.may_have_rows(table) : false only if it surely holds no row of its own
--- By the size of its file: no snapshot hides rows from that, and nobody needs a right for it.
+-- relay.may_have_rows(table) : false only if it certainly holds no rows of its own
+-- Decided by file size, which no snapshot hides and which needs no privilege.
 create or replace function relay.may_have_rows(relation oid) returns boolean
 language sql volatile as $$
   select coalesce((select case when c.relkind = 'p' then false else c.relkind = 'f' or pg_catalog.pg_relation_size(c.oid) > 0 end
@@ -431,8 +433,8 @@ language sql volatile as $$
 $$;
 comment on function relay.may_have_rows(oid) is 'whether a table may hold rows';
 
--- relay.note_relations() : notes what became of all watched relations since it looked last
--- Never fails: where that cannot be told, all of them are told a gap.
+-- relay.note_relations() : records the current state of all watched relations that changed since the last call
+-- Never fails: on an error it logs a gap for all watched relations.
 create or replace function relay.note_relations() returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -448,14 +450,14 @@ begin
     perform relay.note_relation(one);
   end loop;
 exception when others then
-  raise notice 'what became of watched relations could not be told: %', sqlerrm;
+  raise notice 'the state of watched relations could not be recorded: %', sqlerrm;
   perform relay.log_gap(w.id, 'doubt') from relay.watch_list w;
 end
 $$;
-comment on function relay.note_relations() is 'notes what became of watched relations since it looked last';
+comment on function relay.note_relations() is 'records watched relations that changed since the last call, and logs gaps';
 
--- relay.lock_for_triggers(relation, mode) : takes the lock without which its triggers cannot be made or dropped
--- Asked for again and again, for a moment only: a transaction that wrote and stays open makes this call wait, and no writer.
+-- relay.lock_for_triggers(relation, mode) : takes the lock that creating or dropping triggers needs
+-- By short attempts, repeated: while a long transaction has written to the table, this call waits, but no writer does.
 create or replace function relay.lock_for_triggers(relation regclass, mode text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -477,9 +479,9 @@ begin
   perform set_config('lock_timeout', known, true);
 end
 $$;
-comment on function relay.lock_for_triggers(regclass, text) is 'takes the lock for making or dropping triggers, and keeps no writer waiting';
+comment on function relay.lock_for_triggers(regclass, text) is 'takes the lock for creating or dropping triggers, without blocking writers';
 
--- relay.notes(relation) : what somebody who watches a relation may not have meant, and what to do
+-- relay.notes(relation) : likely mistakes in the setup of a watched relation, each with its remedy
 create or replace function relay.notes(relation regclass) returns text[]
 language sql stable
 set search_path = pg_catalog, pg_temp as $$
@@ -488,10 +490,10 @@ set search_path = pg_catalog, pg_temp as $$
       format('it has no primary key, so updates and deletes name no row: alter table %s add primary key (...), or replica identity full', $1)
     end,
     case when c.relkind in ('r', 'p') and not c.relrowsecurity then
-      format('row security is off, so everybody with SELECT sees all rows: alter table %s enable row level security, and create policies', $1)
+      format('row security is off, so every role with SELECT sees all rows: alter table %s enable row level security, and create policies', $1)
     end,
     case when c.relrowsecurity and not exists (select from pg_policy p where p.polrelid = c.oid) then
-      format('row security is on and there is no policy, so nobody but its owner sees a row: create policy ... on %s for select to authenticated using (...)', $1)
+      format('row security is on and there is no policy, so only its owner sees rows: create policy ... on %s for select to authenticated using (...)', $1)
     end,
     case when not exists (
         select from pg_roles r
@@ -512,11 +514,11 @@ set search_path = pg_catalog, pg_temp as $$
       order by r.rolname, g), null)
   from pg_class c where c.oid = $1
 $$;
-comment on function relay.notes(regclass) is 'what somebody who watches a relation may not have meant, and what to do';
+comment on function relay.notes(regclass) is 'likely mistakes in the setup of a watched relation, with their remedies';
 
 -- relay.watch(relation, leave_events)
 -- Publishes a table, partitioned table, foreign table or materialized view. Idempotent: sets leave_events as given,
--- repairs what is missing or disabled, and locks the table only if there is something to repair. Tells relay.notes.
+-- repairs missing or disabled triggers, and locks the table only if there is something to repair. Raises relay.notes as notices.
 create or replace function relay.watch(relation regclass, leave_events boolean default false) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -549,7 +551,7 @@ begin
       hint = 'Tables, partitioned tables, foreign tables and materialized views can be watched.';
   elsif found_relation.relkind = 'm' and relay.key(relation) = '{}' then
     raise exception 'materialized view % has no unique index', relation using errcode = 'object_not_in_prerequisite_state',
-      hint = format('It tells which row is which: create unique index on %s (its key columns), without a condition.', relation);
+      hint = format('The index identifies rows: create unique index on %s (its key columns), without a condition.', relation);
   end if;
   if exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
              where i.inhparent = watch.relation and not c.relispartition) then
@@ -557,7 +559,7 @@ begin
       using hint = 'Watch each of them, or make them partitions.';
   end if;
 
-  -- Entries of dropped relations go now, lest another relation get the same oid one day.
+  -- Removes entries of dropped relations, because another relation can get the same oid.
   perform relay.sweep();
   insert into relay.watch_list as w (relation, leave_events) values (watch.relation, watch.leave_events)
   on conflict on constraint watch_list_relation_key do update set leave_events = excluded.leave_events
@@ -570,7 +572,7 @@ begin
     perform relay.lock_for_triggers(relation,
       case when exists (select from pg_trigger t where t.tgrelid = watch.relation and t.tgname like '00_relay_%') then 'access exclusive'
            else 'share row exclusive' end);
-    -- What the statements below do to the triggers is none of its history.
+    -- Without a row here, the event trigger ignores the statements below.
     delete from relay.known_relations k where k.id = list_id returning k.* into known;
     perform relay.set_triggers(relation, list_id);
   else
@@ -595,7 +597,7 @@ comment on function relay.watch(regclass, boolean) is
   'publishes a table or materialized view; again: repairs its triggers. leave_events: an UPDATE that hides a row is sent as a leave';
 
 -- relay.unwatch(relation)
--- Takes it back: no trigger remains, also not on partitions that were detached since. Harmless if it was not watched.
+-- Reverts relay.watch: drops all triggers, also those of partitions that were detached since. No error if it was not watched.
 create or replace function relay.unwatch(relation regclass) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
@@ -610,7 +612,7 @@ begin
     return;
   end if;
   perform relay.lock_for_triggers(relation, 'access exclusive');
-  -- The name that it had when it was looked at last is that under which it was followed.
+  -- Subscribers know the relation by the last recorded name.
   delete from relay.known_relations k where k.id = list_id returning k.schema into known_schema;
   if known_schema is not null then
     perform relay.log_gap(list_id, 'gone', known_schema);
@@ -628,11 +630,11 @@ begin
   perform relay.sweep();
 end
 $$;
-comment on function relay.unwatch(regclass) is 'takes back relay.watch and leaves no trace on the table';
+comment on function relay.unwatch(regclass) is 'reverts relay.watch and leaves no trace on the table';
 
--- relay.repair(wanted) : number of relations whose shape or functions were renewed; also notes what became of all
--- For the relay to call when the catalog has changed, with the numbers of the relations that it changed for; null: all. Where
--- the event trigger is, there is nothing to do as a rule.
+-- relay.repair(wanted) : number of relations whose shape or functions were renewed; also records the state of all relations
+-- The relay calls it when the catalog has changed, with the ids of the changed relations; null: all. With the event trigger
+-- there is usually nothing to do.
 drop function if exists relay.repair();
 create or replace function relay.repair(wanted int[] default null) returns int
 language sql volatile security definer
@@ -640,7 +642,7 @@ set search_path = pg_catalog, pg_temp as $$
   select relay.note_relations();
   select relay.renew_shapes(wanted => $1)
 $$;
-comment on function relay.repair(int[]) is 'renews shapes and functions that do not fit their relations; returns how many';
+comment on function relay.repair(int[]) is 'renews outdated shapes and trigger functions; returns the number of relations';
 
 create or replace view relay.watched as
 select w.relation,
@@ -655,4 +657,4 @@ select w.relation,
 from relay.watch_list w
 join pg_catalog.pg_class c on c.oid = w.relation;
 comment on view relay.watched is
-  'what is published, since when, with which key and options. full: old rows are sent whole. intact: false asks for relay.watch again';
+  'watched relations with their key and options. full: old rows are sent whole. intact: if false, call relay.watch again';

@@ -1,9 +1,9 @@
 -- Reading the changelog between two snapshots: relay.epoch, relay.cursor, relay.page, relay.flush.
 
--- relay.epoch() : names this history of transaction ids
--- Changes with the database (its mark, and its number, as a copy has the same mark), the cluster (system identifier) and every promotion (timeline). The timeline is
--- taken from the WAL file name, because the control file lags after a promotion; on a standby this raises, which is
--- right: the changelog is never read there. Reads relay.history.
+-- relay.epoch() : identifies this history of transaction ids
+-- Changes with the database (its mark, and its oid, as a copy has the same mark), the cluster (system identifier) and every
+-- promotion (timeline). The timeline is taken from the WAL file name, because the control file lags after a promotion. On a
+-- standby this raises, as it should: the changelog is never read there. Reads relay.history.
 create or replace function relay.epoch() returns bigint
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -12,7 +12,7 @@ set search_path = pg_catalog, pg_temp as $$
   from relay.history h, pg_control_system() s, pg_database d
   where d.datname = current_database()
 $$;
-comment on function relay.epoch() is 'number that names this history; a cursor of another epoch is a gap';
+comment on function relay.epoch() is 'number that identifies this history; a cursor of another epoch is a gap';
 
 -- relay.varint(n) : unsigned LEB128
 create or replace function relay.varint(n numeric) returns bytea
@@ -36,8 +36,8 @@ comment on function relay.varint(numeric) is 'a number as unsigned LEB128';
 -- relay.cursor() : the caller's snapshot as a cursor
 -- In a repeatable read transaction it belongs to the rows that the transaction reads. Layout: 1, epoch (8 bytes, big
 -- endian), xmax, count of running transactions, then each from the largest down as the difference to the one before,
--- the first to xmax; varints; base64url without padding. Where something in that snapshot might still be lost in a
--- crash, the caller's commit is made to flush it: use the cursor after the commit.
+-- the first to xmax; varints; base64url without padding. If the WAL is not flushed up to that snapshot, the caller's commit
+-- is made to flush it: use the cursor only after the commit, when a crash cannot undo what the snapshot sees.
 create or replace function relay.cursor() returns text
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -62,8 +62,8 @@ $$;
 comment on function relay.cursor() is
   'cursor of the caller''s snapshot: read rows and call it in one repeatable read transaction, resume from it after the commit';
 
--- relay.is_legible(image) : whether it can be told in UTF-8, which is what clients speak
--- Under SQL_ASCII a database holds any bytes, under some other encodings characters that Unicode has not.
+-- relay.is_legible(image) : whether the image can be converted to UTF-8, the encoding of clients
+-- A database with SQL_ASCII holds any bytes; some other encodings have characters that Unicode lacks.
 create or replace function relay.is_legible(image json) returns boolean
 language plpgsql stable
 set search_path = pg_catalog, pg_temp as $$
@@ -74,9 +74,9 @@ exception when others then
   return false;
 end
 $$;
-comment on function relay.is_legible(json) is 'whether a row image can be told in UTF-8';
+comment on function relay.is_legible(json) is 'whether a row image can be converted to UTF-8';
 
--- relay.legible(image) : its text, without the columns that cannot be told
+-- relay.legible(image) : the text of the image, without columns that cannot be converted to UTF-8
 create or replace function relay.legible(image json) returns text
 language plpgsql stable
 set search_path = pg_catalog, pg_temp as $$
@@ -91,9 +91,9 @@ exception when others then
   return '{}';
 end
 $$;
-comment on function relay.legible(json) is 'text of a row image without the columns that cannot be told in UTF-8';
+comment on function relay.legible(json) is 'text of a row image without columns that cannot be converted to UTF-8';
 
--- relay.changes : the changelog for people, with what `kind` says in columns of their own
+-- relay.changes : the changelog in readable form, with `kind` split into columns
 create or replace view relay.changes as
 select c.number, c.xid, c.at,
   pg_catalog.split_part(c.kind, ' ', 2)::int as relation,
@@ -109,11 +109,11 @@ comment on column relay.changes.number is 'order of the writes';
 comment on column relay.changes.xid is 'the top-level transaction that wrote the change';
 comment on column relay.changes.relation is 'relay.watch_list.id; 0: the schema';
 comment on column relay.changes.operation is 'I, U, D, T (truncate: no images), S (the schema changed) or G (changes may be missing here)';
-comment on column relay.changes.shape is 'relay.shapes.shape of the images; 0: another one came while they were made';
+comment on column relay.changes.shape is 'relay.shapes.shape of the images; 0: the shape changed while they were made';
 comment on column relay.changes.oversize is 'an image holds only the key and the short columns';
-comment on column relay.changes.leaf is 'the partition that holds the row; null: the relation has none';
+comment on column relay.changes.leaf is 'the partition that holds the row; null: the relation is not partitioned';
 comment on column relay.changes.began is
-  'all transactions before this one were over in the snapshot of a transaction that reads by one alone, where a type can be altered meanwhile';
+  'xmin of the snapshot of a repeatable read or serializable transaction, if the types of the relation can be altered meanwhile';
 
 -- relay.relation_of(kind) : relay.watch_list.id of a change; 0 is the schema
 create or replace function relay.relation_of(kind text) returns int
@@ -123,13 +123,13 @@ $$;
 comment on function relay.relation_of(text) is 'watched relation of a change, by its kind';
 
 -- relay.page(seen, until, after_number, some_run) : the changes that finished after `seen`, up to `until`
--- First row: number null, snapshot = the page's end (`until`, else the statement's snapshot), unflushed = up to where the log
--- has to be flushed so that a crash cannot take anything of it back, null when it is. Then the changes in order of number,
--- those of the writing order of each row. The literal false for `some_run` says that no transaction runs in `seen`: half of
--- the plan is left out then. Nothing is skipped when a transaction commits late and nothing comes twice: rows of transactions that began after
--- `seen` (a range of xid) and rows of those that ran in it (a list), as far as they are visible now. No hidden
--- xmin: there subtransactions look finished. Sorting carries images still compressed, so they become text last.
--- Language sql and stable, so that it is inlined: rows stream. Reads relay.log.
+-- First row: number null, snapshot = the page's end (`until`, else the statement's snapshot), unflushed = the WAL position to
+-- flush so that a crash cannot undo the page, null if it is flushed. Then the changes by number, which for each row is the
+-- order of its writes. The literal false for `some_run` means that no transaction runs in `seen`: half of the plan is left
+-- out then. No change is skipped when a transaction commits late, and none comes twice: the page has the rows of transactions
+-- that began after `seen` (a range of xid) and of those running in it (a list), if they are visible now. It does not use the
+-- system column xmin, by which subtransactions look finished. Sorting carries compressed images; they become text last.
+-- Language sql and stable, so that it is inlined and rows stream. Reads relay.log.
 drop function if exists relay.page(pg_snapshot, pg_snapshot, bigint), relay.page(pg_snapshot, pg_snapshot, bigint, boolean);
 create or replace function relay.page(seen pg_snapshot, until pg_snapshot default null, after_number bigint default 0,
                                       some_run boolean default true)
@@ -166,8 +166,8 @@ $$;
 comment on function relay.page(pg_snapshot, pg_snapshot, bigint, boolean) is
   'one page of the changelog: a header row, then the changes finished after the first snapshot, in order';
 
--- relay.page_transactions(seen, until, most) : the transactions of such a page, null if there are more than `most`
--- The index is asked for one after the other, so that a large transaction costs no more than a small one.
+-- relay.page_transactions(seen, until, most) : the transactions of a page, null if there are more than `most`
+-- Looks up one transaction after the other in the index, so that a large transaction costs no more than a small one.
 create or replace function relay.page_transactions(seen pg_snapshot, until pg_snapshot, most int) returns xid8[]
 language sql stable as $$
   with recursive next (xid, place) as (
@@ -186,9 +186,9 @@ language sql stable as $$
 $$;
 comment on function relay.page_transactions(pg_snapshot, pg_snapshot, int) is 'transactions of a page, null if they are too many';
 
--- relay.page_slice(seen, until, after_number, through_number, transactions) : of such a page, the changes with these numbers
--- Shaped as relay.page. With its transactions it costs what the slice has. Where they were too many to be named (null), the index
--- is read for all of the page, but no row beyond the slice.
+-- relay.page_slice(seen, until, after_number, through_number, transactions) : the changes of a page within a range of numbers
+-- Columns as in relay.page. Given the page's transactions, the cost follows the size of the slice. Without them (null: too
+-- many), it reads the index of the whole page, but no row outside the slice.
 drop function if exists relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint);
 create or replace function relay.page_slice(seen pg_snapshot, until pg_snapshot, after_number bigint, through_number bigint, transactions xid8[])
 returns table (number bigint, xid text, at timestamptz, kind text, before text, after text, snapshot text, unflushed text)
@@ -219,7 +219,7 @@ $$;
 comment on function relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint, xid8[]) is
   'a header row, then the changes of a page with these numbers, in order';
 
--- relay.page_counts(seen, until, after_number) : how many changes of which relation are on such a page; 0 is the schema
+-- relay.page_counts(seen, until, after_number) : number of changes of a page per relation; 0 is the schema
 drop function if exists relay.page_relations(pg_snapshot, pg_snapshot, bigint);
 create or replace function relay.page_counts(seen pg_snapshot, until pg_snapshot, after_number bigint)
 returns table (relation int, count bigint)
@@ -242,9 +242,9 @@ language sql stable as $$
   ) p (kind, count)
   group by 1
 $$;
-comment on function relay.page_counts(pg_snapshot, pg_snapshot, bigint) is 'how many changes of a page after a number are of which relation';
+comment on function relay.page_counts(pg_snapshot, pg_snapshot, bigint) is 'number of changes of a page after a number, per relation';
 
--- relay.flush() : makes everything up to now survive a crash, once the caller has committed with synchronous_commit on
+-- relay.flush() : makes all earlier commits survive a crash, once the caller has committed with synchronous_commit on
 create or replace function relay.flush() returns void
 language sql volatile
 set search_path = pg_catalog, pg_temp as $$

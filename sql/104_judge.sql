@@ -1,11 +1,11 @@
--- Statements that ask PostgreSQL itself: may this row image be seen, does it match a filter; and read policies for what
--- cannot have row security. All of them are to be run under an empty search_path.
+-- Statements that evaluate policies and filters on row images, and read policies of relations that cannot have row security.
+-- Run them with an empty search_path.
 
 -- relay.judge_statement(relation, expression)
--- A statement of one parameter, text[] of row images as JSON, that returns one bool[] of the same order and length: true
--- where the expression is true; false and null are both false. The images take the relation's own name, so that columns,
--- todos.col and whole rows resolve as they do in a policy. They stand in a sub-select of their own, where a column that is
--- named like something around it comes first.
+-- A statement with one parameter, text[] of row images as JSON, that returns one bool[] of the same order and length: true
+-- where the expression is true; false and null both become false. The images have the relation's own name, so that columns,
+-- todos.col and whole rows resolve as they do in a policy. They are in a sub-select of their own, so that a column name takes
+-- precedence over an equal name outside.
 create or replace function relay.judge_statement(relation regclass, expression text) returns text
 language sql stable
 set search_path = ''
@@ -22,10 +22,10 @@ set quote_all_identifiers = off as $$
   where c.oid = $1 and $2 is not null
 $$;
 comment on function relay.judge_statement(regclass, text) is
-  'statement that judges an expression on row images: $1 text[] of JSON, one bool[] as result';
+  'statement that evaluates an expression on row images: $1 text[] of JSON, result one bool[]';
 
--- relay.operator_for(type, symbol) : how to write an operator between two values of the type, whatever the search_path
--- Looked for in pg_catalog, then beside the type; else the bare symbol, which PostgreSQL resolves (enums, arrays, ranges).
+-- relay.operator_for(type, symbol) : SQL for an operator between two values of the type, independent of search_path
+-- Searched in pg_catalog, then in the type's schema; else the bare symbol, which PostgreSQL resolves (enums, arrays, ranges).
 create or replace function relay.operator_for(type oid, symbol text) returns text
 language sql stable
 set search_path = '' as $$
@@ -75,7 +75,7 @@ begin
     col.atttypid := base_type;
   end loop;
   base_type := col.atttypid;
-  -- -1 and not null: character, bit and their like would otherwise mean a length of one.
+  -- -1 and not null: otherwise character and bit would get a length of one.
   type_name := pg_catalog.format_type(base_type, -1);
 
   if operator = 'is' then
@@ -109,7 +109,7 @@ begin
     if operator = 'in' and literals = '{}' then
       condition := 'false';
     elsif operator = 'in' then
-      -- One by one and not = any (array): works for array columns too.
+      -- Comparisons joined by OR instead of = any (array), so that array columns work, too.
       select pg_catalog.string_agg(pg_catalog.format('%s %s %s', operand, symbol, l), ' or ' order by n) into condition
       from pg_catalog.unnest(literals) with ordinality x (l, n);
     elsif operator = 'isdistinct' then
@@ -121,7 +121,8 @@ begin
     if operator in ('match', 'imatch') then
       execute pg_catalog.format('select ''''::%s %s %s', type_name, symbol, literals[1]);
     elsif operator in ('like', 'ilike') and type_name = 'text' then
-      -- Each row that is matched as far as that raises: better said now. So does a collation that has no patterns.
+      -- Such a pattern would raise for each row that matches up to its end: so it is refused now. The statement below finds a
+      -- collation that does not support patterns.
       if (pg_catalog.length(value[1]) - pg_catalog.length(pg_catalog.rtrim(value[1], pg_catalog.chr(92)))) % 2 = 1 then
         raise exception 'LIKE pattern must not end with escape character' using errcode = 'invalid_escape_sequence';
       end if;
@@ -129,18 +130,18 @@ begin
                                 coalesce(nullif(col.attcollation, 0::oid), 'pg_catalog."default"'::pg_catalog.regcollation)::pg_catalog.regcollation, symbol);
     end if;
   end if;
-  -- No row is needed to learn that an operator does not exist, nor a right on the table or its schema.
+  -- Finds a missing operator, without a row and without a right on the table or its schema.
   execute pg_catalog.format('select %s from (select null::%s as %s) as "relay row" where false',
                             condition, pg_catalog.format_type(base_type, -1), operand);
   return pg_catalog.jsonb_build_object('sql', condition, 'values', pg_catalog.to_jsonb(canonical));
 end
 $$;
 comment on function relay.filter_condition(regclass, text, text, text[]) is
-  'a subscription filter as an SQL condition, judged with the column''s type, and its values as PostgreSQL writes them';
+  'a subscription filter as an SQL condition with the column''s type, and its values in PostgreSQL''s canonical text';
 
 -- relay.allow(relation, policy)
 -- Sets the read policy of a materialized view or foreign table: a condition as in CREATE POLICY ... USING, with every
--- name outside pg_catalog qualified by its schema. Tried at once, so that a mistake shows here. Replaces an earlier one.
+-- name outside pg_catalog qualified by its schema. Parsed at once, so that mistakes show here. Replaces an earlier one.
 create or replace function relay.allow(relation regclass, policy text) returns void
 language plpgsql volatile
 set search_path = ''
@@ -166,7 +167,7 @@ begin
   delete from relay.read_policies p where not exists (select from pg_catalog.pg_class c where c.oid = p.relation);
   insert into relay.read_policies as p (relation, policy) values (allow.relation, allow.policy)
   on conflict on constraint read_policies_pkey do update set policy = excluded.policy;
-  -- No event trigger fires for it.
+  -- No event trigger fires for a change of read policies.
   perform relay.note_rules();
   perform relay.log_change(0, null, 'S', false, null, null);
   perform relay.ring('schema', 'relay.allow');
@@ -185,4 +186,4 @@ begin
   perform relay.ring('schema', 'relay.disallow');
 end
 $$;
-comment on function relay.disallow(regclass) is 'takes back relay.allow: the role''s SELECT right decides again';
+comment on function relay.disallow(regclass) is 'reverts relay.allow: the role''s SELECT right decides again';

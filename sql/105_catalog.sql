@@ -1,8 +1,8 @@
--- What the relay must know of watched relations: columns, keys, rights and policies, and a cheap sign of their change.
+-- The catalog that the relay reads: columns, keys, rights and policies of watched relations, and a cheap fingerprint of it.
 
 -- relay.subscriber_roles(roles, login) : those of the roles that subscribers may have
--- A token's role counts only if the login that judges may act as it, as with PostgREST's authenticator; a superuser's
--- never does, since it would see everything without a judgement. A login that is null is the caller's.
+-- A token's role is allowed only if the judging login may act as it, as with PostgREST's authenticator. A superuser is never
+-- allowed: it would see everything, without any policy. `login` null is the caller.
 create or replace function relay.subscriber_roles(roles text[], login text) returns text[]
 language sql stable
 set search_path = '' as $$
@@ -11,14 +11,14 @@ set search_path = '' as $$
   join pg_catalog.pg_roles l on l.rolname = coalesce($2, current_user)
   where r.rolname = any ($1) and not r.rolsuper and pg_catalog.pg_has_role(l.oid, r.oid, 'member')
 $$;
-comment on function relay.subscriber_roles(text[], text) is 'those of the roles that the judging login may act as, superusers apart';
+comment on function relay.subscriber_roles(text[], text) is 'those of the roles that the judging login may act as, without superusers';
 
--- The next ones are plpgsql for its plans, which are kept: planning takes longer than the queries, and each is asked for
--- every table and role.
+-- The next functions are plpgsql, which caches plans: planning takes longer than the queries, which run for every table and
+-- role.
 
 -- relay.policies_for(relation, role) : the policies by which row security lets the role read, in PostgreSQL's own order
--- One that raises may stand behind one that decides. Deparsed under an empty search_path, so that every name outside
--- pg_catalog is qualified.
+-- The order matters, because a policy that raises may come after one that decides. Deparsed with an empty search_path, so
+-- that every name outside pg_catalog is qualified.
 create or replace function relay.policies_for(relation regclass, role oid)
 returns table (policy oid, name text, permissive boolean, condition text)
 language plpgsql stable rows 4
@@ -40,8 +40,8 @@ end
 $$;
 comment on function relay.policies_for(regclass, oid) is 'policies by which row security lets a role read a relation';
 
--- relay.is_secured(relation, role) : whether row security holds for the role
--- Not for superusers, BYPASSRLS, and the owner unless forced.
+-- relay.is_secured(relation, role) : whether row security applies to the role
+-- It does not apply to superusers, roles with BYPASSRLS, and the owner unless forced.
 create or replace function relay.is_secured(relation regclass, role oid) returns boolean
 language plpgsql stable
 set search_path = ''
@@ -55,11 +55,10 @@ begin
     where c.oid = relation and r.oid = role);
 end
 $$;
-comment on function relay.is_secured(regclass, oid) is 'whether row security of a relation holds for a role';
+comment on function relay.is_secured(regclass, oid) is 'whether row security of a relation applies to a role';
 
--- relay.policy_for(relation, role) : the condition under which the role sees a row
--- null: every row. As PostgreSQL does it: permissive policies joined by OR, restrictive ones by AND; none permissive =
--- no row.
+-- relay.policy_for(relation, role) : the condition under which the role sees a row; null: every row
+-- As in PostgreSQL: permissive policies are joined by OR, restrictive ones by AND; without a permissive policy, no row.
 create or replace function relay.policy_for(relation regclass, role oid) returns text
 language plpgsql stable
 set search_path = ''
@@ -84,8 +83,8 @@ end
 $$;
 comment on function relay.policy_for(regclass, oid) is 'condition under which a role sees a row of the relation; null: every row';
 
--- relay.policy_parts(relation, role) : what the policies by which the role reads refer to, beyond the system and the relation itself
--- With the columns where they are named: part 0 stands for the whole.
+-- relay.policy_parts(relation, role) : the objects that the role's policies refer to, besides system objects and the relation itself
+-- `part` is the column, 0 for the whole object.
 create or replace function relay.policy_parts(relation regclass, role oid)
 returns table (class regclass, object oid, part int)
 language plpgsql stable rows 4
@@ -96,7 +95,7 @@ set plan_cache_mode = force_generic_plan as $$
 begin
   return query
     select distinct d.refclassid::regclass, d.refobjid, d.refobjsubid
-    -- Not relay.policies_for(), which writes each policy as text and locks what stands in it.
+    -- Not relay.policies_for(), which deparses each policy and locks the tables in it.
     from pg_catalog.pg_policy p
     join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
     where p.polrelid = relation and p.polcmd in ('r', '*') and p.polqual is not null
@@ -105,29 +104,30 @@ begin
       and d.refobjid <> relation;
 end
 $$;
-comment on function relay.policy_parts(regclass, oid) is 'what the policies by which a role reads a relation refer to';
+comment on function relay.policy_parts(regclass, oid) is 'objects that the policies of a relation refer to, for a role';
 
--- relay.has_own_casts() : whether somebody made a cast between types of the system, which gives it another meaning
+-- relay.has_own_casts() : whether there is a user-defined cast between system types, which changes the meaning of expressions
 create or replace function relay.has_own_casts() returns boolean
 language sql stable
 set search_path = '' as $$
   select exists (select from pg_catalog.pg_cast c where c.oid >= 16384 and c.castsource < 16384 and c.casttarget < 16384)
 $$;
-comment on function relay.has_own_casts() is 'whether there is a cast of a user between types of the system';
+comment on function relay.has_own_casts() is 'whether there is a user-defined cast between system types';
 
--- relay.rights(relation, role, login) : what the policies by which the role reads may rely on
+-- relay.rights(relation, role, login) : the role's policies, and what they depend on
 -- {"policies": [{"name", "permissive", "condition"}]  in PostgreSQL's own order
---  "helpers": {"auth.uid": {"returns": "uuid", "body": "..."}}  functions that stand for their body
---  "tables": ["public.members"]  tables that are looked into and show the role all their rows
---  "unreadable": "public.secret"  a table that the role may not look into: then every look at the relation raises
---  "missing": ["grant select on public.secret to anon"]  grants that the role lacks, as that one: the same
---  "unusable": {"hidden": "grant usage on schema hidden to relay_judge"}  grants that the judging login lacks to look up what is named
---  "calls_own": true  functions of users are called, whose bodies may depend on the search path
---  "own_casts": false, "obstacles": ["..."]  why nobody can tell what the policies depend on}
--- Helpers are those of SQL without arguments that the policies name or that Supabase's own call. With whose rights they run is
--- no matter, for only bodies that read nothing but claims take their place. Names in a body are looked up along the search path
--- of the caller, so pg_catalog must come first in it. Functions and operators of users may read any setting; a type of theirs
--- brings its own, enums apart; where equality is not that of bytes, values cannot be told apart by their text.
+--  "helpers": {"auth.uid": {"returns": "uuid", "body": "..."}}  functions that may be replaced by their body
+--  "tables": ["public.members"]  tables that policies read and that show the role all their rows
+--  "unreadable": "public.secret"  a table that the role may not read: then every query on the relation raises
+--  "missing": ["grant select on public.secret to anon"]  grants that the role lacks, with the same effect
+--  "unusable": {"hidden": "grant usage on schema hidden to relay_judge"}  USAGE grants that are missing to resolve names
+--  "calls_own": true  user-defined functions are called, whose bodies may depend on the search path
+--  "own_casts": false, "obstacles": ["..."]  why the dependencies of the policies are not known completely}
+-- Helpers are SQL functions without arguments that the policies call, or that Supabase's own functions call. Security definer
+-- makes no difference, because only bodies that read nothing but claims are used. Names in a body are resolved by the search
+-- path of the caller, so pg_catalog must come first in it. User-defined functions and operators may read any setting;
+-- user-defined types have functions of their own, enums apart; under a nondeterministic collation, equal values can have
+-- different texts.
 drop function if exists relay.rights(regclass, oid);
 create or replace function relay.rights(relation regclass, role oid, login text) returns jsonb
 language plpgsql stable
@@ -149,7 +149,7 @@ begin
       'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
     into policies
   from relay.policies_for(relation, role) p;
-  -- Functions of the system that take a name as text, and casts of texts that are no constants.
+  -- System functions that take a name as text, and casts to reg types that are not of constants.
   looks_up := exists (
     select from pg_catalog.jsonb_array_elements(policies) p
     where p ->> 'condition' ~* '\m((has_[a-z_]+_privilege|to_reg[a-z]+|current_schemas|row_security_active|nextval|currval|setval)\(|CURRENT_SCHEMA\M)'
@@ -201,7 +201,7 @@ begin
                      else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end),
     'missing', pg_catalog.to_jsonb(relay.missing_grants(relation, role)),
     'unusable', relay.missing_usage(relation, role, login),
-    -- Tables and types count where functions may stand behind them.
+    -- Views, tables with row security, and types may call functions, too.
     'calls_own', others <> '{}' or looks_up
       or exists (
         select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
@@ -225,11 +225,11 @@ begin
       where a.attrelid = any (classes) and a.attnum > 0 and not l.collisdeterministic)));
 end
 $$;
-comment on function relay.rights(regclass, oid, text) is 'what the policies by which a role reads a relation may rely on';
+comment on function relay.rights(regclass, oid, text) is 'policies of a relation for a role, and what they depend on';
 
 -- relay.access(relation, role, login) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role may select nothing
--- {"columns": [...], "pending": true} where a policy cannot be read, because a table in it is locked: PostgreSQL opens each of
--- them to write the policy as text. The caller sets lock_timeout; once it was waited for in vain, the others are given up fast.
+-- {"columns": [...], "pending": true} if a policy cannot be read because a table in it is locked: PostgreSQL opens the tables
+-- of a policy to deparse it. The caller sets lock_timeout; after the first timeout it is 1 ms for the remaining relations.
 drop function if exists relay.access(regclass, oid);
 create or replace function relay.access(relation regclass, role oid, login text) returns jsonb
 language plpgsql stable
@@ -263,10 +263,10 @@ begin
   end;
 end
 $$;
-comment on function relay.access(regclass, oid, text) is 'what a role may see of a relation: columns, policy, and the statement that judges it';
+comment on function relay.access(regclass, oid, text) is 'what a role may see of a relation: columns, policy, and the statement that evaluates it';
 
--- relay.schema_changes_are_logged() : whether the event triggers are there and fire always
--- One that only fires in sessions of origin is silenced by session_replication_role.
+-- relay.schema_changes_are_logged() : whether the event triggers exist and are enabled ALWAYS
+-- session_replication_role would disable a trigger that fires only in sessions of origin.
 create or replace function relay.schema_changes_are_logged() returns boolean
 language sql stable
 set search_path = '' as $$
@@ -275,11 +275,11 @@ set search_path = '' as $$
   where e.evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites') and e.evtenabled = 'A'
     and e.evtfoid = pg_catalog.to_regprocedure('relay.log_schema_change()')
 $$;
-comment on function relay.schema_changes_are_logged() is 'whether changes of the schema stand in the changelog';
+comment on function relay.schema_changes_are_logged() is 'whether schema changes are in the changelog';
 
--- relay.rule_scope(roles, login) : what relay.rules_mark() looks at for these roles and the login that judges
--- roles: they and all roles that they are members of. owned: the watched relations and their schemas whose owner is one of
--- those; REASSIGN OWNED gives them another.
+-- relay.rule_scope(roles, login) : the arguments of relay.rules_mark() for these roles and the judging login
+-- roles: the roles and all roles that they are members of. owned: watched relations and their schemas that one of these roles
+-- owns; REASSIGN OWNED, which fires no event trigger, changes their owner.
 create or replace function relay.rule_scope(roles text[], login text) returns table (roles oid[], owned oid[])
 language sql stable
 set search_path = '' as $$
@@ -295,13 +295,14 @@ set search_path = '' as $$
     where c.relowner in (select r.oid from reachable r) or n.nspowner in (select r.oid from reachable r)
     order by 1)
 $$;
-comment on function relay.rule_scope(text[], text) is 'what relay.rules_mark looks at for roles and the judging login';
+comment on function relay.rule_scope(text[], text) is 'arguments of relay.rules_mark for roles and the judging login';
 
--- relay.rules_mark(roles, owned, some_owned) : sign of what decides who may see a row and fires no event trigger
--- Roles, memberships, owners, and the event triggers themselves, whose row versions also tell that one was away for a moment. Takes
--- what relay.rule_scope() gives; the literal false for `some_owned` says that `owned` is empty, which leaves that part of the plan
--- out. Language sql and without settings, so that it is inlined into the statement that reads a page, whose snapshot it
--- shares: a rule that was changed together with a row, or before it, is another mark on the row's page. Each page pays for each part.
+-- relay.rules_mark(roles, owned, some_owned) : a hash of the visibility rules whose changes fire no event trigger
+-- Covers roles, memberships, owners, and the event triggers themselves; their row versions reveal one that was disabled for a
+-- while. Takes the result of relay.rule_scope(); the literal false for `some_owned` means that `owned` is empty, and leaves that
+-- part of the plan out. Language sql and without settings, so that it is inlined into the statement that reads a page and
+-- shares its snapshot: a rule changed together with a row, or before it, changes the mark of the row's page. Each part costs
+-- time on each page.
 drop function if exists relay.rules_mark(oid[], oid[]);
 create or replace function relay.rules_mark(roles oid[], owned oid[], some_owned boolean default true) returns table (mark bigint)
 language sql stable rows 1 as $$
@@ -323,12 +324,12 @@ language sql stable rows 1 as $$
     select pg_catalog.hashint8extended(n.oid::bigint << 32 | n.nspowner::bigint, 6) from pg_catalog.pg_namespace n where $3 and n.oid = any ($2)
   ) s (sign)
 $$;
-comment on function relay.rules_mark(oid[], oid[], boolean) is 'sign of what decides who may see a row and fires no event trigger';
+comment on function relay.rules_mark(oid[], oid[], boolean) is 'hash of the visibility rules whose changes fire no event trigger';
 
--- relay.role_versions(roles) : the transactions since which each of the roles is what it is
--- Those that made the roles that it is a member of its own, directly or through others, and those that altered one of them
--- last, as far as the installer may read that. Changes of a transaction that began before one of these may be such as the role
--- did not see. Those of a part of a transaction have a number of their own.
+-- relay.role_versions(roles) : the transactions that last changed each of the roles
+-- These are the transactions that granted its memberships, direct or indirect, and that last altered one of these roles, if the
+-- installer may read that. Changes of a transaction that began before one of them may have been invisible to the role. A
+-- subtransaction has an id of its own.
 create or replace function relay.role_versions(roles text[]) returns table (role text, xid bigint)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -351,14 +352,14 @@ begin
     union
     select e.name, d.xmin::text::bigint from reachable e join pg_database d on d.datdba = e.oid where d.datname = current_database()
   )
-  -- Of these numbers only the lower half is kept; none is of the future.
+  -- xmin has only the lower 32 bits of a transaction id, and is never in the future.
   select v.name, v.xmin + ((now - v.xmin) >> 32 << 32) from versions_of v where v.xmin > 2;
 end
 $$;
-comment on function relay.role_versions(text[]) is 'the transactions since which roles are what they are';
+comment on function relay.role_versions(text[]) is 'the transactions that last changed each of the roles';
 
--- relay.known_kind(type, collation) : the kind of values, or of an array's elements, that the relay compares as PostgreSQL does
--- null for all others, and for texts whose collation finds different texts equal.
+-- relay.known_kind(type, collation) : the kind of a type, or of an array's elements, that the relay compares as PostgreSQL does
+-- null for all other types, and for texts with a nondeterministic collation.
 create or replace function relay.known_kind(type oid, collation oid) returns text
 language sql stable
 set search_path = '' as $$
@@ -375,10 +376,10 @@ set search_path = '' as $$
 $$;
 comment on function relay.known_kind(oid, oid) is 'kind of values that the relay compares as PostgreSQL does';
 
--- relay.known_folding(type, collation) : what lower() does to texts that the relay matches with patterns as PostgreSQL does
--- null: it does not match them. Patterns compare characters one by one where the encoding is UTF-8 and the collation
--- deterministic; ilike compares what lower() makes of both sides. 'ascii': it changes the letters of ASCII and nothing
--- else; 'letters': these as usual, others somehow; 'unknown': not even these, as in Turkish.
+-- relay.known_folding(type, collation) : how lower() folds texts of types that the relay matches with patterns as PostgreSQL does
+-- null: the relay does not match them. Patterns compare character by character if the encoding is UTF-8 and the collation
+-- deterministic; ilike compares lower() of both sides. 'ascii': lower() changes ASCII letters only; 'letters': ASCII letters as
+-- usual, other letters in ways not known here; 'unknown': not even ASCII letters as usual, as in Turkish.
 create or replace function relay.known_folding(type oid, collation oid) returns text
 language plpgsql stable
 set search_path = ''
@@ -407,7 +408,7 @@ begin
   if ctype in ('C', 'POSIX') then
     return 'ascii';
   end if;
-  -- A collation that this server cannot use anymore raises; then so does the pattern, for each row.
+  -- A collation that this server cannot use any more raises here, and in the pattern for each row.
   begin
     execute pg_catalog.format('select pg_catalog.lower(%L::pg_catalog.text collate %s)', upper || small, $2::pg_catalog.regcollation)
       into folded;
@@ -417,9 +418,9 @@ begin
   return case when folded = small || small then 'letters' else 'unknown' end;
 end
 $$;
-comment on function relay.known_folding(oid, oid) is 'what lower() does to texts that the relay matches with patterns as PostgreSQL does';
+comment on function relay.known_folding(oid, oid) is 'how lower() folds texts of types that the relay matches with patterns as PostgreSQL does';
 
--- relay.capture_mode(relation, id) : how its capturing triggers are enabled, as pg_trigger.tgenabled says; null: one is missing
+-- relay.capture_mode(relation, id) : how its capture triggers are enabled, as in pg_trigger.tgenabled; null: one is missing
 create or replace function relay.capture_mode(relation oid, id int) returns "char"
 language sql stable as $$
   select case when pg_catalog.count(*) < 3 then null
@@ -430,13 +431,13 @@ language sql stable as $$
   where t.tgrelid = $1
     and t.tgname = any (array(select relay.capture_trigger($2, o) from pg_catalog.unnest(relay.operations()) o)::pg_catalog.name[])
 $$;
-comment on function relay.capture_mode(oid, int) is 'how the capturing triggers of a watched relation are enabled';
+comment on function relay.capture_mode(oid, int) is 'how the capture triggers of a watched relation are enabled';
 
 -- relay.catalog(roles, login, wanted) : every watched relation whose changes are captured, and what each of the roles may see of it
--- wanted: their numbers in relay.watch_list; null: all.
--- Whoever is subscribed to one that drops out, because its trigger was disabled or dropped, is told so.
--- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access". A table that is locked
--- keeps only itself from being told.
+-- wanted: ids in relay.watch_list; null: all.
+-- A relation whose trigger is disabled or dropped is absent; its subscribers get a gap.
+-- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access". A locked table affects
+-- only the relations whose policies read it.
 drop function if exists relay.catalog(text[]), relay.catalog(text[], text);
 create or replace function relay.catalog(roles text[], login text default null, wanted int[] default null) returns jsonb
 language sql stable
@@ -463,7 +464,7 @@ set jit = off as $$
       from pg_catalog.pg_attribute a
       join pg_catalog.pg_type t on t.oid = a.atttypid
       where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
-    -- null: what is recorded is not what it is, so of no image is it known what it means.
+    -- null: the recorded shape is not the current one, so images cannot be read.
     'shape', (
       select s.shape from relay.shapes s
       where s.relation = w.id and s.shape = relay.shape(w.id) and s.columns = relay.columns_of(w.relation)),
@@ -483,13 +484,12 @@ set jit = off as $$
 $$;
 comment on function relay.catalog(text[], text, int[]) is 'watched relations with columns, key, and what each role may see of them';
 
--- relay.catalog_marks(roles, login) : what relay.catalog() is made of, as hashes: one differs whenever what it stands for could
--- kind `database`: what all entries depend on, the login that judges among it; `role`, name its name: the role and all that it is
--- a member of; `relation`, name its number in relay.watch_list.
--- Made of the values the catalog is made of and not of row versions, which TRUNCATE or VACUUM FULL change too. Of a
--- policy it takes the parsed form and the names of what that refers to: to write it as text would lock the tables in it,
--- and wait for whoever alters one of them. plpgsql and a generic plan, because planning
--- takes longer than the query.
+-- relay.catalog_marks(roles, login) : hashes of the inputs of relay.catalog(), by part of the result
+-- kind `database`: inputs of all entries, including the judging login; `role`, by role name: the role and the roles that it is
+-- a member of; `relation`, by id in relay.watch_list.
+-- Hashes values and not row versions, which TRUNCATE or VACUUM FULL change, too. Policies enter in parsed form, with the names
+-- of the objects they refer to: deparsing a policy would lock its tables, and wait for a transaction that alters one.
+-- plpgsql with a generic plan, because planning takes longer than the query.
 drop function if exists relay.catalog_fingerprint(text[]);
 create or replace function relay.catalog_marks(roles text[], login text default null) returns table (kind text, name text, mark text)
 language plpgsql stable rows 100
@@ -573,4 +573,4 @@ begin
     from (select facts.kind, facts.name, pg_catalog.string_agg(facts.fact, '|' order by facts.fact) as facts from facts group by 1, 2) f;
 end
 $$;
-comment on function relay.catalog_marks(text[], text) is 'hashes that differ whenever what relay.catalog of the same roles tells could';
+comment on function relay.catalog_marks(text[], text) is 'hashes of the inputs of relay.catalog for the same roles';

@@ -1,7 +1,7 @@
 -- Materialized views: refresh that logs the row-by-row difference, and its schedule.
 
--- relay.row_images(relation) : key and image of each row now, as the capture trigger would write them
--- The settings are pinned here and not in relay.refresh, so that the view's own query keeps the caller's.
+-- relay.row_images(relation) : key and image of each current row, as the capture trigger would write them
+-- The settings are pinned here and not in relay.refresh, so that the view's query runs with the caller's settings.
 create or replace function relay.row_images(relation regclass) returns table (key text, image text)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -21,9 +21,9 @@ comment on function relay.row_images(regclass) is 'key and image of each row of 
 
 -- relay.refresh(relation) : number of rows changed
 -- Refreshes the view and logs deletes, updates (same key) and inserts as ordinary changes; an unchanged row logs nothing.
--- Concurrently, so that readers go on; the very first time, when the view has no content yet, plainly. Runs as the
--- installer, who must own the view. Writes the changelog; waits for another refresh of the same view. Meanwhile
--- relay.refreshing is on: any other refresh is a gap, which the event trigger logs.
+-- Concurrently, so that it blocks no readers, except if the view is not yet populated. Runs as the installer, who must own the
+-- view. Writes to the changelog; waits for another refresh of the same view. relay.refreshing is on meanwhile: a refresh
+-- without it is logged by the event trigger as a gap.
 create or replace function relay.refresh(relation regclass) returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -46,12 +46,12 @@ begin
       hint = format('select relay.watch(%L)', relation);
   elsif view.key = '{}' then
     raise exception 'materialized view % has no unique index', relation using errcode = 'object_not_in_prerequisite_state',
-      hint = format('It tells which row is which: create unique index on %s (its key columns), without a condition.', relation);
+      hint = format('The index identifies rows: create unique index on %s (its key columns), without a condition.', relation);
   end if;
 
   -- Two refreshes must not compare with the same old rows.
   perform pg_advisory_xact_lock(1919249010, relation::oid::int8::bit(32)::int4);
-  -- Emptied, not dropped: a second refresh in one transaction finds them, and no statement here counts as a change of the schema.
+  -- Truncated, not dropped: a second refresh in the transaction reuses them, and the event trigger logs no schema change.
   create temporary table if not exists relay_before (key text, image text) on commit drop;
   create temporary table if not exists relay_after (key text, image text) on commit drop;
   truncate pg_temp.relay_before, pg_temp.relay_after;
@@ -65,8 +65,7 @@ begin
   perform relay.renew_shapes();
   shape := relay.shape(view.id);
 
-  -- Rows equal on both sides cancel out, one for one, first. A unique index lets a null key come twice: the n-th such row is
-  -- then paired with the n-th.
+  -- Equal rows cancel out first. A unique index allows several rows with a null key: these are paired in order.
   for difference in
     with gone as (
       select key, image, row_number() over (partition by key) as nth
@@ -116,7 +115,7 @@ begin
   perform pg_notify('relay', '{"refresh_jobs":true}');
 end
 $$;
-comment on function relay.refresh_every(regclass, interval) is 'refreshes a watched materialized view again and again, never overlapping';
+comment on function relay.refresh_every(regclass, interval) is 'refreshes a watched materialized view on a schedule, never overlapping';
 
 create or replace function relay.refresh_stop(relation regclass) returns void
 language plpgsql volatile
@@ -132,11 +131,11 @@ create or replace view relay.refresh_jobs as
 select s.relation, s.every, s.last_run, s.duration, s.rows_changed, s.error, s.next_run
 from relay.refresh_schedule s
 join pg_catalog.pg_class c on c.oid = s.relation;
-comment on view relay.refresh_jobs is 'the schedule of refreshes: how often, when last, how long, how many rows changed, error, when next';
+comment on view relay.refresh_jobs is 'the refresh schedule: interval, last run with duration, changed rows and error, next run';
 
 -- relay.run_refreshes() : runs every job that is due; returns the time until the next one, null when there is no job
--- A job that another session runs is passed over; an error is kept in the job and stops no other. A statement_timeout
--- counts as an error of the job it hits, and ends the round.
+-- Skips a job that another session runs. An error is recorded in its job and does not affect the others. A statement_timeout
+-- counts as an error of the running job, and ends the round.
 create or replace function relay.run_refreshes() returns interval
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -151,14 +150,14 @@ begin
     select s.id, s.relation, s.every from relay.refresh_schedule s join pg_class c on c.oid = s.relation
     where s.next_run <= clock_timestamp() order by s.next_run
   loop
-    -- Looked at again under the lock: another session may have run it just now.
+    -- Checked again under the lock: another session may have run the job meanwhile.
     continue when not pg_try_advisory_xact_lock(1919249011, job.id);
     continue when not exists (select from relay.refresh_schedule s where s.id = job.id and s.next_run <= clock_timestamp());
     started := clock_timestamp();
     changed := null;
     failure := null;
     begin
-      -- Not waited for: the other jobs would wait too.
+      -- Does not wait, because the other jobs would wait, too.
       if not pg_try_advisory_xact_lock(1919249010, job.relation::oid::int8::bit(32)::int4) then
         raise exception 'another refresh of % is running', job.relation;
       end if;
@@ -170,14 +169,14 @@ begin
       when others then
         failure := sqlerrm;
     end;
-    -- From the start of this run and not from the due time, so that runs missed are not made up for in a burst.
+    -- Counted from the start of this run and not from the due time, so that missed runs cause no burst.
     update relay.refresh_schedule s
     set last_run = started, duration = clock_timestamp() - started, rows_changed = changed, error = failure,
         next_run = greatest(started + s.every, clock_timestamp())
     where s.id = job.id;
     exit when cancelled;
   end loop;
-  -- Not greatest() alone: it passes over a null, and no job would read as "at once".
+  -- Not greatest() alone: it ignores null, so that no job would mean "at once".
   return (select case when count(*) > 0 then greatest(min(s.next_run) - clock_timestamp(), interval '0') end
           from relay.refresh_schedule s join pg_class c on c.oid = s.relation having count(*) > 0);
 end

@@ -1,9 +1,9 @@
--- Changes of the schema stand in the changelog too, in order with the changes of rows: from here on, other rules or columns.
+-- Schema changes in the changelog, in order with row changes: rules and columns may differ from there on.
 --
--- Only where the installer may create an event trigger; elsewhere the relay looks at the catalog for every page.
+-- Needs an event trigger. Where the installer may not create one, the relay checks the catalog for every page.
 
--- relay.rules_now() : who may see each watched relation, as sets that can be compared
--- Of the relation and of the tables that its policies look into: grants, owner, row security, policies, and the functions
+-- relay.rules_now() : the visibility rules of each watched relation, as sets that can be compared
+-- They are, of the relation and of the tables that its policies read: grants, owner, row security, policies, and the functions
 -- that policies call.
 create or replace function relay.rules_now() returns table (relation int, open text[], shut text[])
 language sql stable
@@ -66,11 +66,11 @@ set search_path = pg_catalog, pg_temp as $$
   from items i
   group by i.id
 $$;
-comment on function relay.rules_now() is 'who may see each watched relation, as sets that can be compared';
+comment on function relay.rules_now() is 'visibility rules of each watched relation, as sets that can be compared';
 
--- relay.note_rules(is_doubtful) : notes what was widened since it looked last
--- Waits for no other transaction: where another one that changed rules stays open, all is taken for widened, and once more the
--- next time. `is_doubtful`: the same, because the caller's snapshot may be older than a rule that others changed.
+-- relay.note_rules(is_doubtful) : records the rules, and what was widened since the last call
+-- Waits for no other transaction: while another one that changed rules is open, all relations count as widened, now and again
+-- at the next call. `is_doubtful` has the same effect: the caller's snapshot may be older than a rule that others changed.
 drop function if exists relay.note_rules(text);
 create or replace function relay.note_rules(is_doubtful boolean default false) returns void
 language plpgsql volatile security definer
@@ -107,7 +107,7 @@ begin
     continue when one.was_open is null and not doubtful;
     more := array(select unnest(one.open) except select unnest(one.was_open));
     less := array(select unnest(one.was_shut) except select unnest(one.shut));
-    -- Whoever might read the table saw every row, whatever its policies were.
+    -- Without row security, roles with SELECT saw every row, so new policies widen nothing.
     if exists (select from unnest(one.was_open) i where i like 'own security is off %') then
       more := array(select i from unnest(more) i where i not like 'row %');
       less := '{}';
@@ -117,15 +117,15 @@ begin
     end if;
   end loop;
   delete from relay.known_rules k where k.relation > 0 and not exists (select from relay.watch_list w where w.id = k.relation);
-  -- Who stood before these is told of a gap in any case.
+  -- A cursor before these is older than the horizon, and a gap anyway.
   delete from relay.widenings w using relay.history h where pg_visible_in_snapshot(w.xid, h.horizon);
 end
 $$;
-comment on function relay.note_rules(boolean) is 'notes what was widened since it looked last';
+comment on function relay.note_rules(boolean) is 'records visibility rules, and what was widened since the last call';
 
--- relay.may_concern(class, object) : whether what was made, altered or dropped may decide what watched relations are, or who sees them
--- Looks neither at columns nor at rules, so that it costs a statement on other tables little. False only where that is certain: not
--- in an older snapshot, nor while something else is left to be looked at.
+-- relay.may_concern(class, object) : whether a created, altered or dropped object may affect watched relations or their rules
+-- Checks neither columns nor rules, so that statements on other tables stay cheap. False only if that is certain: never with
+-- an older snapshot, nor while a check is outstanding.
 create or replace function relay.may_concern(class oid, object oid) returns boolean
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -141,7 +141,7 @@ set search_path = pg_catalog, pg_temp as $$
     or exists (select from relay.shape_doubts) or exists (select from relay.known_rules k where k.relation = -1)
     or coalesce(case $1
       when 'pg_trigger'::regclass then false
-      -- Columns come from a parent, too, and from a table whose rows are values elsewhere.
+      -- Columns also come from a parent, and from a table whose row type is the type of a column.
       when 'pg_class'::regclass then $2 in (select l.oid from looked_into l) or exists (
         select from pg_class c
         where c.oid = $2 and (
@@ -154,13 +154,12 @@ set search_path = pg_catalog, pg_temp as $$
         where d.classid = 'pg_policy'::regclass and (d.refclassid = 'pg_proc'::regclass and d.refobjid = $2 or o.oprcode = $2))
     end, true)
 $$;
-comment on function relay.may_concern(oid, oid) is 'whether an object may decide what watched relations are, or who sees them';
+comment on function relay.may_concern(oid, oid) is 'whether an object may affect watched relations or their rules';
 
 -- relay.log_schema_change() : event trigger
--- Logs that something was created, altered, dropped, granted or revoked, as operation S of no relation, in the same
--- transaction. What it was is not said: the relay looks at the catalog anew. Temporary objects do not count. What a DROP has
--- dropped is known while that event is handled and not afterwards. A rewrite that leaves all values as they are, because only
--- persistence (1) or access method (8) are others, is no gap.
+-- Logs each CREATE, ALTER, DROP, GRANT and REVOKE in the same transaction, as operation S without a relation or details: the
+-- relay reads the catalog again. Temporary objects are ignored. The objects that a DROP has dropped are only known in the
+-- sql_drop event. A table rewrite that changes no values, only persistence (1) or access method (8), is no gap.
 create or replace function relay.log_schema_change() returns event_trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -174,12 +173,12 @@ begin
     end if;
     return;
   elsif tg_event = 'sql_drop' then
-    -- Of rules on temporary views only the name says so.
+    -- A rule on a temporary view is only recognizable by its name.
     if not is_drop or not exists (select from pg_event_trigger_dropped_objects() d
                                   where not d.is_temporary and d.address_names[1] is distinct from 'pg_temp') then
       return;
     end if;
-    -- With these go their own types, keys and defaults.
+    -- These drop their own types, keys and defaults as well, which are ignored here.
     if tg_tag in ('DROP TABLE', 'DROP VIEW', 'DROP INDEX', 'DROP SEQUENCE', 'DROP TRIGGER') then
       concerns := exists (
         select from pg_event_trigger_dropped_objects() d
@@ -191,8 +190,8 @@ begin
     end if;
   elsif is_drop then
     return;
-  -- Grants on temporary objects do not say that they are temporary, and are logged. Nor is the move of writers to another
-  -- segment of the changelog news.
+  -- Grants on temporary objects cannot be recognized and are logged. Moving writers to another segment of the changelog is
+  -- ignored below.
   elsif tg_tag in ('COMMENT', 'CREATE INDEX') then
     return;
   elsif tg_tag = 'REFRESH MATERIALIZED VIEW' then
@@ -206,7 +205,7 @@ begin
                      and d.object_identity is distinct from 'relay.current_segment()') then
       return;
     end if;
-    -- The trigger functions of watched relations, which are written here and below, alter nothing else.
+    -- So are functions of schema relay: replacing the trigger functions of watched relations fires this trigger.
     if not exists (select from pg_event_trigger_ddl_commands() d
                    where d.object_type <> 'function' or d.schema_name is distinct from 'relay') then
       return;
@@ -220,30 +219,30 @@ begin
     end if;
   exception when others then
     insert into relay.shape_doubts (relation) values (0);
-    raise notice 'the triggers of watched relations could not be adapted: %', sqlerrm;
+    raise notice 'the triggers of watched relations could not be updated: %', sqlerrm;
   end;
   begin
     perform relay.note_relations();
   exception when others then
-    raise notice 'what became of watched relations could not be told: %', sqlerrm;
+    raise notice 'the state of watched relations could not be recorded: %', sqlerrm;
   end;
   if concerns and tg_tag not in ('CREATE TABLE', 'CREATE TABLE AS', 'CREATE SEQUENCE', 'CREATE TRIGGER') then
     begin
-      -- A drop is compared in any case; what these do may be what the rules already are in an older snapshot.
+      -- In an older snapshot, the effect of these statements may equal the rules already recorded; that of a drop cannot.
       perform relay.note_rules(current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
                                and tg_tag in ('GRANT', 'CREATE SCHEMA', 'CREATE POLICY', 'ALTER POLICY', 'ALTER TABLE',
                                               'CREATE FUNCTION', 'ALTER FUNCTION', 'CREATE VIEW', 'ALTER DEFAULT PRIVILEGES'));
     exception when others then
-      -- Then everything is taken for widened.
+      -- All relations count as widened then.
       insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), 0);
-      raise notice 'what was widened could not be told: %', sqlerrm;
+      raise notice 'widened rules could not be recorded: %', sqlerrm;
     end;
   end if;
   perform relay.log_change(0, null, 'S', false, null, null);
   perform relay.ring('schema', tg_tag);
 end
 $$;
-comment on function relay.log_schema_change() is 'event trigger: logs that the schema changed, in order with the changes of rows';
+comment on function relay.log_schema_change() is 'event trigger: logs schema changes, in order with row changes';
 
 do $$
 begin
@@ -257,7 +256,7 @@ end
 $$;
 revoke all on function relay.log_schema_change() from public;
 
--- What an older version watched is known from now on.
+-- Relations that an older version watched.
 insert into relay.known_relations (id, schema, name, mute, parts)
 select n.id, n.schema, n.name, n.mute, n.parts from relay.relations_now() n
 on conflict (id) do nothing;

@@ -1,8 +1,10 @@
--- What `relay explain` asks: why somebody would get nothing, and a row as the trigger would log it.
+-- Queries of `relay explain`: why a subscriber receives nothing, and a row as the trigger would log it.
 
--- relay.hindrances(relation, role, login) : why subscribers of the role get nothing of the relation, and what to do; empty if nothing hinders
--- `login` is the login that judges, null for the caller.
-create or replace function relay.hindrances(relation text, role text, login text) returns text[]
+drop function if exists relay.hindrances(text, text, text);
+
+-- relay.blockers(relation, role, login) : why subscribers of the role receive nothing from the relation, each with its remedy; {} if nothing blocks
+-- `login` is the judging login, null for the caller.
+create or replace function relay.blockers(relation text, role text, login text) returns text[]
 language plpgsql stable
 set jit = off as $$
 declare
@@ -34,7 +36,7 @@ begin
   if subscriber is null then
     return reasons || pg_catalog.format('the role %I does not exist', role);
   elsif (select r.rolsuper from pg_catalog.pg_roles r where r.oid = subscriber) then
-    reasons := reasons || pg_catalog.format('%I is a superuser, and tokens of superusers are shown nothing', role);
+    reasons := reasons || pg_catalog.format('%I is a superuser, and tokens with a superuser role receive nothing', role);
   elsif not coalesce(pg_catalog.pg_has_role((select r.oid from pg_catalog.pg_roles r where r.rolname = judge), subscriber, 'member'), false) then
     reasons := reasons || pg_catalog.format('the login that judges may not act as it: grant %I to %I', role, judge);
   end if;
@@ -55,10 +57,10 @@ begin
   return reasons;
 end
 $$;
-comment on function relay.hindrances(text, text, text) is 'why subscribers of a role get nothing of a relation, and what to do';
+comment on function relay.blockers(text, text, text) is 'why subscribers of a role receive nothing from a relation, with remedies';
 
 -- relay.row_like(relation, columns) : the first row that has these values, as the trigger would log it; null if there is none
--- Raises where there is no such column, or a value that its type does not have.
+-- Raises if a column does not exist or a value does not fit its type.
 create or replace function relay.row_like(relation regclass, columns jsonb) returns text
 language plpgsql stable
 set timezone = 'UTC'

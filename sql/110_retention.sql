@@ -1,6 +1,6 @@
--- Retention: the changelog is trimmed by whole segments, never row by row, and nobody waits for it.
+-- Retention: the changelog is trimmed by whole segments, never row by row, without blocking writers or readers.
 
--- relay.retain(age, bytes) : keeps changes for so long, and at most about so many bytes; null leaves it as it is
+-- relay.retain(age, bytes) : sets how long changes are kept, and about how many bytes at most; null: unchanged
 create or replace function relay.retain(age interval default null, bytes bigint default null) returns void
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -8,12 +8,12 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.retain(interval, bigint) is 'how long changes are kept, and how many bytes of them at most';
 
-drop function if exists relay.summarize();
+drop function if exists relay.summarize(), relay.tend();
 
--- relay.tend() : moves writers on to the next segment, and truncates what need not be kept; returns what it did
--- To be called every few seconds. Each lock is tried for a moment only: a transaction that is held open delays a truncation and
--- nothing else. One caller at a time; the others return at once.
-create or replace function relay.tend() returns text[]
+-- relay.trim_changelog() : moves writers to the next segment, and truncates segments by the rule; returns the steps taken
+-- To be called every few seconds. Lock attempts are short: a long transaction only delays a truncation. One caller runs at a
+-- time; the others return at once.
+create or replace function relay.trim_changelog() returns text[]
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '20ms' as $$
@@ -37,17 +37,17 @@ begin
   select * into rule from relay.retention;
   total := (select sum(pg_total_relation_size(format('relay.log_%s', s)::regclass)) from generate_series(0, 2) s);
 
-  -- Closed segments: once everybody who wrote to one is done, a snapshot says so; later it is truncated.
+  -- Closed segments: once all transactions that wrote to one have finished, it is settled with a snapshot; later it is truncated.
   for one in select * from relay.segments s where s.closed_at is not null order by s.closed_at loop
     begin
       if one.settled is null then
-        -- Conflicts with writers, not with readers.
+        -- This mode conflicts with writers, not with readers.
         execute format('lock table relay.log_%s in share row exclusive mode', one.segment);
         update relay.segments s set settled = pg_current_snapshot() where s.segment = one.segment;
         done := done || format('settled %s', one.segment);
       elsif one.closed_at < clock_timestamp() - rule.age or total > rule.bytes then
         execute format('lock table relay.log_%s in access exclusive mode', one.segment);
-        -- Somebody may have chosen the segment before the move and written to it long after.
+        -- A transaction may have chosen the segment before the move and written to it long after.
         execute format('select exists (select from relay.log_%s c where c.xid >= pg_snapshot_xmax($1)
                         or c.xid = any (array(select pg_snapshot_xip($1))))', one.segment)
           into late using one.settled;
@@ -68,7 +68,7 @@ begin
     end;
   end loop;
 
-  -- The open one: writers move on when it is old or large enough, and the next is empty.
+  -- The open segment: writers move on when it is old or large enough and the next one is empty.
   select * into one from relay.segments s where s.segment = current;
   if (select s.opened_at is null from relay.segments s where s.segment = next)
      and (one.opened_at < clock_timestamp() - rule.age / 2
@@ -82,9 +82,9 @@ begin
   return done;
 end
 $$;
-comment on function relay.tend() is 'trims the changelog by the rule of relay.retain; run by the relay';
+comment on function relay.trim_changelog() is 'trims the changelog by the rule of relay.retain; run by the relay';
 
--- relay.horizon() : before this snapshot the changelog is not kept
+-- relay.horizon() : the snapshot before which changes are not kept
 create or replace function relay.horizon() returns text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -92,7 +92,7 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.horizon() is 'snapshot before which the changelog is not kept; an older cursor is a gap';
 
--- relay.health : how the changelog and the doorbell are
+-- relay.health : the state of the changelog and the doorbell
 create or replace view relay.health as
 select
   (select pg_catalog.sum(pg_catalog.pg_total_relation_size(pg_catalog.format('relay.log_%s', s)::pg_catalog.regclass))
@@ -113,4 +113,4 @@ select
      and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as deputies
 from relay.retention r;
 comment on view relay.health is
-  'size and age of the changelog, what is kept, whether the relay sleeps, how full the queue of NOTIFY is, which backend is the leader''s, how many other relays there are';
+  'size and age of the changelog, retention rule, whether the relay sleeps, how full the NOTIFY queue is, backend of the leader, number of other relays';

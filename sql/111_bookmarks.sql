@@ -1,8 +1,8 @@
--- Bookmarks, many at a time: relay.open_bookmarks, relay.move_bookmarks, relay.drop_bookmarks, relay.trim_bookmarks.
+-- Bulk operations on bookmarks: relay.open_bookmarks, relay.move_bookmarks, relay.drop_bookmarks, relay.trim_bookmarks.
 
--- relay.open_bookmarks(sessions, channels, cursors) : takes over these bookmarks, or makes them at these cursors
--- The arrays are of one length and name no bookmark twice. Gives for each its new owner, where it is, and its age in
--- seconds since it was moved last.
+-- relay.open_bookmarks(sessions, channels, cursors) : takes over these bookmarks, or creates them at these cursors
+-- The arrays have one length and contain no bookmark twice. Returns for each its new owner, its cursor, and the seconds since
+-- its last move.
 create or replace function relay.open_bookmarks(sessions uuid[], channels bytea[], cursors text[])
 returns table (session text, channel bytea, owner text, cursor text, age float8)
 language sql volatile security definer
@@ -12,10 +12,10 @@ set search_path = pg_catalog, pg_temp as $$
   on conflict (session, channel) do update set owner = gen_random_uuid()
   returning b.session::text, b.channel, b.owner::text, b.cursor, extract(epoch from clock_timestamp() - b.at)::float8
 $$;
-comment on function relay.open_bookmarks(uuid[], bytea[], text[]) is 'takes over bookmarks, or makes them at these cursors';
+comment on function relay.open_bookmarks(uuid[], bytea[], text[]) is 'takes over bookmarks, or creates them at these cursors';
 
--- relay.move_bookmarks(sessions, channels, owners, cursors) : moves those that still belong to these owners
--- Gives the owners of those that were moved: the others were taken over by another connection.
+-- relay.move_bookmarks(sessions, channels, owners, cursors) : moves bookmarks that still belong to these owners
+-- Returns the owners of the moved ones; another connection has taken over the rest.
 create or replace function relay.move_bookmarks(sessions uuid[], channels bytea[], owners uuid[], cursors text[])
 returns setof text
 language sql volatile security definer
@@ -27,8 +27,7 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.move_bookmarks(uuid[], bytea[], uuid[], text[]) is 'moves the bookmarks that still belong to these owners';
 
--- relay.drop_bookmarks(sessions, channels, owners) : drops those that still belong to these owners
--- An owner that is null stands for any.
+-- relay.drop_bookmarks(sessions, channels, owners) : drops bookmarks that still belong to these owners; null: any owner
 create or replace function relay.drop_bookmarks(sessions uuid[], channels bytea[], owners uuid[]) returns void
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
@@ -37,10 +36,10 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.drop_bookmarks(uuid[], bytea[], uuid[]) is 'drops the bookmarks that still belong to these owners';
 
--- relay.trim_bookmarks(age, most) : drops those that were not moved for so long, and of each subject all but so many
--- The age is longer than anybody is resumed: a client that comes back too late has to be told so. Of a subject, which is
--- the first half of `channel`, those go that were not moved for longest: else one could fill the table. Where that begins
--- with 0 it is a role, whose bearers share it: they have a hundred times as many.
+-- relay.trim_bookmarks(age, most) : drops bookmarks not moved for `age`, and the oldest of a subject beyond `most`
+-- `age` is longer than the resume window, because a client that comes back too late has to get a gap. The limit keeps a
+-- subject, the first half of `channel`, from filling the table. A first byte of 0 means a role, shared by all tokens without
+-- a subject: its limit is a hundred times higher.
 drop function if exists relay.trim_bookmarks(interval);
 create or replace function relay.trim_bookmarks(age interval, most bigint default 10000) returns bigint
 language sql volatile security definer
@@ -64,4 +63,4 @@ set search_path = pg_catalog, pg_temp as $$
   )
   select (select count(*) from dropped) + (select count(*) from old)
 $$;
-comment on function relay.trim_bookmarks(interval, bigint) is 'drops bookmarks that were not moved for so long, and the oldest of subjects that have more than so many; run by the relay';
+comment on function relay.trim_bookmarks(interval, bigint) is 'drops bookmarks not moved for this age, and the oldest of subjects beyond the limit; run by the relay';

@@ -1,9 +1,9 @@
--- Where transactions end, for those who read one in several parts: relay.transaction_ends.
+-- The ends of transactions that are read in several parts: relay.transaction_ends.
 
 -- relay.transaction_ends(xids) : per transaction and relation the last change, and when the transaction committed
--- For transactions that are visible. committed is PostgreSQL's own time where track_commit_timestamp was on, else the time
--- of the transaction's latest change, which is the same for all of its relations. Reads relay.changes by the index of
--- transactions: a plan that was made while the changelog was small would scan it.
+-- For visible transactions. `committed` is PostgreSQL's commit time if track_commit_timestamp was on, else the time of the
+-- transaction's last change, the same for all of its relations. Sequential scans are off: a plan made while the changelog was
+-- small would not use the index.
 create or replace function relay.transaction_ends(xids xid8[])
 returns table (xid text, relation int, last bigint, committed timestamptz)
 language sql stable

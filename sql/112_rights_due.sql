@@ -1,9 +1,11 @@
--- What an installation asserts of owners, rights, replica identities and sequences, and what of it does not hold.
+-- The owners, rights, replica identities and sequences that an installation has, and a check of them.
 --
--- Also made ahead of the other files where it is missing: it needs nothing else of the schema to be made.
+-- Also applied before the other files if it is missing: it depends on nothing else in the schema to be created.
 
--- relay.rights_due() : who owns what, and who may do what, of the schema
--- relay_writer may only log, relay_reader is the group of the relay's login. Nothing is everybody's.
+drop function if exists relay.amiss();
+
+-- relay.rights_due() : the owners and rights of the schema's objects
+-- relay_writer may only log; relay_reader is the group of the relay's login; PUBLIC has no rights.
 create or replace function relay.rights_due() returns table (kind text, object text, role text, privilege text)
 language sql stable
 set search_path = pg_catalog, pg_temp as $$
@@ -13,12 +15,12 @@ set search_path = pg_catalog, pg_temp as $$
   union all
   select 'schema', 'relay', r, 'usage' from unnest('{relay_writer,relay_reader}'::text[]) r
   union all
-  -- The functions of 107_auth.sql, which are known by what is said of them; the schema of somebody else is left to them.
+  -- Only if 107_auth.sql created the functions, recognized by their comment: another schema auth is left as it is.
   select 'schema', 'auth', r, 'usage' from unnest('{anon,authenticated,service_role}'::text[]) r
   where exists (select from pg_proc p join pg_namespace n on n.oid = p.pronamespace
                 where n.nspname = 'auth' and p.proname = 'uid' and obj_description(p.oid, 'pg_proc') = 'the caller: the claim sub')
   union all
-  -- What the trigger functions do as their owner: log. It may read nothing but which shape is the newest.
+  -- The trigger functions run as relay_writer: it may log, and read only the number of the newest shape.
   select 'table', t, 'relay_writer', 'insert'
   from unnest('{relay.log_0,relay.log_1,relay.log_2,relay.widenings,relay.shape_doubts}'::text[]) t
   union all
@@ -53,16 +55,16 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
     'relay.rights(regclass, oid, text)', 'relay.access(regclass, oid, text)', 'relay.catalog(text[], text, int[])',
     'relay.catalog_marks(text[], text)', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[], boolean)',
-    'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.tend()',
-    'relay.horizon()', 'relay.current_segment()', 'relay.hindrances(text, text, text)', 'relay.row_like(regclass, jsonb)',
+    'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.trim_changelog()',
+    'relay.horizon()', 'relay.current_segment()', 'relay.blockers(text, text, text)', 'relay.row_like(regclass, jsonb)',
     'relay.repair(int[])', 'relay.run_refreshes()', 'relay.open_bookmarks(uuid[], bytea[], text[])',
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
-    'relay.trim_bookmarks(interval, bigint)', 'relay.amiss()']) f
+    'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()']) f
 $$;
-comment on function relay.rights_due() is 'who owns what, and who may do what, of the schema relay';
+comment on function relay.rights_due() is 'owners and rights of the objects in schema relay';
 
--- relay.amiss() : what of it is not as it is due, in words
-create or replace function relay.amiss() returns setof text
+-- relay.install_problems() : deviations from the state that relay install leaves, as text
+create or replace function relay.install_problems() returns setof text
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
@@ -83,37 +85,37 @@ begin
       return next case due.kind
         when 'owner' then format('%s does not belong to %s', due.object, due.role)
         when 'column' then format('%s may not select column %s of %s', due.role, due.privilege, due.object)
-        else format('%s has no right to %s of %s %s', due.role, due.privilege, due.kind, due.object) end;
+        else format('%s lacks %s on %s %s', due.role, due.privilege, due.kind, due.object) end;
     end if;
   end loop;
   return query
-    select format('everybody may execute %s', p.oid::regprocedure)
+    select format('PUBLIC may execute %s', p.oid::regprocedure)
     from pg_proc p cross join aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
     where p.pronamespace = 'relay'::regnamespace and a.grantee = 0
     union all
-    select format('everybody may %s on %s', lower(a.privilege_type), c.oid::regclass)
+    select format('PUBLIC has %s on %s', lower(a.privilege_type), c.oid::regclass)
     from pg_class c cross join aclexplode(c.relacl) a
     where c.relnamespace = 'relay'::regnamespace and a.grantee = 0
     union all
-    select format('everybody has the right to %s of schema relay', lower(a.privilege_type))
+    select format('PUBLIC has %s on schema relay', lower(a.privilege_type))
     from pg_namespace n cross join aclexplode(n.nspacl) a
     where n.nspname = 'relay' and a.grantee = 0
     union all
-    select format('%s has no replica identity, so that a publication for all tables refuses its changes', c.oid::regclass)
+    select format('%s has no replica identity, so a publication for all tables refuses its changes', c.oid::regclass)
     from relay.without_identity() t join pg_class c on c.oid = t
     union all
     select 'the sequence of relay.watch_list is behind its rows'
     where (select max(w.id) from relay.watch_list w) > coalesce(pg_sequence_last_value('relay.watch_list_id_seq'), 0)
     union all
-    select 'an event trigger of the relay is missing or disabled, or calls another function'
+    select 'an event trigger of the relay is missing, disabled, or calls another function'
     where exists (select from pg_event_trigger e where e.evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites'))
       and not relay.schema_changes_are_logged();
 end
 $$;
-comment on function relay.amiss() is 'what of the schema relay is not as relay install leaves it';
+comment on function relay.install_problems() is 'deviations of the schema relay from the state that relay install leaves';
 
--- relay.without_identity() : tables of the schema whose rows are updated or deleted, and that tell no publication which row it was
--- Rows of the changelog are inserted and truncated only.
+-- relay.without_identity() : tables of the schema with updates or deletes, and without a replica identity
+-- Rows of the changelog are only inserted and truncated.
 create or replace function relay.without_identity() returns setof oid
 language sql stable
 set search_path = pg_catalog, pg_temp as $$

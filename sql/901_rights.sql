@@ -1,9 +1,9 @@
--- Owners, rights, replica identities and the sequence of the watch list, as relay.rights_due() has them, whatever was there.
+-- Sets owners, rights, replica identities and the sequence of the watch list, as in relay.rights_due().
 --
--- Also run ahead of the other files, where there may be an older version: what does not exist is passed over. A dump that was
--- restored without owners or rights leaves relay.image() to a superuser, and writers without the right to log.
+-- Also run before the other files, when the schema may be of an older version: objects that do not exist are skipped. A dump
+-- restored without owners or rights leaves relay.image() with a superuser, and writers without the right to log.
 
--- A function changes hands only to a role that may create in its schema: for that moment its owner to be may.
+-- CREATE is granted temporarily: ALTER FUNCTION ... OWNER TO requires it of the new owner.
 do $$
 declare
   due record;
@@ -20,7 +20,8 @@ begin
 end
 $$;
 
--- First what the event trigger calls, which fires for each of the statements below: a new function is everybody's until then.
+-- Ordered so that the rights of relay_writer come first: the event trigger runs for each statement below, and calls functions
+-- that only PUBLIC's default right allowed so far.
 do $$
 declare
   due record;
@@ -46,7 +47,7 @@ revoke all on all tables in schema relay from public;
 revoke all on all sequences in schema relay from public;
 revoke all on all functions in schema relay from public;
 
--- Asked for again and again, for a moment only: a transaction that stays open would make the lock wait, and others behind it.
+-- Short lock attempts, repeated: a long transaction would make the lock request wait, and others behind it.
 do $$
 declare
   known constant text := pg_catalog.current_setting('lock_timeout');
@@ -63,7 +64,7 @@ begin
       end;
     end loop;
   end loop;
-  -- What comes after it in this transaction may wait.
+  -- The rest of the transaction may wait for locks.
   perform pg_catalog.set_config('lock_timeout', known, true);
   perform pg_catalog.setval('relay.watch_list_id_seq', w.most) from (select pg_catalog.max(l.id) as most from relay.watch_list l) w
   where w.most > coalesce(pg_catalog.pg_sequence_last_value('relay.watch_list_id_seq'), 0);

@@ -1,12 +1,12 @@
--- A changelog that came with a dump or copy from another cluster belongs to another history of transaction ids.
+-- Discards a changelog that came with a dump or copy from another cluster, with another history of transaction ids.
 --
--- Its ids may not have been handed out here yet: such rows would come up as new, one after the other, while this
--- cluster's counter passes them. They are of no use, since the epoch has changed and no cursor of theirs is honoured. Nor are
--- shapes and widenings, which are compared by such ids.
+-- Its ids may lie ahead of this cluster's counter: such rows would appear as new changes, one after the other, as the counter
+-- passes them. They are useless, because the epoch has changed and no old cursor is accepted. So are shapes and widenings,
+-- which are compared by such ids.
 
 do $$
 begin
-  -- One statement, for one snapshot: against an older one, what others wrote since would look like the future.
+  -- One statement, for one snapshot: compared with an older snapshot, newer changes of others would look like future ones.
   if (select exists (select from relay.log c where c.xid >= n.next) or exists (select from relay.shapes s where s.xid >= n.next)
              or exists (select from relay.widenings w where w.xid >= n.next)
              or exists (select from relay.segments s where pg_catalog.pg_snapshot_xmax(s.settled) > n.next)
@@ -19,7 +19,7 @@ begin
     update relay.history set mark = pg_catalog.gen_random_uuid();
     perform relay.renew_shapes();
   end if;
-  -- Nor may what was kept there be asked of here.
+  -- The horizon and the positions of names must not lie in the future, either.
   update relay.history set horizon = pg_catalog.pg_current_snapshot()
   where pg_catalog.pg_snapshot_xmax(horizon) > pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot());
   update relay.known_relations set named_by = default, named_at = default

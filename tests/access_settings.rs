@@ -478,7 +478,7 @@ async fn schema_changes_and_calls_warn_of_nothing_where_backslashes_are_escapes(
         "select relay.refresh_every('m', '1 hour')",
         "select relay.refresh_stop('m'), relay.disallow('m')",
         "refresh materialized view m",
-        "select relay.unwatch('t'), relay.tend()",
+        "select relay.unwatch('t'), relay.trim_changelog()",
     ] {
         session.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
         session.batch_execute("do $$ begin raise warning 'the end'; end $$").await.unwrap();

@@ -128,7 +128,7 @@ async fn what_was_trimmed_before_it_was_read_is_a_gap_for_those_who_listen() {
     }
     for wanted in ["moved on to 1", "truncated 0"] {
         eventually(wanted, || async {
-            stage.database.value("select relay.tend()").await.contains(wanted).then_some(())
+            stage.database.value("select relay.trim_changelog()").await.contains(wanted).then_some(())
         })
         .await;
     }

@@ -96,7 +96,7 @@ async fn it_tells_why_somebody_would_get_nothing() {
         (vec!["docs", "--role", "nobody"], "the role nobody does not exist"),
         (
             vec!["docs", "--role", "postgres"],
-            "postgres is a superuser, and tokens of superusers are shown nothing",
+            "postgres is a superuser, and tokens with a superuser role receive nothing",
         ),
         (
             vec!["docs", "--role", "anon"],
@@ -105,8 +105,8 @@ async fn it_tells_why_somebody_would_get_nothing() {
         ),
     ] {
         let found = explained(&database, &arguments).await;
-        let hindrances = found["hindrances"].as_array().unwrap();
-        assert!(hindrances.iter().any(|hindrance| hindrance == why), "{arguments:?}: {hindrances:?}");
+        let blockers = found["blockers"].as_array().unwrap();
+        assert!(blockers.iter().any(|blocker| blocker == why), "{arguments:?}: {blockers:?}");
         assert_eq!(found["way"], Value::Null, "{arguments:?}");
     }
     let found = explained(&database, &["docs", "--filter", "secret=eq.s"]).await;

@@ -45,7 +45,7 @@ async fn is_whole(url: &str, what: &str) {
     make_logins(&session).await;
     // The rights to tables of one's own are one's own to restore.
     session.batch_execute("grant select on own, care, parted to authenticated").await.unwrap();
-    let amiss = session.query("select a from relay.amiss() a", &[]).await.unwrap();
+    let amiss = session.query("select a from relay.install_problems() a", &[]).await.unwrap();
     let amiss: Vec<String> = amiss.iter().map(|row| row.get(0)).collect();
     assert!(amiss.is_empty(), "{what}: {amiss:?}");
     let owners = "select string_agg(distinct p.proowner::regrole::text, ' ') from pg_proc p where p.pronamespace = 'relay'::regnamespace
@@ -162,25 +162,22 @@ async fn doctor_names_what_an_installation_gives_back() {
             "relay.image(record) does not belong to relay_image",
         ),
         ("alter function relay.log_schema_change() owner to postgres", "log_schema_change"),
-        ("revoke insert on relay.log_1 from relay_writer", "relay_writer has no right to insert"),
+        ("revoke insert on relay.log_1 from relay_writer", "relay_writer lacks insert"),
         ("revoke usage on sequence relay.change_number from relay_writer", "change_number"),
         ("revoke select (shape) on relay.shapes from relay_writer", "shape"),
         ("revoke usage on schema relay from relay_writer", "schema relay"),
-        ("revoke all on all functions in schema relay from relay_reader", "relay.tend()"),
+        ("revoke all on all functions in schema relay from relay_reader", "relay.trim_changelog()"),
         (
             "grant execute on function relay.retain(interval, bigint) to public",
-            "everybody may execute relay.retain",
+            "PUBLIC may execute relay.retain",
         ),
-        ("grant select on relay.log_0 to public", "everybody may select on relay.log_0"),
+        ("grant select on relay.log_0 to public", "PUBLIC has select on relay.log_0"),
         (
             "alter table relay.shape_doubts replica identity default",
             "relay.shape_doubts has no replica identity",
         ),
         ("select setval('relay.watch_list_id_seq', 1)", "watch_list"),
-        (
-            "revoke usage on schema auth from authenticated",
-            "authenticated has no right to usage of schema auth",
-        ),
+        ("revoke usage on schema auth from authenticated", "authenticated lacks usage on schema auth"),
         ("alter event trigger relay_schema_changes disable", "event trigger"),
         ("alter event trigger relay_schema_changes enable", "event trigger"),
         ("alter event trigger relay_schema_drops disable", "event trigger"),
@@ -229,7 +226,7 @@ async fn a_publication_for_all_tables_neither_prevents_an_installation_nor_the_t
             .await;
         let horizon = database.value("select horizon::text from relay.history").await;
         crate::support::eventually("a segment is truncated", || async {
-            database.run("insert into t values (1); delete from t; select relay.tend()").await;
+            database.run("insert into t values (1); delete from t; select relay.trim_changelog()").await;
             (database.value("select horizon::text from relay.history").await != horizon).then_some(())
         })
         .await;

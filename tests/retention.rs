@@ -12,7 +12,7 @@ use crate::support::{eventually, token};
 /// What was done by one look after the changelog.
 async fn tend(database: &Database) -> String {
     let started = Instant::now();
-    let done = database.value("select relay.tend()").await;
+    let done = database.value("select relay.trim_changelog()").await;
     assert!(started.elapsed() < Duration::from_secs(1), "it waits for nobody");
     done
 }

@@ -341,7 +341,7 @@ async fn what_is_unwatched_or_dropped_leaves_no_function_and_no_shape() {
     assert_eq!(database.value(left).await, "9");
     database.run("select relay.unwatch('t')").await;
     assert_eq!(database.value(left).await, "6");
-    database.run("drop table u; select relay.tend()").await;
+    database.run("drop table u; select relay.trim_changelog()").await;
     assert_eq!(database.value(left).await, "3");
     assert_eq!(database.value("select count(*) from relay.shapes").await, "1");
     database.run("drop table v; create table w (id int); select relay.watch('w')").await;

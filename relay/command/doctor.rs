@@ -83,7 +83,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
 
 /// Owners, rights and the rest that an installation asserts.
 async fn rights(client: &Client) -> Result<Vec<Finding>, Error> {
-    let amiss = client.query("select a from relay.amiss() a", &[]).await?;
+    let amiss = client.query("select a from relay.install_problems() a", &[]).await?;
     let told = |row: tokio_postgres::Row| {
         Fault(format!("{}: run `relay install` as the owner of the schema relay", row.get::<_, String>(0)))
     };

@@ -73,7 +73,7 @@ pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(
         ExplainRequest { table: options.table.clone(), identity, filter: options.filter.clone(), row };
     let judge = IdentityEvaluator::new(judge.clone(), LIMIT);
     let mut explanation = explain(&keeper, &binder, &judge, &enquiry, &wanted).await?;
-    explanation.hindrances.extend(ended(&wanted.identity)?);
+    explanation.blockers.extend(ended(&wanted.identity)?);
     let mut out = std::io::stdout().lock();
     match options.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
@@ -128,8 +128,8 @@ fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<Expla
 fn in_words(of: &Explanation) -> String {
     let mut lines = vec![format!("{} for the role {}", of.table, of.role)];
     let mut line = |text: String| lines.push(format!("  {text}"));
-    for hindrance in &of.hindrances {
-        line(format!("nothing comes: {hindrance}"));
+    for blocker in &of.blockers {
+        line(format!("nothing comes: {blocker}"));
     }
     if !of.hidden_columns.is_empty() {
         line(format!("columns that the role may not read: {}", of.hidden_columns.join(", ")));

@@ -16,53 +16,53 @@ use crate::model::subscription::filter::Condition;
 use crate::model::subscription::typed_filter::{TypedCondition, TypedFilter};
 use crate::postgres::connect::pool::{Error, Lease};
 
-/// How often the catalog is looked at for what neither the changelog nor the mark of a page tells: policies, grants and
-/// columns stand in the changelog, roles and memberships in the mark. Where there is no event trigger, each page of
-/// changes is preceded by a look.
-const FRESH: Duration = Duration::from_millis(250);
+/// Maximum age of the catalog between pages. Only what neither the changelog nor the mark of a page reports depends on it:
+/// the changelog reports policies, grants and columns, the mark reports roles and memberships. Without an event trigger the
+/// catalog is checked before each page.
+const MAX_AGE: Duration = Duration::from_millis(250);
 
-/// How often the catalog is read again because it changed while it was read.
-const TRIES: u32 = 20;
+/// Maximum number of reads when the catalog changes while it is read.
+const MAX_READS: u32 = 20;
 
-/// Keeps the catalog.
+/// A cache of the catalog, shared by all readers.
 pub struct CatalogCache {
     pool: Pool,
-    /// Apart from the pool, because what runs there comes from clients.
+    /// Connections for filters, kept apart because they run expressions of clients.
     filters: Pool,
     judge: Option<String>,
-    // Held across the query on purpose: whoever comes meanwhile wants the same answer.
+    // Held across the query on purpose: callers that arrive meanwhile share its result.
     state: Mutex<State>,
     scope: watch::Sender<Arc<RuleScope>>,
 }
 
-/// What the mark of a page is made of, by object numbers: see `relay.rules_mark()`.
+/// The inputs of the mark of a page, by object id: see `relay.rules_mark()`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct RuleScope {
-    /// The roles of subscribers and of the judging login, and all that these are members of.
+    /// The roles of subscribers and of the judging login, and all roles that these are members of.
     pub roles: Vec<u32>,
-    /// Watched relations and schemas that one of them owns.
+    /// Watched relations and schemas that one of these roles owns.
     pub owned: Vec<u32>,
 }
 
 struct State {
     catalog: Arc<Catalog>,
     roles: BTreeSet<String>,
-    /// What the catalog was made of.
+    /// The marks of the database objects that the catalog was read from.
     marks: Marks,
-    /// The last widening that the catalog knows.
+    /// The number of the last widening in the catalog.
     widened: Option<i64>,
-    /// The sign of what fires no event trigger, at the time of the last look.
+    /// The mark of rules that fire no event trigger, as of the last check.
     mark: Option<i64>,
     checked: Option<Instant>,
-    /// When what is pending was asked for last.
-    retry_pending: Option<Instant>,
+    /// The time of the last attempt to read pending policies.
+    pending_tried: Option<Instant>,
 }
 
-/// What could not be read because of a lock is asked for again this often.
-const RETRY: Duration = Duration::from_millis(250);
+/// Interval between attempts to read policies that a lock made unreadable.
+const PENDING_RETRY: Duration = Duration::from_millis(250);
 
-/// What is looked at to know whether the catalog is out of date.
-struct CatalogLook {
+/// The fingerprint that tells whether the catalog is out of date.
+struct Fingerprint {
     marks: Marks,
     scope: RuleScope,
     /// See [`State::mark`].
@@ -72,20 +72,21 @@ struct CatalogLook {
 }
 
 #[derive(Deserialize)]
-struct CatalogAnswer {
+struct CatalogRows {
     ordered: bool,
     relations: Vec<Relation>,
 }
 
 impl State {
-    /// The roles whose rights are asked for.
-    fn wanted(&self) -> Vec<&String> {
+    /// The roles whose rights the catalog holds.
+    fn role_names(&self) -> Vec<&String> {
         self.roles.iter().collect()
     }
 }
 
 impl CatalogCache {
-    /// Knows nothing at first. `filters` are connections with a short time limit for what clients ask; `judge` is the login that judges, when it is not the pool's own.
+    /// Creates an empty cache. `filters` are connections with a short time limit for expressions of clients; `judge` is the
+    /// judging login, if it is not the pool's own.
     pub fn new(pool: Pool, filters: Pool, judge: Option<String>) -> Self {
         let state = State {
             catalog: Arc::default(),
@@ -94,18 +95,18 @@ impl CatalogCache {
             widened: None,
             mark: None,
             checked: None,
-            retry_pending: None,
+            pending_tried: None,
         };
         let scope = watch::Sender::default();
         Self { pool, filters, judge, state: Mutex::new(state), scope }
     }
 
-    /// What the mark of the next page is to be made of.
+    /// The inputs for the mark of the next page.
     pub fn scope(&self) -> watch::Receiver<Arc<RuleScope>> {
         self.scope.subscribe()
     }
 
-    /// The catalog that is right for changes of a page with this mark, unless the changelog says that the schema changed.
+    /// Returns the catalog that is valid for a page with this mark, up to a schema change in the changelog.
     ///
     /// # Errors
     /// As the connection.
@@ -117,20 +118,21 @@ impl CatalogCache {
         Ok(Arc::clone(&state.catalog))
     }
 
-    /// Looks again for what neither the changelog nor the mark of a page tells, if the last look is long ago. Called between
-    /// two pages, so that no change waits for it.
+    /// Checks the catalog if the last check is older than [`MAX_AGE`]. Called between two pages, so that no change waits
+    /// for it.
     ///
     /// # Errors
     /// As the connection.
     pub async fn refresh_if_stale(&self) -> Result<(), Error> {
         let mut state = self.state.lock().await;
-        if state.checked.is_none_or(|checked| checked.elapsed() > FRESH) {
+        if state.checked.is_none_or(|checked| checked.elapsed() > MAX_AGE) {
             self.refresh(&mut state).await?;
         }
         Ok(())
     }
 
-    /// The catalog with the rights of this role, looked at anew: for joins, which must see what was watched just now.
+    /// Returns the catalog with the rights of this role, checked after the call: a join must find a relation that was
+    /// watched just before.
     ///
     /// # Errors
     /// As the connection.
@@ -138,15 +140,15 @@ impl CatalogCache {
         let asked = Instant::now();
         let mut state = self.state.lock().await;
         state.roles.insert(role.to_owned());
-        // Whoever waited for another's look has had its own.
+        // A check that began after this call, by another caller, serves this one as well.
         if !state.catalog.knows_role(role) || state.checked.is_none_or(|checked| checked < asked) {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
     }
 
-    /// Whether the database's encoding has all characters of these claims. Those that it has not would fail every statement
-    /// in which they stand, those that are asked for others too. Without a role that cannot be, no question is asked for it.
+    /// Whether the database's encoding has all characters of these claims. A missing one would fail every statement that
+    /// carries the claims, also statements shared with other subscribers.
     ///
     /// # Errors
     /// As the connection.
@@ -156,24 +158,24 @@ impl CatalogCache {
             return Ok(true);
         }
         let lease = Lease::of(&self.pool).await?;
-        let asked = async {
+        let query = async {
             let client = lease.client()?;
-            let same = client.prepare_cached("select $1::text").await?;
-            Ok(client.query_one(&same, &[&plain]).await.map(|_| ())?)
+            let echo = client.prepare_cached("select $1::text").await?;
+            Ok(client.query_one(&echo, &[&plain]).await.map(|_| ())?)
         };
-        let asked = asked.await;
+        let result = query.await;
         lease.done();
-        match asked {
+        match result {
             Ok(()) => Ok(true),
             Err(error) => match Error::code(&error) {
-                // Untranslatable, and not in the repertoire.
+                // untranslatable_character, character_not_in_repertoire
                 Some("22P05" | "22021") => Ok(false),
                 _ => Err(error),
             },
         }
     }
 
-    /// The catalog, looked at now because something in it was missed.
+    /// Returns the catalog, checked after the call: for a caller that found an entry missing.
     ///
     /// # Errors
     /// As the connection.
@@ -186,21 +188,21 @@ impl CatalogCache {
         Ok(Arc::clone(&state.catalog))
     }
 
-    /// The same, once more at once where policies could not be read the last time: a change waits for them.
+    /// Returns the catalog after a new attempt to read pending policies, at once because a change waits for them.
     ///
     /// # Errors
     /// As the connection.
     pub async fn retry_pending(&self) -> Result<Arc<Catalog>, Error> {
         let mut state = self.state.lock().await;
-        state.retry_pending = None;
+        state.pending_tried = None;
         self.refresh(&mut state).await?;
         Ok(Arc::clone(&state.catalog))
     }
 
-    /// Notes what was widened without an event trigger, for all who come later.
+    /// Records widened rules where no event trigger does, for subscribers that resume later.
     async fn note_rules(&self, client: &Client) {
         if let Err(error) = client.execute("select relay.note_rules()", &[]).await {
-            tracing::warn!(error = %Error::from(error), "what was widened could not be noted");
+            tracing::warn!(error = %Error::from(error), "widened rules not recorded");
         }
     }
 
@@ -212,41 +214,43 @@ impl CatalogCache {
     }
 
     async fn refresh_by(&self, client: &Client, state: &mut State) -> Result<(), Error> {
-        let asked = Instant::now();
-        let mut seen = self.look(client, state).await?;
-        let mut tries = 0;
+        let started = Instant::now();
+        let mut current = self.fingerprint(client, state).await?;
+        let mut reads = 0;
         loop {
-            let mut outdated = state.marks.outdated(&seen.marks);
+            let mut outdated = state.marks.outdated(&current.marks);
             let pending = state.catalog.pending();
-            let is_other = !outdated.is_empty();
-            if !is_other && (pending == 0 || state.retry_pending.is_some_and(|when| when.elapsed() < RETRY)) {
+            let has_changed = !outdated.is_nothing();
+            if !has_changed
+                && (pending == 0 || state.pending_tried.is_some_and(|when| when.elapsed() < PENDING_RETRY))
+            {
                 break;
             }
-            tries += 1;
-            if tries > TRIES {
+            reads += 1;
+            if reads > MAX_READS {
                 return Err(Error::Lost("the schema changes faster than it can be read"));
             }
-            // The event trigger notes what fires it.
-            if is_other && !state.catalog.is_ordered() {
+            // Where there is an event trigger, it has recorded them.
+            if has_changed && !state.catalog.is_ordered() {
                 self.note_rules(client).await;
             }
             if self.repair(client, &outdated).await {
-                seen = self.look(client, state).await?;
-                outdated = state.marks.outdated(&seen.marks);
+                current = self.fingerprint(client, state).await?;
+                outdated = state.marks.outdated(&current.marks);
             }
             if !outdated.everything {
                 outdated.relations.extend(state.catalog.pending_relations());
-                state.retry_pending = Some(Instant::now());
+                state.pending_tried = Some(Instant::now());
             }
             let catalog = self.load(client, state, &outdated).await?;
-            // What PostgreSQL writes as text (policies, rights) is of a later moment than what it reads: both count only where nothing
-            // changed in between.
-            let then = std::mem::replace(&mut seen, self.look(client, state).await?);
-            if then.marks != seen.marks {
+            // PostgreSQL formats policies and rights by a later snapshot than the one the query reads by. The result is
+            // consistent only if the fingerprint is the same before and after.
+            let before = std::mem::replace(&mut current, self.fingerprint(client, state).await?);
+            if before.marks != current.marks {
                 continue;
             }
-            // What is as it was keeps the plans that were made for it.
-            if is_other || catalog.pending() < pending {
+            // An unchanged catalog is not replaced, so that the plans made for it stay valid.
+            if has_changed || catalog.pending() < pending {
                 if catalog.pending() > 0 {
                     tracing::warn!(
                         policy.count = catalog.pending(),
@@ -256,31 +260,31 @@ impl CatalogCache {
                 state.catalog = Arc::new(catalog);
                 tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
             }
-            state.marks = then.marks;
-            state.widened = then.widened;
+            state.marks = before.marks;
+            state.widened = before.widened;
             break;
         }
-        // Rules that were changed back leave no other trace.
-        if seen.widened != state.widened {
+        // Rules that were changed and changed back leave no other trace.
+        if current.widened != state.widened {
             let widenings = self.widenings(client, state).await?;
-            state.catalog = Arc::new(Catalog::clone(&state.catalog).with_widenings(widenings));
-            state.widened = seen.widened;
+            state.catalog = Arc::new(Catalog::clone(&state.catalog).widened(widenings));
+            state.widened = current.widened;
         }
-        state.mark = seen.mark;
-        state.checked = Some(asked);
+        state.mark = current.mark;
+        state.checked = Some(started);
         self.scope.send_if_modified(|known| {
-            let is_other = **known != seen.scope;
-            if is_other {
-                *known = Arc::new(seen.scope);
+            let has_changed = **known != current.scope;
+            if has_changed {
+                *known = Arc::new(current.scope);
             }
-            is_other
+            has_changed
         });
         Ok(())
     }
 
-    async fn look(&self, client: &Client, state: &State) -> Result<CatalogLook, Error> {
-        let look = client.prepare_cached(LOOK).await?;
-        let row = client.query_one(&look, &[&state.wanted(), &self.judge]).await?;
+    async fn fingerprint(&self, client: &Client, state: &State) -> Result<Fingerprint, Error> {
+        let fingerprint = client.prepare_cached(FINGERPRINT).await?;
+        let row = client.query_one(&fingerprint, &[&state.role_names(), &self.judge]).await?;
         let (kinds, names, hashes): (Vec<&str>, Vec<String>, Vec<String>) =
             (row.get(0), row.get(1), row.get(2));
         let mut marks = Marks::default();
@@ -288,11 +292,11 @@ impl CatalogCache {
             marks.add(kind, name, mark);
         }
         let scope = RuleScope { roles: row.get(3), owned: row.get(4) };
-        Ok(CatalogLook { marks, scope, mark: row.get(5), widened: row.get(6) })
+        Ok(Fingerprint { marks, scope, mark: row.get(5), widened: row.get(6) })
     }
 
-    /// Before anything is read, so that the shapes are those of the columns. Where that fails, nothing is told of a relation whose
-    /// shape is not recorded. Says whether the marks may be others now.
+    /// Renews the recorded shapes, before the catalog is read, so that they match its columns. If that fails, changes of a
+    /// relation without a recorded shape are not delivered. Returns whether the marks may have changed.
     async fn repair(&self, client: &Client, outdated: &Outdated) -> bool {
         let relations: Vec<i32> = outdated.relations.iter().copied().collect();
         let which = (!outdated.everything).then_some(&relations);
@@ -302,13 +306,13 @@ impl CatalogCache {
         let repaired = client.execute("select relay.repair($1)", &[&which]).await;
         let repaired = repaired.map_err(Error::from);
         if let Err(error) = &repaired {
-            tracing::warn!(error = %error, "the shapes of tables could not be looked at");
+            tracing::warn!(error = %error, "table shapes not renewed");
         }
         repaired.is_ok()
     }
 
     async fn load(&self, client: &Client, state: &State, outdated: &Outdated) -> Result<Catalog, Error> {
-        let roles = state.wanted();
+        let roles = state.role_names();
         let catalog = if outdated.everything {
             let all = self.read(client, &roles, None).await?;
             Catalog::new(all.relations, state.roles.clone(), all.ordered)
@@ -332,35 +336,34 @@ impl CatalogCache {
                 .renewed(&outdated.relations, read, &outdated.roles, others)
                 .with_roles(state.roles.clone())
         };
-        // After the rules themselves: none of these may have been widened by one that is not among them.
-        Ok(catalog.with_widenings(self.widenings(client, state).await?))
+        // Read after the rules, so that no rule in the catalog lacks its widening.
+        Ok(catalog.widened(self.widenings(client, state).await?))
     }
 
-    /// What these roles may see of these relations; none: of all.
+    /// Reads what these roles may see of these relations; `None` means all relations.
     async fn read(
         &self,
         client: &Client,
         roles: &[&String],
         relations: Option<&Vec<i32>>,
-    ) -> Result<CatalogAnswer, Error> {
+    ) -> Result<CatalogRows, Error> {
         let read = client
             .prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2, $3)::text")
             .await?;
         let text: String = client.query_one(&read, &[&roles, &self.judge, &relations]).await?.get(0);
         serde_json::from_str(&text)
-            .map_err(|error| Error::Unfit(format!("relay.catalog gave what this relay cannot read: {error}")))
+            .map_err(|error| Error::Unfit(format!("relay.catalog returned an unexpected value: {error}")))
     }
 
-    /// When rules were widened, for readers of these roles.
+    /// Reads the positions at which rules were widened for the known roles.
     async fn widenings(&self, client: &Client, state: &State) -> Result<Vec<Widening>, Error> {
-        let asked = client.prepare_cached(WIDENINGS).await?;
-        let text: String = client.query_one(&asked, &[&state.wanted(), &self.judge]).await?.get(0);
-        serde_json::from_str(&text).map_err(|error| {
-            Error::Unfit(format!("relay.widenings has what this relay cannot read: {error}"))
-        })
+        let query = client.prepare_cached(WIDENINGS).await?;
+        let text: String = client.query_one(&query, &[&state.role_names(), &self.judge]).await?.get(0);
+        serde_json::from_str(&text)
+            .map_err(|error| Error::Unfit(format!("relay.widenings contains an unexpected value: {error}")))
     }
 
-    /// Grants that are missing for a filter by columns whose types are not the system's.
+    /// Lists the grants that are missing for a filter on columns of user-defined types.
     ///
     /// # Errors
     /// As the connection.
@@ -370,10 +373,10 @@ impl CatalogCache {
         conditions: &[Condition],
         role: &str,
     ) -> Result<Vec<String>, Error> {
-        let is_own =
+        let is_user_defined =
             |column: &&str| relation.column(column).is_some_and(|column| column.readable_type.contains('.'));
         let columns = conditions.iter().map(|condition| condition.column.as_str());
-        let columns: Vec<&str> = columns.filter(is_own).collect();
+        let columns: Vec<&str> = columns.filter(is_user_defined).collect();
         if columns.is_empty() {
             return Ok(Vec::new());
         }
@@ -385,7 +388,7 @@ impl CatalogCache {
         Ok(row.try_get(0)?)
     }
 
-    /// Conditions as SQL, read with the column types of a relation.
+    /// Converts conditions to SQL, with the column types of a relation.
     ///
     /// # Errors
     /// As [`Self::filter`].
@@ -397,12 +400,12 @@ impl CatalogCache {
         let client = self.filters.get().await?;
         let mut terms = Vec::with_capacity(conditions.len());
         for condition in conditions {
-            terms.push(as_read(&client, relation, condition).await?.sql);
+            terms.push(typed_condition(&client, relation, condition).await?.sql);
         }
         Ok(terms)
     }
 
-    /// Reads a filter with the column types of a relation.
+    /// Compiles a filter with the column types of a relation.
     ///
     /// # Errors
     /// PostgreSQL's own, when a value does not fit its column or the type lacks the operator.
@@ -415,13 +418,13 @@ impl CatalogCache {
         let mut typed = Vec::with_capacity(conditions.len());
         let mut terms = Vec::with_capacity(conditions.len());
         for condition in conditions {
-            let answer = as_read(&client, relation, &condition).await?;
-            terms.push(answer.sql);
+            let sql = typed_condition(&client, relation, &condition).await?;
+            terms.push(sql.sql);
             let column = relation.column(&condition.column);
             let kind = column.map(|column| column.kind.clone()).unwrap_or_default();
             let shape = column.map_or(ColumnKind::Foreign, Column::shape);
             let folding = column.and_then(|column| column.folding);
-            typed.push(TypedCondition { condition, kind, shape, folding, values: answer.values });
+            typed.push(TypedCondition { condition, kind, shape, folding, values: sql.values });
         }
         let statement = client
             .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")
@@ -432,20 +435,24 @@ impl CatalogCache {
     }
 }
 
-/// What [`CatalogLook`] holds, for the roles `$1` of subscribers and the login `$2` that judges.
-const LOOK: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m.mark, (select max(w.number) from relay.widenings w) \
+/// Selects a [`Fingerprint`], for the roles `$1` of subscribers and the judging login `$2`.
+const FINGERPRINT: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m.mark, (select max(w.number) from relay.widenings w) \
      from (select array_agg(k.kind) as kinds, array_agg(k.name) as names, array_agg(k.mark) as marks \
            from relay.catalog_marks(relay.subscriber_roles($1, $2), $2) k) k, \
           relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m";
 
-/// A condition as PostgreSQL has read it with the type of its column.
+/// A condition as PostgreSQL parsed it with the type of its column.
 #[derive(Deserialize)]
-struct AsRead {
+struct ConditionSql {
     sql: String,
     values: Vec<String>,
 }
 
-async fn as_read(client: &Client, relation: &Relation, condition: &Condition) -> Result<AsRead, Error> {
+async fn typed_condition(
+    client: &Client,
+    relation: &Relation,
+    condition: &Condition,
+) -> Result<ConditionSql, Error> {
     let read = client
         .prepare_cached(
             "select relay.filter_condition(relation, $2, $3, $4)::text from relay.watch_list where id = $1",
@@ -457,16 +464,16 @@ async fn as_read(client: &Client, relation: &Relation, condition: &Condition) ->
             &[&relation.id().0, &condition.column, &condition.operator.name(), &condition.values],
         )
         .await?;
-    let mut answer: AsRead = serde_json::from_str(row.get(0)).map_err(|error| {
-        Error::Unfit(format!("relay.filter_condition gave what this relay cannot read: {error}"))
+    let mut typed: ConditionSql = serde_json::from_str(row.get(0)).map_err(|error| {
+        Error::Unfit(format!("relay.filter_condition returned an unexpected value: {error}"))
     })?;
     if condition.negated {
-        answer.sql = format!("(not {})", answer.sql);
+        typed.sql = format!("(not {})", typed.sql);
     }
-    Ok(answer)
+    Ok(typed)
 }
 
-/// When rules were widened, and since when roles are what they are.
+/// Selects when rules were widened, and when each role last changed.
 const WIDENINGS: &str = "select coalesce(json_agg(w), '[]')::text from ( \
      select number, xid::text::bigint, relation, null as role from relay.widenings \
      union all select null, xid, 0, role from relay.role_versions(relay.subscriber_roles($1, $2))) w";

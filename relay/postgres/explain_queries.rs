@@ -1,4 +1,4 @@
-//! What is asked of the database to explain a subscription: hindrances, a row, the statement that judges one policy.
+//! Queries for `relay explain`: blockers of a subscription, one row, and the statement that evaluates one policy.
 
 use std::sync::Arc;
 
@@ -9,19 +9,19 @@ use tokio_postgres::error::{DbError, SqlState};
 use crate::model::catalog::relation::Relation;
 use crate::postgres::connect::pool::{Error, Server};
 
-/// A connection for questions.
+/// A connection for these queries.
 pub struct ExplainQueries {
     client: Client,
     judge: Option<String>,
 }
 
-/// Whether an error says that a value is wrong: a data exception, or a column that there is not.
-fn is_of_the_value(code: &SqlState) -> bool {
+/// Whether a value of the user caused the error: a data exception, or an unknown column.
+fn is_value_error(code: &SqlState) -> bool {
     code.code().starts_with("22") || *code == SqlState::UNDEFINED_COLUMN
 }
 
 impl ExplainQueries {
-    /// Connects. `judge` is the login that judges, when it is another.
+    /// Connects. `judge` is the judging login, if it is not this one.
     ///
     /// # Errors
     /// As the connection.
@@ -29,10 +29,10 @@ impl ExplainQueries {
         Ok(Self { client: server.connect().await?, judge: judge.map(str::to_owned) })
     }
 
-    /// Schema and name of the relation that is meant by a name as in SQL; none when there is no such relation.
+    /// Returns schema and name of the relation that a name in SQL syntax resolves to; `None` if there is none.
     ///
     /// # Errors
-    /// As the connection, or when the name is none.
+    /// As the connection, or when the name is not valid SQL.
     pub async fn named(&self, name: &str) -> Result<Option<(String, String)>, Error> {
         let found = self
             .client
@@ -45,19 +45,17 @@ impl ExplainQueries {
         Ok(found.map(|row| (row.get(0), row.get(1))))
     }
 
-    /// Why subscribers of the role get nothing of a relation, and what to do.
+    /// Returns why subscribers of the role receive nothing from a relation, each with its remedy.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn hindrances(&self, name: &str, role: &str) -> Result<Vec<String>, Error> {
-        let row = self
-            .client
-            .query_one("select relay.hindrances($1, $2, $3)", &[&name, &role, &self.judge])
-            .await?;
+    pub async fn blockers(&self, name: &str, role: &str) -> Result<Vec<String>, Error> {
+        let row =
+            self.client.query_one("select relay.blockers($1, $2, $3)", &[&name, &role, &self.judge]).await?;
         Ok(row.get(0))
     }
 
-    /// The first row that has these values, as an image.
+    /// Returns the first row that has these values, as an image.
     ///
     /// # Errors
     /// As the connection, or when this login may not read the table.
@@ -77,7 +75,7 @@ impl ExplainQueries {
                     relation.schema, relation.table
                 )))
             }
-            Err(error) if error.code().is_some_and(is_of_the_value) => {
+            Err(error) if error.code().is_some_and(is_value_error) => {
                 let why = error.as_db_error().map_or("it cannot be read", DbError::message);
                 Err(Error::Unfit(format!(
                     "--key does not fit {}.{}: {why}. A value of its key is expected, or a JSON object of columns, such as \
@@ -89,7 +87,7 @@ impl ExplainQueries {
         }
     }
 
-    /// The statement that judges images of the relation by one condition.
+    /// Returns the statement that evaluates one condition on images of the relation.
     ///
     /// # Errors
     /// As the connection.

@@ -1,4 +1,4 @@
-//! Brings the database side (`sql/`) to this version: idempotent, safe when many run at once, never backwards.
+//! Installs and upgrades the database side (`sql/`): idempotent, safe to run concurrently, never a downgrade.
 
 use std::time::{Duration, Instant};
 
@@ -45,14 +45,15 @@ const LEDGER: (&str, &str) = ("001_ledger.sql", include_str!("../../sql/001_ledg
 const RIGHTS_DUE: (&str, &str) = ("112_rights_due.sql", include_str!("../../sql/112_rights_due.sql"));
 const RIGHTS: (&str, &str) = ("901_rights.sql", include_str!("../../sql/901_rights.sql"));
 
-/// The advisory lock that makes installers queue.
+/// The advisory lock that serializes installers.
 const LOCK: &str = "select pg_try_advisory_lock(1919249009, 3)";
 const UNLOCK: &str = "select pg_advisory_unlock(1919249009, 3)";
 
-/// Applies what is missing or changed; returns the names of the files that were applied.
+/// Applies the files that are missing or changed; returns their names.
 ///
-/// `0NN` files are structure, applied once. `1NN` are behaviour, applied when their text changed, unless a newer relay
-/// wrote it: one of a later version, or of a build that knows more structure. `9NN` are rights, applied every time. Each file is one transaction together with its line in the ledger.
+/// `0NN` files are structure, applied once. `1NN` files are behaviour, applied when their text changed, unless a newer relay
+/// wrote them: one of a later version, or of a build that knows more structure. `9NN` files are rights, applied every time.
+/// Each file and its row in the ledger are one transaction.
 ///
 /// # Errors
 /// When PostgreSQL refuses a file; what was applied before it stays.
@@ -63,51 +64,50 @@ pub async fn install(client: &mut Client) -> Result<Vec<&'static str>, Error> {
     applied
 }
 
-/// Between two tries to get the lock.
-const PAUSE: Duration = Duration::from_millis(100);
-/// Between two words about who has it.
-const WORD: Duration = Duration::from_secs(5);
-/// An installation takes seconds. Who has the lock for so long is none.
-const LONGEST: Duration = Duration::from_secs(120);
+/// Pause between two attempts to get the lock.
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
+/// Interval between log lines about the holder of the lock.
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+/// Maximum wait. An installation takes seconds, so a session that holds the lock for longer is no installer.
+const MAX_WAIT: Duration = Duration::from_secs(120);
 
-/// Waits for other installers, and says for whom.
+/// Waits for other installers, and logs which session holds the lock.
 async fn lock(client: &Client) -> Result<(), Error> {
     let started = Instant::now();
-    let mut told = None::<Instant>;
+    let mut logged = None::<Instant>;
     while !client.query_one(LOCK, &[]).await?.get::<_, bool>(0) {
         let waited = started.elapsed();
-        if waited > PAUSE * 5 && told.is_none_or(|told| told.elapsed() >= WORD) || waited > LONGEST {
-            told = Some(Instant::now());
+        let is_log_due =
+            waited > LOCK_PAUSE * 5 && logged.is_none_or(|logged| logged.elapsed() >= LOG_INTERVAL);
+        if is_log_due || waited > MAX_WAIT {
+            logged = Some(Instant::now());
             let holder = holder(client).await?;
-            if waited > LONGEST {
+            if waited > MAX_WAIT {
                 return Err(Error::Unfit(format!(
-                    "another session keeps the lock of installers: {holder}. End it, then try again"
+                    "another session holds the installer lock: {holder}. End that session, then try again"
                 )));
             }
-            tracing::info!(
-                waited_s = waited.as_secs(),
-                "waiting for the lock of installers: {holder} has it"
-            );
+            tracing::info!(waited_s = waited.as_secs(), "waiting for the installer lock, held by {holder}");
         }
-        sleep(PAUSE).await;
+        sleep(LOCK_PAUSE).await;
     }
     Ok(())
 }
 
-/// Who has the lock of installers.
+/// Describes the session that holds the installer lock.
 async fn holder(client: &Client) -> Result<String, Error> {
-    let asked = "select pg_catalog.format('process %s of %s', l.pid, coalesce(a.usename::text, 'another login'))
+    let query = "select pg_catalog.format('process %s of %s', l.pid, coalesce(a.usename::text, 'another login'))
            || coalesce(', ' || nullif(a.application_name, ''), '')
            || coalesce(' (since ' || pg_catalog.date_trunc('second', a.state_change)::text || ' ' || a.state || ')', '')
          from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a using (pid)
          where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 3 and l.objsubid = 2 and l.granted
            and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())";
-    let holder = client.query_opt(asked, &[]).await?;
+    let holder = client.query_opt(query, &[]).await?;
     Ok(holder.map_or_else(|| String::from("a session that has just ended"), |holder| holder.get(0)))
 }
 
 async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
-    set_right(client).await?;
+    repair_existing(client).await?;
     let mut applied = Vec::new();
     for (name, text) in FILES {
         if !is_due(client, name, text).await? {
@@ -125,85 +125,89 @@ async fn apply(client: &mut Client) -> Result<Vec<&'static str>, Error> {
         transaction.commit().await?;
         applied.push(*name);
     }
-    renew(client).await?;
-    tell_of_service_role(client).await?;
+    renew_triggers(client).await?;
+    warn_about_service_role(client).await?;
     Ok(applied)
 }
 
-/// Before the event triggers can run they need their rights, and before that they would refuse to let them be granted: for the length of
-/// this transaction, which nobody else sees, they are off.
-const OFF: &str = "do $$ declare name text; begin
+/// Disables the event triggers within the transaction that grants their rights: without these rights they would fail, and
+/// refuse the grants.
+const DISABLE_TRIGGERS: &str = "do $$ declare name text; begin
      for name in select evtname from pg_event_trigger where evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites') loop
        execute format('alter event trigger %I disable', name);
      end loop;
    exception when insufficient_privilege then null; end $$";
-const ON: &str = "do $$ declare name text; begin
+const ENABLE_TRIGGERS: &str = "do $$ declare name text; begin
      for name in select evtname from pg_event_trigger
                  where evtname in ('relay_schema_changes', 'relay_schema_drops', 'relay_rewrites') and evtenabled = 'D' loop
        execute format('alter event trigger %I enable always', name);
      end loop;
    exception when insufficient_privilege then null; end $$";
 
-/// Makes whole what is there already, in whatever state it came: roles, owners and rights, without which not even the other files could
-/// be applied.
-async fn set_right(client: &mut Client) -> Result<(), Error> {
-    let there = "select to_regclass('relay.history') is not null, to_regprocedure('relay.rights_due()') is not null, \
+/// Repairs roles, owners and rights of an existing schema, whatever its state (a restored dump, for example). The other
+/// files cannot be applied without them.
+async fn repair_existing(client: &mut Client) -> Result<(), Error> {
+    let existing = "select to_regclass('relay.history') is not null, to_regprocedure('relay.rights_due()') is not null, \
          to_regproc('relay.renew_shapes') is not null";
-    let there = client.query_one(there, &[]).await?;
-    if !there.get::<_, bool>(0) {
+    let existing = client.query_one(existing, &[]).await?;
+    let (has_schema, has_rights, has_shapes): (bool, bool, bool) =
+        (existing.get(0), existing.get(1), existing.get(2));
+    if !has_schema {
         return Ok(());
     }
     let transaction = client.transaction().await?;
-    transaction.batch_execute(OFF).await?;
+    transaction.batch_execute(DISABLE_TRIGGERS).await?;
     for (name, text) in [LEDGER, RIGHTS_DUE, RIGHTS] {
-        if name != RIGHTS_DUE.0 || !there.get::<_, bool>(1) {
+        if name != RIGHTS_DUE.0 || !has_rights {
             transaction.batch_execute(text).await.map_err(|error| named(name, &error))?;
         }
     }
-    if there.get(2) {
+    if has_shapes {
         transaction
             .batch_execute("select relay.renew_shapes()")
             .await
             .map_err(|error| named(RIGHTS.0, &error))?;
     }
-    transaction.batch_execute(ON).await?;
+    transaction.batch_execute(ENABLE_TRIGGERS).await?;
     transaction.commit().await?;
     Ok(())
 }
 
-/// A plain owner may not give what lets `service_role` see all rows.
-async fn tell_of_service_role(client: &Client) -> Result<(), Error> {
-    let lacks = "select exists (select from pg_roles where rolname = 'service_role' and not (rolbypassrls or rolsuper))";
-    if client.query_one(lacks, &[]).await?.get(0) {
+/// Logs that `service_role` does not see all rows: an installer that is no superuser may not grant BYPASSRLS.
+async fn warn_about_service_role(client: &Client) -> Result<(), Error> {
+    let is_limited = "select exists (select from pg_roles where rolname = 'service_role' and not (rolbypassrls or rolsuper))";
+    if client.query_one(is_limited, &[]).await?.get(0) {
         tracing::info!("{SERVICE_ROLE}");
     }
     Ok(())
 }
 
-/// What a `service_role` that a plain owner made cannot do, and how it can.
-pub const SERVICE_ROLE: &str = "service_role has no BYPASSRLS, so that policies keep rows back from it, too. As a superuser: \
+/// The warning about a `service_role` without BYPASSRLS, with its remedy.
+pub const SERVICE_ROLE: &str = "service_role has no BYPASSRLS, so policies hide rows from it, too. As a superuser: \
      alter role service_role bypassrls";
 
-/// How long one table is asked for, with a pause between two tries: a transaction that wrote to it and stays open must not make other
-/// writers wait behind us.
-const TRIES: u32 = 120;
+/// Maximum number of attempts to lock one table. Each is short: while an open transaction has written to the table, a
+/// waiting lock request would block other writers.
+const MAX_LOCK_ATTEMPTS: u32 = 120;
+/// Pause between two attempts to lock a table.
 const TABLE_PAUSE: Duration = Duration::from_millis(500);
 
-/// Writes the trigger functions of watched tables anew where their text or owner is another, and the triggers that are missing, disabled
-/// or of an older version. Of what belongs to somebody else the installer leaves what is there.
-async fn renew(client: &mut Client) -> Result<(), Error> {
+/// Recreates trigger functions of watched tables whose text or owner differs, and triggers that are missing, disabled or
+/// outdated. Tables of owners whose role the installer does not have are left as they are, with a warning.
+async fn renew_triggers(client: &mut Client) -> Result<(), Error> {
     drop_redirected(client).await?;
     client.execute("select relay.repair()", &[]).await?;
     let broken = "select w.relation::text, pg_catalog.format('select relay.set_triggers(%s, %s)', w.relation::oid, w.id) \
          from relay.watch_list w join pg_class c on c.oid = w.relation \
          where c.relkind <> 'm' and not relay.triggers_intact(w.relation, w.id, true)";
     for row in client.query(broken, &[]).await? {
-        if let Some(why) = alter_table(client, row.get(1)).await? {
-            tracing::warn!(table = row.get::<_, String>(0), error = %why, "its changes are not told until its owner calls relay.watch");
+        if let Some(error) = alter_table(client, row.get(1)).await? {
+            let table: String = row.get(0);
+            tracing::warn!(table, %error, "triggers not renewed, changes are lost until the table's owner calls relay.watch");
         }
     }
-    // A dump of the schema alone brings triggers without the list of what is watched: what they log would be another table's, once that
-    // has their number.
+    // A schema-only dump restores triggers without the watch list. They would log changes under the number of a table that
+    // is watched later.
     let stray = "select t.tgrelid::regclass::text, pg_catalog.format('drop trigger %I on %s', t.tgname, t.tgrelid::regclass) \
          from pg_trigger t where t.tgparentid = 0 and t.tgname ~ '^00_relay_(capture|truncate)_[0-9]+' \
          and t.tgfoid in (select p.oid from pg_proc p where p.pronamespace = 'relay'::regnamespace) \
@@ -212,16 +216,16 @@ async fn renew(client: &mut Client) -> Result<(), Error> {
     for row in client.query(stray, &[]).await? {
         let table: String = row.get(0);
         match alter_table(client, row.get(1)).await? {
-            Some(why) => {
-                tracing::warn!(table, error = %why, "it has triggers of the relay and is not watched");
+            Some(error) => {
+                tracing::warn!(table, %error, "relay triggers on a table that is not watched, not dropped");
             }
             None => tracing::warn!(
                 table,
-                "it had triggers of the relay and is not watched: its owner may call relay.watch"
+                "dropped relay triggers from a table that is not watched: to watch it, its owner calls relay.watch"
             ),
         }
     }
-    // What older triggers called, once there are none.
+    // Functions that only triggers of older versions call.
     client
         .batch_execute(
             "do $$ begin
@@ -235,7 +239,8 @@ async fn renew(client: &mut Client) -> Result<(), Error> {
     Ok(())
 }
 
-/// Drops the tables that an older version logged to (see `010_log.sql`), an hour after nothing was made to write there any more.
+/// Drops the tables of an older version's changelog (see `010_log.sql`), an hour after the last trigger function that
+/// writes there was replaced.
 async fn drop_redirected(client: &Client) -> Result<(), Error> {
     let drop = "do $$ begin
          if to_regclass('relay.changes_0') is not null
@@ -252,20 +257,23 @@ async fn drop_redirected(client: &Client) -> Result<(), Error> {
     Ok(())
 }
 
-/// Runs a statement that locks a table, as soon as that makes nobody wait; gives why it was refused.
+/// Runs a statement that locks a table, when no writer has to wait for it. Returns PostgreSQL's error if it refuses the
+/// statement.
 async fn alter_table(client: &mut Client, statement: &str) -> Result<Option<Error>, Error> {
-    let mut tries = 0;
+    let mut attempts = 0;
     loop {
         let transaction = client.transaction().await?;
         transaction.batch_execute("set local lock_timeout = '50ms'").await?;
         let altered = transaction.batch_execute(statement).await;
-        tries += 1;
+        attempts += 1;
         match altered {
             Ok(()) => {
                 transaction.commit().await?;
                 return Ok(None);
             }
-            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TRIES => {
+            Err(error)
+                if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) && attempts < MAX_LOCK_ATTEMPTS =>
+            {
                 transaction.rollback().await?;
                 sleep(TABLE_PAUSE).await;
             }
@@ -277,7 +285,7 @@ async fn alter_table(client: &mut Client, statement: &str) -> Result<Option<Erro
     }
 }
 
-/// What helps when PostgreSQL itself has no hint.
+/// The remedy when PostgreSQL itself gives no hint.
 const ADVICE: &str = "The login needs to own the database and have CREATEROLE, or be a superuser";
 
 fn named(name: &str, error: &tokio_postgres::Error) -> Error {
@@ -293,32 +301,33 @@ async fn is_due(client: &Client, name: &str, text: &str) -> Result<bool, Error> 
         return Ok(true);
     }
     let known: Vec<&str> = FILES.iter().map(|(file, _)| *file).collect();
-    let line = "select checksum, version, exists (select from relay.ledger where file like '0%' and file <> all ($2)) \
+    let row = "select checksum, version, exists (select from relay.ledger where file like '0%' and file <> all ($2)) \
          from relay.ledger where file = $1";
-    let Some(line) = client.query_opt(line, &[&name, &known]).await? else { return Ok(true) };
-    let (written, version, has_more): (String, String, bool) = (line.get(0), line.get(1), line.get(2));
-    let is_newer = has_more || is_newer(&version, env!("CARGO_PKG_VERSION"));
-    Ok(name.starts_with('1') && written != checksum(text) && !is_newer)
+    let Some(row) = client.query_opt(row, &[&name, &known]).await? else { return Ok(true) };
+    let (applied, version, has_unknown): (String, String, bool) = (row.get(0), row.get(1), row.get(2));
+    let is_newer = has_unknown || is_newer(&version, env!("CARGO_PKG_VERSION"));
+    Ok(name.starts_with('1') && applied != checksum(text) && !is_newer)
 }
 
-/// Whether the database side is what this version needs.
+/// Checks that the database side fits this version.
 ///
 /// # Errors
-/// Says what to do when it is missing or older; fails as the connection does.
+/// With the remedy when the schema is missing, older or not readable; else as the connection.
 pub async fn check(client: &Client) -> Result<(), Error> {
     match is_as_needed(client).await {
         Err(error) if error.code() == Some("42501") => {
-            let reads = "select quote_ident(current_user), exists (select from pg_roles where rolname = 'relay_reader' \
+            let login = "select quote_ident(current_user), exists (select from pg_roles where rolname = 'relay_reader' \
                  and pg_has_role(oid, 'usage'))";
-            let who = client.query_one(reads, &[]).await?;
-            Err(match who.get(1) {
+            let login = client.query_one(login, &[]).await?;
+            let (name, is_reader): (&str, bool) = (login.get(0), login.get(1));
+            Err(match is_reader {
                 true => Error::Unfit(format!(
-                    "{error}: the rights in the schema `relay` are not as they should be: run `relay install --database-url …` as its owner"
+                    "{error}: rights in the schema `relay` are missing: run `relay install --database-url …` as its owner"
                 )),
-                false => Error::Unfit(format!("{error}: {}", not_reader(who.get(0)))),
+                false => Error::Unfit(format!("{error}: {}", not_reader(name))),
             })
         }
-        checked => checked,
+        result => result,
     }
 }
 
@@ -343,10 +352,10 @@ fn checksum(text: &str) -> String {
     Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn is_newer(written: &str, ours: &str) -> bool {
+fn is_newer(applied: &str, ours: &str) -> bool {
     let parts =
         |version: &str| version.split('.').map(|part| part.parse::<u64>().unwrap_or(0)).collect::<Vec<_>>();
-    parts(written) > parts(ours)
+    parts(applied) > parts(ours)
 }
 
 #[cfg(test)]
@@ -361,15 +370,15 @@ mod tests {
     }
 
     #[test]
-    fn files_are_in_order_and_numbered_by_nature() {
+    fn files_are_in_order_and_numbered_by_kind() {
         let names: Vec<&str> = FILES.iter().map(|(name, _)| *name).collect();
         assert!(names.is_sorted());
-        let mut there: Vec<String> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/sql"))
+        let mut in_folder: Vec<String> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/sql"))
             .unwrap()
             .map(|file| file.unwrap().file_name().into_string().unwrap())
             .collect();
-        there.sort();
-        assert_eq!(names, there);
+        in_folder.sort();
+        assert_eq!(names, in_folder);
         assert!(names.iter().all(|name| matches!(name.as_bytes()[0], b'0' | b'1' | b'9')));
     }
 }

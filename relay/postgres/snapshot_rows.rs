@@ -1,4 +1,4 @@
-//! The rows of a table as somebody may see them, and the cursor of that very moment.
+//! The rows of a table that one subscriber may see, and the cursor of the same snapshot.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -15,57 +15,57 @@ use crate::model::session::limits::{ExceededLimit, RowLimit};
 use crate::model::subscription::paging::OrderBy;
 use crate::postgres::connect::pool::{Error, SPELLING, Server, give_up};
 
-/// Connections that read rows as somebody else.
+/// Number of connections that read rows as a subscriber.
 const READERS: usize = 2;
 
-/// Rows asked for at a time.
-const AT_ONCE: i32 = 100;
+/// Rows per fetch.
+const FETCH_ROWS: i32 = 100;
 
-/// Who reads a table that is locked gives way to those who read others.
+/// A short lock timeout: a read of a locked table must not keep the connection from reads of other tables.
 const LOCK_WAIT: &str = "set local lock_timeout = '40ms'";
 
 /// Policies may call functions that rely on the search path of the login.
 const PATH: &str = "set local search_path = default";
 
-/// Reads rows.
+/// A reader of rows.
 pub struct SnapshotRows {
-    /// Takes the snapshot and its cursor.
+    /// Connections that take the snapshot and its cursor.
     main: Pool,
-    /// Reads in that snapshot, with the reader's role and claims.
+    /// Connections that read in that snapshot, with the subscriber's role and claims.
     readers: Pool,
-    /// How long to wait for one of them. Whoever came first gets it first.
+    /// Maximum wait for a reader. Waiting callers are served in order.
     wait: Duration,
-    /// How long one may read: others wait, and a connection on which nothing comes any more may look open for ever.
-    patience: Duration,
+    /// Maximum duration of one read: others wait for the connection, and one whose peer is gone may look open for ever.
+    read_timeout: Duration,
 }
 
-/// What came of reading rows, and where the feed goes on after them.
+/// The outcome of a read.
 #[derive(Debug)]
 pub struct RowsRead {
-    /// There are more than may be given.
-    pub beyond: Option<ExceededLimit>,
-    /// The cursor.
+    /// The limit that the rows exceed, if they do.
+    pub beyond: Option<Beyond>,
+    /// The cursor from which the feed continues after these rows.
     pub cursor: String,
 }
 
-/// Which rows of a relation, and in which order.
+/// Which rows of a relation to read, and in which order.
 pub struct Selection<'a> {
     /// The relation.
     pub relation: &'a Relation,
     /// What the role may read of it.
     pub access: &'a Access,
-    /// What they fulfil, as SQL.
+    /// Conditions on the rows, as SQL.
     pub conditions: Vec<&'a str>,
-    /// Their order.
-    pub order: &'a [OrderBy],
+    /// Sort order.
+    pub order: &'a [By],
 }
 
-/// Takes rows as JSON objects, in their order; false when there is no room for more.
+/// Receives rows as JSON objects, in order; returns false when there is no room for more.
 pub type RowSink<'a> = &'a mut (dyn FnMut(&str) -> bool + Send);
 
 impl SnapshotRows {
-    /// Reads as the login of `judge`, each statement within `limit`, all of them within `patience`. Whoever finds no place
-    /// to read waits for one, for `wait`.
+    /// Creates a reader with the login of `judge`. Each statement ends after `limit`, each read after `read_timeout`; a
+    /// read waits for a free connection for at most `wait`.
     ///
     /// # Errors
     /// When the pool cannot be built.
@@ -74,12 +74,13 @@ impl SnapshotRows {
         judge: &Server,
         limit: Duration,
         wait: Duration,
-        patience: Duration,
+        read_timeout: Duration,
     ) -> Result<Self, Error> {
-        Ok(Self { main: main.pool(READERS, limit)?, readers: judge.pool(READERS, limit)?, wait, patience })
+        let (main, readers) = (main.pool(READERS, limit)?, judge.pool(READERS, limit)?);
+        Ok(Self { main, readers, wait, read_timeout })
     }
 
-    /// Reads the rows of a selection that somebody may see, up to `most`.
+    /// Reads the rows of a selection that a subscriber with these claims may see, up to `max_rows`.
     ///
     /// # Errors
     /// As the connections, or what the policies raise.
@@ -87,16 +88,16 @@ impl SnapshotRows {
         &self,
         claims: &Claims,
         selection: &Selection<'_>,
-        most: RowLimit,
-        take: RowSink<'_>,
+        max_rows: MostRows,
+        sink: RowSink<'_>,
     ) -> Result<RowsRead, Error> {
         let wait = Timeouts { wait: Some(self.wait), ..self.readers.timeouts() };
-        // The scarcer one first: whoever waits for it holds nothing.
+        // The scarce connection first, so that a waiting caller holds no other.
         let mut reader = self.readers.timeout_get(&wait).await?;
         let mut main = self.main.get().await?;
-        let found = read_with(&mut main, &mut reader, claims, selection, most, take);
-        match timeout(self.patience, found).await {
-            Ok(found) => found,
+        let read = read_with(&mut main, &mut reader, claims, selection, max_rows, sink);
+        match timeout(self.read_timeout, read).await {
+            Ok(read) => read,
             Err(_) => {
                 give_up(&self.readers, reader);
                 give_up(&self.main, main);
@@ -111,8 +112,8 @@ async fn read_with(
     reader: &mut Client,
     claims: &Claims,
     selection: &Selection<'_>,
-    most: RowLimit,
-    take: RowSink<'_>,
+    max_rows: MostRows,
+    sink: RowSink<'_>,
 ) -> Result<RowsRead, Error> {
     let snapshot = main
         .build_transaction()
@@ -127,101 +128,102 @@ async fn read_with(
         .read_only(true)
         .start()
         .await?;
-    // The name is PostgreSQL's own, of digits and hyphens.
+    // PostgreSQL made the name, of digits and hyphens: it needs no quoting.
     reading.batch_execute(&format!("set transaction snapshot '{name}'; {LOCK_WAIT}; {PATH}")).await?;
-    let spelling = Spelling::in_place_of_those_of(&reading).await?;
-    let become_somebody = "select set_config('request.jwt.claims', $2, true), \
+    let formats = OutputFormats::differing_in(&reading).await?;
+    let impersonate = "select set_config('request.jwt.claims', $2, true), \
              set_config('request.jwt.claim.sub', $3, true), set_config('request.jwt.claim.role', $1, true), \
              set_config('role', $1, true)";
     let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
-    reading.execute(become_somebody, &[&role, &json, &sub]).await?;
-    let query = query(&spelling, selection, most.number + 1);
-    let beyond = fetch(&reading, &query, &spelling.own(), most, take).await?;
-    let who: String = reading.query_one("select current_user::text", &[]).await?.get(0);
+    reading.execute(impersonate, &[&role, &json, &sub]).await?;
+    let query = query(&formats, selection, max_rows.number + 1);
+    let beyond = fetch(&reading, &query, &formats.session_values(), max_rows, sink).await?;
+    let current_user: String = reading.query_one("select current_user::text", &[]).await?.get(0);
     reading.rollback().await?;
-    // Its commit is what keeps a crash from taking back what the cursor counts as seen.
+    // The commit flushes what the cursor counts as seen, so that a crash cannot lose it.
     snapshot.commit().await?;
-    if who != role {
-        return Err(Error::Unfit(String::from("a policy changed the role of whoever reads")));
+    if current_user != role {
+        return Err(Error::Unfit(String::from("a policy changed the role of the reading session")));
     }
     Ok(RowsRead { beyond, cursor })
 }
 
-/// Reads a few rows at a time: what comes after the bound is never asked for.
+/// Reads rows in fetches of [`FETCH_ROWS`], and stops at the first row beyond the limit.
 async fn fetch(
     reading: &Transaction<'_>,
     query: &str,
     parameters: &[&(dyn ToSql + Sync)],
-    most: RowLimit,
-    take: RowSink<'_>,
-) -> Result<Option<ExceededLimit>, Error> {
+    max_rows: MostRows,
+    sink: RowSink<'_>,
+) -> Result<Option<Beyond>, Error> {
     let portal = reading.bind(query, parameters).await?;
     let (mut number, mut bytes) = (0, 0);
     loop {
         let before = number;
-        let mut found = pin!(reading.query_portal_raw(&portal, AT_ONCE).await?);
-        while let Some(row) = found.try_next().await? {
+        let mut rows = pin!(reading.query_portal_raw(&portal, FETCH_ROWS).await?);
+        while let Some(row) = rows.try_next().await? {
             let row: &str = row.try_get(0)?;
             number += 1;
             bytes += row.len();
             let beyond = match () {
-                () if number > most.number => ExceededLimit::Number,
-                () if bytes > most.bytes => ExceededLimit::Bytes,
-                () if !take(row) => ExceededLimit::Room,
+                () if number > max_rows.number => Beyond::Number,
+                () if bytes > max_rows.bytes => Beyond::Bytes,
+                () if !sink(row) => Beyond::Room,
                 () => continue,
             };
             return Ok(Some(beyond));
         }
-        if number < before + AT_ONCE as usize {
+        if number < before + FETCH_ROWS as usize {
             return Ok(None);
         }
     }
 }
 
-/// The settings that spell a row, where the session has others: set for each row once it is found, and taken back before the policy looks
-/// at the next.
-struct Spelling(Vec<(&'static str, &'static str, String)>);
+/// The output settings of row images that differ in this session: name, value for the image, value of the session. They are
+/// set for the output of each row and reset before the policy is evaluated on the next.
+struct OutputFormats(Vec<(&'static str, &'static str, String)>);
 
-impl Spelling {
-    async fn in_place_of_those_of(reading: &Transaction<'_>) -> Result<Self, Error> {
-        let asked = SPELLING.map(|(name, _)| format!("pg_catalog.current_setting('{name}')")).join(", ");
-        let own = reading.query_one(&format!("select {asked}"), &[]).await?;
+impl OutputFormats {
+    async fn differing_in(reading: &Transaction<'_>) -> Result<Self, Error> {
+        let current = SPELLING.map(|(name, _)| format!("pg_catalog.current_setting('{name}')")).join(", ");
+        let current = reading.query_one(&format!("select {current}"), &[]).await?;
         let settings = SPELLING.iter().enumerate();
-        let settings = settings.map(|(number, (name, value))| (*name, *value, own.get::<_, String>(number)));
-        Ok(Self(settings.filter(|(_, value, own)| value != own).collect()))
+        let settings =
+            settings.map(|(number, (name, value))| (*name, *value, current.get::<_, String>(number)));
+        Ok(Self(settings.filter(|(_, value, current)| value != current).collect()))
     }
 
-    /// The session's own settings: the parameters of what [`Self::of`] gives.
-    fn own(&self) -> Vec<&(dyn ToSql + Sync)> {
-        self.0.iter().map(|(_, _, own)| own as &(dyn ToSql + Sync)).collect()
+    /// The session's values: the parameters of the expression that [`Self::to_json`] returns.
+    fn session_values(&self) -> Vec<&(dyn ToSql + Sync)> {
+        self.0.iter().map(|(_, _, value)| value as &(dyn ToSql + Sync)).collect()
     }
 
-    /// An expression that spells a row. The elements of an array are computed in their order.
-    fn of(&self, row: &str) -> String {
-        let spelled = format!("pg_catalog.row_to_json({row})::text");
+    /// Returns an expression for a row as JSON. It relies on PostgreSQL computing array elements in order.
+    fn to_json(&self, row: &str) -> String {
+        let json = format!("pg_catalog.row_to_json({row})::text");
         if self.0.is_empty() {
-            return spelled;
+            return json;
         }
         let set =
             self.0.iter().map(|(name, value, _)| format!("pg_catalog.set_config('{name}', '{value}', true)"));
-        let back = self
+        let reset = self
             .0
             .iter()
             .zip(1..)
             .map(|((name, _, _), number)| format!("pg_catalog.set_config('{name}', ${number}, true)"));
-        let steps: Vec<String> = set.chain([spelled]).chain(back).collect();
+        let steps: Vec<String> = set.chain([json]).chain(reset).collect();
         format!("(array[{}])[{}]", steps.join(", "), self.0.len() + 1)
     }
 }
 
-fn query(spelling: &Spelling, selection: &Selection<'_>, most: usize) -> String {
+fn query(formats: &OutputFormats, selection: &Selection<'_>, limit: usize) -> String {
     let Selection { relation, access, conditions, order } = selection;
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let list = |names: &[String]| names.iter().map(|name| quote(name)).collect::<Vec<_>>().join(", ");
-    // Tables that inherit from it without being its partitions are watched by themselves, if at all.
+    // Inheriting tables that are not partitions are watched separately, if at all.
     let only = if relation.kind == "r" { "only " } else { "" };
     let (schema, table) = (quote(&relation.schema), quote(&relation.table));
-    // Row security is PostgreSQL's own to add; the read policy of a relation that cannot have it is not.
+    // PostgreSQL adds row security itself. It does not know the read policy of a relation that cannot have row security.
     let policy = access.policy.as_deref().filter(|_| matches!(relation.kind.as_str(), "m" | "f"));
     let conditions: Vec<String> = policy
         .into_iter()
@@ -242,9 +244,9 @@ fn query(spelling: &Spelling, selection: &Selection<'_>, most: usize) -> String 
         terms => format!(" order by {terms}"),
     };
     format!(
-        "select {} from (select {} from {only}{schema}.{table}{condition}{order} limit {most}) \
+        "select {} from (select {} from {only}{schema}.{table}{condition}{order} limit {limit}) \
          as \"relay row\"",
-        spelling.of("\"relay row\""),
+        formats.to_json("\"relay row\""),
         list(&access.columns)
     )
 }

@@ -1,37 +1,37 @@
-//! The pauses between tries to reach PostgreSQL: each about twice as long, no two relays at the same moment.
+//! Pauses between attempts to reach PostgreSQL: exponential backoff with jitter.
 
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// What a pause grows from, and to.
+/// Bounds and state of the backoff.
 #[derive(Debug)]
 pub struct Backoff {
     first: Duration,
-    most: Duration,
+    max: Duration,
     next: Duration,
 }
 
 impl Backoff {
-    /// Pauses from `first` on, which never exceed `most`.
-    pub fn new(first: Duration, most: Duration) -> Self {
-        Self { first, most, next: first }
+    /// Creates a backoff that starts at `first` and never exceeds `max`.
+    pub fn new(first: Duration, max: Duration) -> Self {
+        Self { first, max, next: first }
     }
 
-    /// The pause before the next try: between half of what is due and all of it, so that those whom one fault cut off
-    /// do not come back together.
+    /// Returns the pause before the next attempt: a random part, at least half, of the full pause. The jitter keeps relays
+    /// that failed together from returning together.
     pub fn pause(&mut self) -> Duration {
-        let due = self.next;
-        self.next = (due * 2).min(self.most);
-        let dice = RandomState::new().hash_one(0) as u32;
-        due.mul_f64(0.5 + f64::from(dice) / f64::from(u32::MAX) / 2.0)
+        let full = self.next;
+        self.next = (full * 2).min(self.max);
+        let random = RandomState::new().hash_one(0) as u32;
+        full.mul_f64(0.5 + f64::from(random) / f64::from(u32::MAX) / 2.0)
     }
 
-    /// Something has to be changed first: the next pauses are the longest.
+    /// Makes the next pauses the longest: for errors that need a change at the database first.
     pub fn slow_down(&mut self) {
-        self.next = self.most;
+        self.next = self.max;
     }
 
-    /// It worked: the next pause is the first again.
+    /// Starts again at the first pause, after a success.
     pub fn reset(&mut self) {
         self.next = self.first;
     }
@@ -42,17 +42,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_the_most_and_differ() {
-        let (first, most) = (Duration::from_millis(64), Duration::from_secs(1));
+    fn pauses_grow_to_the_maximum_and_differ() {
+        let (first, max) = (Duration::from_millis(64), Duration::from_secs(1));
         let pauses = || {
-            let mut backoff = Backoff::new(first, most);
+            let mut backoff = Backoff::new(first, max);
             (0..8).map(|_| backoff.pause()).collect::<Vec<_>>()
         };
-        let some = pauses();
-        for (at, pause) in some.iter().enumerate() {
-            let due = (first * (1 << at)).min(most);
-            assert!(due / 2 <= *pause && *pause <= due, "{some:?}");
+        let sequence = pauses();
+        for (index, pause) in sequence.iter().enumerate() {
+            let full = (first * (1 << index)).min(max);
+            assert!(full / 2 <= *pause && *pause <= full, "{sequence:?}");
         }
-        assert_ne!(some, pauses());
+        assert_ne!(sequence, pauses());
     }
 }

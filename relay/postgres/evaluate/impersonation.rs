@@ -1,4 +1,4 @@
-//! A session that acts as somebody else for the length of one statement: role and claims are set, and taken back whatever happens.
+//! A session that runs single statements with the role and claims of a subscriber. A rollback resets both afterwards.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -13,67 +13,67 @@ use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Denied;
 use crate::postgres::connect::pool::{Error, Server};
 
-/// Becomes the subscriber for the rest of the transaction. The role comes last: after it, nothing else is ours to set.
-const BECOME: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
+/// Sets the subscriber's claims and role for the rest of the transaction. The role comes last: it may not set the others.
+const IMPERSONATE: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
      set_config('request.jwt.claim.role', $1, true), set_config('statement_timeout', $4, true), \
      set_config('search_path', $5, true), set_config('lock_timeout', $6, true), set_config('role', $1, true)";
 
-/// Stays the login for the rest of the transaction, under the same settings.
-const KEEP: &str = "select set_config('statement_timeout', $1, true), set_config('search_path', $2, true), \
+/// Sets the same limits and search path for the rest of the transaction, and keeps the login's role.
+const AS_LOGIN: &str = "select set_config('statement_timeout', $1, true), set_config('search_path', $2, true), \
      set_config('lock_timeout', $3, true)";
 
-/// A table that is locked is waited for so long, since the changes of other tables wait meanwhile …
+/// Lock timeout. Short, because the changes of other tables wait meanwhile.
 const LOCK_WAIT: &str = "20ms";
-/// … and, for a while after that was in vain, so long.
-const LOCK_GLANCE: &str = "1ms";
+/// Lock timeout for [`LOCKED_FOR`] after one was exceeded.
+const LOCK_WAIT_AGAIN: &str = "1ms";
 const LOCKED_FOR: Duration = Duration::from_secs(1);
 
-/// A policy can undo the role that we took; whoever has another name afterwards is not to be believed.
-const WHO: &str = "select current_user::text";
+/// A policy can reset the role: the result is discarded if `current_user` changed.
+const CURRENT_USER: &str = "select current_user::text";
 
-/// Statements kept prepared: one per relation, role and policy text, and one per distinct filter that needs
-/// PostgreSQL. Past this number all are prepared anew, which bounds the server's memory.
-const MOST_STATEMENTS: usize = 1000;
+/// Maximum number of prepared statements, which bounds the server's memory: one per relation, role and policy text, and one
+/// per distinct filter that needs PostgreSQL. Beyond it all are discarded and prepared again.
+const MAX_STATEMENTS: usize = 1000;
 
 static NO_PATH: String = String::new();
 
 /// The session.
 pub(super) struct Impersonation {
-    /// Its connection, for what is to be done as the login itself.
+    /// The connection, for statements with the login's own role.
     pub client: Client,
     begin: Statement,
-    become_somebody: Statement,
-    keep: Statement,
-    who: Statement,
-    end: Statement,
+    impersonate: Statement,
+    as_login: Statement,
+    current_user: Statement,
+    rollback: Statement,
     statements: HashMap<Arc<str>, Statement>,
-    /// Those that the subscriber's role could not prepare.
-    lent: HashSet<Arc<str>>,
+    /// Statements that only the login's role could prepare.
+    prepared_by_login: HashSet<Arc<str>>,
     limit: String,
-    /// When a lock was waited for in vain.
+    /// The time of the last lock timeout.
     locked: Mutex<Option<Instant>>,
     /// The search path of the login.
     path: String,
 }
 
-/// Whom to act as.
+/// The role and claims of a statement.
 #[derive(Clone, Copy)]
 pub(super) struct ActingAs<'a> {
     role: &'a str,
     json: &'a str,
     sub: &'a str,
-    /// With the login's search path, which functions of users may rely on. Otherwise with none, where nothing can get between
-    /// a name and what it means.
+    /// Whether to set the login's search path, which user-defined functions may rely on. Otherwise it is empty, so that a
+    /// name cannot resolve to another object.
     with_path: bool,
 }
 
 impl<'a> ActingAs<'a> {
-    /// Somebody with these claims.
+    /// The role and claims of a token.
     pub fn with(claims: &'a Claims, with_path: bool) -> Self {
         Self { role: claims.role(), json: claims.json(), sub: claims.sub().unwrap_or_default(), with_path }
     }
 
-    /// Nobody in particular, who has this role.
+    /// A role without claims.
     pub fn of_role(role: &'a str) -> Self {
         Self { role, json: "", sub: "", with_path: false }
     }
@@ -88,62 +88,62 @@ impl Impersonation {
         Ok(Self {
             path,
             begin: client.prepare("begin read only").await?,
-            become_somebody: client.prepare(BECOME).await?,
-            keep: client.prepare(KEEP).await?,
-            who: client.prepare(WHO).await?,
-            // What a policy set for the session goes with the transaction: a rollback undoes it, a commit would not.
-            end: client.prepare("rollback").await?,
+            impersonate: client.prepare(IMPERSONATE).await?,
+            as_login: client.prepare(AS_LOGIN).await?,
+            current_user: client.prepare(CURRENT_USER).await?,
+            // A rollback undoes settings that a policy made for the session, a commit would not.
+            rollback: client.prepare("rollback").await?,
             statements: HashMap::new(),
-            lent: HashSet::new(),
+            prepared_by_login: HashSet::new(),
             limit: format!("{}ms", limit.as_millis()),
             locked: Mutex::new(None),
             client,
         })
     }
 
-    /// Makes room for so many statements. All at once and before any is prepared: none that is about to be asked may go.
+    /// Makes room for this many statements. Call it once before the first of a batch is prepared: it may discard all.
     pub fn make_room(&mut self, count: usize) {
-        if self.statements.len() + count > MOST_STATEMENTS {
+        if self.statements.len() + count > MAX_STATEMENTS {
             self.forget();
         }
     }
 
-    /// Forgets all statements.
+    /// Discards all statements.
     pub fn forget(&mut self) {
         self.statements.clear();
-        self.lent.clear();
+        self.prepared_by_login.clear();
     }
 
-    /// A statement that was prepared.
+    /// Returns a prepared statement.
     pub fn prepared(&self, statement: &str) -> Option<&Statement> {
         self.statements.get(statement)
     }
 
-    /// Prepares under the subscriber's role, or else our own: a policy may call what is in a schema that its subscribers
-    /// may not use, since PostgreSQL resolves the names in it when it is made. Rights on tables and functions are
-    /// those of whoever is judged in any case. What was prepared as our own is prepared anew for each page: once a table in it
-    /// was altered or analyzed, PostgreSQL would look the names up again, as the subscriber.
+    /// Prepares a statement with the subscriber's role, or with the login's if that role lacks a right. A policy may name
+    /// objects in a schema that subscribers may not use, because PostgreSQL resolves its names when it is created. Rights on
+    /// tables and functions are checked for the subscriber in any case. A statement prepared by the login is prepared again
+    /// for each page: after a table in it is altered or analyzed, PostgreSQL would resolve the names with the subscriber's role.
     pub async fn prepare(
         &mut self,
-        somebody: ActingAs<'_>,
+        as_role: ActingAs<'_>,
         statement: &Arc<str>,
     ) -> Result<Result<(), Denied>, Error> {
-        let is_lent = self.lent.contains(statement);
-        if self.statements.contains_key(statement) && !is_lent {
+        let needs_login = self.prepared_by_login.contains(statement);
+        if self.statements.contains_key(statement) && !needs_login {
             return Ok(Ok(()));
         }
-        let as_somebody = match is_lent {
+        let by_role = match needs_login {
             true => None,
-            false => Some(self.prepare_as(&self.become_somebody, &self.whom(&somebody), statement).await?),
+            false => Some(self.prepare_as(&self.impersonate, &self.settings(&as_role), statement).await?),
         };
-        let prepared = match as_somebody {
+        let prepared = match by_role {
             Some(Err(error)) if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Err(error),
             Some(Ok(prepared)) => Ok(prepared),
-            // Under the search path under which it will be asked: under another it would be looked up again, too.
+            // With the search path that the query will have: with another PostgreSQL would resolve the names again.
             None | Some(Err(_)) => {
-                let [.., path, wait] = self.whom(&somebody);
-                let prepared = self.prepare_as(&self.keep, &[&self.limit, path, wait], statement).await?;
-                self.lent.insert(Arc::clone(statement));
+                let [.., path, wait] = self.settings(&as_role);
+                let prepared = self.prepare_as(&self.as_login, &[&self.limit, path, wait], statement).await?;
+                self.prepared_by_login.insert(Arc::clone(statement));
                 prepared
             }
         };
@@ -152,12 +152,12 @@ impl Impersonation {
                 self.statements.insert(Arc::clone(statement), prepared);
                 Ok(Ok(()))
             }
-            Err(error) => Ok(Err(self.refused(&error))),
+            Err(error) => Ok(Err(self.denied(&error))),
         }
     }
 
-    /// Prepares a statement in a transaction that begins with `first`. Limited as well: a table that a policy reads may be
-    /// locked, and then the statement cannot even be read.
+    /// Prepares a statement in a transaction that begins with `first`, which sets the limits: preparing waits for a lock on
+    /// a table that a policy reads.
     async fn prepare_as(
         &self,
         first: &Statement,
@@ -170,20 +170,21 @@ impl Impersonation {
             Ok(_) => client.prepare(statement).await,
             Err(error) => Err(error),
         };
-        client.execute(&self.end, &[]).await?;
+        client.execute(&self.rollback, &[]).await?;
         Ok(prepared)
     }
 
-    fn whom<'p>(&'p self, somebody: &'p ActingAs<'_>) -> [&'p (dyn ToSql + Sync); 6] {
-        let path = if somebody.with_path { &self.path } else { &NO_PATH };
+    /// The parameters of [`IMPERSONATE`].
+    fn settings<'p>(&'p self, as_role: &'p ActingAs<'_>) -> [&'p (dyn ToSql + Sync); 6] {
+        let path = if as_role.with_path { &self.path } else { &NO_PATH };
         let locked = *self.locked.lock().unwrap_or_else(PoisonError::into_inner);
-        let wait =
-            if locked.is_some_and(|when| when.elapsed() < LOCKED_FOR) { &LOCK_GLANCE } else { &LOCK_WAIT };
-        [&somebody.role, &somebody.json, &somebody.sub, &self.limit, path, wait]
+        let is_locked = locked.is_some_and(|when| when.elapsed() < LOCKED_FOR);
+        let wait = if is_locked { &LOCK_WAIT_AGAIN } else { &LOCK_WAIT };
+        [&as_role.role, &as_role.json, &as_role.sub, &self.limit, path, wait]
     }
 
-    /// What PostgreSQL's "no" counts as. A policy can raise any code, so none says that nobody answered.
-    fn refused(&self, error: &tokio_postgres::Error) -> Denied {
+    /// Classifies an error of PostgreSQL. A policy can raise any code, so no code counts as a lost connection.
+    fn denied(&self, error: &tokio_postgres::Error) -> Denied {
         match error.code() {
             Some(code) if *code == SqlState::QUERY_CANCELED => Denied::TimedOut,
             Some(code) if *code == SqlState::LOCK_NOT_AVAILABLE => {
@@ -197,73 +198,72 @@ impl Impersonation {
         }
     }
 
-    /// What the statement gives to somebody. One round trip: the five steps leave together.
+    /// Runs a statement with a role and its claims. The five steps are pipelined into one round trip.
     ///
     /// # Errors
-    /// When the session ended or is of no use any more. What PostgreSQL refused is the inner result.
-    pub async fn ask(
+    /// When the session ended or is unusable. The inner result is PostgreSQL's refusal.
+    pub async fn query(
         &self,
-        somebody: ActingAs<'_>,
+        as_role: ActingAs<'_>,
         statement: &Statement,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Result<Vec<Row>, Denied>, Error> {
         let client = &self.client;
-        let whom = self.whom(&somebody);
-        let (begun, became, answered, who, ended) = tokio::join!(
+        let settings = self.settings(&as_role);
+        let (begun, impersonated, rows, current_user, rolled_back) = tokio::join!(
             client.execute(&self.begin, &[]),
-            client.execute(&self.become_somebody, &whom),
+            client.execute(&self.impersonate, &settings),
             client.query(statement, parameters),
-            client.query_one(&self.who, &[]),
-            client.execute(&self.end, &[]),
+            client.query_one(&self.current_user, &[]),
+            client.execute(&self.rollback, &[]),
         );
         begun?;
-        // Where the end went through the session is sound, and whatever failed before it was PostgreSQL's "no".
-        ended?;
-        if became.is_err() {
+        // If the rollback succeeded the session is sound, and an earlier failure was PostgreSQL's refusal.
+        rolled_back?;
+        if impersonated.is_err() {
             return Ok(Err(Denied::Role));
         }
-        let rows = match answered {
+        let rows = match rows {
             Ok(rows) => rows,
-            Err(error) => return Ok(Err(self.refused(&error))),
+            Err(error) => return Ok(Err(self.denied(&error))),
         };
-        Ok(match who {
-            Ok(who) if who.get::<_, &str>(0) == somebody.role => Ok(rows),
+        Ok(match current_user {
+            Ok(user) if user.get::<_, &str>(0) == as_role.role => Ok(rows),
             Ok(_) => Err(Denied::Role),
-            Err(error) => Err(self.refused(&error)),
+            Err(error) => Err(self.denied(&error)),
         })
     }
 }
 
-/// Whether PostgreSQL can read these images back, by a statement that does nothing else; also when nobody can tell, as that
-/// statement could not be prepared.
+/// Whether PostgreSQL can read these images back, by the statement `reading`. True if that statement could not be prepared.
 ///
 /// # Errors
-/// As [`Impersonation::ask`].
+/// As [`Impersonation::query`].
 pub(super) async fn reads_back(
     session: &Impersonation,
-    somebody: ActingAs<'_>,
+    as_role: ActingAs<'_>,
     reading: &str,
     images: &[String],
 ) -> Result<bool, Error> {
     let Some(reading) = session.prepared(reading) else { return Ok(true) };
-    Ok(!matches!(session.ask(somebody, reading, &[&images]).await?, Err(Denied::Raised)))
+    Ok(!matches!(session.query(as_role, reading, &[&images]).await?, Err(Denied::Raised)))
 }
 
-/// A page of images asked whole, and in halves of what raised, down to the images that do.
+/// A bisection of a page of images: first all of them, then the halves of each range that raised, down to single images.
 pub(super) struct Bisection(Vec<Range<usize>>);
 
 impl Bisection {
-    /// All of so many.
+    /// Begins with all `count` images.
     pub fn of(count: usize) -> Self {
         Self(std::iter::once(0..count).filter(|all| !all.is_empty()).collect())
     }
 
-    /// What is to be asked next.
+    /// Returns the next range to evaluate.
     pub fn next(&mut self) -> Option<Range<usize>> {
         self.0.pop()
     }
 
-    /// These raised.
+    /// Queues the halves of a range that raised.
     pub fn split(&mut self, raised: Range<usize>) {
         if raised.len() > 1 {
             let middle = raised.start + raised.len() / 2;

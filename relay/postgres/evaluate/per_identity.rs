@@ -1,4 +1,4 @@
-//! Asks PostgreSQL who may see which row images: role and claims of a subscriber, a whole page of images in one statement.
+//! Evaluates policies in PostgreSQL for one identity: with its role and claims, all images of a page in one statement.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::postgres::connect::pool::{Error, JUDGING, Server};
 use crate::postgres::evaluate::circuit_breaker::CircuitBreaker;
 use crate::postgres::evaluate::impersonation::{ActingAs, Bisection, Impersonation, reads_back};
 
-/// The judging connection.
+/// The evaluator, with its connection.
 pub struct IdentityEvaluator {
     server: Server,
     limit: Duration,
@@ -22,46 +22,46 @@ pub struct IdentityEvaluator {
     slow: CircuitBreaker,
 }
 
-/// The verdict on a page of images, and what went wrong on the way.
+/// The verdicts on the images of a query.
 #[derive(Debug)]
 pub struct IdentityAnswer {
     /// For each image whether it may be seen.
     pub allowed: Vec<bool>,
-    /// Why some were denied without a judgement.
+    /// Why images were denied without a verdict of PostgreSQL, if any were.
     pub denied: Option<Denied>,
-    /// The numbers of images that PostgreSQL cannot read back.
+    /// The indexes of images that PostgreSQL cannot read back.
     pub unreadable: Vec<usize>,
 }
 
-/// What is asked: which of these images does the statement allow to this identity?
+/// A query: which of these images does the statement allow to this identity?
 #[derive(Clone)]
 pub struct IdentityQuery<'a> {
-    /// Who wants to see them.
+    /// The identity.
     pub identity: Identity,
-    /// From the catalog, or a filter's.
+    /// The statement of a policy, from the catalog, or of a filter.
     pub statement: Arc<str>,
-    /// Row images as JSON, of what the statement reads.
+    /// Row images as JSON, with the columns that the statement reads.
     pub images: &'a [String],
-    /// What [`reading`] gives for the relation.
+    /// The statement of [`reading`] for the relation.
     pub reading: Arc<str>,
-    /// The statement calls functions of users, which may rely on the search path.
+    /// Whether the statement calls user-defined functions, which may rely on the search path.
     pub with_path: bool,
 }
 
 impl IdentityAnswer {
-    /// Nothing may be seen.
+    /// Denies all images.
     pub fn none(images: &[String], denied: Denied) -> Self {
         Self { allowed: vec![false; images.len()], denied: Some(denied), unreadable: Vec::new() }
     }
 }
 
 impl IdentityEvaluator {
-    /// Judges as the login of `server`, each statement within `limit`.
+    /// Creates an evaluator that connects with the login of `server`. Each statement ends after `limit`.
     pub fn new(server: Server, limit: Duration) -> Self {
         Self { server, limit, session: Mutex::new(None), slow: CircuitBreaker::new(limit) }
     }
 
-    /// Forgets all plans. Before PostgreSQL 15.19 and its siblings a cached plan outlives a revoked membership.
+    /// Discards all plans. Before PostgreSQL 15.19 and its siblings a cached plan outlives a revoked membership.
     pub async fn discard_plans(&self) {
         let mut session = self.session.lock().await;
         let failed = match session.as_mut() {
@@ -76,94 +76,92 @@ impl IdentityEvaluator {
         }
     }
 
-    /// Connects if there is no connection yet.
+    /// Connects if there is no open connection.
     ///
     /// # Errors
     /// As the connection.
     pub async fn open(&self) -> Result<(), Error> {
-        let mut held = self.session.lock().await;
-        if held.as_ref().is_none_or(|session| session.client.is_closed()) {
-            *held = Some(Impersonation::open(&self.server, JUDGING, self.limit).await?);
+        let mut slot = self.session.lock().await;
+        if slot.as_ref().is_none_or(|session| session.client.is_closed()) {
+            *slot = Some(Impersonation::open(&self.server, JUDGING, self.limit).await?);
         }
         Ok(())
     }
 
-    /// Answers all questions; they travel together. Images that make a policy raise are denied alone, the others of
-    /// the same question are judged.
+    /// Answers all queries, in order, pipelined. An image that makes a policy raise is denied; the other images of the
+    /// query are evaluated.
     ///
     /// # Errors
-    /// Only when the connection fails, so that nothing was judged: ask again.
-    pub async fn judge(&self, questions: &[IdentityQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
-        let is_slow: Vec<bool> =
-            questions.iter().map(|question| self.slow.is_open(&question.statement)).collect();
-        let asked: Vec<IdentityQuery<'_>> = questions
+    /// Only when the connection fails. There is no result then: call again.
+    pub async fn judge(&self, queries: &[IdentityQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
+        let is_slow: Vec<bool> = queries.iter().map(|query| self.slow.is_open(&query.statement)).collect();
+        let sent: Vec<IdentityQuery<'_>> = queries
             .iter()
             .zip(&is_slow)
             .filter(|(_, slow)| !**slow)
-            .map(|(question, _)| question.clone())
+            .map(|(query, _)| query.clone())
             .collect();
-        let mut answers = self.judge_all(&asked).await?.into_iter();
-        let verdicts = questions.iter().zip(is_slow).map(|(question, slow)| match slow {
-            true => IdentityAnswer::none(question.images, Denied::TimedOut),
-            false => answers.next().unwrap_or_else(|| IdentityAnswer::none(question.images, Denied::Raised)),
+        let mut answers = self.judge_all(&sent).await?.into_iter();
+        let answers = queries.iter().zip(is_slow).map(|(query, slow)| match slow {
+            true => IdentityAnswer::none(query.images, Denied::TimedOut),
+            false => answers.next().unwrap_or_else(|| IdentityAnswer::none(query.images, Denied::Raised)),
         });
-        let verdicts: Vec<IdentityAnswer> = verdicts.collect();
-        for (question, verdict) in questions.iter().zip(&verdicts) {
-            if verdict.denied == Some(Denied::TimedOut) {
-                self.slow.open(&question.statement);
+        let answers: Vec<IdentityAnswer> = answers.collect();
+        for (query, answer) in queries.iter().zip(&answers) {
+            if answer.denied == Some(Denied::TimedOut) {
+                self.slow.open(&query.statement);
             }
         }
-        Ok(verdicts)
+        Ok(answers)
     }
 
-    async fn judge_all(&self, questions: &[IdentityQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
-        if questions.is_empty() {
+    async fn judge_all(&self, queries: &[IdentityQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
+        if queries.is_empty() {
             return Ok(Vec::new());
         }
-        let mut held = self.session.lock().await;
-        if let Ok(verdicts) = self.ask(&mut held, questions).await {
-            return Ok(verdicts);
+        let mut slot = self.session.lock().await;
+        if let Ok(answers) = self.judge_once(&mut slot, queries).await {
+            return Ok(answers);
         }
-        // PostgreSQL went away, or one of the policies ended the session: then the others must not wait for it.
-        let mut verdicts = Vec::with_capacity(questions.len());
-        for question in questions {
-            let alone = std::slice::from_ref(question);
-            let denied = || vec![IdentityAnswer::none(question.images, Denied::Raised)];
-            let answered = match self.ask(&mut held, alone).await {
-                Err(Lost::Session(_)) => match self.ask(&mut held, alone).await {
-                    Err(Lost::Session(_)) => denied(),
+        // PostgreSQL stopped, or a policy ended the session. Each query alone finds the policy, and answers the others.
+        let mut answers = Vec::with_capacity(queries.len());
+        for query in queries {
+            let single = std::slice::from_ref(query);
+            let answered = match self.judge_once(&mut slot, single).await {
+                Err(Lost::Session(_)) => match self.judge_once(&mut slot, single).await {
+                    Err(Lost::Session(_)) => vec![IdentityAnswer::none(query.images, Denied::Raised)],
                     answered => answered?,
                 },
                 answered => answered?,
             };
-            verdicts.extend(answered);
+            answers.extend(answered);
         }
-        Ok(verdicts)
+        Ok(answers)
     }
 
-    async fn ask(
+    async fn judge_once(
         &self,
-        held: &mut Option<Impersonation>,
-        questions: &[IdentityQuery<'_>],
+        slot: &mut Option<Impersonation>,
+        queries: &[IdentityQuery<'_>],
     ) -> Result<Vec<IdentityAnswer>, Lost> {
-        let mut session = match held.take() {
+        let mut session = match slot.take() {
             Some(session) if !session.client.is_closed() => session,
             _ => Impersonation::open(&self.server, JUDGING, self.limit).await.map_err(Lost::Server)?,
         };
-        let verdicts = answer(&mut session, questions).await.map_err(Lost::Session)?;
-        // What a policy tampered with is not used again.
-        if !verdicts.iter().any(|verdict| matches!(verdict.denied, Some(Denied::Role))) {
-            *held = Some(session);
+        let answers = run_all(&mut session, queries).await.map_err(Lost::Session)?;
+        // A session whose role a policy changed is not used again.
+        if !answers.iter().any(|answer| matches!(answer.denied, Some(Denied::Role))) {
+            *slot = Some(session);
         }
-        Ok(verdicts)
+        Ok(answers)
     }
 }
 
-/// Where a judgement was lost.
+/// Where an evaluation failed.
 enum Lost {
-    /// There is no session to be had.
+    /// No session could be opened.
     Server(Error),
-    /// The session ended, or is of no use any more.
+    /// The session ended or is unusable.
     Session(Error),
 }
 
@@ -175,76 +173,76 @@ impl From<Lost> for Error {
     }
 }
 
-async fn answer(
+async fn run_all(
     session: &mut Impersonation,
-    questions: &[IdentityQuery<'_>],
+    queries: &[IdentityQuery<'_>],
 ) -> Result<Vec<IdentityAnswer>, Error> {
     let mut refusals: HashMap<Arc<str>, Denied> = HashMap::new();
-    session.make_room(2 * questions.len());
-    for question in questions {
-        let somebody = ActingAs::with(question.identity.claims(), question.with_path);
-        if let Err(denied) = session.prepare(somebody, &question.statement).await? {
-            refusals.insert(Arc::clone(&question.statement), denied);
+    session.make_room(2 * queries.len());
+    for query in queries {
+        let role = ActingAs::with(query.identity.claims(), query.with_path);
+        if let Err(denied) = session.prepare(role, &query.statement).await? {
+            refusals.insert(Arc::clone(&query.statement), denied);
         }
-        let _ = session.prepare(somebody, &question.reading).await?;
+        let _ = session.prepare(role, &query.reading).await?;
     }
     let session = &*session;
-    let mut asked: Vec<BoxFuture<'_, Result<IdentityAnswer, Error>>> = Vec::with_capacity(questions.len());
-    for question in questions {
-        asked.push(match refusals.get(&question.statement) {
-            Some(denied) => ready(Ok(IdentityAnswer::none(question.images, *denied))).boxed(),
-            None => decide(session, question).boxed(),
+    let mut running: Vec<BoxFuture<'_, Result<IdentityAnswer, Error>>> = Vec::with_capacity(queries.len());
+    for query in queries {
+        running.push(match refusals.get(&query.statement) {
+            Some(denied) => ready(Ok(IdentityAnswer::none(query.images, *denied))).boxed(),
+            None => run(session, query).boxed(),
         });
     }
-    futures_util::stream::iter(asked).buffered(IN_FLIGHT).try_collect().await
+    futures_util::stream::iter(running).buffered(IN_FLIGHT).try_collect().await
 }
 
-async fn decide(session: &Impersonation, question: &IdentityQuery<'_>) -> Result<IdentityAnswer, Error> {
-    let Some(judgement) = session.prepared(&question.statement) else {
-        return Ok(IdentityAnswer::none(question.images, Denied::Raised));
+async fn run(session: &Impersonation, query: &IdentityQuery<'_>) -> Result<IdentityAnswer, Error> {
+    let Some(statement) = session.prepared(&query.statement) else {
+        return Ok(IdentityAnswer::none(query.images, Denied::Raised));
     };
-    let somebody = ActingAs::with(question.identity.claims(), question.with_path);
-    let mut verdict =
-        IdentityAnswer { allowed: vec![false; question.images.len()], denied: None, unreadable: Vec::new() };
-    let mut halves = Bisection::of(question.images.len());
-    while let Some(range) = halves.next() {
-        let images = &question.images[range.clone()];
-        let answered = session.ask(somebody, judgement, &[&images]).await?;
-        let allowed = answered.map(|rows| rows.first().and_then(|row| row.try_get::<_, Vec<bool>>(0).ok()));
+    let role = ActingAs::with(query.identity.claims(), query.with_path);
+    let mut answer =
+        IdentityAnswer { allowed: vec![false; query.images.len()], denied: None, unreadable: Vec::new() };
+    let mut ranges = Bisection::of(query.images.len());
+    while let Some(range) = ranges.next() {
+        let images = &query.images[range.clone()];
+        let rows = session.query(role, statement, &[&images]).await?;
+        let allowed = rows.map(|rows| rows.first().and_then(|row| row.try_get::<_, Vec<bool>>(0).ok()));
         match allowed {
             Ok(Some(allowed)) if allowed.len() == images.len() => {
-                verdict.allowed[range].copy_from_slice(&allowed);
+                answer.allowed[range].copy_from_slice(&allowed);
             }
             Ok(_) | Err(Denied::Raised) => {
-                // Without an image nothing but the claims can raise.
-                if verdict.denied.is_none() {
+                // Without images only the claims can make the statement raise.
+                if answer.denied.is_none() {
                     let none: &[String] = &[];
-                    if let Err(Denied::Raised) = session.ask(somebody, judgement, &[&none]).await? {
-                        return Ok(IdentityAnswer::none(question.images, Denied::Claims));
+                    if let Err(Denied::Raised) = session.query(role, statement, &[&none]).await? {
+                        return Ok(IdentityAnswer::none(query.images, Denied::Claims));
                     }
                 }
-                if range.len() == 1 && !reads_back(session, somebody, &question.reading, images).await? {
-                    verdict.unreadable.push(range.start);
+                if range.len() == 1 && !reads_back(session, role, &query.reading, images).await? {
+                    answer.unreadable.push(range.start);
                 }
-                verdict.denied = Some(match verdict.unreadable.is_empty() {
+                answer.denied = Some(match answer.unreadable.is_empty() {
                     true => Denied::Raised,
                     false => Denied::Unreadable,
                 });
-                halves.split(range);
+                ranges.split(range);
             }
             Err(denied) => {
-                return Ok(IdentityAnswer::none(question.images, denied));
+                return Ok(IdentityAnswer::none(query.images, denied));
             }
         }
     }
-    Ok(verdict)
+    Ok(answer)
 }
 
-/// Questions on the way at once: enough to hide the round trips, few enough that a policy that has become slow delays
-/// the others by so many time limits at most before it is noticed.
+/// Maximum number of pipelined queries: enough to hide the round trips. A policy that becomes slow delays the others by at
+/// most this many time limits before it is skipped.
 const IN_FLIGHT: usize = 4;
 
-/// The statement that has PostgreSQL take back row images, `$1`, and nothing else: it fails where one cannot be.
+/// Returns the statement that only parses row images, `$1`, back into rows: it fails if one cannot be read back.
 pub fn reading(relation: &Relation) -> String {
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     format!(

@@ -1,8 +1,9 @@
-//! Asks PostgreSQL what has one answer for all readers: facts about row images, and who may see them.
+//! Evaluates in one query what has one answer for all subscribers: facts about row images, and which subscribers may see
+//! them.
 //!
-//! The readers who are connected stand in temporary tables, one for each question, brought up to date before it is asked.
-//! So PostgreSQL can begin with the row, go by index to those it names, and from there by index to those who are here.
-//! Nothing that is asked here can read claims or call a user's function, which is why all readers may stand side by side.
+//! Connected subscribers are rows of temporary tables, one table per query of a plan, updated before the query runs.
+//! So PostgreSQL starts with the row image, finds the users it refers to by index, and the connected ones among them by
+//! index. These queries cannot read claims or call user-defined functions: only therefore may subscribers share one.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
+use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::model::catalog::relation::Relation;
@@ -23,75 +25,75 @@ use crate::postgres::evaluate::circuit_breaker::CircuitBreaker;
 use crate::postgres::evaluate::impersonation::{ActingAs, Bisection, Impersonation, reads_back};
 use crate::postgres::evaluate::per_identity::reading;
 
-/// The connection that asks.
+/// The evaluator, with its connection.
 pub struct SetEvaluator {
     server: Server,
     limit: Duration,
     session: Mutex<Option<SetSession>>,
     slow: CircuitBreaker,
-    /// Sessions in a row that ended over a question.
+    /// Number of consecutive sessions that ended during a query.
     losses: AtomicU32,
 }
 
 struct SetSession {
     impersonation: Impersonation,
     tables: HashMap<TableKey, SubscriberTable>,
-    /// The login may not make temporary tables.
+    /// Whether the login may not create temporary tables.
     without_tables: bool,
 }
 
-/// A roster's table for one leaf.
+/// The ids of a subscriber set and of a query of the plan.
 type TableKey = (u64, usize);
 
-/// A table of readers.
+/// A temporary table of subscribers.
 #[derive(Default)]
 struct SubscriberTable {
-    /// The last reader that was put in.
+    /// The greatest number inserted so far.
     through: Option<u64>,
     rows: usize,
-    /// Its rows when the planner last looked.
+    /// Row count at the last ANALYZE.
     analyzed: usize,
 }
 
-/// Those who might see something, by growing numbers.
+/// Subscribers that a policy applies to, with ascending numbers.
 pub trait SubscriberSet: Send + Sync {
-    /// A number of its own.
+    /// A unique id of the set.
     fn id(&self) -> u64;
-    /// How many there are now.
+    /// Current number of subscribers.
     fn count(&self) -> usize;
-    /// Those after this number, with the texts of these terms; who lacks one is left out.
+    /// Subscribers after this number, with the texts of these terms; those that lack a term are left out.
     fn after(&self, number: Option<u64>, terms: &[(usize, Kind)]) -> Vec<(u64, Vec<Arc<str>>)>;
-    /// The greatest number that was given so far.
+    /// The greatest number assigned so far.
     fn last(&self) -> Option<u64>;
 }
 
-/// A question about a page of images.
+/// A query about a page of images.
 pub struct SetQuery<'a> {
-    /// Whose images they are.
+    /// The relation of the images.
     pub relation: &'a Relation,
-    /// With whose rights to look.
+    /// The role whose rights apply.
     pub role: &'a str,
-    /// Which of its plan's leaves, and the number of it.
+    /// The query, and its number in the plan.
     pub leaf: (usize, &'a ServerQuery),
-    /// Who is here.
+    /// The connected subscribers.
     pub roster: &'a dyn SubscriberSet,
     /// The images as JSON.
     pub images: &'a [String],
 }
 
-/// What was said of one image.
+/// The answer for one image.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SetAnswer {
-    /// Of a fact.
+    /// The value of a fact.
     Fact(Truth),
-    /// The numbers of the readers for whom it holds, in order.
+    /// The numbers of the subscribers for whom the query holds, ascending.
     Readers(Vec<u64>),
-    /// Nothing: it raised, took too long, or cannot be asked.
+    /// No answer: the query raised, timed out, or cannot be evaluated for a set.
     Nothing(Truth),
 }
 
 impl SetEvaluator {
-    /// Asks as the login of `server`, each statement within `limit`.
+    /// Creates an evaluator that connects with the login of `server`. Each statement ends after `limit`.
     pub fn new(server: Server, limit: Duration) -> Self {
         Self {
             server,
@@ -102,24 +104,24 @@ impl SetEvaluator {
         }
     }
 
-    /// Forgets all readers and plans: the rules are others now.
+    /// Discards the session with its tables and plans, after the rules changed.
     pub async fn forget(&self) {
         *self.session.lock().await = None;
     }
 
-    /// The answers, image by image. Also how many statements were asked.
+    /// Returns one answer per image, and the number of statements run.
     ///
     /// # Errors
-    /// Only when the connection fails, so that nothing was answered: ask again.
-    pub async fn ask(&self, inquiry: &SetQuery<'_>) -> Result<(Vec<SetAnswer>, usize), Error> {
-        let statement: Arc<str> = statement(inquiry).into();
-        let nothing = |truth| Ok((vec![SetAnswer::Nothing(truth); inquiry.images.len()], 0));
+    /// Only when the connection fails. There is no result then: call again.
+    pub async fn ask(&self, query: &SetQuery<'_>) -> Result<(Vec<SetAnswer>, usize), Error> {
+        let statement: Arc<str> = statement(query).into();
+        let nothing = |truth| Ok((vec![SetAnswer::Nothing(truth); query.images.len()], 0));
         if self.slow.is_open(&statement) {
             return nothing(Truth::TimedOut);
         }
-        let mut held = self.session.lock().await;
-        let mut open = match held.take() {
-            Some(open) if !open.impersonation.client.is_closed() => open,
+        let mut slot = self.session.lock().await;
+        let mut session = match slot.take() {
+            Some(session) if !session.impersonation.client.is_closed() => session,
             _ => SetSession {
                 impersonation: Impersonation::open(
                     &self.server,
@@ -131,83 +133,71 @@ impl SetEvaluator {
                 without_tables: false,
             },
         };
-        if !inquiry.leaf.1.by().is_empty() {
-            if !open.without_tables
-                && let Err(error) = open.bring_up_to_date(inquiry).await
+        if !query.leaf.1.by().is_empty() {
+            if !session.without_tables
+                && let Err(error) = session.update_table(query).await
             {
-                if open.impersonation.client.is_closed() {
+                if session.impersonation.client.is_closed() {
                     return Err(error);
                 }
-                tracing::warn!(error = %error, "readers are judged one by one: the judging login cannot keep temporary tables");
-                open.without_tables = true;
+                tracing::warn!(error = %error, "judging login cannot use temporary tables, subscribers are evaluated one by one");
+                session.without_tables = true;
             }
-            if open.without_tables {
-                *held = Some(open);
+            if session.without_tables {
+                *slot = Some(session);
                 return nothing(Truth::Undecided);
             }
         }
-        let (said, asked, denied) = match open.answer(inquiry, &statement).await {
-            Ok(answered) => answered,
-            Err(error) => return self.lost(&mut held, error, inquiry),
+        let (answers, statements, denied) = match session.run(query, &statement).await {
+            Ok(result) => result,
+            Err(error) => return self.lost(&mut slot, error, query),
         };
         self.losses.store(0, Relaxed);
         if denied == Some(Denied::TimedOut) {
             self.slow.open(&statement);
         }
         if denied != Some(Denied::Role) {
-            *held = Some(open);
+            *slot = Some(session);
         }
-        Ok((said, asked))
+        Ok((answers, statements))
     }
-}
 
-impl SetEvaluator {
-    /// The session ended. Once that is the server's affair, and asked again; more often the question ends it, and then it
-    /// must not hold up everybody.
+    /// Handles a session that ended. The first losses in a row count as server failures, and the caller retries. After that
+    /// the query is taken for the cause: it is left undecided, so that it does not block the others.
     fn lost(
         &self,
-        held: &mut Option<SetSession>,
+        slot: &mut Option<SetSession>,
         error: Error,
-        inquiry: &SetQuery<'_>,
+        query: &SetQuery<'_>,
     ) -> Result<(Vec<SetAnswer>, usize), Error> {
-        *held = None;
+        *slot = None;
         match self.losses.fetch_add(1, Relaxed) {
             0..2 => Err(error),
-            _ => Ok((vec![SetAnswer::Nothing(Truth::Undecided); inquiry.images.len()], 1)),
+            _ => Ok((vec![SetAnswer::Nothing(Truth::Undecided); query.images.len()], 1)),
         }
     }
 }
 
 impl SetSession {
-    async fn bring_up_to_date(&mut self, inquiry: &SetQuery<'_>) -> Result<(), Error> {
-        let (number, leaf) = inquiry.leaf;
-        let key = (inquiry.roster.id(), number);
+    /// Creates the query's table of subscribers, or adds the subscribers that it lacks.
+    async fn update_table(&mut self, query: &SetQuery<'_>) -> Result<(), Error> {
+        let (number, leaf) = query.leaf;
+        let key = (query.roster.id(), number);
         let name = table_name(key);
         let client = &self.impersonation.client;
         let Some(table) = self.tables.get_mut(&key) else {
-            let columns: String =
-                leaf.by().iter().enumerate().fold(String::new(), |mut text, (at, (_, kind))| {
-                    let _ = write!(text, ", v{at} {}", type_name(*kind));
-                    text
-                });
-            let first: Vec<String> = (0..leaf.by().len()).map(|at| format!("v{at}")).collect();
-            let make = format!(
-                "create temporary table {name} (id bigint primary key{columns}); create index on {name} ({}); \
-                 grant select on {name} to public",
-                first.join(", ")
-            );
-            client.batch_execute(&make).await?;
+            client.batch_execute(&create_table(&name, leaf)).await?;
             self.tables.insert(key, SubscriberTable::default());
-            return Box::pin(self.bring_up_to_date(inquiry)).await;
+            return Box::pin(self.update_table(query)).await;
         };
-        if table.rows > SLACK + 2 * inquiry.roster.count() {
+        if table.rows > SLACK + 2 * query.roster.count() {
             client.batch_execute(&format!("truncate {name}")).await?;
             *table = SubscriberTable::default();
         }
-        if table.through >= inquiry.roster.last() {
+        if table.through >= query.roster.last() {
             return Ok(());
         }
-        let added = inquiry.roster.after(table.through, leaf.by());
+        let added = query.roster.after(table.through, leaf.by());
         let ids: Vec<i64> = added.iter().map(|(id, _)| id.cast_signed()).collect();
         let values: Vec<Vec<&str>> =
             (0..leaf.by().len()).map(|at| added.iter().map(|(_, texts)| &*texts[at]).collect()).collect();
@@ -223,7 +213,7 @@ impl SetSession {
             format!("insert into {name} select id{casts} from unnest($1::bigint[]{arrays}) r (id{columns})");
         client.execute(&insert, &parameters).await?;
         table.rows += added.len();
-        table.through = inquiry.roster.last();
+        table.through = query.roster.last();
         if table.rows > 2 * table.analyzed {
             client.batch_execute(&format!("analyze {name}")).await?;
             table.analyzed = table.rows;
@@ -231,79 +221,83 @@ impl SetSession {
         Ok(())
     }
 
-    async fn answer(
+    /// Runs the statement on all images, bisecting those that make it raise. Returns one answer per image, the number of
+    /// statements run, and why all were denied, if they were.
+    async fn run(
         &mut self,
-        inquiry: &SetQuery<'_>,
+        query: &SetQuery<'_>,
         statement: &Arc<str>,
     ) -> Result<(Vec<SetAnswer>, usize, Option<Denied>), Error> {
-        let all = |truth| vec![SetAnswer::Nothing(truth); inquiry.images.len()];
-        let somebody = ActingAs::of_role(inquiry.role);
+        let all = |truth| vec![SetAnswer::Nothing(truth); query.images.len()];
+        let is_fact = matches!(query.leaf.1, ServerQuery::Fact { .. });
+        let as_role = ActingAs::of_role(query.role);
         self.impersonation.make_room(2);
-        if let Err(denied) = self.impersonation.prepare(somebody, statement).await? {
+        if let Err(denied) = self.impersonation.prepare(as_role, statement).await? {
             let truth = match denied {
-                Denied::Raised if !matches!(inquiry.leaf.1, ServerQuery::Fact { .. }) => Truth::Undecided,
+                Denied::Raised if !is_fact => Truth::Undecided,
                 denied => truth_of(denied),
             };
             return Ok((all(truth), 1, Some(denied)));
         }
-        let reading: Arc<str> = reading(inquiry.relation).into();
-        let _ = self.impersonation.prepare(somebody, &reading).await?;
+        let reading: Arc<str> = reading(query.relation).into();
+        let _ = self.impersonation.prepare(as_role, &reading).await?;
         let Some(prepared) = self.impersonation.prepared(statement) else {
             return Ok((all(Truth::Error), 1, None));
         };
-        let mut said = all(Truth::Error);
-        let mut asked = 0;
-        let mut halves = Bisection::of(inquiry.images.len());
-        while let Some(range) = halves.next() {
-            let images = &inquiry.images[range.clone()];
-            asked += 1;
-            let rows = match self.impersonation.ask(somebody, prepared, &[&images]).await? {
-                Ok(rows) => rows,
+        let mut answers = all(Truth::Error);
+        let mut statements = 0;
+        let mut ranges = Bisection::of(query.images.len());
+        while let Some(range) = ranges.next() {
+            let images = &query.images[range.clone()];
+            statements += 1;
+            match self.impersonation.query(as_role, prepared, &[&images]).await? {
+                Ok(rows) if is_fact => read_facts(&rows, &mut answers[range])?,
+                Ok(rows) => read_subscribers(rows, &mut answers[range])?,
                 Err(Denied::Raised) => {
-                    // What raises for one reader need not for another. A fact raises for all, unless it is the image that
-                    // cannot be read back, which is found out where readers are judged one by one.
+                    // A query can raise for one subscriber and not for another. A fact raises for all, unless the image
+                    // itself cannot be read back, which the per-identity evaluator finds out.
                     if range.len() == 1
-                        && (!matches!(inquiry.leaf.1, ServerQuery::Fact { .. })
-                            || !reads_back(&self.impersonation, somebody, &reading, images).await?)
+                        && (!is_fact || !reads_back(&self.impersonation, as_role, &reading, images).await?)
                     {
-                        said[range.start] = SetAnswer::Nothing(Truth::Undecided);
+                        answers[range.start] = SetAnswer::Nothing(Truth::Undecided);
                     }
-                    halves.split(range);
-                    continue;
+                    ranges.split(range);
                 }
-                Err(denied) => return Ok((all(truth_of(denied)), asked, Some(denied))),
-            };
-            let said = &mut said[range];
-            match inquiry.leaf.1 {
-                ServerQuery::Fact { .. } => {
-                    let facts: Vec<Option<bool>> = match rows.first() {
-                        Some(row) => row.try_get(0)?,
-                        None => Vec::new(),
-                    };
-                    for (said, fact) in said.iter_mut().zip(facts) {
-                        *said = SetAnswer::Fact(fact.into());
-                    }
-                }
-                ServerQuery::Found { .. } | ServerQuery::Equals { .. } => {
-                    said.fill(SetAnswer::Readers(Vec::new()));
-                    for row in rows {
-                        let (image, id): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
-                        let image = usize::try_from(image - 1).ok();
-                        if let Some(SetAnswer::Readers(readers)) = image.and_then(|image| said.get_mut(image))
-                        {
-                            readers.push(id.cast_unsigned());
-                        }
-                    }
-                    for said in said {
-                        if let SetAnswer::Readers(readers) = said {
-                            readers.sort_unstable();
-                        }
-                    }
-                }
+                Err(denied) => return Ok((all(truth_of(denied)), statements, Some(denied))),
             }
         }
-        Ok((said, asked, None))
+        Ok((answers, statements, None))
     }
+}
+
+/// Reads the facts of images from the result of their statement: one row with one array.
+fn read_facts(rows: &[Row], answers: &mut [SetAnswer]) -> Result<(), Error> {
+    let facts: Vec<Option<bool>> = match rows.first() {
+        Some(row) => row.try_get(0)?,
+        None => Vec::new(),
+    };
+    for (answer, fact) in answers.iter_mut().zip(facts) {
+        *answer = SetAnswer::Fact(fact.into());
+    }
+    Ok(())
+}
+
+/// Reads the subscribers of images from the result of their statement: rows of an image's number, from 1, and a subscriber.
+fn read_subscribers(rows: Vec<Row>, answers: &mut [SetAnswer]) -> Result<(), Error> {
+    answers.fill(SetAnswer::Readers(Vec::new()));
+    for row in rows {
+        let (image, id): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+        let image = usize::try_from(image - 1).ok();
+        if let Some(SetAnswer::Readers(subscribers)) = image.and_then(|image| answers.get_mut(image)) {
+            subscribers.push(id.cast_unsigned());
+        }
+    }
+    for answer in answers {
+        if let SetAnswer::Readers(subscribers) = answer {
+            subscribers.sort_unstable();
+        }
+    }
+    Ok(())
 }
 
 fn truth_of(denied: Denied) -> Truth {
@@ -313,15 +307,28 @@ fn truth_of(denied: Denied) -> Truth {
     }
 }
 
-/// What the session has set. Names are qualified in all that is asked here, and a plan that is made once is as good as any.
+/// Settings of the session. All names in these statements are qualified, and a generic plan is as good as a custom one.
 const SETTINGS: &str = "set search_path = ''; set plan_cache_mode = force_generic_plan; set join_collapse_limit = 12; set from_collapse_limit = 12; set synchronous_commit = off; \
      set default_transaction_read_only = off";
 
-/// Readers who left stay in their table up to so many, or as many as are there.
+/// Number of rows of subscribers that left, beyond the number of those connected, at which a table is refilled.
 const SLACK: usize = 1000;
 
 fn table_name((roster, leaf): TableKey) -> String {
     format!("pg_temp.readers_{roster}_{leaf}")
+}
+
+fn create_table(name: &str, leaf: &ServerQuery) -> String {
+    let columns: String = leaf.by().iter().enumerate().fold(String::new(), |mut text, (at, (_, kind))| {
+        let _ = write!(text, ", v{at} {}", type_name(*kind));
+        text
+    });
+    let names: Vec<String> = (0..leaf.by().len()).map(|at| format!("v{at}")).collect();
+    format!(
+        "create temporary table {name} (id bigint primary key{columns}); create index on {name} ({}); \
+         grant select on {name} to public",
+        names.join(", ")
+    )
 }
 
 fn type_name(kind: Kind) -> &'static str {
@@ -335,17 +342,17 @@ fn type_name(kind: Kind) -> &'static str {
     }
 }
 
-/// The statement: `$1` are row images as JSON. The images take the relation's own name, so that columns, `todos.col` and
-/// whole rows resolve as they do in a policy.
-fn statement(inquiry: &SetQuery<'_>) -> String {
+/// Returns the statement for a query: `$1` are row images as JSON. The images have the relation's own name, so that columns,
+/// `todos.col` and whole rows resolve as they do in a policy.
+fn statement(query: &SetQuery<'_>) -> String {
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
-    let (schema, table) = (quote(&inquiry.relation.schema), quote(&inquiry.relation.table));
+    let (schema, table) = (quote(&query.relation.schema), quote(&query.relation.table));
     let images = "pg_catalog.unnest($1::pg_catalog.text[]) with ordinality as \"relay images\" (\"relay image\", \"relay n\")";
     let rows = format!(
         "pg_catalog.json_populate_record(null::{schema}.{table}, \"relay images\".\"relay image\"::pg_catalog.json) as {table}"
     );
-    let (number, leaf) = inquiry.leaf;
-    let readers = format!("{} as {}", table_name((inquiry.roster.id(), number)), quote(READER));
+    let (number, leaf) = query.leaf;
+    let readers = format!("{} as {}", table_name((query.roster.id(), number)), quote(READER));
     let id = format!("select distinct \"relay images\".\"relay n\", {}.id from {images}", quote(READER));
     match leaf {
         ServerQuery::Fact { expression } => format!(
@@ -357,7 +364,7 @@ fn statement(inquiry: &SetQuery<'_>) -> String {
                 "{id} cross join lateral {rows} cross join {readers} cross join lateral ({query}) as \"relay found\""
             )
         }
-        // `offset 0` keeps the value from being worked out for each reader.
+        // `offset 0` makes PostgreSQL compute the value once, not for each subscriber.
         ServerQuery::Equals { expression, .. } => format!(
             "{id} cross join lateral (select ({expression}\n) from {rows} offset 0) as \"relay values\" (\"relay value\") \
              join {readers} on {}.v0 = \"relay values\".\"relay value\"",

@@ -1,4 +1,4 @@
-//! Runs the refresh schedule of materialized views (`relay.refresh_every`), as long as nobody else does.
+//! Runs the refresh schedule of materialized views (`relay.refresh_every`), one relay at a time.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +9,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::postgres::connect::pool::{Error, Server};
 
-/// Looks at the schedule at least this often: a schedule changed while the bell was not heard is found by it.
-const AT_LEAST: Duration = Duration::from_secs(60);
+/// Maximum interval between checks of the schedule, also the maximum pause after an error. It bounds the delay of a change
+/// of the schedule whose notification was lost.
+const MAX_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Runs due refreshes until the end. `changed` wakes it when the schedule changed.
+/// Runs due refreshes until `end`. `changed` reports a change of the schedule.
 ///
 /// `relay.run_refreshes` never overlaps with itself, so several relays may call it.
 pub async fn run(server: Server, changed: Arc<Notify>, end: CancellationToken) {
@@ -23,10 +24,10 @@ pub async fn run(server: Server, changed: Arc<Notify>, end: CancellationToken) {
             worked = work(&server, &changed) => worked,
         };
         let Err(error) = worked;
-        tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "the refresh schedule is interrupted");
+        tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "refresh schedule interrupted, retrying");
         tokio::select! {
             () = end.cancelled() => return,
-            () = tokio::time::sleep(pause) => pause = (pause * 2).min(AT_LEAST),
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(MAX_INTERVAL),
         }
     }
 }
@@ -37,8 +38,9 @@ async fn work(server: &Server, changed: &Notify) -> Result<std::convert::Infalli
     let refresh = client.prepare("select extract(epoch from relay.run_refreshes())::float8").await?;
     loop {
         let next: Option<f64> = client.query_one(&refresh, &[]).await?.get(0);
-        let wait = next
-            .map_or(AT_LEAST, |seconds| Duration::from_secs_f64(seconds.clamp(0.01, AT_LEAST.as_secs_f64())));
+        let wait = next.map_or(MAX_INTERVAL, |seconds| {
+            Duration::from_secs_f64(seconds.clamp(0.01, MAX_INTERVAL.as_secs_f64()))
+        });
         let _ = timeout(wait, changed.notified()).await;
     }
 }
