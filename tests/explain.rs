@@ -123,7 +123,7 @@ async fn it_tells_a_person_in_words() {
     for line in [
         "public.docs for the role authenticated",
         "  columns that the role may not read: secret",
-        "  decided: inverted, PostgreSQL is asked once a page who may see its rows",
+        "  decided: inverted, by one query a page for the subscribers who may see its rows",
         "  permissive policy own (compiled, of this row: yes): (owner = ( SELECT auth.uid() AS uid))",
         "  the row is hidden by mfa",
     ] {
@@ -131,8 +131,8 @@ async fn it_tells_a_person_in_words() {
     }
     for (wrong, told) in [
         (["--token", "x"], "--token is not a JWT"),
-        (["--claims", "[]"], "--claims is no JSON object"),
-        (["--row", "1"], "--row is no JSON object"),
+        (["--claims", "[]"], "--claims is not a JSON object"),
+        (["--row", "1"], "--row is not a JSON object"),
     ] {
         let arguments = [&["explain", "docs", "--database-url", &database.url], &wrong[..]].concat();
         let (code, _, error) = output(&arguments).await;

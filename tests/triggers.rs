@@ -263,7 +263,7 @@ async fn functions_that_somebody_altered_are_found_by_doctor_and_written_anew_by
     let alter = format!(
         "create or replace function relay.capture_{id}_update() returns trigger language plpgsql security definer as 'begin return null; end'"
     );
-    let fault = "t: its trigger functions are not as they should be";
+    let fault = "t: its trigger functions are outdated or altered";
     let examined = async || output(&["doctor", "--database-url", &database.url]).await.1;
     assert!(!examined().await.contains(fault));
     for mend in ["install", "watch"] {

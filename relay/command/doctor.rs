@@ -1,4 +1,4 @@
-//! `relay doctor`: checks the database and says what to do.
+//! `relay doctor`: checks the database and prints remedies.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -12,24 +12,24 @@ use crate::postgres::changelog::doorbell::Doorbell;
 use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::install;
 
-/// What a check found.
+/// The result of a check.
 enum Finding {
-    /// As it should be.
+    /// No problem.
     Good(String),
-    /// It works, but somebody should know.
+    /// Works, with a caveat for the operator.
     Note(String),
-    /// It does not work; what to do.
+    /// Does not work; the text has the remedy.
     Fault(String),
 }
 
 use Finding::{Fault, Good, Note};
 
-/// How long one question may take.
+/// Statement timeout of the checks.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Prints a line per finding; the exit code is 1 when there is a fault.
+/// Prints a line per finding; the exit code is 1 if there is a fault.
 ///
-/// `judge` is where policies are evaluated; as a rule the same as `server`.
+/// `judge` is the server that evaluates policies, usually the same as `server`.
 pub async fn run(server: &Server, judge: &Server) -> ExitCode {
     let findings = match examine(server, judge).await {
         Ok(findings) => findings,
@@ -64,8 +64,8 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
     findings.extend(rights(&client).await?);
     findings.push(bell(server, &client).await?);
-    let (strangers, locks) = locks(&client).await?;
-    findings.push(relays(&client, &strangers).await?);
+    let (foreign, locks) = locks(&client).await?;
+    findings.push(relays(&client, &foreign).await?);
     findings.extend(locks);
     findings.push(prepared_transactions(&client).await?);
     findings.push(queue(&client).await?);
@@ -81,15 +81,15 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     Ok(findings)
 }
 
-/// Owners, rights and the rest that an installation asserts.
+/// Checks owners, rights and the rest of what an installation sets.
 async fn rights(client: &Client) -> Result<Vec<Finding>, Error> {
-    let amiss = client.query("select a from relay.install_problems() a", &[]).await?;
-    let told = |row: tokio_postgres::Row| {
+    let problems = client.query("select p from relay.install_problems() p", &[]).await?;
+    let fault = |row: tokio_postgres::Row| {
         Fault(format!("{}: run `relay install` as the owner of the schema relay", row.get::<_, String>(0)))
     };
-    Ok(match amiss.is_empty() {
-        true => vec![Good(String::from("owners and rights in the schema relay are as they should be"))],
-        false => amiss.into_iter().map(told).collect(),
+    Ok(match problems.is_empty() {
+        true => vec![Good(String::from("owners and rights in the schema relay are as installed"))],
+        false => problems.into_iter().map(fault).collect(),
     })
 }
 
@@ -102,7 +102,7 @@ async fn version(client: &Client) -> Result<Finding, Error> {
         .await?;
     let (number, name): (i32, String) = (row.get(0), row.get(1));
     let (major, minor) = (number / 10_000, number % 10_000);
-    // The releases in which a cached plan no longer outlives a revoked role membership (CVE-2026-14666).
+    // Releases in which a cached plan does not outlive a revoked role membership (CVE-2026-14666).
     let fixed = match major {
         ..=13 => return Ok(Fault(format!("PostgreSQL {name} is too old: 14 or newer is needed"))),
         15 => minor >= 19,
@@ -112,7 +112,8 @@ async fn version(client: &Client) -> Result<Finding, Error> {
         Good(format!("PostgreSQL {name}"))
     } else {
         Note(format!(
-            "PostgreSQL {name} keeps plans of revoked role memberships (CVE-2026-14666); the relay discards them, other programs may not: update"
+            "PostgreSQL {name} keeps plans of revoked role memberships (CVE-2026-14666); the relay discards them, other programs may \
+             not: update PostgreSQL"
         ))
     })
 }
@@ -126,22 +127,22 @@ async fn primary(client: &Client) -> Result<Finding, Error> {
     })
 }
 
-/// What travels to the database are all rows, and a password at the start.
+/// Checks the encryption of the connection, which carries a password and all rows.
 async fn encryption(server: &Server, client: &Client) -> Result<Finding, Error> {
-    let how = "select coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false), inet_server_addr() is null \
+    let encrypted = "select coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false), inet_server_addr() is null \
          or inet_client_addr() = inet_server_addr()";
-    let row = client.query_one(how, &[]).await?;
+    let row = client.query_one(encrypted, &[]).await?;
     Ok(match (row.get(0), row.get(1)) {
         (_, true) => Good(String::from("the connection does not leave this machine")),
         (true, _) if server.is_verified() => {
             Good(String::from("the connection is encrypted, and the server is verified"))
         }
         (true, _) => Note(String::from(
-            "the connection is encrypted, but anybody may stand in for the server: sslmode=verify-full (with sslrootcert=FILE \
-             where the authority is not one of the system's) verifies it",
+            "the connection is encrypted, but the server is not verified: use sslmode=verify-full (with sslrootcert=FILE if the \
+             authority is not one of the system's)",
         )),
         (false, _) => Note(String::from(
-            "the connection leaves this machine without encryption: sslmode=verify-full, with TLS at the server, encrypts it",
+            "the connection leaves this machine without encryption: use sslmode=verify-full, with TLS at the server",
         )),
     })
 }
@@ -149,58 +150,58 @@ async fn encryption(server: &Server, client: &Client) -> Result<Finding, Error> 
 async fn bell(server: &Server, client: &Client) -> Result<Finding, Error> {
     let mut doorbell = Doorbell::connect(server).await?;
     if doorbell.is_off().await? {
-        return Ok(Note(String::from("relay.doorbell is off: writers do not ring, the relay polls")));
+        return Ok(Note(String::from("relay.doorbell is off: writers do not notify, the relay polls")));
     }
     Ok(if doorbell.is_heard(client).await? {
-        Good(String::from("NOTIFY is heard"))
+        Good(String::from("notifications arrive"))
     } else {
         Note(String::from(
-            "NOTIFY is not heard, probably because of a pooler: give `serve` a direct --doorbell-url, else it polls",
+            "notifications do not arrive, probably because of a pooler: give `serve` a direct --doorbell-url, else it polls",
         ))
     })
 }
 
-/// Who reads the changelog now, strangers apart.
-async fn relays(client: &Client, strangers: &[i32]) -> Result<Finding, Error> {
+/// Reports the relays that read the changelog; `foreign` backends are not counted.
+async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
     let row = client.query_one("select leader, deputies from relay.health", &[]).await?;
-    let leader = row.get::<_, Option<i32>>(0).filter(|leader| !strangers.contains(leader));
+    let leader = row.get::<_, Option<i32>>(0).filter(|leader| !foreign.contains(leader));
     Ok(Good(match (leader, row.get::<_, i64>(1)) {
         (Some(leader), 0) => format!("a relay reads the changelog (its doorbell is backend {leader})"),
         (Some(leader), others) => {
             format!("a relay leads (its doorbell is backend {leader}), others on this database: {others}")
         }
-        (None, _) => String::from("no relay that hears the doorbell runs on this database now"),
+        (None, _) => String::from("no relay with a working doorbell runs on this database now"),
     }))
 }
 
-/// Everybody in the database may take the locks of the relays. Those who do not look like one are named: they have another
-/// name, or a login that may not read the changelog. Writers share lock 1 as long as their transactions last.
+/// Finds sessions that hold a lock of the relays and are none: any login may take these locks. A session counts as a relay by
+/// its application name and its right to read the changelog. Writers hold lock 1 shared until their transaction ends.
 async fn locks(client: &Client) -> Result<(Vec<i32>, Vec<Finding>), Error> {
-    let strange = "select l.objid::int, a.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, '') \
+    let foreign = "select l.objid::int, a.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, '') \
          from pg_locks l join pg_stat_activity a using (pid) \
          where l.locktype = 'advisory' and (l.classid, l.objsubid) = (1919249009, 2) and l.objid between 1 and 6 and l.granted \
          and l.database = (select oid from pg_database where datname = current_database()) \
          and not (l.objid = 1 and l.mode = 'ShareLock' and l.virtualtransaction not like '%/0') \
          and not (a.application_name like 'relay%' \
          and coalesce(has_table_privilege(a.usesysid, 'relay.log', 'select'), false)) order by 1, 2";
-    let rows = client.query(strange, &[]).await?;
-    let strangers = rows.iter().map(|row| row.get(1)).collect();
-    let told = |row: tokio_postgres::Row| {
+    let rows = client.query(foreign, &[]).await?;
+    let foreign = rows.iter().map(|row| row.get(1)).collect();
+    let note = |row: tokio_postgres::Row| {
         let (key, backend): (i32, i32) = (row.get(0), row.get(1));
         let (login, application): (String, String) = (row.get(2), row.get(3));
         let harm = match key {
-            1 => "writers ring for nobody, or no relay can sleep",
-            3 => "nothing can be installed",
+            1 => "writers notify without need, or no relay can sleep",
+            3 => "no installation can run",
             4 => "the changelog is not trimmed",
-            5 => "no relay leads, and all look for changes again and again",
-            _ => "relays ring for nobody",
+            5 => "no relay leads, and all poll",
+            _ => "the leader notifies without need",
         };
         Note(format!(
             "backend {backend} (login {login}, application {application:?}) holds the advisory lock (1919249009, {key}) of the \
-             relays and does not look like one, so that {harm}. If it is none: select pg_terminate_backend({backend})"
+             relays and does not look like a relay, so {harm}. If it is none: select pg_terminate_backend({backend})"
         ))
     };
-    Ok((strangers, rows.into_iter().map(told).collect()))
+    Ok((foreign, rows.into_iter().map(note).collect()))
 }
 
 async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {
@@ -211,10 +212,10 @@ async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {
             &[],
         )
         .await?;
-    let (most, silent): (i32, bool) = (row.get(0), row.get(1));
-    Ok(if most > 0 && !silent {
+    let (max_prepared, is_off): (i32, bool) = (row.get(0), row.get(1));
+    Ok(if max_prepared > 0 && !is_off {
         Note(String::from(
-            "max_prepared_transactions > 0: PREPARE TRANSACTION fails after a NOTIFY. Where you use it, set \
+            "max_prepared_transactions > 0: PREPARE TRANSACTION fails after a NOTIFY. If you use it, set \
              `alter database … set relay.doorbell = 'off'` (or for a role); the relay polls then",
         ))
     } else {
@@ -227,7 +228,7 @@ async fn queue(client: &Client) -> Result<Finding, Error> {
     let percent = usage * 100.0;
     Ok(if usage > 0.5 {
         Fault(format!(
-            "the NOTIFY queue is {percent:.0} % full: some session of this cluster listens but does not read; find it in \
+            "the NOTIFY queue is {percent:.0} % full: a session of this cluster listens but does not read; find it in \
              pg_stat_activity before commits fail"
         ))
     } else {
@@ -235,12 +236,12 @@ async fn queue(client: &Client) -> Result<Finding, Error> {
     })
 }
 
-/// Each session takes numbers in advance when the sequence has a cache, and then not in the order of its writes.
+/// Checks the sequence of changes: with a cache, each session takes numbers in advance, out of the order of writes.
 async fn numbers(client: &Client) -> Result<Finding, Error> {
     let cached = "select seqcache > 1 or seqincrement < 1 from pg_sequence where seqrelid = 'relay.change_number'::regclass";
     Ok(if client.query_one(cached, &[]).await?.get(0) {
         Fault(String::from(
-            "the sequence relay.change_number was altered, so that changes of one row may come in the wrong order: \
+            "the sequence relay.change_number was altered, so changes of one row may come in the wrong order: \
              alter sequence relay.change_number increment 1 cache 1",
         ))
     } else {
@@ -248,7 +249,7 @@ async fn numbers(client: &Client) -> Result<Finding, Error> {
     })
 }
 
-/// Policies are evaluated under the search path, so whoever may create in it may put a better-matching function there.
+/// Checks who may create objects on the search path: a policy would call a better-matching function placed there.
 async fn writable_schemas(client: &Client) -> Result<Finding, Error> {
     let open: String = client
         .query_one(
@@ -259,11 +260,11 @@ async fn writable_schemas(client: &Client) -> Result<Finding, Error> {
         .await?
         .get(0);
     Ok(if open.is_empty() {
-        Good(String::from("nobody but its owner creates in a schema of the search path"))
+        Good(String::from("PUBLIC may not create objects on the search path"))
     } else {
         Fault(format!(
-            "everybody may create objects in {open}, which is on the search path: a function there can get between a \
-             policy and the one it means. revoke create on schema {open} from public"
+            "every login may create objects in {open}, which is on the search path: a function there can replace one that a policy \
+             calls. revoke create on schema {open} from public"
         ))
     })
 }
@@ -295,7 +296,7 @@ async fn roles(client: &Client) -> Result<Vec<Finding>, Error> {
     Ok(findings)
 }
 
-/// A policy can give back the role that it is judged as, and then acts as the login.
+/// Checks what the judging login may do: a policy can reset its role, and then acts as that login.
 async fn power(client: &Client) -> Result<Finding, Error> {
     let row = client
         .query_one(
@@ -307,50 +308,50 @@ async fn power(client: &Client) -> Result<Finding, Error> {
         .await?;
     let (superuser, reads): (bool, bool) = (row.get(0), row.get(1));
     let risk = match (superuser, reads) {
-        (true, _) => "is a superuser, so whoever may write a policy of a watched table may do anything",
-        (false, true) => "may read the changelog, so whoever may write a policy of a watched table may too",
+        (true, _) => "is a superuser, so any author of a policy of a watched table has its rights",
+        (false, true) => "may read the changelog, so any author of a policy of a watched table may, too",
         (false, false) => {
-            return Ok(Good(String::from("policies judged as this login can reach nothing of the relay")));
+            return Ok(Good(String::from("policies cannot reach the relay's tables as the judging login")));
         }
     };
     Ok(Note(format!(
-        "the login that judges policies {risk}. If not everybody who may do that is trusted so far, give `serve` a \
+        "the login that judges policies {risk}. If you do not trust all of them with that, give `serve` a \
          --judge-url with a login of its own: create role relay_judge login noinherit in role anon, authenticated, service_role"
     )))
 }
 
-/// Readers who are connected stand in temporary tables when PostgreSQL is asked who may see a row.
+/// Checks the right to temporary tables, in which the set-based evaluator keeps connected subscribers.
 async fn temporary_tables(judging: &Client) -> Result<Finding, Error> {
-    let may = "select has_database_privilege(current_database(), 'temporary'), current_user::text, current_database()::text";
-    let row = judging.query_one(may, &[]).await?;
+    let may_create = "select has_database_privilege(current_database(), 'temporary'), current_user::text, current_database()::text";
+    let row = judging.query_one(may_create, &[]).await?;
     Ok(if row.get(0) {
-        Good(String::from("the login that judges may keep temporary tables"))
+        Good(String::from("the login that judges may create temporary tables"))
     } else {
         Note(format!(
-            "the login that judges may not keep temporary tables, so policies that look into other tables are asked reader by \
-             reader: grant temporary on database {} to {}",
+            "the login that judges may not create temporary tables, so policies that read other tables are evaluated for each \
+             subscriber: grant temporary on database {} to {}",
             row.get::<_, String>(2),
             row.get::<_, String>(1)
         ))
     })
 }
 
-/// Policies that are asked reader by reader cost PostgreSQL a statement for each.
+/// Reports policies that are evaluated per subscriber, each a statement of PostgreSQL.
 async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
     let login = judge.login().map(str::to_owned);
-    let keeper = CatalogCache::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
-    keeper.with_role("anon").await?;
-    let catalog = keeper.with_role("authenticated").await?;
-    let mut findings: Vec<Finding> = catalog.missing_grants().map(Fault).collect();
+    let cache = CatalogCache::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
+    cache.with_role("anon").await?;
+    let catalog = cache.with_role("authenticated").await?;
+    let mut findings: Vec<Finding> = catalog.lacks().map(Fault).collect();
     for relation in catalog.relations() {
         for role in ["authenticated", "anon"] {
             let Some(plan) = relation.access(role).map(|access| &access.plan) else { continue };
             if let (PlanKind::PerIdentity, Some(obstacle)) = (plan.kind, plan.obstacles.first()) {
                 let name = format!("{}.{}", relation.schema, relation.table);
                 findings.push(Note(format!(
-                    "{name}: for {role}, each reader costs a statement a page, because {}. Where many read it: compare claims \
-                     with columns in the policy itself, look into membership tables by `exists (select from … where … = auth.uid())` \
-                     instead of by a function, and keep row security off those tables. More by: relay explain {name} --role {role}",
+                    "{name}: for {role}, each subscriber costs a statement a page, because {}. For many subscribers: compare claims \
+                     with columns in the policy itself, query membership tables by `exists (select from … where … = auth.uid())` \
+                     instead of by a function, and keep row security off those tables. Details: relay explain {name} --role {role}",
                     obstacle.why
                 )));
                 break;
@@ -375,8 +376,8 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
         let has_functions: bool = row.get(3);
         if !has_functions {
             findings.push(Fault(format!(
-                "{name}: its trigger functions are not as they should be, so changes may be lost or told wrongly: run `relay install`, \
-                 or select relay.watch('{name}')"
+                "{name}: its trigger functions are outdated or altered, so changes may be lost or wrong: run `relay install`, or \
+                 select relay.watch('{name}')"
             )));
         } else if !intact {
             findings.push(Fault(format!(
@@ -390,7 +391,7 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
     Ok(findings)
 }
 
-/// Whether the changelog is trimmed as it should be.
+/// Checks that the changelog is trimmed.
 async fn retention(client: &Client) -> Result<Finding, Error> {
     let row = client
         .query_one(
@@ -403,19 +404,19 @@ async fn retention(client: &Client) -> Result<Finding, Error> {
         (row.get(0), row.get(1), row.get(2), row.get(3));
     Ok(if is_old || is_large {
         Note(format!(
-            "the changelog has {size} and is not trimmed (kept are {kept}): no relay runs, or a transaction is held open; \
+            "the changelog has {size} and is not trimmed (retention: {kept}): no relay runs, or a transaction is held open; \
              select * from pg_stat_activity order by xact_start"
         ))
     } else {
-        Good(format!("the changelog has {size}; kept are {kept} (select relay.retain(…) changes that)"))
+        Good(format!("the changelog has {size}; retention: {kept} (select relay.retain(…) changes that)"))
     })
 }
 
 async fn refreshes(client: &Client) -> Result<Vec<Finding>, Error> {
     let failing = "select relation::text, error from relay.refresh_jobs where error is not null";
     let rows = client.query(failing, &[]).await?;
-    let told = |row: tokio_postgres::Row| {
+    let fault = |row: tokio_postgres::Row| {
         Fault(format!("the refresh of {} fails: {}", row.get::<_, String>(0), row.get::<_, String>(1)))
     };
-    Ok(rows.into_iter().map(told).collect())
+    Ok(rows.into_iter().map(fault).collect())
 }

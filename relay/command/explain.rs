@@ -1,4 +1,4 @@
-//! `relay explain`: why somebody gets the rows of a table, or does not.
+//! `relay explain`: why a user receives the rows of a table, or does not.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -18,20 +18,21 @@ use crate::postgres::connect::pool::Server;
 use crate::postgres::evaluate::per_identity::IdentityEvaluator;
 use crate::postgres::explain_queries::ExplainQueries;
 use crate::postgres::install;
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Of which table, for whom.
+/// The table and the user to explain.
 #[derive(Args)]
 pub struct Options {
     /// The table, as in SQL
     table: String,
-    /// For the bearer of this token; its signature is not looked at
+    /// For the bearer of this token; its signature is not checked
     #[arg(long, env = "RELAY_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<String>,
-    /// For somebody with this role, without a token
+    /// Without a token: for a user with this role
     #[arg(long, default_value = "authenticated", conflicts_with = "token")]
     role: String,
-    /// … and this id, what auth.uid() returns
+    /// … and this id, which auth.uid() returns
     #[arg(long, value_name = "UUID", conflicts_with = "token")]
     sub: Option<String>,
     /// … and more claims, as a JSON object
@@ -40,10 +41,10 @@ pub struct Options {
     /// With this filter, e.g. list_id=eq.7
     #[arg(long, value_name = "FILTER")]
     filter: Option<String>,
-    /// Would the row with this key be seen? A value, or a JSON object of columns
+    /// Whether the user sees the row with this key: a value, or a JSON object of columns
     #[arg(long, value_name = "VALUE")]
     key: Option<String>,
-    /// Would this row be seen? A JSON object of all columns; it need not be in the table
+    /// Whether the user sees this row: a JSON object of all columns; it need not be in the table
     #[arg(long, value_name = "JSON", conflicts_with = "key")]
     row: Option<String>,
     /// Print JSON
@@ -51,33 +52,34 @@ pub struct Options {
     json: bool,
 }
 
-/// How long one question may take.
+/// Statement timeout.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Prints the explanation.
 ///
 /// # Errors
-/// When an option cannot be used, or the database cannot be asked.
+/// When an option is invalid, or a query fails.
 pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(), Failure> {
     install::check(&server.connect().await?).await?;
     let login = judge.login().map(str::to_owned);
-    let keeper = Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login.clone()));
-    let binder = Binder::new(Arc::clone(&keeper));
-    let enquiry = ExplainQueries::connect(server, login.as_deref()).await?;
+    let catalog_cache =
+        Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login.clone()));
+    let binder = Binder::new(Arc::clone(&catalog_cache));
+    let queries = ExplainQueries::connect(server, login.as_deref()).await?;
     let identity = Identity::new(claims(options)?);
-    let catalog = keeper.with_role(identity.claims().role()).await?;
-    let named = enquiry.named(&options.table).await?;
+    let catalog = catalog_cache.with_role(identity.claims().role()).await?;
+    let named = queries.named(&options.table).await?;
     let relation = named.and_then(|(schema, table)| catalog.named(&schema, &table));
-    let row = sought(options, relation.map(|relation| &**relation))?;
-    let wanted =
+    let row = target(options, relation.map(|relation| &**relation))?;
+    let request =
         ExplainRequest { table: options.table.clone(), identity, filter: options.filter.clone(), row };
     let judge = IdentityEvaluator::new(judge.clone(), LIMIT);
-    let mut explanation = explain(&keeper, &binder, &judge, &enquiry, &wanted).await?;
-    explanation.blockers.extend(ended(&wanted.identity)?);
+    let mut explanation = explain(&catalog_cache, &binder, &judge, &queries, &request).await?;
+    explanation.blockers.extend(expired(&request.identity)?);
     let mut out = std::io::stdout().lock();
     match options.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
-        false => write!(out, "{}", in_words(&explanation))?,
+        false => write!(out, "{}", as_text(&explanation))?,
     }
     Ok(())
 }
@@ -88,7 +90,7 @@ fn claims(options: &Options) -> Result<Claims, Failure> {
     }
     let more = options.claims.as_deref().unwrap_or("{}");
     let mut claims: Map<String, Value> =
-        serde_json::from_str(more).map_err(|error| format!("--claims is no JSON object: {error}"))?;
+        serde_json::from_str(more).map_err(|error| format!("--claims is not a JSON object: {error}"))?;
     claims.insert(String::from("role"), Value::from(options.role.clone()));
     if let Some(sub) = &options.sub {
         claims.insert(String::from("sub"), Value::from(sub.clone()));
@@ -98,19 +100,18 @@ fn claims(options: &Options) -> Result<Claims, Failure> {
     Ok(usable(&Value::Object(claims).to_string())?)
 }
 
-/// That the token has ended, if it has.
-fn ended(identity: &Identity) -> Result<Option<String>, Failure> {
+/// Returns a blocker if the token has expired.
+fn expired(identity: &Identity) -> Result<Option<String>, Failure> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
     let ago = now.checked_sub(identity.claims().expires_at());
-    Ok(ago.map(|ago| {
-        format!("the token has ended {ago} seconds ago: relay token --sub UUID makes another one")
-    }))
+    Ok(ago
+        .map(|ago| format!("the token expired {ago} seconds ago: relay token --sub UUID makes another one")))
 }
 
-fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<ExplainTarget>, Failure> {
+fn target(options: &Options, relation: Option<&Relation>) -> Result<Option<ExplainTarget>, Failure> {
     if let Some(row) = &options.row {
         let columns: Map<String, Value> =
-            serde_json::from_str(row).map_err(|error| format!("--row is no JSON object: {error}"))?;
+            serde_json::from_str(row).map_err(|error| format!("--row is not a JSON object: {error}"))?;
         return Ok(Some(ExplainTarget::Image(Value::Object(columns).to_string())));
     }
     let (Some(text), Some(relation)) = (&options.key, relation) else { return Ok(None) };
@@ -120,27 +121,27 @@ fn sought(options: &Options, relation: Option<&Relation>) -> Result<Option<Expla
     let [key] = relation.key.as_slice() else {
         return Err("the table has no key of one column: give --key a JSON object of columns".into());
     };
-    // PostgreSQL reads it with the type of the column.
+    // A string, because PostgreSQL converts it to the type of the column.
     Ok(Some(ExplainTarget::Like(json!({key.as_str(): text}))))
 }
 
-/// The explanation for a terminal.
-fn in_words(of: &Explanation) -> String {
+/// Formats the explanation for a terminal.
+fn as_text(of: &Explanation) -> String {
     let mut lines = vec![format!("{} for the role {}", of.table, of.role)];
     let mut line = |text: String| lines.push(format!("  {text}"));
     for blocker in &of.blockers {
-        line(format!("nothing comes: {blocker}"));
+        line(format!("blocked: {blocker}"));
     }
     if !of.hidden_columns.is_empty() {
         line(format!("columns that the role may not read: {}", of.hidden_columns.join(", ")));
     }
-    if let Some(way) = of.way {
+    if let Some(kind) = of.way {
         line(format!(
-            "decided: {way}{}",
-            match way {
-                "compiled" => ", without a question to PostgreSQL",
-                "inverted" => ", PostgreSQL is asked once a page who may see its rows",
-                _ => ", PostgreSQL is asked once a page for each distinct set of the claims that are read",
+            "decided: {kind}{}",
+            match kind {
+                "compiled" => ", without a query to PostgreSQL",
+                "inverted" => ", by one query a page for the subscribers who may see its rows",
+                _ => ", by one query a page for each distinct set of the claims that are read",
             }
         ));
         for obstacle in &of.obstacles {
@@ -153,12 +154,12 @@ fn in_words(of: &Explanation) -> String {
             Some(claims) => format!("claims read: {}", claims.join(", ")),
         });
         line(match &of.index {
-            None => String::from("index: none, each change of the table is looked at"),
+            None => String::from("index: none, each change of the table is evaluated"),
             Some(keys) if keys.is_empty() => String::from("index: no row can be seen with these claims"),
             Some(keys) => format!("index: {}", keys.join("; or ")),
         });
         for question in &of.questions {
-            line(format!("PostgreSQL is asked {question}"));
+            line(format!("query to PostgreSQL: {question}"));
         }
         for policy in &of.policies {
             let says = policy.says.map_or_else(String::new, |says| format!(", of this row: {says}"));
@@ -192,7 +193,7 @@ fn in_words(of: &Explanation) -> String {
     lines.join("\n") + "\n"
 }
 
-/// Without the line breaks that PostgreSQL writes, nor the parentheses around it all.
+/// Removes the line breaks and the outer parentheses of a condition as PostgreSQL formats it.
 fn one_line(condition: &str) -> String {
     let words: Vec<&str> = condition.split_whitespace().collect();
     let text = words.join(" ");

@@ -1,5 +1,5 @@
-//! A page of the changelog in portions, for those who read it long after: each is one statement of bounded cost, and between
-//! two of them nothing is held at the database.
+//! Pages of the changelog read in chunks, for replay: each chunk is one statement of bounded cost, and no transaction or
+//! portal is open between two of them.
 
 use std::sync::Arc;
 
@@ -10,60 +10,62 @@ use crate::model::row::change::Change;
 use crate::postgres::changelog::reader::{Changelog, Page, PagePosition, committed};
 use crate::postgres::connect::pool::{Error, Server};
 
-/// The first portion has at most so many changes …
-const FIRST: usize = 250;
-/// … and the next up to twice as many as the one before, up to so many.
-const MOST: usize = 2000;
-/// A portion ends with the part in which it has so many …
-const PARTS: usize = 8;
-/// … or so many bytes of images: several readers may have one in memory.
-const BYTES: usize = 1 << 20;
+/// Maximum number of changes of the first chunk. Each further chunk may have twice as many, up to [`MAX_CHANGES`].
+const FIRST_CHANGES: usize = 250;
+/// Maximum number of changes of a chunk.
+const MAX_CHANGES: usize = 2000;
+/// Number of parts with which a chunk ends.
+const MAX_PARTS: usize = 8;
+/// Bytes of images with which a chunk ends, because several readers may hold one in memory.
+const MAX_BYTES: usize = 1 << 20;
 
-/// So many transactions of a page are looked up one by one for each portion. A page that has more is looked through in the index.
-const NAMED: i32 = 2000;
+/// Maximum number of transactions of a page that are looked up one by one for each chunk. If a page has more, each chunk
+/// scans the index of the whole page.
+const MAX_TRANSACTIONS: i32 = 2000;
 
-/// The transactions of a page; none where they are too many.
+/// The transactions of a page; `None` if they are too many.
 type Transactions = Arc<Option<Vec<String>>>;
 
-/// A connection that reads portions.
+/// A connection that reads chunks.
 pub struct ChunkReader {
     changelog: Changelog,
     head: Statement,
     slice: Statement,
     transactions: Statement,
-    named: i32,
+    max_transactions: i32,
 }
 
-/// Where a reader is in a page.
+/// The position of a reader in a page.
 #[derive(Debug, Clone)]
 pub struct ChunkPosition {
-    /// What was told before the page.
+    /// The snapshot before the page.
     pub seen: Snapshot,
-    /// The page's end.
+    /// The snapshot at the end of the page.
     pub until: Snapshot,
-    /// What has numbers up to this one was told.
+    /// The number of the last change read.
     after: i64,
-    /// What has numbers above this one is not asked for.
+    /// The number of the last change to read.
     through: Option<i64>,
-    /// The next portion is looked for among all that is left: it is not known to begin close by.
+    /// Whether the next change may be far away, so that the next chunk is read by number of changes, not by a range.
     far: bool,
+    /// Maximum number of changes of the next chunk.
     size: usize,
-    /// The page's transactions, as far as they were asked for.
+    /// The page's transactions, once they are known.
     transactions: Option<Transactions>,
-    /// Of these relations alone, when not of all; 0 is the schema.
+    /// The relations to read, 0 being the schema; `None` means all.
     only: Option<Arc<[i32]>>,
 }
 
-/// A portion of a page.
+/// A chunk of a page.
 pub struct Chunk {
-    /// Its changes, in parts of the size in which they are told.
+    /// Its changes, in parts of the size in which they are delivered.
     pub parts: Vec<Vec<Change>>,
-    /// Where the next one begins; none when this was the last.
+    /// The position of the next chunk; `None` after the last.
     pub next: Option<ChunkPosition>,
 }
 
 impl ChunkPosition {
-    /// In this page, behind the change with this number; 0 at its start.
+    /// The position in this page after the change with this number; 0 is the start.
     pub fn new(page: &Span, after: i64) -> Self {
         let (seen, until) = (page.seen.clone(), page.until.clone());
         Self {
@@ -72,23 +74,23 @@ impl ChunkPosition {
             after,
             through: None,
             far: after == 0,
-            size: FIRST,
+            size: FIRST_CHANGES,
             transactions: None,
             only: None,
         }
     }
 
-    /// The same up to the change with this number.
+    /// Ends the reading at the change with this number.
     pub fn through(self, number: Option<i64>) -> Self {
         Self { through: number, ..self }
     }
 
-    /// The same for the changes of these relations alone; 0 is the schema.
+    /// Restricts the reading to these relations; 0 is the schema.
     pub fn only(self, relations: Option<Arc<[i32]>>) -> Self {
         Self { only: relations, ..self }
     }
 
-    /// Whether it has the changes of all relations.
+    /// Whether changes of all relations are read.
     pub fn is_of_all(&self) -> bool {
         self.only.is_none()
     }
@@ -118,15 +120,15 @@ impl ChunkReader {
             "select relay.page_transactions($1::text::pg_snapshot, $2::text::pg_snapshot, $3)::text[]";
         let (head, slice) = (client.prepare(&head).await?, client.prepare(&slice).await?);
         let transactions = client.prepare(transactions).await?;
-        Ok(Self { changelog, head, slice, transactions, named: NAMED })
+        Ok(Self { changelog, head, slice, transactions, max_transactions: MAX_TRANSACTIONS })
     }
 
-    /// The same with another bound on how many transactions of a page are looked up one by one.
-    pub fn naming(self, most: i32) -> Self {
-        Self { named: most, ..self }
+    /// Sets how many transactions of a page are looked up one by one.
+    pub fn naming(self, max_transactions: i32) -> Self {
+        Self { max_transactions, ..self }
     }
 
-    /// Whether the connection still stands, as far as is known.
+    /// Whether the connection is not known to be closed.
     pub fn is_open(&self) -> bool {
         self.changelog.is_open()
     }
@@ -147,11 +149,16 @@ impl ChunkReader {
         self.changelog.now().await
     }
 
-    /// Reads a portion, in parts of at most so many changes, or so many bytes of images and the change that goes beyond.
+    /// Reads a chunk in parts. A part ends at `max_changes`, or with the change that reaches `max_bytes` of images.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn read(&self, from: &ChunkPosition, most: usize, most_bytes: usize) -> Result<Chunk, Error> {
+    pub async fn read(
+        &self,
+        from: &ChunkPosition,
+        max_changes: usize,
+        max_bytes: usize,
+    ) -> Result<Chunk, Error> {
         let position =
             PagePosition { seen: from.seen.clone(), until: Some(from.until.clone()), after: from.after };
         let only = from.only.as_deref();
@@ -172,10 +179,10 @@ impl ChunkReader {
                 page
             }
         };
-        let (parts, is_cut) = parts(&mut page, most, most_bytes).await?;
+        let (parts, is_cut) = parts(&mut page, max_changes, max_bytes).await?;
         let read = parts.iter().map(Vec::len).sum::<usize>();
         let last = parts.last().and_then(|part| part.last()).map(|change| change.number);
-        let size = if is_cut { read.max(1) } else { from.size.saturating_mul(2).min(MOST) };
+        let size = if is_cut { read.max(1) } else { from.size.saturating_mul(2).min(MAX_CHANGES) };
         let next = |after, far| {
             Some(ChunkPosition { after, far, size, transactions: known.clone(), ..from.clone() })
         };
@@ -184,29 +191,36 @@ impl ChunkReader {
             Some(last) if from.far => (read == from.size).then(|| next(last, false)).flatten(),
             None if from.far => None,
             _ if through == end => None,
-            // Numbers of other pages and of what was rolled back lie in between.
+            // The range may also be empty: numbers belong to other pages and to rolled-back writes, too.
             last => next(through, last.is_none()),
         };
         Ok(Chunk { parts, next })
     }
 
-    /// The transactions of the page in which a reader is.
+    /// Returns the transactions of the page at a position.
     async fn transactions(&self, from: &ChunkPosition) -> Result<Transactions, Error> {
         if let Some(known) = &from.transactions {
             return Ok(Arc::clone(known));
         }
         let (seen, until) = (from.seen.to_string(), from.until.to_string());
-        let row =
-            self.changelog.client().query_one(&self.transactions, &[&seen, &until, &self.named]).await?;
+        let row = self
+            .changelog
+            .client()
+            .query_one(&self.transactions, &[&seen, &until, &self.max_transactions])
+            .await?;
         Ok(Arc::new(row.try_get(0)?))
     }
 }
 
-/// The parts, and whether more would have come.
-async fn parts(page: &mut Page, most: usize, most_bytes: usize) -> Result<(Vec<Vec<Change>>, bool), Error> {
+/// Reads the parts of a chunk. Returns whether the chunk ended before the statement's last row.
+async fn parts(
+    page: &mut Page,
+    max_changes: usize,
+    max_bytes: usize,
+) -> Result<(Vec<Vec<Change>>, bool), Error> {
     let (mut parts, mut bytes) = (Vec::new(), 0);
-    while parts.len() < PARTS && bytes < BYTES {
-        let (part, more) = page.part(most, most_bytes).await?;
+    while parts.len() < MAX_PARTS && bytes < MAX_BYTES {
+        let (part, more) = page.part(max_changes, max_bytes).await?;
         bytes += part.iter().map(Change::bytes).sum::<usize>();
         if !part.is_empty() {
             parts.push(part);

@@ -1,10 +1,10 @@
 //! The doorbell: one connection that listens, and the advisory locks around it.
 //!
-//! While lock 1 is held, every writer rings (NOTIFY); while it is not, no writer does, and each keeps a shared lock
-//! until its transaction ends. So taking the lock again proves that all who did not ring are done.
+//! While the relay holds lock 1, every writer rings (NOTIFY). While it does not, no writer rings, and each holds the lock
+//! shared until its transaction ends. So taking the lock again proves that all writers that did not ring have finished.
 //!
-//! Of several relays on one database one leads: it holds lock 5, and it alone sleeps and is rung by writers. The others
-//! are its deputies: each shares lock 6, and the leader rings them for each page, as long as somebody shares that lock.
+//! Of several relays on one database one leads: it holds lock 5, and only it sleeps and is rung by writers. The others are
+//! followers: each holds lock 6 shared, and the leader rings them for each page while that lock is held by any.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -15,101 +15,103 @@ use tokio_postgres::{Client, Notification, Row};
 
 use crate::postgres::connect::pool::{Error, Server};
 
-/// How long the bell may take to be heard by itself: a pooler in transaction mode swallows it for ever.
-const PROBE: Duration = Duration::from_secs(2);
-/// So many times in a row: a pooler that is busy may let one through together with the answer that came before it.
+/// Timeout of the probes: a pooler in transaction mode swallows notifications for ever.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Number of probes: a busy pooler may let a single one through, together with an earlier answer.
 const PROBES: usize = 2;
-/// What is asked on this connection is a lock or a notification; longer than this, nobody is there.
-const ANSWER: Duration = Duration::from_secs(5);
+/// Timeout of a statement on this connection: they are short (locks, notifications), so a longer one means a lost connection.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A leader whose host is gone would keep the locks until PostgreSQL's own keepalives give it up, by default after two
-/// hours: this makes it half a minute. Nothing that is written here (notifications) has to survive a crash.
+/// Keepalive settings release the locks of a leader whose host is gone after half a minute, not after PostgreSQL's default of
+/// two hours. Commits are asynchronous, because notifications do not have to survive a crash.
 const SETTINGS: &str = "set tcp_keepalives_idle = 15; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; \
      set tcp_user_timeout = '30s'; set synchronous_commit = off; listen relay_probe";
 
-/// Its answer has no row when nobody shares lock 6. The lock that this tries ends with the statement.
-const RING: &str = "select pg_notify('relay_page', '') from (select pg_try_advisory_xact_lock(1919249009, 6) as alone) \
+/// Rings the followers. Returns no row if lock 6 is free, which means that there are none; the lock it tries ends with the
+/// statement.
+const RING_FOLLOWERS: &str = "select pg_notify('relay_page', '') from (select pg_try_advisory_xact_lock(1919249009, 6) as alone) \
      followers where not alone";
 
 /// The listening connection.
 pub struct Doorbell {
     client: Client,
-    heard: watch::Receiver<BellEvent>,
-    /// What of it was answered.
-    answered: BellEvent,
+    heard: watch::Receiver<RingCounts>,
+    /// The rings that were handled.
+    handled: RingCounts,
     backend: Backend,
-    part: LeaderRole,
-    /// As far as is known, there are deputies to ring.
+    role: LeaderRole,
+    /// Whether there may be followers to ring.
     has_followers: bool,
 }
 
-/// How often it rang. Counted and not kept: anybody in the database may ring, as often as he likes.
+/// Numbers of notifications. They are counted and not stored, because any login of the database can send any number.
 #[derive(Debug, Clone, Copy, Default)]
-struct BellEvent {
-    /// All but probes.
+struct RingCounts {
+    /// All notifications but probes.
     rings: usize,
-    /// Of these, about the refresh schedule.
+    /// Of these, those about the refresh schedule.
     jobs: usize,
-    /// Of these, from new deputies, which do not know what pages were read before they came.
+    /// Of these, those from new followers, which do not know the pages read before they joined.
     followers: usize,
-    /// Our own.
+    /// Own probes.
     probes: usize,
 }
 
-/// The process at the other end of a doorbell: its number and its start, by which our own probes are known.
+/// The backend of a doorbell's connection: its pid and start time, which identify own probes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backend {
     number: i32,
     start: String,
 }
 
-/// Which part this relay has among those of its database.
+/// The role of this relay among those of its database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LeaderRole {
-    /// None yet, or for good: where the bell is not heard, each relay reads for itself.
+    /// Neither: not decided yet, or the bell is not heard and each relay polls for itself.
     Alone,
     Leader,
-    Deputy,
+    Follower,
 }
 
-/// What was heard at the door, all at once.
+/// The notifications since the last call of [`Doorbell::rung`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rings {
-    /// How many notifications; none where only one about the refresh schedule was left from before.
+    /// Number of notifications; 0 if the only one was an earlier one about the refresh schedule.
     pub count: usize,
-    /// One said that the refresh schedule changed; there may be changes too.
+    /// Whether the refresh schedule changed. There may be changes, too.
     pub refresh_jobs: bool,
 }
 
 impl Doorbell {
-    /// Connects; neither a leader nor a deputy yet.
+    /// Connects, as neither leader nor follower.
     ///
     /// # Errors
     /// As the connection.
     pub async fn connect(server: &Server) -> Result<Self, Error> {
-        let (ringing, heard) = watch::channel(BellEvent::default());
-        // Known once connected, and before anything is heard.
+        let (sender, heard) = watch::channel(RingCounts::default());
+        // Set after connecting, and before the first LISTEN.
         let own = Arc::new(OnceLock::new());
         let name = Arc::clone(&own);
-        let heed = move |ring: Notification| {
-            ringing.send_if_modified(|heard| heard.heed(&ring, name.get()));
+        let handle = move |ring: Notification| {
+            sender.send_if_modified(|heard| heard.count(&ring, name.get()));
         };
-        let client = server.connect_listening(heed).await?;
+        let client = server.connect_listening(handle).await?;
         let backend = "select pid, backend_start::text from pg_stat_activity where pid = pg_backend_pid()";
         let backend = in_time(client.query_one(backend, &[])).await?;
         let backend = Backend { number: backend.get(0), start: backend.get(1) };
         own.get_or_init(|| backend.name());
         in_time(client.batch_execute(SETTINGS)).await?;
-        let answered = BellEvent::default();
-        Ok(Self { client, heard, answered, backend, part: LeaderRole::Alone, has_followers: false })
+        let handled = RingCounts::default();
+        Ok(Self { client, heard, handled, backend, role: LeaderRole::Alone, has_followers: false })
     }
 
-    /// Who is at the other end, for [`Self::end`] when this is lost.
+    /// The backend of this connection, for [`Self::end`] when the connection is lost.
     pub fn backend(&self) -> &Backend {
         &self.backend
     }
 
-    /// Ends a doorbell of ours that was lost and still leads: PostgreSQL may notice only much later that we are gone.
+    /// Terminates the backend of an earlier doorbell of this relay that was lost and still leads: PostgreSQL may notice only
+    /// much later that its peer is gone.
     ///
     /// # Errors
     /// As the connection.
@@ -121,8 +123,8 @@ impl Doorbell {
         Ok(())
     }
 
-    /// Rings at our own door and tells whether it was heard in time. Rung `from` another connection: what is rung from
-    /// this one may come back with the answer even where a pooler swallows everything else.
+    /// Sends probes to this doorbell and returns whether they were heard in time. They come `from` another connection,
+    /// because a notification from this one returns with its answer even if a pooler swallows all others.
     ///
     /// # Errors
     /// As the connection.
@@ -137,7 +139,7 @@ impl Doorbell {
             }
             Ok(true)
         };
-        let is_heard = timeout(PROBE, probes).await.unwrap_or(Ok(false));
+        let is_heard = timeout(PROBE_TIMEOUT, probes).await.unwrap_or(Ok(false));
         self.drain();
         is_heard
     }
@@ -151,8 +153,8 @@ impl Doorbell {
         Ok(self.row(off).await?.get(0))
     }
 
-    /// Becomes the leader, unless another relay is. To be tried again and again: a statement that waits for the lock
-    /// would hold back vacuum for as long as the other leads.
+    /// Becomes the leader, unless another relay is. Call it repeatedly: a statement waiting for the lock would hold back
+    /// vacuum for as long as the other relay leads.
     ///
     /// # Errors
     /// As the connection.
@@ -160,87 +162,87 @@ impl Doorbell {
         if !self.row("select pg_try_advisory_lock(1919249009, 5)").await?.get::<_, bool>(0) {
             return Ok(false);
         }
-        let stop = if self.part == LeaderRole::Deputy {
+        let stop = if self.role == LeaderRole::Follower {
             "; unlisten relay_page; select pg_advisory_unlock_shared(1919249009, 6)"
         } else {
             ""
         };
         in_time(self.client.batch_execute(&format!("listen relay{stop}"))).await?;
-        self.part = LeaderRole::Leader;
+        self.role = LeaderRole::Leader;
         self.has_followers = true;
         Ok(true)
     }
 
-    /// Whether somebody else would lead if this relay did not.
+    /// Whether another relay would lead if this one did not.
     pub fn has_followers(&self) -> bool {
-        let is_one_new = self.answered.followers < self.heard.borrow().followers;
-        self.part == LeaderRole::Leader && (self.has_followers || is_one_new)
+        let is_one_new = self.handled.followers < self.heard.borrow().followers;
+        self.role == LeaderRole::Leader && (self.has_followers || is_one_new)
     }
 
-    /// Leads no more: writers do not ring, and a deputy takes over.
+    /// Gives up the lead: writers stop ringing, and a follower takes over.
     ///
     /// # Errors
     /// As the connection.
     pub async fn step_down(&mut self) -> Result<(), Error> {
         in_time(self.client.batch_execute("unlisten relay; select pg_advisory_unlock_all()")).await?;
-        self.part = LeaderRole::Alone;
+        self.role = LeaderRole::Alone;
         Ok(())
     }
 
-    /// Becomes a deputy: [`Self::rung`] then hears of each page that the leader reads after this.
+    /// Becomes a follower: [`Self::rung`] then reports each page that the leader reads from now on.
     ///
     /// # Errors
     /// As the connection.
     pub async fn follow(&mut self) -> Result<(), Error> {
-        // The leader hears of us, and rings once more: a page that it read before that is seen by then, later ones are
-        // rung for.
+        // The notification makes the leader ring once more. A page that it read before is visible by then, and for later
+        // ones it rings.
         let begin = "listen relay_page; select pg_advisory_lock_shared(1919249009, 6); notify relay, '{\"deputy\":true}'";
         in_time(self.client.batch_execute(begin)).await?;
-        self.part = LeaderRole::Deputy;
+        self.role = LeaderRole::Follower;
         Ok(())
     }
 
-    /// Rings the deputies of a leader, if there are any, for a page with changes (`news`) or because one is new.
+    /// Rings the followers, if this relay leads and has any, for a page with changes or because a follower is new.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn notify_followers(&mut self, news: bool) -> Result<(), Error> {
+    pub async fn notify_followers(&mut self, has_changes: bool) -> Result<(), Error> {
         let followers = self.heard.borrow().followers;
-        let is_one_new = std::mem::replace(&mut self.answered.followers, followers) < followers;
-        let is_due = is_one_new || (news && self.has_followers);
-        if is_due && self.part == LeaderRole::Leader {
-            self.has_followers = !in_time(self.client.query(RING, &[])).await?.is_empty();
+        let is_one_new = std::mem::replace(&mut self.handled.followers, followers) < followers;
+        let is_due = is_one_new || (has_changes && self.has_followers);
+        if is_due && self.role == LeaderRole::Leader {
+            self.has_followers = !in_time(self.client.query(RING_FOLLOWERS, &[])).await?.is_empty();
         }
         Ok(())
     }
 
-    /// Asks writers to ring from now on. False while a writer that did not ring is still in flight.
+    /// Makes writers ring from now on. Returns false while a transaction that has written without ringing is open.
     ///
     /// # Errors
     /// As the connection.
     pub async fn try_sleep(&mut self) -> Result<bool, Error> {
         let asleep = self.row("select pg_try_advisory_lock(1919249009, 1)").await?.get(0);
-        // Rings from before are answered by the look that follows; counted later they would feign a rush.
+        // The poll that follows handles earlier rings; counted later, they would look like a burst.
         if asleep {
             self.drain();
         }
         Ok(asleep)
     }
 
-    /// Whether the refresh schedule changed while nobody waited for a ring. Rings of writers are forgotten.
+    /// Whether the refresh schedule changed since the last call. Discards rings of writers.
     pub fn refresh_jobs(&mut self) -> bool {
         self.drain();
         let jobs = self.heard.borrow().jobs;
-        std::mem::replace(&mut self.answered.jobs, jobs) < jobs
+        std::mem::replace(&mut self.handled.jobs, jobs) < jobs
     }
 
-    /// Rings up to now need no answer, but for those about the refresh schedule and from new deputies.
+    /// Marks all rings as handled, except those about the refresh schedule and from new followers.
     fn drain(&mut self) {
-        let BellEvent { jobs, followers, .. } = self.answered;
-        self.answered = BellEvent { jobs, followers, ..*self.heard.borrow() };
+        let RingCounts { jobs, followers, .. } = self.handled;
+        self.handled = RingCounts { jobs, followers, ..*self.heard.borrow() };
     }
 
-    /// Tells writers that they need not ring.
+    /// Lets writers stop ringing.
     ///
     /// # Errors
     /// As the connection.
@@ -248,33 +250,33 @@ impl Doorbell {
         in_time(self.client.batch_execute("select pg_advisory_unlock(1919249009, 1)")).await
     }
 
-    /// Waits until somebody rings, and takes all rings that are there. None when the connection is gone.
+    /// Waits for a notification, and returns all that have arrived. `None` when the connection is lost.
     ///
-    /// Cancel safe: a ring that was not returned is still there.
+    /// Cancel safe: a notification that was not returned is returned by the next call.
     pub async fn rung(&mut self) -> Option<Rings> {
-        let before = self.answered;
-        let is_new = |heard: &BellEvent| heard.rings > before.rings || heard.jobs > before.jobs;
+        let before = self.handled;
+        let is_new = |heard: &RingCounts| heard.rings > before.rings || heard.jobs > before.jobs;
         let heard = *self.heard.wait_for(is_new).await.ok()?;
-        // New deputies are answered by ringing them.
-        self.answered = BellEvent { followers: before.followers, ..heard };
+        // `notify_followers` handles new followers.
+        self.handled = RingCounts { followers: before.followers, ..heard };
         Some(Rings { count: heard.rings - before.rings, refresh_jobs: heard.jobs > before.jobs })
     }
 
-    async fn row(&self, question: &str) -> Result<Row, Error> {
-        in_time(self.client.query_one(question, &[])).await
+    async fn row(&self, query: &str) -> Result<Row, Error> {
+        in_time(self.client.query_one(query, &[])).await
     }
 }
 
 impl Backend {
-    /// What our own probes say.
+    /// The payload of own probes.
     fn name(&self) -> String {
         format!("{} {}", self.number, self.start)
     }
 }
 
-impl BellEvent {
-    /// Counts a notification; false for a probe of somebody else, which means nothing.
-    fn heed(&mut self, ring: &Notification, own: Option<&String>) -> bool {
+impl RingCounts {
+    /// Counts a notification; returns false for a probe of another relay, which is ignored.
+    fn count(&mut self, ring: &Notification, own: Option<&String>) -> bool {
         if ring.channel() == "relay_probe" {
             let is_own = own.is_some_and(|own| own == ring.payload());
             self.probes += usize::from(is_own);
@@ -287,9 +289,9 @@ impl BellEvent {
     }
 }
 
-async fn in_time<T>(asked: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, Error> {
-    match timeout(ANSWER, asked).await {
-        Ok(answered) => Ok(answered?),
+async fn in_time<T>(query: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, Error> {
+    match timeout(STATEMENT_TIMEOUT, query).await {
+        Ok(result) => Ok(result?),
         Err(_) => Err(Error::Lost("the doorbell's connection does not answer")),
     }
 }

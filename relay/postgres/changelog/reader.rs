@@ -1,4 +1,4 @@
-//! The changelog, read between two snapshots: one statement gives the new snapshot and what became visible since.
+//! The changelog, read between two snapshots: one statement returns the new snapshot and the changes visible since the old.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -22,8 +22,8 @@ pub struct Changelog {
     page: Statements,
 }
 
-/// The statement that reads a page, in forms that lack what is not asked for: which transactions ran in the snapshot before it,
-/// and whose owner is one of the roles.
+/// The statement that reads a page, in forms without parts of the plan: `settled` if no transaction runs in the snapshot before
+/// the page, `unowned` if no watched relation belongs to a role of the scope.
 struct Statements {
     whole: Statement,
     settled: Statement,
@@ -31,14 +31,15 @@ struct Statements {
     settled_unowned: Statement,
 }
 
-/// Which page: what finished after `seen`, up to `until` (now, when none), with numbers above `after`.
+/// A position in a page. The page has the changes that finished after `seen`, up to `until` (`None`: now); those with numbers
+/// above `after` are still to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PagePosition {
-    /// What was delivered before this page.
+    /// The snapshot before this page.
     pub seen: Snapshot,
-    /// The page's end, when it is known because a first part of the page was delivered.
+    /// The page's end, known once its first part was delivered.
     pub until: Option<Snapshot>,
-    /// The number of the last change delivered of this page.
+    /// The number of the last change of this page that was delivered.
     pub after: i64,
 }
 
@@ -48,7 +49,7 @@ impl PagePosition {
         Self { seen, until: None, after: 0 }
     }
 
-    /// Whether a server with this snapshot has handed out all transaction ids that the position knows.
+    /// Whether a server with this snapshot has assigned all transaction ids before the position.
     pub fn is_reached_by(&self, now: &Snapshot) -> bool {
         self.until.as_ref().unwrap_or(&self.seen).xmax() <= now.xmax()
     }
@@ -58,12 +59,11 @@ impl PagePosition {
 pub struct Page {
     /// The snapshot at its end.
     pub until: Snapshot,
-    /// Up to where the log has to be flushed so that a crash cannot take anything of it back; none when it is.
+    /// The WAL position to flush so that a crash cannot undo the page; `None` if it is flushed.
     pub unflushed: Option<String>,
-    /// The sign of the rules that fire no event trigger, as they were at its end; none for a page of the past and before
-    /// the first change was read.
+    /// The mark of the rules that fire no event trigger, as of its end; `None` on replay, and before the first change is read.
     pub mark: Option<i64>,
-    /// Its rows have the mark.
+    /// Whether its rows have the mark.
     is_marked: bool,
     changes: Pin<Box<RowStream>>,
 }
@@ -81,9 +81,9 @@ impl Changelog {
                 "this server is a standby: the changelog can only be read on the primary",
             )));
         }
-        // Parallel workers would give up the order of the rows; the JIT compiler would cost more than the statement.
-        // A plan made while the changelog was small would scan all of it until the next analyze, and one made for each
-        // look would cost more than the look: hence the index, and one plan.
+        // Parallel workers would lose the order of the rows; JIT compilation would cost more than the statement.
+        // Scans are off, because a plan made while the changelog is small would use one until the next analyze. The plan is
+        // generic, because planning for each page would cost more than reading it.
         let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; set enable_bitmapscan = off; \
                         set plan_cache_mode = force_generic_plan";
         client.batch_execute(&format!("{NO_PATH}; {settings}")).await?;
@@ -91,17 +91,17 @@ impl Changelog {
         Ok(Self { client, page })
     }
 
-    /// Whether the connection still stands, as far as is known.
+    /// Whether the connection is not known to be closed.
     pub fn is_open(&self) -> bool {
         !self.client.is_closed()
     }
 
-    /// The connection itself, to ring from.
+    /// The connection itself, for notifications.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// The name of this history; another one makes every position void.
+    /// Returns the epoch of this history; a position of another epoch is invalid.
     ///
     /// # Errors
     /// As the connection.
@@ -109,7 +109,7 @@ impl Changelog {
         Ok(Epoch(self.client.query_one("select relay.epoch()", &[]).await?.get(0)))
     }
 
-    /// The snapshot of this moment.
+    /// Returns the current snapshot.
     ///
     /// # Errors
     /// As the connection.
@@ -118,7 +118,7 @@ impl Changelog {
         parse(&text)
     }
 
-    /// How many changes of which relation a page has after a number.
+    /// Counts the changes of a page after a number, per relation.
     ///
     /// # Errors
     /// As the connection.
@@ -128,25 +128,30 @@ impl Changelog {
         until: &Snapshot,
         after: i64,
     ) -> Result<HashMap<RelationId, i64>, Error> {
-        let question = "select * from relay.page_counts($1::text::pg_snapshot, $2::text::pg_snapshot, $3)";
-        let rows = self.client.query(question, &[&seen.to_string(), &until.to_string(), &after]).await?;
+        let counts = "select * from relay.page_counts($1::text::pg_snapshot, $2::text::pg_snapshot, $3)";
+        let rows = self.client.query(counts, &[&seen.to_string(), &until.to_string(), &after]).await?;
         rows.iter().map(|row| Ok((RelationId(row.try_get(0)?), row.try_get(1)?))).collect()
     }
 
-    /// Opens a page, of which the first so many changes come: PostgreSQL looks at all of it, but neither sorts nor sends
-    /// more. They must be read to the end, or the page dropped, before the next is opened.
+    /// Opens a page of at most `max_changes` changes: PostgreSQL reads all of the page, but sorts and sends no more. Read it
+    /// to the end, or drop it, before opening the next.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn open(&self, position: &PagePosition, most: usize, scope: &RuleScope) -> Result<Page, Error> {
-        let most = i64::try_from(most).unwrap_or(i64::MAX - 1);
+    pub async fn open(
+        &self,
+        position: &PagePosition,
+        max_changes: usize,
+        scope: &RuleScope,
+    ) -> Result<Page, Error> {
+        let limit = i64::try_from(max_changes).unwrap_or(i64::MAX - 1);
         let statement = self.page.form(!position.seen.running().is_empty(), !scope.owned.is_empty());
-        let mut page = self.open_by(statement, position, &[&most, &scope.roles, &scope.owned]).await?;
+        let mut page = self.open_by(statement, position, &[&limit, &scope.roles, &scope.owned]).await?;
         page.is_marked = true;
         Ok(page)
     }
 
-    /// The same by another statement, which takes these parameters after those that say where.
+    /// Opens a page by another statement, whose parameters after those of the position are `more`.
     pub(super) async fn open_by(
         &self,
         statement: &Statement,
@@ -158,7 +163,7 @@ impl Changelog {
         let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&seen, &until, &position.after];
         parameters.extend(more);
         let mut changes = Box::pin(self.client.query_raw(statement, parameters).await?);
-        let header = changes.try_next().await?.ok_or_else(|| unfit("relay.page gave no header"))?;
+        let header = changes.try_next().await?.ok_or_else(|| unfit("relay.page returned no header"))?;
         Ok(Page {
             until: parse(header.try_get("snapshot")?)?,
             unflushed: header.try_get("unflushed")?,
@@ -172,7 +177,7 @@ impl Changelog {
 impl Statements {
     async fn prepare(client: &Client) -> Result<Self, Error> {
         let committed = committed(client).await?;
-        // A page without changes needs no mark: the subquery is evaluated when the first of them asks for it.
+        // The subquery is evaluated for the first change, so that a page without changes does not pay for the mark.
         let page = |some_run, some_owned| {
             format!(
                 "select p.*, {committed} as committed, \
@@ -199,24 +204,25 @@ impl Statements {
 }
 
 impl Page {
-    /// The next changes, up to so many or so many bytes of images, and whether more may follow.
+    /// Reads the next changes, up to `max_changes` or the change that reaches `max_bytes` of images. Returns whether more
+    /// may follow.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn part(&mut self, most: usize, most_bytes: usize) -> Result<(Vec<Change>, bool), Error> {
+    pub async fn part(&mut self, max_changes: usize, max_bytes: usize) -> Result<(Vec<Change>, bool), Error> {
         let mut changes = Vec::new();
         let mut bytes = 0;
         while let Some(change) = self.next().await? {
             bytes += change.bytes();
             changes.push(change);
-            if changes.len() >= most || bytes >= most_bytes {
+            if changes.len() >= max_changes || bytes >= max_bytes {
                 return Ok((changes, true));
             }
         }
         Ok((changes, false))
     }
 
-    /// The next change; none at the end.
+    /// Reads the next change; `None` at the end.
     ///
     /// # Errors
     /// As the connection.
@@ -234,35 +240,35 @@ impl Page {
     }
 }
 
-/// Who sees to it that the log is flushed.
+/// How the WAL gets flushed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flush {
-    /// We, now: nobody else may be about to.
+    /// By the relay, at once: there may be no other flush soon.
     AtOnce,
-    /// Writers, by their own commits, for a few milliseconds: another flush of ours would make each of them wait for it.
+    /// By the commits of writers, within a few milliseconds: a flush of the relay would make each of them wait.
     WithWriters,
 }
 
-/// The snapshot before which changes are not kept any more.
+/// Returns the snapshot before which changes are not kept.
 ///
 /// # Errors
 /// As the connection.
 pub async fn horizon(pool: &Pool) -> Result<Snapshot, Error> {
     let lease = Lease::of(pool).await?;
-    let asked = async {
+    let query = async {
         let client = lease.client()?;
         let horizon = client.prepare_cached("select relay.horizon()").await?;
         parse(client.query_one(&horizon, &[]).await?.get(0))
     };
-    let horizon = asked.await;
+    let horizon = query.await;
     lease.done();
     horizon
 }
 
-/// How long writers' commits are waited for: a few of them on a slow disk.
+/// Pauses between checks for writers' commits, together a few commits on a slow disk.
 const PAUSES: [Duration; 6] = [Duration::from_micros(500); 6];
 
-/// Waits until everything up to now survives a crash.
+/// Flushes the WAL, so that all earlier commits survive a crash.
 ///
 /// # Errors
 /// As the connection.
@@ -279,7 +285,7 @@ pub async fn flush(pool: &Pool) -> Result<(), Error> {
     flushed
 }
 
-/// Waits for others to flush the log up to a place in it; false when they do not for long.
+/// Waits for others to flush the WAL up to `through`; returns false if they do not within [`PAUSES`].
 ///
 /// # Errors
 /// As the connection.
@@ -301,23 +307,24 @@ pub async fn is_flushed_by_others(pool: &Pool, through: &str) -> Result<bool, Er
     waited
 }
 
-/// An image over this is cut down to its short values. Writers do so themselves where they can tell cheaply; a
-/// value that is small as it is stored and large as text they cannot.
-const MOST_IMAGE: usize = 1 << 20;
-/// The longest value that is kept of such an image.
-const SHORT: usize = 1026;
+/// Maximum size of an image; a larger one is reduced to its short values. Writers do this where they can tell cheaply, which
+/// they cannot for a value that is small as stored and large as text.
+const MAX_IMAGE: usize = 1 << 20;
+/// Maximum size of a value in a reduced image.
+const MAX_SHORT_VALUE: usize = 1026;
 
 fn image(row: &Row, name: &str, oversize: &mut bool) -> Result<Option<String>, Error> {
     let image: Option<String> = row.try_get(name)?;
-    let Some(text) = image.as_deref().filter(|text| text.len() > MOST_IMAGE) else {
+    let Some(text) = image.as_deref().filter(|text| text.len() > MAX_IMAGE) else {
         return Ok(image);
     };
     *oversize = true;
-    let parsed = change::Row::parse(text).map_err(|_| unfit("relay.page gave an image that is no object"))?;
-    Ok(Some(parsed.without_long_values(SHORT)))
+    let parsed = change::Row::parse(text)
+        .map_err(|_| unfit("relay.page returned an image that is not a JSON object"))?;
+    Ok(Some(parsed.without_long_values(MAX_SHORT_VALUE)))
 }
 
-/// What a statement says of the row `p` of a page: when its transaction committed, where PostgreSQL keeps that.
+/// Returns the SQL expression for the commit time of a page's row `p`: null if PostgreSQL does not record it.
 ///
 /// # Errors
 /// As the connection.
@@ -331,13 +338,13 @@ pub(super) async fn committed(client: &Client) -> Result<&'static str, Error> {
 
 fn change(row: &Row) -> Result<Change, Error> {
     let xid: &str = row.try_get("xid")?;
-    let kind = ChangeHeader::parse(row.try_get("kind")?)
-        .ok_or_else(|| unfit("relay.page gave an unknown kind of change"))?;
+    let kind = Kind::parse(row.try_get("kind")?)
+        .ok_or_else(|| unfit("relay.page returned an unknown kind of change"))?;
     let mut oversize = kind.oversize;
     let (before, after) = (image(row, "before", &mut oversize)?, image(row, "after", &mut oversize)?);
     Ok(Change {
         number: row.try_get("number")?,
-        xid: xid.parse().map_err(|_| unfit("relay.page gave no transaction id"))?,
+        xid: xid.parse().map_err(|_| unfit("relay.page returned an invalid transaction id"))?,
         committed: match row.try_get::<_, Option<OffsetDateTime>>("committed")? {
             Some(committed) => committed,
             None => row.try_get("at")?,
@@ -355,7 +362,7 @@ fn change(row: &Row) -> Result<Change, Error> {
 
 fn parse(snapshot: &str) -> Result<Snapshot, Error> {
     Snapshot::parse(snapshot)
-        .map_err(|error| unfit(&format!("PostgreSQL gave a snapshot we cannot read: {error}")))
+        .map_err(|error| unfit(&format!("PostgreSQL returned an unreadable snapshot: {error}")))
 }
 
 fn unfit(why: &str) -> Error {

@@ -1,5 +1,5 @@
-//! What a database URL means: where PostgreSQL is, who to be there, and how sure to be that it is the right server. What it
-//! leaves open is taken from `PGHOST`, `PGUSER` and the other variables of libpq.
+//! The meaning of a database URL: address, login and verification of the server. What the URL leaves open comes from `PGHOST`,
+//! `PGUSER` and the other variables of libpq.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,12 +10,12 @@ use tokio_postgres::config::SslMode;
 use crate::postgres::connect::parameters::{EXPECTED, Parameters};
 use crate::tls::{Trust, Verification};
 
-/// Where PostgreSQL keeps its Unix sockets: Debian's place, and its own.
+/// Directories of PostgreSQL's Unix sockets: Debian's, and PostgreSQL's default.
 const SOCKETS: [&str; 2] = ["/var/run/postgresql", "/tmp"];
-/// How long an address may take to be connected to, unless the URL has it.
+/// Timeout of a connection attempt, unless the URL sets one.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What libpq takes from the environment where the URL says nothing.
+/// Parameters that libpq takes from the environment if the URL lacks them.
 const ENVIRONMENT: [(&str, &str); 14] = [
     ("host", "PGHOST"),
     ("hostaddr", "PGHOSTADDR"),
@@ -33,7 +33,7 @@ const ENVIRONMENT: [(&str, &str); 14] = [
     ("sslkey", "PGSSLKEY"),
 ];
 
-/// Parameters that tokio-postgres reads as libpq means them.
+/// Parameters that tokio-postgres reads as libpq does.
 const PASSED: [&str; 15] = [
     "host",
     "hostaddr",
@@ -52,10 +52,10 @@ const PASSED: [&str; 15] = [
     "sslnegotiation",
 ];
 
-/// Parameters that say how to connect and whom to believe; the last is Prisma's.
+/// Parameters for encryption and verification; the last is Prisma's.
 const SECURITY: [&str; 5] = ["sslmode", "sslrootcert", "sslcert", "sslkey", "sslaccept"];
 
-/// Parameters of libpq that change nothing for the relay.
+/// Parameters of libpq without effect on the relay.
 const WITHOUT_EFFECT: [&str; 7] = [
     "client_encoding",
     "fallback_application_name",
@@ -66,8 +66,8 @@ const WITHOUT_EFFECT: [&str; 7] = [
     "sslsni",
 ];
 
-/// Parameters that other programs (Prisma, Rails, JDBC, pgx, SQLAlchemy, node-postgres, Doctrine, Supabase's pages) have in
-/// the same URL for themselves.
+/// Parameters of other programs (Prisma, Rails, JDBC, pgx, SQLAlchemy, node-postgres, Doctrine, Supabase's pages) that share
+/// the URL.
 const OF_OTHERS: [&str; 41] = [
     "adapter",
     "ApplicationName",
@@ -112,30 +112,30 @@ const OF_OTHERS: [&str; 41] = [
     "uselibpqcompat",
 ];
 
-/// A database URL that was understood.
+/// A parsed database URL.
 #[derive(Debug, Clone)]
 pub struct Address {
-    /// How to connect, and what to try next where the server wants it encrypted otherwise.
+    /// How to connect; the further ones are tried if the server requires or refuses encryption.
     pub attempts: Vec<Config>,
-    /// How the server is believed.
+    /// How the server is verified.
     pub trust: Trust,
-    /// What somebody should know about the URL; without anything secret.
+    /// Notes for the user about the URL, without secrets.
     pub notes: Vec<String>,
 }
 
 impl Address {
-    /// Reads a URL; `variable` reads the environment, `authority` holds certificates where the URL names no file.
+    /// Parses a URL. `variable` reads the environment; `authority` is a file of certificates, used if the URL names none.
     ///
     /// # Errors
-    /// What is wrong with it and what to do, never with a value of it.
+    /// The problem and its remedy, without any value of the URL.
     pub fn parse(
         text: &str,
         authority: Option<&str>,
         variable: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, String> {
         let mut parameters = Parameters::read(text)?;
-        parameters.complete(variable);
-        let notes = parameters.without_others()?;
+        parameters.add_defaults(variable);
+        let notes = parameters.take_supported()?;
         let (modes, trust) = parameters.security(authority)?;
         let config = parameters.config()?;
         let attempts = modes.into_iter().map(|mode| config.clone().ssl_mode(mode).clone()).collect();
@@ -145,11 +145,11 @@ impl Address {
 
 impl Parameters {
     /// Fills in what the URL leaves open, as libpq does.
-    fn complete(&mut self, variable: impl Fn(&str) -> Option<String>) {
+    fn add_defaults(&mut self, variable: impl Fn(&str) -> Option<String>) {
         let names_host = self.get("host").is_some() || self.get("hostaddr").is_some();
-        for (name, of) in ENVIRONMENT {
+        for (name, key) in ENVIRONMENT {
             let is_open = self.get(name).is_none() && !(names_host && matches!(name, "host" | "hostaddr"));
-            if let Some(value) = variable(of).filter(|value| is_open && !value.is_empty()) {
+            if let Some(value) = variable(key).filter(|value| is_open && !value.is_empty()) {
                 self.set(name, value);
             }
         }
@@ -165,7 +165,7 @@ impl Parameters {
                 let folder = SOCKETS.into_iter().find(has_socket).unwrap_or(SOCKETS[0]);
                 self.set("host", folder);
             }
-            // TLS wants a name for the server.
+            // TLS needs a name for the server.
             (None, Some(addresses)) => {
                 let addresses = addresses.to_owned();
                 self.set("host", addresses);
@@ -174,8 +174,8 @@ impl Parameters {
         }
     }
 
-    /// Takes out what is meant for others, with a note for each; refuses what nobody knows.
-    fn without_others(&mut self) -> Result<Vec<String>, String> {
+    /// Removes parameters of other programs, with a note for each, and translates those of libpq; refuses unknown ones.
+    fn take_supported(&mut self) -> Result<Vec<String>, String> {
         let mut notes = Vec::new();
         for (name, value) in std::mem::take(&mut self.0) {
             match name.as_str() {
@@ -183,7 +183,7 @@ impl Parameters {
                 "ssl" => {}
                 name if SECURITY.contains(&name) => self.set(name, value),
                 "keepalives_count" => self.set("keepalives_retries", value),
-                // libpq's is in milliseconds.
+                // In milliseconds for libpq, in seconds for tokio-postgres.
                 "tcp_user_timeout" => {
                     let time: u64 = value.parse().map_err(|_| wrong(&name, "milliseconds"))?;
                     self.set(&name, time.div_ceil(1000).to_string());
@@ -194,12 +194,12 @@ impl Parameters {
                     _ => return Err(wrong(&name, "read-write (the relay needs the primary)")),
                 },
                 "gssencmode" if value == "require" => {
-                    return Err(wrong(&name, "disable (the relay speaks no GSSAPI)"));
+                    return Err(wrong(&name, "disable (the relay does not support GSSAPI)"));
                 }
                 name if WITHOUT_EFFECT.contains(&name) => {}
                 name if PASSED.contains(&name) => self.set(name, value),
                 name if OF_OTHERS.contains(&name) => {
-                    notes.push(format!("the parameter {name} is of another program and ignored here"));
+                    notes.push(format!("the parameter {name} is of another program and is ignored"));
                 }
                 _ => {
                     return Err(format!(
@@ -211,7 +211,7 @@ impl Parameters {
         Ok(notes)
     }
 
-    /// How connections are encrypted, in the order in which that is tried, and how the server is believed.
+    /// Returns the SSL modes, in the order in which they are tried, and how the server is verified.
     fn security(&mut self, authority: Option<&str>) -> Result<(Vec<SslMode>, Trust), String> {
         let (mode, named) = (self.get("sslmode"), self.get("sslrootcert"));
         let of_system = named == Some("system");
@@ -224,7 +224,7 @@ impl Parameters {
             _ if is_strict => "verify-full",
             _ => "prefer",
         };
-        let (modes, asked) = match mode {
+        let (modes, verification) = match mode {
             "disable" => (vec![SslMode::Disable], Verification::None),
             "allow" => (vec![SslMode::Disable, SslMode::Require], Verification::None),
             "prefer" => (vec![SslMode::Prefer, SslMode::Disable], Verification::None),
@@ -233,11 +233,11 @@ impl Parameters {
             "verify-full" => (vec![SslMode::Require], Verification::Full),
             _ => return Err(wrong("sslmode", "disable, allow, prefer, require, verify-ca or verify-full")),
         };
-        // A file of authorities is there to be heeded, in libpq as well; our own setting stands for the name, too.
-        let least = match (asked, named, authority) {
+        // With a file of authorities, libpq verifies the authority, too; the relay's own setting also verifies the name.
+        let verification = match (verification, named, authority) {
             (Verification::None, Some(_), _) => Verification::Authority,
             (Verification::None, None, Some(_)) => Verification::Full,
-            _ => asked,
+            (verification, ..) => verification,
         };
         let identity = match (self.get("sslcert"), self.get("sslkey")) {
             (Some(certificate), Some(key)) => Some((certificate.to_owned(), key.to_owned())),
@@ -245,31 +245,31 @@ impl Parameters {
             _ => return Err(String::from("sslcert and sslkey belong together: give both or none")),
         };
         let file = named.or(authority).filter(|_| !of_system).map(str::to_owned);
-        let trust = Trust { verification: least, authority: file, identity };
+        let trust = Trust { verification, authority: file, identity };
         let is_socket =
             self.get("host").is_some_and(|host| host.split(',').all(|host| host.starts_with('/')));
         self.0.retain(|(name, _)| !SECURITY.contains(&name.as_str()));
-        Ok(match (modes, least) {
-            // PostgreSQL has no TLS on Unix sockets, and libpq asks for none there.
+        Ok(match modes {
+            // PostgreSQL has no TLS on Unix sockets, and libpq does not try it there.
             _ if is_socket => (vec![SslMode::Disable], trust),
-            // Who wants the server verified does not want to be sent on to one that is not.
-            (modes, least) if modes[0] == SslMode::Prefer && least > Verification::None => {
+            // No second attempt without TLS if the server is to be verified.
+            modes if modes[0] == SslMode::Prefer && verification > Verification::None => {
                 (vec![SslMode::Prefer], trust)
             }
-            (modes, _) => (modes, trust),
+            modes => (modes, trust),
         })
     }
 
     fn config(&self) -> Result<Config, String> {
-        let mut words = String::new();
+        let mut text = String::new();
         for (at, (name, value)) in self.0.iter().enumerate() {
-            // Those of lists would be added to each other.
+            // Only the last of a name, because the parser would append repeated hosts and ports to each other.
             if self.0[at + 1..].iter().all(|(later, _)| later != name) {
                 let value = value.replace('\\', "\\\\").replace('\'', "\\'");
-                words += &format!("{name}='{value}' ");
+                text += &format!("{name}='{value}' ");
             }
         }
-        let mut config: Config = words.parse().map_err(|error: tokio_postgres::Error| {
+        let mut config: Config = text.parse().map_err(|error: tokio_postgres::Error| {
             let why =
                 std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
             format!("{why}: {EXPECTED}")
@@ -277,7 +277,7 @@ impl Parameters {
         if config.get_connect_timeout().is_none() {
             config.connect_timeout(CONNECT_TIMEOUT);
         }
-        // Short, because a LISTEN connection only ever waits: without them a dead peer goes unnoticed for hours.
+        // Short keepalives, because a LISTEN connection only waits: it would not notice a dead peer for hours.
         if self.get("keepalives_idle").is_none() {
             config.keepalives_idle(Duration::from_secs(15));
         }
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn unix_sockets_are_named_in_every_way_that_libpq_has() {
+    fn unix_sockets_are_accepted_in_every_form_of_libpq() {
         for text in [
             "postgres:///app?host=/run/pg&user=me",
             "postgresql://me@%2Frun%2Fpg/app",
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_url_leaves_open_is_taken_from_the_variables_of_libpq() {
+    fn parameters_missing_in_the_url_come_from_the_variables_of_libpq() {
         let variable = |name: &str| {
             let value = match name {
                 "PGHOST" => "db.example",
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn each_sslmode_means_what_libpq_means_by_it() {
+    fn each_sslmode_has_the_meaning_of_libpq() {
         use SslMode::{Disable, Prefer, Require};
         use Verification::{Authority, Full, None};
         for (query, modes, verification) in [
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_heeded_is_named_and_no_value_is_told() {
+    fn errors_name_the_parameter_and_contain_no_value() {
         for (text, named) in [
             ("", "empty"),
             ("mysql://me@here/app", "another kind"),

@@ -1,45 +1,45 @@
-//! What to do when PostgreSQL lets nobody in: each refusal with its cure.
+//! Remedies for connections that PostgreSQL refuses.
 
 use std::error::Error;
 
 use tokio_postgres::Config;
 use tokio_postgres::config::Host;
 
-/// Where a server is, in words.
+/// Returns the address of a server as text.
 pub fn place(config: &Config) -> String {
     let ports = config.get_ports();
     let port = |at: usize| ports.get(at).or_else(|| ports.first()).copied().unwrap_or(5432);
-    let told = config.get_hosts().iter().enumerate().map(|(at, host)| match host {
+    let hosts = config.get_hosts().iter().enumerate().map(|(at, host)| match host {
         Host::Tcp(name) if name.contains(':') => format!("[{name}]:{}", port(at)),
         Host::Tcp(name) => format!("{name}:{}", port(at)),
         Host::Unix(folder) => format!("{}/.s.PGSQL.{}", folder.display(), port(at)),
     });
-    told.collect::<Vec<_>>().join(", ")
+    hosts.collect::<Vec<_>>().join(", ")
 }
 
-/// What to do about a refusal that does not pass by itself; none where waiting may help. `setting` names the URL.
+/// Returns the remedy for a permanent refusal; `None` if a retry may help. `setting` names the setting with the URL.
 pub fn cure(error: &tokio_postgres::Error, config: &Config, setting: &str) -> Option<String> {
     let user = config.get_user().unwrap_or_default();
     if let Some(refusal) = error.as_db_error() {
         let text = refusal.message();
         return match refusal.code().code() {
             "28P01" => Some(format!(
-                "the password in {setting} (or PGPASSWORD) is not that of the role {user}. In a URL, / ? # @ : % of a password are \
-                 written %2F %3F %23 %40 %3A %25; `alter role {user} password '…'` sets another"
+                "the password in {setting} (or PGPASSWORD) is not that of the role {user}. In a URL, write / ? # @ : % of a password \
+                 as %2F %3F %23 %40 %3A %25; `alter role {user} password '…'` sets another"
             )),
             "28000" if text.contains("does not exist") => Some(format!(
-                "give another user in {setting}, or make this one: {}",
+                "give another user in {setting}, or create this one: {}",
                 tool("createuser", config, user)
             )),
             "28000" if text.contains("Peer authentication") || text.contains("Ident authentication") => {
                 Some(format!(
-                    "over this way PostgreSQL wants a system user of the same name: `sudo -u {user} relay …`, or give an address with \
+                    "on this socket PostgreSQL requires an operating system user of the same name: `sudo -u {user} relay …`, or give an address with \
                  a password in {setting}: {}",
                     sample(config)
                 ))
             }
             "28000" if text.contains("no encryption") || text.contains("SSL off") => Some(format!(
-                "this server wants TLS, or has no line for this address in its pg_hba.conf: sslmode=require in {setting} asks for TLS"
+                "this server requires TLS, or has no line for this address in its pg_hba.conf: sslmode=require in {setting} enables TLS"
             )),
             "28000" if text.contains("pg_hba.conf") => Some(format!(
                 "the server's pg_hba.conf needs a line for the user, database and address of {setting}"
@@ -47,16 +47,15 @@ pub fn cure(error: &tokio_postgres::Error, config: &Config, setting: &str) -> Op
             "3D000" => {
                 let database = config.get_dbname().unwrap_or(user);
                 Some(format!(
-                    "give another database in {setting}, or make this one: {}",
+                    "give another database in {setting}, or create this one: {}",
                     tool("createdb", config, database)
                 ))
             }
-            code if code.starts_with("28") => Some(format!("{setting} says who connects")),
+            code if code.starts_with("28") => Some(format!("check the user and password in {setting}")),
             _ => None,
         };
     }
     let why = chain(error);
-    let told = |what: &str| Some(what.to_owned());
     if why.contains("password missing") {
         return Some(format!(
             "PostgreSQL asks for a password and {setting} has none: {}, or PGPASSWORD",
@@ -65,39 +64,39 @@ pub fn cure(error: &tokio_postgres::Error, config: &Config, setting: &str) -> Op
     }
     if why.contains("does not support TLS") {
         return Some(format!(
-            "{setting} asks for TLS by its sslmode, and this server has none: sslmode=disable, or `ssl = on` at the server"
+            "{setting} requires TLS by its sslmode, and this server has none: sslmode=disable, or `ssl = on` at the server"
         ));
     }
     if why.contains("channel binding") {
         return Some(format!(
-            "{setting} asks for channel_binding, which wants TLS and scram-sha-256: sslmode=require, or remove channel_binding"
+            "{setting} requires channel_binding, which needs TLS and scram-sha-256: sslmode=require, or remove channel_binding"
         ));
     }
     if why.contains("NotValidForName") || why.contains("not valid for name") {
         return Some(format!(
-            "the server's certificate is for other names: name it in {setting} by one of those, or sslmode=verify-ca leaves the \
-             name out"
+            "the server's certificate is for other names: use one of those in {setting}, or sslmode=verify-ca, which does not check \
+             the name"
         ));
     }
     if why.contains("UnknownIssuer") || why.contains("CaUsedAsEndEntity") {
         return Some(format!(
-            "nobody whom the relay trusts has signed the server's certificate: sslrootcert=FILE in {setting}, or --database-ca \
-             FILE, names the certificate of the authority"
+            "no trusted authority has signed the server's certificate: give the authority's certificate by sslrootcert=FILE in \
+             {setting}, or by --database-ca FILE"
         ));
     }
     if why.contains("invalid peer certificate") {
-        return told("the server's certificate has to be made anew");
+        return Some(String::from("the server's certificate has to be replaced"));
     }
     (why.contains("authentication error") || why.contains("invalid configuration"))
-        .then(|| format!("{setting} says how to connect"))
+        .then(|| format!("check the parameters of {setting}"))
 }
 
-/// What to do about a login that may not look into the schema `relay`.
+/// Returns the remedy for a login that may not read the schema `relay`.
 pub fn not_reader(login: &str) -> String {
     format!("this login is not a member of relay_reader: grant relay_reader to {login}")
 }
 
-/// Whether the server may let us in where the connection is encrypted otherwise.
+/// Whether the server may accept the login with the other choice of encryption.
 pub fn wants_other_encryption(error: &tokio_postgres::Error) -> bool {
     match error.as_db_error() {
         Some(refusal) => refusal.code().code() == "28000" && refusal.message().contains("pg_hba.conf"),
@@ -105,13 +104,13 @@ pub fn wants_other_encryption(error: &tokio_postgres::Error) -> bool {
     }
 }
 
-/// An error and what it came of.
+/// Returns an error with its causes.
 pub fn chain(error: &tokio_postgres::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
         let why = error.to_string();
-        // Some say what they came of as well.
+        // Some errors include their cause in their own text.
         if !text.contains(&why) {
             text += &format!(": {why}");
         }
@@ -120,7 +119,7 @@ pub fn chain(error: &tokio_postgres::Error) -> String {
     text
 }
 
-/// The address as it should be written.
+/// Returns a sample URL with a password.
 fn sample(config: &Config) -> String {
     let user = config.get_user().unwrap_or("user");
     let database = config.get_dbname().unwrap_or(user);
@@ -130,7 +129,7 @@ fn sample(config: &Config) -> String {
     }
 }
 
-/// A command of PostgreSQL's own at the same server.
+/// Returns the command line of a PostgreSQL tool for the same server.
 fn tool(name: &str, config: &Config, last: &str) -> String {
     let mut command = name.to_owned();
     match config.get_hosts().first() {

@@ -1,48 +1,48 @@
-//! What can go wrong with PostgreSQL, in words for the log and for clients, and what is worth another try.
+//! Errors of PostgreSQL and of connections to it, with texts for the log and for clients.
 
 use deadpool_postgres::{HookError, PoolError};
 use tokio_postgres::error::SqlState;
 
 use crate::postgres::connect::advice::chain;
 
-/// What can go wrong with PostgreSQL.
+/// An error of PostgreSQL or of a connection to it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The server refused, or the connection broke. The chain below tells which.
-    #[error("PostgreSQL: {}", told(.0))]
+    /// A statement failed, or the connection broke.
+    #[error("PostgreSQL: {}", described(.0))]
     Postgres(#[from] tokio_postgres::Error),
-    /// No connection could be had: the server refused it, or cannot be reached. Nothing of it is for clients.
-    #[error("no connection to PostgreSQL: {}", told(.0))]
+    /// No connection: the server refused it, or cannot be reached. The text is not for clients.
+    #[error("no connection to PostgreSQL: {}", described(.0))]
     Connect(tokio_postgres::Error),
-    /// No connection could be had from the pool, for no reason of PostgreSQL's.
+    /// The pool gave no connection, for a reason of its own.
     #[error("no connection to PostgreSQL: {0}")]
     Pool(String),
-    /// The server lets nobody in like this, or is not to be believed: what it said, and what to do.
-    #[error("no connection to PostgreSQL: {}: {cure}", told(.error))]
+    /// The server refuses the login, or failed verification: its message, and the remedy.
+    #[error("no connection to PostgreSQL: {}: {cure}", described(.error))]
     Refused {
         /// The refusal.
         error: tokio_postgres::Error,
-        /// What to do about it.
+        /// The remedy.
         cure: String,
     },
-    /// No server answers, or not in time: where it was looked for, and why.
-    #[error("no connection to PostgreSQL at {place}: {}", told(.error))]
+    /// No server answers at the address.
+    #[error("no connection to PostgreSQL at {place}: {}", described(.error))]
     Away {
         /// The address.
         place: String,
-        /// Why.
+        /// The cause.
         error: tokio_postgres::Error,
     },
-    /// The database is not as the relay needs it; the text says what to do.
+    /// The database does not meet the relay's requirements; the text has the remedy.
     #[error("{0}")]
     Unfit(String),
-    /// The connection is of no use any more, as far as can be seen from here; the text says why.
+    /// The connection is unusable, or does not answer; the text says which.
     #[error("{0}")]
     Lost(&'static str),
 }
 
 impl Error {
-    /// Whether the same thing may succeed later without anybody changing anything.
+    /// Whether a retry may succeed without a change by a user.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Pool(_) | Self::Lost(_) => true,
@@ -58,7 +58,7 @@ impl Error {
         }
     }
 
-    /// PostgreSQL's code for it, when it was PostgreSQL that refused.
+    /// PostgreSQL's error code, if PostgreSQL raised the error.
     pub fn code(&self) -> Option<&str> {
         match self {
             Self::Postgres(error)
@@ -69,7 +69,7 @@ impl Error {
         }
     }
 
-    /// What it is, in words that anybody may read: no name, no address.
+    /// A text for clients and probes, without names or addresses.
     pub fn kind(&self) -> &'static str {
         if matches!(self, Self::Unfit(_)) {
             return "the database is not as the relay needs it, its log says why";
@@ -85,12 +85,11 @@ impl Error {
         }
     }
 
-    /// PostgreSQL's own word on it as `ERROR 22P02 (invalid_text_representation) …`, when it was PostgreSQL that refused
-    /// a statement.
+    /// PostgreSQL's own message as `ERROR 22P02 (invalid_text_representation) …`, if a statement failed.
     pub fn refusal(&self) -> Option<String> {
         let Self::Postgres(error) = self else { return None };
-        let told = error.as_db_error()?;
-        let name = match *told.code() {
+        let error = error.as_db_error()?;
+        let name = match *error.code() {
             SqlState::INVALID_TEXT_REPRESENTATION => "invalid_text_representation",
             SqlState::UNDEFINED_FUNCTION => "undefined_function",
             SqlState::RAISE_EXCEPTION => "raise_exception",
@@ -101,7 +100,7 @@ impl Error {
             SqlState::INVALID_ESCAPE_SEQUENCE => "invalid_escape_sequence",
             _ => "error",
         };
-        Some(format!("ERROR {} ({name}) {}", told.code().code(), told.message()))
+        Some(format!("ERROR {} ({name}) {}", error.code().code(), error.message()))
     }
 }
 
@@ -116,7 +115,7 @@ impl From<PoolError> for Error {
     }
 }
 
-fn told(error: &tokio_postgres::Error) -> String {
+fn described(error: &tokio_postgres::Error) -> String {
     match error.as_db_error() {
         Some(db) => match db.hint() {
             Some(hint) => format!("{} ({}). {hint}", db.message(), db.code().code()),

@@ -1,30 +1,30 @@
-//! A connection string as it is written, in both forms of libpq: `postgres://…?…` and `host=… dbname=…`.
+//! The parameters of a connection string, in both forms of libpq: `postgres://…?…` and `host=… dbname=…`.
 
-/// What is expected, for those who wrote something else.
+/// The end of an error message about a string that cannot be parsed.
 pub(super) const EXPECTED: &str = "postgres://user:password@host:port/database is expected";
 
-/// Names and values, in their order; the last of a name counts.
+/// Names and values, in order; the last value of a name counts.
 pub(super) struct Parameters(pub(super) Vec<(String, String)>);
 
 impl Parameters {
-    /// Reads either form.
+    /// Parses either form.
     ///
     /// # Errors
-    /// What is wrong, without any value.
+    /// The problem, without any value.
     pub fn read(text: &str) -> Result<Self, String> {
         let text = text.trim();
         if text.is_empty() {
             return Err(format!("it is empty: {EXPECTED}"));
         }
         match text.strip_prefix("postgres://").or_else(|| text.strip_prefix("postgresql://")) {
-            Some(rest) => Self::of_url(rest),
+            Some(rest) => Self::from_url(rest),
             None if text.contains("://") => Err(format!("it is of another kind: {EXPECTED}")),
-            None => Self::of_words(text),
+            None => Self::from_keywords(text),
         }
     }
 
     /// `user:password@host:port,host:port/dbname?name=value&…`
-    fn of_url(rest: &str) -> Result<Self, String> {
+    fn from_url(rest: &str) -> Result<Self, String> {
         let mut parameters = Self(Vec::new());
         let (authority, after) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         let (path, query) = after.split_once('?').unwrap_or((after, ""));
@@ -40,7 +40,7 @@ impl Parameters {
         parameters.add("password", password.unwrap_or_default())?;
         let (mut names, mut ports) = (Vec::new(), Vec::new());
         for host in hosts.split(',').filter(|host| !host.is_empty()) {
-            // Colons are part of an address of version 6, which stands in brackets.
+            // An IPv6 address is in brackets and contains colons.
             let end = host.find(']').map_or(0, |bracket| bracket + 1);
             let (name, port) = match host[end..].split_once(':') {
                 Some((name, port)) => (&host[..end + name.len()], port),
@@ -48,7 +48,7 @@ impl Parameters {
             };
             if !port.bytes().all(|byte| byte.is_ascii_digit()) {
                 let why =
-                    "a port is no number. In a password / ? # @ : % are written %2F %3F %23 %40 %3A %25";
+                    "a port is not a number. In a password, write / ? # @ : % as %2F %3F %23 %40 %3A %25";
                 return Err(format!("{why}: {EXPECTED}"));
             }
             names.push(name.trim_matches(['[', ']']));
@@ -66,7 +66,7 @@ impl Parameters {
         Ok(parameters)
     }
 
-    /// Adds what is percent-encoded; nothing where it is empty.
+    /// Adds a percent-encoded value, unless it is empty.
     fn add(&mut self, name: &str, value: &str) -> Result<(), String> {
         if !value.is_empty() {
             self.0.push((name.to_owned(), decoded(value)?));
@@ -75,14 +75,14 @@ impl Parameters {
     }
 
     /// `name = value name='a value'`
-    fn of_words(text: &str) -> Result<Self, String> {
+    fn from_keywords(text: &str) -> Result<Self, String> {
         let mut parameters = Self(Vec::new());
         let mut rest = text;
         while !rest.is_empty() {
             let Some((name, after)) = rest.split_once('=') else {
                 return Err(format!("it cannot be read: {EXPECTED}, or host=… dbname=… user=…"));
             };
-            let (value, after) = word(after.trim_start())?;
+            let (value, after) = quoted_value(after.trim_start())?;
             let name = name.trim();
             if name.is_empty() || name.contains(char::is_whitespace) {
                 return Err(format!("it cannot be read: {EXPECTED}, or host=… dbname=… user=…"));
@@ -95,19 +95,19 @@ impl Parameters {
         Ok(parameters)
     }
 
-    /// What was said last.
+    /// Returns the last value of a name.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().rev().find(|(one, _)| one == name).map(|(_, value)| value.as_str())
     }
 
-    /// Says something else.
+    /// Overrides the value of a name.
     pub fn set(&mut self, name: &str, value: impl Into<String>) {
         self.0.push((name.to_owned(), value.into()));
     }
 }
 
-/// A value up to the next space, or in quotes, and what follows it.
-fn word(text: &str) -> Result<(String, &str), String> {
+/// Splits off a value, which ends at the next space or is in quotes. Returns it and the rest of the text.
+fn quoted_value(text: &str) -> Result<(String, &str), String> {
     let (quoted, mut rest) = match text.strip_prefix('\'') {
         Some(rest) => (true, rest.char_indices()),
         None => (false, text.char_indices()),
@@ -126,7 +126,7 @@ fn word(text: &str) -> Result<(String, &str), String> {
 }
 
 fn decoded(text: &str) -> Result<String, String> {
-    let broken = || String::from("a % in it begins no character in UTF-8: % itself is written %25");
+    let broken = || String::from("it has an invalid percent-encoding: write % itself as %25");
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

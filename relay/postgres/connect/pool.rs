@@ -17,10 +17,10 @@ use crate::postgres::connect::advice::{cure, place, wants_other_encryption};
 pub use crate::postgres::connect::error::Error;
 use crate::tls::{self, Verification};
 
-/// What every connection of ours sets, whatever the database or the login has as its default. What its texts mean: how
-/// constants are read and written, how names are quoted, what a transaction is. And that it has time: our connections idle
-/// for long and read long pages. Not set is what policies may depend on beyond that, such as the time zone or the search
-/// path: a user's own session would have the default.
+/// Settings of every connection, which override defaults of the database and the login. They fix the meaning of statements
+/// (constants, quoting, transactions) and turn timeouts off, because connections are idle for long and read long pages. Other
+/// settings that policies may depend on, such as the time zone or the search path, keep the default that a user's own
+/// session would have.
 const PINNED: &str = "set standard_conforming_strings = on; set escape_string_warning = off; \
      set backslash_quote = safe_encoding; set quote_all_identifiers = off; set transform_null_equals = off; \
      set array_nulls = on; set xmloption = content; set client_encoding = 'UTF8'; set client_min_messages = notice; \
@@ -32,11 +32,11 @@ const PINNED: &str = "set standard_conforming_strings = on; set escape_string_wa
      set lock_timeout = 0; \
      do $$ begin set transaction_timeout = 0; exception when undefined_object then null; end $$";
 
-/// What sessions that judge set beside that. Whatever else a policy may depend on is as a user's own session would have it; images hold
-/// money as it is spelled.
+/// Additional settings of judging sessions. `lc_monetary` is that of the images, which contain money as text. All other
+/// settings that a policy may depend on are as in a user's own session.
 pub const JUDGING: &str = "set jit = off; set lc_monetary = 'C'";
 
-/// How rows are spelled: as in the images of the changelog, whatever the policies that show them are judged with.
+/// Output settings of row images in the changelog. Rows read from tables use them, too, whatever settings policies run with.
 pub const SPELLING: [(&str, &str); 6] = [
     ("TimeZone", "UTC"),
     ("DateStyle", "ISO, MDY"),
@@ -46,33 +46,33 @@ pub const SPELLING: [(&str, &str); 6] = [
     ("lc_monetary", "C"),
 ];
 
-/// What `PINNED` leaves, for connections that only run statements of our own, in which nothing may get between a name and what it means.
+/// The search path of connections that only run the relay's own statements, so that a name cannot resolve to another object.
 pub const NO_PATH: &str = "set search_path = pg_catalog";
 
-/// How long a connection may take to begin, password and settings included.
-const BEGIN: Duration = Duration::from_secs(10);
+/// Minimum timeout for opening a connection, including login and settings.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// So often each of two connections is asked who it is, to find a pooler that gives its sessions to others in between.
+/// Number of checks of each of two connections, to find a pooler that switches their sessions.
 const ROUNDS: usize = 8;
 
-/// What names the main connection.
+/// The setting of the main connection.
 pub const DATABASE: &str = "--database-url (DATABASE_URL)";
-/// What names the connection for LISTEN.
+/// The setting of the connection for LISTEN.
 pub const DOORBELL: &str = "--doorbell-url (RELAY_DOORBELL_URL)";
-/// What names the judging connection.
+/// The setting of the judging connection.
 pub const JUDGE: &str = "--judge-url (RELAY_JUDGE_URL)";
 
-/// Where and how to connect.
+/// A PostgreSQL server, and how to connect to it.
 #[derive(Clone)]
 pub struct Server {
-    /// What names its URL.
+    /// The setting with its URL, for error messages.
     setting: &'static str,
     address: Arc<Address>,
     tls: MakeTls,
 }
 
 impl Server {
-    /// Reads a connection string; `name` becomes `application_name` where the string has none.
+    /// Parses a connection string; `name` becomes `application_name` if the string has none.
     ///
     /// # Errors
     /// When the string cannot be read, or the authority file holds no certificate.
@@ -80,7 +80,7 @@ impl Server {
         Self::named("the database URL", url, name, authority)
     }
 
-    /// The same, where `setting` is what has the string: it is named in what goes wrong.
+    /// Parses the connection string of a setting, which error messages name.
     ///
     /// # Errors
     /// As [`Self::parse`].
@@ -102,22 +102,22 @@ impl Server {
         Ok(Self { setting, address: Arc::new(address), tls: MakeTls(MakeRustlsConnect::new(tls)) })
     }
 
-    /// What somebody should know about the connection string.
+    /// Notes for the user about the connection string.
     pub fn notes(&self) -> impl Iterator<Item = String> {
         self.address.notes.iter().map(|note| format!("{}: {note}", self.setting))
     }
 
-    /// Whether the server has to show who it is.
+    /// Whether the server's certificate is verified.
     pub fn is_verified(&self) -> bool {
         self.address.trust.verification > Verification::None
     }
 
-    /// As whom and where to.
+    /// The preferred configuration.
     fn config(&self) -> &Config {
         &self.address.attempts[0]
     }
 
-    /// Connects, encrypted in the first way that the server lets in.
+    /// Connects with the first choice of encryption that the server accepts.
     async fn open(&self) -> Result<(Client, Connection<Socket, TlsStream>), tokio_postgres::Error> {
         let mut opened = self.config().connect(self.tls.clone()).await;
         for next in &self.address.attempts[1..] {
@@ -126,7 +126,7 @@ impl Server {
                 break;
             }
             match next.connect(self.tls.clone()).await {
-                // What the first said is what has to be changed.
+                // The first refusal is the one to report.
                 Err(error) if wants_other_encryption(&error) => {}
                 other => opened = other,
             }
@@ -134,7 +134,7 @@ impl Server {
         opened
     }
 
-    /// A pool of `size` connections whose commits wait for the flush, whatever the database's default is, and whose
+    /// Creates a pool of `size` connections. Their commits wait for the WAL flush, whatever the database's default; their
     /// statements end after `limit`.
     ///
     /// # Errors
@@ -150,7 +150,7 @@ impl Server {
             .max_size(size)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_secs(5)))
-            .create_timeout(Some(self.patience()))
+            .create_timeout(Some(self.open_timeout()))
             .post_create(deadpool_postgres::Hook::async_fn(move |client, _| {
                 let settings = settings.clone();
                 Box::pin(async move { client.batch_execute(&settings).await.map_err(HookError::Backend) })
@@ -164,16 +164,16 @@ impl Server {
         self.config().get_user()
     }
 
-    /// How long a connection may take to begin.
-    fn patience(&self) -> Duration {
-        self.config().get_connect_timeout().map_or(BEGIN, |limit| BEGIN.max(*limit * 2))
+    /// Timeout for opening a connection.
+    fn open_timeout(&self) -> Duration {
+        self.config().get_connect_timeout().map_or(OPEN_TIMEOUT, |limit| OPEN_TIMEOUT.max(*limit * 2))
     }
 
-    /// Refuses a pooler that gives each transaction another session: settings, locks, temporary tables and prepared
-    /// statements would be somebody else's.
+    /// Refuses a pooler in transaction mode: settings, locks, temporary tables and prepared statements would belong to
+    /// another session after each transaction.
     ///
-    /// Two connections that are never used at once are given the same session by such a pooler, or one of them another than
-    /// before. Nothing is set on them: it would stay with sessions that are others' next.
+    /// Uses two connections in turn. Such a pooler gives both the same session, or one of them a new session. No settings are
+    /// made on them, because they would remain in sessions that the pooler gives to others.
     ///
     /// # Errors
     /// When there is such a pooler, or the server cannot be reached or refuses.
@@ -191,17 +191,17 @@ impl Server {
             }
             Ok(true)
         };
-        match self.begun(is_own).await? {
+        match self.within_open_timeout(is_own).await? {
             true => Ok(()),
             false => Err(Error::Unfit(format!(
                 "{} leads through a pooler in transaction mode, which gives each transaction another session of \
-                 PostgreSQL: give PostgreSQL's own address, or that of a pool in session mode",
+                 PostgreSQL: give PostgreSQL's own address, or that of a pooler in session mode",
                 self.setting
             ))),
         }
     }
 
-    /// One connection of our own. It ends when the client is dropped.
+    /// Opens a single connection. It ends when the client is dropped.
     ///
     /// # Errors
     /// When the server cannot be reached or refuses.
@@ -212,39 +212,39 @@ impl Server {
             client.batch_execute(PINNED).await?;
             Ok(client)
         };
-        self.begun(begin).await
+        self.within_open_timeout(begin).await
     }
 
-    /// One connection that hands what it hears by LISTEN to `heard`, which is dropped when the connection ends.
+    /// Opens a connection that passes notifications to `handler`, which is dropped when the connection ends.
     ///
     /// # Errors
     /// When the server cannot be reached or refuses.
     pub async fn connect_listening(
         &self,
-        mut heard: impl FnMut(Notification) + Send + 'static,
+        mut handler: impl FnMut(Notification) + Send + 'static,
     ) -> Result<Client, Error> {
         let begin = async {
             let (client, mut connection) = self.open().await?;
             tokio::spawn(async move {
                 while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
                     if let AsyncMessage::Notification(notification) = message {
-                        heard(notification);
+                        handler(notification);
                     }
                 }
             });
             client.batch_execute(PINNED).await?;
             Ok(client)
         };
-        self.begun(begin).await
+        self.within_open_timeout(begin).await
     }
 
-    /// The limit of the socket's connection counts until it is open; whoever answers then may still say nothing.
-    async fn begun<T>(
+    /// Bounds the whole login. The connect timeout covers only the TCP connection: a peer that accepts it may never answer.
+    async fn within_open_timeout<T>(
         &self,
         begin: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, Error> {
-        match timeout(self.patience(), begin).await {
-            Ok(Ok(begun)) => Ok(begun),
+        match timeout(self.open_timeout(), begin).await {
+            Ok(Ok(result)) => Ok(result),
             Ok(Err(error)) => Err(match cure(&error, self.config(), self.setting) {
                 Some(cure) => Error::Refused { error, cure },
                 None if error.code().is_none() => Error::Away { place: place(self.config()), error },
@@ -262,14 +262,14 @@ impl Connect for Server {
     ) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
         async move {
             let (client, connection) = self.open().await?;
-            // Its end is seen by whoever asks on it.
+            // Statements on the client report the end of the connection.
             Ok((client, tokio::spawn(connection.map(drop))))
         }
         .boxed()
     }
 }
 
-/// TLS for servers with a name. Those behind a Unix socket have none and are not asked for it.
+/// TLS for servers with a name. A server behind a Unix socket has none, and no TLS.
 #[derive(Clone)]
 struct MakeTls(MakeRustlsConnect);
 
@@ -286,7 +286,7 @@ impl MakeTlsConnect<Socket> for MakeTls {
     }
 }
 
-/// Which session of PostgreSQL answers.
+/// Returns the backend pid of the session that answers.
 async fn session(client: &Client) -> Result<Option<String>, tokio_postgres::Error> {
     let answers = client.simple_query("select pg_backend_pid()").await?;
     Ok(answers.iter().find_map(|answer| match answer {
@@ -295,25 +295,25 @@ async fn session(client: &Client) -> Result<Option<String>, tokio_postgres::Erro
     }))
 }
 
-/// Gives up a connection of a pool on which nothing came in time. On that one, and on those that idle in the pool since as
-/// long, nothing may come ever again, though none of them is closed: they are not used again.
+/// Drops a connection on which an answer timed out, and all idle connections of its pool: they may be dead as well, although
+/// none is closed.
 pub fn give_up(pool: &Pool, client: Object) {
     drop(Object::take(client));
     pool.retain(|_, _| false);
 }
 
-/// A connection of a pool, for as long as something is asked on it. Dropped before [`Self::done`], it is given up
-/// ([`give_up`]).
+/// A connection of a pool for one query. If it is dropped before [`Self::done`], the query was cancelled or timed out, and the
+/// connection is given up ([`give_up`]).
 pub struct Lease {
     pool: Pool,
     client: Option<Object>,
 }
 
 impl Lease {
-    /// One connection.
+    /// Takes a connection from the pool.
     ///
     /// # Errors
-    /// When none can be had in time.
+    /// When none is available in time.
     pub async fn of(pool: &Pool) -> Result<Self, Error> {
         let client = pool.get().await?;
         Ok(Self { pool: pool.clone(), client: Some(client) })
@@ -322,12 +322,12 @@ impl Lease {
     /// The connection.
     ///
     /// # Errors
-    /// None in fact: it is there until [`Self::done`].
+    /// Never in practice: the connection is present until [`Self::done`].
     pub fn client(&self) -> Result<&deadpool_postgres::Client, Error> {
         self.client.as_ref().ok_or(Error::Lost("the connection was given back"))
     }
 
-    /// PostgreSQL has answered, whatever it said.
+    /// Returns the connection to the pool, after an answer of PostgreSQL, be it an error.
     pub fn done(mut self) {
         self.client = None;
     }
