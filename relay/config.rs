@@ -1,4 +1,4 @@
-//! Settings as they are written (flags, environment, a TOML file), and the configuration that comes of them.
+//! Settings as written (flags, environment, a TOML file), and the configuration resolved from them.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -13,16 +13,16 @@ use crate::auth::verifier::{TokenSettings, Verifier};
 use crate::model::session::limits::{Limits, RowLimit};
 use crate::transport::listen;
 
-/// The longest time that can be set, in seconds or milliseconds: what PostgreSQL takes for a time-out.
-const LONGEST: u64 = i32::MAX as u64;
+/// The maximum time setting, in seconds or milliseconds: PostgreSQL's maximum for a timeout.
+const MAX_TIME: u64 = i32::MAX as u64;
 
-/// What to say where no database is named.
+/// The error without a database.
 pub const NO_DATABASE: &str =
     "--database-url URL (or DATABASE_URL, or PGHOST and PGDATABASE) is missing: which database?";
-/// What to say where no secret is given.
+/// The error without a secret.
 pub const NO_SECRET: &str = "--jwt-secret SECRET (or RELAY_JWT_SECRET) is missing: what signs tokens?";
 
-/// What `relay serve` was told, as written. Flags win over the environment, both win over the file.
+/// The settings of `relay serve`, as written. Flags override the environment, both override the file.
 #[derive(Args, Deserialize, Default, Clone)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Settings {
@@ -35,7 +35,7 @@ pub struct Settings {
     /// The secret that signs tokens (HS256/384/512), at least 32 bytes
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     pub jwt_secret: Option<String>,
-    /// The public keys (JWK set) that sign tokens (RS, PS, ES, EdDSA): a file or an https:// URL, both read anew again and again
+    /// The public keys (JWK set) that verify tokens (RS, PS, ES, EdDSA): a file or an https:// URL, both reread regularly
     #[arg(
         long,
         help_heading = "Tokens",
@@ -44,16 +44,16 @@ pub struct Settings {
         value_name = "FILE|URL"
     )]
     pub jwks: Option<String>,
-    /// The URL may lead to a private address or this machine, then also by http://
+    /// Allow a JWK set URL at a private address or on this machine, then also by http://
     #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_ALLOW_PRIVATE")]
     pub jwks_allow_private: bool,
-    /// Read the JWK set anew this often, in milliseconds [default: 600000 for a URL, 10000 for a file]
+    /// How often to reread the JWK set, in milliseconds [default: 600000 for a URL, 10000 for a file]
     #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_REFRESH_MS", value_name = "MS")]
     pub jwks_refresh_ms: Option<u64>,
-    /// A token of an unknown key has the JWK set read at once, but not more often than this, in milliseconds [default: 30000]
+    /// Minimum interval between rereads of the JWK set for tokens with an unknown key, in milliseconds [default: 30000]
     #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_COOLDOWN_MS", value_name = "MS")]
     pub jwks_cooldown_ms: Option<u64>,
-    /// How long keys stay in force while their URL cannot be read, in milliseconds [default: 86400000, a day]
+    /// How long keys stay valid while their URL cannot be read, in milliseconds [default: 86400000, a day]
     #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_KEEP_MS", value_name = "MS")]
     pub jwks_keep_ms: Option<u64>,
     /// Accept only tokens whose `aud` is this
@@ -82,7 +82,7 @@ pub struct Settings {
         value_delimiter = ','
     )]
     pub secret_key: Vec<String>,
-    /// A direct connection for LISTEN, when the main one goes through a pooler
+    /// A direct connection for LISTEN, if the main one goes through a pooler
     #[arg(
         long,
         help_heading = "Database",
@@ -91,7 +91,7 @@ pub struct Settings {
         value_name = "URL"
     )]
     pub doorbell_url: Option<String>,
-    /// A login of its own that evaluates policies: member of the subscribers' roles, without any right on the changelog
+    /// A separate login that evaluates policies: a member of the subscribers' roles, without rights on the changelog
     #[arg(
         long,
         help_heading = "Database",
@@ -112,79 +112,79 @@ pub struct Settings {
         value_delimiter = ','
     )]
     pub allowed_origin: Vec<String>,
-    /// How many clients may be connected [default: 10000]
+    /// Maximum number of connected clients [default: 10000]
     #[arg(long, help_heading = "Limits", env = "RELAY_MAX_CONNECTIONS", value_name = "N")]
     pub max_connections: Option<usize>,
-    /// How many connections one address may have; behind a proxy all have its address [default: any number]
+    /// Maximum number of connections from one address; behind a proxy all have its address [default: no limit]
     #[arg(long, help_heading = "Limits", env = "RELAY_CONNECTIONS_PER_ADDRESS", value_name = "N")]
     pub connections_per_address: Option<usize>,
-    /// How many channels one client may join [default: 100]
+    /// Maximum number of channels per client [default: 100]
     #[arg(long, help_heading = "Limits", env = "RELAY_MAX_CHANNELS", value_name = "N")]
     pub max_channels: Option<usize>,
-    /// How many joins a second one client may send, on average over a minute [default: 100]
+    /// Maximum number of joins per second and client, on average over a minute [default: 100]
     #[arg(long, help_heading = "Limits", env = "RELAY_JOINS_PER_SECOND", value_name = "N")]
     pub joins_per_second: Option<u32>,
-    /// How many messages a second one client may send, on average over a minute [default: 100]
+    /// Maximum number of messages per second and client, on average over a minute [default: 100]
     #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGES_PER_SECOND", value_name = "N")]
     pub messages_per_second: Option<u32>,
-    /// How many bytes a message from a client may have [default: 5000000]
+    /// Maximum size of a message from a client, in bytes [default: 5000000]
     #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGE_BYTES", value_name = "N")]
     pub message_bytes: Option<usize>,
-    /// How many bytes may wait for one client before it is closed, 4096 at least [default: 524288]
+    /// Maximum number of bytes queued for one client, which is closed beyond it; at least 4096 [default: 524288]
     #[arg(long, help_heading = "Limits", env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
-    /// How many bytes of memory may go to what waits for all clients, 1048576 at least; over it slow ones are closed [default: 268435456]
+    /// Maximum memory for all clients' queues, in bytes; beyond it slow clients are closed; at least 1048576 [default: 268435456]
     #[arg(long, help_heading = "Limits", env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
     pub total_outbox_bytes: Option<usize>,
-    /// How many bytes a change may have as it is sent, 32768 at least; of a larger one key and short columns [default: 1048576]
+    /// Maximum size of a change as sent, in bytes; a larger one has only its key and short columns; at least 32768 [default: 1048576]
     #[arg(long, help_heading = "Limits", env = "RELAY_CHANGE_BYTES", value_name = "N")]
     pub change_bytes: Option<usize>,
-    /// How many bytes may be on their way to one client, 4096 at least; the kernel takes up to twice as much [default: 212992]
+    /// Send buffer per client, in bytes; the kernel uses up to twice as much; at least 4096 [default: 212992]
     #[arg(long, help_heading = "Limits", env = "RELAY_SEND_BUFFER_BYTES", value_name = "N")]
     pub send_buffer_bytes: Option<usize>,
-    /// How many rows of a table are given at once to whoever asks for them [default: 10000]
+    /// Maximum number of rows in one answer [default: 10000]
     #[arg(long, help_heading = "Limits", env = "RELAY_MOST_ROWS", value_name = "N")]
     pub most_rows: Option<usize>,
-    /// How many bytes of rows are given at once [default: 67108864]
+    /// Maximum size of the rows in one answer, in bytes [default: 67108864]
     #[arg(long, help_heading = "Limits", env = "RELAY_MOST_ROW_BYTES", value_name = "N")]
     pub most_row_bytes: Option<usize>,
-    /// How long a client that named its session may be away and be given what it missed, in seconds [default: 3600]
+    /// How long a client with a named session may be away and still resume, in seconds [default: 3600]
     #[arg(long, help_heading = "Limits", env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
     pub resume_seconds: Option<u64>,
-    /// How long a connection may take for the head of a request, in milliseconds [default: 10000]
+    /// Timeout for the head of a request, in milliseconds [default: 10000]
     #[arg(long, help_heading = "Limits", env = "RELAY_HEAD_TIMEOUT_MS", value_name = "MS")]
     pub head_timeout_ms: Option<u64>,
-    /// How long a client may take nothing of what is sent to it, in milliseconds [default: 30000]
+    /// Write timeout: how long a client may read nothing of what is sent to it, in milliseconds [default: 30000]
     #[arg(long, help_heading = "Limits", env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
     pub write_timeout_ms: Option<u64>,
-    /// How long a socket may say nothing, in milliseconds; clients send a heartbeat every 25 seconds [default: 60000]
+    /// How long a client may send nothing, in milliseconds; clients send a heartbeat every 25 seconds [default: 60000]
     #[arg(long, help_heading = "Limits", env = "RELAY_SILENCE_MS", value_name = "MS")]
     pub silence_ms: Option<u64>,
-    /// How often a quiet event stream says that it lives, in milliseconds [default: 15000]
+    /// Interval of keep-alive comments on an idle event stream, in milliseconds [default: 15000]
     #[arg(long, help_heading = "Limits", env = "RELAY_KEEP_ALIVE_MS", value_name = "MS")]
     pub keep_alive_ms: Option<u64>,
-    /// Look at the changelog this often even if nobody rings, in milliseconds [default: 5000]
+    /// Maximum interval between polls of the changelog, without notifications, in milliseconds [default: 5000]
     #[arg(long, help_heading = "Database", env = "RELAY_POLL_MS", value_name = "MS")]
     pub poll_ms: Option<u64>,
-    /// The longest that a policy may take for a page of changes, in milliseconds [default: 1000]
+    /// Timeout of a policy for a page of changes, in milliseconds [default: 1000]
     #[arg(long, help_heading = "Database", env = "RELAY_JUDGE_TIMEOUT_MS", value_name = "MS")]
     pub judge_timeout_ms: Option<u64>,
-    /// Tell clients when changes could not be read or judged for this long [default: 10]
+    /// Warn clients when changes could not be read or evaluated for this long [default: 10]
     #[arg(long, help_heading = "Database", env = "RELAY_STALL_SECONDS", value_name = "SECONDS")]
     pub stall_seconds: Option<u64>,
     /// Install or update the database side before serving
     #[arg(long, env = "RELAY_INSTALL")]
     pub install: bool,
-    /// Logs as JSON; as a flag it stands before or behind any command.
+    /// Logs as JSON. The flag is global: it may precede or follow any command.
     #[arg(skip)]
     pub log_json: bool,
-    /// A TOML file with any of these settings, named as the flags are
+    /// A TOML file with any of these settings, named like the flags
     #[arg(long, env = "RELAY_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
 }
 
-/// What the relay runs with.
+/// The resolved configuration of a relay.
 pub struct Config {
     /// The main connection.
     pub database_url: String,
@@ -192,40 +192,40 @@ pub struct Config {
     pub doorbell_url: String,
     /// The judging connection.
     pub judge_url: String,
-    /// Certificate authorities for all three.
+    /// Certificate authorities for all three connections.
     pub database_ca: Option<String>,
-    /// The one port.
+    /// The address of the only port.
     pub listen: SocketAddr,
-    /// Who somebody is.
+    /// The verifier of tokens.
     pub verifier: Verifier,
-    /// Who reads published keys anew.
-    pub keeper: Option<JwksRefresher>,
-    /// Empty means any.
+    /// The task that rereads the JWK set.
+    pub jwks_refresher: Option<JwksRefresher>,
+    /// Allowed origins of browsers; empty means any.
     pub allowed_origins: Vec<String>,
-    /// What clients may ask for and hold.
+    /// Limits of clients.
     pub limits: Limits,
-    /// How long a session may be away.
+    /// Maximum absence after which a session can resume.
     pub resume: Duration,
-    /// The longest sleep.
+    /// Maximum interval between polls.
     pub poll: Duration,
-    /// The longest judgement.
+    /// Statement timeout of policy evaluation.
     pub judge_timeout: Duration,
-    /// The longest time without changes that nobody is told of.
+    /// How long the feed may stall before clients are warned.
     pub stall: Duration,
-    /// Install first.
+    /// Whether to install first.
     pub install: bool,
 }
 
-/// All that is wrong with the settings, a line each.
+/// All invalid settings, a line each.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct Mistakes(pub Vec<String>);
 
 impl Settings {
-    /// Adds what the file says where flags and environment say nothing.
+    /// Adds the settings of the file that neither flags nor environment set.
     ///
     /// # Errors
-    /// When the file cannot be read or says something unknown.
+    /// When the file cannot be read or has an unknown setting.
     pub fn with_file(self) -> Result<Self, Mistakes> {
         let Some(path) = &self.config else { return Ok(self) };
         let mistake = |why: String| Mistakes(vec![format!("--config {}: {why}", path.display())]);
@@ -275,10 +275,10 @@ impl Settings {
         })
     }
 
-    /// Resolves everything; all mistakes are reported together.
+    /// Resolves all settings; all mistakes are reported together.
     ///
     /// # Errors
-    /// What is missing or cannot be used.
+    /// The missing and invalid settings.
     pub fn resolve(self) -> Result<Config, Mistakes> {
         let mut mistakes = Vec::new();
         let database_url = self.database_url.unwrap_or_else(|| {
@@ -291,8 +291,8 @@ impl Settings {
         });
         let positive = |name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>| match value
         {
-            Some(time) if time == 0 || time > LONGEST => {
-                mistakes.push(format!("--{name} must be more than 0, and {LONGEST} at most"));
+            Some(time) if time == 0 || time > MAX_TIME => {
+                mistakes.push(format!("--{name} must be more than 0, and {MAX_TIME} at most"));
                 default
             }
             value => value.unwrap_or(default),
@@ -308,21 +308,21 @@ impl Settings {
         let published = self.jwks.map(|place| {
             let read = if is_url {
                 Endpoint::parse(&place, self.jwks_allow_private).map(|endpoint| {
-                    let (keys, keeper) = JwksRefresher::of_endpoint(endpoint, schedule);
-                    (Some(keys), Some(keeper))
+                    let (keys, refresher) = JwksRefresher::of_endpoint(endpoint, schedule);
+                    (Some(keys), Some(refresher))
                 })
             } else {
                 let read = JwksRefresher::of_file(Path::new(&place), schedule);
-                read.map(|(keys, keeper)| (Some(keys), keeper)).map_err(|error| error.to_string())
+                read.map(|(keys, refresher)| (Some(keys), refresher)).map_err(|error| error.to_string())
             };
             read.unwrap_or_else(|error| {
-                // A URL may hold what is not to be told.
+                // A URL may contain a secret.
                 let place = if is_url { "URL" } else { &place };
                 mistakes.push(format!("--jwks {place}: {error}"));
                 (None, None)
             })
         });
-        let (keys, keeper) = published.unwrap_or_default();
+        let (keys, jwks_refresher) = published.unwrap_or_default();
         let tokens = TokenSettings {
             secrets: self.jwt_secret.into_iter().collect(),
             keys,
@@ -358,17 +358,17 @@ impl Settings {
             })
         });
         let mut count = |name, value: Option<usize>, default| {
-            // Nobody could connect, join or be told anything: a slip, and no limit.
+            // With 0 no client could connect, join or receive anything.
             if value == Some(0) {
                 mistakes.push(format!("--{name} must be more than 0"));
             }
             value.unwrap_or(default)
         };
         let rate = |rate: Option<u32>| rate.map(|rate| rate as usize);
-        let of_one = self.connections_per_address;
+        let per_address = self.connections_per_address;
         let limits = Limits {
             connections: count("max-connections", self.max_connections, 10_000),
-            connections_per_address: of_one.map(|most| count("connections-per-address", Some(most), most)),
+            connections_per_address: per_address.map(|max| count("connections-per-address", Some(max), max)),
             channels: count("max-channels", self.max_channels, 100),
             joins_per_second: count("joins-per-second", rate(self.joins_per_second), 100) as u32,
             messages_per_second: count("messages-per-second", rate(self.messages_per_second), 100) as u32,
@@ -397,7 +397,7 @@ impl Settings {
             database_ca: self.database_ca,
             listen,
             verifier,
-            keeper,
+            jwks_refresher,
             allowed_origins: self.allowed_origin,
             limits,
             resume: Duration::from_secs(resume),
@@ -409,10 +409,10 @@ impl Settings {
     }
 }
 
-/// A number of bytes, of which fewer than `least` would let nothing through.
-fn at_least(name: &str, value: Option<usize>, least: usize, default: usize) -> Result<usize, String> {
+/// Checks a number of bytes: with fewer than `min` nothing could be delivered.
+fn at_least(name: &str, value: Option<usize>, min: usize, default: usize) -> Result<usize, String> {
     match value {
-        Some(bytes) if bytes < least => Err(format!("--{name} must be {least} bytes at least")),
+        Some(bytes) if bytes < min => Err(format!("--{name} must be {min} bytes at least")),
         value => Ok(value.unwrap_or(default)),
     }
 }
@@ -422,7 +422,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_mistakes_are_told_together() {
+    fn all_mistakes_are_reported_together() {
         let settings = Settings {
             listen: Some(String::from("nowhere")),
             jwt_secret: Some(String::from("short")),
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_under_which_nobody_could_be_served_are_told_together() {
+    fn settings_that_would_serve_no_client_are_reported_together() {
         let (none, endless) = (Some(0), Some(u64::MAX));
         let settings = Settings {
             database_url: Some(String::from("postgres://x/")),
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn room_in_which_nothing_has_place_is_refused_with_the_bound() {
+    fn sizes_below_the_minimum_are_refused_with_the_minimum() {
         let with = |less: usize| {
             let settings = Settings {
                 database_url: Some(String::from("postgres://x/")),
@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_set_without_a_usable_key_is_a_mistake_where_nothing_else_verifies() {
+    fn a_key_set_without_a_usable_key_is_a_mistake_if_it_is_the_only_verifier() {
         let path = std::env::temp_dir().join(format!("relay-no-keys-{}.json", std::process::id()));
         std::fs::write(&path, r#"{"keys": []}"#).unwrap();
         let settings = || Settings {
@@ -502,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_address_only_this_machine_is_listened_to() {
+    fn the_default_address_is_loopback() {
         let settings = Settings {
             database_url: Some(String::from("postgres://here/")),
             jwt_secret: Some("s".repeat(32)),
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn every_flag_of_serve_may_be_a_line_of_the_file() {
+    fn every_flag_of_serve_is_accepted_in_the_file() {
         let serve = Settings::augment_args(clap::Command::new("serve"));
         let flags = serve.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| *flag != "config");
         let flags: Vec<_> = flags.chain(["log-json"]).collect();
@@ -526,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_fills_what_flags_leave_open() {
+    fn the_file_sets_what_flags_do_not() {
         let path = std::env::temp_dir().join(format!("relay-config-{}.toml", std::process::id()));
         std::fs::write(
             &path,

@@ -15,21 +15,21 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_postgres::Client;
 use tracing_subscriber::EnvFilter;
 
-/// Gives memory back when many frames are dropped at once, which the system's allocator does not.
+/// Unlike the system's allocator, mimalloc returns memory when many frames are dropped at once.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// A Postgres change-feed relay: each row change to those who may see it by the table's own policies.
+/// A Postgres change-feed relay: delivers each row change to the users who may see it by the table's own policies.
 ///
 /// First steps with a database and a table of your own:
 ///
 ///   export DATABASE_URL=postgres://postgres@127.0.0.1:5432/app
 ///   export RELAY_JWT_SECRET=$(openssl rand -hex 32)
-///   relay serve --install        installs schema `relay`, then serves; the rest in another terminal
-///   relay watch public.todos     from now on its changes are told
-///   relay tail todos             shows them here, as service_role: grant select on todos to service_role
-///   relay token --sub UUID       for a client: what it sees, the table's policies say
-///   relay doctor                 when nothing comes: what is wrong, and what to do
+///   relay serve --install        installs schema `relay`, then serves; run the rest in another terminal
+///   relay watch public.todos     publishes the changes of the table
+///   relay tail todos             prints them, as service_role: grant select on todos to service_role
+///   relay token --sub UUID       makes a token for a client, which sees what the table's policies allow
+///   relay doctor                 if no changes arrive: what is wrong, and what to do
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment, arg_required_else_help = true)]
 struct Cli {
@@ -57,13 +57,13 @@ Examples:
 enum Command {
     /// Install or update the database side (schema `relay`); safe to repeat
     Install(Database),
-    /// Serve subscribers; needs a database and a secret or keys, all other settings have a default
+    /// Serve subscribers; requires a database and a secret or keys, all other settings have a default
     Serve(Box<Settings>),
     /// Publish the changes of a table, a partitioned table or a materialized view
     Watch {
         /// Its name, with the schema if it is not on the search path
         table: String,
-        /// Also tell subscribers of rows that go out of their sight
+        /// Also notify subscribers of rows that become invisible to them
         #[arg(long)]
         leave_events: bool,
         #[command(flatten)]
@@ -76,13 +76,13 @@ enum Command {
         #[command(flatten)]
         database: Database,
     },
-    /// Make a token for trying things out
+    /// Make a token for tests
     #[command(after_help = TOKEN)]
     Token(token::Options),
-    /// Print the changes of a table as they come
+    /// Print the changes of a table as they happen
     #[command(after_help = TAIL)]
     Tail(tail::Options),
-    /// Say why somebody gets the rows of a table or does not, and how that is decided
+    /// Explain why a user receives the rows of a table or does not, and how that is decided
     #[command(after_help = EXPLAIN)]
     Explain {
         #[command(flatten)]
@@ -93,7 +93,7 @@ enum Command {
         #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
         judge_url: Option<String>,
     },
-    /// Check the database and say what to do; exit code 1 on a fault
+    /// Check the database and print remedies; exit code 1 on a fault
     Doctor {
         #[command(flatten)]
         database: Database,
@@ -124,21 +124,21 @@ impl Database {
         Ok(server)
     }
 
-    /// A connection that is a session of PostgreSQL.
+    /// Connects, after a check that no pooler in transaction mode is in between.
     async fn connect(&self) -> Result<Client, Error> {
         let server = self.server()?;
         server.check_sessions().await?;
         server.connect().await
     }
 
-    /// Where policies are judged: by default the same.
+    /// Returns the server that evaluates policies: by default the same.
     fn judge(&self, server: &Server, url: Option<&str>) -> Result<Server, Error> {
         let judge = |url: &str| Server::named(JUDGE, url, "relay", self.database_ca.as_deref());
         url.map_or_else(|| Ok(server.clone()), judge)
     }
 }
 
-/// Which database, when none is named: that of libpq's variables, where they name one.
+/// Returns the database URL; without one, an empty URL if libpq's variables name a database.
 fn database_url(named: Option<String>) -> Option<String> {
     let has = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let is_in_environment = || ["PGHOST", "PGHOSTADDR", "PGDATABASE"].into_iter().any(has);
@@ -177,8 +177,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             let applied = install::install(&mut client).await?;
             let version = env!("CARGO_PKG_VERSION");
             say(&match applied.iter().filter(|file| !file.starts_with('9')).count() {
-                0 => format!("schema relay is that of version {version} already"),
-                count => format!("schema relay is that of version {version} now ({count} files applied)"),
+                0 => format!("schema relay is up to date (version {version})"),
+                count => format!("schema relay is now of version {version} ({count} files applied)"),
             });
         }
         Command::Serve(settings) => Box::pin(serve(*settings)).await?,
@@ -225,22 +225,22 @@ async fn serve(mut settings: Settings) -> Result<(), Failure> {
     settings.database_url = database_url(settings.database_url);
     let config = settings.resolve()?;
     for skipped in config.verifier.skipped_keys() {
-        tracing::warn!("a key of the JWK set is not used: {skipped}");
+        tracing::warn!("key of the JWK set not used: {skipped}");
     }
     let listener = TcpListener::bind(config.listen)
         .await
-        .map_err(|error| format!("{}: {error}; --listen takes another address", config.listen))?;
+        .map_err(|error| format!("{}: {error}; give another address by --listen", config.listen))?;
     let address = listener.local_addr()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let end = Arc::new(tokio::sync::Notify::new());
-    let told = Arc::clone(&end);
+    let notify = Arc::clone(&end);
     tokio::spawn(async move {
         tokio::select! {
             _ = tokio::signal::ctrl_c() => {}
             _ = terminate.recv() => {}
         }
-        told.notify_one();
-        // A second signal does not wait for anybody.
+        notify.notify_one();
+        // A second signal exits at once.
         tokio::select! {
             _ = tokio::signal::ctrl_c() => {}
             _ = terminate.recv() => {}
@@ -259,13 +259,13 @@ fn named(error: tokio_postgres::Error) -> Error {
     error.into()
 }
 
-/// What was refused for want of a right, and who has it.
+/// Adds to a missing-right error which login has that right.
 fn refused(error: tokio_postgres::Error) -> Error {
     let error = named(error);
     match error.code() {
         Some("42501") => Error::Unfit(format!(
-            "{error}. Tables are watched by the login that installed the schema relay, where it also owns the table, or by a superuser: \
-             give its address by --database-url"
+            "{error}. Watching a table requires the login that installed the schema relay, if it also owns the table, or a superuser: \
+             give its URL by --database-url"
         )),
         _ => error,
     }
@@ -287,6 +287,6 @@ fn log(json: bool) {
 
 fn say(text: &str) {
     use std::io::Write;
-    // A closed pipe is the reader's choice, not a failure.
+    // A closed pipe is not a failure.
     let _ = writeln!(std::io::stderr(), "{text}");
 }

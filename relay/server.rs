@@ -1,4 +1,4 @@
-//! Builds the parts, serves until told to end, and ends in order. The only place that sees every layer.
+//! Builds the parts, serves until shutdown, and stops in order. The only module that imports every layer.
 
 use std::collections::BTreeSet;
 use std::future::{Future, pending};
@@ -42,31 +42,32 @@ use crate::transport::connection_limits::ConnectionLimits;
 use crate::transport::routes;
 use crate::transport::socket_buffers;
 
-/// Connections for looking at the catalog, binding and flushing. None is held while nothing happens.
-const POOL: usize = 4;
-/// Connections for reading clients' filters, and how long one may take: it is a cast, or somebody's trick.
-const FILTERS: usize = 2;
+/// Connections for the catalog, subscriptions and flushes. None is used while nothing happens.
+const POOL_SIZE: usize = 4;
+/// Connections that compile clients' filters.
+const FILTER_POOL_SIZE: usize = 2;
+/// Statement timeout of a filter's compilation. It is a cast; a longer one is an attack.
 const FILTER_LIMIT: Duration = Duration::from_secs(1);
-/// A look at the catalog, a flush or a listing of filters is done in milliseconds; a minute means that it hangs.
+/// Statement timeout of the pool. Its statements take milliseconds; one that takes a minute hangs.
 const LIMIT: Duration = Duration::from_secs(60);
-/// PostgreSQL gets so many times the bound of a stall for one page: sorting a million changes takes seconds.
-const PATIENCE: u32 = 3;
-/// Parts on their way from the source to the router: one being judged, one read ahead.
+/// Timeout of reading a page, as a multiple of the stall time: sorting a million changes takes seconds.
+const READ_TIMEOUT_FACTOR: u32 = 3;
+/// Capacity of the channel from the source to the router: one part being evaluated, one read ahead.
 const PARTS: usize = 2;
-/// Files that clients leave open: connections to PostgreSQL may have to be made anew while all others are taken.
-const SPARE: usize = 48;
-/// Sessions and tasks get this long to end.
+/// File descriptors reserved for connections to PostgreSQL, which may have to be reopened when clients use all others.
+const RESERVED_FILES: usize = 48;
+/// How long sessions, and then tasks, may take to stop.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// A relay that runs, as seen from outside.
+/// A running relay.
 pub struct Running {
-    /// What it counts.
+    /// Its metrics.
     pub observe: Arc<Observe>,
 }
 
-/// Serves on `listener` until `shutdown` is done, then ends in order. `started` hears once everything is built.
+/// Serves on `listener` until `shutdown` resolves, then stops in order. Calls `started` once everything is built.
 ///
-/// The database may be away at first: clients connect, and the relay keeps trying.
+/// The database may be unreachable at first: clients connect meanwhile, and the relay retries.
 ///
 /// # Errors
 /// When a URL cannot be read, the installation fails, or the database side is missing or too old.
@@ -90,13 +91,14 @@ pub async fn serve(
     let observe = Arc::new(Observe::new());
     let end = CancellationToken::new();
     let tasks = TaskTracker::new();
-    let pool = main.pool(POOL, LIMIT)?;
-    let filters = main.pool(FILTERS, FILTER_LIMIT)?;
+    let pool = main.pool(POOL_SIZE, LIMIT)?;
+    let filters = main.pool(FILTER_POOL_SIZE, FILTER_LIMIT)?;
     let catalog = Arc::new(CatalogCache::new(pool.clone(), filters, judge.login().map(str::to_owned)));
     let judging = judge.clone();
     let refresh_jobs = Arc::new(Notify::new());
-    let (parts_in, parts) = mpsc::channel(PARTS);
-    let (commands_in, commands) = mpsc::unbounded_channel();
+    let (parts_sender, parts) = mpsc::channel(PARTS);
+    let (main_commands, commands) = mpsc::unbounded_channel();
+    let read_timeout = config.stall * READ_TIMEOUT_FACTOR;
 
     let stall_monitor = Arc::new(StallMonitor::new(config.stall));
     let transactions = Arc::new(Transactions::new(pool.clone()));
@@ -106,7 +108,7 @@ pub async fn serve(
         pool: pool.clone(),
         transactions: Arc::clone(&transactions),
         poll: config.poll,
-        query_timeout: config.stall * PATIENCE,
+        patience: read_timeout,
         stall_monitor: Arc::clone(&stall_monitor),
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
@@ -130,50 +132,53 @@ pub async fn serve(
         let filters = IdentityEvaluator::new(judge.clone(), config.judge_timeout);
         Some(FilterEvaluator::new(filters, config.judge_timeout))
     };
-    let rows = SnapshotRows::new(&main, &judge, config.judge_timeout, config.stall, config.stall * PATIENCE)?;
-    let past = Arc::new(ReplayReader::new(
+    let rows = SnapshotRows::new(&main, &judge, config.judge_timeout, config.stall, read_timeout)?;
+    let replay = Arc::new(ReplayReader::new(
         main.clone(),
         pool,
         transactions,
         Arc::clone(&catalog),
         gate(filter_judge()),
-        config.stall * PATIENCE,
+        read_timeout,
     ));
-    let (bookmarks, keeping) = BookmarkHandle::new(Bookmarks::new(&main, config.resume, config.stall)?);
-    let router = |gate, way_back, stall_monitor, aside| {
+    let (bookmarks, bookmark_writer) =
+        BookmarkHandle::new(Bookmarks::new(&main, config.resume, config.stall)?);
+    let router = |gate, commands, stall_monitor, backlogs| {
         Router::new(
             Arc::clone(&catalog),
             gate,
             Arc::clone(&observe),
-            Arc::clone(&past),
-            way_back,
+            Arc::clone(&replay),
+            commands,
             stall_monitor,
-            aside,
+            backlogs,
         )
     };
-    let aside = |name| {
-        let (way_in, commands) = mpsc::unbounded_channel();
+    let side_lane = |name| {
+        let (sender, commands) = mpsc::unbounded_channel();
         let (backlog, stall_monitor) =
-            (Arc::new(Backlog::default()), Arc::new(StallMonitor::for_lane(&stall_monitor, name)));
-        let router = router(gate(filter_judge()), way_in.clone(), Arc::clone(&stall_monitor), Vec::new());
-        tasks.spawn(router.run(commands, FeedItems::Backlog(Arc::clone(&backlog)), feed_end.clone()));
+            (Arc::new(Backlog::default()), Arc::new(StallMonitor::beside(&stall_monitor, name)));
+        let router = router(gate(filter_judge()), sender.clone(), Arc::clone(&stall_monitor), Vec::new());
+        tasks.spawn(router.run(commands, Parts::Backlog(Arc::clone(&backlog)), feed_end.clone()));
         let end = end.clone();
         tasks.spawn(async move { stall_monitor.run(end).await });
-        (way_in, backlog)
+        (sender, backlog)
     };
-    // Filters that PostgreSQL decides, and clients that ask for much, are served beside all others.
-    let (asked_in, asked) = aside("filters");
-    let (crowd_in, crowd) = aside("crowd");
-    let main_router = router(gate(None), commands_in.clone(), Arc::clone(&stall_monitor), vec![asked, crowd]);
-    tasks.spawn(main_router.run(commands, FeedItems::Source(parts), feed_end.clone()));
-    let lanes = Lanes::new(commands_in, asked_in, crowd_in);
-    if let Some(keeper) = config.keeper {
-        tasks.spawn(keeper.run(Arc::clone(&observe), end.clone()));
+    // Filters that PostgreSQL evaluates, and clients with many subscriptions, have routers of their own, so that they do not
+    // delay the others.
+    let (filter_commands, filter_backlog) = side_lane("filters");
+    let (crowd_commands, crowd_backlog) = side_lane("crowd");
+    let backlogs = vec![filter_backlog, crowd_backlog];
+    let main_router = router(gate(None), main_commands.clone(), Arc::clone(&stall_monitor), backlogs);
+    tasks.spawn(main_router.run(commands, Parts::Source(parts), feed_end.clone()));
+    let lanes = Lanes::new(main_commands, filter_commands, crowd_commands);
+    if let Some(refresher) = config.jwks_refresher {
+        tasks.spawn(refresher.run(Arc::clone(&observe), end.clone()));
     }
     let prepared = Arc::new(AtomicBool::new(false));
     let app = Arc::new(App {
         verifier: config.verifier,
-        feed: Feed::new(Binder::new(Arc::clone(&catalog)), lanes, Arc::clone(&past), rows, bookmarks),
+        feed: Feed::new(Binder::new(Arc::clone(&catalog)), lanes, Arc::clone(&replay), rows, bookmarks),
         observe: Arc::clone(&observe),
         stall_monitor: Arc::clone(&stall_monitor),
         allowed_origins: config.allowed_origins,
@@ -194,16 +199,16 @@ pub async fn serve(
         numbers: AtomicU64::new(1),
     });
     if let Err(error) = socket_buffers::bound(&listener, app.limits.send_buffer_bytes, app.limits.write * 2) {
-        tracing::warn!(error = %error, "what the kernel holds of each connection could not be bounded");
+        tracing::warn!(error = %error, "kernel send buffers not bounded");
     }
     started(Running { observe: Arc::clone(&observe) });
 
-    // What reads the database begins once that is known to be as it should; clients may come before.
+    // Tasks that read the database start after its checks; clients may connect before.
     let reading = async {
         prepare(&main, &bell, &judging, config.install, &stall_monitor).await?;
         prepared.store(true, Ordering::Relaxed);
-        tasks.spawn(keeping.run(feed_end.clone()));
-        tasks.spawn(source.run(parts_in, end.clone()));
+        tasks.spawn(bookmark_writer.run(feed_end.clone()));
+        tasks.spawn(source.run(parts_sender, end.clone()));
         tasks.spawn(retention::run(main.clone(), Arc::clone(&observe), end.clone()));
         tasks.spawn(refresh::run(main, refresh_jobs, end.clone()));
         pending::<Result<(), Error>>().await
@@ -213,29 +218,32 @@ pub async fn serve(
         () = accept(&app, &listener) => Ok(()),
         failed = reading => failed,
     };
-    tracing::info!(session.count = observe.session_count(), "ending");
+    tracing::info!(session.count = observe.session_count(), "shutting down");
     observe.ending();
     drop(listener);
     end.cancel();
     app.sessions.close();
     if timeout(GRACE, app.sessions.wait()).await.is_err() {
-        tracing::warn!(session.count = app.sessions.len(), "sessions did not end in time");
+        tracing::warn!(session.count = app.sessions.len(), "sessions did not stop in time");
     }
     feed_end.cancel();
     tasks.close();
     if timeout(GRACE, tasks.wait()).await.is_err() {
-        tracing::warn!(task.count = tasks.len(), "tasks did not end in time");
+        tracing::warn!(task.count = tasks.len(), "tasks did not stop in time");
     }
     served
 }
 
-/// Installs if asked to, and refuses a pooler in between, a database side that is missing or too old, and a judge that is
-/// not let in, or a doorbell: nobody would be told anything. A database that is away is waited for.
+/// Installs the database side if `is_install` is set, and checks the connections. Waits for a database that is unreachable.
+///
+/// # Errors
+/// When a pooler is in transaction mode, the database side is missing or too old, or a login is refused: no change could be
+/// delivered.
 async fn prepare(
     server: &Server,
     bell: &Server,
     judge: &Server,
-    wanted: bool,
+    is_install: bool,
     stall_monitor: &StallMonitor,
 ) -> Result<(), Error> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
@@ -243,9 +251,9 @@ async fn prepare(
         let outcome = async {
             server.check_sessions().await?;
             let mut client = server.connect().await?;
-            if wanted {
-                // However long that takes, the database is there.
-                stall_monitor.end_wait(StallCause::Changelog);
+            if is_install {
+                // An installation may take long, and is no stall.
+                stall_monitor.goes_on(StallCause::Changelog);
                 let applied = install::install(&mut client).await?;
                 stall_monitor.begin_wait(StallCause::Changelog);
                 if !applied.is_empty() {
@@ -255,17 +263,17 @@ async fn prepare(
             install::check(&client).await?;
             bell.connect().await?;
             judge.check_sessions().await?;
-            if acts_as_nobody(&judge.connect().await?).await? {
+            if lacks_usual_roles(&judge.connect().await?).await? {
                 tracing::warn!(
-                    "this login cannot act as anon, authenticated or service_role, so no subscriber of these roles sees \
-                     anything: grant them to it, or give --judge-url"
+                    "this login cannot act as anon, authenticated or service_role, so subscribers with these roles see \
+                     nothing: grant them to it, or give --judge-url"
                 );
             }
             Ok::<(), Error>(())
         };
         match outcome.await {
             Ok(()) => {
-                tracing::info!("the database is reached");
+                tracing::info!("database ready");
                 return Ok(());
             }
             Err(error) if error.is_transient() => {
@@ -279,40 +287,40 @@ async fn prepare(
     }
 }
 
-/// Whether the login that judges is a member of none of the usual roles, where there are such.
-async fn acts_as_nobody(judge: &Client) -> Result<bool, Error> {
+/// Whether the judging login is a member of none of the usual roles that exist.
+async fn lacks_usual_roles(judge: &Client) -> Result<bool, Error> {
     let members = "select coalesce(not bool_or(pg_has_role(oid, 'member')), false) from pg_roles \
          where rolname in ('anon', 'authenticated', 'service_role')";
     Ok(judge.query_one(members, &[]).await?.get(0))
 }
 
-/// How many connections there may be, by how many files this process may have open, where the system tells it.
-fn most_connections() -> usize {
+/// Returns the maximum number of connections by the limit of open files, if the system reports one.
+fn max_connections() -> usize {
     let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
     let files =
         limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
     files
         .and_then(|files| files.parse::<usize>().ok())
-        .map_or(usize::MAX, |files| files.saturating_sub(SPARE))
+        .map_or(usize::MAX, |files| files.saturating_sub(RESERVED_FILES))
 }
 
 async fn accept(app: &Arc<App>, listener: &TcpListener) {
-    let most = most_connections();
+    let max = max_connections();
     loop {
-        if app.sessions.len() >= most {
-            tracing::warn!(most, "a connection could not be accepted: too few files may be open (ulimit -n)");
+        if app.sessions.len() >= max {
+            tracing::warn!(max, "connection not accepted, limit of open files reached: raise ulimit -n");
             sleep(Duration::from_millis(100)).await;
             continue;
         }
         match listener.accept().await {
             Ok((stream, address)) => {
-                // Frames are small and wanted at once.
+                // Frames are small and have to leave at once.
                 let _ = stream.set_nodelay(true);
                 app.sessions.spawn(routes::serve(Arc::clone(app), stream, address.ip()));
             }
             Err(error) => {
-                // Usually no file descriptors are left: those who are connected go on, others wait.
-                tracing::warn!(error = %error, "a connection could not be accepted");
+                // Usually there is no file descriptor left: new clients wait, the others are not affected.
+                tracing::warn!(error = %error, "connection not accepted");
                 sleep(Duration::from_millis(100)).await;
             }
         }

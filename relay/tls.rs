@@ -1,4 +1,4 @@
-//! TLS towards servers: which certificates the relay believes.
+//! TLS of outgoing connections: which server certificates the relay trusts.
 
 use std::sync::Arc;
 
@@ -10,34 +10,34 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
-/// Nothing can be trusted like this; the text says why.
+/// An invalid TLS configuration; the text has the reason.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct TlsError(String);
 
-/// What is asked of the certificate of a PostgreSQL server.
+/// Which checks the certificate of a PostgreSQL server must pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verification {
-    /// Nothing: what is sent is encrypted, whoever reads it.
+    /// None: the connection is encrypted, to a server that is not verified.
     None,
     /// A trusted authority has signed it (`verify-ca`).
     Authority,
-    /// A trusted authority has signed it for the host's name (`verify-full`).
+    /// A trusted authority has signed it for the host name (`verify-full`).
     Full,
 }
 
-/// How a PostgreSQL server is believed, and what it is shown.
+/// How a PostgreSQL server is verified, and the client certificate it gets.
 #[derive(Debug, Clone)]
 pub struct Trust {
-    /// What is asked of its certificate.
+    /// The checks of its certificate.
     pub verification: Verification,
-    /// The file with the trusted certificates, as PEM; by default the system's.
+    /// The PEM file with the trusted certificates; by default those of the system.
     pub authority: Option<String>,
-    /// Our own certificate and its key, PEM files.
+    /// The client certificate and its key, PEM files.
     pub identity: Option<(String, String)>,
 }
 
-/// A client that trusts the authorities in this PEM file, by default those of the system.
+/// Returns a client configuration that trusts the authorities in this PEM file, by default those of the system.
 ///
 /// # Errors
 /// When the file holds no certificate.
@@ -48,7 +48,7 @@ pub fn trusting(authority: Option<&str>) -> Result<ClientConfig, TlsError> {
     Ok(builder.with_root_certificates(roots(&authorities(authority)?)?).with_no_client_auth())
 }
 
-/// A client for a PostgreSQL server.
+/// Returns a client configuration for a PostgreSQL server.
 ///
 /// # Errors
 /// When a file cannot be read, or holds no certificate or key.
@@ -81,7 +81,7 @@ pub fn to_postgres(trust: &Trust) -> Result<ClientConfig, TlsError> {
                 .map_err(|why| TlsError(format!("{certificate} and {key}: {why}")))?
         }
     };
-    // A server that is spoken to in TLS from the first byte (`sslnegotiation=direct`) asks for it.
+    // PostgreSQL requires ALPN when TLS starts with the first byte (`sslnegotiation=direct`).
     config.alpn_protocols = vec![b"postgresql".to_vec()];
     Ok(config)
 }
@@ -90,7 +90,7 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// The trusted certificates of a file, or of the system.
+/// Reads the trusted certificates of a file, or of the system.
 fn authorities(path: Option<&str>) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let Some(path) = path else { return Ok(rustls_native_certs::load_native_certs().certs) };
     let unfit = |why: &str| TlsError(format!("certificate authority {path}: {why}"));
@@ -106,7 +106,7 @@ fn certificates(path: &str) -> Result<Vec<CertificateDer<'static>>, String> {
         .and_then(Iterator::collect::<Result<_, _>>)
         .map_err(|why| why.to_string())?;
     if found.is_empty() {
-        return Err(String::from("there is no certificate in it"));
+        return Err(String::from("the file contains no certificate"));
     }
     Ok(found)
 }
@@ -122,8 +122,8 @@ fn roots(trusted: &[CertificateDer<'static>]) -> Result<RootCertStore, TlsError>
 struct PostgresVerifier {
     verification: Verification,
     roots: RootCertStore,
-    /// Certificates that were named one by one. A server may show one of them as its own: the PostgreSQL manual makes such
-    /// certificates, which sign themselves.
+    /// Certificates of the given file. One of them may be the server's own: the PostgreSQL manual shows how to create such
+    /// self-signed certificates.
     pinned: Vec<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
 }
@@ -145,7 +145,7 @@ impl PostgresVerifier {
             algorithms,
         );
         match signed {
-            // Its times are looked at before who signed it, so nothing but that is excused.
+            // The validity period is checked before the issuer, so only the issuer is exempt here.
             Err(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)))
                 if self.pinned.iter().any(|pinned| pinned == shown) =>
             {

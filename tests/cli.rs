@@ -376,7 +376,7 @@ async fn a_token_that_is_refused_over_http_is_logged_by_address_path_and_reason_
             continue;
         }
         assert_eq!(status, 401);
-        let line = line_with(&mut lines, "a request was refused").await;
+        let line = line_with(&mut lines, "request refused").await;
         assert!(line.contains("127.0.0.1") && line.contains(path) && line.contains("why="), "{line}");
         assert!(!line.contains(&secret[..40]), "{line}");
         tokio::time::timeout(PATIENCE, async { while text(address, "/livez").await.0 != 200 {} })

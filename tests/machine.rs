@@ -74,7 +74,7 @@ async fn without_file_descriptors_clients_go_on_and_the_database_can_be_reached_
             std::future::pending::<()>().await;
         });
     }
-    line_with(&mut lines, "a connection could not be accepted").await;
+    line_with(&mut lines, "connection not accepted").await;
     let cut = "select pg_terminate_backend(pid) from pg_stat_activity
                where datname = current_database() and application_name like 'relay%'";
     for id in 2..=20 {

@@ -70,7 +70,7 @@ async fn a_tail_that_is_refused_says_in_plain_words_what_to_do() {
         (vec!["t", "--token", &anon, "--filter", "nope=eq.7"], "public.t has no column nope"),
         (vec!["t", "--token", "nonsense"], "refuses the token"),
         (vec!["t", "--token", &format!("{}AA", &anon[..anon.len() - 2])], "signed it is not this relay's"),
-        (vec!["t", "--token", "non sense"], "cannot stand in an address"),
+        (vec!["t", "--token", "non sense"], "not allowed in an address"),
         (vec!["t", "--jwt-secret", &"another ".repeat(4)], "has to be that of its `relay serve`"),
     ] {
         let arguments = [vec!["tail", "--url", &url], more].concat();

@@ -1,4 +1,4 @@
-//! `relay tail`: joins one table's channel at a running relay and prints the changes.
+//! `relay tail`: subscribes to one table at a running relay and prints the changes.
 
 use std::borrow::Cow;
 use std::collections::{HashSet, VecDeque};
@@ -24,7 +24,7 @@ use crate::model::subscription::error::SubscribeError;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// What to follow, where, and as whom.
+/// The table, the relay and the token.
 #[derive(Args)]
 pub struct Options {
     /// The table, with its schema if that is not public
@@ -35,22 +35,22 @@ pub struct Options {
     /// The address of the relay
     #[arg(long, env = "RELAY_URL", default_value = "http://127.0.0.1:4000")]
     url: String,
-    /// See what the bearer of this token sees [default: what service_role may see, by a token made with the secret]
+    /// Show what the bearer of this token may see [default: what service_role may see, by a token made with the secret]
     #[arg(long, env = "RELAY_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<String>,
-    /// The secret that `relay serve` verifies with, to make a token of the role service_role
+    /// The secret with which `relay serve` verifies tokens, to make one for the role service_role
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     jwt_secret: Option<String>,
 }
 
-/// Prints changes until it is interrupted; connects again when the relay goes away.
+/// Prints changes until interrupted; reconnects when the connection is lost.
 ///
 /// # Errors
-/// When the token or the table is refused.
+/// When the relay refuses the token or the table.
 pub async fn run(options: Options) -> Result<(), Failure> {
     let token = match (&options.token, &options.jwt_secret) {
         (Some(token), _) => token.clone(),
-        (None, Some(secret)) => everything(secret)?,
+        (None, Some(secret)) => service_role_token(secret)?,
         (None, None) => {
             return Err(
                 "give --token (or RELAY_TOKEN), or --jwt-secret (or RELAY_JWT_SECRET) to see everything"
@@ -60,33 +60,33 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     };
     let base = options.url.trim_end_matches('/');
     let Some(host) = base.strip_prefix("http://").or_else(|| base.strip_prefix("ws://")) else {
-        return Err(format!("--url {base}: http:// and the relay's address are expected").into());
+        return Err(format!("--url {base}: expected http:// and the relay's address").into());
     };
-    let session = session_name();
+    let session = session_id();
     let url = format!("ws://{host}/realtime/v1/websocket?vsn=2.0.0&apikey={token}&session={session}");
     let mut pause = FIRST_PAUSE;
-    // Each reason once, until the table is followed again: a relay may be away for a night.
-    let mut said = HashSet::new();
+    // Each reason is printed once, until the next subscription: a relay may be away for a night.
+    let mut printed = HashSet::new();
     let mut shown = Shown::default();
     loop {
         tokio::select! {
             _ = tokio::signal::ctrl_c() => return Ok(()),
             ended = follow(&url, &options, &mut shown) => match ended? {
                 Ended::Lost(why) => {
-                    if said.insert(why.clone()) {
+                    if printed.insert(why.clone()) {
                         note(&format!("waiting for a relay at {base}: {why}"));
                     }
                 }
                 Ended::AfterSubscribing => {
-                    note(&format!("the relay at {base} went away: trying again, what is missed follows then"));
+                    note(&format!("the relay at {base} went away: reconnecting, missed changes follow then"));
                     pause = FIRST_PAUSE;
-                    said.clear();
+                    printed.clear();
                 }
             },
         }
         tokio::select! {
             _ = tokio::signal::ctrl_c() => return Ok(()),
-            () = sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+            () = sleep(pause) => pause = (pause * 2).min(MAX_PAUSE),
         }
     }
 }
@@ -96,18 +96,18 @@ enum Ended {
     AfterSubscribing,
 }
 
-/// A relay that restarts is back within these; one that is away for long is not asked all the time.
+/// Pause before the first reconnection; each further pause doubles, up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// A name for this session, by which the relay knows what was missed: any UUID.
-fn session_name() -> String {
+/// Returns a random UUID that names this session, so that the relay can resume it.
+fn session_id() -> String {
     let [high, low] = [0; 2].map(|zero: u64| RandomState::new().hash_one(zero));
     let digits = format!("{high:016x}{low:016x}");
     format!("{}-{}-{}-{}-{}", &digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..])
 }
 
-/// The last changes that were shown: after an interruption some of them come again.
+/// Hashes of the last printed changes: after a reconnection some of them come again.
 #[derive(Default)]
 struct Shown {
     hasher: RandomState,
@@ -116,15 +116,15 @@ struct Shown {
 }
 
 impl Shown {
-    const MOST: usize = 10_000;
+    const MAX_LINES: usize = 10_000;
 
-    fn is_news(&mut self, line: &str) -> bool {
+    fn is_new(&mut self, line: &str) -> bool {
         let line = self.hasher.hash_one(line);
         if !self.known.insert(line) {
             return false;
         }
         self.last.push_back(line);
-        if self.last.len() > Self::MOST
+        if self.last.len() > Self::MAX_LINES
             && let Some(oldest) = self.last.pop_front()
         {
             self.known.remove(&oldest);
@@ -145,9 +145,12 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
         }
         Err(SocketError::Http(answer)) => return Ok(Ended::Lost(format!("it answers {}", answer.status()))),
         Err(SocketError::Io(error)) => return Ok(Ended::Lost(error.to_string())),
-        // Neither comes right by waiting.
+        // Permanent: a retry would fail as well.
         Err(SocketError::HttpFormat(error)) => {
-            return Err(format!("--url or --token holds what cannot stand in an address: {error}").into());
+            return Err(format!(
+                "--url or --token has characters that are not allowed in an address: {error}"
+            )
+            .into());
         }
         Err(error) => return Ok(Ended::Lost(error.to_string())),
     };
@@ -179,7 +182,7 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
             Some("phx_reply") if frame[4]["status"] == "error" => {
                 let reason = frame[4]["response"]["reason"].as_str().unwrap_or("the join was refused");
                 if reason == UNAVAILABLE {
-                    return Ok(Ended::Lost(String::from("it cannot ask its database now")));
+                    return Ok(Ended::Lost(String::from("it has no connection to its database")));
                 }
                 let reason = reason.strip_prefix("RealtimeDisabledForConfiguration: ").unwrap_or(reason);
                 let bearer = options.token.as_deref().map(bearer).transpose()?;
@@ -205,10 +208,10 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
                 }
                 note(message);
             }
-            Some("phx_close") => return Err("the channel was closed: the token has ended?".into()),
+            Some("phx_close") => return Err("the channel was closed: the token may have expired".into()),
             Some("postgres_changes") => {
                 let line = line(text)?;
-                if shown.is_news(&line) {
+                if shown.is_new(&line) {
                     writeln!(std::io::stdout(), "{line}")?;
                 }
             }
@@ -218,18 +221,18 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
     Ok(if subscribed { Ended::AfterSubscribing } else { Ended::Lost(String::from("the connection broke")) })
 }
 
-/// What a relay, or whatever listens there, said instead of opening the socket.
+/// Returns the error for an HTTP answer that is no WebSocket, of a relay or of another server.
 fn refused(status: u16, body: &[u8], options: &Options) -> Failure {
     let body = String::from_utf8_lossy(body);
-    let told =
-        serde_json::from_str::<Value>(&body).ok().and_then(|told| told["error"].as_str().map(str::to_owned));
-    // The contract has no more words for it.
-    let told = told.map(|why| match why == TokenError::BadSignature.connect_text() {
+    let reason =
+        serde_json::from_str::<Value>(&body).ok().and_then(|body| body["error"].as_str().map(str::to_owned));
+    // The protocol's own text for this error has no remedy.
+    let reason = reason.map(|why| match why == TokenError::BadSignature.connect_text() {
         true => TokenError::BadSignature.advised_text(),
         false => why,
     });
     let url = &options.url;
-    let why = match (status, told) {
+    let why = match (status, reason) {
         (401, Some(why)) if options.token.is_some() => {
             format!("the relay at {url} refuses the token: {why} (relay token --sub UUID makes one)")
         }
@@ -240,13 +243,13 @@ fn refused(status: u16, body: &[u8], options: &Options) -> Failure {
         }
         (_, Some(why)) => format!("the relay at {url} refuses: {why}"),
         (_, None) => {
-            format!("there is no relay at {url}: what listens there answers {status} (--url, or RELAY_URL)")
+            format!("there is no relay at {url}: the server there answers {status} (--url, or RELAY_URL)")
         }
     };
     why.into()
 }
 
-/// A change as it came, digit by digit.
+/// A change with its records as raw JSON, so that numbers keep all digits.
 #[derive(Deserialize)]
 struct Change<'a> {
     commit_timestamp: &'a str,
@@ -281,14 +284,14 @@ fn line(frame: &str) -> Result<String, serde_json::Error> {
     Ok(format!("{commit_timestamp} {operation} {schema}.{table} {shown}{errors}"))
 }
 
-fn everything(secret: &str) -> Result<String, Failure> {
+fn service_role_token(secret: &str) -> Result<String, Failure> {
     let claims = Map::from_iter([(String::from("role"), Value::from("service_role"))]);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
     Ok(mint(secret, &claims, now, Duration::from_secs(86_400))?)
 }
 
 fn note(text: &str) {
-    // A closed pipe is the reader's choice, not a failure.
+    // A closed pipe is not a failure.
     let _ = writeln!(std::io::stderr(), "relay: {text}");
 }
 

@@ -1,4 +1,4 @@
-//! `relay token`: a token for trying things out.
+//! `relay token`: makes a token for tests.
 
 use std::io::Write;
 use std::time::{Duration, SystemTime};
@@ -12,22 +12,22 @@ use crate::auth::verifier::mint;
 use crate::config::NO_SECRET;
 use crate::model::identity::claims::Claims;
 
-/// What the token says.
+/// The contents of the token.
 #[derive(Args)]
 pub struct Options {
-    /// The secret that `relay serve` verifies with
+    /// The secret with which `relay serve` verifies tokens
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     jwt_secret: Option<String>,
     /// The database role of the bearer
     #[arg(long, default_value = "authenticated")]
     role: String,
-    /// The bearer's id, what auth.uid() returns; without one it is null
+    /// The bearer's id, which auth.uid() returns; null without this option
     #[arg(long, value_name = "UUID")]
     sub: Option<String>,
     /// More claims, as a JSON object
     #[arg(long, value_name = "JSON")]
     claims: Option<String>,
-    /// How long it is good: 90s, 15m, 1h, 7d
+    /// How long it is valid: 90s, 15m, 1h, 7d
     #[arg(long, default_value = "1h")]
     ttl: String,
 }
@@ -35,12 +35,12 @@ pub struct Options {
 /// Prints the token.
 ///
 /// # Errors
-/// When an option cannot be used.
+/// When an option is invalid.
 pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let secret = options.jwt_secret.as_deref().ok_or(NO_SECRET)?;
     let mut claims: Map<String, Value> = match &options.claims {
         Some(text) => {
-            serde_json::from_str(text).map_err(|error| format!("--claims is no JSON object: {error}"))?
+            serde_json::from_str(text).map_err(|error| format!("--claims is not a JSON object: {error}"))?
         }
         None => Map::new(),
     };
@@ -54,7 +54,8 @@ pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + S
     if let Some(sub) = &options.sub {
         claims.insert(String::from("sub"), Value::from(sub.clone()));
         if !is_uuid(sub) {
-            let note = "note: --sub is no UUID, and auth.uid() takes nothing else: policies with it will show nothing";
+            let note =
+                "note: --sub is not a UUID, as auth.uid() requires: policies that call it will show nothing";
             writeln!(std::io::stderr(), "{note}")?;
         }
     }
@@ -64,32 +65,32 @@ pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + S
     Ok(())
 }
 
-/// The claims of a token, whoever signed it and whenever it ends.
+/// Reads the claims of a token, without checking its signature or expiry.
 ///
 /// # Errors
-/// When it is no token, or its claims cannot be used.
+/// When it is not a token, or its claims are invalid.
 pub fn bearer(token: &str) -> Result<Claims, String> {
     let payload = token.split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
     let payload = payload.and_then(|bytes| String::from_utf8(bytes).ok());
     usable(&payload.ok_or("--token is not a JWT: relay token --sub UUID makes one")?)
 }
 
-/// Claims as a relay would read them.
+/// Reads claims as a relay would.
 ///
 /// # Errors
-/// When they cannot be used.
+/// When they are invalid.
 pub fn usable(payload: &str) -> Result<Claims, String> {
     Claims::from_verified_payload(payload).map_err(|error| format!("these claims cannot be used: {error}"))
 }
 
-/// Whether PostgreSQL would read it as one: dashes and braces are as one likes.
+/// Whether PostgreSQL accepts the text as a UUID: dashes and braces are optional.
 fn is_uuid(text: &str) -> bool {
     let digits = text.chars().filter(char::is_ascii_hexdigit).count();
     digits == 32 && text.chars().all(|c| c.is_ascii_hexdigit() || "-{}".contains(c))
 }
 
 fn span(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("--ttl {text}: a number with s, m, h or d is expected, such as 90s or 1h");
+    let wrong = || format!("--ttl {text}: expected a number with s, m, h or d, such as 90s or 1h");
     let unit = text.chars().last().ok_or_else(wrong)?;
     let seconds = match unit {
         's' => 1,
@@ -107,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_that_is_no_uuid_is_noticed() {
+    fn an_id_that_is_not_a_uuid_is_recognized() {
         assert!(is_uuid("0a000000-0000-4000-8000-00000000000A"));
         for wrong in
             ["", "u-1", "0a000000-0000-4000-8000-00000000000", "0a000000-0000-4000-8000-00000000000g"]
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_are_read_with_their_unit() {
+    fn spans_are_parsed_with_their_unit() {
         assert_eq!(span("90s"), Ok(Duration::from_secs(90)));
         assert_eq!(span("7d"), Ok(Duration::from_secs(604_800)));
         for wrong in ["", "h", "1", "1.5h", "-1h", "1w", "99999999999999999999s", "é"] {
