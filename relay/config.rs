@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use serde::Deserialize;
 
 use crate::auth::jwks_fetch::Endpoint;
-use crate::auth::jwks_refresh::{JwksRefresher, Schedule};
+use crate::auth::jwks_refresh::{JwksRefresher, PublishedKeys, Schedule};
 use crate::auth::verifier::{TokenSettings, Verifier};
 use crate::model::session::limits::{Limits, RowLimit};
 use crate::transport::listen;
@@ -281,7 +282,7 @@ impl Settings {
     /// The missing and invalid settings.
     pub fn resolve(self) -> Result<Config, Mistakes> {
         let mut mistakes = Vec::new();
-        let database_url = self.database_url.unwrap_or_else(|| {
+        let database_url = self.database_url.clone().unwrap_or_else(|| {
             mistakes.push(String::from(NO_DATABASE));
             String::new()
         });
@@ -289,40 +290,8 @@ impl Settings {
             mistakes.push(mistake);
             SocketAddr::from(([127, 0, 0, 1], 0))
         });
-        let positive = |name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>| match value
-        {
-            Some(time) if time == 0 || time > MAX_TIME => {
-                mistakes.push(format!("--{name} must be more than 0, and {MAX_TIME} at most"));
-                default
-            }
-            value => value.unwrap_or(default),
-        };
-        let is_url = self.jwks.as_ref().is_some_and(|place| place.contains("://"));
-        let refresh = if is_url { 600_000 } else { 10_000 };
-        let refresh = positive("jwks-refresh-ms", self.jwks_refresh_ms, refresh, &mut mistakes);
-        let schedule = Schedule {
-            refresh: Duration::from_millis(refresh),
-            cooldown: Duration::from_millis(self.jwks_cooldown_ms.unwrap_or(30_000)),
-            keep: Duration::from_millis(self.jwks_keep_ms.unwrap_or(86_400_000)),
-        };
-        let published = self.jwks.map(|place| {
-            let read = if is_url {
-                Endpoint::parse(&place, self.jwks_allow_private).map(|endpoint| {
-                    let (keys, refresher) = JwksRefresher::of_endpoint(endpoint, schedule);
-                    (Some(keys), Some(refresher))
-                })
-            } else {
-                let read = JwksRefresher::of_file(Path::new(&place), schedule);
-                read.map(|(keys, refresher)| (Some(keys), refresher)).map_err(|error| error.to_string())
-            };
-            read.unwrap_or_else(|error| {
-                // A URL may contain a secret.
-                let place = if is_url { "URL" } else { &place };
-                mistakes.push(format!("--jwks {place}: {error}"));
-                (None, None)
-            })
-        });
-        let (keys, jwks_refresher) = published.unwrap_or_default();
+        let (keys, jwks_refresher) = self.jwks(&mut mistakes);
+        let limits = self.limits(&mut mistakes);
         let tokens = TokenSettings {
             secrets: self.jwt_secret.into_iter().collect(),
             keys,
@@ -340,11 +309,67 @@ impl Settings {
             |name, value, default| Duration::from_millis(positive(name, value, default, &mut mistakes));
         let poll = millis("poll-ms", self.poll_ms, 5000);
         let judge_timeout = millis("judge-timeout-ms", self.judge_timeout_ms, 1000);
+        let resume = positive("resume-seconds", self.resume_seconds, 3600, &mut mistakes);
+        let stall = Duration::from_secs(positive("stall-seconds", self.stall_seconds, 10, &mut mistakes));
+        let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {
+            return Err(Mistakes(mistakes));
+        };
+        Ok(Config {
+            doorbell_url: self.doorbell_url.unwrap_or_else(|| database_url.clone()),
+            judge_url: self.judge_url.unwrap_or_else(|| database_url.clone()),
+            database_url,
+            database_ca: self.database_ca,
+            listen,
+            verifier,
+            jwks_refresher,
+            allowed_origins: self.allowed_origin,
+            limits,
+            resume: Duration::from_secs(resume),
+            poll,
+            judge_timeout,
+            stall,
+            install: self.install,
+        })
+    }
+
+    /// Reads the JWK set, or prepares reading it from its URL.
+    fn jwks(&self, mistakes: &mut Vec<String>) -> (Option<Arc<PublishedKeys>>, Option<JwksRefresher>) {
+        let is_url = self.jwks.as_ref().is_some_and(|place| place.contains("://"));
+        let refresh = if is_url { 600_000 } else { 10_000 };
+        let refresh = positive("jwks-refresh-ms", self.jwks_refresh_ms, refresh, mistakes);
+        let schedule = Schedule {
+            refresh: Duration::from_millis(refresh),
+            cooldown: Duration::from_millis(self.jwks_cooldown_ms.unwrap_or(30_000)),
+            keep: Duration::from_millis(self.jwks_keep_ms.unwrap_or(86_400_000)),
+        };
+        let published = self.jwks.as_ref().map(|place| {
+            let read = if is_url {
+                Endpoint::parse(place, self.jwks_allow_private).map(|endpoint| {
+                    let (keys, refresher) = JwksRefresher::of_endpoint(endpoint, schedule);
+                    (Some(keys), Some(refresher))
+                })
+            } else {
+                let read = JwksRefresher::of_file(Path::new(place), schedule);
+                read.map(|(keys, refresher)| (Some(keys), refresher)).map_err(|error| error.to_string())
+            };
+            read.unwrap_or_else(|error| {
+                // A URL may contain a secret.
+                let place = if is_url { "URL" } else { place };
+                mistakes.push(format!("--jwks {place}: {error}"));
+                (None, None)
+            })
+        });
+        published.unwrap_or_default()
+    }
+
+    /// Resolves the limits of clients.
+    fn limits(&self, mistakes: &mut Vec<String>) -> Limits {
+        let mut millis =
+            |name, value, default| Duration::from_millis(positive(name, value, default, mistakes));
         let head = millis("head-timeout-ms", self.head_timeout_ms, 10_000);
         let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
         let silence = millis("silence-ms", self.silence_ms, 60_000);
         let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
-        let resume = positive("resume-seconds", self.resume_seconds, 3600, &mut mistakes);
         let bytes = [
             at_least("outbox-bytes", self.outbox_bytes, 4 << 10, 512 << 10),
             at_least("total-outbox-bytes", self.total_outbox_bytes, 1 << 20, 256 << 20),
@@ -366,7 +391,7 @@ impl Settings {
         };
         let rate = |rate: Option<u32>| rate.map(|rate| rate as usize);
         let per_address = self.connections_per_address;
-        let limits = Limits {
+        Limits {
             connections: count("max-connections", self.max_connections, 10_000),
             connections_per_address: per_address.map(|max| count("connections-per-address", Some(max), max)),
             channels: count("max-channels", self.max_channels, 100),
@@ -385,27 +410,18 @@ impl Settings {
             write,
             silence,
             keep_alive,
-        };
-        let stall = Duration::from_secs(positive("stall-seconds", self.stall_seconds, 10, &mut mistakes));
-        let (Ok(verifier), true) = (verifier, mistakes.is_empty()) else {
-            return Err(Mistakes(mistakes));
-        };
-        Ok(Config {
-            doorbell_url: self.doorbell_url.unwrap_or_else(|| database_url.clone()),
-            judge_url: self.judge_url.unwrap_or_else(|| database_url.clone()),
-            database_url,
-            database_ca: self.database_ca,
-            listen,
-            verifier,
-            jwks_refresher,
-            allowed_origins: self.allowed_origin,
-            limits,
-            resume: Duration::from_secs(resume),
-            poll,
-            judge_timeout,
-            stall,
-            install: self.install,
-        })
+        }
+    }
+}
+
+/// Checks a time, which must be more than 0 and at most [`MAX_TIME`].
+fn positive(name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>) -> u64 {
+    match value {
+        Some(time) if time == 0 || time > MAX_TIME => {
+            mistakes.push(format!("--{name} must be more than 0, and {MAX_TIME} at most"));
+            default
+        }
+        value => value.unwrap_or(default),
     }
 }
 

@@ -63,16 +63,16 @@ begin
     select from pg_catalog.pg_namespace n where n.oid = any (schemas) and not pg_catalog.has_schema_privilege(role, n.oid, 'usage')) then
     return '{}';
   end if;
-  with recursive looked (oid) as (
+  with recursive reads (oid) as (
     select d.object from relay.policy_parts(relation, role) d where d.class = 'pg_catalog.pg_class'::regclass
     union
     select d.refobjid
-    from looked l
+    from reads l
     join pg_catalog.pg_rewrite w on w.ev_class = l.oid
     join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_rewrite'::regclass and d.objid = w.oid
       and d.refclassid = 'pg_catalog.pg_class'::regclass
   )
-  select exists (select from looked l join pg_catalog.pg_class c on c.oid = l.oid where c.relrowsecurity) into by_role;
+  select exists (select from reads l join pg_catalog.pg_class c on c.oid = l.oid where c.relrowsecurity) into by_role;
   return (
     select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.quote_ident(n.nspname),
              pg_catalog.format('grant usage on schema %I to %s', n.nspname, w.who)), '{}')

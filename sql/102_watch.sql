@@ -502,13 +502,13 @@ set search_path = pg_catalog, pg_temp as $$
       format('none of anon, authenticated and service_role may read it: grant select on %s to authenticated (and usage on its schema)', $1)
     end,
     case when c.relpersistence = 'u' then 'it is unlogged, so a crash empties it without an event' end,
-    (select format('trigger %1$I fires before those of the relay, so what it changes in the same row is told in the wrong order: alter trigger %1$I on %2$s rename to ...',
+    (select format('trigger %1$I fires before those of the relay, so its changes of the same row are delivered in the wrong order: alter trigger %1$I on %2$s rename to ...',
                    t.tgname, $1)
      from pg_trigger t
      where t.tgrelid = c.oid and not t.tgisinternal and t.tgname < '00_relay_capture_'
        and t.tgtype & 1 = 1 and t.tgtype & 66 = 0
      order by t.tgname limit 1)] || array(
-      select format('its policies read what %s may not, so that role is shown nothing: %s', r.rolname, g)
+      select format('its policies read what %s may not, so that role sees nothing: %s', r.rolname, g)
       from pg_roles r, unnest(relay.missing_grants($1, r.oid)) g
       where r.rolname in ('anon', 'authenticated', 'service_role') and has_any_column_privilege(r.oid, c.oid, 'select')
       order by r.rolname, g), null)

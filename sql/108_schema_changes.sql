@@ -129,7 +129,7 @@ comment on function relay.note_rules(boolean) is 'records visibility rules, and 
 create or replace function relay.may_concern(class oid, object oid) returns boolean
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
-  with looked_into (oid) as (
+  with read_tables (oid) as (
     select w.relation::oid from relay.watch_list w
     union all
     select d.refobjid
@@ -142,13 +142,13 @@ set search_path = pg_catalog, pg_temp as $$
     or coalesce(case $1
       when 'pg_trigger'::regclass then false
       -- Columns also come from a parent, and from a table whose row type is the type of a column.
-      when 'pg_class'::regclass then $2 in (select l.oid from looked_into l) or exists (
+      when 'pg_class'::regclass then $2 in (select l.oid from read_tables l) or exists (
         select from pg_class c
         where c.oid = $2 and (
           c.relkind = 'c' or exists (select from pg_inherits i where i.inhparent = c.oid)
           or exists (select from pg_type t join pg_depend d on d.refclassid = 'pg_type'::regclass and d.refobjid in (t.oid, t.typarray)
                      where t.oid = c.reltype and d.deptype = 'n')))
-      when 'pg_policy'::regclass then (select p.polrelid in (select l.oid from looked_into l) from pg_policy p where p.oid = $2)
+      when 'pg_policy'::regclass then (select p.polrelid in (select l.oid from read_tables l) from pg_policy p where p.oid = $2)
       when 'pg_proc'::regclass then exists (
         select from pg_depend d left join pg_operator o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
         where d.classid = 'pg_policy'::regclass and (d.refclassid = 'pg_proc'::regclass and d.refobjid = $2 or o.oprcode = $2))

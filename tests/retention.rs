@@ -10,7 +10,7 @@ use crate::support::relay::Relay;
 use crate::support::{eventually, token};
 
 /// What was done by one look after the changelog.
-async fn tend(database: &Database) -> String {
+async fn trim(database: &Database) -> String {
     let started = Instant::now();
     let done = database.value("select relay.trim_changelog()").await;
     assert!(started.elapsed() < Duration::from_secs(1), "it waits for nobody");
@@ -33,22 +33,22 @@ async fn count(database: &Database) -> i32 {
 }
 
 /// Looks after the changelog until it did this.
-async fn tend_until(database: &Database, wanted: &str) {
-    eventually(wanted, || async { tend(database).await.contains(wanted).then_some(()) }).await;
+async fn trim_until(database: &Database, wanted: &str) {
+    eventually(wanted, || async { trim(database).await.contains(wanted).then_some(()) }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn old_segments_are_truncated_and_young_ones_kept() {
     let database = database().await;
     database.run("insert into t values (1)").await;
-    tend_until(&database, "moved on to 1").await;
+    trim_until(&database, "moved on to 1").await;
     database.run("insert into t values (2)").await;
     assert_eq!(count(&database).await, 2);
-    tend_until(&database, "truncated 0").await;
+    trim_until(&database, "truncated 0").await;
     let left =
         database.value("select string_agg(after ->> 'id', ',') from relay.changes where relation > 0").await;
     assert_eq!(left, "2");
-    tend_until(&database, "truncated 1").await;
+    trim_until(&database, "truncated 1").await;
     assert_eq!(count(&database).await, 0);
 }
 
@@ -58,26 +58,26 @@ async fn a_transaction_held_open_delays_a_truncation_and_nothing_else() {
     let held = database.connect().await;
     held.batch_execute("begin; insert into t values (1)").await.unwrap();
     database.run("insert into t values (2)").await;
-    tend_until(&database, "moved on to 1").await;
+    trim_until(&database, "moved on to 1").await;
     // The held one goes on where it began, the others in the next segment, and none of them waits.
     held.batch_execute("insert into t values (3)").await.unwrap();
     database.run("insert into t values (4)").await;
     let rule = Instant::now();
     while rule.elapsed() < Duration::from_millis(1500) {
-        let done = tend(&database).await;
+        let done = trim(&database).await;
         assert!(!done.contains("truncated") && !done.contains("settled 0"), "{done}");
     }
     held.batch_execute("commit").await.unwrap();
-    tend_until(&database, "settled 0").await;
-    tend_until(&database, "truncated 0").await;
+    trim_until(&database, "settled 0").await;
+    trim_until(&database, "truncated 0").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_written_to_a_segment_after_it_was_settled_is_kept_as_long_as_the_rest() {
     let database = database().await;
     database.run("insert into t values (1)").await;
-    tend_until(&database, "moved on to 1").await;
-    tend_until(&database, "settled 0").await;
+    trim_until(&database, "moved on to 1").await;
+    trim_until(&database, "settled 0").await;
     // As a writer would that chose its segment before the move and was halted since.
     database
         .run(
@@ -85,9 +85,9 @@ async fn what_was_written_to_a_segment_after_it_was_settled_is_kept_as_long_as_t
              values (nextval('relay.change_number'), pg_current_xact_id(), now(), 'T 1 0')",
         )
         .await;
-    tend_until(&database, "settled 0 again").await;
+    trim_until(&database, "settled 0 again").await;
     assert_eq!(database.value("select count(*) from relay.log_0 where kind like 'T %'").await, "1");
-    tend_until(&database, "truncated 0").await;
+    trim_until(&database, "truncated 0").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -95,11 +95,11 @@ async fn a_cursor_older_than_what_is_kept_is_a_gap_and_a_younger_one_goes_on() {
     let database = database().await;
     let old = database.value("select relay.cursor()").await;
     database.run("insert into t values (1)").await;
-    tend_until(&database, "moved on to 1").await;
+    trim_until(&database, "moved on to 1").await;
     database.run("insert into t values (2)").await;
-    tend_until(&database, "settled 0").await;
+    trim_until(&database, "settled 0").await;
     let young = database.value("select relay.cursor()").await;
-    tend_until(&database, "truncated 0").await;
+    trim_until(&database, "truncated 0").await;
     database.run("select relay.retain(age => '1 day'); insert into t values (3)").await;
     // It has nothing in its memory: it has to look into the changelog.
     let relay = Relay::start(&database.url).await;

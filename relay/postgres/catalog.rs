@@ -137,11 +137,11 @@ impl CatalogCache {
     /// # Errors
     /// As the connection.
     pub async fn with_role(&self, role: &str) -> Result<Arc<Catalog>, Error> {
-        let asked = Instant::now();
+        let called = Instant::now();
         let mut state = self.state.lock().await;
         state.roles.insert(role.to_owned());
         // A check that began after this call, by another caller, serves this one as well.
-        if !state.catalog.knows_role(role) || state.checked.is_none_or(|checked| checked < asked) {
+        if !state.catalog.knows_role(role) || state.checked.is_none_or(|checked| checked < called) {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
@@ -180,9 +180,9 @@ impl CatalogCache {
     /// # Errors
     /// As the connection.
     pub async fn reload(&self) -> Result<Arc<Catalog>, Error> {
-        let asked = Instant::now();
+        let called = Instant::now();
         let mut state = self.state.lock().await;
-        if state.checked.is_none_or(|checked| checked < asked) {
+        if state.checked.is_none_or(|checked| checked < called) {
             self.refresh(&mut state).await?;
         }
         Ok(Arc::clone(&state.catalog))
