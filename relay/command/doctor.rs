@@ -61,7 +61,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
         findings.push(Fault(error.to_string()));
         return Ok(findings);
     }
-    findings.push(Good(format!("the schema relay is that of version {}", env!("CARGO_PKG_VERSION"))));
+    findings.push(Good(format!("the schema relay is of version {}", env!("CARGO_PKG_VERSION"))));
     findings.extend(rights(&client).await?);
     findings.push(bell(server, &client).await?);
     let (foreign, locks) = locks(&client).await?;
@@ -315,7 +315,7 @@ async fn power(client: &Client) -> Result<Finding, Error> {
         }
     };
     Ok(Note(format!(
-        "the login that judges policies {risk}. If you do not trust all of them with that, give `serve` a \
+        "the login that judges policies {risk}. If not all authors of policies are trusted with that, give `serve` a \
          --judge-url with a login of its own: create role relay_judge login noinherit in role anon, authenticated, service_role"
     )))
 }
