@@ -222,16 +222,21 @@ pub async fn serve(
     observe.ending();
     drop(listener);
     end.cancel();
-    app.sessions.close();
-    if timeout(GRACE, app.sessions.wait()).await.is_err() {
-        tracing::warn!(session.count = app.sessions.len(), "sessions did not stop in time");
+    stop(&app.sessions, &feed_end, &tasks).await;
+    served
+}
+
+/// Waits for sessions to stop, then stops the tasks that deliver to them. Each may take [`GRACE`].
+async fn stop(sessions: &TaskTracker, feed_end: &CancellationToken, tasks: &TaskTracker) {
+    sessions.close();
+    if timeout(GRACE, sessions.wait()).await.is_err() {
+        tracing::warn!(session.count = sessions.len(), "sessions did not stop in time");
     }
     feed_end.cancel();
     tasks.close();
     if timeout(GRACE, tasks.wait()).await.is_err() {
         tracing::warn!(task.count = tasks.len(), "tasks did not stop in time");
     }
-    served
 }
 
 /// Installs the database side if `is_install` is set, and checks the connections. Waits for a database that is unreachable.

@@ -118,7 +118,7 @@ impl CatalogCache {
         Ok(Arc::clone(&state.catalog))
     }
 
-    /// Checks the catalog if the last check is older than [`MAX_AGE`]. Called between two pages, so that no change waits
+    /// Checks the catalog if the last check is older than `MAX_AGE`. Called between two pages, so that no change waits
     /// for it.
     ///
     /// # Errors

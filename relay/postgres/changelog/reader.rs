@@ -285,7 +285,7 @@ pub async fn flush(pool: &Pool) -> Result<(), Error> {
     flushed
 }
 
-/// Waits for others to flush the WAL up to `through`; returns false if they do not within [`PAUSES`].
+/// Waits for others to flush the WAL up to `through`; returns false if they do not within a few milliseconds.
 ///
 /// # Errors
 /// As the connection.
