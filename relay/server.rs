@@ -108,7 +108,7 @@ pub async fn serve(
         pool: pool.clone(),
         transactions: Arc::clone(&transactions),
         poll: config.poll,
-        patience: read_timeout,
+        query_timeout: read_timeout,
         stall_monitor: Arc::clone(&stall_monitor),
         observe: Arc::clone(&observe),
         refresh_jobs: Arc::clone(&refresh_jobs),
@@ -157,9 +157,9 @@ pub async fn serve(
     let side_lane = |name| {
         let (sender, commands) = mpsc::unbounded_channel();
         let (backlog, stall_monitor) =
-            (Arc::new(Backlog::default()), Arc::new(StallMonitor::beside(&stall_monitor, name)));
+            (Arc::new(Backlog::default()), Arc::new(StallMonitor::for_lane(&stall_monitor, name)));
         let router = router(gate(filter_judge()), sender.clone(), Arc::clone(&stall_monitor), Vec::new());
-        tasks.spawn(router.run(commands, Parts::Backlog(Arc::clone(&backlog)), feed_end.clone()));
+        tasks.spawn(router.run(commands, FeedItems::Backlog(Arc::clone(&backlog)), feed_end.clone()));
         let end = end.clone();
         tasks.spawn(async move { stall_monitor.run(end).await });
         (sender, backlog)
@@ -170,7 +170,7 @@ pub async fn serve(
     let (crowd_commands, crowd_backlog) = side_lane("crowd");
     let backlogs = vec![filter_backlog, crowd_backlog];
     let main_router = router(gate(None), main_commands.clone(), Arc::clone(&stall_monitor), backlogs);
-    tasks.spawn(main_router.run(commands, Parts::Source(parts), feed_end.clone()));
+    tasks.spawn(main_router.run(commands, FeedItems::Source(parts), feed_end.clone()));
     let lanes = Lanes::new(main_commands, filter_commands, crowd_commands);
     if let Some(refresher) = config.jwks_refresher {
         tasks.spawn(refresher.run(Arc::clone(&observe), end.clone()));
@@ -258,7 +258,7 @@ async fn prepare(
             let mut client = server.connect().await?;
             if is_install {
                 // An installation may take long, and is no stall.
-                stall_monitor.goes_on(StallCause::Changelog);
+                stall_monitor.end_wait(StallCause::Changelog);
                 let applied = install::install(&mut client).await?;
                 stall_monitor.begin_wait(StallCause::Changelog);
                 if !applied.is_empty() {

@@ -342,7 +342,7 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
     let cache = CatalogCache::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
     cache.with_role("anon").await?;
     let catalog = cache.with_role("authenticated").await?;
-    let mut findings: Vec<Finding> = catalog.lacks().map(Fault).collect();
+    let mut findings: Vec<Finding> = catalog.missing_grants().map(Fault).collect();
     for relation in catalog.relations() {
         for role in ["authenticated", "anon"] {
             let Some(plan) = relation.access(role).map(|access| &access.plan) else { continue };

@@ -48,9 +48,9 @@ pub struct Explanation {
     pub table: String,
     /// The role of the subscriber.
     pub role: String,
-    /// Why nothing would ever come, and what to do; empty when something may.
+    /// Why the subscriber would never get anything, and what to do; empty when it may get changes.
     pub blockers: Vec<String>,
-    /// Columns that the role may not read, and that appear nowhere.
+    /// Columns that the role may not read, and that are never sent.
     pub hidden_columns: Vec<String>,
     /// The evaluation strategy: `compiled`, `inverted` or `one by one`; `None` when nothing would be delivered.
     pub way: Option<&'static str>,
@@ -138,7 +138,7 @@ pub async fn explain(
             .as_ref()
             .map_or_else(|| request.table.clone(), |(schema, table)| format!("{schema}.{table}")),
         role: role.to_owned(),
-        blockers: enquiry.blockers(&wanted.table, role).await?,
+        blockers: queries.blockers(&request.table, role).await?,
         hidden_columns: Vec::new(),
         way: None,
         obstacles: Vec::new(),
@@ -154,7 +154,7 @@ pub async fn explain(
         return Ok(explanation);
     };
     if access.rights.missing.is_empty() {
-        explanation.blockers.extend(relation.lack(role));
+        explanation.blockers.extend(relation.missing_grants(role));
     }
     let hidden = relation.columns.iter().filter(|column| !access.sees(&column.name));
     explanation.hidden_columns = hidden.map(|column| column.name.clone()).collect();

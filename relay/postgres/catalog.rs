@@ -220,7 +220,7 @@ impl CatalogCache {
         loop {
             let mut outdated = state.marks.outdated(&current.marks);
             let pending = state.catalog.pending();
-            let has_changed = !outdated.is_nothing();
+            let has_changed = !outdated.is_empty();
             if !has_changed
                 && (pending == 0 || state.pending_tried.is_some_and(|when| when.elapsed() < PENDING_RETRY))
             {
@@ -267,7 +267,7 @@ impl CatalogCache {
         // Rules that were changed and changed back leave no other trace.
         if current.widened != state.widened {
             let widenings = self.widenings(client, state).await?;
-            state.catalog = Arc::new(Catalog::clone(&state.catalog).widened(widenings));
+            state.catalog = Arc::new(Catalog::clone(&state.catalog).with_widenings(widenings));
             state.widened = current.widened;
         }
         state.mark = current.mark;
@@ -337,7 +337,7 @@ impl CatalogCache {
                 .with_roles(state.roles.clone())
         };
         // Read after the rules, so that no rule in the catalog lacks its widening.
-        Ok(catalog.widened(self.widenings(client, state).await?))
+        Ok(catalog.with_widenings(self.widenings(client, state).await?))
     }
 
     /// Reads what these roles may see of these relations; `None` means all relations.

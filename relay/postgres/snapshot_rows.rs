@@ -43,7 +43,7 @@ pub struct SnapshotRows {
 #[derive(Debug)]
 pub struct RowsRead {
     /// The limit that the rows exceed, if they do.
-    pub beyond: Option<Beyond>,
+    pub beyond: Option<ExceededLimit>,
     /// The cursor from which the feed continues after these rows.
     pub cursor: String,
 }
@@ -57,7 +57,7 @@ pub struct Selection<'a> {
     /// Conditions on the rows, as SQL.
     pub conditions: Vec<&'a str>,
     /// Sort order.
-    pub order: &'a [By],
+    pub order: &'a [OrderBy],
 }
 
 /// Receives rows as JSON objects, in order; returns false when there is no room for more.
@@ -88,7 +88,7 @@ impl SnapshotRows {
         &self,
         claims: &Claims,
         selection: &Selection<'_>,
-        max_rows: MostRows,
+        max_rows: RowLimit,
         sink: RowSink<'_>,
     ) -> Result<RowsRead, Error> {
         let wait = Timeouts { wait: Some(self.wait), ..self.readers.timeouts() };
@@ -112,7 +112,7 @@ async fn read_with(
     reader: &mut Client,
     claims: &Claims,
     selection: &Selection<'_>,
-    max_rows: MostRows,
+    max_rows: RowLimit,
     sink: RowSink<'_>,
 ) -> Result<RowsRead, Error> {
     let snapshot = main
@@ -153,9 +153,9 @@ async fn fetch(
     reading: &Transaction<'_>,
     query: &str,
     parameters: &[&(dyn ToSql + Sync)],
-    max_rows: MostRows,
+    max_rows: RowLimit,
     sink: RowSink<'_>,
-) -> Result<Option<Beyond>, Error> {
+) -> Result<Option<ExceededLimit>, Error> {
     let portal = reading.bind(query, parameters).await?;
     let (mut number, mut bytes) = (0, 0);
     loop {
@@ -166,9 +166,9 @@ async fn fetch(
             number += 1;
             bytes += row.len();
             let beyond = match () {
-                () if number > max_rows.number => Beyond::Number,
-                () if bytes > max_rows.bytes => Beyond::Bytes,
-                () if !sink(row) => Beyond::Room,
+                () if number > max_rows.number => ExceededLimit::Number,
+                () if bytes > max_rows.bytes => ExceededLimit::Bytes,
+                () if !sink(row) => ExceededLimit::Room,
                 () => continue,
             };
             return Ok(Some(beyond));

@@ -338,7 +338,7 @@ pub(super) async fn committed(client: &Client) -> Result<&'static str, Error> {
 
 fn change(row: &Row) -> Result<Change, Error> {
     let xid: &str = row.try_get("xid")?;
-    let kind = Kind::parse(row.try_get("kind")?)
+    let kind = ChangeHeader::parse(row.try_get("kind")?)
         .ok_or_else(|| unfit("relay.page returned an unknown kind of change"))?;
     let mut oversize = kind.oversize;
     let (before, after) = (image(row, "before", &mut oversize)?, image(row, "after", &mut oversize)?);
