@@ -54,7 +54,7 @@
 //! | group | subscribers that get the same bytes |
 //! | cohort | subscribers whose claims are equal as far as a policy reads them |
 //! | outbox | the bounded queue of frames to one client |
-//! | widening | a change of rules by which somebody may see more than before |
+//! | widening | a change of rules by which a role may see more than before |
 //! | lane | a router of its own, for channels whose filters PostgreSQL evaluates |
 #![allow(
     clippy::disallowed_methods,
@@ -79,7 +79,7 @@ pub mod model {
         pub mod cursor;
         pub mod position;
     }
-    /// Who somebody is, by a verified token.
+    /// Claims of a verified token, and bookmarks of named sessions.
     pub mod identity {
         pub mod claims;
         pub mod bookmark;

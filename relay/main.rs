@@ -34,7 +34,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[command(version, verbatim_doc_comment, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
     /// Write logs as JSON, a line each
     #[arg(long, global = true, env = "RELAY_LOG_JSON")]
     log_json: bool,
@@ -54,9 +54,9 @@ Examples:
   relay explain todos --token \"$TOKEN\" --key 7";
 
 #[derive(Subcommand)]
-enum Command {
+enum CliCommand {
     /// Install or update the database side (schema `relay`); safe to repeat
-    Install(Database),
+    Install(DatabaseOptions),
     /// Serve subscribers; requires a database and a secret or keys, all other settings have a default
     Serve(Box<Settings>),
     /// Publish the changes of a table, a partitioned table or a materialized view
@@ -67,28 +67,28 @@ enum Command {
         #[arg(long)]
         leave_events: bool,
         #[command(flatten)]
-        database: Database,
+        database: DatabaseOptions,
     },
     /// Stop publishing a table; leaves no trace on it
     Unwatch {
         /// Its name, with the schema if it is not on the search path
         table: String,
         #[command(flatten)]
-        database: Database,
+        database: DatabaseOptions,
     },
     /// Make a token for tests
     #[command(after_help = TOKEN)]
-    Token(token::Options),
+    Token(token::TokenOptions),
     /// Print the changes of a table as they happen
     #[command(after_help = TAIL)]
-    Tail(tail::Options),
+    Tail(tail::TailOptions),
     /// Explain why a user receives the rows of a table or does not, and how that is decided
     #[command(after_help = EXPLAIN)]
     Explain {
         #[command(flatten)]
-        options: explain::Options,
+        options: explain::ExplainOptions,
         #[command(flatten)]
-        database: Database,
+        database: DatabaseOptions,
         /// The login that judges policies, when `serve` has one of its own
         #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
         judge_url: Option<String>,
@@ -96,7 +96,7 @@ enum Command {
     /// Check the database and print remedies; exit code 1 on a fault
     Doctor {
         #[command(flatten)]
-        database: Database,
+        database: DatabaseOptions,
         /// The login that judges policies, when `serve` has one of its own
         #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
         judge_url: Option<String>,
@@ -104,7 +104,7 @@ enum Command {
 }
 
 #[derive(Args)]
-struct Database {
+struct DatabaseOptions {
     /// The database, e.g. postgres://postgres@127.0.0.1:5432/app
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Option<String>,
@@ -113,7 +113,7 @@ struct Database {
     database_ca: Option<String>,
 }
 
-impl Database {
+impl DatabaseOptions {
     fn server(&self) -> Result<Server, Error> {
         let url = database_url(self.database_url.clone());
         let url = url.ok_or_else(|| Error::Unfit(String::from(NO_DATABASE)))?;
@@ -145,14 +145,16 @@ fn database_url(named: Option<String>) -> Option<String> {
     named.or_else(|| is_in_environment().then(|| String::from("postgres://")))
 }
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+type CliFailure = Box<dyn std::error::Error + Send + Sync>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
     let (command, json) = match cli.command {
-        Command::Serve(settings) => match settings.with_file() {
-            Ok(settings) => (Command::Serve(Box::new(settings.clone())), cli.log_json || settings.log_json),
+        CliCommand::Serve(settings) => match settings.with_file() {
+            Ok(settings) => {
+                (CliCommand::Serve(Box::new(settings.clone())), cli.log_json || settings.log_json)
+            }
             Err(mistakes) => {
                 say(&format!("relay: {mistakes}"));
                 return ExitCode::FAILURE;
@@ -170,9 +172,9 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(command: Command) -> Result<ExitCode, Failure> {
+async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
     match command {
-        Command::Install(database) => {
+        CliCommand::Install(database) => {
             let mut client = database.connect().await?;
             let applied = install::install(&mut client).await?;
             let version = env!("CARGO_PKG_VERSION");
@@ -181,8 +183,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
                 count => format!("schema relay is now of version {version} ({count} files applied)"),
             });
         }
-        Command::Serve(settings) => Box::pin(serve(*settings)).await?,
-        Command::Watch { table, leave_events, database } => {
+        CliCommand::Serve(settings) => Box::pin(serve(*settings)).await?,
+        CliCommand::Watch { table, leave_events, database } => {
             let client = database.connect().await?;
             install::check(&client).await?;
             let watch = "select relay.watch($1::text::regclass, $2)";
@@ -193,7 +195,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
                 say(&format!("note: {note}"));
             }
         }
-        Command::Unwatch { table, database } => {
+        CliCommand::Unwatch { table, database } => {
             let client = database.connect().await?;
             let watched = "select exists (select from relay.watch_list where relation = $1::text::regclass)";
             if !client.query_one(watched, &[&table]).await.map_err(named)?.get::<_, bool>(0) {
@@ -203,14 +205,14 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
             client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(refused)?;
             say(&format!("{table} is not watched any more"));
         }
-        Command::Token(options) => token::run(&options)?,
-        Command::Tail(options) => tail::run(options).await?,
-        Command::Doctor { database, judge_url } => {
+        CliCommand::Token(options) => token::run(&options)?,
+        CliCommand::Tail(options) => tail::run(options).await?,
+        CliCommand::Doctor { database, judge_url } => {
             let server = database.server()?;
             let judge = database.judge(&server, judge_url.as_deref())?;
             return Ok(doctor::run(&server, &judge).await);
         }
-        Command::Explain { options, database, judge_url } => {
+        CliCommand::Explain { options, database, judge_url } => {
             let server = database.server()?;
             let judge = database.judge(&server, judge_url.as_deref())?;
             server.check_sessions().await?;
@@ -221,7 +223,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn serve(mut settings: Settings) -> Result<(), Failure> {
+async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
     settings.database_url = database_url(settings.database_url);
     let config = settings.resolve()?;
     for skipped in config.verifier.skipped_keys() {

@@ -20,7 +20,7 @@ use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::handle::Feed;
 use crate::feed::lanes::Lanes;
 use crate::feed::read::backlog::Backlog;
-use crate::feed::read::source::Source;
+use crate::feed::read::source::ChangeSource;
 use crate::feed::read::stall::{StallCause, StallMonitor};
 use crate::feed::replay::bookmarks::BookmarkHandle;
 use crate::feed::replay::reader::ReplayReader;
@@ -102,7 +102,7 @@ pub async fn serve(
 
     let stall_monitor = Arc::new(StallMonitor::new(config.stall));
     let transactions = Arc::new(Transactions::new(pool.clone()));
-    let source = Source {
+    let source = ChangeSource {
         server: main.clone(),
         doorbell: bell.clone(),
         pool: pool.clone(),

@@ -73,7 +73,7 @@ async fn an_empty_database_needs_only_install_watch_and_a_client() {
         .expect("it ends on SIGTERM")
         .unwrap();
     assert_eq!(ended.code(), Some(0));
-    line_with(&mut told, "trying again").await;
+    line_with(&mut told, "reconnecting").await;
     signal(&tail, "-INT");
     assert_eq!(tail.wait().await.unwrap().code(), Some(0));
 }
@@ -257,7 +257,7 @@ async fn doctor_names_who_holds_a_lock_of_the_relays_and_is_none() {
             stranger.batch_execute(&hold).await.unwrap();
             let pid: i32 = stranger.query_one("select pg_backend_pid()", &[]).await.unwrap().get(0);
             let findings = doctor().await;
-            assert!(findings.contains("no relay that hears the doorbell runs"), "{findings}");
+            assert!(findings.contains("no relay with a working doorbell runs"), "{findings}");
             let line = findings.lines().find(|line| line.contains(&format!("(1919249009, {key})")));
             let line = line.unwrap_or_else(|| panic!("nothing of lock {key}: {findings}"));
             for part in [application, url.split(['/', '@']).nth(2).unwrap(), &format!("backend {pid} ")] {

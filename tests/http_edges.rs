@@ -158,7 +158,7 @@ async fn what_is_too_large_or_too_slow_is_told_as_json_that_nobody_keeps() {
             431,
             "headers are too large",
         ),
-        ("no request", "nonsense\r\n\r\n".to_owned(), 400, "not an HTTP/1.1 request"),
+        ("no request", "nonsense\r\n\r\n".to_owned(), 400, "not valid HTTP/1.1"),
         ("a head that does not end", "GET /livez HTTP/1.1\r\nHost".to_owned(), 408, "took too long"),
         ("a line that does not end", "GET /li".to_owned(), 408, "took too long"),
     ] {

@@ -219,7 +219,7 @@ async fn whoever_comes_back_too_late_is_told_of_a_gap() {
     insert(&stage, 3..4).await;
     let (ids, gaps) = heard(&stage, &mut client).await;
     assert_eq!(ids, [3]);
-    assert!(gaps.len() == 1 && gaps[0].starts_with("Gap: this session was away"), "{gaps:?}");
+    assert!(gaps.len() == 1 && gaps[0].starts_with("Gap: this session was disconnected"), "{gaps:?}");
     // From there on it is resumed again.
     bookmarked(&stage, &mut client).await;
     drop(client);

@@ -19,11 +19,11 @@ use crate::postgres::evaluate::per_identity::IdentityEvaluator;
 use crate::postgres::explain_queries::ExplainQueries;
 use crate::postgres::install;
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+type ExplainFailure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The table and the user to explain.
 #[derive(Args)]
-pub struct Options {
+pub struct ExplainOptions {
     /// The table, as in SQL
     table: String,
     /// For the bearer of this token; its signature is not checked
@@ -59,7 +59,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// When an option is invalid, or a query fails.
-pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(), Failure> {
+pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> Result<(), ExplainFailure> {
     install::check(&server.connect().await?).await?;
     let login = judge.login().map(str::to_owned);
     let catalog_cache =
@@ -84,7 +84,7 @@ pub async fn run(options: &Options, server: &Server, judge: &Server) -> Result<(
     Ok(())
 }
 
-fn claims(options: &Options) -> Result<Claims, Failure> {
+fn claims(options: &ExplainOptions) -> Result<Claims, ExplainFailure> {
     if let Some(token) = &options.token {
         return Ok(bearer(token)?);
     }
@@ -101,14 +101,17 @@ fn claims(options: &Options) -> Result<Claims, Failure> {
 }
 
 /// Returns a blocker if the token has expired.
-fn expired(identity: &Identity) -> Result<Option<String>, Failure> {
+fn expired(identity: &Identity) -> Result<Option<String>, ExplainFailure> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
     let ago = now.checked_sub(identity.claims().expires_at());
     Ok(ago
         .map(|ago| format!("the token expired {ago} seconds ago: relay token --sub UUID makes another one")))
 }
 
-fn target(options: &Options, relation: Option<&Relation>) -> Result<Option<ExplainTarget>, Failure> {
+fn target(
+    options: &ExplainOptions,
+    relation: Option<&Relation>,
+) -> Result<Option<ExplainTarget>, ExplainFailure> {
     if let Some(row) = &options.row {
         let columns: Map<String, Value> =
             serde_json::from_str(row).map_err(|error| format!("--row is not a JSON object: {error}"))?;

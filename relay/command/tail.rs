@@ -22,11 +22,11 @@ use crate::model::identity::claims::Claims;
 use crate::model::session::machine::UNAVAILABLE;
 use crate::model::subscription::error::SubscribeError;
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+type TailFailure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The table, the relay and the token.
 #[derive(Args)]
-pub struct Options {
+pub struct TailOptions {
     /// The table, with its schema if that is not public
     table: String,
     /// Only rows that match, e.g. list_id=eq.7
@@ -47,7 +47,7 @@ pub struct Options {
 ///
 /// # Errors
 /// When the relay refuses the token or the table.
-pub async fn run(options: Options) -> Result<(), Failure> {
+pub async fn run(options: TailOptions) -> Result<(), TailFailure> {
     let token = match (&options.token, &options.jwt_secret) {
         (Some(token), _) => token.clone(),
         (None, Some(secret)) => service_role_token(secret)?,
@@ -133,7 +133,7 @@ impl Shown {
     }
 }
 
-async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended, Failure> {
+async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<Ended, TailFailure> {
     let mut socket = match connect_async(url).await {
         Ok((socket, _)) => socket,
         Err(SocketError::Http(answer)) if answer.status().is_client_error() => {
@@ -222,7 +222,7 @@ async fn follow(url: &str, options: &Options, shown: &mut Shown) -> Result<Ended
 }
 
 /// Returns the error for an HTTP answer that is no WebSocket, of a relay or of another server.
-fn refused(status: u16, body: &[u8], options: &Options) -> Failure {
+fn refused(status: u16, body: &[u8], options: &TailOptions) -> TailFailure {
     let body = String::from_utf8_lossy(body);
     let reason =
         serde_json::from_str::<Value>(&body).ok().and_then(|body| body["error"].as_str().map(str::to_owned));
@@ -251,7 +251,7 @@ fn refused(status: u16, body: &[u8], options: &Options) -> Failure {
 
 /// A change with its records as raw JSON, so that numbers keep all digits.
 #[derive(Deserialize)]
-struct Change<'a> {
+struct TailChange<'a> {
     commit_timestamp: &'a str,
     #[serde(rename = "type")]
     operation: &'a str,
@@ -265,26 +265,26 @@ struct Change<'a> {
 }
 
 #[derive(Deserialize)]
-struct Payload<'a> {
+struct TailPayload<'a> {
     #[serde(borrow)]
-    data: Change<'a>,
+    data: TailChange<'a>,
 }
 
 fn line(frame: &str) -> Result<String, serde_json::Error> {
     let (_, _, _, _, payload): (&RawValue, &RawValue, &RawValue, &RawValue, &RawValue) =
         serde_json::from_str(frame)?;
-    let change = serde_json::from_str::<Payload<'_>>(payload.get())?.data;
+    let change = serde_json::from_str::<TailPayload<'_>>(payload.get())?.data;
     let shown = match (change.record, change.old_record) {
         (Some(new), Some(old)) => format!("{old} → {new}"),
         (Some(one), None) | (None, Some(one)) => one.to_string(),
         (None, None) => String::new(),
     };
     let errors = change.errors.map(|errors| format!(" ({})", errors.join(", "))).unwrap_or_default();
-    let Change { commit_timestamp, operation, schema, table, .. } = change;
+    let TailChange { commit_timestamp, operation, schema, table, .. } = change;
     Ok(format!("{commit_timestamp} {operation} {schema}.{table} {shown}{errors}"))
 }
 
-fn service_role_token(secret: &str) -> Result<String, Failure> {
+fn service_role_token(secret: &str) -> Result<String, TailFailure> {
     let claims = Map::from_iter([(String::from("role"), Value::from("service_role"))]);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
     Ok(mint(secret, &claims, now, Duration::from_secs(86_400))?)
@@ -305,7 +305,7 @@ mod tests {
             "commit_timestamp":"2026-01-02T03:04:05.678Z","type":"UPDATE","columns":[],"record":{"n":12345678901234567890.1200},
             "old_record":{"n":50.00},"errors":["Error 413: Payload Too Large"]}}]"#;
         let expected = "2026-01-02T03:04:05.678Z UPDATE public.t {\"n\":50.00} → {\"n\":12345678901234567890.1200} \
-                        (Error 413: Payload Too Large)";
+                        (Error 413: TailPayload Too Large)";
         assert_eq!(line(frame).unwrap(), expected);
     }
 }

@@ -14,7 +14,7 @@ use crate::model::identity::claims::Claims;
 
 /// The contents of the token.
 #[derive(Args)]
-pub struct Options {
+pub struct TokenOptions {
     /// The secret with which `relay serve` verifies tokens
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     jwt_secret: Option<String>,
@@ -36,7 +36,7 @@ pub struct Options {
 ///
 /// # Errors
 /// When an option is invalid.
-pub fn run(options: &Options) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+pub fn run(options: &TokenOptions) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let secret = options.jwt_secret.as_deref().ok_or(NO_SECRET)?;
     let mut claims: Map<String, Value> = match &options.claims {
         Some(text) => {

@@ -31,7 +31,7 @@ pub struct CatalogCache {
     filters: Pool,
     judge: Option<String>,
     // Held across the query on purpose: callers that arrive meanwhile share its result.
-    state: Mutex<State>,
+    state: Mutex<CacheState>,
     scope: watch::Sender<Arc<RuleScope>>,
 }
 
@@ -44,7 +44,7 @@ pub struct RuleScope {
     pub owned: Vec<u32>,
 }
 
-struct State {
+struct CacheState {
     catalog: Arc<Catalog>,
     roles: BTreeSet<String>,
     /// The marks of the database objects that the catalog was read from.
@@ -65,9 +65,9 @@ const PENDING_RETRY: Duration = Duration::from_millis(250);
 struct Fingerprint {
     marks: Marks,
     scope: RuleScope,
-    /// See [`State::mark`].
+    /// See [`CacheState::mark`].
     mark: Option<i64>,
-    /// See [`State::widened`].
+    /// See [`CacheState::widened`].
     widened: Option<i64>,
 }
 
@@ -77,7 +77,7 @@ struct CatalogRows {
     relations: Vec<Relation>,
 }
 
-impl State {
+impl CacheState {
     /// The roles whose rights the catalog holds.
     fn role_names(&self) -> Vec<&String> {
         self.roles.iter().collect()
@@ -88,7 +88,7 @@ impl CatalogCache {
     /// Creates an empty cache. `filters` are connections with a short time limit for expressions of clients; `judge` is the
     /// judging login, if it is not the pool's own.
     pub fn new(pool: Pool, filters: Pool, judge: Option<String>) -> Self {
-        let state = State {
+        let state = CacheState {
             catalog: Arc::default(),
             roles: BTreeSet::new(),
             marks: Marks::default(),
@@ -206,14 +206,14 @@ impl CatalogCache {
         }
     }
 
-    async fn refresh(&self, state: &mut State) -> Result<(), Error> {
+    async fn refresh(&self, state: &mut CacheState) -> Result<(), Error> {
         let lease = Lease::of(&self.pool).await?;
         let refreshed = Box::pin(self.refresh_by(lease.client()?, state)).await;
         lease.done();
         refreshed
     }
 
-    async fn refresh_by(&self, client: &Client, state: &mut State) -> Result<(), Error> {
+    async fn refresh_by(&self, client: &Client, state: &mut CacheState) -> Result<(), Error> {
         let started = Instant::now();
         let mut current = self.fingerprint(client, state).await?;
         let mut reads = 0;
@@ -282,7 +282,7 @@ impl CatalogCache {
         Ok(())
     }
 
-    async fn fingerprint(&self, client: &Client, state: &State) -> Result<Fingerprint, Error> {
+    async fn fingerprint(&self, client: &Client, state: &CacheState) -> Result<Fingerprint, Error> {
         let fingerprint = client.prepare_cached(FINGERPRINT).await?;
         let row = client.query_one(&fingerprint, &[&state.role_names(), &self.judge]).await?;
         let (kinds, names, hashes): (Vec<&str>, Vec<String>, Vec<String>) =
@@ -311,7 +311,7 @@ impl CatalogCache {
         repaired.is_ok()
     }
 
-    async fn load(&self, client: &Client, state: &State, outdated: &Outdated) -> Result<Catalog, Error> {
+    async fn load(&self, client: &Client, state: &CacheState, outdated: &Outdated) -> Result<Catalog, Error> {
         let roles = state.role_names();
         let catalog = if outdated.everything {
             let all = self.read(client, &roles, None).await?;
@@ -356,7 +356,7 @@ impl CatalogCache {
     }
 
     /// Reads the positions at which rules were widened for the known roles.
-    async fn widenings(&self, client: &Client, state: &State) -> Result<Vec<Widening>, Error> {
+    async fn widenings(&self, client: &Client, state: &CacheState) -> Result<Vec<Widening>, Error> {
         let query = client.prepare_cached(WIDENINGS).await?;
         let text: String = client.query_one(&query, &[&state.role_names(), &self.judge]).await?.get(0);
         serde_json::from_str(&text)

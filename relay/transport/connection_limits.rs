@@ -49,7 +49,7 @@ impl ConnectionSlot {
 
 /// Why a connection is refused: HTTP status line and message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refused {
+pub struct RefusedConnection {
     status: &'static str,
     /// The message.
     pub why: &'static str,
@@ -70,17 +70,17 @@ impl ConnectionLimits {
     ///
     /// # Errors
     /// If there are too many connections, in total or from this address.
-    pub fn admit(self: &Arc<Self>, address: IpAddr) -> Result<ConnectionSlot, Refused> {
+    pub fn admit(self: &Arc<Self>, address: IpAddr) -> Result<ConnectionSlot, RefusedConnection> {
         let address = counted_address(address);
         let mut open = self.lock();
         if open.all >= self.max_open {
-            return Err(Refused { status: "503 Service Unavailable", why: "Too many connections" });
+            return Err(RefusedConnection { status: "503 Service Unavailable", why: "Too many connections" });
         }
         if let Some(max) = self.max_per_address {
             let count = open.by_address.entry(address).or_default();
             if *count >= max {
                 let why = "Too many connections from this address";
-                return Err(Refused { status: "429 Too Many Requests", why });
+                return Err(RefusedConnection { status: "429 Too Many Requests", why });
             }
             *count += 1;
         }
@@ -89,7 +89,7 @@ impl ConnectionLimits {
     }
 
     /// Answers a refused connection without waiting for its request, then closes it.
-    pub async fn refuse(&self, mut stream: TcpStream, refused: Refused) {
+    pub async fn refuse(&self, mut stream: TcpStream, refused: RefusedConnection) {
         let Ok(_permit) = self.refusals.try_acquire() else { return };
         let answer = refusal(refused.status, refused.why);
         let _ = timeout(REFUSAL_TIMEOUT, async {

@@ -88,7 +88,7 @@ impl EarlyRefusal {
                 "431 Request Header Fields Too Large",
                 "the headers are too large: send fewer or shorter ones",
             ),
-            _ => refusal("400 Bad Request", "this is not an HTTP/1.1 request"),
+            _ => refusal("400 Bad Request", "the request is not valid HTTP/1.1"),
         })
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use relay::feed::authorize::gate::{Gate, Reader, Verdict};
+use relay::feed::authorize::gate::{Gate, GroupReader, Verdict};
 use relay::feed::authorize::subscriber_index::SubscriberIndexes;
 use relay::model::catalog::relation::{Catalog, Relation};
 use relay::model::identity::claims::Claims;
@@ -166,7 +166,7 @@ impl Ways {
             after: Some(image.clone()),
         };
         let changes: Vec<Change> = images.values().map(change).collect();
-        let reader = |reader| Reader { subscription: &subscriptions[reader], session: 0 };
+        let reader = |reader| GroupReader { subscription: &subscriptions[reader], session: 0 };
         let judged = Box::pin(self.gate.verdicts(catalog, &changes, &subscriber_indexes, reader));
         let verdicts = judged.await.unwrap();
         let ids: Vec<i64> = images.keys().copied().collect();

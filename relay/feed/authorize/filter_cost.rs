@@ -39,10 +39,10 @@ impl Client {
 
 /// The filter costs of all clients.
 #[derive(Debug, Default)]
-pub struct FilterCosts(Mutex<State>);
+pub struct FilterCosts(Mutex<ClientCosts>);
 
 #[derive(Debug, Default)]
-struct State {
+struct ClientCosts {
     clients: HashMap<Client, HashMap<ChannelId, ChannelCost>>,
     /// Number of clients after the last sweep.
     swept: usize,
@@ -112,7 +112,7 @@ impl FilterCosts {
     }
 }
 
-impl State {
+impl ClientCosts {
     /// Drops clients that are gone, once they may be as many as the others.
     fn sweep(&mut self) {
         if self.clients.len() > 2 * self.swept + 100 {

@@ -48,7 +48,7 @@ pub enum Verdict {
 
 /// A subscriber group as the gate sees it.
 #[derive(Clone, Copy)]
-pub struct Reader<'a> {
+pub struct GroupReader<'a> {
     /// Its subscription.
     pub subscription: &'a Subscription,
     /// One of its sessions.
@@ -146,7 +146,7 @@ impl Gate {
         catalog: &'a Catalog,
         changes: &'a [Change],
         subscriber_indexes: &'a SubscriberIndexes,
-        reader: impl Fn(GroupId) -> Reader<'a>,
+        reader: impl Fn(GroupId) -> GroupReader<'a>,
     ) -> Result<Verdicts, Error> {
         let (change_images, images) = change_images(catalog, changes);
         let mut verdicts = Verdicts::default();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::feed::authorize::change_images::{ChangeImages, ImageColumns};
 use crate::feed::authorize::filter_cost::Client;
-use crate::feed::authorize::gate::{AnswerSlot, Candidate, PendingQuery, Reader, Verdicts, filter_key};
+use crate::feed::authorize::gate::{AnswerSlot, Candidate, GroupReader, PendingQuery, Verdicts, filter_key};
 use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndex};
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::predicate::Answers;
@@ -85,7 +85,7 @@ impl<'a> Matcher<'_, 'a> {
         images: Option<&ChangeImages<'a>>,
         subscriber_index: &'a SubscriberIndex,
         set_answers: &[Vec<SetAnswer>],
-        reader: &impl Fn(GroupId) -> Reader<'a>,
+        reader: &impl Fn(GroupId) -> GroupReader<'a>,
     ) {
         let Some(access) = subscriber_index.access() else { return };
         let reads_policy = |column: &str| subscriber_index.relation().policy_reads(access, column);
@@ -137,7 +137,7 @@ impl<'a> Matcher<'_, 'a> {
     }
 
     /// Returns whether the change may match a binding of the reader. Evaluates all of its filters, or queues them.
-    fn may_match(&mut self, context: &MatchContext<'_, 'a>, reader: Reader<'a>) -> bool {
+    fn may_match(&mut self, context: &MatchContext<'_, 'a>, reader: GroupReader<'a>) -> bool {
         let mut may_match = false;
         for binding in reader.subscription.concerning(context.relation()) {
             may_match |= match &binding.filter {
@@ -193,7 +193,7 @@ impl<'a> Matcher<'_, 'a> {
         &mut self,
         context: &MatchContext<'_, 'a>,
         filter: &'a Arc<TypedFilter>,
-        reader: Reader<'a>,
+        reader: GroupReader<'a>,
     ) -> bool {
         let identity = reader.subscription.identity();
         let key = filter_key(context.index, context.access, filter);
@@ -227,7 +227,7 @@ impl<'a> Matcher<'_, 'a> {
     }
 
     /// Adds the reader's client to those that pay for a pending filter query.
-    fn add_payer(&mut self, rule: Rule, reader: Reader<'_>) {
+    fn add_payer(&mut self, rule: Rule, reader: GroupReader<'_>) {
         if let Some(number) = self.queries.get(&rule) {
             let client = Client::of(reader.subscription.identity(), reader.session);
             let clients = &mut self.pending[*number].clients;

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 
-use crate::feed::deliver::frame::{Frame, Payload, Text};
+use crate::feed::deliver::frame::{Frame, PayloadText, SharedPayload};
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::model::codec::event::{Codec, with_cursor};
 use crate::model::codec::payload::{View, data};
@@ -34,7 +34,7 @@ pub struct EncodeCache<'a> {
     based: HashMap<&'a Snapshot, String>,
     after: (&'a Span, i64, bool),
     /// `None` for a change that cannot be encoded.
-    payloads: HashMap<DataKey<'a>, Option<Weak<Text>>>,
+    payloads: HashMap<DataKey<'a>, Option<Weak<PayloadText>>>,
     /// The last frame, which usually is the next one too.
     last: Option<(&'a Codec, Vec<u32>, DataKey<'a>, Frame)>,
 }
@@ -42,7 +42,7 @@ pub struct EncodeCache<'a> {
 /// The payloads used last, kept alive for the next group.
 #[derive(Default)]
 pub struct RecentPayloads {
-    payloads: VecDeque<Payload>,
+    payloads: VecDeque<SharedPayload>,
     bytes: usize,
 }
 
@@ -114,7 +114,7 @@ impl<'a> EncodeCache<'a> {
         view: View<'a>,
         budget: &Arc<MemoryBudget>,
         recent: &mut RecentPayloads,
-    ) -> Result<Payload, EncodeError> {
+    ) -> Result<SharedPayload, EncodeError> {
         match self.payloads.get(&key) {
             Some(None) => return Err(EncodeError::Unreadable),
             Some(Some(known)) => {
@@ -140,7 +140,7 @@ impl<'a> EncodeCache<'a> {
         if !budget.make_room(text.len()) {
             return Err(EncodeError::NoRoom);
         }
-        let payload = Text::new(text, budget);
+        let payload = PayloadText::new(text, budget);
         self.payloads.insert(key, Some(Arc::downgrade(&payload)));
         recent.add(Arc::clone(&payload));
         Ok(payload)
@@ -156,7 +156,7 @@ impl RecentPayloads {
         }
     }
 
-    fn add(&mut self, payload: Payload) {
+    fn add(&mut self, payload: SharedPayload) {
         self.bytes += payload.as_str().len();
         self.payloads.push_back(payload);
     }

@@ -16,24 +16,24 @@ pub struct Frame(Arc<Pieces>);
 #[derive(Debug)]
 struct Pieces {
     head: Bytes,
-    payload: Option<Payload>,
+    payload: Option<SharedPayload>,
     tail: &'static str,
     _held: Held,
 }
 
 /// The part that many frames share. Counted until the last clone is dropped.
-pub type Payload = Arc<Text>;
+pub type SharedPayload = Arc<PayloadText>;
 
 /// The text of a payload.
 #[derive(Debug)]
-pub struct Text {
+pub struct PayloadText {
     text: String,
     _held: Held,
 }
 
-impl Text {
+impl PayloadText {
     /// Creates a shared text.
-    pub fn new(text: String, budget: &Arc<MemoryBudget>) -> Payload {
+    pub fn new(text: String, budget: &Arc<MemoryBudget>) -> SharedPayload {
         let held = budget.hold(FRAME_OVERHEAD + text.capacity());
         Arc::new(Self { text, _held: held })
     }
@@ -51,11 +51,21 @@ impl Frame {
     }
 
     /// Creates a frame of a payload with a head and a tail.
-    pub fn around(head: String, payload: Payload, tail: &'static str, budget: &Arc<MemoryBudget>) -> Self {
+    pub fn around(
+        head: String,
+        payload: SharedPayload,
+        tail: &'static str,
+        budget: &Arc<MemoryBudget>,
+    ) -> Self {
         Self::new(head.into(), Some(payload), tail, budget)
     }
 
-    fn new(head: Bytes, payload: Option<Payload>, tail: &'static str, budget: &Arc<MemoryBudget>) -> Self {
+    fn new(
+        head: Bytes,
+        payload: Option<SharedPayload>,
+        tail: &'static str,
+        budget: &Arc<MemoryBudget>,
+    ) -> Self {
         let held = budget.hold(FRAME_OVERHEAD + head.len());
         Self(Arc::new(Pieces { head, payload, tail, _held: held }))
     }
@@ -66,7 +76,7 @@ impl Frame {
     }
 
     /// Returns the shared payload.
-    pub fn payload(&self) -> Option<&Payload> {
+    pub fn payload(&self) -> Option<&SharedPayload> {
         self.0.payload.as_ref()
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::feed::authorize::gate::{Candidate, Reader, Verdict, Verdicts};
+use crate::feed::authorize::gate::{Candidate, GroupReader, Verdict, Verdicts};
 use crate::feed::deliver::encode_cache::{EncodeCache, EncodeError, RecentPayloads};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::members::Members;
@@ -149,9 +149,9 @@ impl SubscriberGroup {
     }
 
     /// Returns the group as the gate sees it. The session of its first channel represents all.
-    pub fn reader(&self) -> Reader<'_> {
+    pub fn reader(&self) -> GroupReader<'_> {
         let session = self.members.first().map_or(0, |channel| channel.session);
-        Reader { subscription: &self.subscription, session }
+        GroupReader { subscription: &self.subscription, session }
     }
 
     /// Returns the position of its channels, given the feed's.

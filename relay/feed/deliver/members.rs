@@ -14,12 +14,12 @@ use crate::model::session::machine::ChannelId;
 /// Channels that get the same frames.
 pub struct Members {
     // Held while frames are queued, never across an await: the frames of a channel and its position change together.
-    state: Mutex<State>,
+    state: Mutex<MemberState>,
     /// Why changes may be missing.
     missed: OnceLock<&'static str>,
 }
 
-struct State {
+struct MemberState {
     outboxes: BTreeMap<ChannelId, Arc<Outbox>>,
     /// The position of the channels while it differs from the feed's.
     position: Option<Arc<Cursor>>,
@@ -31,7 +31,7 @@ impl Members {
     /// Creates the members with a first channel.
     pub fn new(channel: ChannelId, outbox: Arc<Outbox>) -> Self {
         let outboxes = BTreeMap::from([(channel, outbox)]);
-        let state = State { outboxes, position: None, notified: BTreeSet::new() };
+        let state = MemberState { outboxes, position: None, notified: BTreeSet::new() };
         Self { state: Mutex::new(state), missed: OnceLock::new() }
     }
 
@@ -112,7 +112,7 @@ impl Members {
     /// Calls `with` for each channel that was not called for this relation before.
     pub fn for_each_once(&self, relation: RelationId, mut with: impl FnMut(&Arc<Outbox>)) {
         let mut state = self.lock();
-        let State { outboxes, notified, .. } = &mut *state;
+        let MemberState { outboxes, notified, .. } = &mut *state;
         for (channel, outbox) in outboxes {
             if notified.insert((relation, *channel)) {
                 with(outbox);
@@ -145,12 +145,12 @@ impl Members {
         self.lock().outboxes.values().next().map(|outbox| Arc::clone(outbox.budget()))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, MemberState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl MemberState {
     fn reached(&mut self, end: &Arc<Cursor>) {
         if let Some(position) = &mut self.position {
             let has_more = !end.is_at_or_after(position);

@@ -31,7 +31,7 @@ pub struct MemoryBudget {
 /// A client with memory that can be evicted.
 pub trait Holder: Send + Sync {
     /// Returns what waits for the client; `None` when nothing does.
-    fn waiting(&self) -> Option<Waiting>;
+    fn waiting(&self) -> Option<WaitingBytes>;
 
     /// Returns the owner of an answer; `None` for a socket or stream.
     fn owner(&self) -> Option<&Arc<Owner>>;
@@ -42,7 +42,7 @@ pub trait Holder: Send + Sync {
 
 /// The memory that waits for a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Waiting {
+pub struct WaitingBytes {
     /// It has waited for long: the client is slow.
     pub is_slow: bool,
     /// Its size.

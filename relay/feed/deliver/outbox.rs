@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Registration, Waiting};
+use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Registration, WaitingBytes};
 use crate::model::session::machine::ChannelId;
 
 /// A client with this many bytes waiting …
@@ -261,11 +261,11 @@ impl Outbox {
 }
 
 impl Holder for Shared {
-    fn waiting(&self) -> Option<Waiting> {
+    fn waiting(&self) -> Option<WaitingBytes> {
         let queue = lock(&self.queue);
         let bytes = queue.bytes + queue.unwritten;
         let is_slow = queue.since.is_some_and(|since| since.elapsed() > SLOW_AFTER);
-        (bytes > 0 && !queue.full).then_some(Waiting { is_slow, bytes })
+        (bytes > 0 && !queue.full).then_some(WaitingBytes { is_slow, bytes })
     }
 
     fn owner(&self) -> Option<&Arc<Owner>> {
@@ -374,7 +374,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::feed::deliver::frame::{FRAME_OVERHEAD, Text};
+    use crate::feed::deliver::frame::{FRAME_OVERHEAD, PayloadText};
     use crate::observe::Observe;
 
     fn budget(limit: usize) -> (Arc<MemoryBudget>, Arc<Observe>) {
@@ -530,7 +530,7 @@ mod tests {
     fn a_shared_payload_counts_once_until_the_last_reader_drops_it() {
         let (budget, observe) = budget(usize::MAX);
         let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, Arc::clone(&budget)));
-        let payload = Text::new("x".repeat(7), &budget);
+        let payload = PayloadText::new("x".repeat(7), &budget);
         let around = |head: &str| Frame::around(head.to_owned(), Arc::clone(&payload), "", &budget);
         one.deliver(Unit::next(), [around("a")], true);
         other.deliver(Unit::next(), [around("b")], true);

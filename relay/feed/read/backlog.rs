@@ -19,12 +19,12 @@ const MIN_ITEM_BYTES: usize = 1 << 10;
 #[derive(Default)]
 pub struct Backlog {
     // Never held across an await.
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<QueuedItems>,
     added: Notify,
 }
 
 #[derive(Default)]
-struct Waiting {
+struct QueuedItems {
     items: VecDeque<(FeedItem, usize)>,
     bytes: usize,
     /// The router has channels and must be woken.
@@ -82,12 +82,12 @@ impl Backlog {
         self.waiting().take()
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, QueuedItems> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Waiting {
+impl QueuedItems {
     fn take(&mut self) -> Option<FeedItem> {
         let (item, bytes) = self.items.pop_front()?;
         self.bytes -= bytes;

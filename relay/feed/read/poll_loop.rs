@@ -9,7 +9,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::time::timeout;
 
 use crate::feed::read::batch::Batch;
-use crate::feed::read::source::{BATCH_BYTES, BATCH_CHANGES, FeedItem, Source, SourcePosition};
+use crate::feed::read::source::{BATCH_BYTES, BATCH_CHANGES, ChangeSource, FeedItem, SourcePosition};
 use crate::model::log::cursor::{Snapshot, Span};
 use crate::postgres::changelog::doorbell::{Doorbell, Rings};
 use crate::postgres::changelog::reader::{Changelog, Flush, PagePosition};
@@ -46,7 +46,7 @@ const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The state of the source while its connections hold.
 pub(super) struct PollLoop<'a> {
-    source: &'a Source,
+    source: &'a ChangeSource,
     changelog: Changelog,
     doorbell: Doorbell,
     position: &'a mut SourcePosition,
@@ -76,7 +76,7 @@ enum PollResult {
 
 impl<'a> PollLoop<'a> {
     pub(super) fn new(
-        source: &'a Source,
+        source: &'a ChangeSource,
         changelog: Changelog,
         doorbell: Doorbell,
         position: &'a mut SourcePosition,

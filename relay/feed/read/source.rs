@@ -78,7 +78,7 @@ impl FeedItem {
 }
 
 /// Connections and settings of the source.
-pub struct Source {
+pub struct ChangeSource {
     /// The server with the changelog.
     pub server: Server,
     /// The server for the doorbell: a direct connection when `server` is a pooler.
@@ -107,7 +107,7 @@ pub(super) struct SourcePosition {
     pub(super) page: PagePosition,
 }
 
-impl Source {
+impl ChangeSource {
     /// Reads until `end`, over any number of connections.
     pub async fn run(self, items: Sender<FeedItem>, end: CancellationToken) {
         let (mut position, mut last_backend) = (None, None);

@@ -29,12 +29,12 @@ pub struct Epoch(pub i64);
 pub struct Cursor {
     pub(super) epoch: Epoch,
     pub(super) seen: Snapshot,
-    pub(super) within: Option<PagePosition>,
+    pub(super) within: Option<WithinPage>,
 }
 
 /// A position inside a page.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct PagePosition {
+pub struct WithinPage {
     pub(super) until: Snapshot,
     pub(super) number: i64,
 }
@@ -150,7 +150,7 @@ impl Cursor {
         if !seen.is_before_or_equal(&until) {
             return Err(CursorError::EndsBeforeStart);
         }
-        Ok(Self { epoch, seen, within: Some(PagePosition { until, number }) })
+        Ok(Self { epoch, seen, within: Some(WithinPage { until, number }) })
     }
 
     /// Returns the history that the cursor belongs to.
@@ -164,7 +164,7 @@ impl Cursor {
     }
 
     /// Returns the position inside the next page, when the reader stopped there.
-    pub fn within(&self) -> Option<&PagePosition> {
+    pub fn within(&self) -> Option<&WithinPage> {
         self.within.as_ref()
     }
 
@@ -207,7 +207,7 @@ impl Span {
     }
 }
 
-impl PagePosition {
+impl WithinPage {
     /// Returns the snapshot at the end of the page.
     pub fn until(&self) -> &Snapshot {
         &self.until
@@ -225,7 +225,7 @@ impl fmt::Display for Cursor {
         bytes.extend(self.epoch.0.to_be_bytes());
         push_varint(&mut bytes, self.seen.xmax);
         push_running(&mut bytes, &self.seen);
-        if let Some(PagePosition { until, number }) = &self.within {
+        if let Some(WithinPage { until, number }) = &self.within {
             push_varint(&mut bytes, until.xmax - self.seen.xmax);
             push_running(&mut bytes, until);
             push_varint(&mut bytes, number.unsigned_abs());

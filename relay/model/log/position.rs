@@ -5,7 +5,7 @@
 //! page in delivery. The meaning is exact because a page is delivered in order of number, and because the snapshots of one
 //! primary are totally ordered by inclusion.
 
-use crate::model::log::cursor::{Cursor, PagePosition, Snapshot, Span};
+use crate::model::log::cursor::{Cursor, Snapshot, Span, WithinPage};
 
 /// What a reader misses next, as one pass over the changelog.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,13 +31,13 @@ impl Missing {
 impl Cursor {
     /// Whether the reader has the change with this transaction and number.
     pub fn has(&self, xid: u64, number: i64) -> bool {
-        let inside = |within: &PagePosition| number <= within.number && within.until.has_finished(xid);
+        let inside = |within: &WithinPage| number <= within.number && within.until.has_finished(xid);
         self.seen.has_finished(xid) || self.within.as_ref().is_some_and(inside)
     }
 
     /// Whether the position includes every change that `other` includes. False for another epoch.
     pub fn is_at_or_after(&self, other: &Self) -> bool {
-        let includes = |theirs: &PagePosition| {
+        let includes = |theirs: &WithinPage| {
             theirs.until.is_before_or_equal(&self.seen)
                 || self.within.as_ref().is_some_and(|ours| {
                     theirs.until.is_before_or_equal(&ours.until) && theirs.number <= ours.number
@@ -120,7 +120,7 @@ impl Span {
         if last {
             return self.end();
         }
-        let within = Some(PagePosition { until: self.until.clone(), number });
+        let within = Some(WithinPage { until: self.until.clone(), number });
         Cursor { epoch: self.epoch, seen: self.seen.clone(), within }
     }
 

@@ -71,7 +71,7 @@ enum Evaluated {
     EmptyOrNull,
 }
 
-enum Failure {
+enum ClaimFailure {
     Error,
     Undecided,
 }
@@ -83,10 +83,10 @@ impl ClaimExpr {
             Ok(Evaluated::Null) => ClaimValue::Null,
             Ok(Evaluated::One(datum)) => ClaimValue::One(datum),
             Ok(Evaluated::List(list)) => ClaimValue::List(list.into()),
-            Ok(Evaluated::Document(_) | Evaluated::EmptyOrNull) | Err(Failure::Undecided) => {
+            Ok(Evaluated::Document(_) | Evaluated::EmptyOrNull) | Err(ClaimFailure::Undecided) => {
                 ClaimValue::Undecided
             }
-            Err(Failure::Error) => ClaimValue::Error,
+            Err(ClaimFailure::Error) => ClaimValue::Error,
         }
     }
 
@@ -105,7 +105,7 @@ impl ClaimExpr {
         }
     }
 
-    fn evaluate(&self, claims: &Claims) -> Result<Evaluated, Failure> {
+    fn evaluate(&self, claims: &Claims) -> Result<Evaluated, ClaimFailure> {
         let text = |text: &str| Ok(Evaluated::One(Datum::Text(text.into())));
         match self {
             Self::Constant(None) => Ok(Evaluated::Null),
@@ -117,13 +117,13 @@ impl ClaimExpr {
             Self::Document(inner, _) => match inner.evaluate(claims)? {
                 Evaluated::Null => Ok(Evaluated::Null),
                 Evaluated::One(Datum::Text(text)) => document(&text).map(Evaluated::Document),
-                _ => Err(Failure::Undecided),
+                _ => Err(ClaimFailure::Undecided),
             },
             Self::Element(inner, step) => match inner.evaluate(claims)? {
                 Evaluated::Null => Ok(Evaluated::Null),
                 Evaluated::Document(value) => Ok(element(&value, step)
                     .map_or(Evaluated::Null, |element| Evaluated::Document(element.clone()))),
-                _ => Err(Failure::Undecided),
+                _ => Err(ClaimFailure::Undecided),
             },
             Self::ElementText(inner, step) => match inner.evaluate(claims)? {
                 Evaluated::Null => Ok(Evaluated::Null),
@@ -131,13 +131,13 @@ impl ClaimExpr {
                     None => Ok(Evaluated::Null),
                     Some(element) => as_text(element),
                 },
-                _ => Err(Failure::Undecided),
+                _ => Err(ClaimFailure::Undecided),
             },
             Self::TextList(inner, is_key_list) => match inner.evaluate(claims)? {
                 Evaluated::Null if *is_key_list => Ok(Evaluated::Null),
                 Evaluated::Null => Ok(Evaluated::List(Vec::new())),
                 Evaluated::Document(value) => text_list(&value, *is_key_list).map(Evaluated::List),
-                _ => Err(Failure::Undecided),
+                _ => Err(ClaimFailure::Undecided),
             },
             Self::Cast(inner, kind) => match inner.evaluate(claims)? {
                 Evaluated::Null => Ok(Evaluated::Null),
@@ -148,7 +148,7 @@ impl ClaimExpr {
                 Evaluated::Document(Value::Bool(value)) if *kind == Kind::Bool => {
                     Ok(Evaluated::One(Datum::Bool(value)))
                 }
-                Evaluated::Document(_) | Evaluated::EmptyOrNull => Err(Failure::Undecided),
+                Evaluated::Document(_) | Evaluated::EmptyOrNull => Err(ClaimFailure::Undecided),
             },
             Self::NullIf(one, other) => match (one.evaluate(claims)?, other.evaluate(claims)?) {
                 (Evaluated::Null, _) => Ok(Evaluated::Null),
@@ -157,7 +157,7 @@ impl ClaimExpr {
                 }
                 (Evaluated::One(one), Evaluated::One(other)) if one == other => Ok(Evaluated::Null),
                 (Evaluated::One(one), Evaluated::One(_) | Evaluated::Null) => Ok(Evaluated::One(one)),
-                _ => Err(Failure::Undecided),
+                _ => Err(ClaimFailure::Undecided),
             },
             Self::Coalesce(exprs) => {
                 for expr in exprs {
@@ -206,8 +206,8 @@ impl fmt::Display for ClaimStep {
 
 /// Parses claims that PostgreSQL's `json` and `jsonb` and serde_json read alike. A null character makes `jsonb` raise for the
 /// whole document.
-fn document(text: &str) -> Result<Value, Failure> {
-    let value: Value = serde_json::from_str(text).map_err(|_| Failure::Undecided)?;
+fn document(text: &str) -> Result<Value, ClaimFailure> {
+    let value: Value = serde_json::from_str(text).map_err(|_| ClaimFailure::Undecided)?;
     fn is_plain(value: &Value) -> bool {
         match value {
             Value::Null | Value::Bool(_) => true,
@@ -218,7 +218,7 @@ fn document(text: &str) -> Result<Value, Failure> {
             Value::Object(fields) => fields.iter().all(|(key, value)| !key.contains('\0') && is_plain(value)),
         }
     }
-    if is_plain(&value) { Ok(value) } else { Err(Failure::Undecided) }
+    if is_plain(&value) { Ok(value) } else { Err(ClaimFailure::Undecided) }
 }
 
 fn element<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
@@ -232,7 +232,7 @@ fn element<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
     }
 }
 
-fn as_text(value: &Value) -> Result<Evaluated, Failure> {
+fn as_text(value: &Value) -> Result<Evaluated, ClaimFailure> {
     match value {
         Value::Null => Ok(Evaluated::Null),
         Value::Bool(value) => Ok(Evaluated::One(Datum::Text((if *value { "true" } else { "false" }).into()))),
@@ -241,11 +241,11 @@ fn as_text(value: &Value) -> Result<Evaluated, Failure> {
         }
         Value::String(text) => Ok(Evaluated::One(Datum::Text(text.as_str().into()))),
         // PostgreSQL formats them with its own blanks and digits.
-        Value::Number(_) | Value::Array(_) | Value::Object(_) => Err(Failure::Undecided),
+        Value::Number(_) | Value::Array(_) | Value::Object(_) => Err(ClaimFailure::Undecided),
     }
 }
 
-fn text_list(value: &Value, is_key_list: bool) -> Result<Vec<Datum>, Failure> {
+fn text_list(value: &Value, is_key_list: bool) -> Result<Vec<Datum>, ClaimFailure> {
     let text = |text: &String| Datum::Text(text.as_str().into());
     match (value, is_key_list) {
         (Value::Array(list), true) => Ok(list
@@ -261,19 +261,19 @@ fn text_list(value: &Value, is_key_list: bool) -> Result<Vec<Datum>, Failure> {
                 match as_text(item)? {
                     Evaluated::One(item) => texts.push(item),
                     // With a null in the list, "not found" is null instead of false.
-                    _ => return Err(Failure::Undecided),
+                    _ => return Err(ClaimFailure::Undecided),
                 }
             }
             Ok(texts)
         }
-        (_, false) => Err(Failure::Error),
+        (_, false) => Err(ClaimFailure::Error),
     }
 }
 
-fn cast(datum: &Datum, kind: Kind) -> Result<Datum, Failure> {
+fn cast(datum: &Datum, kind: Kind) -> Result<Datum, ClaimFailure> {
     let fits = |value: i64, min: i64, max: i64| match (min..=max).contains(&value) {
         true => Ok(Datum::Int(value)),
-        false => Err(Failure::Error),
+        false => Err(ClaimFailure::Error),
     };
     match (datum, kind) {
         (Datum::Int(value), Kind::Int2) => fits(*value, i16::MIN.into(), i16::MAX.into()),
@@ -283,9 +283,9 @@ fn cast(datum: &Datum, kind: Kind) -> Result<Datum, Failure> {
         (_, Kind::Text) => Ok(Datum::Text(datum.to_text())),
         (Datum::Text(text), _) => match kind.read(text) {
             Read::Value(datum) => Ok(datum),
-            Read::Error => Err(Failure::Error),
-            Read::Undecided => Err(Failure::Undecided),
+            Read::Error => Err(ClaimFailure::Error),
+            Read::Undecided => Err(ClaimFailure::Undecided),
         },
-        _ => Err(Failure::Undecided),
+        _ => Err(ClaimFailure::Undecided),
     }
 }

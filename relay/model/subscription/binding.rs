@@ -73,7 +73,7 @@ struct CatalogView {
 
 /// A refused request, with the state of the catalog that led to the refusal.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct RefusedBinding {
     /// The error for the client.
     pub why: SubscribeError,
     request: Request,
@@ -237,7 +237,7 @@ const COMPARISONS_PER_FRAME: usize = 10;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
     /// No relation: the entry was refused, temporarily or permanently.
-    Refused(Arc<Refused>),
+    Refused(Arc<RefusedBinding>),
     /// One relation: its id in the catalog, its `oid`, the requested schema and table, and when it got that name.
     Relation(RelationId, u32, Arc<(String, String)>, Option<Naming>),
     /// Every watched relation with a name, including future ones.
@@ -286,7 +286,10 @@ impl Subscription {
             let bound = filter.and_then(|filter| Ok((scope(&identity, catalog, request)?, filter)));
             let (scope, filter) = bound.unwrap_or_else(|why| {
                 let catalog_view = request.catalog_view(catalog, identity.claims().role());
-                (Scope::Refused(Arc::new(Refused { why, request: request.clone(), catalog_view })), None)
+                (
+                    Scope::Refused(Arc::new(RefusedBinding { why, request: request.clone(), catalog_view })),
+                    None,
+                )
             });
             // Remove duplicate columns, which would be checked again for each change.
             let mut seen = HashSet::new();

@@ -24,7 +24,7 @@ const MAX_BYTES: usize = 1 << 20;
 const MAX_TRANSACTIONS: i32 = 2000;
 
 /// The transactions of a page; `None` if they are too many.
-type Transactions = Arc<Option<Vec<String>>>;
+type PageTransactions = Arc<Option<Vec<String>>>;
 
 /// A connection that reads chunks.
 pub struct ChunkReader {
@@ -51,7 +51,7 @@ pub struct ChunkPosition {
     /// Maximum number of changes of the next chunk.
     size: usize,
     /// The page's transactions, once they are known.
-    transactions: Option<Transactions>,
+    transactions: Option<PageTransactions>,
     /// The relations to read, 0 being the schema; `None` means all.
     only: Option<Arc<[i32]>>,
 }
@@ -198,7 +198,7 @@ impl ChunkReader {
     }
 
     /// Returns the transactions of the page at a position.
-    async fn transactions(&self, from: &ChunkPosition) -> Result<Transactions, Error> {
+    async fn transactions(&self, from: &ChunkPosition) -> Result<PageTransactions, Error> {
         if let Some(known) = &from.transactions {
             return Ok(Arc::clone(known));
         }

@@ -33,7 +33,7 @@ const RETRY_MS: u32 = 1000;
 /// evictable.
 const MAX_CHUNK: usize = 32 * 1024;
 
-struct Stream {
+struct EventStream {
     app: Arc<App>,
     watched: WatchedOutbox,
     /// Cancelled when the client has closed its side.
@@ -69,7 +69,7 @@ pub fn answer(
         stalls.mark_changed();
     }
     let (written, has_begun, is_closed) = (0, false, false);
-    let stream = Stream {
+    let stream = EventStream {
         app,
         watched,
         closed,
@@ -96,7 +96,7 @@ pub fn answer(
     answer
 }
 
-impl Stream {
+impl EventStream {
     /// Returns the next bytes; `None` at the end of the stream.
     async fn next(&mut self) -> Option<String> {
         if !self.has_begun {
@@ -254,7 +254,7 @@ impl Stream {
     }
 }
 
-impl Drop for Stream {
+impl Drop for EventStream {
     fn drop(&mut self) {
         self.watched.send_replace(None);
         self.app.observe.session_closed();

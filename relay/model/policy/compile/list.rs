@@ -50,14 +50,14 @@ impl Compiler<'_> {
         match select.from.as_slice() {
             [] => self.elements(projected, None),
             [one] if one.joins.is_empty() => {
-                self.elements(projected, Some(&Source::of(&one.relation).ok_or_else(not_plain)?))
+                self.elements(projected, Some(&ListSource::of(&one.relation).ok_or_else(not_plain)?))
             }
             _ => Err(not_plain()),
         }
     }
 
     /// Compiles the projection of such a query: the elements, with or without a cast.
-    fn elements(&self, expr: &Expr, source: Option<&Source<'_>>) -> Result<Operand, Unsupported> {
+    fn elements(&self, expr: &Expr, source: Option<&ListSource<'_>>) -> Result<Operand, Unsupported> {
         let texts = |name: &str, argument: &Expr| -> Result<Operand, Unsupported> {
             let bare = name.strip_prefix("pg_catalog.").unwrap_or(name);
             match (bare, self.operand(argument)?) {
@@ -96,14 +96,14 @@ impl Compiler<'_> {
 }
 
 /// `from jsonb_array_elements_text(…) alias (column)`
-struct Source<'a> {
+struct ListSource<'a> {
     function: String,
     argument: &'a Expr,
     alias: &'a Ident,
     column: &'a Ident,
 }
 
-impl<'a> Source<'a> {
+impl<'a> ListSource<'a> {
     fn of(factor: &'a TableFactor) -> Option<Self> {
         let TableFactor::Table { name, args: Some(args), alias: Some(alias), with_ordinality: false, .. } =
             factor
