@@ -123,7 +123,7 @@ impl<'a> Readers<'a> {
         let mut session = Self::session(self.stage, self.table).await;
         let mut told = Told::default();
         while !told.is_refused && told.gaps.is_empty() && !told.rows.contains(&LAST) {
-            let Some(frame) = session.frame_within(PATIENCE / 6).await else { break };
+            let Some(frame) = session.frame_within(PATIENCE).await else { break };
             told.take(&frame);
         }
         told
@@ -164,7 +164,7 @@ impl<'a> Readers<'a> {
                 }
             }
         };
-        let _ = tokio::time::timeout(PATIENCE / 6, next).await;
+        let _ = tokio::time::timeout(PATIENCE, next).await;
         told
     }
 }

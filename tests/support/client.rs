@@ -67,6 +67,8 @@ impl Client {
         loop {
             let frame = self.frame().await;
             match frame[3].as_str() {
+                // Messages of channels that were joined before may come, too.
+                _ if frame[2] != topic => {}
                 Some("phx_reply") if frame[4]["status"] == "error" => return frame[4].clone(),
                 Some("system") => return frame[4].clone(),
                 _ => {}
