@@ -25,8 +25,9 @@
 //!
 //! # Layers
 //!
-//! Imports go one way, down this page: `server`, `command` → `transport` → `auth` → `feed` → `postgres` → `model`, with `config`,
-//! `observe` and `tls` beside them. Between the rooms of a layer imports go one way, too. `tests/layers.rs` holds both rules.
+//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth` (without `feed`), `transport`, then `server`
+//! and `command`; `config`, `observe` and `tls` stand beside them. A folder of a layer is a room. Rooms of a layer import each other one
+//! way only, too. `tests/layers.rs` holds both rules.
 //!
 //! # Glossary
 //!
@@ -55,7 +56,7 @@
 //! | cohort | subscribers whose claims are equal as far as a policy reads them |
 //! | outbox | the bounded queue of frames to one client |
 //! | widening | a change of rules by which a role may see more than before |
-//! | lane | a router of its own, for channels whose filters PostgreSQL evaluates |
+//! | lane | one of three routers: in memory, filters that PostgreSQL evaluates, clients with many filter values |
 #![allow(
     clippy::disallowed_methods,
     reason = "the clock is forbidden in `model` alone, which turns this lint on again"

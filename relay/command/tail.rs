@@ -305,7 +305,7 @@ mod tests {
             "commit_timestamp":"2026-01-02T03:04:05.678Z","type":"UPDATE","columns":[],"record":{"n":12345678901234567890.1200},
             "old_record":{"n":50.00},"errors":["Error 413: Payload Too Large"]}}]"#;
         let expected = "2026-01-02T03:04:05.678Z UPDATE public.t {\"n\":50.00} → {\"n\":12345678901234567890.1200} \
-                        (Error 413: TailPayload Too Large)";
+                        (Error 413: Payload Too Large)";
         assert_eq!(line(frame).unwrap(), expected);
     }
 }
