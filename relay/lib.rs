@@ -33,7 +33,7 @@
 //!
 //! | Word | Meaning |
 //! |---|---|
-//! | changelog | the tables `relay.log_0` to `relay.log_2`, one row for each change of a watched table |
+//! | changelog | the tables `relay.log_0` to `relay.log_2`, one row for each change of a watched table, schema change or gap |
 //! | change | an INSERT, UPDATE, DELETE or TRUNCATE of a watched table, with its row images |
 //! | image | a row as JSON, before or after a change |
 //! | shape | the columns and types under which an image was written, with their catalog numbers |
@@ -256,7 +256,7 @@ pub mod observe;
 pub mod tls;
 pub mod server;
 
-/// The commands beside `serve`, one a file.
+/// The larger commands beside `serve`, one a file; `install`, `watch` and `unwatch` are in `main`.
 pub mod command {
     pub mod token;
     pub mod tail;
