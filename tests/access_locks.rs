@@ -84,17 +84,31 @@ async fn p99(stage: &Stage, first: usize, client: &mut Client) -> Duration {
 async fn a_locked_table_never_keeps_back_the_changes_of_others_nor_joins() {
     let stage = stage(&tables()).await;
     let mut ann = stage.join(&user(ANN)).await;
-    let quiet = p99(&stage, 1, &mut ann).await;
-    for (number, locked) in ["own", "members", "leaf", "parted", "team"].into_iter().enumerate() {
-        let mut other = stage.database.connect().await;
-        let held = other.transaction().await.unwrap();
+    let mut series = 0;
+    let mut next = || {
+        series += 1;
+        series
+    };
+    for locked in ["own", "members", "leaf", "parted", "team"] {
         // Of `team`, writers are kept away too.
         let mode = if locked == "team" { "share update exclusive" } else { "access exclusive" };
-        held.batch_execute(&format!("lock table {locked} in {mode} mode")).await.unwrap();
-        let locked_for = p99(&stage, number + 2, &mut ann).await;
-        held.rollback().await.unwrap();
+        let mut found = Vec::new();
+        // A lock that keeps others back does so each time; what other tests do at that moment does not.
+        while found.len() < 3 {
+            let quiet = p99(&stage, next(), &mut ann).await;
+            let mut other = stage.database.connect().await;
+            let held = other.transaction().await.unwrap();
+            held.batch_execute(&format!("lock table {locked} in {mode} mode")).await.unwrap();
+            let locked_for = p99(&stage, next(), &mut ann).await;
+            held.rollback().await.unwrap();
+            found.push((locked_for, quiet));
+            if locked_for <= Duration::from_millis(50).max(2 * quiet) {
+                break;
+            }
+        }
+        let (locked_for, quiet) = *found.last().unwrap();
         let bound = Duration::from_millis(50).max(2 * quiet);
-        assert!(locked_for <= bound, "{locked}: {locked_for:?}, and {quiet:?} without the lock");
+        assert!(locked_for <= bound, "{locked}: with and without the lock: {found:?}");
     }
     stage.changes(&mut ann).await;
     // Nothing is left behind: what was pending is told again.

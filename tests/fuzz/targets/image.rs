@@ -59,7 +59,7 @@ fuzz_target!(|text: &str| {
     let meanings = [EventKind::Insert, EventKind::Update, EventKind::Enter, EventKind::Delete, EventKind::Leave];
     let meaning = choice.chars().find_map(|c| meanings.get(c.to_digit(10)? as usize).copied());
     let view =
-        View { relation, access, select, meaning: meaning.unwrap_or(EventKind::Insert), exact: chosen('x') };
+        View { relation, access, select, meaning: meaning.unwrap_or(EventKind::Insert), exact: chosen('x'), is_last: false };
     let change = Change {
         number: 1,
         xid: 700,
