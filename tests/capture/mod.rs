@@ -1,0 +1,11 @@
+//! What the triggers log, and what DDL does to it.
+
+pub mod drift;
+pub mod images;
+pub mod migrations;
+pub mod refresh;
+pub mod shapes;
+pub mod strangers;
+pub mod triggered_changes;
+pub mod triggers;
+pub mod writers;

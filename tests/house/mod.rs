@@ -1,0 +1,4 @@
+//! The house itself: layers, rooms and the table of faults.
+
+pub mod layers;
+pub mod promises;

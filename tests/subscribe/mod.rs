@@ -1,0 +1,7 @@
+//! Bindings and filters.
+
+pub mod filter;
+pub mod healing;
+pub mod heavy_filters;
+pub mod like;
+pub mod wire_bindings;

@@ -1,0 +1,14 @@
+//! The wire: WebSocket, HTTP, tokens.
+
+pub mod autobahn;
+pub mod changes;
+pub mod hostile_tokens;
+pub mod http_answers;
+pub mod http_edges;
+pub mod keys;
+pub mod pages;
+pub mod tokens;
+pub mod websocket;
+pub mod wire;
+pub mod wire_edges;
+pub mod wire_life;
