@@ -485,8 +485,8 @@ $$;
 comment on function relay.catalog(text[], text, int[]) is 'watched relations with columns, key, and what each role may see of them';
 
 -- relay.catalog_marks(roles, login) : hashes of the inputs of relay.catalog(), by part of the result
--- kind `database`: inputs of all entries, including the judging login; `role`, by role name: the role and the roles that it is
--- a member of; `relation`, by id in relay.watch_list.
+-- kind `database`: inputs of all entries, including the schemas that the judging login may use; `role`, by role name: the role
+-- and the roles that it is a member of; `relation`, by id in relay.watch_list.
 -- Hashes values and not row versions, which TRUNCATE or VACUUM FULL change, too. Policies enter in parsed form, with the names
 -- of the objects they refer to: deparsing a policy would lock its tables, and wait for a transaction that alters one.
 -- plpgsql with a generic plan, because planning takes longer than the query.
@@ -501,7 +501,7 @@ declare
 begin
   return query
     with recursive reachable (root, oid) as (
-      select r.oid, r.oid from pg_catalog.pg_roles r where r.rolname = any (roles) or r.oid = judge
+      select r.oid, r.oid from pg_catalog.pg_roles r where r.rolname = any (roles)
       union
       select reachable.root, m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid
     ), referenced (relation, fact) as materialized (
@@ -524,17 +524,18 @@ begin
       left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)
       group by d.polrelid
     ), facts (kind, name, fact) as (
-      select k.kind, k.name, pg_catalog.string_agg(pg_catalog.concat_ws(',', r.oid, a.rolname, a.rolsuper, a.rolbypassrls, a.rolinherit,
+      select 'role', o.rolname::text, pg_catalog.string_agg(pg_catalog.concat_ws(',', r.oid, a.rolname, a.rolsuper, a.rolbypassrls, a.rolinherit,
                (select pg_catalog.string_agg(pg_catalog.concat_ws(',', m.roleid, m.xmin::text), '/' order by m.roleid)
                 from pg_catalog.pg_auth_members m where m.member = r.oid)), ';' order by r.oid)
       from reachable r
       join pg_catalog.pg_roles o on o.oid = r.root
       join pg_catalog.pg_roles a on a.oid = r.oid
-      cross join lateral (select 'database', '' where r.root = judge
-                          union all select 'role', o.rolname::text where o.rolname = any (roles)) k (kind, name)
-      group by k.kind, k.name
+      group by o.rolname
       union all
-      select 'database', '', pg_catalog.concat_ws('|', relay.has_own_casts(), relay.schema_changes_are_logged(),
+      select 'database', '', pg_catalog.concat_ws('|', relay.has_own_casts(), relay.schema_changes_are_logged(), judge,
+        -- All that the entries take from the judging login. Its memberships change with each role that a cluster creates for it.
+        (select pg_catalog.string_agg(n.oid::text, ',' order by n.oid) from pg_catalog.pg_namespace n
+         where n.nspname !~ '^pg_(toast|temp)' and pg_catalog.has_schema_privilege(judge, n.oid, 'usage')),
         (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()),
         (select pg_catalog.string_agg(pg_catalog.concat_ws(',', f.oid, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
                   n.nspacl::text), ';' order by f.oid)

@@ -74,6 +74,8 @@ struct Readers<'a> {
     table: &'static str,
     socket: Client,
     stream: Events,
+    /// What the socket and the stream were told up to now.
+    live: [Told; 2],
     cursor: String,
 }
 
@@ -91,7 +93,7 @@ impl<'a> Readers<'a> {
         socket.subscribe("realtime:marker", json!([{"event": "*", "table": "marker"}])).await;
         socket.subscribe("realtime:day", json!([{"event": "*", "table": table}])).await;
         let stream = Events::open(stage.relay.address, &path(table, ""), Some(&cursor)).await;
-        Self { stage, table, socket, stream, cursor }
+        Self { stage, table, socket, stream, live: Default::default(), cursor }
     }
 
     async fn session(stage: &Stage, table: &str) -> Client {
@@ -105,10 +107,22 @@ impl<'a> Readers<'a> {
         [self.of_socket().await, self.of_session().await, self.of_poll().await, self.of_stream().await]
     }
 
+    /// Waits until the live readers have the row: what comes after it does not change how it is told.
+    async fn live_readers_have(&mut self, id: i64) {
+        while !self.live[0].rows.contains(&id) {
+            let frame = self.socket.frame().await;
+            self.live[0].take(&frame);
+        }
+        while !self.live[1].rows.contains(&id) {
+            let event = self.stream.next().await.expect("the stream goes on");
+            self.live[1].rows.extend(event.data["record"]["id"].as_i64());
+        }
+    }
+
     async fn of_socket(&mut self) -> Told {
         let id = self.stage.database.value("insert into marker default values returning id").await;
         let id: i64 = id.parse().unwrap();
-        let mut told = Told::default();
+        let mut told = std::mem::take(&mut self.live[0]);
         loop {
             let frame = self.socket.frame().await;
             told.take(&frame);
@@ -151,7 +165,7 @@ impl<'a> Readers<'a> {
     }
 
     async fn of_stream(&mut self) -> Told {
-        let mut told = Told::default();
+        let mut told = std::mem::take(&mut self.live[1]);
         let next = async {
             while let Some(event) = self.stream.next().await {
                 match &*event.name {
@@ -173,8 +187,9 @@ impl<'a> Readers<'a> {
 async fn told_of(statements: &str) -> [Told; 4] {
     let stage = Stage::new(TABLES).await;
     let table = if statements.contains("parted") { "parted" } else { "t" };
-    let readers = Readers::new(&stage, table).await;
+    let mut readers = Readers::new(&stage, table).await;
     stage.run(&format!("insert into {table} values (1)")).await;
+    readers.live_readers_have(1).await;
     stage.run(statements).await;
     stage
         .run(&format!(
