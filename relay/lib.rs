@@ -112,18 +112,23 @@ pub mod model {
         pub mod paging;
         pub mod binding;
     }
-    /// Wire formats.
+    /// Wire protocols: what a protocol must do, then one file for each.
     pub mod codec {
         pub mod payload;
+        pub mod protocol;
         pub mod phoenix;
-        pub mod event;
+        pub mod change_event;
     }
-    /// One client's session as a state machine.
+    /// One client's session as a state machine of messages, whatever the wire protocol.
     pub mod session {
         pub mod limits;
         pub mod rate_limit;
         pub mod join;
+        pub mod message;
+        pub mod action;
+        pub mod channel;
         pub mod machine;
+        mod tokens;
     }
 }
 

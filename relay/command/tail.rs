@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 
 use crate::auth::verifier::{TokenError, mint};
 use crate::command::token::bearer;
-use crate::model::codec::event::{RESUMED, STALLED};
+use crate::model::codec::protocol::{RESUMED, STALLED};
 use crate::model::identity::claims::Claims;
 use crate::model::session::machine::UNAVAILABLE;
 use crate::model::subscription::error::SubscribeError;

@@ -15,10 +15,10 @@ use crate::feed::handle::Feed;
 use crate::feed::read::batch::Batch;
 use crate::feed::replay::reader::{ReplayError, ReplaySink};
 use crate::model::catalog::relation::Catalog;
-use crate::model::codec::event::Codec;
+use crate::model::codec::protocol::Codec;
 use crate::model::log::cursor::Cursor;
 use crate::model::row::change::Change;
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 use crate::model::subscription::binding::Subscription;
 
 /// Longest pause between two queries to the router.

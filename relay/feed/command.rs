@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use tokio::sync::oneshot;
 
+use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::read::batch::Batch;
 use crate::feed::read::recent::RecentBatches;
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 
 /// A command to a router.
 pub enum Command {
@@ -22,7 +22,7 @@ pub enum Command {
         /// Its subscription and outbox.
         subscriber: Subscriber,
         /// Frames that go out before any change.
-        greeting: Vec<Bytes>,
+        greeting: Vec<Frame>,
     },
     /// Start delivery to a channel after the subscriber's cursor, if the router can replay from there.
     Follow {
@@ -42,7 +42,7 @@ pub enum Command {
         /// Its client's outbox.
         outbox: Arc<Outbox>,
         /// Frames that go out after the last change.
-        farewell: Vec<Bytes>,
+        farewell: Vec<Frame>,
         /// Receives the channel's position.
         reply: Option<oneshot::Sender<Option<Cursor>>>,
     },
@@ -51,7 +51,7 @@ pub enum Command {
         /// The channels; empty for the feed's position alone.
         channels: Vec<ChannelId>,
         /// A frame to queue after everything before these positions, and its outbox.
-        trailing_frame: Option<(Arc<Outbox>, Bytes)>,
+        trailing_frame: Option<(Arc<Outbox>, Frame)>,
         /// Receives the positions; dropped when they are unknown.
         reply: oneshot::Sender<DeliveredUpTo>,
     },
@@ -83,7 +83,7 @@ impl DeliveredUpTo {
     pub fn answer(
         feed: Option<Cursor>,
         channels: Vec<(ChannelId, Cursor)>,
-        trailing_frame: Option<(Arc<Outbox>, Bytes)>,
+        trailing_frame: Option<(Arc<Outbox>, Frame)>,
         reply: oneshot::Sender<Self>,
     ) {
         if let Some((outbox, frame)) = trailing_frame {

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use crate::feed::command::{Command, DeliveredUpTo};
+use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::lanes::Lanes;
@@ -18,8 +18,8 @@ use crate::model::codec::payload::record;
 use crate::model::identity::bookmark::{BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
+use crate::model::session::channel::ChannelId;
 use crate::model::session::limits::RowLimit;
-use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request, Scope, Subscription};
 use crate::model::subscription::paging::{PageToken, Paging};
 use crate::postgres::connect::pool::Error;
@@ -77,12 +77,12 @@ impl Feed {
     }
 
     /// Starts delivery to a channel, or changes its subscription; `greeting` goes out first.
-    pub fn join(&self, channel: ChannelId, subscriber: Subscriber, greeting: Vec<Bytes>) {
+    pub fn join(&self, channel: ChannelId, subscriber: Subscriber, greeting: Vec<Frame>) {
         self.send(Command::Join { channel, subscriber, greeting });
     }
 
     /// Ends delivery to a channel; `farewell` goes out after everything delivered before.
-    pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Bytes>) {
+    pub fn leave(&self, channel: ChannelId, outbox: &Arc<Outbox>, farewell: Vec<Frame>) {
         self.send(Command::Leave { channel, outbox: Arc::clone(outbox), farewell, reply: None });
     }
 
@@ -91,7 +91,7 @@ impl Feed {
     pub async fn position(
         &self,
         channels: Vec<ChannelId>,
-        trailing_frame: Option<(Arc<Outbox>, Bytes)>,
+        trailing_frame: Option<(Arc<Outbox>, Frame)>,
     ) -> Option<DeliveredUpTo> {
         let mut lists = self.lanes.by_router(channels).into_iter().peekable();
         let mut trailing_frame = trailing_frame;

@@ -7,14 +7,13 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use crate::feed::authorize::filter_cost::FilterCosts;
 use crate::feed::command::Command;
 use crate::feed::deliver::group::TABLE_CHANGED;
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
 
@@ -65,7 +64,7 @@ impl Lanes {
                     let (outbox, farewell) = (Arc::clone(&subscriber.outbox), Vec::new());
                     let _ = self.main.send(Command::Leave { channel, outbox, farewell, reply: None });
                     // Changes between the two routers' positions are not delivered.
-                    greeting.push(Bytes::from(subscriber.codec.gap(TABLE_CHANGED, "")));
+                    greeting.push(subscriber.gap(TABLE_CHANGED));
                 }
                 self.sender(lane).send(Command::Join { channel, subscriber, greeting })
             }

@@ -5,7 +5,6 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -13,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::command::{Command, DeliveredUpTo, FollowOutcome};
+use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::{Subscriber, TABLE_CHANGED};
 use crate::feed::deliver::hub::Hub;
 use crate::feed::read::backlog::Backlog;
@@ -26,7 +26,7 @@ use crate::model::catalog::relation::Catalog;
 use crate::model::catalog::shape;
 use crate::model::log::cursor::{Cursor, Span};
 use crate::model::row::change::{Change, Operation, RelationId};
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 use crate::observe::Observe;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
@@ -222,9 +222,11 @@ impl Router {
                 self.early.push(command);
             }
             Command::Join { channel, subscriber, mut greeting } => {
-                let stalled = self.stalled && !self.hub.is_replayed(channel);
-                let stalled = stalled.then(|| subscriber.codec.stall(true)).flatten();
-                greeting.extend(stalled.map(Bytes::from));
+                if self.stalled && !self.hub.is_replayed(channel) {
+                    let stalled = subscriber.codec.encoding().stall(true);
+                    let budget = subscriber.outbox.budget();
+                    greeting.extend(stalled.map(|notice| Frame::notice(notice, budget)));
+                }
                 self.hub.join(channel, subscriber, greeting);
             }
             Command::Follow { channel, subscriber, checked, outcome } => {
@@ -296,7 +298,7 @@ impl Router {
         let at = match result {
             FollowOutcome::Live => at.ok(),
             FollowOutcome::Gap(why) => {
-                self.hub.for_each_group(replay, |group| group.send_gap(why, ""));
+                self.hub.for_each_group(replay, |group| group.send_gap(why, None));
                 None
             }
             _ => return result,
@@ -337,7 +339,7 @@ impl Router {
                 self.begin_replay(&all, &position, None);
             }
             // After a gap there is no position to replay from: these changes are part of a gap, too.
-            None => self.hub.live.iter().for_each(|(_, group)| group.send_gap(OVERFLOW, "")),
+            None => self.hub.live.iter().for_each(|(_, group)| group.send_gap(OVERFLOW, None)),
         }
         self.skip_to(end);
         // The skipped changes may have included schema changes.
@@ -394,7 +396,7 @@ impl Router {
             FeedItem::Skipped(end) => self.skip_to(end),
             FeedItem::Overflow(end) => self.replay_overflow(end).await,
             FeedItem::Gap(why) => {
-                self.hub.live.iter().for_each(|(_, group)| group.send_gap(&why, ""));
+                self.hub.live.iter().for_each(|(_, group)| group.send_gap(&why, None));
                 self.recent = RecentBatches::default();
                 self.position = None;
                 self.hub.set_position(None);

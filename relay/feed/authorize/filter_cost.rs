@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::model::policy::visibility::Identity;
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 use crate::model::subscription::binding::{Binding, Subscription};
 use crate::model::subscription::error::SubscribeError;
 

@@ -6,8 +6,8 @@ use std::sync::{Arc, Weak};
 
 use crate::feed::deliver::frame::{Frame, PayloadText, SharedPayload};
 use crate::feed::deliver::memory_budget::MemoryBudget;
-use crate::model::codec::event::{Codec, with_cursor};
-use crate::model::codec::payload::{View, data};
+use crate::model::codec::payload::{View, data, with_cursor};
+use crate::model::codec::protocol::Codec;
 use crate::model::log::cursor::{Cursor, Snapshot, Span};
 use crate::model::policy::visibility::EventKind;
 use crate::model::row::change::Change;
@@ -101,8 +101,8 @@ impl<'a> EncodeCache<'a> {
         }
         let payload = self.payload(key, change, view, budget, recent)?;
         let operation = view.meaning.operation().name();
-        let (head, tail) = codec.around(ids, operation, if view.exact { self.cursor(base) } else { "" });
-        let frame = Frame::around(head, payload, tail, budget);
+        let cursor = if view.exact { self.cursor(base) } else { "" };
+        let frame = Frame::change(codec.encoding().envelope(ids, operation, cursor), payload, budget);
         self.last = Some((codec, ids.to_vec(), key, frame.clone()));
         Ok(frame)
     }

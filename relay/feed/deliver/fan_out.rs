@@ -93,7 +93,7 @@ impl<'a> AuthorizedBatch<'a, '_> {
             widenings.any(|widening| widening.concerns(change) && group.is_before(widening))
         };
         let mut last_of_transaction = HashSet::new();
-        if group.key().codec.tells_cursor() {
+        if group.key().codec.encoding().includes_cursor() {
             last_of_transaction = last_changes(batch, catalog, group, candidates, |candidate| {
                 let change = &changes[candidate.change];
                 let relation = catalog.relation(change.relation);

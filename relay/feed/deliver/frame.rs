@@ -1,24 +1,32 @@
-//! A frame queued for clients, in pieces: the payload common to many channels is in memory once.
+//! A frame queued for clients. The object of a change, common to many channels, is in memory once.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
+use crate::model::codec::protocol::{Envelope, Notice};
 
 /// Bytes counted for a frame beside its text: reference counts, queue slot, allocator overhead.
 pub const FRAME_OVERHEAD: usize = 256;
 
-/// A text for one or many clients. Counted until the last clone is dropped.
+/// A message for one or many clients. Counted until the last clone is dropped.
 #[derive(Debug, Clone)]
-pub struct Frame(Arc<Pieces>);
+pub struct Frame(Arc<CountedContent>);
 
 #[derive(Debug)]
-struct Pieces {
-    head: Bytes,
-    payload: Option<SharedPayload>,
-    tail: &'static str,
+struct CountedContent {
+    content: Content,
     _held: Held,
+}
+
+/// What a frame is.
+#[derive(Debug)]
+pub enum Content {
+    /// The object of a change, and what is written with it.
+    Change(Envelope, SharedPayload),
+    /// A message that is not a change.
+    Notice(Notice),
+    /// A ping with this payload, which the client returns.
+    Ping([u8; 8]),
 }
 
 /// The part that many frames share. Counted until the last clone is dropped.
@@ -45,51 +53,66 @@ impl PayloadText {
 }
 
 impl Frame {
-    /// Creates a frame of one piece.
-    pub fn whole(text: impl Into<Bytes>, budget: &Arc<MemoryBudget>) -> Self {
-        Self::new(text.into(), None, "", budget)
+    /// Creates a frame of one text.
+    pub fn text(text: String, budget: &Arc<MemoryBudget>) -> Self {
+        Self::notice(Notice::Text(text), budget)
     }
 
-    /// Creates a frame of a payload with a head and a tail.
-    pub fn around(
-        head: String,
-        payload: SharedPayload,
-        tail: &'static str,
-        budget: &Arc<MemoryBudget>,
-    ) -> Self {
-        Self::new(head.into(), Some(payload), tail, budget)
+    /// Creates the frame of a notice.
+    pub fn notice(notice: Notice, budget: &Arc<MemoryBudget>) -> Self {
+        Self::new(Content::Notice(notice), budget)
     }
 
-    fn new(
-        head: Bytes,
-        payload: Option<SharedPayload>,
-        tail: &'static str,
-        budget: &Arc<MemoryBudget>,
-    ) -> Self {
-        let held = budget.hold(FRAME_OVERHEAD + head.len());
-        Self(Arc::new(Pieces { head, payload, tail, _held: held }))
+    /// Creates the frame of a change.
+    pub fn change(envelope: Envelope, object: SharedPayload, budget: &Arc<MemoryBudget>) -> Self {
+        Self::new(Content::Change(envelope, object), budget)
     }
 
-    /// Returns the piece before the payload; the whole text when there is no payload.
-    pub fn head(&self) -> &[u8] {
-        &self.0.head
+    /// Creates a ping.
+    pub fn ping(payload: [u8; 8], budget: &Arc<MemoryBudget>) -> Self {
+        Self::new(Content::Ping(payload), budget)
     }
 
-    /// Returns the shared payload.
-    pub fn payload(&self) -> Option<&SharedPayload> {
-        self.0.payload.as_ref()
+    fn new(content: Content, budget: &Arc<MemoryBudget>) -> Self {
+        let held = budget.hold(FRAME_OVERHEAD + content.own_len());
+        Self(Arc::new(CountedContent { content, _held: held }))
     }
 
-    /// Returns its pieces, in order.
+    /// Returns what it is.
+    pub fn content(&self) -> &Content {
+        &self.0.content
+    }
+
+    /// Returns the bytes to write, in pieces. For an [`Envelope::Cursor`] or a [`Notice::Gap`], which the transport writes by
+    /// itself, they are the object or the reason.
     pub fn pieces(&self) -> [&[u8]; 3] {
-        let payload = self.0.payload.as_ref().map_or(&[][..], |payload| payload.as_str().as_bytes());
-        [&self.0.head, payload, self.0.tail.as_bytes()]
+        let texts = match &self.0.content {
+            Content::Change(Envelope::Text { before, after }, object) => [before, object.as_str(), after],
+            Content::Change(Envelope::Cursor(_), object) => [object.as_str(), "", ""],
+            Content::Notice(Notice::Text(text) | Notice::Gap { reason: text, .. }) => [text, "", ""],
+            Content::Ping(payload) => return [payload, &[], &[]],
+        };
+        texts.map(str::as_bytes)
     }
 
-    /// Returns its size on the wire in bytes.
+    /// Returns the size of its pieces in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a frame is never empty")]
     pub fn len(&self) -> usize {
-        let payload = self.0.payload.as_ref().map_or(0, |payload| payload.as_str().len());
-        self.0.head.len() + payload + self.0.tail.len()
+        self.pieces().iter().map(|piece| piece.len()).sum()
+    }
+}
+
+impl Content {
+    /// Returns the number of bytes that no other frame shares.
+    fn own_len(&self) -> usize {
+        match self {
+            Self::Change(Envelope::Text { before, .. }, _) => before.len(),
+            Self::Change(Envelope::Cursor(cursor), _) => cursor.len(),
+            Self::Notice(Notice::Text(text)) => text.len(),
+            Self::Notice(Notice::Gap { reason, cursor }) => {
+                reason.len() + cursor.as_ref().map_or(0, String::len)
+            }
+            Self::Ping(payload) => payload.len(),
+        }
     }
 }

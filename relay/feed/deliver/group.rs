@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use crate::feed::authorize::gate::{Candidate, GroupReader, Verdict, Verdicts};
 use crate::feed::deliver::encode_cache::{EncodeCache, EncodeError, RecentPayloads};
 use crate::feed::deliver::frame::Frame;
@@ -11,12 +9,12 @@ use crate::feed::deliver::members::Members;
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::deliver::outbox::{Outbox, Unit};
 use crate::model::catalog::relation::{Access, Catalog, Relation, Widening};
-use crate::model::codec::event::Codec;
 use crate::model::codec::payload::View;
+use crate::model::codec::protocol::{Codec, Notice};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::{EventKind, event_kind};
 use crate::model::row::change::{Change, Operation, RelationId};
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 use crate::model::subscription::binding::{Binding, Events, Subscription};
 use crate::model::subscription::error::raising;
 
@@ -32,6 +30,13 @@ pub struct Subscriber {
     pub outbox: Arc<Outbox>,
     /// Why changes may be missing, to be sent when delivery continues.
     pub missed: Option<&'static str>,
+}
+
+impl Subscriber {
+    /// Returns the frame of a gap whose cursor is not known.
+    pub fn gap(&self, why: &str) -> Frame {
+        Frame::notice(self.codec.encoding().gap(why, None), self.outbox.budget())
+    }
 }
 
 /// What the channels of a group have in common, so that they get the same frames.
@@ -175,14 +180,14 @@ impl SubscriberGroup {
     /// missed.
     pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, feed_position: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
-            self.send_gap(TABLE_CHANGED, &self.reached(feed_position));
+            self.send_gap(TABLE_CHANGED, self.reached(feed_position).as_deref());
             self.members.set_missed(TABLE_CHANGED);
             self.members.for_each(|channel, outbox| outbox.rebind(channel));
         } else if before.is_some_and(|before| self.subscription.loses(before, catalog)) {
-            self.send_gap(TABLE_CHANGED, &self.reached(feed_position));
+            self.send_gap(TABLE_CHANGED, self.reached(feed_position).as_deref());
         }
         for lack in self.subscription.lacks(before, catalog) {
-            self.send_gap(&lack, &self.reached(feed_position));
+            self.send_gap(&lack, self.reached(feed_position).as_deref());
         }
         if self.subscription.may_be_lifted(catalog) {
             self.members.set_missed(TABLE_CHANGED);
@@ -195,8 +200,8 @@ impl SubscriberGroup {
         self.members.position().is_some_and(|position| position.is_at_or_after(cursor))
     }
 
-    fn reached(&self, feed_position: Option<&Cursor>) -> String {
-        feed_position.map_or_else(String::new, |feed_position| self.position(feed_position).to_string())
+    fn reached(&self, feed_position: Option<&Cursor>) -> Option<String> {
+        feed_position.map(|feed_position| self.position(feed_position).to_string())
     }
 
     /// Returns whether its position is before a widening of its role's rights.
@@ -244,7 +249,7 @@ impl SubscriberGroup {
                 Disposition::Truncated => {
                     let (schema, table) = (&relation.schema, &relation.table);
                     let why = format!("{schema}.{table} was truncated, read its rows again");
-                    return buffer.frames.extend(self.gap(&why, cache.cursor(base)));
+                    return buffer.frames.extend(self.gap(&why, Some(cache.cursor(base))));
                 }
                 Disposition::Lost(why) => return self.add_gap(relation, why, cache.cursor(base), buffer),
                 Disposition::Wanted(access) => access,
@@ -253,7 +258,7 @@ impl SubscriberGroup {
             buffer.budget = self.members.budget();
         }
         let role = self.subscription.identity().claims().role();
-        let exact = self.key.codec.tells_cursor();
+        let exact = self.key.codec.encoding().includes_cursor();
         let mut messages =
             buffer.wanted.chunk_by(|one, other| message_key(one) == message_key(other)).peekable();
         while let Some(bindings) = messages.next() {
@@ -345,14 +350,15 @@ impl SubscriberGroup {
         if !buffer.lost.contains(&relation.id()) {
             buffer.lost.push(relation.id());
             let why = format!("{}.{}: {why}, read its rows again", relation.schema, relation.table);
-            buffer.frames.extend(self.gap(&why, cursor));
+            buffer.frames.extend(self.gap(&why, Some(cursor)));
         }
     }
 
-    /// Sends a gap before this cursor to all channels.
-    pub fn send_gap(&self, why: &str, cursor: &str) {
-        let gap = Bytes::from(self.key.codec.gap(why, cursor));
-        self.members.for_each(|_, outbox| outbox.push(gap.clone()));
+    /// Sends a gap before this cursor, if it is known, to all channels.
+    pub fn send_gap(&self, why: &str, cursor: Option<&str>) {
+        if let Some(gap) = self.gap(why, cursor) {
+            self.members.for_each(|_, outbox| outbox.push(gap.clone()));
+        }
     }
 
     /// Reports once per channel that the relation's policy raises an error for its claims, so that nothing is shown.
@@ -363,19 +369,26 @@ impl SubscriberGroup {
                 relation.name = table,
                 "policy raises an error for a reader's claims, nothing is shown"
             );
-            outbox.push(self.key.codec.gap(&raising(schema, table), ""));
+            let gap = self.key.codec.encoding().gap(&raising(schema, table), None);
+            outbox.push(Frame::notice(gap, outbox.budget()));
         });
     }
 
     /// Reports to all channels that the feed stalls or continues.
     pub fn send_stall(&self, stalls: bool) {
-        if let Some(frame) = self.key.codec.stall(stalls).map(Bytes::from) {
+        let notice = self.key.codec.encoding().stall(stalls);
+        if let Some(frame) = notice.and_then(|notice| self.frame(notice)) {
             self.members.for_each(|_, outbox| outbox.push(frame.clone()));
         }
     }
 
-    fn gap(&self, why: &str, cursor: &str) -> Option<Frame> {
-        Some(Frame::whole(self.key.codec.gap(why, cursor), &self.members.budget()?))
+    fn gap(&self, why: &str, cursor: Option<&str>) -> Option<Frame> {
+        self.frame(self.key.codec.encoding().gap(why, cursor))
+    }
+
+    /// Returns the frame of a notice; `None` without channels.
+    fn frame(&self, notice: Notice) -> Option<Frame> {
+        Some(Frame::notice(notice, &self.members.budget()?))
     }
 }
 

@@ -4,17 +4,17 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes;
 use slab::Slab;
 
 use crate::feed::authorize::subscriber_index::GroupId;
+use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::{GroupKey, Subscriber, SubscriberGroup};
 use crate::feed::deliver::groups::SubscriberGroups;
 use crate::feed::deliver::outbox::Outbox;
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;
 use crate::model::row::change::RelationId;
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 
 /// The channels, groups and replays of a router.
 #[derive(Default)]
@@ -71,7 +71,7 @@ pub struct Replayed {
 impl Hub {
     /// Starts delivery to a channel, replacing its last subscription; the greeting goes out first. A channel in a
     /// replay stays there with its new subscription.
-    pub fn join(&mut self, channel: ChannelId, subscriber: Subscriber, greeting: Vec<Bytes>) {
+    pub fn join(&mut self, channel: ChannelId, subscriber: Subscriber, greeting: Vec<Frame>) {
         let state = self.channels.get(&channel).copied();
         let missed = state.and_then(|state| self.group(state).members().missed());
         let replay = match state {
@@ -88,7 +88,7 @@ impl Hub {
             subscriber.outbox.push(frame);
         }
         if let Some(why) = missed {
-            subscriber.outbox.push(subscriber.codec.gap(why, ""));
+            subscriber.outbox.push(subscriber.gap(why));
         }
         match (replay.as_ref(), newcomers.as_mut(), at) {
             (Some((number, _)), Some(newcomers), Some(at)) => {
@@ -110,7 +110,7 @@ impl Hub {
         &mut self,
         channel: ChannelId,
         outbox: &Outbox,
-        farewell: Vec<Bytes>,
+        farewell: Vec<Frame>,
         feed_position: Option<&Cursor>,
     ) -> Option<Cursor> {
         let live = feed_position.map(|feed_position| self.position(channel, feed_position));

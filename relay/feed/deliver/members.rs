@@ -9,7 +9,7 @@ use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::deliver::outbox::{Outbox, Unit};
 use crate::model::log::cursor::Cursor;
 use crate::model::row::change::RelationId;
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 
 /// Channels that get the same frames.
 pub struct Members {

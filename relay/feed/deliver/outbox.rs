@@ -7,11 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Registration, WaitingBytes};
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 
 /// A client with this many bytes waiting …
 const SLOW_BYTES: usize = 64 * 1024;
@@ -125,8 +123,7 @@ impl Outbox {
     }
 
     /// Adds a single frame. It is accepted whatever its size, or it could never be delivered.
-    pub fn push(&self, frame: impl Into<Bytes>) {
-        let frame = Frame::whole(frame, &self.budget);
+    pub fn push(&self, frame: Frame) {
         let has_room = frame.len() <= SMALL_REPLY || self.budget.make_room(0);
         self.add(has_room, [frame], None);
     }
@@ -145,7 +142,7 @@ impl Outbox {
         if !has_room {
             return false;
         }
-        let frame = Frame::whole(text, &self.budget);
+        let frame = Frame::text(text, &self.budget);
         let mut queue = self.lock();
         if !queue.full {
             queue.add(frame);
@@ -375,6 +372,7 @@ mod tests {
 
     use super::*;
     use crate::feed::deliver::frame::{FRAME_OVERHEAD, PayloadText};
+    use crate::model::codec::protocol::Envelope;
     use crate::observe::Observe;
 
     fn budget(limit: usize) -> (Arc<MemoryBudget>, Arc<Observe>) {
@@ -386,8 +384,12 @@ mod tests {
         Outbox::new(limit, budget(usize::MAX).0)
     }
 
-    fn frame(bytes: usize) -> Bytes {
-        Bytes::from(vec![b'x'; bytes])
+    fn frame(bytes: usize, outbox: &Outbox) -> Frame {
+        Frame::text("x".repeat(bytes), outbox.budget())
+    }
+
+    fn push(outbox: &Outbox, bytes: usize) {
+        outbox.push(frame(bytes, outbox));
     }
 
     async fn take(outbox: &Outbox) -> (Taken, usize) {
@@ -398,9 +400,9 @@ mod tests {
     #[tokio::test]
     async fn a_full_outbox_drops_its_frames() {
         let outbox = outbox(10);
-        outbox.push(frame(6));
-        outbox.push(frame(6));
-        outbox.push(frame(1));
+        push(&outbox, 6);
+        push(&outbox, 6);
+        push(&outbox, 1);
         assert_eq!(take(&outbox).await, (Taken::Full, 0));
         outbox.overflowed().await;
     }
@@ -408,8 +410,8 @@ mod tests {
     #[tokio::test]
     async fn a_unit_fits_whatever_its_size() {
         let outbox = outbox(10);
-        let whole = |bytes| Frame::whole(frame(bytes), outbox.budget());
-        outbox.push(frame(6));
+        let whole = |bytes| frame(bytes, &outbox);
+        push(&outbox, 6);
         let unit = Unit::next();
         for _ in 0..3 {
             outbox.deliver(unit, [whole(100), whole(100)], true);
@@ -423,7 +425,7 @@ mod tests {
     #[test]
     fn replayed_frames_do_not_count_against_the_limit() {
         let outbox = outbox(1000);
-        let whole = |bytes| Frame::whole(frame(bytes), outbox.budget());
+        let whole = |bytes| frame(bytes, &outbox);
         outbox.deliver(Unit::REPLAY, [whole(5000)], true);
         outbox.deliver(Unit::next(), [whole(900)], true);
         outbox.deliver(Unit::REPLAY, [whole(5000)], true);
@@ -436,12 +438,12 @@ mod tests {
     #[test]
     fn a_few_replies_behind_a_large_change_close_no_client_and_many_do() {
         let outbox = outbox(1000);
-        outbox.deliver(Unit::next(), [Frame::whole(frame(5000), outbox.budget())], true);
-        outbox.push(frame(100));
-        outbox.push(frame(100));
+        outbox.deliver(Unit::next(), [frame(5000, &outbox)], true);
+        push(&outbox, 100);
+        push(&outbox, 100);
         assert!(!outbox.is_full());
-        outbox.push(frame(100));
-        outbox.push(frame(100));
+        push(&outbox, 100);
+        push(&outbox, 100);
         assert!(outbox.is_full());
     }
 
@@ -452,9 +454,9 @@ mod tests {
         let watching = tokio::spawn(async move { watched.overflowed().await });
         tokio::task::yield_now().await;
         assert_eq!(outbox.take().now_or_never(), None);
-        outbox.push(frame(6));
-        outbox.push(frame(6));
-        outbox.push(frame(6));
+        push(&outbox, 6);
+        push(&outbox, 6);
+        push(&outbox, 6);
         watching.await.unwrap();
     }
 
@@ -463,11 +465,11 @@ mod tests {
         let (budget, observe) = budget(10_000 + 4 * FRAME_OVERHEAD);
         let outboxes: Vec<Outbox> = (0..4).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
         let [slow, small, idle, _] = &outboxes[..] else { panic!("there are four") };
-        small.push(frame(1000));
-        slow.push(frame(3000));
-        slow.push(frame(6000));
+        push(small, 1000);
+        push(slow, 3000);
+        push(slow, 6000);
         assert!(!slow.is_full(), "it was not too much before");
-        idle.push(frame(5000));
+        push(idle, 5000);
         assert!(slow.is_full() && !idle.is_full() && !small.is_full());
         assert_eq!(observe.waiting_bytes(), 6000 + 2 * FRAME_OVERHEAD);
         drop(outboxes);
@@ -478,10 +480,10 @@ mod tests {
     async fn eviction_frees_frames_that_are_being_written() {
         let (budget, observe) = budget(10_000);
         let (stuck, other) = (Outbox::new(100_000, Arc::clone(&budget)), Outbox::new(100_000, budget));
-        stuck.push(frame(6000));
+        push(&stuck, 6000);
         stuck.take().await;
         stuck.is_stuck_with(6000);
-        other.push(frame(5000));
+        push(&other, 5000);
         assert!(stuck.is_full() && !other.is_full());
         assert!(stuck.hand().is_evicted && stuck.hand().frames.is_empty());
         assert_eq!(observe.waiting_bytes(), 5000 + FRAME_OVERHEAD);
@@ -492,9 +494,9 @@ mod tests {
         let (budget, observe) = budget(10_000);
         let outboxes: Vec<Outbox> = (0..10).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
         for outbox in &outboxes[1..] {
-            outbox.push(frame(700));
+            push(outbox, 700);
         }
-        let whole = |bytes| Frame::whole(frame(bytes), outboxes[0].budget());
+        let whole = |bytes| frame(bytes, &outboxes[0]);
         outboxes[0].deliver(Unit::next(), [whole(9000)], outboxes[0].budget().make_room(0));
         assert!(outboxes[0].is_full());
         assert!(outboxes[1..].iter().all(|outbox| !outbox.is_full()));
@@ -531,7 +533,10 @@ mod tests {
         let (budget, observe) = budget(usize::MAX);
         let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, Arc::clone(&budget)));
         let payload = PayloadText::new("x".repeat(7), &budget);
-        let around = |head: &str| Frame::around(head.to_owned(), Arc::clone(&payload), "", &budget);
+        let around = |head: &str| {
+            let envelope = Envelope::Text { before: head.to_owned(), after: "" };
+            Frame::change(envelope, Arc::clone(&payload), &budget)
+        };
         one.deliver(Unit::next(), [around("a")], true);
         other.deliver(Unit::next(), [around("b")], true);
         drop(payload);

@@ -81,6 +81,18 @@ pub fn data(change: &Change, view: View<'_>, max_bytes: usize) -> Option<String>
     smaller
 }
 
+/// Adds the cursor to the object of a change, as the last field.
+pub fn with_cursor(mut data: String, cursor: &str) -> String {
+    if data.ends_with('}') {
+        data.pop();
+    }
+    data.reserve_exact(cursor.len() + 14);
+    data.push_str(r#","cursor":""#);
+    data.push_str(cursor);
+    data.push_str("\"}");
+    data
+}
+
 fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
     let operation = view.meaning.operation();
     let mut text = String::with_capacity(256 + change.after.as_ref().map_or(0, String::len));
@@ -313,6 +325,12 @@ mod tests {
         let long_key = format!(r#"{{"id":"{}","owner":"a","title":"b"}}"#, "k".repeat(2000));
         assert_eq!(sent(EventKind::Update, &long_key, &long_key, 1000), (true, Some(2), Some(2), false));
         assert_eq!(sent(EventKind::Leave, &long_key, &long_key, 1000), (true, None, Some(0), false));
+    }
+
+    #[test]
+    fn the_cursor_is_the_last_field() {
+        let data = with_cursor(String::from(r#"{"a":"x\ny"}"#), "AQ");
+        assert_eq!(data, r#"{"a":"x\ny","cursor":"AQ"}"#);
     }
 
     #[test]

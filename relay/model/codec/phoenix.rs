@@ -1,12 +1,22 @@
-//! The Phoenix wire format, versions 1.0.0 and 2.0.0: decodes frames to messages and encodes frames.
+//! The Phoenix wire format, versions 1.0.0 and 2.0.0: the shape of a client's frames. What they mean to a session is in `incoming`,
+//! what a session writes in `outgoing`, and what its subscriptions write in [`changes`].
+
+pub mod changes;
+mod incoming;
+mod outgoing;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fmt::{self, Write};
+use std::fmt;
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
+
+use crate::model::codec::phoenix::changes::ChannelChanges;
+use crate::model::codec::protocol::{ChannelFormat, Codec, FrameError, SocketProtocol};
+use crate::model::session::join::MAX_JOIN_BYTES;
+use crate::model::session::message::{Incoming, Outgoing};
 
 /// The kind of the only binary frame that a client may send: a user broadcast.
 const USER_BROADCAST_PUSH: u8 = 3;
@@ -59,35 +69,6 @@ pub struct OpaqueBroadcast {
     pub payload: Vec<u8>,
 }
 
-/// The status of a reply.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Success.
-    Ok,
-    /// Refusal.
-    Error,
-}
-
-/// Why a frame is not a message. The socket stays open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum FrameError {
-    /// Not JSON, or nested too deeply.
-    #[error("the frame is not JSON")]
-    NotJson,
-    /// JSON without the shape of a message of this version.
-    #[error("the frame does not have the shape of a message")]
-    WrongShape,
-    /// A binary frame that is truncated or has text that is not UTF-8.
-    #[error("the binary frame is malformed")]
-    MalformedBinary,
-    /// A binary frame above the size limit.
-    #[error("the binary frame is too large")]
-    TooLarge,
-    /// A binary frame of a kind that clients of this version do not send.
-    #[error("the kind of binary frame is not supported")]
-    UnknownKind,
-}
-
 impl Version {
     /// Returns the version named by `vsn`, by default 1.0.0. `None` if it is not supported.
     pub fn from_vsn(vsn: Option<&str>) -> Option<Self> {
@@ -97,14 +78,45 @@ impl Version {
             Some(_) => None,
         }
     }
+
+    /// Returns the protocol of the version's sockets.
+    pub fn protocol(self) -> &'static dyn SocketProtocol {
+        match self {
+            Self::V1 => &Self::V1,
+            Self::V2 => &Self::V2,
+        }
+    }
 }
 
-impl Status {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Error => "error",
+impl SocketProtocol for Version {
+    fn decode_text(&self, text: &str) -> Result<Incoming, FrameError> {
+        if text.len() <= MAX_JOIN_BYTES {
+            return decode_text(*self, text).map(incoming::message);
         }
+        let (message, is_cut) = decode_large(*self, text, MAX_JOIN_BYTES)?;
+        Ok(if is_cut { incoming::cut_message(message) } else { incoming::message(message) })
+    }
+
+    fn decode_binary(&self, frame: &[u8]) -> Result<Option<Incoming>, FrameError> {
+        if frame.len() > MAX_JOIN_BYTES {
+            return Err(FrameError::TooLarge);
+        }
+        match decode_binary(*self, frame)? {
+            Binary::Message(message) => Ok(Some(incoming::message(message))),
+            Binary::Opaque(_) => Ok(None),
+        }
+    }
+
+    fn encode(&self, message: &Outgoing) -> String {
+        outgoing::encode(*self, message)
+    }
+
+    fn unreadable(&self, error: FrameError) -> String {
+        outgoing::unreadable(*self, error)
+    }
+
+    fn codec(&self, format: ChannelFormat) -> Codec {
+        Codec::Phoenix(ChannelChanges { version: *self, format })
     }
 }
 
@@ -268,98 +280,11 @@ fn reference_or_null(text: &str) -> Value {
     if text.is_empty() { Value::Null } else { Value::from(text) }
 }
 
-/// Encodes the reply to a message.
-pub fn reply(version: Version, to: &Message, status: Status, response: &impl fmt::Display) -> String {
-    let payload = format!(r#"{{"status":"{}","response":{response}}}"#, status.as_str());
-    frame(version, &to.join_ref, &to.ref_, &to.topic, "phx_reply", &payload)
-}
-
-/// Encodes a push to the client of one channel. `join_ref` is the channel's; `payload` is JSON.
-pub fn push(version: Version, join_ref: &Value, topic: &str, event: &str, payload: &str) -> String {
-    frame(version, join_ref, &Value::Null, topic, event, payload)
-}
-
-/// Encodes a push that is the same for every member of a topic. `payload` is JSON.
-pub fn fan_out(version: Version, topic: &str, event: &str, payload: &str) -> String {
-    frame(version, &Value::Null, &Value::Null, topic, event, payload)
-}
-
-/// Encodes the end of a channel. The client does not join again by itself.
-pub fn close(version: Version, join_ref: &Value, topic: &str) -> String {
-    frame(version, join_ref, join_ref, topic, "phx_close", "{}")
-}
-
-/// Encodes the failure of a channel. The client joins again by itself.
-pub fn error(version: Version, join_ref: &Value, topic: &str) -> String {
-    frame(version, join_ref, join_ref, topic, "phx_error", "{}")
-}
-
-/// Returns the payload of a `system` message as JSON. Clients require all four fields.
-pub fn system(topic: &str, extension: &str, status: &str, message: &str) -> String {
-    let channel = topic.strip_prefix("realtime:").unwrap_or(topic);
-    json!({"channel": channel, "extension": extension, "message": message, "status": status}).to_string()
-}
-
-/// Returns the text before and after the `data` of a change, for the subscriptions `ids` of a channel. All channels share the
-/// same `data`.
-pub fn around_changes(version: Version, topic: &str, ids: &[u32]) -> (String, &'static str) {
-    let (before, event, payload, after) = match version {
-        Version::V1 => {
-            (r#"{"topic":"#, r#","event":"postgres_changes""#, r#","payload":"#, r#"},"ref":null}"#)
-        }
-        Version::V2 => ("[null,null,", r#","postgres_changes""#, ",", "}]"),
-    };
-    let mut head = String::with_capacity(topic.len() + 12 * ids.len() + 80);
-    for part in [before, &quoted(topic), event, payload, r#"{"ids":["#] {
-        head.push_str(part);
-    }
-    for (n, id) in ids.iter().enumerate() {
-        let comma = if n == 0 { "" } else { "," };
-        write!(head, "{comma}{id}").expect("a String takes whatever is written");
-    }
-    head.push_str(r#"],"data":"#);
-    (head, after)
-}
-
-/// Returns the text before and after a change that is sent as an event named after its operation, with the change as payload.
-pub fn around_event(version: Version, topic: &str, operation: &str) -> (String, &'static str) {
-    let (topic, operation) = (quoted(topic), quoted(operation));
-    match version {
-        Version::V1 => (format!(r#"{{"topic":{topic},"event":{operation},"payload":"#), r#","ref":null}"#),
-        Version::V2 => (format!("[null,null,{topic},{operation},"), "]"),
-    }
-}
-
-fn frame(
-    version: Version,
-    join_ref: &Value,
-    ref_: &Value,
-    topic: &str,
-    event: &str,
-    payload: &str,
-) -> String {
-    let (topic, event) = (quoted(topic), quoted(event));
-    match version {
-        // Clients of this version drop a frame without `ref`, and none of them uses `join_ref`.
-        Version::V1 => format!(r#"{{"topic":{topic},"event":{event},"payload":{payload},"ref":{ref_}}}"#),
-        Version::V2 => format!("[{join_ref},{ref_},{topic},{event},{payload}]"),
-    }
-}
-
-fn quoted(text: &str) -> String {
-    serde_json::to_string(text).expect("a string always has a JSON form")
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn changes_frame(version: Version, topic: &str, ids: &[u32], data: &str) -> String {
-        let (head, tail) = around_changes(version, topic, ids);
-        format!("{head}{data}{tail}")
-    }
 
     fn message(join_ref: Value, ref_: Value, topic: &str, event: &str, payload: Value) -> Message {
         Message { join_ref, ref_, topic: topic.to_owned(), event: event.to_owned(), payload }
@@ -499,56 +424,6 @@ mod tests {
         assert_eq!(decode_binary(Version::V2, &frame), Err(FrameError::NotJson));
     }
 
-    fn check_frames(encode: impl Fn(Version) -> String, v1: &str, v2: &str) {
-        assert_eq!(encode(Version::V1), v1);
-        assert_eq!(encode(Version::V2), v2);
-    }
-
-    #[test]
-    fn frames_are_encoded() {
-        let join = message(json!("1"), json!(2), "realtime:a\"b", "phx_join", json!({}));
-        check_frames(
-            |version| reply(version, &join, Status::Ok, &json!({"postgres_changes": []})),
-            r#"{"topic":"realtime:a\"b","event":"phx_reply","payload":{"status":"ok","response":{"postgres_changes":[]}},"ref":2}"#,
-            r#"["1",2,"realtime:a\"b","phx_reply",{"status":"ok","response":{"postgres_changes":[]}}]"#,
-        );
-        let heartbeat = message(Value::Null, Value::Null, "phoenix", "heartbeat", json!({}));
-        check_frames(
-            |version| reply(version, &heartbeat, Status::Error, &json!({"reason": "unmatched topic"})),
-            r#"{"topic":"phoenix","event":"phx_reply","payload":{"status":"error","response":{"reason":"unmatched topic"}},"ref":null}"#,
-            r#"[null,null,"phoenix","phx_reply",{"status":"error","response":{"reason":"unmatched topic"}}]"#,
-        );
-        check_frames(
-            |version| push(version, &json!("1"), "t", "system", r#"{"status":"ok"}"#),
-            r#"{"topic":"t","event":"system","payload":{"status":"ok"},"ref":null}"#,
-            r#"["1",null,"t","system",{"status":"ok"}]"#,
-        );
-        check_frames(
-            |version| fan_out(version, "t", "broadcast", "{}"),
-            r#"{"topic":"t","event":"broadcast","payload":{},"ref":null}"#,
-            r#"[null,null,"t","broadcast",{}]"#,
-        );
-        check_frames(
-            |version| close(version, &json!("1"), "t"),
-            r#"{"topic":"t","event":"phx_close","payload":{},"ref":"1"}"#,
-            r#"["1","1","t","phx_close",{}]"#,
-        );
-        check_frames(
-            |version| error(version, &json!("1"), "t"),
-            r#"{"topic":"t","event":"phx_error","payload":{},"ref":"1"}"#,
-            r#"["1","1","t","phx_error",{}]"#,
-        );
-    }
-
-    #[test]
-    fn a_change_is_encoded_for_its_subscriptions() {
-        check_frames(
-            |version| changes_frame(version, "realtime:t", &[7, 4_294_967_295], r#"{"type":"DELETE"}"#),
-            r#"{"topic":"realtime:t","event":"postgres_changes","payload":{"ids":[7,4294967295],"data":{"type":"DELETE"}},"ref":null}"#,
-            r#"[null,null,"realtime:t","postgres_changes",{"ids":[7,4294967295],"data":{"type":"DELETE"}}]"#,
-        );
-    }
-
     proptest! {
         #[test]
         fn no_frame_panics(text in "\\PC*", bytes in proptest::collection::vec(any::<u8>(), 0..60)) {
@@ -556,20 +431,6 @@ mod tests {
                 let _ = decode_text(version, &text);
                 let _ = decode_binary(version, &bytes);
                 let _ = decode_binary(version, &[&[USER_BROADCAST_PUSH], bytes.as_slice()].concat());
-            }
-        }
-
-        #[test]
-        fn encoded_frames_are_decoded(topic in "\\PC*", event in ".*", join_ref in ".*", ids in any::<[u32; 3]>()) {
-            let join_ref = Value::from(join_ref);
-            let data = json!({"text": topic}).to_string();
-            for version in [Version::V1, Version::V2] {
-                let found = decode_text(version, &push(version, &join_ref, &topic, &event, &data)).unwrap();
-                let kept = if version == Version::V2 { join_ref.clone() } else { Value::Null };
-                prop_assert_eq!(found, message(kept, Value::Null, &topic, &event, json!({"text": topic})));
-                let found = decode_text(version, &changes_frame(version, &topic, &ids, &data)).unwrap();
-                let payload = json!({"ids": ids, "data": {"text": topic}});
-                prop_assert_eq!(found, message(Value::Null, Value::Null, &topic, "postgres_changes", payload));
             }
         }
 

@@ -16,17 +16,17 @@ use tokio_util::sync::CancellationToken;
 use crate::auth::verifier::TokenError;
 use crate::auth::verifier::now;
 use crate::feed::catch_up::{CatchUp, Progress};
-use crate::feed::deliver::frame::Frame;
+use crate::feed::deliver::frame::{Content, Frame};
 use crate::feed::deliver::outbox::{Outbox, Taken};
 use crate::feed::handle::RowsPage;
 use crate::feed::replay::reader::ReplayError;
 use crate::feed::subscribe::BindError;
 use crate::feed::subscribe::RequestError;
-use crate::model::codec::event::{ChangeEvent, Codec};
+use crate::model::codec::protocol::{Codec, Envelope, Notice};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
+use crate::model::session::channel::ChannelId;
 use crate::model::session::limits::{ExceededLimit, RowLimit};
-use crate::model::session::machine::ChannelId;
 use crate::model::subscription::binding::{Request as Wanted, Scope, Subscription, Target};
 use crate::model::subscription::error::{SubscribeError, is_raising, raising_on_read};
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
@@ -266,7 +266,7 @@ async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> Answer
                     return no_room();
                 }
                 let head = format!(r#"{{"cursor":"{}","rows":["#, found.cursor);
-                outbox.hand().frames.push_front(Frame::whole(head, &app.budget));
+                outbox.hand().frames.push_front(Frame::text(head, &app.budget));
                 answer(outbox, watched)
             }
         },
@@ -333,7 +333,7 @@ async fn poll(app: &App, call: ChangesRequest, watched: WatchedOutbox, closed: C
         app.feed.clone(),
         channel,
         subscription,
-        Codec::ChangeEvent,
+        Codec::ChangeEvents,
         since.clone(),
         Arc::clone(&outbox),
     );
@@ -417,7 +417,7 @@ async fn has_more(app: &App, catch_up: CatchUp, cursor: &Cursor) -> bool {
     drop(catch_up);
     let feed = app.feed.clone();
     let ahead = Arc::clone(&outbox);
-    let mut ahead = CatchUp::new(feed, channel, subscription, Codec::ChangeEvent, cursor.clone(), ahead);
+    let mut ahead = CatchUp::new(feed, channel, subscription, Codec::ChangeEvents, cursor.clone(), ahead);
     let has_more = timeout(MORE_TIMEOUT, async {
         loop {
             match ahead.go_on().await {
@@ -452,43 +452,37 @@ fn no_changes(cursor: &str, more: bool) -> Answer {
 fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: WatchedOutbox) -> Answer {
     // A separate outbox: later deliveries to the other one must not evict the answer.
     let answering = Arc::new(Outbox::of(outbox.owner(), usize::MAX, Arc::clone(outbox.budget())));
-    let mut pieces = std::mem::take(&mut outbox.hand().frames);
-    let (mut last, mut is_cut) = (String::new(), false);
-    let mut count = 0;
-    for piece in &pieces {
-        let head = std::str::from_utf8(piece.head()).unwrap_or_default();
-        match ChangeEvent::parse(head, "") {
-            Some((cursor, ChangeEvent::Change(_))) => {
-                last.clear();
-                last.push_str(cursor);
-                count += 1;
-            }
+    let frames = std::mem::take(&mut outbox.hand().frames);
+    let mut found = Vec::with_capacity(frames.len());
+    let mut is_cut = false;
+    for frame in &frames {
+        match frame.content() {
+            Content::Change(Envelope::Cursor(cursor), object) => found.push((cursor, object)),
             // Changes before a gap are returned first; the next request meets the gap.
-            Some((_, ChangeEvent::Gap(why))) if count == 0 && is_raising(why) => {
-                return error(StatusCode::FORBIDDEN, why);
+            Content::Notice(Notice::Gap { reason, .. }) if found.is_empty() && is_raising(reason) => {
+                return error(StatusCode::FORBIDDEN, reason);
             }
-            Some((_, ChangeEvent::Gap(why))) if count == 0 => return gap(why),
+            Content::Notice(Notice::Gap { reason, .. }) if found.is_empty() => return gap(reason),
             _ => {
                 is_cut = true;
                 break;
             }
         }
     }
-    pieces.truncate(count);
-    let cursor = cursor.filter(|_| !is_cut).unwrap_or(&last);
     let more = more || is_cut;
-    if pieces.is_empty() {
+    let last = found.last().map_or("", |(cursor, _)| cursor.as_str());
+    let cursor = cursor.filter(|_| !is_cut).unwrap_or(last);
+    if found.is_empty() {
         return no_changes(cursor, more);
     }
-    let mut head = format!(r#"{{"cursor":"{cursor}","changes":["#);
+    let mut before = format!(r#"{{"cursor":"{cursor}","changes":["#);
     let mut hand = answering.hand();
-    while let Some(piece) = pieces.pop_front() {
-        let Some(payload) = piece.payload() else { continue };
-        let tail = if pieces.is_empty() { "]" } else { "," };
-        let head = std::mem::take(&mut head);
-        hand.frames.push_back(Frame::around(head, Arc::clone(payload), tail, outbox.budget()));
+    for (n, (_, object)) in found.iter().enumerate() {
+        let after = if n + 1 == found.len() { "]" } else { "," };
+        let envelope = Envelope::Text { before: std::mem::take(&mut before), after };
+        hand.frames.push_back(Frame::change(envelope, Arc::clone(object), outbox.budget()));
     }
-    hand.frames.push_back(Frame::whole(format!(r#","more":{more}}}"#), outbox.budget()));
+    hand.frames.push_back(Frame::text(format!(r#","more":{more}}}"#), outbox.budget()));
     drop(hand);
     answer(answering, watched)
 }
@@ -515,7 +509,7 @@ async fn follow(
         app.feed.clone(),
         channel,
         subscription,
-        Codec::ChangeEvent,
+        Codec::ChangeEvents,
         since.clone(),
         Arc::clone(&outbox),
     );

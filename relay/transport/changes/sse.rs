@@ -15,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::verifier::now;
 use crate::feed::catch_up::{CatchUp, Progress};
+use crate::feed::deliver::frame::Content;
 use crate::feed::deliver::outbox::Taken;
 use crate::feed::read::stall::Stalls;
 use crate::feed::replay::reader::ReplayError;
-use crate::model::codec::event::{ChangeEvent, RESUMED, STALLED};
+use crate::model::codec::protocol::{Envelope, Notice, RESUMED, STALLED};
 use crate::model::log::cursor::Cursor;
 use crate::transport::app::App;
 use crate::transport::held_answer::WatchedOutbox;
@@ -190,10 +191,9 @@ impl EventStream {
         while text.len() < MAX_CHUNK
             && let Some(first) = hand.frames.front()
         {
-            let head = std::str::from_utf8(first.head()).unwrap_or_default();
-            let payload = first.payload().map_or("", |payload| payload.as_str());
-            match ChangeEvent::parse(head, payload) {
-                Some((cursor, ChangeEvent::Change(change))) => {
+            match first.content() {
+                Content::Change(Envelope::Cursor(cursor), object) => {
+                    let change = object.as_str();
                     if self.written == 0 {
                         let _ = write!(text, "event: change\nid: {cursor}\ndata: ");
                     }
@@ -208,16 +208,12 @@ impl EventStream {
                     self.written = 0;
                     text.push_str("\n\n");
                 }
-                Some((cursor, ChangeEvent::Gap(why))) => {
+                Content::Notice(Notice::Gap { reason, cursor }) => {
                     // A gap without a cursor means another changelog history: the stream cannot continue.
-                    self.is_closed |= cursor.is_empty();
-                    let why = serde_json::json!({ "error": format!("Gap: {why}") });
-                    match cursor.is_empty() {
-                        true => _ = write!(text, "event: gap\ndata: {why}\n\n"),
-                        false => _ = write!(text, "event: gap\nid: {cursor}\ndata: {why}\n\n"),
-                    }
+                    self.is_closed |= cursor.is_none();
+                    text.push_str(&gap_event(reason, cursor.as_deref()));
                 }
-                None => {}
+                _ => {}
             }
             hand.frames.pop_front();
         }
@@ -237,20 +233,12 @@ impl EventStream {
 
     fn replay_failed(&mut self, error: &ReplayError) -> String {
         self.is_closed = true;
-        let mut text = String::new();
         match error {
             // Without an id: a client that reconnects with its last id gets status 410.
-            ReplayError::Gap(why) => {
-                let _ = write!(
-                    text,
-                    "event: gap\ndata: {}\n\n",
-                    serde_json::json!({ "error": format!("Gap: {why}") })
-                );
-            }
-            ReplayError::Ended => return self.expired(),
-            ReplayError::Unavailable(_) => text.push_str(": the database is unavailable\n\n"),
+            ReplayError::Gap(why) => gap_event(why, None),
+            ReplayError::Ended => self.expired(),
+            ReplayError::Unavailable(_) => String::from(": the database is unavailable\n\n"),
         }
-        text
     }
 }
 
@@ -259,6 +247,13 @@ impl Drop for EventStream {
         self.watched.send_replace(None);
         self.app.observe.session_closed();
     }
+}
+
+/// Returns the event of a gap. A client without its id resumes from the last one.
+fn gap_event(reason: &str, id: Option<&str>) -> String {
+    let id = id.map_or_else(String::new, |id| format!("id: {id}\n"));
+    let data = serde_json::json!({ "error": format!("Gap: {reason}") });
+    format!("event: gap\n{id}data: {data}\n\n")
 }
 
 /// Writes the data of an event, one `data:` field for each line. `json` columns may contain line breaks.

@@ -5,7 +5,6 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, SinkExt, StreamExt};
@@ -16,21 +15,22 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::frame::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
-use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame, Utf8Bytes};
+use tokio_tungstenite::tungstenite::{Error as SocketError, Message as SocketFrame, Utf8Bytes};
 
 use crate::auth::jwks::KeySet;
 use crate::auth::verifier::now;
+use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::{Outbox, Taken};
 use crate::feed::subscribe::BindError;
-use crate::model::codec::event::Codec;
-use crate::model::codec::phoenix::Version;
-use crate::model::codec::phoenix::{Message, fan_out, system};
+use crate::model::codec::protocol::{ChannelFormat, SocketProtocol};
 use crate::model::identity::bookmark::Opened;
 use crate::model::identity::bookmark::SessionName;
 use crate::model::identity::claims::Claims;
-use crate::model::session::join::too_large;
-use crate::model::session::machine::{Action, ChannelId, Session};
+use crate::model::session::action::Action;
+use crate::model::session::channel::ChannelId;
+use crate::model::session::machine::Session;
+use crate::model::session::message::{ClientRequest, Incoming, Outgoing};
 use crate::model::session::rate_limit::RateLimit;
 use crate::model::subscription::binding::Subscription;
 use crate::transport::app::App;
@@ -41,8 +41,8 @@ use crate::transport::socket::resume::{Resume, work};
 
 /// The parameters of a client's handshake.
 pub struct ConnectRequest {
-    /// Protocol version of the frames.
-    pub version: Version,
+    /// The wire protocol.
+    pub protocol: &'static dyn SocketProtocol,
     /// Whether changes carry their cursor.
     pub with_cursor: bool,
     /// Name of the session, if it can be resumed.
@@ -87,14 +87,15 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: Connec
     let socket = WebSocketStream::from_partially_read(stream, read, Role::Server, Some(config)).await;
     app.observe.session_opened();
     let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
-    let ConnectRequest { version, with_cursor, name, claims } = request;
-    let session = Session::new(app.next_session(), version, claims, app.limits.channels);
+    let ConnectRequest { protocol, with_cursor, name, claims } = request;
+    let session = Session::new(app.next_session(), claims, app.limits.channels);
     let resume =
         name.map(|name| Box::new(Resume::new(name, app.feed.clone(), Arc::clone(&outbox), app.resume)));
     let binds = FuturesUnordered::new();
     let mut driver = Driver {
         app: Arc::clone(&app),
         socket,
+        protocol,
         session,
         outbox,
         writer: Writer::default(),
@@ -134,6 +135,7 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: Connec
 struct Driver {
     app: Arc<App>,
     socket: Socket,
+    protocol: &'static dyn SocketProtocol,
     session: Session,
     outbox: Arc<Outbox>,
     writer: Writer,
@@ -149,7 +151,7 @@ struct Driver {
     resume: Option<Box<Resume>>,
     binds: FuturesUnordered<BoxFuture<'static, BindOutcome>>,
     /// A message that waits for a refresh of the JWK set. Later messages wait in the socket.
-    waiting_message: Option<BoxFuture<'static, Message>>,
+    waiting_message: Option<BoxFuture<'static, Incoming>>,
 }
 
 /// The outcome of an attempt to bind a channel.
@@ -290,61 +292,60 @@ impl Driver {
     ///
     /// # Errors
     /// How the session ends, if the frame ends it.
-    fn handle_frame(&mut self, frame: Option<Result<Frame, SocketError>>) -> Result<(), SessionEnd> {
-        let (version, elapsed) = (self.session.version(), self.connected_at.elapsed());
+    fn handle_frame(&mut self, frame: Option<Result<SocketFrame, SocketError>>) -> Result<(), SessionEnd> {
         let is_expected_pong = match (&frame, &mut self.resume) {
-            (Some(Ok(Frame::Pong(payload))), Some(resume)) => resume.pong(payload),
+            (Some(Ok(SocketFrame::Pong(payload))), Some(resume)) => resume.pong(payload),
             _ => false,
         };
         // The pong to one of the relay's pings does not count as a message.
-        let is_within_rate = is_expected_pong || self.rate_limit.messages.take(elapsed);
-        let message = match decode(version, frame) {
-            Inbound::Message(message) => Ok(message),
-            Inbound::Unreadable(error) => Err(error),
-            Inbound::LargeJoin(message) => {
-                let refused = self.session.refuse(&message, &too_large());
-                self.perform(vec![refused], &mut None);
-                return close_unless(is_within_rate);
+        let is_within_rate = is_expected_pong || self.rate_limit.messages.take(self.connected_at.elapsed());
+        match decode(self.protocol, frame) {
+            Inbound::Message(message) => self.handle_message(message, is_within_rate),
+            Inbound::Ignored => close_unless(is_within_rate),
+            Inbound::Unreadable(error) => {
+                close_unless(is_within_rate)?;
+                self.push(self.protocol.unreadable(error));
+                Ok(())
             }
-            Inbound::Ignored => return close_unless(is_within_rate),
-            Inbound::Gone => return Err(SessionEnd::Gone),
-            Inbound::Close(code, reason) => return Err(SessionEnd::Close(code, reason)),
-        };
-        match message {
-            Ok(message) if !is_within_rate => {
-                let actions = self.session.close(&message.topic, TOO_MANY_MESSAGES);
-                close_unless(!actions.is_empty())?;
-                self.perform(actions, &mut None);
-            }
-            Ok(message) if message.event == "phx_join" && !self.rate_limit.joins.take(elapsed) => {
-                let reason = "ClientJoinRateLimitReached: Too many joins per second";
-                let refused = self.session.refuse(&message, reason);
-                self.perform(vec![refused], &mut None);
-                return Err(SessionEnd::Close(1001, "Too many joins per second"));
-            }
-            Ok(message) if message.event == "phx_join" && !self.kept.reserve(&self.session, &message) => {
-                let refused = self.session.refuse(&message, NO_ROOM);
-                self.perform(vec![refused], &mut None);
-            }
-            Ok(message) => {
-                let refreshed = ["user_token", "access_token"]
-                    .into_iter()
-                    .find_map(|name| self.app.verifier.refresh_for(message.payload.get(name)?.as_str()?));
-                match refreshed {
-                    Some(refreshed) => self.waiting_message = Some(refreshed.map(|()| message).boxed()),
-                    None => self.receive(message),
-                }
-            }
-            Err(_) if !is_within_rate => return close_unless(is_within_rate),
-            Err(error) => {
-                let payload = system("phoenix", "system", "error", &error.to_string());
-                self.outbox.push(fan_out(version, "phoenix", "system", &payload));
-            }
+            Inbound::Gone => Err(SessionEnd::Gone),
+            Inbound::Close(code, reason) => Err(SessionEnd::Close(code, reason)),
+        }
+    }
+
+    /// Handles a message from the client, within its limits.
+    ///
+    /// # Errors
+    /// How the session ends, if the message ends it.
+    fn handle_message(&mut self, message: Incoming, is_within_rate: bool) -> Result<(), SessionEnd> {
+        if message.request == ClientRequest::OversizedJoin {
+            self.receive(message);
+            return close_unless(is_within_rate);
+        }
+        if !is_within_rate {
+            let actions = self.session.close(&message.origin.channel.topic, TOO_MANY_MESSAGES);
+            close_unless(!actions.is_empty())?;
+            self.perform(actions, &mut None);
+            return Ok(());
+        }
+        if message.request.is_join() && !self.rate_limit.joins.take(self.connected_at.elapsed()) {
+            self.send(&message.origin.refusal("ClientJoinRateLimitReached: Too many joins per second"));
+            return Err(SessionEnd::Close(1001, "Too many joins per second"));
+        }
+        if let ClientRequest::Join(join) = &message.request
+            && !self.kept.reserve(&self.session, join)
+        {
+            self.send(&message.origin.refusal(NO_ROOM));
+            return Ok(());
+        }
+        let token = message.request.token();
+        match token.and_then(|token| self.app.verifier.refresh_for(token)) {
+            Some(refreshed) => self.waiting_message = Some(refreshed.map(|()| message).boxed()),
+            None => self.receive(message),
         }
         Ok(())
     }
 
-    fn receive(&mut self, message: Message) {
+    fn receive(&mut self, message: Incoming) {
         let actions = self.session.receive(message, now(), &self.app.verifier);
         self.kept.update(&self.session);
         self.perform(actions, &mut None);
@@ -366,7 +367,7 @@ impl Driver {
     fn perform(&mut self, actions: Vec<Action>, bound: &mut Option<Bound>) {
         for action in actions {
             match action {
-                Action::Send(frame) => self.outbox.push(frame),
+                Action::Send(message) => self.send(&message),
                 Action::Bind { channel, attempt, identity, requests } => {
                     let feed = self.app.feed.clone();
                     let topic = self.session.topic(channel).unwrap_or_default();
@@ -388,7 +389,9 @@ impl Driver {
                 }
                 Action::Join { channel, topic, by_operation, greeting } => {
                     if let Some(bound) = bound.take() {
-                        self.join(channel, (topic, by_operation), greeting, bound);
+                        let with_cursor = self.with_cursor || self.resume.is_some();
+                        let format = ChannelFormat { topic, with_cursor, by_operation };
+                        self.join(channel, format, &greeting, bound);
                     }
                 }
                 Action::Forget { channel } => {
@@ -400,25 +403,17 @@ impl Driver {
                     if let Some(resume) = &mut self.resume {
                         resume.stop(channel);
                     }
-                    let farewell = farewell.into_iter().map(Bytes::from).collect();
-                    self.app.feed.leave(channel, &self.outbox, farewell);
+                    self.app.feed.leave(channel, &self.outbox, self.frames(&farewell));
                 }
             }
         }
     }
 
     /// Starts delivery to a channel after the greeting.
-    fn join(
-        &mut self,
-        channel: ChannelId,
-        (topic, by_operation): (String, bool),
-        greeting: Vec<String>,
-        bound: Bound,
-    ) {
+    fn join(&mut self, channel: ChannelId, format: ChannelFormat, greeting: &[Outgoing], bound: Bound) {
         let Bound { subscription, opened } = bound;
-        let with_cursor = self.with_cursor || self.resume.is_some();
-        let codec = Codec::Phoenix { version: self.session.version(), topic, with_cursor, by_operation };
-        let greeting = greeting.into_iter().map(Bytes::from).collect();
+        let codec = self.protocol.codec(format);
+        let greeting = self.frames(greeting);
         match &mut self.resume {
             Some(resume) => resume.start(channel, subscription, codec, greeting, opened),
             None => {
@@ -427,6 +422,20 @@ impl Driver {
                 self.app.feed.join(channel, subscriber, greeting);
             }
         }
+    }
+
+    /// Queues a message of the session.
+    fn send(&self, message: &Outgoing) {
+        self.push(self.protocol.encode(message));
+    }
+
+    fn push(&self, text: String) {
+        self.outbox.push(Frame::text(text, self.outbox.budget()));
+    }
+
+    fn frames(&self, messages: &[Outgoing]) -> Vec<Frame> {
+        let frame = |message| Frame::text(self.protocol.encode(message), self.outbox.budget());
+        messages.iter().map(frame).collect()
     }
 }
 

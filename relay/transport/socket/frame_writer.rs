@@ -3,12 +3,11 @@
 use std::cell::RefCell;
 use std::io::{ErrorKind, IoSlice};
 
-use bytes::Bytes;
 use futures_util::{FutureExt, SinkExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 
-use crate::feed::deliver::frame::Frame;
+use crate::feed::deliver::frame::{Content, Frame};
 use crate::feed::deliver::outbox::{Hand, Outbox};
 use crate::transport::intake::Intake;
 
@@ -16,7 +15,7 @@ use crate::transport::intake::Intake;
 const MAX_BATCH: usize = 64 * 1024;
 /// Capacity that an empty queue keeps, in frames: enough for steady changes, little for an idle client.
 const KEPT_CAPACITY: usize = 16;
-/// The first byte of a WebSocket ping frame. No UTF-8 text begins with it.
+/// The first byte of a WebSocket ping frame.
 const PING: u8 = 0x89;
 /// The first byte of an unfragmented WebSocket text frame.
 const TEXT: u8 = 0x81;
@@ -33,7 +32,7 @@ pub type Socket = WebSocketStream<Intake>;
 #[derive(Debug)]
 pub struct Broken;
 
-/// Writes the frames taken from an outbox into its socket: texts, and pings made by [`ping`].
+/// Writes the frames taken from an outbox into its socket: texts and pings.
 ///
 /// It bypasses the WebSocket library, which would copy each frame into a buffer for each client and never shrink it.
 #[derive(Default)]
@@ -168,25 +167,18 @@ impl Writer {
     }
 }
 
-/// Makes a complete ping frame with a number as its payload, to be queued among texts.
-pub fn ping(number: u64) -> Bytes {
-    let mut frame = vec![PING, 8];
-    frame.extend_from_slice(&number.to_be_bytes());
-    frame.into()
-}
-
-/// Writes the WebSocket header of a text. A ping is already complete and gets none.
+/// Writes the WebSocket header of a frame.
 fn put_header(written: &mut Vec<u8>, frame: &Frame) {
     let length = frame.len();
+    let kind = if matches!(frame.content(), Content::Ping(_)) { PING } else { TEXT };
     match header_length(frame) {
-        0 => {}
-        2 => written.extend_from_slice(&[TEXT, length as u8]),
+        2 => written.extend_from_slice(&[kind, length as u8]),
         4 => {
-            written.extend_from_slice(&[TEXT, 126]);
+            written.extend_from_slice(&[kind, 126]);
             written.extend_from_slice(&(length as u16).to_be_bytes());
         }
         _ => {
-            written.extend_from_slice(&[TEXT, 127]);
+            written.extend_from_slice(&[kind, 127]);
             written.extend_from_slice(&(length as u64).to_be_bytes());
         }
     }
@@ -195,7 +187,6 @@ fn put_header(written: &mut Vec<u8>, frame: &Frame) {
 /// Returns the length of the header that precedes a frame.
 fn header_length(frame: &Frame) -> usize {
     match frame.len() {
-        _ if frame.head().first() == Some(&PING) => 0,
         0..126 => 2,
         126..0x1_0000 => 4,
         _ => 10,

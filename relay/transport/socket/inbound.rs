@@ -5,11 +5,10 @@ use std::sync::Arc;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame};
 
 use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
-use crate::model::codec::phoenix::{
-    Binary, FrameError, Message, Version, decode_binary, decode_large, decode_text,
-};
-use crate::model::session::join::{MAX_JOIN_BYTES, MAX_TOPIC_BYTES};
+use crate::model::codec::protocol::{FrameError, SocketProtocol};
+use crate::model::session::join::Join;
 use crate::model::session::machine::Session;
+use crate::model::session::message::Incoming;
 
 /// Maximum number of bytes kept for one client: topics, filters and tokens of all its channels.
 const MAX_KEPT: usize = 1 << 20;
@@ -23,9 +22,7 @@ pub const NO_ROOM: &str =
 /// A decoded frame.
 pub enum Inbound {
     /// A message.
-    Message(Message),
-    /// A join that is too large to be parsed, without its payload.
-    LargeJoin(Message),
+    Message(Incoming),
     /// A frame that is no valid message.
     Unreadable(FrameError),
     /// A frame that needs no handling here, such as a pong.
@@ -37,7 +34,7 @@ pub enum Inbound {
 }
 
 /// Decodes a frame.
-pub fn decode(version: Version, frame: Option<Result<Frame, SocketError>>) -> Inbound {
+pub fn decode(protocol: &dyn SocketProtocol, frame: Option<Result<Frame, SocketError>>) -> Inbound {
     let message = match frame {
         None | Some(Ok(Frame::Close(_))) => return Inbound::Gone,
         Some(Err(SocketError::Capacity(_))) => return Inbound::Close(1009, "the message is too large"),
@@ -46,22 +43,15 @@ pub fn decode(version: Version, frame: Option<Result<Frame, SocketError>>) -> In
             return Inbound::Close(1002, "this is not the WebSocket protocol");
         }
         Some(Err(_)) => return Inbound::Gone,
-        Some(Ok(Frame::Text(text))) if text.len() > MAX_JOIN_BYTES => {
-            match decode_large(version, &text, MAX_JOIN_BYTES) {
-                Ok((message, true)) if message.event == "phx_join" => return Inbound::LargeJoin(message),
-                outcome => outcome.map(|(message, _)| message),
-            }
-        }
-        Some(Ok(Frame::Text(text))) => decode_text(version, &text),
-        Some(Ok(Frame::Binary(bytes))) if bytes.len() > MAX_JOIN_BYTES => Err(FrameError::TooLarge),
-        Some(Ok(Frame::Binary(bytes))) => match decode_binary(version, &bytes) {
-            Ok(Binary::Message(message)) => Ok(message),
-            Ok(Binary::Opaque(_)) => return Inbound::Ignored,
-            Err(error) => Err(error),
-        },
+        Some(Ok(Frame::Text(text))) => protocol.decode_text(&text).map(Some),
+        Some(Ok(Frame::Binary(bytes))) => protocol.decode_binary(&bytes),
         Some(Ok(_)) => return Inbound::Ignored,
     };
-    message.map_or_else(Inbound::Unreadable, Inbound::Message)
+    match message {
+        Ok(Some(message)) => Inbound::Message(message),
+        Ok(None) => Inbound::Ignored,
+        Err(error) => Inbound::Unreadable(error),
+    }
 }
 
 /// Memory reserved for a client's topics, filters and tokens.
@@ -74,12 +64,8 @@ impl KeptMemory {
     }
 
     /// Reserves memory for a join. Returns false if there is no room.
-    pub fn reserve(&mut self, session: &Session, join: &Message) -> bool {
-        // `Join::parse` refuses the topic with a more precise reason.
-        if join.topic.len() > MAX_TOPIC_BYTES {
-            return true;
-        }
-        let bytes = session.bytes() + join.topic.len() + join.payload.to_string().len();
+    pub fn reserve(&mut self, session: &Session, join: &Join) -> bool {
+        let bytes = session.bytes() + join.bytes;
         bytes <= MAX_KEPT && self.0.resize(bytes.saturating_sub(UNCOUNTED))
     }
 

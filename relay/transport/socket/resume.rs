@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep, sleep};
@@ -19,20 +18,20 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::auth::verifier::now;
 use crate::feed::catch_up::{CatchUp, Progress};
 use crate::feed::command::DeliveredUpTo;
+use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::handle::Feed;
 use crate::feed::replay::reader::ReplayError;
 use crate::feed::subscribe::BindError;
-use crate::model::codec::event::Codec;
+use crate::model::codec::protocol::Codec;
 use crate::model::identity::bookmark::{Bookmark, BookmarkKey, Opened, SessionName};
 use crate::model::identity::claims::Claims;
 use crate::model::log::cursor::Cursor;
-use crate::model::session::machine::ChannelId;
+use crate::model::session::channel::ChannelId;
 use crate::model::subscription::binding::Subscription;
 use crate::transport::socket::acks::{AckMode, AckPings};
 use crate::transport::socket::catch_up::ChannelCatchUp;
-use crate::transport::socket::frame_writer::ping;
 
 /// Delay between a delivery and the ping that asks for its acknowledgement.
 const PING_DELAY: Duration = Duration::from_millis(500);
@@ -149,7 +148,7 @@ impl Resume {
         channel: ChannelId,
         subscription: Subscription,
         codec: Codec,
-        greeting: Vec<Bytes>,
+        greeting: Vec<Frame>,
         opened: Option<Opened>,
     ) {
         let mut since = self.catching_up.remove(&channel).map(|catching_up| catching_up.position());
@@ -188,7 +187,7 @@ impl Resume {
         channel: ChannelId,
         subscription: Subscription,
         codec: Codec,
-        greeting: Vec<Bytes>,
+        greeting: Vec<Frame>,
         since: Cursor,
     ) {
         // Deliveries until now, if any, were for other rights.
@@ -204,16 +203,13 @@ impl Resume {
         channel: ChannelId,
         subscription: Subscription,
         codec: Codec,
-        mut greeting: Vec<Bytes>,
+        mut greeting: Vec<Frame>,
         gap: Option<&str>,
     ) {
-        greeting.extend(gap.map(|why| Bytes::from(codec.gap(why, ""))));
         let outbox = Arc::clone(&self.outbox);
-        self.feed.join(
-            channel,
-            Subscriber { codec, subscription, since: None, outbox, missed: None },
-            greeting,
-        );
+        let subscriber = Subscriber { codec, subscription, since: None, outbox, missed: None };
+        greeting.extend(gap.map(|why| subscriber.gap(why)));
+        self.feed.join(channel, subscriber, greeting);
         if gap.is_some() {
             self.next_ping.as_mut().reset(Instant::now());
             // The old position cannot be replayed any more.
@@ -324,7 +320,7 @@ impl Resume {
                     let mark = (channel, held.bookmark.clone(), catch_up.since());
                     let number = self.pings.next(AckMode::Own);
                     self.pings.record(number, vec![mark]);
-                    self.outbox.push(ping(number));
+                    self.outbox.push(self.ping(number));
                 }
                 let mut catching_up = ChannelCatchUp::waiting(catch_up);
                 if !self.outbox.is_behind() {
@@ -357,7 +353,8 @@ impl Resume {
         self.bookmarks.retain(|_, held| {
             let is_ours = !held.taken_over.load(Ordering::Relaxed);
             if !is_ours {
-                self.outbox.push(held.codec.gap(TAKEN_OVER, ""));
+                let gap = held.codec.encoding().gap(TAKEN_OVER, None);
+                self.outbox.push(Frame::notice(gap, self.outbox.budget()));
             }
             is_ours
         });
@@ -369,9 +366,13 @@ impl Resume {
         }
         let number = self.pings.next(AckMode::Router);
         let queried = channels.iter().map(|(channel, _)| *channel).collect();
-        let (feed, then) = (self.feed.clone(), Some((Arc::clone(&self.outbox), ping(number))));
+        let (feed, then) = (self.feed.clone(), Some((Arc::clone(&self.outbox), self.ping(number))));
         let position = async move { feed.position(queried, then).await }.boxed();
         self.pending = Some(PendingPing { ping: number, channels, position });
+    }
+
+    fn ping(&self, number: u64) -> Frame {
+        Frame::ping(number.to_be_bytes(), self.outbox.budget())
     }
 
     /// Moves bookmarks to the acknowledged positions. Never moves one back: pongs of one mode may arrive long after those of the

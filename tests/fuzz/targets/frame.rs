@@ -11,9 +11,12 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use libfuzzer_sys::fuzz_target;
 use relay::model::identity::claims::{Claims, TokenRefusal, Tokens};
-use relay::model::codec::phoenix::{Binary, Message, Version, decode_binary, decode_text};
+use relay::model::codec::phoenix::{Version, decode_text};
 use relay::model::policy::visibility::Identity;
-use relay::model::session::machine::{Action, ChannelId, Session};
+use relay::model::session::action::Action;
+use relay::model::session::channel::ChannelId;
+use relay::model::session::machine::Session;
+use relay::model::session::message::{Incoming, Outgoing};
 use relay::model::subscription::error::SubscribeError;
 use serde_json::{Value, json};
 
@@ -52,6 +55,7 @@ fn claims(name: &str, expiry: u64) -> Claims {
 }
 
 struct Stage {
+    version: Version,
     session: Session,
     now: u64,
     binding: VecDeque<(ChannelId, u32, Identity)>,
@@ -62,7 +66,8 @@ struct Stage {
 impl Stage {
     fn new(version: Version) -> Self {
         Self {
-            session: Session::new(7, version, claims("own", 9000), 100),
+            version,
+            session: Session::new(7, claims("own", 9000), 100),
             now: 1000,
             binding: VecDeque::new(),
             latest: HashMap::new(),
@@ -71,11 +76,12 @@ impl Stage {
     }
 
     fn step(&mut self, step: u8, rest: &[u8]) {
-        let version = self.session.version();
+        let protocol = self.version.protocol();
+        let binary = |frame: &[u8]| -> Option<Incoming> { protocol.decode_binary(frame).ok().flatten() };
         let message = match step {
-            b't' => std::str::from_utf8(rest).ok().and_then(|text| decode_text(version, text).ok()),
-            b'b' => binary(version, rest),
-            b'x' => binary(version, &bytes(rest)),
+            b't' => std::str::from_utf8(rest).ok().and_then(|text| protocol.decode_text(text).ok()),
+            b'b' => binary(rest),
+            b'x' => binary(&bytes(rest)),
             b'+' | b'-' | b'?' => return self.outcome(step),
             b'~' => {
                 let mut delivering: Vec<ChannelId> = self.delivering.iter().copied().collect();
@@ -104,7 +110,7 @@ impl Stage {
     fn outcome(&mut self, step: u8) {
         let Some((channel, attempt, who)) = self.binding.pop_front() else { return };
         let actions = match step {
-            b'+' => self.session.bound(channel, attempt, Ok(())),
+            b'+' => self.session.bound(channel, attempt, Ok(Vec::new())),
             b'-' => self.session.bound(channel, attempt, Err(SubscribeError("no".to_owned()))),
             _ => self.session.unavailable(channel, attempt),
         };
@@ -116,10 +122,10 @@ impl Stage {
     }
 
     fn obey(&mut self, actions: Vec<Action>) {
-        let version = self.session.version();
+        let version = self.version;
         for action in actions {
             match action {
-                Action::Send(frame) => check(version, &frame),
+                Action::Send(message) => check(version, &message),
                 Action::Bind { channel, attempt, identity, requests } => {
                     assert!(!requests.is_empty());
                     self.binding.push_back((channel, attempt, identity.clone()));
@@ -127,13 +133,13 @@ impl Stage {
                 }
                 Action::Join { channel, greeting, .. } => {
                     self.delivering.insert(channel);
-                    greeting.iter().for_each(|frame| check(version, frame));
+                    greeting.iter().for_each(|message| check(version, message));
                 }
                 // What was left can be left by nobody else.
                 Action::Forget { channel } => assert_eq!(self.session.topic(channel), None),
                 Action::Leave { channel, farewell } => {
                     assert!(self.delivering.remove(&channel));
-                    farewell.iter().for_each(|frame| check(version, frame));
+                    farewell.iter().for_each(|message| check(version, message));
                 }
             }
         }
@@ -149,8 +155,9 @@ impl Stage {
 }
 
 /// JSON of the version's shape, which is also what the other side reads.
-fn check(version: Version, frame: &str) {
-    let value: Value = serde_json::from_str(frame).unwrap_or_else(|error| panic!("{error}: {frame}"));
+fn check(version: Version, message: &Outgoing) {
+    let frame = version.protocol().encode(message);
+    let value: Value = serde_json::from_str(&frame).unwrap_or_else(|error| panic!("{error}: {frame}"));
     match version {
         Version::V1 => {
             let names: Vec<&String> = value.as_object().unwrap().keys().collect();
@@ -158,14 +165,7 @@ fn check(version: Version, frame: &str) {
         }
         Version::V2 => assert_eq!(value.as_array().unwrap().len(), 5),
     }
-    assert!(decode_text(version, frame).is_ok(), "{frame}");
-}
-
-fn binary(version: Version, frame: &[u8]) -> Option<Message> {
-    match decode_binary(version, frame) {
-        Ok(Binary::Message(message)) => Some(message),
-        Ok(Binary::Opaque(_)) | Err(_) => None,
-    }
+    assert!(decode_text(version, &frame).is_ok(), "{frame}");
 }
 
 fn bytes(digits: &[u8]) -> Vec<u8> {

@@ -1,0 +1,25 @@
+//! Changes for event streams and polls: the object with its cursor. The transport writes what surrounds them, and observes stalls
+//! by itself.
+
+use crate::model::codec::protocol::{ChangeEncoding, Envelope, Notice};
+
+/// The encoding for event streams and polls.
+pub struct ChangeEvents;
+
+impl ChangeEncoding for ChangeEvents {
+    fn includes_cursor(&self) -> bool {
+        true
+    }
+
+    fn envelope(&self, _: &[u32], _: &str, cursor: &str) -> Envelope {
+        Envelope::Cursor(cursor.to_owned())
+    }
+
+    fn gap(&self, reason: &str, cursor: Option<&str>) -> Notice {
+        Notice::Gap { reason: reason.to_owned(), cursor: cursor.map(str::to_owned) }
+    }
+
+    fn stall(&self, _: bool) -> Option<Notice> {
+        None
+    }
+}

@@ -1,0 +1,130 @@
+//! What a wire protocol is to the rest of the relay: a way to write the changes of a subscription, and, on a socket, to read and
+//! write the messages of a session.
+
+use crate::model::codec::change_event::ChangeEvents;
+use crate::model::codec::phoenix::changes::ChannelChanges;
+use crate::model::session::message::{Incoming, Outgoing};
+
+/// The message when the feed stalls.
+pub const STALLED: &str =
+    "Stalled: the database cannot be asked now, changes follow in order once it is back";
+/// The message when it resumes.
+pub const RESUMED: &str = "Feed resumed";
+
+/// The encoding of a subscription, one variant for each protocol. Subscriptions with equal codecs share their frames.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Codec {
+    /// Phoenix frames of a joined topic.
+    Phoenix(ChannelChanges),
+    /// Changes with their cursors, for event streams and polls.
+    ChangeEvents,
+}
+
+impl Codec {
+    /// Returns the implementation of the protocol.
+    pub fn encoding(&self) -> &dyn ChangeEncoding {
+        match self {
+            Self::Phoenix(channel) => channel,
+            Self::ChangeEvents => &ChangeEvents,
+        }
+    }
+}
+
+/// Writes the changes of a subscription. Called once for each group of equal subscriptions.
+pub trait ChangeEncoding {
+    /// Whether the object of a change includes its cursor.
+    fn includes_cursor(&self) -> bool;
+
+    /// Returns what is written with the object of a change, for the bindings with these ids. `operation` is the one that the
+    /// subscriber sees; `cursor` is empty unless changes include it.
+    fn envelope(&self, ids: &[u32], operation: &str, cursor: &str) -> Envelope;
+
+    /// Encodes that changes before the cursor are missing. `None` means that no cursor is known.
+    fn gap(&self, reason: &str, cursor: Option<&str>) -> Notice;
+
+    /// Encodes that the feed is stalled or has resumed. `None` if the transport observes stalls by itself.
+    fn stall(&self, stalls: bool) -> Option<Notice>;
+}
+
+/// What is written with the object of a change.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Envelope {
+    /// The text before and after the object: together they are one message.
+    Text {
+        /// The text before the object.
+        before: String,
+        /// The text after it.
+        after: &'static str,
+    },
+    /// The cursor of the change. The transport writes the message.
+    Cursor(String),
+}
+
+/// A message of the feed that is not a change.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The text of one message.
+    Text(String),
+    /// Changes are missing. The transport writes the message.
+    Gap {
+        /// Why they are missing.
+        reason: String,
+        /// The position after the missing changes, if it is known.
+        cursor: Option<String>,
+    },
+}
+
+/// Reads and writes the messages of a session on a socket.
+pub trait SocketProtocol: Send + Sync {
+    /// Decodes a text frame.
+    ///
+    /// # Errors
+    /// If the frame is not a message. The socket stays open.
+    fn decode_text(&self, text: &str) -> Result<Incoming, FrameError>;
+
+    /// Decodes a binary frame; `None` for a message that the relay ignores.
+    ///
+    /// # Errors
+    /// As [`Self::decode_text`].
+    fn decode_binary(&self, frame: &[u8]) -> Result<Option<Incoming>, FrameError>;
+
+    /// Encodes a message of the session as a text frame.
+    fn encode(&self, message: &Outgoing) -> String;
+
+    /// Encodes that a frame of the client is not a message.
+    fn unreadable(&self, error: FrameError) -> String;
+
+    /// Returns the encoding of a channel's changes.
+    fn codec(&self, format: ChannelFormat) -> Codec;
+}
+
+/// How the changes of a channel are written.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ChannelFormat {
+    /// The topic, as the client wrote it.
+    pub topic: String,
+    /// Whether the object of a change includes its cursor.
+    pub with_cursor: bool,
+    /// Whether a change is an event named after its operation, with its object as the payload.
+    pub by_operation: bool,
+}
+
+/// Why a frame is not a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Not JSON, or nested too deeply.
+    #[error("the frame is not JSON")]
+    NotJson,
+    /// JSON without the shape of a message of this version.
+    #[error("the frame does not have the shape of a message")]
+    WrongShape,
+    /// A binary frame that is truncated or has text that is not UTF-8.
+    #[error("the binary frame is malformed")]
+    MalformedBinary,
+    /// A binary frame above the size limit.
+    #[error("the binary frame is too large")]
+    TooLarge,
+    /// A binary frame of a kind that clients of this version do not send.
+    #[error("the kind of binary frame is not supported")]
+    UnknownKind,
+}

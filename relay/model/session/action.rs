@@ -1,0 +1,49 @@
+//! What a session wants its driver to do.
+
+use crate::model::policy::visibility::Identity;
+use crate::model::session::channel::ChannelId;
+use crate::model::session::message::Outgoing;
+use crate::model::subscription::binding::Request;
+
+/// An action for the driver. Actions are performed in order.
+#[derive(Debug, PartialEq)]
+pub enum Action {
+    /// Send this message.
+    Send(Outgoing),
+    /// Bind these requests to this identity and give the outcome to [`Session::bound`].
+    ///
+    /// [`Session::bound`]: crate::model::session::machine::Session::bound
+    Bind {
+        /// The channel to bind.
+        channel: ChannelId,
+        /// Number of the channel's attempt. A later attempt supersedes an earlier one, whose outcome is ignored.
+        attempt: u32,
+        /// The identity to bind to.
+        identity: Identity,
+        /// The requests to bind.
+        requests: Vec<Request>,
+    },
+    /// Start delivery with the bound subscription, after the greeting.
+    Join {
+        /// The channel.
+        channel: ChannelId,
+        /// Its topic.
+        topic: String,
+        /// Whether changes are events named after their operation.
+        by_operation: bool,
+        /// Messages to send before the first change.
+        greeting: Vec<Outgoing>,
+    },
+    /// Delete the bookmark of a channel that the client left.
+    Forget {
+        /// The channel.
+        channel: ChannelId,
+    },
+    /// End delivery, then send the farewell.
+    Leave {
+        /// The channel.
+        channel: ChannelId,
+        /// Messages to send after the last change.
+        farewell: Vec<Outgoing>,
+    },
+}

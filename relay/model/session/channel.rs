@@ -1,0 +1,188 @@
+//! One channel of a session: from its join, which is answered once it is bound, to the end of its delivery.
+
+use std::collections::HashSet;
+
+use crate::model::policy::visibility::Identity;
+use crate::model::session::action::Action;
+use crate::model::session::join::Join;
+use crate::model::session::message::{ChannelName, Origin, Outgoing, Reference, Response, SessionEvent};
+use crate::model::subscription::binding::Request;
+use crate::model::subscription::error::SubscribeError;
+
+/// The id of a joined channel. Unique in the process and never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ChannelId {
+    /// The session's number.
+    pub session: u64,
+    /// The channel's number in the session.
+    pub channel: u32,
+}
+
+/// The state of a channel. Its topic is the key under which the session keeps it.
+#[derive(Debug)]
+pub struct Channel {
+    pub(super) id: ChannelId,
+    /// The reference of its join.
+    pub(super) join: Reference,
+    pub(super) identity: Identity,
+    pub(super) attempt: u32,
+    /// Approximate size of the kept topic, filters and token, in bytes.
+    pub(super) bytes: usize,
+    /// Whether the router delivers changes to it.
+    pub(super) delivering: bool,
+    requests: Vec<Request>,
+    /// The errors of entries that could not be parsed.
+    malformed: Vec<SubscribeError>,
+    /// The join, until it is answered.
+    unanswered: Option<Box<UnansweredJoin>>,
+    /// Whether changes are events named after their operation.
+    by_operation: bool,
+}
+
+/// What the answer to a join depends on.
+#[derive(Debug)]
+struct UnansweredJoin {
+    reference: Reference,
+    entries: Vec<String>,
+    waits: bool,
+    wants_presence: bool,
+}
+
+impl Channel {
+    /// Creates the channel of a join and returns its first actions. A join without valid requests is answered at once.
+    pub(super) fn open(
+        id: ChannelId,
+        origin: &Origin,
+        identity: Identity,
+        join: Join,
+    ) -> (Self, Vec<Action>) {
+        let Origin { channel: ChannelName { topic, join: join_reference }, reference } = origin.clone();
+        let unanswered = UnansweredJoin {
+            reference,
+            entries: join.entries,
+            waits: join.waits,
+            wants_presence: join.wants_presence,
+        };
+        let mut channel = Self {
+            id,
+            join: join_reference,
+            identity,
+            attempt: 0,
+            bytes: join.bytes,
+            delivering: false,
+            requests: join.requests,
+            malformed: join.malformed,
+            unanswered: Some(Box::new(unanswered)),
+            by_operation: join.by_operation,
+        };
+        if channel.has_requests() {
+            let bind = channel.bind();
+            return (channel, vec![bind]);
+        }
+        let mut answer = channel.accept_join(&topic);
+        if !channel.malformed.is_empty() {
+            answer.extend(channel.outcome(&topic, &channel.malformed));
+        }
+        (channel, answer.into_iter().map(Action::Send).collect())
+    }
+
+    /// Whether there is something to bind.
+    pub(super) fn has_requests(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
+    /// Starts a new attempt to bind the channel.
+    pub(super) fn bind(&mut self) -> Action {
+        self.attempt += 1;
+        Action::Bind {
+            channel: self.id,
+            attempt: self.attempt,
+            identity: self.identity.clone(),
+            requests: self.requests.clone(),
+        }
+    }
+
+    /// Handles the outcome of the current attempt. An error means that nothing is bound.
+    ///
+    /// # Errors
+    /// The refusal for which the join fails. The channel ends then.
+    pub(super) fn bound(
+        &mut self,
+        topic: &str,
+        outcome: Result<Vec<SubscribeError>, SubscribeError>,
+    ) -> Result<Vec<Action>, SubscribeError> {
+        let is_bound = outcome.is_ok();
+        let mut refusals = self.malformed.clone();
+        refusals.extend(outcome.unwrap_or_else(|refusal| vec![refusal]));
+        if !refusals.is_empty() && self.unanswered.as_ref().is_some_and(|join| join.waits) {
+            return Err(refusals.swap_remove(0));
+        }
+        let mut messages = self.accept_join(topic);
+        messages.extend(self.outcome(topic, &refusals));
+        if !is_bound {
+            return Ok(self.end_delivery(messages));
+        }
+        self.delivering = true;
+        Ok(vec![Action::Join {
+            channel: self.id,
+            topic: topic.to_owned(),
+            by_operation: self.by_operation,
+            greeting: messages,
+        }])
+    }
+
+    /// Returns the reply that refuses the join; `None` if it was answered before.
+    pub(super) fn refuse_join(&mut self, topic: &str, reason: String) -> Option<Outgoing> {
+        let join = self.unanswered.take()?;
+        Some(self.message(topic, SessionEvent::Reply(join.reference, Response::Refused(reason))))
+    }
+
+    /// Ends delivery and sends these events after the last change.
+    pub(super) fn end(mut self, topic: &str, events: impl IntoIterator<Item = SessionEvent>) -> Vec<Action> {
+        let farewell = events.into_iter().map(|event| self.message(topic, event)).collect();
+        self.end_delivery(farewell)
+    }
+
+    /// Ends delivery and sends the reply to a leave after the last change.
+    pub(super) fn leave(mut self, topic: &str, reply: Outgoing) -> Vec<Action> {
+        let closed = self.message(topic, SessionEvent::Closed);
+        self.end_delivery(vec![reply, closed])
+    }
+
+    /// Ends delivery and sends the messages after the last change. Without delivery, sends them at once.
+    fn end_delivery(&mut self, farewell: Vec<Outgoing>) -> Vec<Action> {
+        if std::mem::take(&mut self.delivering) {
+            vec![Action::Leave { channel: self.id, farewell }]
+        } else {
+            farewell.into_iter().map(Action::Send).collect()
+        }
+    }
+
+    /// Returns the messages that accept the join; none if it was answered before.
+    fn accept_join(&mut self, topic: &str) -> Vec<Outgoing> {
+        let Some(join) = self.unanswered.take() else { return Vec::new() };
+        let mut messages =
+            vec![self.message(topic, SessionEvent::Reply(join.reference, Response::Joined(join.entries)))];
+        if join.wants_presence {
+            messages.push(self.message(topic, SessionEvent::PresenceState));
+        }
+        messages
+    }
+
+    /// Returns the messages with the outcome of the subscription: each distinct error once, or success if there is none.
+    fn outcome(&self, topic: &str, refusals: &[SubscribeError]) -> Vec<Outgoing> {
+        if refusals.is_empty() {
+            return vec![self.message(topic, SessionEvent::Subscribed)];
+        }
+        let mut seen = HashSet::new();
+        refusals
+            .iter()
+            .filter(|refusal| seen.insert(&refusal.0))
+            .map(|refusal| self.message(topic, SessionEvent::NotSubscribed(refusal.clone())))
+            .collect()
+    }
+
+    fn message(&self, topic: &str, event: SessionEvent) -> Outgoing {
+        Outgoing { channel: ChannelName { topic: topic.to_owned(), join: self.join.clone() }, event }
+    }
+}
