@@ -240,7 +240,10 @@ pub mod transport {
     pub mod app;
     /// `GET /realtime/v1/changes`.
     pub mod changes {
+        mod refusal;
         pub mod sse;
+        pub mod poll;
+        pub mod rows;
         pub mod request;
     }
     /// WebSocket sessions.

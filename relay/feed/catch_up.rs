@@ -68,6 +68,15 @@ impl CatchUp {
         Self { feed, channel, subscription, codec, since, outbox, is_checked: false, is_detached: false }
     }
 
+    /// Leaves and returns the same subscriber at another cursor, with another outbox.
+    pub fn restarted(self, since: Cursor, outbox: Arc<Outbox>) -> Self {
+        let (feed, channel) = (self.feed.clone(), self.channel);
+        let (subscription, codec) = (self.subscription.clone(), self.codec.clone());
+        // It must leave before the next one joins with the same channel id.
+        drop(self);
+        Self::new(feed, channel, subscription, codec, since, outbox)
+    }
+
     /// Replays until nothing is missing, or the outbox has enough to read.
     ///
     /// # Errors
@@ -142,11 +151,6 @@ impl CatchUp {
     /// Ends the catch-up; delivery continues until the channel leaves.
     pub fn settle(mut self) {
         self.is_detached = true;
-    }
-
-    /// Returns its channel.
-    pub fn channel(&self) -> ChannelId {
-        self.channel
     }
 
     /// Returns its subscription.

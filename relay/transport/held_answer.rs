@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::StatusCode;
 use hyper::body::{Body, Frame as Chunk, SizeHint};
 use tokio::sync::watch;
 
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 use crate::feed::deliver::outbox::Outbox;
+use crate::transport::response::{Answer, json};
 
 /// The outbox whose overflow ends the connection; `None` if there is none. The connection watches it because hyper does not
 /// poll the body of a client that does not read.
@@ -21,7 +24,7 @@ pub type WatchedOutbox = watch::Sender<Option<Arc<Outbox>>>;
 const MAX_PIECE: usize = 32 * 1024;
 
 /// The frames taken from an outbox, as the body of an answer.
-pub struct HeldAnswer {
+struct HeldAnswer {
     outbox: Arc<Outbox>,
     watched: WatchedOutbox,
     /// Number of bytes of the first frame that were handed over.
@@ -35,9 +38,16 @@ struct Counted {
     _held: Held,
 }
 
+/// Answers with the frames taken from an outbox, as JSON.
+pub fn json_answer(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Answer {
+    let mut answer = json(StatusCode::OK, "");
+    *answer.body_mut() = HeldAnswer::new(outbox, watched).boxed_unsync();
+    answer
+}
+
 impl HeldAnswer {
     /// Creates the body from the taken frames and registers the outbox with `watched`.
-    pub fn new(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Self {
+    fn new(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Self {
         let left = outbox.hand().frames.iter().map(Frame::len).sum();
         outbox.is_stuck_with(left);
         watched.send_replace(Some(Arc::clone(&outbox)));

@@ -8,7 +8,8 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::stream::unfold;
 use http_body_util::{BodyExt, StreamBody};
-use hyper::body::Frame;
+use hyper::StatusCode;
+use hyper::body::Frame as Chunk;
 use hyper::header::{self, HeaderValue};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -22,9 +23,10 @@ use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::protocol::{Envelope, Notice, RESUMED, STALLED};
 use crate::model::log::cursor::Cursor;
 use crate::transport::app::App;
-use crate::transport::held_answer::WatchedOutbox;
-use crate::transport::held_answer::counted;
-use crate::transport::response::Answer;
+use crate::transport::changes::refusal::{expired, gap, unavailable};
+use crate::transport::changes::request::{ChangesRequest, START_TIMEOUT};
+use crate::transport::held_answer::{WatchedOutbox, counted};
+use crate::transport::response::{Answer, error};
 
 /// Time limit for querying the position of an idle stream.
 const POSITION_TIMEOUT: Duration = Duration::from_secs(1);
@@ -52,9 +54,35 @@ struct EventStream {
     is_closed: bool,
 }
 
+/// Answers with an event stream from the cursor, or from now on.
+pub async fn follow(
+    app: Arc<App>,
+    call: ChangesRequest,
+    watched: WatchedOutbox,
+    closed: CancellationToken,
+) -> Answer {
+    if app.observe.session_count() >= app.limits.connections {
+        return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
+    }
+    let since = match call.since.clone() {
+        Some(since) => since,
+        None => match app.feed.beginning(&call.subscription).await {
+            Some(since) => since,
+            None => return unavailable(),
+        },
+    };
+    let mut catch_up = call.catch_up(&app, since.clone());
+    match timeout(START_TIMEOUT, catch_up.go_on()).await {
+        Ok(Ok(progress)) => answer(app, catch_up, since, progress, (watched, closed)),
+        Ok(Err(ReplayError::Gap(why))) => gap(why),
+        Ok(Err(ReplayError::Ended)) => expired(catch_up.subscription()),
+        Ok(Err(ReplayError::Unavailable(_))) | Err(_) => unavailable(),
+    }
+}
+
 /// Answers with the stream of a subscription that catches up from the cursor `sent_position`. Its outbox may already hold
 /// missed changes.
-pub fn answer(
+fn answer(
     app: Arc<App>,
     catch_up: CatchUp,
     sent_position: Cursor,
@@ -86,7 +114,7 @@ pub fn answer(
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
         let chunk = counted(chunk.into_bytes(), &stream.app.budget);
-        Some((Ok::<_, Infallible>(Frame::data(chunk)), stream))
+        Some((Ok::<_, Infallible>(Chunk::data(chunk)), stream))
     }));
     let mut answer = Answer::new(body.boxed_unsync());
     let headers = answer.headers_mut();
