@@ -15,13 +15,14 @@
 //! [`feed::authorize::gate`] decides who may see what, [`feed::deliver::group`] encodes it once for each group of equal
 //! subscribers, [`feed::deliver::outbox`] queues it for each client, [`transport::socket::frame_writer`] writes it.
 //!
-//! **A join.** [`transport::socket::driver`] reads a frame, [`model::codec::phoenix`] parses it, [`model::session::machine`] decides,
-//! [`auth::verifier`] verifies the token, [`feed::handle`] binds the request to the rights of its role
-//! ([`model::subscription::binding`]) and registers it with [`feed::router`].
+//! **A join.** [`transport::socket::driver`] reads a frame, [`model::codec::phoenix`] decodes it to a
+//! [message](model::session::message), [`model::session::machine`] decides what to do, [`auth::verifier`] verifies the token,
+//! [`feed::handle`] binds the request to the rights of its role ([`model::subscription::binding`]) and registers it with
+//! [`feed::router`]. The driver encodes the answer with the codec.
 //!
-//! **A poll.** [`transport::routes`] dispatches, [`transport::changes::request`] reads the parameters, [`feed::handle`] follows from the
-//! cursor ([`feed::catch_up`]), [`feed::replay::reader`] reads what was missed from the changelog, and the answer waits for
-//! its client in [`transport::held_answer`].
+//! **A poll.** [`transport::routes`] dispatches, [`transport::changes::request`] reads the parameters, [`transport::changes::poll`]
+//! follows from the cursor ([`feed::catch_up`]), [`feed::replay::reader`] reads what was missed from the changelog, and the answer
+//! waits for its client in [`transport::held_answer`].
 //!
 //! # Layers
 //!
@@ -54,6 +55,10 @@
 //! | subscription | what a channel asked for, bound to the rights of its identity |
 //! | group | subscribers that get the same bytes |
 //! | cohort | subscribers whose claims are equal as far as a policy reads them |
+//! | session | one client's joined channels, as a state machine that knows no wire format |
+//! | message | what a client and its session tell each other, whatever the wire format |
+//! | codec | how a wire protocol writes the changes of a subscription; on a socket also its messages |
+//! | frame | a message, change or gap in an outbox; on a socket, its bytes |
 //! | outbox | the bounded queue of frames to one client |
 //! | widening | a change of rules by which a role may see more than before |
 //! | lane | one of three routers: in memory, filters that PostgreSQL evaluates, clients with many filter values |
