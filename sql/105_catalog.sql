@@ -106,6 +106,23 @@ end
 $$;
 comment on function relay.policy_parts(regclass, oid) is 'objects that the policies of a relation refer to, for a role';
 
+-- relay.policy_tables() : the tables that the policies of each watched relation look into, and the policies of those, for any role
+-- `relation` is the id in relay.watch_list; the watched relation itself is among its tables.
+create or replace function relay.policy_tables() returns table (relation int, "table" oid)
+language sql stable
+set search_path = '' as $$
+  with recursive tables (relation, oid) as (
+    select w.id, w.relation::oid from relay.watch_list w
+    union
+    select t.relation, d.refobjid
+    from tables t
+    join pg_catalog.pg_policy p on p.polrelid = t.oid
+    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
+      and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass)
+  select tables.relation, tables.oid from tables
+$$;
+comment on function relay.policy_tables() is 'tables that the policies of watched relations look into, directly or by policies of these';
+
 -- relay.has_own_casts() : whether there is a user-defined cast between system types, which changes the meaning of expressions
 create or replace function relay.has_own_casts() returns boolean
 language sql stable
@@ -117,7 +134,11 @@ comment on function relay.has_own_casts() is 'whether there is a user-defined ca
 -- relay.rights(relation, role, login) : the role's policies, and what they depend on
 -- {"policies": [{"name", "permissive", "condition"}]  in PostgreSQL's own order
 --  "helpers": {"auth.uid": {"returns": "uuid", "body": "..."}}  functions that may be replaced by their body
+--  "name": "public.todos"  the relation
 --  "tables": ["public.members"]  tables that policies read and that show the role all their rows
+--  "secured": {"public.owners": {"table", "policy", "columns"}}  tables that policies read and that have row security for the
+--    role, with its policy. What these policies depend on is included in all other fields, too.
+--  "reads_as": "service_role"  a role of the judging login that reads all rows of both kinds; null: there is none
 --  "unreadable": "public.secret"  a table that the role may not read: then every query on the relation raises
 --  "missing": ["grant select on public.secret to anon"]  grants that the role lacks, with the same effect
 --  "unusable": {"hidden": "grant usage on schema hidden to relay_judge"}  USAGE grants that are missing to resolve names
@@ -143,17 +164,38 @@ declare
   policies jsonb;
   helpers jsonb;
   helping oid[];
+  secured oid[];
+  within jsonb;
+  reads_as text;
+  missing text[];
   looks_up boolean;
 begin
   select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
       'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
     into policies
   from relay.policies_for(relation, role) p;
+  with recursive tables (oid) as (
+    select relation::oid
+    union
+    select d.object
+    from tables t cross join lateral relay.policy_parts(t.oid, role) d
+    where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass and relay.is_secured(d.object, role))
+  select pg_catalog.array_agg(t.oid) into secured from tables t where t.oid <> relation;
+  select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.format('%I.%I', n.nspname, c.relname), pg_catalog.jsonb_build_object(
+           'table', c.relname, 'policy', relay.policy_for(c.oid, role), 'columns', (
+             select pg_catalog.jsonb_agg(a.attname)
+             from pg_catalog.pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped))), '{}')
+    into within
+  from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+  where c.oid = any (secured) and c.relkind in ('r', 'p');
   -- System functions that take a name as text, and casts to reg types that are not of constants.
   looks_up := exists (
-    select from pg_catalog.jsonb_array_elements(policies) p
-    where p ->> 'condition' ~* '\m((has_[a-z_]+_privilege|to_reg[a-z]+|current_schemas|row_security_active|nextval|currval|setval)\(|CURRENT_SCHEMA\M)'
-       or p ->> 'condition' ~ '[^'']::reg(class|procedure|proc|operator|oper|type|config|dictionary|collation)\M');
+    select from (
+      select p ->> 'condition' from pg_catalog.jsonb_array_elements(policies) p
+      union all
+      select t.value ->> 'policy' from pg_catalog.jsonb_each(within) t) p (condition)
+    where p.condition ~* '\m((has_[a-z_]+_privilege|to_reg[a-z]+|current_schemas|row_security_active|nextval|currval|setval)\(|CURRENT_SCHEMA\M)'
+       or p.condition ~ '[^'']::reg(class|procedure|proc|operator|oper|type|config|dictionary|collation)\M');
   select coalesce(pg_catalog.array_agg(distinct d.object) filter (where d.class = 'pg_catalog.pg_proc'::pg_catalog.regclass), '{}'),
          coalesce(pg_catalog.array_agg(d.object order by d.object, d.part) filter (where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass), '{}'),
          coalesce(pg_catalog.array_agg(d.part order by d.object, d.part) filter (where d.class = 'pg_catalog.pg_class'::pg_catalog.regclass), '{}'),
@@ -167,7 +209,10 @@ begin
            filter (where d.class not in ('pg_catalog.pg_proc'::pg_catalog.regclass, 'pg_catalog.pg_class'::pg_catalog.regclass,
                                          'pg_catalog.pg_type'::pg_catalog.regclass)), '{}')
     into procs, classes, parts, types, others
-  from relay.policy_parts(relation, role) d;
+  from (
+    select distinct p.* from pg_catalog.unnest(secured || relation::oid) t (oid) cross join lateral relay.policy_parts(t.oid, role) p) d;
+  missing := array(
+    select distinct m from pg_catalog.unnest(secured || relation::oid) t (oid), pg_catalog.unnest(relay.missing_grants(t.oid, role)) m order by m);
 
   select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.format('%I.%I', n.nspname, p.proname), pg_catalog.jsonb_build_object(
            'returns', pg_catalog.format_type(p.prorettype, null), 'body', p.prosrc)), '{}'),
@@ -184,9 +229,28 @@ begin
     and (p.proconfig is null or p.proconfig = array['search_path=""'])
     and pg_catalog.has_function_privilege(role, p.oid, 'execute') and pg_catalog.has_schema_privilege(role, n.oid, 'usage');
 
+  if secured is not null then
+    -- The login itself, or else a role that it may become. A superuser may become any role, and needs none.
+    select r.rolname into reads_as
+    from pg_catalog.pg_roles l
+    join pg_catalog.pg_roles r on r.oid = l.oid or not l.rolsuper and not r.rolsuper and pg_catalog.pg_has_role(l.oid, r.oid, 'member')
+    where l.rolname = coalesce(login, current_user) and not exists (
+      select from pg_catalog.pg_class c
+      where c.oid = any (classes || relation::oid)
+        and (not pg_catalog.has_schema_privilege(r.oid, c.relnamespace, 'usage')
+             or c.oid <> relation and (not pg_catalog.has_table_privilege(r.oid, c.oid, 'select') or relay.is_secured(c.oid, r.oid))))
+    order by r.oid <> l.oid, r.rolname
+    limit 1;
+  end if;
+
   return pg_catalog.jsonb_build_object(
+    'name', (
+      select pg_catalog.format('%I.%I', n.nspname, c.relname)
+      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = relation),
     'policies', policies,
     'helpers', helpers,
+    'secured', within,
+    'reads_as', reads_as,
     'tables', (
       select coalesce(pg_catalog.jsonb_agg(distinct pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
       from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
@@ -199,7 +263,7 @@ begin
         and not pg_catalog.has_table_privilege(role, c.oid, 'select')
         and not case when d.part > 0 then pg_catalog.has_column_privilege(role, c.oid, d.part::smallint, 'select')
                      else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end),
-    'missing', pg_catalog.to_jsonb(relay.missing_grants(relation, role)),
+    'missing', pg_catalog.to_jsonb(missing),
     'unusable', relay.missing_usage(relation, role, login),
     -- Views, tables with row security, and types may call functions, too.
     'calls_own', others <> '{}' or looks_up
@@ -278,8 +342,8 @@ $$;
 comment on function relay.schema_changes_are_logged() is 'whether schema changes are in the changelog';
 
 -- relay.rule_scope(roles, login) : the arguments of relay.rules_mark() for these roles and the judging login
--- roles: the roles and all roles that they are members of. owned: watched relations and their schemas that one of these roles
--- owns; REASSIGN OWNED, which fires no event trigger, changes their owner.
+-- roles: the roles and all roles that they are members of. owned: watched relations, the tables that their policies look into, and
+-- the schemas of both, that one of these roles owns; REASSIGN OWNED, which fires no event trigger, changes their owner.
 create or replace function relay.rule_scope(roles text[], login text) returns table (roles oid[], owned oid[])
 language sql stable
 set search_path = '' as $$
@@ -288,9 +352,9 @@ set search_path = '' as $$
     union
     select m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid)
   select array(select r.oid from reachable r order by r.oid), array(
-    select case when c.relowner in (select r.oid from reachable r) then c.oid else n.oid end
-    from relay.watch_list w
-    join pg_catalog.pg_class c on c.oid = w.relation
+    select distinct case when c.relowner in (select r.oid from reachable r) then c.oid else n.oid end
+    from relay.policy_tables() t
+    join pg_catalog.pg_class c on c.oid = t."table"
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
     where c.relowner in (select r.oid from reachable r) or n.nspowner in (select r.oid from reachable r)
     order by 1)
@@ -504,25 +568,34 @@ begin
       select r.oid, r.oid from pg_catalog.pg_roles r where r.rolname = any (roles)
       union
       select reachable.root, m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid
+    ), tables (relation, "table") as materialized (
+      select w.relation::oid, t."table" from relay.policy_tables() t join relay.watch_list w on w.id = t.relation
+    ), looked_up (relation, fact) as materialized (
+      select t.relation, pg_catalog.string_agg(pg_catalog.concat_ws(',', p.polrelid, p.polname, p.polpermissive, p.polcmd, p.polroles::text,
+               p.polqual::text), ';' order by p.oid)
+      from tables t join pg_catalog.pg_policy p on p.polrelid = t."table"
+      where t."table" <> t.relation
+      group by t.relation
     ), referenced (relation, fact) as materialized (
-      select d.polrelid, pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
+      select d.relation, pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
                c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, a.attname, a.attcollation,
                a.attacl::text,
                f.proname, f.prosrc, f.prosqlbody::text, f.proowner, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
                t.typname, o.oprname,
                (select pg_catalog.string_agg(e.enumlabel, '/' order by e.oid) from pg_catalog.pg_enum e where e.enumtypid = t.oid)), ';'
                order by d.refclassid, d.refobjid, d.refobjsubid)
-      from (select distinct p.polrelid, d.refclassid, d.refobjid, d.refobjsubid
-            from pg_catalog.pg_policy p
+      from (select distinct t.relation, d.refclassid, d.refobjid, d.refobjsubid
+            from tables t
+            join pg_catalog.pg_policy p on p.polrelid = t."table"
             join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
-            where p.polrelid = any (array(select w.relation::oid from relay.watch_list w)) and d.refobjid <> p.polrelid) d
+            where d.refobjid <> t.relation) d
       left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = d.refobjid
       left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
       left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
       left join pg_catalog.pg_operator o on d.refclassid = 'pg_catalog.pg_operator'::pg_catalog.regclass and o.oid = d.refobjid
       left join pg_catalog.pg_proc f on f.oid = case when d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass then d.refobjid else o.oprcode::oid end
       left join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace)
-      group by d.polrelid
+      group by d.relation
     ), facts (kind, name, fact) as (
       select 'role', o.rolname::text, pg_catalog.string_agg(pg_catalog.concat_ws(',', r.oid, a.rolname, a.rolsuper, a.rolbypassrls, a.rolinherit,
                (select pg_catalog.string_agg(pg_catalog.concat_ws(',', m.roleid, m.xmin::text), '/' order by m.roleid)
@@ -563,13 +636,14 @@ begin
                   p.polqual::text), ';' order by p.oid)
          from pg_catalog.pg_policy p
          where p.polrelid = w.relation),
-        r.fact,
+        r.fact, l.fact,
         (select pg_catalog.string_agg(s.shape::text, ';' order by s.shape) from relay.shapes s where s.relation = w.id),
         (select pg_catalog.string_agg(d.xid::text, ';' order by d.xid) from relay.shape_doubts d where d.relation in (0, w.id)))
       from relay.watch_list w
       join relay.relations_now() n on n.id = w.id
       left join relay.known_relations k on k.id = w.id
-      left join referenced r on r.relation = w.relation)
+      left join referenced r on r.relation = w.relation
+      left join looked_up l on l.relation = w.relation)
     select f.kind, f.name, pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 0)) || '.' || pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 1))
     from (select facts.kind, facts.name, pg_catalog.string_agg(facts.fact, '|' order by facts.fact) as facts from facts group by 1, 2) f;
 end

@@ -3,19 +3,14 @@
 -- Needs an event trigger. Where the installer may not create one, the relay checks the catalog for every page.
 
 -- relay.rules_now() : the visibility rules of each watched relation, as sets that can be compared
--- They are, of the relation and of the tables that its policies read: grants, owner, row security, policies, and the functions
+-- They are, of the relation and of the tables that its policies read, also by policies of their own: grants, owner, row security, policies, and the functions
 -- that policies call.
 create or replace function relay.rules_now() returns table (relation int, open text[], shut text[])
 language sql stable
 set search_path = pg_catalog, pg_temp as $$
   with tables as (
-    select w.id, w.relation::oid as oid, true as own from relay.watch_list w
-    union
-    select w.id, d.refobjid, false
-    from relay.watch_list w
-    join pg_policy p on p.polrelid = w.relation
-    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass
-    where d.refobjid <> w.relation
+    select t.relation as id, t."table" as oid, t."table" = w.relation as own
+    from relay.policy_tables() t join relay.watch_list w on w.id = t.relation
   ), items (id, item, is_open) as (
     select t.id, concat_ws(' ', case when t.own then 'right' else 'row' end, 'table', c.oid, a.grantee), true
     from tables t join pg_class c on c.oid = t.oid
@@ -130,12 +125,7 @@ create or replace function relay.may_concern(class oid, object oid) returns bool
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
   with read_tables (oid) as (
-    select w.relation::oid from relay.watch_list w
-    union all
-    select d.refobjid
-    from relay.watch_list w
-    join pg_policy p on p.polrelid = w.relation
-    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass
+    select t."table" from relay.policy_tables() t
   )
   select current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
     or exists (select from relay.shape_doubts) or exists (select from relay.known_rules k where k.relation = -1)

@@ -51,7 +51,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.image_needs(regclass)', 'relay.shape(int)', 'relay.columns_of(regclass)', 'relay.type_definition(oid)',
     'relay.is_loose(jsonb)', 'relay.judge_statement(regclass, text)', 'relay.operator_for(oid, text)',
     'relay.filter_condition(regclass, text, text, text[])', 'relay.policy_for(regclass, oid)',
-    'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)', 'relay.missing_grants(regclass, oid)', 'relay.missing_usage(regclass, oid, text)', 'relay.missing_filter_usage(regclass, text[], text, text)',
+    'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)', 'relay.policy_tables()', 'relay.missing_grants(regclass, oid)', 'relay.missing_usage(regclass, oid, text)', 'relay.missing_filter_usage(regclass, text[], text, text)',
     'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
     'relay.rights(regclass, oid, text)', 'relay.access(regclass, oid, text)', 'relay.catalog(text[], text, int[])',
     'relay.catalog_marks(text[], text)', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[], boolean)',

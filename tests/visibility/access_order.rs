@@ -4,12 +4,13 @@
 use serde_json::json;
 
 use crate::support::client::Client;
-use crate::support::database::JUDGE;
+use crate::support::database::{JUDGE, with_login};
+use crate::support::program::output;
 use crate::support::stage::Stage;
 use crate::support::token;
 
 /// What makes a table and its readers, and what takes the sight of it. `T` is the table, with row security and a key `id`;
-/// `R` the role of its reader, `G` and `H` other roles.
+/// `M` and `N` are tables that it may look into, `R` the role of its reader, `G` and `H` other roles.
 struct Case {
     name: &'static str,
     made: &'static str,
@@ -79,6 +80,71 @@ const CASES: [Case; 13] = [
     },
 ];
 
+/// `T` is seen by a look into `M`, which has row security of its own: the member's name is a claim.
+macro_rules! members {
+    ($made:literal) => {
+        concat!(
+            "create table M (id int, who text, other text); insert into M select n, 'R' from generate_series(1, 9) n;
+             create table N (who text, nobody bool); insert into N values ('R', false);
+             alter table M enable row level security; alter table N enable row level security;
+             grant select on M, N to R, service_role; grant select on T to R; grant usage on schema auth to R;
+             create policy p on T using (exists (select from M where M.id = T.id));",
+            $made
+        )
+    };
+}
+
+const OWN: &str = members!("create policy m on M using (who = auth.role())");
+const NESTED: &str = members!(
+    "create policy m on M using (who in (select N.who from N)); create policy n on N using (N.who = auth.role())"
+);
+
+/// The same for the table that the policy looks into.
+const LOOKED_INTO: [Case; 15] = [
+    case("anew", OWN, "drop policy m on M; create policy m on M using (who = auth.uid()::text)"),
+    case("gone", OWN, "drop policy m on M"),
+    case("altered", OWN, "alter policy m on M using (other = auth.role())"),
+    case("kept_out", OWN, "create policy r on M as restrictive using (other = auth.role())"),
+    case("other_role", OWN, "alter policy m on M to G"),
+    case(
+        "secured",
+        members!("alter table M disable row level security"),
+        "alter table M enable row level security",
+    ),
+    case(
+        "forced",
+        members!("create policy m on M using (other = auth.role()); alter table M owner to R"),
+        "alter table M force row level security",
+    ),
+    case(
+        "new_owner",
+        members!("create policy m on M using (other = auth.role()); alter table M owner to R"),
+        "alter table M owner to postgres; grant select on M to R",
+    ),
+    case(
+        "reassigned",
+        members!("create policy m on M using (other = auth.role()); alter table M owner to R"),
+        "grant select on M to R; reassign owned by R to postgres",
+    ),
+    case("revoked", OWN, "revoke select on M from R"),
+    case(
+        "renamed_columns",
+        OWN,
+        "alter table M rename who to was; alter table M rename other to who; drop policy m on M;
+         create policy m on M using (who = auth.role())",
+    ),
+    case("nested_anew", NESTED, "drop policy n on N; create policy n on N using (N.nobody)"),
+    case(
+        "nested_secured",
+        members!(
+            "alter table N disable row level security; create policy m on M using (who in (select N.who from N))"
+        ),
+        "alter table N enable row level security",
+    ),
+    case("nested_revoked", NESTED, "revoke select on N from R"),
+    case("unread", OWN, "revoke select on M from service_role; drop policy m on M"),
+];
+
 /// The same while the event trigger is away, which is everybody's affair: each in a database of its own.
 const TRIGGERS: [Case; 3] = [
     case(
@@ -106,6 +172,7 @@ fn named(case: &Case, sql: &str) -> String {
         let (word, rest) = word.split_at(end);
         let word = match word {
             "T" => format!("t_{}", case.name),
+            "M" | "N" => format!("{}_{}", word.to_lowercase(), case.name),
             "base_T" => format!("base_{}", case.name),
             "R" | "G" | "H" => format!("$DB_{}_{}", case.name, word.to_lowercase()),
             "D" => String::from("$DB"),
@@ -147,6 +214,41 @@ async fn a_rule_that_changes_with_a_row_counts_for_it_whatever_fires_for_the_rul
     for case in &CASES {
         let mut client = reader(&stage, case).await;
         check(&stage, case, &mut client).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_of_a_table_that_is_looked_into_counts_for_a_row_that_is_written_with_it() {
+    let stage = Stage::new(&LOOKED_INTO.iter().map(made).collect::<String>()).await;
+    for case in &LOOKED_INTO {
+        let mut client = reader(&stage, case).await;
+        let (table, role) = (format!("t_{}", case.name), format!("{}_{}_r", stage.name, case.name));
+        let (url, judge) = (&stage.database.url, with_login(&stage.database.url, JUDGE));
+        let of = ["explain", &table, "--role", &role, "--database-url", url, "--judge-url", &judge];
+        let (_, text, _) = output(&of).await;
+        assert!(text.contains("decided: inverted"), "otherwise nothing could be old: {text}");
+        check(&stage, case, &mut client).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_of_a_table_that_is_looked_into_keeps_a_row_that_it_still_shows() {
+    let case = case("kept", NESTED, "");
+    let stage = Stage::new(&made(&case)).await;
+    let mut client = reader(&stage, &case).await;
+    for (id, changed) in [
+        (1, "alter table M rename who to was"),
+        (2, "alter table N rename who to was"),
+        (3, "drop policy n on N; create policy n on N using (was = auth.role())"),
+        (4, "alter table N disable row level security"),
+        (5, "revoke select on M from service_role"),
+        (6, "alter table M disable row level security; alter table N enable row level security"),
+        (7, "alter table M rename to renamed"),
+    ] {
+        let changed = named(&case, changed);
+        let sql = named(&case, &format!("begin; {changed}; insert into T values ({id}); commit"));
+        stage.run(&sql).await;
+        assert_eq!(stage.told(&mut client).await, [format!(r#"INSERT {{"id":{id}}}"#)], "{changed}");
     }
 }
 

@@ -340,8 +340,9 @@ async fn what_is_looked_up_for_each_reader_anew_names_the_grant_that_the_reader_
         let polled = format!("{path}&wait=5&since={}", stage.database.value("select relay.cursor()").await);
         if !needs_no_more {
             assert!(told.ends_with(grant) && !told.contains('\n'), "{policy}: {told}");
-            let (_, text, _) =
-                output(&["explain", "docs", "--sub", ANN, "--database-url", &stage.database.url]).await;
+            let (url, judge) = (&stage.database.url, with_login(&stage.database.url, JUDGE));
+            let of = ["explain", "docs", "--sub", ANN, "--database-url", url, "--judge-url", &judge];
+            let (_, text, _) = output(&of).await;
             assert!(text.contains(grant), "{policy}: {text}");
             stage.run("insert into docs values (0)").await;
             for path in [&path, &polled] {
@@ -357,4 +358,25 @@ async fn what_is_looked_up_for_each_reader_anew_names_the_grant_that_the_reader_
         assert_eq!(expected, ["1"], "{policy}");
         assert_eq!(client.change().await["record"]["id"], 1, "{policy}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_past_row_security_needs_no_right_of_the_reader_to_look_names_up() {
+    let stage = Stage::new(&format!(
+        "create schema hidden; grant usage on schema hidden to service_role;
+         create table hidden.members (doc int, member uuid); insert into hidden.members values (1, '{ANN}'), (2, null);
+         alter table hidden.members enable row level security;
+         create policy own on hidden.members using (member = auth.uid());
+         grant select on hidden.members to authenticated, service_role;
+         create table docs (id int primary key); alter table docs enable row level security;
+         create policy p on docs using (exists (select from hidden.members m where m.doc = docs.id));
+         grant select on docs to authenticated; select relay.watch('docs')"
+    ))
+    .await;
+    let mut client = Client::connect(&stage.relay, &ann()).await;
+    client.subscribe("realtime:c", json!([{"event": "*", "table": "docs"}])).await;
+    stage.run("insert into docs values (2), (1)").await;
+    let expected = stage.selected("authenticated", &json!({"sub": ANN}), "select id from docs").await;
+    assert_eq!(expected, ["1"]);
+    assert_eq!(client.change().await["record"]["id"], 1);
 }

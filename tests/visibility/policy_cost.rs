@@ -33,6 +33,14 @@ async fn ways(policy: &str) -> Ways {
          create table members (team int, member uuid, primary key (team, member));
          insert into members select n / {TEAM}, user_id(n) from generate_series(0, {READERS} * 20) n; analyze members;
          grant select on members to authenticated;
+         create table own (team int, member uuid, primary key (team, member)); insert into own
+           select n / {TEAM}, user_id(n) from generate_series(0, {READERS} * 20) n; analyze own;
+         alter table own enable row level security; create policy own on own using (member = (select auth.uid()));
+         create table peers (team int, member uuid, primary key (team, member)); insert into peers
+           select n / {TEAM}, user_id(n) from generate_series(0, {READERS} * 20) n;
+         alter table peers enable row level security; analyze peers;
+         create policy peers on peers using (team in (select o.team from own o where o.team = peers.team));
+         grant select on own, peers to authenticated;
          create table t (id int primary key, owner uuid, org text, team int);
          alter table t enable row level security; create policy p on t using ({policy}); grant select on t to authenticated;
          insert into t select n, user_id(n), 'org ' || n % 50, n from generate_series(0, {ROWS} - 1) n;
@@ -80,6 +88,19 @@ async fn a_membership_policy_asks_once_a_page_and_reads_the_members_of_the_rows(
     })
     .await;
     assert!(rows <= 2 * (ROWS * TEAM) as i64, "{rows} members were read for {ROWS} rows of {TEAM} each");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_security_of_the_membership_table_costs_no_more_statements() {
+    for policy in [
+        "exists (select from members m where m.team = t.team and m.member = auth.uid())",
+        "exists (select from own m where m.team = t.team and m.member = auth.uid())",
+        "exists (select from own where own.team = t.team)",
+        "team in (select team from own)",
+        "exists (select from peers p where p.team = t.team)",
+    ] {
+        assert_eq!(counted(&ways(policy).await).await, (ROWS * TEAM, ROWS * TEAM, 1), "{policy}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

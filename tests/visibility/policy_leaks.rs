@@ -241,6 +241,49 @@ async fn what_has_the_name_of_a_function_of_the_system_is_not_taken_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_error_in_a_row_that_row_security_hides_neither_shows_nor_hides_anything() {
+    let looks = [
+        ("t", "exists (select from mine m where m.team = TABLE.team and 10 / m.weight > 0)"),
+        (
+            "own",
+            "exists (select from mine m where m.team = TABLE.team and m.member = auth.uid() and 10 / m.weight > 0)",
+        ),
+        ("fact", "exists (select from kinds k where k.id = TABLE.team and 10 / k.weight > 0)"),
+        ("lost", "(select sum(10 / k.weight) from kinds k where k.id = TABLE.team) > 0"),
+    ];
+    let tables: String = looks.iter().map(|(name, policy)| table(name, "team int", policy)).collect();
+    let stage = stage(&format!(
+        "create table mine (team int, member uuid, weight int); alter table mine enable row level security;
+         create policy own on mine using (member = auth.uid());
+         insert into mine values (1, 'ANN', 1), (1, 'BOB', 0), (2, 'BOB', 1), (2, 'ANN', 0), (3, 'ANN', 0);
+         create table kinds (id int, weight int); alter table kinds enable row level security;
+         create policy shown on kinds using (weight > 0); insert into kinds values (1, 1), (1, 0), (2, 0), (3, 2);
+         create function sees(name text, wanted int) returns text language plpgsql as $$
+           declare found bool; begin
+             execute format('select exists (select from %I where id = %s)', name, wanted) into found; return found;
+           exception when others then return 'false'; end $$;
+         grant select on mine, kinds to authenticated, service_role; {tables}"
+    ))
+    .await;
+    let (mut ann, mut bob) = (stage.join(&user(ANN)).await, stage.join(&user(BOB)).await);
+    for (name, _) in looks {
+        run(&stage, &format!("insert into {name} values (1, 1), (2, 2), (3, 3)")).await;
+    }
+    for (sub, client) in [(ANN, &mut ann), (BOB, &mut bob)] {
+        let mut shown = Vec::new();
+        for (name, _) in looks {
+            for id in 1..=3 {
+                let (claims, select) = (json!({"sub": sub}), format!("select sees('{name}', {id})"));
+                let sees = stage.selected("authenticated", &claims, &select).await;
+                shown.extend((sees == ["true"]).then(|| format!("{name}{id}")));
+            }
+        }
+        assert_eq!(rows(&stage, client).await, shown, "{sub}");
+        assert!(!shown.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_login_that_may_not_make_temporary_tables_judges_no_worse() {
     let sql = with_people(
         &(TEAMS.to_owned()

@@ -51,6 +51,25 @@ const SCHEMA: &str = r#"
     create table open_teams (id int primary key, org text);
     alter table open_teams enable row level security;
     create policy everyone on open_teams for select using (true);
+    create table projects (id int, team int); create table tasks (item int, project int); create table notes (item int, author uuid);
+    create table strict_members (like own_members); create table closed_members (like own_members);
+    create table peers (like own_members); create table endless_members (like own_members);
+    create table backward_members (like own_members); create table opaque_members (like own_members);
+    create policy p on projects using (exists (select 1 from members m where m.team = projects.team and m.person = auth.uid()));
+    create policy p on tasks using (project in (select p.id from projects p));
+    create policy p on notes using (exists (select 1 from members notes join teams m on m.id = notes.team
+      where notes.person = author and m.boss = auth.uid()));
+    create policy p on strict_members using (person = auth.uid()); create policy q on strict_members using (role = 'nobody');
+    create policy r on strict_members as restrictive using (role <> 'admin');
+    create policy p on peers using (person = auth.uid() or role = 'owner');
+    create policy p on endless_members using (team in (select e.team from endless_members e where e.person = auth.uid()));
+    create policy p on backward_members using (team in (select i.team from items i));
+    create function opaque(person uuid) returns bool language plpgsql stable as $$ begin return person = auth.uid(); end $$;
+    create policy p on opaque_members using (opaque(person));
+    do $$ declare t text; begin
+      foreach t in array '{projects,tasks,notes,strict_members,closed_members,peers,endless_members,backward_members,opaque_members}'::text[] loop
+        execute format('alter table %I enable row level security; grant select on %1$I to authenticated, anon', t);
+      end loop; end $$;
     create view member_view as select team, person from members;
     grant select on items, profiles, teams, members, shares, blocks, follows, user_roles, role_permissions, org_members,
       plans, invitations, settings, own_members, open_teams, member_view, "TeamMember", counted to authenticated, anon;
@@ -116,6 +135,11 @@ const ROWS: &str = r#"
     insert into invitations values (3, 'bob@acme.org', null), (1, 'eve@x.org', '2020-01-01'), (4, 'cid@beta.io', null);
     insert into settings values ('open', 'true'), ('least_level', '2'), ('org', 'acme'); insert into admins values ('ANN');
     insert into own_members values (1, 'ANN', 'owner'), (1, 'BOB', 'member'), (3, 'CID', 'owner'), (2, 'BOB', 'admin');
+    insert into projects values (1, 1), (2, 2), (3, 3); insert into tasks values (1, 1), (2, 2), (4, 3), (8, 9);
+    insert into notes values (1, 'ANN'), (2, 'BOB'), (5, 'EVE');
+    insert into strict_members select * from own_members; insert into closed_members select * from own_members;
+    insert into peers select * from own_members; insert into endless_members select * from own_members;
+    insert into backward_members select * from own_members; insert into opaque_members select * from own_members;
     insert into open_teams values (1, 'acme'), (3, 'beta');
     insert into "TeamMember" select team, person, 1 from members; refresh materialized view counted;
     insert into items values

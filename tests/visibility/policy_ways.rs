@@ -68,6 +68,75 @@ const OF_CLAIMS: &[&str] = &[
     "may_see(n)",
 ];
 
+/// Conditions on claims that look into tables with row security of their own.
+const OF_SECURED: &[&str] = &[
+    "exists (select from mine m where m.team = t.n and m.member = auth.uid())",
+    "exists (select from mine where team = t.n)",
+    "not exists (select from mine m where m.team = t.n and m.member = auth.uid())",
+    "n in (select team from mine)",
+    "n in (select team from mine where member = (select auth.uid()) and role in ('x', 'boss'))",
+    "auth.uid() in (select member from mine where team = n)",
+    "auth.uid() in (select g.boss from groups g join mine m on m.team = g.id where g.id = t.n)",
+    "exists (select from groups g join mine m on m.team = g.id where g.id = t.n and m.member = auth.uid())",
+    "exists (select from members m left join mine on mine.team = m.team and mine.member = m.member
+       where m.team = t.n and m.member = auth.uid() and mine.team is null)",
+    "exists (select from mine left join groups g on g.id = mine.team where mine.team = t.n and g.id is null)",
+    "exists (select from mine join members using (team) where team = t.n and members.member = auth.uid())",
+    "exists (select from mine left join members using (team) where team = t.n)",
+    "exists (select from mine right join members m on m.team = mine.team where m.team = t.n and m.member = auth.uid())",
+    "n in (select id from groups)",
+    "n in (select id from groups where boss = auth.uid())",
+    "n in (select id from groups where org in (select role from mine where member = auth.uid()))",
+    "exists (select from groups where groups.id = t.n and groups.org = t.name)",
+    "name = (select org from groups where id = n)",
+    "(select count(*) from mine where team = n) > 0",
+    "(select count(*) from groups) > n",
+    "n = (select max(team) from mine)",
+    "exists (select from (select * from mine) m where m.team = t.n and m.member = auth.uid())",
+    "n not in (select team from mine)",
+];
+
+/// Policies of these tables.
+const POLICIES_OF_MINE: &[&str] = &[
+    "true",
+    "false",
+    "null",
+    "member = auth.uid()",
+    "member = (select auth.uid())",
+    "member = auth.uid() and role <> 'y'",
+    "member = auth.uid() or role = 'boss'",
+    "member = auth.uid() or team in (select g.id from groups g where g.boss = auth.uid())",
+    "team in (select id from groups)",
+    "exists (select from groups g where g.id = team)",
+    "exists (select from groups mine where mine.id = team)",
+    "exists (select from members m where m.team = mine.team and m.member = auth.uid())",
+    "team in (select m.team from members m join teams t on t.id = m.team where m.member = auth.uid())",
+    "team in (select team from members m left join teams on id = team left join members o using (team) where m.member = auth.uid())",
+    "role = auth.jwt() ->> 'org'",
+    "auth.role() = 'authenticated'",
+    "auth.role() = 'anon'",
+    "auth.uid() is not null",
+    "current_user = 'authenticated'",
+    "10 / team > 3",
+    "mine is not null",
+    "may_see(team)",
+    "team in (select team from mine)",
+];
+
+const POLICIES_OF_GROUPS: &[&str] = &[
+    "true",
+    "org = 'x'",
+    "boss = auth.uid()",
+    "boss = auth.uid() or org = auth.jwt() ->> 'org'",
+    "org = (auth.jwt() -> 'app_metadata' ->> 'org')",
+    "id in (select team from members where member = auth.uid())",
+    "exists (select from members m where m.team = id and m.member = auth.uid())",
+    "exists (select from mine m where m.team = id)",
+    "(select count(*) from members m where m.team = id) > 1",
+    "10 / id > 3",
+    "org in (select jsonb_array_elements_text(auth.jwt() -> 'orgs'))",
+];
+
 /// Conditions that do not; `N` becomes a small number, `S` one of [`TEXTS`].
 const OF_ROWS: &[&str] = &[
     "true",
@@ -129,6 +198,9 @@ const SCHEMA: &str = "
     create table teams (id int primary key, org text, boss uuid);
     create table members (team int, member uuid, role text);
     create index on members (team); grant select on teams, members to authenticated;
+    create table mine (team int, member uuid, role text); create table groups (id int, org text, boss uuid);
+    alter table mine enable row level security; alter table groups enable row level security;
+    create index on mine (team); grant select on mine, groups to authenticated;
     create function my_org() returns text language sql stable as $$ select auth.jwt() -> 'app_metadata' ->> 'org' $$;
     create function is_admin() returns bool language sql stable as
       $$ select coalesce((auth.jwt() ->> 'admin')::boolean, false) $$;
@@ -168,6 +240,7 @@ impl Dice {
     /// A condition of so many levels.
     fn condition(&mut self, depth: usize) -> String {
         match self.below(if depth == 0 { 2 } else { 6 }) {
+            0 if self.below(3) == 0 => self.one(OF_SECURED).to_owned(),
             0 => self.one(OF_CLAIMS).to_owned(),
             1 => {
                 let number = self.below(4).to_string();
@@ -282,9 +355,11 @@ async fn every_way_shows_what_the_table_would_show() {
         bytes[..8].copy_from_slice(&(seed + round).to_le_bytes());
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
         let mut dice = Dice(TestRunner::new_with_rng(Config::default(), rng));
-        let mut sql = String::from("truncate t, teams, members;");
+        let mut sql = String::from("truncate t, teams, members, mine, groups;");
         for n in 0..3 {
-            sql += &format!("drop policy if exists p{n} on t;");
+            for table in ["t", "mine", "groups"] {
+                sql += &format!("drop policy if exists p{n} on {table};");
+            }
         }
         for id in 1..=3 {
             sql += &format!(
@@ -297,6 +372,7 @@ async fn every_way_shows_what_the_table_would_show() {
             let (team, member, role) = (dice.below(4), dice.one(&[ANN, BOB]), dice.one(&["x", "boss", "y"]));
             sql += &format!("insert into members values ({team}, '{member}', '{role}');");
         }
+        sql += "insert into mine select * from members; insert into groups select * from teams;";
         let rows: Vec<String> = (1..=16).map(|id| format!("({id}, {})", dice.row())).collect();
         sql += &format!("insert into t values {};", rows.join(", "));
         let mut policies = String::new();
@@ -305,6 +381,13 @@ async fn every_way_shows_what_the_table_would_show() {
             let depth = dice.below(3);
             let condition = dice.condition(depth);
             policies += &format!("create policy p{n} on t as {kind} using ({condition});\n");
+        }
+        for (table, conditions) in [("mine", POLICIES_OF_MINE), ("groups", POLICIES_OF_GROUPS)] {
+            for n in 0..[1, 1, 1, 1, 2, 3, 0][dice.below(7)] {
+                let kind = if n > 0 && dice.below(2) == 0 { "restrictive" } else { "permissive" };
+                let condition = dice.one(conditions);
+                policies += &format!("create policy p{n} on {table} as {kind} using ({condition});\n");
+            }
         }
         ways.database.run(&format!("{sql}{policies}")).await;
         let readers: Vec<Value> = (0..10).map(|_| dice.claims()).collect();

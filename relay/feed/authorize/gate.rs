@@ -204,7 +204,9 @@ impl Gate {
         let images: Vec<String> = images.iter().map(narrowed).collect();
         for leaf in access.plan.queries.iter().enumerate() {
             let (relation, role) = (&**subscriber_index.relation(), subscriber_index.role());
-            let query = SetQuery { relation, role, leaf, roster: subscriber_index, images: &images };
+            let reads_as = access.plan.reads_as.as_deref();
+            let query =
+                SetQuery { relation, role, reads_as, leaf, roster: subscriber_index, images: &images };
             let (set_answers, count) = self.set_evaluator.ask(&query).await?;
             for truth in [Truth::TimedOut, Truth::Error] {
                 if set_answers.contains(&SetAnswer::Nothing(truth)) {

@@ -4,6 +4,7 @@
 //! user-defined operators are spelled out. Only parts with one meaning in that form are compiled. PostgreSQL evaluates the
 //! others: once for all readers where the part cannot depend on the reader, otherwise for each identity.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 use sqlparser::ast::{
@@ -18,6 +19,7 @@ use crate::model::policy::compile::dependencies::dependencies;
 use crate::model::policy::compile::depth::is_too_deep;
 use crate::model::policy::compile::list::only_expression;
 use crate::model::policy::compile::operand::{Operand, Type};
+use crate::model::policy::compile::row_security::Refused;
 use crate::model::policy::plan::{Obstacle, Plan, PlanKind, ServerQuery};
 use crate::model::policy::predicate::{Predicate, Scalar};
 use crate::model::policy::rights::Rights;
@@ -31,6 +33,7 @@ mod dependencies;
 mod list;
 mod operand;
 mod probe;
+mod row_security;
 
 /// The reason why a part is not compiled, for the author of the policy.
 #[derive(Debug, Clone)]
@@ -62,12 +65,20 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         Ok(expr) => expr,
         Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
     };
+    let written = expr;
+    let (expr, rights) = match with_row_security(policy, &written, rights) {
+        Ok(expanded) => expanded,
+        Err(table) => {
+            return nothing(&table, "its row security reads the table itself, so every query of it raises");
+        }
+    };
+    let rights = &*rights;
     // A table that is named only for the fields of its row type is not read.
     if let Some(table) = rights.unreadable.as_ref().filter(|table| dependencies::reads_table(&expr, table)) {
-        let why =
-            String::from("the role may not read this table, so every query of the policy's table raises");
-        let obstacles = vec![Obstacle { part: table.clone(), why }];
-        return Plan { obstacles, ..Plan::compiled(Predicate::Constant(Some(false))) };
+        return nothing(
+            table,
+            "the role may not read this table, so every query of the policy's table raises",
+        );
     }
     let compiler = Compiler {
         table,
@@ -84,31 +95,64 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
     if obstacles.is_empty() {
         let queries = compiler.queries.into_inner();
         let kind = if queries.is_empty() { PlanKind::Compiled } else { PlanKind::Inverted };
-        let claim_exprs = compiler.claim_exprs.into_inner();
         return Plan {
             kind,
             predicate,
-            claim_exprs,
+            claim_exprs: compiler.claim_exprs.into_inner(),
             reads_all: false,
             queries,
+            reads_as: rights.reads_as.clone().filter(|_| rights.as_other_role),
             obstacles,
             probe: probe::probe(&expr, rights),
         };
     }
     let reads_all = !compiler.claims_are_known(&expr);
-    // Per-identity evaluation takes the whole policy, so the plan needs no queries.
-    let predicate = without_queries(predicate);
-    let claim_exprs = compiler.claim_exprs.into_inner();
-    let probe = probe::probe(&expr, rights);
     Plan {
         kind: PlanKind::PerIdentity,
-        predicate,
-        claim_exprs,
+        // Per-identity evaluation takes the whole policy, so the plan needs no queries.
+        predicate: without_queries(predicate),
+        claim_exprs: compiler.claim_exprs.into_inner(),
         reads_all,
         queries: Vec::new(),
+        reads_as: None,
         obstacles,
-        probe,
+        probe: probe::probe(&written, rights),
     }
+}
+
+/// Returns the plan of a policy that shows no row, because PostgreSQL raises for every query.
+fn nothing(table: &str, why: &str) -> Plan {
+    let obstacles = vec![Obstacle { part: table.to_owned(), why: why.to_owned() }];
+    Plan { obstacles, ..Plan::compiled(Predicate::Constant(Some(false))) }
+}
+
+/// Adds the row security of the tables that the policy looks into, and returns the rights with which it is compiled then. Where
+/// this is not possible, the policy stays as it is. Fails with the table whose row security is recursive.
+fn with_row_security<'a>(
+    policy: &str,
+    expr: &Expr,
+    rights: &'a Rights,
+) -> Result<(Expr, Cow<'a, Rights>), String> {
+    if !row_security::reads_secured(expr, rights) {
+        return Ok((expr.clone(), Cow::Borrowed(rights)));
+    }
+    let mut changed = rights.clone();
+    match row_security::expand(policy, expr, rights) {
+        Err(Refused::Recursive(table)) => return Err(table),
+        Err(Refused::Unsupported { table, why }) => {
+            changed.not_added.insert(table, why);
+        }
+        Ok(_) if rights.reads_as.is_none() => {
+            let why = "the evaluating login has no role that reads it without: grant it one with BYPASSRLS and SELECT";
+            changed.not_added.extend(rights.secured.keys().map(|table| (table.clone(), why.to_owned())));
+        }
+        Ok(expanded) => {
+            changed.tables.extend(expanded.tables);
+            changed.as_other_role = true;
+            return Ok((expanded.expr, Cow::Owned(changed)));
+        }
+    }
+    Ok((expr.clone(), Cow::Owned(changed)))
 }
 
 fn without_queries(predicate: Predicate) -> Predicate {

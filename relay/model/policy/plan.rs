@@ -29,6 +29,9 @@ pub struct Plan {
     pub reads_all: bool,
     /// The queries to PostgreSQL for each page.
     pub queries: Vec<ServerQuery>,
+    /// The role that runs the queries: the row security of the tables that they look into applies to the subscriber's role and not
+    /// to this one, and the queries contain its conditions. `None`: the subscriber's role.
+    pub reads_as: Option<String>,
     /// The reasons against a cheaper kind.
     pub obstacles: Vec<Obstacle>,
     /// A condition on claims alone, for PostgreSQL: it holds unless the claims make the policy raise.
@@ -108,6 +111,7 @@ impl Plan {
             claim_exprs: Vec::new(),
             reads_all: false,
             queries: Vec::new(),
+            reads_as: None,
             obstacles: Vec::new(),
             probe: None,
         }

@@ -5,15 +5,27 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Deserialize;
 
 /// The objects that the policies of a relation refer to, as far as the role may use them.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Clone, Deserialize)]
 #[serde(default)]
 pub struct Rights {
+    /// The relation, qualified and quoted as in SQL.
+    pub name: String,
     /// The policies that apply to the role, in the order in which PostgreSQL evaluates them.
     pub policies: Vec<Policy>,
     /// Functions without arguments whose body is one expression, by name.
     pub helpers: BTreeMap<String, Helper>,
     /// Tables without row security for the role, by name.
     pub tables: BTreeSet<String>,
+    /// Tables with row security for the role, by name.
+    pub secured: BTreeMap<String, SecuredTable>,
+    /// A role that the evaluating login may act as, and that reads all rows of all these tables.
+    pub reads_as: Option<String>,
+    /// Why the policies of a table are not added where it is looked into, by name.
+    #[serde(skip)]
+    pub not_added: BTreeMap<String, String>,
+    /// Whether the queries run as [`reads_as`](Self::reads_as).
+    #[serde(skip)]
+    pub as_other_role: bool,
     /// Reasons why the dependencies of the policies are unknown.
     pub obstacles: Vec<String>,
     /// Whether they call user-defined functions, whose bodies may depend on the search path.
@@ -30,8 +42,19 @@ pub struct Rights {
     pub user_casts: bool,
 }
 
+/// A table with row security, as far as the role is concerned.
+#[derive(Debug, Clone, Deserialize)]
+pub struct SecuredTable {
+    /// The name without the schema and without quotes.
+    pub table: String,
+    /// The condition of all its policies as SQL.
+    pub policy: String,
+    /// All its columns.
+    pub columns: Vec<String>,
+}
+
 /// A policy.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Policy {
     /// The name.
     pub name: String,
@@ -42,7 +65,7 @@ pub struct Policy {
 }
 
 /// A function that is replaced by its body.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Helper {
     /// The return type.
     pub returns: String,

@@ -16,11 +16,12 @@ use crate::postgres::connect::pool::{Error, Server};
 /// Sets the subscriber's claims and role for the rest of the transaction. The role comes last: it may not set the others.
 const IMPERSONATE: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
      set_config('request.jwt.claim.role', $1, true), set_config('statement_timeout', $4, true), \
-     set_config('search_path', $5, true), set_config('lock_timeout', $6, true), set_config('role', $1, true)";
+     set_config('search_path', $5, true), set_config('lock_timeout', $6, true), set_config('row_security', $7, true), \
+     set_config('role', $1, true)";
 
 /// Sets the same limits and search path for the rest of the transaction, and keeps the login's role.
 const AS_LOGIN: &str = "select set_config('statement_timeout', $1, true), set_config('search_path', $2, true), \
-     set_config('lock_timeout', $3, true)";
+     set_config('lock_timeout', $3, true), set_config('row_security', $4, true)";
 
 /// Lock timeout. Short, because the changes of other tables wait meanwhile.
 const LOCK_WAIT: &str = "20ms";
@@ -65,17 +66,30 @@ pub(super) struct ActingAs<'a> {
     /// Whether to set the login's search path, which user-defined functions may rely on. Otherwise it is empty, so that a
     /// name cannot resolve to another object.
     with_path: bool,
+    /// The setting `row_security`: `off` makes PostgreSQL raise where row security would hide rows.
+    row_security: &'static str,
 }
 
 impl<'a> ActingAs<'a> {
     /// The role and claims of a token.
     pub fn with(claims: &'a Claims, with_path: bool) -> Self {
-        Self { role: claims.role(), json: claims.json(), sub: claims.sub().unwrap_or_default(), with_path }
+        Self {
+            role: claims.role(),
+            json: claims.json(),
+            sub: claims.sub().unwrap_or_default(),
+            with_path,
+            row_security: "on",
+        }
     }
 
     /// A role without claims.
     pub fn of_role(role: &'a str) -> Self {
-        Self { role, json: "", sub: "", with_path: false }
+        Self { role, json: "", sub: "", with_path: false, row_security: "on" }
+    }
+
+    /// A role that reads past row security. Where the role may not, PostgreSQL raises.
+    pub fn past_row_security(role: &'a str) -> Self {
+        Self { row_security: "off", ..Self::of_role(role) }
     }
 }
 
@@ -141,8 +155,9 @@ impl Impersonation {
             Some(Ok(prepared)) => Ok(prepared),
             // With the search path that the query will have: with another PostgreSQL would resolve the names again.
             None | Some(Err(_)) => {
-                let [.., path, wait] = self.settings(&as_role);
-                let prepared = self.prepare_as(&self.as_login, &[&self.limit, path, wait], statement).await?;
+                let [.., path, wait, row_security] = self.settings(&as_role);
+                let settings = [&self.limit, path, wait, row_security];
+                let prepared = self.prepare_as(&self.as_login, &settings, statement).await?;
                 self.prepared_by_login.insert(Arc::clone(statement));
                 prepared
             }
@@ -175,12 +190,12 @@ impl Impersonation {
     }
 
     /// The parameters of [`IMPERSONATE`].
-    fn settings<'p>(&'p self, as_role: &'p ActingAs<'_>) -> [&'p (dyn ToSql + Sync); 6] {
+    fn settings<'p>(&'p self, as_role: &'p ActingAs<'_>) -> [&'p (dyn ToSql + Sync); 7] {
         let path = if as_role.with_path { &self.path } else { &NO_PATH };
         let locked = *self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         let is_locked = locked.is_some_and(|when| when.elapsed() < LOCKED_FOR);
         let wait = if is_locked { &LOCK_WAIT_AGAIN } else { &LOCK_WAIT };
-        [&as_role.role, &as_role.json, &as_role.sub, &self.limit, path, wait]
+        [&as_role.role, &as_role.json, &as_role.sub, &self.limit, path, wait, &as_role.row_security]
     }
 
     /// Classifies an error of PostgreSQL. A policy can raise any code, so no code counts as a lost connection.

@@ -73,6 +73,8 @@ pub struct SetQuery<'a> {
     pub relation: &'a Relation,
     /// The role whose rights apply.
     pub role: &'a str,
+    /// Another role that runs the query, because it contains the row security of the tables that it reads.
+    pub reads_as: Option<&'a str>,
     /// The query, and its number in the plan.
     pub leaf: (usize, &'a ServerQuery),
     /// The connected subscribers.
@@ -230,11 +232,14 @@ impl SetSession {
     ) -> Result<(Vec<SetAnswer>, usize, Option<Denied>), Error> {
         let all = |truth| vec![SetAnswer::Nothing(truth); query.images.len()];
         let is_fact = matches!(query.leaf.1, ServerQuery::Fact { .. });
-        let as_role = ActingAs::of_role(query.role);
+        // A query that contains row security may raise for a row that PostgreSQL hides first, and the rights of the other role may
+        // have changed. Both are left undecided, and each subscriber's own role is asked.
+        let is_final = is_fact && query.reads_as.is_none();
+        let as_role = query.reads_as.map_or(ActingAs::of_role(query.role), ActingAs::past_row_security);
         self.impersonation.make_room(2);
         if let Err(denied) = self.impersonation.prepare(as_role, statement).await? {
             let truth = match denied {
-                Denied::Raised if !is_fact => Truth::Undecided,
+                Denied::Raised if !is_final => Truth::Undecided,
                 denied => truth_of(denied),
             };
             return Ok((all(truth), 1, Some(denied)));
@@ -257,11 +262,14 @@ impl SetSession {
                     // A query can raise for one subscriber and not for another. A fact raises for all, unless the image
                     // itself cannot be read back, which the per-identity evaluator finds out.
                     if range.len() == 1
-                        && (!is_fact || !reads_back(&self.impersonation, as_role, &reading, images).await?)
+                        && (!is_final || !reads_back(&self.impersonation, as_role, &reading, images).await?)
                     {
                         answers[range.start] = SetAnswer::Nothing(Truth::Undecided);
                     }
                     ranges.split(range);
+                }
+                Err(denied @ Denied::Role) if query.reads_as.is_some() => {
+                    return Ok((all(Truth::Undecided), statements, Some(denied)));
                 }
                 Err(denied) => return Ok((all(truth_of(denied)), statements, Some(denied))),
             }

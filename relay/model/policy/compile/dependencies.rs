@@ -194,6 +194,8 @@ impl Analyzer<'_> {
             written.strip_prefix("pg_catalog.").unwrap_or(&written).trim_matches('"').to_ascii_lowercase();
         if bare == "current_setting" || self.rights.helpers.contains_key(&written) {
             self.dependencies.claims = true;
+        } else if self.rights.as_other_role && matches!(bare.as_str(), "current_user" | "current_role") {
+            self.add_obstacle(format!("{written} is another role in a look past row security"));
         } else if bare != "array" && SAFE_FUNCTIONS.binary_search(&bare.as_str()).is_err() {
             self.add_obstacle(format!("{written}() may read anything"));
         }
@@ -219,9 +221,10 @@ impl Visitor for Analyzer<'_> {
             TableFactor::Table { name, args: None, .. } => {
                 let name = written(name);
                 if !self.rights.tables.contains(&name) {
-                    self.add_obstacle(format!(
-                        "{name} is a view, has row security, or is not readable for the role"
-                    ));
+                    self.add_obstacle(match self.rights.not_added.get(&name) {
+                        Some(why) => format!("{name} has row security, and {why}"),
+                        None => format!("{name} is a view, or is not readable for the role"),
+                    });
                 }
             }
             TableFactor::Table { name, args: Some(_), .. } | TableFactor::Function { name, .. } => {

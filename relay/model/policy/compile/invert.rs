@@ -195,7 +195,7 @@ impl Compiler<'_> {
     }
 }
 
-fn nest(expr: Expr) -> Box<Expr> {
+pub(super) fn nest(expr: Expr) -> Box<Expr> {
     Box::new(match expr {
         nested @ Expr::Nested(_) => nested,
         other => Expr::Nested(Box::new(other)),
@@ -255,7 +255,7 @@ fn require_tables(source: &TableWithJoins) -> Result<(), Unsupported> {
     Ok(())
 }
 
-fn last_part(name: &ObjectName) -> &str {
+pub(super) fn last_part(name: &ObjectName) -> &str {
     name.0.last().and_then(|part| part.as_ident()).map_or("", |part| &part.value)
 }
 
