@@ -350,8 +350,8 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
                 let name = format!("{}.{}", relation.schema, relation.table);
                 findings.push(Note(format!(
                     "{name}: for {role}, each subscriber costs a statement a page, because {}. For many subscribers: compare claims \
-                     with columns in the policy itself, query membership tables by `exists (select from … where … = auth.uid())` \
-                     instead of by a function, and keep row security off those tables. Details: relay explain {name} --role {role}",
+                     with columns in the policy itself, and query membership tables by `exists (select from … where … = auth.uid())` \
+                     instead of by a function. Details: relay explain {name} --role {role}",
                     obstacle.why
                 )));
                 break;
