@@ -139,6 +139,7 @@ comment on function relay.has_own_casts() is 'whether there is a user-defined ca
 --  "secured": {"public.owners": {"table", "policy", "columns"}}  tables that policies read and that have row security for the
 --    role, with its policy. What these policies depend on is included in all other fields, too.
 --  "reads_as": "service_role"  a role of the judging login that reads all rows of both kinds; null: there is none
+--  "unique": {"public.members": ["id"]}  columns of these tables of which each value is in one row at most
 --  "unreadable": "public.secret"  a table that the role may not read: then every query on the relation raises
 --  "missing": ["grant select on public.secret to anon"]  grants that the role lacks, with the same effect
 --  "unusable": {"hidden": "grant usage on schema hidden to relay_judge"}  USAGE grants that are missing to resolve names
@@ -255,6 +256,17 @@ begin
       select coalesce(pg_catalog.jsonb_agg(distinct pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
       from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
       where c.oid = any (classes) and c.relkind in ('r', 'p', 'm') and not relay.is_secured(c.oid, role)),
+    'unique', (
+      select coalesce(pg_catalog.jsonb_object_agg(k.name, k.columns), '{}')
+      from (
+        select pg_catalog.format('%I.%I', n.nspname, c.relname), pg_catalog.jsonb_agg(distinct a.attname)
+        from pg_catalog.pg_class c
+        join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+        join pg_catalog.pg_index i on i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indimmediate
+          and i.indnkeyatts = 1 and i.indpred is null and i.indexprs is null
+        join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = i.indkey[0]
+        where c.oid = any (classes) and not exists (select from pg_catalog.pg_inherits h where h.inhparent = c.oid and c.relkind = 'r')
+        group by 1) k (name, columns)),
     'unreadable', (
       select pg_catalog.min(c.oid::pg_catalog.regclass::text)
       from unnest(classes, parts) d (object, part)
@@ -576,6 +588,12 @@ begin
       from tables t join pg_catalog.pg_policy p on p.polrelid = t."table"
       where t."table" <> t.relation
       group by t.relation
+    ), unique_keys (relation, fact) as materialized (
+      select t.relation, pg_catalog.string_agg(pg_catalog.concat_ws(',', i.indexrelid, i.indkey::text, i.indnkeyatts, i.indisvalid,
+               i.indimmediate, exists (select from pg_catalog.pg_inherits h where h.inhparent = t."table")), ';' order by i.indexrelid)
+      from tables t join pg_catalog.pg_index i on i.indrelid = t."table" and i.indisunique
+      where t."table" <> t.relation
+      group by t.relation
     ), referenced (relation, fact) as materialized (
       select d.relation, pg_catalog.string_agg(pg_catalog.concat_ws(',', d.refclassid, d.refobjid, d.refobjsubid, n.nspname, n.nspacl::text,
                c.relname, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, a.attname, a.attcollation,
@@ -636,14 +654,15 @@ begin
                   p.polqual::text), ';' order by p.oid)
          from pg_catalog.pg_policy p
          where p.polrelid = w.relation),
-        r.fact, l.fact,
+        r.fact, l.fact, u.fact,
         (select pg_catalog.string_agg(s.shape::text, ';' order by s.shape) from relay.shapes s where s.relation = w.id),
         (select pg_catalog.string_agg(d.xid::text, ';' order by d.xid) from relay.shape_doubts d where d.relation in (0, w.id)))
       from relay.watch_list w
       join relay.relations_now() n on n.id = w.id
       left join relay.known_relations k on k.id = w.id
       left join referenced r on r.relation = w.relation
-      left join looked_up l on l.relation = w.relation)
+      left join looked_up l on l.relation = w.relation
+      left join unique_keys u on u.relation = w.relation)
     select f.kind, f.name, pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 0)) || '.' || pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 1))
     from (select facts.kind, facts.name, pg_catalog.string_agg(facts.fact, '|' order by facts.fact) as facts from facts group by 1, 2) f;
 end

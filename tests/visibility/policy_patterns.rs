@@ -51,6 +51,8 @@ const SCHEMA: &str = r#"
     create table open_teams (id int primary key, org text);
     alter table open_teams enable row level security;
     create policy everyone on open_teams for select using (true);
+    create table secured_profiles (like profiles including all); alter table secured_profiles enable row level security;
+    create policy own on secured_profiles using (id = (select auth.uid())); grant select on secured_profiles to authenticated, anon;
     create table projects (id int, team int); create table tasks (item int, project int); create table notes (item int, author uuid);
     create table strict_members (like own_members); create table closed_members (like own_members);
     create table peers (like own_members); create table endless_members (like own_members);
@@ -135,6 +137,7 @@ const ROWS: &str = r#"
     insert into invitations values (3, 'bob@acme.org', null), (1, 'eve@x.org', '2020-01-01'), (4, 'cid@beta.io', null);
     insert into settings values ('open', 'true'), ('least_level', '2'), ('org', 'acme'); insert into admins values ('ANN');
     insert into own_members values (1, 'ANN', 'owner'), (1, 'BOB', 'member'), (3, 'CID', 'owner'), (2, 'BOB', 'admin');
+    insert into secured_profiles select * from profiles;
     insert into projects values (1, 1), (2, 2), (3, 3); insert into tasks values (1, 1), (2, 2), (4, 3), (8, 9);
     insert into notes values (1, 'ANN'), (2, 'BOB'), (5, 'EVE');
     insert into strict_members select * from own_members; insert into closed_members select * from own_members;

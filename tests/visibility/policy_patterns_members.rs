@@ -20,11 +20,11 @@ inverted: a member, in | team in (select team from members where person = auth.u
 inverted: a member, in, asked once | team in (select m.team from members m where m.person = (select auth.uid()))
 inverted: a member, any | team = any (select team from members where person = auth.uid())
 inverted: a member, some | team = some (select team from members where person = auth.uid())
-one by one (a sub-select as a value): a member, an array | team = any (array(select team from members where person = auth.uid()))
+inverted: a member, an array | team = any (array(select team from members where person = auth.uid()))
 inverted: a member, the other way | auth.uid() in (select person from members where members.team = items.team)
 inverted: a member, the other way, asked once | (select auth.uid()) in (select person from members m where m.team = items.team)
 inverted: a member, the other way, any | auth.uid() = any (select person from members m where m.team = items.team)
-one by one (a sub-select as a value): a member, the other way, an array | auth.uid() = any (array(select person from members m where m.team = items.team))
+inverted: a member, the other way, an array | auth.uid() = any (array(select person from members m where m.team = items.team))
 inverted: a member, distinct | team in (select distinct team from members where person = auth.uid())
 one by one (more than a plain select): a member, one is enough | exists (select 1 from members m where m.team = items.team and m.person = auth.uid() limit 1)
 one by one (a sub-select as a value): a member, counted | (select count(*) from members m where m.team = items.team and m.person = auth.uid()) > 0
@@ -128,14 +128,16 @@ one by one (a sub-select as a value): whom one hides | owner <> all (array(selec
 inverted: no banned owner | not exists (select 1 from profiles p where p.id = items.owner and p.banned)
 inverted: oneself not banned | not exists (select 1 from profiles p where p.id = auth.uid() and p.banned)
 inverted: an admin by the profile | exists (select 1 from profiles p where p.id = auth.uid() and p.role = 'admin')
-one by one (a sub-select as a value): an admin by the profile, one value | (select role from profiles where id = auth.uid()) = 'admin'
+inverted: an admin by the profile, one value | (select role from profiles where id = auth.uid()) = 'admin'
 inverted: an admin by the profile, in | auth.uid() in (select id from profiles where role = 'admin')
 inverted: an admin by the profile, or the owner | owner = auth.uid() or auth.uid() in (select id from profiles where role in ('admin', 'editor'))
-one by one (a sub-select as a value): an admin by the profile, or the owner, one value | owner = auth.uid() or (select p.role from profiles p where p.id = auth.uid()) = 'admin'
+inverted: an admin by the profile, or the owner, one value | owner = auth.uid() or (select p.role from profiles p where p.id = auth.uid()) = 'admin'
 inverted: an admin by the profile, or the owner, exists | owner = auth.uid() or exists (select 1 from profiles where profiles.id = auth.uid() and profiles.role = 'admin')
 one by one (a sub-select as a value): roles by the profile, one value | (select role from profiles where id = auth.uid()) in ('admin', 'editor')
-one by one (a sub-select as a value): the profile's organisation | org = (select org from profiles where id = auth.uid())
-one by one (a sub-select as a value): the profile's organisation, asked once | org = (select p.org from profiles p where p.id = (select auth.uid()))
+inverted: the profile's organisation | org = (select org from profiles where id = auth.uid())
+inverted: the profile's organisation, asked once | org = (select p.org from profiles p where p.id = (select auth.uid()))
+inverted: the profile's organisation, of a table with row security | org = (select s.org from secured_profiles s where s.id = auth.uid())
+one by one (more than one row may be found): the profile's organisation, by a column that is not unique | org = (select max(p.org) from profiles p where p.manager = auth.uid())
 inverted: the profile's organisation, in | org in (select org from profiles where id = auth.uid())
 inverted: the profile's organisation, exists | exists (select 1 from profiles p where p.id = auth.uid() and p.org = items.org)
 inverted: the profile's tenant | tenant in (select tenant from profiles where id = auth.uid())

@@ -58,6 +58,14 @@ const OF_CLAIMS: &[&str] = &[
     "n in (select id from teams where org in (select role from members where member = auth.uid()))",
     "exists (select from teams join members on team = id where id = t.n and member = auth.uid())",
     "auth.uid() = (select boss from teams where id = n)",
+    "name = (select org from teams where id = (auth.jwt() ->> 'level')::int)",
+    "name = (select role from members where member = auth.uid())",
+    "(select org from teams where (auth.jwt() ->> 'level')::int = id and boss = auth.uid()) = 'x'",
+    "not (name = (select org from teams where id = (auth.jwt() ->> 'level')::int))",
+    "n = any (array(select team from members where member = auth.uid()))",
+    "not (n = any (array(select team from members where member = auth.uid())))",
+    "auth.uid() = any (array(select member from members where team = n))",
+    "n in (select id from teams where org = (select o.org from teams o where o.id = n) and boss = auth.uid())",
     "auth.jwt() ->> 'org' = lower(name)",
     "n not in (select team from members where member = auth.uid())",
     "not exists (select from members m where m.team = t.n and m.member = auth.uid())",
@@ -94,6 +102,7 @@ const OF_SECURED: &[&str] = &[
     "n = (select max(team) from mine)",
     "exists (select from (select * from mine) m where m.team = t.n and m.member = auth.uid())",
     "n not in (select team from mine)",
+    "n = any (array(select team from mine))",
 ];
 
 /// Policies of these tables.

@@ -18,6 +18,8 @@ pub struct Rights {
     pub tables: BTreeSet<String>,
     /// Tables with row security for the role, by name.
     pub secured: BTreeMap<String, SecuredTable>,
+    /// Columns of which each value is in one row at most, by the name of their table.
+    pub unique: BTreeMap<String, BTreeSet<String>>,
     /// A role that the evaluating login may act as, and that reads all rows of all these tables.
     pub reads_as: Option<String>,
     /// Why the policies of a table are not added where it is looked into, by name.

@@ -8,11 +8,11 @@
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    BinaryOperator, Distinct, Expr, Ident, ObjectName, Query, Select, SelectItem, SetExpr, TableFactor,
-    TableWithJoins, Value, visit_expressions,
+    BinaryOperator, Distinct, Expr, Function, FunctionArguments, Ident, ObjectName, Query, Select,
+    SelectItem, SetExpr, TableFactor, TableWithJoins, Value, visit_expressions,
 };
 
-use super::dependencies::dependencies;
+use super::dependencies::{dependencies, written};
 use super::list::{only_expression, plain_select, projected};
 use super::operand::{Operand, Type};
 use super::{Compiler, Unsupported, parser, unsupported};
@@ -43,6 +43,9 @@ impl Readers {
 impl Compiler<'_> {
     /// Compiles a condition on the reader's claims to a query for all readers. Returns the query's index.
     pub(super) fn invert(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Result<usize, Unsupported> {
+        if let Some(list) = self.as_list(expr).filter(|_| lenient) {
+            return self.invert(&list, lenient, why);
+        }
         match expr {
             Expr::Nested(inner) => self.invert(inner, lenient, why),
             Expr::Exists { subquery, negated: false } => self.membership_query(subquery, None),
@@ -141,7 +144,7 @@ impl Compiler<'_> {
         rest: &mut Vec<Expr>,
         readers: &mut Readers,
     ) -> Result<(), Unsupported> {
-        match condition {
+        match self.as_list(&condition).unwrap_or(condition) {
             condition if !dependencies(&condition, self.rights).claims => rest.push(condition),
             Expr::Exists { subquery, negated: false } => {
                 let inner = self.invert_query(&subquery, None, readers)?;
@@ -162,6 +165,63 @@ impl Compiler<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Returns `x in (select …)` for conditions that are true for the same rows: `x = any (array(select …))`, and `x = (select …)` if
+    /// that finds one row at most.
+    fn as_list(&self, expr: &Expr) -> Option<Expr> {
+        let list = |value: &Expr, query: &Query| Expr::InSubquery {
+            expr: Box::new(value.clone()),
+            subquery: Box::new(query.clone()),
+            negated: false,
+        };
+        match expr {
+            Expr::Nested(inner) => self.as_list(inner),
+            Expr::AnyOp { left, compare_op: BinaryOperator::Eq, right, .. } => match bare(right) {
+                Expr::Function(Function { name, args: FunctionArguments::Subquery(query), .. })
+                    if name.to_string().eq_ignore_ascii_case("array") =>
+                {
+                    Some(list(left, query))
+                }
+                _ => None,
+            },
+            Expr::BinaryOp { left, op: BinaryOperator::Eq, right } => {
+                [(left, right), (right, left)].into_iter().find_map(|(value, query)| match bare(query) {
+                    Expr::Subquery(query) if self.finds_one_row(query) => Some(list(value, query)),
+                    _ => None,
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the query is `select … from one_table where its_unique_column = value and …`, whose value no row of the table gives.
+    fn finds_one_row(&self, query: &Query) -> bool {
+        let Some((select, selection)) =
+            plain_select(query).and_then(|select| Some((select, select.selection.as_ref()?)))
+        else {
+            return false;
+        };
+        let [TableWithJoins { relation: TableFactor::Table { name, alias, args: None, .. }, joins }] =
+            select.from.as_slice()
+        else {
+            return false;
+        };
+        let Some(unique) = self.rights.unique.get(&written(name)).filter(|_| joins.is_empty()) else {
+            return false;
+        };
+        let table = alias.as_ref().map_or_else(|| last_part(name), |alias| &alias.name.value);
+        let mut conditions = Vec::new();
+        conjuncts(selection, &mut conditions);
+        conditions.iter().any(|condition| {
+            let Expr::BinaryOp { left, op: BinaryOperator::Eq, right } = condition else { return false };
+            [(left, right), (right, left)].into_iter().any(|(column, value)| {
+                matches!(bare(column), Expr::CompoundIdentifier(parts) if matches!(parts.as_slice(),
+                    [of, column] if of.value == table && unique.contains(&column.value)))
+                    && (self.function_body().operand(value).is_ok() || matches!(bare(value),
+                        Expr::CompoundIdentifier(parts) if matches!(parts.as_slice(), [of, _] if of.value != table)))
+            })
+        })
     }
 
     /// Whether the item is a column, constant, claim or wildcard, so that it gives one value for each row.
@@ -200,6 +260,13 @@ pub(super) fn nest(expr: Expr) -> Box<Expr> {
         nested @ Expr::Nested(_) => nested,
         other => Expr::Nested(Box::new(other)),
     })
+}
+
+fn bare(expr: &Expr) -> &Expr {
+    match expr {
+        Expr::Nested(inner) => bare(inner),
+        other => other,
+    }
 }
 
 fn conjuncts(expr: &Expr, list: &mut Vec<Expr>) {
