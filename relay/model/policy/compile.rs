@@ -5,7 +5,7 @@
 //! others: once for all readers where the part cannot depend on the reader, otherwise for each identity.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use sqlparser::ast::{
     BinaryOperator, Expr, Statement, UnaryOperator, Value, ValueWithSpan, VisitMut, VisitorMut,
@@ -45,6 +45,9 @@ fn unsupported(why: &str) -> Unsupported {
 
 /// The maximum nesting of expressions, far above that of real policies in PostgreSQL's own text.
 const MAX_DEPTH: usize = 200;
+
+/// The maximum number of sub-selects that are split at an `or`: each branch is a query of its own.
+const MAX_SPLITS: usize = 4;
 
 /// Compiles the policy of a table with these columns for a role with these rights. Never fails: the fallback is a plan that is
 /// evaluated per identity.
@@ -89,6 +92,7 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         claim_exprs: RefCell::default(),
         queries: RefCell::default(),
         obstacles: RefCell::default(),
+        splits: Cell::default(),
     };
     let predicate = compiler.predicate(&expr, true);
     let obstacles = compiler.obstacles.borrow().clone();
@@ -235,6 +239,8 @@ struct Compiler<'a> {
     claim_exprs: RefCell<Vec<ClaimExpr>>,
     queries: RefCell<Vec<ServerQuery>>,
     obstacles: RefCell<Vec<Obstacle>>,
+    /// The number of sub-selects that were split.
+    splits: Cell<usize>,
 }
 
 impl Compiler<'_> {
@@ -249,6 +255,7 @@ impl Compiler<'_> {
             claim_exprs: RefCell::default(),
             queries: RefCell::default(),
             obstacles: RefCell::default(),
+            splits: Cell::default(),
         }
     }
 
@@ -368,7 +375,7 @@ impl Compiler<'_> {
             let by = self.queries.borrow()[query].by().iter().map(|(claim, _)| *claim).collect();
             Predicate::Readers { query, by }
         };
-        outcome.map(readers).unwrap_or_else(|why| {
+        outcome.map(readers).or_else(|why| self.split(expr, lenient).ok_or(why)).unwrap_or_else(|why| {
             let mut part = expr.clone();
             while let Expr::Nested(inner) = part {
                 part = *inner;
@@ -376,6 +383,25 @@ impl Compiler<'_> {
             self.obstacles.borrow_mut().push(Obstacle { part: part.to_string(), why: why.0 });
             Predicate::Opaque
         })
+    }
+
+    /// Compiles `exists (… where a or b)` as `exists (… where a) or exists (… where b)`, if PostgreSQL can evaluate each for all readers.
+    fn split(&self, expr: &Expr, lenient: bool) -> Option<Predicate> {
+        if self.splits.get() >= MAX_SPLITS {
+            return None;
+        }
+        let branches = self.alternatives(expr)?;
+        self.splits.set(self.splits.get() + 1);
+        let (queries, obstacles) = (self.queries.borrow().len(), self.obstacles.borrow().len());
+        let claim_exprs = self.claim_exprs.borrow().len();
+        let list = branches.iter().map(|branch| self.predicate(branch, lenient)).collect();
+        if self.obstacles.borrow().len() == obstacles {
+            return Some(Predicate::Or(list));
+        }
+        self.queries.borrow_mut().truncate(queries);
+        self.obstacles.borrow_mut().truncate(obstacles);
+        self.claim_exprs.borrow_mut().truncate(claim_exprs);
+        None
     }
 
     /// Whether the claim expressions cover all claims that the policy reads. Adds missing ones.

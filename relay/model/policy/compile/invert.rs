@@ -15,7 +15,8 @@ use sqlparser::ast::{
 use super::dependencies::{dependencies, written};
 use super::list::{only_expression, plain_select, projected};
 use super::operand::{Operand, Type};
-use super::{Compiler, Unsupported, parser, unsupported};
+use super::row_security::may_raise;
+use super::{Compiler, Unsupported, operands_of, parser, unsupported};
 use crate::model::policy::plan::{READER, ServerQuery};
 use crate::model::row::datum::Kind;
 
@@ -165,6 +166,42 @@ impl Compiler<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Returns the sub-select once for each operand of an `or` in its `where` that reads claims; it finds a row if one of them does.
+    /// `None` if there is no such `or`, or if one operand may keep PostgreSQL from evaluating another that raises.
+    pub(super) fn alternatives(&self, expr: &Expr) -> Option<Vec<Expr>> {
+        let mut parts = Vec::new();
+        let (Expr::Exists { subquery, negated: false } | Expr::InSubquery { subquery, negated: false, .. }) =
+            bare(expr)
+        else {
+            return None;
+        };
+        conjuncts(plain_select(subquery)?.selection.as_ref()?, &mut parts);
+        let reads_claims = |part: &Expr| dependencies(part, self.rights).claims;
+        let is_choice = |part: &Expr| matches!(part, Expr::BinaryOp { op: BinaryOperator::Or, .. });
+        let at = parts.iter().position(|part| is_choice(part) && reads_claims(part))?;
+        let choice = parts.remove(at);
+        let mut choices = Vec::new();
+        operands_of(&choice, &BinaryOperator::Or, &mut choices);
+        if choices.iter().any(|choice| !reads_claims(choice) && may_raise(choice)) {
+            return None;
+        }
+        let branch = |choice: &&Expr| {
+            let mut branch = bare(expr).clone();
+            if let Expr::Exists { subquery, .. } | Expr::InSubquery { subquery, .. } = &mut branch
+                && let SetExpr::Select(select) = &mut *subquery.body
+            {
+                let parts = parts.iter().cloned().chain([(*choice).clone()]);
+                select.selection = parts.reduce(|left, right| Expr::BinaryOp {
+                    left: nest(left),
+                    op: BinaryOperator::And,
+                    right: nest(right),
+                });
+            }
+            branch
+        };
+        Some(choices.iter().map(branch).collect())
     }
 
     /// Returns `x in (select …)` for conditions that are true for the same rows: `x = any (array(select …))`, and `x = (select …)` if

@@ -300,9 +300,9 @@ const QUIET_FUNCTIONS: &[&str] = &[
     "upper",
 ];
 
-/// Whether a policy may raise for some row. PostgreSQL reads other rows for a query than the relay, which starts from the row that
+/// Whether a condition may raise for some row. PostgreSQL reads other rows for a query than the relay, which starts from the row that
 /// has changed, and would raise more often. What reads no column raises for a reader and not for a row: the probe finds that.
-fn may_raise(policy: &Expr) -> bool {
+pub(super) fn may_raise(policy: &Expr) -> bool {
     VisitMut::visit(&mut policy.clone(), &mut Raises).is_break()
 }
 
