@@ -26,9 +26,11 @@ inverted: a member, the other way, asked once | (select auth.uid()) in (select p
 inverted: a member, the other way, any | auth.uid() = any (select person from members m where m.team = items.team)
 inverted: a member, the other way, an array | auth.uid() = any (array(select person from members m where m.team = items.team))
 inverted: a member, distinct | team in (select distinct team from members where person = auth.uid())
-one by one (more than a plain select): a member, one is enough | exists (select 1 from members m where m.team = items.team and m.person = auth.uid() limit 1)
+inverted: a member, one is enough | exists (select 1 from members m where m.team = items.team and m.person = auth.uid() limit 1)
 one by one (a sub-select as a value): a member, counted | (select count(*) from members m where m.team = items.team and m.person = auth.uid()) > 0
 one by one (a sub-select as a value): a member, by the largest | (select max(m.role) from members m where m.team = items.team and m.person = auth.uid()) is not null
+one by one (more than a plain select): a member, none is enough, and so nothing | exists (select 1 from members m where m.team = items.team and m.person = auth.uid() limit 0)
+one by one (more than a plain select): a member, the second | exists (select 1 from members m where m.person = auth.uid() offset 1)
 inverted: a member by the subject | team in (select team from members where person::text = auth.jwt() ->> 'sub')
 inverted: a member by the setting | exists (select from members m where m.team = items.team
   and m.person = (current_setting('request.jwt.claims', true)::json ->> 'sub')::uuid)

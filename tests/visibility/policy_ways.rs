@@ -62,6 +62,7 @@ const OF_CLAIMS: &[&str] = &[
     "name = (select role from members where member = auth.uid())",
     "(select org from teams where (auth.jwt() ->> 'level')::int = id and boss = auth.uid()) = 'x'",
     "not (name = (select org from teams where id = (auth.jwt() ->> 'level')::int))",
+    "exists (select from members m where m.team = t.n and m.member = auth.uid() limit 1)",
     "n = any (array(select team from members where member = auth.uid()))",
     "exists (select from members m where m.team = t.n and (m.member = auth.uid() or m.role = auth.jwt() ->> 'org'))",
     "not exists (select from members m where m.team = t.n and (m.member = auth.uid() or m.role = 'boss'))",

@@ -5,11 +5,12 @@
 //! table: `… from members m where m.team = t.team and m.user_id = reader.v0`. It is joined and not nested, so the planner can go
 //! by index from the row to its members, and from those to the connected readers.
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    BinaryOperator, Distinct, Expr, Function, FunctionArguments, Ident, ObjectName, Query, Select,
-    SelectItem, SetExpr, TableFactor, TableWithJoins, Value, visit_expressions,
+    BinaryOperator, Distinct, Expr, Function, FunctionArguments, Ident, LimitClause, ObjectName, Query,
+    Select, SelectItem, SetExpr, TableFactor, TableWithJoins, Value, visit_expressions,
 };
 
 use super::dependencies::{dependencies, written};
@@ -49,7 +50,9 @@ impl Compiler<'_> {
         }
         match expr {
             Expr::Nested(inner) => self.invert(inner, lenient, why),
-            Expr::Exists { subquery, negated: false } => self.membership_query(subquery, None),
+            Expr::Exists { subquery, negated: false } => {
+                self.membership_query(&without_limit(subquery), None)
+            }
             // Below `not`, false and null differ, but both would be "not found" here.
             _ if !lenient => Err(unsupported(
                 "under `not`, `is` or `case`, PostgreSQL cannot evaluate it for all readers at once",
@@ -148,7 +151,7 @@ impl Compiler<'_> {
         match self.as_list(&condition).unwrap_or(condition) {
             condition if !dependencies(&condition, self.rights).claims => rest.push(condition),
             Expr::Exists { subquery, negated: false } => {
-                let inner = self.invert_query(&subquery, None, readers)?;
+                let inner = self.invert_query(&without_limit(&subquery), None, readers)?;
                 from.push(lateral(&inner, &mut readers.laterals)?);
             }
             Expr::InSubquery { expr, subquery, negated: false } if only_expression(&subquery).is_none() => {
@@ -297,6 +300,20 @@ pub(super) fn nest(expr: Expr) -> Box<Expr> {
         nested @ Expr::Nested(_) => nested,
         other => Expr::Nested(Box::new(other)),
     })
+}
+
+/// Returns the query without `limit n`, which makes no difference to whether it finds a row.
+fn without_limit(query: &Query) -> Cow<'_, Query> {
+    let Some(LimitClause::LimitOffset { limit: Some(limit), offset: None, limit_by }) = &query.limit_clause
+    else {
+        return Cow::Borrowed(query);
+    };
+    let is_some = matches!(limit, Expr::Value(value) if matches!(&value.value,
+        Value::Number(count, _) if count.parse::<u32>().is_ok_and(|count| count > 0)));
+    match is_some && limit_by.is_empty() {
+        true => Cow::Owned(Query { limit_clause: None, ..query.clone() }),
+        false => Cow::Borrowed(query),
+    }
 }
 
 fn bare(expr: &Expr) -> &Expr {
