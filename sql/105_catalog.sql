@@ -561,8 +561,8 @@ $$;
 comment on function relay.catalog(text[], text, int[]) is 'watched relations with columns, key, and what each role may see of them';
 
 -- relay.catalog_marks(roles, login) : hashes of the inputs of relay.catalog(), by part of the result
--- kind `database`: inputs of all entries, including the schemas that the judging login may use; `role`, by role name: the role
--- and the roles that it is a member of; `relation`, by id in relay.watch_list.
+-- kind `database`: inputs of all entries, including the schemas that the judging login may use and the roles with BYPASSRLS that
+-- it may act as; `role`, by role name: the role and the roles that it is a member of; `relation`, by id in relay.watch_list.
 -- Hashes values and not row versions, which TRUNCATE or VACUUM FULL change, too. Policies enter in parsed form, with the names
 -- of the objects they refer to: deparsing a policy would lock its tables, and wait for a transaction that alters one.
 -- plpgsql with a generic plan, because planning takes longer than the query.
@@ -627,6 +627,8 @@ begin
         -- All that the entries take from the judging login. Its memberships change with each role that a cluster creates for it.
         (select pg_catalog.string_agg(n.oid::text, ',' order by n.oid) from pg_catalog.pg_namespace n
          where n.nspname !~ '^pg_(toast|temp)' and pg_catalog.has_schema_privilege(judge, n.oid, 'usage')),
+        (select pg_catalog.string_agg(b.oid::text, ',' order by b.oid) from pg_catalog.pg_roles b
+         where b.rolbypassrls and not b.rolsuper and pg_catalog.pg_has_role(judge, b.oid, 'member')),
         (select d.datdba from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()),
         (select pg_catalog.string_agg(pg_catalog.concat_ws(',', f.oid, f.prosrc, f.prosecdef, f.prolang, f.proacl::text, f.proconfig::text,
                   n.nspacl::text), ';' order by f.oid)
