@@ -20,7 +20,7 @@ const ROLES: usize = 12;
 /// Changes whose way is timed, with the lock and without.
 const CHANGES: usize = 120;
 /// Changes until the lock is taken or released: both halves meet the same load of the machine.
-const TURN: usize = 10;
+const TURN: usize = 2;
 
 /// `free` needs nobody's help, nor a lock; the others want what somebody locks.
 fn tables() -> String {
