@@ -107,6 +107,7 @@ pub mod model {
     pub mod catalog {
         pub mod relation;
         pub mod marks;
+        pub mod near_names;
         pub mod shape;
     }
     /// What clients subscribe to.

@@ -82,7 +82,7 @@ enum CliCommand {
     /// Print the changes of a table as they happen
     #[command(after_help = TAIL)]
     Tail(tail::TailOptions),
-    /// Explain why a user receives the rows of a table or does not, and how that is decided
+    /// Explain why a user receives the rows of a table or does not, and how that is decided; exit code 1 if not
     #[command(after_help = EXPLAIN)]
     Explain {
         #[command(flatten)]
@@ -217,7 +217,9 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
             let judge = database.judge(&server, judge_url.as_deref())?;
             server.check_sessions().await?;
             judge.check_sessions().await?;
-            explain::run(&options, &server, &judge).await?;
+            if !explain::run(&options, &server, &judge).await? {
+                return Ok(ExitCode::FAILURE);
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -2,7 +2,8 @@
 
 drop function if exists relay.hindrances(text, text, text);
 
--- relay.blockers(relation, role, login) : why subscribers of the role receive nothing from the relation, each with its remedy; {} if nothing blocks
+-- relay.blockers(relation, role, login) : why subscribers of the role receive nothing from the relation, each with its remedy; {} if nothing blocks or
+-- there is no such relation
 -- `login` is the judging login, null for the caller.
 create or replace function relay.blockers(relation text, role text, login text) returns text[]
 language plpgsql stable
@@ -13,20 +14,10 @@ declare
                           join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = found);
   subscriber constant oid := (select r.oid from pg_catalog.pg_roles r where r.rolname = role);
   judge constant text := coalesce(login, current_user);
-  parts constant text[] := pg_catalog.parse_ident(relation);
   reasons text[] := '{}';
 begin
   if found is null then
-    return array[pg_catalog.concat(
-      pg_catalog.format(case pg_catalog.cardinality(parts) when 1 then 'there is no relation %s on the search path' else 'there is no relation %s' end,
-                        relation),
-      coalesce((
-        select pg_catalog.format('; there is %s', pg_catalog.string_agg(pg_catalog.format('%I.%I', n.nspname, c.relname), ', ' order by n.nspname))
-        from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-        where c.relname = parts[pg_catalog.cardinality(parts)] and c.relkind in ('r', 'p', 'm', 'f', 'v')
-          and n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
-        having pg_catalog.count(*) > 0),
-        case pg_catalog.cardinality(parts) when 1 then pg_catalog.format('; for a table in another schema: relay explain SCHEMA.%s', relation) end))];
+    return reasons;
   end if;
   if (select c.relkind = 'v' from pg_catalog.pg_class c where c.oid = found) then
     reasons := reasons || text 'it is a view: watch the tables it reads';
@@ -52,7 +43,10 @@ begin
     from pg_catalog.unnest(relay.missing_grants(found, subscriber)) g);
   if relay.is_secured(found, subscriber) and not exists (select from relay.policies_for(found, subscriber) p where p.permissive) then
     reasons := reasons || pg_catalog.format(
-      'row security is on and no permissive policy lets %I read: create policy ... on %s for select to %1$I using (...)', role, named);
+      case role
+        when 'service_role' then 'service_role has no BYPASSRLS, and no permissive policy lets it read: alter role service_role bypassrls'
+        else 'row security is on and no permissive policy lets %I read: create policy ... on %s for select to %1$I using (...)'
+      end, role, named);
   end if;
   return reasons;
 end

@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
+use crate::auth::verifier::{self, TokenError, TokenSettings, Verifier};
 use crate::command::token::{bearer, usable};
-use crate::feed::explain::{ExplainRequest, ExplainTarget, Explanation, explain};
+use crate::feed::explain::{ExplainRequest, ExplainTarget, Explanation, explain, one_line};
 use crate::feed::subscribe::Binder;
 use crate::model::catalog::relation::Relation;
 use crate::model::identity::claims::Claims;
@@ -26,9 +27,12 @@ type ExplainFailure = Box<dyn std::error::Error + Send + Sync>;
 pub struct ExplainOptions {
     /// The table, as in SQL
     table: String,
-    /// For the bearer of this token; its signature is not checked
+    /// For the bearer of this token; its signature is checked only with --jwt-secret
     #[arg(long, env = "RELAY_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<String>,
+    /// The secret with which `relay serve` verifies tokens
+    #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    jwt_secret: Option<String>,
     /// Without a token: for a user with this role
     #[arg(long, default_value = "authenticated", conflicts_with = "token")]
     role: String,
@@ -55,11 +59,11 @@ pub struct ExplainOptions {
 /// Statement timeout.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Prints the explanation.
+/// Prints the explanation. Returns whether the user would receive rows.
 ///
 /// # Errors
 /// When an option is invalid, or a query fails.
-pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> Result<(), ExplainFailure> {
+pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> Result<bool, ExplainFailure> {
     install::check(&server.connect().await?).await?;
     let login = judge.login().map(str::to_owned);
     let catalog_cache =
@@ -71,17 +75,21 @@ pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> R
     let named = queries.named(&options.table).await?;
     let relation = named.and_then(|(schema, table)| catalog.named(&schema, &table));
     let row = target(options, relation.map(|relation| &**relation))?;
-    let request =
-        ExplainRequest { table: options.table.clone(), identity, filter: options.filter.clone(), row };
+    let request = ExplainRequest {
+        table: options.table.clone(),
+        token_refused: token_refused(options, &identity)?,
+        identity,
+        filter: options.filter.clone(),
+        row,
+    };
     let judge = IdentityEvaluator::new(judge.clone(), LIMIT);
-    let mut explanation = explain(&catalog_cache, &binder, &judge, &queries, &request).await?;
-    explanation.blockers.extend(expired(&request.identity)?);
+    let explanation = explain(&catalog_cache, &binder, &judge, &queries, &request).await?;
     let mut out = std::io::stdout().lock();
     match options.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
         false => write!(out, "{}", as_text(&explanation))?,
     }
-    Ok(())
+    Ok(explanation.would_receive)
 }
 
 fn claims(options: &ExplainOptions) -> Result<Claims, ExplainFailure> {
@@ -100,12 +108,25 @@ fn claims(options: &ExplainOptions) -> Result<Claims, ExplainFailure> {
     Ok(usable(&Value::Object(claims).to_string())?)
 }
 
-/// Returns a blocker if the token has expired.
-fn expired(identity: &Identity) -> Result<Option<String>, ExplainFailure> {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
-    let ago = now.checked_sub(identity.claims().expires_at());
-    Ok(ago
-        .map(|ago| format!("the token expired {ago} seconds ago: relay token --sub UUID makes another one")))
+/// Returns why a relay refuses the token. Its signature is checked when the secret is given and it is signed by one.
+fn token_refused(options: &ExplainOptions, identity: &Identity) -> Result<Option<String>, ExplainFailure> {
+    let now = verifier::now();
+    if let Some(ago) = now.checked_sub(identity.claims().expires_at()) {
+        let text = format!("the token expired {ago} seconds ago: relay token --sub UUID makes another one");
+        return Ok(Some(text));
+    }
+    let (Some(token), Some(secret)) = (&options.token, &options.jwt_secret) else { return Ok(None) };
+    let secrets = vec![secret.clone()];
+    let verifier = Verifier::new(&TokenSettings { secrets, ..TokenSettings::default() })?;
+    Ok(match verifier.verify(token, now) {
+        // Without a fitting secret, a key of the relay may have signed it.
+        Ok(_) | Err(TokenError::Signer) => None,
+        Err(error @ TokenError::BadSignature) => Some(format!(
+            "{}: relay token --sub UUID makes one with the secret of RELAY_JWT_SECRET",
+            error.advised_text()
+        )),
+        Err(error) => Some(error.to_string()),
+    })
 }
 
 fn target(
@@ -130,7 +151,11 @@ fn target(
 
 /// Formats the explanation for a terminal.
 fn as_text(of: &Explanation) -> String {
-    let mut lines = vec![format!("{} for the role {}", of.table, of.role)];
+    let verdict = of.verdict.as_ref().map_or_else(
+        || String::from("would receive"),
+        |why| format!("would not: {}", why.split_whitespace().collect::<Vec<_>>().join(" ")),
+    );
+    let mut lines = vec![verdict, format!("{} for the role {}", of.table, of.role)];
     let mut line = |text: String| lines.push(format!("  {text}"));
     for blocker in &of.blockers {
         line(format!("blocked: {blocker}"));
@@ -194,11 +219,4 @@ fn as_text(of: &Explanation) -> String {
         }
     }
     lines.join("\n") + "\n"
-}
-
-/// Removes the line breaks and the outer parentheses of a condition as PostgreSQL formats it.
-fn one_line(condition: &str) -> String {
-    let words: Vec<&str> = condition.split_whitespace().collect();
-    let text = words.join(" ");
-    text.strip_prefix('(').and_then(|text| text.strip_suffix(')')).map_or(text.clone(), str::to_owned)
 }

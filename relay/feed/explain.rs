@@ -6,7 +6,9 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::feed::subscribe::{BindError, Binder};
+use crate::model::catalog::near_names::near_names;
 use crate::model::catalog::relation::{Access, Relation};
+use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::policy::compile::compile;
 use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::plan::{Plan, ServerQuery};
@@ -14,7 +16,8 @@ use crate::model::policy::rights::Policy;
 use crate::model::policy::visibility::{Denied, Identity};
 use crate::model::row::change::Row;
 use crate::model::subscription::binding::Request;
-use crate::model::subscription::error::SubscribeError;
+use crate::model::subscription::error::{SubscribeError, identifier};
+use crate::model::subscription::filter::parse;
 use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
@@ -31,6 +34,8 @@ pub struct ExplainRequest {
     pub filter: Option<String>,
     /// A row to evaluate.
     pub row: Option<ExplainTarget>,
+    /// Why a relay refuses the subscriber's token, if it does.
+    pub token_refused: Option<String>,
 }
 
 /// How a row is given.
@@ -44,6 +49,10 @@ pub enum ExplainTarget {
 /// The answer. Its JSON is a contract: fields are added, never removed.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
+    /// Whether the subscriber would receive the row or, without one, may receive rows.
+    pub would_receive: bool,
+    /// Why it would not, and what to do; `None` when it would.
+    pub verdict: Option<String>,
     /// Schema and name.
     pub table: String,
     /// The role of the subscriber.
@@ -91,8 +100,19 @@ pub struct PolicyPart {
     pub condition: String,
     /// Its evaluation strategy on its own.
     pub way: &'static str,
+    /// The claims that it reads, as far as the relay knows.
+    pub claims: Vec<ClaimPart>,
     /// Its result for the row: `yes`, `no`, or why there is none.
     pub says: Option<&'static str>,
+}
+
+/// A claim that a policy reads.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct ClaimPart {
+    /// The expression as SQL.
+    pub claim: String,
+    /// Its value in the subscriber's token; null when the token has none.
+    pub value: Value,
 }
 
 /// The filter.
@@ -118,7 +138,7 @@ pub struct RowPart {
     pub matches: Option<bool>,
 }
 
-/// Explains a subscription.
+/// Explains a subscription, with the verdict.
 ///
 /// # Errors
 /// As the connections.
@@ -129,16 +149,37 @@ pub async fn explain(
     queries: &ExplainQueries,
     request: &ExplainRequest,
 ) -> Result<Explanation, Error> {
+    let mut explanation = examine(catalog_cache, binder, evaluator, queries, request).await?;
+    explanation.verdict = explanation.reason();
+    explanation.would_receive = explanation.verdict.is_none();
+    Ok(explanation)
+}
+
+/// Collects what the verdict follows from.
+async fn examine(
+    catalog_cache: &CatalogCache,
+    binder: &Binder,
+    evaluator: &IdentityEvaluator,
+    queries: &ExplainQueries,
+    request: &ExplainRequest,
+) -> Result<Explanation, Error> {
     let role = request.identity.claims().role();
     let catalog = catalog_cache.with_role(role).await?;
     let named = queries.named(&request.table).await?;
     let relation = named.as_ref().and_then(|(schema, table)| catalog.named(schema, table));
+    let mut blockers: Vec<String> = request.token_refused.iter().cloned().collect();
+    match named {
+        Some(_) => blockers.extend(queries.blockers(&request.table, role).await?),
+        None => blockers.push(unknown(queries, &request.table).await?),
+    }
     let mut explanation = Explanation {
+        would_receive: false,
+        verdict: None,
         table: named
             .as_ref()
             .map_or_else(|| request.table.clone(), |(schema, table)| format!("{schema}.{table}")),
         role: role.to_owned(),
-        blockers: queries.blockers(&request.table, role).await?,
+        blockers,
         hidden_columns: Vec::new(),
         way: None,
         obstacles: Vec::new(),
@@ -166,7 +207,7 @@ pub async fn explain(
     explanation.questions = access.plan.queries.iter().map(describe_query).collect();
     let mut keys = access.plan.predicate.index_keys(&access.plan.values(request.identity.claims()));
     for policy in &access.rights.policies {
-        explanation.policies.push(describe_policy(policy, relation, access));
+        explanation.policies.push(describe_policy(policy, relation, access, &request.identity));
     }
     let mut bound = None;
     if let Some(text) = &request.filter {
@@ -176,7 +217,10 @@ pub async fn explain(
                 bound = filter;
                 explanation.filter = Some(FilterPart { text: text.clone(), refused: None });
             }
-            Err(why) => explanation.filter = Some(FilterPart { text: text.clone(), refused: Some(why) }),
+            Err(why) => {
+                let refused = Some(why + &column_remedy(relation, access, role, text));
+                explanation.filter = Some(FilterPart { text: text.clone(), refused });
+            }
         }
     }
     explanation.index = index(&keys, relation);
@@ -188,13 +232,143 @@ pub async fn explain(
     Ok(explanation)
 }
 
+/// Returns the text for a relation that does not exist, with those whose names are near.
+async fn unknown(queries: &ExplainQueries, name: &str) -> Result<String, Error> {
+    let (parts, candidates) = queries.candidates(name).await?;
+    let near = near_names(parts.last().map_or(name, String::as_str), &candidates, |(_, bare)| bare);
+    let is_bare = parts.len() == 1;
+    let place = if is_bare { " on the search path" } else { "" };
+    let advice = match near.as_slice() {
+        [] if is_bare => format!("; for a table in another schema: relay explain SCHEMA.{name}"),
+        [] => String::new(),
+        near => {
+            let near: Vec<&str> = near.iter().take(MAX_NEAR).map(|(shown, _)| shown.as_str()).collect();
+            format!("; there is {}", near.join(", "))
+        }
+    };
+    Ok(format!("there is no relation {name}{place}{advice}"))
+}
+
+/// Returns what to do about the first column of a filter that the role may not read; empty when it may read all.
+fn column_remedy(relation: &Relation, access: &Access, role: &str, text: &str) -> String {
+    let conditions = parse(text).unwrap_or_default();
+    let Some(column) = conditions.iter().map(|condition| &condition.column).find(|name| !access.sees(name))
+    else {
+        return String::new();
+    };
+    if relation.columns.iter().any(|known| known.name == *column) {
+        let [schema, table, column, role] =
+            [&relation.schema, &relation.table, column, role].map(|name| identifier(name));
+        return format!(": grant select ({column}) on {schema}.{table} to {role}");
+    }
+    let seen: Vec<&str> =
+        relation.columns.iter().map(|known| known.name.as_str()).filter(|name| access.sees(name)).collect();
+    match near_names(column, &seen, |name| name).as_slice() {
+        [] => String::new(),
+        near => format!("; there is {}", near.iter().map(|name| **name).collect::<Vec<_>>().join(", ")),
+    }
+}
+
+impl Explanation {
+    /// Returns the first reason why nothing would be received, with the remedy.
+    fn reason(&self) -> Option<String> {
+        if let Some(blocker) = self.blockers.first() {
+            return Some(blocker.clone());
+        }
+        if let Some(filter) = &self.filter
+            && let Some(refused) = &filter.refused
+        {
+            return Some(refused.clone());
+        }
+        match &self.row {
+            Some(row) => self.reason_for_row(row),
+            None if self.index.as_ref().is_some_and(Vec::is_empty) => {
+                let filter = if self.filter.is_some() { " and this filter" } else { "" };
+                Some(format!("no row can be seen with these claims{filter}{}", claims_said(&self.policies)))
+            }
+            None => None,
+        }
+    }
+
+    fn reason_for_row(&self, row: &RowPart) -> Option<String> {
+        if !row.found {
+            return Some(String::from("there is no such row"));
+        }
+        if !row.allowed {
+            let (kind, told) = match row.by.is_empty() {
+                true => ("permissive", "no permissive policy lets the row through"),
+                false => ("restrictive", "a restrictive policy keeps the row back"),
+            };
+            let decided = |policy: &&PolicyPart| policy.kind == kind && policy.says != Some(YES);
+            let decided = || self.policies.iter().filter(decided);
+            let conditions: Vec<String> = decided().map(PolicyPart::shown).collect();
+            return Some(format!("{told}: {}{}", conditions.join(", "), claims_said(decided())));
+        }
+        let filter = self.filter.as_ref().filter(|_| row.matches == Some(false))?;
+        Some(format!("the row does not match the filter {}", filter.text))
+    }
+}
+
+impl PolicyPart {
+    /// Returns its name and condition on one line.
+    pub fn shown(&self) -> String {
+        let says = match self.says {
+            Some(says) if says != NO => format!(", {says}"),
+            _ => String::new(),
+        };
+        format!("`{}`: {}{says}", self.name, one_line(&self.condition))
+    }
+}
+
+/// Returns which of the claims that the policies read the token lacks, and what it says for the others.
+fn claims_said<'a>(policies: impl IntoIterator<Item = &'a PolicyPart>) -> String {
+    let mut claims: Vec<&ClaimPart> = Vec::new();
+    for claim in policies.into_iter().flat_map(|policy| &policy.claims) {
+        if !claims.contains(&claim) {
+            claims.push(claim);
+        }
+    }
+    let (lacking, given): (Vec<&ClaimPart>, Vec<&ClaimPart>) =
+        claims.into_iter().partition(|claim| claim.value.is_null());
+    let mut text = String::new();
+    if !lacking.is_empty() {
+        let lacking: Vec<&str> = lacking.iter().map(|claim| claim.claim.as_str()).collect();
+        text += &format!("; the token has no {}", lacking.join(" and no "));
+    }
+    if !given.is_empty() {
+        let given: Vec<String> =
+            given.iter().map(|claim| format!("{} = {}", claim.claim, claim.value)).collect();
+        text += &format!("; the token says: {}", given.join(", "));
+    }
+    text
+}
+
+/// Removes the line breaks and the outer parentheses of a condition as PostgreSQL formats it.
+pub fn one_line(condition: &str) -> String {
+    let words: Vec<&str> = condition.split_whitespace().collect();
+    let text = words.join(" ");
+    text.strip_prefix('(').and_then(|text| text.strip_suffix(')')).map_or(text.clone(), str::to_owned)
+}
+
 /// Describes a policy, before a row is evaluated.
-fn describe_policy(policy: &Policy, relation: &Relation, access: &Access) -> PolicyPart {
+fn describe_policy(policy: &Policy, relation: &Relation, access: &Access, reader: &Identity) -> PolicyPart {
+    let plan = compile(&policy.condition, &relation.table, &relation.columns, &access.rights);
+    let read = plan.claim_exprs.iter().zip(plan.values(reader.claims()));
+    let claims = read.filter(|(claim, _)| !claim.is_constant()).filter_map(|(claim, value)| {
+        let value = match value {
+            ClaimValue::Null => Value::Null,
+            ClaimValue::One(datum) => Value::from(&*datum.to_text()),
+            ClaimValue::List(list) => list.iter().map(|datum| Value::from(&*datum.to_text())).collect(),
+            ClaimValue::Error | ClaimValue::Undecided => return None,
+        };
+        Some(ClaimPart { claim: claim.to_string(), value })
+    });
     PolicyPart {
+        claims: claims.collect(),
         name: policy.name.clone(),
         kind: if policy.permissive { "permissive" } else { "restrictive" },
         condition: policy.condition.clone(),
-        way: compile(&policy.condition, &relation.table, &relation.columns, &access.rights).kind.name(),
+        way: plan.kind.name(),
         says: None,
     }
 }
@@ -331,9 +505,12 @@ impl ExplainContext<'_> {
             Some((Some(true), _)) => YES,
             Some((_, Some(Denied::Claims))) => "it raises an error for these claims",
             Some((_, Some(Denied::Raised))) => "it raises an error",
-            _ => "no",
+            _ => NO,
         })
     }
 }
 
 const YES: &str = "yes";
+const NO: &str = "no";
+/// Maximum number of relations named for an unknown one.
+const MAX_NEAR: usize = 5;

@@ -45,6 +45,27 @@ impl ExplainQueries {
         Ok(found.map(|row| (row.get(0), row.get(1))))
     }
 
+    /// Returns the parts of a name in SQL syntax, and the relations that it may be meant for, watched ones
+    /// first: each as in SQL and its bare name.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn candidates(&self, name: &str) -> Result<(Vec<String>, Vec<(String, String)>), Error> {
+        let rows = self
+            .client
+            .query(
+                "select format('%I.%I', n.nspname, c.relname), c.relname::text \
+                 from pg_class c join pg_namespace n on n.oid = c.relnamespace \
+                 where c.relkind in ('r', 'p', 'm', 'f', 'v') and n.nspname !~ '^pg_' \
+                   and n.nspname not in ('information_schema', 'relay') \
+                 order by not exists (select from relay.watch_list w where w.relation = c.oid), 1 limit 10000",
+                &[],
+            )
+            .await?;
+        let parts = self.client.query_one("select parse_ident($1)", &[&name]).await?;
+        Ok((parts.get(0), rows.into_iter().map(|row| (row.get(0), row.get(1))).collect()))
+    }
+
     /// Returns why subscribers of the role receive nothing from a relation, each with its remedy.
     ///
     /// # Errors

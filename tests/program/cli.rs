@@ -407,7 +407,19 @@ async fn a_service_role_that_policies_hold_back_is_told_by_install_and_doctor() 
     let (_, told) = said("doctor").await;
     let line = told.lines().find(|line| line.contains(LACK)).unwrap_or_else(|| panic!("{told}"));
     assert!(line.contains(CURE) && !line.starts_with("ok"), "{line}");
+    let held = "set role owner; create table held (id int); alter table held enable row level security; \
+                grant select on held to service_role; select relay.watch('held'); reset role";
+    connect(&with_database(&cluster.url, "app")).await.batch_execute(held).await.unwrap();
+    let explained = async || {
+        let (code, told, _) =
+            output(&["explain", "public.held", "--role", "service_role", "--database-url", &owner]).await;
+        (code, told.lines().next().map(str::to_owned))
+    };
+    let (code, line) = explained().await;
+    let line = line.unwrap();
+    assert!(code == 1 && line.starts_with(&format!("would not: {LACK}")) && line.ends_with(CURE), "{line}");
     superuser.batch_execute(CURE).await.unwrap();
+    assert_eq!(explained().await, (0, Some("would receive".to_owned())));
     for command in ["install", "doctor"] {
         let (_, told) = said(command).await;
         assert!(!told.contains(LACK), "{command}: {told}");

@@ -1,10 +1,12 @@
 //! `relay explain` and `relay doctor` say how policies are decided, and why somebody would get nothing.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::support::database::Database;
 use crate::support::program::output;
-use crate::support::token;
+use crate::support::{SECRET, token, token_for};
 
 const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 
@@ -34,8 +36,19 @@ async fn database() -> Database {
 async fn explained(database: &Database, arguments: &[&str]) -> Value {
     let all = [&["explain", "--json", "--database-url", &database.url], arguments].concat();
     let (code, text, error) = output(&all).await;
-    assert_eq!((code, error.as_str()), (0, ""), "{arguments:?}");
-    serde_json::from_str(&text).unwrap()
+    assert_eq!(error, "", "{arguments:?}");
+    let found: Value = serde_json::from_str(&text).unwrap();
+    let expected = if found["would_receive"] == true { 0 } else { 1 };
+    assert_eq!(code, expected, "{arguments:?}: {found}");
+    found
+}
+
+/// The exit code and the first line of what a person is told.
+async fn verdict(database: &Database, arguments: &[&str]) -> (i32, String) {
+    let all = [&["explain", "--database-url", &database.url], arguments].concat();
+    let (code, text, error) = output(&all).await;
+    assert_eq!(error, "", "{arguments:?}");
+    (code, text.lines().next().unwrap().to_owned())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -119,7 +132,7 @@ async fn it_tells_a_person_in_words() {
     let database = database().await;
     let arguments = ["explain", "docs", "--database-url", &database.url, "--sub", ANN, "--key", "1"];
     let (code, text, error) = output(&arguments).await;
-    assert_eq!((code, error.as_str()), (0, ""));
+    assert_eq!((code, error.as_str()), (1, ""));
     for line in [
         "public.docs for the role authenticated",
         "  columns that the role may not read: secret",
@@ -199,4 +212,165 @@ async fn a_filter_or_key_that_does_not_fit_is_told_what_is_wrong_with_it() {
     }
     let found = explained(&database, &["docs", "--sub", ANN, "--key", "77"]).await;
     assert_eq!(found["row"]["found"], false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_line_tells_what_is_missing_and_the_statement_that_mends_it() {
+    let database = database().await;
+    database
+        .run(
+            "create table quiet (id int); grant select on quiet to authenticated;
+             create table closed (id int); select relay.watch('closed');
+             create table bare (id int); alter table bare enable row level security;
+             grant select on bare to authenticated; select relay.watch('bare');
+             create table teams (id int, member uuid);
+             create table plans (id int, team int); alter table plans enable row level security;
+             grant select on plans to authenticated; select relay.watch('plans');
+             create policy p on plans using (team in (select id from teams where member = auth.uid()));
+             create schema crm; create table crm.deals (id int); select relay.watch('crm.deals');
+             grant select on crm.deals to authenticated",
+        )
+        .await;
+    for (table, told) in [
+        ("quiet", "it is not watched: select relay.watch('public.quiet')"),
+        ("closed", "authenticated may not read it: grant select on public.closed to authenticated"),
+        ("crm.deals", "authenticated may not use its schema: grant usage on schema crm to authenticated"),
+        (
+            "bare",
+            "row security is on and no permissive policy lets authenticated read: create policy ... on public.bare for \
+             select to authenticated using (...)",
+        ),
+        (
+            "plans",
+            "its policies read what authenticated may not: grant select on public.teams to authenticated",
+        ),
+    ] {
+        let found = verdict(&database, &[table, "--sub", ANN]).await;
+        assert_eq!(found, (1, format!("would not: {told}")), "{table}");
+    }
+    database
+        .run(
+            "select relay.watch('quiet'); grant select on closed to authenticated;
+             grant usage on schema crm to authenticated; create policy p on bare for select to authenticated using (true);
+             grant select on public.teams to authenticated",
+        )
+        .await;
+    for table in ["quiet", "closed", "crm.deals", "bare", "plans"] {
+        assert_eq!(
+            verdict(&database, &[table, "--sub", ANN]).await,
+            (0, "would receive".to_owned()),
+            "{table}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_line_names_the_tables_whose_names_are_near_an_unknown_one() {
+    let database = database().await;
+    database
+        .run(
+            "create schema crm; create table crm.deals (id int); create table crm.\"Orders\" (id int);
+             create table crm.docs (id int)",
+        )
+        .await;
+    let none = "there is no relation";
+    let path = "on the search path";
+    for (table, told) in [
+        ("deals", format!("{none} deals {path}; there is crm.deals")),
+        ("deal", format!("{none} deal {path}; there is crm.deals")),
+        ("public.dael", format!("{none} public.dael; there is crm.deals")),
+        ("dosc", format!("{none} dosc {path}; there is public.docs, crm.docs")),
+        ("Docs_", format!("{none} Docs_ {path}; there is public.docs, crm.docs")),
+        ("mcr.orders", format!("{none} mcr.orders; there is crm.\"Orders\"")),
+        (
+            "nowhere",
+            format!("{none} nowhere {path}; for a table in another schema: relay explain SCHEMA.nowhere"),
+        ),
+        ("id", format!("{none} id {path}; for a table in another schema: relay explain SCHEMA.id")),
+    ] {
+        let found = verdict(&database, &[table, "--sub", ANN]).await;
+        assert_eq!(found, (1, format!("would not: {told}")), "{table}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_line_tells_what_is_wrong_with_a_token() {
+    let database = database().await;
+    let good = token("authenticated", Some(ANN), json!({"aal": "aal2"}));
+    let (code, line) = verdict(&database, &["docs", "--token", &good, "--jwt-secret", SECRET]).await;
+    assert_eq!((code, &*line), (0, "would receive"));
+    let other = ["--jwt-secret", "another-secret-of-at-least-32-bytes-of-nobody"];
+    let (code, line) = verdict(&database, &[&["docs", "--token", &good][..], &other].concat()).await;
+    assert_eq!(
+        (code, &*line),
+        (
+            1,
+            "would not: Failed to validate JWT signature: the secret or key that signed it is not this relay's: relay token \
+             --sub UUID makes one with the secret of RELAY_JWT_SECRET"
+        )
+    );
+    let ended = token_for("authenticated", Some(ANN), json!({}), Duration::ZERO);
+    for secret in [&[][..], &["--jwt-secret", SECRET]] {
+        let (code, line) = verdict(&database, &[&["docs", "--token", &ended], secret].concat()).await;
+        assert!(code == 1 && line.starts_with("would not: the token expired "), "{line}");
+        assert!(line.ends_with(" seconds ago: relay token --sub UUID makes another one"), "{line}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_line_tells_which_claim_policy_or_filter_keeps_a_row_back() {
+    let database = database().await;
+    database
+        .run(&format!(
+            "create table org (id int primary key, org text, hidden bool); grant select on org to authenticated;
+             alter table org enable row level security; select relay.watch('org');
+             create policy \"own rows\" on org using (org = auth.jwt() ->> 'org');
+             insert into org values (1, 'a', false); insert into docs values (3, '{ANN}', 7, 'third', 's')"
+        ))
+        .await;
+    let second_factor = token("authenticated", Some(ANN), json!({"aal": "aal2"}));
+    let none = "no permissive policy lets the row through";
+    let own_rows = "`own rows`: (org = (auth.jwt() ->> 'org'::text))";
+    for (arguments, told) in [
+        (vec!["org"], format!("no row can be seen with these claims; the token has no auth.jwt() ->> 'org'")),
+        (
+            vec!["org", "--key", "1"],
+            format!("{none}: {own_rows}; the token has no auth.jwt() ->> 'org'"),
+        ),
+        (
+            vec!["org", "--key", "1", "--claims", r#"{"org": "b"}"#],
+            format!("{none}: {own_rows}; the token says: auth.jwt() ->> 'org' = \"b\""),
+        ),
+        (vec!["org", "--key", "2"], "there is no such row".to_owned()),
+        (
+            vec!["docs", "--sub", ANN, "--key", "1"],
+            "a restrictive policy keeps the row back: `mfa`: ((auth.jwt() ->> 'aal'::text) = 'aal2'::text); the token has no \
+             auth.jwt() ->> 'aal'"
+                .to_owned(),
+        ),
+        (
+            vec!["docs", "--token", &second_factor, "--filter", "titel=eq.hers"],
+            "filter: public.docs has no column titel that the role authenticated may read; there is title".to_owned(),
+        ),
+        (
+            vec!["docs", "--token", &second_factor, "--filter", "secret=eq.s"],
+            "filter: public.docs has no column secret that the role authenticated may read: grant select (secret) on public.docs \
+             to authenticated"
+                .to_owned(),
+        ),
+        (
+            vec!["docs", "--token", &second_factor, "--filter", "title=eq.hers", "--key", "3"],
+            "the row does not match the filter title=eq.hers".to_owned(),
+        ),
+    ] {
+        let found = verdict(&database, &arguments).await;
+        assert_eq!(found, (1, format!("would not: {told}")), "{arguments:?}");
+    }
+    for arguments in [
+        vec!["org", "--claims", r#"{"org": "a"}"#, "--key", "1"],
+        vec!["docs", "--token", &second_factor, "--filter", "title=eq.third", "--key", "3"],
+        vec!["notes", "--sub", ANN],
+    ] {
+        assert_eq!(verdict(&database, &arguments).await, (0, "would receive".to_owned()), "{arguments:?}");
+    }
 }

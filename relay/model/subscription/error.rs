@@ -109,7 +109,7 @@ pub fn is_raising(why: &str) -> bool {
 const CLAIMS: &str = " for the claims of this token";
 
 /// Quotes a name as an SQL identifier if necessary.
-fn identifier(name: &str) -> String {
+pub fn identifier(name: &str) -> String {
     let is_plain =
         |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_';
     match name.chars().all(is_plain) && !name.starts_with(|first: char| first.is_ascii_digit()) {
