@@ -257,8 +257,7 @@ fn column_remedy(relation: &Relation, access: &Access, role: &str, text: &str) -
         return String::new();
     };
     if relation.columns.iter().any(|known| known.name == *column) {
-        let [schema, table, column, role] =
-            [&relation.schema, &relation.table, column, role].map(|name| identifier(name));
+        let [schema, table, column, role] = [&relation.schema, &relation.table, column, role].map(identifier);
         return format!(": grant select ({column}) on {schema}.{table} to {role}");
     }
     let seen: Vec<&str> =

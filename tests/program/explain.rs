@@ -332,7 +332,7 @@ async fn the_first_line_tells_which_claim_policy_or_filter_keeps_a_row_back() {
     let none = "no permissive policy lets the row through";
     let own_rows = "`own rows`: (org = (auth.jwt() ->> 'org'::text))";
     for (arguments, told) in [
-        (vec!["org"], format!("no row can be seen with these claims; the token has no auth.jwt() ->> 'org'")),
+        (vec!["org"], String::from("no row can be seen with these claims; the token has no auth.jwt() ->> 'org'")),
         (
             vec!["org", "--key", "1"],
             format!("{none}: {own_rows}; the token has no auth.jwt() ->> 'org'"),
