@@ -28,7 +28,7 @@
 //!
 //! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth` (without `feed`), `transport`, then `server`
 //! and `command`; `config`, `observe` and `tls` stand beside them. A folder of a layer is a room. Rooms of a layer import each other one
-//! way only, too. `tests/layers.rs` holds both rules.
+//! way only, too. `tests/house/layers.rs` holds both rules.
 //!
 //! # Glossary
 //!

@@ -47,3 +47,41 @@ fn every_fault_has_a_test_that_there_is_or_a_reason_why_not() {
     }
     assert!(rows > 90, "where is the table?");
 }
+
+/// The files that a document names in code spans or links: paths with a folder, from the root, from `relay/`, or from the document.
+#[test]
+fn every_file_that_a_document_names_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut missing = Vec::new();
+    let documents = [
+        "README.md",
+        "relay/lib.rs",
+        "relay/ARCHITECTURE.md",
+        "relay/OPERATION.md",
+        "relay/REFERENCE.md",
+        "tests/FAULTS.md",
+        "tests/LIMITS.md",
+        "tests/MEASURED.md",
+    ];
+    let mut named = 0;
+    for document in documents {
+        let text = fs::read_to_string(root.join(document)).unwrap();
+        let folder = root.join(document).parent().unwrap().to_owned();
+        let is_path = |word: &&str| {
+            word.contains('/')
+                && [".rs", ".sql", ".md", ".sh", ".mjs"].iter().any(|end| word.ends_with(end))
+                && !word.contains([' ', ':', '*', '…'])
+        };
+        for path in text.split(['`', '(', ')', '#', '[', ']', ' ', '\n']).filter(is_path) {
+            named += 1;
+            let is_there = [root.to_owned(), root.join("relay"), folder.clone()]
+                .iter()
+                .any(|from| from.join(path).exists());
+            if !is_there {
+                missing.push(format!("{document}: {path}"));
+            }
+        }
+    }
+    assert!(named > 40, "where are the documents? {named}");
+    assert!(missing.is_empty(), "{missing:#?}");
+}
