@@ -1,4 +1,4 @@
--- One round of the demo's writer, about three seconds; run.sh repeats it. Nobody tells the relay or the page.
+-- One round of the demo's writer, about three seconds; run.sh repeats it. It notifies neither the relay nor the page.
 
 insert into document default values;
 update document set state = 'working'

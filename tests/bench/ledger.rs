@@ -15,7 +15,7 @@ pub struct Ledger {
     epoch: Instant,
     /// Clients for whom a row is.
     readers: u32,
-    /// None: every row is for everybody.
+    /// None: every row is for every client.
     is_for: Option<IsFor>,
     rows: Box<[Row]>,
     /// Clients whose subscription is confirmed.
@@ -27,7 +27,7 @@ pub struct Ledger {
     pub bytes: AtomicU64,
     lost: AtomicU64,
     repeated: AtomicU64,
-    /// Rows that were shown to somebody for whom they are not.
+    /// Rows that were shown to a client that may not see them.
     leaked: AtomicU64,
     /// Clients that were refused or cut off.
     pub broken: AtomicU64,
@@ -145,7 +145,7 @@ impl Ledger {
         [
             ("lost", missing.max(self.lost.load(Relaxed))),
             ("repeated or out of order", self.repeated.load(Relaxed)),
-            ("shown to somebody else", self.leaked.load(Relaxed)),
+            ("shown to another client", self.leaked.load(Relaxed)),
             ("clients broken", self.broken.load(Relaxed)),
         ]
     }

@@ -36,7 +36,7 @@ const RECEIVE_BUFFER: usize = 8 * 1024;
 const SEGMENT: u32 = 1448;
 /// Stalled clients at a time, while they join and at the end.
 const AT_ONCE: usize = 64;
-/// Whoever is not closed so long after the last row never will be: a write may take 30 seconds.
+/// A client that is not closed so long after the last row never will be: a write may take 30 seconds.
 const PATIENCE: Duration = Duration::from_secs(40);
 
 /// What the stalled ones have in common.
@@ -192,7 +192,7 @@ struct End {
 }
 
 impl Stalled {
-    /// Whoever joined this topic for a table.
+    /// The clients that joined this topic for a table.
     pub async fn join(address: SocketAddr, table: &str, topic: String, user: usize) -> Self {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
         socket.set_recv_buffer_size(RECEIVE_BUFFER).unwrap();

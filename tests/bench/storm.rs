@@ -25,9 +25,9 @@ const RATE: f64 = 50.0;
 const MOST_ROWS: usize = 100_000;
 /// Rows of it between two looks whether it is over.
 const STEP: u64 = 5;
-/// Rows for everybody, before and after.
+/// Rows for every client, before and after.
 const ROWS: u64 = 10;
-/// Whoever has not joined after so long never will.
+/// A client that has not joined after so long never will.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Backends tell their counts no later than this.
 const COUNTED: Duration = Duration::from_millis(1500);
@@ -79,7 +79,7 @@ pub async fn run(report: &mut Report) {
     tell(report, clients, done);
 }
 
-/// Proves that everybody who joined is delivered to.
+/// Proves that every client that joined is delivered to.
 async fn deliver(stage: &Stage, ledger: &Ledger, crowd: u64) {
     stage.write_paced(ledger, (crowd - 1) * ROWS + 1, ROWS, 5.0).await;
     ledger.settle(ROWS).await;
@@ -124,7 +124,7 @@ fn tell(report: &mut Report, clients: usize, mut done: Done) {
     figure("C2 transactions per returning client", transactions, "", Target::AtMost(1.0), how);
 }
 
-/// The client that stays, and whoever writes its rows.
+/// The client that stays, and the writer of its rows.
 struct Calm {
     stage: Stage,
     ledger: Arc<Ledger>,
@@ -153,7 +153,7 @@ impl Calm {
         Self { stage, ledger, swarm, rows: Cell::new(0), observer, database: name.to_owned() }
     }
 
-    /// Cuts everybody off and waits until all are back.
+    /// Disconnects every client and waits until all are back.
     async fn storm(
         &self,
         swarm: Swarm,

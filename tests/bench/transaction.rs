@@ -1,4 +1,4 @@
-//! T1: one transaction of a million rows, for readers of every kind, and what whoever follows another table has of it.
+//! T1: one transaction of a million rows, for readers of every kind, and its effect on readers of another table.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ impl Readers {
         self.ledger.complete() == rows
     }
 
-    /// Seconds from the commit until everybody had this row.
+    /// Seconds from the commit until every client had this row.
     fn took(&self, row: u64) -> f64 {
         self.ledger.since_acknowledgement(row..=row)[0] / 1000.0
     }

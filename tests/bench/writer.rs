@@ -1,4 +1,4 @@
-//! Databases to measure in, and whoever writes the rows that clients wait for.
+//! Databases to measure in, and the writers of the rows that clients wait for.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -439,7 +439,7 @@ async fn a_rewritten_table_is_told_as_one_gap_and_no_statement_is_refused_for_it
         }
     }
     assert_eq!(gaps, ["Gap: public.parted: its rows were rewritten as a whole, read its rows again"]);
-    // Somebody who owns the table and nothing else, in any session.
+    // A role that owns the table and nothing else, in any session.
     stage
         .run(
             "create role $DB_owner; grant usage, create on schema public to $DB_owner; alter table t owner to $DB_owner;

@@ -162,7 +162,7 @@ async fn the_relay_runs_the_schedule_until_it_is_stopped() {
 async fn a_schedule_made_while_the_relay_is_awake_is_heard() {
     let database = thousand().await;
     let holder = database.connect().await;
-    // The relay cannot fall asleep while somebody shares its lock.
+    // The relay cannot fall asleep while another session shares its lock.
     holder.batch_execute("select pg_advisory_lock_shared(1919249009, 1)").await.unwrap();
     schedule_is_heard(&database).await;
 }

@@ -14,7 +14,7 @@ use crate::support::token;
 const NAME: &str = "5e551011-0000-4000-8000-00000000005a";
 /// What no reader of these tests may ever be told.
 const SECRET: &str = "top secret";
-/// The row that ends each story, which everybody may see.
+/// The row that ends each case, which every reader may see.
 const LAST: i64 = 999;
 
 fn user() -> String {

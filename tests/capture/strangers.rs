@@ -18,12 +18,12 @@ fn user(sub: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_reads_the_changelog_or_calls_a_function_of_the_relay_who_was_not_let_in() {
+async fn a_role_without_a_grant_can_neither_read_the_changelog_nor_call_its_functions() {
     let stage =
         Stage::new("create role $DB_stranger; create table t (id int primary key); select relay.watch('t')")
             .await;
     let stranger = format!("{}_stranger", stage.name);
-    // All that each role may do in the schema, whoever gave it the right.
+    // All that each role may do in the schema, whoever granted it.
     let may = |role: &str| {
         format!(
             "select coalesce(string_agg(what, ' ' order by what), '') from (
@@ -141,7 +141,7 @@ async fn with_the_cursor_of_another_one_gets_what_one_may_see_oneself() {
     }
 }
 
-/// Notifications of somebody who has no right at all, in one transaction.
+/// Notifications of a role without any right, in one transaction.
 fn flood(database: &str, count: u32, bytes: usize) -> String {
     format!(
         "set role {database}_stranger;

@@ -358,7 +358,7 @@ async fn a_row_of_100_megabytes_is_written_and_told_without_its_text() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_leaves_somebodys_sight_is_told_where_the_table_says_so() {
+async fn a_row_that_a_reader_may_no_longer_see_is_delivered_as_a_delete_where_the_table_says_so() {
     let alice = "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa";
     let database = Database::new().await;
     for table in ["told", "silent"] {

@@ -1,5 +1,5 @@
 //! The trigger functions that are written for each table: what they log does not depend on who writes, under which settings and
-//! search path, and they are what they should be after every change of the table, of the relay, and of somebody's mind.
+//! search path, and they are what they should be after every change of the table, of the relay, and of its settings.
 
 use serde_json::{Value, json};
 
@@ -256,7 +256,7 @@ async fn every_name_in_a_trigger_function_is_qualified_and_no_form_stands_there_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn functions_that_somebody_altered_are_found_by_doctor_and_written_anew_by_install_and_watch() {
+async fn altered_functions_are_found_by_doctor_and_restored_by_install_and_watch() {
     let database = Database::new().await;
     database.run("create table t (id int primary key, v text); grant select on t to authenticated; select relay.watch('t')").await;
     let id = database.value("select id from relay.watched").await;
@@ -303,7 +303,7 @@ async fn what_an_older_version_watched_is_captured_by_functions_of_its_own_after
              alter table t enable always trigger \"00_relay_capture_{id}\"; delete from relay.shapes; drop function relay.capture_{id}_insert()"
         ))
         .await;
-    // It logged in another form, and nobody has rights on what is new.
+    // It logged in another form, and no role has rights on what is new.
     database
         .run(
             "drop event trigger relay_schema_drops; alter event trigger relay_schema_changes disable; drop function relay.log_change(int, int, \"char\", boolean, json, json, oid, xid8);

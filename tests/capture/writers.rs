@@ -14,7 +14,7 @@ fn user() -> String {
     token("authenticated", None, json!({}))
 }
 
-/// `t` with these columns, which everybody may read.
+/// `t` with these columns, which every role may read.
 async fn stage(columns: &str) -> Stage {
     Stage::new(&format!(
         "create table t ({columns}); grant select on t to authenticated; select relay.watch('t')"
@@ -113,7 +113,7 @@ async fn a_table_without_a_key_is_told_of_with_empty_old_rows_or_whole_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_transaction_held_open_holds_up_nobody_and_makes_no_look_dearer() {
+async fn a_transaction_held_open_delays_no_other_and_makes_no_poll_slower() {
     let stage = stage("id int primary key").await;
     let mut client = stage.join(&user()).await;
     let holder = stage.database.connect().await;
@@ -167,7 +167,7 @@ async fn a_table_that_is_dropped_is_told_of_as_a_gap_and_ends_the_channel() {
         told[0].starts_with("Gap: ") && told[1].starts_with("Unable to subscribe to changes"),
         "{told:?}"
     );
-    // Nobody else is disturbed.
+    // No other writer is disturbed.
     stage.changes(&mut other).await;
 }
 
@@ -243,7 +243,7 @@ async fn who_follows_a_whole_schema_and_may_see_a_table_is_told_when_it_is_watch
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changelog_that_somebody_locks_delays_changes_and_loses_none() {
+async fn a_locked_changelog_delays_changes_and_loses_none() {
     let stage = stage("id int primary key").await;
     let mut client = stage.join(&user()).await;
     stage.run("insert into t values (1)").await;

@@ -35,7 +35,7 @@ export async function within(what, promise) {
   return Promise.race([promise, late]).finally(() => clearTimeout(timer))
 }
 
-/** What came, in order, until somebody asks for it. */
+/** Messages in order of arrival, until the test consumes them. */
 export class Inbox {
   #came = []
   #waiting = []

@@ -42,7 +42,7 @@ async def connect(url, key, access_token=None, params=None):
 
 
 class Inbox(asyncio.Queue):
-    """What came, in order, until somebody asks for it."""
+    """Messages in order of arrival, until the test consumes them."""
 
     async def next(self):
         return await asyncio.wait_for(self.get(), PATIENCE)

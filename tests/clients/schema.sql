@@ -1,4 +1,4 @@
--- What the clients subscribe to: notes that belong to somebody (or, without an owner, to everybody), and a public board.
+-- What the clients subscribe to: notes with an owner (without one, every user sees them), and a public board.
 create table notes (
   id bigint primary key,
   owner uuid,

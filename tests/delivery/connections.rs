@@ -85,7 +85,7 @@ async fn a_pool_says_why_postgresql_refuses() {
         let Err(error) = Lease::of(&pool).await else { panic!("{change}: it is let in") };
         assert_eq!((error.code(), error.is_transient()), (Some(code), is_transient));
         assert!(error.to_string().contains(login), "{error}");
-        assert_eq!(error.refusal(), None, "this is for nobody's clients");
+        assert_eq!(error.refusal(), None, "this error is not for clients");
     }
 }
 
@@ -160,7 +160,7 @@ async fn fill_places(database: &Database, relay: &Relay) -> JoinSet<Answer> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_wants_rows_waits_for_those_who_read_many() {
+async fn requests_for_rows_wait_for_those_that_read_many() {
     let (database, relay) = slow_rows(7.0, 10).await;
     let readers = fill_places(&database, &relay).await;
     assert_eq!(get(relay.address, &rows_of("t"), "").await.status, 200);
@@ -168,7 +168,7 @@ async fn whoever_wants_rows_waits_for_those_who_read_many() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_would_wait_too_long_for_rows_is_told_to_come_again() {
+async fn a_request_that_would_wait_too_long_for_rows_is_answered_503() {
     let (database, relay) = slow_rows(2.0, 1).await;
     let readers = fill_places(&database, &relay).await;
     let answer = get(relay.address, &rows_of("t"), "").await;

@@ -87,7 +87,7 @@ impl Drop for Cluster {
     }
 }
 
-/// The walwriter stays away for ten seconds, so that what nobody flushed is really lost in a crash.
+/// The walwriter stays away for ten seconds, so that what was not flushed is really lost in a crash.
 const SETTINGS: [&str; 2] = ["-c", "wal_writer_delay=10s"];
 
 pub async fn reconnected(url: &str) -> Session {

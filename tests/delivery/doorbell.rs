@@ -17,7 +17,7 @@ use crate::support::pooler::Pooler;
 use crate::support::relay::Relay;
 use crate::support::{PATIENCE, eventually, token};
 
-/// While somebody shares it the relay cannot fall asleep.
+/// While another session holds it shared, the relay cannot fall asleep.
 const AWAKE: &str = "select pg_advisory_lock_shared(1919249009, 1)";
 
 async fn watched() -> Database {
@@ -51,7 +51,7 @@ async fn asleep(relay: &Relay, database: &Database) {
     .await;
 }
 
-/// Somebody else who listens, and the session to end with.
+/// Another listening session, and the session that ends it.
 async fn listener(database: &Database) -> (Session, UnboundedReceiver<Notification>) {
     let (sender, heard) = unbounded_channel();
     let server = Server::parse(&database.url, "listener", None).unwrap();

@@ -1,4 +1,4 @@
-//! A large transaction: whoever follows its table gets all of it, in order; nobody else waits for it.
+//! A large transaction: readers of its table get all of it, in order; no other reader waits for it.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ fn ann() -> String {
     token("authenticated", Some(ANN), json!({}))
 }
 
-/// `t (id, v)` and `other (id)`, which everybody may read.
+/// `t (id, v)` and `other (id)`, which every role may read.
 async fn stage() -> Stage {
     Stage::new(
         "create table t (id int primary key, v int default 0); create table other (id int primary key);
@@ -49,7 +49,7 @@ async fn all_until(client: &mut Client, last: i64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_follows_another_table_does_not_wait_for_it() {
+async fn readers_of_another_table_do_not_wait_for_it() {
     let stage = stage().await;
     let (mut one, mut other) = (join(&stage, "t", "").await, join(&stage, "other", "").await);
     insert(&stage, 1, MANY).await;
@@ -60,7 +60,7 @@ async fn whoever_follows_another_table_does_not_wait_for_it() {
     });
     assert_eq!(id(&other.change().await), 1);
     assert!(!reading.is_finished(), "it came after all of the large one");
-    // What comes later to the one who was told beside the others comes after all of it, and then as to everybody.
+    // The reader that was served apart gets later changes after all of it, and from then on with the others.
     stage.run("update t set v = 1 where id = 1; insert into other values (2)").await;
     assert_eq!(id(&other.change().await), 2);
     let mut one = reading.await.unwrap();
@@ -71,7 +71,7 @@ async fn whoever_follows_another_table_does_not_wait_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_only_a_few_changes_of_it_concern_does_not_wait_for_the_others() {
+async fn readers_of_few_of_its_changes_do_not_wait_for_the_rest() {
     let stage = stage().await;
     let (mut one, mut other) = (join(&stage, "t", "").await, join(&stage, "other", "").await);
     stage
@@ -158,7 +158,7 @@ async fn a_reader_that_takes_its_time_does_not_make_the_others_wait() {
     }
     let mut slow = join(&stage, "t", "").await;
     insert(&stage, 1, MANY).await;
-    // It reads a little each time that the other has been told something: whoever waited for it would wait for ever.
+    // It reads a little each time that the other has been told something: a reader that waited for it would wait for ever.
     let mut expected = 1;
     for n in 6..=25 {
         let took = told(n).await;

@@ -139,7 +139,7 @@ async fn a_stranger_who_takes_the_leaders_lock_delays_the_first_change_and_no_ot
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lone_relay_notifies_nobody() {
+async fn a_relay_without_followers_sends_no_notification() {
     let database = watched().await;
     let relay = Relay::start(&database.url).await;
     let mut client = subscriber(&relay).await;
@@ -242,7 +242,7 @@ async fn a_leader_whose_judge_does_not_answer_lets_another_lead() {
     let writer = database.connect().await;
     for id in 1..=20 {
         writer.execute("insert into t values ($1)", &[&id]).await.unwrap();
-        // Polling is an hour away: somebody who leads has rung for it.
+        // Polling is an hour away: the leader has rung for it.
         assert_eq!(clients[1].change().await["record"]["id"], id);
     }
     assert_eq!((leads(&one), leads(&other)), (false, true));

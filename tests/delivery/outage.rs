@@ -83,7 +83,7 @@ async fn clients_connect_while_the_database_is_away_and_are_joined_when_it_comes
     let bindings: Value = serde_json::from_str(BINDING).unwrap();
     let payload = json!({"config": {"postgres_changes": bindings}});
     waiting.push(Some("1"), "realtime:t", "phx_join", payload.clone()).await;
-    // Nobody can wait longer than its own join: it is told to join again.
+    // No client waits longer than its join may take: it is told to join again.
     let started = Instant::now();
     let refused = waiting.frame().await;
     assert_eq!(refused[4]["status"], "error", "{refused}");
@@ -138,7 +138,7 @@ async fn a_long_outage_is_told_and_everything_follows_in_order() {
     let event = events.next().await.unwrap();
     assert_eq!((event.name.as_str(), &event.data["error"]), ("stalled", &stalled()["message"]));
     assert_eq!(state(&relay).await[0].0, 503);
-    // Whoever joins meanwhile hears of it as well, once it is joined; here there is nobody to bind it.
+    // A client that joins meanwhile is told as well, once it is joined; here no database can bind it.
     cluster.restart(&[]);
     let session = connect(&cluster.url).await;
     for id in 1..=20 {
@@ -408,7 +408,7 @@ async fn a_database_that_is_read_only_by_default_is_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_subscribed_before_the_changelog_is_read_misses_nothing() {
+async fn a_subscription_from_before_the_changelog_is_read_misses_nothing() {
     let database = Database::new().await;
     database.run(TABLE).await;
     for id in 1..=5 {

@@ -95,10 +95,10 @@ async fn each_bookmark_of_a_session_moves_by_what_its_own_channel_has_received()
             break;
         }
         assert!(started.elapsed() < PATIENCE, "{bookmarks:?}");
-        // The pong is sent by whoever reads.
+        // The pong is sent when the client reads.
         client.frame_within(Duration::from_millis(50)).await;
     }
-    // Whoever joins now begins now, too.
+    // A client that joins now begins here, too.
     client.subscribe("realtime:other", json!([{"event": "*", "schema": "public", "table": "marker"}])).await;
     stage.run("insert into marker default values").await;
     for _ in 0..2 {

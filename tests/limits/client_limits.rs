@@ -1,4 +1,4 @@
-//! What one client may hold or ask for is bounded, and whoever goes beyond it is closed without hurting the others.
+//! What one client may hold or ask for is bounded; a client beyond its bound is closed, and no other is affected.
 
 use std::time::Duration;
 
@@ -121,7 +121,7 @@ async fn a_stream_that_is_hardly_read_ends_once_too_much_waits_and_goes_on_after
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_nobody_takes_is_given_up() {
+async fn an_answer_that_its_client_does_not_read_is_dropped() {
     let sql = format!("{TABLE} insert into t select n, repeat('x', 100000) from generate_series(1, 300) n");
     let stage = Stage::with(&sql, |settings, _| {
         settings.write_timeout_ms = Some(300);
@@ -177,7 +177,7 @@ async fn of_a_crowd_that_missed_large_rows_a_few_have_them_in_memory_at_a_time()
     database.run("insert into t select n, repeat('x', 1000000) from generate_series(1, 12) n").await;
     let path = format!("/realtime/v1/changes?table=t&since={since}&apikey={}", anon());
     let answers = join_all((0..60).map(|_| text(address, &path))).await;
-    // Whoever is not answered in time comes again.
+    // A request that is not answered in time is sent again.
     assert!(answers.iter().any(|(status, _)| *status == 200));
     let peak = peak(child.id().unwrap());
     assert!(peak < 256, "{peak} MiB");

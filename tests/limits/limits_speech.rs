@@ -29,7 +29,7 @@ fn broadcast() -> Message {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_broadcasts_at_once_close_the_channel_then_the_socket_and_nobody_else() {
+async fn ten_thousand_broadcasts_at_once_close_the_channel_then_the_socket_and_no_other_client() {
     let stage = Stage::new("").await;
     let mut good = stage.subscribe(&anon(), json!([])).await;
     let mut socket = Socket::open(&stage.relay, "2.0.0", &anon()).await;
@@ -56,7 +56,7 @@ async fn ten_thousand_broadcasts_at_once_close_the_channel_then_the_socket_and_n
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn heartbeats_count_and_garbage_too_and_pongs_that_nobody_asked_for() {
+async fn heartbeats_garbage_and_unsolicited_pongs_count_as_messages() {
     let stage = Stage::with("", |settings, _| settings.messages_per_second = Some(1)).await;
     let heartbeat = Message::text(r#"[null,"1","phoenix","heartbeat",{}]"#);
     for message in [heartbeat, Message::text("garbage"), Message::Pong("nobody asked".into())] {

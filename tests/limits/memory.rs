@@ -53,7 +53,7 @@ impl Program {
         let mut arguments = vec!["--database-url", &database.url, "--total-outbox-bytes", &text];
         arguments.extend(flags);
         let (child, lines, address) = cli::serve(&arguments).await;
-        // Nobody reads what it says: it must not wait for that.
+        // Its output is not read: it must not wait for that.
         tokio::spawn(async move {
             let mut lines = lines;
             while let Ok(Some(_)) = lines.next_line().await {}
@@ -245,7 +245,7 @@ async fn what_waits_for_a_hundred_topics_each_of_sockets_that_read_nothing_is_wi
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_small_changes_for_many_topics_that_nobody_reads_are_within_the_bound() {
+async fn many_small_changes_for_many_topics_of_stopped_readers_are_within_the_bound() {
     const SOCKETS: usize = 20;
     let program = Program::start(TABLE, 16 * MIB, &[]).await;
     let mut sockets = Vec::new();
@@ -412,7 +412,7 @@ async fn answers_that_are_read_slowly_close_no_socket_and_keep_no_other_reader_w
     }
     let waiting = program.metric("relay_outbox_bytes").await;
     let beside = p99(&program, &mut client, 150..300).await;
-    // Whoever reads gets its answer, also one of the same key and address.
+    // A client that reads gets its answer, even with the same key and address.
     for who in ["", "ann", "", "ann"] {
         let answer = get(program.address, &path(who), "").await;
         assert_eq!(answer.status, 200, "{who}: {}", answer.body);

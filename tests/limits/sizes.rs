@@ -37,7 +37,7 @@ async fn change(socket: &mut Socket) -> (Value, usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_update_of_a_large_row_fits_behind_small_ones_and_tells_its_new_row() {
-    // Before the relay starts: nobody is told of it.
+    // Before the relay starts: no client gets it.
     let row = "; insert into big select n, repeat('a', 600000) from generate_series(1, 1) n";
     let stage = Stage::new(&(BIG.to_owned() + row)).await;
     let address = stage.relay.address.to_string();

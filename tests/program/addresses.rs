@@ -89,7 +89,7 @@ impl Guarded {
     }
 }
 
-/// Who somebody is there, and whether what they say is encrypted.
+/// The user of a connection, and whether it is encrypted.
 async fn who(url: &str, authority: Option<&str>) -> Result<(String, bool), Error> {
     let server = Server::parse(url, "test", authority)?;
     let client = server.connect().await?;
@@ -189,7 +189,7 @@ async fn a_server_without_tls_is_told_apart_from_one_that_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_not_let_in_is_told_what_to_do_by_every_command_and_at_once() {
+async fn every_command_says_at_once_what_to_do_when_the_login_is_refused() {
     let server = Guarded::start().await;
     let refused = async |arguments: &[&str], cures: &[&str]| {
         let (code, said, told) = timeout(PATIENCE, output(arguments)).await.expect("it ends");

@@ -203,7 +203,7 @@ async fn doctor_finds_what_is_wrong_and_says_what_to_do() {
     assert!(findings.contains("relay install"), "{findings}");
 
     let database = Database::new().await;
-    // Before PostgreSQL 15 everybody may create there, and doctor says so.
+    // Before PostgreSQL 15 every role may create there, and doctor says so.
     database.run("revoke create on schema public from public").await;
     database.run("create table t (id int primary key); alter table t enable row level security").await;
     database.run("create policy p on t using (true); select relay.watch('t')").await;
@@ -389,7 +389,7 @@ async fn a_token_that_is_refused_over_http_is_logged_by_address_path_and_reason_
 async fn a_service_role_that_policies_hold_back_is_told_by_install_and_doctor() {
     const LACK: &str = "service_role has no BYPASSRLS";
     const CURE: &str = "alter role service_role bypassrls";
-    // Roles belong to the cluster, and here nobody else makes them.
+    // Roles belong to the cluster, and here no other test makes them.
     let cluster = Cluster::start(&[]).await;
     let superuser = connect(&cluster.url).await;
     for sql in ["create role owner login createrole", "create database app owner owner"] {

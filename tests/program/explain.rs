@@ -1,4 +1,4 @@
-//! `relay explain` and `relay doctor` say how policies are decided, and why somebody would get nothing.
+//! `relay explain` and `relay doctor` say how policies are decided, and why a reader would get nothing.
 
 use std::time::Duration;
 
@@ -94,7 +94,7 @@ async fn it_tells_which_part_keeps_a_policy_from_being_compiled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_tells_why_somebody_would_get_nothing() {
+async fn explain_says_why_a_reader_would_get_nothing() {
     let database = database().await;
     database.run("create table quiet (id int); create view seen as select * from quiet; alter table docs add hidden int").await;
     for (arguments, why) in [

@@ -100,7 +100,7 @@ impl Person {
 }
 
 async fn owner(server: &Guarded) -> Session {
-    // Until PostgreSQL 15 everybody may create there, which doctor takes for a fault.
+    // Before PostgreSQL 15 every role may create there, which doctor reports as a fault.
     let admin = connect(&with_database(&server.cluster.url, "app")).await;
     let own = "revoke create on schema public from public; grant create on schema public to owner";
     admin.batch_execute(own).await.unwrap();

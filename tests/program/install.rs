@@ -239,7 +239,7 @@ async fn an_older_changelog_gives_way_while_writers_go_on_and_what_they_write_is
     let answer = get(relay.address, &path, "").await;
     assert_eq!(answer.status, 410, "{answer:?}");
     relay.stop().await;
-    // Nothing of it is left once nobody can be writing there.
+    // Nothing of it is left once no transaction can still write there.
     let is_left = "select to_regclass('relay.changes_0') is not null or to_regprocedure('relay.redirect()') is not null";
     install(&mut database.connect().await).await.unwrap();
     assert_eq!(database.value(is_left).await, "t");
@@ -259,7 +259,7 @@ async fn a_database_without_the_relay_says_what_to_do() {
     assert!(text.contains("relay install --database-url") && text.contains("--install"), "{text}");
 }
 
-/// In a cluster of its own: roles belong to the cluster, and here nobody else has made them before.
+/// In a cluster of its own: roles belong to the cluster, and here no other test has made them before.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plain_owner_with_createrole_installs_watches_and_serves() {
     let cluster = Cluster::start(&["-c", "fsync=off"]).await;

@@ -32,7 +32,7 @@ fn ids(answer: &Answer) -> Vec<i64> {
     answer.body["changes"].as_array().into_iter().flatten().filter_map(record).collect()
 }
 
-/// `t (id, owner, v)` that everybody may read.
+/// `t (id, owner, v)` that every role may read.
 async fn stage() -> Stage {
     Stage::new(
         "create table t (id int primary key, owner uuid, v text); grant select on t to authenticated; select relay.watch('t')",
@@ -235,7 +235,7 @@ async fn a_table_altered_while_the_past_is_read_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_reads_rows_slowly_holds_up_nobody_elses_changes() {
+async fn a_client_that_reads_rows_slowly_delays_no_other_clients_changes() {
     let stage = stage().await;
     stage
         .run(
@@ -315,7 +315,7 @@ async fn large_rows_one_after_the_other_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_comes_back_after_a_large_transaction_waits_for_nobody() {
+async fn a_client_that_returns_after_a_large_transaction_waits_for_no_other() {
     let stage = stage().await;
     let start = cursor(&ask(&stage.relay, "t", "").await);
     stage.run("insert into t select n, null, repeat('x', 400) from generate_series(1, 20000) n").await;

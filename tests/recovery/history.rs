@@ -1,5 +1,5 @@
 //! Histories that end: a standby takes over, a disk is put back, a dump comes into another cluster, the schema is dropped.
-//! Whoever was there is told of a gap and then of everything after it; nobody waits in vain for what will never come.
+//! Connected readers get a gap and then everything after it; no reader waits for changes that will never come.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -208,8 +208,8 @@ async fn a_changelog_that_came_with_a_dump_never_comes_up_as_new() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_drops_the_schema_and_installs_it_again_gets_a_gap_and_then_the_feed() {
-    // Nobody rings when the triggers are gone.
+async fn a_schema_that_is_dropped_and_installed_again_is_a_gap_and_then_the_feed_continues() {
+    // No writer rings when the triggers are gone.
     let often = |settings: &mut relay::config::Settings, _: &str| settings.poll_ms = Some(50);
     let stage = Stage::with(&format!("{TABLE} select relay.watch('t')"), often).await;
     let mut client = joined(&stage.relay).await;

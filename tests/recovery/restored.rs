@@ -149,12 +149,12 @@ async fn a_dump_of_the_schema_alone_leaves_no_trigger_that_logs_for_another_tabl
     assert_eq!(target.value("select count(*) from relay.changes where operation = 'I'").await, "1");
 }
 
-/// Whatever of the list somebody takes away, `doctor` names and an installation gives back.
+/// Whatever is removed of the list, `doctor` names it and an installation restores it.
 #[tokio::test(flavor = "multi_thread")]
 async fn doctor_names_what_an_installation_gives_back() {
     let database = Database::new().await;
     database.run(SOURCE).await;
-    // Until PostgreSQL 15 everybody may create there, which is a fault of its own.
+    // Before PostgreSQL 15 every role may create there, which is a fault of its own.
     database.run("revoke create on schema public from public").await;
     for (harm, named) in [
         (

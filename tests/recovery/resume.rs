@@ -90,7 +90,7 @@ async fn bookmarked(stage: &Stage, client: &mut Client) {
             return;
         }
         assert!(started.elapsed() < crate::support::PATIENCE, "the bookmark does not move");
-        // The pong is sent by whoever reads.
+        // The pong is sent when the client reads.
         client.frame_within(Duration::from_millis(50)).await;
     }
 }
@@ -146,7 +146,7 @@ async fn another_relay_goes_on_where_the_first_one_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn somebody_else_with_the_same_name_gets_nothing_of_it() {
+async fn another_identity_with_the_same_session_name_gets_nothing_of_it() {
     let stage = stage().await;
     let mut client = come(&stage.relay, &ann(), NAME).await;
     bookmarked(&stage, &mut client).await;
@@ -199,7 +199,7 @@ async fn a_channel_that_was_left_before_it_was_subscribed_begins_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_comes_back_too_late_is_told_of_a_gap() {
+async fn a_client_that_returns_too_late_gets_a_gap() {
     let stage = Stage::with(
         "create table t (id int primary key, owner uuid); grant select on t to authenticated; select relay.watch('t')",
         |settings, _| settings.resume_seconds = Some(600),
@@ -480,7 +480,7 @@ async fn a_token_renewed_during_an_outage_does_not_take_the_session_from_its_own
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_tells_its_number_time_and_cursor_to_whoever_may_get_it_twice() {
+async fn changes_have_number_time_and_cursor_where_a_client_may_get_them_twice() {
     let stage = stage().await;
     let mut client = come(&stage.relay, &ann(), NAME).await;
     let mut plain = stage.join(&ann()).await;

@@ -1,4 +1,4 @@
-//! The changelog is trimmed by whole segments: what is kept can be resumed from, what is not is a gap, and nobody waits.
+//! The changelog is trimmed by whole segments: what is kept can be resumed from, what is not is a gap, and no writer waits.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::support::{eventually, token};
 async fn trim(database: &Database) -> String {
     let started = Instant::now();
     let done = database.value("select relay.trim_changelog()").await;
-    assert!(started.elapsed() < Duration::from_secs(1), "it waits for nobody");
+    assert!(started.elapsed() < Duration::from_secs(1), "it waits for no other");
     done
 }
 

@@ -12,7 +12,7 @@ fn reader(stage: &Stage) -> String {
     token(&format!("{}_r", stage.name), None, json!({}))
 }
 
-/// A client, and what it heard that nobody asked for yet.
+/// A client, and the messages it received that the test has not consumed yet.
 struct Listener {
     client: Client,
     heard: Vec<Value>,

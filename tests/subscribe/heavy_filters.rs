@@ -1,4 +1,4 @@
-//! What clients choose to filter by costs them time, and nobody else.
+//! Filters that are slow to evaluate delay only the client that chose them.
 
 use std::time::{Duration, Instant};
 
@@ -133,7 +133,7 @@ const HEAVY: [&str; 3] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn regular_expressions_that_never_end_delay_no_reader_and_cost_whoever_chose_them_the_change() {
+async fn regular_expressions_that_never_end_delay_no_other_reader_and_are_a_gap_for_their_own() {
     let mut watched = Watched::new().await;
     watched.stage.run("alter table t alter v set default repeat('x', 401)").await;
     let mut crowd = Vec::new();
@@ -178,7 +178,7 @@ async fn regular_expressions_that_never_end_delay_no_reader_and_cost_whoever_cho
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whose_filters_postgresql_decides_gets_each_change_once_and_in_order_beside_whoever_asks_for_too_much()
+async fn filters_that_postgresql_evaluates_get_each_change_once_and_in_order_beside_clients_that_ask_for_too_much()
  {
     let stage = Stage::with(TABLES, |settings, _| settings.judge_timeout_ms = Some(500)).await;
     let by = json!([{"event": "*", "schema": "public", "table": "t", "filter": "n=gt.0.5"}]);

@@ -112,7 +112,7 @@ start() {
   if is_running; then url; return; fi
   bin=$(find_bin)
   [ -n "$bin" ] || die "no PostgreSQL server of version 14 or newer found; run 'make setup' or set RELAY_PG_BIN"
-  # Whoever interrupts us stops the cluster afterwards, and can only do that once it is up. Hence setsid below too:
+  # The process that interrupts this one stops the cluster afterwards, and can only do that once it is up. Hence setsid below too:
   # initdb and postgres put handlers of their own in the place of what is ignored here.
   trap '' INT TERM HUP
   make_home

@@ -107,7 +107,7 @@ pub async fn make_logins(client: &Client) {
         "create role {READER} login in role relay_reader;
          create role {JUDGE} login noinherit in role anon, authenticated, service_role"
     );
-    // Somebody else may have made them: they belong to the whole cluster.
+    // Another test may have made them: they belong to the whole cluster.
     let _ = client.batch_execute(&logins).await;
 }
 
@@ -131,7 +131,7 @@ pub fn with_database(url: &str, name: &str) -> String {
     format!("{server}/{name}")
 }
 
-/// The same database, as somebody else.
+/// The same database, as another role.
 pub fn with_login(url: &str, login: &str) -> String {
     url.replacen("postgres@", &format!("{login}@"), 1)
 }
@@ -147,7 +147,7 @@ async fn make_template() {
     relay::postgres::install::install(&mut client).await.unwrap();
     make_logins(&client).await;
     drop(client);
-    // A database can be a template only while nobody is connected to it.
+    // A database can be a template only while no session is connected to it.
     super::eventually("the template is free", || async {
         let busy = "select count(*) from pg_stat_activity where datname = $1";
         let count: i64 = admin.query_one(busy, &[&template()]).await.unwrap().get(0);

@@ -85,7 +85,7 @@ async fn pass(
                 continue;
             }
         };
-        // Whoever was held hears of no end either.
+        // A connection that was held is not told of the end either.
         if count == 0 && lost {
             return std::future::pending().await;
         }

@@ -92,13 +92,13 @@ impl Stage {
         self.changes(client).await.iter().map(line).collect()
     }
 
-    /// The first column of what `select` gives to somebody with this role and these claims.
+    /// The first column of what `select` returns to this role with these claims.
     pub async fn selected(&self, role: &str, claims: &Value, select: &str) -> Vec<String> {
         let client = self.database.connect().await;
-        let become_somebody = format!(
+        let become_reader = format!(
             "begin; select set_config('request.jwt.claims', $claims${claims}$claims$, true); set local role \"{role}\""
         );
-        client.batch_execute(&become_somebody).await.unwrap();
+        client.batch_execute(&become_reader).await.unwrap();
         let mut found = Vec::new();
         for message in client.simple_query(select).await.unwrap() {
             if let tokio_postgres::SimpleQueryMessage::Row(row) = message {

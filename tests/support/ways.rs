@@ -95,17 +95,17 @@ impl Ways {
         rows.await.unwrap().iter().map(|row| (row.get(0), row.get(1))).collect()
     }
 
-    /// What the table shows to somebody with these claims, and whether `claims_raise()`: both it and `sees_TABLE(id)` have
+    /// What the table shows to a reader with these claims, and whether `claims_raise()`: both it and `sees_TABLE(id)` have
     /// to be there.
     pub async fn shown(&self, table: &str, claims: &Value) -> (Seen, bool) {
         let client = &self.database.client;
         let (sub, role) = (claims["sub"].as_str().unwrap_or_default(), role(claims));
-        let become_somebody = format!(
+        let become_reader = format!(
             "begin; select set_config('request.jwt.claims', $claims${claims}$claims$, true),
                     set_config('request.jwt.claim.sub', $sub${sub}$sub$, true),
                     set_config('request.jwt.claim.role', '{role}', true); set local role {role}"
         );
-        client.batch_execute(&become_somebody).await.unwrap();
+        client.batch_execute(&become_reader).await.unwrap();
         let ids = format!("select id::bigint, sees_{table}(id) from ids_{table}");
         let rows = client.query(&ids, &[]).await.unwrap();
         let raise: bool = client.query_one("select claims_raise()", &[]).await.unwrap().get(0);

@@ -12,7 +12,7 @@ use crate::support::{eventually, token};
 const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
 
-/// `t (id, owner, v, secret)` with "own rows only", of which nobody may read `secret`.
+/// `t (id, owner, v, secret)` with "own rows only", of which no role may read `secret`.
 async fn stage() -> Stage {
     Stage::new(
         "create table t (id int primary key, owner uuid, v text, secret text); alter table t enable row level security;
@@ -142,7 +142,7 @@ async fn many_polls_that_wait_at_one_cursor_cost_one_question_for_each_claims() 
         (calls != "0").then_some(calls)
     })
     .await;
-    assert_eq!(calls, "4", "two rows, for two users, whoever waits");
+    assert_eq!(calls, "4", "two rows, for two users, however many wait");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -379,7 +379,7 @@ async fn each_answer_says_whether_there_is_more_and_is_right() {
             100,
         ),
         (
-            "larger than what everybody waits for",
+            "larger than what every poll waits for",
             "insert into t select i, case when i < 8000 then 'ANN' else 'BOB' end::uuid from generate_series(6001, 13000) i",
             1999,
         ),

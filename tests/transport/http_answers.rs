@@ -17,7 +17,7 @@ fn anon() -> String {
     token("anon", None, json!({}))
 }
 
-/// What is answered up to `end`, to somebody who closes their side first, or does not.
+/// The answer up to `end`, for a client that closes its side first, or does not.
 async fn heard(stage: &Stage, request: &str, closes: bool, end: &str) -> String {
     let mut stream = TcpStream::connect(stage.relay.address).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -163,7 +163,7 @@ async fn a_stream_is_for_those_who_accept_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_closes_their_side_after_asking_is_answered_whole_and_without_waiting() {
+async fn a_client_that_closes_its_side_after_the_request_gets_the_whole_answer_at_once() {
     let stage = Stage::new(
         "create table large (id int primary key, v text); grant select on large to anon;
          insert into large select n, repeat('x', 10000) from generate_series(1, 900) n; select relay.watch('large')",
@@ -191,7 +191,7 @@ async fn whoever_closes_their_side_after_asking_is_answered_whole_and_without_wa
             assert_eq!(body.len().to_string(), length, "{path}");
         }
     }
-    assert!(started.elapsed() < Duration::from_secs(40), "a poll that nobody waits for waits");
+    assert!(started.elapsed() < Duration::from_secs(40), "a poll whose client has gone still waits");
     // One that sends two requests at once hears both.
     let two = request("GET", "/livez", "") + &request("GET", "/nowhere", "");
     let both = heard(&stage, &two, true, "\u{0}").await;

@@ -119,7 +119,7 @@ async fn what_is_malformed_or_too_large_is_refused_and_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_too_large_or_too_slow_is_told_as_json_that_nobody_keeps() {
+async fn a_request_that_is_too_large_or_too_slow_is_refused_as_json_that_is_not_cached() {
     let stage = Stage::with("", |settings, _| settings.head_timeout_ms = Some(700)).await;
     let body = |method: &str, path: &str, length: usize| {
         format!(

@@ -231,7 +231,7 @@ async fn a_long_answer_is_not_read_to_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_that_hangs_is_given_up_and_holds_up_nobody_with_a_known_key() {
+async fn an_endpoint_that_hangs_times_out_and_delays_no_client_with_a_known_key() {
     let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
     let stage = with_issuer(&issuer, |settings| settings.jwks_refresh_ms = Some(20)).await;
     have_keys(&stage, 1).await;
@@ -242,10 +242,10 @@ async fn an_endpoint_that_hangs_is_given_up_and_holds_up_nobody_with_a_known_key
         let (unknown, known) = (signed(3, "service_role"), signed(1, "service_role"));
         let waiting = refusal(&stage, &unknown);
         tokio::pin!(waiting);
-        // While somebody waits for an unknown key, others come in.
+        // While one client waits for an unknown key, others connect.
         tokio::select! {
             biased;
-            early = &mut waiting => panic!("nobody can know yet: {early:?}"),
+            early = &mut waiting => panic!("no answer is possible yet: {early:?}"),
             refused = refusal(&stage, &known) => assert_eq!(refused, None),
         }
         assert_eq!(waiting.await.as_deref(), Some(SIGNER));
@@ -256,7 +256,7 @@ async fn an_endpoint_that_hangs_is_given_up_and_holds_up_nobody_with_a_known_key
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_nobody_confirms_for_too_long_are_in_force_no_longer() {
+async fn keys_that_were_not_confirmed_for_too_long_are_no_longer_valid() {
     let issuer = Issuer::start(Behaviour::Text(jwks(&[1]))).await;
     let stage = with_issuer(&issuer, |settings| {
         settings.jwks_refresh_ms = Some(20);

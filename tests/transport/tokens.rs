@@ -156,7 +156,7 @@ async fn a_token_cannot_choose_how_it_is_verified() {
         (none("NONE"), signer),
         (none("HS256"), signature),
         (published("none", "rsa", BY_RS256), signer),
-        // The public key as the secret of a hash: what everybody knows must not sign.
+        // The public key as the secret of a hash: what is public must not sign.
         (by(RSA_PEM.as_bytes(), json!({"alg": "HS256", "kid": "rsa"})), signature),
         (by(RSA_PEM.trim().as_bytes(), json!({"alg": "HS256"})), signature),
         (by(&modulus, json!({"alg": "HS256", "kid": "rsa"})), signature),
@@ -253,7 +253,7 @@ async fn a_token_for_a_role_that_is_not_there_connects_and_sees_nothing() {
         let answer = stage.answer(&token, json!({"event": "*", "schema": "public", "table": "t"})).await;
         assert!(answer.contains("Please check Realtime is enabled"), "{role}: {answer}");
     }
-    // Nobody was harmed by their asking.
+    // No other client was affected.
     let mut service = stage.join(&token("service_role", None, json!({}))).await;
     stage.run("insert into t values (1, null)").await;
     assert_eq!(stage.told(&mut service).await.len(), 1);

@@ -138,7 +138,7 @@ impl Wire {
         }
         // It does not wait for ever for the answer, and sends nothing more.
         let mut rest = Vec::new();
-        // Whoever has sent more than was read is cut off.
+        // A client that has sent more than was read is disconnected.
         let _ =
             timeout(PATIENCE, self.stream.read_to_end(&mut rest)).await.expect("the connection stays open");
         assert_eq!(rest, b"", "{what}");

@@ -14,7 +14,7 @@ pub const TABLES: &str =
     "create table t (id int primary key, v text, raw bytea); create table u (id int primary key);
     grant select on t, u to anon; select relay.watch('t'), relay.watch('u');";
 
-/// A token of nobody in particular.
+/// A token without a user.
 pub fn anon() -> String {
     token("anon", None, json!({}))
 }

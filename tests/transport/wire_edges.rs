@@ -340,5 +340,5 @@ async fn the_end_of_the_relay_closes_every_socket_after_its_last_frames() {
     }
     stopping.await.unwrap();
     assert!(started.elapsed() < std::time::Duration::from_secs(3), "took {:?}", started.elapsed());
-    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+    assert!(TcpStream::connect(address).await.is_err(), "the relay listens no more");
 }

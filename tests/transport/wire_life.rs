@@ -205,7 +205,7 @@ async fn a_token_that_ends_closes_its_channel_at_that_second_and_nothing_comes_a
         let frame = client.frame().await;
         assert_eq!((&frame[2], &frame[4]["data"]["record"]["id"]), (&json!("realtime:long"), &json!(id)));
     }
-    // Whoever has only the connection's token can't join any more; the socket itself stays.
+    // A client with only the connection's token can't join any more; the socket itself stays.
     client.push(Some("3"), "realtime:late", "phx_join", json!({"config": {}})).await;
     let refused = client.frame().await;
     let reason = refused[4]["response"]["reason"].as_str().unwrap_or_else(|| panic!("{refused}"));
@@ -257,7 +257,7 @@ async fn nothing_comes_to_a_channel_after_the_reply_to_its_leave_however_much_is
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_writes_upon_the_reply_to_a_join_is_told_of_it() {
+async fn a_row_written_upon_the_reply_to_a_join_is_delivered() {
     let stage = Stage::new(TABLE).await;
     let config = json!({"postgres_changes": [{"event": "*", "schema": "public", "table": "t"}]});
     for id in 1..=30 {

@@ -27,7 +27,7 @@ const CONDITIONS: &[&str] = &[
     "case when lower(name) = 'x' and team = 2 then true else at < (auth.jwt() ->> 'since')::date end",
 ];
 
-/// Whoever has written a guard of claims may rely on it.
+/// A policy's author may rely on a guard of claims.
 const GUARDED: &[&str] = &[
     "case when auth.jwt() ->> 'level' = '1' then (auth.jwt() ->> 'level')::int = team else team = 2 end",
     "case when (auth.jwt() ->> 'level') ~ '^[0-9]+$' then (auth.jwt() ->> 'level')::int = team else team = 2 end",
@@ -51,12 +51,12 @@ fn token_of(claims: &Value) -> String {
 /// The ids of a table that its own row security shows; none where that raises.
 async fn shown(stage: &Stage, claims: &Value, name: &str) -> Option<Vec<String>> {
     let client = stage.database.connect().await;
-    let become_somebody = format!(
+    let become_reader = format!(
         "begin; select set_config('request.jwt.claims', $claims${claims}$claims$, true),
                 set_config('request.jwt.claim.sub', '{}', true); set local role authenticated",
         claims["sub"].as_str().unwrap()
     );
-    client.batch_execute(&become_somebody).await.unwrap();
+    client.batch_execute(&become_reader).await.unwrap();
     let rows = client.query(&format!("select id::text from {name} order by id"), &[]).await.ok()?;
     Some(rows.iter().map(|row| format!("{name} {}", row.get::<_, String>(0))).collect())
 }

@@ -1,5 +1,5 @@
-//! Whoever comes late is told what the rules of now allow, and a gap in place of what was written before they were widened;
-//! whoever is here is told what PostgreSQL shows right after the commit. Rules and rows change at random.
+//! A late reader gets what the rules of now allow, and a gap in place of what was written before they were widened;
+//! a live reader gets what PostgreSQL shows right after the commit. Rules and rows change at random.
 #![allow(clippy::print_stdout, reason = "the seed repeats a run")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,7 +17,7 @@ use crate::support::{PATIENCE, token};
 const MADE: &str = "create role $DB_r; create role $DB_g; create table t (id int primary key, team int);
     alter table t enable row level security; select relay.watch('t');";
 
-/// What lets somebody see more, and what it needs before; `R` and `G` are roles.
+/// A statement that lets a reader see more, and what it needs before; `R` and `G` are roles.
 const WIDENINGS: &[(&str, &str)] = &[
     ("grant select on t to R", "create policy p on t using (true)"),
     ("grant select (id) on t to R", "create policy p on t using (true)"),
@@ -137,7 +137,7 @@ async fn told(stage: &Stage, client: &mut Client) -> (BTreeSet<i64>, bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_older_than_a_widening_is_a_gap_for_who_stood_before_it_and_for_nobody_else() {
+async fn what_is_older_than_a_widening_is_a_gap_for_cursors_from_before_it_and_for_no_others() {
     for (widening, made) in WIDENINGS {
         let stage = Stage::new(&format!("{MADE} {}", named(made))).await;
         let mut live = stage.join(&reader(&stage)).await;
@@ -248,7 +248,7 @@ const CHANGES: &[&str] = &[
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_the_rules_become_between_random_changes_nobody_is_told_more_than_he_may_see() {
+async fn random_changes_of_rules_between_random_changes_of_rows_show_no_reader_more_than_the_rules_allow() {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
     let seed: u64 = std::env::var("RELAY_TEST_SEED")
         .map_or_else(|_| u64::try_from(now() % 1_000_000).unwrap() + 1, |seed| seed.parse().unwrap());

@@ -15,14 +15,14 @@ use crate::support::stage::Stage;
 use crate::support::token;
 use crate::visibility::policy_leaks::{ANN, TEAMS, stage, table, user};
 
-/// Roles that nobody had before: the rights of each are read under the lock.
+/// Roles that no reader had before: the rights of each are read under the lock.
 const ROLES: usize = 12;
 /// Changes whose way is timed, with the lock and without.
 const CHANGES: usize = 120;
 /// Changes until the lock is taken or released: both halves meet the same load of the machine.
 const TURN: usize = 2;
 
-/// `free` needs nobody's help, nor a lock; the others want what somebody locks.
+/// `free` needs neither a query nor a lock; the others need a relation that is locked.
 fn tables() -> String {
     let roles: String = (0..ROLES)
         .map(|role| format!("create role $DB_{role}; grant select on free, own, team, parted to $DB_{role};"))

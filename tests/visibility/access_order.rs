@@ -1,5 +1,5 @@
-//! Whoever changes who may see and a row in one transaction shows that row to nobody who may not see it any more, also where
-//! PostgreSQL fires no event trigger for the change, or somebody keeps it from firing.
+//! A transaction that changes a rule and a row shows that row to no reader who may not see it any more, also where
+//! PostgreSQL fires no event trigger for the change, or a session keeps it from firing.
 
 use serde_json::json;
 
@@ -153,7 +153,7 @@ const LOOKED_INTO: [Case; 16] = [
     case("unread", OWN, "revoke select on M from service_role; drop policy m on M"),
 ];
 
-/// The same while the event trigger is away, which is everybody's affair: each in a database of its own.
+/// The same while the event trigger is away, which concerns the whole database: each in a database of its own.
 const TRIGGERS: [Case; 3] = [
     case(
         "disabled",

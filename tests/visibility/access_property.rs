@@ -148,7 +148,7 @@ struct Judge {
 }
 
 impl Judge {
-    /// What is shown now of these images to somebody: in a transaction that ends with a rollback each of them stands in
+    /// What is shown now of these images to a reader: in a transaction that ends with a rollback each of them stands in
     /// the table for a moment.
     async fn shown(&self, who: &Identity, images: &[&Value]) -> Vec<Option<Map<String, Value>>> {
         let mut shown = vec![None; images.len()];
@@ -170,12 +170,12 @@ impl Judge {
                 who.role
             );
             let columns: String = self.session.query_one(&columns, &[]).await.unwrap().get(0);
-            let become_somebody = format!(
+            let become_reader = format!(
                 "select set_config('request.jwt.claims', '{}', true); set local role \"{}\"",
                 json!({"role": who.role, "team": who.claims["team"]}),
                 who.role
             );
-            self.session.batch_execute(&become_somebody).await.unwrap();
+            self.session.batch_execute(&become_reader).await.unwrap();
             let select = format!("select to_jsonb(x)::text from (select {columns} from s.t) x");
             if let Ok(rows) = self.session.query(&select, &[]).await {
                 for row in rows {
@@ -192,7 +192,7 @@ impl Judge {
     }
 }
 
-/// What somebody was told: each change, and whether of a gap.
+/// What a reader received: each change, and whether it was a gap.
 #[derive(Debug, Default)]
 struct Told {
     changes: Vec<Value>,

@@ -1,4 +1,4 @@
-//! What a database sets for its sessions, or how it encodes texts, changes nothing of who may see what, and stops nobody.
+//! Settings of a database and its encoding change nothing of who may see what, and stop no other reader.
 
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ const CONDITIONS: &[&str] = &[
 async fn whatever_a_database_sets_the_relay_installs_and_shows_what_the_tables_show() {
     let database = Database::bare().await;
     let (_, name) = database.url.rsplit_once('/').unwrap();
-    // An operator that stands before the system's own for whoever has such a path.
+    // An operator that precedes the system's own for sessions with such a path.
     database
         .run(
             "create schema odd; create function odd.no(xid8, xid8) returns bool language sql as 'select false';
@@ -112,10 +112,10 @@ async fn whatever_a_database_sets_the_relay_installs_and_shows_what_the_tables_s
         let rows: Vec<String> =
             names.iter().enumerate().map(|(id, name)| format!(r"({id}, '{name}', 'A\')")).collect();
         database.run(&format!("insert into t{number} values {}", rows.join(", "))).await;
-        let become_somebody = format!(
+        let become_reader = format!(
             "begin; select set_config('request.jwt.claims', $c${claims}$c$, true); set local role authenticated"
         );
-        database.client.batch_execute(&become_somebody).await.unwrap();
+        database.client.batch_execute(&become_reader).await.unwrap();
         let rows = database
             .client
             .query(&format!("select id::text from t{number} order by t{number}.id"), &[])
@@ -141,7 +141,7 @@ async fn whatever_a_database_sets_the_relay_installs_and_shows_what_the_tables_s
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_character_that_the_database_has_not_is_refused_to_whoever_brings_it_and_stops_nobody() {
+async fn a_character_that_the_database_cannot_encode_is_refused_to_its_client_alone() {
     for encoding in ["LATIN1", "EUC_JP"] {
         let database = Database::encoded(encoding).await;
         let mut own = database.connect().await;
@@ -395,7 +395,7 @@ const ILLEGIBLE: &[(&str, &str)] =
     &[("SQL_ASCII", r"\xff"), ("SQL_ASCII", r"\x61c3"), ("WIN1252", r"\x81"), ("EUC_JP", r"\x8ffefe")];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_cannot_be_told_in_utf_8_is_told_in_short_form_and_stops_nobody() {
+async fn a_row_that_is_not_utf_8_is_delivered_in_short_form_and_stops_no_other() {
     for (encoding, bytes) in ILLEGIBLE {
         let database = Database::encoded(encoding).await;
         let mut own = database.connect().await;

@@ -58,7 +58,7 @@ async fn each_operation_is_told_by_what_may_be_seen_of_its_images() {
     let whole = [
         r#"INSERT {"id":1,"owner":"ANN","v":"a"}"#,
         r#"UPDATE {"id":1,"owner":"ANN","v":"A"} {"id":1,"owner":"ANN","v":"a"}"#,
-        // The row came from somebody else: what it was before is not hers to know.
+        // The row came from another owner: its old image is not hers to see.
         r#"UPDATE {"id":2,"owner":"ANN","v":"bought"} {"id":2}"#,
         r#"DELETE {"id":1} leave"#,
         r#"UPDATE {"id":4,"owner":"ANN","v":"bought"} {"id":2,"owner":"ANN","v":"bought"}"#,
@@ -68,7 +68,7 @@ async fn each_operation_is_told_by_what_may_be_seen_of_its_images() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_passes_from_one_to_another_shows_nobody_the_others_part() {
+async fn a_row_that_changes_its_owner_shows_each_owner_only_their_image() {
     let stage = Stage::new(&owned("full", false)).await;
     let (mut ann, mut bob) = (stage.join(&user(ANN)).await, stage.join(&user(BOB)).await);
     stage.run(&format!("insert into t values (1, '{ANN}', 'hers')")).await;

@@ -60,13 +60,13 @@ async fn counted(ways: &Ways) -> (usize, usize, usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_ownership_policy_looks_at_the_owner_alone_and_asks_nobody() {
+async fn an_ownership_policy_checks_only_the_owner_without_a_query() {
     let ways = ways("owner = (select auth.uid())").await;
     assert_eq!(counted(&ways).await, (ROWS, ROWS, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_claim_policy_looks_at_those_with_the_claim_and_asks_nobody() {
+async fn a_claim_policy_checks_only_the_readers_with_the_claim_without_a_query() {
     let ways = ways("org = (auth.jwt() ->> 'org')").await;
     let of_an_org = READERS / 50;
     assert_eq!(counted(&ways).await, (ROWS * of_an_org, ROWS * of_an_org, 0));
@@ -116,7 +116,7 @@ async fn what_can_be_told_here_narrows_whom_an_opaque_part_is_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn claims_that_no_policy_reads_part_nobody() {
+async fn claims_that_no_policy_reads_split_no_cohort() {
     let ways = ways("length(org) > length(auth.jwt() ->> 'org')").await;
     let (_, _, statements) = counted(&ways).await;
     assert_eq!(statements, 50, "one for each organisation, whatever else their tokens say");

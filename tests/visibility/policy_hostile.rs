@@ -1,4 +1,4 @@
-//! Policies that raise, sleep, write or try to become somebody else harm nobody but those whom they are for.
+//! Policies that raise, sleep, write or change the role affect only the readers that they apply to.
 
 use std::time::{Duration, Instant};
 
@@ -65,7 +65,7 @@ async fn a_policy_that_sleeps_is_cut_off_and_other_tables_go_on() {
     let told = tokio::time::timeout(PATIENCE / 2, ids(&stage, &mut anon)).await.expect("the feed is held up");
     assert_eq!(told, [2]);
     assert!(counted(&stage, "judgements_timed_out") > 0);
-    // Not asked for a while, so that it holds up nobody, and then asked again.
+    // It is not evaluated for a while, so that it delays no other, and then evaluated again.
     let started = Instant::now();
     for id in 3.. {
         stage.run(&format!("insert into slow values ({id})")).await;
@@ -115,7 +115,7 @@ async fn check_others_unharmed(stage: &Stage) -> Vec<Value> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_that_becomes_somebody_else_is_not_believed() {
+async fn a_policy_that_changes_the_role_denies_its_rows() {
     for role in ["none", "postgres", "service_role", "anon"] {
         let body =
             format!("perform set_config('role', '{role}', true); return (select count(*) > 0 from loot);");
@@ -126,7 +126,7 @@ async fn a_policy_that_becomes_somebody_else_is_not_believed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_that_changes_settings_changes_them_for_nobody_else() {
+async fn a_policy_that_changes_settings_changes_no_other_evaluation() {
     let claims = json!({"sub": BOB, "role": "authenticated"}).to_string();
     for local in [true, false] {
         let body = format!(

@@ -86,7 +86,7 @@ async fn a_function_that_asks_for_the_reader_is_answered_for_each_reader() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_error_in_what_is_asked_for_all_readers_leaves_nobodys_role_behind() {
+async fn an_error_in_a_query_for_all_readers_resets_the_role() {
     let stage = stage(
         &(TEAMS.to_owned()
             + &table(

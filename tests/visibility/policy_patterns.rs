@@ -173,7 +173,7 @@ const ROWS: &str = r#"
     update items set flag = case when published then 'Y' else 'no' end, mail = email, ids = team_ids, "userId" = owner, "group" = org;"#;
 
 /// Who asks: two of one organisation, one of another, one whose token says nothing, one whose token says it oddly, and
-/// somebody who is not signed in.
+/// a client that is not signed in.
 const READERS: &[&str] = &[
     r#"{"exp": 4000000000, "role": "authenticated", "aud": "authenticated", "sub": "ANN", "email": "ann@acme.org", "phone": "", "aal": "aal2",
         "amr": [{"method": "password", "timestamp": 1700000000}, {"method": "totp", "timestamp": 1700000001}],
@@ -251,7 +251,7 @@ pub async fn all_hold_with(more: &str, cases: &str) {
                 ));
             }
         }
-        // A case that shows nothing, or everything, to everybody could not tell right from wrong.
+        // A case that shows nothing, or everything, to every reader could not tell right from wrong.
         if !name.contains("nothing") && compared.yes == 0
             || !name.contains("everything") && compared.yes == compared.answers
         {

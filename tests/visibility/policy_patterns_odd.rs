@@ -8,7 +8,7 @@ async fn lists_that_are_more_than_columns() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_raises_where_nobody_looks_costs_nothing() {
+async fn a_condition_that_raises_where_it_is_not_evaluated_costs_nothing() {
     all_hold(GUARDED).await;
 }
 

@@ -23,7 +23,7 @@ const SCHEMA: &str = "
     insert into t values (1, 'ANN', 1, 1, 'x', 'x'), (2, 'BOB', 2, 2, 'y', 'y'), (3, null, 3, null, null, null),
       (4, 'ANN', 0, -9223372036854775808, '1', 'y'), (5, 'BOB', 4, 5, '3', '3');";
 
-/// Each of these conditions shows what the table shows, to ann, to bob and to nobody.
+/// Each of these conditions shows what the table shows, to ann, to bob and to a client without a user.
 async fn check(conditions: &[&str]) {
     let ways = Box::pin(Ways::new(&SCHEMA.replace("ANN", ANN).replace("BOB", BOB))).await;
     let reader = |sub: &str, orgs: Value| json!({"role": "authenticated", "exp": 4_000_000_000_u64, "sub": sub, "orgs": orgs});
@@ -101,7 +101,7 @@ async fn a_policy_on_a_table_without_the_right_to_read_it_shows_nothing_of_eithe
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_setting_that_nobody_set_raises_unless_it_may_be_missing() {
+async fn a_setting_that_is_not_set_raises_unless_it_may_be_missing() {
     check(&["nullif(current_setting('request.jwt.claim.email'), '') is null"]).await;
 }
 
@@ -125,7 +125,7 @@ async fn what_is_always_true_is_true_beside_what_raises() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_may_have_any_name_whoever_is_asked_about_it() {
+async fn a_table_may_have_any_name_however_its_policy_is_evaluated() {
     const NAMES: [&str; 4] = ["relay images", "relay reader", "relay found", "relay verdicts"];
     let mut sql = TEAMS.to_owned();
     for name in NAMES {
@@ -186,7 +186,7 @@ async fn readers_who_come_and_go_leave_no_tables_behind() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_with_a_long_claim_slows_down_nobody_else() {
+async fn a_reader_with_a_long_claim_slows_down_no_other_reader() {
     let mail = "exists (select from mails m where m.team = TABLE.team and m.mail = auth.email())";
     let sql = "create table mails (team int, mail text); grant select on mails to authenticated;
                insert into mails select 1, n || '@example.org' from generate_series(1, 20) n;";

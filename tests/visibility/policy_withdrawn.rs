@@ -35,7 +35,7 @@ async fn row_security_that_a_referenced_table_gets_under_way_counts_at_once() {
     let (mut ann, mut bob) = (stage.join(&user(ANN)).await, stage.join(&user(BOB)).await);
     for (id, change, anns, bobs) in [
         (10, "", true, true),
-        // Without a policy nobody finds a member.
+        // Without a policy no lookup finds a member.
         (20, "alter table members enable row level security", false, false),
         (30, "create policy bobs on members using (member = 'BOB')", false, true),
         (

@@ -1,4 +1,4 @@
-//! Somebody who reads on, whatever happens: by polls, streams, sockets, or by turns.
+//! A reader that continues through every fault: by polls, streams, sockets, or in turns.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use crate::support::client::Client;
 use crate::support::http::{Events, try_get};
 use crate::support::token;
 
-/// Somebody who reads on, whatever happens.
+/// A reader that continues through every fault.
 pub struct Reader {
     run: Arc<Run>,
     /// How many answers it asked for: each is the other relay's.
@@ -24,7 +24,7 @@ pub struct Reader {
     pub cursor: Option<String>,
     pub told: Vec<Told>,
     client: Option<Client>,
-    /// How many it has, for whoever waits for it.
+    /// The number of changes it has, for tests that wait for it.
     pub count: Arc<AtomicU64>,
 }
 
@@ -60,7 +60,7 @@ impl Reader {
     }
 
     fn take(&mut self, change: &Value) {
-        assert_eq!(change["record"]["owner"], [ANN, BOB][self.place], "a row of somebody else's");
+        assert_eq!(change["record"]["owner"], [ANN, BOB][self.place], "a row of another owner");
         let number = |name: &str| change["record"][name].as_i64().unwrap();
         self.told.push((number("id"), number("n")));
         self.count.fetch_add(1, Ordering::Relaxed);

@@ -2,7 +2,7 @@
 //! another has every change that the other has.
 //!
 //! The input is words with blanks between them. A word with a colon is a snapshot, one with a dash before it the bytes
-//! of a cursor in hexadecimal, so that nobody has to find its way through base64; any other is a cursor.
+//! of a cursor in hexadecimal, so that the input need not be valid base64; any other is a cursor.
 #![no_main]
 
 use base64::Engine;

@@ -135,7 +135,7 @@ impl Stage {
                     self.delivering.insert(channel);
                     greeting.iter().for_each(|message| check(version, message));
                 }
-                // What was left can be left by nobody else.
+                // A channel that was left cannot be left again.
                 Action::Forget { channel } => assert_eq!(self.session.topic(channel), None),
                 Action::Leave { channel, farewell } => {
                     assert!(self.delivering.remove(&channel));

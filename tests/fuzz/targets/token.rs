@@ -87,7 +87,7 @@ fuzz_target!(|text: &str| {
             if let Ok(verifier) = Verifier::new(&keys) {
                 let _ = verifier.skipped_keys();
                 for message in MESSAGES.iter() {
-                    // A signature of nobody's.
+                    // A signature of no known key.
                     assert!(verifier.verify(&format!("{message}.AAAA"), NOW).is_err());
                 }
             }
