@@ -1,4 +1,5 @@
-//! The house itself: layers, rooms and the table of faults.
+//! The house itself: layers, rooms, the table of faults and the installed schema.
 
 pub mod layers;
 pub mod promises;
+pub mod schema;
