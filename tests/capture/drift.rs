@@ -6,10 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::Client;
 use crate::support::stage::Stage;
-use crate::support::token;
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, token};
 
 fn user(sub: &str) -> String {
     token("authenticated", Some(sub), json!({}))

@@ -6,9 +6,7 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::database::Database;
 use crate::support::stage::Stage;
-use crate::support::token;
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+use crate::support::{ANN, token};
 
 /// Columns whose values json_populate_record does not take back, and such a value.
 const COLUMNS: [(&str, &str); 7] = [

@@ -8,10 +8,7 @@ use crate::support::database::{Database, with_login};
 use crate::support::http::get;
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
-use crate::support::{eventually, token};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, eventually, token};
 
 fn user(sub: &str) -> String {
     token("authenticated", Some(sub), json!({}))

@@ -10,10 +10,7 @@ use crate::support::database::{connect, make_logins};
 use crate::support::http::{Events, get};
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
-use crate::support::token;
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, token};
 
 const TABLES: &str =
     "create table t (id int primary key, owner uuid, v text); alter table t enable row level security;

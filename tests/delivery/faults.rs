@@ -23,14 +23,12 @@ use crate::support::dice::Dice;
 use crate::support::http::{text, try_get};
 use crate::support::program;
 use crate::support::proxy::Proxy;
-use crate::support::{PATIENCE, SECRET, eventually};
+use crate::support::{ANN, BOB, PATIENCE, SECRET, eventually};
 
 mod reader;
 
 use reader::{Reader, bindings};
 
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
 const WRITERS: u64 = 8;
 
 /// A change: which row, and how often it had been updated.

@@ -7,9 +7,8 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::http::{Events, get};
 use crate::support::stage::Stage;
-use crate::support::{PATIENCE, eventually, token};
+use crate::support::{ANN, PATIENCE, eventually, token};
 
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 const MANY: i64 = 40_000;
 
 fn ann() -> String {

@@ -6,9 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::database::Database;
 use crate::support::program::output;
-use crate::support::{SECRET, token, token_for};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+use crate::support::{ANN, SECRET, token, token_for};
 
 async fn database() -> Database {
     let database = Database::new().await;

@@ -9,10 +9,7 @@ use crate::support::client::Client;
 use crate::support::http::{Answer, Events, get};
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
-use crate::support::{eventually, token, token_for};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, eventually, token, token_for};
 
 fn path(table: &str, token: &str, more: &str) -> String {
     format!("/realtime/v1/changes?table={table}&apikey={token}{more}")

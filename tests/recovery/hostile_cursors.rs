@@ -6,9 +6,8 @@ use serde_json::{Value, json};
 
 use crate::support::http::{Events, get};
 use crate::support::stage::Stage;
-use crate::support::token;
+use crate::support::{ANN, token};
 
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 const SQL: &str = "create table t (id int primary key, v text); grant select on t to authenticated; select relay.watch('t')";
 
 fn ann() -> String {

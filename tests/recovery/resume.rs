@@ -10,10 +10,8 @@ use crate::support::client::Client;
 use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
-use crate::support::{eventually, token, token_for};
+use crate::support::{ANN, BOB, eventually, token, token_for};
 
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
 const NAME: &str = "5e551011-0000-4000-8000-000000000001";
 
 fn ann() -> String {

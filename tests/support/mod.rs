@@ -22,6 +22,11 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The secret of all relays in tests.
 pub const SECRET: &str = "a-secret-for-tests-with-at-least-32-bytes";
 
+/// A user, as the `sub` of a token and the owner of a row.
+pub const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+/// Another user.
+pub const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+
 /// A token of this role and subject, good for an hour, with more claims.
 pub fn token(role: &str, sub: Option<&str>, more: serde_json::Value) -> String {
     token_for(role, sub, more, Duration::from_secs(3600))

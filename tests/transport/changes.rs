@@ -7,10 +7,7 @@ use serde_json::{Value, json};
 use crate::support::http::{Answer, Events, get};
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
-use crate::support::{eventually, token};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, eventually, token};
 
 /// `t (id, owner, v, secret)` with "own rows only", of which no role may read `secret`.
 async fn stage() -> Stage {

@@ -6,9 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::Client;
 use crate::support::stage::Stage;
-use crate::support::token;
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+use crate::support::{ANN, token};
 
 async fn until(time: Duration) {
     tokio::time::sleep(time.saturating_sub(now())).await;

@@ -4,10 +4,7 @@ use serde_json::{Value, json};
 
 use crate::support::http::{Answer, get};
 use crate::support::stage::Stage;
-use crate::support::{eventually, token};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, eventually, token};
 
 /// `t` with all kinds of values, of which each other row is Ann's.
 async fn stage() -> Stage {

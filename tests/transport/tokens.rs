@@ -13,9 +13,7 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::support::database::Database;
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
-use crate::support::{SECRET, eventually, token};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+use crate::support::{ANN, SECRET, eventually, token};
 
 // Made with openssl: the public halves of throw-away keys, and what the private halves signed, namely `PAYLOAD`
 // under the header of `published`.

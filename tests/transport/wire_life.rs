@@ -8,10 +8,7 @@ use tokio::time::Instant;
 use crate::support::client::Client;
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
-use crate::support::{SECRET, token, token_for};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, SECRET, token, token_for};
 
 const TABLE: &str =
     "create table t (id int primary key, owner uuid); alter table t enable row level security;

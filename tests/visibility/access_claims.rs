@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use crate::support::client::Client;
 use crate::support::stage::Stage;
-use crate::support::token;
-use crate::visibility::policy_leaks::{ANN, BOB, TEAMS, run, stage, table};
+use crate::support::{ANN, BOB, token};
+use crate::visibility::policy_leaks::{TEAMS, run, stage, table};
 
 /// Conditions, of which each raises for [`bad`] once a row needs the claim.
 const CONDITIONS: &[&str] = &[

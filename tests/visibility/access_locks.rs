@@ -12,8 +12,8 @@ use crate::support::PATIENCE;
 use crate::support::client::Client;
 use crate::support::database::JUDGE;
 use crate::support::stage::Stage;
-use crate::support::token;
-use crate::visibility::policy_leaks::{ANN, TEAMS, stage, table, user};
+use crate::support::{ANN, token};
+use crate::visibility::policy_leaks::{TEAMS, stage, table, user};
 
 /// Roles that no reader had before: the rights of each are read under the lock.
 const ROLES: usize = 12;

@@ -9,11 +9,11 @@ use tokio::time::timeout;
 use crate::support::client::Client;
 use crate::support::database::{Database, JUDGE, READER, make_logins};
 use crate::support::http::get;
-use crate::support::program;
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
+use crate::support::{ANN, program};
 use crate::support::{PATIENCE, token};
-use crate::visibility::policy_leaks::{ANN, table, user};
+use crate::visibility::policy_leaks::{table, user};
 
 /// Settings of the database that mean something else than those with which the relay was written.
 const ODD: &[&str] = &[

@@ -8,9 +8,7 @@ use crate::support::database::{JUDGE, with_login};
 use crate::support::http::get;
 use crate::support::program::output;
 use crate::support::stage::Stage;
-use crate::support::{PATIENCE, token};
-
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
+use crate::support::{ANN, PATIENCE, token};
 
 /// Policies of `public.docs`, and the grant that is missing.
 const LACKS: [(&str, &str); 7] = [

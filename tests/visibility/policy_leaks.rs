@@ -5,10 +5,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::Client;
 use crate::support::stage::Stage;
-use crate::support::token;
-
-pub const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-pub const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
+use crate::support::{ANN, BOB, token};
 
 /// Ann is in team 1, bob in team 2.
 pub const TEAMS: &str = "create table members (team int, member uuid);

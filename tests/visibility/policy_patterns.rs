@@ -8,9 +8,8 @@ use relay::model::policy::plan::PlanKind;
 use serde_json::Value;
 
 use crate::support::ways::Ways;
+use crate::support::{ANN, BOB};
 
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
-const BOB: &str = "0b000000-0000-4000-8000-00000000000b";
 const CID: &str = "0c000000-0000-4000-8000-00000000000c";
 const EVE: &str = "0e000000-0000-4000-8000-00000000000e";
 const ONE: &str = "10000000-0000-4000-8000-000000000001";

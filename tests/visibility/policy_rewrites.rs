@@ -4,7 +4,8 @@ use relay::model::policy::plan::PlanKind;
 use serde_json::{Value, json};
 
 use crate::support::ways::Ways;
-use crate::visibility::policy_leaks::{ANN, BOB, IN_TEAM, TEAMS, rows, run, stage, table, user};
+use crate::support::{ANN, BOB};
+use crate::visibility::policy_leaks::{IN_TEAM, TEAMS, rows, run, stage, table, user};
 
 const SCHEMA: &str = "
     create table members (team int, member uuid, role text, since int, teams int[], level int);

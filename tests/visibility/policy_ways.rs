@@ -10,9 +10,9 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use relay::model::policy::plan::PlanKind;
 use serde_json::{Value, json};
 
+use crate::support::ANN;
 use crate::support::ways::Ways;
 
-const ANN: &str = "0a000000-0000-4000-8000-00000000000a";
 const BOB: &str = "0B000000-0000-4000-8000-00000000000b";
 
 /// Conditions that read claims.

@@ -3,8 +3,8 @@
 
 use serde_json::json;
 
-use crate::support::token;
-use crate::visibility::policy_leaks::{ANN, BOB, IN_TEAM, TEAMS, rows, run, stage, table, user};
+use crate::support::{ANN, BOB, token};
+use crate::visibility::policy_leaks::{IN_TEAM, TEAMS, rows, run, stage, table, user};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_membership_counts_for_the_very_next_change_after_it_came_or_went() {
