@@ -1,6 +1,6 @@
 //! A large transaction: readers of its table get all of it, in order; no other reader waits for it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -145,23 +145,14 @@ async fn a_session_that_is_cut_off_in_the_middle_gets_the_rest() {
 async fn a_reader_that_takes_its_time_does_not_make_the_others_wait() {
     let stage = stage().await;
     let mut other = join(&stage, "other", "").await;
-    let mut told = async |n: i64| {
-        let started = Instant::now();
-        stage.run(&format!("insert into other values ({n})")).await;
-        assert_eq!(id(&other.change().await), n);
-        started.elapsed()
-    };
-    let mut alone = Duration::ZERO;
-    for n in 1..=5 {
-        alone = alone.max(told(n).await);
-    }
     let mut slow = join(&stage, "t", "").await;
     insert(&stage, 1, MANY).await;
-    // It reads a little each time that the other has been told something: a reader that waited for it would wait for ever.
+    // The slow reader reads a little each time that the other has received a change. If the other waited for it, that change
+    // would never come.
     let mut expected = 1;
-    for n in 6..=25 {
-        let took = told(n).await;
-        assert!(took < Duration::from_secs(3) + alone * 20, "{n}: {took:?}, alone {alone:?}");
+    for n in 1..=20 {
+        stage.run(&format!("insert into other values ({n})")).await;
+        assert_eq!(id(&other.change().await), n);
         for _ in 0..25 {
             assert_eq!(id(&slow.change().await), expected);
             expected += 1;
