@@ -32,20 +32,13 @@ async fn subscriber(relay: &Relay) -> Client {
     client
 }
 
-/// A figure of `/metrics`.
-fn figure(relay: &Relay, name: &str) -> u64 {
-    let text = relay.observe.text();
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
-}
-
 /// Waits until the relay holds the lock, so that writers ring, and listens for nothing but new rings.
 async fn asleep(relay: &Relay, database: &Database) {
     const HELD: &str = "select count(*) from pg_locks l join pg_database d on d.oid = l.database
         where d.datname = current_database() and (l.classid, l.objid) = (1919249009, 1) and l.mode = 'ExclusiveLock' and l.granted";
     eventually("the relay falls asleep", || async {
         let counted =
-            figure(relay, "relay_doorbell_sleeps_total") > figure(relay, "relay_doorbell_wakes_total");
+            relay.figure("relay_doorbell_sleeps_total") > relay.figure("relay_doorbell_wakes_total");
         (counted && database.value(HELD).await == "1").then_some(())
     })
     .await;
@@ -88,7 +81,7 @@ async fn one_insert_arrives_at_once_though_polling_is_an_hour_away() {
         assert!(written.elapsed() < Duration::from_secs(1), "{:?}", written.elapsed());
         assert_eq!(relay.observe.ring_count(), before + 1);
     }
-    assert_eq!(figure(&relay, "relay_changes_found_by_polling_total"), 0);
+    assert_eq!(relay.figure("relay_changes_found_by_polling_total"), 0);
     let rung = rings(&database, &mut heard).await;
     assert_eq!(rung.len(), 3);
     assert!(
@@ -103,7 +96,7 @@ async fn a_database_without_the_bell_is_polled() {
     let database = watched().await;
     database.run("do $$ begin execute format('alter database %I set relay.doorbell = off', current_database()); end $$").await;
     let relay = Relay::start(&database.url).await;
-    assert_eq!(figure(&relay, "relay_source_up"), 1, "it knows that it hears nothing");
+    assert_eq!(relay.figure("relay_source_up"), 1, "it knows that it hears nothing");
     let mut client = subscriber(&relay).await;
     let (_session, mut heard) = listener(&database).await;
     let writer = database.connect().await;
@@ -125,7 +118,7 @@ async fn a_writer_that_does_not_ring_is_found_by_polling() {
     database.run("insert into t values (1)").await;
     assert_eq!(client.change().await["record"]["id"], 1);
     eventually("it is counted", || async {
-        (figure(&relay, "relay_changes_found_by_polling_total") == 1).then_some(())
+        (relay.figure("relay_changes_found_by_polling_total") == 1).then_some(())
     })
     .await;
     assert_eq!(relay.observe.ring_count(), 0);
@@ -243,7 +236,7 @@ async fn connections_that_are_cut_lose_nothing() {
             assert_eq!(client.change().await["record"]["id"], expected, "{cut} was cut");
         }
     }
-    assert!(figure(&relay, "relay_source_interruptions_total") >= 2);
+    assert!(relay.figure("relay_source_interruptions_total") >= 2);
     relay.stop().await;
 }
 
@@ -269,13 +262,13 @@ async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_loc
     let database = watched().await;
     let pooler = Pooler::start(&database.url, "transaction").await;
     let relay = Relay::with(&database.url, |settings| settings.doorbell_url = Some(pooler.url.clone())).await;
-    assert_eq!(figure(&relay, "relay_source_up"), 1, "it knows that it hears nothing");
+    assert_eq!(relay.figure("relay_source_up"), 1, "it knows that it hears nothing");
     let mut client = subscriber(&relay).await;
     for id in 1..=20 {
         database.run(&format!("insert into t values ({id})")).await;
         assert_eq!(client.change().await["record"]["id"], id);
     }
     assert_eq!(database.value(HELD).await, "0");
-    assert_eq!(figure(&relay, "relay_leader"), 0);
+    assert_eq!(relay.figure("relay_leader"), 0);
     relay.stop().await;
 }

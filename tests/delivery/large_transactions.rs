@@ -161,8 +161,11 @@ async fn a_reader_that_takes_its_time_does_not_make_the_others_wait() {
     while expected <= MANY {
         match slow.try_frame(PATIENCE).await {
             Ok(Some(frame)) => assert_eq!(id(&frame[4]["data"]), expected),
-            // Too slow: it is told to come back.
-            other => return assert!(format!("{other:?}").contains("reads too slowly"), "{other:?}"),
+            // It was too slow for the bound of its outbox. The reason may be lost where the connection is reset.
+            end => {
+                assert_eq!(stage.relay.figure("relay_sessions_closed_full_total"), 1, "{end:?}");
+                return;
+            }
         }
         expected += 1;
     }

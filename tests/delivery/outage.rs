@@ -212,12 +212,6 @@ async fn behind_proxies() -> (Database, Relay, Proxy, Proxy) {
     (database, relay, changelog, bell)
 }
 
-fn figure(relay: &Relay, name: &str) -> u64 {
-    let text = relay.observe.text();
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
-}
-
 async fn asleep(database: &Database) {
     eventually("the relay sleeps", || async {
         (database.value("select asleep from relay.health").await == "t").then_some(())
@@ -235,12 +229,12 @@ async fn a_doorbell_that_goes_silent_is_noticed_and_the_relay_leads_again_at_onc
     // Its connection stands at both ends, with all its locks; polling is an hour away.
     database.run("insert into t values (1)").await;
     eventually("the probe fails", || async {
-        (figure(&relay, "relay_source_interruptions_total") > 0).then_some(())
+        (relay.figure("relay_source_interruptions_total") > 0).then_some(())
     })
     .await;
     assert!(silent.elapsed() < Duration::from_secs(15), "{:?}", silent.elapsed());
     bell.release();
-    eventually("it leads", || async { (figure(&relay, "relay_leader") == 1).then_some(()) }).await;
+    eventually("it leads", || async { (relay.figure("relay_leader") == 1).then_some(()) }).await;
     told(&mut client, 1..=1).await;
     database.run("insert into t values (2)").await;
     told(&mut client, 2..=2).await;
@@ -327,7 +321,7 @@ async fn taken_away(take: &str, give: &str, why: &str) {
     database.run("insert into t values (2)").await;
     assert_eq!(client.frame().await[4], stalled());
     assert_eq!(state(&relay).await[0], (503, format!("not ready: {why}")));
-    let tries = figure(&relay, "relay_source_interruptions_total");
+    let tries = relay.figure("relay_source_interruptions_total");
     assert!(tries < 10, "{tries} tries in a second or two");
     database.run("insert into t values (3)").await;
     database.run(&give.replace("$LOGIN", &login)).await;
@@ -384,7 +378,7 @@ async fn timeouts_of_idle_sessions_do_not_interrupt_the_feed() {
         database.run(&format!("insert into t values ({id})")).await;
         told(&mut client, id..=id).await;
     }
-    assert_eq!(figure(&relay, "relay_source_interruptions_total"), 0);
+    assert_eq!(relay.figure("relay_source_interruptions_total"), 0);
     relay.stop().await;
 }
 
@@ -403,7 +397,7 @@ async fn a_database_that_is_read_only_by_default_is_served() {
         database.run(&format!("insert into t values ({id})")).await;
         told(&mut client, id..=id).await;
     }
-    assert_eq!(figure(&relay, "relay_source_interruptions_total"), 0);
+    assert_eq!(relay.figure("relay_source_interruptions_total"), 0);
     relay.stop().await;
 }
 

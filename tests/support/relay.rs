@@ -39,6 +39,13 @@ impl Relay {
         relay
     }
 
+    /// The value of this metric.
+    pub fn figure(&self, name: &str) -> u64 {
+        let text = self.observe.text();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
+    }
+
     /// The same without waiting for the database.
     pub async fn unready(database_url: &str, change: impl FnOnce(&mut Settings)) -> Self {
         // With the rights that the README asks for, and no others.
@@ -52,6 +59,8 @@ impl Relay {
             poll_ms: Some(3_600_000),
             // Test clients send no heartbeats, and a busy machine may keep them for long.
             silence_ms: Some(600_000),
+            // Nor does a client read while its test waits for something else.
+            write_timeout_ms: Some(600_000),
             ..Settings::default()
         };
         change(&mut settings);

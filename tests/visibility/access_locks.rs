@@ -82,8 +82,8 @@ async fn ways(stage: &Stage, ids: Range<usize>, client: &mut Client) -> Vec<Dura
     ways
 }
 
-/// The slowest but one in a hundred of the ways of changes while others join, grant and write: with `lock` held, and without.
-async fn p99(stage: &Stage, first: usize, client: &mut Client, lock: &str) -> [Duration; 2] {
+/// The times of changes while others join, grant and write: with `lock` held, and without; sorted.
+async fn times(stage: &Stage, first: usize, client: &mut Client, lock: &str) -> [Vec<Duration>; 2] {
     let over = Arc::new(Notify::new());
     let others = others(stage, first, &over);
     let mut found = [Vec::new(), Vec::new()];
@@ -98,10 +98,22 @@ async fn p99(stage: &Stage, first: usize, client: &mut Client, lock: &str) -> [D
     }
     over.notify_one();
     tokio::time::timeout(PATIENCE, others).await.expect("the others hang").unwrap();
-    found.map(|mut ways| {
-        ways.sort();
-        ways[CHANGES - 1 - CHANGES / 100]
-    })
+    found.iter_mut().for_each(|times| times.sort());
+    found
+}
+
+/// Fails if changes took longer with the lock: at p99 over 50 ms and twice as long as without. Where the p99 without the lock is
+/// over 200 ms, other processes decide the p99 of so few changes, and the medians are compared.
+fn assert_no_longer(locked: &str, [with, without]: &[Vec<Duration>; 2]) {
+    let p99 = |times: &[Duration]| times[CHANGES - 1 - CHANGES / 100];
+    let median = |times: &[Duration]| times[CHANGES / 2];
+    let is_busy = p99(without) > Duration::from_millis(200);
+    let [with, without] = if is_busy { [median(with), median(without)] } else { [p99(with), p99(without)] };
+    let bound = Duration::from_millis(50).max(2 * without);
+    assert!(
+        with <= bound,
+        "{locked}: {with:?} with the lock, {without:?} without; the machine is busy: {is_busy}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -112,9 +124,7 @@ async fn a_locked_table_never_keeps_back_the_changes_of_others_nor_joins() {
         // Of `team`, writers are kept away too.
         let mode = if locked == "team" { "share update exclusive" } else { "access exclusive" };
         let lock = format!("lock table {locked} in {mode} mode");
-        let [with, without] = p99(&stage, number + 1, &mut ann, &lock).await;
-        let bound = Duration::from_millis(50).max(2 * without);
-        assert!(with <= bound, "{locked}: {with:?} with the lock, {without:?} without");
+        assert_no_longer(locked, &times(&stage, number + 1, &mut ann, &lock).await);
     }
     stage.changes(&mut ann).await;
     // Nothing is left behind: what was pending is told again.
