@@ -235,18 +235,18 @@ async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
         .await
         .map_err(|error| format!("{}: {error}; give another address by --listen", config.listen))?;
     let address = listener.local_addr()?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let end = Arc::new(tokio::sync::Notify::new());
     let notify = Arc::clone(&end);
     tokio::spawn(async move {
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
+            _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
         notify.notify_one();
         // A second signal exits at once.
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
+            _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
         std::process::exit(130);

@@ -11,6 +11,7 @@ use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{interval, sleep};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
@@ -64,13 +65,15 @@ pub async fn run(options: TailOptions) -> Result<(), TailFailure> {
     };
     let session = session_id();
     let url = format!("ws://{host}/realtime/v1/websocket?vsn=2.0.0&apikey={token}&session={session}");
+    // One listener for all of it: one that is made anew misses a signal that arrives before.
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let mut pause = FIRST_PAUSE;
     // Each reason is printed once, until the next subscription: a relay may be away for a night.
     let mut printed = HashSet::new();
     let mut shown = Shown::default();
     loop {
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
             ended = follow(&url, &options, &mut shown) => match ended? {
                 Ended::Lost(why) => {
                     if printed.insert(why.clone()) {
@@ -85,7 +88,7 @@ pub async fn run(options: TailOptions) -> Result<(), TailFailure> {
             },
         }
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
             () = sleep(pause) => pause = (pause * 2).min(MAX_PAUSE),
         }
     }

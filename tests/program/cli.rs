@@ -75,7 +75,8 @@ async fn an_empty_database_needs_only_install_watch_and_a_client() {
     assert_eq!(ended.code(), Some(0));
     line_with(&mut told, "reconnecting").await;
     signal(&tail, "-INT");
-    assert_eq!(tail.wait().await.unwrap().code(), Some(0));
+    let ended = tokio::time::timeout(PATIENCE, tail.wait()).await.expect("it ends on SIGINT").unwrap();
+    assert_eq!(ended.code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
