@@ -61,8 +61,8 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// A running relay.
 pub struct Running {
-    /// Its metrics.
-    pub observe: Arc<Observe>,
+    /// What its connections share: its metrics, and whether it is ready.
+    pub app: Arc<App>,
 }
 
 /// Serves on `listener` until `shutdown` resolves, then stops in order. Calls `started` once everything is built.
@@ -182,11 +182,7 @@ pub async fn serve(
         observe: Arc::clone(&observe),
         stall_monitor: Arc::clone(&stall_monitor),
         allowed_origins: config.allowed_origins,
-        budget: Arc::new(MemoryBudget::within(
-            config.limits.total_outbox_bytes,
-            config.limits.change_bytes,
-            Arc::clone(&observe),
-        )),
+        budget: Arc::new(MemoryBudget::within(config.limits.total_outbox_bytes, config.limits.change_bytes)),
         connection_limits: Arc::new(ConnectionLimits::new(
             config.limits.connections,
             config.limits.connections_per_address,
@@ -201,7 +197,7 @@ pub async fn serve(
     if let Err(error) = socket_buffers::bound(&listener, app.limits.send_buffer_bytes, app.limits.write * 2) {
         tracing::warn!(error = %error, "kernel send buffers not bounded");
     }
-    started(Running { observe: Arc::clone(&observe) });
+    started(Running { app: Arc::clone(&app) });
 
     // Tasks that read the database start after its checks; clients may connect before.
     let reading = async {
@@ -218,8 +214,7 @@ pub async fn serve(
         () = accept(&app, &listener) => Ok(()),
         failed = reading => failed,
     };
-    tracing::info!(session.count = observe.session_count(), "shutting down");
-    observe.ending();
+    tracing::info!(session.count = app.connection_limits.client_count(), "shutting down");
     drop(listener);
     end.cancel();
     stop(&app.sessions, &feed_end, &tasks).await;

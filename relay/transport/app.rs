@@ -12,10 +12,10 @@ use crate::auth::verifier::now;
 use crate::auth::verifier::{TokenError, Verifier};
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::handle::Feed;
-use crate::feed::read::stall::{StallCause, StallMonitor};
+use crate::feed::read::stall::StallMonitor;
 use crate::model::identity::claims::Claims;
 use crate::model::session::limits::Limits;
-use crate::observe::Observe;
+use crate::observe::{Observe, Readings};
 use crate::transport::connection_limits::ConnectionLimits;
 
 /// The state that every connection shares.
@@ -24,9 +24,9 @@ pub struct App {
     pub verifier: Verifier,
     /// The handle to the feed.
     pub feed: Feed,
-    /// Metrics.
+    /// What is measured.
     pub observe: Arc<Observe>,
-    /// Tells whether the feed is stalled.
+    /// Tells whether the feed reads, and whether it is stalled.
     pub stall_monitor: Arc<StallMonitor>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
@@ -51,13 +51,18 @@ pub struct App {
 impl App {
     /// Returns the reason why the relay is not ready for clients; `None` if it is ready.
     pub fn unready(&self) -> Option<&'static str> {
-        match (self.stall_monitor.disconnect_reason(), self.stall_monitor.stalled()) {
-            (Some(why), _) => Some(why),
-            (None, Some(StallCause::Changelog)) => Some("the changelog could not be read for too long"),
-            (None, Some(StallCause::Evaluation)) => Some("policies could not be judged for too long"),
-            (None, None) if self.observe.is_ready() => None,
-            (None, None) => Some("the changelog is not being read"),
+        if self.end.is_cancelled() {
+            return Some("the relay is shutting down");
         }
+        self.stall_monitor.unready()
+    }
+
+    /// Returns the text of `/metrics`.
+    pub fn metrics(&self) -> String {
+        self.observe.text(&Readings {
+            sessions: self.connection_limits.client_count(),
+            outbox_bytes: self.budget.held_bytes(),
+        })
     }
 
     /// Returns a session number that was never used before in this process.

@@ -1,7 +1,9 @@
-//! Limits on open connections: in total, including those that have not sent a request yet, and from one address.
+//! Limits on open connections: in total, including those that have not sent a request yet, and from one address; and on clients
+//! among them, which have a socket or an event stream.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,8 +21,10 @@ const MAX_REFUSALS: usize = 100;
 /// Time limit for answering a refused connection.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Counts connections.
+/// Counts connections and clients.
 pub struct ConnectionLimits {
+    max_clients: usize,
+    clients: AtomicUsize,
     max_open: usize,
     max_per_address: Option<usize>,
     open: Mutex<Open>,
@@ -39,6 +43,9 @@ pub struct ConnectionSlot {
     connection_limits: Arc<ConnectionLimits>,
     address: IpAddr,
 }
+
+/// The slot of a client. Dropping it frees the slot.
+pub struct ClientSlot(Arc<ConnectionLimits>);
 
 impl ConnectionSlot {
     /// Returns the address that the connection is counted for.
@@ -59,6 +66,8 @@ impl ConnectionLimits {
     /// Creates the limits: `max_clients` in total, and `max_per_address` connections from one address.
     pub fn new(max_clients: usize, max_per_address: Option<usize>) -> Self {
         Self {
+            max_clients,
+            clients: AtomicUsize::new(0),
             max_open: max_clients.saturating_add(SPARE_CONNECTIONS),
             max_per_address,
             open: Mutex::default(),
@@ -88,6 +97,18 @@ impl ConnectionLimits {
         Ok(ConnectionSlot { connection_limits: Arc::clone(self), address })
     }
 
+    /// Takes a slot for a client; `None` if there are too many.
+    pub fn admit_client(self: &Arc<Self>) -> Option<ClientSlot> {
+        let more = |clients| (clients < self.max_clients).then_some(clients + 1);
+        self.clients.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(ClientSlot(Arc::clone(self)))
+    }
+
+    /// Returns the number of clients.
+    pub fn client_count(&self) -> usize {
+        self.clients.load(Ordering::Relaxed)
+    }
+
     /// Answers a refused connection without waiting for its request, then closes it.
     pub async fn refuse(&self, mut stream: TcpStream, refused: RefusedConnection) {
         let Ok(_permit) = self.refusals.try_acquire() else { return };
@@ -113,6 +134,12 @@ fn counted_address(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
         address => address,
+    }
+}
+
+impl Drop for ClientSlot {
+    fn drop(&mut self) {
+        self.0.clients.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -144,5 +171,18 @@ mod tests {
         assert!(admit("::ffff:192.0.2.1").is_err());
         drop(first);
         assert!(admit("2001:db8:0:1:ffff::2").is_ok());
+    }
+
+    #[test]
+    fn no_more_clients_are_admitted_than_there_are_slots_even_at_once() {
+        let connection_limits = Arc::new(ConnectionLimits::new(7, None));
+        let admitted: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..20).map(|_| scope.spawn(|| connection_limits.admit_client())).collect();
+            threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!((admitted.len(), connection_limits.client_count()), (7, 7));
+        drop(admitted);
+        assert_eq!(connection_limits.client_count(), 0);
+        assert!(connection_limits.admit_client().is_some());
     }
 }

@@ -174,7 +174,7 @@ async fn route(
             None => text(StatusCode::OK, "ready"),
             Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}")),
         },
-        "/metrics" => text(StatusCode::OK, app.observe.text()),
+        "/metrics" => text(StatusCode::OK, app.metrics()),
         _ => error(
             StatusCode::NOT_FOUND,
             "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes",

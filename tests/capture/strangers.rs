@@ -158,7 +158,7 @@ async fn a_flood_of_rings_from_a_stranger_turns_the_relay_to_polling_and_fills_n
     stage.run("insert into t values (1)").await;
     assert_eq!(stage.told(&mut ann).await, [r#"INSERT {"id":1}"#]);
     eventually("the relay looks at its own pace, and all rings are heard", || async {
-        let woken = !stage.relay.observe.text().contains("relay_doorbell_wakes_total 0\n");
+        let woken = !stage.relay.metrics().contains("relay_doorbell_wakes_total 0\n");
         let usage = stage.database.value("select pg_notification_queue_usage()").await;
         (woken && usage == "0").then_some(())
     })

@@ -38,7 +38,7 @@ async fn subscriber(relay: &Relay) -> Client {
 }
 
 fn leads(relay: &Relay) -> bool {
-    relay.observe.text().lines().any(|line| line == "relay_leader 1")
+    relay.metrics().lines().any(|line| line == "relay_leader 1")
 }
 
 /// Waits until the leader sleeps and there are so many others.
@@ -86,7 +86,7 @@ async fn two_relays_serve_the_same_changes() {
         assert_eq!(ids, (1..=300).collect::<Vec<_>>());
     }
     for relay in [&one, &other] {
-        assert!(relay.observe.text().contains("relay_changes_found_by_polling_total 0"));
+        assert!(relay.metrics().contains("relay_changes_found_by_polling_total 0"));
     }
     one.stop().await;
     other.stop().await;
@@ -304,7 +304,7 @@ async fn where_writers_do_not_ring_the_leader_alone_polls() {
             assert_eq!(client.change().await["record"]["id"], id);
         }
     }
-    assert!(other.observe.text().contains("relay_changes_found_by_polling_total 0"));
+    assert!(other.metrics().contains("relay_changes_found_by_polling_total 0"));
     one.stop().await;
     other.stop().await;
 }

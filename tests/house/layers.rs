@@ -190,6 +190,16 @@ fn a_layer_never_says_what_is_not_its_own() {
 }
 
 #[test]
+fn nothing_is_decided_by_what_is_measured() {
+    let observe = sources().into_iter().find(|source| source.layer() == "observe").unwrap();
+    let code = observe.code();
+    let public = code.split("pub fn ").skip(1).map(|tail| tail.split(" {").next().unwrap());
+    let readable = public.filter(|signature| signature.contains("->") && !signature.starts_with("new("));
+    let readable: Vec<_> = readable.map(|signature| signature.split('(').next().unwrap()).collect();
+    assert_eq!(readable, ["text"], "state that decides has an owner of its own, which metrics read from");
+}
+
+#[test]
 fn every_file_says_first_what_it_is_for() {
     let silent = sources().into_iter().filter(|source| !source.text.starts_with("//! "));
     none(

@@ -199,7 +199,7 @@ async fn many_rows_of_a_table_with_long_columns_are_told_live_and_to_those_who_m
         assert_eq!(live.change().await["record"]["id"], id);
     }
     drop(live);
-    eventually("it is gone", || async { (stage.relay.observe.session_count() == 0).then_some(()) }).await;
+    eventually("it is gone", || async { (stage.relay.session_count() == 0).then_some(()) }).await;
     stage.run(&insert(ROWS)).await;
     let mut back = come().await;
     // What it had not acknowledged may come again.
@@ -230,13 +230,13 @@ async fn a_session_that_overflowed_comes_through_what_it_missed_and_goes_on() {
     // It stops reading, and is closed for it.
     let stopped = stalled(stage.relay.address, &format!("{}{name}", anon()), "realtime:t", "big").await;
     eventually("it follows", || async {
-        stage.relay.observe.text().contains("relay_channels_open 1\n").then_some(())
+        stage.relay.metrics().contains("relay_channels_open 1\n").then_some(())
     })
     .await;
     for id in 0..ROWS {
         stage.run(&format!("begin; insert into big values ({id}, repeat('x', 500000)); update big set n = 1 where id = {id}; commit")).await;
     }
-    eventually("it is closed", || async { (stage.relay.observe.session_count() == 0).then_some(()) }).await;
+    eventually("it is closed", || async { (stage.relay.session_count() == 0).then_some(()) }).await;
     drop(stopped);
     let mut back = Client::at(stage.relay.address, &anon(), name).await.unwrap();
     back.subscribe("realtime:t", config("big")["postgres_changes"].clone()).await;

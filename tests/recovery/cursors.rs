@@ -39,7 +39,7 @@ async fn stage() -> Stage {
 
 /// What the relay counts under this name.
 fn count(relay: &Relay, name: &str) -> f64 {
-    let text = relay.observe.text();
+    let text = relay.metrics();
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.unwrap_or_else(|| panic!("{name}: {text}")).parse().unwrap()
 }

@@ -217,7 +217,7 @@ async fn a_schema_that_is_dropped_and_installed_again_is_a_gap_and_then_the_feed
     told(&mut client, 1..=1).await;
     let old = cursor(&stage.relay).await;
     stage.run("drop schema relay cascade; insert into t values (2)").await;
-    eventually("the feed is interrupted", || async { (!stage.relay.observe.is_ready()).then_some(()) }).await;
+    eventually("the feed is interrupted", || async { (!stage.relay.is_ready()).then_some(()) }).await;
     // Another table gets the number that `t` had.
     stage
         .run("create table other (id int primary key); grant select on other to authenticated; insert into other values (7)")

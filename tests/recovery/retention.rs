@@ -121,7 +121,7 @@ async fn a_relay_trims_by_itself_and_its_metrics_show_the_size() {
         let line = text.lines().find_map(|line| line.strip_prefix("relay_changelog_bytes ")).unwrap();
         line.parse().unwrap()
     };
-    assert!(bytes(relay.observe.text()) > 0.0);
+    assert!(bytes(relay.metrics()) > 0.0);
     let health =
         database.value("select segment || ' ' || (bytes > 0) || ' ' || kept_for from relay.health").await;
     assert!(health.ends_with("true 00:00:01"), "{health}");

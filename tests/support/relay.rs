@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use relay::config::Settings;
-use relay::observe::Observe;
+use relay::transport::app::App;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -16,8 +16,8 @@ use super::{SECRET, eventually};
 pub struct Relay {
     /// Where it listens.
     pub address: SocketAddr,
-    /// What it counts.
-    pub observe: Arc<Observe>,
+    /// Its state.
+    app: Arc<App>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<Result<(), relay::postgres::connect::pool::Error>>,
 }
@@ -33,7 +33,7 @@ impl Relay {
         let relay = Self::unready(database_url, change).await;
         eventually("the relay is ready", || async {
             assert!(!relay.task.is_finished(), "the relay ended");
-            relay.observe.is_ready().then_some(())
+            relay.is_ready().then_some(())
         })
         .await;
         relay
@@ -41,7 +41,7 @@ impl Relay {
 
     /// The value of this metric.
     pub fn figure(&self, name: &str) -> u64 {
-        let text = self.observe.text();
+        let text = self.metrics();
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
     }
@@ -73,17 +73,37 @@ impl Relay {
         let (stop, stopped) = oneshot::channel();
         let (built, building) = oneshot::channel();
         let shutdown = async { _ = stopped.await };
-        let started = |running: relay::server::Running| _ = built.send(running.observe);
+        let started = |running: relay::server::Running| _ = built.send(running.app);
         let task = tokio::spawn(Box::pin(relay::server::serve(config, listener, shutdown, started)));
-        let Ok(observe) = building.await else {
+        let Ok(app) = building.await else {
             panic!("the relay did not start: {:?}", task.await);
         };
-        Self { address, observe, stop: Some(stop), task }
+        Self { address, app, stop: Some(stop), task }
     }
 
     /// The base URL, as supabase-js wants it.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Whether a load balancer should send clients to it.
+    pub fn is_ready(&self) -> bool {
+        self.app.unready().is_none()
+    }
+
+    /// The number of connected clients.
+    pub fn session_count(&self) -> usize {
+        self.app.connection_limits.client_count()
+    }
+
+    /// The text of `/metrics`.
+    pub fn metrics(&self) -> String {
+        self.app.metrics()
+    }
+
+    /// The number of notifications so far.
+    pub fn ring_count(&self) -> u64 {
+        self.figure("relay_doorbell_rings_total")
     }
 
     /// Ends it in order.

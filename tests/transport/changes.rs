@@ -88,7 +88,7 @@ async fn a_poll_waits_for_a_change_and_ends_with_a_cursor_when_none_comes() {
     let since = format!("&since={later}&wait=20");
     let (answer, ()) = tokio::join!(ask(&stage, ANN, &since), async {
         eventually("the poll waits", || async {
-            stage.relay.observe.text().contains("relay_channels_open 1\n").then_some(())
+            stage.relay.metrics().contains("relay_channels_open 1\n").then_some(())
         })
         .await;
         write(&stage, 1, BOB).await;
@@ -97,7 +97,7 @@ async fn a_poll_waits_for_a_change_and_ends_with_a_cursor_when_none_comes() {
     assert_eq!(told(&answer).0, [2]);
     assert!(started.elapsed() < Duration::from_secs(15), "it is answered at once");
     eventually("the poll leaves nothing behind", || async {
-        stage.relay.observe.text().contains("relay_channels_open 0\n").then_some(())
+        stage.relay.metrics().contains("relay_channels_open 0\n").then_some(())
     })
     .await;
 }
@@ -121,7 +121,7 @@ async fn many_polls_that_wait_at_one_cursor_cost_one_question_for_each_claims() 
     let anns: Vec<_> = (0..20).map(|_| wait(&ann)).collect();
     let bobs: Vec<_> = (0..20).map(|_| wait(&bob)).collect();
     eventually("all polls wait", || async {
-        stage.relay.observe.text().contains("relay_channels_open 40\n").then_some(())
+        stage.relay.metrics().contains("relay_channels_open 40\n").then_some(())
     })
     .await;
     stage.run(&format!("insert into t values (1, '{ANN}'); insert into t values (2, '{BOB}')")).await;
@@ -385,7 +385,7 @@ async fn each_answer_says_whether_there_is_more_and_is_right() {
         let here = stage.database.value("select relay.cursor()").await;
         let (waited, ()) = tokio::join!(told_in_turn(&stage, ANN, &here), async {
             eventually("the poll waits", || async {
-                stage.relay.observe.text().contains("relay_channels_open 1\n").then_some(())
+                stage.relay.metrics().contains("relay_channels_open 1\n").then_some(())
             })
             .await;
             stage.run(&sql.replace("ANN", ANN).replace("BOB", BOB)).await;

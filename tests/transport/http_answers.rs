@@ -207,13 +207,13 @@ async fn a_stream_and_a_poll_end_with_their_client_and_free_its_place() {
     let mut poll = TcpStream::connect(stage.relay.address).await.unwrap();
     let asked = request("GET", &format!("{path}&wait=55&since={cursor}"), "");
     poll.write_all(asked.as_bytes()).await.unwrap();
-    assert_eq!(stage.relay.observe.session_count(), 1);
+    assert_eq!(stage.relay.session_count(), 1);
     drop((events, poll));
     let alive = request("GET", "/livez", "connection: close\r\n");
     eventually("the places of both are free", || async {
         let both = tokio::join!(heard(&stage, &alive, false, "\u{0}"), heard(&stage, &alive, false, "\u{0}"));
         let are_let_in = [both.0, both.1].iter().all(|heard| heard.starts_with("HTTP/1.1 200 "));
-        (are_let_in && stage.relay.observe.session_count() == 0).then_some(())
+        (are_let_in && stage.relay.session_count() == 0).then_some(())
     })
     .await;
 }

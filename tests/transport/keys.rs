@@ -31,7 +31,7 @@ async fn refusal(stage: &Stage, token: &str) -> Option<String> {
 
 /// What the relay counts under this name.
 fn count(stage: &Stage, name: &str) -> u64 {
-    let text = stage.relay.observe.text();
+    let text = stage.relay.metrics();
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.unwrap_or_else(|| panic!("{name} is not in {text}")).parse().unwrap()
 }

@@ -102,8 +102,7 @@ async fn an_origin_counts_where_there_is_a_list_and_connections_are_counted() {
         Socket::handshake(&stage.relay, &path, &[("origin", "https://app.example")]).await.ok().unwrap();
     let mut second = Socket::handshake(&stage.relay, &path, &[]).await.ok().unwrap();
     second.is_quiet().await;
-    eventually("both are counted", || async { (stage.relay.observe.session_count() == 2).then_some(()) })
-        .await;
+    eventually("both are counted", || async { (stage.relay.session_count() == 2).then_some(()) }).await;
     let (status, body) = Socket::handshake(&stage.relay, &path, &[]).await.err().unwrap();
     assert_eq!((status, body.as_str()), (429, r#"{"error":"Too many connected users"}"#));
     drop(first);
@@ -206,8 +205,7 @@ async fn a_message_may_have_five_megabytes_and_not_one_byte_more() {
     assert_eq!(socket.frame().await[4]["status"], "ok");
     socket.try_send(Message::text(heartbeat(5_000_001))).await;
     assert_eq!(socket.closed().await.0, 1009);
-    eventually("the session is gone", || async { (stage.relay.observe.session_count() == 0).then_some(()) })
-        .await;
+    eventually("the session is gone", || async { (stage.relay.session_count() == 0).then_some(()) }).await;
 }
 
 /// A raw connection after its handshake, for frames that no client library would send.
@@ -273,10 +271,7 @@ async fn what_is_not_the_websocket_protocol_closes_the_socket_with_the_code_for_
         });
         assert_eq!(close.await.unwrap(), (0x88, code), "{frame:?}");
     }
-    eventually("all sessions are gone", || async {
-        (stage.relay.observe.session_count() == 0).then_some(())
-    })
-    .await;
+    eventually("all sessions are gone", || async { (stage.relay.session_count() == 0).then_some(()) }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -296,20 +291,20 @@ async fn a_client_that_reads_nothing_is_closed_and_the_others_go_on() {
     let mut good =
         stage.subscribe(&anon(), json!([{"event": "INSERT", "schema": "public", "table": "t"}])).await;
     eventually("both are subscribed", || async {
-        stage.relay.observe.text().contains("relay_channels_open 2\n").then_some(())
+        stage.relay.metrics().contains("relay_channels_open 2\n").then_some(())
     })
     .await;
     let full = "relay_sessions_closed_full_total 1\n";
     let mut written = 0;
     // What the kernel holds for a client that reads nothing differs: write until that is full and the outbox too.
-    while !stage.relay.observe.text().contains(full) {
+    while !stage.relay.metrics().contains(full) {
         assert!(written < 2000, "200 MB went to a client that reads nothing");
         stage.run(&format!("insert into t values ({written}, repeat('x', 100000))")).await;
         let change = good.change().await;
         assert_eq!(change["record"]["id"], written);
         written += 1;
     }
-    eventually("it is closed", || async { (stage.relay.observe.session_count() == 1).then_some(()) }).await;
+    eventually("it is closed", || async { (stage.relay.session_count() == 1).then_some(()) }).await;
     stage.run("insert into t values (-1, 'after')").await;
     assert_eq!(stage.told(&mut good).await, [r#"INSERT {"id":-1,"v":"after"}"#]);
     drop(idle);

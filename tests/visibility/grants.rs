@@ -80,7 +80,7 @@ async fn a_grant_that_a_policy_lacks_is_named_by_all_that_is_asked_and_helps_at_
         let told = told["message"].as_str().unwrap();
         assert!(told.ends_with(grant), "{told}");
         stage.changes(&mut other).await;
-        let metrics = stage.relay.observe.text();
+        let metrics = stage.relay.metrics();
         assert!(metrics.lines().any(|line| line == "relay_roles_lacking_grants 1"), "{metrics}");
         let notes = stage.database.value("select relay.notes('docs')::text").await;
         assert!(notes.replace("\\\"", "\"").contains(grant), "{notes}");
@@ -99,7 +99,7 @@ async fn a_grant_that_a_policy_lacks_is_named_by_all_that_is_asked_and_helps_at_
         assert_eq!(client.change().await["record"]["id"], 1, "{policy}");
         let notes = stage.database.value("select relay.notes('docs')::text").await;
         assert!(!notes.contains("grant"), "{notes}");
-        let metrics = stage.relay.observe.text();
+        let metrics = stage.relay.metrics();
         assert!(metrics.lines().any(|line| line == "relay_roles_lacking_grants 0"), "{metrics}");
     }
 }

@@ -18,7 +18,7 @@ async fn ids(stage: &Stage, client: &mut Client) -> Vec<Value> {
 
 /// The value of a counter.
 fn counted(stage: &Stage, name: &str) -> u64 {
-    let text = stage.relay.observe.text();
+    let text = stage.relay.metrics();
     let line = text.lines().find_map(|line| line.strip_prefix(&format!("relay_{name}_total ")));
     line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
 }

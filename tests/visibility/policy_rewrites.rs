@@ -177,7 +177,7 @@ async fn readers_who_come_and_go_leave_no_tables_behind() {
         assert_eq!(rows(&stage, &mut ann).await, [format!("t{id}")]);
         drop(ann);
         crate::support::eventually("she is gone", || async {
-            stage.relay.observe.text().contains("relay_channels_open 0\n").then_some(())
+            stage.relay.metrics().contains("relay_channels_open 0\n").then_some(())
         })
         .await;
     }
@@ -198,7 +198,7 @@ async fn a_reader_with_a_long_claim_slows_down_no_other_reader() {
         readers.push(stage.join(&reader(format!("{number}@example.org"))).await);
     }
     let judgements = || -> u64 {
-        let text = stage.relay.observe.text();
+        let text = stage.relay.metrics();
         let line = text.lines().find_map(|line| line.strip_prefix("relay_judgements_total "));
         line.unwrap().parse().unwrap()
     };

@@ -13,17 +13,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use slab::Slab;
 
 use crate::feed::deliver::frame::Frame;
-use crate::observe::Observe;
 
 /// The memory bound of a relay, in bytes.
 pub struct MemoryBudget {
     limit: usize,
     /// Maximum bytes of the frame of one change.
     change_bytes: usize,
-    /// Counted bytes that cannot be evicted.
+    /// Counted bytes.
+    held: AtomicUsize,
+    /// Those of them that cannot be evicted.
     reserved: AtomicUsize,
-    /// Holds the count; shared with the metrics.
-    observe: Arc<Observe>,
     holders: Mutex<Slab<Weak<dyn Holder>>>,
     owners: Mutex<HashMap<u64, Weak<Owner>>>,
 }
@@ -75,15 +74,20 @@ pub struct Registration {
 impl MemoryBudget {
     /// Creates the budget of a process with `memory` bytes. A quarter of it is left for the allocator's overhead when
     /// thousands of clients come and go.
-    pub fn within(memory: usize, change_bytes: usize, observe: Arc<Observe>) -> Self {
-        Self { change_bytes, ..Self::new(memory - memory / 4, observe) }
+    pub fn within(memory: usize, change_bytes: usize) -> Self {
+        Self { change_bytes, ..Self::new(memory - memory / 4) }
     }
 
     /// Creates an empty budget.
-    pub fn new(limit: usize, observe: Arc<Observe>) -> Self {
-        let reserved = AtomicUsize::new(0);
+    pub fn new(limit: usize) -> Self {
+        let (held, reserved) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let (holders, owners) = (Mutex::default(), Mutex::default());
-        Self { limit, change_bytes: usize::MAX, reserved, observe, holders, owners }
+        Self { limit, change_bytes: usize::MAX, held, reserved, holders, owners }
+    }
+
+    /// Returns the counted bytes. A frame for many clients counts once.
+    pub fn held_bytes(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Returns the maximum bytes of the frame of one change.
@@ -93,15 +97,15 @@ impl MemoryBudget {
 
     /// Counts allocated memory.
     pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
-        self.observe.waits(bytes);
+        self.add(bytes);
         Held { budget: Arc::clone(self), bytes }
     }
 
     /// Replaces the count of queue slots of an outbox.
     pub fn set_slots(&self, before: usize, now: usize) {
         let bytes = |slots: usize| slots * size_of::<Frame>();
-        self.observe.waits(bytes(now));
-        self.observe.waits_no_more(bytes(before));
+        self.add(bytes(now));
+        self.subtract(bytes(before));
     }
 
     /// Creates a reservation of zero bytes.
@@ -131,7 +135,7 @@ impl MemoryBudget {
     /// Makes room for an answer to this owner, whose answers together have at most [`Self::share`].
     pub fn make_room_for(&self, owner: &Arc<Owner>, bytes: usize) -> bool {
         let share = self.share();
-        if self.observe.waiting_bytes().saturating_add(bytes) > share {
+        if self.held_bytes().saturating_add(bytes) > share {
             let is_own = |holder: &Arc<dyn Holder>| holder.owner().is_some_and(|of| Arc::ptr_eq(of, owner));
             let holders =
                 lock(&self.holders).iter().filter_map(|(_, holder)| holder.upgrade()).collect::<Vec<_>>();
@@ -195,8 +199,16 @@ impl MemoryBudget {
         enough(freed);
     }
 
+    fn add(&self, bytes: usize) {
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn subtract(&self, bytes: usize) {
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
     fn fits(&self, bytes: usize) -> bool {
-        self.observe.waiting_bytes().saturating_add(bytes) <= self.limit
+        self.held_bytes().saturating_add(bytes) <= self.limit
     }
 }
 
@@ -211,10 +223,10 @@ impl Reserved {
                 return false;
             }
             budget.reserved.fetch_add(more, Ordering::Relaxed);
-            budget.observe.waits(more);
+            budget.add(more);
         } else {
             budget.reserved.fetch_sub(*now - bytes, Ordering::Relaxed);
-            budget.observe.waits_no_more(*now - bytes);
+            budget.subtract(*now - bytes);
         }
         *now = bytes;
         true
@@ -229,7 +241,7 @@ impl Drop for Reserved {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.budget.observe.waits_no_more(self.bytes);
+        self.budget.subtract(self.bytes);
     }
 }
 

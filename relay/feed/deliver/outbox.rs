@@ -373,15 +373,13 @@ mod tests {
     use super::*;
     use crate::feed::deliver::frame::{FRAME_OVERHEAD, PayloadText};
     use crate::model::codec::protocol::Envelope;
-    use crate::observe::Observe;
 
-    fn budget(limit: usize) -> (Arc<MemoryBudget>, Arc<Observe>) {
-        let observe = Arc::new(Observe::new());
-        (Arc::new(MemoryBudget::new(limit, Arc::clone(&observe))), observe)
+    fn budget(limit: usize) -> Arc<MemoryBudget> {
+        Arc::new(MemoryBudget::new(limit))
     }
 
     fn outbox(limit: usize) -> Outbox {
-        Outbox::new(limit, budget(usize::MAX).0)
+        Outbox::new(limit, budget(usize::MAX))
     }
 
     fn frame(bytes: usize, outbox: &Outbox) -> Frame {
@@ -462,7 +460,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_client_with_the_most_waiting_is_evicted() {
-        let (budget, observe) = budget(10_000 + 4 * FRAME_OVERHEAD);
+        let budget = budget(10_000 + 4 * FRAME_OVERHEAD);
         let outboxes: Vec<Outbox> = (0..4).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
         let [slow, small, idle, _] = &outboxes[..] else { panic!("there are four") };
         push(small, 1000);
@@ -471,27 +469,28 @@ mod tests {
         assert!(!slow.is_full(), "it was not too much before");
         push(idle, 5000);
         assert!(slow.is_full() && !idle.is_full() && !small.is_full());
-        assert_eq!(observe.waiting_bytes(), 6000 + 2 * FRAME_OVERHEAD);
+        assert_eq!(budget.held_bytes(), 6000 + 2 * FRAME_OVERHEAD);
         drop(outboxes);
-        assert_eq!(observe.waiting_bytes(), 0);
+        assert_eq!(budget.held_bytes(), 0);
     }
 
     #[tokio::test]
     async fn eviction_frees_frames_that_are_being_written() {
-        let (budget, observe) = budget(10_000);
-        let (stuck, other) = (Outbox::new(100_000, Arc::clone(&budget)), Outbox::new(100_000, budget));
+        let budget = budget(10_000);
+        let (stuck, other) =
+            (Outbox::new(100_000, Arc::clone(&budget)), Outbox::new(100_000, Arc::clone(&budget)));
         push(&stuck, 6000);
         stuck.take().await;
         stuck.is_stuck_with(6000);
         push(&other, 5000);
         assert!(stuck.is_full() && !other.is_full());
         assert!(stuck.hand().is_evicted && stuck.hand().frames.is_empty());
-        assert_eq!(observe.waiting_bytes(), 5000 + FRAME_OVERHEAD);
+        assert_eq!(budget.held_bytes(), 5000 + FRAME_OVERHEAD);
     }
 
     #[tokio::test]
     async fn a_client_is_closed_when_all_others_have_less_than_an_equal_share() {
-        let (budget, observe) = budget(10_000);
+        let budget = budget(10_000);
         let outboxes: Vec<Outbox> = (0..10).map(|_| Outbox::new(100_000, Arc::clone(&budget))).collect();
         for outbox in &outboxes[1..] {
             push(outbox, 700);
@@ -500,12 +499,12 @@ mod tests {
         outboxes[0].deliver(Unit::next(), [whole(9000)], outboxes[0].budget().make_room(0));
         assert!(outboxes[0].is_full());
         assert!(outboxes[1..].iter().all(|outbox| !outbox.is_full()));
-        assert!(observe.waiting_bytes() <= 10_000);
+        assert!(budget.held_bytes() <= 10_000);
     }
 
     #[tokio::test]
     async fn answers_to_one_owner_share_half_of_the_memory() {
-        let (budget, _) = budget(100_000);
+        let budget = budget(100_000);
         let answer = |who: &str| Outbox::of(Some(budget.owner(who)), usize::MAX, Arc::clone(&budget));
         let (first, second, other) = (answer("ann"), answer("ann"), answer("ben"));
         assert!(first.answer("x".repeat(30_000)));
@@ -518,19 +517,19 @@ mod tests {
 
     #[test]
     fn reserved_memory_is_at_most_half() {
-        let (budget, observe) = budget(10_000);
+        let budget = budget(10_000);
         let (mut one, mut other) = (budget.reserved(), budget.reserved());
         assert!(one.resize(3000) && !other.resize(3000) && other.resize(2000));
         assert!(one.resize(1000) && other.resize(4000));
-        assert_eq!(observe.waiting_bytes(), 5000);
+        assert_eq!(budget.held_bytes(), 5000);
         drop((one, other));
-        assert_eq!(observe.waiting_bytes(), 0);
+        assert_eq!(budget.held_bytes(), 0);
         assert!(budget.reserved().resize(5000));
     }
 
     #[test]
     fn a_shared_payload_counts_once_until_the_last_reader_drops_it() {
-        let (budget, observe) = budget(usize::MAX);
+        let budget = budget(usize::MAX);
         let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, Arc::clone(&budget)));
         let payload = PayloadText::new("x".repeat(7), &budget);
         let around = |head: &str| {
@@ -540,10 +539,10 @@ mod tests {
         one.deliver(Unit::next(), [around("a")], true);
         other.deliver(Unit::next(), [around("b")], true);
         drop(payload);
-        assert_eq!(observe.waiting_bytes(), 3 * FRAME_OVERHEAD + 7 + 2);
+        assert_eq!(budget.held_bytes(), 3 * FRAME_OVERHEAD + 7 + 2);
         drop(one);
-        assert_eq!(observe.waiting_bytes(), 2 * FRAME_OVERHEAD + 7 + 1);
+        assert_eq!(budget.held_bytes(), 2 * FRAME_OVERHEAD + 7 + 1);
         drop(other);
-        assert_eq!(observe.waiting_bytes(), 0);
+        assert_eq!(budget.held_bytes(), 0);
     }
 }

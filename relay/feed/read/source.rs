@@ -118,6 +118,7 @@ impl ChangeSource {
                 () = end.cancelled() => return,
                 outcome = self.run_connection(&mut position, &mut last_backend, &items) => outcome,
             };
+            self.stall_monitor.end_reading();
             self.observe.source_down();
             let Err(error) = outcome else { return };
             self.stall_monitor.record_disconnect(error.kind());
@@ -190,6 +191,7 @@ impl ChangeSource {
         } else if !rings {
             tracing::info!("relay.doorbell is off in this database, polling instead");
         }
+        self.stall_monitor.begin_reading();
         self.observe.source_up(rings);
         let mut poll_loop = PollLoop::new(self, changelog, doorbell, position, items);
         match (is_heard, rings) {

@@ -1,4 +1,4 @@
-//! Stall detection: records what the feed waits for and since when, and reports waits over a bound.
+//! The state of the feed: whether it reads, what it waits for and since when. Reports waits over a bound.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,6 +36,8 @@ struct Waits {
     interrupted: Option<Instant>,
     /// Why there is no connection, in a few words without secrets.
     why: Option<&'static str>,
+    /// Whether the source has its connections and reads.
+    is_reading: bool,
 }
 
 impl Waits {
@@ -92,6 +94,16 @@ impl StallMonitor {
         });
     }
 
+    /// Records that the source has its connections and begins to read.
+    pub fn begin_reading(&self) {
+        self.change(|waits| waits.is_reading = true);
+    }
+
+    /// Records that the source has lost its connections, or stops.
+    pub fn end_reading(&self) {
+        self.change(|waits| waits.is_reading = false);
+    }
+
     /// Records that there is no connection, and why.
     pub fn record_disconnect(&self, why: &'static str) {
         self.begin_wait(StallCause::Changelog);
@@ -101,9 +113,19 @@ impl StallMonitor {
         });
     }
 
-    /// Returns why there is no connection.
-    pub fn disconnect_reason(&self) -> Option<&'static str> {
-        self.waits.lock().unwrap_or_else(PoisonError::into_inner).why
+    /// Returns why clients should not be sent here now; `None` while the changelog is read and nothing stalls.
+    pub fn unready(&self) -> Option<&'static str> {
+        let (why, is_reading) = {
+            let waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+            (waits.why, waits.is_reading)
+        };
+        match (why, self.stalled()) {
+            (Some(why), _) => Some(why),
+            (None, Some(StallCause::Changelog)) => Some("the changelog could not be read for too long"),
+            (None, Some(StallCause::Evaluation)) => Some("policies could not be judged for too long"),
+            (None, None) if is_reading => None,
+            (None, None) => Some("the changelog is not being read"),
+        }
     }
 
     /// Returns the cause of the current stall.

@@ -25,6 +25,7 @@ use crate::model::log::cursor::Cursor;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, unavailable};
 use crate::transport::changes::request::{ChangesRequest, START_TIMEOUT};
+use crate::transport::connection_limits::ClientSlot;
 use crate::transport::held_answer::{WatchedOutbox, counted};
 use crate::transport::response::{Answer, error};
 
@@ -38,6 +39,7 @@ const MAX_CHUNK: usize = 32 * 1024;
 
 struct EventStream {
     app: Arc<App>,
+    _client: ClientSlot,
     watched: WatchedOutbox,
     /// Cancelled when the client has closed its side.
     closed: CancellationToken,
@@ -61,9 +63,9 @@ pub async fn follow(
     watched: WatchedOutbox,
     closed: CancellationToken,
 ) -> Answer {
-    if app.observe.session_count() >= app.limits.connections {
+    let Some(client) = app.connection_limits.admit_client() else {
         return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
-    }
+    };
     let since = match call.since.clone() {
         Some(since) => since,
         None => match app.feed.beginning(&call.subscription).await {
@@ -73,7 +75,7 @@ pub async fn follow(
     };
     let mut catch_up = call.catch_up(&app, since.clone());
     match timeout(START_TIMEOUT, catch_up.go_on()).await {
-        Ok(Ok(progress)) => answer(app, catch_up, since, progress, (watched, closed)),
+        Ok(Ok(progress)) => answer(app, catch_up, since, progress, (client, watched, closed)),
         Ok(Err(ReplayError::Gap(why))) => gap(why),
         Ok(Err(ReplayError::Ended)) => expired(catch_up.subscription()),
         Ok(Err(ReplayError::Unavailable(_))) | Err(_) => unavailable(),
@@ -87,7 +89,7 @@ fn answer(
     catch_up: CatchUp,
     sent_position: Cursor,
     progress: Progress,
-    (watched, closed): (WatchedOutbox, CancellationToken),
+    (client, watched, closed): (ClientSlot, WatchedOutbox, CancellationToken),
 ) -> Answer {
     let left = catch_up.subscription().identity().claims().expires_at().saturating_sub(now());
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
@@ -100,6 +102,7 @@ fn answer(
     let (written, has_begun, is_closed) = (0, false, false);
     let stream = EventStream {
         app,
+        _client: client,
         watched,
         closed,
         catch_up,
@@ -273,7 +276,6 @@ impl EventStream {
 impl Drop for EventStream {
     fn drop(&mut self) {
         self.watched.send_replace(None);
-        self.app.observe.session_closed();
     }
 }
 

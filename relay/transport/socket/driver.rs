@@ -129,7 +129,6 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: Connec
         // The library still holds the answer to the client's close frame.
         let _ = timeout(Duration::from_millis(100), driver.socket.flush()).await;
     }
-    app.observe.session_closed();
 }
 
 struct Driver {

@@ -49,9 +49,9 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
             return error(StatusCode::UNAUTHORIZED, &why.connect_text());
         }
     };
-    if app.observe.session_count() >= app.limits.connections {
+    let Some(client) = app.connection_limits.admit_client() else {
         return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
-    }
+    };
     let with_cursor = match parameter(query, "cursor").as_deref() {
         None | Some("" | "false") => false,
         Some("true") => true,
@@ -72,7 +72,7 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
         let Ok(upgraded) = upgrade.await else { return };
         let Some((stream, read)) = into_connection(upgraded) else { return };
         driver::serve(session_app, stream, read, connect_request).await;
-        drop(slot);
+        drop((slot, client));
     });
     switching_protocols(&key)
 }
