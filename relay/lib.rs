@@ -149,6 +149,7 @@ pub mod postgres {
         pub mod pool;
         pub mod backoff;
     }
+    pub mod locks;
     pub mod install;
     pub mod catalog;
     /// Reading the changelog, and being woken for it.

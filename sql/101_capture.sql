@@ -266,7 +266,7 @@ declare
   loose constant text := relay.is_loose(relay.columns_of(relation))::text;
   kind constant text := case when leaf is null then format('%L', concat_ws(' ', letter, id, shape))
                              else format('pg_catalog.concat(%L, %s)', concat_ws(' ', letter, id, shape, 'L'), leaf) end;
-  bell constant text := 'pg_catalog.pg_try_advisory_xact_lock_shared(1919249009, 1)';
+  bell constant text := format('pg_catalog.pg_try_advisory_xact_lock_shared(%s, %s)', relay.lock_class('relay'), relay.lock('doorbell'));
   ring constant text := '(pg_catalog.concat(tg_table_schema, ''.'', tg_table_name), tg_op)';
   careful constant text := format(E'  perform relay.capture_carefully(old, new, tg_relid, %s, %s, %L::pg_catalog."char", %s, %s);\n'
                                   '  if not %s then\n    perform relay.ring%s;\n  end if;\n',
@@ -322,7 +322,7 @@ begin
     return null;
   end if;
   perform relay.log_change(tg_argv[0]::int, null, 'T', false, null, null);
-  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+  if not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
     perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);
   end if;
   return null;

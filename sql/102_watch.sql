@@ -113,7 +113,7 @@ begin
   end loop;
   if is_new then
     -- Serializes changes of the schema's rights.
-    perform pg_advisory_xact_lock(1919249009, 7);
+    perform pg_advisory_xact_lock(relay.lock_class('relay'), relay.lock('rights'));
     if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
       execute 'grant create on schema relay to relay_writer';
     end if;
@@ -221,7 +221,7 @@ begin
   loop
     continue when known.old = known.new and not known.doubtful
       and (known.relkind = 'm' or guarded or relay.functions_intact(known.relation, known.id));
-    if not pg_try_advisory_xact_lock(1919249012, known.id) then
+    if not pg_try_advisory_xact_lock(relay.lock_class('relation'), known.id) then
       insert into relay.shape_doubts (relation) values (known.id);
       continue;
     end if;
@@ -306,7 +306,7 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 begin
   perform relay.log_change(id, null, 'G', false, null, json_strip_nulls(json_build_object('why', why, 'left', schema)));
-  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+  if not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
     perform relay.ring('schema', why);
   end if;
 end
@@ -328,7 +328,7 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 begin
   perform relay.log_change(0, null, 'S', false, null, null);
-  if not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+  if not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
     perform relay.ring('schema', 'watch');
   end if;
 end
@@ -380,7 +380,7 @@ declare
   now record;
   tables text[];
 begin
-  if not pg_try_advisory_xact_lock(1919249012, id) then
+  if not pg_try_advisory_xact_lock(relay.lock_class('relation'), id) then
     perform relay.log_gap(id, 'doubt');
     return;
   end if;

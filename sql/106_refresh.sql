@@ -50,7 +50,7 @@ begin
   end if;
 
   -- Two refreshes must not compare with the same old rows.
-  perform pg_advisory_xact_lock(1919249010, relation::oid::int8::bit(32)::int4);
+  perform pg_advisory_xact_lock(relay.lock_class('refresh'), relation::oid::int8::bit(32)::int4);
   -- Truncated, not dropped: a second refresh in the transaction reuses them, and the event trigger logs no schema change.
   create temporary table if not exists relay_before (key text, image text) on commit drop;
   create temporary table if not exists relay_after (key text, image text) on commit drop;
@@ -86,7 +86,7 @@ begin
       case when oversize then relay.shorten(difference.new_image::json, view.key) else difference.new_image::json end);
     changed := changed + 1;
   end loop;
-  if changed > 0 and not pg_try_advisory_xact_lock_shared(1919249009, 1) then
+  if changed > 0 and not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
     perform relay.ring(relation::text, 'refresh');
   end if;
   return changed;
@@ -151,14 +151,14 @@ begin
     where s.next_run <= clock_timestamp() order by s.next_run
   loop
     -- Checked again under the lock: another session may have run the job meanwhile.
-    continue when not pg_try_advisory_xact_lock(1919249011, job.id);
+    continue when not pg_try_advisory_xact_lock(relay.lock_class('job'), job.id);
     continue when not exists (select from relay.refresh_schedule s where s.id = job.id and s.next_run <= clock_timestamp());
     started := clock_timestamp();
     changed := null;
     failure := null;
     begin
       -- Does not wait, because the other jobs would wait, too.
-      if not pg_try_advisory_xact_lock(1919249010, job.relation::oid::int8::bit(32)::int4) then
+      if not pg_try_advisory_xact_lock(relay.lock_class('refresh'), job.relation::oid::int8::bit(32)::int4) then
         raise exception 'another refresh of % is running', job.relation;
       end if;
       changed := relay.refresh(job.relation);

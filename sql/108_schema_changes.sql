@@ -84,7 +84,7 @@ begin
        where (k.open, k.shut) is distinct from (n.open, n.shut)) then
     return;
   end if;
-  if is_doubtful or not pg_try_advisory_xact_lock(1919249009, 8) then
+  if is_doubtful or not pg_try_advisory_xact_lock(relay.lock_class('relay'), relay.lock('rules')) then
     insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), 0);
     insert into relay.known_rules values (-1, '{}', '{}');
     return;

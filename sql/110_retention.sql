@@ -26,7 +26,7 @@ declare
   late boolean;
   done text[] := '{}';
 begin
-  if not pg_try_advisory_xact_lock(1919249009, 4) then
+  if not pg_try_advisory_xact_lock(relay.lock_class('relay'), relay.lock('trim')) then
     return done;
   end if;
   begin
@@ -93,7 +93,19 @@ $$;
 comment on function relay.horizon() is 'snapshot before which the changelog is not kept; an older cursor is a gap';
 
 -- relay.health : the state of the changelog and the doorbell
+do $$
+begin
+  alter view if exists relay.health rename column deputies to followers;
+exception when undefined_column then
+  null;
+end
+$$;
 create or replace view relay.health as
+with held as (
+  select l.pid, l.mode, l.objid from pg_catalog.pg_locks l
+  where l.locktype = 'advisory' and l.classid = relay.lock_class('relay')::pg_catalog.oid and l.objsubid = 2 and l.granted
+    and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())
+)
 select
   (select pg_catalog.sum(pg_catalog.pg_total_relation_size(pg_catalog.format('relay.log_%s', s)::pg_catalog.regclass))
    from pg_catalog.generate_series(0, 2) s)::bigint as bytes,
@@ -101,16 +113,11 @@ select
   r.age as kept_for,
   r.bytes as kept_bytes,
   relay.current_segment() as segment,
-  exists (select from pg_catalog.pg_locks l
-          where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 1 and l.mode = 'ExclusiveLock' and l.granted
-            and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as asleep,
+  exists (select from held h where h.objid = relay.lock('doorbell')::pg_catalog.oid and h.mode = 'ExclusiveLock') as asleep,
   pg_catalog.pg_notification_queue_usage() as notify_queue,
-  (select l.pid from pg_catalog.pg_locks l
-   where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 5 and l.mode = 'ExclusiveLock' and l.granted
-     and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as leader,
-  (select pg_catalog.count(*) from pg_catalog.pg_locks l
-   where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 6 and l.mode = 'ShareLock' and l.granted
-     and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())) as deputies
+  (select h.pid from held h where h.objid = relay.lock('leader')::pg_catalog.oid and h.mode = 'ExclusiveLock') as leader,
+  (select pg_catalog.count(*) from held h
+   where h.objid = relay.lock('followers')::pg_catalog.oid and h.mode = 'ShareLock') as followers
 from relay.retention r;
 comment on view relay.health is
   'size and age of the changelog, retention rule, whether the relay sleeps, how full the NOTIFY queue is, backend of the leader, number of other relays';

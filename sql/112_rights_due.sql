@@ -31,7 +31,7 @@ set search_path = pg_catalog, pg_temp as $$
   select 'column', 'relay.known_relations', 'relay_reader', c from unnest('{id,named_by,named_at}'::text[]) c
   union all
   select 'function', f, 'relay_writer', 'execute'
-  from unnest(array['relay.note_rules(boolean)', 'relay.log_change(int, int, "char", boolean, json, json, oid, xid8)',
+  from unnest(array['relay.lock_class(text)', 'relay.lock(text)', 'relay.note_rules(boolean)', 'relay.log_change(int, int, "char", boolean, json, json, oid, xid8)',
     'relay.ring(text, text)', 'relay.rung(text, text)', 'relay.key(regclass)', 'relay.image(record)', 'relay.shorten(json, text[])',
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
@@ -43,7 +43,7 @@ set search_path = pg_catalog, pg_temp as $$
                 relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts}'::text[]) t
   union all
   select 'function', f, 'relay_reader', 'execute'
-  from unnest(array['relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
+  from unnest(array['relay.lock_class(text)', 'relay.lock(text)', 'relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
     'relay.page_slice(pg_snapshot, pg_snapshot, bigint, bigint, xid8[])', 'relay.page_transactions(pg_snapshot, pg_snapshot, int)', 'relay.page_counts(pg_snapshot, pg_snapshot, bigint)', 'relay.transaction_ends(xid8[])',
     'relay.relation_of(text)', 'relay.is_legible(json)', 'relay.legible(json)', 'relay.flush()', 'relay.key(regclass)', 'relay.notes(regclass)', 'relay.parts(regclass)',
     'relay.triggers_intact(regclass, int, boolean)', 'relay.functions_intact(regclass, int)', 'relay.owner_may_execute(regclass, regprocedure)', 'relay.operations()',

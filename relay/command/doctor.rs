@@ -11,6 +11,7 @@ use crate::postgres::catalog::CatalogCache;
 use crate::postgres::changelog::doorbell::Doorbell;
 use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::install;
+use crate::postgres::locks::Lock;
 
 /// The result of a check.
 enum Finding {
@@ -163,7 +164,7 @@ async fn bell(server: &Server, client: &Client) -> Result<Finding, Error> {
 
 /// Reports the relays that read the changelog; `foreign` backends are not counted.
 async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
-    let row = client.query_one("select leader, deputies from relay.health", &[]).await?;
+    let row = client.query_one("select leader, followers from relay.health", &[]).await?;
     let leader = row.get::<_, Option<i32>>(0).filter(|leader| !foreign.contains(leader));
     Ok(Good(match (leader, row.get::<_, i64>(1)) {
         (Some(leader), 0) => format!("a relay reads the changelog (its doorbell is backend {leader})"),
@@ -174,34 +175,40 @@ async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
     }))
 }
 
+/// The locks that a session may hold for long, and what does not work while it does.
+const HARM: [(Lock, &str); 5] = [
+    (Lock::Doorbell, "writers notify without need, or no relay can sleep"),
+    (Lock::Install, "no installation can run"),
+    (Lock::Trim, "the changelog is not trimmed"),
+    (Lock::Leader, "no relay leads, and all poll"),
+    (Lock::Followers, "the leader notifies without need"),
+];
+
 /// Finds sessions that hold a lock of the relays and are none: any login may take these locks. A session counts as a relay by
-/// its application name and its right to read the changelog. Writers hold lock 1 shared until their transaction ends.
+/// its application name and its right to read the changelog. Writers hold the doorbell's lock shared until their transaction ends.
 async fn locks(client: &Client) -> Result<(Vec<i32>, Vec<Finding>), Error> {
-    let foreign = "select l.objid::int, a.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, '') \
+    let numbers: Vec<i32> = HARM.iter().map(|(lock, _)| *lock as i32).collect();
+    let foreign = format!(
+        "select l.objid::int, a.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, '') \
          from pg_locks l join pg_stat_activity a using (pid) \
-         where l.locktype = 'advisory' and (l.classid, l.objsubid) = (1919249009, 2) and l.objid between 1 and 6 and l.granted \
-         and l.database = (select oid from pg_database where datname = current_database()) \
-         and not (l.objid = 1 and l.mode = 'ShareLock' and l.virtualtransaction not like '%/0') \
+         where {} and l.objid::int = any ($1) and not (({}) and l.mode = 'ShareLock' and l.virtualtransaction not like '%/0') \
          and not (a.application_name like 'relay%' \
-         and coalesce(has_table_privilege(a.usesysid, 'relay.log', 'select'), false)) order by 1, 2";
-    let rows = client.query(foreign, &[]).await?;
+         and coalesce(has_table_privilege(a.usesysid, 'relay.log', 'select'), false)) order by 1, 2",
+        Lock::any_is_held(),
+        Lock::Doorbell.is_held()
+    );
+    let rows = client.query(&foreign, &[&numbers]).await?;
     let foreign = rows.iter().map(|row| row.get(1)).collect();
     let note = |row: tokio_postgres::Row| {
         let (key, backend): (i32, i32) = (row.get(0), row.get(1));
         let (login, application): (String, String) = (row.get(2), row.get(3));
-        let harm = match key {
-            1 => "writers notify without need, or no relay can sleep",
-            3 => "no installation can run",
-            4 => "the changelog is not trimmed",
-            5 => "no relay leads, and all poll",
-            _ => "the leader notifies without need",
-        };
-        Note(format!(
-            "backend {backend} (login {login}, application {application:?}) holds the advisory lock (1919249009, {key}) of the \
+        let (lock, harm) = HARM.into_iter().find(|(lock, _)| *lock as i32 == key)?;
+        Some(Note(format!(
+            "backend {backend} (login {login}, application {application:?}) holds the advisory lock ({lock}) of the \
              relays and does not look like a relay, so {harm}. If it is none: select pg_terminate_backend({backend})"
-        ))
+        )))
     };
-    Ok((foreign, rows.into_iter().map(note).collect()))
+    Ok((foreign, rows.into_iter().filter_map(note).collect()))
 }
 
 async fn prepared_transactions(client: &Client) -> Result<Finding, Error> {

@@ -9,6 +9,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::postgres::connect::advice::not_reader;
 use crate::postgres::connect::pool::Error;
+use crate::postgres::locks::Lock;
 
 /// The files of `sql/`, in the order in which they are applied.
 const FILES: &[(&str, &str)] = &[
@@ -21,6 +22,7 @@ const FILES: &[(&str, &str)] = &[
     ("008_widenings.sql", include_str!("../../sql/008_widenings.sql")),
     ("009_known_relations.sql", include_str!("../../sql/009_known_relations.sql")),
     ("010_log.sql", include_str!("../../sql/010_log.sql")),
+    ("100_locks.sql", include_str!("../../sql/100_locks.sql")),
     ("100_shapes.sql", include_str!("../../sql/100_shapes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),
     ("101_grants.sql", include_str!("../../sql/101_grants.sql")),
@@ -45,10 +47,6 @@ const LEDGER: (&str, &str) = ("001_ledger.sql", include_str!("../../sql/001_ledg
 const RIGHTS_DUE: (&str, &str) = ("112_rights_due.sql", include_str!("../../sql/112_rights_due.sql"));
 const RIGHTS: (&str, &str) = ("901_rights.sql", include_str!("../../sql/901_rights.sql"));
 
-/// The advisory lock that serializes installers.
-const LOCK: &str = "select pg_try_advisory_lock(1919249009, 3)";
-const UNLOCK: &str = "select pg_advisory_unlock(1919249009, 3)";
-
 /// Applies the files that are missing or changed; returns their names.
 ///
 /// `0NN` files are structure, applied once. `1NN` files are behaviour, applied when their text changed, unless a newer relay
@@ -60,7 +58,7 @@ const UNLOCK: &str = "select pg_advisory_unlock(1919249009, 3)";
 pub async fn install(client: &mut Client) -> Result<Vec<&'static str>, Error> {
     lock(client).await?;
     let applied = apply(client).await;
-    client.batch_execute(UNLOCK).await?;
+    client.batch_execute(&format!("select pg_advisory_unlock({})", Lock::Install)).await?;
     applied
 }
 
@@ -75,7 +73,8 @@ const MAX_WAIT: Duration = Duration::from_secs(120);
 async fn lock(client: &Client) -> Result<(), Error> {
     let started = Instant::now();
     let mut logged = None::<Instant>;
-    while !client.query_one(LOCK, &[]).await?.get::<_, bool>(0) {
+    let take = format!("select pg_try_advisory_lock({})", Lock::Install);
+    while !client.query_one(&take, &[]).await?.get::<_, bool>(0) {
         let waited = started.elapsed();
         let is_log_due =
             waited > LOCK_PAUSE * 5 && logged.is_none_or(|logged| logged.elapsed() >= LOG_INTERVAL);
@@ -96,13 +95,15 @@ async fn lock(client: &Client) -> Result<(), Error> {
 
 /// Describes the session that holds the installer lock.
 async fn holder(client: &Client) -> Result<String, Error> {
-    let query = "select pg_catalog.format('process %s of %s', l.pid, coalesce(a.usename::text, 'another login'))
+    let query = format!(
+        "select pg_catalog.format('process %s of %s', l.pid, coalesce(a.usename::text, 'another login'))
            || coalesce(', ' || nullif(a.application_name, ''), '')
            || coalesce(' (since ' || pg_catalog.date_trunc('second', a.state_change)::text || ' ' || a.state || ')', '')
          from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a using (pid)
-         where l.locktype = 'advisory' and l.classid = 1919249009 and l.objid = 3 and l.objsubid = 2 and l.granted
-           and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())";
-    let holder = client.query_opt(query, &[]).await?;
+         where {}",
+        Lock::Install.is_held()
+    );
+    let holder = client.query_opt(&query, &[]).await?;
     Ok(holder.map_or_else(|| String::from("a session that has just ended"), |holder| holder.get(0)))
 }
 

@@ -1,5 +1,6 @@
 //! Materialized views: a refresh tells exactly the rows that changed, by hand or on the relay's schedule.
 
+use relay::postgres::locks::Lock;
 use serde_json::{Value, json};
 
 use crate::support::client::Client;
@@ -163,7 +164,7 @@ async fn a_schedule_made_while_the_relay_is_awake_is_heard() {
     let database = thousand().await;
     let holder = database.connect().await;
     // The relay cannot fall asleep while another session shares its lock.
-    holder.batch_execute("select pg_advisory_lock_shared(1919249009, 1)").await.unwrap();
+    holder.batch_execute(&format!("select pg_advisory_lock_shared({})", Lock::Doorbell)).await.unwrap();
     schedule_is_heard(&database).await;
 }
 

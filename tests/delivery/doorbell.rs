@@ -9,6 +9,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_postgres::{Client as Session, Notification};
 
 use relay::postgres::connect::pool::Server;
+use relay::postgres::locks::Lock;
 
 use crate::delivery::order::CROWD;
 use crate::support::client::Client;
@@ -18,7 +19,9 @@ use crate::support::relay::Relay;
 use crate::support::{PATIENCE, eventually, token};
 
 /// While another session holds it shared, the relay cannot fall asleep.
-const AWAKE: &str = "select pg_advisory_lock_shared(1919249009, 1)";
+fn stay_awake() -> String {
+    format!("select pg_advisory_lock_shared({})", Lock::Doorbell)
+}
 
 async fn watched() -> Database {
     let database = Database::new().await;
@@ -34,12 +37,14 @@ async fn subscriber(relay: &Relay) -> Client {
 
 /// Waits until the relay holds the lock, so that writers ring, and listens for nothing but new rings.
 async fn asleep(relay: &Relay, database: &Database) {
-    const HELD: &str = "select count(*) from pg_locks l join pg_database d on d.oid = l.database
-        where d.datname = current_database() and (l.classid, l.objid) = (1919249009, 1) and l.mode = 'ExclusiveLock' and l.granted";
+    let held = format!(
+        "select count(*) from pg_locks l where {} and l.mode = 'ExclusiveLock'",
+        Lock::Doorbell.is_held()
+    );
     eventually("the relay falls asleep", || async {
         let counted =
             relay.figure("relay_doorbell_sleeps_total") > relay.figure("relay_doorbell_wakes_total");
-        (counted && database.value(HELD).await == "1").then_some(())
+        (counted && database.value(&held).await == "1").then_some(())
     })
     .await;
 }
@@ -195,7 +200,7 @@ async fn without_a_relay_writers_neither_fail_nor_ring() {
 async fn a_writer_that_did_not_ring_is_waited_for() {
     let database = watched().await;
     let holder = database.connect().await;
-    holder.batch_execute(AWAKE).await.unwrap();
+    holder.batch_execute(&stay_awake()).await.unwrap();
     let relay = Relay::start(&database.url).await;
     let mut client = subscriber(&relay).await;
     // The relay is awake, so this writer is silent; then nothing but this writer keeps the relay from sleeping.
@@ -257,8 +262,7 @@ async fn an_idle_relay_asks_postgresql_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_lock() {
-    const HELD: &str = "select count(*) from pg_locks l join pg_database d on d.oid = l.database
-        where d.datname = current_database() and l.locktype = 'advisory' and l.classid = 1919249009 and l.objid in (1, 5, 6)";
+    let held = format!("select count(*) from pg_locks l where {}", Lock::any_is_held());
     let database = watched().await;
     let pooler = Pooler::start(&database.url, "transaction").await;
     let relay = Relay::with(&database.url, |settings| settings.doorbell_url = Some(pooler.url.clone())).await;
@@ -268,7 +272,7 @@ async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_loc
         database.run(&format!("insert into t values ({id})")).await;
         assert_eq!(client.change().await["record"]["id"], id);
     }
-    assert_eq!(database.value(HELD).await, "0");
+    assert_eq!(database.value(&held).await, "0");
     assert_eq!(relay.figure("relay_leader"), 0);
     relay.stop().await;
 }

@@ -8,6 +8,7 @@ use tokio::process::Child;
 use tokio::sync::mpsc::unbounded_channel;
 
 use relay::postgres::connect::pool::Server;
+use relay::postgres::locks::Lock;
 
 use crate::support::client::Client;
 use crate::support::database::Database;
@@ -18,8 +19,13 @@ use crate::support::relay::Relay;
 use crate::support::{SECRET, eventually, token};
 
 /// The relays' statements but for the try for the lock, the newest first.
-const ASKED: &str = "select coalesce(max(query_start)::text, '') from pg_stat_activity
-    where datname = current_database() and application_name like 'relay%' and query not like '%try_advisory_lock(1919249009, 5)%'";
+fn asked() -> String {
+    format!(
+        "select coalesce(max(query_start)::text, '') from pg_stat_activity where datname = current_database() \
+         and application_name like 'relay%' and query not like '%try_advisory_lock({})%'",
+        Lock::Leader
+    )
+}
 
 async fn watched() -> Database {
     let database = Database::new().await;
@@ -42,12 +48,12 @@ fn leads(relay: &Relay) -> bool {
 }
 
 /// Waits until the leader sleeps and there are so many others.
-async fn asleep(database: &Database, deputies: u32) {
+async fn asleep(database: &Database, followers: u32) {
     eventually("the leader sleeps", || async {
         let state = database
-            .value("select concat_ws(' ', asleep, leader is not null, deputies) from relay.health")
+            .value("select concat_ws(' ', asleep, leader is not null, followers) from relay.health")
             .await;
-        (state == format!("t t {deputies}")).then_some(())
+        (state == format!("t t {followers}")).then_some(())
     })
     .await;
 }
@@ -98,19 +104,22 @@ async fn an_idle_pair_asks_postgresql_nothing_but_who_leads() {
     let (one, other) = (Relay::start(&database.url).await, Relay::start(&database.url).await);
     let _clients = [subscriber(&one).await, subscriber(&other).await];
     asleep(&database, 1).await;
-    // The last statement of the deputy's doorbell is a try from now on; what others asked last stays.
+    // The last statement of the follower's doorbell is a try from now on; what others asked last stays.
     eventually("nothing is asked any more", || async {
-        let last = database.value(ASKED).await;
+        let last = database.value(&asked()).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
-        (database.value(ASKED).await == last).then_some(())
+        (database.value(&asked()).await == last).then_some(())
     })
     .await;
-    let tries = "select query_start::text from pg_stat_activity where datname = current_database()
-        and application_name = 'relay doorbell' and query like '%try_advisory_lock(1919249009, 5)%'";
+    let tries = format!(
+        "select query_start::text from pg_stat_activity where datname = current_database() \
+         and application_name = 'relay doorbell' and query like '%try_advisory_lock({})%'",
+        Lock::Leader
+    );
     let mut seen = BTreeSet::new();
     let started = Instant::now();
     while started.elapsed() < Duration::from_secs(2) {
-        seen.insert(database.value(tries).await);
+        seen.insert(database.value(&tries).await);
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     // One every 400 ms, and the last of the leader's.
@@ -124,7 +133,7 @@ async fn an_idle_pair_asks_postgresql_nothing_but_who_leads() {
 async fn a_stranger_who_takes_the_leaders_lock_delays_the_first_change_and_no_other() {
     let database = watched().await;
     let stranger = database.connect().await;
-    stranger.batch_execute("select pg_advisory_lock(1919249009, 5)").await.unwrap();
+    stranger.batch_execute(&format!("select pg_advisory_lock({})", Lock::Leader)).await.unwrap();
     let poll = Duration::from_secs(4);
     let relay = Relay::with(&database.url, |settings| settings.poll_ms = Some(poll.as_millis() as u64)).await;
     let mut client = subscriber(&relay).await;
@@ -144,9 +153,9 @@ async fn a_relay_without_followers_sends_no_notification() {
     let relay = Relay::start(&database.url).await;
     let mut client = subscriber(&relay).await;
     asleep(&database, 0).await;
-    let deputy = Relay::start(&database.url).await;
+    let follower = Relay::start(&database.url).await;
     asleep(&database, 1).await;
-    deputy.stop().await;
+    follower.stop().await;
     asleep(&database, 0).await;
     let (sender, mut heard) = unbounded_channel();
     let server = Server::parse(&database.url, "listener", None).unwrap();
@@ -292,7 +301,7 @@ async fn where_writers_do_not_ring_the_leader_alone_polls() {
     database.run("do $$ begin execute format('alter database %I set relay.doorbell = off', current_database()); end $$").await;
     let (one, other) = (Relay::start(&database.url).await, Relay::start(&database.url).await);
     eventually("one leads", || async {
-        (database.value("select deputies from relay.health").await == "1").then_some(())
+        (database.value("select followers from relay.health").await == "1").then_some(())
     })
     .await;
     assert!(leads(&one));

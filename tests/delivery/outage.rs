@@ -238,7 +238,7 @@ async fn a_doorbell_that_goes_silent_is_noticed_and_the_relay_leads_again_at_onc
     told(&mut client, 1..=1).await;
     database.run("insert into t values (2)").await;
     told(&mut client, 2..=2).await;
-    assert_eq!(database.value("select deputies from relay.health").await, "0");
+    assert_eq!(database.value("select followers from relay.health").await, "0");
     relay.stop().await;
 }
 

@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use tokio_postgres::Client as Session;
 
 use relay::postgres::connect::pool::{Error, Server};
+use relay::postgres::locks::Lock;
 
 use crate::delivery::crash::{Cluster, reconnected};
 use crate::program::cli::line_with;
@@ -267,7 +268,7 @@ async fn a_first_start_is_ready_once_it_is_installed_and_its_log_is_clean() {
     let server = Guarded::start().await;
     let app = connect(&with_database(&server.cluster.url, "app")).await;
     // So that the installer waits.
-    app.batch_execute("select pg_advisory_lock(1919249009, 3)").await.unwrap();
+    app.batch_execute(&format!("select pg_advisory_lock({})", Lock::Install)).await.unwrap();
     let url = server.filled("postgres://owner:PASSWORD@%SOCKET:PORT/app?schema=public");
     let mut child = relay(&[
         "serve",
@@ -301,7 +302,7 @@ async fn a_first_start_is_ready_once_it_is_installed_and_its_log_is_clean() {
     assert_eq!((status("/healthcheck").await, status("/readyz").await), (503, 503));
     // However long an installation takes, that is no stall.
     app.batch_execute("select pg_sleep(6)").await.unwrap();
-    app.batch_execute("select pg_advisory_unlock(1919249009, 3)").await.unwrap();
+    app.batch_execute(&format!("select pg_advisory_unlock({})", Lock::Install)).await.unwrap();
     eventually("it is healthy", || async { (status("/healthcheck").await == 200).then_some(()) }).await;
     let is_there = "select to_regproc('relay.watch') is not null";
     assert!(app.query_one(is_there, &[]).await.unwrap().get::<_, bool>(0));

@@ -1,5 +1,6 @@
 //! The program itself, as a person starts it.
 
+use relay::postgres::locks::Lock;
 use std::future::poll_fn;
 use std::time::Duration;
 
@@ -240,27 +241,29 @@ async fn doctor_names_who_holds_a_lock_of_the_relays_and_is_none() {
     })
     .await;
     let findings = doctor().await;
-    assert!(!findings.contains("1919249009"), "relays hold their own: {findings}");
+    assert!(!findings.contains("advisory lock"), "relays hold their own: {findings}");
     relay.stop().await;
     // A writer shares the lock until its transaction ends.
     let writer = database.connect().await;
-    writer.batch_execute("begin; select pg_advisory_xact_lock_shared(1919249009, 1)").await.unwrap();
+    let share = format!("begin; select pg_advisory_xact_lock_shared({})", Lock::Doorbell);
+    writer.batch_execute(&share).await.unwrap();
     let findings = doctor().await;
-    assert!(!findings.contains("1919249009"), "{findings}");
+    assert!(!findings.contains("advisory lock"), "{findings}");
     writer.batch_execute("commit").await.unwrap();
     let login = with_login(&database.url, name);
     // The second calls itself a relay, but its login may not read the changelog.
     for (url, application) in [(&database.url, "psql"), (&login, "relay doorbell")] {
-        for (function, key) in [("pg_advisory_lock", 5), ("pg_advisory_lock_shared", 1)] {
+        for (function, lock) in
+            [("pg_advisory_lock", Lock::Leader), ("pg_advisory_lock_shared", Lock::Doorbell)]
+        {
             let stranger = connect(url).await;
-            let hold =
-                format!("set application_name = '{application}'; select {function}(1919249009, {key})");
+            let hold = format!("set application_name = '{application}'; select {function}({lock})");
             stranger.batch_execute(&hold).await.unwrap();
             let pid: i32 = stranger.query_one("select pg_backend_pid()", &[]).await.unwrap().get(0);
             let findings = doctor().await;
             assert!(findings.contains("no relay with a working doorbell runs"), "{findings}");
-            let line = findings.lines().find(|line| line.contains(&format!("(1919249009, {key})")));
-            let line = line.unwrap_or_else(|| panic!("nothing of lock {key}: {findings}"));
+            let line = findings.lines().find(|line| line.contains(&format!("({lock})")));
+            let line = line.unwrap_or_else(|| panic!("nothing of lock {lock}: {findings}"));
             for part in [application, url.split(['/', '@']).nth(2).unwrap(), &format!("backend {pid} ")] {
                 assert!(line.contains(part), "{part} is not in {line}");
             }

@@ -1,5 +1,6 @@
 //! Settings of a database and its encoding change nothing of who may see what, and stop no other reader.
 
+use relay::postgres::locks::Lock;
 use std::time::Duration;
 
 use serde_json::json;
@@ -214,7 +215,10 @@ async fn an_installation_that_waits_for_another_says_for_whom_and_goes_on_when_t
     let holder = database.connect().await;
     let pid: i32 = holder.query_one("select pg_backend_pid()", &[]).await.unwrap().get(0);
     holder
-        .batch_execute("set application_name = 'somebody'; select pg_advisory_lock(1919249009, 3)")
+        .batch_execute(&format!(
+            "set application_name = 'somebody'; select pg_advisory_lock({})",
+            Lock::Install
+        ))
         .await
         .unwrap();
     let mut installing = program::relay(&["install", "--database-url", &database.url]).spawn().unwrap();
@@ -229,7 +233,7 @@ async fn an_installation_that_waits_for_another_says_for_whom_and_goes_on_when_t
     assert!(ended.success());
     // One that is interrupted leaves the lock to the next.
     let holder = database.connect().await;
-    holder.batch_execute("select pg_advisory_lock(1919249009, 3)").await.unwrap();
+    holder.batch_execute(&format!("select pg_advisory_lock({})", Lock::Install)).await.unwrap();
     let mut installing = program::relay(&["install", "--database-url", &database.url]).spawn().unwrap();
     let mut lines = BufReader::new(installing.stderr.take().unwrap()).lines();
     timeout(PATIENCE, lines.next_line()).await.expect("nothing is said").unwrap().unwrap();

@@ -1,10 +1,10 @@
 //! The doorbell: one connection that listens, and the advisory locks around it.
 //!
-//! While the relay holds lock 1, every writer rings (NOTIFY). While it does not, no writer rings, and each holds the lock
+//! While the relay holds [`Lock::Doorbell`], every writer rings (NOTIFY). While it does not, no writer rings, and each holds the lock
 //! shared until its transaction ends. So taking the lock again proves that all writers that did not ring have finished.
 //!
-//! Of several relays on one database one leads: it holds lock 5, and only it sleeps and is rung by writers. The others are
-//! followers: each holds lock 6 shared, and the leader rings them for each page while that lock is held by any.
+//! Of several relays on one database one leads: it holds [`Lock::Leader`], and only it sleeps and is rung by writers. The others
+//! are followers: each holds [`Lock::Followers`] shared, and the leader rings them for each page while any holds it.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_postgres::{Client, Notification, Row};
 
 use crate::postgres::connect::pool::{Error, Server};
+use crate::postgres::locks::Lock;
 
 /// Timeout of the probes: a pooler in transaction mode swallows notifications for ever.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -26,11 +27,6 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// two hours. Commits are asynchronous, because notifications do not have to survive a crash.
 const SETTINGS: &str = "set tcp_keepalives_idle = 15; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; \
      set tcp_user_timeout = '30s'; set synchronous_commit = off; listen relay_probe";
-
-/// Rings the followers. Returns no row if lock 6 is free, which means that there are none; the lock it tries ends with the
-/// statement.
-const RING_FOLLOWERS: &str = "select pg_notify('relay_page', '') from (select pg_try_advisory_xact_lock(1919249009, 6) as alone) \
-     followers where not alone";
 
 /// The listening connection.
 pub struct Doorbell {
@@ -116,10 +112,12 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn end(&self, lost: &Backend) -> Result<(), Error> {
-        let end = "select pg_terminate_backend(a.pid) from pg_stat_activity a join pg_locks l on l.pid = a.pid \
-             where a.pid = $1 and a.backend_start::text = $2 and l.locktype = 'advisory' \
-             and (l.classid, l.objid, l.mode) = (1919249009, 5, 'ExclusiveLock') and l.granted";
-        in_time(self.client.query(end, &[&lost.number, &lost.start])).await?;
+        let end =
+            "select pg_terminate_backend(a.pid) from pg_stat_activity a join pg_locks l on l.pid = a.pid \
+             where a.pid = $1 and a.backend_start::text = $2 and l.mode = 'ExclusiveLock' and "
+                .to_owned()
+                + &Lock::Leader.is_held();
+        in_time(self.client.query(&end, &[&lost.number, &lost.start])).await?;
         Ok(())
     }
 
@@ -159,15 +157,16 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn try_lead(&mut self) -> Result<bool, Error> {
-        if !self.row("select pg_try_advisory_lock(1919249009, 5)").await?.get::<_, bool>(0) {
+        if !self.try_lock(Lock::Leader).await? {
             return Ok(false);
         }
-        let stop = if self.role == LeaderRole::Follower {
-            "; unlisten relay_page; select pg_advisory_unlock_shared(1919249009, 6)"
-        } else {
-            ""
-        };
-        in_time(self.client.batch_execute(&format!("listen relay{stop}"))).await?;
+        let mut begin = String::from("listen relay");
+        if self.role == LeaderRole::Follower {
+            let stop =
+                format!("; unlisten relay_page; select pg_advisory_unlock_shared({})", Lock::Followers);
+            begin.push_str(&stop);
+        }
+        in_time(self.client.batch_execute(&begin)).await?;
         self.role = LeaderRole::Leader;
         self.has_followers = true;
         Ok(true)
@@ -196,8 +195,11 @@ impl Doorbell {
     pub async fn follow(&mut self) -> Result<(), Error> {
         // The notification makes the leader ring once more. A page that it read before is visible by then, and for later
         // ones it rings.
-        let begin = "listen relay_page; select pg_advisory_lock_shared(1919249009, 6); notify relay, '{\"deputy\":true}'";
-        in_time(self.client.batch_execute(begin)).await?;
+        let begin = format!(
+            "listen relay_page; select pg_advisory_lock_shared({}); notify relay, '{{\"follower\":true}}'",
+            Lock::Followers
+        );
+        in_time(self.client.batch_execute(&begin)).await?;
         self.role = LeaderRole::Follower;
         Ok(())
     }
@@ -211,7 +213,13 @@ impl Doorbell {
         let is_one_new = std::mem::replace(&mut self.handled.followers, followers) < followers;
         let is_due = is_one_new || (has_changes && self.has_followers);
         if is_due && self.role == LeaderRole::Leader {
-            self.has_followers = !in_time(self.client.query(RING_FOLLOWERS, &[])).await?.is_empty();
+            // No row if the lock is free, which means that there are none. The lock it tries ends with the statement.
+            let ring = format!(
+                "select pg_notify('relay_page', '') from (select pg_try_advisory_xact_lock({}) as alone) followers \
+                 where not alone",
+                Lock::Followers
+            );
+            self.has_followers = !in_time(self.client.query(&ring, &[])).await?.is_empty();
         }
         Ok(())
     }
@@ -221,7 +229,7 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn try_sleep(&mut self) -> Result<bool, Error> {
-        let asleep = self.row("select pg_try_advisory_lock(1919249009, 1)").await?.get(0);
+        let asleep = self.try_lock(Lock::Doorbell).await?;
         // The poll that follows handles earlier rings; counted later, they would look like a burst.
         if asleep {
             self.drain();
@@ -247,7 +255,8 @@ impl Doorbell {
     /// # Errors
     /// As the connection.
     pub async fn wake(&self) -> Result<(), Error> {
-        in_time(self.client.batch_execute("select pg_advisory_unlock(1919249009, 1)")).await
+        let unlock = format!("select pg_advisory_unlock({})", Lock::Doorbell);
+        in_time(self.client.batch_execute(&unlock)).await
     }
 
     /// Waits for a notification, and returns all that have arrived. `None` when the connection is lost.
@@ -260,6 +269,10 @@ impl Doorbell {
         // `notify_followers` handles new followers.
         self.handled = RingCounts { followers: before.followers, ..heard };
         Some(Rings { count: heard.rings - before.rings, refresh_jobs: heard.jobs > before.jobs })
+    }
+
+    async fn try_lock(&self, lock: Lock) -> Result<bool, Error> {
+        Ok(self.row(&format!("select pg_try_advisory_lock({lock})")).await?.get(0))
     }
 
     async fn row(&self, query: &str) -> Result<Row, Error> {
@@ -284,7 +297,7 @@ impl RingCounts {
         }
         self.rings += 1;
         self.jobs += usize::from(ring.payload().contains("\"refresh_jobs\""));
-        self.followers += usize::from(ring.payload().contains("\"deputy\""));
+        self.followers += usize::from(ring.payload().contains("\"follower\""));
         true
     }
 }
