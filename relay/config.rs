@@ -1,17 +1,15 @@
-//! Settings as written (flags, environment, a TOML file), and the configuration resolved from them.
+//! The configuration resolved from the settings, or all that is wrong with them.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-
-use clap::Args;
-use serde::Deserialize;
 
 use crate::auth::jwks_fetch::Endpoint;
 use crate::auth::jwks_refresh::{JwksRefresher, PublishedKeys, Schedule};
 use crate::auth::verifier::{TokenSettings, Verifier};
 use crate::model::session::limits::{Limits, RowLimit};
+use crate::settings::{Mistakes, Settings};
 use crate::transport::listen;
 
 /// The maximum time setting, in seconds or milliseconds: PostgreSQL's maximum for a timeout.
@@ -22,168 +20,6 @@ pub const NO_DATABASE: &str =
     "--database-url URL (or DATABASE_URL, or PGHOST and PGDATABASE) is missing: which database?";
 /// The error without a secret.
 pub const NO_SECRET: &str = "--jwt-secret SECRET (or RELAY_JWT_SECRET) is missing: what signs tokens?";
-
-/// The settings of `relay serve`, as written. Flags override the environment, both override the file.
-#[derive(Args, Deserialize, Default, Clone)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-pub struct Settings {
-    /// The database, e.g. postgres://relay@127.0.0.1:5432/app
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    pub database_url: Option<String>,
-    /// Where to listen [default: 127.0.0.1:4000]
-    #[arg(long, env = "RELAY_LISTEN", value_name = "ADDRESS")]
-    pub listen: Option<String>,
-    /// The secret that signs tokens (HS256/384/512), at least 32 bytes
-    #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
-    pub jwt_secret: Option<String>,
-    /// The public keys (JWK set) that verify tokens (RS, PS, ES, EdDSA): a file or an https:// URL, both reread regularly
-    #[arg(
-        long,
-        help_heading = "Tokens",
-        env = "RELAY_JWKS",
-        hide_env_values = true,
-        value_name = "FILE|URL"
-    )]
-    pub jwks: Option<String>,
-    /// Allow a JWK set URL at a private address or on this machine, then also by http://
-    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_ALLOW_PRIVATE")]
-    pub jwks_allow_private: bool,
-    /// How often to reread the JWK set, in milliseconds [default: 600000 for a URL, 10000 for a file]
-    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_REFRESH_MS", value_name = "MS")]
-    pub jwks_refresh_ms: Option<u64>,
-    /// Minimum interval between rereads of the JWK set for tokens with an unknown key, in milliseconds [default: 30000]
-    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_COOLDOWN_MS", value_name = "MS")]
-    pub jwks_cooldown_ms: Option<u64>,
-    /// How long keys stay valid while their URL cannot be read, in milliseconds [default: 86400000, a day]
-    #[arg(long, help_heading = "Tokens", env = "RELAY_JWKS_KEEP_MS", value_name = "MS")]
-    pub jwks_keep_ms: Option<u64>,
-    /// Accept only tokens whose `aud` is this
-    #[arg(long, help_heading = "Tokens", env = "RELAY_JWT_AUDIENCE", value_name = "AUD")]
-    pub jwt_audience: Option<String>,
-    /// Accept only tokens whose `iss` is this
-    #[arg(long, help_heading = "Tokens", env = "RELAY_JWT_ISSUER", value_name = "ISS")]
-    pub jwt_issuer: Option<String>,
-    /// An opaque key that stands for the role anon (sb_publishable_…); repeatable
-    #[arg(
-        long,
-        help_heading = "Tokens",
-        env = "RELAY_PUBLISHABLE_KEY",
-        hide_env_values = true,
-        value_name = "KEY",
-        value_delimiter = ','
-    )]
-    pub publishable_key: Vec<String>,
-    /// An opaque key that stands for the role service_role (sb_secret_…); repeatable
-    #[arg(
-        long,
-        help_heading = "Tokens",
-        env = "RELAY_SECRET_KEY",
-        hide_env_values = true,
-        value_name = "KEY",
-        value_delimiter = ','
-    )]
-    pub secret_key: Vec<String>,
-    /// A direct connection for LISTEN, if the main one goes through a pooler
-    #[arg(
-        long,
-        help_heading = "Database",
-        env = "RELAY_DOORBELL_URL",
-        hide_env_values = true,
-        value_name = "URL"
-    )]
-    pub doorbell_url: Option<String>,
-    /// A separate login that evaluates policies: a member of the subscribers' roles, without rights on the changelog
-    #[arg(
-        long,
-        help_heading = "Database",
-        env = "RELAY_JUDGE_URL",
-        hide_env_values = true,
-        value_name = "URL"
-    )]
-    pub judge_url: Option<String>,
-    /// Certificate authorities for the database's TLS, as PEM [default: the system's]
-    #[arg(long, help_heading = "Database", env = "RELAY_DATABASE_CA", value_name = "FILE")]
-    pub database_ca: Option<String>,
-    /// An origin that browsers may connect from; repeatable [default: any]
-    #[arg(
-        long,
-        help_heading = "Limits",
-        env = "RELAY_ALLOWED_ORIGIN",
-        value_name = "ORIGIN",
-        value_delimiter = ','
-    )]
-    pub allowed_origin: Vec<String>,
-    /// Maximum number of connected clients [default: 10000]
-    #[arg(long, help_heading = "Limits", env = "RELAY_MAX_CONNECTIONS", value_name = "N")]
-    pub max_connections: Option<usize>,
-    /// Maximum number of connections from one address; behind a proxy all have its address [default: no limit]
-    #[arg(long, help_heading = "Limits", env = "RELAY_CONNECTIONS_PER_ADDRESS", value_name = "N")]
-    pub connections_per_address: Option<usize>,
-    /// Maximum number of channels per client [default: 100]
-    #[arg(long, help_heading = "Limits", env = "RELAY_MAX_CHANNELS", value_name = "N")]
-    pub max_channels: Option<usize>,
-    /// Maximum number of joins per second and client, on average over a minute [default: 100]
-    #[arg(long, help_heading = "Limits", env = "RELAY_JOINS_PER_SECOND", value_name = "N")]
-    pub joins_per_second: Option<u32>,
-    /// Maximum number of messages per second and client, on average over a minute [default: 100]
-    #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGES_PER_SECOND", value_name = "N")]
-    pub messages_per_second: Option<u32>,
-    /// Maximum size of a message from a client, in bytes [default: 5000000]
-    #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGE_BYTES", value_name = "N")]
-    pub message_bytes: Option<usize>,
-    /// Maximum number of bytes queued for one client, which is closed beyond it; at least 4096 [default: 524288]
-    #[arg(long, help_heading = "Limits", env = "RELAY_OUTBOX_BYTES", value_name = "N")]
-    pub outbox_bytes: Option<usize>,
-    /// Maximum memory for all clients' queues, in bytes; beyond it slow clients are closed; at least 1048576 [default: 268435456]
-    #[arg(long, help_heading = "Limits", env = "RELAY_TOTAL_OUTBOX_BYTES", value_name = "N")]
-    pub total_outbox_bytes: Option<usize>,
-    /// Maximum size of a change as sent, in bytes; a larger one has only its key and short columns; at least 32768 [default: 1048576]
-    #[arg(long, help_heading = "Limits", env = "RELAY_CHANGE_BYTES", value_name = "N")]
-    pub change_bytes: Option<usize>,
-    /// Send buffer per client, in bytes; the kernel uses up to twice as much; at least 4096 [default: 212992]
-    #[arg(long, help_heading = "Limits", env = "RELAY_SEND_BUFFER_BYTES", value_name = "N")]
-    pub send_buffer_bytes: Option<usize>,
-    /// Maximum number of rows in one answer [default: 10000]
-    #[arg(long, help_heading = "Limits", env = "RELAY_MOST_ROWS", value_name = "N")]
-    pub most_rows: Option<usize>,
-    /// Maximum size of the rows in one answer, in bytes [default: 67108864]
-    #[arg(long, help_heading = "Limits", env = "RELAY_MOST_ROW_BYTES", value_name = "N")]
-    pub most_row_bytes: Option<usize>,
-    /// How long a client with a named session may be away and still resume, in seconds [default: 3600]
-    #[arg(long, help_heading = "Limits", env = "RELAY_RESUME_SECONDS", value_name = "SECONDS")]
-    pub resume_seconds: Option<u64>,
-    /// Timeout for the head of a request, in milliseconds [default: 10000]
-    #[arg(long, help_heading = "Limits", env = "RELAY_HEAD_TIMEOUT_MS", value_name = "MS")]
-    pub head_timeout_ms: Option<u64>,
-    /// Write timeout: how long a client may read nothing of what is sent to it, in milliseconds [default: 30000]
-    #[arg(long, help_heading = "Limits", env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
-    pub write_timeout_ms: Option<u64>,
-    /// How long a client may send nothing, in milliseconds; clients send a heartbeat every 25 seconds [default: 60000]
-    #[arg(long, help_heading = "Limits", env = "RELAY_SILENCE_MS", value_name = "MS")]
-    pub silence_ms: Option<u64>,
-    /// Interval of keep-alive comments on an idle event stream, in milliseconds [default: 15000]
-    #[arg(long, help_heading = "Limits", env = "RELAY_KEEP_ALIVE_MS", value_name = "MS")]
-    pub keep_alive_ms: Option<u64>,
-    /// Maximum interval between polls of the changelog, without notifications, in milliseconds [default: 5000]
-    #[arg(long, help_heading = "Database", env = "RELAY_POLL_MS", value_name = "MS")]
-    pub poll_ms: Option<u64>,
-    /// Timeout of a policy for a page of changes, in milliseconds [default: 1000]
-    #[arg(long, help_heading = "Database", env = "RELAY_JUDGE_TIMEOUT_MS", value_name = "MS")]
-    pub judge_timeout_ms: Option<u64>,
-    /// Warn clients when changes could not be read or evaluated for this long [default: 10]
-    #[arg(long, help_heading = "Database", env = "RELAY_STALL_SECONDS", value_name = "SECONDS")]
-    pub stall_seconds: Option<u64>,
-    /// Install or update the database side before serving
-    #[arg(long, env = "RELAY_INSTALL")]
-    pub install: bool,
-    /// Logs as JSON. The flag is global: it may precede or follow any command.
-    #[arg(skip)]
-    pub log_json: bool,
-    /// A TOML file with any of these settings, named like the flags
-    #[arg(long, env = "RELAY_CONFIG", value_name = "FILE")]
-    #[serde(skip)]
-    pub config: Option<PathBuf>,
-}
 
 /// The resolved configuration of a relay.
 pub struct Config {
@@ -217,65 +53,7 @@ pub struct Config {
     pub install: bool,
 }
 
-/// All invalid settings, a line each.
-#[derive(Debug, thiserror::Error)]
-#[error("{}", .0.join("\n"))]
-pub struct Mistakes(pub Vec<String>);
-
 impl Settings {
-    /// Adds the settings of the file that neither flags nor environment set.
-    ///
-    /// # Errors
-    /// When the file cannot be read or has an unknown setting.
-    pub fn with_file(self) -> Result<Self, Mistakes> {
-        let Some(path) = &self.config else { return Ok(self) };
-        let mistake = |why: String| Mistakes(vec![format!("--config {}: {why}", path.display())]);
-        let text = std::fs::read_to_string(path).map_err(|error| mistake(error.to_string()))?;
-        let file: Self = toml::from_str(&text).map_err(|error| mistake(error.message().to_owned()))?;
-        let list = |ours: Vec<String>, theirs: Vec<String>| if ours.is_empty() { theirs } else { ours };
-        Ok(Self {
-            database_url: self.database_url.or(file.database_url),
-            listen: self.listen.or(file.listen),
-            jwt_secret: self.jwt_secret.or(file.jwt_secret),
-            jwks: self.jwks.or(file.jwks),
-            jwks_allow_private: self.jwks_allow_private || file.jwks_allow_private,
-            jwks_refresh_ms: self.jwks_refresh_ms.or(file.jwks_refresh_ms),
-            jwks_cooldown_ms: self.jwks_cooldown_ms.or(file.jwks_cooldown_ms),
-            jwks_keep_ms: self.jwks_keep_ms.or(file.jwks_keep_ms),
-            jwt_audience: self.jwt_audience.or(file.jwt_audience),
-            jwt_issuer: self.jwt_issuer.or(file.jwt_issuer),
-            publishable_key: list(self.publishable_key, file.publishable_key),
-            secret_key: list(self.secret_key, file.secret_key),
-            doorbell_url: self.doorbell_url.or(file.doorbell_url),
-            judge_url: self.judge_url.or(file.judge_url),
-            database_ca: self.database_ca.or(file.database_ca),
-            allowed_origin: list(self.allowed_origin, file.allowed_origin),
-            max_connections: self.max_connections.or(file.max_connections),
-            connections_per_address: self.connections_per_address.or(file.connections_per_address),
-            max_channels: self.max_channels.or(file.max_channels),
-            joins_per_second: self.joins_per_second.or(file.joins_per_second),
-            messages_per_second: self.messages_per_second.or(file.messages_per_second),
-            message_bytes: self.message_bytes.or(file.message_bytes),
-            outbox_bytes: self.outbox_bytes.or(file.outbox_bytes),
-            total_outbox_bytes: self.total_outbox_bytes.or(file.total_outbox_bytes),
-            change_bytes: self.change_bytes.or(file.change_bytes),
-            send_buffer_bytes: self.send_buffer_bytes.or(file.send_buffer_bytes),
-            most_rows: self.most_rows.or(file.most_rows),
-            most_row_bytes: self.most_row_bytes.or(file.most_row_bytes),
-            resume_seconds: self.resume_seconds.or(file.resume_seconds),
-            head_timeout_ms: self.head_timeout_ms.or(file.head_timeout_ms),
-            write_timeout_ms: self.write_timeout_ms.or(file.write_timeout_ms),
-            silence_ms: self.silence_ms.or(file.silence_ms),
-            keep_alive_ms: self.keep_alive_ms.or(file.keep_alive_ms),
-            poll_ms: self.poll_ms.or(file.poll_ms),
-            judge_timeout_ms: self.judge_timeout_ms.or(file.judge_timeout_ms),
-            stall_seconds: self.stall_seconds.or(file.stall_seconds),
-            install: self.install || file.install,
-            log_json: self.log_json || file.log_json,
-            config: self.config,
-        })
-    }
-
     /// Resolves all settings; all mistakes are reported together.
     ///
     /// # Errors
@@ -335,13 +113,7 @@ impl Settings {
     /// Reads the JWK set, or prepares reading it from its URL.
     fn jwks(&self, mistakes: &mut Vec<String>) -> (Option<Arc<PublishedKeys>>, Option<JwksRefresher>) {
         let is_url = self.jwks.as_ref().is_some_and(|place| place.contains("://"));
-        let refresh = if is_url { 600_000 } else { 10_000 };
-        let refresh = positive("jwks-refresh-ms", self.jwks_refresh_ms, refresh, mistakes);
-        let schedule = Schedule {
-            refresh: Duration::from_millis(refresh),
-            cooldown: Duration::from_millis(self.jwks_cooldown_ms.unwrap_or(30_000)),
-            keep: Duration::from_millis(self.jwks_keep_ms.unwrap_or(86_400_000)),
-        };
+        let schedule = self.schedule(is_url, mistakes);
         let published = self.jwks.as_ref().map(|place| {
             let read = if is_url {
                 Endpoint::parse(place, self.jwks_allow_private).map(|endpoint| {
@@ -360,6 +132,17 @@ impl Settings {
             })
         });
         published.unwrap_or_default()
+    }
+
+    /// Resolves when the JWK set is read again.
+    fn schedule(&self, is_url: bool, mistakes: &mut Vec<String>) -> Schedule {
+        let refresh = if is_url { 600_000 } else { 10_000 };
+        let refresh = positive("jwks-refresh-ms", self.jwks_refresh_ms, refresh, mistakes);
+        Schedule {
+            refresh: Duration::from_millis(refresh),
+            cooldown: Duration::from_millis(self.jwks_cooldown_ms.unwrap_or(30_000)),
+            keep: Duration::from_millis(self.jwks_keep_ms.unwrap_or(86_400_000)),
+        }
     }
 
     /// Resolves the limits of clients.
@@ -436,6 +219,7 @@ fn at_least(name: &str, value: Option<usize>, min: usize, default: usize) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::Setting;
 
     #[test]
     fn all_mistakes_are_reported_together() {
@@ -528,34 +312,50 @@ mod tests {
         assert!(config.listen.ip().is_loopback());
     }
 
+    /// What the numbers of a file amount to.
+    fn resolved(name: &str, value: impl std::fmt::Display) -> Result<String, Mistakes> {
+        let mut settings: Settings = toml::from_str(&format!("{name} = {value}")).unwrap();
+        settings.database_url = Some(String::from("postgres://x/"));
+        settings.jwt_secret = Some("s".repeat(32));
+        // The keys' times count only where there are keys.
+        let keys = (settings.schedule(false, &mut Vec::new()), settings.schedule(true, &mut Vec::new()));
+        let Config { limits, resume, poll, judge_timeout, stall, listen, .. } = settings.resolve()?;
+        Ok(format!("{limits:?} {resume:?} {poll:?} {judge_timeout:?} {stall:?} {listen} {keys:?}"))
+    }
+
     #[test]
-    fn every_flag_of_serve_is_accepted_in_the_file() {
-        let serve = Settings::augment_args(clap::Command::new("serve"));
-        let flags = serve.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| *flag != "config");
-        let flags: Vec<_> = flags.chain(["log-json"]).collect();
-        assert!(flags.len() > 30, "{flags:?}");
-        for flag in flags {
-            let values = ["true", "7", "\"x\"", "[\"x\"]"];
-            let is_taken = |value: &&str| toml::from_str::<Settings>(&format!("{flag} = {value}")).is_ok();
-            assert!(values.iter().any(is_taken), "{flag} is refused");
+    fn the_default_that_the_help_says_is_the_one_that_counts() {
+        let unset = resolved("log-json", false).unwrap();
+        for setting in Setting::all().into_iter().filter(Setting::is_number) {
+            let Some(default) = setting.default.filter(|default| *default != "no limit") else { continue };
+            let Ok(number) = default.parse::<u64>() else {
+                assert_eq!(default, "600000 for a URL, 10000 for a file", "{}", setting.name);
+                continue;
+            };
+            assert_eq!(resolved(&setting.name, number).unwrap(), unset, "{}", setting.name);
+            assert_ne!(resolved(&setting.name, number + 1).unwrap(), unset, "{}", setting.name);
         }
     }
 
     #[test]
-    fn the_file_sets_what_flags_do_not() {
-        let path = std::env::temp_dir().join(format!("relay-config-{}.toml", std::process::id()));
-        std::fs::write(
-            &path,
-            "database-url = \"postgres://file/\"\npoll-ms = 7\ninstall = true\nlog-json = true\n",
-        )
-        .unwrap();
-        let flags = Settings { poll_ms: Some(9), config: Some(path.clone()), ..Settings::default() };
-        let settings = flags.with_file().unwrap();
-        assert_eq!(settings.database_url.as_deref(), Some("postgres://file/"));
-        assert_eq!((settings.poll_ms, settings.install, settings.log_json), (Some(9), true, true));
-        std::fs::write(&path, "poll = 7").unwrap();
-        let unknown = Settings { config: Some(path.clone()), ..Settings::default() };
-        assert!(unknown.with_file().is_err());
-        std::fs::remove_file(path).unwrap();
+    fn the_bound_that_the_help_says_is_the_one_that_counts() {
+        for Setting { name, bound, .. } in Setting::all().into_iter().filter(Setting::is_number) {
+            let Some(bound) = bound else {
+                assert!(resolved(&name, 1).is_ok(), "{name}: --help says no bound");
+                continue;
+            };
+            assert!(resolved(&name, bound).is_ok(), "{name}");
+            let mistake = resolved(&name, bound - 1).unwrap_err().to_string();
+            assert_eq!(mistake, format!("--{name} must be {bound} bytes at least"));
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_named_like_its_flag() {
+        for Setting { name, .. } in Setting::all().into_iter().filter(Setting::is_number) {
+            if let Err(mistakes) = resolved(&name, 0) {
+                assert!(mistakes.to_string().starts_with(&format!("--{name} must be ")), "{mistakes}");
+            }
+        }
     }
 }

@@ -27,7 +27,7 @@
 //! # Layers
 //!
 //! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth` (without `feed`), `transport`, then `server`
-//! and `command`; `config`, `observe` and `tls` stand beside them. A folder of a layer is a room. Rooms of a layer import each other one
+//! and `command`; `settings`, `config`, `observe` and `tls` stand beside them. A folder of a layer is a room. Rooms of a layer import each other one
 //! way only, too. `tests/house/layers.rs` holds both rules.
 //!
 //! # Glossary
@@ -266,6 +266,7 @@ pub mod transport {
     pub mod routes;
 }
 
+pub mod settings;
 pub mod config;
 pub mod observe;
 pub mod tls;

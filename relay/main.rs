@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use relay::command::{doctor, explain, tail, token};
-use relay::config::{NO_DATABASE, Settings};
+use relay::config::NO_DATABASE;
 use relay::postgres::connect::pool::{DATABASE, Error, JUDGE, Server};
 use relay::postgres::install;
 use relay::server;
+use relay::settings::Settings;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_postgres::Client;

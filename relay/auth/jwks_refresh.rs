@@ -107,7 +107,7 @@ impl PublishedKeys {
 }
 
 /// When keys are refreshed, and how long they stay valid without confirmation.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Schedule {
     /// Interval between refreshes.
     pub refresh: Duration,

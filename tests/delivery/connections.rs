@@ -61,7 +61,7 @@ async fn a_pooler_in_session_mode_is_as_good_as_none() {
     let database = Database::new().await;
     database.run("create table t (id int primary key); grant select on t to authenticated; select relay.watch('t')").await;
     let pooler = Pooler::start(&database.url, "session").await;
-    let through = |settings: &mut relay::config::Settings| {
+    let through = |settings: &mut relay::settings::Settings| {
         settings.database_url = Some(pooler.url.clone());
         settings.judge_url = Some(pooler.url.clone());
     };

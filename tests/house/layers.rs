@@ -13,7 +13,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("feed", &["feed", "postgres", "model", "observe"]),
     ("auth", &["auth", "model", "observe", "tls"]),
     ("transport", &["transport", "auth", "feed", "model", "observe", "tls"]),
-    ("config", &["auth", "transport::listen", "model"]),
+    ("settings", &[]),
+    ("config", &["settings", "auth", "transport::listen", "model"]),
 ];
 
 /// Words that a layer never says, and what they would bring in.

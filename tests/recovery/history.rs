@@ -210,7 +210,7 @@ async fn a_changelog_that_came_with_a_dump_never_comes_up_as_new() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_schema_that_is_dropped_and_installed_again_is_a_gap_and_then_the_feed_continues() {
     // No writer rings when the triggers are gone.
-    let often = |settings: &mut relay::config::Settings, _: &str| settings.poll_ms = Some(50);
+    let often = |settings: &mut relay::settings::Settings, _: &str| settings.poll_ms = Some(50);
     let stage = Stage::with(&format!("{TABLE} select relay.watch('t')"), often).await;
     let mut client = joined(&stage.relay).await;
     stage.run("insert into t values (1)").await;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use relay::config::Settings;
+use relay::settings::Settings;
 use relay::transport::app::App;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;

@@ -1,6 +1,6 @@
 //! A database and a relay on it, with a table `marker` whose rows prove that nothing else was on its way.
 
-use relay::config::Settings;
+use relay::settings::Settings;
 use serde_json::{Value, json};
 
 use super::client::Client;
