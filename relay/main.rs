@@ -2,9 +2,9 @@
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
+use futures_util::FutureExt;
 use relay::command::{doctor, explain, tail, token};
 use relay::config::NO_DATABASE;
 use relay::postgres::connect::pool::{DATABASE, Error, JUDGE, Server};
@@ -13,7 +13,9 @@ use relay::server;
 use relay::settings::Settings;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 use tokio_postgres::Client;
+use tokio_util::task::AbortOnDropHandle;
 use tracing_subscriber::EnvFilter;
 
 /// Unlike the system's allocator, mimalloc returns memory when many frames are dropped at once.
@@ -89,19 +91,10 @@ enum CliCommand {
         #[command(flatten)]
         options: explain::ExplainOptions,
         #[command(flatten)]
-        database: DatabaseOptions,
-        /// The login that judges policies, when `serve` has one of its own
-        #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
-        judge_url: Option<String>,
+        servers: JudgeOptions,
     },
     /// Check the database and print remedies; exit code 1 on a fault
-    Doctor {
-        #[command(flatten)]
-        database: DatabaseOptions,
-        /// The login that judges policies, when `serve` has one of its own
-        #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
-        judge_url: Option<String>,
-    },
+    Doctor(JudgeOptions),
 }
 
 #[derive(Args)]
@@ -131,11 +124,24 @@ impl DatabaseOptions {
         server.check_sessions().await?;
         server.connect().await
     }
+}
 
-    /// Returns the server that evaluates policies: by default the same.
-    fn judge(&self, server: &Server, url: Option<&str>) -> Result<Server, Error> {
-        let judge = |url: &str| Server::named(JUDGE, url, "relay", self.database_ca.as_deref());
-        url.map_or_else(|| Ok(server.clone()), judge)
+#[derive(Args)]
+struct JudgeOptions {
+    #[command(flatten)]
+    database: DatabaseOptions,
+    /// The login that judges policies, when `serve` has one of its own
+    #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
+    judge_url: Option<String>,
+}
+
+impl JudgeOptions {
+    /// Returns the server, and the one that evaluates policies: by default the same.
+    fn servers(&self) -> Result<(Server, Server), Error> {
+        let server = self.database.server()?;
+        let judge = |url: &String| Server::named(JUDGE, url, "relay", self.database.database_ca.as_deref());
+        let judge = self.judge_url.as_ref().map_or_else(|| Ok(server.clone()), judge)?;
+        Ok((server, judge))
     }
 }
 
@@ -208,14 +214,12 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
         }
         CliCommand::Token(options) => token::run(&options)?,
         CliCommand::Tail(options) => tail::run(options).await?,
-        CliCommand::Doctor { database, judge_url } => {
-            let server = database.server()?;
-            let judge = database.judge(&server, judge_url.as_deref())?;
+        CliCommand::Doctor(options) => {
+            let (server, judge) = options.servers()?;
             return Ok(doctor::run(&server, &judge).await);
         }
-        CliCommand::Explain { options, database, judge_url } => {
-            let server = database.server()?;
-            let judge = database.judge(&server, judge_url.as_deref())?;
+        CliCommand::Explain { options, servers } => {
+            let (server, judge) = servers.servers()?;
             server.check_sessions().await?;
             judge.check_sessions().await?;
             if !explain::run(&options, &server, &judge).await? {
@@ -237,26 +241,23 @@ async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
         .map_err(|error| format!("{}: {error}; give another address by --listen", config.listen))?;
     let address = listener.local_addr()?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    let end = Arc::new(tokio::sync::Notify::new());
-    let notify = Arc::clone(&end);
-    tokio::spawn(async move {
+    let mut signalled = async move || {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
-        notify.notify_one();
+    };
+    let (stop, stopped) = oneshot::channel();
+    // Aborted when the relay has stopped.
+    let _signals = AbortOnDropHandle::new(tokio::spawn(async move {
+        signalled().await;
+        let _ = stop.send(());
         // A second signal exits at once.
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
+        signalled().await;
         std::process::exit(130);
-    });
-    let stop = Arc::clone(&end);
+    }));
     let started = |_| tracing::info!(%address, "listening: point supabase-js at http://{address}");
-    tokio::select! {
-        served = server::serve(config, listener, async move { stop.notified().await }, started) => served?,
-    }
+    server::serve(config, listener, stopped.map(drop), started).await?;
     Ok(())
 }
 

@@ -72,3 +72,43 @@ fn sql_names_only_locks_that_there_are() {
         assert!(used > 5, "{function} is used {used} times");
     }
 }
+
+#[test]
+fn each_variable_is_named_like_its_flag_in_every_command() {
+    let mut variables = 0;
+    for (path, text) in files("relay", &["rs"]) {
+        for tail in text.split("env = \"").skip(1) {
+            let (variable, rest) = tail.split_once('"').unwrap();
+            let field =
+                rest.lines().map(str::trim).find(|line| line.ends_with(',') && line.contains(": ")).unwrap();
+            let name = field.trim_start_matches("pub ").split(':').next().unwrap().to_uppercase();
+            let expected = if name == "DATABASE_URL" { name } else { format!("RELAY_{name}") };
+            assert_eq!(variable, expected, "{path}");
+            variables += 1;
+        }
+    }
+    assert!(variables > 40, "{variables}");
+}
+
+/// The places where a task is started that no `TaskTracker` or `JoinSet` knows.
+const UNTRACKED: &[(&str, &str)] = &[
+    (
+        "relay/auth/jwks_refresh.rs",
+        "a file is read on a thread of its own, which is awaited and cannot be aborted",
+    ),
+    ("relay/main.rs", "the task is aborted when `serve` returns"),
+    ("relay/postgres/connect/pool.rs", "a connection ends with its client"),
+];
+
+#[test]
+fn each_task_is_tracked_or_has_a_reason_here() {
+    let mut untracked = Vec::new();
+    for (path, text) in files("relay", &["rs"]) {
+        let program = text.split("\n#[cfg(test)]").next().unwrap();
+        let starts = ["tokio::spawn", "task::spawn(", "spawn_blocking(", "thread::spawn(", "spawn_local("];
+        let count: usize = starts.iter().map(|start| program.matches(start).count()).sum();
+        untracked.extend(std::iter::repeat_n(path, count));
+    }
+    let known: Vec<&str> = UNTRACKED.iter().map(|(path, _)| *path).collect();
+    assert_eq!(untracked, known, "track the task, or say here why not");
+}

@@ -180,9 +180,9 @@ impl Server {
     pub async fn check_sessions(&self) -> Result<(), Error> {
         let is_own = async {
             let (one, connection) = self.open().await?;
-            tokio::spawn(connection);
+            drive(connection);
             let (other, connection) = self.open().await?;
-            tokio::spawn(connection);
+            drive(connection);
             let first = (session(&one).await?, session(&other).await?);
             for _ in 1..ROUNDS {
                 if first.0 == first.1 || (session(&one).await?, session(&other).await?) != first {
@@ -208,7 +208,7 @@ impl Server {
     pub async fn connect(&self) -> Result<Client, Error> {
         let begin = async {
             let (client, connection) = self.open().await?;
-            tokio::spawn(connection);
+            drive(connection);
             client.batch_execute(PINNED).await?;
             Ok(client)
         };
@@ -225,7 +225,7 @@ impl Server {
     ) -> Result<Client, Error> {
         let begin = async {
             let (client, mut connection) = self.open().await?;
-            tokio::spawn(async move {
+            drive(async move {
                 while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
                     if let AsyncMessage::Notification(notification) = message {
                         handler(notification);
@@ -262,11 +262,16 @@ impl Connect for Server {
     ) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
         async move {
             let (client, connection) = self.open().await?;
-            // Statements on the client report the end of the connection.
-            Ok((client, tokio::spawn(connection.map(drop))))
+            // The pool aborts the task with the client.
+            Ok((client, drive(connection)))
         }
         .boxed()
     }
+}
+
+/// Runs a connection. The task is not tracked, because it ends with its client, and statements on the client report its end.
+fn drive<T: Send + 'static>(connection: impl Future<Output = T> + Send + 'static) -> JoinHandle<()> {
+    tokio::spawn(connection.map(drop))
 }
 
 /// TLS for servers with a name. A server behind a Unix socket has none, and no TLS.
