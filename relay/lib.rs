@@ -146,6 +146,7 @@ pub mod postgres {
         pub mod address;
         pub mod advice;
         pub mod error;
+        pub mod within;
         pub mod pool;
         pub mod backoff;
     }

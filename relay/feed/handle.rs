@@ -23,6 +23,7 @@ use crate::model::session::limits::RowLimit;
 use crate::model::subscription::binding::{Request, Scope, Subscription};
 use crate::model::subscription::paging::{PageToken, Paging};
 use crate::postgres::connect::pool::Error;
+use crate::postgres::connect::within::within;
 use crate::postgres::snapshot_rows::{RowSink, RowsRead, Selection, SnapshotRows};
 
 /// A session's handle on the feed.
@@ -177,8 +178,8 @@ impl Feed {
         take: RowSink<'_>,
     ) -> Result<RowsPage, RequestError> {
         let claims = subscription.identity().claims();
-        let catalog = timeout(BIND_TIMEOUT, self.binder.catalog().with_role(claims.role())).await;
-        let catalog = catalog.map_err(|_| Error::Lost("the catalog does not answer"))??;
+        let catalog = self.binder.catalog().with_role(claims.role());
+        let catalog = within(BIND_TIMEOUT, "the catalog", catalog).await?;
         let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
             Scope::Relation(id, oid, ..) => {
                 Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))

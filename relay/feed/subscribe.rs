@@ -16,6 +16,7 @@ use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
+use crate::postgres::connect::within::within;
 
 /// Binds requests to the rights of their role.
 pub struct Binder {
@@ -187,13 +188,13 @@ impl Binder {
                 .into_iter()
                 .flatten()
                 .collect();
-            let mut read = match timeout(BIND_TIMEOUT, self.catalog.conditions(relation, &read)).await {
-                Ok(Ok(read)) => read.into_iter(),
-                Ok(Err(error)) if error.refusal().is_some() && !error.is_transient() => {
+            let read = within(BIND_TIMEOUT, "the catalog", self.catalog.conditions(relation, &read)).await;
+            let mut read = match read {
+                Ok(read) => read.into_iter(),
+                Err(error) if error.refusal().is_some() && !error.is_transient() => {
                     return Err(PageToken::invalid().into());
                 }
-                Ok(Err(error)) => return Err(error.into()),
-                Err(_) => return Err(Error::Lost("the catalog does not answer").into()),
+                Err(error) => return Err(error.into()),
             };
             let mut next = || read.next().unwrap_or_default();
             let (equal, later) = (next(), beyond.later.as_ref().map(|_| next()));

@@ -4,13 +4,13 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use deadpool_postgres::Pool;
-use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::model::identity::bookmark::{Bookmark, BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
 use crate::postgres::connect::pool::{Error, Lease, Server};
+use crate::postgres::connect::within::within;
 
 /// The bookmark store.
 pub struct Bookmarks {
@@ -97,11 +97,13 @@ impl Bookmarks {
         let client = lease.client()?;
         let query = async {
             let statement = client.prepare_cached(statement).await?;
-            Ok(client.query(&statement, parameters).await?)
+            client.query(&statement, parameters).await
         };
-        let lost = "the bookmark connection does not answer";
-        let rows = timeout(self.timeout, query).await.map_err(|_| Error::Lost(lost))?;
-        lease.done();
+        let rows = within(self.timeout, "the bookmark connection", query).await;
+        // After a late answer the connection is given up.
+        if !matches!(rows, Err(Error::Late { .. })) {
+            lease.done();
+        }
         rows
     }
 }

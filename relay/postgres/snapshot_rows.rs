@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use deadpool_postgres::{Client, Pool, Timeouts};
 use futures_util::TryStreamExt;
-use tokio::time::timeout;
 use tokio_postgres::Transaction;
 use tokio_postgres::types::ToSql;
 
@@ -14,6 +13,7 @@ use crate::model::identity::claims::Claims;
 use crate::model::session::limits::{ExceededLimit, RowLimit};
 use crate::model::subscription::paging::OrderBy;
 use crate::postgres::connect::pool::{Error, SPELLING, Server, give_up};
+use crate::postgres::connect::within::within;
 
 /// Number of connections that read rows as a subscriber.
 const READERS: usize = 2;
@@ -96,14 +96,12 @@ impl SnapshotRows {
         let mut reader = self.readers.timeout_get(&wait).await?;
         let mut main = self.main.get().await?;
         let read = read_with(&mut main, &mut reader, claims, selection, max_rows, sink);
-        match timeout(self.read_timeout, read).await {
-            Ok(read) => read,
-            Err(_) => {
-                give_up(&self.readers, reader);
-                give_up(&self.main, main);
-                Err(Error::Lost("the rows were not read in time"))
-            }
+        let read = within(self.read_timeout, "the connection that reads rows", read).await;
+        if matches!(read, Err(Error::Late { .. })) {
+            give_up(&self.readers, reader);
+            give_up(&self.main, main);
         }
+        read
     }
 }
 

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use deadpool_postgres::Pool;
 use tokio::sync::mpsc::Sender;
 use tokio::sync::{Notify, watch};
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::read::batch::Batch;
@@ -23,6 +22,7 @@ use crate::postgres::changelog::reader::{self, Changelog, Flush, PagePosition};
 use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::backoff::Backoff;
 use crate::postgres::connect::pool::{Error, Server};
+use crate::postgres::connect::within::within;
 
 /// A batch ends at this many changes …
 pub const BATCH_CHANGES: usize = 250;
@@ -237,11 +237,8 @@ impl ChangeSource {
         Ok(answer)
     }
 
-    /// Applies the time limit: a dead connection may look open for ever.
+    /// Applies the time limit.
     pub(super) async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        match timeout(self.query_timeout, query).await {
-            Ok(answer) => answer,
-            Err(_) => Err(Error::Lost("the connection to the changelog does not answer")),
-        }
+        within(self.query_timeout, "the connection to the changelog", query).await
     }
 }

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use deadpool_postgres::Pool;
 use tokio::sync::{Mutex, Semaphore};
-use tokio::time::timeout;
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::read::batch::Batch;
@@ -18,6 +17,7 @@ use crate::postgres::changelog::chunks::{Chunk, ChunkPosition, ChunkReader};
 use crate::postgres::changelog::reader;
 use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::pool::{Error, Server};
+use crate::postgres::connect::within::within;
 
 /// Chunks read and authorized concurrently for single subscribers: a storm of reconnects queues here, not at the
 /// database.
@@ -175,15 +175,13 @@ impl ReplayReader {
         }
     }
 
-    /// Applies the time limit. A dead connection may look open for ever, and so may the idle ones: they are dropped.
+    /// Applies the time limit. When it is exceeded, the idle connections may be dead as well: they are dropped.
     async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        match timeout(self.query_timeout, query).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                self.idle.lock().await.clear();
-                Err(Error::Lost("the connection that reads missed changes does not answer"))
-            }
+        let answer = within(self.query_timeout, "the connection that reads missed changes", query).await;
+        if matches!(answer, Err(Error::Late { .. })) {
+            self.idle.lock().await.clear();
         }
+        answer
     }
 
     /// Checks that everything after the snapshot is still kept.

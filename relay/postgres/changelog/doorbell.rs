@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_postgres::{Client, Notification, Row};
 
 use crate::postgres::connect::pool::{Error, Server};
+use crate::postgres::connect::within::within;
 use crate::postgres::locks::Lock;
 
 /// Timeout of the probes: a pooler in transaction mode swallows notifications for ever.
@@ -303,8 +304,5 @@ impl RingCounts {
 }
 
 async fn in_time<T>(query: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, Error> {
-    match timeout(STATEMENT_TIMEOUT, query).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Error::Lost("the doorbell's connection does not answer")),
-    }
+    within(STATEMENT_TIMEOUT, "the doorbell's connection", query).await
 }

@@ -1,5 +1,7 @@
 //! Errors of PostgreSQL and of connections to it, with texts for the log and for clients.
 
+use std::time::Duration;
+
 use deadpool_postgres::{HookError, PoolError};
 use tokio_postgres::error::SqlState;
 
@@ -36,16 +38,24 @@ pub enum Error {
     /// The database does not meet the relay's requirements; the text has the remedy.
     #[error("{0}")]
     Unfit(String),
-    /// The connection is unusable, or does not answer; the text says which.
+    /// The connection is unusable; the text says which.
     #[error("{0}")]
     Lost(&'static str),
+    /// No answer within the time limit.
+    #[error("{what} did not answer within {limit:?}")]
+    Late {
+        /// What was awaited.
+        what: &'static str,
+        /// The limit.
+        limit: Duration,
+    },
 }
 
 impl Error {
     /// Whether a retry may succeed without a change by a user.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Pool(_) | Self::Lost(_) => true,
+            Self::Pool(_) | Self::Lost(_) | Self::Late { .. } => true,
             Self::Unfit(_) | Self::Refused { .. } => false,
             Self::Postgres(error) | Self::Connect(error) | Self::Away { error, .. } => match error.code() {
                 None => true,
@@ -65,7 +75,7 @@ impl Error {
             | Self::Connect(error)
             | Self::Refused { error, .. }
             | Self::Away { error, .. } => error.code().map(SqlState::code),
-            Self::Pool(_) | Self::Unfit(_) | Self::Lost(_) => None,
+            Self::Pool(_) | Self::Unfit(_) | Self::Lost(_) | Self::Late { .. } => None,
         }
     }
 

@@ -7,7 +7,6 @@ use deadpool_postgres::{Connect, HookError, Manager, ManagerConfig, Object, Pool
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, poll_fn};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::{AsyncMessage, Client, Config, Connection, Notification, SimpleQueryMessage, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -15,6 +14,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::postgres::connect::address::Address;
 use crate::postgres::connect::advice::{cure, place, wants_other_encryption};
 pub use crate::postgres::connect::error::Error;
+use crate::postgres::connect::within::within;
 use crate::tls::{self, Verification};
 
 /// Settings of every connection, which override defaults of the database and the login. They fix the meaning of statements
@@ -243,15 +243,14 @@ impl Server {
         &self,
         begin: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, Error> {
-        match timeout(self.open_timeout(), begin).await {
-            Ok(Ok(result)) => Ok(result),
-            Ok(Err(error)) => Err(match cure(&error, self.config(), self.setting) {
-                Some(cure) => Error::Refused { error, cure },
-                None if error.code().is_none() => Error::Away { place: place(self.config()), error },
-                None => Error::Connect(error),
-            }),
-            Err(_) => Err(Error::Lost("PostgreSQL does not answer")),
-        }
+        let failed = |error| match cure(&error, self.config(), self.setting) {
+            Some(cure) => Error::Refused { error, cure },
+            None if error.code().is_none() => Error::Away { place: place(self.config()), error },
+            None => Error::Connect(error),
+        };
+        // Boxed: a login is large, and every connection waits for one.
+        let begin = Box::pin(async { begin.await.map_err(failed) });
+        within(self.open_timeout(), "PostgreSQL", begin).await
     }
 }
 

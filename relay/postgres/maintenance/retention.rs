@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tokio_postgres::{Client, Row, Statement};
 use tokio_util::sync::CancellationToken;
 
 use crate::observe::Observe;
 use crate::postgres::connect::pool::{Error, Server};
+use crate::postgres::connect::within::within;
 
 /// Minimum interval between trims. The interval is an eighth of the time for which changes are kept, within these bounds.
 const MIN_INTERVAL: Duration = Duration::from_millis(250);
@@ -54,8 +55,6 @@ async fn work(server: &Server, observe: &Observe) -> Result<std::convert::Infall
 }
 
 async fn query(client: &Client, statement: &Statement) -> Result<Row, Error> {
-    match timeout(STATEMENT_TIMEOUT, client.query_one(statement, &[])).await {
-        Ok(row) => Ok(row?),
-        Err(_) => Err(Error::Lost("the connection that trims the changelog does not answer")),
-    }
+    let what = "the connection that trims the changelog";
+    within(STATEMENT_TIMEOUT, what, client.query_one(statement, &[])).await
 }
