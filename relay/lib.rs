@@ -26,7 +26,7 @@
 //!
 //! # Layers
 //!
-//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth` (without `feed`), `transport`, then `server`
+//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth` (without `feed`), `transport`, then `assembly`, `server`
 //! and `command`; `settings`, `config`, `observe` and `tls` stand beside them. A folder of a layer is a room. Rooms of a layer import each other one
 //! way only, too. `tests/house/layers.rs` holds both rules.
 //!
@@ -157,6 +157,7 @@ pub mod postgres {
     pub mod changelog {
         pub mod reader;
         pub mod transactions;
+        pub mod access;
         pub mod chunks;
         pub mod doorbell;
     }
@@ -271,6 +272,7 @@ pub mod settings;
 pub mod config;
 pub mod observe;
 pub mod tls;
+pub mod assembly;
 pub mod server;
 
 /// The larger commands beside `serve`, one a file; `install`, `watch` and `unwatch` are in `main`.

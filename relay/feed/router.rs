@@ -21,7 +21,7 @@ use crate::feed::read::recent::RecentBatches;
 use crate::feed::read::source::FeedItem;
 use crate::feed::read::stall::{StallCause, StallMonitor, Stalls};
 use crate::feed::replay::reader::ReplayReader;
-use crate::feed::replay::task::ReplayTask;
+use crate::feed::replay::task::{ReplayContext, ReplayTask};
 use crate::model::catalog::relation::Catalog;
 use crate::model::catalog::shape;
 use crate::model::log::cursor::{Cursor, Span};
@@ -42,6 +42,17 @@ const CATALOG_TIMEOUT: Duration = Duration::from_millis(500);
 /// Changes of one relation above which subscribers of other relations do not wait for them.
 const LARGE_COUNT: i64 = 1000;
 
+/// What the routers of all lanes share.
+#[derive(Clone)]
+pub struct RouterContext {
+    /// The rules of the watched relations.
+    pub catalog: Arc<CatalogCache>,
+    /// Metrics.
+    pub observe: Arc<Observe>,
+    /// Reads what was missed.
+    pub replay_reader: Arc<ReplayReader>,
+}
+
 /// The task that owns all subscriptions of a lane.
 pub struct Router {
     catalog: Arc<CatalogCache>,
@@ -58,9 +69,7 @@ pub struct Router {
     stalled: bool,
     /// What was left of [`PAUSES`], and when.
     pause_budget: (Duration, Instant),
-    replay_reader: Arc<ReplayReader>,
-    /// The router's own command channel, for replays.
-    router: UnboundedSender<Command>,
+    replay_context: ReplayContext,
     replays: JoinSet<()>,
     /// Commands that came before the first position.
     early: Vec<Command>,
@@ -106,16 +115,21 @@ impl Router {
     /// Creates a router without subscriptions. `router` is its own command channel, `secondary` the queues that it
     /// copies its items to.
     pub fn new(
-        catalog: Arc<CatalogCache>,
+        context: RouterContext,
         gate: Gate,
-        observe: Arc<Observe>,
-        replay_reader: Arc<ReplayReader>,
         router: UnboundedSender<Command>,
         stall_monitor: Arc<StallMonitor>,
         secondary: Vec<Arc<Backlog>>,
     ) -> Self {
-        let stalls = stall_monitor.watch();
+        let RouterContext { catalog, observe, replay_reader } = context;
+        let (stalls, bound) = (stall_monitor.watch(), stall_monitor.bound());
         Self {
+            replay_context: ReplayContext {
+                reader: replay_reader,
+                router,
+                observe: Arc::clone(&observe),
+                bound,
+            },
             stall_monitor,
             stalls,
             stalled: false,
@@ -126,8 +140,6 @@ impl Router {
             position: None,
             recent: RecentBatches::default(),
             pause_budget: (PAUSES, Instant::now()),
-            replay_reader,
-            router,
             replays: JoinSet::new(),
             early: Vec::new(),
             secondary,
@@ -352,12 +364,8 @@ impl Router {
         if self.stalled {
             replayed.groups.iter().for_each(|group| group.send_stall(false));
         }
-        let (replay_reader, router, observe) =
-            (Arc::clone(&self.replay_reader), self.router.clone(), Arc::clone(&self.observe));
-        let (catalog, bound) = (self.hub.live.catalog().cloned(), self.stall_monitor.bound());
-        let mut replay =
-            ReplayTask::new(replayed, at.clone(), catalog, bound, replay_reader, router, observe);
-        replay.only = only;
+        let (catalog, context) = (self.hub.live.catalog().cloned(), self.replay_context.clone());
+        let replay = ReplayTask::new(replayed, at.clone(), catalog, only, context);
         self.replays.spawn(replay.run());
     }
 

@@ -39,7 +39,7 @@ pub struct App {
     /// How long a named session can be resumed after its client disconnected.
     pub resume: Duration,
     /// True once the database was reached and found to have the relay's schema. Never reset.
-    pub prepared: Arc<AtomicBool>,
+    pub prepared: AtomicBool,
     /// Cancelled when the relay shuts down.
     pub end: CancellationToken,
     /// The tasks of all sessions.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Who may import whom. What is not named here (`server`, `main`, `command`) sees every layer.
+/// Who may import whom. What is not named here (`assembly`, `server`, `main`, `command`) sees every layer.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("model", &["model"]),
     ("observe", &["model"]),

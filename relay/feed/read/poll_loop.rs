@@ -329,7 +329,7 @@ impl<'a> PollLoop<'a> {
             total += changes.len();
             page_continues = more;
             self.source.observe.read(changes.len());
-            let completed = self.source.transactions.complete(span.epoch, &mut changes, !more);
+            let completed = self.source.access.transactions.complete(span.epoch, &mut changes, !more);
             let unfinished = self.source.await_changelog(completed).await?;
             let batch = Batch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
             let item = FeedItem::Changes(Arc::new(batch));
@@ -399,7 +399,7 @@ impl<'a> PollLoop<'a> {
         let items = self.items;
         let mut room = pin!(items.reserve());
         let room = loop {
-            match timeout(self.source.query_timeout, &mut room).await {
+            match timeout(self.source.access.query_timeout, &mut room).await {
                 Ok(room) => break room,
                 Err(_) if self.doorbell.has_followers() => {
                     // If this fails, the connection fails too, which ends the page.
@@ -416,7 +416,7 @@ impl<'a> PollLoop<'a> {
     /// Sends the rest of a large page as counts per relation, to be replayed to the subscribers it concerns.
     async fn send_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<PollResult, Error> {
         // The old connection streams large rows: it would have to receive the unread ones first.
-        self.changelog = Changelog::connect(&self.source.server).await?;
+        self.changelog = Changelog::connect(&self.source.access.server).await?;
         let counts = self.changelog.counts(&span.seen, &span.until, after);
         let counts = self.source.await_changelog(counts).await?;
         self.position.page = PagePosition::after(span.until.clone());

@@ -5,7 +5,6 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::Pool;
 use tokio::sync::mpsc::Sender;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -17,9 +16,9 @@ use crate::model::log::cursor::{Cursor, Epoch, Snapshot, Span};
 use crate::model::row::change::RelationId;
 use crate::observe::Observe;
 use crate::postgres::catalog::RuleScope;
+use crate::postgres::changelog::access::ChangelogAccess;
 use crate::postgres::changelog::doorbell::{Backend, Doorbell};
 use crate::postgres::changelog::reader::{self, Changelog, Flush, PagePosition};
-use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::backoff::Backoff;
 use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::connect::within::within;
@@ -79,18 +78,12 @@ impl FeedItem {
 
 /// Connections and settings of the source.
 pub struct ChangeSource {
-    /// The server with the changelog.
-    pub server: Server,
-    /// The server for the doorbell: a direct connection when `server` is a pooler.
+    /// The changelog.
+    pub access: ChangelogAccess,
+    /// The server for the doorbell: a direct connection when that of the changelog is a pooler.
     pub doorbell: Server,
-    /// For the flush, which needs a connection beside the one that streams a page.
-    pub pool: Pool,
     /// Poll interval while asleep, in case a ring is lost.
     pub poll: Duration,
-    /// Adds transaction data to the batches of a page.
-    pub transactions: Arc<Transactions>,
-    /// Time limit for each statement.
-    pub query_timeout: Duration,
     /// Records what the feed waits for.
     pub stall_monitor: Arc<StallMonitor>,
     /// Metrics.
@@ -146,7 +139,7 @@ impl ChangeSource {
         items: &Sender<FeedItem>,
     ) -> Result<(), Error> {
         // Connect here first: on a standby neither works, and this connection reports why.
-        let changelog = Changelog::connect(&self.server).await?;
+        let changelog = Changelog::connect(&self.access.server).await?;
         let mut doorbell = Doorbell::connect(&self.doorbell).await?;
         if let Some(lost) = last_backend.take() {
             doorbell.end(&lost).await?;
@@ -204,7 +197,7 @@ impl ChangeSource {
     /// Reads the current position and flushes the log, so that a crash cannot take it back.
     async fn start_position(&self, changelog: &Changelog) -> Result<PagePosition, Error> {
         let now = self.in_time(changelog.now()).await?;
-        self.in_time(reader::flush(&self.pool)).await?;
+        self.in_time(reader::flush(&self.access.pool)).await?;
         Ok(PagePosition::after(now))
     }
 
@@ -212,10 +205,10 @@ impl ChangeSource {
     pub(super) async fn flush(&self, mode: Flush, through: &str) -> Result<(), Error> {
         let started = Instant::now();
         let by_others = async {
-            Ok(mode == Flush::WithWriters && reader::is_flushed_by_others(&self.pool, through).await?)
+            Ok(mode == Flush::WithWriters && reader::is_flushed_by_others(&self.access.pool, through).await?)
         };
         if !self.in_time(by_others).await? {
-            self.in_time(reader::flush(&self.pool)).await?;
+            self.in_time(reader::flush(&self.access.pool)).await?;
         }
         self.observe.flushed(started.elapsed());
         Ok(())
@@ -223,7 +216,7 @@ impl ChangeSource {
 
     /// Reads the snapshot before which changes are not kept any more.
     pub(super) async fn horizon(&self) -> Result<Snapshot, Error> {
-        self.in_time(reader::horizon(&self.pool)).await
+        self.in_time(reader::horizon(&self.access.pool)).await
     }
 
     /// Awaits data of a page and records the wait in the stall monitor.
@@ -239,6 +232,6 @@ impl ChangeSource {
 
     /// Applies the time limit.
     pub(super) async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        within(self.query_timeout, "the connection to the changelog", query).await
+        within(self.access.query_timeout, "the connection to the changelog", query).await
     }
 }

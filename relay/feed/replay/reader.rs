@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::Pool;
 use tokio::sync::{Mutex, Semaphore};
 
 use crate::feed::authorize::gate::Gate;
@@ -13,10 +12,10 @@ use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::{Cursor, Snapshot};
 use crate::model::log::position::Missing;
 use crate::postgres::catalog::CatalogCache;
+use crate::postgres::changelog::access::ChangelogAccess;
 use crate::postgres::changelog::chunks::{Chunk, ChunkPosition, ChunkReader};
 use crate::postgres::changelog::reader;
-use crate::postgres::changelog::transactions::Transactions;
-use crate::postgres::connect::pool::{Error, Server};
+use crate::postgres::connect::pool::Error;
 use crate::postgres::connect::within::within;
 
 /// Chunks read and authorized concurrently for single subscribers: a storm of reconnects queues here, not at the
@@ -31,16 +30,12 @@ const TURN: Duration = Duration::from_secs(2);
 
 /// Reads missed changes from the changelog.
 pub struct ReplayReader {
-    server: Server,
-    pool: Pool,
-    transactions: Arc<Transactions>,
+    access: ChangelogAccess,
     catalog: Arc<CatalogCache>,
     /// Separate from the gate of live delivery, which must not wait for a replay.
     gate: Gate,
     permits: Arc<Semaphore>,
     shared: Arc<Semaphore>,
-    /// Time limit for a chunk.
-    query_timeout: Duration,
     /// Idle connections, and since when.
     idle: Mutex<Vec<(ChunkReader, Instant)>>,
     current_catalog: Mutex<Option<Arc<Catalog>>>,
@@ -104,25 +99,14 @@ pub trait ReplaySink {
 }
 
 impl ReplayReader {
-    /// Creates a reader of the changelog of `server`, with a time limit of `query_timeout` per chunk; `pool` is for other
-    /// queries.
-    pub fn new(
-        server: Server,
-        pool: Pool,
-        transactions: Arc<Transactions>,
-        catalog: Arc<CatalogCache>,
-        gate: Gate,
-        query_timeout: Duration,
-    ) -> Self {
+    /// Creates a reader of the changelog.
+    pub fn new(access: ChangelogAccess, catalog: Arc<CatalogCache>, gate: Gate) -> Self {
         Self {
-            server,
-            pool,
-            transactions,
+            access,
             catalog,
             gate,
             permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
             shared: Arc::new(Semaphore::new(MAX_CONCURRENT_SHARED)),
-            query_timeout,
             idle: Mutex::default(),
             current_catalog: Mutex::new(None),
         }
@@ -154,7 +138,7 @@ impl ReplayReader {
         drop(idle);
         match known {
             Some((chunks, _)) => Ok(chunks),
-            None => self.in_time(Box::pin(ChunkReader::connect(&self.server))).await,
+            None => self.in_time(Box::pin(ChunkReader::connect(&self.access.server))).await,
         }
     }
 
@@ -177,7 +161,8 @@ impl ReplayReader {
 
     /// Applies the time limit. When it is exceeded, the idle connections may be dead as well: they are dropped.
     async fn in_time<T>(&self, query: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let answer = within(self.query_timeout, "the connection that reads missed changes", query).await;
+        let answer =
+            within(self.access.query_timeout, "the connection that reads missed changes", query).await;
         if matches!(answer, Err(Error::Late { .. })) {
             self.idle.lock().await.clear();
         }
@@ -186,7 +171,7 @@ impl ReplayReader {
 
     /// Checks that everything after the snapshot is still kept.
     async fn check_kept(&self, seen: &Snapshot) -> Result<(), ReplayError> {
-        match self.in_time(reader::horizon(&self.pool)).await?.is_before_or_equal(seen) {
+        match self.in_time(reader::horizon(&self.access.pool)).await?.is_before_or_equal(seen) {
             true => Ok(()),
             false => Err(ReplayError::Gap(TOO_OLD)),
         }
@@ -285,7 +270,7 @@ impl ReplayReader {
                     let more = chunk.next.is_some() || batches.peek().is_some();
                     let page_goes_on = more || through.is_some();
                     let is_all = !page_goes_on && position.is_of_all();
-                    let completed = self.transactions.complete(span.epoch, &mut changes, is_all);
+                    let completed = self.access.transactions.complete(span.epoch, &mut changes, is_all);
                     let unfinished = sink.while_waiting(self.in_time(completed)).await?;
                     let page = Arc::clone(&span);
                     let batch = Batch { changes, unfinished, more: page_goes_on, span: page, mark: None };

@@ -27,6 +27,19 @@ const CLIENT_WAIT: Duration = Duration::from_millis(250);
 /// Pause before a retry, when PostgreSQL does not answer or the router is not ready.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
+/// What the replays of a router share.
+#[derive(Clone)]
+pub struct ReplayContext {
+    /// Reads the changelog.
+    pub reader: Arc<ReplayReader>,
+    /// The router's command channel.
+    pub router: UnboundedSender<Command>,
+    /// Metrics.
+    pub observe: Arc<Observe>,
+    /// The time without progress that counts as a stall.
+    pub bound: Duration,
+}
+
 /// A replay to a set of groups.
 pub struct ReplayTask {
     number: u64,
@@ -35,27 +48,22 @@ pub struct ReplayTask {
     /// The position of all groups.
     at: Cursor,
     /// The relations to replay from the page that it began with; `None` for all.
-    pub only: Option<Arc<[i32]>>,
+    only: Option<Arc<[i32]>>,
     /// The groups were told that the feed stalls, and not yet that it continues.
     stalled: bool,
-    /// When the position moved last; `bound` is the time without progress that counts as a stall.
+    /// When the position moved last.
     last_progress: Instant,
-    bound: Duration,
-    reader: Arc<ReplayReader>,
-    router: UnboundedSender<Command>,
-    observe: Arc<Observe>,
+    context: ReplayContext,
 }
 
 impl ReplayTask {
-    /// Creates a replay from `at`, not stalled. It stalls after `bound` without progress.
+    /// Creates a replay from `at`, not stalled. From the page that it begins with, `only` these relations are replayed.
     pub fn new(
         replayed: Replayed,
         at: Cursor,
         catalog: Option<Arc<Catalog>>,
-        bound: Duration,
-        reader: Arc<ReplayReader>,
-        router: UnboundedSender<Command>,
-        observe: Arc<Observe>,
+        only: Option<Arc<[i32]>>,
+        context: ReplayContext,
     ) -> Self {
         let Replayed { number, groups, newcomers } = replayed;
         let mut members = SubscriberGroups::with_catalog(catalog);
@@ -67,19 +75,16 @@ impl ReplayTask {
             groups: members,
             newcomers,
             at,
-            only: None,
+            only,
             stalled: false,
             last_progress: Instant::now(),
-            bound,
-            reader,
-            router,
-            observe,
+            context,
         }
     }
 
     /// Replays what the router says is missing, until nothing is or it cannot be recovered.
     pub async fn run(mut self) {
-        let reader = Arc::clone(&self.reader);
+        let reader = Arc::clone(&self.context.reader);
         loop {
             self.admit_newcomers();
             let outcome = match self.report(Ok(self.at.clone())).await {
@@ -118,7 +123,7 @@ impl ReplayTask {
     async fn report(&mut self, at: Result<Cursor, &'static str>) -> FollowOutcome {
         let (answer, receiver) = oneshot::channel();
         let (replay, catalog, stalled) = (self.number, self.groups.catalog().cloned(), self.stalled);
-        let _ = self.router.send(Command::Arrived { replay, at, catalog, stalled, answer });
+        let _ = self.context.router.send(Command::Arrived { replay, at, catalog, stalled, answer });
         // The router is gone at shutdown only.
         self.while_waiting(receiver).await.unwrap_or(FollowOutcome::Live)
     }
@@ -167,7 +172,7 @@ impl ReplaySink for ReplayTask {
                 frames += deliver_to_one(gate, catalog, batch, group).await?;
             }
         }
-        self.observe.frames_delivered(frames);
+        self.context.observe.frames_delivered(frames);
         Ok(())
     }
 
@@ -183,7 +188,7 @@ impl ReplaySink for ReplayTask {
     async fn while_waiting<T: Send>(&mut self, query: impl Future<Output = T> + Send) -> T {
         let mut query = pin!(query);
         loop {
-            let stalls_at = self.last_progress + self.bound;
+            let stalls_at = self.last_progress + self.context.bound;
             tokio::select! {
                 biased;
                 answer = &mut query => return answer,

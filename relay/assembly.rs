@@ -1,0 +1,298 @@
+//! Builds the parts of a relay from its configuration and connects them.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedSender};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Config;
+use crate::feed::authorize::filter_evaluator::FilterEvaluator;
+use crate::feed::authorize::gate::Gate;
+use crate::feed::command::Command;
+use crate::feed::deliver::memory_budget::MemoryBudget;
+use crate::feed::handle::Feed;
+use crate::feed::lanes::Lanes;
+use crate::feed::read::backlog::Backlog;
+use crate::feed::read::source::{ChangeSource, FeedItem};
+use crate::feed::read::stall::StallMonitor;
+use crate::feed::replay::bookmarks::{BookmarkHandle, BookmarkWriter};
+use crate::feed::replay::reader::ReplayReader;
+use crate::feed::router::{FeedItems, Router, RouterContext};
+use crate::feed::subscribe::Binder;
+use crate::observe::Observe;
+use crate::postgres::bookmarks::Bookmarks;
+use crate::postgres::catalog::CatalogCache;
+use crate::postgres::changelog::access::ChangelogAccess;
+use crate::postgres::changelog::transactions::Transactions;
+use crate::postgres::connect::pool::{DATABASE, DOORBELL, Error, JUDGE, Server};
+use crate::postgres::evaluate::per_identity::IdentityEvaluator;
+use crate::postgres::evaluate::set_based::SetEvaluator;
+use crate::postgres::maintenance::{refresh, retention};
+use crate::postgres::snapshot_rows::SnapshotRows;
+use crate::transport::app::App;
+use crate::transport::connection_limits::ConnectionLimits;
+
+/// Connections for the catalog, subscriptions and flushes. None is used while nothing happens.
+const POOL_SIZE: usize = 4;
+/// Connections that compile clients' filters.
+const FILTER_POOL_SIZE: usize = 2;
+/// Statement timeout of a filter's compilation. It is a cast; a longer one is an attack.
+const FILTER_LIMIT: Duration = Duration::from_secs(1);
+/// Statement timeout of the pool. Its statements take milliseconds; one that takes a minute hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+/// Timeout of reading a page, as a multiple of the stall time: sorting a million changes takes seconds.
+const READ_TIMEOUT_FACTOR: u32 = 3;
+/// Capacity of the channel from the source to the router: one batch being evaluated, one read ahead.
+const ITEMS: usize = 2;
+
+/// A relay whose parts are connected. Nothing reads the database before [`Self::begin_reading`].
+pub struct Assembly {
+    /// What its connections share.
+    pub app: Arc<App>,
+    foundation: Foundation,
+    reading: Reading,
+}
+
+/// The servers of a relay, by what they are for. By default all three are the same.
+pub struct Servers {
+    /// Has the changelog.
+    pub main: Server,
+    /// For LISTEN.
+    pub doorbell: Server,
+    /// Evaluates policies.
+    pub judge: Server,
+}
+
+/// The tasks of a relay beside its sessions, and how they end.
+#[derive(Clone, Default)]
+pub struct Tasks {
+    /// All of them.
+    pub tracker: TaskTracker,
+    /// Cancelled when the relay shuts down.
+    pub end: CancellationToken,
+    /// Cancelled when the sessions have ended. Ends the tasks that deliver to them.
+    pub feed_end: CancellationToken,
+}
+
+/// The parts that most others use.
+struct Foundation {
+    servers: Servers,
+    tasks: Tasks,
+    observe: Arc<Observe>,
+    stall_monitor: Arc<StallMonitor>,
+    catalog: Arc<CatalogCache>,
+    changelog: ChangelogAccess,
+    judge_timeout: Duration,
+}
+
+/// The tasks that read the database, before they run.
+struct Reading {
+    source: ChangeSource,
+    items: Sender<FeedItem>,
+    bookmark_writer: BookmarkWriter,
+    refresh_jobs: Arc<Notify>,
+}
+
+impl Assembly {
+    /// Builds all parts, and runs the tasks that can wait for the database.
+    ///
+    /// # Errors
+    /// When a URL cannot be read.
+    pub fn of(config: Config) -> Result<Self, Error> {
+        let foundation = Foundation::of(&config)?;
+        let replay_reader = Arc::new(ReplayReader::new(
+            foundation.changelog.clone(),
+            Arc::clone(&foundation.catalog),
+            foundation.gate(foundation.filter_evaluator()),
+        ));
+        let (items, received) = mpsc::channel(ITEMS);
+        let lanes = foundation.lanes(&replay_reader, received);
+        let (feed, bookmark_writer) = foundation.feed(&config, lanes, replay_reader)?;
+        let refresh_jobs = Arc::new(Notify::new());
+        let source = foundation.source(config.poll, Arc::clone(&refresh_jobs));
+        let reading = Reading { source, items, bookmark_writer, refresh_jobs };
+        let app = Arc::new(foundation.app(config, feed));
+        Ok(Self { app, foundation, reading })
+    }
+
+    /// Returns its servers.
+    pub fn servers(&self) -> &Servers {
+        &self.foundation.servers
+    }
+
+    /// Returns its tasks.
+    pub fn tasks(&self) -> Tasks {
+        self.foundation.tasks.clone()
+    }
+
+    /// Runs the tasks that read the database.
+    pub fn begin_reading(self) {
+        let Foundation { servers, tasks, observe, .. } = self.foundation;
+        let Reading { source, items, bookmark_writer, refresh_jobs } = self.reading;
+        let (tracker, end) = (&tasks.tracker, &tasks.end);
+        tracker.spawn(bookmark_writer.run(tasks.feed_end.clone()));
+        tracker.spawn(source.run(items, end.clone()));
+        tracker.spawn(retention::run(servers.main.clone(), observe, end.clone()));
+        tracker.spawn(refresh::run(servers.main, refresh_jobs, end.clone()));
+    }
+}
+
+impl Servers {
+    /// Parses the addresses, and logs what the user should know about them.
+    fn of(config: &Config) -> Result<Self, Error> {
+        let server = |setting, url: &str, name: &str| {
+            let setting = if *url == config.database_url { DATABASE } else { setting };
+            Server::named(setting, url, name, config.database_ca.as_deref())
+        };
+        let servers = Self {
+            main: server(DATABASE, &config.database_url, "relay")?,
+            doorbell: server(DOORBELL, &config.doorbell_url, "relay doorbell")?,
+            judge: server(JUDGE, &config.judge_url, "relay judge")?,
+        };
+        let all = [&servers.main, &servers.doorbell, &servers.judge];
+        for note in BTreeSet::from_iter(all.into_iter().flat_map(Server::notes)) {
+            tracing::info!("{note}");
+        }
+        Ok(servers)
+    }
+}
+
+impl Foundation {
+    fn of(config: &Config) -> Result<Self, Error> {
+        let servers = Servers::of(config)?;
+        let pool = servers.main.pool(POOL_SIZE, LIMIT)?;
+        let filters = servers.main.pool(FILTER_POOL_SIZE, FILTER_LIMIT)?;
+        let judging_login = servers.judge.login().map(str::to_owned);
+        let foundation = Self {
+            tasks: Tasks::default(),
+            observe: Arc::new(Observe::new()),
+            stall_monitor: Arc::new(StallMonitor::new(config.stall)),
+            catalog: Arc::new(CatalogCache::new(pool.clone(), filters, judging_login)),
+            changelog: ChangelogAccess {
+                server: servers.main.clone(),
+                transactions: Arc::new(Transactions::new(pool.clone())),
+                pool,
+                query_timeout: config.stall * READ_TIMEOUT_FACTOR,
+            },
+            judge_timeout: config.judge_timeout,
+            servers,
+        };
+        foundation.watch(&foundation.stall_monitor);
+        Ok(foundation)
+    }
+
+    /// Runs a stall monitor.
+    fn watch(&self, stall_monitor: &Arc<StallMonitor>) {
+        let (stall_monitor, end) = (Arc::clone(stall_monitor), self.tasks.end.clone());
+        self.tasks.tracker.spawn(async move { stall_monitor.run(end).await });
+    }
+
+    fn identity_evaluator(&self) -> IdentityEvaluator {
+        IdentityEvaluator::new(self.servers.judge.clone(), self.judge_timeout)
+    }
+
+    fn filter_evaluator(&self) -> Option<FilterEvaluator> {
+        Some(FilterEvaluator::new(self.identity_evaluator(), self.judge_timeout))
+    }
+
+    /// Returns a gate with connections of its own.
+    fn gate(&self, filters: Option<FilterEvaluator>) -> Gate {
+        let set_evaluator = SetEvaluator::new(self.servers.judge.clone(), self.judge_timeout);
+        Gate::new(self.identity_evaluator(), set_evaluator, filters, Arc::clone(&self.observe))
+    }
+
+    /// Runs the routers. Filters that PostgreSQL evaluates, and clients with many subscriptions, have routers of their own, so
+    /// that they do not delay the others.
+    fn lanes(&self, replay_reader: &Arc<ReplayReader>, items: Receiver<FeedItem>) -> Lanes {
+        let context = RouterContext {
+            catalog: Arc::clone(&self.catalog),
+            observe: Arc::clone(&self.observe),
+            replay_reader: Arc::clone(replay_reader),
+        };
+        let (filter_commands, filter_backlog) = self.side_lane("filters", context.clone());
+        let (crowd_commands, crowd_backlog) = self.side_lane("crowd", context.clone());
+        let (sender, commands) = mpsc::unbounded_channel();
+        let stall_monitor = Arc::clone(&self.stall_monitor);
+        let backlogs = vec![filter_backlog, crowd_backlog];
+        let router = Router::new(context, self.gate(None), sender.clone(), stall_monitor, backlogs);
+        let feed_end = self.tasks.feed_end.clone();
+        self.tasks.tracker.spawn(router.run(commands, FeedItems::Source(items), feed_end));
+        Lanes::new(sender, filter_commands, crowd_commands)
+    }
+
+    /// Runs the router of a lane beside the main one. Returns its command channel, and the queue for its items.
+    fn side_lane(
+        &self,
+        name: &'static str,
+        context: RouterContext,
+    ) -> (UnboundedSender<Command>, Arc<Backlog>) {
+        let (sender, commands) = mpsc::unbounded_channel();
+        let backlog = Arc::new(Backlog::default());
+        let stall_monitor = Arc::new(StallMonitor::for_lane(&self.stall_monitor, name));
+        self.watch(&stall_monitor);
+        let gate = self.gate(self.filter_evaluator());
+        let router = Router::new(context, gate, sender.clone(), stall_monitor, Vec::new());
+        let (items, feed_end) = (FeedItems::Backlog(Arc::clone(&backlog)), self.tasks.feed_end.clone());
+        self.tasks.tracker.spawn(router.run(commands, items, feed_end));
+        (sender, backlog)
+    }
+
+    /// Returns the handle to the feed, and the task that keeps bookmarks.
+    fn feed(
+        &self,
+        config: &Config,
+        lanes: Lanes,
+        replay_reader: Arc<ReplayReader>,
+    ) -> Result<(Feed, BookmarkWriter), Error> {
+        let Servers { main, judge, .. } = &self.servers;
+        let (limit, read_timeout) = (self.judge_timeout, self.changelog.query_timeout);
+        let rows = SnapshotRows::new(main, judge, limit, config.stall, read_timeout)?;
+        let bookmarks = Bookmarks::new(main, config.resume, config.stall)?;
+        let (bookmarks, bookmark_writer) = BookmarkHandle::new(bookmarks);
+        let binder = Binder::new(Arc::clone(&self.catalog));
+        Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks), bookmark_writer))
+    }
+
+    fn source(&self, poll: Duration, refresh_jobs: Arc<Notify>) -> ChangeSource {
+        ChangeSource {
+            access: self.changelog.clone(),
+            doorbell: self.servers.doorbell.clone(),
+            poll,
+            stall_monitor: Arc::clone(&self.stall_monitor),
+            observe: Arc::clone(&self.observe),
+            refresh_jobs,
+            scope: self.catalog.scope(),
+        }
+    }
+
+    /// Returns what connections share, and runs the task that rereads the keys of its verifier.
+    fn app(&self, config: Config, feed: Feed) -> App {
+        let limits = config.limits;
+        if let Some(refresher) = config.jwks_refresher {
+            self.tasks.tracker.spawn(refresher.run(Arc::clone(&self.observe), self.tasks.end.clone()));
+        }
+        App {
+            verifier: config.verifier,
+            feed,
+            observe: Arc::clone(&self.observe),
+            stall_monitor: Arc::clone(&self.stall_monitor),
+            allowed_origins: config.allowed_origins,
+            budget: Arc::new(MemoryBudget::within(limits.total_outbox_bytes, limits.change_bytes)),
+            connection_limits: Arc::new(ConnectionLimits::new(
+                limits.connections,
+                limits.connections_per_address,
+            )),
+            limits,
+            resume: config.resume,
+            prepared: AtomicBool::new(false),
+            end: self.tasks.end.clone(),
+            sessions: TaskTracker::new(),
+            numbers: AtomicU64::new(1),
+        }
+    }
+}
