@@ -116,6 +116,7 @@ pub mod model {
         pub mod filter;
         pub mod typed_filter;
         pub mod paging;
+        pub mod request;
         pub mod binding;
     }
     /// Wire protocols: what a protocol must do, then one file for each.
@@ -230,6 +231,7 @@ pub mod auth {
     pub mod jwks;
     pub mod jwks_fetch;
     pub mod jwks_refresh;
+    pub mod token;
     pub mod verifier;
 }
 
@@ -260,7 +262,7 @@ pub mod transport {
         pub mod frame_writer;
         pub mod acks;
         pub mod inbound;
-        mod catch_up;
+        mod channel_catch_up;
         pub mod resume;
         pub mod driver;
         pub mod handshake;

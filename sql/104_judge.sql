@@ -55,7 +55,6 @@ declare
   type_name text;
   base_type oid;
   symbol text;
-  equal text;
   literals text[] := '{}';
   canonical text[] := '{}';
   one text;

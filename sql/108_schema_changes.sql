@@ -3,8 +3,8 @@
 -- Needs an event trigger. Where the installer may not create one, the relay checks the catalog for every page.
 
 -- relay.rules_now() : the visibility rules of each watched relation, as sets that can be compared
--- They are, of the relation and of the tables that its policies read, also by policies of their own: grants, owner, row security, policies, and the functions
--- that policies call.
+-- They are, of the relation and of the tables that its policies read, also by policies of their own: grants, owner, row
+-- security, policies, and the functions that policies call.
 create or replace function relay.rules_now() returns table (relation int, open text[], shut text[])
 language sql stable
 set search_path = pg_catalog, pg_temp as $$

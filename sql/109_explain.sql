@@ -2,9 +2,8 @@
 
 drop function if exists relay.hindrances(text, text, text);
 
--- relay.blockers(relation, role, login) : why subscribers of the role receive nothing from the relation, each with its remedy; {} if nothing blocks or
--- there is no such relation
--- `login` is the judging login, null for the caller.
+-- relay.blockers(relation, role, login) : why subscribers of the role receive nothing from the relation, each with its remedy
+-- {} if nothing blocks or there is no such relation. `login` is the judging login, null for the caller.
 create or replace function relay.blockers(relation text, role text, login text) returns text[]
 language plpgsql stable
 set jit = off as $$

@@ -5,20 +5,17 @@ use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use jsonwebtoken::{Algorithm, AlgorithmFamily, DecodingKey, EncodingKey, Header, crypto};
+use jsonwebtoken::{Algorithm, AlgorithmFamily, DecodingKey, EncodingKey, Header};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
-use crate::auth::jwks::{KeySet, ShortSecret, algorithm_of, checked_secret};
+use crate::auth::jwks::{KeySet, ShortSecret, checked_secret};
 use crate::auth::jwks_refresh::PublishedKeys;
-use crate::model::identity::claims::{Claims, ClaimsError, KeyId, LATEST_EXPIRY, TokenRefusal, Tokens};
+use crate::auth::token::{TokenError, TokenParts};
+use crate::model::identity::claims::{Claims, KeyId, LATEST_EXPIRY, TokenRefusal, Tokens};
 
 /// Allowed clock difference between issuer and relay, in seconds. PostgREST allows the same.
 const LEEWAY: f64 = 30.0;
-/// Maximum length of a token in bytes. HTTP servers commonly accept about 16 KiB of headers, so longer tokens are not genuine.
-const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
 /// The secrets, keys and expected claims that tokens are verified with.
 #[derive(Clone, Default)]
@@ -49,84 +46,6 @@ pub enum SettingsError {
     /// These claims cannot be signed.
     #[error("the claims can't be signed")]
     Unsignable,
-}
-
-/// Why a token is refused. The text is for the client and reveals nothing that the client does not know.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TokenError {
-    /// No token was given.
-    #[error("The token provided is not a valid JWT")]
-    Missing,
-    /// Not a JWT.
-    #[error("The token provided is not a valid JWT")]
-    Malformed,
-    /// Not signed by any of the candidate keys.
-    #[error("Failed to validate JWT signature")]
-    BadSignature,
-    /// Its algorithm is `none` or unknown, or no key fits its algorithm and `kid`.
-    #[error("Failed to generate JWT signer, check your JWT secret or JWKS configuration")]
-    Signer,
-    /// No role, or no expiry.
-    #[error("Fields `role` and `exp` are required in JWT")]
-    MissingFields,
-    /// The expiry is not a number.
-    #[error("Token expiration time is invalid")]
-    BadExpiry,
-    /// It has expired.
-    #[error("Token has expired {seconds_ago} seconds ago")]
-    Expired {
-        /// Seconds since the expiry.
-        seconds_ago: u64,
-    },
-    /// Not yet valid, or issued by or for another party.
-    #[error("Token claims are not accepted")]
-    Refused,
-}
-
-impl TokenError {
-    /// Returns the text for a handshake. It omits the time since the expiry, and calls a missing credential an API key.
-    pub fn connect_text(&self) -> String {
-        match self {
-            Self::Expired { .. } => "Token has expired".to_owned(),
-            Self::Missing => "API key is missing".to_owned(),
-            other => other.to_string(),
-        }
-    }
-
-    /// Returns the text for a handshake with advice on what to do.
-    pub fn advised_text(&self) -> String {
-        let advice = match self {
-            Self::Missing => ": give a token by the header `Authorization: Bearer …`, or by &apikey=…",
-            Self::BadSignature => ": the secret or key that signed it is not this relay's",
-            _ => "",
-        };
-        self.connect_text() + advice
-    }
-
-    /// Returns the code that precedes the text in the reason of a refused join.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::Missing | Self::Malformed => "MalformedJWT",
-            Self::BadSignature => "JwtSignatureError",
-            Self::Signer => "JwtSignerError",
-            Self::MissingFields | Self::BadExpiry | Self::Expired { .. } | Self::Refused => "InvalidJWTToken",
-        }
-    }
-
-    /// Returns the reason of a refused join.
-    pub fn join_reason(&self) -> String {
-        format!("{}: {self}", self.code())
-    }
-}
-
-impl From<ClaimsError> for TokenError {
-    fn from(error: ClaimsError) -> Self {
-        match error {
-            ClaimsError::Malformed => Self::Malformed,
-            ClaimsError::MissingFields => Self::MissingFields,
-            ClaimsError::BadExpiry => Self::BadExpiry,
-        }
-    }
 }
 
 /// Verifies tokens with the keys of one configuration.
@@ -211,18 +130,17 @@ impl Verifier {
     /// Returns the claims of a token that is signed by a known key, in force, and issued by and for the expected parties.
     pub fn verify(&self, token: &str, now_unix: u64) -> Result<Claims, TokenError> {
         let parts = TokenParts::of(token.trim())?;
-        let TokenParts { message, payload, signature, algorithm, .. } = parts;
-        let algorithm = algorithm.ok_or(TokenError::Signer)?;
+        let algorithm = parts.algorithm.ok_or(TokenError::Signer)?;
         let published = self.keys.current();
         let candidates = self.candidates(&published, algorithm, parts.kid());
         if candidates.is_empty() {
             return Err(TokenError::Signer);
         }
-        decode_part(signature)?;
+        parts.check_signature()?;
         let mut candidates = candidates.into_iter();
-        let signer = candidates.find(|(_, key)| is_signed(message, signature, key, algorithm));
+        let signer = candidates.find(|(_, key)| parts.is_signed_by(key, algorithm));
         let (id, _) = signer.ok_or(TokenError::BadSignature)?;
-        let payload = String::from_utf8(decode_part(payload)?).map_err(|_| TokenError::Malformed)?;
+        let payload = parts.payload()?;
         let claims = Claims::from_verified_payload(&payload)?.signed_by(id);
         if claims.expires_at() <= now_unix {
             let seconds_ago = now_unix - claims.expires_at();
@@ -281,12 +199,6 @@ impl Tokens for Verifier {
     }
 }
 
-impl From<TokenError> for TokenRefusal {
-    fn from(error: TokenError) -> Self {
-        Self { code: error.code(), text: error.to_string() }
-    }
-}
-
 /// Returns the current time in Unix seconds. Token lifetimes are checked against the wall clock.
 pub fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
@@ -295,46 +207,6 @@ pub fn now() -> u64 {
 impl fmt::Debug for Verifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Verifier").finish_non_exhaustive()
-    }
-}
-
-/// The parts of a token, not verified.
-struct TokenParts<'a> {
-    /// The signed text: encoded header and payload.
-    message: &'a str,
-    payload: &'a str,
-    signature: &'a str,
-    header: Map<String, Value>,
-    /// `None` if the algorithm is not supported.
-    algorithm: Option<Algorithm>,
-}
-
-impl<'a> TokenParts<'a> {
-    fn of(token: &'a str) -> Result<Self, TokenError> {
-        if token.is_empty() {
-            return Err(TokenError::Missing);
-        }
-        if token.len() > MAX_TOKEN_BYTES {
-            return Err(TokenError::Malformed);
-        }
-        let (message, signature) = token.rsplit_once('.').ok_or(TokenError::Malformed)?;
-        let (header, payload) = message.split_once('.').ok_or(TokenError::Malformed)?;
-        let header = decode_part(header)?;
-        let header: Map<String, Value> =
-            serde_json::from_slice(&header).map_err(|_| TokenError::Malformed)?;
-        // A token with an unsupported critical extension must be refused, and none is supported.
-        if payload.contains('.') || header.contains_key("crit") {
-            return Err(TokenError::Malformed);
-        }
-        let Some(Value::String(name)) = header.get("alg") else {
-            return Err(TokenError::Malformed);
-        };
-        let algorithm = algorithm_of(name);
-        Ok(Self { message, payload, signature, header, algorithm })
-    }
-
-    fn kid(&self) -> Option<&str> {
-        self.header.get("kid").and_then(Value::as_str)
     }
 }
 
@@ -362,14 +234,6 @@ fn role_claims(role: &str) -> Claims {
     Claims::from_verified_payload(&payload).expect("the payload has a role and an expiry")
 }
 
-fn is_signed(message: &str, signature: &str, key: &DecodingKey, algorithm: Algorithm) -> bool {
-    crypto::verify(signature, message.as_bytes(), key, algorithm).unwrap_or(false)
-}
-
-fn decode_part(part: &str) -> Result<Vec<u8>, TokenError> {
-    URL_SAFE_NO_PAD.decode(part).map_err(|_| TokenError::Malformed)
-}
-
 /// Compares in constant time for two keys of the same length.
 fn same_secret(known: &str, given: &str) -> bool {
     let pairs = known.bytes().zip(given.bytes());
@@ -378,6 +242,9 @@ fn same_secret(known: &str, given: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    use jsonwebtoken::crypto;
     use proptest::prelude::*;
     use serde_json::json;
 

@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use crate::auth::verifier::{self, TokenError, TokenSettings, Verifier};
+use crate::auth::token::TokenError;
+use crate::auth::verifier::{self, TokenSettings, Verifier};
 use crate::command::token::{bearer, usable};
 use crate::feed::explain::{ExplainRequest, ExplainTarget, Explanation, explain, one_line};
 use crate::feed::subscribe::Binder;

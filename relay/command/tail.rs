@@ -16,7 +16,8 @@ use tokio::time::{interval, sleep};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 
-use crate::auth::verifier::{TokenError, mint};
+use crate::auth::token::TokenError;
+use crate::auth::verifier::mint;
 use crate::command::token::bearer;
 use crate::model::codec::protocol::{RESUMED, STALLED};
 use crate::model::identity::claims::Claims;

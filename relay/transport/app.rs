@@ -8,8 +8,8 @@ use hyper::header::{self, HeaderMap};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::auth::verifier::now;
-use crate::auth::verifier::{TokenError, Verifier};
+use crate::auth::token::TokenError;
+use crate::auth::verifier::{Verifier, now};
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::handle::Feed;
 use crate::feed::read::stall::StallMonitor;

@@ -15,8 +15,9 @@ use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::{EventKind, event_kind};
 use crate::model::row::change::{Change, Operation, RelationId};
 use crate::model::session::channel::ChannelId;
-use crate::model::subscription::binding::{Binding, Events, Subscription};
+use crate::model::subscription::binding::{Binding, Subscription};
 use crate::model::subscription::error::raising;
+use crate::model::subscription::request::Events;
 
 /// A channel to register with the hub.
 pub struct Subscriber {

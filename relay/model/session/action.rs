@@ -3,7 +3,7 @@
 use crate::model::policy::visibility::Identity;
 use crate::model::session::channel::ChannelId;
 use crate::model::session::message::Outgoing;
-use crate::model::subscription::binding::Request;
+use crate::model::subscription::request::Request;
 
 /// An action for the driver. Actions are performed in order.
 #[derive(Debug, PartialEq)]

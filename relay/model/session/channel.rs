@@ -6,8 +6,8 @@ use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
 use crate::model::session::join::Join;
 use crate::model::session::message::{ChannelName, Origin, Outgoing, Reference, Response, SessionEvent};
-use crate::model::subscription::binding::Request;
 use crate::model::subscription::error::SubscribeError;
+use crate::model::subscription::request::Request;
 
 /// The id of a joined channel. Unique in the process and never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,7 +1,7 @@
 //! A client's request to join a channel, as its codec has parsed it.
 
-use crate::model::subscription::binding::Request;
 use crate::model::subscription::error::SubscribeError;
+use crate::model::subscription::request::Request;
 
 /// Maximum number of `postgres_changes` entries of a channel. Each is checked for each change.
 pub const MAX_ENTRIES: usize = 100;

@@ -208,7 +208,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::model::identity::claims::TokenRefusal;
     use crate::model::session::message::{ChannelName, Outgoing, Reference};
-    use crate::model::subscription::binding::Request;
+    use crate::model::subscription::request::Request;
 
     pub(crate) const NOW: u64 = 1000;
     pub(crate) const MAX_CHANNELS: usize = 100;

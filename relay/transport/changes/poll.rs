@@ -8,7 +8,8 @@ use hyper::StatusCode;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::verifier::{TokenError, now};
+use crate::auth::token::TokenError;
+use crate::auth::verifier::now;
 use crate::feed::catch_up::{CatchUp, Progress};
 use crate::feed::deliver::frame::{Content, Frame};
 use crate::feed::deliver::outbox::{Outbox, Taken};

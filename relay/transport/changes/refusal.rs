@@ -2,7 +2,8 @@
 
 use hyper::StatusCode;
 
-use crate::auth::verifier::{TokenError, now};
+use crate::auth::token::TokenError;
+use crate::auth::verifier::now;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
 use crate::transport::response::{Answer, error, json};

@@ -31,7 +31,7 @@ use crate::model::log::cursor::Cursor;
 use crate::model::session::channel::ChannelId;
 use crate::model::subscription::binding::Subscription;
 use crate::transport::socket::acks::{AckMode, AckPings};
-use crate::transport::socket::catch_up::ChannelCatchUp;
+use crate::transport::socket::channel_catch_up::ChannelCatchUp;
 
 /// Delay between a delivery and the ping that asks for its acknowledgement.
 const PING_DELAY: Duration = Duration::from_millis(500);

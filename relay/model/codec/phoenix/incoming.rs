@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use crate::model::codec::phoenix::Message;
 use crate::model::session::join::{Join, MAX_ENTRIES, MAX_JOIN_BYTES, MAX_TOPIC_BYTES, too_large};
 use crate::model::session::message::{ChannelName, ClientRequest, Incoming, Origin, Reference};
-use crate::model::subscription::binding::Request;
+use crate::model::subscription::request::Request;
 
 /// The event of a join.
 const JOIN: &str = "phx_join";

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use crate::model::codec::phoenix::Version;
 use crate::model::codec::protocol::FrameError;
 use crate::model::session::message::{Outgoing, Reference, Response, SessionEvent};
-use crate::model::subscription::binding::Request;
+use crate::model::subscription::request::Request;
 
 /// The JSON of a reference that there is not.
 const NULL: &str = "null";
