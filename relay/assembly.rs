@@ -255,7 +255,8 @@ impl Foundation {
         let bookmarks = Bookmarks::new(main, config.resume, config.stall)?;
         let (bookmarks, bookmark_writer) = BookmarkHandle::new(bookmarks);
         let binder = Binder::new(Arc::clone(&self.catalog));
-        Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks), bookmark_writer))
+        let observe = Arc::clone(&self.observe);
+        Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks, observe), bookmark_writer))
     }
 
     fn source(&self, poll: Duration, refresh_jobs: Arc<Notify>) -> ChangeSource {

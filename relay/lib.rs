@@ -117,6 +117,7 @@ pub mod model {
         pub mod typed_filter;
         pub mod paging;
         pub mod request;
+        pub mod hidden;
         pub mod binding;
     }
     /// Wire protocols: what a protocol must do, then one file for each.

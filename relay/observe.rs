@@ -98,6 +98,7 @@ pub struct Observe {
     registry: Registry,
     metrics: Metrics,
     logged_missing_grants: Mutex<BTreeSet<String>>,
+    logged_hidden: Mutex<BTreeSet<String>>,
     /// Unix time of the last log line about a failed evaluation.
     failure_logged: AtomicU64,
     /// Unix time of the last log line about a refusal.
@@ -110,7 +111,14 @@ impl Observe {
         let mut registry = Registry::with_prefix("relay");
         let metrics = Metrics::register(&mut registry);
         let (failure_logged, refusal_logged) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { registry, metrics, logged_missing_grants: Mutex::default(), failure_logged, refusal_logged }
+        Self {
+            registry,
+            metrics,
+            logged_missing_grants: Mutex::default(),
+            logged_hidden: Mutex::default(),
+            failure_logged,
+            refusal_logged,
+        }
     }
 
     /// Counts a client that connected.
@@ -256,6 +264,17 @@ impl Observe {
         let mut logged = self.logged_missing_grants.lock().unwrap_or_else(PoisonError::into_inner);
         current.difference(&logged).for_each(|lack| tracing::warn!("{lack}"));
         *logged = current;
+    }
+
+    /// Logs the tables that show a subscriber's role no row, each once for a role.
+    pub fn hides(&self, hidden: impl IntoIterator<Item = String>) {
+        let mut logged = self.logged_hidden.lock().unwrap_or_else(PoisonError::into_inner);
+        for why in hidden {
+            if !logged.contains(&why) {
+                tracing::warn!("{why}");
+                logged.insert(why);
+            }
+        }
     }
 
     /// Returns the text of `/metrics`.

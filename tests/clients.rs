@@ -37,6 +37,7 @@ clients! {
         misses_nothing_while_the_relay_is_away_when_it_named_its_session
         has_channels_that_come_and_go_on_their_own
         is_told_why_a_subscription_fails
+        stays_subscribed_when_it_is_told_that_no_policy_shows_it_a_row
         is_refused_with_an_expired_token_and_let_in_with_a_new_one
         is_closed_when_its_token_ends
         is_not_connected_with_a_wrong_signature

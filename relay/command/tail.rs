@@ -19,7 +19,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use crate::auth::token::TokenError;
 use crate::auth::verifier::mint;
 use crate::command::token::bearer;
-use crate::model::codec::protocol::{RESUMED, STALLED};
+use crate::model::codec::protocol::{STALLED, SUBSCRIBED};
 use crate::model::identity::claims::Claims;
 use crate::model::session::machine::UNAVAILABLE;
 use crate::model::subscription::error::SubscribeError;
@@ -200,14 +200,14 @@ async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<E
                 let plain = SubscribeError(reason.to_owned()).plain((schema, table), Some(role));
                 return Err(format!("{plain}{hint}").into());
             }
-            Some("system") if frame[4]["message"] == RESUMED => note(RESUMED),
-            Some("system") if frame[4]["status"] == "ok" => {
+            Some("system") if frame[4]["message"] == SUBSCRIBED => {
                 subscribed = true;
                 note(&format!("following {schema}.{table}, Ctrl-C ends"));
             }
             Some("system") => {
                 let message = frame[4]["message"].as_str().unwrap_or_default();
-                if !message.starts_with("Gap:") && message != STALLED {
+                let is_fatal = frame[4]["status"] != "ok";
+                if is_fatal && !message.starts_with("Gap:") && message != STALLED {
                     return Err(message.into());
                 }
                 note(message);

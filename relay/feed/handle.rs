@@ -23,6 +23,7 @@ use crate::model::session::limits::RowLimit;
 use crate::model::subscription::binding::{Scope, Subscription};
 use crate::model::subscription::paging::{PageToken, Paging};
 use crate::model::subscription::request::Request;
+use crate::observe::Observe;
 use crate::postgres::connect::pool::Error;
 use crate::postgres::connect::within::within;
 use crate::postgres::snapshot_rows::{RowSink, RowsRead, Selection, SnapshotRows};
@@ -35,6 +36,7 @@ pub struct Feed {
     replay_reader: Arc<ReplayReader>,
     rows: Arc<SnapshotRows>,
     bookmarks: BookmarkHandle,
+    observe: Arc<Observe>,
 }
 
 /// The result of reading rows.
@@ -53,6 +55,7 @@ impl Feed {
         replay_reader: Arc<ReplayReader>,
         rows: SnapshotRows,
         bookmarks: BookmarkHandle,
+        observe: Arc<Observe>,
     ) -> Self {
         Self {
             binder: Arc::new(binder),
@@ -60,6 +63,7 @@ impl Feed {
             replay_reader,
             rows: Arc::new(rows),
             bookmarks,
+            observe,
         }
     }
 
@@ -75,6 +79,7 @@ impl Feed {
     ) -> Result<Subscription, BindError> {
         let subscription = self.binder.bind(identity, requests).await?;
         self.lanes.admit(channel, &subscription).map_err(BindError::Refused)?;
+        self.observe.hides(subscription.hidden().map(str::to_owned));
         Ok(subscription)
     }
 

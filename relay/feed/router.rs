@@ -480,6 +480,7 @@ impl Router {
             // Before the rest, so that a retry does not skip it.
             self.gate.forget().await;
             self.observe.lacks(catalog.missing_grants());
+            self.observe.hides(self.hub.hidden(&catalog));
             self.hub.live.set_catalog(&catalog, self.position.as_ref());
         }
         Ok(catalog)

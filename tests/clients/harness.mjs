@@ -44,6 +44,11 @@ export class Inbox {
     this.name = name
   }
 
+  /** How many came that nobody asked for yet. */
+  get size() {
+    return this.#came.length
+  }
+
   put(item) {
     const next = this.#waiting.shift()
     if (next) next(item)

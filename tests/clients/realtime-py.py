@@ -320,6 +320,18 @@ async def is_told_why_a_subscription_fails():
     same(await board.briefs(1), ["INSERT 1"])
 
 
+async def stays_subscribed_when_it_is_told_that_no_policy_shows_it_a_row():
+    client = await connect(RELAY, await token("anon"), await token("alice"))
+    closed = await subscribed(client, "closed", {"event": "*", "schema": "public", "table": "closed"})
+    message = await closed.systems.next()
+    same((message.status, message.extension), ("ok", "postgres_changes"))
+    begin = "public.closed: no row-level policy lets authenticated read a row: create policy "
+    assert message.message.startswith(begin), message.message
+    await write("create policy everyone on closed for select to authenticated using (true); insert into closed values (1)")
+    same(await closed.briefs(1), ["INSERT 1"])
+    same(closed.statuses.qsize(), 0)
+
+
 async def is_refused_with_an_expired_token_and_let_in_with_a_new_one():
     client = await connect(RELAY, await token("anon"), await token("alice", -10))
     notes = await Listening(client, "notes", NOTES).subscribe()

@@ -238,6 +238,17 @@ export const play = (connect, { tries = true } = {}) => run({
     assert.deepEqual(await briefs(board, 1), ['INSERT 1'])
   },
 
+  async stays_subscribed_when_it_is_told_that_no_policy_shows_it_a_row() {
+    const client = await connect(RELAY, await token('anon'), await token('alice'))
+    const closed = await subscribed(client, 'closed', { event: '*', schema: 'public', table: 'closed' })
+    const message = await closed.systems.next()
+    assert.deepEqual([message.status, message.extension], ['ok', 'postgres_changes'])
+    assert.match(message.message, /^public.closed: no row-level policy lets authenticated read a row: create policy /)
+    await write('create policy everyone on closed for select to authenticated using (true); insert into closed values (1)')
+    assert.deepEqual(await briefs(closed, 1), ['INSERT 1'])
+    assert.equal(closed.statuses.size, 0)
+  },
+
   async is_refused_with_an_expired_token_and_let_in_with_a_new_one() {
     const client = await connect(RELAY, await token('anon'), await token('alice', -10))
     let notes = listen(client, 'notes', NOTES)

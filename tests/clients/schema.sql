@@ -1,4 +1,5 @@
--- What the clients subscribe to: notes with an owner (without one, every user sees them), and a public board.
+-- What the clients subscribe to: notes with an owner (without one, every user sees them), a public board, and a table whose rows
+-- no policy shows.
 create table notes (
   id bigint primary key,
   owner uuid,
@@ -21,4 +22,8 @@ grant select on board to anon, authenticated;
 create table unwatched (id integer primary key);
 grant select on unwatched to anon, authenticated;
 
-select relay.watch('notes'), relay.watch('board');
+create table closed (id integer primary key);
+alter table closed enable row level security;
+grant select on closed to anon, authenticated;
+
+select relay.watch('notes'), relay.watch('board'), relay.watch('closed');

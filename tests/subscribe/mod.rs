@@ -3,5 +3,6 @@
 pub mod filter;
 pub mod healing;
 pub mod heavy_filters;
+pub mod hidden;
 pub mod like;
 pub mod wire_bindings;

@@ -89,7 +89,9 @@ impl Frame {
         let texts = match &self.0.content {
             Content::Change(Envelope::Text { before, after }, object) => [before, object.as_str(), after],
             Content::Change(Envelope::Cursor(_), object) => [object.as_str(), "", ""],
-            Content::Notice(Notice::Text(text) | Notice::Gap { reason: text, .. }) => [text, "", ""],
+            Content::Notice(Notice::Text(text) | Notice::Hidden(text) | Notice::Gap { reason: text, .. }) => {
+                [text, "", ""]
+            }
             Content::Ping(payload) => return [payload, &[], &[]],
         };
         texts.map(str::as_bytes)
@@ -108,7 +110,7 @@ impl Content {
         match self {
             Self::Change(Envelope::Text { before, .. }, _) => before.len(),
             Self::Change(Envelope::Cursor(cursor), _) => cursor.len(),
-            Self::Notice(Notice::Text(text)) => text.len(),
+            Self::Notice(Notice::Text(text) | Notice::Hidden(text)) => text.len(),
             Self::Notice(Notice::Gap { reason, cursor }) => {
                 reason.len() + cursor.as_ref().map_or(0, String::len)
             }

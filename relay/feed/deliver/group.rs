@@ -177,8 +177,8 @@ impl SubscriberGroup {
     /// Applies a new catalog. Sends a gap and binds the channels anew when a relation is not watched any more, was
     /// watched anew, was renamed, or has other types than a filter was parsed with; the channels get a second gap
     /// once bound, because changes may come in between. Sends a gap when a schema subscription loses a relation that
-    /// was there `before`. Binds channels anew when a refused entry may be accepted now, with a gap for what they
-    /// missed.
+    /// was there `before`. Reports relations that show the role no row any more. Binds channels anew when a refused
+    /// entry may be accepted now, with a gap for what they missed.
     pub fn apply_catalog(&self, before: Option<&Catalog>, catalog: &Catalog, feed_position: Option<&Cursor>) {
         if self.subscription.is_stale(catalog) {
             self.send_gap(TABLE_CHANGED, self.reached(feed_position).as_deref());
@@ -189,6 +189,9 @@ impl SubscriberGroup {
         }
         for lack in self.subscription.lacks(before, catalog) {
             self.send_gap(&lack, self.reached(feed_position).as_deref());
+        }
+        for why in self.subscription.newly_hidden(before, catalog) {
+            self.send_hidden(&why);
         }
         if self.subscription.may_be_lifted(catalog) {
             self.members.set_missed(TABLE_CHANGED);
@@ -373,6 +376,13 @@ impl SubscriberGroup {
             let gap = self.key.codec.encoding().gap(&raising(schema, table), None);
             outbox.push(Frame::notice(gap, outbox.budget()));
         });
+    }
+
+    /// Reports to all channels that a table shows them no row any more.
+    fn send_hidden(&self, why: &str) {
+        if let Some(frame) = self.frame(self.key.codec.encoding().hidden(why)) {
+            self.members.for_each(|_, outbox| outbox.push(frame.clone()));
+        }
     }
 
     /// Reports to all channels that the feed stalls or continues.

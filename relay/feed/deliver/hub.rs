@@ -211,6 +211,13 @@ impl Hub {
         true
     }
 
+    /// Returns why tables show no row to the role of a channel that names them, and what to do.
+    pub fn hidden(&self, catalog: &Catalog) -> BTreeSet<String> {
+        let replayed = self.replays.values().flat_map(|entry| &entry.groups).map(|(_, group)| group);
+        let groups = self.live.iter().map(|(_, group)| group).chain(replayed);
+        groups.flat_map(|group| group.subscription().hidden_in(catalog).into_values()).collect()
+    }
+
     /// Calls `with` for each group of a replay.
     pub fn for_each_group(&self, replay: u64, with: impl FnMut(&SubscriberGroup)) {
         let groups = self.replays.get(&replay).map(|entry| &entry.groups);

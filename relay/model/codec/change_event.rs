@@ -19,6 +19,10 @@ impl ChangeEncoding for ChangeEvents {
         Notice::Gap { reason: reason.to_owned(), cursor: cursor.map(str::to_owned) }
     }
 
+    fn hidden(&self, why: &str) -> Notice {
+        Notice::Hidden(why.to_owned())
+    }
+
     fn stall(&self, _: bool) -> Option<Notice> {
         None
     }

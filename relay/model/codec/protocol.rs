@@ -5,6 +5,8 @@ use crate::model::codec::change_event::ChangeEvents;
 use crate::model::codec::phoenix::changes::ChannelChanges;
 use crate::model::session::message::{Incoming, Outgoing};
 
+/// The message of a channel that receives changes.
+pub const SUBSCRIBED: &str = "Subscribed to PostgreSQL";
 /// The message when the feed stalls.
 pub const STALLED: &str =
     "Stalled: the database cannot be asked now, changes follow in order once it is back";
@@ -42,6 +44,9 @@ pub trait ChangeEncoding {
     /// Encodes that changes before the cursor are missing. `None` means that no cursor is known.
     fn gap(&self, reason: &str, cursor: Option<&str>) -> Notice;
 
+    /// Encodes that a table shows the subscriber no row any more, with the reason and what to do.
+    fn hidden(&self, why: &str) -> Notice;
+
     /// Encodes that the feed is stalled or has resumed. `None` if the transport observes stalls by itself.
     fn stall(&self, stalls: bool) -> Option<Notice>;
 }
@@ -72,6 +77,8 @@ pub enum Notice {
         /// The position after the missing changes, if it is known.
         cursor: Option<String>,
     },
+    /// A table shows the subscriber no row: why, and what to do. The transport writes the message.
+    Hidden(String),
 }
 
 /// Reads and writes the messages of a session on a socket.

@@ -18,6 +18,15 @@ pub struct ChannelId {
     pub channel: u32,
 }
 
+/// The outcome of an attempt to bind a channel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BindOutcome {
+    /// The errors of refused entries; the others are bound.
+    pub refusals: Vec<SubscribeError>,
+    /// The tables that show the channel's role no row: why, and what to do.
+    pub hidden: Vec<String>,
+}
+
 /// The state of a channel. Its topic is the key under which the session keeps it.
 #[derive(Debug)]
 pub struct Channel {
@@ -109,16 +118,19 @@ impl Channel {
     pub(super) fn bound(
         &mut self,
         topic: &str,
-        outcome: Result<Vec<SubscribeError>, SubscribeError>,
+        outcome: Result<BindOutcome, SubscribeError>,
     ) -> Result<Vec<Action>, SubscribeError> {
         let is_bound = outcome.is_ok();
         let mut refusals = self.malformed.clone();
-        refusals.extend(outcome.unwrap_or_else(|refusal| vec![refusal]));
+        let BindOutcome { refusals: refused, hidden } = outcome
+            .unwrap_or_else(|refusal| BindOutcome { refusals: vec![refusal], ..BindOutcome::default() });
+        refusals.extend(refused);
         if !refusals.is_empty() && self.unanswered.as_ref().is_some_and(|join| join.waits) {
             return Err(refusals.swap_remove(0));
         }
         let mut messages = self.accept_join(topic);
         messages.extend(self.outcome(topic, &refusals));
+        messages.extend(hidden.into_iter().map(|why| self.message(topic, SessionEvent::Hidden(why))));
         if !is_bound {
             return Ok(self.end_delivery(messages));
         }

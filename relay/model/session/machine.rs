@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use crate::model::identity::claims::{Claims, Tokens};
 use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
-use crate::model::session::channel::{Channel, ChannelId};
+use crate::model::session::channel::{BindOutcome, Channel, ChannelId};
 use crate::model::session::join::{Join, disabled, too_large};
 use crate::model::session::message::{ClientRequest, Incoming, Origin, Response, SessionEvent};
 use crate::model::subscription::error::SubscribeError;
@@ -93,13 +93,12 @@ impl Session {
         found.map_or_else(Vec::new, |state| vec![state.bind()])
     }
 
-    /// Handles the outcome of [`Action::Bind`]: `Ok` has the errors of refused entries while the others are bound, `Err` means
-    /// that nothing is bound. The channel is reported as subscribed only if no entry is refused.
+    /// Handles the outcome of [`Action::Bind`]; `Err` means that nothing is bound. The channel is reported as subscribed only if no entry is refused.
     pub fn bound(
         &mut self,
         channel: ChannelId,
         attempt: u32,
-        outcome: Result<Vec<SubscribeError>, SubscribeError>,
+        outcome: Result<BindOutcome, SubscribeError>,
     ) -> Vec<Action> {
         let Some(topic) = self.topic_in_attempt(channel, attempt) else { return Vec::new() };
         let Some(channel) = self.channels.get_mut(&topic) else { return Vec::new() };
@@ -302,7 +301,7 @@ pub(crate) mod tests {
     pub(crate) fn delivering() -> (Session, ChannelId) {
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
-        session.bound(channel, attempt, Ok(Vec::new()));
+        session.bound(channel, attempt, Ok(BindOutcome::default()));
         (session, channel)
     }
 
@@ -316,6 +315,7 @@ pub(crate) mod tests {
                 SessionEvent::Reply(_, Response::Alive) => String::from("alive"),
                 SessionEvent::PresenceState => String::from("presence"),
                 SessionEvent::Subscribed => String::from("subscribed"),
+                SessionEvent::Hidden(why) => format!("hidden: {why}"),
                 SessionEvent::NotSubscribed(refusal) => format!("not subscribed: {refusal}"),
                 SessionEvent::Error(reason) => format!("error: {reason}"),
                 SessionEvent::Closed => String::from("closed"),
@@ -343,8 +343,23 @@ pub(crate) mod tests {
         assert_eq!(messages_of(&actions), ["bind"]);
         let (channel, attempt, who) = bind(&actions);
         assert_eq!(who, "ann");
-        let actions = session.bound(channel, attempt, Ok(Vec::new()));
+        let actions = session.bound(channel, attempt, Ok(BindOutcome::default()));
         assert_eq!(messages_of(&actions), ["join: 1 joined", "join: 1 presence", "join: 1 subscribed"]);
+    }
+
+    #[test]
+    fn a_channel_with_a_hidden_table_is_subscribed_and_told_why_at_each_bind() {
+        let hidden = |refusals: &[&str]| BindOutcome {
+            refusals: refusals.iter().map(|text| SubscribeError((*text).to_owned())).collect(),
+            hidden: vec![String::from("why")],
+        };
+        let mut session = session();
+        let (channel, attempt, _) = bind(&join(&mut session, "1", Join { waits: true, ..ann() }));
+        let actions = session.bound(channel, attempt, Ok(hidden(&[])));
+        assert_eq!(messages_of(&actions), ["join: 1 joined", "join: 1 subscribed", "join: 1 hidden: why"]);
+        let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
+        let actions = session.bound(channel, attempt, Ok(hidden(&["no"])));
+        assert_eq!(messages_of(&actions), ["join: 1 not subscribed: no", "join: 1 hidden: why"]);
     }
 
     #[test]
@@ -396,9 +411,9 @@ pub(crate) mod tests {
         let (channel, first, _) = bind(&join(&mut session, "1", ann()));
         let (_, second, who) = bind(&receive(&mut session, "1", "t", token("bob")));
         assert_eq!((second, who.as_str()), (first + 1, "bob"));
-        assert_eq!(session.bound(channel, first, Ok(Vec::new())), []);
+        assert_eq!(session.bound(channel, first, Ok(BindOutcome::default())), []);
         assert_eq!(session.unavailable(channel, first), []);
-        assert_eq!(messages_of(&session.bound(channel, second, Ok(Vec::new()))).len(), 2);
+        assert_eq!(messages_of(&session.bound(channel, second, Ok(BindOutcome::default()))).len(), 2);
 
         // The same for a channel that is joined again or left while it is being bound.
         let (old, attempt, _) = bind(&join(&mut session, "2", ann()));
@@ -406,10 +421,10 @@ pub(crate) mod tests {
         assert_eq!(messages_of(&actions), ["2 closed", "bind"]);
         let (new, ..) = bind(&actions);
         assert_ne!(old, new);
-        assert_eq!(session.bound(old, attempt, Ok(Vec::new())), []);
+        assert_eq!(session.bound(old, attempt, Ok(BindOutcome::default())), []);
         let left = receive(&mut session, "3", "t", ClientRequest::Leave);
         assert_eq!(messages_of(&left), ["3 left", "3 closed"]);
-        assert_eq!(session.bound(new, 1, Ok(Vec::new())), []);
+        assert_eq!(session.bound(new, 1, Ok(BindOutcome::default())), []);
     }
 
     #[test]
@@ -437,20 +452,23 @@ pub(crate) mod tests {
 
     #[test]
     fn a_refused_entry_does_not_affect_the_others_and_is_reported_each_time() {
-        let no = |text: &str| SubscribeError(text.to_owned());
+        let refused = |texts: &[&str]| {
+            let refusals = texts.iter().map(|text| SubscribeError((*text).to_owned())).collect();
+            BindOutcome { refusals, ..BindOutcome::default() }
+        };
         let mut session = session();
         let entries = joining(&json!([{"table": "todos"}, {}, {"table": "others"}]), Some("ann"));
         let (channel, attempt, _) = bind(&join(&mut session, "1", entries));
-        let actions = session.bound(channel, attempt, Ok(vec![no("others"), no("others")]));
+        let actions = session.bound(channel, attempt, Ok(refused(&["others", "others"])));
         let malformed = "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}";
-        let refused = format!("join: 1 not subscribed: {malformed}");
-        assert_eq!(messages_of(&actions), ["join: 1 joined", &refused, "join: 1 not subscribed: others"]);
+        let no = format!("join: 1 not subscribed: {malformed}");
+        assert_eq!(messages_of(&actions), ["join: 1 joined", &no, "join: 1 not subscribed: others"]);
         let (_, attempt, _) = bind(&session.rebind(channel));
-        assert_eq!(messages_of(&session.bound(channel, attempt, Ok(Vec::new()))), [refused]);
+        assert_eq!(messages_of(&session.bound(channel, attempt, Ok(BindOutcome::default()))), [no]);
 
         let waiting = Join { waits: true, ..joining(&json!([{"table": "todos"}]), Some("ann")) };
         let (channel, attempt, _) = bind(&join(&mut session, "2", waiting));
-        let actions = session.bound(channel, attempt, Ok(vec![no("others")]));
+        let actions = session.bound(channel, attempt, Ok(refused(&["others"])));
         assert_eq!(messages_of(&actions), ["2 refused: RealtimeDisabledForConfiguration: others"]);
     }
 
@@ -544,7 +562,7 @@ pub(crate) mod tests {
                     _ if binding.is_empty() => Vec::new(),
                     _ => {
                         let (channel, attempt, who) = binding.remove(0);
-                        let outcome = if flag { Ok(Vec::new()) } else { Err(SubscribeError("no".to_owned())) };
+                        let outcome = if flag { Ok(BindOutcome::default()) } else { Err(SubscribeError("no".to_owned())) };
                         let actions = session.bound(channel, attempt, outcome);
                         if actions.iter().any(|action| matches!(action, Action::Join { .. })) {
                             prop_assert_eq!(&latest[&channel], &(attempt, who));

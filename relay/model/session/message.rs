@@ -76,6 +76,8 @@ pub enum SessionEvent {
     PresenceState,
     /// The channel receives changes.
     Subscribed,
+    /// A table of the channel shows its role no row: why, and what to do. The channel stays subscribed.
+    Hidden(String),
     /// An entry of the channel's subscription is refused.
     NotSubscribed(SubscribeError),
     /// Why the channel ends. [`Self::Closed`] or [`Self::Failed`] follows.

@@ -1,6 +1,6 @@
 //! Subscriptions: the requests of a channel, bound to verified claims.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::{Change, RelationId};
 use crate::model::subscription::error::{CAUSE, EXCEPTION, FORBIDDEN, SubscribeError, UNREADABLE};
+use crate::model::subscription::hidden::hidden_from;
 use crate::model::subscription::request::{CatalogView, Events, Request, Target};
 use crate::model::subscription::typed_filter::TypedFilter;
 
@@ -98,11 +99,28 @@ impl Scope {
     }
 }
 
-/// The subscription of one channel. It always has verified claims: only [`Subscription::bind`] creates one.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+/// The subscription of one channel. It always has verified claims: only [`Subscription::bind`] creates one. Equality ignores what
+/// the subscriber was told at the bind.
+#[derive(Debug, Clone)]
 pub struct Subscription {
     identity: Identity,
     bindings: Arc<[Binding]>,
+    /// The named relations that showed the role no row when it was bound, each with what to do.
+    hidden: Arc<[(RelationId, String)]>,
+}
+
+impl PartialEq for Subscription {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.identity, &self.bindings) == (&other.identity, &other.bindings)
+    }
+}
+
+impl Eq for Subscription {}
+
+impl Hash for Subscription {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (&self.identity, &self.bindings).hash(state);
+    }
 }
 
 impl Subscription {
@@ -132,7 +150,39 @@ impl Subscription {
             Binding { id: request.id(), events: request.events, scope, filter, select }
         };
         let bindings = requests.iter().zip(filters).map(bind).collect();
-        Self { identity, bindings }
+        let mut subscription = Self { identity, bindings, hidden: Arc::default() };
+        let hidden = subscription.hidden_in(catalog);
+        if !hidden.is_empty() {
+            subscription.hidden = hidden.into_iter().collect();
+        }
+        subscription
+    }
+
+    /// Returns why named relations showed its role no row when it was bound, and what to do.
+    pub fn hidden(&self) -> impl Iterator<Item = &str> {
+        self.hidden.iter().map(|(_, why)| why.as_str())
+    }
+
+    /// Returns the named relations that show its role no row, each with the reason.
+    pub fn hidden_in(&self, catalog: &Catalog) -> BTreeMap<RelationId, String> {
+        let role = self.identity.claims().role();
+        let named = self.bindings.iter().filter_map(|binding| match binding.scope {
+            Scope::Relation(id, ..) => catalog.relation(id),
+            _ => None,
+        });
+        named.filter_map(|relation| Some((relation.id(), hidden_from(relation, role)?))).collect()
+    }
+
+    /// Returns the reasons of the relations that show its role no row `now` and may have shown it rows `before`; where the
+    /// earlier catalog does not have the role, when it was bound.
+    pub fn newly_hidden(&self, before: Option<&Catalog>, now: &Catalog) -> Vec<String> {
+        let role = self.identity.claims().role();
+        let before = before.filter(|before| before.knows_role(role));
+        let was_told = |id: &RelationId| match before.and_then(|before| before.relation(*id)) {
+            Some(relation) => hidden_from(relation, role).is_some(),
+            None => self.hidden.iter().any(|(told, _)| told == id),
+        };
+        self.hidden_in(now).into_iter().filter(|(id, _)| !was_told(id)).map(|(_, why)| why).collect()
     }
 
     /// Returns the errors of refused entries, in order.
@@ -397,7 +447,7 @@ mod tests {
             let filter = filter.map(|filter| Arc::new(bound(filter, &one_column("int8", Some("int8")))));
             let scope = Scope::Relation(RelationId(7), 0, Arc::default(), None);
             let bindings = Arc::new([Binding { id: 1, events, scope, filter, select: None }]);
-            Subscription { identity: identity("authenticated"), bindings }
+            Subscription { identity: identity("authenticated"), bindings, hidden: Arc::default() }
         };
         let plain = subscription(None, Events::All);
         assert_eq!(plain, subscription(None, Events::All));

@@ -18,7 +18,7 @@ use crate::model::codec::protocol::{Envelope, Notice};
 use crate::model::log::cursor::Cursor;
 use crate::model::subscription::error::is_raising;
 use crate::transport::app::App;
-use crate::transport::changes::refusal::{expired, gap, unavailable};
+use crate::transport::changes::refusal::{expired, gap, notice, unavailable};
 use crate::transport::changes::request::{ChangesRequest, MIN_OUTBOX, START_TIMEOUT};
 use crate::transport::held_answer::{WatchedOutbox, json_answer};
 use crate::transport::response::{Answer, error, json};
@@ -39,8 +39,9 @@ pub async fn poll(
     let expiry = call.subscription.identity().claims().expires_at().saturating_sub(now());
     let until = Instant::now() + call.wait.min(Duration::from_secs(expiry));
     let outbox = Arc::clone(&call.outbox);
+    let hidden = call.subscription.hidden().next().map(str::to_owned);
     let mut catch_up = call.catch_up(app, since.clone());
-    let (progress, taken) = match read_first(&mut catch_up, &outbox).await {
+    let (progress, taken) = match read_first(&mut catch_up, &outbox, hidden.as_deref()).await {
         Ok(first) => first,
         Err(answer) => return answer,
     };
@@ -57,7 +58,7 @@ pub async fn poll(
     };
     if taken == Some(Taken::Full) {
         // The outbox or the memory budget is full: the next poll reads the same changes from the changelog.
-        return no_changes(&since.to_string(), true);
+        return no_changes(&since.to_string(), true, hidden.as_deref());
     }
     // Nothing is delivered after the token's expiry, so a later position must not be returned: it would skip changes.
     let expires_at = catch_up.subscription().identity().claims().expires_at();
@@ -68,11 +69,12 @@ pub async fn poll(
     };
     // Take the changes that were delivered while leaving.
     if outbox.take().now_or_never() == Some(Taken::Full) {
-        return no_changes(&since.to_string(), true);
+        return no_changes(&since.to_string(), true, hidden.as_deref());
     }
     let reached = reached.filter(|cursor| cursor.is_at_or_after(&since));
+    let hidden = take_hidden(&outbox).or(hidden);
     if outbox.hand().frames.is_empty() {
-        return no_changes(&reached.unwrap_or(since).to_string(), false);
+        return no_changes(&reached.unwrap_or(since).to_string(), false, hidden.as_deref());
     }
     // Without a known position, the cursor is that of the last change.
     let Some(cursor) = reached else { return changes(&outbox, None, true, watched) };
@@ -86,7 +88,11 @@ pub async fn poll(
 ///
 /// # Errors
 /// The answer, if there is nothing to wait for.
-async fn read_first(catch_up: &mut CatchUp, outbox: &Outbox) -> Result<(Progress, Option<Taken>), Answer> {
+async fn read_first(
+    catch_up: &mut CatchUp,
+    outbox: &Outbox,
+    hidden: Option<&str>,
+) -> Result<(Progress, Option<Taken>), Answer> {
     let start = catch_up.since();
     let start_deadline = Instant::now() + START_TIMEOUT;
     loop {
@@ -100,7 +106,7 @@ async fn read_first(catch_up: &mut CatchUp, outbox: &Outbox) -> Result<(Progress
             Ok(Err(ReplayError::Ended)) => return Err(expired(catch_up.subscription())),
             // A long replay without visible changes: answer with the position reached.
             Err(_) if catch_up.since() != start => {
-                return Err(no_changes(&catch_up.since().to_string(), true));
+                return Err(no_changes(&catch_up.since().to_string(), true, hidden));
             }
             Err(_) => return Err(unavailable()),
         };
@@ -141,9 +147,23 @@ async fn has_more(catch_up: CatchUp, cursor: Cursor) -> bool {
     has_more.await.unwrap_or(true)
 }
 
-/// Answers with no changes, and the cursor.
-fn no_changes(cursor: &str, more: bool) -> Answer {
-    json(StatusCode::OK, format!(r#"{{"cursor":"{cursor}","changes":[],"more":{more}}}"#))
+/// Removes the notices that the table shows no row any more from the taken frames, and returns the last one.
+fn take_hidden(outbox: &Outbox) -> Option<String> {
+    let mut hidden = None;
+    outbox.hand().frames.retain(|frame| match frame.content() {
+        Content::Notice(Notice::Hidden(why)) => {
+            hidden = Some(why.clone());
+            false
+        }
+        _ => true,
+    });
+    hidden
+}
+
+/// Answers with no changes, and the cursor; `hidden` says why the table shows no row, if it shows none.
+fn no_changes(cursor: &str, more: bool, hidden: Option<&str>) -> Answer {
+    let notice = notice(hidden);
+    json(StatusCode::OK, format!(r#"{{"cursor":"{cursor}","changes":[],"more":{more}{notice}}}"#))
 }
 
 /// Answers with the changes taken from the outbox, and the cursor; without one, the cursor of the last change.
@@ -171,7 +191,7 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: WatchedOu
     let last = found.last().map_or("", |(cursor, _)| cursor.as_str());
     let cursor = cursor.filter(|_| !is_cut).unwrap_or(last);
     if found.is_empty() {
-        return no_changes(cursor, more);
+        return no_changes(cursor, more, None);
     }
     let mut before = format!(r#"{{"cursor":"{cursor}","changes":["#);
     let mut hand = answering.hand();

@@ -1,4 +1,4 @@
-//! The answers that refuse a request for changes.
+//! The answers that refuse a request for changes, and what is said with those that are empty.
 
 use hyper::StatusCode;
 
@@ -26,6 +26,11 @@ pub fn expired(subscription: &Subscription) -> Answer {
 /// Status 400: the request is wrong.
 pub fn bad_request(why: SubscribeError) -> Answer {
     error(StatusCode::BAD_REQUEST, &why.0)
+}
+
+/// Returns the member `notice` of an answer, which says why the table shows no row; empty when it may show some.
+pub fn notice(hidden: Option<&str>) -> String {
+    hidden.map_or_else(String::new, |why| format!(r#","notice":{}"#, serde_json::Value::from(why)))
 }
 
 /// Status 503: there is no memory for the answer.

@@ -10,7 +10,7 @@ use crate::model::session::limits::{ExceededLimit, RowLimit};
 use crate::model::subscription::binding::{Scope, Subscription};
 use crate::model::subscription::error::raising_on_read;
 use crate::transport::app::App;
-use crate::transport::changes::refusal::{no_room, unavailable};
+use crate::transport::changes::refusal::{no_room, notice, unavailable};
 use crate::transport::changes::request::ChangesRequest;
 use crate::transport::held_answer::{WatchedOutbox, json_answer};
 use crate::transport::response::{Answer, error};
@@ -48,6 +48,7 @@ pub async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> An
                 if let Some(last) = last.filter(|_| more) {
                     block.push_str(&format!(r#","after":"{}""#, last.encode()));
                 }
+                block.push_str(&notice(call.subscription.hidden().next()));
                 block.push('}');
                 if !outbox.answer(block) || outbox.take().await != Taken::Frames {
                     return no_room();

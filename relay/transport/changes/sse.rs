@@ -134,7 +134,9 @@ impl EventStream {
         if !self.has_begun {
             self.has_begun = true;
             // A client that loses the stream before its first event resumes from its original cursor.
-            return Some(format!("retry: {RETRY_MS}\nid: {}\n\n", self.sent_position));
+            let begin = format!("retry: {RETRY_MS}\nid: {}\n\n", self.sent_position);
+            let notices = self.catch_up.subscription().hidden().map(notice_event);
+            return Some(notices.fold(begin, |text, notice| text + &notice));
         }
         loop {
             if self.is_closed {
@@ -244,6 +246,7 @@ impl EventStream {
                     self.is_closed |= cursor.is_none();
                     text.push_str(&gap_event(reason, cursor.as_deref()));
                 }
+                Content::Notice(Notice::Hidden(why)) => text.push_str(&notice_event(why)),
                 _ => {}
             }
             hand.frames.pop_front();
@@ -284,6 +287,11 @@ fn gap_event(reason: &str, id: Option<&str>) -> String {
     let id = id.map_or_else(String::new, |id| format!("id: {id}\n"));
     let data = serde_json::json!({ "error": format!("Gap: {reason}") });
     format!("event: gap\n{id}data: {data}\n\n")
+}
+
+/// Returns the event that says why the table shows no row, and what to do.
+fn notice_event(why: &str) -> String {
+    format!("event: notice\ndata: {}\n\n", serde_json::json!({ "message": why }))
 }
 
 /// Writes the data of an event, one `data:` field for each line. `json` columns may contain line breaks.

@@ -28,7 +28,7 @@ use crate::model::identity::bookmark::Opened;
 use crate::model::identity::bookmark::SessionName;
 use crate::model::identity::claims::Claims;
 use crate::model::session::action::Action;
-use crate::model::session::channel::ChannelId;
+use crate::model::session::channel::{BindOutcome, ChannelId};
 use crate::model::session::machine::Session;
 use crate::model::session::message::{ClientRequest, Incoming, Outgoing};
 use crate::model::session::rate_limit::RateLimit;
@@ -148,13 +148,13 @@ struct Driver {
     with_cursor: bool,
     /// Bookmarks of the channels, if the client named its session.
     resume: Option<Box<Resume>>,
-    binds: FuturesUnordered<BoxFuture<'static, BindOutcome>>,
+    binds: FuturesUnordered<BoxFuture<'static, BindAttempt>>,
     /// A message that waits for a refresh of the JWK set. Later messages wait in the socket.
     waiting_message: Option<BoxFuture<'static, Incoming>>,
 }
 
-/// The outcome of an attempt to bind a channel.
-type BindOutcome = (ChannelId, u32, Result<Bound, BindError>);
+/// A finished attempt to bind a channel.
+type BindAttempt = (ChannelId, u32, Result<Bound, BindError>);
 
 /// A bound subscription, ready for delivery.
 struct Bound {
@@ -350,11 +350,13 @@ impl Driver {
         self.perform(actions, &mut None);
     }
 
-    fn bound(&mut self, (channel, attempt, outcome): BindOutcome) {
+    fn bound(&mut self, (channel, attempt, outcome): BindAttempt) {
         let (actions, mut bound) = match outcome {
             Ok(bound) => {
                 let refusals = bound.subscription.refusals().cloned().collect();
-                (self.session.bound(channel, attempt, Ok(refusals)), Some(bound))
+                let hidden = bound.subscription.hidden().map(str::to_owned).collect();
+                let outcome = BindOutcome { refusals, hidden };
+                (self.session.bound(channel, attempt, Ok(outcome)), Some(bound))
             }
             Err(BindError::Refused(refusal)) => (self.session.bound(channel, attempt, Err(refusal)), None),
             Err(BindError::Unavailable) => (self.session.unavailable(channel, attempt), None),

@@ -14,7 +14,7 @@ use relay::model::identity::claims::{Claims, TokenRefusal, Tokens};
 use relay::model::codec::phoenix::{Version, decode_text};
 use relay::model::policy::visibility::Identity;
 use relay::model::session::action::Action;
-use relay::model::session::channel::ChannelId;
+use relay::model::session::channel::{BindOutcome, ChannelId};
 use relay::model::session::machine::Session;
 use relay::model::session::message::{Incoming, Outgoing};
 use relay::model::subscription::error::SubscribeError;
@@ -110,7 +110,7 @@ impl Stage {
     fn outcome(&mut self, step: u8) {
         let Some((channel, attempt, who)) = self.binding.pop_front() else { return };
         let actions = match step {
-            b'+' => self.session.bound(channel, attempt, Ok(Vec::new())),
+            b'+' => self.session.bound(channel, attempt, Ok(BindOutcome::default())),
             b'-' => self.session.bound(channel, attempt, Err(SubscribeError("no".to_owned()))),
             _ => self.session.unavailable(channel, attempt),
         };

@@ -32,6 +32,10 @@ impl ChangeEncoding for ChannelChanges {
         self.notice("error", &format!("Gap: {reason}"))
     }
 
+    fn hidden(&self, why: &str) -> Notice {
+        self.notice("ok", why)
+    }
+
     fn stall(&self, stalls: bool) -> Option<Notice> {
         let (status, text) = if stalls { ("error", STALLED) } else { ("ok", RESUMED) };
         Some(self.notice(status, text))
@@ -126,7 +130,7 @@ mod tests {
     fn gaps_and_stalls_are_system_messages_of_the_channel() {
         let text = |notice: Notice| match notice {
             Notice::Text(text) => text,
-            Notice::Gap { .. } => panic!("{notice:?}"),
+            Notice::Gap { .. } | Notice::Hidden(_) => panic!("{notice:?}"),
         };
         check(
             |version| text(channel(version, "realtime:t", false).gap("why", Some("AQ"))),

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::model::codec::phoenix::Version;
-use crate::model::codec::protocol::FrameError;
+use crate::model::codec::protocol::{FrameError, SUBSCRIBED};
 use crate::model::session::message::{Outgoing, Reference, Response, SessionEvent};
 use crate::model::subscription::request::Request;
 
@@ -21,7 +21,8 @@ pub fn encode(version: Version, message: &Outgoing) -> String {
             frame(version, join_ref, json_of(to), topic, "phx_reply", &reply(response))
         }
         SessionEvent::PresenceState => push("presence_state", "{}"),
-        SessionEvent::Subscribed => system("postgres_changes", "ok", "Subscribed to PostgreSQL"),
+        SessionEvent::Subscribed => system("postgres_changes", "ok", SUBSCRIBED),
+        SessionEvent::Hidden(why) => system("postgres_changes", "ok", why),
         SessionEvent::NotSubscribed(refusal) => system("postgres_changes", "error", &refusal.0),
         SessionEvent::Error(text) => system("system", "error", text),
         SessionEvent::Closed => frame(version, join_ref, join_ref, topic, "phx_close", "{}"),
@@ -102,7 +103,7 @@ mod tests {
     use crate::model::codec::phoenix::decode_text;
     use crate::model::codec::protocol::SocketProtocol;
     use crate::model::session::action::Action;
-    use crate::model::session::channel::ChannelId;
+    use crate::model::session::channel::{BindOutcome, ChannelId};
     use crate::model::session::machine::Session;
     use crate::model::session::machine::tests::{NOW, TestTokens, claims};
     use crate::model::session::message::ChannelName;
@@ -173,6 +174,7 @@ mod tests {
                 "system",
                 system("postgres_changes", "ok", "Subscribed to PostgreSQL"),
             ),
+            (SessionEvent::Hidden(String::from("why")), "system", system("postgres_changes", "ok", "why")),
             (SessionEvent::NotSubscribed(no), "system", system("postgres_changes", "error", "no")),
             (SessionEvent::Error(String::from("why")), "system", system("system", "error", "why")),
         ] {
@@ -234,7 +236,7 @@ mod tests {
                     })
                     .collect();
                 for (channel, attempt) in binds {
-                    actions.extend(session.bound(channel, attempt, Ok(Vec::new())));
+                    actions.extend(session.bound(channel, attempt, Ok(BindOutcome::default())));
                 }
                 for action in actions {
                     let messages = match action {
