@@ -103,6 +103,8 @@ pub struct Observe {
     failure_logged: AtomicU64,
     /// Unix time of the last log line about a refusal.
     refusal_logged: AtomicU64,
+    /// Unix time of the last log line about a refused subscription.
+    subscription_refusal_logged: AtomicU64,
 }
 
 impl Observe {
@@ -118,6 +120,7 @@ impl Observe {
             logged_hidden: Mutex::default(),
             failure_logged,
             refusal_logged,
+            subscription_refusal_logged: AtomicU64::new(0),
         }
     }
 
@@ -142,6 +145,14 @@ impl Observe {
     pub fn request_refused(&self, address: IpAddr, path: &str, why: &str) {
         if self.count_refusal() {
             tracing::warn!(%address, path, why, "request refused");
+        }
+    }
+
+    /// Logs a refused subscription, at most once a second: its client may not show the reason.
+    pub fn subscription_refused(&self, why: &str) {
+        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
+        if self.subscription_refusal_logged.swap(now, Ordering::Relaxed) != now {
+            tracing::warn!(why, "subscription refused");
         }
     }
 

@@ -43,8 +43,8 @@ begin
   if relay.is_secured(found, subscriber) and not exists (select from relay.policies_for(found, subscriber) p where p.permissive) then
     reasons := reasons || pg_catalog.format(
       case role
-        when 'service_role' then 'service_role has no BYPASSRLS, and no permissive policy lets it read: alter role service_role bypassrls'
-        else 'row security is on and no permissive policy lets %I read: create policy ... on %s for select to %1$I using (...)'
+        when 'service_role' then 'service_role has no BYPASSRLS, and no row-level policy lets it read a row: alter role service_role bypassrls'
+        else 'no row-level policy lets %I read a row: create policy ... on %s for select to %1$I using (...)'
       end, role, named);
   end if;
   return reasons;

@@ -53,14 +53,24 @@ impl TokenError {
         }
     }
 
+    /// Returns what to do, where the text alone does not say it.
+    pub fn advice(&self) -> Option<&'static str> {
+        match self {
+            Self::Missing => Some("give a token by the header `Authorization: Bearer …`, or by &apikey=…"),
+            Self::BadSignature => Some(
+                "the secret or key that signed it is not this relay's: relay token --sub UUID makes one with the secret of RELAY_JWT_SECRET",
+            ),
+            Self::Expired { .. } => {
+                Some("get another one from its issuer; for a trial, relay token --sub UUID makes one")
+            }
+            _ => None,
+        }
+    }
+
     /// Returns the text for a handshake with advice on what to do.
     pub fn advised_text(&self) -> String {
-        let advice = match self {
-            Self::Missing => ": give a token by the header `Authorization: Bearer …`, or by &apikey=…",
-            Self::BadSignature => ": the secret or key that signed it is not this relay's",
-            _ => "",
-        };
-        self.connect_text() + advice
+        let advice = self.advice().map_or_else(String::new, |advice| format!(": {advice}"));
+        self.connect_text() + &advice
     }
 
     /// Returns the code that precedes the text in the reason of a refused join.

@@ -16,7 +16,6 @@ use tokio::time::{interval, sleep};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 
-use crate::auth::token::TokenError;
 use crate::auth::verifier::mint;
 use crate::command::token::bearer;
 use crate::model::codec::protocol::{STALLED, SUBSCRIBED};
@@ -228,17 +227,16 @@ async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<E
 /// Returns the error for an HTTP answer that is no WebSocket, of a relay or of another server.
 fn refused(status: u16, body: &[u8], options: &TailOptions) -> TailFailure {
     let body = String::from_utf8_lossy(body);
-    let reason =
-        serde_json::from_str::<Value>(&body).ok().and_then(|body| body["error"].as_str().map(str::to_owned));
-    // The protocol's own text for this error has no remedy.
-    let reason = reason.map(|why| match why == TokenError::BadSignature.connect_text() {
-        true => TokenError::BadSignature.advised_text(),
-        false => why,
+    let answer = serde_json::from_str::<Value>(&body).unwrap_or_default();
+    let reason = answer["error"].as_str().map(|why| match answer["hint"].as_str() {
+        Some(hint) => format!("{why}: {hint}"),
+        None => why.to_owned(),
     });
     let url = &options.url;
     let why = match (status, reason) {
         (401, Some(why)) if options.token.is_some() => {
-            format!("the relay at {url} refuses the token: {why} (relay token --sub UUID makes one)")
+            let cure = if why.contains(": ") { "" } else { ": relay token --sub UUID makes one" };
+            format!("the relay at {url} refuses the token: {why}{cure}")
         }
         (401, Some(why)) => {
             format!(

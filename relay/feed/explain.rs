@@ -172,62 +172,20 @@ async fn examine(
         Some(_) => blockers.extend(queries.blockers(&request.table, role).await?),
         None => blockers.push(unknown(queries, &request.table).await?),
     }
-    let mut explanation = Explanation {
-        would_receive: false,
-        verdict: None,
-        table: named
-            .as_ref()
-            .map_or_else(|| request.table.clone(), |(schema, table)| format!("{schema}.{table}")),
-        role: role.to_owned(),
-        blockers,
-        hidden_columns: Vec::new(),
-        way: None,
-        obstacles: Vec::new(),
-        claims_read: Some(Vec::new()),
-        questions: Vec::new(),
-        index: None,
-        policies: Vec::new(),
-        filter: None,
-        row: None,
+    let table = match &named {
+        Some((schema, table)) => format!("{schema}.{table}"),
+        None => request.table.clone(),
     };
-    let Some((relation, access)) = relation.and_then(|relation| Some((relation, relation.access(role)?)))
-    else {
-        return Ok(explanation);
-    };
-    if access.rights.missing.is_empty() {
-        explanation.blockers.extend(relation.missing_grants(role));
-    }
-    let hidden = relation.columns.iter().filter(|column| !access.sees(&column.name));
-    explanation.hidden_columns = hidden.map(|column| column.name.clone()).collect();
-    explanation.way = Some(access.plan.kind.name());
-    let reasons = access.plan.obstacles.iter();
-    explanation.obstacles =
-        reasons.map(|obstacle| Reason { part: obstacle.part.clone(), why: obstacle.why.clone() }).collect();
-    explanation.claims_read = claims_read(&access.plan);
-    explanation.questions = access.plan.queries.iter().map(describe_query).collect();
-    let mut keys = access.plan.predicate.index_keys(&access.plan.values(request.identity.claims()));
-    for policy in &access.rights.policies {
-        explanation.policies.push(describe_policy(policy, relation, access, &request.identity));
-    }
-    let mut bound = None;
-    if let Some(text) = &request.filter {
-        match filter(binder, request, relation, text).await {
-            Ok(filter) => {
-                keys = filter.as_ref().map_or(IndexKeys::Any, |filter| filter.index_keys()).and(keys);
-                bound = filter;
-                explanation.filter = Some(FilterPart { text: text.clone(), refused: None });
-            }
-            Err(why) => {
-                let refused = Some(why + &column_remedy(relation, access, role, text));
-                explanation.filter = Some(FilterPart { text: text.clone(), refused });
-            }
+    let mut explanation = Explanation::new(table, role.to_owned(), blockers);
+    let found = relation.and_then(|relation| Some((relation, relation.access(role)?)));
+    if let Some((relation, access)) = found {
+        explanation.describe(relation, access, &request.identity);
+        let context = ExplainContext { binder, evaluator, queries, request };
+        let filter = explanation.describe_filter(&context, relation, access).await;
+        if let Some(target) = &request.row {
+            let policies = &mut explanation.policies;
+            explanation.row = Some(context.row(relation, access, target, policies, filter.as_deref()).await?);
         }
-    }
-    explanation.index = index(&keys, relation);
-    if let Some(target) = &request.row {
-        let context = ExplainContext { evaluator, queries, identity: &request.identity };
-        let row = context.row(relation, access, target, &mut explanation.policies, bound.as_deref()).await?;
-        explanation.row = Some(row);
     }
     Ok(explanation)
 }
@@ -249,26 +207,93 @@ async fn unknown(queries: &ExplainQueries, name: &str) -> Result<String, Error> 
     Ok(format!("there is no relation {name}{place}{advice}"))
 }
 
-/// Returns what to do about the first column of a filter that the role may not read; empty when it may read all.
-fn column_remedy(relation: &Relation, access: &Access, role: &str, text: &str) -> String {
+/// Returns the grant for the first column of a filter that exists and the role may not read; empty when there is none.
+fn column_grant(relation: &Relation, access: &Access, role: &str, text: &str) -> String {
     let conditions = parse(text).unwrap_or_default();
-    let Some(column) = conditions.iter().map(|condition| &condition.column).find(|name| !access.sees(name))
-    else {
-        return String::new();
-    };
-    if relation.columns.iter().any(|known| known.name == *column) {
-        let [schema, table, column, role] = [&relation.schema, &relation.table, column, role].map(identifier);
-        return format!(": grant select ({column}) on {schema}.{table} to {role}");
-    }
-    let seen: Vec<&str> =
-        relation.columns.iter().map(|known| known.name.as_str()).filter(|name| access.sees(name)).collect();
-    match near_names(column, &seen, |name| name).as_slice() {
-        [] => String::new(),
-        near => format!("; there is {}", near.iter().map(|name| **name).collect::<Vec<_>>().join(", ")),
-    }
+    let hidden = conditions.iter().map(|condition| &condition.column).find(|name| !access.sees(name));
+    let Some(column) = hidden.filter(|name| relation.column(name).is_some()) else { return String::new() };
+    let [schema, table, column, role] = [&relation.schema, &relation.table, column, role].map(identifier);
+    format!(": grant select ({column}) on {schema}.{table} to {role}")
+}
+
+/// Returns why the policies raise an error for these claims; `None` when they do not, or only PostgreSQL knows.
+fn raising_claims(plan: &Plan, values: &[ClaimValue]) -> Option<String> {
+    let unusable = plan.claim_exprs.iter().zip(values).filter(|(_, value)| **value == ClaimValue::Error);
+    let unusable: Vec<String> = unusable.map(|(claim, _)| claim.to_string()).collect();
+    plan.raises(values).then(|| {
+        format!(
+            "its policies raise an error for these claims, so no row is shown: the token needs a claim from which {} can be read",
+            unusable.join(" and ")
+        )
+    })
 }
 
 impl Explanation {
+    /// Creates the explanation of a relation of which nothing is known yet.
+    fn new(table: String, role: String, blockers: Vec<String>) -> Self {
+        Self {
+            would_receive: false,
+            verdict: None,
+            table,
+            role,
+            blockers,
+            hidden_columns: Vec::new(),
+            way: None,
+            obstacles: Vec::new(),
+            claims_read: Some(Vec::new()),
+            questions: Vec::new(),
+            index: None,
+            policies: Vec::new(),
+            filter: None,
+            row: None,
+        }
+    }
+
+    /// Describes what the role may see of the relation, and how that is decided for these claims.
+    fn describe(&mut self, relation: &Relation, access: &Access, reader: &Identity) {
+        let plan = &access.plan;
+        let values = plan.values(reader.claims());
+        if access.rights.missing.is_empty() {
+            self.blockers.extend(relation.missing_grants(&self.role));
+        }
+        self.blockers.extend(raising_claims(plan, &values));
+        let hidden = relation.columns.iter().filter(|column| !access.sees(&column.name));
+        self.hidden_columns = hidden.map(|column| column.name.clone()).collect();
+        self.way = Some(plan.kind.name());
+        let obstacles = plan.obstacles.iter();
+        self.obstacles = obstacles
+            .map(|obstacle| Reason { part: obstacle.part.clone(), why: obstacle.why.clone() })
+            .collect();
+        self.claims_read = claims_read(plan);
+        self.questions = plan.queries.iter().map(describe_query).collect();
+        let policies = access.rights.policies.iter();
+        self.policies = policies.map(|policy| describe_policy(policy, relation, access, reader)).collect();
+    }
+
+    /// Describes the filter, if there is one, and by what a change finds the subscription. Returns the filter if it is accepted.
+    async fn describe_filter(
+        &mut self,
+        context: &ExplainContext<'_>,
+        relation: &Relation,
+        access: &Access,
+    ) -> Option<Arc<TypedFilter>> {
+        let keys = access.plan.predicate.index_keys(&access.plan.values(context.request.identity.claims()));
+        let (mut refused, mut accepted) = (None, None);
+        if let Some(text) = &context.request.filter {
+            match context.filter(relation, text).await {
+                Ok(filter) => accepted = filter,
+                Err(why) => refused = Some(why + &column_grant(relation, access, &self.role, text)),
+            }
+            self.filter = Some(FilterPart { text: text.clone(), refused });
+        }
+        let keys = match &accepted {
+            Some(filter) => filter.index_keys().and(keys),
+            None => keys,
+        };
+        self.index = index(&keys, relation);
+        accepted
+    }
+
     /// Returns the first reason why nothing would be received, with the remedy.
     fn reason(&self) -> Option<String> {
         if let Some(blocker) = self.blockers.first() {
@@ -406,40 +431,33 @@ fn index(keys: &IndexKeys, relation: &Relation) -> Option<Vec<String>> {
     Some(lines)
 }
 
-/// Returns the parsed filter, or why it is refused.
-async fn filter(
-    binder: &Binder,
-    request: &ExplainRequest,
-    relation: &Relation,
-    text: &str,
-) -> Result<Option<Arc<TypedFilter>>, String> {
-    let mut entry = Map::new();
-    for (name, value) in [("schema", relation.schema.as_str()), ("table", &relation.table), ("filter", text)]
-    {
-        entry.insert(name.to_owned(), Value::from(value));
-    }
-    let plain = |refusal: SubscribeError| {
-        refusal.plain((&relation.schema, &relation.table), Some(request.identity.claims().role()))
-    };
-    let subscription_request = Request::parse(&entry).map_err(plain)?;
-    match binder.bind(request.identity.clone(), &[subscription_request]).await {
-        Ok(subscription) => {
-            let subscription = subscription.whole().map_err(plain)?;
-            Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone()))
-        }
-        Err(BindError::Refused(refusal)) => Err(plain(refusal)),
-        Err(BindError::Unavailable) => Err(String::from("PostgreSQL did not answer in time, try again")),
-    }
-}
-
-/// The context to evaluate one row for one subscriber.
+/// The context to evaluate the filter and one row for one subscriber.
 struct ExplainContext<'a> {
+    binder: &'a Binder,
     evaluator: &'a IdentityEvaluator,
     queries: &'a ExplainQueries,
-    identity: &'a Identity,
+    request: &'a ExplainRequest,
 }
 
 impl ExplainContext<'_> {
+    /// Returns the parsed filter, or why it is refused.
+    async fn filter(&self, relation: &Relation, text: &str) -> Result<Option<Arc<TypedFilter>>, String> {
+        let identity = &self.request.identity;
+        let [schema, table] = [&relation.schema, &relation.table];
+        let entry = [("schema", schema.as_str()), ("table", table), ("filter", text)];
+        let entry = entry.map(|(name, value)| (name.to_owned(), Value::from(value)));
+        let plain = |refusal: SubscribeError| refusal.plain((schema, table), Some(identity.claims().role()));
+        let request = Request::parse(&Map::from_iter(entry)).map_err(plain)?;
+        match self.binder.bind(identity.clone(), &[request]).await {
+            Ok(subscription) => {
+                let subscription = subscription.whole().map_err(plain)?;
+                Ok(subscription.bindings().first().and_then(|binding| binding.filter.clone()))
+            }
+            Err(BindError::Refused(refusal)) => Err(plain(refusal)),
+            Err(BindError::Unavailable) => Err(String::from("PostgreSQL did not answer in time, try again")),
+        }
+    }
+
     async fn row(
         &self,
         relation: &Relation,
@@ -493,7 +511,7 @@ impl ExplainContext<'_> {
         reading: &Arc<str>,
         with_path: bool,
     ) -> Result<&'static str, Error> {
-        let (identity, reading) = (self.identity.clone(), Arc::clone(reading));
+        let (identity, reading) = (self.request.identity.clone(), Arc::clone(reading));
         let question = IdentityQuery { identity, statement, images: &[image], reading, with_path };
         let verdict = self.evaluator.judge(&[question]).await?;
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {

@@ -22,7 +22,7 @@ use crate::model::session::channel::ChannelId;
 use crate::model::session::limits::RowLimit;
 use crate::model::subscription::binding::{Scope, Subscription};
 use crate::model::subscription::paging::{PageToken, Paging};
-use crate::model::subscription::request::Request;
+use crate::model::subscription::request::{Request, Target};
 use crate::observe::Observe;
 use crate::postgres::connect::pool::Error;
 use crate::postgres::connect::within::within;
@@ -45,6 +45,19 @@ pub struct RowsPage {
     pub found: RowsRead,
     /// The last row, where the next page begins; `None` when rows have no order or no page was requested.
     pub last: Option<PageToken>,
+}
+
+/// Returns the first refusal of a table, as it is logged.
+fn first_refusal(requests: &[Request], subscription: &Subscription) -> Option<String> {
+    let role = subscription.identity().claims().role();
+    requests.iter().zip(subscription.bindings()).find_map(|(request, binding)| {
+        match (&request.target, &binding.scope) {
+            (Target::Table { schema, table }, Scope::Refused(refused)) => {
+                Some(refused.why.logged((schema, table), role))
+            }
+            _ => None,
+        }
+    })
 }
 
 impl Feed {
@@ -79,6 +92,9 @@ impl Feed {
     ) -> Result<Subscription, BindError> {
         let subscription = self.binder.bind(identity, requests).await?;
         self.lanes.admit(channel, &subscription).map_err(BindError::Refused)?;
+        if let Some(refusal) = first_refusal(requests, &subscription) {
+            self.observe.subscription_refused(&refusal);
+        }
         self.observe.hides(subscription.hidden().map(str::to_owned));
         Ok(subscription)
     }

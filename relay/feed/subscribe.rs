@@ -9,7 +9,7 @@ use tokio::time::{sleep, timeout};
 use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::RelationId;
-use crate::model::subscription::binding::{Subscription, exception, readable};
+use crate::model::subscription::binding::{Subscription, exception, readable, unknown_column};
 use crate::model::subscription::error::{FORBIDDEN, SubscribeError};
 use crate::model::subscription::filter::{self, Condition};
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
@@ -141,12 +141,13 @@ impl Binder {
             return Err(SubscribeError(text).into());
         }
         let relation = readable(identity, catalog, request)?;
-        let sees = |column: &str| {
-            relation.access(identity.claims().role()).is_some_and(|access| access.sees(column))
-        };
-        if let Some(hidden) = conditions.iter().find(|condition| !sees(&condition.column)) {
-            let why = format!("ERROR P0001 (raise_exception) invalid column for filter {}", hidden.column);
-            return Err(exception(request, &why).into());
+        let access = relation.access(identity.claims().role());
+        let unknown = access.and_then(|access| {
+            let unknown = conditions.iter().find(|condition| !access.sees(&condition.column))?;
+            Some(unknown_column(request, "filter", &unknown.column, relation, access))
+        });
+        if let Some(unknown) = unknown {
+            return Err(unknown.into());
         }
         let key = (relation.id(), request.filter.clone());
         if let Some(known) = self.cached(relation, &key) {

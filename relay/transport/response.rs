@@ -42,6 +42,14 @@ pub fn empty(status: StatusCode) -> Answer {
     answer
 }
 
+/// An error as JSON, with what to do where its text alone does not say it.
+pub fn error_with_hint(status: StatusCode, why: &str, hint: Option<&str>) -> Answer {
+    match hint {
+        Some(hint) => json(status, serde_json::json!({ "error": why, "hint": hint }).to_string()),
+        None => error(status, why),
+    }
+}
+
 /// An error as JSON. Status 503 gets a `Retry-After`.
 pub fn error(status: StatusCode, why: &str) -> Answer {
     let mut answer = json(status, serde_json::json!({ "error": why }).to_string());

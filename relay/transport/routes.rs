@@ -175,9 +175,18 @@ async fn route(
             Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}")),
         },
         "/metrics" => text(StatusCode::OK, app.metrics()),
-        _ => error(
-            StatusCode::NOT_FOUND,
-            "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes",
-        ),
+        path => {
+            if is_of_client(path) {
+                app.observe.request_refused(slot.address(), path, NOTHING_HERE);
+            }
+            error(StatusCode::NOT_FOUND, NOTHING_HERE)
+        }
     }
+}
+
+const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes";
+
+/// Whether a client with a wrong address, rather than a probe or a scanner, may have meant this path.
+fn is_of_client(path: &str) -> bool {
+    path.len() < 200 && ["realtime", "websocket", "socket", "changes"].iter().any(|part| path.contains(part))
 }

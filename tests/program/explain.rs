@@ -111,8 +111,7 @@ async fn explain_says_why_a_reader_would_get_nothing() {
         ),
         (
             vec!["docs", "--role", "anon"],
-            "row security is on and no permissive policy lets anon read: create policy ... on public.docs for select to \
-             anon using (...)",
+            "no row-level policy lets anon read a row: create policy ... on public.docs for select to anon using (...)",
         ),
     ] {
         let found = explained(&database, &arguments).await;
@@ -235,8 +234,7 @@ async fn the_first_line_tells_what_is_missing_and_the_statement_that_mends_it() 
         ("crm.deals", "authenticated may not use its schema: grant usage on schema crm to authenticated"),
         (
             "bare",
-            "row security is on and no permissive policy lets authenticated read: create policy ... on public.bare for \
-             select to authenticated using (...)",
+            "no row-level policy lets authenticated read a row: create policy ... on public.bare for select to authenticated using (...)",
         ),
         (
             "plans",
@@ -312,6 +310,29 @@ async fn the_first_line_tells_what_is_wrong_with_a_token() {
         let (code, line) = verdict(&database, &[&["docs", "--token", &ended], secret].concat()).await;
         assert!(code == 1 && line.starts_with("would not: the token expired "), "{line}");
         assert!(line.ends_with(" seconds ago: relay token --sub UUID makes another one"), "{line}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_that_is_too_short_is_told_and_the_rest_is_explained() {
+    let database = database().await;
+    let good = token("authenticated", Some(ANN), json!({"aal": "aal2"}));
+    let ended = token_for("authenticated", Some(ANN), json!({}), Duration::ZERO);
+    for (secret, token, code, first) in [
+        ("short", &good, 0, "would receive"),
+        ("", &good, 0, "would receive"),
+        ("short", &ended, 1, "would not: the token expired "),
+    ] {
+        let arguments =
+            ["explain", "docs", "--database-url", &database.url, "--token", token, "--jwt-secret", secret];
+        let (found, text, told) = output(&arguments).await;
+        assert!(
+            found == code && text.starts_with(first) && text.contains("permissive policy own"),
+            "{secret:?} {text} {told}"
+        );
+        let is_told = told.contains("RELAY_JWT_SECRET") && told.contains("is not checked");
+        assert_eq!(is_told, first == "would receive", "{secret:?}: {told}");
+        assert!(secret.is_empty() || !told.contains(secret) || told.contains("too short"), "{told}");
     }
 }
 

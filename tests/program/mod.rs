@@ -5,4 +5,5 @@ pub mod cli;
 pub mod explain;
 pub mod first_use;
 pub mod install;
+pub mod stuck;
 pub mod tail;

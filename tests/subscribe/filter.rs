@@ -268,7 +268,7 @@ async fn a_filter_that_cannot_be_is_refused_with_the_words_of_the_protocol() {
     };
     for (filter, text) in [
         ("nope=eq.1", "ERROR P0001 (raise_exception) invalid column for filter nope"),
-        ("ID=eq.1", "ERROR P0001 (raise_exception) invalid column for filter ID"),
+        ("ID=eq.1", "ERROR P0001 (raise_exception) invalid column for filter ID; there is id"),
         ("tableoid=eq.1", "ERROR P0001 (raise_exception) invalid column for filter tableoid"),
         (
             "i=eq.hey",

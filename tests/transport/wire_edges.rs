@@ -41,11 +41,8 @@ async fn a_handshake_is_refused_with_the_status_and_the_words_of_the_protocol() 
     ] {
         let (status_found, body) =
             Socket::handshake(&stage.relay, &format!("/socket/websocket?{query}"), &[]).await.err().unwrap();
-        assert_eq!(
-            (status_found, serde_json::from_str::<Value>(&body).unwrap()),
-            (status, json!({"error": text})),
-            "{query}"
-        );
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((status_found, &body["error"]), (status, &json!(text)), "{query}");
     }
     for vsn in ["3.0.0", "", "2", "1.0.0%20", "null"] {
         let path = format!("/realtime/v1/websocket?apikey={token}&vsn={vsn}");

@@ -369,11 +369,9 @@ impl SubscriberGroup {
     pub fn send_policy_error(&self, relation: &Relation) {
         let (schema, table) = (&relation.schema, &relation.table);
         self.members.for_each_once(relation.id(), |outbox| {
-            tracing::info!(
-                relation.name = table,
-                "policy raises an error for a reader's claims, nothing is shown"
-            );
-            let gap = self.key.codec.encoding().gap(&raising(schema, table), None);
+            let why = raising(schema, table);
+            tracing::info!("{why}");
+            let gap = self.key.codec.encoding().gap(&why, None);
             outbox.push(Frame::notice(gap, outbox.budget()));
         });
     }

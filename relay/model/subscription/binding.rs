@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-use crate::model::catalog::relation::{Catalog, Naming, Relation};
+use crate::model::catalog::near_names::near_names;
+use crate::model::catalog::relation::{Access, Catalog, Naming, Relation};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::{Change, RelationId};
-use crate::model::subscription::error::{CAUSE, EXCEPTION, FORBIDDEN, SubscribeError, UNREADABLE};
+use crate::model::subscription::error::{
+    CAUSE, EXCEPTION, FORBIDDEN, NEAR, SubscribeError, UNREADABLE, identifier,
+};
 use crate::model::subscription::hidden::hidden_from;
 use crate::model::subscription::request::{CatalogView, Events, Request, Target};
 use crate::model::subscription::typed_filter::TypedFilter;
@@ -347,24 +350,52 @@ pub fn readable<'a>(
     };
     let access = found.and_then(|relation| relation.access(identity.claims().role()));
     let (Some(relation), Some(access)) = (found, access) else {
-        return Err(SubscribeError(format!(
-            "{UNREADABLE} for the given connect parameters: {}. The table must be watched (select relay.watch('schema.table')) and the token's \
-             role must be allowed to select from it",
-            request.described()
-        )));
+        return Err(unreadable(request, identity.claims().role()));
     };
     for column in &request.select {
         if relation.column(column).is_none() || !access.sees(column) {
-            return Err(exception(
-                request,
-                &format!("ERROR P0001 (raise_exception) invalid column for select {column}"),
-            ));
+            return Err(unknown_column(request, "select", column, relation, access));
         }
     }
     if let Some(lack) = relation.missing_grants(identity.claims().role()) {
         return Err(exception(request, &format!("{FORBIDDEN}{lack}")));
     }
     Ok(relation)
+}
+
+/// Returns the error for a table that is missing, not watched or not readable. It depends only on the request and the role.
+fn unreadable(request: &Request, role: &str) -> SubscribeError {
+    let described = request.described();
+    let (mut table, mut usage) = (String::from("schema.table"), String::new());
+    if let Target::Table { schema, table: name } = &request.target {
+        let schema = identifier(schema);
+        table = format!("{schema}.{}", identifier(name));
+        if schema != "public" {
+            usage = format!("grant usage on schema {schema} to {}; ", identifier(role));
+        }
+    }
+    SubscribeError(format!(
+        "{UNREADABLE} for the given connect parameters: {described}. The table must be watched (select relay.watch('{}')) and the token's role \
+         must be allowed to select from it ({usage}grant select on {table} to {}). What is missing: relay explain {table} --role {role}",
+        table.replace('\'', "''"),
+        identifier(role)
+    ))
+}
+
+/// Returns the Supabase server's text for a column that does not exist or is not readable, and the readable columns whose names are
+/// near.
+pub fn unknown_column(
+    request: &Request,
+    what: &str,
+    column: &str,
+    relation: &Relation,
+    access: &Access,
+) -> SubscribeError {
+    let seen = relation.columns.iter().map(|known| known.name.as_str()).filter(|name| access.sees(name));
+    let seen: Vec<&str> = seen.collect();
+    let near: Vec<&str> = near_names(column, &seen, |name| name).into_iter().copied().collect();
+    let near = if near.is_empty() { String::new() } else { format!("{NEAR}{}", near.join(", ")) };
+    exception(request, &format!("ERROR P0001 (raise_exception) invalid column for {what} {column}{near}"))
 }
 
 /// Returns the Supabase server's text for a subscription that PostgreSQL refused.
@@ -411,8 +442,8 @@ mod tests {
     fn an_unreadable_table_is_refused_like_a_missing_one() {
         let entry = |table: &str| json!({"event": "*", "schema": "public", "table": table});
         assert!(bind("authenticated", &entry("todos")).is_ok());
-        let missing = bind("authenticated", &entry("missing")).unwrap_err();
         for role in ["blind", "unknown"] {
+            let missing = bind(role, &entry("missing")).unwrap_err();
             let refusal = bind(role, &entry("todos")).unwrap_err();
             assert_eq!(refusal.replace("todos", "missing"), missing, "{role}");
         }

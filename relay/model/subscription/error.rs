@@ -21,6 +21,8 @@ pub const FILTER: &str = "Error parsing `filter` params: ";
 
 /// Starts of the texts that name a missing grant.
 const MISSING_GRANTS: [&str; 2] = ["the policies of ", "the filter of "];
+/// Text before the columns whose names are near an unknown one.
+pub const NEAR: &str = "; there is ";
 /// The list of operators, for error messages.
 const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
      filters are joined by commas";
@@ -75,10 +77,33 @@ impl SubscribeError {
         let cause = cause.split_once(") ").filter(is_code).map_or(cause, |(_, cause)| cause);
         for what in ["filter", "select"] {
             if let Some(column) = cause.strip_prefix(&format!("invalid column for {what} ")) {
-                return format!("{what}: {shown} has no column {column} that {reader} may read");
+                let (column, near) = column.rsplit_once(NEAR).unwrap_or((column, ""));
+                let near = if near.is_empty() { String::new() } else { format!("{NEAR}{near}") };
+                return format!("{what}: {shown} has no column {column} that {reader} may read{near}");
             }
         }
         format!("the filter does not fit {shown}: {cause}")
+    }
+}
+
+impl SubscribeError {
+    /// Returns the text for the log: [`plain`](Self::plain) without what the client wrote as a filter, which may name values of rows.
+    pub fn logged(&self, table: (&str, &str), role: &str) -> String {
+        let text = self.0.as_str();
+        let shown = format!("{}.{}", identifier(table.0), identifier(table.1));
+        let names_no_value = text.starts_with(UNREADABLE)
+            || text.contains(FORBIDDEN)
+            || ["filter", "select"].iter().any(|what| text.contains(&format!("invalid column for {what} ")));
+        match names_no_value {
+            true => self.plain(table, Some(role)),
+            false if text.starts_with(FILTER) => {
+                format!("a filter of {shown} cannot be used by the role {role}. {FORM}; {OPERATORS}")
+            }
+            false => format!(
+                "a subscription of {shown} by the role {role} is refused, mostly because a value of its filter does not fit the type of the column; \
+                 the client was told which"
+            ),
+        }
     }
 }
 

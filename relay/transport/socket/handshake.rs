@@ -18,7 +18,7 @@ use crate::transport::intake::Intake;
 use crate::transport::query::repeated_error;
 use crate::transport::query::{is_unreadable, parameter, repeated};
 use crate::transport::response::Answer;
-use crate::transport::response::{empty, error};
+use crate::transport::response::{empty, error, error_with_hint};
 use crate::transport::socket::driver::{self, ConnectRequest};
 
 /// Answers a handshake request.
@@ -46,7 +46,7 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
         Ok(claims) => claims,
         Err(why) => {
             app.observe.connection_refused(&why.advised_text());
-            return error(StatusCode::UNAUTHORIZED, &why.connect_text());
+            return error_with_hint(StatusCode::UNAUTHORIZED, &why.connect_text(), why.advice());
         }
     };
     let Some(client) = app.connection_limits.admit_client() else {
