@@ -15,6 +15,7 @@ use crate::feed::authorize::filter_evaluator::FilterEvaluator;
 use crate::feed::authorize::gate::Gate;
 use crate::feed::command::Command;
 use crate::feed::deliver::memory_budget::MemoryBudget;
+use crate::feed::explain::Explainer;
 use crate::feed::handle::Feed;
 use crate::feed::lanes::Lanes;
 use crate::feed::read::backlog::Backlog;
@@ -274,12 +275,15 @@ impl Foundation {
     /// Returns what connections share, and runs the task that rereads the keys of its verifier.
     fn app(&self, config: Config, feed: Feed) -> App {
         let limits = config.limits;
+        let Servers { main, judge, .. } = &self.servers;
+        let catalog = Arc::clone(&self.catalog);
         if let Some(refresher) = config.jwks_refresher {
             self.tasks.tracker.spawn(refresher.run(Arc::clone(&self.observe), self.tasks.end.clone()));
         }
         App {
             verifier: config.verifier,
             feed,
+            explainer: Explainer::new(main.clone(), judge.clone(), catalog, self.judge_timeout),
             observe: Arc::clone(&self.observe),
             stall_monitor: Arc::clone(&self.stall_monitor),
             allowed_origins: config.allowed_origins,

@@ -268,6 +268,7 @@ pub mod transport {
         pub mod driver;
         pub mod handshake;
     }
+    pub mod explain;
     pub mod routes;
 }
 

@@ -5,20 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::auth::token::TokenError;
 use crate::auth::verifier::{self, TokenSettings, Verifier};
 use crate::command::token::{bearer, usable};
-use crate::feed::explain::{ExplainRequest, ExplainTarget, Explanation, explain, one_line};
-use crate::feed::subscribe::Binder;
-use crate::model::catalog::relation::Relation;
+use crate::feed::explain::{ExplainRequest, ExplainTarget, Explainer, Explanation, one_line};
+use crate::feed::subscribe::RequestError;
 use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Server;
-use crate::postgres::evaluate::per_identity::IdentityEvaluator;
-use crate::postgres::explain_queries::ExplainQueries;
 use crate::postgres::install;
 
 type ExplainFailure = Box<dyn std::error::Error + Send + Sync>;
@@ -67,24 +64,22 @@ const LIMIT: Duration = Duration::from_secs(10);
 pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> Result<bool, ExplainFailure> {
     install::check(&server.connect().await?).await?;
     let login = judge.login().map(str::to_owned);
-    let catalog_cache =
-        Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login.clone()));
-    let binder = Binder::new(Arc::clone(&catalog_cache));
-    let queries = ExplainQueries::connect(server, login.as_deref()).await?;
+    let catalog_cache = Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login));
     let identity = Identity::new(claims(options)?);
-    let catalog = catalog_cache.with_role(identity.claims().role()).await?;
-    let named = queries.named(&options.table).await?;
-    let relation = named.and_then(|(schema, table)| catalog.named(&schema, &table));
-    let row = target(options, relation.map(|relation| &**relation))?;
     let request = ExplainRequest {
         table: options.table.clone(),
         token_refused: token_refused(options, &identity)?,
         identity,
         filter: options.filter.clone(),
-        row,
+        bound: None,
+        row: target(options)?,
     };
-    let judge = IdentityEvaluator::new(judge.clone(), LIMIT);
-    let explanation = explain(&catalog_cache, &binder, &judge, &queries, &request).await?;
+    let explainer = Explainer::new(server.clone(), judge.clone(), catalog_cache, LIMIT);
+    let explanation = match explainer.explain(&[request]).await {
+        Ok(mut explanations) => explanations.remove(0),
+        Err(RequestError::Refused(why)) => return Err(why.0.into()),
+        Err(RequestError::Failed(error)) => return Err(error.into()),
+    };
     let mut out = std::io::stdout().lock();
     match options.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
@@ -135,33 +130,18 @@ fn token_refused(options: &ExplainOptions, identity: &Identity) -> Result<Option
     })
 }
 
-fn target(
-    options: &ExplainOptions,
-    relation: Option<&Relation>,
-) -> Result<Option<ExplainTarget>, ExplainFailure> {
+fn target(options: &ExplainOptions) -> Result<Option<ExplainTarget>, ExplainFailure> {
     if let Some(row) = &options.row {
         let columns: Map<String, Value> =
             serde_json::from_str(row).map_err(|error| format!("--row is not a JSON object: {error}"))?;
         return Ok(Some(ExplainTarget::Image(Value::Object(columns).to_string())));
     }
-    let (Some(text), Some(relation)) = (&options.key, relation) else { return Ok(None) };
-    if let Ok(columns @ Value::Object(_)) = serde_json::from_str(text) {
-        return Ok(Some(ExplainTarget::Like(columns)));
-    }
-    let [key] = relation.key.as_slice() else {
-        return Err("the table has no key of one column: give --key a JSON object of columns".into());
-    };
-    // A string, because PostgreSQL converts it to the type of the column.
-    Ok(Some(ExplainTarget::Like(json!({key.as_str(): text}))))
+    Ok(options.key.clone().map(ExplainTarget::Key))
 }
 
 /// Formats the explanation for a terminal.
 fn as_text(of: &Explanation) -> String {
-    let verdict = of.verdict.as_ref().map_or_else(
-        || String::from("would receive"),
-        |why| format!("would not: {}", why.split_whitespace().collect::<Vec<_>>().join(" ")),
-    );
-    let mut lines = vec![verdict, format!("{} for the role {}", of.table, of.role)];
+    let mut lines = vec![of.first_line(), format!("{} for the role {}", of.table, of.role)];
     let mut line = |text: String| lines.push(format!("  {text}"));
     for blocker in &of.blockers {
         line(format!("blocked: {blocker}"));

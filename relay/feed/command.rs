@@ -6,10 +6,11 @@ use tokio::sync::oneshot;
 
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
+use crate::feed::deliver::members::Reader;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::read::batch::Batch;
 use crate::feed::read::recent::RecentBatches;
-use crate::model::catalog::relation::Catalog;
+use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::log::cursor::Cursor;
 use crate::model::session::channel::ChannelId;
 
@@ -54,6 +55,13 @@ pub enum Command {
         trailing_frame: Option<(Arc<Outbox>, Frame)>,
         /// Receives the positions; dropped when they are unknown.
         reply: oneshot::Sender<DeliveredUpTo>,
+    },
+    /// Query who follows a relation.
+    Readers {
+        /// The relation.
+        relation: Arc<Relation>,
+        /// Receives the readers.
+        reply: oneshot::Sender<Vec<Reader>>,
     },
     /// A replay has reached its target, or cannot continue.
     Arrived {

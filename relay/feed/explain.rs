@@ -1,11 +1,13 @@
 //! Explains why a subscriber gets a row or does not: its effective subscription, with the reasons.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use tokio::sync::Mutex;
 
-use crate::feed::subscribe::{BindError, Binder};
+use crate::feed::subscribe::{BindError, Binder, RequestError};
 use crate::model::catalog::near_names::near_names;
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::claim_expr::ClaimValue;
@@ -20,7 +22,7 @@ use crate::model::subscription::filter::parse;
 use crate::model::subscription::request::Request;
 use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::catalog::CatalogCache;
-use crate::postgres::connect::pool::Error;
+use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::evaluate::per_identity::{IdentityEvaluator, IdentityQuery, reading};
 use crate::postgres::explain_queries::ExplainQueries;
 
@@ -32,6 +34,8 @@ pub struct ExplainRequest {
     pub identity: Identity,
     /// Its filter.
     pub filter: Option<String>,
+    /// A filter that is bound already, instead.
+    pub bound: Option<Arc<TypedFilter>>,
     /// A row to evaluate.
     pub row: Option<ExplainTarget>,
     /// Why a relay refuses the subscriber's token, if it does.
@@ -39,11 +43,14 @@ pub struct ExplainRequest {
 }
 
 /// How a row is given.
+#[derive(Debug, Clone)]
 pub enum ExplainTarget {
-    /// By values that a row of the table has.
-    Like(Value),
+    /// By its key: a value, or a JSON object of columns.
+    Key(String),
     /// By its image in the changelog.
     Image(String),
+    /// By the number of its change in the changelog, and the transaction, which finds it by index.
+    Change(i64, Option<u64>),
 }
 
 /// The answer. Its JSON is a contract: fields are added, never removed.
@@ -138,56 +145,97 @@ pub struct RowPart {
     pub matches: Option<bool>,
 }
 
-/// Explains a subscription, with the verdict.
-///
-/// # Errors
-/// As the connections.
-pub async fn explain(
-    catalog_cache: &CatalogCache,
-    binder: &Binder,
-    evaluator: &IdentityEvaluator,
-    queries: &ExplainQueries,
-    request: &ExplainRequest,
-) -> Result<Explanation, Error> {
-    let mut explanation = examine(catalog_cache, binder, evaluator, queries, request).await?;
-    explanation.verdict = explanation.reason();
-    explanation.would_receive = explanation.verdict.is_none();
-    Ok(explanation)
+/// Explains subscriptions, one at a time.
+pub struct Explainer {
+    server: Server,
+    login: Option<String>,
+    catalog: Arc<CatalogCache>,
+    binder: Binder,
+    evaluator: IdentityEvaluator,
+    turn: Mutex<()>,
 }
 
-/// Collects what the verdict follows from.
-async fn examine(
-    catalog_cache: &CatalogCache,
-    binder: &Binder,
-    evaluator: &IdentityEvaluator,
-    queries: &ExplainQueries,
-    request: &ExplainRequest,
-) -> Result<Explanation, Error> {
-    let role = request.identity.claims().role();
-    let catalog = catalog_cache.with_role(role).await?;
-    let named = queries.named(&request.table).await?;
-    let relation = named.as_ref().and_then(|(schema, table)| catalog.named(schema, table));
-    let mut blockers: Vec<String> = request.token_refused.iter().cloned().collect();
-    match named {
-        Some(_) => blockers.extend(queries.blockers(&request.table, role).await?),
-        None => blockers.push(unknown(queries, &request.table).await?),
-    }
-    let table = match &named {
-        Some((schema, table)) => format!("{schema}.{table}"),
-        None => request.table.clone(),
-    };
-    let mut explanation = Explanation::new(table, role.to_owned(), blockers);
-    let found = relation.and_then(|relation| Some((relation, relation.access(role)?)));
-    if let Some((relation, access)) = found {
-        explanation.describe(relation, access, &request.identity);
-        let context = ExplainContext { binder, evaluator, queries, request };
-        let filter = explanation.describe_filter(&context, relation, access).await;
-        if let Some(target) = &request.row {
-            let policies = &mut explanation.policies;
-            explanation.row = Some(context.row(relation, access, target, policies, filter.as_deref()).await?);
+impl Explainer {
+    /// Creates an explainer that queries `server`, and evaluates by `judge` within the time limit.
+    pub fn new(server: Server, judge: Server, catalog: Arc<CatalogCache>, limit: Duration) -> Self {
+        Self {
+            server,
+            login: judge.login().map(str::to_owned),
+            binder: Binder::new(Arc::clone(&catalog)),
+            catalog,
+            evaluator: IdentityEvaluator::new(judge, limit),
+            turn: Mutex::new(()),
         }
     }
-    Ok(explanation)
+
+    /// Returns the watched relation that a name in SQL syntax resolves to.
+    ///
+    /// # Errors
+    /// As the connection, or when the name is not valid SQL.
+    pub async fn relation(&self, name: &str) -> Result<Option<Arc<Relation>>, RequestError> {
+        let _turn = self.turn.lock().await;
+        let queries = ExplainQueries::connect(&self.server, self.login.as_deref()).await?;
+        let Some((schema, table)) = queries.named(name).await? else { return Ok(None) };
+        Ok(self.catalog.fresh(None).await?.named(&schema, &table).cloned())
+    }
+
+    /// Explains subscriptions of one table, each with the verdict.
+    ///
+    /// # Errors
+    /// When a request names a row that cannot be read, or as the connections.
+    pub async fn explain(&self, requests: &[ExplainRequest]) -> Result<Vec<Explanation>, RequestError> {
+        let _turn = self.turn.lock().await;
+        let explained = async {
+            let queries = ExplainQueries::connect(&self.server, self.login.as_deref()).await?;
+            let mut explanations = Vec::with_capacity(requests.len());
+            for request in requests {
+                let mut explanation = self.examine(&queries, request).await?;
+                explanation.verdict = explanation.reason();
+                explanation.would_receive = explanation.verdict.is_none();
+                explanations.push(explanation);
+            }
+            Ok(explanations)
+        };
+        explained.await.map_err(|error| match error {
+            Error::Unfit(why) => RequestError::Refused(SubscribeError(why)),
+            error => RequestError::Failed(error),
+        })
+    }
+
+    /// Collects what the verdict follows from.
+    async fn examine(
+        &self,
+        queries: &ExplainQueries,
+        request: &ExplainRequest,
+    ) -> Result<Explanation, Error> {
+        let role = request.identity.claims().role();
+        let catalog = self.catalog.with_role(role).await?;
+        let named = queries.named(&request.table).await?;
+        let relation = named.as_ref().and_then(|(schema, table)| catalog.named(schema, table));
+        let mut blockers: Vec<String> = request.token_refused.iter().cloned().collect();
+        match named {
+            Some(_) => blockers.extend(queries.blockers(&request.table, role).await?),
+            None => blockers.push(unknown(queries, &request.table).await?),
+        }
+        let table = match &named {
+            Some((schema, table)) => format!("{schema}.{table}"),
+            None => request.table.clone(),
+        };
+        let mut explanation = Explanation::new(table, role.to_owned(), blockers);
+        let found = relation.and_then(|relation| Some((relation, relation.access(role)?)));
+        if let Some((relation, access)) = found {
+            explanation.describe(relation, access, &request.identity);
+            let context =
+                ExplainContext { binder: &self.binder, evaluator: &self.evaluator, queries, request };
+            let filter = explanation.describe_filter(&context, relation, access).await;
+            if let Some(target) = &request.row {
+                let policies = &mut explanation.policies;
+                explanation.row =
+                    Some(context.row(relation, access, target, policies, filter.as_deref()).await?);
+            }
+        }
+        Ok(explanation)
+    }
 }
 
 /// Returns the text for a relation that does not exist, with those whose names are near.
@@ -278,8 +326,10 @@ impl Explanation {
         access: &Access,
     ) -> Option<Arc<TypedFilter>> {
         let keys = access.plan.predicate.index_keys(&access.plan.values(context.request.identity.claims()));
-        let (mut refused, mut accepted) = (None, None);
-        if let Some(text) = &context.request.filter {
+        let (mut refused, mut accepted) = (None, context.request.bound.clone());
+        if let Some(bound) = &accepted {
+            self.filter = Some(FilterPart { text: bound.condition.clone(), refused: None });
+        } else if let Some(text) = &context.request.filter {
             match context.filter(relation, text).await {
                 Ok(filter) => accepted = filter,
                 Err(why) => refused = Some(why + &column_grant(relation, access, &self.role, text)),
@@ -312,6 +362,26 @@ impl Explanation {
             }
             None => None,
         }
+    }
+
+    /// Returns the verdict as one line: whether the subscriber would receive rows, or why not and what to do.
+    pub fn first_line(&self) -> String {
+        self.verdict.as_ref().map_or_else(
+            || String::from("would receive"),
+            |why| format!("would not: {}", why.split_whitespace().collect::<Vec<_>>().join(" ")),
+        )
+    }
+
+    /// Returns all reasons why nothing would be received, the verdict first.
+    pub fn reasons(&self) -> Vec<&str> {
+        let refused = self.filter.as_ref().and_then(|filter| filter.refused.as_ref());
+        let mut reasons: Vec<&str> = Vec::new();
+        for why in self.verdict.iter().chain(&self.blockers).chain(refused) {
+            if !reasons.contains(&why.as_str()) {
+                reasons.push(why);
+            }
+        }
+        reasons
     }
 
     fn reason_for_row(&self, row: &RowPart) -> Option<String> {
@@ -468,7 +538,8 @@ impl ExplainContext<'_> {
     ) -> Result<RowPart, Error> {
         let image = match target {
             ExplainTarget::Image(image) => Some(image.clone()),
-            ExplainTarget::Like(values) => self.queries.row(relation, values).await?,
+            ExplainTarget::Key(key) => self.queries.row(relation, &columns_of(relation, key)?).await?,
+            ExplainTarget::Change(number, xid) => self.queries.change(relation, *number, *xid).await?,
         };
         let Some(image) = image else {
             return Ok(RowPart { found: false, allowed: false, by: Vec::new(), matches: None });
@@ -524,6 +595,20 @@ impl ExplainContext<'_> {
             Some((_, Some(Denied::Raised))) => "it raises an error",
             _ => NO,
         })
+    }
+}
+
+/// Returns the columns that a key names: of a JSON object each of its members, of another text the column of the key.
+fn columns_of(relation: &Relation, key: &str) -> Result<Value, Error> {
+    if let Ok(columns @ Value::Object(_)) = serde_json::from_str(key) {
+        return Ok(columns);
+    }
+    match relation.key.as_slice() {
+        // A string, because PostgreSQL converts it to the type of the column.
+        [column] => Ok(json!({ column.as_str(): key })),
+        _ => Err(Error::Unfit(String::from(
+            "the table has no key of one column: give --key a JSON object of columns",
+        ))),
     }
 }
 

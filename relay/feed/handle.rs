@@ -1,5 +1,7 @@
 //! The feed's interface for sessions.
 
+use std::cmp::Reverse;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,11 +11,13 @@ use tokio::time::{sleep, timeout};
 use crate::feed::command::{Command, DeliveredUpTo};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
+use crate::feed::deliver::members::Reader;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::lanes::Lanes;
 use crate::feed::replay::bookmarks::BookmarkHandle;
 use crate::feed::replay::reader::ReplayReader;
 use crate::feed::subscribe::{BIND_TIMEOUT, BindError, Binder, RequestError};
+use crate::model::catalog::relation::Relation;
 use crate::model::codec::payload::record;
 use crate::model::identity::bookmark::{BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
@@ -132,6 +136,23 @@ impl Feed {
             }
         }
         found
+    }
+
+    /// Returns who follows a relation now, those with the most channels first: one entry for each set of claims and filter.
+    pub async fn readers(&self, relation: &Arc<Relation>) -> Vec<Reader> {
+        let mut merged: HashMap<(Identity, Option<String>), Reader> = HashMap::new();
+        for reader in self.lanes.readers(relation).await {
+            let key =
+                (reader.identity.clone(), reader.filter.as_ref().map(|filter| filter.condition.clone()));
+            let channels = reader.channels;
+            let known = merged.entry(key).or_insert(Reader { channels: 0, ..reader });
+            known.channels += channels;
+        }
+        let mut readers: Vec<Reader> = merged.into_values().collect();
+        readers.sort_by_key(|reader| {
+            (Reverse(reader.channels), reader.identity.claims().sub().map(str::to_owned))
+        });
+        readers
     }
 
     /// Waits until all earlier commands are handled.

@@ -13,6 +13,8 @@ use tokio::sync::oneshot;
 use crate::feed::authorize::filter_cost::FilterCosts;
 use crate::feed::command::Command;
 use crate::feed::deliver::group::TABLE_CHANGED;
+use crate::feed::deliver::members::Reader;
+use crate::model::catalog::relation::Relation;
 use crate::model::session::channel::ChannelId;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
@@ -94,6 +96,17 @@ impl Lanes {
         for receiver in [&self.main, &self.server_filters, &self.heavy].map(flush) {
             let _ = receiver.await;
         }
+    }
+
+    /// Returns who follows a relation, in any lane.
+    pub async fn readers(&self, relation: &Arc<Relation>) -> Vec<Reader> {
+        let mut readers = Vec::new();
+        for sender in [&self.main, &self.server_filters, &self.heavy] {
+            let (reply, receiver) = oneshot::channel();
+            let _ = sender.send(Command::Readers { relation: Arc::clone(relation), reply });
+            readers.extend(receiver.await.unwrap_or_default());
+        }
+        readers
     }
 
     fn sender(&self, lane: Lane) -> &UnboundedSender<Command> {

@@ -259,6 +259,9 @@ impl Router {
                 let channels = channels.into_iter().filter_map(position_of).collect();
                 DeliveredUpTo::answer(feed_position, channels, trailing_frame, reply);
             }
+            Command::Readers { relation, reply } => {
+                let _ = reply.send(self.hub.readers(&relation));
+            }
             Command::Arrived { replay, at, catalog, stalled, answer } => {
                 let result = self.replay_arrived(replay, at, catalog.as_deref(), stalled);
                 let _ = answer.send(result);

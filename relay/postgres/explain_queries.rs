@@ -104,7 +104,56 @@ impl ExplainQueries {
                     relation.schema, relation.table
                 )))
             }
-            row => Ok(row?.get(0)),
+            row => match row?.get(0) {
+                None if self.is_secured(relation).await? => Err(Error::Unfit(format!(
+                    "row security may keep the row of {}.{} from this login: give the row itself (--row '{{\"id\": 1, …}}'), or the \
+                     --database-url of a login that sees all rows",
+                    relation.schema, relation.table
+                ))),
+                image => Ok(image),
+            },
+        }
+    }
+
+    /// Returns whether row security applies to this login.
+    async fn is_secured(&self, relation: &Relation) -> Result<bool, Error> {
+        let row = self
+            .client
+            .query_one(
+                "select row_security_active(relation) from relay.watch_list where id = $1",
+                &[&relation.id().0],
+            )
+            .await?;
+        Ok(row.get(0))
+    }
+
+    /// Returns the image of a change that decides who receives it: the new row, of a delete the old one. `None` if there is no such
+    /// change of the relation. A number alone may need a scan of the changelog.
+    ///
+    /// # Errors
+    /// As the connection, or when the change has no image that today's policies can be evaluated on.
+    pub async fn change(
+        &self,
+        relation: &Relation,
+        number: i64,
+        xid: Option<u64>,
+    ) -> Result<Option<String>, Error> {
+        let row = self
+            .client
+            .query_opt(
+                "select coalesce(after, before)::text, shape = relay.shape(relation) from relay.changes \
+                 where number = $1 and relation = $2 and ($3::text is null or xid = $3::text::xid8)",
+                &[&number, &relation.id().0, &xid.map(|xid| xid.to_string())],
+            )
+            .await?;
+        let Some(row) = row else { return Ok(None) };
+        match (row.get::<_, Option<String>>(0), row.get(1)) {
+            (Some(image), true) => Ok(Some(image)),
+            (Some(_), false) => Err(Error::Unfit(format!(
+                "the columns of {}.{} changed since change {number}, so that the policies of today cannot be evaluated on it",
+                relation.schema, relation.table
+            ))),
+            (None, _) => Err(Error::Unfit(format!("change {number} is not the change of a row"))),
         }
     }
 

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::token::TokenError;
 use crate::auth::verifier::{Verifier, now};
 use crate::feed::deliver::memory_budget::MemoryBudget;
+use crate::feed::explain::Explainer;
 use crate::feed::handle::Feed;
 use crate::feed::read::stall::StallMonitor;
 use crate::model::identity::claims::Claims;
@@ -24,6 +25,8 @@ pub struct App {
     pub verifier: Verifier,
     /// The handle to the feed.
     pub feed: Feed,
+    /// Explains subscriptions to the service role.
+    pub explainer: Explainer,
     /// What is measured.
     pub observe: Arc<Observe>,
     /// Tells whether the feed reads, and whether it is stalled.

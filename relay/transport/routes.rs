@@ -26,6 +26,7 @@ use crate::transport::changes::request as changes;
 use crate::transport::connection_limits::ConnectionSlot;
 use crate::transport::early_refusal::EarlyRefusal;
 use crate::transport::exchange::{Answered, Exchange};
+use crate::transport::explain;
 use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::intake::Intake;
 use crate::transport::response::Answer;
@@ -166,6 +167,13 @@ async fn route(
         "/realtime/v1/changes" => {
             Box::pin(changes::serve(app, request, slot.address(), watched, closed)).await
         }
+        "/realtime/v1/explain" if !origin_is_allowed(&app.allowed_origins, request.headers()) => {
+            error(StatusCode::FORBIDDEN, "this origin is not allowed")
+        }
+        "/realtime/v1/explain" if request.method() != Method::GET => {
+            error(StatusCode::METHOD_NOT_ALLOWED, "explanations are read by GET")
+        }
+        "/realtime/v1/explain" => Box::pin(explain::serve(&app, &request, slot.address())).await,
         "/healthcheck" if !app.prepared.load(Ordering::Relaxed) => {
             text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is being prepared")
         }

@@ -2,6 +2,7 @@
 
 pub mod autobahn;
 pub mod changes;
+pub mod explain;
 pub mod hostile_tokens;
 pub mod http_answers;
 pub mod http_edges;

@@ -10,11 +10,13 @@ use crate::feed::authorize::subscriber_index::GroupId;
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::{GroupKey, Subscriber, SubscriberGroup};
 use crate::feed::deliver::groups::SubscriberGroups;
+use crate::feed::deliver::members::Reader;
 use crate::feed::deliver::outbox::Outbox;
-use crate::model::catalog::relation::Catalog;
+use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::log::cursor::Cursor;
 use crate::model::row::change::RelationId;
 use crate::model::session::channel::ChannelId;
+use crate::model::subscription::binding::Binding;
 
 /// The channels, groups and replays of a router.
 #[derive(Default)]
@@ -213,9 +215,25 @@ impl Hub {
 
     /// Returns why tables show no row to the role of a channel that names them, and what to do.
     pub fn hidden(&self, catalog: &Catalog) -> BTreeSet<String> {
+        self.groups().flat_map(|group| group.subscription().hidden_in(catalog).into_values()).collect()
+    }
+
+    /// Returns who follows a relation, one entry for each group and filter.
+    pub fn readers(&self, relation: &Relation) -> Vec<Reader> {
+        let readers = |group: &SubscriberGroup| {
+            let (identity, channels) = (group.subscription().identity().clone(), group.members().count());
+            let reader = |binding: &Binding| {
+                let (identity, filter) = (identity.clone(), binding.filter.clone());
+                Reader { identity, filter, channels }
+            };
+            group.subscription().concerning(relation).map(reader).collect::<Vec<_>>()
+        };
+        self.groups().flat_map(readers).collect()
+    }
+
+    fn groups(&self) -> impl Iterator<Item = &SubscriberGroup> {
         let replayed = self.replays.values().flat_map(|entry| &entry.groups).map(|(_, group)| group);
-        let groups = self.live.iter().map(|(_, group)| group).chain(replayed);
-        groups.flat_map(|group| group.subscription().hidden_in(catalog).into_values()).collect()
+        self.live.iter().map(|(_, group)| group).chain(replayed)
     }
 
     /// Calls `with` for each group of a replay.

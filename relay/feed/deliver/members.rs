@@ -8,8 +8,10 @@ use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::deliver::outbox::{Outbox, Unit};
 use crate::model::log::cursor::Cursor;
+use crate::model::policy::visibility::Identity;
 use crate::model::row::change::RelationId;
 use crate::model::session::channel::ChannelId;
+use crate::model::subscription::typed_filter::TypedFilter;
 
 /// Channels that get the same frames.
 pub struct Members {
@@ -17,6 +19,17 @@ pub struct Members {
     state: Mutex<MemberState>,
     /// Why changes may be missing.
     missed: OnceLock<&'static str>,
+}
+
+/// Channels that follow a relation with the same claims and filter.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    /// Their identity.
+    pub identity: Identity,
+    /// Their filter; `None` means all rows.
+    pub filter: Option<Arc<TypedFilter>>,
+    /// How many they are.
+    pub channels: usize,
 }
 
 struct MemberState {
@@ -50,6 +63,11 @@ impl Members {
     /// Removes and returns all channels.
     pub fn take(&self) -> BTreeMap<ChannelId, Arc<Outbox>> {
         std::mem::take(&mut self.lock().outboxes)
+    }
+
+    /// Returns the number of channels.
+    pub fn count(&self) -> usize {
+        self.lock().outboxes.len()
     }
 
     /// Returns the first channel.
