@@ -185,7 +185,7 @@ async fn which_of_the_connected_would_get_a_row_is_told_with_the_number_of_their
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_but_the_service_role_is_explained_anything() {
+async fn only_the_service_role_gets_an_explanation() {
     let stage = stage().await;
     let address = stage.relay.address;
     let query = format!("table=todos&sub={ANN}&key=1");
