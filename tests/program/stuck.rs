@@ -397,7 +397,7 @@ async fn a_membership_table_without_a_grant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_made_no_mistake_hears_nothing_of_all_that() {
+async fn a_reader_without_a_mistake_gets_no_notice() {
     let database = database(&format!("insert into todos values (1, '{ANN}', 'a')")).await;
     let (_relay, mut log, url) = serve(&["--database-url", &database.url]).await;
     let address: SocketAddr = url.trim_start_matches("http://").parse().unwrap();
