@@ -26,9 +26,9 @@
 //!
 //! # Layers
 //!
-//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth` (without `feed`), `transport`, then `assembly`, `server`
-//! and `command`; `settings`, `config`, `observe` and `tls` stand beside them. A folder of a layer is a room. Rooms of a layer import each other one
-//! way only, too. `tests/house/layers.rs` holds both rules.
+//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth`, `transport`, then `assembly`,
+//! `server` and `command`; `settings`, `config`, `observe` and `tls` stand beside them. What exactly each may import is the
+//! table `IMPORTS` of `tests/house/layers.rs`. The folders of a layer import each other without cycles, too.
 //!
 //! # Glossary
 //!

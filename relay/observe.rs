@@ -253,7 +253,7 @@ impl Observe {
         self.metrics.judgements.inc_by(queries as u64);
     }
 
-    /// Counts a failed evaluation on rows of this relation, which denies them, and logs it, at most once a second.
+    /// Counts a failed evaluation on rows of this relation, and logs it with its outcome for the reader, at most once a second.
     pub fn judgement_failed(&self, denied: Denied, relation: &str) {
         match denied {
             Denied::Raised | Denied::Claims => self.metrics.raised.inc(),
@@ -264,7 +264,11 @@ impl Observe {
         let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
         // A policy that raises for every row must not fill the disk.
         if self.failure_logged.swap(now, Ordering::Relaxed) != now {
-            tracing::warn!(relation.name = relation, why = ?denied, "policy or filter not evaluated, denied");
+            let outcome = match denied {
+                Denied::Unreadable | Denied::TimedOut | Denied::Locked => "gap",
+                Denied::Raised | Denied::Claims | Denied::Role => "denied",
+            };
+            tracing::warn!(relation.name = relation, why = ?denied, outcome, "policy or filter not evaluated");
         }
     }
 
@@ -307,5 +311,30 @@ impl Default for Observe {
 impl fmt::Debug for Observe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Observe").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_lists_each_metric_and_no_others() {
+        let documented: BTreeSet<&str> = include_str!("OPERATION.md")
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `relay_"))
+            .flat_map(|line| line.split(" | ").next().unwrap_or_default().split("`, `relay_"))
+            .map(|name| name.trim_end_matches('`'))
+            .collect();
+        let text = Observe::new().text(&Readings { sessions: 0, outbox_bytes: 0 });
+        let measured: BTreeSet<&str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE relay_")?.rsplit_once(' '))
+            .map(|(name, _)| name)
+            .collect();
+        let plain = |name: &&str| name.trim_end_matches("_total").to_owned();
+        let [documented, measured] =
+            [documented, measured].map(|names| names.iter().map(plain).collect::<BTreeSet<_>>());
+        assert_eq!(documented, measured);
     }
 }

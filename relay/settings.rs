@@ -145,7 +145,7 @@ pub struct Settings {
     /// How long a client may send nothing, in milliseconds; clients send a heartbeat every 25 seconds [default: 60000]
     #[arg(long, help_heading = "Limits", env = "RELAY_SILENCE_MS", value_name = "MS")]
     pub silence_ms: Option<u64>,
-    /// Interval of keep-alive comments on an idle event stream, in milliseconds [default: 15000]
+    /// How often an idle event stream sends its position, or a comment if it has not moved, in milliseconds [default: 15000]
     #[arg(long, help_heading = "Limits", env = "RELAY_KEEP_ALIVE_MS", value_name = "MS")]
     pub keep_alive_ms: Option<u64>,
     /// Maximum interval between polls of the changelog, without notifications, in milliseconds [default: 5000]

@@ -192,7 +192,7 @@ async fn route(
     }
 }
 
-const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes";
+const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes, explanations at /realtime/v1/explain";
 
 /// Whether a client with a wrong address, rather than a probe or a scanner, may have meant this path.
 fn is_of_client(path: &str) -> bool {

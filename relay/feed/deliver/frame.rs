@@ -83,8 +83,8 @@ impl Frame {
         &self.0.content
     }
 
-    /// Returns the bytes to write, in pieces. For an [`Envelope::Cursor`] or a [`Notice::Gap`], which the transport writes by
-    /// itself, they are the object or the reason.
+    /// Returns the bytes to write, in pieces. For an [`Envelope::Cursor`], a [`Notice::Gap`] or a [`Notice::Hidden`], which the
+    /// transport writes by itself, they are the object or the reason.
     pub fn pieces(&self) -> [&[u8]; 3] {
         let texts = match &self.0.content {
             Content::Change(Envelope::Text { before, after }, object) => [before, object.as_str(), after],

@@ -187,7 +187,7 @@ impl ReplayReader {
     }
 
     /// Replays batches that were delivered live a moment ago. When the catalog was already reloaded for this sink
-    /// (`looked`), the version mark of the batches suffices.
+    /// (`is_catalog_checked`), the version mark of the batches suffices.
     ///
     /// # Errors
     /// When delivery fails.
