@@ -106,6 +106,7 @@ pub mod model {
     /// Watched relations as `relay.catalog()` describes them.
     pub mod catalog {
         pub mod relation;
+        pub mod held_parts;
         pub mod marks;
         pub mod near_names;
         pub mod shape;

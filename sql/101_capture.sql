@@ -321,7 +321,8 @@ begin
       and (w.relation::oid = tg_relid or exists (select from pg_partition_ancestors(tg_relid) a where a.relid = w.relation))) then
     return null;
   end if;
-  perform relay.log_change(tg_argv[0]::int, null, 'T', false, null, null);
+  perform relay.log_change(tg_argv[0]::int, null, 'T', false, null, null,
+    (select tg_relid where not exists (select from relay.watch_list w where w.id = tg_argv[0]::int and w.relation::oid = tg_relid)));
   if not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
     perform relay.ring(tg_table_schema || '.' || tg_table_name, tg_op);
   end if;

@@ -273,10 +273,50 @@ end
 $$;
 comment on function relay.sweep() is 'removes unused functions and shapes';
 
+-- relay.part_names(relation) : names and parents of all partitions below it, as in relay.known_relations
+create or replace function relay.part_names(relation regclass) returns jsonb
+language sql stable as $$
+  with recursive part (oid, entry) as (
+    select $1::oid, null::jsonb
+    union all
+    select i.inhrelid, pg_catalog.jsonb_build_array(s.nspname, c.relname, i.inhparent::bigint)
+    from part
+    join pg_catalog.pg_inherits i on i.inhparent = part.oid
+    join pg_catalog.pg_class c on c.oid = i.inhrelid and c.relispartition
+    join pg_catalog.pg_namespace s on s.oid = c.relnamespace)
+  select coalesce(pg_catalog.jsonb_object_agg(part.oid, part.entry) filter (where part.entry is not null), '{}') from part
+$$;
+comment on function relay.part_names(regclass) is 'names and parents of partitions, by oid';
+
+-- relay.parts_mark(relation) : a hash of relay.part_names(), which takes a fraction of its time; 0: there are none
+create or replace function relay.parts_mark(relation regclass) returns bigint
+language sql stable as $$
+  with recursive part (oid, sign) as (
+    select $1::oid, 0::bigint
+    union all
+    select i.inhrelid, pg_catalog.hashtextextended(s.nspname::text,
+      pg_catalog.hashtextextended(c.relname::text, c.oid::bigint << 32 | i.inhparent::bigint))
+    from part
+    join pg_catalog.pg_inherits i on i.inhparent = part.oid
+    join pg_catalog.pg_class c on c.oid = i.inhrelid and c.relispartition
+    join pg_catalog.pg_namespace s on s.oid = c.relnamespace)
+  select pg_catalog.bit_xor(part.sign) from part
+$$;
+comment on function relay.parts_mark(regclass) is 'hash of the names and parents of partitions';
+
 -- relay.relations_now(wanted) : current names, incomplete triggers and partitions of watched relations; null: all
--- An entry of `mute` is a table, an operation that is not captured in every session, and how its trigger is enabled.
+-- An entry of `mute` is a table, an operation that is not captured in every session, and how its trigger is enabled. parts_mark
+-- is that of relay.parts_mark().
+do $$
+begin
+  if (select not ('parts_mark' = any (p.proargnames)) from pg_catalog.pg_proc p
+      where p.oid = pg_catalog.to_regprocedure('relay.relations_now(int)')) then
+    drop function relay.relations_now(int);
+  end if;
+end
+$$;
 create or replace function relay.relations_now(wanted int default null)
-returns table (id int, schema text, name text, mute text[], parts oid[])
+returns table (id int, schema text, name text, mute text[], parts oid[], parts_mark bigint)
 language sql stable
 set search_path = pg_catalog, pg_temp as $$
   select w.id, n.nspname::text, c.relname::text,
@@ -287,7 +327,8 @@ set search_path = pg_catalog, pg_temp as $$
           where c.relkind <> 'm' and t.tgenabled is distinct from 'A'
             and not (o = 'TRUNCATE' and (select f.relkind = 'f' from pg_class f where f.oid = p.oid))
           order by 1),
-    array(select p from unnest(part.oids) p where p <> c.oid order by p)
+    array(select p from unnest(part.oids) p where p <> c.oid order by p),
+    case when c.relkind = 'p' then relay.parts_mark(c.oid) else 0 end
   from relay.watch_list w
   join pg_class c on c.oid = w.relation
   join pg_namespace n on n.oid = c.relnamespace
@@ -297,27 +338,28 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.relations_now(int) is 'current names, incomplete triggers and partitions of watched relations';
 
--- relay.log_gap(id, why, schema) : logs that changes of a watched relation may be missing at this position
+-- relay.log_gap(id, why, schema, part) : logs that changes of a watched relation, or of one partition, may be missing at this position
 -- why: `unheard`: its triggers stopped, or started again, capturing every change; `parts`: rows came or went with a
 -- partition; `rewritten`: a statement rewrote all rows without firing triggers; `gone`: it is no longer watched in this
 -- schema; `doubt`: its state could not be determined.
-create or replace function relay.log_gap(id int, why text, schema text default null) returns void
+drop function if exists relay.log_gap(int, text, text);
+create or replace function relay.log_gap(id int, why text, schema text default null, part oid default null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 begin
-  perform relay.log_change(id, null, 'G', false, null, json_strip_nulls(json_build_object('why', why, 'left', schema)));
+  perform relay.log_change(id, null, 'G', false, null, json_strip_nulls(json_build_object('why', why, 'left', schema)), part);
   if not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
     perform relay.ring('schema', why);
   end if;
 end
 $$;
-comment on function relay.log_gap(int, text, text) is 'logs that changes of a watched relation may be missing at this position';
+comment on function relay.log_gap(int, text, text, oid) is 'logs that changes of a watched relation may be missing at this position';
 
 -- relay.note_rewrite(table) : logs a gap for the watched relation that the table is, or is a partition of
 create or replace function relay.note_rewrite(rewritten oid) returns void
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
-  select relay.log_gap(w.id, 'rewritten') from relay.watch_list w
+  select relay.log_gap(w.id, 'rewritten', part => case when w.relation <> rewritten then rewritten end) from relay.watch_list w
   where w.relation = rewritten or w.relation in (select a.relid from pg_partition_ancestors(rewritten) a)
 $$;
 comment on function relay.note_rewrite(oid) is 'logs a gap for the watched relation whose rows were rewritten';
@@ -370,6 +412,33 @@ end
 $$;
 comment on function relay.repair_triggers(int) is 'enables capture triggers ALWAYS, and creates those of new partitions';
 
+-- relay.part_named(was, names) : relay.known_relations.part_named for these part_names; a partition that is new or has another name
+-- or parent has it since now
+create or replace function relay.part_named(was relay.known_relations, names jsonb) returns jsonb
+language sql volatile
+set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_object_agg(n.key, coalesce(
+           case when n.value = was.part_names -> n.key then was.part_named -> n.key end,
+           jsonb_build_object('xid', pg_current_xact_id()::text, 'number', nextval('relay.change_number'))))
+         filter (where n.value is distinct from was.part_names -> n.key or was.part_named ? n.key), '{}')
+  from jsonb_each(names) n
+$$;
+comment on function relay.part_named(relay.known_relations, jsonb) is 'since when each partition has its name and parent';
+
+-- relay.note_parents(id, was, names) : records the former parents of partitions, from the part_names before and now
+-- A partition that is new has no older changes: only one that was a partition of the relation before gets an entry when it comes.
+create or replace function relay.note_parents(id int, was jsonb, names jsonb) returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp as $$
+  delete from relay.former_parents f using relay.history h where pg_visible_in_snapshot(f.xid, h.horizon);
+  insert into relay.former_parents (relation, part, parent, number)
+  select $1, p::oid, (was -> p ->> 2)::oid, nextval('relay.change_number')
+  from (select jsonb_object_keys(was) union select jsonb_object_keys(names)) k (p)
+  where was -> p -> 2 is distinct from names -> p -> 2
+    and (was ? p or exists (select from relay.former_parents f where (f.relation, f.part) = ($1, p::oid)))
+$$;
+comment on function relay.note_parents(int, jsonb, jsonb) is 'records the former parents of partitions';
+
 -- relay.note_relation(id) : records the current state of a watched relation, and logs a gap where changes may be missing
 -- Waits for no other transaction: if another one is recording it, this logs a gap and leaves the rest to the next call.
 create or replace function relay.note_relation(id int) returns void
@@ -378,6 +447,7 @@ set search_path = pg_catalog, pg_temp as $$
 declare
   was relay.known_relations;
   now record;
+  names jsonb;
   tables text[];
 begin
   if not pg_try_advisory_xact_lock(relay.lock_class('relation'), id) then
@@ -403,13 +473,22 @@ begin
              where not (m = any (now.mute) and m = any (was.mute)) and split_part(m, ' ', 1) = any (tables)) then
     perform relay.log_gap(id, 'unheard');
   end if;
-  if exists (select from unnest(now.parts || was.parts) p
-             where not (p = any (now.parts) and p = any (was.parts)) and relay.may_have_rows(p)) then
+  -- Later than the mark, so that a newer name is not taken for a recorded one.
+  names := case when now.parts_mark is distinct from was.parts_mark then relay.part_names(
+    (select w.relation from relay.watch_list w where w.id = was.id)) else was.part_names end;
+  perform relay.note_parents(id, was.part_names, names);
+  -- For readers of the partitions above it as well, which a gap of the partition would not reach any more.
+  if exists (select from unnest(was.parts) p
+             where (p <> all (now.parts) or names -> p::text -> 2 <> was.part_names -> p::text -> 2) and relay.may_have_rows(p)) then
     perform relay.log_gap(id, 'parts');
   end if;
+  perform relay.log_gap(id, 'parts', part => p) from unnest(now.parts) p where p <> all (was.parts) and relay.may_have_rows(p);
   if (now.schema, now.name) <> (was.schema, was.name) then
     was.named_by := pg_current_xact_id();
     was.named_at := nextval('relay.change_number');
+  end if;
+  was.part_named := relay.part_named(was, names);
+  if (now.schema, now.name, names) <> (was.schema, was.name, was.part_names) then
     perform relay.log_new_name();
   end if;
   begin
@@ -418,8 +497,8 @@ begin
     raise notice 'the triggers of % could not be repaired: %', format('%I.%I', now.schema, now.name), sqlerrm
       using hint = format('As its owner: select relay.watch(%L)', format('%I.%I', now.schema, now.name));
   end;
-  insert into relay.known_relations (id, schema, name, named_by, named_at, mute, parts)
-  select n.id, n.schema, n.name, was.named_by, was.named_at, n.mute, n.parts from relay.relations_now(id) n;
+  insert into relay.known_relations (id, schema, name, named_by, named_at, mute, parts, parts_mark, part_names, part_named)
+  select n.id, n.schema, n.name, was.named_by, was.named_at, n.mute, n.parts, now.parts_mark, names, was.part_named from relay.relations_now(id) n;
 end
 $$;
 comment on function relay.note_relation(int) is 'records the current state of a watched relation, and logs gaps';
@@ -444,7 +523,7 @@ declare
 begin
   for one in
     select k.id from relay.known_relations k left join relay.relations_now() n on n.id = k.id
-    where (n.schema, n.name, n.mute, n.parts) is distinct from (k.schema, k.name, k.mute, k.parts)
+    where (n.schema, n.name, n.mute, n.parts, n.parts_mark) is distinct from (k.schema, k.name, k.mute, k.parts, k.parts_mark)
     order by k.id
   loop
     perform relay.note_relation(one);
@@ -578,9 +657,9 @@ begin
   else
     select k.* into known from relay.known_relations k where k.id = list_id;
   end if;
-  insert into relay.known_relations (id, schema, name, named_by, named_at, mute, parts)
+  insert into relay.known_relations (id, schema, name, named_by, named_at, mute, parts, parts_mark, part_names, part_named)
   select n.id, n.schema, n.name, coalesce(known.named_by, pg_current_xact_id()),
-         coalesce(known.named_at, nextval('relay.change_number')), n.mute, n.parts
+         coalesce(known.named_at, nextval('relay.change_number')), n.mute, n.parts, n.parts_mark, relay.part_names(relation), coalesce(known.part_named, '{}')
   from relay.relations_now(list_id) n
   on conflict (id) do nothing;
   if known.id is null then

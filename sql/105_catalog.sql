@@ -106,22 +106,45 @@ end
 $$;
 comment on function relay.policy_parts(regclass, oid) is 'objects that the policies of a relation refer to, for a role';
 
--- relay.policy_tables() : the tables that the policies of each watched relation look into, and the policies of those, for any role
--- `relation` is the id in relay.watch_list; the watched relation itself is among its tables.
-create or replace function relay.policy_tables() returns table (relation int, "table" oid)
+-- relay.subjects(parts) : the watched relations, and those of these tables that are partitions of one; null: those in relay.named_parts
+-- `whole` is the watched relation: of several above a partition the nearest. A partition that is watched itself stands for itself.
+create or replace function relay.subjects(parts oid[]) returns table (id int, whole regclass, relation regclass, leave_events boolean)
+language sql stable as $$
+  with recursive above (part, oid, height) as (
+    select p, p, 0
+    from pg_catalog.unnest(case when $1 is not null then $1 else array(select n.part from relay.named_parts n) end) p
+    where p not in (select w.relation::oid from relay.watch_list w)
+    union all
+    select a.part, i.inhparent, a.height + 1
+    from above a
+    join pg_catalog.pg_class c on c.oid = a.oid and c.relispartition
+    join pg_catalog.pg_inherits i on i.inhrelid = c.oid)
+  select w.id, w.relation, w.relation, w.leave_events from relay.watch_list w
+  union all
+  (select distinct on (a.part) w.id, w.relation, a.part::regclass, w.leave_events
+   from above a join relay.watch_list w on w.relation::oid = a.oid
+   order by a.part, a.height)
+$$;
+comment on function relay.subjects(oid[]) is 'watched relations, and partitions of them';
+
+-- relay.policy_tables(parts) : the tables that the policies of each subject look into, and the policies of those, for any role
+-- `subject` is a watched relation or one of these partitions, as in relay.subjects(); it is itself among its tables. `relation` is
+-- the id in relay.watch_list.
+drop function if exists relay.policy_tables();
+create or replace function relay.policy_tables(parts oid[]) returns table (relation int, subject oid, "table" oid)
 language sql stable
 set search_path = '' as $$
-  with recursive tables (relation, oid) as (
-    select w.id, w.relation::oid from relay.watch_list w
+  with recursive tables (relation, subject, oid) as (
+    select w.id, w.relation::oid, w.relation::oid from relay.subjects($1) w
     union
-    select t.relation, d.refobjid
+    select t.relation, t.subject, d.refobjid
     from tables t
     join pg_catalog.pg_policy p on p.polrelid = t.oid
     join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
       and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass)
-  select tables.relation, tables.oid from tables
+  select tables.relation, tables.subject, tables.oid from tables
 $$;
-comment on function relay.policy_tables() is 'tables that the policies of watched relations look into, directly or by policies of these';
+comment on function relay.policy_tables(oid[]) is 'tables that the policies of watched relations look into, directly or by policies of these';
 
 -- relay.has_own_casts() : whether there is a user-defined cast between system types, which changes the meaning of expressions
 create or replace function relay.has_own_casts() returns boolean
@@ -353,10 +376,11 @@ set search_path = '' as $$
 $$;
 comment on function relay.schema_changes_are_logged() is 'whether schema changes are in the changelog';
 
--- relay.rule_scope(roles, login) : the arguments of relay.rules_mark() for these roles and the judging login
+-- relay.rule_scope(roles, login, parts) : the arguments of relay.rules_mark() for these roles, the judging login and these partitions
 -- roles: the roles and all roles that they are members of. owned: watched relations, the tables that their policies look into, and
 -- the schemas of both, that one of these roles owns; REASSIGN OWNED, which fires no event trigger, changes their owner.
-create or replace function relay.rule_scope(roles text[], login text) returns table (roles oid[], owned oid[])
+drop function if exists relay.rule_scope(text[], text);
+create or replace function relay.rule_scope(roles text[], login text, parts oid[] default '{}') returns table (roles oid[], owned oid[])
 language sql stable
 set search_path = '' as $$
   with recursive reachable (oid) as (
@@ -365,13 +389,13 @@ set search_path = '' as $$
     select m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid)
   select array(select r.oid from reachable r order by r.oid), array(
     select distinct case when c.relowner in (select r.oid from reachable r) then c.oid else n.oid end
-    from relay.policy_tables() t
+    from relay.policy_tables($3) t
     join pg_catalog.pg_class c on c.oid = t."table"
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
     where c.relowner in (select r.oid from reachable r) or n.nspowner in (select r.oid from reachable r)
     order by 1)
 $$;
-comment on function relay.rule_scope(text[], text) is 'arguments of relay.rules_mark for roles and the judging login';
+comment on function relay.rule_scope(text[], text, oid[]) is 'arguments of relay.rules_mark for roles and the judging login';
 
 -- relay.rules_mark(roles, owned, some_owned) : a hash of the visibility rules whose changes fire no event trigger
 -- Covers roles, memberships, owners, and the event triggers themselves; their row versions reveal one that was disabled for a
@@ -509,13 +533,15 @@ language sql stable as $$
 $$;
 comment on function relay.capture_mode(oid, int) is 'how the capture triggers of a watched relation are enabled';
 
--- relay.catalog(roles, login, wanted) : every watched relation whose changes are captured, and what each of the roles may see of it
--- wanted: ids in relay.watch_list; null: all.
+-- relay.catalog(roles, login, wanted, parts) : every watched relation whose changes are captured, and what each of the roles may see of it
+-- wanted: ids in relay.watch_list; null: all. parts: partitions that get an entry of their own, with "part": true, the id of
+-- the watched relation, and its shapes. "parts_mark" stands for part_names in relay.known_relations, which is read when it has changed;
+-- "former_parents" is as in relay.former_parents.
 -- A relation whose trigger is disabled or dropped is absent; its subscribers get a gap.
 -- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access". A locked table affects
 -- only the relations whose policies read it.
-drop function if exists relay.catalog(text[]), relay.catalog(text[], text);
-create or replace function relay.catalog(roles text[], login text default null, wanted int[] default null) returns jsonb
+drop function if exists relay.catalog(text[]), relay.catalog(text[], text), relay.catalog(text[], text, int[]);
+create or replace function relay.catalog(roles text[], login text default null, wanted int[] default null, parts oid[] default '{}') returns jsonb
 language sql stable
 set search_path = ''
 set lock_timeout = '20ms'
@@ -525,8 +551,17 @@ set jit = off as $$
     'oid', c.oid::bigint,
     'schema', n.nspname,
     'table', c.relname,
+    'part', w.relation <> w.whole,
+    'parts_mark', coalesce((
+      select k.parts_mark from relay.known_relations k where k.id = w.id and c.relkind = 'p' and w.relation = w.whole), 0),
+    'former_parents', case when c.relkind = 'p' and w.relation = w.whole then (
+      select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+        'part', f.part::bigint, 'parent', f.parent::bigint, 'number', f.number) order by f.number), '[]')
+      from relay.former_parents f where f.relation = w.id) else '[]' end,
     'named', (
-      select pg_catalog.jsonb_build_object('xid', k.named_by::text, 'number', k.named_at) from relay.known_relations k where k.id = w.id),
+      select coalesce(case when w.relation <> w.whole then k.part_named -> w.relation::oid::text end,
+                      pg_catalog.jsonb_build_object('xid', k.named_by::text, 'number', k.named_at))
+      from relay.known_relations k where k.id = w.id),
     'kind', c.relkind,
     'leave_events', w.leave_events,
     'full', c.relreplident = 'f',
@@ -543,7 +578,7 @@ set jit = off as $$
     -- null: the recorded shape is not the current one, so images cannot be read.
     'shape', (
       select s.shape from relay.shapes s
-      where s.relation = w.id and s.shape = relay.shape(w.id) and s.columns = relay.columns_of(w.relation)),
+      where s.relation = w.id and s.shape = relay.shape(w.id) and s.columns = relay.columns_of(w.whole)),
     'shapes', (
       select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
         'shape', s.shape, 'columns', s.columns, 'xid', s.xid::text, 'seen', s.seen::text, 'loose', s.loose, 'guarded', s.guarded) order by s.shape), '[]')
@@ -553,21 +588,22 @@ set jit = off as $$
       from (select r.rolname, relay.access(w.relation, r.oid, $2) as access
             from pg_catalog.pg_roles r where r.rolname = any ($1)) seen
       where seen.access is not null)) order by w.id), '[]'))
-  from relay.watch_list w
+  from relay.subjects($4) w
   join pg_catalog.pg_class c on c.oid = w.relation
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-  where ($3 is null or w.id = any ($3)) and (c.relkind = 'm' or relay.capture_mode(w.relation, w.id) in ('A', 'O'))
+  where ($3 is null or w.id = any ($3)) and (c.relkind = 'm' or relay.capture_mode(w.relation, w.id) in ('A', 'O')
+    and (w.relation = w.whole or relay.capture_mode(w.whole, w.id) in ('A', 'O')))
 $$;
-comment on function relay.catalog(text[], text, int[]) is 'watched relations with columns, key, and what each role may see of them';
+comment on function relay.catalog(text[], text, int[], oid[]) is 'watched relations with columns, key, and what each role may see of them';
 
--- relay.catalog_marks(roles, login) : hashes of the inputs of relay.catalog(), by part of the result
+-- relay.catalog_marks(roles, login, parts) : hashes of the inputs of relay.catalog(), by part of the result
 -- kind `database`: inputs of all entries, including the schemas that the judging login may use and the roles with BYPASSRLS that
 -- it may act as; `role`, by role name: the role and the roles that it is a member of; `relation`, by id in relay.watch_list.
 -- Hashes values and not row versions, which TRUNCATE or VACUUM FULL change, too. Policies enter in parsed form, with the names
 -- of the objects they refer to: deparsing a policy would lock its tables, and wait for a transaction that alters one.
 -- plpgsql with a generic plan, because planning takes longer than the query.
-drop function if exists relay.catalog_fingerprint(text[]);
-create or replace function relay.catalog_marks(roles text[], login text default null) returns table (kind text, name text, mark text)
+drop function if exists relay.catalog_fingerprint(text[]), relay.catalog_marks(text[], text);
+create or replace function relay.catalog_marks(roles text[], login text default null, parts oid[] default '{}') returns table (kind text, name text, mark text)
 language plpgsql stable rows 100
 set search_path = ''
 set jit = off
@@ -581,7 +617,7 @@ begin
       union
       select reachable.root, m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid
     ), tables (relation, "table") as materialized (
-      select w.relation::oid, t."table" from relay.policy_tables() t join relay.watch_list w on w.id = t.relation
+      select t.subject, t."table" from relay.policy_tables($3) t
     ), looked_up (relation, fact) as materialized (
       select t.relation, pg_catalog.string_agg(pg_catalog.concat_ws(',', p.polrelid, p.polname, p.polpermissive, p.polcmd, p.polroles::text,
                p.polqual::text), ';' order by p.oid)
@@ -636,7 +672,7 @@ begin
          where n.nspname = 'auth' and f.proname in ('uid', 'jwt', 'role', 'email')))
       union all
       select 'relation', w.id::text, pg_catalog.concat_ws('|', w.relation::oid, w.leave_events, relay.capture_mode(w.relation, w.id),
-        n.mute::text, n.parts::text, k.named_by, k.named_at, relay.columns_of(w.relation)::text,
+        n.mute::text, n.parts_mark, k.named_by, k.named_at, k.part_named::text, relay.columns_of(w.relation)::text,
         (select p.policy from relay.read_policies p where p.relation = w.relation),
         (select pg_catalog.concat_ws(',', c.relname, c.relkind, c.relowner, c.relreplident,
                   c.relrowsecurity, c.relforcerowsecurity, c.relacl::text, '.', s.nspname, s.nspowner, s.nspacl::text)
@@ -659,7 +695,7 @@ begin
         r.fact, l.fact, u.fact,
         (select pg_catalog.string_agg(s.shape::text, ';' order by s.shape) from relay.shapes s where s.relation = w.id),
         (select pg_catalog.string_agg(d.xid::text, ';' order by d.xid) from relay.shape_doubts d where d.relation in (0, w.id)))
-      from relay.watch_list w
+      from relay.subjects($3) w
       join relay.relations_now() n on n.id = w.id
       left join relay.known_relations k on k.id = w.id
       left join referenced r on r.relation = w.relation
@@ -669,4 +705,4 @@ begin
     from (select facts.kind, facts.name, pg_catalog.string_agg(facts.fact, '|' order by facts.fact) as facts from facts group by 1, 2) f;
 end
 $$;
-comment on function relay.catalog_marks(text[], text) is 'hashes of the inputs of relay.catalog for the same roles';
+comment on function relay.catalog_marks(text[], text, oid[]) is 'hashes of the inputs of relay.catalog for the same roles';

@@ -2,64 +2,66 @@
 --
 -- Needs an event trigger. Where the installer may not create one, the relay checks the catalog for every page.
 
--- relay.rules_now() : the visibility rules of each watched relation, as sets that can be compared
+-- relay.rules_now() : the visibility rules of each watched relation and of each partition in relay.named_parts, as sets that
+-- can be compared; `part` is the partition, 0 the relation itself
 -- They are, of the relation and of the tables that its policies read, also by policies of their own: grants, owner, row
 -- security, policies, and the functions that policies call.
-create or replace function relay.rules_now() returns table (relation int, open text[], shut text[])
+drop function if exists relay.rules_now();
+create or replace function relay.rules_now() returns table (relation int, part oid, open text[], shut text[])
 language sql stable
 set search_path = pg_catalog, pg_temp as $$
   with tables as (
-    select t.relation as id, t."table" as oid, t."table" = w.relation as own
-    from relay.policy_tables() t join relay.watch_list w on w.id = t.relation
-  ), items (id, item, is_open) as (
-    select t.id, concat_ws(' ', case when t.own then 'right' else 'row' end, 'table', c.oid, a.grantee), true
+    select t.relation as id, case when t.subject = w.relation then 0::oid else t.subject end as part, t."table" as oid, t."table" = t.subject as own
+    from relay.policy_tables(null) t join relay.watch_list w on w.id = t.relation
+  ), items (id, part, item, is_open) as (
+    select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'table', c.oid, a.grantee), true
     from tables t join pg_class c on c.oid = t.oid
     cross join aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a
     where a.privilege_type = 'SELECT'
     union all
-    select t.id, concat_ws(' ', case when t.own then 'right' else 'row' end, 'column', c.attrelid, c.attnum, a.grantee), true
+    select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'column', c.attrelid, c.attnum, a.grantee), true
     from tables t join pg_attribute c on c.attrelid = t.oid and c.attacl is not null and not c.attisdropped
     cross join aclexplode(c.attacl) a
     where a.privilege_type = 'SELECT'
     union all
-    select t.id, concat_ws(' ', case when t.own then 'right' else 'row' end, 'schema', n.oid, a.grantee), true
+    select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'schema', n.oid, a.grantee), true
     from tables t join pg_class c on c.oid = t.oid join pg_namespace n on n.oid = c.relnamespace
     cross join aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
     where a.privilege_type = 'USAGE'
     union all
-    select t.id, concat_ws(' ', 'right owner', c.oid, c.relowner), true
+    select t.id, t.part, concat_ws(' ', 'right owner', c.oid, c.relowner), true
     from tables t join pg_class c on c.oid = t.oid
     union all
-    select t.id, concat_ws(' ', case when t.own then 'own' else 'row' end, 'security is off', c.oid), true
+    select t.id, t.part, concat_ws(' ', case when t.own then 'own' else 'row' end, 'security is off', c.oid), true
     from tables t join pg_class c on c.oid = t.oid
     where not c.relrowsecurity
     union all
-    select t.id, concat_ws(' ', 'row security is not forced', c.oid), true
+    select t.id, t.part, concat_ws(' ', 'row security is not forced', c.oid), true
     from tables t join pg_class c on c.oid = t.oid
     where not c.relforcerowsecurity
     union all
-    select t.id, concat_ws(' ', 'row policy', p.oid, r, md5(p.polqual::text)), p.polpermissive
+    select t.id, t.part, concat_ws(' ', 'row policy', p.oid, r, md5(p.polqual::text)), p.polpermissive
     from tables t join pg_policy p on p.polrelid = t.oid cross join unnest(p.polroles) r
     where p.polcmd in ('r', '*') and p.polqual is not null
     union all
-    select t.id, concat_ws(' ', 'row function', f.oid,
+    select t.id, t.part, concat_ws(' ', 'row function', f.oid,
                            md5(concat_ws('|', f.prosrc, f.prosqlbody::text, f.prosecdef, f.proconfig, f.proowner, f.prolang))), true
     from tables t join pg_policy p on p.polrelid = t.oid
     join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid
     left join pg_operator o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
     join pg_proc f on f.oid = case when d.refclassid = 'pg_proc'::regclass then d.refobjid else o.oprcode::oid end
     union all
-    select t.id, concat_ws(' ', 'row view', w.ev_class, md5(w.ev_action::text)), true
+    select t.id, t.part, concat_ws(' ', 'row view', w.ev_class, md5(w.ev_action::text)), true
     from tables t join pg_rewrite w on w.ev_class = t.oid and w.rulename = '_RETURN'
     union all
-    select t.id, 'right read policy ' || coalesce((select md5(p.policy) from relay.read_policies p where p.relation = t.oid), 'none'), true
+    select t.id, t.part, 'right read policy ' || coalesce((select md5(p.policy) from relay.read_policies p where p.relation = t.oid), 'none'), true
     from tables t join pg_class c on c.oid = t.oid
     where t.own and c.relkind in ('m', 'f')
   )
-  select i.id, coalesce(array_agg(distinct i.item) filter (where i.is_open), '{}'),
+  select i.id, i.part, coalesce(array_agg(distinct i.item) filter (where i.is_open), '{}'),
          coalesce(array_agg(distinct i.item) filter (where not i.is_open), '{}')
   from items i
-  group by i.id
+  group by i.id, i.part
 $$;
 comment on function relay.rules_now() is 'visibility rules of each watched relation, as sets that can be compared';
 
@@ -80,7 +82,7 @@ begin
   if not is_doubtful
      and not exists (select from relay.known_rules k where k.relation = -1)
      and not exists (
-       select from relay.rules_now() n left join relay.known_rules k on k.relation = n.relation
+       select from relay.rules_now() n left join relay.known_rules k on (k.relation, k.part) = (n.relation, n.part)
        where (k.open, k.shut) is distinct from (n.open, n.shut)) then
     return;
   end if;
@@ -94,11 +96,11 @@ begin
   for one in
     select n.*, k.open as was_open, k.shut as was_shut
     from relay.rules_now() n
-    left join relay.known_rules k on k.relation = n.relation
+    left join relay.known_rules k on (k.relation, k.part) = (n.relation, n.part)
     where doubtful or (k.open, k.shut) is distinct from (n.open, n.shut)
   loop
-    delete from relay.known_rules k where k.relation = one.relation;
-    insert into relay.known_rules values (one.relation, one.open, one.shut);
+    delete from relay.known_rules k where (k.relation, k.part) = (one.relation, one.part);
+    insert into relay.known_rules (relation, part, open, shut) values (one.relation, one.part, one.open, one.shut);
     continue when one.was_open is null and not doubtful;
     more := array(select unnest(one.open) except select unnest(one.was_open));
     less := array(select unnest(one.was_shut) except select unnest(one.shut));
@@ -108,15 +110,60 @@ begin
       less := '{}';
     end if;
     if doubtful or more <> '{}' or less <> '{}' then
-      insert into relay.widenings values (nextval('relay.change_number'), pg_current_xact_id(), one.relation);
+      insert into relay.widenings (number, xid, relation, part)
+      values (nextval('relay.change_number'), pg_current_xact_id(), one.relation, one.part);
     end if;
   end loop;
-  delete from relay.known_rules k where k.relation > 0 and not exists (select from relay.watch_list w where w.id = k.relation);
+  delete from relay.known_rules k
+  where k.relation > 0
+    and case k.part when 0 then not exists (select from relay.watch_list w where w.id = k.relation)
+                    else not exists (select from relay.named_parts n where (n.relation, n.part) = (k.relation, k.part)) end;
   -- A cursor before these is older than the horizon, and a gap anyway.
   delete from relay.widenings w using relay.history h where pg_visible_in_snapshot(w.xid, h.horizon);
 end
 $$;
 comment on function relay.note_rules(boolean) is 'records visibility rules, and what was widened since the last call';
+
+-- relay.name_parts(parts) : records that subscribers name these partitions, so that changes of their own rules are recorded from now on
+-- What their rules were before is not known, so they count as widened now. The relay calls it for the partitions that it holds, before
+-- it reads their rules. Those that no relay has named for an hour are forgotten, and at most a thousand are kept, because each
+-- of them makes each change of the schema slower.
+create or replace function relay.name_parts(parts oid[]) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+  added oid[];
+begin
+  -- Other relays name them at the same time.
+  update relay.named_parts n set used = clock_timestamp()
+  where n.part in (select o.part from relay.named_parts o
+                   where o.part = any (parts) and o.used < clock_timestamp() - interval '1 minute' for update skip locked);
+  with new as (
+    insert into relay.named_parts (part, relation)
+    select s.relation, s.id from relay.subjects(parts) s
+    where s.relation <> s.whole and not exists (select from relay.named_parts n where (n.part, n.relation) = (s.relation, s.id))
+    order by 1
+    on conflict (part) do update set relation = excluded.relation
+    returning part)
+  select array_agg(new.part) into added from new;
+  if added is null then
+    return;
+  end if;
+  -- Other transactions that change rules may hold entries from before they were forgotten: relay.note_rules() removes those.
+  delete from relay.known_rules k
+  where k.ctid = any (array(select o.ctid from relay.known_rules o where o.part = any (added) for update skip locked));
+  insert into relay.known_rules (relation, part, open, shut)
+  select r.relation, r.part, r.open, r.shut from relay.rules_now() r where r.part = any (added);
+  insert into relay.widenings (number, xid, relation, part)
+  select nextval('relay.change_number'), pg_current_xact_id(), n.relation, n.part from relay.named_parts n where n.part = any (added);
+  delete from relay.named_parts n
+  where n.part in (select o.part from relay.named_parts o
+                   where o.used < clock_timestamp() - interval '1 hour'
+                      or o.part in (select l.part from relay.named_parts l order by l.used desc offset 1000)
+                   for update skip locked);
+end
+$$;
+comment on function relay.name_parts(oid[]) is 'records that subscribers name these partitions';
 
 -- relay.may_concern(class, object) : whether a created, altered or dropped object may affect watched relations or their rules
 -- Checks neither columns nor rules, so that statements on other tables stay cheap. False only if that is certain: never with
@@ -125,7 +172,7 @@ create or replace function relay.may_concern(class oid, object oid) returns bool
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
   with read_tables (oid) as (
-    select t."table" from relay.policy_tables() t
+    select t."table" from relay.policy_tables(null) t
   )
   select current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
     or exists (select from relay.shape_doubts) or exists (select from relay.known_rules k where k.relation = -1)
@@ -247,6 +294,7 @@ $$;
 revoke all on function relay.log_schema_change() from public;
 
 -- Relations that an older version watched.
-insert into relay.known_relations (id, schema, name, mute, parts)
-select n.id, n.schema, n.name, n.mute, n.parts from relay.relations_now() n
-on conflict (id) do nothing;
+insert into relay.known_relations (id, schema, name, mute, parts, parts_mark, part_names)
+select n.id, n.schema, n.name, n.mute, n.parts, n.parts_mark, relay.part_names(w.relation)
+from relay.relations_now() n join relay.watch_list w on w.id = n.id
+on conflict (id) do update set parts_mark = excluded.parts_mark, part_names = excluded.part_names where known_relations.parts_mark is null;

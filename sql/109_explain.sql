@@ -20,7 +20,7 @@ begin
   end if;
   if (select c.relkind = 'v' from pg_catalog.pg_class c where c.oid = found) then
     reasons := reasons || text 'it is a view: watch the tables it reads';
-  elsif not exists (select from relay.watch_list w where w.relation = found) then
+  elsif not exists (select from relay.subjects(array[found]) s where s.relation = found) then
     reasons := reasons || pg_catalog.format('it is not watched: select relay.watch(%L)', named);
   end if;
   if subscriber is null then

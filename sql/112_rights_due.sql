@@ -28,7 +28,7 @@ set search_path = pg_catalog, pg_temp as $$
   union all
   select 'column', 'relay.shapes', 'relay_writer', c from unnest('{relation,shape}'::text[]) c
   union all
-  select 'column', 'relay.known_relations', 'relay_reader', c from unnest('{id,named_by,named_at}'::text[]) c
+  select 'column', 'relay.known_relations', 'relay_reader', c from unnest('{id,named_by,named_at,parts_mark,part_names,part_named}'::text[]) c
   union all
   select 'function', f, 'relay_writer', 'execute'
   from unnest(array['relay.lock_class(text)', 'relay.lock(text)', 'relay.note_rules(boolean)', 'relay.log_change(int, int, "char", boolean, json, json, oid, xid8)',
@@ -40,7 +40,7 @@ set search_path = pg_catalog, pg_temp as $$
   union all
   select 'table', t, 'relay_reader', 'select'
   from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
-                relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts}'::text[]) t
+                relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts,relay.former_parents,relay.named_parts}'::text[]) t
   union all
   select 'function', f, 'relay_reader', 'execute'
   from unnest(array['relay.lock_class(text)', 'relay.lock(text)', 'relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
@@ -51,11 +51,11 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.image_needs(regclass)', 'relay.shape(int)', 'relay.columns_of(regclass)', 'relay.type_definition(oid)',
     'relay.is_loose(jsonb)', 'relay.judge_statement(regclass, text)', 'relay.operator_for(oid, text)',
     'relay.filter_condition(regclass, text, text, text[])', 'relay.policy_for(regclass, oid)',
-    'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)', 'relay.policy_tables()', 'relay.missing_grants(regclass, oid)', 'relay.missing_usage(regclass, oid, text)', 'relay.missing_filter_usage(regclass, text[], text, text)',
+    'relay.policies_for(regclass, oid)', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid)', 'relay.subjects(oid[])', 'relay.policy_tables(oid[])', 'relay.missing_grants(regclass, oid)', 'relay.missing_usage(regclass, oid, text)', 'relay.missing_filter_usage(regclass, text[], text, text)',
     'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
-    'relay.rights(regclass, oid, text)', 'relay.access(regclass, oid, text)', 'relay.catalog(text[], text, int[])',
-    'relay.catalog_marks(text[], text)', 'relay.rule_scope(text[], text)', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.rules_mark(oid[], oid[], boolean)',
-    'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.trim_changelog()',
+    'relay.rights(regclass, oid, text)', 'relay.access(regclass, oid, text)', 'relay.catalog(text[], text, int[], oid[])',
+    'relay.catalog_marks(text[], text, oid[])', 'relay.rule_scope(text[], text, oid[])', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.parts_mark(regclass)', 'relay.rules_mark(oid[], oid[], boolean)',
+    'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.name_parts(oid[])', 'relay.trim_changelog()',
     'relay.horizon()', 'relay.current_segment()', 'relay.blockers(text, text, text)', 'relay.row_like(regclass, jsonb)',
     'relay.repair(int[])', 'relay.run_refreshes()', 'relay.open_bookmarks(uuid[], bytea[], text[])',
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',

@@ -30,6 +30,8 @@ begin
     select d.* from relay.rights_due() d
     where d.kind <> 'owner'
       and case d.kind when 'schema' then true when 'function' then pg_catalog.to_regprocedure(d.object) is not null
+                      when 'column' then exists (select from pg_catalog.pg_attribute a
+                                                 where a.attrelid = pg_catalog.to_regclass(d.object) and a.attname = d.privilege)
                       else pg_catalog.to_regclass(d.object) is not null end
     order by d.role desc, d.kind = 'schema' desc
   loop

@@ -209,8 +209,8 @@ impl Explainer {
         request: &ExplainRequest,
     ) -> Result<Explanation, Error> {
         let role = request.identity.claims().role();
-        let catalog = self.catalog.with_role(role).await?;
         let named = queries.named(&request.table).await?;
+        let catalog = self.catalog.with_table(role, named.as_ref()).await?;
         let relation = named.as_ref().and_then(|(schema, table)| catalog.named(schema, table));
         let mut blockers: Vec<String> = request.token_refused.iter().cloned().collect();
         match named {

@@ -331,7 +331,7 @@ impl Router {
     /// small relations concern get a replay of their own: these changes may be one row among a million.
     async fn replay_rest(&mut self, span: &Span, after: i64, counts: &HashMap<RelationId, i64>) {
         // Relation 0 stands for a change of the schema: the new catalog decides whom the rest concerns.
-        if counts.contains_key(&RelationId(0)) {
+        if counts.contains_key(&RelationId::whole(0)) {
             self.deliver_with_retry(None).await;
         }
         let large = |count: &i64| *count > LARGE_COUNT;
@@ -339,7 +339,7 @@ impl Router {
             counts.iter().filter(move |(_, count)| large(count) == is_large).map(|(relation, _)| *relation)
         };
         let at = span.after(after, false);
-        let only = relations(false).chain([RelationId(0)]).map(|relation| relation.0).collect();
+        let only = relations(false).chain([RelationId::whole(0)]).map(|relation| relation.watched).collect();
         self.begin_replay(&relations(true).collect(), &at, None);
         self.begin_replay(&relations(false).collect(), &at, Some(only));
         self.skip_to(span.end());
@@ -475,7 +475,7 @@ impl Router {
             catalog = self.catalog.reload().await?;
         }
         let is_pending =
-            |change: &Change| catalog.relation(change.relation).is_some_and(|relation| relation.is_pending());
+            |change: &Change| catalog.affected(change).iter().any(|relation| relation.is_pending());
         if changes.iter().any(is_pending) {
             catalog = self.catalog.retry_pending().await?;
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
+use crate::model::catalog::held_parts::HeldParts;
 use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::RelationId;
@@ -113,6 +114,11 @@ impl Binder {
         if requests.iter().any(|request| is_missing(&catalog, role, request)) {
             catalog = self.catalog.reload().await?;
         }
+        let parts: Vec<u32> = requests.iter().filter_map(|request| request.part(&catalog)).collect();
+        let mut held_parts = HeldParts::default();
+        if !parts.is_empty() {
+            (catalog, held_parts) = self.catalog.with_parts(&parts).await?;
+        }
         let mut filters = Vec::with_capacity(requests.len());
         for request in requests {
             filters.push(match self.filter(identity, &catalog, request).await {
@@ -120,7 +126,7 @@ impl Binder {
                 filter => Ok(filter?),
             });
         }
-        Ok(Subscription::bind(identity.clone(), &catalog, requests, filters))
+        Ok(Subscription::bind(identity.clone(), &catalog, requests, filters).holding(held_parts))
     }
 
     async fn filter(

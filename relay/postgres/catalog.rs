@@ -8,9 +8,11 @@ use deadpool_postgres::{Client, Pool};
 use serde::Deserialize;
 use tokio::sync::{Mutex, watch};
 
+use crate::model::catalog::held_parts::{HeldParts, NamedParts};
 use crate::model::catalog::marks::{Marks, Outdated};
-use crate::model::catalog::relation::{Catalog, Relation, Widening};
+use crate::model::catalog::relation::{Catalog, PartNames, Relation, Widening};
 use crate::model::identity::claims::Claims;
+use crate::model::row::change::RelationId;
 use crate::model::row::column::{Column, ColumnKind};
 use crate::model::subscription::filter::Condition;
 use crate::model::subscription::typed_filter::{TypedCondition, TypedFilter};
@@ -47,6 +49,10 @@ pub struct RuleScope {
 struct CacheState {
     catalog: Arc<Catalog>,
     roles: BTreeSet<String>,
+    /// The partitions whose rights the catalog holds, because subscribers name them.
+    parts: NamedParts,
+    /// When the database was last told of them.
+    parts_told: Option<Instant>,
     /// The marks of the database objects that the catalog was read from.
     marks: Marks,
     /// The number of the last widening in the catalog.
@@ -60,6 +66,9 @@ struct CacheState {
 
 /// Interval between attempts to read policies that a lock made unreadable.
 const PENDING_RETRY: Duration = Duration::from_millis(250);
+
+/// Interval at which the database is told again of the partitions that are named; it forgets others after an hour.
+const PARTS_INTERVAL: Duration = Duration::from_secs(600);
 
 /// The fingerprint that tells whether the catalog is out of date.
 struct Fingerprint {
@@ -91,6 +100,8 @@ impl CatalogCache {
         let state = CacheState {
             catalog: Arc::default(),
             roles: BTreeSet::new(),
+            parts: NamedParts::default(),
+            parts_told: None,
             marks: Marks::default(),
             widened: None,
             mark: None,
@@ -188,6 +199,35 @@ impl CatalogCache {
         Ok(Arc::clone(&state.catalog))
     }
 
+    /// Returns the catalog with the rights of this role, also on the table of this schema and name when that is a partition.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn with_table(
+        &self,
+        role: &str,
+        named: Option<&(String, String)>,
+    ) -> Result<Arc<Catalog>, Error> {
+        let catalog = self.with_role(role).await?;
+        match named.and_then(|(schema, table)| catalog.unloaded_part(schema, table)) {
+            Some(part) => self.with_parts(&[part]).await.map(|(catalog, _)| catalog),
+            None => Ok(catalog),
+        }
+    }
+
+    /// Returns the catalog with the rights on these partitions as well, and what keeps them in it.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn with_parts(&self, parts: &[u32]) -> Result<(Arc<Catalog>, HeldParts), Error> {
+        let mut state = self.state.lock().await;
+        let held = state.parts.hold(parts);
+        if !parts.iter().all(|oid| state.catalog.has_loaded_part(*oid)) {
+            self.refresh(&mut state).await?;
+        }
+        Ok((Arc::clone(&state.catalog), held))
+    }
+
     /// Returns the catalog after a new attempt to read pending policies, at once because a change waits for them.
     ///
     /// # Errors
@@ -204,6 +244,18 @@ impl CatalogCache {
         if let Err(error) = client.execute("select relay.note_rules()", &[]).await {
             tracing::warn!(error = %Error::from(error), "widened rules not recorded");
         }
+    }
+
+    /// Tells the database which partitions are named, so that widenings of their rules are recorded. A rule that was changed by a
+    /// transaction which did not know of that yet is recorded now.
+    async fn name_parts(&self, client: &Client, state: &mut CacheState) -> Result<(), Error> {
+        let parts = state.parts.oids();
+        if !parts.is_empty() {
+            client.execute("select relay.name_parts($1)", &[&parts]).await?;
+            self.note_rules(client).await;
+        }
+        state.parts_told = Some(Instant::now());
+        Ok(())
     }
 
     async fn refresh(&self, state: &mut CacheState) -> Result<(), Error> {
@@ -229,6 +281,9 @@ impl CatalogCache {
             reads += 1;
             if reads > MAX_READS {
                 return Err(Error::Lost("the schema changes faster than it can be read"));
+            }
+            if has_changed {
+                self.name_parts(client, state).await?;
             }
             // Where there is an event trigger, it has recorded them.
             if has_changed && !state.catalog.is_ordered() {
@@ -258,11 +313,15 @@ impl CatalogCache {
                     );
                 }
                 state.catalog = Arc::new(catalog);
+                state.parts.retain(&state.catalog);
                 tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
             }
             state.marks = before.marks;
             state.widened = before.widened;
             break;
+        }
+        if state.parts_told.is_none_or(|told| told.elapsed() > PARTS_INTERVAL) {
+            self.name_parts(client, state).await?;
         }
         // Rules that were changed and changed back leave no other trace.
         if current.widened != state.widened {
@@ -284,7 +343,8 @@ impl CatalogCache {
 
     async fn fingerprint(&self, client: &Client, state: &CacheState) -> Result<Fingerprint, Error> {
         let fingerprint = client.prepare_cached(FINGERPRINT).await?;
-        let row = client.query_one(&fingerprint, &[&state.role_names(), &self.judge]).await?;
+        let row =
+            client.query_one(&fingerprint, &[&state.role_names(), &self.judge, &state.parts.oids()]).await?;
         let (kinds, names, hashes): (Vec<&str>, Vec<String>, Vec<String>) =
             (row.get(0), row.get(1), row.get(2));
         let mut marks = Marks::default();
@@ -313,22 +373,23 @@ impl CatalogCache {
 
     async fn load(&self, client: &Client, state: &CacheState, outdated: &Outdated) -> Result<Catalog, Error> {
         let roles = state.role_names();
+        let parts = state.parts.oids();
         let catalog = if outdated.everything {
-            let all = self.read(client, &roles, None).await?;
+            let all = self.read(client, &state.catalog, &roles, None, &parts).await?;
             Catalog::new(all.relations, state.roles.clone(), all.ordered)
         } else {
             let relations: Vec<i32> = outdated.relations.iter().copied().collect();
             let read = match relations.is_empty() {
                 true => Vec::new(),
-                false => self.read(client, &roles, Some(&relations)).await?.relations,
+                false => self.read(client, &state.catalog, &roles, Some(&relations), &parts).await?.relations,
             };
             let others = match outdated.roles.is_empty() {
                 true => Vec::new(),
                 false => {
                     let roles: Vec<&String> = outdated.roles.iter().collect();
-                    let known = state.catalog.relations().map(|relation| relation.id().0);
+                    let known = state.catalog.relations().map(|relation| relation.id().watched);
                     let others: Vec<i32> = known.filter(|id| !outdated.relations.contains(id)).collect();
-                    self.read(client, &roles, Some(&others)).await?.relations
+                    self.read(client, &state.catalog, &roles, Some(&others), &parts).await?.relations
                 }
             };
             state
@@ -340,19 +401,28 @@ impl CatalogCache {
         Ok(catalog.with_widenings(self.widenings(client, state).await?))
     }
 
-    /// Reads what these roles may see of these relations; `None` means all relations.
+    /// Reads what these roles may see of these relations and of those of the partitions that are in them; `None` means all
+    /// relations. The names of partitions, which may be thousands, are read only where they are not those in `known`.
     async fn read(
         &self,
         client: &Client,
+        known: &Catalog,
         roles: &[&String],
         relations: Option<&Vec<i32>>,
+        parts: &[u32],
     ) -> Result<CatalogRows, Error> {
         let read = client
-            .prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2, $3)::text")
+            .prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2, $3, $4)::text")
             .await?;
-        let text: String = client.query_one(&read, &[&roles, &self.judge, &relations]).await?.get(0);
-        serde_json::from_str(&text)
-            .map_err(|error| Error::Unfit(format!("relay.catalog returned an unexpected value: {error}")))
+        let text: String = client.query_one(&read, &[&roles, &self.judge, &relations, &parts]).await?.get(0);
+        let mut rows: CatalogRows = serde_json::from_str(&text)
+            .map_err(|error| Error::Unfit(format!("relay.catalog returned an unexpected value: {error}")))?;
+        for relation in &mut rows.relations {
+            if !relation.keep_parts(known) {
+                relation.set_parts(part_names(client, relation.id()).await?);
+            }
+        }
+        Ok(rows)
     }
 
     /// Reads the positions at which rules were widened for the known roles.
@@ -381,10 +451,9 @@ impl CatalogCache {
             return Ok(Vec::new());
         }
         let client = self.filters.get().await?;
-        let missing =
-            "select relay.missing_filter_usage(relation, $2, $3, $4) from relay.watch_list where id = $1";
+        let missing = "select relay.missing_filter_usage($1::oid, $2, $3, $4)";
         let missing = client.prepare_cached(missing).await?;
-        let row = client.query_one(&missing, &[&relation.id().0, &columns, &role, &self.judge]).await?;
+        let row = client.query_one(&missing, &[&relation.oid, &columns, &role, &self.judge]).await?;
         Ok(row.try_get(0)?)
     }
 
@@ -426,20 +495,31 @@ impl CatalogCache {
             let folding = column.and_then(|column| column.folding);
             typed.push(TypedCondition { condition, kind, shape, folding, values: sql.values });
         }
-        let statement = client
-            .prepare_cached("select relay.judge_statement(relation, $2) from relay.watch_list where id = $1")
-            .await?;
+        let statement = client.prepare_cached("select relay.judge_statement($1::oid, $2)").await?;
         let condition = terms.join(" and ");
-        let text: String = client.query_one(&statement, &[&relation.id().0, &condition]).await?.get(0);
+        let text: String = client.query_one(&statement, &[&relation.oid, &condition]).await?.try_get(0)?;
         Ok(TypedFilter::new(relation, typed, condition, text.into()))
     }
 }
 
-/// Selects a [`Fingerprint`], for the roles `$1` of subscribers and the judging login `$2`.
+/// Selects a [`Fingerprint`], for the roles `$1` of subscribers, the judging login `$2` and the partitions `$3`.
 const FINGERPRINT: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m.mark, (select max(w.number) from relay.widenings w) \
      from (select array_agg(k.kind) as kinds, array_agg(k.name) as names, array_agg(k.mark) as marks \
-           from relay.catalog_marks(relay.subscriber_roles($1, $2), $2) k) k, \
-          relay.rule_scope($1, $2) s, relay.rules_mark(s.roles, s.owned) m";
+           from relay.catalog_marks(relay.subscriber_roles($1, $2), $2, $3) k) k, \
+          relay.rule_scope($1, $2, $3) s, relay.rules_mark(s.roles, s.owned) m";
+
+/// Reads the recorded partitions of a relation. The [`Fingerprint`] tells whether they are those of the catalog that was read just
+/// before.
+async fn part_names(client: &Client, relation: RelationId) -> Result<PartNames, Error> {
+    let read =
+        client.prepare_cached("select part_names::text from relay.known_relations where id = $1").await?;
+    let Some(row) = client.query_opt(&read, &[&relation.watched]).await? else {
+        return Ok(PartNames::default());
+    };
+    serde_json::from_str(row.get(0)).map_err(|error| {
+        Error::Unfit(format!("relay.known_relations has an unexpected value of part_names: {error}"))
+    })
+}
 
 /// A condition as PostgreSQL parsed it with the type of its column.
 #[derive(Deserialize)]
@@ -453,16 +533,9 @@ async fn typed_condition(
     relation: &Relation,
     condition: &Condition,
 ) -> Result<ConditionSql, Error> {
-    let read = client
-        .prepare_cached(
-            "select relay.filter_condition(relation, $2, $3, $4)::text from relay.watch_list where id = $1",
-        )
-        .await?;
+    let read = client.prepare_cached("select relay.filter_condition($1::oid, $2, $3, $4)::text").await?;
     let row = client
-        .query_one(
-            &read,
-            &[&relation.id().0, &condition.column, &condition.operator.name(), &condition.values],
-        )
+        .query_one(&read, &[&relation.oid, &condition.column, &condition.operator.name(), &condition.values])
         .await?;
     let mut typed: ConditionSql = serde_json::from_str(row.get(0)).map_err(|error| {
         Error::Unfit(format!("relay.filter_condition returned an unexpected value: {error}"))
@@ -475,5 +548,5 @@ async fn typed_condition(
 
 /// Selects when rules were widened, and when each role last changed.
 const WIDENINGS: &str = "select coalesce(json_agg(w), '[]')::text from ( \
-     select number, xid::text::bigint, relation, null as role from relay.widenings \
-     union all select null, xid, 0, role from relay.role_versions(relay.subscriber_roles($1, $2))) w";
+     select number, xid::text::bigint, relation, part::bigint, null as role from relay.widenings \
+     union all select null, xid, 0, 0, role from relay.role_versions(relay.subscriber_roles($1, $2))) w";

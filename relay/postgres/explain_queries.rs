@@ -81,13 +81,7 @@ impl ExplainQueries {
     /// # Errors
     /// As the connection, or when this login may not read the table.
     pub async fn row(&self, relation: &Relation, values: &Value) -> Result<Option<String>, Error> {
-        let row = self
-            .client
-            .query_one(
-                "select relay.row_like(relation, $2) from relay.watch_list where id = $1",
-                &[&relation.id().0, values],
-            )
-            .await;
+        let row = self.client.query_one("select relay.row_like($1::oid, $2)", &[&relation.oid, values]).await;
         match row {
             Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
                 Err(Error::Unfit(format!(
@@ -117,13 +111,7 @@ impl ExplainQueries {
 
     /// Returns whether row security applies to this login.
     async fn is_secured(&self, relation: &Relation) -> Result<bool, Error> {
-        let row = self
-            .client
-            .query_one(
-                "select row_security_active(relation) from relay.watch_list where id = $1",
-                &[&relation.id().0],
-            )
-            .await?;
+        let row = self.client.query_one("select row_security_active($1::oid)", &[&relation.oid]).await?;
         Ok(row.get(0))
     }
 
@@ -142,8 +130,9 @@ impl ExplainQueries {
             .client
             .query_opt(
                 "select coalesce(after, before)::text, shape = relay.shape(relation) from relay.changes \
-                 where number = $1 and relation = $2 and ($3::text is null or xid = $3::text::xid8)",
-                &[&number, &relation.id().0, &xid.map(|xid| xid.to_string())],
+                 where number = $1 and relation = $2 and ($3::text is null or xid = $3::text::xid8) \
+                   and ($4::oid is null or leaf in (select relid from pg_partition_tree($4)))",
+                &[&number, &relation.id().watched, &xid.map(|xid| xid.to_string()), &relation.id().part],
             )
             .await?;
         let Some(row) = row else { return Ok(None) };
@@ -164,10 +153,7 @@ impl ExplainQueries {
     pub async fn judgement(&self, relation: &Relation, condition: &str) -> Result<Arc<str>, Error> {
         let row = self
             .client
-            .query_one(
-                "select relay.judge_statement(relation, $2) from relay.watch_list where id = $1",
-                &[&relation.id().0, &condition],
-            )
+            .query_one("select relay.judge_statement($1::oid, $2)", &[&relation.oid, &condition])
             .await?;
         Ok(row.get::<_, String>(0).into())
     }

@@ -22,6 +22,7 @@ const FILES: &[(&str, &str)] = &[
     ("008_widenings.sql", include_str!("../../sql/008_widenings.sql")),
     ("009_known_relations.sql", include_str!("../../sql/009_known_relations.sql")),
     ("010_log.sql", include_str!("../../sql/010_log.sql")),
+    ("011_partitions.sql", include_str!("../../sql/011_partitions.sql")),
     ("100_locks.sql", include_str!("../../sql/100_locks.sql")),
     ("100_shapes.sql", include_str!("../../sql/100_shapes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),

@@ -7,6 +7,7 @@ pub mod doorbell;
 pub mod faults;
 pub mod large_transactions;
 pub mod leader;
+pub mod leaves;
 pub mod machine;
 pub mod one_cursor;
 pub mod order;

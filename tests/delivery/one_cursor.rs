@@ -425,10 +425,10 @@ async fn a_poll_is_answered_while_the_feed_moves_on_faster_than_the_rules_are_lo
     let database = once().await;
     database
         .run(
-            "alter function relay.catalog_marks(text[], text) rename to marks_at_once;
-             create function relay.catalog_marks(text[], text) returns table (kind text, name text, mark text) language plpgsql as
-             $$ begin perform pg_sleep(0.1); return query select * from relay.marks_at_once($1, $2); end $$;
-             grant execute on function relay.catalog_marks(text[], text) to relay_reader",
+            "alter function relay.catalog_marks(text[], text, oid[]) rename to marks_at_once;
+             create function relay.catalog_marks(text[], text, oid[]) returns table (kind text, name text, mark text) language plpgsql as
+             $$ begin perform pg_sleep(0.1); return query select * from relay.marks_at_once($1, $2, $3); end $$;
+             grant execute on function relay.catalog_marks(text[], text, oid[]) to relay_reader",
         )
         .await;
     let relay = Relay::start(&database.url).await;

@@ -393,3 +393,24 @@ async fn the_first_line_tells_which_claim_policy_or_filter_keeps_a_row_back() {
         assert_eq!(verdict(&database, &arguments).await, (0, "would receive".to_owned()), "{arguments:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_is_explained_by_its_own_rules() {
+    let database = database().await;
+    database
+        .run(
+            "create table parted (id int primary key, open bool) partition by range (id);
+             create table low partition of parted for values from (0) to (10);
+             create table high partition of parted for values from (10) to (20);
+             alter table low enable row level security; create policy opened on low for select using (open);
+             grant select on parted, low to authenticated; select relay.watch('parted');
+             insert into parted values (1, true), (2, false)",
+        )
+        .await;
+    let found = explained(&database, &["low", "--sub", ANN, "--key", "1", "--filter", "open=eq.true"]).await;
+    assert_eq!((&found["blockers"], &found["row"]["by"]), (&json!([]), &json!(["opened"])), "{found}");
+    let found = explained(&database, &["low", "--sub", ANN, "--key", "2"]).await;
+    assert_eq!((&found["row"]["found"], &found["row"]["allowed"]), (&json!(true), &json!(false)), "{found}");
+    let (code, line) = verdict(&database, &["high", "--sub", ANN]).await;
+    assert!(code == 1 && line.contains("grant select on public.high to authenticated"), "{line}");
+}

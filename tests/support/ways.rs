@@ -158,6 +158,7 @@ impl Ways {
             xid: 1,
             committed: time::OffsetDateTime::UNIX_EPOCH,
             relation: relation.id(),
+            leaf: None,
             shape: None,
             began: None,
             image_state: ImageState::default(),

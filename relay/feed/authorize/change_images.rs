@@ -47,22 +47,31 @@ impl<'a> ChangeImages<'a> {
     }
 }
 
-/// Parses the changes of a batch. Returns the images of each change, `None` without a relation or images, and the
-/// image texts of each relation.
+/// A change as one of the relations that it is of.
+pub struct ChangeOf<'a> {
+    /// The change's position in the batch.
+    pub index: usize,
+    /// The relation: the watched one, or a partition.
+    pub relation: RelationId,
+    /// The images; `None` when there are none.
+    pub images: Option<ChangeImages<'a>>,
+}
+
+/// Parses the changes of a batch, each with the columns of each relation that it is of. Also returns the image texts of each
+/// relation.
 pub fn change_images<'a>(
     catalog: &'a Catalog,
     changes: &'a [Change],
-) -> (Vec<Option<ChangeImages<'a>>>, HashMap<RelationId, Vec<&'a str>>) {
+) -> (Vec<ChangeOf<'a>>, HashMap<RelationId, Vec<&'a str>>) {
     let mut images: HashMap<RelationId, Vec<&str>> = HashMap::new();
-    let mut change_images = Vec::with_capacity(changes.len());
-    for change in changes {
-        change_images.push(
-            catalog
-                .relation(change.relation)
-                .and_then(|relation| images_of(relation, change, images.entry(change.relation).or_default())),
-        );
+    let mut changes_of = Vec::with_capacity(changes.len());
+    for (index, change) in changes.iter().enumerate() {
+        for relation in catalog.affected(change) {
+            let images = images_of(relation, change, images.entry(relation.id()).or_default());
+            changes_of.push(ChangeOf { index, relation: relation.id(), images });
+        }
     }
-    (change_images, images)
+    (changes_of, images)
 }
 
 fn images_of<'a>(
@@ -99,7 +108,10 @@ impl ImageColumns {
         let may_be_incomplete = change.oversize || change.image_state == ImageState::Partial;
         let is_other = change.image_state == ImageState::Unreadable
             || known < row.names().len()
-            || (is_incomplete && !may_be_incomplete);
+            || (is_incomplete && !may_be_incomplete)
+            // Without its key, the row could not be identified: a partition may have one that the watched relation has not.
+            || change.image_state == ImageState::Partial
+                && relation.key.iter().any(|key| row.value(key).is_none());
         if is_other || matches!(self, Self::Other) {
             *self = Self::Other;
         } else if is_incomplete {

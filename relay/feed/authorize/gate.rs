@@ -10,14 +10,14 @@ use std::sync::Arc;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::block_in_place;
 
-use crate::feed::authorize::change_images::change_images;
+use crate::feed::authorize::change_images::{ChangeOf, change_images};
 use crate::feed::authorize::filter_cost::Client;
 use crate::feed::authorize::filter_evaluator::{ChargedQuery, FilterEvaluator};
 use crate::feed::authorize::matcher::Matcher;
 use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndex, SubscriberIndexes};
 use crate::model::catalog::relation::{Access, Catalog, Relation};
 use crate::model::policy::visibility::{Denied, Identity, Visibility};
-use crate::model::row::change::{Change, Row};
+use crate::model::row::change::{Change, RelationId, Row};
 use crate::model::row::truth::Truth;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::typed_filter::TypedFilter;
@@ -60,6 +60,8 @@ pub struct GroupReader<'a> {
 pub struct Candidate {
     /// The group.
     pub group: GroupId,
+    /// The relation that the group gets the change of: the watched one, or a partition.
+    pub relation: RelationId,
     /// The change's position in the batch.
     pub change: usize,
     /// The position of the policy's evaluation; `None` for a change without images.
@@ -75,8 +77,8 @@ pub struct Verdicts {
     pub(super) filters: HashMap<FilterKey, Evaluation>,
     /// Images that PostgreSQL cannot parse.
     unreadable: HashSet<AnswerSlot>,
-    /// Groups whose claims make the policy raise an error, and the change that showed it.
-    pub raising: Vec<(GroupId, usize)>,
+    /// Groups whose claims make the policy raise an error, and the relation.
+    pub raising: Vec<(GroupId, RelationId)>,
     /// Statements run.
     pub statements: usize,
     /// Groups considered, summed over the changes.
@@ -97,8 +99,8 @@ pub(super) struct PendingQuery<'a> {
     pub(super) relation: &'a Relation,
     pub(super) images: Vec<String>,
     pub(super) answers: Vec<AnswerSlot>,
-    /// For a policy: the first change in question, and the cohort that the answer applies to.
-    pub(super) cohort: Option<(usize, &'a SubscriberIndex, u64)>,
+    /// For a policy: the cohort that the answer applies to.
+    pub(super) cohort: Option<(&'a SubscriberIndex, u64)>,
     pub(super) with_path: bool,
     /// The clients that chose the filter; empty for a policy.
     pub(super) clients: Vec<Client>,
@@ -148,7 +150,7 @@ impl Gate {
         subscriber_indexes: &'a SubscriberIndexes,
         reader: impl Fn(GroupId) -> GroupReader<'a>,
     ) -> Result<Verdicts, Error> {
-        let (change_images, images) = change_images(catalog, changes);
+        let (changes_of, images) = change_images(catalog, changes);
         let mut verdicts = Verdicts::default();
         let mut set_answers: HashMap<u64, Vec<Vec<SetAnswer>>> = HashMap::new();
         for (relation, images) in &images {
@@ -162,16 +164,16 @@ impl Gate {
         self.run_blocking(|| {
             let mut matcher =
                 Matcher { verdicts: &mut verdicts, pending: &mut pending, queries: HashMap::new() };
-            for (index, change) in changes.iter().enumerate() {
-                for subscriber_index in subscriber_indexes.of(change.relation) {
+            for ChangeOf { index, relation, images } in &changes_of {
+                for subscriber_index in subscriber_indexes.of(*relation) {
                     let set_answers =
                         set_answers.get(&subscriber_index.number()).map_or(&[][..], Vec::as_slice);
-                    let of_change = change_images[index].as_ref();
-                    matcher.find((index, change), of_change, subscriber_index, set_answers, &reader);
+                    let change = (*index, &changes[*index]);
+                    matcher.find(change, images.as_ref(), subscriber_index, set_answers, &reader);
                 }
             }
         });
-        drop(change_images);
+        drop(changes_of);
         self.run_pending(&mut verdicts, pending).await?;
         self.observe.judged(verdicts.statements);
         Ok(verdicts)
@@ -249,10 +251,10 @@ impl Gate {
             if let Some(denied) = answer.denied {
                 self.observe.judgement_failed(denied, &pending.relation.table);
             }
-            if let (Some(Denied::Claims), Some((change, subscriber_index, cohort))) =
-                (answer.denied, pending.cohort)
+            if let (Some(Denied::Claims), Some((subscriber_index, cohort))) = (answer.denied, pending.cohort)
             {
-                verdicts.raising.extend(subscriber_index.groups(cohort).map(|group| (group, change)));
+                let relation = pending.relation.id();
+                verdicts.raising.extend(subscriber_index.groups(cohort).map(|group| (group, relation)));
             }
             let is_timed_out = matches!(answer.denied, Some(Denied::TimedOut | Denied::Locked));
             for (number, (slot, allowed)) in pending.answers.iter().zip(answer.allowed).enumerate() {

@@ -94,7 +94,8 @@ impl<'a> Matcher<'_, 'a> {
             ImageColumns::Partial(_) => !images.is_missing(reads_policy),
             ImageColumns::Same | ImageColumns::Oversize(_) => true,
         };
-        let unevaluated = |group| Candidate { group, change: index, policy: None };
+        let relation = subscriber_index.relation().id();
+        let unevaluated = |group| Candidate { group, relation, change: index, policy: None };
         let Some(images) = images.filter(is_readable) else {
             // A truncation, or an altered relation: it concerns every group.
             if change.operation != Operation::Schema {
@@ -125,13 +126,18 @@ impl<'a> Matcher<'_, 'a> {
             };
             last = Some((cohort, policy));
             if subscriber_index.raises(cohort) {
-                self.verdicts.raising.push((group, index));
+                self.verdicts.raising.push((group, relation));
             }
             if self.verdicts.policies[policy].iter().all(|truth| is_denied(*truth)) {
                 continue;
             }
             if self.may_match(&context, reader(group)) {
-                self.verdicts.candidates.push(Candidate { group, change: index, policy: Some(policy) });
+                self.verdicts.candidates.push(Candidate {
+                    group,
+                    relation,
+                    change: index,
+                    policy: Some(policy),
+                });
             }
         }
     }
@@ -171,7 +177,7 @@ impl<'a> Matcher<'_, 'a> {
                 (Some(statement), Some(identity)) if !is_incomplete => {
                     let rule = Rule::Policy(subscriber_index.number(), cohort);
                     let answer = AnswerSlot::Policy(number, side);
-                    let cohort = Some((context.index, subscriber_index, cohort));
+                    let cohort = Some((subscriber_index, cohort));
                     self.add_query(
                         rule,
                         cohort,
@@ -240,7 +246,7 @@ impl<'a> Matcher<'_, 'a> {
     fn add_query(
         &mut self,
         rule: Rule,
-        cohort: Option<(usize, &'a SubscriberIndex, u64)>,
+        cohort: Option<(&'a SubscriberIndex, u64)>,
         relation: &'a Relation,
         identity: &'a Identity,
         statement: &'a Arc<str>,

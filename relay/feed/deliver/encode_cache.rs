@@ -10,7 +10,7 @@ use crate::model::codec::payload::{View, data, with_cursor};
 use crate::model::codec::protocol::Codec;
 use crate::model::log::cursor::{Cursor, Snapshot, Span};
 use crate::model::policy::visibility::EventKind;
-use crate::model::row::change::Change;
+use crate::model::row::change::{Change, RelationId};
 
 /// Maximum bytes of payloads kept alive for the next group. The last payload is kept in any case; older ones are
 /// reused while a client's queue still holds them.
@@ -21,10 +21,10 @@ const MAX_PAYLOADS: usize = 64;
 /// cursor.
 const MAX_OVERHEAD: usize = 12 * 1024;
 
-/// What the text of a change depends on: role, selected columns, event kind, whether it has a cursor, whether it is
+/// What the text of a change depends on: relation, role, selected columns, event kind, whether it has a cursor, whether it is
 /// marked as the last of its transaction, and the base of the cursor when that is more than what lies before the
 /// page.
-type DataKey<'a> = (&'a str, Option<&'a [String]>, EventKind, bool, bool, Option<&'a Snapshot>);
+type DataKey<'a> = (RelationId, &'a str, Option<&'a [String]>, EventKind, bool, bool, Option<&'a Snapshot>);
 
 /// The encodings of one change.
 pub struct EncodeCache<'a> {
@@ -93,7 +93,7 @@ impl<'a> EncodeCache<'a> {
         recent: &mut RecentPayloads,
     ) -> Result<Frame, EncodeError> {
         let base = base.filter(|_| view.exact);
-        let key = (role, view.select, view.meaning, view.exact, view.is_last, base);
+        let key = (view.relation.id(), role, view.select, view.meaning, view.exact, view.is_last, base);
         if let Some((last_codec, last_ids, last, frame)) = &self.last
             && (*last_codec, &last_ids[..], *last) == (codec, ids, key)
         {
@@ -129,7 +129,7 @@ impl<'a> EncodeCache<'a> {
         }
         let limit = budget.change_bytes().saturating_sub(MAX_OVERHEAD);
         let text = data(change, view, limit).map(|text| match view.exact {
-            true => with_cursor(text, self.cursor(key.5)),
+            true => with_cursor(text, self.cursor(key.6)),
             false => text,
         });
         let Some(text) = text else {

@@ -12,7 +12,7 @@ use crate::feed::deliver::outbox::Unit;
 use crate::feed::read::batch::Batch;
 use crate::model::catalog::relation::{Catalog, Widening};
 use crate::model::catalog::shape;
-use crate::model::row::change::{Change, Operation};
+use crate::model::row::change::{Change, Operation, RelationId};
 use crate::postgres::connect::pool::Error;
 
 /// Delivers a batch to all groups it concerns; returns the number of frames queued.
@@ -30,8 +30,8 @@ pub async fn deliver<'a>(
     let end = batch.end().map(Arc::new);
     let changes = &*shape::read(catalog, &batch.changes);
     let verdicts = gate.verdicts(catalog, changes, subscriber_indexes, |id| group(id).reader()).await?;
-    for (id, change) in &verdicts.raising {
-        if let Some(relation) = catalog.relation(changes[*change].relation) {
+    for (id, relation) in &verdicts.raising {
+        if let Some(relation) = catalog.relation(*relation) {
             group(*id).send_policy_error(relation);
         }
     }
@@ -79,7 +79,8 @@ struct AuthorizedBatch<'a, 'b> {
 }
 
 impl<'a> AuthorizedBatch<'a, '_> {
-    /// Adds the frames of the candidates, all of one group, to the buffer.
+    /// Adds the frames of the candidates, all of one group, to the buffer. A partitioned table is truncated partition by partition,
+    /// which is reported once.
     fn encode(
         &self,
         group: &'a SubscriberGroup,
@@ -88,26 +89,35 @@ impl<'a> AuthorizedBatch<'a, '_> {
         buffer: &mut FrameBuffer<'a>,
     ) {
         let &Self { catalog, batch, changes, verdicts, .. } = self;
-        let is_older = |change: &Change| {
+        let is_older = |change: &Change, relation: RelationId| {
             let mut widenings = self.widenings.iter();
-            widenings.any(|widening| widening.concerns(change) && group.is_before(widening))
+            widenings.any(|widening| widening.concerns(change, relation) && group.is_before(widening))
         };
         let mut last_of_transaction = HashSet::new();
         if group.key().codec.encoding().includes_cursor() {
             last_of_transaction = last_changes(batch, catalog, group, candidates, |candidate| {
                 let change = &changes[candidate.change];
-                let relation = catalog.relation(change.relation);
-                let change = (change, is_older(change));
+                let relation = catalog.relation(candidate.relation);
+                let change = (change, is_older(change, candidate.relation));
                 relation.is_some_and(|relation| group.receives(candidate, change, relation, verdicts, buffer))
             });
         }
+        let mut truncated = HashSet::new();
         for candidate in candidates {
             let index = candidate.change;
             let change = &changes[index];
-            if let Some(relation) = catalog.relation(change.relation)
-                && !is_repeated_truncate(changes, index)
+            let is_repeated = match change.operation {
+                Operation::Truncate => !truncated.insert((candidate.relation, change.xid)),
+                _ => {
+                    truncated.clear();
+                    false
+                }
+            };
+            if let Some(relation) = catalog.relation(candidate.relation)
+                && !is_repeated
             {
-                let change = (change, is_older(change), last_of_transaction.contains(&index));
+                let is_last = last_of_transaction.contains(&(index, candidate.relation));
+                let change = (change, is_older(change, candidate.relation), is_last);
                 group.encode(candidate, change, relation, verdicts, &mut caches[index], buffer);
             }
         }
@@ -131,7 +141,7 @@ pub async fn deliver_to_one(
 ) -> Result<usize, Error> {
     let mut subscriber_indexes = SubscriberIndexes::default();
     for change in &batch.changes {
-        if let Some(relation) = catalog.relation(change.relation) {
+        for relation in catalog.affected(change) {
             subscriber_indexes.prepare(relation, std::iter::once((0, group.subscription())));
         }
     }
@@ -152,16 +162,6 @@ fn by_group(candidates: &[Candidate]) -> Vec<Vec<Candidate>> {
     groups
 }
 
-/// Returns whether the change repeats the truncation before it: a partitioned table is truncated partition by
-/// partition, but reported once.
-fn is_repeated_truncate(changes: &[Change], index: usize) -> bool {
-    let truncation =
-        |change: &Change| (change.operation == Operation::Truncate).then_some((change.relation, change.xid));
-    index > 0
-        && truncation(&changes[index]).is_some()
-        && truncation(&changes[index]) == truncation(&changes[index - 1])
-}
-
 /// Returns the changes that are the last of their transaction for this group, among those that it `gets`.
 fn last_changes(
     batch: &Batch,
@@ -169,7 +169,7 @@ fn last_changes(
     group: &SubscriberGroup,
     candidates: &[Candidate],
     mut gets: impl FnMut(&Candidate) -> bool,
-) -> HashSet<usize> {
+) -> HashSet<(usize, RelationId)> {
     let mut continued: HashSet<u64> = batch
         .unfinished
         .iter()
@@ -181,7 +181,7 @@ fn last_changes(
         let xid = batch.changes[candidate.change].xid;
         if !continued.contains(&xid) && gets(candidate) {
             continued.insert(xid);
-            last_of_transaction.insert(candidate.change);
+            last_of_transaction.insert((candidate.change, candidate.relation));
         }
     }
     last_of_transaction

@@ -231,7 +231,7 @@ impl SubscriberGroup {
 
     /// Returns whether it may get changes of one of these relations.
     pub fn concerns(&self, catalog: &Catalog, relations: &[RelationId]) -> bool {
-        let mut relations = relations.iter().filter_map(|id| catalog.relation(*id));
+        let mut relations = relations.iter().flat_map(|id| catalog.with_loaded_parts(*id));
         relations.any(|relation| self.subscription.concerning(relation).next().is_some())
     }
 

@@ -128,7 +128,7 @@ impl SubscriberGroups {
     /// Only when PostgreSQL does not answer; nothing was delivered then.
     pub async fn deliver(&mut self, gate: &Gate, catalog: &Catalog, batch: &Batch) -> Result<usize, Error> {
         for change in &batch.changes {
-            if let Some(relation) = catalog.relation(change.relation) {
+            for relation in catalog.affected(change) {
                 let groups = self.groups.iter().map(|(id, group)| (id, group.subscription()));
                 self.subscriber_indexes.prepare(relation, groups);
             }

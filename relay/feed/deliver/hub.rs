@@ -158,7 +158,7 @@ impl Hub {
     /// there are none.
     pub fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor) -> Option<Replayed> {
         let catalog = Arc::clone(self.live.catalog()?);
-        let relations: Vec<_> = relations.iter().filter_map(|id| catalog.relation(*id)).collect();
+        let relations: Vec<_> = relations.iter().flat_map(|id| catalog.with_loaded_parts(*id)).collect();
         let is_concerned = |group: &SubscriberGroup| {
             let concerns = |relation| group.subscription().concerning(relation).next().is_some();
             relations.iter().any(|relation| concerns(relation))

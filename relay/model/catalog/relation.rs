@@ -10,13 +10,15 @@ use crate::model::log::cursor::{Cursor, Snapshot};
 use crate::model::policy::compile::compile;
 use crate::model::policy::plan::{Obstacle, Plan};
 use crate::model::policy::rights::Rights;
-use crate::model::row::change::{Change, RelationId, Row, Spelling};
+use crate::model::row::change::{Change, Operation, RelationId, Row, Spelling};
 use crate::model::row::column::Column;
 
 /// All watched relations at one moment. Immutable: a change of the catalog makes a new one.
 #[derive(Debug, Default, Clone)]
 pub struct Catalog {
     relations: HashMap<RelationId, Arc<Relation>>,
+    /// The partitions among the relations.
+    parts: Vec<RelationId>,
     roles: BTreeSet<String>,
     ordered: bool,
     widenings: Vec<Widening>,
@@ -32,6 +34,8 @@ pub struct Widening {
     xid: u64,
     /// The relation; 0 means every relation.
     relation: i32,
+    /// The partition whose own rules were widened; 0 means those of the relation itself.
+    part: u32,
     /// The role whose readers are affected; `None` means every role.
     role: Option<String>,
 }
@@ -50,13 +54,15 @@ impl Widening {
         self.role.as_ref().is_none_or(|widened| widened == role)
     }
 
-    /// Whether the change precedes the event, so that today's rules may show more of it than the rules of its time.
-    pub fn concerns(&self, change: &Change) -> bool {
+    /// Whether the change precedes the event, so that today's rules of the relation may show more of it than the rules of its time.
+    pub fn concerns(&self, change: &Change, relation: RelationId) -> bool {
         let is_older = match self.number {
             Some(number) => change.number < number && change.xid != self.xid,
             None => change.xid < self.xid,
         };
-        is_older && (self.relation == 0 || self.relation == change.relation.0)
+        is_older
+            && (self.relation == 0
+                || (self.relation, self.part) == (relation.watched, relation.part.unwrap_or_default()))
     }
 }
 
@@ -65,7 +71,7 @@ impl Catalog {
     pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>, ordered: bool) -> Self {
         let compiled = |relation: Relation| (relation.id(), Arc::new(relation.compiled()));
         let relations = relations.into_iter().map(compiled).collect();
-        Self { relations, roles, ordered, widenings: Vec::new() }
+        Self { relations, parts: Vec::new(), roles, ordered, widenings: Vec::new() }.with_parts()
     }
 
     /// Sets the events that widened access.
@@ -89,9 +95,7 @@ impl Catalog {
         others: Vec<Relation>,
     ) -> Self {
         let mut renewed = self.clone();
-        for id in outdated {
-            renewed.relations.remove(&RelationId(*id));
-        }
+        renewed.relations.retain(|id, _| !outdated.contains(&id.watched));
         for relation in others {
             let Some(known) = renewed.relations.get_mut(&relation.id()) else { continue };
             let mut relation = relation.compiled();
@@ -102,7 +106,13 @@ impl Catalog {
         renewed
             .relations
             .extend(read.into_iter().map(|relation| (relation.id(), Arc::new(relation.compiled()))));
-        renewed
+        renewed.with_parts()
+    }
+
+    fn with_parts(mut self) -> Self {
+        self.parts = self.relations.keys().copied().filter(|id| id.part.is_some()).collect();
+        self.parts.sort_unstable();
+        self
     }
 
     /// Sets the roles whose access the catalog holds.
@@ -136,6 +146,60 @@ impl Catalog {
         self.relations.get(&id)
     }
 
+    /// Returns the relations that the change is of: the watched one, and the loaded partitions that held the row when it was
+    /// written. A truncation or gap of the whole is of all its partitions.
+    pub fn affected(&self, change: &Change) -> Vec<&Arc<Relation>> {
+        let Some(whole) = self.relation(change.relation) else { return Vec::new() };
+        let mut affected = vec![whole];
+        if self.parts.is_empty() {
+            return affected;
+        }
+        match (change.leaf, change.operation) {
+            (Some(leaf), _) => {
+                let part = |oid| self.relation(RelationId { part: Some(oid), ..whole.id() });
+                affected.extend(whole.path_from(leaf, change.number).filter_map(part));
+            }
+            (None, Operation::Truncate | Operation::Gap) => affected.extend(self.loaded_parts(whole.id())),
+            (None, _) => {}
+        }
+        affected
+    }
+
+    /// Returns a watched relation and its loaded partitions.
+    pub fn with_loaded_parts(&self, id: RelationId) -> impl Iterator<Item = &Arc<Relation>> {
+        self.relation(id).into_iter().chain(self.loaded_parts(id))
+    }
+
+    fn loaded_parts(&self, of: RelationId) -> impl Iterator<Item = &Arc<Relation>> {
+        let parts = self.parts.iter().filter(move |part| part.watched == of.watched);
+        parts.filter_map(|part| self.relation(*part))
+    }
+
+    /// Returns the partition with this name when the catalog does not hold its rights, because no subscriber names it.
+    pub fn unloaded_part(&self, schema: &str, table: &str) -> Option<u32> {
+        self.part_named(schema, table).filter(|_| self.named(schema, table).is_none())
+    }
+
+    /// Returns the partition with this name, unless it is watched itself.
+    pub fn part_named(&self, schema: &str, table: &str) -> Option<u32> {
+        if let Some(relation) = self.named(schema, table) {
+            return relation.id().part;
+        }
+        let names = self.relations().flat_map(|relation| &*relation.parts);
+        let mut named = names.filter(|(_, part)| part.schema == schema && part.table == table);
+        named.next().map(|(oid, _)| *oid)
+    }
+
+    /// Whether the catalog holds the rights on this partition.
+    pub fn has_loaded_part(&self, oid: u32) -> bool {
+        self.parts.iter().any(|id| id.part == Some(oid))
+    }
+
+    /// Whether a watched relation has this partition.
+    pub fn has_part(&self, oid: u32) -> bool {
+        self.relations().any(|relation| relation.parts.contains_key(&oid))
+    }
+
     /// Returns the relation with this name.
     pub fn named(&self, schema: &str, table: &str) -> Option<&Arc<Relation>> {
         self.relations().find(|relation| relation.schema == schema && relation.table == table)
@@ -167,6 +231,18 @@ pub struct Relation {
     /// Since when the relation is watched under this name.
     #[serde(default)]
     pub named: Option<Naming>,
+    /// Whether it is a partition of the watched relation with this id.
+    #[serde(default)]
+    part: bool,
+    /// A hash of its partitions' names and parents; 0 when there are none.
+    #[serde(default)]
+    parts_mark: i64,
+    /// Its partitions at all levels; empty for a partition.
+    #[serde(skip)]
+    parts: Arc<PartNames>,
+    /// What its partitions were partitions of before, by number.
+    #[serde(default)]
+    former_parents: Vec<FormerParent>,
     /// The kind in `pg_class`: `r`, `p`, `m`, `f`.
     pub kind: String,
     /// Whether subscribers are notified of rows that leave their visibility.
@@ -186,6 +262,28 @@ pub struct Relation {
     recorded: Vec<ShapeRecord>,
     #[serde(skip)]
     shapes: Shapes,
+}
+
+/// Names and places of partitions, by OID, as `relay.known_relations` records them.
+pub type PartNames = HashMap<u32, PartName>;
+
+/// The name and place of a partition.
+#[derive(Debug, Deserialize)]
+pub struct PartName {
+    schema: String,
+    table: String,
+    /// The OID of the table that it is directly a partition of.
+    parent: u32,
+}
+
+/// What a partition was a partition of up to a change of its parent.
+#[derive(Debug, Deserialize)]
+struct FormerParent {
+    part: u32,
+    /// `None`: it was no partition of the relation.
+    parent: Option<u32>,
+    /// The changelog number of the event: older changes have smaller ones.
+    number: i64,
 }
 
 /// When a relation was first watched, or got its name: the transaction and the changelog number.
@@ -238,7 +336,38 @@ impl Access {
 impl Relation {
     /// Returns the id under which the relation is watched.
     pub fn id(&self) -> RelationId {
-        RelationId(self.id)
+        RelationId { watched: self.id, part: self.part.then_some(self.oid) }
+    }
+
+    /// Whether it is a partition of a watched relation.
+    pub fn is_part(&self) -> bool {
+        self.part
+    }
+
+    /// Takes over the partitions that this relation had in the catalog; false when their names or parents have changed since.
+    pub fn keep_parts(&mut self, known: &Catalog) -> bool {
+        let known = known.relation(self.id()).filter(|known| known.parts_mark == self.parts_mark);
+        if let Some(known) = known {
+            self.parts = Arc::clone(&known.parts);
+        }
+        known.is_some() || self.parts_mark == 0
+    }
+
+    /// Sets its partitions.
+    pub fn set_parts(&mut self, parts: PartNames) {
+        self.parts = Arc::new(parts);
+    }
+
+    /// Returns a partition and the partitions above it when the change with this number was written, from below.
+    fn path_from(&self, leaf: u32, number: i64) -> impl Iterator<Item = u32> {
+        let parent = move |oid: &u32| {
+            let mut former = self.former_parents.iter();
+            match former.find(|former| former.part == *oid && number < former.number) {
+                Some(former) => former.parent,
+                None => self.parts.get(oid).map(|part| part.parent),
+            }
+        };
+        std::iter::successors(Some(leaf), parent).take(MAX_LEVELS)
     }
 
     /// Compiles the policies and shapes.
@@ -331,6 +460,9 @@ impl Relation {
         self.key.iter().any(|key| key == name)
     }
 }
+
+/// Maximum number of levels of partitions: PostgreSQL has no cycles, the catalog of two moments might.
+const MAX_LEVELS: usize = 64;
 
 /// Whether the name occurs in SQL text as a whole word.
 fn contains_name(sql: &str, name: &str) -> bool {

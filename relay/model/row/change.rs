@@ -9,9 +9,21 @@ use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-/// The id of a watched relation (`relay.watch_list.id`).
+/// The id of a relation whose changes are delivered: a watched one, or a partition of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RelationId(pub i32);
+pub struct RelationId {
+    /// The watched relation (`relay.watch_list.id`).
+    pub watched: i32,
+    /// The OID of the partition; `None` for the watched relation itself.
+    pub part: Option<u32>,
+}
+
+impl RelationId {
+    /// Returns the id of a watched relation.
+    pub const fn whole(watched: i32) -> Self {
+        Self { watched, part: None }
+    }
+}
 
 /// The kind of a changelog entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,7 +113,7 @@ impl ChangeHeader {
     pub fn parse(text: &str) -> Option<Self> {
         let mut fields = text.split(' ');
         let operation = Operation::from_letter(fields.next()?)?;
-        let relation = RelationId(fields.next()?.parse().ok()?);
+        let relation = RelationId::whole(fields.next()?.parse().ok()?);
         let shape = fields.next()?.parse().ok()?;
         let mut header = Self { operation, relation, shape, leaf: None, began: None, oversize: false };
         for field in fields {
@@ -141,6 +153,8 @@ pub struct Change {
     pub committed: OffsetDateTime,
     /// The watched relation.
     pub relation: RelationId,
+    /// The partition that the change is of, by its OID; `None` when it is of the watched relation as a whole.
+    pub leaf: Option<u32>,
     /// The number of the shape that the images were written under; 0 or `None` where it is unknown.
     pub shape: Option<i32>,
     /// The lower bound of what the writer's snapshot did not see: all transactions below it had finished. Set where it affects
@@ -327,7 +341,10 @@ mod tests {
     #[test]
     fn headers_are_parsed_completely_or_refused() {
         let plain = ChangeHeader::parse("I 17 3").unwrap();
-        assert_eq!((plain.operation, plain.relation, plain.shape), (Operation::Insert, RelationId(17), 3));
+        assert_eq!(
+            (plain.operation, plain.relation, plain.shape),
+            (Operation::Insert, RelationId::whole(17), 3)
+        );
         assert_eq!((plain.leaf, plain.began, plain.oversize), (None, None, false));
         let full = ChangeHeader::parse("U 17 0 L4294967295 B18446744073709551615 S").unwrap();
         assert_eq!((full.leaf, full.began, full.oversize), (Some(u32::MAX), Some(u64::MAX), true));

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
+use crate::model::catalog::held_parts::HeldParts;
 use crate::model::catalog::near_names::near_names;
 use crate::model::catalog::relation::{Access, Catalog, Naming, Relation};
 use crate::model::log::cursor::Cursor;
@@ -95,6 +96,8 @@ impl Scope {
                     == (relation.id(), relation.oid, &relation.schema, &relation.table)
             }
             Self::Refused(_) => false,
+            // A row of a partition is already among those of the watched relation.
+            _ if relation.is_part() => false,
             Self::Named(table) => *table == relation.table,
             Self::Schema(schema) => *schema == relation.schema,
             Self::All => true,
@@ -103,13 +106,15 @@ impl Scope {
 }
 
 /// The subscription of one channel. It always has verified claims: only [`Subscription::bind`] creates one. Equality ignores what
-/// the subscriber was told at the bind.
+/// the subscriber was told at the bind, and what it holds.
 #[derive(Debug, Clone)]
 pub struct Subscription {
     identity: Identity,
     bindings: Arc<[Binding]>,
     /// The named relations that showed the role no row when it was bound, each with what to do.
     hidden: Arc<[(RelationId, String)]>,
+    #[allow(dead_code, reason = "counted by its holder, the catalog")]
+    held_parts: HeldParts,
 }
 
 impl PartialEq for Subscription {
@@ -153,7 +158,8 @@ impl Subscription {
             Binding { id: request.id(), events: request.events, scope, filter, select }
         };
         let bindings = requests.iter().zip(filters).map(bind).collect();
-        let mut subscription = Self { identity, bindings, hidden: Arc::default() };
+        let (hidden, held_parts) = (Arc::default(), HeldParts::default());
+        let mut subscription = Self { identity, bindings, hidden, held_parts };
         let hidden = subscription.hidden_in(catalog);
         if !hidden.is_empty() {
             subscription.hidden = hidden.into_iter().collect();
@@ -186,6 +192,12 @@ impl Subscription {
             None => self.hidden.iter().any(|(told, _)| told == id),
         };
         self.hidden_in(now).into_iter().filter(|(id, _)| !was_told(id)).map(|(_, why)| why).collect()
+    }
+
+    /// Keeps these partitions in the catalog as long as the subscription exists.
+    #[must_use]
+    pub fn holding(self, held_parts: HeldParts) -> Self {
+        Self { held_parts, ..self }
     }
 
     /// Returns the errors of refused entries, in order.
@@ -476,9 +488,15 @@ mod tests {
     fn subscriptions_are_equal_only_if_their_content_is_equal() {
         let subscription = |filter: Option<&str>, events| {
             let filter = filter.map(|filter| Arc::new(bound(filter, &one_column("int8", Some("int8")))));
-            let scope = Scope::Relation(RelationId(7), 0, Arc::default(), None);
+            let scope = Scope::Relation(RelationId::whole(7), 0, Arc::default(), None);
             let bindings = Arc::new([Binding { id: 1, events, scope, filter, select: None }]);
-            Subscription { identity: identity("authenticated"), bindings, hidden: Arc::default() }
+            let hidden = Arc::default();
+            Subscription {
+                identity: identity("authenticated"),
+                bindings,
+                hidden,
+                held_parts: HeldParts::default(),
+            }
         };
         let plain = subscription(None, Events::All);
         assert_eq!(plain, subscription(None, Events::All));

@@ -41,7 +41,7 @@ mod tests {
             "columns": [{"name": "id", "type": "int8", "known": "int8"}], "access": {role: access},
         }));
         let catalog = Catalog::new(vec![relation.unwrap()], BTreeSet::from([role.to_owned()]), true);
-        hidden_from(catalog.relation(RelationId(7)).unwrap(), role)
+        hidden_from(catalog.relation(RelationId::whole(7)).unwrap(), role)
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub enum Target {
 pub(super) struct CatalogView {
     /// Id and `oid` of the table, if the role may read it.
     relation: Option<(RelationId, u32)>,
+    /// The partition of this name whose rights the catalog does not hold.
+    unloaded_part: Option<u32>,
     /// The grant that the role is missing for its policies.
     missing_grant: Option<String>,
     /// The columns of filter and selection; `None` if the role may not read one.
@@ -153,6 +155,14 @@ impl Request {
         )
     }
 
+    /// Returns the partition of a watched relation that the request names.
+    pub fn part(&self, catalog: &Catalog) -> Option<u32> {
+        match &self.target {
+            Target::Table { schema, table } => catalog.part_named(schema, table),
+            Target::Named(_) | Target::Schema(_) | Target::All => None,
+        }
+    }
+
     /// Returns the parts of the catalog that decide about this request.
     pub(super) fn catalog_view(&self, catalog: &Catalog, role: &str) -> CatalogView {
         let found = match &self.target {
@@ -169,7 +179,11 @@ impl Request {
         };
         let relation = found.map(|(relation, _)| (relation.id(), relation.oid));
         let missing_grant = found.and_then(|(relation, _)| relation.missing_grants(role));
-        CatalogView { relation, missing_grant, columns: named.map(column).collect() }
+        let unloaded_part = match &self.target {
+            Target::Table { schema, table } => catalog.unloaded_part(schema, table),
+            Target::Named(_) | Target::Schema(_) | Target::All => None,
+        };
+        CatalogView { relation, unloaded_part, missing_grant, columns: named.map(column).collect() }
     }
 }
 

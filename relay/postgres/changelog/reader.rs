@@ -130,7 +130,7 @@ impl Changelog {
     ) -> Result<HashMap<RelationId, i64>, Error> {
         let counts = "select * from relay.page_counts($1::text::pg_snapshot, $2::text::pg_snapshot, $3)";
         let rows = self.client.query(counts, &[&seen.to_string(), &until.to_string(), &after]).await?;
-        rows.iter().map(|row| Ok((RelationId(row.try_get(0)?), row.try_get(1)?))).collect()
+        rows.iter().map(|row| Ok((RelationId::whole(row.try_get(0)?), row.try_get(1)?))).collect()
     }
 
     /// Opens a page of at most `max_changes` changes: PostgreSQL reads all of the page, but sorts and sends no more. Read it
@@ -350,6 +350,7 @@ fn change(row: &Row) -> Result<Change, Error> {
             None => row.try_get("at")?,
         },
         relation: kind.relation,
+        leaf: kind.leaf,
         shape: Some(kind.shape),
         began: kind.began,
         image_state: ImageState::default(),

@@ -116,7 +116,7 @@ impl Transactions {
             })?;
             let committed = row.try_get(3)?;
             let end = ends.entry(xid).or_insert_with(|| End { committed, last: Vec::new() });
-            end.last.push((RelationId(row.try_get(1)?), row.try_get(2)?));
+            end.last.push((RelationId::whole(row.try_get(1)?), row.try_get(2)?));
         }
         Ok(ends)
     }
