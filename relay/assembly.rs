@@ -35,7 +35,9 @@ use crate::postgres::evaluate::per_identity::IdentityEvaluator;
 use crate::postgres::evaluate::set_based::SetEvaluator;
 use crate::postgres::maintenance::{refresh, retention};
 use crate::postgres::snapshot_rows::SnapshotRows;
+use crate::pubsub::topics::Topics;
 use crate::transport::app::App;
+use crate::transport::broadcast_rates::BroadcastRates;
 use crate::transport::connection_limits::ConnectionLimits;
 
 /// Connections for the catalog, subscriptions and flushes. None is used while nothing happens.
@@ -280,14 +282,19 @@ impl Foundation {
         if let Some(refresher) = config.jwks_refresher {
             self.tasks.tracker.spawn(refresher.run(Arc::clone(&self.observe), self.tasks.end.clone()));
         }
+        let budget = Arc::new(MemoryBudget::within(limits.total_outbox_bytes, limits.change_bytes));
+        let topics = Topics::new(limits.topics, Arc::clone(&budget), Arc::clone(&self.observe));
+        self.tasks.tracker.spawn(Arc::clone(&topics).run(self.tasks.feed_end.clone()));
         App {
             verifier: config.verifier,
             feed,
             explainer: Explainer::new(main.clone(), judge.clone(), catalog, self.judge_timeout),
+            topics,
+            broadcast_rates: BroadcastRates::new(limits.http_broadcasts_per_second),
             observe: Arc::clone(&self.observe),
             stall_monitor: Arc::clone(&self.stall_monitor),
             allowed_origins: config.allowed_origins,
-            budget: Arc::new(MemoryBudget::within(limits.total_outbox_bytes, limits.change_bytes)),
+            budget,
             connection_limits: Arc::new(ConnectionLimits::new(
                 limits.connections,
                 limits.connections_per_address,

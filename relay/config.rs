@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::auth::jwks_fetch::Endpoint;
 use crate::auth::jwks_refresh::{JwksRefresher, PublishedKeys, Schedule};
 use crate::auth::verifier::{TokenSettings, Verifier};
-use crate::model::session::limits::{Limits, RowLimit};
+use crate::model::session::limits::{Limits, RowLimit, TopicLimits};
 use crate::settings::{Mistakes, Settings};
 use crate::transport::listen;
 
@@ -151,7 +151,7 @@ impl Settings {
             |name, value, default| Duration::from_millis(positive(name, value, default, mistakes));
         let head = millis("head-timeout-ms", self.head_timeout_ms, 10_000);
         let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
-        let silence = millis("silence-ms", self.silence_ms, 60_000);
+        let silence = millis("silence-ms", self.silence_ms, 90_000);
         let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
         let bytes = [
             at_least("outbox-bytes", self.outbox_bytes, 4 << 10, 512 << 10),
@@ -181,6 +181,17 @@ impl Settings {
             joins_per_second: count("joins-per-second", rate(self.joins_per_second), 100) as u32,
             messages_per_second: count("messages-per-second", rate(self.messages_per_second), 100) as u32,
             message_bytes: count("message-bytes", self.message_bytes, 5_000_000),
+            broadcast_bytes: count("broadcast-bytes", self.broadcast_bytes, 3_000_000),
+            http_broadcasts_per_second: count(
+                "http-broadcasts-per-second",
+                rate(self.http_broadcasts_per_second),
+                1000,
+            ) as u32,
+            presence_per_second: count("presence-per-second", rate(self.presence_per_second), 10) as u32,
+            topics: TopicLimits {
+                presence_bytes: count("presence-bytes", self.presence_bytes, 64 << 10),
+                topic_presence_bytes: count("topic-presence-bytes", self.topic_presence_bytes, 4 << 20),
+            },
             outbox_bytes,
             total_outbox_bytes,
             change_bytes,
@@ -299,6 +310,12 @@ mod tests {
         let url = Settings { jwks: Some(String::from("https://id.example/jwks.json")), ..settings() };
         assert!(url.resolve().is_ok(), "its keys may come");
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_sleeping_tab_that_sends_one_heartbeat_a_minute_stays_connected() {
+        let limits = Settings::default().limits(&mut Vec::new());
+        assert!(limits.silence >= Duration::from_secs(60 + 20), "{:?}", limits.silence);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! Three sentences explain the rest. NOTIFY is a hint, the changelog is the truth. There is one recovery path:
 //! resume from a cursor. A subscription exists only bound to verified claims.
 //!
-//! # The three walks
+//! # The four walks
 //!
 //! **A change.** `sql/101_capture.sql` writes it. [`postgres::changelog::doorbell`] wakes the relay,
 //! [`postgres::changelog::reader`] reads a page, [`feed::read::source`] cuts it into batches, [`feed::router`] takes them in order.
@@ -24,9 +24,13 @@
 //! follows from the cursor ([`feed::catch_up`]), [`feed::replay::reader`] reads what was missed from the changelog, and the answer
 //! waits for its client in [`transport::held_answer`].
 //!
+//! **A broadcast.** [`transport::socket::driver`] or [`transport::broadcast::request`] takes it from its sender and does not parse its
+//! content. [`pubsub::topics`] finds the topic, [`pubsub::topic`] encodes it once for each protocol and queues it in
+//! the [`feed::deliver::outbox`] of each member. Presence goes the same way: [`model::presence::state`] knows what changed.
+//!
 //! # Layers
 //!
-//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `auth`, `transport`, then `assembly`,
+//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `auth`, `transport`, then `assembly`,
 //! `server` and `command`; `settings`, `config`, `observe` and `tls` stand beside them. What exactly each may import is the
 //! table `IMPORTS` of `tests/house/layers.rs`. The folders of a layer import each other without cycles, too.
 //!
@@ -58,6 +62,8 @@
 //! | session | one client's joined channels, as a state machine that knows no wire format |
 //! | message | what a client and its session tell each other, whatever the wire format |
 //! | codec | how a wire protocol writes the changes of a subscription; on a socket also its messages |
+//! | topic | what channels of one name, its members, have in common: broadcasts and presence |
+//! | presence | the objects that the members of a topic track, by their keys |
 //! | frame | a message, change or gap in an outbox; on a socket, its bytes |
 //! | outbox | the bounded queue of frames to one client |
 //! | widening | a change of rules by which a role may see more than before |
@@ -121,9 +127,14 @@ pub mod model {
         pub mod hidden;
         pub mod binding;
     }
+    /// Who is present in a topic.
+    pub mod presence {
+        pub mod state;
+    }
     /// Wire protocols: what a protocol must do, then one file for each.
     pub mod codec {
         pub mod payload;
+        pub mod presence;
         pub mod protocol;
         pub mod phoenix;
         pub mod change_event;
@@ -133,9 +144,11 @@ pub mod model {
         pub mod limits;
         pub mod rate_limit;
         pub mod join;
+        pub mod broadcast;
         pub mod message;
         pub mod action;
         pub mod channel;
+        pub mod member;
         pub mod machine;
         mod tokens;
     }
@@ -228,6 +241,12 @@ pub mod feed {
     pub mod explain;
 }
 
+/// Topics: broadcasts and presence, from one client to others. Knows no SQL and no wire format.
+pub mod pubsub {
+    pub mod topic;
+    pub mod topics;
+}
+
 /// Tokens and the keys that verify them.
 pub mod auth {
     pub mod jwks;
@@ -250,7 +269,15 @@ pub mod transport {
     mod content_type;
     pub mod response;
     pub mod held_answer;
+    pub mod broadcast_rates;
     pub mod app;
+    mod body;
+    /// `POST /realtime/v1/api/broadcast`.
+    pub mod broadcast {
+        mod batch;
+        pub mod request;
+    }
+    pub mod presence;
     /// `GET /realtime/v1/changes`.
     pub mod changes {
         mod refusal;

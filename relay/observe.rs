@@ -51,6 +51,8 @@ metrics! {
     channels: Gauge = "channels_open", "Channels with changes subscribed now";
     groups: Gauge = "groups_open", "Groups of channels that receive the same frames";
     frames: Counter = "frames", "Frames of changes put into outboxes";
+    broadcasts: Counter = "broadcasts", "Broadcasts to topics with members";
+    broadcast_frames: Counter = "broadcast_frames", "Frames of broadcasts put into outboxes";
 
     // The changelog.
     changes_read: Counter = "changes_read", "Changes read from the changelog";
@@ -182,6 +184,12 @@ impl Observe {
     /// Counts frames put into outboxes.
     pub fn frames_delivered(&self, frames: usize) {
         self.metrics.frames.inc_by(frames as u64);
+    }
+
+    /// Counts a broadcast and its frames.
+    pub fn broadcast(&self, frames: usize) {
+        self.metrics.broadcasts.inc();
+        self.metrics.broadcast_frames.inc_by(frames as u64);
     }
 
     /// Records the lag of a delivered part, from its last change.

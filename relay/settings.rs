@@ -115,6 +115,21 @@ pub struct Settings {
     /// Maximum size of a message from a client, in bytes [default: 5000000]
     #[arg(long, help_heading = "Limits", env = "RELAY_MESSAGE_BYTES", value_name = "N")]
     pub message_bytes: Option<usize>,
+    /// Maximum size of a broadcast, in bytes [default: 3000000]
+    #[arg(long, help_heading = "Limits", env = "RELAY_BROADCAST_BYTES", value_name = "N")]
+    pub broadcast_bytes: Option<usize>,
+    /// Maximum number of broadcasts over HTTP per second and subject, or role and address, on average over a minute [default: 1000]
+    #[arg(long, help_heading = "Limits", env = "RELAY_HTTP_BROADCASTS_PER_SECOND", value_name = "N")]
+    pub http_broadcasts_per_second: Option<u32>,
+    /// Maximum number of presence changes per second and client, on average over a minute [default: 10]
+    #[arg(long, help_heading = "Limits", env = "RELAY_PRESENCE_PER_SECOND", value_name = "N")]
+    pub presence_per_second: Option<u32>,
+    /// Maximum size of what one member of a topic tracks, in bytes [default: 65536]
+    #[arg(long, help_heading = "Limits", env = "RELAY_PRESENCE_BYTES", value_name = "N")]
+    pub presence_bytes: Option<usize>,
+    /// Maximum size of what all members of a topic track, in bytes [default: 4194304]
+    #[arg(long, help_heading = "Limits", env = "RELAY_TOPIC_PRESENCE_BYTES", value_name = "N")]
+    pub topic_presence_bytes: Option<usize>,
     /// Maximum number of bytes queued for one client, which is closed beyond it; at least 4096 [default: 524288]
     #[arg(long, help_heading = "Limits", env = "RELAY_OUTBOX_BYTES", value_name = "N")]
     pub outbox_bytes: Option<usize>,
@@ -142,7 +157,8 @@ pub struct Settings {
     /// Write timeout: how long a client may read nothing of what is sent to it, in milliseconds [default: 30000]
     #[arg(long, help_heading = "Limits", env = "RELAY_WRITE_TIMEOUT_MS", value_name = "MS")]
     pub write_timeout_ms: Option<u64>,
-    /// How long a client may send nothing, in milliseconds; clients send a heartbeat every 25 seconds [default: 60000]
+    /// How long a client may send nothing, in milliseconds; clients send a heartbeat every 25 seconds, sleeping browser tabs one a
+    /// minute [default: 90000]
     #[arg(long, help_heading = "Limits", env = "RELAY_SILENCE_MS", value_name = "MS")]
     pub silence_ms: Option<u64>,
     /// How often an idle event stream sends its position, or a comment if it has not moved, in milliseconds [default: 15000]

@@ -13,6 +13,7 @@ mod delivery;
 mod house;
 mod limits;
 mod program;
+mod pubsub;
 mod recovery;
 mod subscribe;
 mod support;

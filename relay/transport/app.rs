@@ -17,6 +17,8 @@ use crate::feed::read::stall::StallMonitor;
 use crate::model::identity::claims::Claims;
 use crate::model::session::limits::Limits;
 use crate::observe::{Observe, Readings};
+use crate::pubsub::topics::Topics;
+use crate::transport::broadcast_rates::BroadcastRates;
 use crate::transport::connection_limits::ConnectionLimits;
 
 /// The state that every connection shares.
@@ -27,6 +29,10 @@ pub struct App {
     pub feed: Feed,
     /// Explains subscriptions to the service role.
     pub explainer: Explainer,
+    /// The topics.
+    pub topics: Arc<Topics>,
+    /// The rates of broadcasts over HTTP.
+    pub broadcast_rates: BroadcastRates,
     /// What is measured.
     pub observe: Arc<Observe>,
     /// Tells whether the feed reads, and whether it is stalled.

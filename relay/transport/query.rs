@@ -37,6 +37,12 @@ fn pairs(query: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
     })
 }
 
+/// Returns a segment of a path, percent-decoded; `None` if it is not UTF-8.
+pub fn path_segment(text: &str) -> Option<String> {
+    // Unlike in a query, a plus stands for itself.
+    String::from_utf8(decoded(&text.replace('+', "%2B"))).ok()
+}
+
 fn decoded(text: &str) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -59,12 +65,13 @@ fn decoded(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// Returns the token of an `Authorization: Bearer` header, else the API key of `apikey` or `x-api-key`.
+/// Returns the token of an `Authorization: Bearer` header, else the API key of `apikey` or `x-api-key`. An empty one is none.
 pub fn bearer(headers: &HeaderMap) -> Option<String> {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let is_token = |text: &&str| !text.trim().is_empty();
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).filter(is_token);
     let bearer = text("authorization").and_then(|value| {
         let (scheme, token) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(token)
+        scheme.eq_ignore_ascii_case("bearer").then_some(token).filter(is_token)
     });
     bearer.or_else(|| text("apikey")).or_else(|| text("x-api-key")).map(str::to_owned)
 }
@@ -87,6 +94,29 @@ mod tests {
         assert_eq!(parameter(query, "flag"), None);
         assert_eq!(parameter("apikey=%ff", "apikey"), None);
         assert_eq!(parameter("%61pikey=a", "apikey").as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn a_path_segment_is_decoded_and_keeps_its_plus() {
+        assert_eq!(path_segment("a%2Fb+c%20%C3%A9").as_deref(), Some("a/b+c é"));
+        assert_eq!(path_segment("%ff"), None);
+    }
+
+    #[test]
+    fn an_empty_authorization_falls_back_on_the_key() {
+        for (authorization, expected) in [
+            ("Bearer t", "t"),
+            ("bearer t", "t"),
+            ("", "k"),
+            ("Bearer", "k"),
+            ("Bearer ", "k"),
+            ("Basic x", "k"),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert("authorization", authorization.parse().unwrap());
+            headers.insert("apikey", "k".parse().unwrap());
+            assert_eq!(bearer(&headers).as_deref(), Some(expected), "{authorization}");
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::feed::deliver::outbox::Outbox;
 use crate::transport::app::{App, origin_is_allowed};
+use crate::transport::broadcast::request as broadcast;
 use crate::transport::changes::request as changes;
 use crate::transport::connection_limits::ConnectionSlot;
 use crate::transport::early_refusal::EarlyRefusal;
@@ -29,6 +30,7 @@ use crate::transport::exchange::{Answered, Exchange};
 use crate::transport::explain;
 use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::intake::Intake;
+use crate::transport::presence;
 use crate::transport::response::Answer;
 use crate::transport::response::{error, preflight, text};
 use crate::transport::socket::handshake::handshake;
@@ -60,12 +62,15 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     let service = service_fn(move |request: Request<Incoming>| {
         unfinished.store(0, Ordering::Relaxed);
         let (app, slot, watched) = (Arc::clone(&answering), Arc::clone(&slot), watched.clone());
-        let (begun, closed) = (exchanging.begin(), exchanging.closed());
-        if !request.body().is_end_stream() {
-            exchanging.leaves_unread();
-        }
+        let begun = exchanging.begin();
+        let (exchange, unfinished) = (Arc::clone(&exchanging), Arc::clone(&unfinished));
+        let reads_body = broadcast::is_broadcast(request.uri().path());
         async move {
-            let answer = Box::pin(answer(app, slot, request, watched, closed)).await;
+            let answer = Box::pin(answer(app, slot, request, watched, &exchange)).await;
+            if reads_body {
+                // What was counted is the body, and no incomplete head.
+                unfinished.store(0, Ordering::Relaxed);
+            }
             Ok::<_, Infallible>(answer.map(|body| Answered::with(body, begun)))
         }
     });
@@ -121,15 +126,26 @@ fn is_write_timeout(error: &hyper::Error) -> bool {
     false
 }
 
-/// Answers a request. Request bodies are never read, so the connection is closed after a request that has one.
+/// Answers a request. The bodies of broadcasts are read. The connection is closed after a request whose body was not.
 async fn answer(
     app: Arc<App>,
     slot: Arc<ConnectionSlot>,
     request: Request<Incoming>,
     watched: WatchedOutbox,
-    closed: CancellationToken,
+    exchange: &Exchange,
 ) -> Answer {
     let has_body = !request.body().is_end_stream();
+    if request.method() != Method::OPTIONS && broadcast::is_broadcast(request.uri().path()) {
+        let (mut answer, is_read) = Box::pin(broadcast::serve(&app, slot.address(), request)).await;
+        if has_body && !is_read {
+            exchange.leaves_unread();
+            answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        return answer;
+    }
+    if has_body {
+        exchange.leaves_unread();
+    }
     let mut answer = if request.body().size_hint().lower() > MAX_IGNORED_BODY {
         let why =
             format!("the body is larger than {MAX_IGNORED_BODY} bytes: send the request without a body");
@@ -137,7 +153,7 @@ async fn answer(
     } else if request.headers().contains_key(header::TRANSFER_ENCODING) {
         error(StatusCode::BAD_REQUEST, "a request without a body is expected here")
     } else {
-        route(app, slot, request, watched, closed).await
+        route(app, slot, request, watched, exchange.closed()).await
     };
     if has_body {
         answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -174,6 +190,7 @@ async fn route(
             error(StatusCode::METHOD_NOT_ALLOWED, "explanations are read by GET")
         }
         "/realtime/v1/explain" => Box::pin(explain::serve(&app, &request, slot.address())).await,
+        "/realtime/v1/presence" => Box::pin(presence::serve(&app, slot.address(), &request)).await,
         "/healthcheck" if !app.prepared.load(Ordering::Relaxed) => {
             text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is being prepared")
         }
@@ -192,7 +209,8 @@ async fn route(
     }
 }
 
-const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes, explanations at /realtime/v1/explain";
+const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes, \
+    broadcasts at /realtime/v1/api/broadcast, presence at /realtime/v1/presence, explanations at /realtime/v1/explain";
 
 /// Whether a client with a wrong address, rather than a probe or a scanner, may have meant this path.
 fn is_of_client(path: &str) -> bool {

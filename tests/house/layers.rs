@@ -11,8 +11,9 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("tls", &[]),
     ("postgres", &["postgres", "model", "observe", "tls"]),
     ("feed", &["feed", "postgres", "model", "observe"]),
+    ("pubsub", &["pubsub", "feed::deliver", "model", "observe"]),
     ("auth", &["auth", "model", "observe", "tls"]),
-    ("transport", &["transport", "auth", "feed", "model", "observe", "tls"]),
+    ("transport", &["transport", "auth", "pubsub", "feed", "model", "observe", "tls"]),
     ("settings", &[]),
     ("config", &["settings", "auth", "transport::listen", "model"]),
 ];
@@ -26,6 +27,7 @@ const NEVER: &[(&str, &str, &[&str])] = &[
     ("model", "logging", &["tracing"]),
     ("postgres", "clients", &["hyper", "tungstenite"]),
     ("feed", "transports", &["hyper", "tungstenite"]),
+    ("pubsub", "transports, protocols or SQL", &["hyper", "tungstenite", "phoenix", "tokio_postgres"]),
     ("auth", "SQL", &["tokio_postgres", "deadpool", "\"select ", "\"insert "]),
     ("feed", "SQL", &["\"select ", "\"insert ", "\"update ", "\"delete ", "batch_execute"]),
     (

@@ -25,6 +25,31 @@ pub async fn get(address: SocketAddr, path: &str, headers: &str) -> Answer {
     try_get(address, path, headers).await.expect("an answer")
 }
 
+/// `POST` with these headers, a line each, and this body.
+pub async fn post(address: SocketAddr, path: &str, headers: &str, body: &[u8]) -> Answer {
+    request(address, "POST", path, headers, body).await
+}
+
+/// Any request with a body.
+pub async fn request(address: SocketAddr, method: &str, path: &str, headers: &str, body: &[u8]) -> Answer {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: relay\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // The relay may refuse it before it has all.
+    let _ = stream.write_all(body).await;
+    let mut text = String::new();
+    timeout(PATIENCE * 2, stream.read_to_string(&mut text)).await.expect("no answer came").unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    Answer {
+        status: head.split(' ').nth(1).unwrap().parse().unwrap(),
+        head: head.to_owned(),
+        body: serde_json::from_str(body).unwrap_or(Value::Null),
+    }
+}
+
 /// The same; none when the connection cannot be had, or ends before the answer is whole.
 pub async fn try_get(address: SocketAddr, path: &str, headers: &str) -> Option<Answer> {
     let mut stream = TcpStream::connect(address).await.ok()?;

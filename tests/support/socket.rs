@@ -134,6 +134,20 @@ impl Socket {
         timeout(PATIENCE, next).await.expect("no frame came")
     }
 
+    /// The next frame as it is: a text or bytes.
+    pub async fn raw(&mut self) -> Message {
+        let next = async {
+            loop {
+                match self.inner.next().await {
+                    Some(Ok(frame @ (Message::Text(_) | Message::Binary(_)))) => return frame,
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    other => panic!("no frame but {other:?}"),
+                }
+            }
+        };
+        timeout(PATIENCE, next).await.expect("no frame came")
+    }
+
     /// The next frame in the form of version 2.0.0, whatever the version; the missing `join_ref` is null.
     pub async fn message_frame(&mut self) -> Value {
         let frame = self.frame().await;

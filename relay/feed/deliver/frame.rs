@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
-use crate::model::codec::protocol::{Envelope, Notice};
+use crate::model::codec::protocol::{Envelope, Notice, Wrapping};
 
 /// Bytes counted for a frame beside its text: reference counts, queue slot, allocator overhead.
 pub const FRAME_OVERHEAD: usize = 256;
@@ -25,6 +25,8 @@ pub enum Content {
     Change(Envelope, SharedPayload),
     /// A message that is not a change.
     Notice(Notice),
+    /// A broadcast or the presence of a topic, and what is written around it.
+    Push(Wrapping, SharedBytes),
     /// A ping with this payload, which the client returns.
     Ping([u8; 8]),
 }
@@ -52,6 +54,24 @@ impl PayloadText {
     }
 }
 
+/// The content of a push, which all members of a topic share. Counted until the last clone is dropped.
+pub type SharedBytes = Arc<CountedBytes>;
+
+/// The bytes of a content.
+#[derive(Debug)]
+pub struct CountedBytes {
+    bytes: Vec<u8>,
+    _held: Held,
+}
+
+impl CountedBytes {
+    /// Creates shared bytes.
+    pub fn new(bytes: Vec<u8>, budget: &Arc<MemoryBudget>) -> SharedBytes {
+        let held = budget.hold(FRAME_OVERHEAD + bytes.capacity());
+        Arc::new(Self { bytes, _held: held })
+    }
+}
+
 impl Frame {
     /// Creates a frame of one text.
     pub fn text(text: String, budget: &Arc<MemoryBudget>) -> Self {
@@ -66,6 +86,11 @@ impl Frame {
     /// Creates the frame of a change.
     pub fn change(envelope: Envelope, object: SharedPayload, budget: &Arc<MemoryBudget>) -> Self {
         Self::new(Content::Change(envelope, object), budget)
+    }
+
+    /// Creates the frame of a push.
+    pub fn push(wrapping: Wrapping, content: SharedBytes, budget: &Arc<MemoryBudget>) -> Self {
+        Self::new(Content::Push(wrapping, content), budget)
     }
 
     /// Creates a ping.
@@ -92,6 +117,9 @@ impl Frame {
             Content::Notice(Notice::Text(text) | Notice::Hidden(text) | Notice::Gap { reason: text, .. }) => {
                 [text, "", ""]
             }
+            Content::Push(Wrapping { before, after, .. }, content) => {
+                return [before, &content.bytes, after.as_bytes()];
+            }
             Content::Ping(payload) => return [payload, &[], &[]],
         };
         texts.map(str::as_bytes)
@@ -114,6 +142,7 @@ impl Content {
             Self::Notice(Notice::Gap { reason, cursor }) => {
                 reason.len() + cursor.as_ref().map_or(0, String::len)
             }
+            Self::Push(wrapping, _) => wrapping.before.len(),
             Self::Ping(payload) => payload.len(),
         }
     }

@@ -17,6 +17,8 @@ const SLOW_BYTES: usize = 64 * 1024;
 const SLOW_AFTER: Duration = Duration::from_millis(250);
 /// Bytes waiting, or half of the limit if less, above which the next batch of a page should wait for the client.
 const BEHIND_BYTES: usize = 256 * 1024;
+/// Pushes may exceed the limit of a client that is not slow by this factor: a large one is not read before others follow it.
+const PUSH_FACTOR: usize = 16;
 /// A frame this small does not close the client when the memory budget is exhausted.
 const SMALL_REPLY: usize = 4 * 1024;
 /// Queue slots that are not counted in the memory budget.
@@ -53,6 +55,9 @@ struct Queue {
     /// Bytes of replayed frames, queued and taken.
     replay_bytes: usize,
     replay_bytes_taken: usize,
+    /// Bytes of pushes, queued and taken.
+    push_bytes: usize,
+    push_bytes_taken: usize,
     /// Bytes taken that the socket does not accept now.
     unwritten: usize,
     /// Since when more than [`SLOW_BYTES`] have waited.
@@ -73,6 +78,17 @@ struct Queue {
 /// Frames that belong together: a client that has room for the first of them has room for all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Unit(u64);
+
+/// What frames are, which decides when they are too many.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Replies and pings.
+    Reply,
+    /// Changes, of this unit.
+    Changes(Unit),
+    /// A push to the members of a topic.
+    Push,
+}
 
 /// The number of the last unit.
 static UNITS: AtomicU64 = AtomicU64::new(1);
@@ -125,12 +141,18 @@ impl Outbox {
     /// Adds a single frame. It is accepted whatever its size, or it could never be delivered.
     pub fn push(&self, frame: Frame) {
         let has_room = frame.len() <= SMALL_REPLY || self.budget.make_room(0);
-        self.add(has_room, [frame], None);
+        self.add(has_room, [frame], Kind::Reply);
+    }
+
+    /// Adds the frames of a push to the members of a topic, if the client is not too slow. Memory is checked by the publisher.
+    /// Returns whether another push might not fit, as [`Self::is_congested`] does.
+    pub fn publish(&self, frames: impl IntoIterator<Item = Frame>) -> bool {
+        self.add(true, frames, Kind::Push)
     }
 
     /// Adds the frames of a unit for one channel. Without room in memory, the client is closed.
     pub fn deliver(&self, unit: Unit, frames: impl IntoIterator<Item = Frame>, has_room: bool) {
-        self.add(has_room, frames, Some(unit));
+        self.add(has_room, frames, Kind::Changes(unit));
     }
 
     /// Adds a piece of an answer; false when the owner may not have more, or the answer was evicted.
@@ -150,32 +172,38 @@ impl Outbox {
         !queue.full
     }
 
-    fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, unit: Option<Unit>) {
-        let wakers = {
+    fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, kind: Kind) -> bool {
+        let (wakers, is_congested) = {
             let mut queue = self.lock();
-            queue.delivered |= unit.is_some();
-            let is_continued = match unit {
-                Some(unit) => unit == Unit::REPLAY || unit == queue.unit,
+            queue.delivered |= matches!(kind, Kind::Changes(_));
+            let is_over = queue.bytes > 0 && queue.limited_bytes() > self.limit;
+            let is_too_much = match kind {
+                Kind::Changes(unit) => is_over && unit != Unit::REPLAY && unit != queue.unit,
                 // Replies and pings do not close a client that is receiving a large change.
-                None => queue.reply_bytes <= self.limit / 4,
+                Kind::Reply => is_over && queue.reply_bytes > self.limit / 4,
+                Kind::Push => {
+                    let is_far_over = queue.push_bytes > self.limit.saturating_mul(PUSH_FACTOR);
+                    queue.push_bytes > self.limit && (is_far_over || queue.is_slow())
+                }
             };
-            let is_too_much = queue.bytes > 0 && queue.limited_bytes() > self.limit;
-            if !has_room || (is_too_much && !is_continued) {
+            if !has_room || is_too_much {
                 queue.close();
             }
             if !queue.full {
                 let before = queue.bytes;
                 frames.into_iter().for_each(|frame| queue.add(frame));
-                match unit {
-                    Some(Unit::REPLAY) => queue.replay_bytes += queue.bytes - before,
-                    Some(unit) => queue.unit = unit,
-                    None => queue.reply_bytes += queue.bytes - before,
+                match kind {
+                    Kind::Changes(Unit::REPLAY) => queue.replay_bytes += queue.bytes - before,
+                    Kind::Changes(unit) => queue.unit = unit,
+                    Kind::Reply => queue.reply_bytes += queue.bytes - before,
+                    Kind::Push => queue.push_bytes += queue.bytes - before,
                 }
                 queue.count_slots(&self.budget);
             }
-            queue.wakers()
+            (queue.wakers(), queue.is_congested(self.limit))
         };
         wakers.into_iter().flatten().for_each(Waker::wake);
+        is_congested
     }
 
     /// Returns the owner of the answers.
@@ -216,6 +244,11 @@ impl Outbox {
     pub fn is_behind(&self) -> bool {
         let queue = self.lock();
         !queue.full && queue.bytes > BEHIND_BYTES.min(self.limit / 2)
+    }
+
+    /// Returns whether another push might not fit, although the client is not slow: publishers should wait a little.
+    pub fn is_congested(&self) -> bool {
+        self.lock().is_congested(self.limit)
     }
 
     /// Returns whether it overflowed.
@@ -261,7 +294,7 @@ impl Holder for Shared {
     fn waiting(&self) -> Option<WaitingBytes> {
         let queue = lock(&self.queue);
         let bytes = queue.bytes + queue.unwritten;
-        let is_slow = queue.since.is_some_and(|since| since.elapsed() > SLOW_AFTER);
+        let is_slow = queue.is_slow();
         (bytes > 0 && !queue.full).then_some(WaitingBytes { is_slow, bytes })
     }
 
@@ -312,9 +345,18 @@ impl Queue {
     }
 
     /// Returns the bytes that count against the limit. Replayed frames do not: more of them come only when the client
-    /// has read the last.
+    /// has read the last. Pushes are limited on their own.
     fn limited_bytes(&self) -> usize {
-        self.bytes - self.replay_bytes + self.unwritten.saturating_sub(self.replay_bytes_taken)
+        let unlimited_taken = self.replay_bytes_taken + self.push_bytes_taken;
+        self.bytes - self.replay_bytes - self.push_bytes + self.unwritten.saturating_sub(unlimited_taken)
+    }
+
+    fn is_congested(&self, limit: usize) -> bool {
+        !self.full && self.push_bytes > BEHIND_BYTES.min(limit / 2) && !self.is_slow()
+    }
+
+    fn is_slow(&self) -> bool {
+        self.since.is_some_and(|since| since.elapsed() > SLOW_AFTER)
     }
 
     fn note_slow(&mut self) {
@@ -336,7 +378,7 @@ impl Queue {
     fn close(&mut self) {
         self.full = true;
         self.frames = VecDeque::new();
-        (self.bytes, self.replay_bytes) = (0, 0);
+        (self.bytes, self.replay_bytes, self.push_bytes) = (0, 0, 0);
     }
 
     /// Takes the wakers of the tasks to wake.
@@ -356,6 +398,7 @@ impl Queue {
                 hand.frames.append(&mut self.frames);
             }
             self.replay_bytes_taken = std::mem::take(&mut self.replay_bytes);
+            self.push_bytes_taken = std::mem::take(&mut self.push_bytes);
             self.bytes = 0;
             return Some(Taken::Frames);
         }
@@ -418,6 +461,22 @@ mod tests {
         outbox.deliver(Unit::next(), [whole(100)], true);
         outbox.deliver(Unit::next(), [whole(1)], true);
         assert!(outbox.is_full(), "more than the limit waited before this one began");
+    }
+
+    #[tokio::test]
+    async fn pushes_close_a_client_that_is_slow_or_has_far_too_many() {
+        let outbox = outbox(1000);
+        let publish = |bytes| outbox.publish([frame(bytes, &outbox)]);
+        publish(5000);
+        publish(5000);
+        assert!(outbox.is_congested() && !outbox.is_full(), "it had no time to read");
+        outbox.deliver(Unit::next(), [frame(900, &outbox)], true);
+        assert_eq!(take(&outbox).await, (Taken::Frames, 3));
+        assert!(!outbox.is_congested());
+        outbox.hand().frames.clear();
+        publish(17_000);
+        publish(1);
+        assert!(outbox.is_full());
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! The Phoenix wire format, versions 1.0.0 and 2.0.0: the shape of a client's frames. What they mean to a session is in `incoming`,
-//! what a session writes in `outgoing`, and what its subscriptions write in [`changes`].
+//! what a session writes in `outgoing`, what its subscriptions write in [`changes`], and what is written to all members of a topic
+//! in `pushes`.
 
 pub mod changes;
 mod incoming;
 mod outgoing;
+mod pushes;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -11,15 +13,27 @@ use std::fmt;
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::model::codec::phoenix::changes::ChannelChanges;
-use crate::model::codec::protocol::{ChannelFormat, Codec, FrameError, SocketProtocol};
+use crate::model::codec::protocol::{ChannelFormat, Codec, FrameError, SocketProtocol, Wrapping};
+use crate::model::session::broadcast::{Broadcast, BroadcastKind};
 use crate::model::session::join::MAX_JOIN_BYTES;
-use crate::model::session::message::{Incoming, Outgoing};
+use crate::model::session::message::{ChannelName, ClientRequest, Incoming, Outgoing};
 
 /// The kind of the only binary frame that a client may send: a user broadcast.
 const USER_BROADCAST_PUSH: u8 = 3;
+/// The event of broadcasts.
+const BROADCAST: &str = "broadcast";
+/// The event of tracking and untracking.
+const PRESENCE: &str = "presence";
+/// Maximum size in bytes of a frame that clients of version 1.0.0 accept.
+const MAX_V1_FRAME: usize = 1 << 20;
+
+pub use pushes::carries_bytes;
+
+/// What precedes the name of a channel in its topic.
+const TOPIC_PREFIX: &str = "realtime:";
 
 /// The protocol version of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,30 +59,6 @@ pub struct Message {
     pub payload: Value,
 }
 
-/// The content of a binary frame.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Binary {
-    /// A broadcast of JSON, as the message of the equivalent text frame.
-    Message(Message),
-    /// A broadcast of bytes, which only version 2 sockets can receive.
-    Opaque(OpaqueBroadcast),
-}
-
-/// A broadcast whose content is not JSON.
-#[derive(Clone, Debug, PartialEq)]
-pub struct OpaqueBroadcast {
-    /// Reference of the join it belongs to, or null.
-    pub join_ref: Value,
-    /// Reference of the message, or null.
-    pub ref_: Value,
-    /// The channel's topic.
-    pub topic: String,
-    /// The user's name for the event.
-    pub event: String,
-    /// The content.
-    pub payload: Vec<u8>,
-}
-
 impl Version {
     /// Returns the version named by `vsn`, by default 1.0.0. `None` if it is not supported.
     pub fn from_vsn(vsn: Option<&str>) -> Option<Self> {
@@ -89,22 +79,35 @@ impl Version {
 }
 
 impl SocketProtocol for Version {
-    fn decode_text(&self, text: &str) -> Result<Incoming, FrameError> {
-        if text.len() <= MAX_JOIN_BYTES {
-            return decode_text(*self, text).map(incoming::message);
+    fn name(&self) -> &'static str {
+        match self {
+            Self::V1 => "version 1.0.0",
+            Self::V2 => "version 2.0.0",
         }
-        let (message, is_cut) = decode_large(*self, text, MAX_JOIN_BYTES)?;
-        Ok(if is_cut { incoming::cut_message(message) } else { incoming::message(message) })
     }
 
-    fn decode_binary(&self, frame: &[u8]) -> Result<Option<Incoming>, FrameError> {
-        if frame.len() > MAX_JOIN_BYTES {
-            return Err(FrameError::TooLarge);
+    fn decode_text(&self, text: &str) -> Result<Incoming, FrameError> {
+        let parts = match (split(*self, text), text.len() <= MAX_JOIN_BYTES) {
+            (Ok(parts), _) => parts,
+            // Splitting skips what it does not need: parsing tells a wrong shape from what is not JSON.
+            (Err(error), true) => return Err(decode_text(*self, text).err().unwrap_or(error)),
+            (Err(error), false) => return Err(error),
+        };
+        let head = Head::parse(&parts)?;
+        let [.., payload] = parts;
+        match head.event.as_str() {
+            BROADCAST => Ok(incoming::broadcast(head, payload)),
+            PRESENCE => Ok(incoming::presence(head, payload)),
+            _ if payload.get().len() > MAX_JOIN_BYTES => Ok(incoming::cut_message(head)),
+            _ => {
+                let payload = serde_json::from_str(payload.get()).map_err(|_| FrameError::NotJson)?;
+                Ok(incoming::message(head.with(payload)))
+            }
         }
-        match decode_binary(*self, frame)? {
-            Binary::Message(message) => Ok(Some(incoming::message(message))),
-            Binary::Opaque(_) => Ok(None),
-        }
+    }
+
+    fn decode_binary(&self, frame: &[u8]) -> Result<Incoming, FrameError> {
+        decode_binary(*self, frame)
     }
 
     fn encode(&self, message: &Outgoing) -> String {
@@ -118,6 +121,30 @@ impl SocketProtocol for Version {
     fn codec(&self, format: ChannelFormat) -> Codec {
         Codec::Phoenix(ChannelChanges { version: *self, format })
     }
+
+    fn broadcast(&self, topic: &str, kind: &BroadcastKind) -> Option<Wrapping> {
+        pushes::broadcast(*self, topic, kind)
+    }
+
+    fn presence_state(&self, channel: &ChannelName) -> Wrapping {
+        pushes::presence_state(*self, channel)
+    }
+
+    fn presence_diff(&self, topic: &str) -> Wrapping {
+        pushes::presence_diff(*self, topic)
+    }
+
+    fn max_frame_bytes(&self) -> usize {
+        match self {
+            Self::V1 => MAX_V1_FRAME,
+            Self::V2 => usize::MAX,
+        }
+    }
+}
+
+/// Returns the topic of the channel with this name.
+pub fn topic_of(channel: &str) -> String {
+    format!("{TOPIC_PREFIX}{channel}")
 }
 
 /// Decodes a text frame.
@@ -157,30 +184,52 @@ fn reference(value: Value) -> Option<Value> {
     matches!(value, Value::Null | Value::String(_) | Value::Number(_)).then_some(value)
 }
 
-/// Decodes a large text frame. A payload of more than `max_bytes` is skipped and replaced by null, because a parsed payload may
-/// need many times its size. The second value says whether it was skipped.
+/// The parts of a message before its payload.
+struct Head {
+    join_ref: Value,
+    ref_: Value,
+    topic: String,
+    event: String,
+}
+
+impl Head {
+    /// Parses the parts of a frame but the last. A reference or event that is too large has the wrong shape; a topic is refused
+    /// later, with a reply.
+    fn parse(parts: &[&RawValue; 5]) -> Result<Self, FrameError> {
+        let [join_ref, ref_, topic, event, _] = parts.map(RawValue::get);
+        if [join_ref, ref_, event].iter().any(|part| part.len() > MAX_JOIN_BYTES) {
+            return Err(FrameError::WrongShape);
+        }
+        let value = |part| serde_json::from_str::<Value>(part).map_err(|_| FrameError::NotJson);
+        let shape = FrameError::WrongShape;
+        Ok(Self {
+            join_ref: reference(value(join_ref)?).ok_or(shape)?,
+            ref_: reference(value(ref_)?).ok_or(shape)?,
+            topic: text(value(topic)?).ok_or(shape)?,
+            event: text(value(event)?).ok_or(shape)?,
+        })
+    }
+
+    fn with(self, payload: Value) -> Message {
+        let Self { join_ref, ref_, topic, event } = self;
+        Message { join_ref, ref_, topic, event, payload }
+    }
+}
+
+/// Splits a text frame into the references, topic, event and payload, unparsed. A parsed payload may need many times its size.
 ///
 /// # Errors
-/// As [`decode_text`].
-pub fn decode_large(version: Version, text: &str, max_bytes: usize) -> Result<(Message, bool), FrameError> {
-    let parts: [&RawValue; 5] = match version {
+/// If it is not JSON of the version's shape.
+fn split(version: Version, text: &str) -> Result<[&RawValue; 5], FrameError> {
+    match version {
         Version::V1 => {
             let fields = known_fields(text)?;
             let field = |name: &str| fields.get(name).copied().ok_or(FrameError::WrongShape);
-            let none = RawValue::NULL;
-            let join_ref = field("join_ref").unwrap_or(none);
-            [join_ref, field("ref")?, field("topic")?, field("event")?, field("payload")?]
+            let join_ref = field("join_ref").unwrap_or(RawValue::NULL);
+            Ok([join_ref, field("ref")?, field("topic")?, field("event")?, field("payload")?])
         }
-        Version::V2 => first_five(text)?,
-    };
-    let is_large = parts[4].get().len() > max_bytes;
-    let payload = if is_large { "null" } else { parts[4].get() };
-    let [join_ref, ref_, topic, event] = [0, 1, 2, 3].map(|n: usize| parts[n].get());
-    if [join_ref, ref_, event].iter().any(|part| part.len() > max_bytes) {
-        return Err(FrameError::WrongShape);
+        Version::V2 => first_five(text),
     }
-    let text = format!("[{join_ref},{ref_},{topic},{event},{payload}]");
-    decode_text(Version::V2, &text).map(|message| (message, is_large))
 }
 
 /// Returns the first five elements of a JSON array, unparsed.
@@ -247,8 +296,8 @@ fn text(value: Value) -> Option<String> {
     }
 }
 
-/// Decodes a binary frame.
-pub fn decode_binary(version: Version, frame: &[u8]) -> Result<Binary, FrameError> {
+/// Decodes a binary frame: a broadcast.
+fn decode_binary(version: Version, frame: &[u8]) -> Result<Incoming, FrameError> {
     let malformed = FrameError::MalformedBinary;
     let (kind, rest) = frame.split_first().ok_or(malformed)?;
     if version == Version::V1 || *kind != USER_BROADCAST_PUSH {
@@ -264,16 +313,17 @@ pub fn decode_binary(version: Version, frame: &[u8]) -> Result<Binary, FrameErro
     let join_ref = reference_or_null(field(join_ref)?);
     let ref_ = reference_or_null(field(ref_)?);
     let topic = field(topic)?.to_owned();
-    let event = field(event)?.to_owned();
+    let user_event = field(event)?.to_owned();
     // Ignored: the metadata only requests storage, which public broadcasts do not have.
     field(metadata)?;
-    if *encoding == 0 {
-        let payload = rest.to_vec();
-        return Ok(Binary::Opaque(OpaqueBroadcast { join_ref, ref_, topic, event, payload }));
-    }
-    let content: Value = serde_json::from_slice(rest).map_err(|_| FrameError::NotJson)?;
-    let payload = json!({"type": "broadcast", "event": event, "payload": content});
-    Ok(Binary::Message(Message { join_ref, ref_, topic, event: "broadcast".to_owned(), payload }))
+    let broadcast = if *encoding == 0 {
+        Broadcast::bytes(user_event, rest.to_vec())
+    } else {
+        let payload = serde_json::from_slice(rest).map_err(|_| FrameError::NotJson)?;
+        Broadcast::json(user_event, payload).ok_or(FrameError::NotJson)?
+    };
+    let head = Head { join_ref, ref_, topic, event: String::from(BROADCAST) };
+    Ok(incoming::with_request(head, ClientRequest::Broadcast(broadcast)))
 }
 
 fn reference_or_null(text: &str) -> Value {
@@ -283,8 +333,10 @@ fn reference_or_null(text: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use serde_json::json;
 
     use super::*;
+    use crate::model::session::message::Reference;
 
     fn message(join_ref: Value, ref_: Value, topic: &str, event: &str, payload: Value) -> Message {
         Message { join_ref, ref_, topic: topic.to_owned(), event: event.to_owned(), payload }
@@ -319,22 +371,23 @@ mod tests {
     }
 
     #[test]
-    fn a_large_payload_is_skipped_and_a_small_one_in_a_large_text_is_decoded() {
-        let join = |payload: Value| message(json!("1"), json!("2"), "realtime:t", "phx_join", payload);
-        let zeros = vec![0; 1000];
+    fn a_large_join_is_not_parsed_and_a_small_one_in_a_large_text_is() {
+        let zeros = vec![0; MAX_JOIN_BYTES];
         for (payload, is_large) in [(json!({"a": zeros}), true), (json!({"b": [1]}), false)] {
-            let expected = join(if is_large { Value::Null } else { payload.clone() });
             let list = json!(["1", "2", "realtime:t", "phx_join", payload, zeros]).to_string();
-            assert_eq!(decode_large(Version::V2, &list, 100), Ok((expected.clone(), is_large)));
             let object = json!({"topic": "realtime:t", "x": zeros, "event": "phx_join", "payload": payload, "ref": "2", "join_ref": "1"});
-            assert_eq!(decode_large(Version::V1, &object.to_string(), 100), Ok((expected, is_large)));
+            for (version, text) in [(Version::V2, list), (Version::V1, object.to_string())] {
+                let Incoming { origin, request } = version.decode_text(&text).unwrap();
+                assert_eq!(origin.channel, channel("realtime:t", Some("1")));
+                assert_eq!(request == ClientRequest::OversizedJoin, is_large);
+                assert!(request.is_join());
+            }
         }
         let long = format!(r#"[{:?},"2","t","e",{{}}]"#, [0; 1000]);
-        for text in ["[]", "{}", "[1,2,3,4]", &long, &format!("{}1", "[".repeat(100_000))] {
-            assert!(decode_large(Version::V2, text, 100).is_err());
-            assert!(decode_large(Version::V1, text, 100).is_err());
+        for text in ["[]", "{}", "[1,2,3,4]", &long, &format!("{}1", "[".repeat(300_000))] {
+            assert!(Version::V1.decode_text(text).is_err() && Version::V2.decode_text(text).is_err());
         }
-        check(Version::V2, &long, Err(FrameError::WrongShape));
+        assert_eq!(Version::V2.decode_text(&long), Err(FrameError::WrongShape));
     }
 
     #[test]
@@ -381,30 +434,48 @@ mod tests {
         frame
     }
 
-    #[test]
-    fn a_binary_broadcast_is_decoded_like_its_text() {
-        let frame = binary(["1", "2", "realtime:room1", "ping", ""], 1, br#"{"n":1}"#);
-        assert_eq!(frame[..7], [3, 1, 1, 14, 4, 0, 1]);
-        let payload = json!({"type": "broadcast", "event": "ping", "payload": {"n": 1}});
-        let expected = message(json!("1"), json!("2"), "realtime:room1", "broadcast", payload);
-        assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Message(expected)));
-        let frame = binary(["", "", "t", "e", r#"{"persist":true}"#], 9, b"7");
-        let payload = json!({"type": "broadcast", "event": "e", "payload": 7});
-        let expected = message(Value::Null, Value::Null, "t", "broadcast", payload);
-        assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Message(expected)));
+    /// Returns the broadcast of a decoded message.
+    fn broadcast(message: Result<Incoming, FrameError>) -> (ChannelName, Broadcast) {
+        match message.unwrap() {
+            Incoming { origin, request: ClientRequest::Broadcast(broadcast) } => (origin.channel, broadcast),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn channel(topic: &str, join: Option<&str>) -> ChannelName {
+        ChannelName {
+            topic: topic.to_owned(),
+            join: Reference(join.map(|join| Value::from(join).to_string().into())),
+        }
     }
 
     #[test]
-    fn a_broadcast_of_bytes_is_kept() {
-        let frame = binary(["1", "", "t", "e", ""], 0, &[0, 255]);
-        let expected = OpaqueBroadcast {
-            join_ref: json!("1"),
-            ref_: Value::Null,
-            topic: "t".to_owned(),
-            event: "e".to_owned(),
-            payload: vec![0, 255],
-        };
-        assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Opaque(expected)));
+    fn a_broadcast_is_passed_on_as_it_was_written() {
+        let frame = binary(["1", "2", "realtime:room1", "ping", ""], 1, br#"{"n": 1.50}"#);
+        assert_eq!(frame[..7], [3, 1, 1, 14, 4, 0, 1]);
+        let json =
+            Broadcast { kind: BroadcastKind::Json(String::from("ping")), content: br#"{"n": 1.50}"#.into() };
+        let name = channel("realtime:room1", Some("1"));
+        assert_eq!(broadcast(Version::V2.decode_binary(&frame)), (name.clone(), json));
+        let frame = binary(["", "", "t", "e", r#"{"persist":true}"#], 9, b"7");
+        let json = Broadcast { kind: BroadcastKind::Json(String::from("e")), content: b"7".into() };
+        assert_eq!(broadcast(Version::V2.decode_binary(&frame)), (channel("t", None), json));
+        let text = r#"["1",2,"realtime:room1","broadcast", {"event":"a", "x":12345678901234567890.10}]"#;
+        let payload = br#"{"event":"a", "x":12345678901234567890.10}"#;
+        let whole = Broadcast { kind: BroadcastKind::Message, content: payload.into() };
+        assert_eq!(broadcast(Version::V2.decode_text(text)), (name, whole));
+    }
+
+    #[test]
+    fn a_broadcast_without_an_object_or_too_deep_is_refused() {
+        let nested = format!("{{\"a\":{}{}}}", "[".repeat(200), "]".repeat(200));
+        for payload in ["7", "null", "[]", "\"x\"", &nested] {
+            let text = format!(r#"["1","2","realtime:t","broadcast",{payload}]"#);
+            let request = Version::V2.decode_text(&text).unwrap().request;
+            assert!(matches!(request, ClientRequest::Invalid(_)), "{request:?}");
+        }
+        let frame = binary(["1", "2", "t", "e", ""], 1, nested.as_bytes());
+        assert_eq!(Version::V2.decode_binary(&frame), Err(FrameError::NotJson));
     }
 
     #[test]
@@ -439,9 +510,8 @@ mod tests {
             join_ref in "[a-z0-9]{1,9}", topic in "\\PC{0,60}", event in "\\PC{0,60}", payload: Vec<u8>
         ) {
             let frame = binary([&join_ref, "", &topic, &event, ""], 0, &payload);
-            let join_ref = Value::from(join_ref);
-            let expected = OpaqueBroadcast { join_ref, ref_: Value::Null, topic, event, payload };
-            prop_assert_eq!(decode_binary(Version::V2, &frame), Ok(Binary::Opaque(expected)));
+            let expected = (channel(&topic, Some(&join_ref)), Broadcast::bytes(event, payload));
+            prop_assert_eq!(broadcast(Version::V2.decode_binary(&frame)), expected);
         }
     }
 }

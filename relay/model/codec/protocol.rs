@@ -3,7 +3,8 @@
 
 use crate::model::codec::change_event::ChangeEvents;
 use crate::model::codec::phoenix::changes::ChannelChanges;
-use crate::model::session::message::{Incoming, Outgoing};
+use crate::model::session::broadcast::BroadcastKind;
+use crate::model::session::message::{ChannelName, Incoming, Outgoing};
 
 /// The message of a channel that receives changes.
 pub const SUBSCRIBED: &str = "Subscribed to PostgreSQL";
@@ -65,6 +66,17 @@ pub enum Envelope {
     Cursor(String),
 }
 
+/// What is written around a content that all members of a topic share: together they are one frame.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Wrapping {
+    /// Whether the frame is of bytes, and not a text.
+    pub is_binary: bool,
+    /// What precedes the content.
+    pub before: Vec<u8>,
+    /// What follows it.
+    pub after: &'static str,
+}
+
 /// A message of the feed that is not a change.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Notice {
@@ -83,17 +95,20 @@ pub enum Notice {
 
 /// Reads and writes the messages of a session on a socket.
 pub trait SocketProtocol: Send + Sync {
+    /// Returns the protocol's name, which no other has.
+    fn name(&self) -> &'static str;
+
     /// Decodes a text frame.
     ///
     /// # Errors
     /// If the frame is not a message. The socket stays open.
     fn decode_text(&self, text: &str) -> Result<Incoming, FrameError>;
 
-    /// Decodes a binary frame; `None` for a message that the relay ignores.
+    /// Decodes a binary frame.
     ///
     /// # Errors
     /// As [`Self::decode_text`].
-    fn decode_binary(&self, frame: &[u8]) -> Result<Option<Incoming>, FrameError>;
+    fn decode_binary(&self, frame: &[u8]) -> Result<Incoming, FrameError>;
 
     /// Encodes a message of the session as a text frame.
     fn encode(&self, message: &Outgoing) -> String;
@@ -103,6 +118,19 @@ pub trait SocketProtocol: Send + Sync {
 
     /// Returns the encoding of a channel's changes.
     fn codec(&self, format: ChannelFormat) -> Codec;
+
+    /// Returns what is written around the content of a broadcast, the same for all members of the topic. `None` if clients of
+    /// this protocol cannot receive its kind.
+    fn broadcast(&self, topic: &str, kind: &BroadcastKind) -> Option<Wrapping>;
+
+    /// Returns what is written around the presence state of a topic, for the member with this channel.
+    fn presence_state(&self, channel: &ChannelName) -> Wrapping;
+
+    /// Returns what is written around changes of the presence in a topic, the same for all of its members.
+    fn presence_diff(&self, topic: &str) -> Wrapping;
+
+    /// Maximum size in bytes of a frame that clients of this protocol accept.
+    fn max_frame_bytes(&self) -> usize;
 }
 
 /// How the changes of a channel are written.
@@ -128,9 +156,6 @@ pub enum FrameError {
     /// A binary frame that is truncated or has text that is not UTF-8.
     #[error("the binary frame is malformed")]
     MalformedBinary,
-    /// A binary frame above the size limit.
-    #[error("the binary frame is too large")]
-    TooLarge,
     /// A binary frame of a kind that clients of this version do not send.
     #[error("the kind of binary frame is not supported")]
     UnknownKind,

@@ -1,8 +1,10 @@
 //! What a session wants its driver to do.
 
 use crate::model::policy::visibility::Identity;
+use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::ChannelId;
-use crate::model::session::message::Outgoing;
+use crate::model::session::member::MembershipOptions;
+use crate::model::session::message::{ChannelName, Origin, Outgoing};
 use crate::model::subscription::request::Request;
 
 /// An action for the driver. Actions are performed in order.
@@ -33,6 +35,40 @@ pub enum Action {
         by_operation: bool,
         /// Messages to send before the first change.
         greeting: Vec<Outgoing>,
+    },
+    /// Make a channel a member of its topic.
+    Enter {
+        /// The channel.
+        channel: ChannelId,
+        /// Its topic and join.
+        name: ChannelName,
+        /// What it asks of the topic.
+        membership: MembershipOptions,
+    },
+    /// End a channel's membership of its topic.
+    Exit {
+        /// The channel.
+        channel: ChannelId,
+    },
+    /// Send a broadcast to the members of a channel's topic.
+    Broadcast {
+        /// The channel that sends it.
+        channel: ChannelId,
+        /// The message of the client, whose reply says whether it was sent.
+        origin: Origin,
+        /// The broadcast.
+        broadcast: Broadcast,
+        /// Whether success is answered.
+        acknowledges: bool,
+    },
+    /// Change what a channel tracks, and answer the client.
+    Track {
+        /// The channel.
+        channel: ChannelId,
+        /// The message of the client.
+        origin: Origin,
+        /// The JSON object to track, or `None` to track nothing.
+        object: Option<String>,
     },
     /// Delete the bookmark of a channel that the client left.
     Forget {

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
 use crate::model::session::join::Join;
+use crate::model::session::member::MembershipOptions;
 use crate::model::session::message::{ChannelName, Origin, Outgoing, Reference, Response, SessionEvent};
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::request::Request;
@@ -39,6 +40,10 @@ pub struct Channel {
     pub(super) bytes: usize,
     /// Whether the router delivers changes to it.
     pub(super) delivering: bool,
+    /// Whether its broadcasts are answered.
+    pub(super) acknowledges: bool,
+    /// Whether it is private: it is no member of the public topic of the same name.
+    pub(super) is_private: bool,
     requests: Vec<Request>,
     /// The errors of entries that could not be parsed.
     malformed: Vec<SubscribeError>,
@@ -54,7 +59,7 @@ struct UnansweredJoin {
     reference: Reference,
     entries: Vec<String>,
     waits: bool,
-    wants_presence: bool,
+    membership: MembershipOptions,
 }
 
 impl Channel {
@@ -70,7 +75,7 @@ impl Channel {
             reference,
             entries: join.entries,
             waits: join.waits,
-            wants_presence: join.wants_presence,
+            membership: join.membership,
         };
         let mut channel = Self {
             id,
@@ -79,6 +84,8 @@ impl Channel {
             attempt: 0,
             bytes: join.bytes,
             delivering: false,
+            acknowledges: join.acknowledges,
+            is_private: join.is_private,
             requests: join.requests,
             malformed: join.malformed,
             unanswered: Some(Box::new(unanswered)),
@@ -90,9 +97,14 @@ impl Channel {
         }
         let mut answer = channel.accept_join(&topic);
         if !channel.malformed.is_empty() {
-            answer.extend(channel.outcome(&topic, &channel.malformed));
+            answer.extend(channel.outcome(&topic, &channel.malformed).into_iter().map(Action::Send));
         }
-        (channel, answer.into_iter().map(Action::Send).collect())
+        (channel, answer)
+    }
+
+    /// Whether its join was answered.
+    pub(super) fn is_answered(&self) -> bool {
+        self.unanswered.is_none()
     }
 
     /// Whether there is something to bind.
@@ -128,19 +140,21 @@ impl Channel {
         if !refusals.is_empty() && self.unanswered.as_ref().is_some_and(|join| join.waits) {
             return Err(refusals.swap_remove(0));
         }
-        let mut messages = self.accept_join(topic);
-        messages.extend(self.outcome(topic, &refusals));
-        messages.extend(hidden.into_iter().map(|why| self.message(topic, SessionEvent::Hidden(why))));
+        let mut actions = self.accept_join(topic);
+        let mut greeting = self.outcome(topic, &refusals);
+        greeting.extend(hidden.into_iter().map(|why| self.message(topic, SessionEvent::Hidden(why))));
         if !is_bound {
-            return Ok(self.end_delivery(messages));
+            actions.extend(self.end_delivery(greeting));
+            return Ok(actions);
         }
         self.delivering = true;
-        Ok(vec![Action::Join {
+        actions.push(Action::Join {
             channel: self.id,
             topic: topic.to_owned(),
             by_operation: self.by_operation,
-            greeting: messages,
-        }])
+            greeting,
+        });
+        Ok(actions)
     }
 
     /// Returns the reply that refuses the join; `None` if it was answered before.
@@ -149,16 +163,28 @@ impl Channel {
         Some(self.message(topic, SessionEvent::Reply(join.reference, Response::Refused(reason))))
     }
 
-    /// Ends delivery and sends these events after the last change.
+    /// Ends the channel and sends these events after the last change.
     pub(super) fn end(mut self, topic: &str, events: impl IntoIterator<Item = SessionEvent>) -> Vec<Action> {
         let farewell = events.into_iter().map(|event| self.message(topic, event)).collect();
-        self.end_delivery(farewell)
+        self.exit(farewell)
     }
 
-    /// Ends delivery and sends the reply to a leave after the last change.
+    /// Ends the channel when its socket is closed.
+    pub(super) fn drop_silently(mut self) -> Vec<Action> {
+        self.exit(Vec::new())
+    }
+
+    /// Ends the channel and sends the reply to a leave after the last change.
     pub(super) fn leave(mut self, topic: &str, reply: Outgoing) -> Vec<Action> {
         let closed = self.message(topic, SessionEvent::Closed);
-        self.end_delivery(vec![reply, closed])
+        self.exit(vec![reply, closed])
+    }
+
+    /// Ends the membership of the topic, then delivery.
+    fn exit(&mut self, farewell: Vec<Outgoing>) -> Vec<Action> {
+        let is_member = self.is_answered() && !self.is_private;
+        let exit = is_member.then_some(Action::Exit { channel: self.id });
+        exit.into_iter().chain(self.end_delivery(farewell)).collect()
     }
 
     /// Ends delivery and sends the messages after the last change. Without delivery, sends them at once.
@@ -170,15 +196,19 @@ impl Channel {
         }
     }
 
-    /// Returns the messages that accept the join; none if it was answered before.
-    fn accept_join(&mut self, topic: &str) -> Vec<Outgoing> {
+    /// Returns the reply that accepts the join, and makes the channel a member of its topic; nothing if it was answered before.
+    fn accept_join(&mut self, topic: &str) -> Vec<Action> {
         let Some(join) = self.unanswered.take() else { return Vec::new() };
-        let mut messages =
-            vec![self.message(topic, SessionEvent::Reply(join.reference, Response::Joined(join.entries)))];
-        if join.wants_presence {
-            messages.push(self.message(topic, SessionEvent::PresenceState));
+        let UnansweredJoin { reference, entries, membership, .. } = *join;
+        let reply = self.message(topic, SessionEvent::Reply(reference, Response::Joined(entries)));
+        let mut actions = vec![Action::Send(reply)];
+        if !self.is_private {
+            let name = ChannelName { topic: topic.to_owned(), join: self.join.clone() };
+            actions.push(Action::Enter { channel: self.id, name, membership });
+        } else if membership.wants_presence {
+            actions.push(Action::Send(self.message(topic, SessionEvent::PresenceState)));
         }
-        messages
+        actions
     }
 
     /// Returns the messages with the outcome of the subscription: each distinct error once, or success if there is none.

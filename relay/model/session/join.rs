@@ -1,5 +1,6 @@
 //! A client's request to join a channel, as its codec has parsed it.
 
+use crate::model::session::member::MembershipOptions;
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::request::Request;
 
@@ -12,6 +13,12 @@ pub const MAX_JOIN_BYTES: usize = 256 * 1024;
 
 /// Maximum length of a topic in bytes. Each frame of the channel repeats it.
 pub const MAX_TOPIC_BYTES: usize = 1024;
+
+/// Maximum length of a presence key in bytes.
+pub const MAX_KEY_BYTES: usize = 1024;
+
+/// Approximate memory of a channel's membership in its topic, beside the names, in bytes.
+pub const MEMBERSHIP_BYTES: usize = 512;
 
 /// The configuration of a join with a valid topic.
 #[derive(Debug, PartialEq)]
@@ -27,8 +34,12 @@ pub struct Join {
     pub token: Option<String>,
     /// Whether a failed subscription must fail the join.
     pub waits: bool,
-    /// Whether the client wants to know who is present.
-    pub wants_presence: bool,
+    /// What the channel asks of its topic.
+    pub membership: MembershipOptions,
+    /// Whether its broadcasts are answered.
+    pub acknowledges: bool,
+    /// Whether it is a private channel.
+    pub is_private: bool,
     /// Whether changes are events named after their operation.
     pub by_operation: bool,
     /// The size of the join in bytes, which approximates what its channel keeps.

@@ -17,6 +17,14 @@ pub struct Limits {
     pub messages_per_second: u32,
     /// Size of one message from a client, in bytes.
     pub message_bytes: usize,
+    /// Size of a broadcast, in bytes.
+    pub broadcast_bytes: usize,
+    /// Broadcasts of one identity over HTTP per second, on average over a minute.
+    pub http_broadcasts_per_second: u32,
+    /// Changes of the presence of one client per second, on average over a minute.
+    pub presence_per_second: u32,
+    /// What topics hold.
+    pub topics: TopicLimits,
     /// Bytes queued for one client.
     pub outbox_bytes: usize,
     /// Bytes queued for all clients together.
@@ -31,10 +39,19 @@ pub struct Limits {
     pub head: Duration,
     /// Write timeout: how long a client may read nothing while data waits for it.
     pub write: Duration,
-    /// How long a WebSocket client may be silent. Clients send a heartbeat every 25 seconds.
+    /// How long a WebSocket client may be silent. Clients send a heartbeat every 25 seconds, in sleeping browser tabs every minute.
     pub silence: Duration,
     /// Interval between keep-alives of an idle event stream.
     pub keep_alive: Duration,
+}
+
+/// Limits on what topics hold.
+#[derive(Debug, Clone, Copy)]
+pub struct TopicLimits {
+    /// Size of what one member tracks, in bytes.
+    pub presence_bytes: usize,
+    /// Size of what all members of a topic track, in bytes.
+    pub topic_presence_bytes: usize,
 }
 
 /// Limits on the rows of one answer.

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use crate::model::identity::claims::{Claims, Tokens};
 use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
+use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::{BindOutcome, Channel, ChannelId};
 use crate::model::session::join::{Join, disabled, too_large};
 use crate::model::session::message::{ClientRequest, Incoming, Origin, Response, SessionEvent};
@@ -68,8 +69,10 @@ impl Session {
             ClientRequest::AccessToken(Some(token)) => {
                 self.access_token(&origin.channel.topic, &token, tokens)
             }
-            ClientRequest::Broadcast => unsupported(&origin, "broadcast"),
-            ClientRequest::Presence => unsupported(&origin, "presence"),
+            ClientRequest::Broadcast(broadcast) => self.broadcast(origin, broadcast),
+            ClientRequest::Track(object) => self.track(origin, Some(object)),
+            ClientRequest::Untrack => self.track(origin, None),
+            ClientRequest::Invalid(reason) => refusal_if_expected(&origin, reason),
             ClientRequest::AccessToken(None) | ClientRequest::Unknown => Vec::new(),
         }
     }
@@ -118,11 +121,34 @@ impl Session {
         channel.end(topic, [SessionEvent::Error(reason.to_owned()), SessionEvent::Closed])
     }
 
-    /// Ends delivery to all channels. Called when the socket is closed.
+    /// Ends all channels. Called when the socket is closed.
     pub fn end(&mut self) -> Vec<Action> {
-        let delivering =
-            self.channels.drain().map(|(_, channel)| channel).filter(|channel| channel.delivering);
-        delivering.map(|channel| Action::Leave { channel: channel.id, farewell: Vec::new() }).collect()
+        self.channels.drain().flat_map(|(_, channel)| channel.drop_silently()).collect()
+    }
+
+    /// Sends a broadcast of a joined channel, also of one whose join is not answered yet.
+    fn broadcast(&self, origin: Origin, broadcast: Broadcast) -> Vec<Action> {
+        let Some(channel) = self.channels.get(&origin.channel.topic) else { return Vec::new() };
+        if channel.is_private {
+            return refusal_if_expected(&origin, &not_available("broadcast"));
+        }
+        let acknowledges = channel.acknowledges;
+        vec![Action::Broadcast { channel: channel.id, origin, broadcast, acknowledges }]
+    }
+
+    /// Changes what a joined channel tracks.
+    fn track(&self, origin: Origin, object: Option<String>) -> Vec<Action> {
+        let Some(channel) = self.channels.get(&origin.channel.topic) else { return Vec::new() };
+        if channel.is_private {
+            return refusal_if_expected(&origin, &not_available("presence"));
+        }
+        if !channel.is_answered() {
+            return refusal_if_expected(
+                &origin,
+                "The channel is not joined yet, wait for the reply to its join",
+            );
+        }
+        vec![Action::Track { channel: channel.id, origin, object }]
     }
 
     fn join(&mut self, origin: &Origin, join: Join, now: u64, tokens: &impl Tokens) -> Vec<Action> {
@@ -189,12 +215,13 @@ impl Session {
 }
 
 /// Refuses a message, if its client expects a reply.
-fn unsupported(origin: &Origin, event: &str) -> Vec<Action> {
-    if origin.reference.is_none() {
-        return Vec::new();
-    }
-    let reason = format!("NotAvailable: {event} is not available in this version of the relay");
-    vec![Action::Send(origin.refusal(reason))]
+fn refusal_if_expected(origin: &Origin, reason: &str) -> Vec<Action> {
+    if origin.reference.is_none() { Vec::new() } else { vec![Action::Send(origin.refusal(reason))] }
+}
+
+/// Returns the reason for refusing what private channels do not have.
+fn not_available(what: &str) -> String {
+    format!("NotAvailable: {what} of private channels is not available in this version of the relay")
 }
 
 #[cfg(test)]
@@ -206,6 +233,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::model::identity::claims::TokenRefusal;
+    use crate::model::session::member::MembershipOptions;
     use crate::model::session::message::{ChannelName, Outgoing, Reference};
     use crate::model::subscription::request::Request;
 
@@ -267,7 +295,9 @@ pub(crate) mod tests {
             entries: entries.iter().map(Value::to_string).collect(),
             token: token.map(str::to_owned),
             waits: false,
-            wants_presence: false,
+            membership: MembershipOptions::default(),
+            acknowledges: false,
+            is_private: false,
             by_operation: false,
             bytes: 100,
         }
@@ -313,7 +343,9 @@ pub(crate) mod tests {
                 SessionEvent::Reply(_, Response::Joined(_)) => String::from("joined"),
                 SessionEvent::Reply(_, Response::Left) => String::from("left"),
                 SessionEvent::Reply(_, Response::Alive) => String::from("alive"),
+                SessionEvent::Reply(_, other) => format!("{other:?}"),
                 SessionEvent::PresenceState => String::from("presence"),
+                SessionEvent::NotDelivered(text) => format!("not delivered: {text}"),
                 SessionEvent::Subscribed => String::from("subscribed"),
                 SessionEvent::Hidden(why) => format!("hidden: {why}"),
                 SessionEvent::NotSubscribed(refusal) => format!("not subscribed: {refusal}"),
@@ -327,7 +359,12 @@ pub(crate) mod tests {
             Action::Send(message) => vec![line("", message)],
             Action::Bind { .. } => vec!["bind".to_owned()],
             Action::Join { greeting, .. } => greeting.iter().map(|message| line("join: ", message)).collect(),
-            Action::Forget { .. } => Vec::new(),
+            Action::Enter { membership, .. } if membership.wants_presence => {
+                vec!["enter with presence".to_owned()]
+            }
+            Action::Forget { .. } | Action::Enter { .. } | Action::Exit { .. } => Vec::new(),
+            Action::Broadcast { .. } => vec!["broadcast".to_owned()],
+            Action::Track { object, .. } => vec![format!("track {object:?}")],
             Action::Leave { farewell, .. } if farewell.is_empty() => vec!["leave".to_owned()],
             Action::Leave { farewell, .. } => {
                 farewell.iter().map(|message| line("leave: ", message)).collect()
@@ -339,12 +376,13 @@ pub(crate) mod tests {
     #[test]
     fn a_join_is_answered_when_it_is_bound_and_before_any_change() {
         let mut session = session();
-        let actions = join(&mut session, "1", Join { wants_presence: true, ..ann() });
+        let membership = MembershipOptions { wants_presence: true, ..MembershipOptions::default() };
+        let actions = join(&mut session, "1", Join { membership, ..ann() });
         assert_eq!(messages_of(&actions), ["bind"]);
         let (channel, attempt, who) = bind(&actions);
         assert_eq!(who, "ann");
         let actions = session.bound(channel, attempt, Ok(BindOutcome::default()));
-        assert_eq!(messages_of(&actions), ["join: 1 joined", "join: 1 presence", "join: 1 subscribed"]);
+        assert_eq!(messages_of(&actions), ["1 joined", "enter with presence", "join: 1 subscribed"]);
     }
 
     #[test]
@@ -356,7 +394,7 @@ pub(crate) mod tests {
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", Join { waits: true, ..ann() }));
         let actions = session.bound(channel, attempt, Ok(hidden(&[])));
-        assert_eq!(messages_of(&actions), ["join: 1 joined", "join: 1 subscribed", "join: 1 hidden: why"]);
+        assert_eq!(messages_of(&actions), ["1 joined", "join: 1 subscribed", "join: 1 hidden: why"]);
         let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
         let actions = session.bound(channel, attempt, Ok(hidden(&["no"])));
         assert_eq!(messages_of(&actions), ["join: 1 not subscribed: no", "join: 1 hidden: why"]);
@@ -381,28 +419,49 @@ pub(crate) mod tests {
         for request in [
             token("ann"),
             ClientRequest::AccessToken(None),
-            ClientRequest::Broadcast,
-            ClientRequest::Presence,
+            broadcast(),
+            ClientRequest::Untrack,
+            ClientRequest::Invalid("no"),
             ClientRequest::Unknown,
         ] {
             assert_eq!(answer(request), ["1 refused: unmatched topic"]);
         }
     }
 
+    fn broadcast() -> ClientRequest {
+        ClientRequest::Broadcast(Broadcast::bytes(String::from("e"), vec![1]))
+    }
+
     #[test]
-    fn broadcasts_and_presence_are_refused_if_the_client_expects_a_reply() {
-        let (mut session, _) = delivering();
-        for (request, name) in
-            [(ClientRequest::Broadcast, "broadcast"), (ClientRequest::Presence, "presence")]
-        {
-            let refused =
-                format!("1 refused: NotAvailable: {name} is not available in this version of the relay");
+    fn a_joined_channel_broadcasts_and_tracks_once_its_join_is_answered() {
+        let (mut joined, _) = delivering();
+        let mut answer = |request| messages_of(&receive(&mut joined, "1", "t", request));
+        assert_eq!(answer(broadcast()), ["broadcast"]);
+        assert_eq!(answer(ClientRequest::Track(String::from("{}"))), [r#"track Some("{}")"#]);
+        assert_eq!(answer(ClientRequest::Untrack), ["track None"]);
+        assert_eq!(answer(ClientRequest::Invalid("no")), ["1 refused: no"]);
+        let mut waiting = session();
+        join(&mut waiting, "1", ann());
+        assert_eq!(messages_of(&receive(&mut waiting, "1", "t", broadcast())), ["broadcast"]);
+        let refused = messages_of(&receive(&mut waiting, "1", "t", ClientRequest::Untrack));
+        assert!(refused[0].starts_with("1 refused: The channel is not joined yet"), "{refused:?}");
+    }
+
+    #[test]
+    fn a_private_channel_is_no_member_of_the_public_topic() {
+        let mut session = session();
+        let membership = MembershipOptions { wants_presence: true, ..MembershipOptions::default() };
+        let private = Join { is_private: true, membership, ..joining(&json!([]), None) };
+        assert_eq!(messages_of(&join(&mut session, "1", private)), ["1 joined", "1 presence"]);
+        for (request, name) in [(broadcast(), "broadcast"), (ClientRequest::Untrack, "presence")] {
+            let refused = format!("1 refused: {}", not_available(name));
             assert_eq!(messages_of(&receive(&mut session, "1", "t", request)), [refused]);
         }
         let channel = ChannelName { topic: String::from("t"), join: Reference::default() };
         let origin = Origin { channel, reference: Reference::default() };
-        let message = Incoming { origin, request: ClientRequest::Broadcast };
+        let message = Incoming { origin, request: broadcast() };
         assert_eq!(session.receive(message, NOW, &TestTokens), []);
+        assert_eq!(session.end(), []);
     }
 
     #[test]
@@ -462,7 +521,7 @@ pub(crate) mod tests {
         let actions = session.bound(channel, attempt, Ok(refused(&["others", "others"])));
         let malformed = "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}";
         let no = format!("join: 1 not subscribed: {malformed}");
-        assert_eq!(messages_of(&actions), ["join: 1 joined", &no, "join: 1 not subscribed: others"]);
+        assert_eq!(messages_of(&actions), ["1 joined", &no, "join: 1 not subscribed: others"]);
         let (_, attempt, _) = bind(&session.rebind(channel));
         assert_eq!(messages_of(&session.bound(channel, attempt, Ok(BindOutcome::default()))), [no]);
 
@@ -531,13 +590,14 @@ pub(crate) mod tests {
 
     proptest! {
         /// For any sequence of inputs: delivery ends only after it began, a channel gets deliveries only when bound for its
-        /// latest identity, and all deliveries end with the session.
+        /// latest identity, it is a member of its topic at most once, and all of this ends with the session.
         #[test]
         fn delivery_begins_and_ends_in_pairs(
             steps in proptest::collection::vec((0_usize..8, 0_usize..3, 0_usize..3, any::<bool>()), 0..60)
         ) {
             let mut session = session();
             let mut delivering: HashSet<ChannelId> = HashSet::new();
+            let mut members: HashSet<ChannelId> = HashSet::new();
             let mut binding: Vec<(ChannelId, u32, String)> = Vec::new();
             let mut latest: HashMap<ChannelId, (u32, String)> = HashMap::new();
             let mut now = NOW;
@@ -579,15 +639,21 @@ pub(crate) mod tests {
                         }
                         Action::Join { channel, .. } => _ = delivering.insert(channel),
                         Action::Leave { channel, .. } => prop_assert!(delivering.remove(&channel)),
+                        Action::Enter { channel, .. } => prop_assert!(members.insert(channel)),
+                        Action::Exit { channel } => prop_assert!(members.remove(&channel)),
                         Action::Forget { .. } | Action::Send(_) => {}
+                        Action::Broadcast { .. } | Action::Track { .. } => prop_assert!(false),
                     }
                 }
             }
             for action in session.end() {
-                let Action::Leave { channel, .. } = action else { panic!("{action:?}") };
-                prop_assert!(delivering.remove(&channel));
+                match action {
+                    Action::Leave { channel, .. } => prop_assert!(delivering.remove(&channel)),
+                    Action::Exit { channel } => prop_assert!(members.remove(&channel)),
+                    action => panic!("{action:?}"),
+                }
             }
-            prop_assert!(delivering.is_empty());
+            prop_assert!(delivering.is_empty() && members.is_empty());
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The messages between a client and its session, whatever protocol they are written in.
 
+use crate::model::session::broadcast::Broadcast;
 use crate::model::session::join::Join;
 use crate::model::subscription::error::SubscribeError;
 
@@ -50,10 +51,14 @@ pub enum ClientRequest {
     Leave,
     /// To change a channel's identity to that of this token. Without a token, nothing changes.
     AccessToken(Option<String>),
-    /// To send a broadcast, which is refused.
-    Broadcast,
-    /// To change its presence, which is refused.
-    Presence,
+    /// To send this to all members of the channel's topic.
+    Broadcast(Broadcast),
+    /// To be present with this JSON object.
+    Track(String),
+    /// To be present no longer.
+    Untrack,
+    /// To send something that is refused for this reason.
+    Invalid(&'static str),
     /// Something else, which is ignored.
     Unknown,
 }
@@ -72,7 +77,7 @@ pub struct Outgoing {
 pub enum SessionEvent {
     /// The reply to the message with this reference.
     Reply(Reference, Response),
-    /// The presence state of the channel. It is empty, because presence is refused.
+    /// The presence state of a private channel. It is empty, because its presence is refused.
     PresenceState,
     /// The channel receives changes.
     Subscribed,
@@ -80,6 +85,8 @@ pub enum SessionEvent {
     Hidden(String),
     /// An entry of the channel's subscription is refused.
     NotSubscribed(SubscribeError),
+    /// Why a broadcast is not delivered to the channel.
+    NotDelivered(String),
     /// Why the channel ends. [`Self::Closed`] or [`Self::Failed`] follows.
     Error(String),
     /// The channel has ended. The client does not join it again by itself.
@@ -97,8 +104,12 @@ pub enum Response {
     Joined(Vec<String>),
     /// The channel is left.
     Left,
+    /// The broadcast is sent, or the presence is changed.
+    Done,
     /// The request is refused for this reason.
     Refused(String),
+    /// The broadcast is too large.
+    TooLarge,
 }
 
 impl Origin {

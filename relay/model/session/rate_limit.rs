@@ -22,6 +22,8 @@ pub struct RateLimit {
     pub messages: TokenBucket,
     /// Joins of channels.
     pub joins: TokenBucket,
+    /// Changes of its presence.
+    pub presence: TokenBucket,
 }
 
 impl RateLimit {
@@ -30,6 +32,7 @@ impl RateLimit {
         Self {
             messages: TokenBucket::new(limits.messages_per_second),
             joins: TokenBucket::new(limits.joins_per_second),
+            presence: TokenBucket::new(limits.presence_per_second),
         }
     }
 }
@@ -43,14 +46,34 @@ impl TokenBucket {
 
     /// Takes a token at time `at`, measured from any fixed moment. Returns false if there is none.
     pub fn take(&mut self, at: Duration) -> bool {
+        self.take_all(1, at)
+    }
+
+    /// Takes `count` tokens, or none and returns false if there are fewer.
+    pub fn take_all(&mut self, count: usize, at: Duration) -> bool {
+        self.fill(at);
+        let are_left = self.left >= count as f64;
+        if are_left {
+            self.left -= count as f64;
+        }
+        are_left
+    }
+
+    /// Whether nothing was taken for a period.
+    pub fn is_full(&mut self, at: Duration) -> bool {
+        self.fill(at);
+        self.left >= self.per_second * PERIOD
+    }
+
+    /// Returns the number of tokens of a full bucket.
+    pub fn capacity(per_second: u32) -> usize {
+        (f64::from(per_second) * PERIOD) as usize
+    }
+
+    fn fill(&mut self, at: Duration) {
         let passed = at.saturating_sub(self.filled).as_secs_f64();
         self.filled = self.filled.max(at);
         self.left = (self.left + passed * self.per_second).min(self.per_second * PERIOD);
-        let is_left = self.left >= 1.0;
-        if is_left {
-            self.left -= 1.0;
-        }
-        is_left
     }
 }
 

@@ -1,5 +1,6 @@
 //! Drives one session over one WebSocket: reads frames, writes the outbox, and handles timers, key changes and shutdown.
 
+use std::collections::HashMap;
 use std::future::ready;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -28,11 +29,13 @@ use crate::model::identity::bookmark::Opened;
 use crate::model::identity::bookmark::SessionName;
 use crate::model::identity::claims::Claims;
 use crate::model::session::action::Action;
+use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::{BindOutcome, ChannelId};
 use crate::model::session::machine::Session;
-use crate::model::session::message::{ClientRequest, Incoming, Outgoing};
+use crate::model::session::message::{ClientRequest, Incoming, Origin, Outgoing, Response};
 use crate::model::session::rate_limit::RateLimit;
 use crate::model::subscription::binding::Subscription;
+use crate::pubsub::topics::Membership;
 use crate::transport::app::App;
 use crate::transport::intake::Intake;
 use crate::transport::socket::frame_writer::{Broken, Socket, Writer};
@@ -55,6 +58,10 @@ pub struct ConnectRequest {
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The message for a client that exceeds its message rate.
 const TOO_MANY_MESSAGES: &str = "Too many messages per second";
+/// The refusal of a change of presence by a client that exceeds its rate.
+const TOO_MANY_PRESENCES: &str = "Client presence rate limit exceeded";
+/// Bytes that the fields around the payload of a broadcast may have.
+const BROADCAST_FIELDS: usize = 500;
 /// Number of consecutive writes after which the other branches of the loop are polled.
 const MAX_CONSECUTIVE_WRITES: u8 = 16;
 /// Number of superseded binds that may still be pending. With more, no further message is read from the socket.
@@ -107,6 +114,8 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: Connec
         resume,
         binds,
         waiting_message: None,
+        memberships: HashMap::new(),
+        easing: None,
     };
     let end = driver.run().await;
     let actions = driver.session.end();
@@ -151,6 +160,10 @@ struct Driver {
     binds: FuturesUnordered<BoxFuture<'static, BindAttempt>>,
     /// A message that waits for a refresh of the JWK set. Later messages wait in the socket.
     waiting_message: Option<BoxFuture<'static, Incoming>>,
+    /// The memberships of the channels in their topics.
+    memberships: HashMap<ChannelId, Membership>,
+    /// Completes when the readers of the last broadcast have room. Later messages wait in the socket.
+    easing: Option<BoxFuture<'static, ()>>,
 }
 
 /// A finished attempt to bind a channel.
@@ -195,7 +208,8 @@ impl Driver {
                     self.receive(message);
                     self.advance_alarm_to_expiry(alarm.as_mut());
                 }
-                frame = self.socket.next(), if self.waiting_message.is_none()
+                Some(()) = OptionFuture::from(self.easing.as_mut()) => self.easing = None,
+                frame = self.socket.next(), if self.waiting_message.is_none() && self.easing.is_none()
                     && self.binds.len() <= self.session.channel_count() + MAX_SUPERSEDED_BINDS => {
                     last_read = Instant::now();
                     self.socket.get_ref().message_complete();
@@ -395,6 +409,16 @@ impl Driver {
                         self.join(channel, format, &greeting, bound);
                     }
                 }
+                Action::Enter { channel, name, membership } => {
+                    let (topics, outbox) = (&self.app.topics, Arc::clone(&self.outbox));
+                    let membership = topics.enter(channel, name, self.protocol, membership, outbox);
+                    self.memberships.insert(channel, membership);
+                }
+                Action::Exit { channel } => _ = self.memberships.remove(&channel),
+                Action::Broadcast { channel, origin, broadcast, acknowledges } => {
+                    self.broadcast(channel, &origin, broadcast, acknowledges);
+                }
+                Action::Track { channel, origin, object } => self.track(channel, &origin, object),
                 Action::Forget { channel } => {
                     if let Some(resume) = &mut self.resume {
                         resume.forget(channel);
@@ -422,6 +446,44 @@ impl Driver {
                 let subscriber = Subscriber { codec, subscription, since: None, outbox, missed: None };
                 self.app.feed.join(channel, subscriber, greeting);
             }
+        }
+    }
+
+    /// Sends a broadcast to its topic, then the acknowledgement, if the channel has them. A refusal is always answered.
+    fn broadcast(&mut self, channel: ChannelId, origin: &Origin, broadcast: Broadcast, acknowledges: bool) {
+        if broadcast.content.len() > self.app.limits.broadcast_bytes + BROADCAST_FIELDS {
+            return self.send(&origin.reply(Response::TooLarge));
+        }
+        match self.app.topics.publish(&origin.channel.topic, Some(channel), broadcast) {
+            Ok(congestion) => {
+                if !congestion.is_empty() {
+                    self.easing = Some(congestion.eased().boxed());
+                }
+                if acknowledges {
+                    self.send(&origin.reply(Response::Done));
+                }
+            }
+            Err(error) => self.send(&origin.refusal(error.to_string())),
+        }
+    }
+
+    /// Changes what a channel tracks, answers, then tells the topic.
+    fn track(&mut self, channel: ChannelId, origin: &Origin, object: Option<String>) {
+        let Some(membership) = self.memberships.get_mut(&channel) else { return };
+        let outcome = match object {
+            Some(_) if !self.rate_limit.presence.take(self.connected_at.elapsed()) => {
+                Err(String::from(TOO_MANY_PRESENCES))
+            }
+            Some(object) => membership.track(object).map_err(|error| error.to_string()),
+            None => {
+                membership.untrack();
+                Ok(())
+            }
+        };
+        let response = outcome.map_or_else(Response::Refused, |()| Response::Done);
+        self.send(&origin.reply(response));
+        if let Some(membership) = self.memberships.get(&channel) {
+            membership.settle();
         }
     }
 

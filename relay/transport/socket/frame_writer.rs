@@ -19,6 +19,8 @@ const KEPT_CAPACITY: usize = 16;
 const PING: u8 = 0x89;
 /// The first byte of an unfragmented WebSocket text frame.
 const TEXT: u8 = 0x81;
+/// The first byte of an unfragmented WebSocket binary frame.
+const BINARY: u8 = 0x82;
 
 thread_local! {
     /// Buffer in which frames are joined for one system call. One for each thread, because it is empty between calls.
@@ -32,7 +34,7 @@ pub type Socket = WebSocketStream<Intake>;
 #[derive(Debug)]
 pub struct Broken;
 
-/// Writes the frames taken from an outbox into its socket: texts and pings.
+/// Writes the frames taken from an outbox into its socket: texts, bytes and pings.
 ///
 /// It bypasses the WebSocket library, which would copy each frame into a buffer for each client and never shrink it.
 #[derive(Default)]
@@ -170,7 +172,11 @@ impl Writer {
 /// Writes the WebSocket header of a frame.
 fn put_header(written: &mut Vec<u8>, frame: &Frame) {
     let length = frame.len();
-    let kind = if matches!(frame.content(), Content::Ping(_)) { PING } else { TEXT };
+    let kind = match frame.content() {
+        Content::Ping(_) => PING,
+        Content::Push(wrapping, _) if wrapping.is_binary => BINARY,
+        _ => TEXT,
+    };
     match header_length(frame) {
         2 => written.extend_from_slice(&[kind, length as u8]),
         4 => {

@@ -43,13 +43,12 @@ pub fn decode(protocol: &dyn SocketProtocol, frame: Option<Result<Frame, SocketE
             return Inbound::Close(1002, "this is not the WebSocket protocol");
         }
         Some(Err(_)) => return Inbound::Gone,
-        Some(Ok(Frame::Text(text))) => protocol.decode_text(&text).map(Some),
+        Some(Ok(Frame::Text(text))) => protocol.decode_text(&text),
         Some(Ok(Frame::Binary(bytes))) => protocol.decode_binary(&bytes),
         Some(Ok(_)) => return Inbound::Ignored,
     };
     match message {
-        Ok(Some(message)) => Inbound::Message(message),
-        Ok(None) => Inbound::Ignored,
+        Ok(message) => Inbound::Message(message),
         Err(error) => Inbound::Unreadable(error),
     }
 }

@@ -14,10 +14,12 @@ use relay::model::identity::claims::{Claims, TokenRefusal, Tokens};
 use relay::model::codec::phoenix::{Version, decode_text};
 use relay::model::policy::visibility::Identity;
 use relay::model::session::action::Action;
+use relay::model::session::broadcast::Broadcast;
 use relay::model::session::channel::{BindOutcome, ChannelId};
 use relay::model::session::machine::Session;
-use relay::model::session::message::{Incoming, Outgoing};
+use relay::model::session::message::{Incoming, Outgoing, Response};
 use relay::model::subscription::error::SubscribeError;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 fuzz_target!(|data: &[u8]| {
@@ -61,6 +63,7 @@ struct Stage {
     binding: VecDeque<(ChannelId, u32, Identity)>,
     latest: HashMap<ChannelId, (u32, Identity)>,
     delivering: HashSet<ChannelId>,
+    members: HashSet<ChannelId>,
 }
 
 impl Stage {
@@ -72,12 +75,13 @@ impl Stage {
             binding: VecDeque::new(),
             latest: HashMap::new(),
             delivering: HashSet::new(),
+            members: HashSet::new(),
         }
     }
 
     fn step(&mut self, step: u8, rest: &[u8]) {
         let protocol = self.version.protocol();
-        let binary = |frame: &[u8]| -> Option<Incoming> { protocol.decode_binary(frame).ok().flatten() };
+        let binary = |frame: &[u8]| -> Option<Incoming> { protocol.decode_binary(frame).ok() };
         let message = match step {
             b't' => std::str::from_utf8(rest).ok().and_then(|text| protocol.decode_text(text).ok()),
             b'b' => binary(rest),
@@ -135,6 +139,16 @@ impl Stage {
                     self.delivering.insert(channel);
                     greeting.iter().for_each(|message| check(version, message));
                 }
+                Action::Enter { channel, .. } => assert!(self.members.insert(channel)),
+                Action::Exit { channel } => assert!(self.members.remove(&channel)),
+                Action::Broadcast { origin, broadcast, .. } => {
+                    check(version, &origin.reply(Response::Done));
+                    wrapped(&origin.channel.topic, broadcast);
+                }
+                Action::Track { origin, object, .. } => {
+                    check(version, &origin.reply(Response::Done));
+                    assert!(object.is_none_or(|object| serde_json::from_str::<Value>(&object).is_ok_and(|object| object.is_object())));
+                }
                 // A channel that was left cannot be left again.
                 Action::Forget { channel } => assert_eq!(self.session.topic(channel), None),
                 Action::Leave { channel, farewell } => {
@@ -147,10 +161,13 @@ impl Stage {
 
     fn end(mut self) {
         for action in self.session.end() {
-            let Action::Leave { channel, .. } = action else { panic!("{action:?}") };
-            assert!(self.delivering.remove(&channel));
+            match action {
+                Action::Leave { channel, .. } => assert!(self.delivering.remove(&channel)),
+                Action::Exit { channel } => assert!(self.members.remove(&channel)),
+                action => panic!("{action:?}"),
+            }
         }
-        assert!(self.delivering.is_empty());
+        assert!(self.delivering.is_empty() && self.members.is_empty());
     }
 }
 
@@ -166,6 +183,16 @@ fn check(version: Version, message: &Outgoing) {
         Version::V2 => assert_eq!(value.as_array().unwrap().len(), 5),
     }
     assert!(decode_text(version, &frame).is_ok(), "{frame}");
+}
+
+/// What members of both versions get of a broadcast: a text is JSON, unless only a lenient parser takes it.
+fn wrapped(topic: &str, broadcast: Broadcast) {
+    for version in [Version::V1, Version::V2] {
+        let Some(wrapping) = version.protocol().broadcast(topic, &broadcast.kind) else { continue };
+        let frame = [wrapping.before.as_slice(), &broadcast.content, wrapping.after.as_bytes()].concat();
+        let is_json = |bytes: &[u8]| serde_json::from_slice::<&RawValue>(bytes).is_ok();
+        assert!(wrapping.is_binary || is_json(&frame));
+    }
 }
 
 fn bytes(digits: &[u8]) -> Vec<u8> {

@@ -1,9 +1,17 @@
 //! What the messages of a Phoenix client mean to its session.
 
+use std::borrow::Cow;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::model::codec::phoenix::Message;
-use crate::model::session::join::{Join, MAX_ENTRIES, MAX_JOIN_BYTES, MAX_TOPIC_BYTES, too_large};
+use crate::model::codec::phoenix::{Head, Message, TOPIC_PREFIX};
+use crate::model::session::broadcast::{Broadcast, object};
+use crate::model::session::join::{
+    Join, MAX_ENTRIES, MAX_JOIN_BYTES, MAX_KEY_BYTES, MAX_TOPIC_BYTES, MEMBERSHIP_BYTES, too_large,
+};
+use crate::model::session::member::MembershipOptions;
 use crate::model::session::message::{ChannelName, ClientRequest, Incoming, Origin, Reference};
 use crate::model::subscription::request::Request;
 
@@ -20,24 +28,55 @@ pub fn message(message: Message) -> Incoming {
         },
         (_, "phx_leave") => ClientRequest::Leave,
         (_, "access_token") => ClientRequest::AccessToken(token(&message.payload, "access_token")),
-        (_, "broadcast") => ClientRequest::Broadcast,
-        (_, "presence") => ClientRequest::Presence,
         _ => ClientRequest::Unknown,
     };
-    with_request(message, request)
+    let Message { join_ref, ref_, topic, event, .. } = message;
+    with_request(Head { join_ref, ref_, topic, event }, request)
 }
 
 /// Returns the message for the session, when the payload was too large to be decoded.
-pub fn cut_message(cut: Message) -> Incoming {
-    match cut.event.as_str() {
-        JOIN => with_request(cut, ClientRequest::OversizedJoin),
-        _ => message(cut),
+pub fn cut_message(head: Head) -> Incoming {
+    match head.event.as_str() {
+        JOIN => with_request(head, ClientRequest::OversizedJoin),
+        _ => message(head.with(Value::Null)),
     }
 }
 
-fn with_request(message: Message, request: ClientRequest) -> Incoming {
-    let channel = ChannelName { topic: message.topic, join: reference(&message.join_ref) };
-    Incoming { origin: Origin { channel, reference: reference(&message.ref_) }, request }
+/// Returns the broadcast for the session. Its payload is passed on as it is.
+pub fn broadcast(head: Head, payload: &RawValue) -> Incoming {
+    let broadcast = Broadcast::message(payload).map(ClientRequest::Broadcast);
+    let refused = ClientRequest::Invalid("Broadcast payload must be a map, nested by at most 120");
+    with_request(head, broadcast.unwrap_or(refused))
+}
+
+/// Returns the change of presence for the session. What is tracked is passed on as it is.
+pub fn presence(head: Head, payload: &RawValue) -> Incoming {
+    #[derive(Deserialize)]
+    struct Presence<'a> {
+        #[serde(borrow)]
+        event: Option<Cow<'a, str>>,
+        #[serde(borrow)]
+        payload: Option<&'a RawValue>,
+    }
+    let request = match serde_json::from_str::<Presence<'_>>(payload.get()) {
+        Ok(Presence { event: Some(event), payload }) if event.eq_ignore_ascii_case("track") => {
+            let tracked = payload.filter(|payload| payload.get() != "null").map_or(Some("{}"), object);
+            tracked.map_or(ClientRequest::Invalid("Presence track payload must be a map"), |tracked| {
+                ClientRequest::Track(tracked.to_owned())
+            })
+        }
+        Ok(Presence { event: Some(event), .. }) if event.eq_ignore_ascii_case("untrack") => {
+            ClientRequest::Untrack
+        }
+        _ => ClientRequest::Invalid("Presence event must be track or untrack"),
+    };
+    with_request(head, request)
+}
+
+/// Returns a message for the session.
+pub fn with_request(head: Head, request: ClientRequest) -> Incoming {
+    let channel = ChannelName { topic: head.topic, join: reference(&head.join_ref) };
+    Incoming { origin: Origin { channel, reference: reference(&head.ref_) }, request }
 }
 
 fn reference(value: &Value) -> Reference {
@@ -57,7 +96,7 @@ fn join(message: &Message) -> Result<Join, String> {
     if bytes > MAX_JOIN_BYTES {
         return Err(too_large());
     }
-    match message.topic.strip_prefix("realtime:") {
+    match message.topic.strip_prefix(TOPIC_PREFIX) {
         None => return Err(String::from("unmatched topic")),
         Some("") => return Err(String::from("TopicNameRequired: You must provide a topic name")),
         Some(_) => {}
@@ -77,9 +116,20 @@ fn join(message: &Message) -> Result<Join, String> {
         }
     }
     requests.shrink_to_fit();
-    let setting = |group: &str, name: &str| {
-        let config = payload.get("config");
-        config.and_then(|config| config.get(group)?.get(name)).is_some_and(truthy)
+    let value = |group: &str, name: &str| payload.get("config")?.get(group)?.get(name);
+    let setting = |group: &str, name: &str| value(group, name).is_some_and(truthy);
+    let presence_key = match value("presence", "key") {
+        Some(Value::String(key)) => key.clone(),
+        Some(Value::Number(key)) => key.to_string(),
+        _ => String::new(),
+    };
+    if presence_key.len() > MAX_KEY_BYTES {
+        return Err(format!("PresenceKeyTooLong: A presence key may have {MAX_KEY_BYTES} bytes at most"));
+    }
+    let membership = MembershipOptions {
+        receives_own: setting("broadcast", "self"),
+        presence_key,
+        wants_presence: setting("presence", "enabled"),
     };
     Ok(Join {
         requests,
@@ -87,9 +137,12 @@ fn join(message: &Message) -> Result<Join, String> {
         entries: texts,
         token: join_token(payload),
         waits: setting("postgres_changes_options", "wait"),
-        wants_presence: setting("presence", "enabled"),
+        membership,
+        acknowledges: setting("broadcast", "ack"),
+        is_private: payload.get("config").and_then(|config| config.get("private")).is_some_and(truthy),
         by_operation: by_topic.is_some(),
-        bytes,
+        // The topic is the session's and the topic's own.
+        bytes: bytes + message.topic.len() + MEMBERSHIP_BYTES,
     })
 }
 
@@ -109,7 +162,7 @@ fn token(payload: &Value, name: &str) -> Option<String> {
 /// `realtime:schema:table:filter`, the form of older clients.
 fn entry_of_topic(message: &Message) -> Option<Map<String, Value>> {
     let topic =
-        message.topic.strip_prefix("realtime:").filter(|_| message.payload.get("config").is_none())?;
+        message.topic.strip_prefix(TOPIC_PREFIX).filter(|_| message.payload.get("config").is_none())?;
     let (schema, rest) = topic.split_once(':')?;
     let (table, filter) = rest.split_once(':').unwrap_or((rest, ""));
     let entry = json!({"event": "*", "schema": schema, "table": table, "filter": filter});
@@ -171,8 +224,6 @@ mod tests {
             ("phoenix", "heartbeat", ClientRequest::Heartbeat),
             ("realtime:t", "heartbeat", ClientRequest::Unknown),
             ("realtime:t", "phx_leave", ClientRequest::Leave),
-            ("realtime:t", "broadcast", ClientRequest::Broadcast),
-            ("realtime:t", "presence", ClientRequest::Presence),
             ("realtime:t", "phx_reply", ClientRequest::Unknown),
         ] {
             assert_eq!(request(topic, event, json!({})), expected, "{topic} {event}");
@@ -183,11 +234,52 @@ mod tests {
     fn only_a_join_is_refused_when_its_payload_was_cut() {
         let cut = |event: &str| {
             let (topic, event) = (String::from("realtime:t"), event.to_owned());
-            let (join_ref, ref_, payload) = (Value::Null, Value::Null, Value::Null);
-            cut_message(Message { join_ref, ref_, topic, event, payload }).request
+            cut_message(Head { join_ref: Value::Null, ref_: Value::Null, topic, event }).request
         };
         assert_eq!(cut(JOIN), ClientRequest::OversizedJoin);
         assert_eq!(cut("access_token"), ClientRequest::AccessToken(None));
+    }
+
+    #[test]
+    fn presence_is_tracked_as_it_was_written() {
+        let request = |payload: &str| {
+            let head =
+                Head { join_ref: Value::Null, ref_: Value::Null, topic: String::new(), event: String::new() };
+            presence(head, serde_json::from_str(payload).unwrap()).request
+        };
+        let track = |object: &str| ClientRequest::Track(object.to_owned());
+        let object = r#"{ "n":1.50, "n":2 }"#;
+        assert_eq!(
+            request(&format!(r#"{{"type":"presence","event":"TRACK","payload":{object}}}"#)),
+            track(object)
+        );
+        assert_eq!(request(r#"{"event":"track"}"#), track("{}"));
+        assert_eq!(request(r#"{"event":"track","payload":null}"#), track("{}"));
+        assert_eq!(request(r#"{"event":"untrack","payload":7}"#), ClientRequest::Untrack);
+        for payload in ["7", "[]", r#""x""#] {
+            let refused = ClientRequest::Invalid("Presence track payload must be a map");
+            assert_eq!(request(&format!(r#"{{"event":"track","payload":{payload}}}"#)), refused);
+        }
+        for payload in ["7", "null", "{}", r#"{"event":7}"#, r#"{"event":"other"}"#] {
+            let refused = ClientRequest::Invalid("Presence event must be track or untrack");
+            assert_eq!(request(payload), refused, "{payload}");
+        }
+    }
+
+    #[test]
+    fn a_join_says_what_it_asks_of_its_topic() {
+        let join = |config: Value| read("realtime:t", json!({"config": config})).unwrap();
+        let found = join(
+            json!({"broadcast": {"self": true, "ack": "true"}, "presence": {"key": "k", "enabled": true}}),
+        );
+        let membership =
+            MembershipOptions { receives_own: true, presence_key: String::from("k"), wants_presence: true };
+        assert_eq!((found.membership, found.acknowledges, found.is_private), (membership, true, false));
+        let found = join(json!({"broadcast": 7, "presence": {"key": 5}, "private": true}));
+        assert_eq!((found.membership.presence_key.as_str(), found.is_private), ("5", true));
+        assert_eq!(join(json!({"presence": {"key": null}})).membership, MembershipOptions::default());
+        let long = json!({"config": {"presence": {"key": "k".repeat(MAX_KEY_BYTES + 1)}}});
+        assert!(read("realtime:t", long).unwrap_err().starts_with("PresenceKeyTooLong: "));
     }
 
     #[test]

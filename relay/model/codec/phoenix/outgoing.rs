@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::model::codec::phoenix::Version;
+use crate::model::codec::phoenix::{TOPIC_PREFIX, Version};
 use crate::model::codec::protocol::{FrameError, SUBSCRIBED};
 use crate::model::session::message::{Outgoing, Reference, Response, SessionEvent};
 use crate::model::subscription::request::Request;
@@ -24,6 +24,8 @@ pub fn encode(version: Version, message: &Outgoing) -> String {
         SessionEvent::Subscribed => system("postgres_changes", "ok", SUBSCRIBED),
         SessionEvent::Hidden(why) => system("postgres_changes", "ok", why),
         SessionEvent::NotSubscribed(refusal) => system("postgres_changes", "error", &refusal.0),
+        // Not an error: clients may take one for an error of the channel and leave it.
+        SessionEvent::NotDelivered(text) => system("broadcast", "ok", text),
         SessionEvent::Error(text) => system("system", "error", text),
         SessionEvent::Closed => frame(version, join_ref, join_ref, topic, "phx_close", "{}"),
         SessionEvent::Failed => frame(version, join_ref, join_ref, topic, "phx_error", "{}"),
@@ -42,7 +44,7 @@ pub fn fan_out(version: Version, topic: &str, event: &str, payload: &str) -> Str
 
 /// Returns the payload of a `system` message as JSON. Clients require all four fields.
 pub fn system(topic: &str, extension: &str, status: &str, message: &str) -> String {
-    let channel = topic.strip_prefix("realtime:").unwrap_or(topic);
+    let channel = topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic);
     json!({"channel": channel, "extension": extension, "message": message, "status": status}).to_string()
 }
 
@@ -54,9 +56,10 @@ pub fn quoted(text: &str) -> String {
 /// Returns the payload of a reply as JSON. Clients require that the response is an object.
 fn reply(response: &Response) -> String {
     let (status, response) = match response {
-        Response::Alive | Response::Left => ("ok", String::from("{}")),
+        Response::Alive | Response::Left | Response::Done => ("ok", String::from("{}")),
         Response::Joined(entries) => ("ok", joined(entries)),
         Response::Refused(reason) => ("error", json!({"reason": reason}).to_string()),
+        Response::TooLarge => ("error", String::from(r#"{"error":"payload_size_exceeded"}"#)),
     };
     format!(r#"{{"status":"{status}","response":{response}}}"#)
 }
@@ -79,7 +82,8 @@ fn joined(entries: &[String]) -> String {
     format!(r#"{{"postgres_changes":[{}]}}"#, entries.join(","))
 }
 
-fn json_of(reference: &Reference) -> &str {
+/// Returns the JSON of a reference.
+pub fn json_of(reference: &Reference) -> &str {
     reference.0.as_deref().unwrap_or(NULL)
 }
 
@@ -137,7 +141,14 @@ mod tests {
             r#"{"topic":"phoenix","event":"phx_reply","payload":{"status":"error","response":{"reason":"unmatched topic"}},"ref":null}"#,
             r#"[null,null,"phoenix","phx_reply",{"status":"error","response":{"reason":"unmatched topic"}}]"#,
         );
-        for response in [Response::Alive, Response::Left] {
+        check(
+            "t",
+            NULL,
+            reply(r#""7""#, Response::TooLarge),
+            r#"{"topic":"t","event":"phx_reply","payload":{"status":"error","response":{"error":"payload_size_exceeded"}},"ref":"7"}"#,
+            r#"[null,"7","t","phx_reply",{"status":"error","response":{"error":"payload_size_exceeded"}}]"#,
+        );
+        for response in [Response::Alive, Response::Left, Response::Done] {
             check(
                 "t",
                 NULL,
@@ -177,6 +188,7 @@ mod tests {
             (SessionEvent::Hidden(String::from("why")), "system", system("postgres_changes", "ok", "why")),
             (SessionEvent::NotSubscribed(no), "system", system("postgres_changes", "error", "no")),
             (SessionEvent::Error(String::from("why")), "system", system("system", "error", "why")),
+            (SessionEvent::NotDelivered(String::from("why")), "system", system("broadcast", "ok", "why")),
         ] {
             let v1 = format!(r#"{{"topic":"realtime:t","event":"{name}","payload":{payload},"ref":null}}"#);
             let v2 = format!(r#"["1",null,"realtime:t","{name}",{payload}]"#);
@@ -241,7 +253,12 @@ mod tests {
                 for action in actions {
                     let messages = match action {
                         Action::Send(message) => vec![message],
-                        Action::Bind { .. } | Action::Forget { .. } => Vec::new(),
+                        Action::Broadcast { origin, .. } | Action::Track { origin, .. } => {
+                            vec![origin.reply(Response::Done)]
+                        }
+                        Action::Bind { .. } | Action::Forget { .. } | Action::Enter { .. } | Action::Exit { .. } => {
+                            Vec::new()
+                        }
                         Action::Join { channel, greeting, .. } => {
                             delivering.insert(channel);
                             greeting
@@ -258,7 +275,8 @@ mod tests {
                     }
                 }
             }
-            prop_assert_eq!(session.end().len(), delivering.len());
+            let left = session.end().into_iter().filter(|action| matches!(action, Action::Leave { .. }));
+            prop_assert_eq!(left.count(), delivering.len());
         }
     }
 

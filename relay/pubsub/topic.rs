@@ -1,0 +1,298 @@
+//! One topic: its members, the broadcasts to them, and who is present. Nothing waits while its lock is held.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::feed::deliver::frame::{CountedBytes, Frame, SharedBytes};
+use crate::feed::deliver::memory_budget::MemoryBudget;
+use crate::feed::deliver::outbox::Outbox;
+use crate::model::codec::presence::{self, PresencePiece};
+use crate::model::codec::protocol::{SocketProtocol, Wrapping};
+use crate::model::presence::state::PresenceState;
+use crate::model::session::broadcast::Broadcast;
+use crate::model::session::member::MemberId;
+use crate::model::session::message::{ChannelName, Outgoing, Reference, SessionEvent};
+
+/// Minimum interval between two messages about the presence in one topic. Changes in between are told together.
+pub const TICK: Duration = Duration::from_millis(50);
+
+/// A topic with this many members or fewer sends the state to a new one at once. In a larger one, members that come together share
+/// a state, so that a thousand joins do not encode it a thousand times.
+const SMALL: usize = 64;
+
+/// A topic with members.
+pub struct Topic {
+    name: Arc<str>,
+    budget: Arc<MemoryBudget>,
+    state: Mutex<TopicState>,
+}
+
+#[derive(Default)]
+struct TopicState {
+    /// The members by their protocol: each message is encoded once for each.
+    audiences: Vec<Audience>,
+    presence: PresenceState,
+    /// When members were last told of the presence.
+    told: Option<Instant>,
+    /// Whether members are to be told of changes.
+    is_changed: bool,
+    /// Whether a member waits for the state.
+    is_awaited: bool,
+    /// Whether the ticker will tell them.
+    is_scheduled: bool,
+    /// Whether the topic was removed because it had no members.
+    is_removed: bool,
+}
+
+struct Audience {
+    protocol: &'static dyn SocketProtocol,
+    members: HashMap<MemberId, Member>,
+}
+
+/// A member of a topic.
+pub struct Member {
+    /// The queue of its client.
+    pub outbox: Arc<Outbox>,
+    /// The reference of its join.
+    pub join: Reference,
+    /// Whether it receives its own broadcasts.
+    pub receives_own: bool,
+    /// What it knows of the presence.
+    pub presence: Following,
+}
+
+/// What a member knows of the presence in its topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Following {
+    /// Nothing: it did not ask.
+    Off,
+    /// Nothing yet: it gets the state first.
+    Awaits,
+    /// The state and all changes until the last message.
+    Follows,
+}
+
+/// When to tell members of the presence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schedule {
+    /// They are told, or nothing changed.
+    Done,
+    /// After [`TICK`], by [`Topic::tick`].
+    Later,
+}
+
+impl Topic {
+    /// Creates a topic without members.
+    pub fn new(name: Arc<str>, budget: Arc<MemoryBudget>) -> Self {
+        Self { name, budget, state: Mutex::default() }
+    }
+
+    /// Returns its name.
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Adds a member. Returns it back if the topic was removed meanwhile.
+    pub fn enter(
+        &self,
+        id: MemberId,
+        protocol: &'static dyn SocketProtocol,
+        member: Member,
+    ) -> Result<(), Member> {
+        let mut state = self.lock();
+        if state.is_removed {
+            return Err(member);
+        }
+        state.is_awaited |= member.presence == Following::Awaits;
+        let index = state.audiences.iter().position(|audience| audience.protocol.name() == protocol.name());
+        let index = index.unwrap_or_else(|| {
+            state.audiences.push(Audience { protocol, members: HashMap::new() });
+            state.audiences.len() - 1
+        });
+        state.audiences[index].members.insert(id, member);
+        Ok(())
+    }
+
+    /// Removes a member, and what it tracks. Returns whether no member is left.
+    pub fn exit(&self, id: MemberId) -> bool {
+        let mut state = self.lock();
+        for audience in &mut state.audiences {
+            audience.members.remove(&id);
+        }
+        state.audiences.retain(|audience| !audience.members.is_empty());
+        state.is_changed |= state.presence.untrack(id);
+        state.audiences.is_empty()
+    }
+
+    /// Marks the topic as removed if it has no member.
+    pub fn remove_if_empty(&self) -> bool {
+        let mut state = self.lock();
+        state.is_removed |= state.audiences.is_empty();
+        state.is_removed
+    }
+
+    /// Sends a broadcast to all members but its sender, unless that receives its own. Returns the number of frames, and the
+    /// outboxes that should be given time before the next.
+    pub fn publish(&self, sender: Option<MemberId>, broadcast: Broadcast) -> (usize, Vec<Arc<Outbox>>) {
+        let Broadcast { kind, content } = broadcast;
+        let bytes = content.len();
+        let content = CountedBytes::new(content, &self.budget);
+        let (mut count, mut congested) = (0, Vec::new());
+        let state = self.lock();
+        for Audience { protocol, members } in &state.audiences {
+            let Some(wrapping) = protocol.broadcast(&self.name, &kind) else { continue };
+            let frame = match wrapping.before.len() + bytes + wrapping.after.len() {
+                length if length > protocol.max_frame_bytes() => self.not_delivered(*protocol, length),
+                _ => Frame::push(wrapping, Arc::clone(&content), &self.budget),
+            };
+            let receives = |(id, member): &(&MemberId, &Member)| Some(**id) != sender || member.receives_own;
+            for (_, member) in members.iter().filter(receives) {
+                count += 1;
+                if member.outbox.publish([frame.clone()]) {
+                    congested.push(Arc::clone(&member.outbox));
+                }
+            }
+        }
+        (count, congested)
+    }
+
+    /// Returns the frame that tells a member of a broadcast whose frame is too large for its protocol.
+    fn not_delivered(&self, protocol: &dyn SocketProtocol, length: usize) -> Frame {
+        let max = protocol.max_frame_bytes();
+        let text = format!(
+            "Broadcast not delivered: its frame has {length} bytes, and clients of {} accept {max} at most",
+            protocol.name()
+        );
+        let channel = ChannelName { topic: self.name.to_string(), join: Reference::default() };
+        let message = Outgoing { channel, event: SessionEvent::NotDelivered(text) };
+        Frame::text(protocol.encode(&message), &self.budget)
+    }
+
+    /// Changes what a member tracks, and lets it follow the presence from now on: first the state, then the changes with its
+    /// own.
+    ///
+    /// # Errors
+    /// If the presence of the topic would have more than `max_bytes`.
+    pub fn track(
+        &self,
+        id: MemberId,
+        key: &Arc<str>,
+        reference: String,
+        object: String,
+        max_bytes: usize,
+    ) -> Result<(), PresenceFull> {
+        let mut state = self.lock();
+        let others = state.presence.bytes() - state.presence.bytes_of(id);
+        if others + key.len() + object.len() > max_bytes {
+            return Err(PresenceFull);
+        }
+        state.is_changed |= state.presence.track(id, key, reference, object);
+        let member = state.audiences.iter_mut().find_map(|audience| audience.members.get_mut(&id));
+        if let Some(member) = member.filter(|member| member.presence == Following::Off) {
+            member.presence = Following::Awaits;
+            state.is_awaited = true;
+        }
+        Ok(())
+    }
+
+    /// Removes what a member tracks.
+    pub fn untrack(&self, id: MemberId) {
+        let mut state = self.lock();
+        state.is_changed |= state.presence.untrack(id);
+    }
+
+    /// Returns the current presence as JSON.
+    pub fn presence(&self) -> String {
+        presence::object(&self.lock().presence.current())
+    }
+
+    /// Tells members of changes of the presence: now, or with the next tick if they were told of others just now.
+    pub fn settle(&self) -> Schedule {
+        let mut state = self.lock();
+        let members: usize = state.audiences.iter().map(|audience| audience.members.len()).sum();
+        let is_due = state.told.is_none_or(|told| told.elapsed() >= TICK) && !state.is_scheduled;
+        match state.is_changed || state.is_awaited {
+            true if is_due || (state.is_awaited && members <= SMALL) => self.tell(&mut state),
+            true if !state.is_scheduled => {
+                state.is_scheduled = true;
+                return Schedule::Later;
+            }
+            _ => {}
+        }
+        Schedule::Done
+    }
+
+    /// Tells members of all changes of the presence until now.
+    pub fn tick(&self) {
+        let mut state = self.lock();
+        state.is_scheduled = false;
+        if state.is_changed || state.is_awaited {
+            self.tell(&mut state);
+        }
+    }
+
+    /// Sends the changes since the last call, encoded once, and the state to the members that wait for it: the current one, or,
+    /// to those that have tracked since, the one before the changes.
+    fn tell(&self, state: &mut TopicState) {
+        let TopicState { audiences, presence, told, is_changed, is_awaited, .. } = state;
+        let diff = self.shared(presence::diff(&presence.diff()));
+        let (mut current, mut before) = (None, None);
+        for Audience { protocol, members } in audiences {
+            let diff = self.diff_frames(*protocol, &diff);
+            for (id, member) in members {
+                match std::mem::replace(&mut member.presence, Following::Follows) {
+                    Following::Off => member.presence = Following::Off,
+                    Following::Follows => _ = member.outbox.publish(diff.iter().cloned()),
+                    Following::Awaits => {
+                        let has_changed = presence.has_changed(*id);
+                        let pieces = match has_changed {
+                            true => {
+                                before.get_or_insert_with(|| self.shared(presence::state(&presence.before())))
+                            }
+                            false => current
+                                .get_or_insert_with(|| self.shared(presence::state(&presence.current()))),
+                        };
+                        let channel = ChannelName { topic: self.name.to_string(), join: member.join.clone() };
+                        let first = pieces.first().map(|first| {
+                            let wrapping = protocol.presence_state(&channel);
+                            Frame::push(wrapping, Arc::clone(first), &self.budget)
+                        });
+                        let rest = self.diff_frames(*protocol, pieces.get(1..).unwrap_or_default());
+                        let changes = diff.iter().filter(|_| has_changed).cloned();
+                        member.outbox.publish(first.into_iter().chain(rest).chain(changes));
+                    }
+                }
+            }
+        }
+        presence.settle();
+        *told = Some(Instant::now());
+        (*is_changed, *is_awaited) = (false, false);
+    }
+
+    fn shared(&self, pieces: Vec<PresencePiece>) -> Vec<SharedBytes> {
+        let bytes = |piece| match piece {
+            PresencePiece::State(json) | PresencePiece::Diff(json) => json.into_bytes(),
+        };
+        let pieces: Vec<Vec<u8>> = pieces.into_iter().map(bytes).collect();
+        // Closes slow clients if the memory is used up. It is told in any case: a member that missed it would not know who is present.
+        self.budget.make_room(pieces.iter().map(Vec::len).sum());
+        pieces.into_iter().map(|piece| CountedBytes::new(piece, &self.budget)).collect()
+    }
+
+    fn diff_frames(&self, protocol: &dyn SocketProtocol, pieces: &[SharedBytes]) -> Vec<Frame> {
+        let frame = |piece| {
+            let wrapping: Wrapping = protocol.presence_diff(&self.name);
+            Frame::push(wrapping, Arc::clone(piece), &self.budget)
+        };
+        pieces.iter().map(frame).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, TopicState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The presence of the topic has no room for more.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PresenceFull;

@@ -1,0 +1,207 @@
+//! `POST …/api/broadcast` and `POST …/api/broadcast/TOPIC/events/EVENT`: broadcasts without a socket.
+
+use std::net::IpAddr;
+
+use hyper::body::Incoming;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Method, Request, StatusCode};
+use serde_json::value::RawValue;
+
+use crate::model::codec::phoenix::{carries_bytes, topic_of};
+use crate::model::identity::claims::Claims;
+use crate::model::session::broadcast::Broadcast;
+use crate::model::session::join::MAX_TOPIC_BYTES;
+use crate::transport::app::{App, origin_is_allowed};
+use crate::transport::body;
+use crate::transport::broadcast::batch::{self, BatchError, BatchMessage};
+use crate::transport::query::{bearer, parameter, path_segment, repeated, repeated_error};
+use crate::transport::response::{Answer, empty, error, json};
+
+/// The refusal of a broadcast to a private channel.
+const PRIVATE: &str = "Unauthorized: private channels are not available in this version of the relay";
+
+/// The refusal of a body.
+const NOT_JSON: &str = "the body is not JSON";
+
+/// Which of the two forms a request has.
+enum Form {
+    /// Messages in the body.
+    Batch,
+    /// The payload in the body, channel and event in the path.
+    Single(String, String),
+}
+
+/// Whether a path is one of broadcasts.
+pub fn is_broadcast(path: &str) -> bool {
+    rest(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// Returns what follows the common part of the paths.
+fn rest(path: &str) -> Option<&str> {
+    path.strip_prefix("/realtime/v1").unwrap_or(path).strip_prefix("/api/broadcast")
+}
+
+/// Answers a request. The second value says whether its body was read.
+pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (Answer, bool) {
+    let (form, claims) = match check(app, address, &request).await {
+        Ok(checked) => checked,
+        Err(refused) => return (refused, false),
+    };
+    let (head, body) = request.into_parts();
+    let body = match body::read(body, app.limits.message_bytes, app.limits.write).await {
+        Ok(body) => body,
+        Err(refused) => return (refused, false),
+    };
+    let max_bytes = app.limits.broadcast_bytes;
+    let messages = match form {
+        Form::Batch => batch::parse(&body, max_bytes).map_err(|refused| match refused {
+            BatchError::NotJson => error(StatusCode::BAD_REQUEST, NOT_JSON),
+            BatchError::Invalid(errors) => json(StatusCode::UNPROCESSABLE_ENTITY, errors),
+        }),
+        Form::Single(channel, event) => single(&head.headers, &body, max_bytes, (channel, event))
+            .map(|message| vec![message])
+            .map_err(|Refusal(status, why)| error(status, &why)),
+    };
+    drop(body);
+    let answer = match messages {
+        Ok(messages) => publish(app, address, &claims, messages).await,
+        Err(refused) => refused,
+    };
+    (answer, true)
+}
+
+/// Checks everything but the body.
+///
+/// # Errors
+/// The answer that refuses the request.
+async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Result<(Form, Claims), Answer> {
+    if !origin_is_allowed(&app.allowed_origins, request.headers()) {
+        return Err(error(StatusCode::FORBIDDEN, "this origin is not allowed"));
+    }
+    if request.method() != Method::POST {
+        return Err(error(StatusCode::METHOD_NOT_ALLOWED, "broadcasts are sent by POST"));
+    }
+    let path = request.uri().path();
+    let form = form(path).map_err(|Refusal(status, why)| error(status, &why))?;
+    let query = request.uri().query().unwrap_or_default();
+    if let Some(name) = repeated(query) {
+        return Err(error(StatusCode::BAD_REQUEST, &repeated_error(&name)));
+    }
+    let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
+    let claims = app.identify(&token).await.map_err(|why| {
+        let why = why.advised_text();
+        app.observe.request_refused(address, path, &why);
+        error(StatusCode::UNAUTHORIZED, &why)
+    })?;
+    let is_private = parameter(query, "private").as_deref() == Some("true");
+    if is_private && matches!(form, Form::Single(..)) {
+        return Err(error(StatusCode::FORBIDDEN, PRIVATE));
+    }
+    Ok((form, claims))
+}
+
+/// Returns the form of a request with this path.
+///
+/// # Errors
+/// If there is nothing at the path.
+fn form(path: &str) -> Result<Form, Refusal> {
+    match rest(path).unwrap_or_default().split('/').collect::<Vec<_>>()[..] {
+        [""] | ["", ""] => Ok(Form::Batch),
+        ["", channel, "events", event] if !channel.is_empty() && !event.is_empty() => {
+            let (Some(channel), Some(event)) = (path_segment(channel), path_segment(event)) else {
+                return Err(refusal(
+                    StatusCode::BAD_REQUEST,
+                    "topic and event in the path are not UTF-8: percent-encode them",
+                ));
+            };
+            Ok(Form::Single(channel, event))
+        }
+        _ => Err(refusal(
+            StatusCode::NOT_FOUND,
+            "there is nothing at this path; broadcasts are sent to api/broadcast or api/broadcast/TOPIC/events/EVENT",
+        )),
+    }
+}
+
+/// Returns the only message of a request: the body is its payload.
+///
+/// # Errors
+/// Why it is refused.
+fn single(
+    headers: &HeaderMap,
+    body: &[u8],
+    max_bytes: usize,
+    (channel, event): (String, String),
+) -> Result<BatchMessage, Refusal> {
+    if body.len() > max_bytes {
+        let why = format!("Payload size exceeds tenant limit: {max_bytes} bytes at most");
+        return Err(refusal(StatusCode::UNPROCESSABLE_ENTITY, why));
+    }
+    let content_type =
+        headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let content_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let broadcast = match content_type.as_str() {
+        "application/json" => {
+            let payload: &RawValue =
+                serde_json::from_slice(body).map_err(|_| refusal(StatusCode::BAD_REQUEST, NOT_JSON))?;
+            let too_deep = || refusal(StatusCode::UNPROCESSABLE_ENTITY, "the payload is nested too deeply");
+            Broadcast::json(event, payload).ok_or_else(too_deep)?
+        }
+        "application/octet-stream" if !carries_bytes(&topic_of(&channel), &event) => {
+            let why = "bytes can only be sent to a topic and an event of 255 bytes at most, `realtime:` included: shorten \
+                       them, or send JSON";
+            return Err(refusal(StatusCode::UNPROCESSABLE_ENTITY, why));
+        }
+        "application/octet-stream" => Broadcast::bytes(event, body.to_vec()),
+        _ => {
+            let why = "the content type must be application/json or application/octet-stream";
+            return Err(refusal(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
+        }
+    };
+    Ok(BatchMessage { channel, is_private: false, broadcast })
+}
+
+/// Why a request is refused, with the status.
+struct Refusal(StatusCode, String);
+
+fn refusal(status: StatusCode, why: impl Into<String>) -> Refusal {
+    Refusal(status, why.into())
+}
+
+/// Sends the messages in order. Those to private channels are dropped: no client may send to one.
+async fn publish(app: &App, address: IpAddr, claims: &Claims, messages: Vec<BatchMessage>) -> Answer {
+    if app.broadcast_rates.is_never_allowed(messages.len()) {
+        return too_many(app, "Too many messages to broadcast, please reduce the batch size");
+    }
+    // Clients without a subject share the rate of their address.
+    let is_allowed = match claims.sub() {
+        Some(sub) => app.broadcast_rates.take((claims.role(), sub), messages.len()),
+        None => app.broadcast_rates.take((claims.role(), address), messages.len()),
+    };
+    if !is_allowed {
+        return too_many(app, "You have exceeded your rate limit");
+    }
+    for BatchMessage { channel, broadcast, .. } in messages.into_iter().filter(|message| !message.is_private)
+    {
+        let topic = topic_of(&channel);
+        if topic.len() > MAX_TOPIC_BYTES {
+            // No channel can have it.
+            continue;
+        }
+        match app.topics.publish(&topic, None, broadcast) {
+            Ok(congestion) => congestion.eased().await,
+            Err(why) => return error(StatusCode::SERVICE_UNAVAILABLE, &why.to_string()),
+        }
+    }
+    empty(StatusCode::ACCEPTED)
+}
+
+/// Status 429: the client sends too much.
+fn too_many(app: &App, why: &str) -> Answer {
+    let mut answer = json(StatusCode::TOO_MANY_REQUESTS, serde_json::json!({ "message": why }).to_string());
+    let headers = answer.headers_mut();
+    headers.insert("x-rate-limit", HeaderValue::from(app.broadcast_rates.per_second()));
+    headers.insert("x-rate-limit-remaining", HeaderValue::from(0));
+    headers.insert(header::RETRY_AFTER, HeaderValue::from(1));
+    answer
+}
