@@ -41,6 +41,13 @@ clients! {
         is_refused_with_an_expired_token_and_let_in_with_a_new_one
         is_closed_when_its_token_ends
         is_not_connected_with_a_wrong_signature
+        sends_broadcasts_to_others_and_to_itself_and_is_told_that_they_were_sent
+        sends_a_hundred_without_waiting_in_order
+        is_told_that_a_broadcast_is_too_large_and_goes_on
+        sends_by_http_without_joining
+        gets_bytes_where_its_version_has_them
+        knows_who_is_present_from_which_tabs
+        is_gone_when_its_socket_was_cut_and_is_present_when_it_tracks_again
     }
     supabase_js: "node" "supabase-js.mjs";
     realtime_js_older: "node" "realtime-js-older.mjs";

@@ -355,6 +355,135 @@ async def is_closed_when_its_token_ends():
     same(await again.briefs(1), ["INSERT 1"])
 
 
+class Room:
+    """A channel without changes: broadcasts, and presence if it has a key."""
+
+    def __init__(self, client, topic, key, broadcast):
+        presence = {"key": key or "", "enabled": key is not None}
+        config = {"broadcast": {"ack": False, "self": False, **broadcast}, "presence": presence, "private": False}
+        self.channel = client.channel(topic, {"config": config})
+        self.messages, self.statuses, self.states = Inbox(), Inbox(), Inbox()
+        self.channel.on_broadcast("*", self.messages.put_nowait)
+        if key:
+            self.channel.on_presence_sync(lambda: self.states.put_nowait(self.present()))
+
+    async def enter(self):
+        await self.channel.subscribe(lambda status, error: self.statuses.put_nowait((status.value, str(error))))
+        same(await self.statuses.next(), ("SUBSCRIBED", "None"))
+        return self
+
+    def present(self):
+        """What each key has tracked, as one text: `ann 1,2 ben 3`."""
+        keys = sorted(self.channel.presence_state().items())
+        return " ".join(f"{key} {','.join(sorted(str(meta['n']) for meta in metas))}" for key, metas in keys)
+
+    async def until(self, wanted):
+        while await self.states.next() != wanted:
+            pass
+
+    async def next(self):
+        message = await self.messages.next()
+        return message["event"], message["payload"]
+
+    async def answered(self, event, payload):
+        answers = Inbox()
+        push = await self.channel.push("broadcast", {"type": "broadcast", "event": event, "payload": payload})
+        push.receive("ok", lambda _: answers.put_nowait("ok"))
+        push.receive("error", lambda response: answers.put_nowait(response))
+        return await answers.next()
+
+
+async def enter(url, topic, key=None, **broadcast):
+    return await Room(await connect(url, await token("anon")), topic, key, broadcast).enter()
+
+
+async def sends_broadcasts_to_others_and_to_itself_and_is_told_that_they_were_sent():
+    ann = await enter(RELAY, "room", **{"self": True, "ack": True})
+    ben = await enter(RELAY, "room")
+    payload = {"n": 1.5, "text": "é", "list": [None, {"a": True}]}
+    same(await ann.answered("one", payload), "ok")
+    same(await ann.next(), ("one", payload))
+    same(await ben.next(), ("one", payload))
+    await ben.channel.send_broadcast("two", {})
+    same(await ann.next(), ("two", {}))
+    await ann.channel.send_broadcast("three", {})
+    same(await ben.next(), ("three", {}))
+
+
+async def sends_a_hundred_without_waiting_in_order():
+    ann, ben = await enter(RELAY, "room"), await enter(RELAY, "room")
+    for n in range(100):
+        await ann.channel.send_broadcast("n", {"n": n})
+    same([(await ben.next())[1]["n"] for _ in range(100)], list(range(100)))
+
+
+async def is_told_that_a_broadcast_is_too_large_and_goes_on():
+    ann = await enter(RELAY, "room", ack=True)
+    ben = await enter(RELAY, "room")
+    same(await ann.answered("large", {"text": "x" * 3_100_000}), {"error": "payload_size_exceeded"})
+    same(await ann.answered("small", {}), "ok")
+    same(await ben.next(), ("small", {}))
+    # One whose frame is too large for this client is told, and both go on.
+    same(await ann.answered("medium", {"text": "x" * 1_100_000}), "ok")
+    same(await ann.answered("small", {"n": 2}), "ok")
+    same(await ben.next(), ("small", {"n": 2}))
+    same(ben.channel.is_joined, True)
+
+
+async def sends_by_http_without_joining():
+    ben = await enter(RELAY, "room")
+    channel = (await connect(RELAY, await token("anon"))).channel("room")
+    await channel.http_send("single", {"n": 2})
+    same(await ben.next(), ("single", {"n": 2}))
+    forged = (await token("alice")).rpartition(".")[0] + "." + "A" * 43
+    try:
+        await AsyncRealtimeClient(f"{RELAY}/realtime/v1", forged).channel("room").http_send("single", {})
+    except Exception as refusal:
+        assert "Failed to validate JWT signature" in str(refusal), refusal
+    else:
+        raise AssertionError("it was sent")
+
+
+async def gets_bytes_where_its_version_has_them():
+    ann, ben = await enter(RELAY, "room"), await enter(RELAY, "room")
+    await ann.channel.http_send("bytes", b"\x00\xff\x07")
+    await ann.channel.http_send("json", {"n": 1})
+    same(await ben.next(), ("json", {"n": 1}))
+
+
+async def knows_who_is_present_from_which_tabs():
+    first = await enter(RELAY, "room", "ann")
+    await first.channel.track({"n": 1})
+    await first.until("ann 1")
+    second, ben = await enter(RELAY, "room", "ann"), await enter(RELAY, "room", "ben")
+    await second.channel.track({"n": 2})
+    await ben.channel.track({"n": 3})
+    for member in [first, second, ben]:
+        await member.until("ann 1,2 ben 3")
+    await ben.channel.track({"n": 4})
+    same(await first.states.next(), "ann 1,2 ben 4")
+    await second.channel.untrack()
+    same(await first.states.next(), "ann 1 ben 4")
+    await second.channel.track({"n": 5})
+    same(await first.states.next(), "ann 1,5 ben 4")
+    await second.channel.unsubscribe()
+    same(await first.states.next(), "ann 1 ben 4")
+
+
+async def is_gone_when_its_socket_was_cut_and_is_present_when_it_tracks_again():
+    ann, ben = await enter(PROXY, "room", "ann"), await enter(RELAY, "room", "ben")
+    await ann.channel.track({"n": 1})
+    await ben.channel.track({"n": 2})
+    await ben.until("ann 1 ben 2")
+    await order("CUT")
+    await ben.until("ben 2")
+    while (await ann.statuses.next())[0] != "SUBSCRIBED":
+        pass
+    await ann.channel.track({"n": 3})
+    await ben.until("ann 3 ben 2")
+    await ann.until("ann 3 ben 2")
+
+
 async def is_not_connected_with_a_wrong_signature():
     forged = (await token("alice")).rpartition(".")[0] + "." + "A" * 43
     client = AsyncRealtimeClient(f"{RELAY}/realtime/v1", forged, max_retries=1)

@@ -30,11 +30,36 @@ async function subscribed(client, topic, bindings) {
   return listening
 }
 
+/** A joined channel without changes: broadcasts, and presence if it has a key. */
+async function enter(client, topic, { key, ...broadcast } = {}) {
+  const channel = client.channel(topic, { config: { broadcast, ...(key && { presence: { key } }) } })
+  const [messages, statuses, syncs, joins, leaves] = ['messages', 'statuses', 'syncs', 'joins', 'leaves']
+    .map((of) => new Inbox(`${topic} ${key ?? ''} ${of}`))
+  channel.on('broadcast', { event: '*' }, (message) => messages.put(message))
+  if (key) {
+    channel.on('presence', { event: 'sync' }, () => syncs.put(present(channel)))
+    channel.on('presence', { event: 'join' }, ({ key, newPresences }) => joins.put(`${key} ${newPresences.map(({ n }) => n)}`))
+    channel.on('presence', { event: 'leave' }, ({ key, leftPresences }) => leaves.put(`${key} ${leftPresences.map(({ n }) => n)}`))
+  }
+  channel.subscribe((status, error) => statuses.put({ status, error: error?.message }))
+  assert.deepEqual(await statuses.next(), { status: 'SUBSCRIBED', error: undefined })
+  const send = (event, payload) => channel.send({ type: 'broadcast', event, payload })
+  return { channel, messages, statuses, syncs, joins, leaves, send }
+}
+
+/** What each key has tracked, as one text: `ann 1,2 ben 3`. */
+function present(channel) {
+  const keys = Object.entries(channel.presenceState()).sort(([one], [other]) => (one < other ? -1 : 1))
+  return keys.map(([key, metas]) => `${key} ${metas.map(({ n }) => n).sort()}`).join(' ')
+}
+
+const sent = (event, payload) => ({ type: 'broadcast', event, payload })
+
 const brief = ({ binding, eventType, new: row, old }) =>
   `${binding} ${eventType} ${row.id ?? old.id}`.trimStart()
 const briefs = async (listening, count) => (await listening.changes.take(count)).map(brief)
 
-export const play = (connect, { tries = true } = {}) => run({
+export const play = (connect, { tries = true, binary = false } = {}) => run({
   async gets_rows_as_they_come_change_and_go() {
     const client = await connect(RELAY, await token('anon'), await token('alice'))
     const notes = await subscribed(client, 'notes', NOTES)
@@ -275,6 +300,120 @@ export const play = (connect, { tries = true } = {}) => run({
     const again = await subscribed(client, 'notes', NOTES)
     await write(`insert into notes (id, owner, title) values (1, '${ALICE}', 'a')`)
     assert.deepEqual(await briefs(again, 1), ['INSERT 1'])
+  },
+
+  async sends_broadcasts_to_others_and_to_itself_and_is_told_that_they_were_sent() {
+    const key = await token('anon')
+    const ann = await enter(await connect(RELAY, key), 'room', { self: true, ack: true })
+    const ben = await enter(await connect(RELAY, key), 'room')
+    const other = await enter(await connect(RELAY, key), 'elsewhere')
+    const payload = { n: 1.5, text: 'é', list: [null, { a: true }] }
+    assert.equal(await ann.send('one', payload), 'ok')
+    assert.deepEqual(await ann.messages.next(), sent('one', payload))
+    assert.deepEqual(await ben.messages.next(), sent('one', payload))
+    assert.equal(await ben.send('two', {}), 'ok')
+    assert.deepEqual(await ann.messages.next(), sent('two', {}))
+    assert.equal(await ann.send('three', {}), 'ok')
+    // Ben has not received his own, and nobody anything of another topic.
+    assert.deepEqual(await ben.messages.next(), sent('three', {}))
+    assert.equal(await other.send('last', {}), 'ok')
+    assert.equal(await ann.send('last', {}), 'ok')
+    assert.deepEqual(await ben.messages.next(), sent('last', {}))
+  },
+
+  async sends_a_hundred_without_waiting_in_order() {
+    const key = await token('anon')
+    const ann = await enter(await connect(RELAY, key), 'room')
+    const ben = await enter(await connect(RELAY, key), 'room')
+    for (let n = 0; n < 100; n++) ann.send('n', { n })
+    const messages = await ben.messages.take(100)
+    assert.deepEqual(messages.map(({ payload }) => payload.n), [...Array(100).keys()])
+  },
+
+  async is_told_that_a_broadcast_is_too_large_and_goes_on() {
+    const key = await token('anon')
+    const ann = await enter(await connect(RELAY, key), 'room', { ack: true })
+    const ben = await enter(await connect(RELAY, key), 'room')
+    assert.equal(await ann.send('large', { text: 'x'.repeat(3_100_000) }), 'error')
+    assert.equal(await ann.send('small', {}), 'ok')
+    assert.deepEqual(await ben.messages.next(), sent('small', {}))
+  },
+
+  async sends_by_http_without_joining() {
+    const key = await token('anon')
+    const ben = await enter(await connect(RELAY, key), 'room')
+    const client = await connect(RELAY, key)
+    const channel = client.channel('room')
+    assert.equal(await channel.send({ type: 'broadcast', event: 'batch', payload: { n: 1 } }), 'ok')
+    assert.deepEqual(await ben.messages.next(), sent('batch', { n: 1 }))
+    if (channel.httpSend) {
+      assert.deepEqual(await channel.httpSend('single', { n: 2 }), { success: true })
+      assert.deepEqual(await ben.messages.next(), sent('single', { n: 2 }))
+      const forged = await connect(RELAY, `${key.replace(/\.[^.]*$/, '')}.${'A'.repeat(43)}`)
+      await assert.rejects(forged.channel('room').httpSend('single', {}), /Failed to validate JWT signature/)
+    }
+  },
+
+  async gets_bytes_where_its_version_has_them() {
+    const key = await token('anon')
+    const ann = await enter(await connect(RELAY, key), 'room')
+    const ben = await enter(await connect(RELAY, key), 'room')
+    const post = (event, type, body) => fetch(`${RELAY}/realtime/v1/api/broadcast/room/events/${event}`, {
+      method: 'POST', headers: { apikey: key, 'content-type': type }, body,
+    })
+    assert.equal((await post('bytes', 'application/octet-stream', new Uint8Array([0, 255, 7]))).status, 202)
+    if (binary) {
+      const { event, payload } = await ben.messages.next()
+      assert.deepEqual([event, [...new Uint8Array(payload)]], ['bytes', [0, 255, 7]])
+      await ann.messages.next()
+      ann.send('own', new Uint8Array([1, 2]).buffer)
+      assert.deepEqual([...new Uint8Array((await ben.messages.next()).payload)], [1, 2])
+    }
+    assert.equal((await post('json', 'application/json', '{"n":1}')).status, 202)
+    assert.deepEqual(await ben.messages.next(), sent('json', { n: 1 }))
+  },
+
+  async knows_who_is_present_from_which_tabs() {
+    const key = await token('anon')
+    const tabs = [await connect(RELAY, key), await connect(RELAY, key)]
+    const first = await enter(tabs[0], 'room', { key: 'ann' })
+    assert.equal(await first.channel.track({ n: 1 }), 'ok')
+    assert.equal(await first.syncs.until((state) => state !== ''), 'ann 1')
+    const second = await enter(tabs[1], 'room', { key: 'ann' })
+    const ben = await enter(await connect(RELAY, key), 'room', { key: 'ben' })
+    assert.equal(await second.channel.track({ n: 2 }), 'ok')
+    assert.equal(await ben.channel.track({ n: 3 }), 'ok')
+    for (const member of [first, second, ben]) {
+      await member.syncs.until((state) => state === 'ann 1,2 ben 3')
+    }
+    // A change is one leave and one join, and no moment without the member.
+    assert.equal(await ben.channel.track({ n: 4 }), 'ok')
+    assert.equal(await first.syncs.next(), 'ann 1,2 ben 4')
+    assert.equal(await first.leaves.until((leave) => leave.startsWith('ben')), 'ben 3')
+    await first.joins.until((join) => join === 'ben 4')
+    assert.equal(await second.channel.untrack(), 'ok')
+    assert.equal(await first.syncs.next(), 'ann 1 ben 4')
+    assert.equal(await second.channel.track({ n: 5 }), 'ok')
+    assert.equal(await first.syncs.next(), 'ann 1,5 ben 4')
+    await tabs[1].removeChannel(second.channel)
+    assert.equal(await first.syncs.next(), 'ann 1 ben 4')
+    const read = await fetch(`${RELAY}/realtime/v1/presence?topic=room`, { headers: { apikey: key } })
+    assert.deepEqual(Object.keys(await read.json()), ['ann', 'ben'])
+  },
+
+  async is_gone_when_its_socket_was_cut_and_is_present_when_it_tracks_again() {
+    const key = await token('anon')
+    const ann = await enter(await connect(PROXY, key), 'room', { key: 'ann' })
+    const ben = await enter(await connect(RELAY, key), 'room', { key: 'ben' })
+    await ann.channel.track({ n: 1 })
+    await ben.channel.track({ n: 2 })
+    await ben.syncs.until((state) => state === 'ann 1 ben 2')
+    await order('CUT')
+    await ben.syncs.until((state) => state === 'ben 2')
+    await ann.statuses.until(({ status }) => status === 'SUBSCRIBED')
+    await ann.channel.track({ n: 3 })
+    assert.equal(await ben.syncs.until((state) => state.includes('ann')), 'ann 3 ben 2')
+    assert.equal(await ann.syncs.until((state) => state.includes('ann 3')), 'ann 3 ben 2')
   },
 
   async is_not_connected_with_a_wrong_signature() {

@@ -10,11 +10,11 @@ await play(async (url, key, token, params = {}) => {
   // Without waiting for the first token the first join would show the key alone.
   if (token) await client.realtime.setAuth()
   return {
-    channel: (topic) => client.channel(topic),
+    channel: (topic, options) => client.channel(topic, options),
     removeChannel: (channel) => client.removeChannel(channel),
     setAuth: (next) => {
       current = next
       return client.realtime.setAuth(token ? undefined : next)
     },
   }
-})
+}, { binary: true })
