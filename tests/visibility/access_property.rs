@@ -428,7 +428,7 @@ impl Run {
         let count = if self.dice.below(3) == 0 { 2 + self.dice.below(3) } else { 1 };
         let holds = self.stage.database.connect().await;
         if count > 1 {
-            let lock = "begin; lock table pg_catalog.pg_event_trigger in access exclusive mode";
+            let lock = "begin; lock table only relay.log in access exclusive mode";
             holds.batch_execute(lock).await.unwrap();
             writeln!(self.script, "-- at once:").unwrap();
         }
