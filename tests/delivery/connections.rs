@@ -225,3 +225,21 @@ async fn sessions_are_found_again_after_a_connection_on_which_nothing_passes_any
     come().await;
     relay.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn statements_that_the_relay_gave_up_end_in_postgresql_too() {
+    let database = Database::new().await;
+    let relay = Relay::with(&database.url, |settings| settings.stall_seconds = Some(1)).await;
+    let other = database.connect().await;
+    other.batch_execute("begin; lock table only relay.log in access exclusive mode").await.unwrap();
+    eventually("reading was given up several times", || async {
+        (relay.figure("relay_source_interruptions_total") >= 5).then_some(())
+    })
+    .await;
+    // The last attempt, and those of the few seconds before it.
+    let waiting = "select count(*) <= 3 from pg_stat_activity
+        where datname = current_database() and wait_event_type = 'Lock' and query like '%relay.page(%'";
+    eventually("the statements end", || async { (database.value(waiting).await == "t").then_some(()) }).await;
+    other.batch_execute("rollback").await.unwrap();
+    relay.stop().await;
+}

@@ -5,6 +5,7 @@ use relay::postgres::changelog::chunks::{ChunkPosition, ChunkReader};
 use relay::postgres::connect::pool::Server;
 use tokio_postgres::Client as Session;
 
+use crate::support::PATIENCE;
 use crate::support::database::Database;
 use crate::support::dice::Dice;
 
@@ -65,7 +66,7 @@ async fn a_page_in_portions_is_the_page_from_wherever_one_goes_on() {
         let snapshots = write(&database, &writers, &mut dice).await;
         let session = database.connect().await;
         let server = Server::parse(&database.url, "portions", None).unwrap();
-        let portions = ChunkReader::connect(&server).await.unwrap();
+        let portions = ChunkReader::connect(&server, PATIENCE).await.unwrap();
         // By their names, some of them, none.
         let portions = portions.naming([2000, 3, 0][round as usize % 3]);
         for (place, seen) in snapshots.iter().enumerate() {

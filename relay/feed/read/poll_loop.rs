@@ -416,7 +416,8 @@ impl<'a> PollLoop<'a> {
     /// Sends the rest of a large page as counts per relation, to be replayed to the subscribers it concerns.
     async fn send_rest(&mut self, span: &Arc<Span>, after: i64) -> Result<PollResult, Error> {
         // The old connection streams large rows: it would have to receive the unread ones first.
-        self.changelog = Changelog::connect(&self.source.access.server).await?;
+        self.changelog =
+            Changelog::connect(&self.source.access.server, self.source.access.query_timeout).await?;
         let counts = self.changelog.counts(&span.seen, &span.until, after);
         let counts = self.source.await_changelog(counts).await?;
         self.position.page = PagePosition::after(span.until.clone());

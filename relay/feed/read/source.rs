@@ -139,7 +139,7 @@ impl ChangeSource {
         items: &Sender<FeedItem>,
     ) -> Result<(), Error> {
         // Connect here first: on a standby neither works, and this connection reports why.
-        let changelog = Changelog::connect(&self.access.server).await?;
+        let changelog = Changelog::connect(&self.access.server, self.access.query_timeout).await?;
         let mut doorbell = Doorbell::connect(&self.doorbell).await?;
         if let Some(lost) = last_backend.take() {
             doorbell.end(&lost).await?;

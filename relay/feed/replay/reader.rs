@@ -138,7 +138,10 @@ impl ReplayReader {
         drop(idle);
         match known {
             Some((chunks, _)) => Ok(chunks),
-            None => self.in_time(Box::pin(ChunkReader::connect(&self.access.server))).await,
+            None => {
+                self.in_time(Box::pin(ChunkReader::connect(&self.access.server, self.access.query_timeout)))
+                    .await
+            }
         }
     }
 

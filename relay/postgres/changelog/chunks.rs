@@ -1,6 +1,8 @@
 //! Pages of the changelog read in chunks, for replay: each chunk is one statement of bounded cost, and no transaction or
 //! portal is open between two of them.
 
+use std::time::Duration;
+
 use std::sync::Arc;
 
 use tokio_postgres::Statement;
@@ -97,12 +99,12 @@ impl ChunkPosition {
 }
 
 impl ChunkReader {
-    /// Connects.
+    /// Connects, as [`Changelog::connect`] does.
     ///
     /// # Errors
-    /// As [`Changelog::connect`].
-    pub async fn connect(server: &Server) -> Result<Self, Error> {
-        let changelog = Changelog::connect(server).await?;
+    /// The same.
+    pub async fn connect(server: &Server, query_timeout: Duration) -> Result<Self, Error> {
+        let changelog = Changelog::connect(server, query_timeout).await?;
         let client = changelog.client();
         let committed = committed(client).await?;
         // The header has no number.

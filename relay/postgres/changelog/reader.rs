@@ -16,6 +16,9 @@ use crate::model::row::change::{self, Change, ChangeHeader, ImageState, Relation
 use crate::postgres::catalog::RuleScope;
 use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Server};
 
+/// Time after the query timeout at which PostgreSQL ends a statement that waits for a lock.
+const LOCK_GRACE: Duration = Duration::from_secs(1);
+
 /// A connection that reads pages.
 pub struct Changelog {
     client: Client,
@@ -69,11 +72,12 @@ pub struct Page {
 }
 
 impl Changelog {
-    /// Connects. Refuses a standby, where running transactions look finished.
+    /// Connects, for statements that the caller gives up after `query_timeout`. Refuses a standby, where running transactions look
+    /// finished.
     ///
     /// # Errors
     /// As the connection, or when the server is a standby.
-    pub async fn connect(server: &Server) -> Result<Self, Error> {
+    pub async fn connect(server: &Server, query_timeout: Duration) -> Result<Self, Error> {
         let client = server.connect().await?;
         let standby: bool = client.query_one("select pg_is_in_recovery()", &[]).await?.get(0);
         if standby {
@@ -86,7 +90,10 @@ impl Changelog {
         // generic, because planning for each page would cost more than reading it.
         let settings = "set max_parallel_workers_per_gather = 0; set jit = off; set enable_seqscan = off; set enable_bitmapscan = off; \
                         set plan_cache_mode = force_generic_plan";
-        client.batch_execute(&format!("{NO_PATH}; {settings}")).await?;
+        // A statement that waits for a lock ends soon after the relay gave it up. Otherwise each new attempt would occupy one
+        // more connection of the server.
+        let lock_timeout = (query_timeout + LOCK_GRACE).as_millis();
+        client.batch_execute(&format!("{NO_PATH}; {settings}; set lock_timeout = {lock_timeout}")).await?;
         let page = Statements::prepare(&client).await?;
         Ok(Self { client, page })
     }
