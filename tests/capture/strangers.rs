@@ -138,6 +138,10 @@ async fn with_the_cursor_of_another_one_gets_what_one_may_see_oneself() {
     }
 }
 
+/// Whether the listeners of this database have read the notifications. PostgreSQL wakes listeners of other databases only when they
+/// are four pages behind, out of a million.
+const ARE_HEARD: &str = "select pg_notification_queue_usage() < 0.00001";
+
 /// Notifications of a role without any right, in one transaction.
 fn flood(database: &str, count: u32, bytes: usize) -> String {
     format!(
@@ -159,8 +163,7 @@ async fn a_flood_of_rings_from_a_stranger_turns_the_relay_to_polling_and_fills_n
     assert_eq!(stage.told(&mut ann).await, [r#"INSERT {"id":1}"#]);
     eventually("the relay looks at its own pace, and all rings are heard", || async {
         let woken = !stage.relay.metrics().contains("relay_doorbell_wakes_total 0\n");
-        let usage = stage.database.value("select pg_notification_queue_usage()").await;
-        (woken && usage == "0").then_some(())
+        (woken && stage.database.value(ARE_HEARD).await == "t").then_some(())
     })
     .await;
     stage.run("insert into t values (2)").await;
@@ -207,10 +210,8 @@ async fn a_flood_of_rings_while_changes_wait_for_their_judgement_takes_no_memory
         database.run(&flood(name, 2000, 7900)).await;
     }
     // The relay always reads what it is rung: it never keeps others from ringing.
-    eventually("all rings are heard", || async {
-        (database.value("select pg_notification_queue_usage()").await == "0").then_some(())
-    })
-    .await;
+    eventually("all rings are heard", || async { (database.value(ARE_HEARD).await == "t").then_some(()) })
+        .await;
     let grown = most_memory(child.id().unwrap()).saturating_sub(before);
     assert!(grown < 40_000, "{grown} KiB for 160 MB of rings");
     database.run(&format!("alter role {name}_judge login")).await;
