@@ -125,17 +125,17 @@ impl Topics {
     /// Sends a broadcast to the members of a topic.
     ///
     /// # Errors
-    /// If there is no memory for it. No member is closed for that.
+    /// If there is no memory for it, even after slow clients were closed.
     pub fn publish(
         &self,
         topic: &str,
         sender: Option<ChannelId>,
         broadcast: Broadcast,
     ) -> Result<Congestion, PublishError> {
+        let Some(topic) = self.find(topic) else { return Ok(Congestion(Vec::new())) };
         if !self.budget.make_room(broadcast.content.len()) {
             return Err(PublishError::NoRoom);
         }
-        let Some(topic) = self.find(topic) else { return Ok(Congestion(Vec::new())) };
         let (count, congested) = topic.publish(sender.map(|channel| self.member(channel)), broadcast);
         self.observe.broadcast(count);
         Ok(Congestion(congested))
@@ -175,7 +175,9 @@ impl Topics {
 
     fn remove_if_empty(&self, topic: &Topic) {
         let mut shard = lock(self.shard(topic.name()));
-        if topic.remove_if_empty() {
+        // Another member may have removed this topic before, and a new one have its name.
+        let is_current = shard.get(topic.name()).is_some_and(|current| std::ptr::eq(&**current, topic));
+        if is_current && topic.remove_if_empty() {
             shard.remove(topic.name());
         }
     }
@@ -210,12 +212,16 @@ impl Membership {
         if object.len() > presence_bytes {
             return Err(PublishError::TrackTooLarge(presence_bytes));
         }
+        let before = self.reserved.bytes();
         if !self.reserved.resize(self.key.len() + object.len()) {
             return Err(PublishError::NoRoom);
         }
         let reference = self.topics.new_reference();
         let tracked = self.topic.track(self.id, &self.key, reference, object, topic_presence_bytes);
-        tracked.map_err(|PresenceFull| PublishError::PresenceFull(topic_presence_bytes))
+        tracked.map_err(|PresenceFull| {
+            self.reserved.resize(before);
+            PublishError::PresenceFull(topic_presence_bytes)
+        })
     }
 
     /// Tracks nothing. [`Self::settle`] tells the members.
@@ -337,6 +343,19 @@ mod tests {
         assert_eq!(stage.topic_count(), 0);
         lock(&stage.topics.scheduled).clear();
         assert_eq!(stage.topics.budget.held_bytes(), 0);
+    }
+
+    #[test]
+    fn a_topic_that_was_removed_before_does_not_take_away_the_one_that_has_its_name_now() {
+        let stage = stage();
+        let outbox = stage.outbox();
+        let first = stage.enter(1, "t", &outbox);
+        let old = Arc::clone(&first.topic);
+        drop(first);
+        let second = stage.enter(2, "t", &outbox);
+        // As a member does that left at the same time as the first.
+        stage.topics.remove_if_empty(&old);
+        assert!(Arc::ptr_eq(&stage.topics.find("t").unwrap(), &second.topic));
     }
 
     #[test]

@@ -207,16 +207,27 @@ async fn a_private_message_never_reaches_the_public_channel_of_its_name() {
     assert_eq!(single(&stage, "room/events/e?private=true", "application/json", b"{}").await.status, 403);
     let odd = json!([{"topic": "room", "event": "e", "payload": {}, "private": 1}]);
     assert_eq!(batch(&stage, odd).await.status, 422);
+    for odd in ["private=1", "private=TRUE", "private="] {
+        let path = format!("room/events/e?{odd}");
+        assert_eq!(single(&stage, &path, "application/json", b"{}").await.status, 400, "{odd}");
+    }
+    let mut others = Vec::new();
+    for private in [json!("True"), json!("TRUE"), json!(1), json!({})] {
+        others.push(joined(&stage.relay, "2.0.0", TOPIC, json!({"private": private})).await);
+    }
     public.is_quiet().await;
     // Nor does a public one reach a private channel.
     let message = json!([{"topic": "room", "event": "e", "payload": {}}]);
     assert_eq!(batch(&stage, message).await.status, 202);
     assert_eq!(broadcast(&mut public, TOPIC).await["event"], "e");
     private.is_quiet().await;
+    for other in &mut others {
+        other.is_quiet().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_who_sends_too_much_is_told_and_nobody_else() {
+async fn a_client_that_sends_too_much_is_refused_and_no_other() {
     let stage = Stage::with("", |settings, _| settings.http_broadcasts_per_second = Some(1)).await;
     let send = async |token: &str, count: usize| {
         let message = json!({"topic": "room", "event": "e", "payload": {}});

@@ -213,6 +213,11 @@ impl MemoryBudget {
 }
 
 impl Reserved {
+    /// Returns the size.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes
+    }
+
     /// Changes the size to `bytes`; false, with the size unchanged, when that does not fit.
     pub fn resize(&mut self, bytes: usize) -> bool {
         let Held { budget, bytes: now } = &mut self.0;

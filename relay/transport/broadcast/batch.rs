@@ -13,6 +13,11 @@ const BLANK: &str = "can't be blank";
 const INVALID: &str = "is invalid";
 const TOO_LARGE: &str = "Payload size exceeds tenant limit";
 
+/// Bytes of a message beside its payload, at most: its event, its id, and what surrounds them.
+const ENVELOPE_BYTES: usize = 500;
+/// Maximum number of messages of a batch, whatever the rate allows.
+pub const MAX_MESSAGES: usize = 1000;
+
 /// A message of a batch.
 #[derive(Debug, PartialEq)]
 pub struct BatchMessage {
@@ -31,6 +36,8 @@ pub enum BatchError {
     NotJson,
     /// What is wrong with which message, as JSON.
     Invalid(String),
+    /// More messages than are ever allowed at once.
+    TooMany,
 }
 
 #[derive(Deserialize)]
@@ -53,14 +60,18 @@ struct Fields<'a> {
     id: Option<&'a RawValue>,
 }
 
-/// Parses a batch. One invalid message refuses all.
+/// Parses a batch of at most `max_messages`. One invalid message refuses all.
 ///
 /// # Errors
-/// If the body is not JSON, or a message is invalid: its errors are at its place in the list.
-pub fn parse(body: &[u8], max_bytes: usize) -> Result<Vec<BatchMessage>, BatchError> {
+/// If the body is not JSON, has too many messages, or a message is invalid: its errors are at its place in the list.
+pub fn parse(body: &[u8], max_bytes: usize, max_messages: usize) -> Result<Vec<BatchMessage>, BatchError> {
     let body: &RawValue = serde_json::from_slice(body).map_err(|_| BatchError::NotJson)?;
     let batch: Batch<'_> = serde_json::from_str(body.get())
         .map_err(|_| BatchError::Invalid(json!({"errors": {"messages": [BLANK]}}).to_string()))?;
+    // Before any of them is parsed: the errors of a message take more memory than the message.
+    if batch.messages.len() > max_messages {
+        return Err(BatchError::TooMany);
+    }
     let parsed: Vec<_> = batch.messages.iter().map(|message| parse_message(message, max_bytes)).collect();
     if parsed.iter().all(Result::is_ok) {
         return Ok(parsed.into_iter().filter_map(Result::ok).collect());
@@ -112,6 +123,9 @@ fn parse_message(message: &RawValue, max_bytes: usize) -> Result<BatchMessage, M
         return Err(errors);
     }
     let content = whole(&event, object.unwrap_or("{}"), id);
+    if content.len() > max_bytes + ENVELOPE_BYTES {
+        return Err(Map::from_iter([(String::from("payload"), json!([TOO_LARGE]))]));
+    }
     let broadcast = Broadcast { kind: BroadcastKind::Message, content: content.into_bytes() };
     Ok(BatchMessage { channel, is_private, broadcast })
 }
@@ -128,7 +142,7 @@ mod tests {
     use super::*;
 
     fn errors(body: &str) -> Value {
-        match parse(body.as_bytes(), 100) {
+        match parse(body.as_bytes(), 100, 5) {
             Err(BatchError::Invalid(errors)) => serde_json::from_str(&errors).unwrap(),
             other => panic!("{other:?}"),
         }
@@ -139,7 +153,7 @@ mod tests {
         let body = r#"{"messages":[
             {"topic":"a","event":"e\"","payload":{ "n" : 1.50 }},
             {"topic":"b","event":"f","payload":{},"private":true,"id":"7","more":[]}]}"#;
-        let parsed = parse(body.as_bytes(), 100).unwrap();
+        let parsed = parse(body.as_bytes(), 100, 5).unwrap();
         let found: Vec<_> = parsed
             .iter()
             .map(|message| {
@@ -150,7 +164,7 @@ mod tests {
         let first = r#"{"type":"broadcast","event":"e\"","payload":{ "n" : 1.50 }}"#.to_owned();
         let second = r#"{"type":"broadcast","event":"f","payload":{},"meta":{"id":"7"}}"#.to_owned();
         assert_eq!(found, [("a", false, first), ("b", true, second)]);
-        assert_eq!(parse(br#"{"messages":[]}"#, 100), Ok(Vec::new()));
+        assert_eq!(parse(br#"{"messages":[]}"#, 100, 5), Ok(Vec::new()));
     }
 
     #[test]
@@ -177,8 +191,21 @@ mod tests {
             assert_eq!(errors(body), json!({"errors": {"messages": [BLANK]}}), "{body}");
         }
         for body in ["", "{", "nonsense", r#"{"messages":[}"#, "{} {}"] {
-            assert_eq!(parse(body.as_bytes(), 100), Err(BatchError::NotJson), "{body}");
+            assert_eq!(parse(body.as_bytes(), 100, 5), Err(BatchError::NotJson), "{body}");
         }
-        assert_eq!(parse(&[b'"', 0xff, b'"'], 100), Err(BatchError::NotJson));
+        assert_eq!(parse(&[b'"', 0xff, b'"'], 100, 5), Err(BatchError::NotJson));
+    }
+
+    #[test]
+    fn too_many_messages_are_refused_unread_and_every_part_of_a_message_counts() {
+        assert_eq!(parse(br#"{"messages":[1,1,1,1,1,1]}"#, 100, 5), Err(BatchError::TooMany));
+        let long = "x".repeat(700);
+        for message in [
+            json!({"topic": "a", "event": long, "payload": {}}),
+            json!({"topic": "a", "event": "e", "payload": {}, "id": long}),
+        ] {
+            let expected = json!({"errors": {"messages": [{"payload": [TOO_LARGE]}]}});
+            assert_eq!(errors(&json!({"messages": [message]}).to_string()), expected);
+        }
     }
 }

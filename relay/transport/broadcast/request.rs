@@ -13,7 +13,7 @@ use crate::model::session::broadcast::Broadcast;
 use crate::model::session::join::MAX_TOPIC_BYTES;
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::body;
-use crate::transport::broadcast::batch::{self, BatchError, BatchMessage};
+use crate::transport::broadcast::batch::{self, BatchError, BatchMessage, MAX_MESSAGES};
 use crate::transport::query::{bearer, parameter, path_segment, repeated, repeated_error};
 use crate::transport::response::{Answer, empty, error, json};
 
@@ -54,9 +54,10 @@ pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (A
     };
     let max_bytes = app.limits.broadcast_bytes;
     let messages = match form {
-        Form::Batch => batch::parse(&body, max_bytes).map_err(|refused| match refused {
+        Form::Batch => batch::parse(&body, max_bytes, MAX_MESSAGES).map_err(|refused| match refused {
             BatchError::NotJson => error(StatusCode::BAD_REQUEST, NOT_JSON),
             BatchError::Invalid(errors) => json(StatusCode::UNPROCESSABLE_ENTITY, errors),
+            BatchError::TooMany => too_many(app, TOO_MANY),
         }),
         Form::Single(channel, event) => single(&head.headers, &body, max_bytes, (channel, event))
             .map(|message| vec![message])
@@ -93,9 +94,12 @@ async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Resul
         app.observe.request_refused(address, path, &why);
         error(StatusCode::UNAUTHORIZED, &why)
     })?;
-    let is_private = parameter(query, "private").as_deref() == Some("true");
-    if is_private && matches!(form, Form::Single(..)) {
-        return Err(error(StatusCode::FORBIDDEN, PRIVATE));
+    if matches!(form, Form::Single(..)) {
+        match parameter(query, "private").as_deref() {
+            None | Some("false") => {}
+            Some("true") => return Err(error(StatusCode::FORBIDDEN, PRIVATE)),
+            Some(_) => return Err(error(StatusCode::BAD_REQUEST, "private is true or false")),
+        }
     }
     Ok((form, claims))
 }
@@ -161,6 +165,8 @@ fn single(
     Ok(BatchMessage { channel, is_private: false, broadcast })
 }
 
+const TOO_MANY: &str = "Too many messages to broadcast, please reduce the batch size";
+
 /// Why a request is refused, with the status.
 struct Refusal(StatusCode, String);
 
@@ -171,7 +177,7 @@ fn refusal(status: StatusCode, why: impl Into<String>) -> Refusal {
 /// Sends the messages in order. Those to private channels are dropped: no client may send to one.
 async fn publish(app: &App, address: IpAddr, claims: &Claims, messages: Vec<BatchMessage>) -> Answer {
     if app.broadcast_rates.is_never_allowed(messages.len()) {
-        return too_many(app, "Too many messages to broadcast, please reduce the batch size");
+        return too_many(app, TOO_MANY);
     }
     // Clients without a subject share the rate of their address.
     let is_allowed = match claims.sub() {

@@ -139,7 +139,7 @@ fn join(message: &Message) -> Result<Join, String> {
         waits: setting("postgres_changes_options", "wait"),
         membership,
         acknowledges: setting("broadcast", "ack"),
-        is_private: payload.get("config").and_then(|config| config.get("private")).is_some_and(truthy),
+        is_private: payload.get("config").and_then(|config| config.get("private")).is_some_and(is_not_false),
         by_operation: by_topic.is_some(),
         // The topic is the session's and the topic's own.
         bytes: bytes + message.topic.len() + MEMBERSHIP_BYTES,
@@ -187,7 +187,16 @@ fn entries(payload: &Value) -> Result<Vec<&Map<String, Value>>, String> {
 }
 
 fn truthy(value: &Value) -> bool {
-    matches!(value, Value::Bool(true)) || value.as_str() == Some("true")
+    matches!(value, Value::Bool(true)) || value.as_str().is_some_and(|text| text.eq_ignore_ascii_case("true"))
+}
+
+/// Whether a channel is private by this value: a value that is no boolean must not make it public.
+fn is_not_false(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(text) => !text.eq_ignore_ascii_case("false"),
+        _ => true,
+    }
 }
 
 #[cfg(test)]
