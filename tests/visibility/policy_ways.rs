@@ -220,7 +220,8 @@ const SCHEMA: &str = "
     create function is_admin() returns bool language sql stable as
       $$ select coalesce((auth.jwt() ->> 'admin')::boolean, false) $$;
     create function may_see(n int) returns bool language plpgsql stable security definer as
-      $$ begin return exists (select from public.members where team = n and member = auth.uid()); end $$;
+      -- The claim is read first: whether it raises must not depend on the plan.
+      $$ declare me constant uuid := auth.uid(); begin return exists (select from public.members where team = n and member = me); end $$;
     create table t (id int primary key, owner uuid, owners uuid[], n int, small smallint, big bigint, name text, code varchar(40),
       open bool, mood mood, tags text[], price numeric, at timestamptz, doc jsonb);
     create index on t (owner);
