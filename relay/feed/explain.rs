@@ -152,11 +152,12 @@ pub struct Explainer {
     catalog: Arc<CatalogCache>,
     binder: Binder,
     evaluator: IdentityEvaluator,
+    limit: Duration,
     turn: Mutex<()>,
 }
 
 impl Explainer {
-    /// Creates an explainer that queries `server`, and evaluates by `judge` within the time limit.
+    /// Creates an explainer that queries `server` and evaluates by `judge`, each statement within the time limit.
     pub fn new(server: Server, judge: Server, catalog: Arc<CatalogCache>, limit: Duration) -> Self {
         Self {
             server,
@@ -164,6 +165,7 @@ impl Explainer {
             binder: Binder::new(Arc::clone(&catalog)),
             catalog,
             evaluator: IdentityEvaluator::new(judge, limit),
+            limit,
             turn: Mutex::new(()),
         }
     }
@@ -174,9 +176,13 @@ impl Explainer {
     /// As the connection, or when the name is not valid SQL.
     pub async fn relation(&self, name: &str) -> Result<Option<Arc<Relation>>, RequestError> {
         let _turn = self.turn.lock().await;
-        let queries = ExplainQueries::connect(&self.server, self.login.as_deref()).await?;
+        let queries = self.queries().await?;
         let Some((schema, table)) = queries.named(name).await? else { return Ok(None) };
         Ok(self.catalog.fresh(None).await?.named(&schema, &table).cloned())
+    }
+
+    async fn queries(&self) -> Result<ExplainQueries, Error> {
+        ExplainQueries::connect(&self.server, self.login.as_deref(), self.limit).await
     }
 
     /// Explains subscriptions of one table, each with the verdict.
@@ -186,7 +192,7 @@ impl Explainer {
     pub async fn explain(&self, requests: &[ExplainRequest]) -> Result<Vec<Explanation>, RequestError> {
         let _turn = self.turn.lock().await;
         let explained = async {
-            let queries = ExplainQueries::connect(&self.server, self.login.as_deref()).await?;
+            let queries = self.queries().await?;
             let mut explanations = Vec::with_capacity(requests.len());
             for request in requests {
                 let mut explanation = self.examine(&queries, request).await?;

@@ -1,6 +1,7 @@
 //! Queries for `relay explain`: blockers of a subscription, one row, and the statement that evaluates one policy.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio_postgres::Client;
@@ -21,12 +22,20 @@ fn is_value_error(code: &SqlState) -> bool {
 }
 
 impl ExplainQueries {
-    /// Connects. `judge` is the judging login, if it is not this one.
+    /// Connects, for statements within the time limit. `judge` is the judging login, if it is not this one.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn connect(server: &Server, judge: Option<&str>) -> Result<Self, Error> {
-        Ok(Self { client: server.connect().await?, judge: judge.map(str::to_owned) })
+    pub async fn connect(server: &Server, judge: Option<&str>, limit: Duration) -> Result<Self, Error> {
+        let client = server.connect().await?;
+        // The lock timeout comes first, so that a locked table is reported as such.
+        let [statement_timeout, lock_timeout] = [limit, limit / 2].map(|limit| limit.as_millis());
+        client
+            .batch_execute(&format!(
+                "set statement_timeout = {statement_timeout}; set lock_timeout = {lock_timeout}"
+            ))
+            .await?;
+        Ok(Self { client, judge: judge.map(str::to_owned) })
     }
 
     /// Returns schema and name of the relation that a name in SQL syntax resolves to; `None` if there is none.

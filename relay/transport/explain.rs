@@ -71,10 +71,12 @@ pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> A
             error(StatusCode::BAD_REQUEST, &why)
         }
         Err(Refusal::Explained(RequestError::Failed(why))) => match why.refusal() {
-            Some(refusal) if !why.is_transient() => error(StatusCode::BAD_REQUEST, &refusal),
+            Some(refusal) if !why.is_transient() && !why.is_late() => {
+                error(StatusCode::BAD_REQUEST, &refusal)
+            }
             _ => {
                 tracing::warn!(error = %why, "subscription not explained");
-                error(StatusCode::SERVICE_UNAVAILABLE, "the database is unavailable, try again")
+                error(StatusCode::SERVICE_UNAVAILABLE, &format!("{}, try again", why.kind()))
             }
         },
     }

@@ -131,6 +131,27 @@ async fn a_row_that_the_relay_may_not_read_is_not_said_to_be_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_locked_table_is_told_and_keeps_no_other_from_its_explanation() {
+    let stage = stage().await;
+    let mut holder = stage.database.connect().await;
+    let lock = holder.transaction().await.unwrap();
+    lock.batch_execute("lock table todos in access exclusive mode").await.unwrap();
+    let address = stage.relay.address;
+    let locked = format!("table=todos&sub={ANN}&key=1");
+    let waiting = tokio::spawn(async move { asked(address, &service(), &locked).await });
+    let other = asked(address, &service(), &format!("table=closed&sub={ANN}")).await;
+    assert_eq!((other.status, &other.body["would_receive"]), (200, &json!(false)), "{other:?}");
+    let told = waiting.await.unwrap();
+    assert_eq!(told.status, 503, "{told:?}");
+    assert!(told.body["error"].as_str().unwrap().contains("locked by another transaction"), "{told:?}");
+    let waits = "select count(*)::text from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    assert_eq!(stage.database.value(waits).await, "0");
+    lock.rollback().await.unwrap();
+    let seen = asked(address, &service(), &format!("table=todos&sub={ANN}&key=1")).await;
+    assert_eq!(seen.body["would_receive"], true, "{seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn which_of_the_connected_would_get_a_row_is_told_with_the_number_of_their_channels() {
     let stage = stage().await;
     // One token for each: tokens of different seconds are different claims.

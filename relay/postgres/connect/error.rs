@@ -68,6 +68,11 @@ impl Error {
         }
     }
 
+    /// Whether a time limit ended the statement.
+    pub fn is_late(&self) -> bool {
+        matches!(self, Self::Late { .. }) || self.code() == Some(SqlState::QUERY_CANCELED.code())
+    }
+
     /// PostgreSQL's error code, if PostgreSQL raised the error.
     pub fn code(&self) -> Option<&str> {
         match self {
@@ -88,6 +93,8 @@ impl Error {
             None if matches!(self, Self::Refused { .. }) => "PostgreSQL refuses the relay's login",
             None => "PostgreSQL cannot be reached",
             Some("53300") => "PostgreSQL has no connection left",
+            Some("55P03") => "a table that must be read is locked by another transaction",
+            Some("57014") => "PostgreSQL did not finish a statement in time",
             Some("42501") => "PostgreSQL refuses the relay a right that it needs",
             Some(code) if code.starts_with("28") => "PostgreSQL refuses the relay's login",
             Some(code) if code.starts_with("57") => "PostgreSQL is stopping or starting",
