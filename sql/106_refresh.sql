@@ -133,14 +133,17 @@ from relay.refresh_schedule s
 join pg_catalog.pg_class c on c.oid = s.relation;
 comment on view relay.refresh_jobs is 'the refresh schedule: interval, last run with duration, changed rows and error, next run';
 
--- relay.run_refreshes() : runs every job that is due; returns the time until the next one, null when there is no job
+-- relay.run_refreshes(most) : runs the jobs that are due, at most so many; returns the time until the next one, null when there is none
 -- Skips a job that another session runs. An error is recorded in its job and does not affect the others. A statement_timeout
--- counts as an error of the running job, and ends the round.
-create or replace function relay.run_refreshes() returns interval
+-- counts as an error of the running job, and ends the round. The changes of all jobs of a call are committed together: call it with
+-- 1, so that no view waits for another, and with a lock_timeout, because a job waits for locks on the tables of its view.
+drop function if exists relay.run_refreshes();
+create or replace function relay.run_refreshes(most int default null) returns interval
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
   job record;
+  runs int := 0;
   started timestamptz;
   changed bigint;
   failure text;
@@ -174,11 +177,12 @@ begin
     set last_run = started, duration = clock_timestamp() - started, rows_changed = changed, error = failure,
         next_run = greatest(started + s.every, clock_timestamp())
     where s.id = job.id;
-    exit when cancelled;
+    runs := runs + 1;
+    exit when cancelled or runs = most;
   end loop;
   -- Not greatest() alone: it ignores null, so that no job would mean "at once".
   return (select case when count(*) > 0 then greatest(min(s.next_run) - clock_timestamp(), interval '0') end
           from relay.refresh_schedule s join pg_class c on c.oid = s.relation having count(*) > 0);
 end
 $$;
-comment on function relay.run_refreshes() is 'runs the refreshes that are due; returns the time until the next one';
+comment on function relay.run_refreshes(int) is 'runs the refreshes that are due; returns the time until the next one';

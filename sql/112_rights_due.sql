@@ -57,7 +57,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.catalog_marks(text[], text, oid[])', 'relay.rule_scope(text[], text, oid[])', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.parts_mark(regclass)', 'relay.rules_mark(oid[], oid[], boolean)',
     'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.name_parts(oid[])', 'relay.trim_changelog()',
     'relay.horizon()', 'relay.current_segment()', 'relay.blockers(text, text, text)', 'relay.row_like(regclass, jsonb)',
-    'relay.repair(int[])', 'relay.run_refreshes()', 'relay.open_bookmarks(uuid[], bytea[], text[])',
+    'relay.repair(int[])', 'relay.run_refreshes(int)', 'relay.open_bookmarks(uuid[], bytea[], text[])',
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
     'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()']) f
 $$;

@@ -222,6 +222,40 @@ async fn a_failing_refresh_is_recorded_and_stops_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_view_whose_table_is_locked_keeps_no_other_from_its_refresh() {
+    let database = thousand().await;
+    database
+        .run(
+            "create table free (id int primary key, v int); insert into free values (1, 0);
+             create materialized view healthy as select id, v from free; create unique index on healthy (id);
+             grant select on healthy to authenticated; select relay.watch('healthy')",
+        )
+        .await;
+    let relay = Relay::start(&database.url).await;
+    let mut client = Client::connect(&relay, &token("authenticated", None, json!({}))).await;
+    client.subscribe("realtime:h", json!([{"event": "*", "schema": "public", "table": "healthy"}])).await;
+    let mut holder = database.connect().await;
+    let lock = holder.transaction().await.unwrap();
+    lock.batch_execute("lock table source in access exclusive mode").await.unwrap();
+    // The locked one is due first, each time.
+    database.run("select relay.refresh_every('m', '100 milliseconds')").await;
+    database.run("select relay.refresh_every('healthy', '100 milliseconds')").await;
+    for v in 1..=2 {
+        database.run(&format!("update free set v = {v}")).await;
+        assert_eq!(client.change().await["record"], json!({"id": 1, "v": v}));
+    }
+    let error = "select error from relay.refresh_jobs where relation = 'm'::regclass";
+    eventually("the lock is recorded", || async {
+        database.value(error).await.contains("lock timeout").then_some(())
+    })
+    .await;
+    lock.rollback().await.unwrap();
+    eventually("the error is forgotten", || async { database.value(error).await.is_empty().then_some(()) })
+        .await;
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_read_policy_decides_who_sees_a_view() {
     let database = thousand().await;
     database

@@ -13,6 +13,9 @@ use crate::postgres::connect::pool::{Error, Server};
 /// of the schedule whose notification was lost.
 const MAX_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Maximum time for which a refresh waits for a lock on a table of its view, and the refreshes of other views wait for it.
+const LOCK_WAIT: &str = "1s";
+
 /// Runs due refreshes until `end`. `changed` reports a change of the schedule.
 ///
 /// `relay.run_refreshes` never overlaps with itself, so several relays may call it.
@@ -34,8 +37,9 @@ pub async fn run(server: Server, changed: Arc<Notify>, end: CancellationToken) {
 
 async fn work(server: &Server, changed: &Notify) -> Result<std::convert::Infallible, Error> {
     let client = server.connect().await?;
-    client.batch_execute("set synchronous_commit = on").await?;
-    let refresh = client.prepare("select extract(epoch from relay.run_refreshes())::float8").await?;
+    client.batch_execute(&format!("set synchronous_commit = on; set lock_timeout = '{LOCK_WAIT}'")).await?;
+    // One a transaction, so that the changes of a view do not wait for the next view.
+    let refresh = client.prepare("select extract(epoch from relay.run_refreshes(1))::float8").await?;
     loop {
         let next: Option<f64> = client.query_one(&refresh, &[]).await?.get(0);
         let wait = next.map_or(MAX_INTERVAL, |seconds| {
