@@ -15,7 +15,7 @@ use crate::feed::authorize::filter_evaluator::FilterEvaluator;
 use crate::feed::authorize::gate::Gate;
 use crate::feed::command::Command;
 use crate::feed::deliver::memory_budget::MemoryBudget;
-use crate::feed::explain::Explainer;
+use crate::feed::explain::explainer::Explainer;
 use crate::feed::handle::Feed;
 use crate::feed::lanes::Lanes;
 use crate::feed::read::backlog::Backlog;

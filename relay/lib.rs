@@ -238,7 +238,11 @@ pub mod feed {
     pub mod subscribe;
     pub mod handle;
     pub mod catch_up;
-    pub mod explain;
+    /// Why a subscriber gets a row, or does not.
+    pub mod explain {
+        pub mod explanation;
+        pub mod explainer;
+    }
 }
 
 /// Topics: broadcasts and presence, from one client to others. Knows no SQL and no wire format.

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 use crate::auth::token::TokenError;
 use crate::auth::verifier::{self, TokenSettings, Verifier};
 use crate::command::token::{bearer, usable};
-use crate::feed::explain::{ExplainRequest, ExplainTarget, Explainer, Explanation, one_line};
+use crate::feed::explain::explainer::{ExplainRequest, ExplainTarget, Explainer};
+use crate::feed::explain::explanation::{Explanation, PolicyPart, RowPart, one_line};
 use crate::feed::subscribe::RequestError;
 use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;
@@ -139,70 +140,68 @@ fn target(options: &ExplainOptions) -> Result<Option<ExplainTarget>, ExplainFail
     Ok(options.key.clone().map(ExplainTarget::Key))
 }
 
-/// Formats the explanation for a terminal.
+/// Formats the explanation for a terminal: the verdict, then the reasons.
 fn as_text(of: &Explanation) -> String {
     let mut lines = vec![of.first_line(), format!("{} for the role {}", of.table, of.role)];
-    let mut line = |text: String| lines.push(format!("  {text}"));
-    for blocker in &of.blockers {
-        line(format!("blocked: {blocker}"));
-    }
+    let mut reasons: Vec<String> = of.blockers.iter().map(|blocker| format!("blocked: {blocker}")).collect();
     if !of.hidden_columns.is_empty() {
-        line(format!("columns that the role may not read: {}", of.hidden_columns.join(", ")));
+        reasons.push(format!("columns that the role may not read: {}", of.hidden_columns.join(", ")));
     }
     if let Some(kind) = of.way {
-        line(format!(
-            "decided: {kind}{}",
-            match kind {
-                "compiled" => ", without a query to PostgreSQL",
-                "inverted" => ", by one query a page for the subscribers who may see its rows",
-                _ => ", by one query a page for each distinct set of the claims that are read",
-            }
-        ));
-        for obstacle in &of.obstacles {
-            line(format!("  because of: {}", obstacle.part));
-            line(format!("  where {}", obstacle.why));
-        }
-        line(match &of.claims_read {
-            None => String::from("claims read: any"),
-            Some(claims) if claims.is_empty() => String::from("claims read: none"),
-            Some(claims) => format!("claims read: {}", claims.join(", ")),
-        });
-        line(match &of.index {
-            None => String::from("index: none, each change of the table is evaluated"),
-            Some(keys) if keys.is_empty() => String::from("index: no row can be seen with these claims"),
-            Some(keys) => format!("index: {}", keys.join("; or ")),
-        });
-        for question in &of.questions {
-            line(format!("query to PostgreSQL: {question}"));
-        }
-        for policy in &of.policies {
-            let says = policy.says.map_or_else(String::new, |says| format!(", of this row: {says}"));
-            line(format!(
-                "{} policy {} ({}{says}): {}",
-                policy.kind,
-                policy.name,
-                policy.way,
-                one_line(&policy.condition)
-            ));
-        }
+        describe_way(of, kind, &mut reasons);
     }
     if let Some(filter) = &of.filter {
-        line(match &filter.refused {
+        reasons.push(match &filter.refused {
             None => format!("the filter {} is accepted", filter.text),
             Some(why) => format!("the filter {} is refused: {why}", filter.text),
         });
     }
     if let Some(row) = &of.row {
-        line(match (row.found, row.allowed, row.by.as_slice()) {
-            (false, ..) => String::from("there is no such row"),
-            (_, true, []) => String::from("the row is seen: no policy applies"),
-            (_, true, by) => format!("the row is seen, by {}", by.join(", ")),
-            (_, false, []) => String::from("the row is hidden: no permissive policy lets it through"),
-            (_, false, by) => format!("the row is hidden by {}", by.join(", ")),
-        });
-        if let Some(matches) = row.matches {
-            line(format!("it {} the filter", if matches { "matches" } else { "does not match" }));
-        }
+        describe_row(row, &mut reasons);
     }
+    lines.extend(reasons.into_iter().map(|reason| format!("  {reason}")));
     lines.join("\n") + "\n"
+}
+
+/// Adds how rows are decided: the strategy, what rules out a cheaper one, the index, and the policies.
+fn describe_way(of: &Explanation, kind: &str, lines: &mut Vec<String>) {
+    let cost = match kind {
+        "compiled" => ", without a query to PostgreSQL",
+        "inverted" => ", by one query a page for the subscribers who may see its rows",
+        _ => ", by one query a page for each distinct set of the claims that are read",
+    };
+    lines.push(format!("decided: {kind}{cost}"));
+    for obstacle in &of.obstacles {
+        lines.push(format!("  because of: {}", obstacle.part));
+        lines.push(format!("  where {}", obstacle.why));
+    }
+    lines.push(match &of.claims_read {
+        None => String::from("claims read: any"),
+        Some(claims) if claims.is_empty() => String::from("claims read: none"),
+        Some(claims) => format!("claims read: {}", claims.join(", ")),
+    });
+    lines.push(match &of.index {
+        None => String::from("index: none, each change of the table is evaluated"),
+        Some(keys) if keys.is_empty() => String::from("index: no row can be seen with these claims"),
+        Some(keys) => format!("index: {}", keys.join("; or ")),
+    });
+    lines.extend(of.questions.iter().map(|question| format!("query to PostgreSQL: {question}")));
+    lines.extend(of.policies.iter().map(|policy| {
+        let PolicyPart { kind, name, way, .. } = policy;
+        let says = policy.says.map_or_else(String::new, |says| format!(", of this row: {says}"));
+        format!("{kind} policy {name} ({way}{says}): {}", one_line(&policy.condition))
+    }));
+}
+
+fn describe_row(row: &RowPart, lines: &mut Vec<String>) {
+    lines.push(match (row.found, row.allowed, row.by.as_slice()) {
+        (false, ..) => String::from("there is no such row"),
+        (_, true, []) => String::from("the row is seen: no policy applies"),
+        (_, true, by) => format!("the row is seen, by {}", by.join(", ")),
+        (_, false, []) => String::from("the row is hidden: no permissive policy lets it through"),
+        (_, false, by) => format!("the row is hidden by {}", by.join(", ")),
+    });
+    if let Some(matches) = row.matches {
+        lines.push(format!("it {} the filter", if matches { "matches" } else { "does not match" }));
+    }
 }

@@ -11,10 +11,11 @@ use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
+use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{interval, sleep};
-use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::auth::verifier::mint;
 use crate::command::token::bearer;
@@ -42,6 +43,13 @@ pub struct TailOptions {
     /// The secret with which `relay serve` verifies tokens, to make one for the role service_role
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     jwt_secret: Option<String>,
+}
+
+impl TailOptions {
+    /// Schema and name of the table.
+    fn relation(&self) -> (&str, &str) {
+        self.table.split_once('.').unwrap_or(("public", &self.table))
+    }
 }
 
 /// Prints changes until interrupted; reconnects when the connection is lost.
@@ -136,28 +144,15 @@ impl Shown {
     }
 }
 
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// Subscribes and prints changes until the connection ends.
 async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<Ended, TailFailure> {
-    let mut socket = match connect_async(url).await {
-        Ok((socket, _)) => socket,
-        Err(SocketError::Http(answer)) if answer.status().is_client_error() => {
-            return Err(refused(
-                answer.status().as_u16(),
-                answer.body().as_deref().unwrap_or_default(),
-                options,
-            ));
-        }
-        Err(SocketError::Http(answer)) => return Ok(Ended::Lost(format!("it answers {}", answer.status()))),
-        Err(SocketError::Io(error)) => return Ok(Ended::Lost(error.to_string())),
-        // Permanent: a retry would fail as well.
-        Err(SocketError::HttpFormat(error)) => {
-            return Err(format!(
-                "--url or --token has characters that are not allowed in an address: {error}"
-            )
-            .into());
-        }
-        Err(error) => return Ok(Ended::Lost(error.to_string())),
+    let mut socket = match connect(url, options).await? {
+        Ok(socket) => socket,
+        Err(why) => return Ok(Ended::Lost(why)),
     };
-    let (schema, table) = options.table.split_once('.').unwrap_or(("public", &options.table));
+    let (schema, table) = options.relation();
     let binding = json!({"event": "*", "schema": schema, "table": table, "filter": options.filter});
     let config =
         json!({"config": {"postgres_changes": [binding], "postgres_changes_options": {"wait": true}}});
@@ -184,33 +179,12 @@ async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<E
         match frame[3].as_str() {
             Some("phx_reply") if frame[4]["status"] == "error" => {
                 let reason = frame[4]["response"]["reason"].as_str().unwrap_or("the join was refused");
-                if reason == UNAVAILABLE {
-                    return Ok(Ended::Lost(String::from("it has no connection to its database")));
-                }
-                let reason = reason.strip_prefix("RealtimeDisabledForConfiguration: ").unwrap_or(reason);
-                let bearer = options.token.as_deref().map(bearer).transpose()?;
-                let role = bearer.as_ref().map_or("service_role", Claims::role);
-                let hint = match bearer {
-                    None => {
-                        "\nWithout --token this is the role service_role; relay token makes one for a user"
-                    }
-                    Some(_) => "",
+                return match reason {
+                    UNAVAILABLE => Ok(Ended::Lost(String::from("it has no connection to its database"))),
+                    reason => Err(join_refused(reason, options)?),
                 };
-                let plain = SubscribeError(reason.to_owned()).plain((schema, table), Some(role));
-                return Err(format!("{plain}{hint}").into());
             }
-            Some("system") if frame[4]["message"] == SUBSCRIBED => {
-                subscribed = true;
-                note(&format!("following {schema}.{table}, Ctrl-C ends"));
-            }
-            Some("system") => {
-                let message = frame[4]["message"].as_str().unwrap_or_default();
-                let is_fatal = frame[4]["status"] != "ok";
-                if is_fatal && !message.starts_with("Gap:") && message != STALLED {
-                    return Err(message.into());
-                }
-                note(message);
-            }
+            Some("system") => subscribed |= noted(&frame[4], options)?,
             Some("phx_close") => return Err("the channel was closed: the token may have expired".into()),
             Some("postgres_changes") => {
                 let line = line(text)?;
@@ -222,6 +196,59 @@ async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<E
         }
     }
     Ok(if subscribed { Ended::AfterSubscribing } else { Ended::Lost(String::from("the connection broke")) })
+}
+
+/// Connects. The inner error is the reason why a later attempt may succeed.
+///
+/// # Errors
+/// What no later attempt would change.
+async fn connect(url: &str, options: &TailOptions) -> Result<Result<Socket, String>, TailFailure> {
+    match connect_async(url).await {
+        Ok((socket, _)) => Ok(Ok(socket)),
+        Err(SocketError::Http(answer)) if answer.status().is_client_error() => {
+            let body = answer.body().as_deref().unwrap_or_default();
+            Err(refused(answer.status().as_u16(), body, options))
+        }
+        Err(SocketError::Http(answer)) => Ok(Err(format!("it answers {}", answer.status()))),
+        Err(SocketError::HttpFormat(error)) => {
+            Err(format!("--url or --token has characters that are not allowed in an address: {error}").into())
+        }
+        Err(error) => Ok(Err(error.to_string())),
+    }
+}
+
+/// Prints a `system` message. Returns whether it confirms the subscription.
+///
+/// # Errors
+/// The message, if it ends the subscription.
+fn noted(payload: &Value, options: &TailOptions) -> Result<bool, TailFailure> {
+    let message = payload["message"].as_str().unwrap_or_default();
+    if message == SUBSCRIBED {
+        let (schema, table) = options.relation();
+        note(&format!("following {schema}.{table}, Ctrl-C ends"));
+        return Ok(true);
+    }
+    if payload["status"] != "ok" && !message.starts_with("Gap:") && message != STALLED {
+        return Err(message.into());
+    }
+    note(message);
+    Ok(false)
+}
+
+/// Returns the error for a join that the relay refuses.
+///
+/// # Errors
+/// When the token cannot be read.
+fn join_refused(reason: &str, options: &TailOptions) -> Result<TailFailure, TailFailure> {
+    let reason = reason.strip_prefix("RealtimeDisabledForConfiguration: ").unwrap_or(reason);
+    let bearer = options.token.as_deref().map(bearer).transpose()?;
+    let role = bearer.as_ref().map_or("service_role", Claims::role);
+    let hint = match bearer {
+        None => "\nWithout --token this is the role service_role; relay token makes one for a user",
+        Some(_) => "",
+    };
+    let plain = SubscribeError(reason.to_owned()).plain(options.relation(), Some(role));
+    Ok(format!("{plain}{hint}").into())
 }
 
 /// Returns the error for an HTTP answer that is no WebSocket, of a relay or of another server.

@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::token::TokenError;
 use crate::auth::verifier::{Verifier, now};
 use crate::feed::deliver::memory_budget::MemoryBudget;
-use crate::feed::explain::Explainer;
+use crate::feed::explain::explainer::Explainer;
 use crate::feed::handle::Feed;
 use crate::feed::read::stall::StallMonitor;
 use crate::model::identity::claims::Claims;

@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 
 use crate::auth::verifier::now;
 use crate::feed::deliver::members::Reader;
-use crate::feed::explain::{ExplainRequest, ExplainTarget, Explanation};
+use crate::feed::explain::explainer::{ExplainRequest, ExplainTarget};
+use crate::feed::explain::explanation::Explanation;
 use crate::feed::subscribe::RequestError;
 use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;

@@ -4,6 +4,7 @@ use std::error::Error;
 
 use tokio_postgres::Config;
 use tokio_postgres::config::Host;
+use tokio_postgres::error::DbError;
 
 /// Returns the address of a server as text.
 pub fn place(config: &Config) -> String {
@@ -19,43 +20,52 @@ pub fn place(config: &Config) -> String {
 
 /// Returns the remedy for a permanent refusal; `None` if a retry may help. `setting` names the setting with the URL.
 pub fn cure(error: &tokio_postgres::Error, config: &Config, setting: &str) -> Option<String> {
-    let user = config.get_user().unwrap_or_default();
-    if let Some(refusal) = error.as_db_error() {
-        let text = refusal.message();
-        return match refusal.code().code() {
-            "28P01" => Some(format!(
-                "the password in {setting} (or PGPASSWORD) is not that of the role {user}. In a URL, write / ? # @ : % of a password \
-                 as %2F %3F %23 %40 %3A %25; `alter role {user} password '…'` sets another"
-            )),
-            "28000" if text.contains("does not exist") => Some(format!(
-                "give another user in {setting}, or create this one: {}",
-                tool("createuser", config, user)
-            )),
-            "28000" if text.contains("Peer authentication") || text.contains("Ident authentication") => {
-                Some(format!(
-                    "on this socket PostgreSQL requires an operating system user of the same name: `sudo -u {user} relay …`, or give an address with \
-                 a password in {setting}: {}",
-                    sample(config)
-                ))
-            }
-            "28000" if text.contains("no encryption") || text.contains("SSL off") => Some(format!(
-                "this server requires TLS, or has no line for this address in its pg_hba.conf: sslmode=require in {setting} enables TLS"
-            )),
-            "28000" if text.contains("pg_hba.conf") => Some(format!(
-                "the server's pg_hba.conf needs a line for the user, database and address of {setting}"
-            )),
-            "3D000" => {
-                let database = config.get_dbname().unwrap_or(user);
-                Some(format!(
-                    "give another database in {setting}, or create this one: {}",
-                    tool("createdb", config, database)
-                ))
-            }
-            code if code.starts_with("28") => Some(format!("check the user and password in {setting}")),
-            _ => None,
-        };
+    match error.as_db_error() {
+        Some(refusal) => cure_of_refusal(refusal, config, setting),
+        None => cure_of_connection(&chain(error), config, setting),
     }
-    let why = chain(error);
+}
+
+/// Returns the remedy when PostgreSQL itself refuses the login.
+fn cure_of_refusal(refusal: &DbError, config: &Config, setting: &str) -> Option<String> {
+    let user = config.get_user().unwrap_or_default();
+    let text = refusal.message();
+    match refusal.code().code() {
+        "28P01" => Some(format!(
+            "the password in {setting} (or PGPASSWORD) is not that of the role {user}. In a URL, write / ? # @ : % of a password \
+             as %2F %3F %23 %40 %3A %25; `alter role {user} password '…'` sets another"
+        )),
+        "28000" if text.contains("does not exist") => Some(format!(
+            "give another user in {setting}, or create this one: {}",
+            tool("createuser", config, user)
+        )),
+        "28000" if text.contains("Peer authentication") || text.contains("Ident authentication") => {
+            Some(format!(
+                "on this socket PostgreSQL requires an operating system user of the same name: `sudo -u {user} relay …`, or give an address with \
+             a password in {setting}: {}",
+                sample(config)
+            ))
+        }
+        "28000" if text.contains("no encryption") || text.contains("SSL off") => Some(format!(
+            "this server requires TLS, or has no line for this address in its pg_hba.conf: sslmode=require in {setting} enables TLS"
+        )),
+        "28000" if text.contains("pg_hba.conf") => Some(format!(
+            "the server's pg_hba.conf needs a line for the user, database and address of {setting}"
+        )),
+        "3D000" => {
+            let database = config.get_dbname().unwrap_or(user);
+            Some(format!(
+                "give another database in {setting}, or create this one: {}",
+                tool("createdb", config, database)
+            ))
+        }
+        code if code.starts_with("28") => Some(format!("check the user and password in {setting}")),
+        _ => None,
+    }
+}
+
+/// Returns the remedy for an error before PostgreSQL answered the login. `why` is its text with all causes.
+fn cure_of_connection(why: &str, config: &Config, setting: &str) -> Option<String> {
     if why.contains("password missing") {
         return Some(format!(
             "PostgreSQL asks for a password and {setting} has none: {}, or PGPASSWORD",
