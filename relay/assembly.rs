@@ -294,6 +294,7 @@ impl Foundation {
             observe: Arc::clone(&self.observe),
             stall_monitor: Arc::clone(&self.stall_monitor),
             allowed_origins: config.allowed_origins,
+            upstream: config.upstream,
             budget,
             connection_limits: Arc::new(ConnectionLimits::new(
                 limits.connections,

@@ -11,6 +11,7 @@ use crate::auth::verifier::{TokenSettings, Verifier};
 use crate::model::session::limits::{Limits, RowLimit, TopicLimits};
 use crate::settings::{Mistakes, Settings};
 use crate::transport::listen;
+use crate::transport::upstream::Upstream;
 
 /// The maximum time setting, in seconds or milliseconds: PostgreSQL's maximum for a timeout.
 const MAX_TIME: u64 = i32::MAX as u64;
@@ -39,6 +40,8 @@ pub struct Config {
     pub jwks_refresher: Option<JwksRefresher>,
     /// Allowed origins of browsers; empty means any.
     pub allowed_origins: Vec<String>,
+    /// The server that gets requests for other paths.
+    pub upstream: Option<Upstream>,
     /// Limits of clients.
     pub limits: Limits,
     /// Maximum absence after which a session can resume.
@@ -67,6 +70,9 @@ impl Settings {
         let listen = listen::address(self.listen.as_deref()).unwrap_or_else(|mistake| {
             mistakes.push(mistake);
             SocketAddr::from(([127, 0, 0, 1], 0))
+        });
+        let upstream = self.upstream.as_deref().and_then(|url| {
+            Upstream::parse(url).map_err(|why| mistakes.push(format!("--upstream: {why}"))).ok()
         });
         let (keys, jwks_refresher) = self.jwks(&mut mistakes);
         let limits = self.limits(&mut mistakes);
@@ -101,6 +107,7 @@ impl Settings {
             verifier,
             jwks_refresher,
             allowed_origins: self.allowed_origin,
+            upstream,
             limits,
             resume: Duration::from_secs(resume),
             poll,

@@ -274,6 +274,7 @@ pub mod transport {
     pub mod response;
     pub mod held_answer;
     pub mod broadcast_rates;
+    pub mod upstream;
     pub mod app;
     mod body;
     /// `POST /realtime/v1/api/broadcast`.
@@ -301,6 +302,7 @@ pub mod transport {
         pub mod handshake;
     }
     pub mod explain;
+    pub mod proxy;
     pub mod routes;
 }
 

@@ -47,6 +47,8 @@ metrics! {
     sessions_total: Counter = "sessions", "Clients that connected";
     sessions_full: Counter = "sessions_closed_full", "Clients closed because they read too slowly";
     refused: Counter = "connections_refused", "Connections refused before they became sessions";
+    upstream_requests: Counter = "upstream_requests", "Requests passed on to the server behind the relay";
+    upstream_failures: Counter = "upstream_failures", "Requests that the server behind the relay did not answer";
     outbox_bytes: Gauge = "outbox_bytes", "Bytes queued for clients, a frame for many counted once";
     channels: Gauge = "channels_open", "Channels with changes subscribed now";
     groups: Gauge = "groups_open", "Groups of channels that receive the same frames";
@@ -95,18 +97,34 @@ pub struct Readings {
     pub outbox_bytes: usize,
 }
 
+/// Lets one log line a second through.
+#[derive(Default)]
+struct LogPace {
+    /// Unix time of the last line.
+    last: AtomicU64,
+}
+
+impl LogPace {
+    fn is_due(&self) -> bool {
+        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
+        self.last.swap(now, Ordering::Relaxed) != now
+    }
+}
+
 /// Metrics of one relay, and its repeated log lines. None carries a topic, a claim or a row.
 pub struct Observe {
     registry: Registry,
     metrics: Metrics,
     logged_missing_grants: Mutex<BTreeSet<String>>,
     logged_hidden: Mutex<BTreeSet<String>>,
-    /// Unix time of the last log line about a failed evaluation.
-    failure_logged: AtomicU64,
-    /// Unix time of the last log line about a refusal.
-    refusal_logged: AtomicU64,
-    /// Unix time of the last log line about a refused subscription.
-    subscription_refusal_logged: AtomicU64,
+    /// Of failed evaluations.
+    failures: LogPace,
+    /// Of refused connections and requests.
+    refusals: LogPace,
+    /// Of refused subscriptions.
+    subscription_refusals: LogPace,
+    /// Of the server behind the relay.
+    upstream: LogPace,
 }
 
 impl Observe {
@@ -114,15 +132,15 @@ impl Observe {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("relay");
         let metrics = Metrics::register(&mut registry);
-        let (failure_logged, refusal_logged) = (AtomicU64::new(0), AtomicU64::new(0));
         Self {
             registry,
             metrics,
             logged_missing_grants: Mutex::default(),
             logged_hidden: Mutex::default(),
-            failure_logged,
-            refusal_logged,
-            subscription_refusal_logged: AtomicU64::new(0),
+            failures: LogPace::default(),
+            refusals: LogPace::default(),
+            subscription_refusals: LogPace::default(),
+            upstream: LogPace::default(),
         }
     }
 
@@ -152,8 +170,7 @@ impl Observe {
 
     /// Logs a refused subscription, at most once a second: its client may not show the reason.
     pub fn subscription_refused(&self, why: &str) {
-        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
-        if self.subscription_refusal_logged.swap(now, Ordering::Relaxed) != now {
+        if self.subscription_refusals.is_due() {
             tracing::warn!(why, "subscription refused");
         }
     }
@@ -161,8 +178,20 @@ impl Observe {
     /// Counts a refusal, and returns whether to log it.
     fn count_refusal(&self) -> bool {
         self.metrics.refused.inc();
-        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
-        self.refusal_logged.swap(now, Ordering::Relaxed) != now
+        self.refusals.is_due()
+    }
+
+    /// Counts a request that was passed on to the server behind the relay.
+    pub fn upstream_requested(&self) {
+        self.metrics.upstream_requests.inc();
+    }
+
+    /// Counts a request that the server behind the relay did not answer, and logs it, at most once a second.
+    pub fn upstream_failed(&self, why: &str) {
+        self.metrics.upstream_failures.inc();
+        if self.upstream.is_due() {
+            tracing::warn!(why, "no answer of --upstream");
+        }
     }
 
     /// Updates the numbers of channels and groups of a router.
@@ -269,9 +298,8 @@ impl Observe {
             Denied::TimedOut | Denied::Locked => self.metrics.timed_out.inc(),
             Denied::Role => self.metrics.role_lost.inc(),
         };
-        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
         // A policy that raises for every row must not fill the disk.
-        if self.failure_logged.swap(now, Ordering::Relaxed) != now {
+        if self.failures.is_due() {
             let outcome = match denied {
                 Denied::Unreadable | Denied::TimedOut | Denied::Locked => "gap",
                 Denied::Raised | Denied::Claims | Denied::Role => "denied",

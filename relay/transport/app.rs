@@ -20,6 +20,7 @@ use crate::observe::{Observe, Readings};
 use crate::pubsub::topics::Topics;
 use crate::transport::broadcast_rates::BroadcastRates;
 use crate::transport::connection_limits::ConnectionLimits;
+use crate::transport::upstream::Upstream;
 
 /// The state that every connection shares.
 pub struct App {
@@ -39,6 +40,8 @@ pub struct App {
     pub stall_monitor: Arc<StallMonitor>,
     /// Origins that browsers may connect from; empty means any.
     pub allowed_origins: Vec<String>,
+    /// The server that gets requests for other paths.
+    pub upstream: Option<Upstream>,
     /// Limits on open connections.
     pub connection_limits: Arc<ConnectionLimits>,
     /// Limits on what clients may request and hold.

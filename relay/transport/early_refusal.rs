@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
@@ -35,6 +37,13 @@ pub struct EarlyRefusal {
     replacement: Option<(Vec<u8>, usize)>,
     /// Whether the write side is shut down.
     is_shut: bool,
+}
+
+/// Returns the underlying connection and the bytes read beyond the request. Frees hyper's read buffer of 8 KiB: kept in the
+/// session's future it would be most of the memory of an idle client.
+pub fn into_connection(upgraded: Upgraded) -> Option<(Intake, Vec<u8>)> {
+    let parts = upgraded.downcast::<TokioIo<EarlyRefusal>>().ok()?;
+    Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
 }
 
 impl EarlyRefusal {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http_body_util::BodyExt;
 use hyper::StatusCode;
 use hyper::body::{Body, Frame as Chunk, SizeHint};
 use tokio::sync::watch;
@@ -14,7 +13,7 @@ use tokio::sync::watch;
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 use crate::feed::deliver::outbox::Outbox;
-use crate::transport::response::{Answer, json};
+use crate::transport::response::{Answer, body, json};
 
 /// The outbox whose overflow ends the connection; `None` if there is none. The connection watches it because hyper does not
 /// poll the body of a client that does not read.
@@ -41,7 +40,7 @@ struct Counted {
 /// Answers with the frames taken from an outbox, as JSON.
 pub fn json_answer(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Answer {
     let mut answer = json(StatusCode::OK, "");
-    *answer.body_mut() = HeldAnswer::new(outbox, watched).boxed_unsync();
+    *answer.body_mut() = body(HeldAnswer::new(outbox, watched));
     answer
 }
 

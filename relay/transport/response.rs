@@ -1,15 +1,25 @@
 //! HTTP answers. None may be cached: each is for the bearer of one token at one moment.
 
 use std::convert::Infallible;
+use std::io;
 
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
+use hyper::body::Body;
 use hyper::header::{self, HeaderValue};
 use hyper::{Response, StatusCode};
 
 /// An answer with a body of any kind.
-pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+pub type Answer = Response<AnswerBody>;
+
+/// The body of an answer. Only one that another server sends can fail: then it is incomplete.
+pub type AnswerBody = UnsyncBoxBody<Bytes, io::Error>;
+
+/// Makes a body that cannot fail the body of an answer.
+pub fn body(body: impl Body<Data = Bytes, Error = Infallible> + Send + 'static) -> AnswerBody {
+    body.map_err(|never| match never {}).boxed_unsync()
+}
 
 /// `Retry-After` of temporary errors, in seconds.
 const RETRY_AFTER: &str = "2";
@@ -26,7 +36,7 @@ pub fn preflight() -> Answer {
 
 /// A plain text answer.
 pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Full::new(body.into()).boxed_unsync());
+    let mut answer = Response::new(self::body(Full::new(body.into())));
     *answer.status_mut() = status;
     let headers = answer.headers_mut();
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));

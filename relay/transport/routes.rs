@@ -31,6 +31,7 @@ use crate::transport::explain;
 use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::intake::Intake;
 use crate::transport::presence;
+use crate::transport::proxy::{self, PassedRequest};
 use crate::transport::response::Answer;
 use crate::transport::response::{error, preflight, text};
 use crate::transport::socket::handshake::handshake;
@@ -66,7 +67,14 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
         let (exchange, unfinished) = (Arc::clone(&exchanging), Arc::clone(&unfinished));
         let reads_body = broadcast::is_broadcast(request.uri().path());
         async move {
-            let answer = Box::pin(answer(app, slot, request, watched, &exchange)).await;
+            let answer = match app.upstream.as_ref().filter(|_| !is_own(request.uri().path())) {
+                Some(upstream) => {
+                    let closed = exchange.closed();
+                    let passed = PassedRequest { request, slot, unfinished: Arc::clone(&unfinished), closed };
+                    Box::pin(proxy::pass(&app, upstream, passed)).await
+                }
+                None => Box::pin(answer(Arc::clone(&app), slot, request, watched, &exchange)).await,
+            };
             if reads_body {
                 // What was counted is the body, and no incomplete head.
                 unfinished.store(0, Ordering::Relaxed);
@@ -207,6 +215,14 @@ async fn route(
             error(StatusCode::NOT_FOUND, NOTHING_HERE)
         }
     }
+}
+
+/// Whether the relay answers this path itself, and never a server behind it.
+fn is_own(path: &str) -> bool {
+    let below =
+        |base: &str| path.strip_prefix(base).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    below("/realtime/v1")
+        || ["/socket/websocket", "/healthcheck", "/livez", "/readyz", "/metrics"].contains(&path)
 }
 
 const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes, \

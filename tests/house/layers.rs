@@ -15,7 +15,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("auth", &["auth", "model", "observe", "tls"]),
     ("transport", &["transport", "auth", "pubsub", "feed", "model", "observe", "tls"]),
     ("settings", &[]),
-    ("config", &["settings", "auth", "transport::listen", "model"]),
+    ("config", &["settings", "auth", "transport::listen", "transport::upstream", "model"]),
 ];
 
 /// Words that a layer never says, and what they would bring in.

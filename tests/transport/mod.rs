@@ -9,6 +9,7 @@ pub mod http_edges;
 pub mod keys;
 pub mod pages;
 pub mod tokens;
+pub mod upstream;
 pub mod websocket;
 pub mod wire;
 pub mod wire_edges;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::stream::unfold;
-use http_body_util::{BodyExt, StreamBody};
+use http_body_util::StreamBody;
 use hyper::StatusCode;
 use hyper::body::Frame as Chunk;
 use hyper::header::{self, HeaderValue};
@@ -27,7 +27,7 @@ use crate::transport::changes::refusal::{expired, gap, unavailable};
 use crate::transport::changes::request::{ChangesRequest, START_TIMEOUT};
 use crate::transport::connection_limits::ClientSlot;
 use crate::transport::held_answer::{WatchedOutbox, counted};
-use crate::transport::response::{Answer, error};
+use crate::transport::response::{self, Answer, error};
 
 /// Time limit for querying the position of an idle stream.
 const POSITION_TIMEOUT: Duration = Duration::from_secs(1);
@@ -119,7 +119,7 @@ fn answer(
         let chunk = counted(chunk.into_bytes(), &stream.app.budget);
         Some((Ok::<_, Infallible>(Chunk::data(chunk)), stream))
     }));
-    let mut answer = Answer::new(body.boxed_unsync());
+    let mut answer = Answer::new(response::body(body));
     let headers = answer.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));

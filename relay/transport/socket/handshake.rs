@@ -4,17 +4,14 @@ use std::sync::Arc;
 
 use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderMap, HeaderValue};
-use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::TokioIo;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::model::codec::phoenix::Version;
 use crate::model::identity::bookmark::InvalidSessionName;
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::connection_limits::ConnectionSlot;
-use crate::transport::early_refusal::EarlyRefusal;
-use crate::transport::intake::Intake;
+use crate::transport::early_refusal::into_connection;
 use crate::transport::query::repeated_error;
 use crate::transport::query::{is_unreadable, parameter, repeated};
 use crate::transport::response::Answer;
@@ -87,13 +84,6 @@ fn switching_protocols(key: &str) -> Answer {
         headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
     }
     answer
-}
-
-/// Returns the underlying connection and the bytes read beyond the request. Frees hyper's read buffer of 8 KiB: kept in the
-/// session's future it would be most of the memory of an idle client.
-fn into_connection(upgraded: Upgraded) -> Option<(Intake, Vec<u8>)> {
-    let parts = upgraded.downcast::<TokioIo<EarlyRefusal>>().ok()?;
-    Some((parts.io.into_inner().into_inner(), parts.read_buf.to_vec()))
 }
 
 /// Returns the API key or token of a handshake; empty if there is none.
