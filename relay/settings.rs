@@ -173,7 +173,7 @@ pub struct Settings {
     /// Warn clients when changes could not be read or evaluated for this long [default: 10]
     #[arg(long, help_heading = "Database", env = "RELAY_STALL_SECONDS", value_name = "SECONDS")]
     pub stall_seconds: Option<u64>,
-    /// The server that gets requests for all paths that are not the relay's, such as https://PROJECT.example
+    /// The server that gets requests for all paths that are not the relay's: its https:// or http:// address
     #[arg(long, env = "RELAY_UPSTREAM", value_name = "URL")]
     pub upstream: Option<String>,
     /// Install or update the database side before serving

@@ -53,3 +53,9 @@ clients! {
     realtime_js_older: "node" "realtime-js-older.mjs";
     realtime_py: "target/python/bin/python" "realtime-py.py";
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_todo_app_has_one_address_for_logins_rows_and_changes() {
+    let scenario = "a_todo_app_has_one_address_for_logins_rows_and_changes";
+    crate::support::script::play("node", "one-url.mjs", scenario).await;
+}

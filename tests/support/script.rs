@@ -1,5 +1,5 @@
 //! A script of tests/clients as a process of its own. It is the client; by orders on its stdout it has this side do
-//! the rest: write SQL, make tokens, cut its socket, stop and start the relay. No order is answered before it is done.
+//! the rest: write SQL, make tokens, cut its socket, stop and start the relay, also before another server. No order is answered before it is done.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
@@ -28,7 +28,7 @@ const AGE: u64 = 60;
 pub async fn play(program: &str, script: &str, scenario: &str) {
     let database = Database::new().await;
     database.run(include_str!("../clients/schema.sql")).await;
-    let relay = start(&database, None).await;
+    let relay = start(&database, None, None).await;
     let proxy = Proxy::start(relay.address).await;
     let mut script = Script::start(program, script, scenario, &relay, &proxy);
     let mut scene = Scene { address: relay.address, relay: Some(relay), database, proxy };
@@ -47,10 +47,11 @@ pub async fn play(program: &str, script: &str, scenario: &str) {
     }
 }
 
-async fn start(database: &Database, listen: Option<SocketAddr>) -> Relay {
+async fn start(database: &Database, listen: Option<SocketAddr>, upstream: Option<String>) -> Relay {
     Relay::with(&database.url, |settings| {
         settings.publishable_key = vec!["sb_publishable_for_tests".to_owned()];
         settings.secret_key = vec!["sb_secret_for_tests".to_owned()];
+        settings.upstream = upstream;
         if let Some(address) = listen {
             settings.listen = Some(address.to_string());
         }
@@ -79,7 +80,10 @@ impl Scene {
             ["TOKEN", who, seconds] => return Some(format!("DONE {}", token(who, seconds.parse().unwrap()))),
             ["CUT"] => self.proxy.cut(),
             ["STOP"] => self.relay.take().unwrap().stop().await,
-            ["START"] => self.relay = Some(start(&self.database, Some(self.address)).await),
+            ["START"] => self.relay = Some(start(&self.database, Some(self.address), None).await),
+            ["BEHIND", url] => {
+                self.relay = Some(start(&self.database, Some(self.address), Some(url.to_owned())).await);
+            }
             _ => return None,
         }
         Some("DONE".to_owned())
