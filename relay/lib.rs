@@ -316,7 +316,9 @@ pub mod server;
 /// The larger commands beside `serve`, one a file; `install`, `watch` and `unwatch` are in `main`.
 pub mod command {
     pub mod token;
+    pub mod realtime_socket;
     pub mod tail;
+    pub mod compare;
     pub mod explain;
     pub mod doctor;
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use futures_util::FutureExt;
-use relay::command::{doctor, explain, tail, token};
+use relay::command::{compare, doctor, explain, tail, token};
 use relay::config::NO_DATABASE;
 use relay::postgres::connect::pool::{DATABASE, Error, JUDGE, Server};
 use relay::postgres::install;
@@ -55,6 +55,10 @@ const EXPLAIN: &str = "\
 Examples:
   relay explain todos --sub 11111111-1111-4111-8111-111111111111
   relay explain todos --token \"$TOKEN\" --key 7";
+const COMPARE: &str = "\
+Examples:
+  relay compare https://PROJECT.supabase.co --apikey \"$ANON_KEY\" --token \"$TOKEN\" --table todos --seconds 600
+  relay compare http://127.0.0.1:4001 --token \"$TOKEN\" --table todos --table crm.deal";
 
 #[derive(Subcommand)]
 enum CliCommand {
@@ -85,6 +89,9 @@ enum CliCommand {
     /// Print the changes of a table as they happen
     #[command(after_help = TAIL)]
     Tail(tail::TailOptions),
+    /// Subscribe at the relay and at another server, and print what differs; exit code 1 if anything does
+    #[command(after_help = COMPARE)]
+    Compare(compare::CompareOptions),
     /// Explain why a user receives the rows of a table or does not, and how that is decided; exit code 1 if not
     #[command(after_help = EXPLAIN)]
     Explain {
@@ -214,6 +221,11 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
         }
         CliCommand::Token(options) => token::run(&options)?,
         CliCommand::Tail(options) => tail::run(options).await?,
+        CliCommand::Compare(options) => {
+            if !compare::run(options).await? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         CliCommand::Doctor(options) => {
             let (server, judge) = options.servers()?;
             return Ok(doctor::run(&server, &judge).await);

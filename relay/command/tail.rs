@@ -7,17 +7,14 @@ use std::io::Write;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
-use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
-use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::{interval, sleep};
-use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
+use tokio::time::sleep;
 
 use crate::auth::verifier::mint;
+use crate::command::realtime_socket::{ConnectError, RealtimeSocket, ServerAddress};
 use crate::command::token::bearer;
 use crate::model::codec::protocol::{STALLED, SUBSCRIBED};
 use crate::model::identity::claims::Claims;
@@ -67,12 +64,8 @@ pub async fn run(options: TailOptions) -> Result<(), TailFailure> {
             );
         }
     };
-    let base = options.url.trim_end_matches('/');
-    let Some(host) = base.strip_prefix("http://").or_else(|| base.strip_prefix("ws://")) else {
-        return Err(format!("--url {base}: expected http:// and the relay's address").into());
-    };
-    let session = session_id();
-    let url = format!("ws://{host}/realtime/v1/websocket?vsn=2.0.0&apikey={token}&session={session}");
+    let address = ServerAddress::parse("--url", &options.url)?;
+    let parameters = format!("apikey={token}&session={}", session_id());
     // One listener for all of it: one that is made anew misses a signal that arrives before.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut pause = FIRST_PAUSE;
@@ -82,14 +75,14 @@ pub async fn run(options: TailOptions) -> Result<(), TailFailure> {
     loop {
         tokio::select! {
             _ = interrupt.recv() => return Ok(()),
-            ended = follow(&url, &options, &mut shown) => match ended? {
+            ended = follow(&address, &parameters, &options, &mut shown) => match ended? {
                 Ended::Lost(why) => {
                     if printed.insert(why.clone()) {
-                        note(&format!("waiting for a relay at {base}: {why}"));
+                        note(&format!("waiting for a relay at {}: {why}", address.base()));
                     }
                 }
                 Ended::AfterSubscribing => {
-                    note(&format!("the relay at {base} went away: reconnecting, missed changes follow then"));
+                    note(&format!("the relay at {} went away: reconnecting, missed changes follow then", address.base()));
                     pause = FIRST_PAUSE;
                     printed.clear();
                 }
@@ -144,38 +137,32 @@ impl Shown {
     }
 }
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
-
 /// Subscribes and prints changes until the connection ends.
-async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<Ended, TailFailure> {
-    let mut socket = match connect(url, options).await? {
+async fn follow(
+    address: &ServerAddress,
+    parameters: &str,
+    options: &TailOptions,
+    shown: &mut Shown,
+) -> Result<Ended, TailFailure> {
+    let mut socket = match RealtimeSocket::connect(address, parameters).await {
         Ok(socket) => socket,
-        Err(why) => return Ok(Ended::Lost(why)),
+        Err(ConnectError::Away(why)) => return Ok(Ended::Lost(why)),
+        Err(ConnectError::Refused { status, body }) => return Err(refused(status, &body, options)),
+        Err(ConnectError::Invalid(why)) => {
+            return Err(
+                format!("--url or --token has characters that are not allowed in an address: {why}").into()
+            );
+        }
     };
     let (schema, table) = options.relation();
     let binding = json!({"event": "*", "schema": schema, "table": table, "filter": options.filter});
     let config =
         json!({"config": {"postgres_changes": [binding], "postgres_changes_options": {"wait": true}}});
-    let join = json!(["1", "1", "realtime:tail", "phx_join", config]);
-    if let Err(error) = socket.send(Message::text(join.to_string())).await {
-        return Ok(Ended::Lost(error.to_string()));
+    if let Err(why) = socket.join("realtime:tail", &config).await {
+        return Ok(Ended::Lost(why));
     }
-    let mut heartbeat = interval(Duration::from_secs(25));
     let mut subscribed = false;
-    loop {
-        let message = tokio::select! {
-            _ = heartbeat.tick() => {
-                let beat = json!([null, "0", "phoenix", "heartbeat", {}]);
-                if socket.send(Message::text(beat.to_string())).await.is_err() {
-                    break;
-                }
-                continue;
-            }
-            message = socket.next() => message,
-        };
-        let Some(Ok(message)) = message else { break };
-        let Ok(text) = message.to_text() else { continue };
-        let Ok(frame) = serde_json::from_str::<Value>(text) else { continue };
+    while let Some((frame, text)) = socket.next().await {
         match frame[3].as_str() {
             Some("phx_reply") if frame[4]["status"] == "error" => {
                 let reason = frame[4]["response"]["reason"].as_str().unwrap_or("the join was refused");
@@ -187,7 +174,7 @@ async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<E
             Some("system") => subscribed |= noted(&frame[4], options)?,
             Some("phx_close") => return Err("the channel was closed: the token may have expired".into()),
             Some("postgres_changes") => {
-                let line = line(text)?;
+                let line = line(&text)?;
                 if shown.is_new(&line) {
                     writeln!(std::io::stdout(), "{line}")?;
                 }
@@ -196,25 +183,6 @@ async fn follow(url: &str, options: &TailOptions, shown: &mut Shown) -> Result<E
         }
     }
     Ok(if subscribed { Ended::AfterSubscribing } else { Ended::Lost(String::from("the connection broke")) })
-}
-
-/// Connects. The inner error is the reason why a later attempt may succeed.
-///
-/// # Errors
-/// What no later attempt would change.
-async fn connect(url: &str, options: &TailOptions) -> Result<Result<Socket, String>, TailFailure> {
-    match connect_async(url).await {
-        Ok((socket, _)) => Ok(Ok(socket)),
-        Err(SocketError::Http(answer)) if answer.status().is_client_error() => {
-            let body = answer.body().as_deref().unwrap_or_default();
-            Err(refused(answer.status().as_u16(), body, options))
-        }
-        Err(SocketError::Http(answer)) => Ok(Err(format!("it answers {}", answer.status()))),
-        Err(SocketError::HttpFormat(error)) => {
-            Err(format!("--url or --token has characters that are not allowed in an address: {error}").into())
-        }
-        Err(error) => Ok(Err(error.to_string())),
-    }
 }
 
 /// Prints a `system` message. Returns whether it confirms the subscription.

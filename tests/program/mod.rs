@@ -2,6 +2,7 @@
 
 pub mod addresses;
 pub mod cli;
+pub mod compare;
 pub mod explain;
 pub mod first_use;
 pub mod install;
