@@ -207,7 +207,7 @@ async fn route(
             None => text(StatusCode::OK, "ready"),
             Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}")),
         },
-        "/metrics" => text(StatusCode::OK, app.metrics()),
+        "/metrics" => metrics(app.metrics()),
         path => {
             if is_of_client(path) {
                 app.observe.request_refused(slot.address(), path, NOTHING_HERE);
@@ -227,6 +227,14 @@ fn is_own(path: &str) -> bool {
 
 const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes, \
     broadcasts at /realtime/v1/api/broadcast, presence at /realtime/v1/presence, explanations at /realtime/v1/explain";
+
+/// The metrics in the format of OpenMetrics.
+fn metrics(text: String) -> Answer {
+    let mut answer = self::text(StatusCode::OK, text);
+    let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(format));
+    answer
+}
 
 /// Whether a client with a wrong address, rather than a probe or a scanner, may have meant this path.
 fn is_of_client(path: &str) -> bool {

@@ -12,6 +12,7 @@
     reason = "a program for the terminal that may fail loudly"
 )]
 
+mod broadcast;
 mod fanout;
 mod floor;
 mod follower;
@@ -35,8 +36,8 @@ mod writers;
 
 use report::Report;
 
-const SECTIONS: [&str; 8] =
-    ["latency", "writers", "fanout", "policies", "memory", "stalled", "transaction", "storm"];
+const SECTIONS: [&str; 9] =
+    ["latency", "writers", "fanout", "broadcast", "policies", "memory", "stalled", "transaction", "storm"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -86,6 +87,7 @@ async fn run(section: &str, report: &mut Report) {
         "latency" => latency::run(report).await,
         "writers" => writers::run(report).await,
         "fanout" => fanout::run(report).await,
+        "broadcast" => broadcast::run(report).await,
         "policies" => policies::run(report).await,
         "memory" => memory::run(report).await,
         "stalled" => stalled::run(report).await,

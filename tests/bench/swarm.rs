@@ -31,6 +31,10 @@ pub enum Peer {
     Relay {
         table: &'static str,
     },
+    /// The relay: each client is another user and joins this topic.
+    Topic {
+        name: &'static str,
+    },
     Floor,
 }
 
@@ -45,6 +49,8 @@ pub struct Hello {
     user: usize,
     path: String,
     pub join: Option<Vec<u8>>,
+    /// A part of the message that confirms the join.
+    confirmed: &'static str,
 }
 
 impl Swarm {
@@ -91,7 +97,8 @@ impl Swarm {
 
 fn hello(peer: &Peer, user: usize) -> Hello {
     match peer {
-        Peer::Floor => Hello { user, path: String::from("/"), join: None },
+        Peer::Floor => Hello::bare(user, "/"),
+        Peer::Topic { name } => Hello::topic(name, user),
         Peer::Relay { table } => Hello::relay(table, "bench", user),
     }
 }
@@ -102,12 +109,31 @@ impl Hello {
         let token = token_of(user);
         let change = serde_json::json!({"event": "*", "schema": "public", "table": table});
         let payload = serde_json::json!({"config": {"postgres_changes": [change]}, "access_token": token});
+        Self::joining(user, topic, &token, &payload, "Subscribed to PostgreSQL")
+    }
+
+    /// To the relay, from this user, who joins a topic without tables.
+    pub fn topic(topic: &str, user: usize) -> Self {
+        let token = token_of(user);
+        let payload = serde_json::json!({"config": {"broadcast": {"ack": false, "self": false}}, "access_token": token});
+        Self::joining(user, topic, &token, &payload, r#""status":"ok""#)
+    }
+
+    fn joining(
+        user: usize,
+        topic: &str,
+        token: &str,
+        payload: &serde_json::Value,
+        confirmed: &'static str,
+    ) -> Self {
         let join = serde_json::json!(["1", "1", format!("realtime:{topic}"), "phx_join", payload]);
-        Self {
-            user,
-            path: format!("/realtime/v1/websocket?apikey={token}&vsn=2.0.0"),
-            join: Some(masked(&join.to_string())),
-        }
+        let path = format!("/realtime/v1/websocket?apikey={token}&vsn=2.0.0");
+        Self { user, path, join: Some(masked(&join.to_string())), confirmed }
+    }
+
+    /// To a server at this path, without a join.
+    pub fn bare(user: usize, path: &str) -> Self {
+        Self { user, path: path.to_owned(), join: None, confirmed: "" }
     }
 
     /// The request that asks for a WebSocket.
@@ -197,7 +223,7 @@ impl Client {
         match hello.join {
             Some(join) => {
                 stream.write_all(&join).await.map_err(|error| error.to_string())?;
-                while !self.confirmed()? {
+                while !self.confirmed(hello.confirmed)? {
                     let rest = &mut self.rest;
                     read(&mut stream, scratch, |bytes| rest.extend(bytes)).await?;
                 }
@@ -228,14 +254,14 @@ impl Client {
         Ok(true)
     }
 
-    fn confirmed(&mut self) -> Result<bool, String> {
+    fn confirmed(&mut self, part: &str) -> Result<bool, String> {
         while let Some((body, end)) = frame(&self.rest)? {
             let text = String::from_utf8_lossy(&self.rest[body..end]).into_owned();
             self.rest.drain(..end);
             if text.contains(r#""status":"error""#) {
                 return Err(text);
             }
-            if text.contains("Subscribed to PostgreSQL") {
+            if text.contains(part) {
                 self.ledger.joined.fetch_add(1, Relaxed);
                 return Ok(true);
             }
@@ -329,7 +355,7 @@ pub fn frame(bytes: &[u8]) -> Result<Option<(usize, usize)>, String> {
 }
 
 /// A text frame as clients must send it; the mask is zero, which changes nothing.
-fn masked(text: &str) -> Vec<u8> {
+pub fn masked(text: &str) -> Vec<u8> {
     let mut frame = vec![0x81];
     match text.len() {
         short @ 0..126 => frame.push(0x80 | short as u8),

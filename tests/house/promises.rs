@@ -48,6 +48,24 @@ fn every_fault_has_a_test_that_there_is_or_a_reason_why_not() {
     assert!(rows > 90, "where is the table?");
 }
 
+#[test]
+fn each_difference_from_supabase_realtime_has_a_test_that_there_is() {
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("relay/MOVING.md");
+    let functions = functions();
+    let text = fs::read_to_string(document).unwrap();
+    let is_row = |line: &&str| line.starts_with("| ") && !line.contains(" | Shown by |");
+    let rows: Vec<&str> = text.lines().filter(is_row).collect();
+    assert!(rows.len() > 20, "where are the tables?");
+    for row in rows {
+        let shown = row.trim_matches('|').split('|').next_back().unwrap().trim();
+        let tests: Vec<&str> = shown.split('`').skip(1).step_by(2).collect();
+        for test in &tests {
+            assert!(functions.contains(*test), "there is no test {test}: {row}");
+        }
+        assert!(!tests.is_empty() || shown.starts_with("none: "), "neither a test nor a reason: {row}");
+    }
+}
+
 /// The files that a document names in code spans or links: paths with a folder, from the root, from `relay/`, or from the document.
 #[test]
 fn every_file_that_a_document_names_is_there() {
@@ -59,6 +77,7 @@ fn every_file_that_a_document_names_is_there() {
         "relay/ARCHITECTURE.md",
         "relay/OPERATION.md",
         "relay/REFERENCE.md",
+        "relay/MOVING.md",
         "tests/FAULTS.md",
         "tests/LIMITS.md",
         "tests/MEASURED.md",
