@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 
+use crate::support::away::Away;
 use crate::support::client::Client;
 use crate::support::http::{Events, get};
 use crate::support::stage::Stage;
@@ -68,7 +69,7 @@ impl Told {
     }
 }
 
-/// The readers of a table: a socket, a session that is away, a stream, and the cursor of a poll.
+/// The readers of a table: a socket, a stream, and a session and a poll that are away.
 struct Readers<'a> {
     stage: &'a Stage,
     table: &'static str,
@@ -76,30 +77,17 @@ struct Readers<'a> {
     stream: Events,
     /// What the socket and the stream were told up to now.
     live: [Told; 2],
-    cursor: String,
+    away: Away,
 }
 
 impl<'a> Readers<'a> {
     async fn new(stage: &'a Stage, table: &'static str) -> Self {
-        let mut session = Self::session(stage, table).await;
-        let answer = get(stage.relay.address, &path(table, ""), "").await;
-        let cursor = answer.body["cursor"].as_str().unwrap_or_else(|| panic!("{answer:?}")).to_owned();
-        // Confirmed, so there is a bookmark from here on.
-        stage.run("insert into marker default values").await;
-        session.push(None, "phoenix", "heartbeat", json!({})).await;
-        while session.frame().await[3] != "phx_reply" {}
-        drop(session);
+        let away = Away::from(stage, &user(), table).await;
         let mut socket = Client::connect(&stage.relay, &user()).await;
         socket.subscribe("realtime:marker", json!([{"event": "*", "table": "marker"}])).await;
         socket.subscribe("realtime:day", json!([{"event": "*", "table": table}])).await;
-        let stream = Events::open(stage.relay.address, &path(table, ""), Some(&cursor)).await;
-        Self { stage, table, socket, stream, live: Default::default(), cursor }
-    }
-
-    async fn session(stage: &Stage, table: &str) -> Client {
-        let mut client = Client::at(stage.relay.address, &user(), &format!("&session={NAME}")).await.unwrap();
-        client.try_join("realtime:day", json!([{"event": "*", "table": table}])).await.unwrap();
-        client
+        let stream = Events::open(stage.relay.address, &path(table, ""), Some(&away.cursor)).await;
+        Self { stage, table, socket, stream, live: Default::default(), away }
     }
 
     /// What each was told, in the order of the table's columns.
@@ -134,7 +122,9 @@ impl<'a> Readers<'a> {
     }
 
     async fn of_session(&self) -> Told {
-        let mut session = Self::session(self.stage, self.table).await;
+        let mut session = self.away.connect(self.stage).await;
+        let (topic, bindings) = self.away.channel();
+        session.try_join(&topic, bindings).await.unwrap();
         let mut told = Told::default();
         while !told.is_refused && told.gaps.is_empty() && !told.rows.contains(&LAST) {
             let Some(frame) = session.frame_within(PATIENCE).await else { break };
@@ -144,7 +134,7 @@ impl<'a> Readers<'a> {
     }
 
     async fn of_poll(&self) -> Told {
-        let (mut told, mut since) = (Told::default(), self.cursor.clone());
+        let (mut told, mut since) = (Told::default(), self.away.cursor.clone());
         loop {
             let answer =
                 get(self.stage.relay.address, &path(self.table, &format!("&wait=2&since={since}")), "").await;

@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use crate::support::away::{Away, Told, told_until};
 use crate::support::client::Client;
 use crate::support::dice::Dice;
-use crate::support::http::{Events, get};
 use crate::support::stage::Stage;
 use crate::support::token;
 
-const NAME: &str = "5e551011-0000-4000-8000-00000000005a";
 /// What no reader of these tests may ever be told.
 const SECRET: &str = "top secret";
 /// The row that ends each case, which every reader may see.
@@ -19,10 +18,6 @@ const LAST: i64 = 999;
 
 fn user() -> String {
     token("authenticated", None, json!({}))
-}
-
-fn path(more: &str) -> String {
-    format!("/realtime/v1/changes?table=t&apikey={}{more}", user())
 }
 
 fn bindings() -> Value {
@@ -33,91 +28,33 @@ fn is_last(change: &Value) -> bool {
     change["record"]["id"] == LAST
 }
 
-/// What a socket is told up to the last row: each change, and each gap as its text.
+/// Changes, and gaps as their texts.
+fn values(told: Vec<Told>) -> Vec<Value> {
+    told.into_iter().map(|told| told.unwrap_or_else(Value::from)).collect()
+}
+
+/// What a socket is told up to the last row.
 async fn until_last(client: &mut Client) -> Vec<Value> {
-    let mut told = Vec::new();
-    loop {
-        let frame = client.frame().await;
-        match frame[3].as_str() {
-            Some("postgres_changes") if is_last(&frame[4]["data"]) => return told,
-            Some("postgres_changes") if frame[4]["data"]["table"] == "t" => {
-                told.push(frame[4]["data"].clone());
-            }
-            Some("system") if frame[4]["status"] == "error" => told.push(frame[4]["message"].clone()),
-            _ => {}
-        }
-    }
+    values(told_until(client, is_last).await)
 }
 
-/// A reader of `t` who went away: by a cursor, by a session, by the id of a stream.
-struct Away {
-    cursor: String,
+/// A reader of `t` who is away.
+async fn away(stage: &Stage) -> Away {
+    Away::from(stage, &user(), "t").await
 }
 
-impl Away {
-    async fn from(stage: &Stage) -> Self {
-        let mut session = come_back(stage).await;
-        let answer = get(stage.relay.address, &path(""), "").await;
-        let cursor = answer.body["cursor"].as_str().unwrap_or_else(|| panic!("{answer:?}")).to_owned();
-        // Confirmed, so there is a bookmark from here on.
-        stage.run("insert into marker default values").await;
-        session.push(None, "phoenix", "heartbeat", json!({})).await;
-        while session.frame().await[3] != "phx_reply" {}
-        drop(session);
-        Self { cursor }
-    }
-
-    /// What each of them is told up to the last row; a gap that ends a way stands as its text.
-    async fn back(&self, stage: &Stage) -> BTreeMap<&'static str, Vec<Value>> {
-        let session = until_last(&mut come_back(stage).await).await;
-        let mut told = BTreeMap::from([("session", session)]);
-        let (mut poll, mut since) = (Vec::new(), self.cursor.clone());
-        'poll: loop {
-            let answer = get(stage.relay.address, &path(&format!("&wait=5&since={since}")), "").await;
-            if answer.status == 410 {
-                poll.push(json!(answer.body.to_string()));
-                break;
-            }
-            assert_eq!(answer.status, 200, "{answer:?}");
-            for change in answer.body["changes"].as_array().unwrap() {
-                if is_last(change) {
-                    break 'poll;
-                }
-                poll.push(change.clone());
-            }
-            since = answer.body["cursor"].as_str().unwrap().to_owned();
-        }
-        told.insert("since", poll);
-        let mut stream = Vec::new();
-        let mut events = Events::open(stage.relay.address, &path(""), Some(&self.cursor)).await;
-        while let Some(event) = events.next().await {
-            match &*event.name {
-                "change" if is_last(&event.data) => break,
-                "change" => stream.push(event.data),
-                _ => stream.push(json!(event.data.to_string())),
-            }
-            if event.name == "gap" {
-                break;
-            }
-        }
-        told.insert("stream", stream);
-        told
-    }
-}
-
-async fn come_back(stage: &Stage) -> Client {
-    let mut client = Client::at(stage.relay.address, &user(), &format!("&session={NAME}")).await.unwrap();
-    client.subscribe("realtime:t", bindings()).await;
-    client
+/// What each way tells it up to the last row.
+async fn back(away: &Away, stage: &Stage) -> BTreeMap<&'static str, Vec<Value>> {
+    away.back(stage, is_last).await.into_iter().map(|(way, told)| (way, values(told))).collect()
 }
 
 /// What is told of `write` when `alter` comes after it: to those who come back, and live with both in one transaction.
 /// `open` makes the table `t` and what it needs, `last` its last row.
 async fn told_of(open: &str, write: &str, alter: &str, last: &str) -> BTreeMap<&'static str, Vec<Value>> {
     let stage = Stage::new(open).await;
-    let away = Away::from(&stage).await;
+    let reader = away(&stage).await;
     stage.run(&format!("{write}; {alter}; {last}")).await;
-    let mut told = away.back(&stage).await;
+    let mut told = back(&reader, &stage).await;
     let stage = Stage::new(open).await;
     let mut client = stage.subscribe(&user(), bindings()).await;
     stage.run(&format!("begin; {write}; {alter}; commit")).await;
@@ -325,7 +262,7 @@ async fn without_an_event_trigger_the_shape_is_looked_up_and_what_is_not_certain
          grant select (id, a) on t to authenticated; select relay.watch('t')",
     )
     .await;
-    let away = Away::from(&stage).await;
+    let reader = away(&stage).await;
     let mut client = Client::connect(&stage.relay, &user()).await;
     client.subscribe("realtime:t", bindings()).await;
     stage.run("insert into t values (1, 'shown', 'top secret')").await;
@@ -344,7 +281,7 @@ async fn without_an_event_trigger_the_shape_is_looked_up_and_what_is_not_certain
     };
     assert_eq!(last["a"], Value::Null, "{last}");
     stage.run("insert into t (id) values (999)").await;
-    for (way, told) in away.back(&stage).await {
+    for (way, told) in back(&reader, &stage).await {
         assert!(told.iter().any(Value::is_string), "{way}: {told:?}");
         assert!(told.iter().all(|one| !one.to_string().contains(SECRET)), "{way}: {told:?}");
     }
@@ -365,7 +302,7 @@ async fn random_changes_of_columns_between_random_changes_of_rows_show_nothing_t
          grant select (id, c0, m) on t to authenticated; select relay.watch('t')",
     )
     .await;
-    let away = Away::from(&stage).await;
+    let reader = away(&stage).await;
     let mut client = stage.subscribe(&user(), bindings()).await;
     // What may be seen of a row after the transaction that wrote it last, for each such transaction.
     let mut visible: BTreeMap<i64, Vec<Value>> = BTreeMap::new();
@@ -413,7 +350,7 @@ async fn random_changes_of_columns_between_random_changes_of_rows_show_nothing_t
         }
     }
     stage.run("insert into t (id) values (999)").await;
-    let mut told = away.back(&stage).await;
+    let mut told = back(&reader, &stage).await;
     told.insert("live", until_last(&mut client).await);
     let mut rows = 0;
     for (way, told) in &told {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use crate::support::away::{Away, Told, told_until};
 use crate::support::client::Client;
 use crate::support::http::{Events, get};
 use crate::support::stage::Stage;
@@ -46,91 +47,28 @@ fn is_end(change: &Value) -> bool {
     change["record"]["name"] == END
 }
 
-/// A reader of one table who was away: by a cursor, by a session, by the id of a stream.
-struct Away {
-    table: &'static str,
-    cursor: String,
+/// A reader of one table who is away.
+async fn gone(stage: &Stage, table: &'static str) -> Away {
+    Away::from(stage, &alice(), table).await
 }
 
-impl Away {
-    async fn new(stage: &Stage, table: &'static str) -> Self {
-        let mut session = Self::session(stage, table).await;
-        let answer = get(stage.relay.address, &path(table, ""), "").await;
-        let cursor = answer.body["cursor"].as_str().unwrap_or_else(|| panic!("{answer:?}")).to_owned();
-        // Confirmed, so there is a bookmark from here on.
-        stage.run("insert into marker default values").await;
-        session.push(None, "phoenix", "heartbeat", json!({})).await;
-        while session.frame().await[3] != "phx_reply" {}
-        drop(session);
-        Self { table, cursor }
-    }
+/// What each way delivers to it up to the last row, in short.
+async fn back(away: &Away, stage: &Stage) -> BTreeMap<&'static str, Vec<String>> {
+    away.back(stage, is_end).await.into_iter().map(|(way, told)| (way, brief(told))).collect()
+}
 
-    async fn session(stage: &Stage, table: &str) -> Client {
-        let mut client =
-            Client::at(stage.relay.address, &alice(), &format!("&session={NAME}")).await.unwrap();
-        client.subscribe(&format!("realtime:{table}"), of(table)).await;
-        client
-    }
+/// Changes in short. A gap is the line `gap`.
+fn brief(told: Vec<Told>) -> Vec<String> {
+    told.iter().map(|told| told.as_ref().map_or_else(|_| String::from("gap"), line)).collect()
+}
 
-    /// What each way delivers up to the last row. A gap is the line `gap`.
-    async fn back(&self, stage: &Stage) -> BTreeMap<&'static str, Vec<String>> {
-        let mut client = Self::session(stage, self.table).await;
-        let session = until_end(&mut client).await;
-        BTreeMap::from([
-            ("session", session),
-            ("poll", self.poll(stage).await),
-            ("stream", self.stream(stage).await),
-        ])
-    }
-
-    async fn poll(&self, stage: &Stage) -> Vec<String> {
-        let (mut lines, mut since) = (Vec::new(), self.cursor.clone());
-        loop {
-            let answer =
-                get(stage.relay.address, &path(self.table, &format!("&wait=5&since={since}")), "").await;
-            if answer.status == 410 {
-                lines.push(String::from("gap"));
-                return lines;
-            }
-            assert_eq!(answer.status, 200, "{answer:?}");
-            for change in answer.body["changes"].as_array().unwrap() {
-                if is_end(change) {
-                    return lines;
-                }
-                lines.push(line(change));
-            }
-            since = answer.body["cursor"].as_str().unwrap().to_owned();
-        }
-    }
-
-    async fn stream(&self, stage: &Stage) -> Vec<String> {
-        let mut lines = Vec::new();
-        let mut events = Events::open(stage.relay.address, &path(self.table, ""), Some(&self.cursor)).await;
-        while let Some(event) = events.next().await {
-            match &*event.name {
-                "change" if is_end(&event.data) => break,
-                "change" => lines.push(line(&event.data)),
-                _ => lines.push(String::from("gap")),
-            }
-            if event.name == "gap" {
-                break;
-            }
-        }
-        lines
-    }
+/// What a poll delivers to it, in short.
+async fn polled(away: &Away, stage: &Stage) -> Vec<String> {
+    brief(away.poll(stage, is_end).await)
 }
 
 async fn until_end(client: &mut Client) -> Vec<String> {
-    let mut lines = Vec::new();
-    loop {
-        let frame = client.frame().await;
-        match frame[3].as_str() {
-            Some("postgres_changes") if is_end(&frame[4]["data"]) => return lines,
-            Some("postgres_changes") => lines.push(line(&frame[4]["data"])),
-            Some("system") if frame[4]["status"] == "error" => lines.push(String::from("gap")),
-            _ => {}
-        }
-    }
+    brief(told_until(client, is_end).await)
 }
 
 /// The next `system` message of a channel: its status and text.
@@ -164,7 +102,7 @@ async fn a_partition_of_any_level_delivers_its_own_rows_under_its_own_name() {
     let tables = ["events", "eu", "eu_old", "eu_new", "us"];
     let mut aways = Vec::new();
     for table in tables {
-        aways.push(Away::new(&stage, table).await);
+        aways.push(gone(&stage, table).await);
     }
     let rows = "insert into events values ('eu', 1, 'a'), ('us', 2, 'b'), ('eu', 100, 'c'); insert into eu values ('eu', 3, 'd');
                 update events set name = 'e' where id = 100; delete from us where id = 2";
@@ -197,7 +135,7 @@ async fn a_partition_of_any_level_delivers_its_own_rows_under_its_own_name() {
         ))
         .await;
     for away in aways {
-        for (way, lines) in away.back(&stage).await {
+        for (way, lines) in back(&away, &stage).await {
             assert_eq!(lines, expected(away.table), "{} by {way}", away.table);
         }
     }
@@ -312,8 +250,8 @@ async fn a_rule_of_a_partition_applies_from_its_own_statement_on() {
     let stage = Stage::new(RULES).await;
     let bindings = json!([{"event": "*", "table": "opened"}, {"event": "*", "table": "notes"}]);
     let mut client = stage.subscribe(&alice(), bindings).await;
-    let away = Away::new(&stage, "opened").await;
-    let whole = Away::new(&stage, "notes").await;
+    let away = gone(&stage, "opened").await;
+    let whole = gone(&stage, "notes").await;
     for (rule, shown) in [
         ("", "24"),
         ("drop policy opened on opened", ""),
@@ -332,13 +270,13 @@ async fn a_rule_of_a_partition_applies_from_its_own_statement_on() {
         assert_eq!(ids, shown, "{rule}");
     }
     // Who comes back gets a gap for the partition alone: by the rules of now, more would be shown than by those of then.
-    assert_eq!(away.poll(&stage).await, ["gap"]);
+    assert_eq!(polled(&away, &stage).await, ["gap"]);
     stage
         .run(&format!(
             "alter table notes add name text; insert into notes values ('own', 9, '{ALICE}', true, '{END}')"
         ))
         .await;
-    assert_eq!(whole.poll(&stage).await, Vec::<String>::new());
+    assert_eq!(polled(&whole, &stage).await, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -348,7 +286,7 @@ async fn a_row_that_moves_between_partitions_is_a_delete_of_one_and_an_insert_of
     let tables = ["events", "eu", "eu_old", "eu_new", "us"];
     let mut aways = Vec::new();
     for table in tables {
-        aways.push(Away::new(&stage, table).await);
+        aways.push(gone(&stage, table).await);
     }
     let moves = "update events set id = 100 where id = 1; update events set region = 'us' where id = 100";
     let expected = |table: &str| -> Vec<&str> {
@@ -373,7 +311,7 @@ async fn a_row_that_moves_between_partitions_is_a_delete_of_one_and_an_insert_of
         ))
         .await;
     for away in aways {
-        for (way, lines) in away.back(&stage).await {
+        for (way, lines) in back(&away, &stage).await {
             assert_eq!(kinds(&lines, away.table), expected(away.table), "{} by {way}", away.table);
         }
     }
@@ -395,7 +333,7 @@ async fn a_partition_with_other_columns_numbers_and_identity_is_read_by_its_own(
     .await;
     let filtered = json!([{"event": "*", "table": "p", "filter": "n=gt.1"}]);
     let mut filter = stage.subscribe(&alice(), filtered).await;
-    let aways = [Away::new(&stage, "p").await, Away::new(&stage, "w").await];
+    let aways = [gone(&stage, "p").await, gone(&stage, "w").await];
     let rows = "set timezone = 'Asia/Tokyo'; insert into w (id, region, name, n) values (1, 'p', 'a', 1), (2, 'p', 'hidden', 2), (3, 'p', 'c', 3), (4, 'p', 'd', 40);
                 update w set name = 'b' where id = 3; delete from w where id = 3; insert into w (id, region, name, n, at) values (5, 'q', 'e', 5, '2026-01-01 00:00+00')";
     let of_p = [
@@ -416,10 +354,10 @@ async fn a_partition_with_other_columns_numbers_and_identity_is_read_by_its_own(
     stage.run("alter table w rename name to title; alter table w rename n to name; alter table w rename title to n; alter table w add more int").await;
     stage.run("alter table w rename n to number; alter table w rename name to n; alter table w rename number to name").await;
     stage.run(&format!("insert into w (id, region, name, n) values (9, 'p', '{END}', 9)")).await;
-    for (way, lines) in aways[0].back(&stage).await {
+    for (way, lines) in back(&aways[0], &stage).await {
         assert_eq!(lines, of_p, "by {way}");
     }
-    for (way, lines) in aways[1].back(&stage).await {
+    for (way, lines) in back(&aways[1], &stage).await {
         assert_eq!(lines.len(), 7, "by {way}: {lines:?}");
     }
 }
@@ -445,7 +383,7 @@ async fn a_partition_that_is_detached_renamed_or_dropped_is_a_gap_and_then_heals
         ),
     ] {
         let stage = Stage::new(EVENTS).await;
-        let away = Away::new(&stage, "us").await;
+        let away = gone(&stage, "us").await;
         let mut client = stage.subscribe(&alice(), of("us")).await;
         let mut other = stage.subscribe(&alice(), of("eu_old")).await;
         stage.run("insert into events values ('us', 1, 'a')").await;
@@ -474,7 +412,7 @@ async fn a_partition_that_is_detached_renamed_or_dropped_is_a_gap_and_then_heals
         let lines = until_end(&mut client).await;
         assert!(lines.iter().all(|line| line == "gap"), "{statement}: {lines:?}");
         // The reader that was away gets a gap as well.
-        assert_eq!(away.poll(&stage).await.last().map(String::as_str), Some("gap"), "{statement}");
+        assert_eq!(polled(&away, &stage).await.last().map(String::as_str), Some("gap"), "{statement}");
         stage.run("insert into events values ('eu', 1, 'e')").await;
         assert_eq!(other.changes_until(|change| change["table"] == "eu_old").await.len(), 1, "{statement}");
     }
@@ -577,21 +515,21 @@ async fn a_truncate_of_the_whole_is_told_once_for_each_table_of_a_channel() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exchange_of_names_is_a_gap_for_a_reader_that_was_away() {
     let stage = Stage::new(EVENTS).await;
-    let away = Away::new(&stage, "us").await;
-    let other = Away::new(&stage, "eu_old").await;
+    let away = gone(&stage, "us").await;
+    let other = gone(&stage, "eu_old").await;
     stage
         .run(&format!(
             "begin; alter table us rename to x; alter table eu_new rename to us; alter table x rename to eu_new; commit;
              insert into events values ('us', 1, 'a'), ('eu', 101, 'b'), ('eu', 109, '{END}'), ('eu', 9, '{END}')"
         ))
         .await;
-    assert_eq!(away.poll(&stage).await, ["gap"]);
+    assert_eq!(polled(&away, &stage).await, ["gap"]);
     let stream = Events::try_open(stage.relay.address, &path("us", ""), Some(&away.cursor)).await;
     assert_eq!(stream.err(), Some(Some(410)));
-    let mut session = Client::at(stage.relay.address, &alice(), &format!("&session={NAME}")).await.unwrap();
+    let mut session = away.connect(&stage).await;
     session.try_join("realtime:us", of("us")).await.unwrap();
     while !system(&mut session).await.1.starts_with("Gap: ") {}
-    for (way, lines) in other.back(&stage).await {
+    for (way, lines) in back(&other, &stage).await {
         assert_eq!(lines, Vec::<String>::new(), "by {way}");
     }
 }
@@ -676,7 +614,7 @@ async fn an_older_change_of_a_partition_that_moved_is_of_the_parents_that_it_had
     ] {
         let stage = Stage::new(HALVES).await;
         let (one, two, whole) =
-            (Away::new(&stage, "one").await, Away::new(&stage, "two").await, Away::new(&stage, "w").await);
+            (gone(&stage, "one").await, gone(&stage, "two").await, gone(&stage, "w").await);
         let mut live = Vec::new();
         for table in ["one", "two", "w"] {
             let mut client = Client::connect(&stage.relay, &alice()).await;
@@ -699,7 +637,7 @@ async fn an_older_change_of_a_partition_that_moved_is_of_the_parents_that_it_had
             assert_eq!(short(&until_end(client).await), *lines, "{table}, live: {moves:?}");
         }
         for (away, (table, lines)) in [one, two, whole].iter().zip(&expected) {
-            for (way, told) in away.back(&stage).await {
+            for (way, told) in back(&away, &stage).await {
                 assert_eq!(short(&told), *lines, "{table} by {way}: {moves:?}");
             }
         }
@@ -719,8 +657,8 @@ async fn a_branch_that_moves_takes_none_of_its_older_changes_along() {
          grant select on w, one, two, branch, leaf, rest, more to authenticated; select relay.watch('w')",
     )
     .await;
-    let (one, two) = (Away::new(&stage, "one").await, Away::new(&stage, "two").await);
-    let branch = Away::new(&stage, "branch").await;
+    let (one, two) = (gone(&stage, "one").await, gone(&stage, "two").await);
+    let branch = gone(&stage, "branch").await;
     stage.run("insert into leaf values (1, 'a'); delete from leaf").await;
     empty(&stage, "leaf").await;
     stage
@@ -735,13 +673,13 @@ async fn a_branch_that_moves_takes_none_of_its_older_changes_along() {
             "insert into w values (101, 'b'), (60, '{END}'), (260, '{END}'); insert into w values (102, '{END}')"
         ))
         .await;
-    for (way, lines) in one.back(&stage).await {
+    for (way, lines) in back(&one, &stage).await {
         assert_eq!(short(&lines), ["INSERT 1", "DELETE 1"], "one by {way}");
     }
-    for (way, lines) in two.back(&stage).await {
+    for (way, lines) in back(&two, &stage).await {
         assert_eq!(short(&lines), ["INSERT 101"], "two by {way}");
     }
-    assert_eq!(branch.poll(&stage).await, ["gap"]);
+    assert_eq!(polled(&branch, &stage).await, ["gap"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -844,8 +782,8 @@ async fn partitions_that_are_not_named_cost_nothing_and_named_ones_are_released(
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_written_before_a_rule_of_a_forgotten_partition_widened_is_a_gap() {
     let stage = Stage::new(RULES).await;
-    let away = Away::new(&stage, "opened").await;
-    let kept = Away::new(&stage, "own").await;
+    let away = gone(&stage, "opened").await;
+    let kept = gone(&stage, "own").await;
     stage
         .run(&format!("insert into notes values ('opened', 1, null, false), ('own', 1, '{ALICE}', true)"))
         .await;
@@ -855,13 +793,13 @@ async fn what_was_written_before_a_rule_of_a_forgotten_partition_widened_is_a_ga
     stage
         .run(&format!("insert into notes values ('opened', 2, null, true), ('own', 9, '{ALICE}', true)"))
         .await;
-    assert_eq!(away.poll(&stage).await.last().map(String::as_str), Some("gap"));
+    assert_eq!(polled(&away, &stage).await.last().map(String::as_str), Some("gap"));
     stage
         .run(&format!(
             "alter table notes add name text; insert into notes values ('own', 10, '{ALICE}', true, '{END}')"
         ))
         .await;
-    assert_eq!(kept.poll(&stage).await.len(), 2);
+    assert_eq!(polled(&kept, &stage).await.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -869,7 +807,7 @@ async fn without_an_event_trigger_a_partition_is_judged_by_its_rules_of_the_next
     let stage = Stage::new(RULES).await;
     stage.run("drop event trigger relay_schema_changes").await;
     let mut client = stage.subscribe(&alice(), of("opened")).await;
-    let away = Away::new(&stage, "opened").await;
+    let away = gone(&stage, "opened").await;
     stage.run("insert into notes values ('opened', 1, null, true), ('opened', 2, null, false)").await;
     let ids = |changes: Vec<Value>| -> Vec<Value> {
         changes.into_iter().map(|change| change["record"]["id"].clone()).collect()
@@ -882,7 +820,7 @@ async fn without_an_event_trigger_a_partition_is_judged_by_its_rules_of_the_next
     assert_eq!(stage.changes(&mut client).await, Vec::<Value>::new());
     stage.run("insert into notes values ('opened', 3, null, true), ('opened', 4, null, false)").await;
     assert_eq!(ids(stage.changes(&mut client).await), [json!(4)]);
-    assert_eq!(away.poll(&stage).await, ["gap"]);
+    assert_eq!(polled(&away, &stage).await, ["gap"]);
     // A partition that comes, and one that goes.
     stage.run("create table late partition of notes for values in ('late'); grant select on late to authenticated").await;
     let mut late = stage.subscribe(&alice(), of("late")).await;
@@ -1023,7 +961,7 @@ async fn a_session_of_the_whole_and_of_partitions_that_breaks_again_and_again_lo
 #[tokio::test(flavor = "multi_thread")]
 async fn names_that_the_whole_and_a_partition_exchange_are_a_gap_of_both() {
     let stage = Stage::new(EVENTS).await;
-    let aways = [Away::new(&stage, "us").await, Away::new(&stage, "events").await];
+    let aways = [gone(&stage, "us").await, gone(&stage, "events").await];
     let mut live = Vec::new();
     for table in ["us", "events"] {
         let mut client = Client::connect(&stage.relay, &alice()).await;
@@ -1046,7 +984,7 @@ async fn names_that_the_whole_and_a_partition_exchange_are_a_gap_of_both() {
     assert_eq!(newest(&lines[0]), ["INSERT 2", "INSERT 3"]);
     assert_eq!(newest(&lines[1]), ["INSERT 3"]);
     for away in aways {
-        assert_eq!(away.poll(&stage).await, ["gap"], "{}", away.table);
+        assert_eq!(polled(&away, &stage).await, ["gap"], "{}", away.table);
     }
 }
 

@@ -1,5 +1,6 @@
 //! A database of its own for each test, a relay in this process, and a plain Phoenix client.
 
+pub mod away;
 pub mod client;
 pub mod database;
 pub mod dice;
