@@ -35,7 +35,7 @@ pub struct CompareOptions {
     #[arg(long, env = "RELAY_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: String,
     /// The API key of the other server [default: the token]
-    #[arg(long, env = "RELAY_OTHER_APIKEY", hide_env_values = true, value_name = "KEY")]
+    #[arg(long, env = "RELAY_APIKEY", hide_env_values = true, value_name = "KEY")]
     apikey: Option<String>,
     /// End after this many seconds [default: at Ctrl-C]
     #[arg(long, value_name = "SECONDS")]
