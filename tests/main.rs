@@ -17,5 +17,6 @@ mod pubsub;
 mod recovery;
 mod subscribe;
 mod support;
+mod systems;
 mod transport;
 mod visibility;
