@@ -4,8 +4,10 @@ pub mod admin_metrics;
 pub mod agent_access;
 pub mod chat;
 pub mod loading;
+pub mod readme;
 pub mod status_history;
 pub mod user_status;
+pub mod writers;
 
 use std::fmt::Write;
 
