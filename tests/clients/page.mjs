@@ -1,9 +1,9 @@
 // A page in Chromium, with the browser build of supabase-js: rows appear, change and go by themselves.
-import { accessSync, constants, readFileSync } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { createServer } from 'node:http'
 import { createRequire } from 'node:module'
-import { delimiter, dirname, join } from 'node:path'
-import { chromium } from 'playwright-core'
+import { dirname, join } from 'node:path'
+import { launch } from './chromium.mjs'
 import { RELAY, run, token, write } from './harness.mjs'
 
 const PAGE = `<!doctype html><meta charset="utf-8"><title>Notes</title>
@@ -26,19 +26,6 @@ const PAGE = `<!doctype html><meta charset="utf-8"><title>Notes</title>
     .subscribe((status) => { document.getElementById('status').textContent = status }))
 </script>`
 
-/** The names that tests/support/setup.sh knows too. */
-function browser() {
-  const names = ['chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable']
-  const inPath = names.flatMap((name) => process.env.PATH.split(delimiter).map((folder) => join(folder, name)))
-  for (const path of [process.env.CHROMIUM, ...inPath].filter(Boolean)) {
-    try {
-      accessSync(path, constants.X_OK)
-      return path
-    } catch {}
-  }
-  throw new Error('there is no Chromium: `make setup` installs it')
-}
-
 async function serve() {
   const entry = dirname(createRequire(import.meta.url).resolve('@supabase/supabase-js'))
   const client = readFileSync(join(entry, 'umd/supabase.js'))
@@ -53,7 +40,7 @@ async function serve() {
 
 await run({
   async shows_rows_as_they_come_change_and_go() {
-    const chrome = await chromium.launch({ executablePath: browser(), headless: true, chromiumSandbox: false })
+    const chrome = await launch()
     try {
       const page = await chrome.newPage()
       page.on('pageerror', (error) => console.error(error))

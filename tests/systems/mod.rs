@@ -2,6 +2,7 @@
 
 pub mod admin_metrics;
 pub mod agent_access;
+pub mod browser;
 pub mod chat;
 pub mod loading;
 pub mod readme;
