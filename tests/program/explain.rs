@@ -92,6 +92,31 @@ async fn it_tells_which_part_keeps_a_policy_from_being_compiled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_policy_of_a_materialized_view_is_shown_as_it_was_given() {
+    let database = database().await;
+    database
+        .run(
+            "create materialized view counts as select team, count(*) as n from docs group by team;
+             create unique index on counts (team); grant select on counts to authenticated; select relay.watch('counts')",
+        )
+        .await;
+    for policy in [
+        "auth.role() = 'authenticated'",
+        "(team > 3) or (n < 5)",
+        "team > 3 -- (the teams of today)",
+        "team in (\n  select team from public.members\n)",
+    ] {
+        database.run(&format!("select relay.allow('counts', $policy${policy}$policy$)")).await;
+        let found = explained(&database, &["counts", "--sub", ANN]).await;
+        let [obstacle] = found["obstacles"].as_array().unwrap().as_slice() else { panic!("{found}") };
+        assert_eq!(obstacle["part"], policy);
+        let (_, text, _) =
+            output(&["explain", "counts", "--database-url", &database.url, "--sub", ANN]).await;
+        assert!(text.contains(&format!("    because of: {policy}\n    where ")), "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn explain_says_why_a_reader_would_get_nothing() {
     let database = database().await;
     database.run("create table quiet (id int); create view seen as select * from quiet; alter table docs add hidden int").await;

@@ -378,7 +378,7 @@ impl Relation {
                 _ if access.pending => Plan::pending(),
                 None => Plan::allow_all(),
                 Some(policy) if matches!(self.kind.as_str(), "m" | "f") => Plan::opaque(Obstacle {
-                    part: policy.clone(),
+                    part: as_allowed(policy).to_owned(),
                     why: String::from("PostgreSQL keeps no parsed form of a policy from relay.allow"),
                 }),
                 Some(policy) => compile(policy, &self.table, &self.columns, &access.rights),
@@ -459,6 +459,11 @@ impl Relation {
     pub fn is_key(&self, name: &str) -> bool {
         self.key.iter().any(|key| key == name)
     }
+}
+
+/// The text that `relay.allow` was given, of the condition that `relay.policy_for` makes of it.
+fn as_allowed(policy: &str) -> &str {
+    policy.strip_prefix('(').and_then(|rest| rest.strip_suffix("\n)")).unwrap_or(policy)
 }
 
 /// Maximum number of levels of partitions: PostgreSQL has no cycles, the catalog of two moments might.
