@@ -169,6 +169,7 @@ pub mod postgres {
     pub mod locks;
     pub mod install;
     pub mod catalog;
+    mod function_bodies;
     /// Reading the changelog, and being woken for it.
     pub mod changelog {
         pub mod reader;

@@ -4,15 +4,17 @@
 
 -- relay.rules_now() : the visibility rules of each watched relation and of each partition in relay.named_parts, as sets that
 -- can be compared; `part` is the partition, 0 the relation itself
--- They are, of the relation and of the tables that its policies read, also by policies of their own: grants, owner, row
--- security, policies, and the functions that policies call.
+-- They are, of the relation and of the tables that its policies read, also by policies of their own and by functions: grants, owner,
+-- row security, policies, and the functions that policies call, also by other functions.
 drop function if exists relay.rules_now();
 create or replace function relay.rules_now() returns table (relation int, part oid, open text[], shut text[])
 language sql stable
 set search_path = pg_catalog, pg_temp as $$
-  with tables as (
-    select t.relation as id, case when t.subject = w.relation then 0::oid else t.subject end as part, t."table" as oid, t."table" = t.subject as own
-    from relay.policy_tables(null) t join relay.watch_list w on w.id = t.relation
+  with reads as materialized (
+    select r.relation as id, case when r.subject = w.relation then 0::oid else r.subject end as part, r.subject, r.class, r.object
+    from relay.policy_reads(null) r join relay.watch_list w on w.id = r.relation
+  ), tables as (
+    select t.id, t.part, t.object as oid, t.object = t.subject as own from reads t where t.class = 'pg_class'::regclass
   ), items (id, part, item, is_open) as (
     select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'table', c.oid, a.grantee), true
     from tables t join pg_class c on c.oid = t.oid
@@ -46,10 +48,14 @@ set search_path = pg_catalog, pg_temp as $$
     union all
     select t.id, t.part, concat_ws(' ', 'row function', f.oid,
                            md5(concat_ws('|', f.prosrc, f.prosqlbody::text, f.prosecdef, f.proconfig, f.proowner, f.prolang))), true
-    from tables t join pg_policy p on p.polrelid = t.oid
-    join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid
-    left join pg_operator o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
-    join pg_proc f on f.oid = case when d.refclassid = 'pg_proc'::regclass then d.refobjid else o.oprcode::oid end
+    from (
+      select t.id, t.part, o.oprcode::oid as oid
+      from tables t join pg_policy p on p.polrelid = t.oid
+      join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_operator'::regclass
+      join pg_operator o on o.oid = d.refobjid
+      union
+      select r.id, r.part, r.object from reads r where r.class = 'pg_proc'::regclass) t
+    join pg_proc f on f.oid = t.oid
     union all
     select t.id, t.part, concat_ws(' ', 'row view', w.ev_class, md5(w.ev_action::text)), true
     from tables t join pg_rewrite w on w.ev_class = t.oid and w.rulename = '_RETURN'
@@ -171,8 +177,10 @@ comment on function relay.name_parts(oid[]) is 'records that subscribers name th
 create or replace function relay.may_concern(class oid, object oid) returns boolean
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
-  with read_tables (oid) as (
-    select t."table" from relay.policy_tables(null) t
+  with reads (class, object) as (
+    select r.class, r.object from relay.policy_reads(null) r
+  ), read_tables (oid) as (
+    select r.object from reads r where r.class = 'pg_class'::regclass
   )
   select current_setting('transaction_isolation') not in ('read committed', 'read uncommitted')
     or exists (select from relay.shape_doubts) or exists (select from relay.known_rules k where k.relation = -1)
@@ -189,6 +197,7 @@ set search_path = pg_catalog, pg_temp as $$
       when 'pg_proc'::regclass then exists (
         select from pg_depend d left join pg_operator o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
         where d.classid = 'pg_policy'::regclass and (d.refclassid = 'pg_proc'::regclass and d.refobjid = $2 or o.oprcode = $2))
+        or exists (select from reads r where r.class = 'pg_proc'::regclass and r.object = $2)
     end, true)
 $$;
 comment on function relay.may_concern(oid, oid) is 'whether an object may affect watched relations or their rules';

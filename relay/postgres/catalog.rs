@@ -17,6 +17,7 @@ use crate::model::row::column::{Column, ColumnKind};
 use crate::model::subscription::filter::Condition;
 use crate::model::subscription::typed_filter::{TypedCondition, TypedFilter};
 use crate::postgres::connect::pool::{Error, Lease};
+use crate::postgres::function_bodies::bodies;
 
 /// Maximum age of the catalog between pages. Only what neither the changelog nor the mark of a page reports depends on it:
 /// the changelog reports policies, grants and columns, the mark reports roles and memberships. Without an event trigger the
@@ -412,9 +413,13 @@ impl CatalogCache {
         parts: &[u32],
     ) -> Result<CatalogRows, Error> {
         let read = client
-            .prepare_cached("select relay.catalog(relay.subscriber_roles($1, $2), $2, $3, $4)::text")
+            .prepare_cached(
+                "select relay.catalog(relay.subscriber_roles($1, $2), $2, $3, $4, $5::text::jsonb)::text",
+            )
             .await?;
-        let text: String = client.query_one(&read, &[&roles, &self.judge, &relations, &parts]).await?.get(0);
+        let bodies = bodies(client, parts, relations).await?;
+        let text: String =
+            client.query_one(&read, &[&roles, &self.judge, &relations, &parts, &bodies]).await?.get(0);
         let mut rows: CatalogRows = serde_json::from_str(&text)
             .map_err(|error| Error::Unfit(format!("relay.catalog returned an unexpected value: {error}")))?;
         for relation in &mut rows.relations {

@@ -4,7 +4,7 @@
 use serde_json::json;
 
 use crate::support::client::Client;
-use crate::support::database::{JUDGE, with_login};
+use crate::support::database::{JUDGE, READER, with_login};
 use crate::support::program::output;
 use crate::support::stage::Stage;
 use crate::support::token;
@@ -153,6 +153,105 @@ const LOOKED_INTO: [Case; 16] = [
     case("unread", OWN, "revoke select on M from service_role; drop policy m on M"),
 ];
 
+/// `T` is seen by a definer `F` that looks into `M`, which shows nobody anything: the member's name is a claim. `G` owns both.
+macro_rules! definer {
+    ($body:literal, $made:literal) => {
+        concat!(
+            "create table M (id int, who text, other text); insert into M select n, 'R' from generate_series(1, 9) n;
+             create schema S; grant create, usage on schema S to G, H; grant usage on schema auth to R, G, H; grant create on schema public to G;
+             alter table M enable row level security; alter table M owner to G; create function E() returns text language sql stable as $$ select auth.role() $$;
+             create function F(n int) returns bool language sql stable security definer ",
+            $body,
+            "; alter function F owner to G; grant select on T to R; grant usage on schema S to R;
+             create policy p on T using (F(id)); grant usage on schema S to service_role; grant select on M to service_role;",
+            $made
+        )
+    };
+}
+
+const STRING: &str = definer!(
+    "set search_path = '' as $$ select exists (select from public.M m where m.id = n and m.who = auth.role()) $$",
+    ""
+);
+const ATOMIC: &str =
+    definer!("begin atomic select exists (select from M m where m.id = n and m.who = auth.role()); end", "");
+const PATH: &str = definer!(
+    "set search_path = S, public as $$ select exists (select from M m where m.id = n and m.who = auth.role()) $$",
+    ""
+);
+
+/// The same for functions, and for the tables that only their bodies name.
+const CALLED: [Case; 21] = [
+    case(
+        "f_anew",
+        STRING,
+        "create or replace function F(n int) returns bool language sql stable security definer set search_path = '' as
+           $$ select exists (select from public.M m where m.id = n and m.other = auth.role()) $$",
+    ),
+    case("f_gone", STRING, "drop policy p on T; drop function F; create policy p on T using (id < 0)"),
+    case("f_invoker", STRING, "alter function F security invoker; grant select on M to R"),
+    case("f_owner", STRING, "grant select on M to H; alter function F owner to H"),
+    case("f_table_owner", STRING, "alter table M owner to postgres; grant select on M to G"),
+    case(
+        "f_reassigned",
+        definer!(
+            "set search_path = '' as $$ select exists (select from public.M m where m.id = n and m.who = auth.role()) $$",
+            "alter table M owner to postgres; grant select on M to G, H; alter role G bypassrls;"
+        ),
+        "reassign owned by G to H",
+    ),
+    case(
+        "f_bypass",
+        definer!(
+            "set search_path = '' as $$ select exists (select from public.M m where m.id = n and m.who = auth.role()) $$",
+            "alter table M owner to postgres; grant select on M to G; alter role G bypassrls;"
+        ),
+        "alter role G nobypassrls",
+    ),
+    case(
+        "f_membership",
+        definer!(
+            "set search_path = '' as $$ select exists (select from public.M m where m.id = n and m.who = auth.role()) $$",
+            "alter table M owner to H; grant H to G;"
+        ),
+        "revoke H from G; grant select on M to G",
+    ),
+    case("f_forced", STRING, "alter table M force row level security"),
+    case("f_executed", STRING, "revoke execute on function F from public"),
+    case("f_shadowed", PATH, "create table S.M (id int, who text); grant select on S.M to G, service_role"),
+    case("f_path", PATH, "create table S.M (like public.M); grant select on S.M to G; alter function F set search_path = S"),
+    case("f_moved", STRING, "alter table M set schema S"),
+    case("f_renamed", STRING, "alter table M rename to renamed_f_renamed"),
+    case("f_columns", STRING, "alter table M rename who to was; alter table M rename other to who"),
+    case("f_columns_atomic", ATOMIC, "alter table M rename who to was; alter table M rename other to who; update M set was = null"),
+    case("f_revoked", STRING, "alter table M owner to postgres; alter table M disable row level security; revoke all on M from G"),
+    case(
+        "f_nested",
+        definer!(
+            "set search_path = '' as $$ select exists (select from public.M m where m.id = n and m.who = public.E()) $$",
+            ""
+        ),
+        "create or replace function E() returns text language sql stable as $$ select auth.uid()::text $$",
+    ),
+    case(
+        "f_nested_executed",
+        definer!(
+            "set search_path = '' as $$ select exists (select from public.M m where m.id = n and m.who = public.E()) $$",
+            ""
+        ),
+        "revoke execute on function E from public",
+    ),
+    case(
+        "f_column_revoked",
+        definer!(
+            "set search_path = '' as $$ select exists (select from public.M m where m.id = n and m.who = auth.role()) $$",
+            "alter table M disable row level security; alter table M owner to postgres; grant select (id, who) on M to G;"
+        ),
+        "revoke select (who) on M from G",
+    ),
+    case("f_volatile", STRING, "alter function F volatile; delete from M"),
+];
+
 /// The same while the event trigger is away, which concerns the whole database: each in a database of its own.
 const TRIGGERS: [Case; 3] = [
     case(
@@ -181,6 +280,7 @@ fn named(case: &Case, sql: &str) -> String {
         let word = match word {
             "T" => format!("t_{}", case.name),
             "M" | "N" => format!("{}_{}", word.to_lowercase(), case.name),
+            "F" | "E" | "S" => format!("{}_{}", word.to_lowercase(), case.name),
             "base_T" => format!("base_{}", case.name),
             "R" | "G" | "H" => format!("$DB_{}_{}", case.name, word.to_lowercase()),
             "D" => String::from("$DB"),
@@ -227,12 +327,25 @@ async fn a_rule_that_changes_with_a_row_counts_for_it_whatever_fires_for_the_rul
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rule_of_a_table_that_is_looked_into_counts_for_a_row_that_is_written_with_it() {
-    let stage = Stage::new(&LOOKED_INTO.iter().map(made).collect::<String>()).await;
-    for case in &LOOKED_INTO {
+    check_inverted(&LOOKED_INTO).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_of_a_function_or_of_what_its_body_reads_counts_for_a_row_that_is_written_with_it() {
+    check_inverted(&CALLED).await;
+}
+
+async fn check_inverted(cases: &[Case]) {
+    let stage = Stage::new(&cases.iter().map(made).collect::<String>()).await;
+    for case in cases {
+        // The judge acts as readers, and not as the owners of tables and functions.
+        stage.run(&named(case, "revoke G, H from JUDGE")).await;
         let mut client = reader(&stage, case).await;
         let (table, role) = (format!("t_{}", case.name), format!("{}_{}_r", stage.name, case.name));
-        let (url, judge) = (&stage.database.url, with_login(&stage.database.url, JUDGE));
-        let of = ["explain", &table, "--role", &role, "--database-url", url, "--judge-url", &judge];
+        // With the rights that the relay has.
+        let login = |login| with_login(&stage.database.url, login);
+        let (url, judge) = (login(READER), login(JUDGE));
+        let of = ["explain", &table, "--role", &role, "--database-url", &url, "--judge-url", &judge];
         let (_, text, _) = output(&of).await;
         assert!(text.contains("decided: inverted"), "otherwise nothing could be old: {text}");
         check(&stage, case, &mut client).await;

@@ -10,6 +10,7 @@ pub mod grants;
 pub mod overlaps;
 pub mod policy;
 pub mod policy_cost;
+pub mod policy_functions;
 pub mod policy_generated;
 pub mod policy_hostile;
 pub mod policy_leaks;

@@ -48,6 +48,22 @@ const CONDITIONS: &[&str] = &[
     "a in (select team from teams where sub = auth.jwt() ->> 'sub')",
     "owner = (select m.sub from teams m where m.team = t.a)",
     "case when b then a > N else c is not null end",
+    "a = any (array(select team from teams where sub = auth.jwt() ->> 'sub'))",
+    "owner = (select p.sub from people p where p.id = t.a)",
+    "(select p.sub from people p where p.id = t.a) = auth.jwt() ->> 'sub'",
+    "exists (select from teams m where m.team = t.a and (m.sub = auth.jwt() ->> 'sub' or m.sub = t.owner))",
+    "a not in (select team from teams where sub = auth.jwt() ->> 'sub')",
+    "private.is_member(a)",
+    "not private.is_member(a)",
+    "private.knows(a, owner)",
+    "a in (select private.teams_of(auth.jwt() ->> 'sub'))",
+    "a in (select private.teams_of(owner))",
+    "a = any (private.team_ids())",
+    "private.name_of(a) = owner",
+    "private.level() >= a",
+    "(select private.is_known())",
+    "own_team(a)",
+    "own_team(a) or private.is_member(N)",
     "id % (N + 1) = 0",
 ];
 
@@ -148,6 +164,24 @@ async fn what_arrives_is_what_the_table_would_show() {
          create table teams (team int, sub text); alter table teams enable row level security;
          create policy own on teams using (sub = auth.jwt() ->> 'sub' or sub = 'bob');
          grant select on teams to public; grant usage on schema auth to public;
+         create schema private; grant usage on schema private to public;
+         create table people (id int primary key, sub text); grant select on people to public;
+         insert into people values (1, 'ann'), (2, 'bob'), (3, null);
+         create function private.is_member(team int) returns bool language sql stable security definer set search_path = '' as
+           $$ select exists (select from public.teams t where t.team = is_member.team and t.sub = auth.jwt() ->> 'sub') $$;
+         create function private.knows(int, text) returns bool language sql stable strict security definer set search_path = '' as
+           $$ select exists (select from public.teams where team = $1 and sub = $2) $$;
+         create function private.teams_of(who text) returns setof int language sql stable security definer set search_path = public as
+           $$ select team from teams where sub = who $$;
+         create function private.team_ids() returns int[] language sql stable security definer set search_path = '' as
+           $$ select array_agg(team) from public.teams where sub = auth.jwt() ->> 'sub' $$;
+         create function private.name_of(wanted int) returns text language sql stable security definer
+           begin atomic select sub from people where id = wanted; end;
+         create function private.level() returns int language sql stable return (auth.jwt() ->> 'level')::int;
+         create function private.is_known() returns bool language sql stable security definer set search_path = '' as
+           $$ select exists (select from public.people where sub = auth.jwt() ->> 'sub') $$;
+         create function own_team(n int) returns bool language sql stable as
+           $$ select exists (select from public.teams where team = n and sub = auth.jwt() ->> 'sub') $$;
          insert into teams values (1, 'ann'), (2, 'ann'), (2, 'bob'), (3, 'o''dd')",
     )
     .await;

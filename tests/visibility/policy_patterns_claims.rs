@@ -149,7 +149,7 @@ compiled: a role under a web address | auth.jwt() -> 'https://example.org/claims
 compiled: a role, or the owner | owner = auth.uid() or auth.jwt() -> 'app_metadata' -> 'roles' ? 'admin'
 compiled: a permission | 'items.read' in (select jsonb_array_elements_text(auth.jwt() -> 'permissions'))
 compiled: a permission as a key | auth.jwt() -> 'permissions' ? 'items.write' and org = auth.jwt() ->> 'org'
-one by one (a condition as a value): a permission as a key, coalesced | coalesce(auth.jwt() -> 'permissions' ? 'items.write', false)
+compiled: a permission as a key, coalesced | coalesce(auth.jwt() -> 'permissions' ? 'items.write', false)
 one by one (an operator on a claim): a permission of the row | auth.jwt() -> 'permissions' ? ('items.' || case when published then 'read' else 'write' end)
 compiled: a method of signing in | auth.jwt() -> 'amr_methods' ? 'totp'
 one by one (documents or arrays as a whole): a method in documents | auth.jwt() -> 'amr' @> '[{"method": "totp"}]'

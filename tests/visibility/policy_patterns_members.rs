@@ -92,7 +92,7 @@ one by one (the claim stands in a join): perhaps joined on the claim | exists (s
 inverted: perhaps joined on the claim, compared too | exists (select 1 from teams t left join members m on m.team = t.id and m.person = auth.uid() where t.id = items.team and t.boss = auth.uid())
 one by one (a sub-select as a value): the first that is found | team = (select m.team from members m where m.person = auth.uid() order by m.team limit 1)
 one by one (a sub-select as a value): any of them is | (select bool_or(m.role = 'owner') from members m where m.team = items.team and m.person = auth.uid())
-one by one (a sub-select as a value): one's teams gathered | team = any ((select array_agg(m.team) from members m where m.person = auth.uid())::int[])
+inverted: one's teams gathered | team = any ((select array_agg(m.team) from members m where m.person = auth.uid())::int[])
 one by one (more than a plain select): grouped | exists (select m.team from members m where m.team = items.team and m.person = auth.uid() group by m.team having count(*) > 0)
 one by one (null and false differ below `not`): no member, in brackets | not (auth.uid() in (select m.person from members m where m.team = items.team))
 one by one (no equality with the claim alone): a claim of the reader's from any table | (auth.jwt() ->> 'org') in (select auth.jwt() ->> 'org_id' from members m where m.team = items.team)

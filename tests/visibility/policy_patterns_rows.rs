@@ -84,8 +84,8 @@ inverted: the least of two | least(level, rank) > 0
 compiled: one's own while it is open | owner = auth.uid() and state = 'open'
 compiled: not one's own draft | not (status = 'draft' and owner = auth.uid())
 compiled: null is not true | (owner = auth.uid()) is true
-one by one (a condition as a value): null counts as false | coalesce(owner = auth.uid(), false)
-one by one (a condition as a value): null counts as true | coalesce(owner = auth.uid(), true)
+compiled: null counts as false | coalesce(owner = auth.uid(), false)
+compiled: null counts as true | coalesce(owner = auth.uid(), true)
 compiled: is unknown | (owner = auth.uid()) is unknown
 compiled: is not false | (published or owner = auth.uid()) is not false
 "#;

@@ -136,6 +136,11 @@ const POLICIES_OF_MINE: &[&str] = &[
     "mine is not null",
     "may_see(team)",
     "team in (select team from mine)",
+    "private.is_member(team)",
+    "team in (select private.rooms_of(auth.uid()))",
+    "private.is_mine(team)",
+    "own_group(team)",
+    "private.knows(team, member)",
 ];
 
 const POLICIES_OF_GROUPS: &[&str] = &[
@@ -150,6 +155,77 @@ const POLICIES_OF_GROUPS: &[&str] = &[
     "(select count(*) from members m where m.team = id) > 1",
     "10 / id > 3",
     "org in (select jsonb_array_elements_text(auth.jwt() -> 'orgs'))",
+];
+
+/// Conditions that call functions of one select, and some that call others.
+const OF_FUNCTIONS: &[&str] = &[
+    "private.is_member(n)",
+    "private.is_member(small)",
+    "(select private.is_member(2))",
+    "not private.is_member(n)",
+    "private.is_member(n) is not true",
+    "private.knows(n, auth.uid())",
+    "private.knows(n, owner) and open",
+    "not private.knows(n, owner)",
+    "private.knows(null, auth.uid())",
+    "n in (select private.rooms_of(auth.uid()))",
+    "n in (select private.rooms_of((select auth.uid())))",
+    "n in (select private.rooms_of(owner))",
+    "n not in (select private.rooms_of(auth.uid()))",
+    "n in (select r from private.rooms_of(auth.uid()) r)",
+    "n in (select r.room from private.rooms_of(auth.uid()) r(room) where r.room > 1)",
+    "exists (select from private.rooms_of(auth.uid()) r(room) where r.room = t.n)",
+    "exists (select from private.rooms_of(auth.uid()) r(room) where r.room = t.n and t.open)",
+    "n = any (array(select private.rooms_of(auth.uid())))",
+    "n = any (private.room_ids())",
+    "not (n = any (private.room_ids()))",
+    "n = any ((select private.room_ids())::int[])",
+    "auth.uid() = private.boss_of(n)",
+    "owner = private.boss_of(n)",
+    "name = private.org_of(n)",
+    "name <> private.org_of(n)",
+    "private.org_of((auth.jwt() ->> 'level')::int) = name",
+    "private.some_role(n) = 'x'",
+    "private.is_open(n)",
+    "private.has_role(n, 'boss')",
+    "private.has_role(n, name)",
+    "private.has_role(n, 'x') or private.has_role(n, 'y')",
+    "private.in_path(n)",
+    "private.without_path(n)",
+    "private.atomic_member(n)",
+    "private.atomic_org() = name",
+    "private.nested(n)",
+    "private.twice(n)",
+    "private.level() >= n",
+    "private.is_level(n)",
+    "private.is_mine(n)",
+    "own_mine(n)",
+    "n in (select own_mines())",
+    "own_mine(n) or owner = auth.uid()",
+    "own_group(n)",
+    "own_nested(n)",
+    "private.secret(n)",
+    "private.table_rooms(n)",
+    "n in (select private.rooms_table(auth.uid()))",
+    "private.counted(n)",
+    "private.any_boss(n)",
+    "private.volatile_member(n)",
+    "private.divided(n)",
+    "private.closed(n)",
+    "private.who() = 'authenticated'",
+    "own_who() = 'authenticated'",
+    "private.first_of(n)",
+    "private.over(n)",
+    "private.is_member(n) and n in (select team from mine)",
+    "n in (select team from mine) or private.is_member(n)",
+    "exists (select from mine where mine.team = t.n and private.is_member(mine.team))",
+    "exists (select from groups where groups.id = t.n and private.is_member(groups.id))",
+    "case when private.is_member(n) then open else owner = auth.uid() end",
+    "coalesce(private.is_member(n), false)",
+    "coalesce(owner = auth.uid(), true)",
+    "n in (select t.id from teams t where t.boss = auth.uid())",
+    "exists (select from teams t where t.id = n and t.boss = auth.uid())",
+    "(select is_boss(m.role) from members m where m.team = t.n and m.member = auth.uid() limit 1)",
 ];
 
 /// Conditions that do not; `N` becomes a small number, `S` one of [`TEXTS`].
@@ -222,6 +298,72 @@ const SCHEMA: &str = "
     create function may_see(n int) returns bool language plpgsql stable security definer as
       -- The claim is read first: whether it raises must not depend on the plan.
       $$ declare me constant uuid := auth.uid(); begin return exists (select from public.members where team = n and member = me); end $$;
+    create schema private; grant usage on schema private to authenticated;
+    create table private.secrets (team int, who uuid); insert into private.secrets values (1, '0a000000-0000-4000-8000-00000000000a'), (2, null);
+    create function private.is_member(team int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from public.members m where m.team = is_member.team and m.member = (select auth.uid())) $$;
+    create function private.is_mine(wanted int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select 1 from public.mine where team = wanted and member = auth.uid()) $$;
+    create function private.knows(int, uuid) returns bool language sql stable strict security definer set search_path = '' as
+      $$ select exists (select 1 from public.members where team = $1 and member = $2) $$;
+    create function private.rooms_of(who uuid) returns setof int language sql stable security definer set search_path = '' as
+      $$ select team from public.members where member = who $$;
+    create function private.rooms_table(who uuid) returns table (team int) language sql stable strict security definer set search_path = '' as
+      $$ select m.team from public.members m where m.member = who $$;
+    create function private.table_rooms(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select n in (select r.team from private.rooms_table(auth.uid()) r) $$;
+    create function private.room_ids() returns int[] language sql stable security definer set search_path = '' as
+      $$ select coalesce(array_agg(team), '{}') from public.members where member = auth.uid() $$;
+    create function private.boss_of(id int) returns uuid language sql stable security definer set search_path = '' as
+      $$ select boss from public.teams where teams.id = boss_of.id $$;
+    create function private.org_of(bigint) returns text language sql stable security definer set search_path = '' as
+      $$ select org from public.teams where id = $1 $$;
+    create function private.some_role(n int) returns text language sql stable security definer set search_path = '' as
+      $$ select min(role) from public.members where team = n and member = auth.uid() $$;
+    create function private.is_open(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select boss = auth.uid() from public.teams where id = n $$;
+    create function private.has_role(n int, wanted text) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from public.members where team = n and role = wanted and member = auth.uid()) $$;
+    create function private.in_path(n int) returns bool language sql stable security definer set search_path = public as
+      $$ select exists (select from members where team = n and member = auth.uid()) $$;
+    create function private.without_path(n int) returns bool language sql stable security definer as
+      $$ select exists (select from public.members where team = n and member = auth.uid()) $$;
+    create function private.atomic_member(n int) returns bool language sql stable security definer
+      begin atomic select exists (select from members where team = n and member = auth.uid()); end;
+    create function private.atomic_org() returns text language sql stable return auth.jwt() ->> 'org';
+    create function private.nested(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select private.is_member(n) or private.is_open(n) $$;
+    create function private.twice(n int) returns bool language sql stable as
+      $$ select private.is_member(n) and private.is_mine(n) $$;
+    create function private.level() returns int language sql stable as $$ select (auth.jwt() ->> 'level')::int $$;
+    create function private.is_level(n int) returns bool language sql stable as $$ select private.level() >= n $$;
+    create function private.secret(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from private.secrets where team = n and who = auth.uid()) $$;
+    create function private.counted(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select count(*) > 0 from public.members where team = n and member = auth.uid() $$;
+    create function private.any_boss(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select bool_or(role = 'boss') from public.members where team = n and member = auth.uid() $$;
+    create function private.volatile_member(n int) returns bool language sql security definer set search_path = '' as
+      $$ select exists (select from public.members where team = n and member = auth.uid()) $$;
+    create function private.divided(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from public.members where 10 / team > 3 and team = n and member = auth.uid()) $$;
+    create function private.closed(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from public.members where team = n and member = auth.uid()) $$;
+    revoke execute on function private.closed from public;
+    create function private.who() returns text language sql stable security definer set search_path = '' as $$ select current_user::text $$;
+    create function own_who() returns text language sql stable as $$ select current_user::text $$;
+    create function private.first_of(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select role = 'x' from public.members where team = n and member = auth.uid() order by role $$;
+    create function private.over(n int) returns bool language sql stable security definer set search_path = '' as
+      $$ select exists (select from public.members where team = n and member = auth.uid()) $$;
+    create function private.over(n bigint) returns bool language sql stable security definer set search_path = '' as $$ select n = 1 $$;
+    create function own_mine(n int) returns bool language sql stable as
+      $$ select exists (select from public.mine where team = n and member = auth.uid()) $$;
+    create function own_mines() returns setof int language sql stable as $$ select team from public.mine $$;
+    create function own_group(n int) returns bool language sql stable as
+      $$ select exists (select from public.groups g where g.id = n and private.is_member(g.id)) $$;
+    create function own_nested(n int) returns bool language sql stable as $$ select own_mine(n) or own_group(n) $$;
+    create function is_boss(role text) returns bool language sql immutable as $$ select role = 'boss' $$;
     create table t (id int primary key, owner uuid, owners uuid[], n int, small smallint, big bigint, name text, code varchar(40),
       open bool, mood mood, tags text[], price numeric, at timestamptz, doc jsonb);
     create index on t (owner);
@@ -257,6 +399,7 @@ impl Dice {
     fn condition(&mut self, depth: usize) -> String {
         match self.below(if depth == 0 { 2 } else { 6 }) {
             0 if self.below(3) == 0 => self.one(OF_SECURED).to_owned(),
+            0 if self.below(2) == 0 => self.one(OF_FUNCTIONS).to_owned(),
             0 => self.one(OF_CLAIMS).to_owned(),
             1 => {
                 let number = self.below(4).to_string();

@@ -138,7 +138,7 @@ impl Catalog {
 
     /// Returns the relations with such policies.
     pub fn pending_relations(&self) -> impl Iterator<Item = i32> {
-        self.relations().filter(|relation| relation.is_pending()).map(|relation| relation.id)
+        self.relations().filter(|relation| relation.pending() > 0).map(|relation| relation.id)
     }
 
     /// Returns the relation with this id.
@@ -393,14 +393,14 @@ impl Relation {
         self
     }
 
-    /// Counts the roles whose policies could not be read.
+    /// Counts the roles whose policies could not be read, or not the functions that they call.
     fn pending(&self) -> usize {
-        self.access.values().filter(|access| access.pending).count()
+        self.access.values().filter(|access| access.pending || access.rights.bodies_locked).count()
     }
 
-    /// Whether policies could not be read.
+    /// Whether policies could not be read. Without the functions that they call, PostgreSQL evaluates them reader by reader.
     pub fn is_pending(&self) -> bool {
-        self.pending() > 0
+        self.access.values().any(|access| access.pending)
     }
 
     /// Returns the shapes that images were written under.

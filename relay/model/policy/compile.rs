@@ -6,9 +6,11 @@
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 
 use sqlparser::ast::{
-    BinaryOperator, Expr, Statement, UnaryOperator, Value, ValueWithSpan, VisitMut, VisitorMut,
+    BinaryOperator, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Query, Statement,
+    UnaryOperator, Value, ValueWithSpan, VisitMut, VisitorMut,
 };
 use sqlparser::dialect::PostgreSqlDialect;
 use sqlparser::parser::Parser;
@@ -17,6 +19,7 @@ use sqlparser::tokenizer::{Token, Tokenizer};
 use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::policy::compile::dependencies::dependencies;
 use crate::model::policy::compile::depth::is_too_deep;
+use crate::model::policy::compile::inline::Whose;
 use crate::model::policy::compile::list::only_expression;
 use crate::model::policy::compile::operand::{Operand, Type};
 use crate::model::policy::compile::row_security::Refused;
@@ -30,6 +33,8 @@ mod condition;
 mod depth;
 mod invert;
 mod dependencies;
+pub mod body_text;
+mod inline;
 mod list;
 mod operand;
 mod probe;
@@ -69,8 +74,8 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
     };
     let written = expr;
-    let (expr, rights) = match with_row_security(policy, &written, rights) {
-        Ok(expanded) => expanded,
+    let (expr, rights) = match prepared(policy, &written, table, rights) {
+        Ok(prepared) => prepared,
         Err(table) => {
             return nothing(&table, "its row security reads the table itself, so every query of it raises");
         }
@@ -83,17 +88,7 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
             "the role may not read this table, so every query of the policy's table raises",
         );
     }
-    let compiler = Compiler {
-        table,
-        columns,
-        rights,
-        without_columns: false,
-        depth: 0,
-        claim_exprs: RefCell::default(),
-        queries: RefCell::default(),
-        obstacles: RefCell::default(),
-        splits: Cell::default(),
-    };
+    let compiler = Compiler::of(table, columns, rights);
     let predicate = compiler.predicate(&expr, true);
     let obstacles = compiler.obstacles.borrow().clone();
     if obstacles.is_empty() {
@@ -128,6 +123,59 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
 fn nothing(table: &str, why: &str) -> Plan {
     let obstacles = vec![Obstacle { part: table.to_owned(), why: why.to_owned() }];
     Plan { obstacles, ..Plan::compiled(Predicate::Constant(Some(false))) }
+}
+
+/// Replaces calls of functions by their bodies, and adds the row security of the tables that the policy and functions of the caller look
+/// into; the bodies of definers are put in last, because they read past it. Returns the rights with which the policy is compiled then.
+/// Fails with the table whose row security is recursive.
+fn prepared<'a>(
+    policy: &str,
+    written: &Expr,
+    table: &str,
+    rights: &'a Rights,
+) -> Result<(Expr, Cow<'a, Rights>), String> {
+    let mut expr = written.clone();
+    let callers = inline::inline(&mut expr, table, rights, Whose::Callers);
+    let (mut expr, mut rights) = match with_row_security(&policy_text(policy, &expr, &callers), &expr, rights)
+    {
+        Ok(expanded) => expanded,
+        // PostgreSQL raises only when the function is called, so it is asked.
+        Err(_) if !rights.bodies.is_empty() => {
+            let without = Rights { bodies: BTreeMap::new(), ..rights.clone() };
+            let (expr, rights) = with_row_security(policy, written, &without)?;
+            return Ok((expr, Cow::Owned(rights.into_owned())));
+        }
+        Err(table) => return Err(table),
+    };
+    // A table whose row security is not added may be read by nothing then.
+    if !rights.not_added.is_empty() {
+        return Ok((expr, rights));
+    }
+    let before = expr.clone();
+    let all = inline::inline(&mut expr, table, &rights, Whose::Definers);
+    let is_other_role = rights.as_other_role || all.past;
+    if all.calls == 0 && all.left.is_empty() && callers.left.is_empty() {
+        return Ok((expr, rights));
+    }
+    let changed = rights.to_mut();
+    changed.not_replaced.extend(callers.left);
+    changed.not_replaced.extend(all.left);
+    if is_other_role && changed.reads_as.is_none() {
+        let why = "the evaluating login has no role that reads what its owner may: grant it one with BYPASSRLS and SELECT";
+        changed.not_replaced.extend(changed.bodies.keys().map(|name| (name.clone(), why.to_owned())));
+        return Ok((before, rights));
+    }
+    changed.as_other_role = is_other_role;
+    changed.tables.extend(all.tables);
+    Ok((expr, rights))
+}
+
+/// Returns the policy with what was put in, for a search of names that it uses.
+fn policy_text(policy: &str, expr: &Expr, inlined: &inline::Inlined) -> String {
+    match inlined.calls {
+        0 => policy.to_owned(),
+        _ => format!("{policy} {expr}"),
+    }
 }
 
 /// Adds the row security of the tables that the policy looks into, and returns the rights with which it is compiled then. Where
@@ -218,6 +266,22 @@ impl VisitorMut for Unambiguous {
     }
 }
 
+/// Parses one query.
+fn parse_query(text: &str) -> Result<Query, Unsupported> {
+    // The same as for a policy.
+    if text.contains("\"\"") || text.contains("\\\"") {
+        return Err(unsupported("a name contains a quote"));
+    }
+    let statements = parser(text)?.parse_statements().map_err(|error| Unsupported(error.to_string()))?;
+    match <[Statement; 1]>::try_from(statements) {
+        Ok([Statement::Query(mut query)]) => {
+            let _ = VisitMut::visit(&mut query, &mut Unambiguous);
+            Ok(*query)
+        }
+        _ => Err(unsupported("it is more than one query")),
+    }
+}
+
 /// Returns the expression that the body of an SQL function evaluates.
 fn parse_body(text: &str) -> Result<Expr, Unsupported> {
     let statements = parser(text)?.parse_statements().map_err(|error| Unsupported(error.to_string()))?;
@@ -243,19 +307,30 @@ struct Compiler<'a> {
     splits: Cell<usize>,
 }
 
-impl Compiler<'_> {
-    /// Returns the compiler for a function body.
-    fn function_body(&self) -> Self {
+impl<'a> Compiler<'a> {
+    /// Returns the compiler for policies of a table.
+    fn of(table: &'a str, columns: &'a [Column], rights: &'a Rights) -> Self {
         Compiler {
-            table: self.table,
-            columns: self.columns,
-            rights: self.rights,
-            without_columns: true,
-            depth: self.depth + 1,
+            table,
+            columns,
+            rights,
+            without_columns: false,
+            depth: 0,
             claim_exprs: RefCell::default(),
             queries: RefCell::default(),
             obstacles: RefCell::default(),
             splits: Cell::default(),
+        }
+    }
+}
+
+impl Compiler<'_> {
+    /// Returns the compiler for a function body.
+    fn function_body(&self) -> Self {
+        Compiler {
+            without_columns: true,
+            depth: self.depth + 1,
+            ..Compiler::of(self.table, self.columns, self.rights)
         }
     }
 
@@ -323,6 +398,11 @@ impl Compiler<'_> {
     fn by_structure(&self, expr: &Expr, lenient: bool) -> Predicate {
         match expr {
             Expr::Nested(inner) => self.predicate(inner, lenient),
+            // `(select f())`, which PostgreSQL evaluates once.
+            Expr::Subquery(query) if only_expression(query).is_some() => match only_expression(query) {
+                Some(inner) => self.predicate(inner, lenient),
+                None => Predicate::Opaque,
+            },
             Expr::BinaryOp { op: op @ (BinaryOperator::And | BinaryOperator::Or), .. } => {
                 self.chain(expr, op, lenient)
             }
@@ -343,6 +423,11 @@ impl Compiler<'_> {
                 let otherwise = else_result.as_ref().map(|result| self.predicate(result, lenient));
                 Predicate::Case(branches, Box::new(otherwise.unwrap_or(Predicate::Constant(None))))
             }
+            Expr::Function(function) if coalesced(function).is_some() => match coalesced(function) {
+                Some((inner, false)) => Predicate::Is(Box::new(self.predicate(inner, false)), true),
+                Some((inner, true)) => not(Predicate::Is(Box::new(self.predicate(inner, false)), false)),
+                None => Predicate::Opaque,
+            },
             Expr::Exists { subquery, negated: true } => {
                 let exists = Expr::Exists { subquery: subquery.clone(), negated: false };
                 not(self.predicate(&exists, false))
@@ -459,6 +544,23 @@ fn operands_of<'a>(expr: &'a Expr, op: &BinaryOperator, parts: &mut Vec<&'a Expr
             Expr::BinaryOp { left, op: same, right } if same == op => open.extend([&**right, &**left]),
             part => parts.push(part),
         }
+    }
+}
+
+/// Returns the condition and the constant of `coalesce(condition, true)` or `… false)`.
+fn coalesced(function: &Function) -> Option<(&Expr, bool)> {
+    let FunctionArguments::List(list) = &function.args else { return None };
+    match list.args.as_slice() {
+        [
+            FunctionArg::Unnamed(FunctionArgExpr::Expr(one)),
+            FunctionArg::Unnamed(FunctionArgExpr::Expr(Expr::Value(two))),
+        ] if function.name.to_string().eq_ignore_ascii_case("coalesce") && inline::is_condition(one) => {
+            match two.value {
+                Value::Boolean(constant) => Some((one, constant)),
+                _ => None,
+            }
+        }
+        _ => None,
     }
 }
 

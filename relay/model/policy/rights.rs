@@ -14,6 +14,10 @@ pub struct Rights {
     pub policies: Vec<Policy>,
     /// Functions without arguments whose body is one expression, by name.
     pub helpers: BTreeMap<String, Helper>,
+    /// Functions of one select, by name: their calls may be replaced.
+    pub bodies: BTreeMap<String, Body>,
+    /// Whether the body of one more function could not be read, because one of its tables is locked.
+    pub bodies_locked: bool,
     /// Tables without row security for the role, by name.
     pub tables: BTreeSet<String>,
     /// Tables with row security for the role, by name.
@@ -25,6 +29,9 @@ pub struct Rights {
     /// Why the policies of a table are not added where it is looked into, by name.
     #[serde(skip)]
     pub not_added: BTreeMap<String, String>,
+    /// Why calls of a function are not replaced, by name.
+    #[serde(skip)]
+    pub not_replaced: BTreeMap<String, String>,
     /// Whether the queries run as [`reads_as`](Self::reads_as).
     #[serde(skip)]
     pub as_other_role: bool,
@@ -73,6 +80,31 @@ pub struct Helper {
     pub returns: String,
     /// The source text.
     pub body: String,
+}
+
+/// A function of one select, whose calls are replaced by its body.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Body {
+    /// The name without the schema and without quotes, which the body has before names of parameters.
+    pub function: String,
+    /// The body as PostgreSQL writes it: `RETURN …` or `BEGIN ATOMIC …`.
+    pub sql: String,
+    /// The names of the parameters; empty for those without one.
+    pub names: Vec<String>,
+    /// The types of the parameters.
+    pub types: Vec<String>,
+    /// The type of the result.
+    pub returns: String,
+    /// Whether it returns a set.
+    pub many: bool,
+    /// Whether it returns null if an argument is null.
+    pub strict: bool,
+    /// Whether it reads with its owner's rights, and so past the row security of the role.
+    pub definer: bool,
+    /// Whether the role may not see all rows of these tables.
+    pub past: bool,
+    /// The tables that it reads.
+    pub tables: BTreeSet<String>,
 }
 
 #[cfg(test)]

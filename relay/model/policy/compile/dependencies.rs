@@ -11,6 +11,7 @@ const SAFE_FUNCTIONS: &[&str] = &[
     "abs",
     "age",
     "any_value",
+    "array_agg",
     "array_length",
     "array_lower",
     "array_ndims",
@@ -197,7 +198,10 @@ impl Analyzer<'_> {
         } else if self.rights.as_other_role && matches!(bare.as_str(), "current_user" | "current_role") {
             self.add_obstacle(format!("{written} is another role in a look past row security"));
         } else if bare != "array" && SAFE_FUNCTIONS.binary_search(&bare.as_str()).is_err() {
-            self.add_obstacle(format!("{written}() may read anything"));
+            self.add_obstacle(match self.rights.not_replaced.get(&written) {
+                Some(why) => format!("{written}() may read anything: {why}"),
+                None => format!("{written}() may read anything"),
+            });
         }
     }
 

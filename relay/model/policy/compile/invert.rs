@@ -9,8 +9,9 @@ use std::borrow::Cow;
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    BinaryOperator, Distinct, Expr, Function, FunctionArguments, Ident, LimitClause, ObjectName, Query,
-    Select, SelectItem, SetExpr, TableFactor, TableWithJoins, Value, visit_expressions,
+    ArrayElemTypeDef, BinaryOperator, CastKind, DataType, Distinct, Expr, Function, FunctionArg,
+    FunctionArgExpr, FunctionArguments, Ident, LimitClause, ObjectName, Query, Select, SelectItem, SetExpr,
+    TableFactor, TableWithJoins, Value, visit_expressions,
 };
 
 use super::dependencies::{dependencies, written};
@@ -19,6 +20,7 @@ use super::operand::{Operand, Type};
 use super::row_security::may_raise;
 use super::{Compiler, Unsupported, operands_of, parser, unsupported};
 use crate::model::policy::plan::{READER, ServerQuery};
+use crate::model::policy::rights::Rights;
 use crate::model::row::datum::Kind;
 
 /// The claims that a query reads of its readers.
@@ -45,8 +47,8 @@ impl Readers {
 impl Compiler<'_> {
     /// Compiles a condition on the reader's claims to a query for all readers. Returns the query's index.
     pub(super) fn invert(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Result<usize, Unsupported> {
-        if let Some(list) = self.as_list(expr).filter(|_| lenient) {
-            return self.invert(&list, lenient, why);
+        if let Some(found) = self.as_list(expr).or_else(|| self.as_exists(expr)).filter(|_| lenient) {
+            return self.invert(&found, lenient, why);
         }
         match expr {
             Expr::Nested(inner) => self.invert(inner, lenient, why),
@@ -148,7 +150,8 @@ impl Compiler<'_> {
         rest: &mut Vec<Expr>,
         readers: &mut Readers,
     ) -> Result<(), Unsupported> {
-        match self.as_list(&condition).unwrap_or(condition) {
+        let found = self.as_list(&condition).or_else(|| self.as_exists(&condition));
+        match found.unwrap_or(condition) {
             condition if !dependencies(&condition, self.rights).claims => rest.push(condition),
             Expr::Exists { subquery, negated: false } => {
                 let inner = self.invert_query(&without_limit(&subquery), None, readers)?;
@@ -218,6 +221,11 @@ impl Compiler<'_> {
         match expr {
             Expr::Nested(inner) => self.as_list(inner),
             Expr::AnyOp { left, compare_op: BinaryOperator::Eq, right, .. } => match bare(right) {
+                Expr::Cast {
+                    expr: array,
+                    data_type: DataType::Array(ArrayElemTypeDef::SquareBracket(of, None)),
+                    ..
+                } => Some(list(left, &collected(array, of)?)),
                 Expr::Function(Function { name, args: FunctionArguments::Subquery(query), .. })
                     if name.to_string().eq_ignore_ascii_case("array") =>
                 {
@@ -227,7 +235,7 @@ impl Compiler<'_> {
             },
             Expr::BinaryOp { left, op: BinaryOperator::Eq, right } => {
                 [(left, right), (right, left)].into_iter().find_map(|(value, query)| match bare(query) {
-                    Expr::Subquery(query) if self.finds_one_row(query) => Some(list(value, query)),
+                    Expr::Subquery(query) if finds_one_row(query, self.rights) => Some(list(value, query)),
                     _ => None,
                 })
             }
@@ -235,33 +243,24 @@ impl Compiler<'_> {
         }
     }
 
-    /// Whether the query is `select … from one_table where its_unique_column = value and …`, whose value no row of the table gives.
-    fn finds_one_row(&self, query: &Query) -> bool {
-        let Some((select, selection)) =
-            plain_select(query).and_then(|select| Some((select, select.selection.as_ref()?)))
-        else {
-            return false;
-        };
-        let [TableWithJoins { relation: TableFactor::Table { name, alias, args: None, .. }, joins }] =
-            select.from.as_slice()
-        else {
-            return false;
-        };
-        let Some(unique) = self.rights.unique.get(&written(name)).filter(|_| joins.is_empty()) else {
-            return false;
-        };
-        let table = alias.as_ref().map_or_else(|| last_part(name), |alias| &alias.name.value);
-        let mut conditions = Vec::new();
-        conjuncts(selection, &mut conditions);
-        conditions.iter().any(|condition| {
-            let Expr::BinaryOp { left, op: BinaryOperator::Eq, right } = condition else { return false };
-            [(left, right), (right, left)].into_iter().any(|(column, value)| {
-                matches!(bare(column), Expr::CompoundIdentifier(parts) if matches!(parts.as_slice(),
-                    [of, column] if of.value == table && unique.contains(&column.value)))
-                    && (self.function_body().operand(value).is_ok() || matches!(bare(value),
-                        Expr::CompoundIdentifier(parts) if matches!(parts.as_slice(), [of, _] if of.value != table)))
-            })
-        })
+    /// Returns `exists (select … where … and condition)` for `(select condition …)`, if that finds one row at most: it is true for the
+    /// same rows.
+    fn as_exists(&self, expr: &Expr) -> Option<Expr> {
+        let Expr::Subquery(query) = bare(expr) else { return None };
+        let condition = projected(plain_select(query)?)?.clone();
+        if !finds_one_row(query, self.rights) {
+            return None;
+        }
+        let mut query = query.clone();
+        let SetExpr::Select(select) = &mut *query.body else { return None };
+        select.selection = Some(match select.selection.take() {
+            Some(selection) => {
+                Expr::BinaryOp { left: nest(selection), op: BinaryOperator::And, right: nest(condition) }
+            }
+            None => condition,
+        });
+        select.projection = vec![SelectItem::UnnamedExpr(Expr::value(Value::Null))];
+        Some(Expr::Exists { subquery: query, negated: false })
     }
 
     /// Whether the item is a column, constant, claim or wildcard, so that it gives one value for each row.
@@ -295,6 +294,78 @@ impl Compiler<'_> {
     }
 }
 
+/// Whether the query is `select … from one_table where its_unique_column = value and …`, whose value no row of the table gives.
+pub(super) fn finds_one_row(query: &Query, rights: &Rights) -> bool {
+    let Some((select, selection)) =
+        plain_select(query).and_then(|select| Some((select, select.selection.as_ref()?)))
+    else {
+        return false;
+    };
+    let [TableWithJoins { relation: TableFactor::Table { name, alias, args: None, .. }, joins }] =
+        select.from.as_slice()
+    else {
+        return false;
+    };
+    let Some(unique) = rights.unique.get(&written(name)).filter(|_| joins.is_empty()) else {
+        return false;
+    };
+    let table = alias.as_ref().map_or_else(|| last_part(name), |alias| &alias.name.value);
+    let mut conditions = Vec::new();
+    conjuncts(selection, &mut conditions);
+    let claims = Compiler::of("", &[], rights).function_body();
+    conditions.iter().any(|condition| {
+        let Expr::BinaryOp { left, op: BinaryOperator::Eq, right } = condition else { return false };
+        [(left, right), (right, left)].into_iter().any(|(column, value)| {
+            matches!(bare(column), Expr::CompoundIdentifier(parts) if matches!(parts.as_slice(),
+                [of, column] if of.value == table && unique.contains(&column.value)))
+                && (claims.operand(value).is_ok() || matches!(uncast(value),
+                    Expr::CompoundIdentifier(parts) if matches!(parts.as_slice(), [of, _] if of.value != table)))
+        })
+    })
+}
+
+/// Returns `select x …` for `(select array_agg(x) …)`, also with an empty array for no row, as a list of values of a type: it finds the
+/// values that the array has.
+fn collected(array: &Expr, of: &DataType) -> Option<Query> {
+    let Expr::Subquery(query) = bare(array) else { return None };
+    if let Some(inner) = only_expression(query) {
+        return collected(uncast(inner), of);
+    }
+    let mut value = uncast(projected(plain_select(query)?)?);
+    let call = |expr: &Expr, wanted: &str| match expr {
+        Expr::Function(Function {
+            name,
+            args: FunctionArguments::List(list),
+            filter: None,
+            over: None,
+            ..
+        }) if name.to_string().eq_ignore_ascii_case(wanted) && list.duplicate_treatment.is_none() => list
+            .args
+            .iter()
+            .map(|one| match one {
+                FunctionArg::Unnamed(FunctionArgExpr::Expr(expr)) => Some(expr.clone()),
+                _ => None,
+            })
+            .collect::<Option<Vec<Expr>>>(),
+        _ => None,
+    };
+    let parts = call(value, "coalesce");
+    if let Some([array, empty]) = parts.as_deref() {
+        matches!(uncast(empty), Expr::Value(one) if matches!(&one.value, Value::SingleQuotedString(text) if text == "{}")).then_some(())?;
+        value = uncast(array);
+    }
+    let [element] = call(value, "array_agg")?.try_into().ok()?;
+    let mut query = (**query).clone();
+    let SetExpr::Select(select) = &mut *query.body else { return None };
+    select.projection = vec![SelectItem::UnnamedExpr(Expr::Cast {
+        kind: CastKind::DoubleColon,
+        expr: nest(element),
+        data_type: of.clone(),
+        format: None,
+    })];
+    Some(query)
+}
+
 pub(super) fn nest(expr: Expr) -> Box<Expr> {
     Box::new(match expr {
         nested @ Expr::Nested(_) => nested,
@@ -319,6 +390,13 @@ fn without_limit(query: &Query) -> Cow<'_, Query> {
 fn bare(expr: &Expr) -> &Expr {
     match expr {
         Expr::Nested(inner) => bare(inner),
+        other => other,
+    }
+}
+
+fn uncast(expr: &Expr) -> &Expr {
+    match expr {
+        Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => uncast(inner),
         other => other,
     }
 }

@@ -133,6 +133,9 @@ impl Compiler<'_> {
             ("json", Operand::Claim(claim, Type::Known(Kind::Text))) => {
                 return document(claim.clone(), false);
             }
+            ("json", Operand::Claim(_, Type::Json)) | ("jsonb", Operand::Claim(_, Type::Jsonb)) => {
+                return Ok(inner);
+            }
             ("jsonb", Operand::Claim(claim, Type::Known(Kind::Text))) => {
                 return document(claim.clone(), true);
             }

@@ -13,6 +13,7 @@ use sqlparser::ast::{
 };
 
 use super::dependencies::written;
+use super::inline::{Whose, inline};
 use super::invert::{last_part, nest};
 use super::parse;
 use crate::model::policy::rights::{Rights, SecuredTable};
@@ -159,11 +160,15 @@ impl Expander<'_> {
             return Err(self.refused("its policy reads a whole row"));
         }
         let mut expr = parse(&secured.policy).map_err(|why| self.refused(&why.0))?;
-        if may_raise(&expr) {
+        let mut read = expr.clone();
+        inline(&mut read, &secured.table, self.rights, Whose::Callers);
+        inline(&mut read, &secured.table, self.rights, Whose::Definers);
+        if may_raise(&read) {
             return Err(self.refused(
                 "its policy may raise an error for a row, which then ends every query that reads this row",
             ));
         }
+        inline(&mut expr, &secured.table, self.rights, Whose::Callers);
         let mut named = Named { expander: self, names: BTreeMap::new() };
         if let ControlFlow::Break(refused) = VisitMut::visit(&mut expr, &mut named) {
             return Err(refused);
@@ -287,13 +292,20 @@ impl VisitorMut for Qualified<'_> {
 /// Functions that raise for no argument, among those that policies use on columns.
 const QUIET_FUNCTIONS: &[&str] = &[
     "array",
+    "array_agg",
     "array_length",
+    "bool_and",
+    "bool_or",
     "btrim",
     "cardinality",
     "coalesce",
+    "count",
+    "every",
     "length",
     "lower",
     "ltrim",
+    "max",
+    "min",
     "nullif",
     "rtrim",
     "starts_with",
@@ -362,6 +374,8 @@ fn reads_columns(expr: &Expr) -> bool {
         fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<()> {
             match expr {
                 Expr::Identifier(_) | Expr::CompoundIdentifier(_) => ControlFlow::Break(()),
+                // A parameter of a function.
+                Expr::Value(value) if matches!(value.value, Value::Placeholder(_)) => ControlFlow::Break(()),
                 _ => ControlFlow::Continue(()),
             }
         }
