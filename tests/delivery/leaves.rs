@@ -637,7 +637,7 @@ async fn an_older_change_of_a_partition_that_moved_is_of_the_parents_that_it_had
             assert_eq!(short(&until_end(client).await), *lines, "{table}, live: {moves:?}");
         }
         for (away, (table, lines)) in [one, two, whole].iter().zip(&expected) {
-            for (way, told) in back(&away, &stage).await {
+            for (way, told) in back(away, &stage).await {
                 assert_eq!(short(&told), *lines, "{table} by {way}: {moves:?}");
             }
         }
