@@ -55,9 +55,8 @@ declare
   type_name text;
   base_type oid;
   symbol text;
-  literals text[] := '{}';
+  list_type text;
   canonical text[] := '{}';
-  one text;
   condition text;
 begin
   select a.attname, a.atttypid, a.attcollation into col
@@ -96,29 +95,35 @@ begin
       type_name := 'text';
     end if;
     symbol := relay.operator_for(base_type, symbol);
-    foreach one in array value loop
-      if one is null then
-        raise exception 'a filter value cannot be null' using errcode = 'null_value_not_allowed';
-      end if;
-      execute pg_catalog.format('select ($1::%s)::pg_catalog.text', type_name) into one using one;
-      canonical := canonical || one;
-      literals := literals || pg_catalog.format('%L::%s', one, type_name);
-    end loop;
+    if pg_catalog.array_position(value, null) is not null then
+      raise exception 'a filter value cannot be null' using errcode = 'null_value_not_allowed';
+    end if;
+    execute pg_catalog.format('select pg_catalog.array_agg((v.one::%s)::pg_catalog.text order by v.n) from pg_catalog.unnest($1) with ordinality v (one, n)',
+                              type_name) into canonical using value;
+    canonical := coalesce(canonical, '{}');
 
-    if operator = 'in' and literals = '{}' then
+    if operator = 'in' and value = '{}' then
       condition := 'false';
     elsif operator = 'in' then
-      -- Comparisons joined by OR instead of = any (array), so that array columns work, too.
-      select pg_catalog.string_agg(pg_catalog.format('%s %s %s', operand, symbol, l), ' or ' order by n) into condition
-      from pg_catalog.unnest(literals) with ordinality x (l, n);
+      -- = any (array) is hashed and finds an index. Arrays and composite types have no such array, others separate its elements by
+      -- another character than a comma: their comparisons are joined by OR.
+      select pg_catalog.format_type(l.oid, -1) into list_type
+      from pg_catalog.pg_type t join pg_catalog.pg_type l on l.oid = t.typarray
+      where t.oid = base_type and t.typtype <> 'c' and l.typdelim = ',';
+      if list_type is not null then
+        condition := pg_catalog.format('%s %s any (%L::%s)', operand, symbol, value::pg_catalog.text, list_type);
+      else
+        select pg_catalog.string_agg(pg_catalog.format('%s %s %L::%s', operand, symbol, v.one, type_name), ' or ' order by v.n) into condition
+        from pg_catalog.unnest(value) with ordinality v (one, n);
+      end if;
     elsif operator = 'isdistinct' then
-      condition := pg_catalog.format('not coalesce(%s %s %s, false)', operand, symbol, literals[1]);
+      condition := pg_catalog.format('not coalesce(%s %s %L::%s, false)', operand, symbol, value[1], type_name);
     else
-      condition := pg_catalog.format('%s %s %s', operand, symbol, literals[1]);
+      condition := pg_catalog.format('%s %s %L::%s', operand, symbol, value[1], type_name);
     end if;
     condition := '(' || condition || ')';
     if operator in ('match', 'imatch') then
-      execute pg_catalog.format('select ''''::%s %s %s', type_name, symbol, literals[1]);
+      execute pg_catalog.format('select ''''::%s %s %L::%s', type_name, symbol, value[1], type_name);
     elsif operator in ('like', 'ilike') and type_name = 'text' then
       -- Such a pattern would raise for each row that matches up to its end: so it is refused now. The statement below finds a
       -- collation that does not support patterns.

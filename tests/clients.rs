@@ -27,6 +27,7 @@ clients! {
         gets_rows_as_they_come_change_and_go
         gets_the_whole_old_row_where_replica_identity_is_full
         gets_by_each_binding_what_its_event_and_filter_say
+        gets_rows_that_match_one_of_several_conditions
         shows_two_users_only_their_own_rows
         sees_other_rows_once_another_token_is_set
         is_let_in_by_a_token_that_comes_after_the_join

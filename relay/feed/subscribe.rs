@@ -12,7 +12,7 @@ use crate::model::policy::visibility::Identity;
 use crate::model::row::change::RelationId;
 use crate::model::subscription::binding::{Subscription, exception, readable, unknown_column};
 use crate::model::subscription::error::{FORBIDDEN, SubscribeError};
-use crate::model::subscription::filter::{self, Condition};
+use crate::model::subscription::filter;
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::request::{Request, Target};
 use crate::model::subscription::typed_filter::TypedFilter;
@@ -135,8 +135,8 @@ impl Binder {
         catalog: &Catalog,
         request: &Request,
     ) -> Result<Option<Arc<TypedFilter>>, RequestError> {
-        let conditions = filter::parse(&request.filter).map_err(|error| SubscribeError(error.to_string()))?;
-        if conditions.is_empty() {
+        let filter = filter::parse(&request.filter).map_err(|error| SubscribeError(error.to_string()))?;
+        if filter.is_empty() {
             return Ok(None);
         }
         if !matches!(request.target, Target::Table { .. }) {
@@ -149,7 +149,8 @@ impl Binder {
         let relation = readable(identity, catalog, request)?;
         let access = relation.access(identity.claims().role());
         let unknown = access.and_then(|access| {
-            let unknown = conditions.iter().find(|condition| !access.sees(&condition.column))?;
+            let conditions = filter.conditions();
+            let unknown = conditions.into_iter().find(|condition| !access.sees(&condition.column))?;
             Some(unknown_column(request, "filter", &unknown.column, relation, access))
         });
         if let Some(unknown) = unknown {
@@ -159,7 +160,7 @@ impl Binder {
         if let Some(known) = self.cached(relation, &key) {
             return Ok(Some(known));
         }
-        let missing = self.catalog.missing_for(relation, &conditions, identity.claims().role()).await?;
+        let missing = self.catalog.missing_for(relation, &filter, identity.claims().role()).await?;
         if !missing.is_empty() {
             let (schema, table, grants) = (&relation.schema, &relation.table, missing.join("; "));
             let why = format!(
@@ -167,7 +168,7 @@ impl Binder {
             );
             return Err(exception(request, &why).into());
         }
-        match self.catalog.filter(relation, conditions).await {
+        match self.catalog.filter(relation, &filter).await {
             Ok(bound) => {
                 let bound = Arc::new(bound);
                 let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
@@ -190,32 +191,14 @@ impl Binder {
         relation: &Relation,
     ) -> Result<Option<String>, RequestError> {
         let Some(beyond) = paging.keyset(order, relation)? else { return Ok(None) };
-        let mut condition: Option<String> = None;
-        for (by, beyond) in order.iter().zip(&beyond).rev() {
-            let read: Vec<&Condition> = [Some(&beyond.equal), beyond.later.as_ref(), beyond.from.as_ref()]
-                .into_iter()
-                .flatten()
-                .collect();
-            let read = within(BIND_TIMEOUT, "the catalog", self.catalog.conditions(relation, &read)).await;
-            let mut read = match read {
-                Ok(read) => read.into_iter(),
-                Err(error) if error.refusal().is_some() && !error.is_transient() => {
-                    return Err(PageToken::invalid().into());
-                }
-                Err(error) => return Err(error.into()),
-            };
-            let mut next = || read.next().unwrap_or_default();
-            let (equal, later) = (next(), beyond.later.as_ref().map(|_| next()));
-            let null = beyond.or_null.then(|| format!("\"{}\" is null", by.column.replace('"', "\"\"")));
-            let rest = condition.map(|rest| format!("{equal} and ({rest})"));
-            let alternatives: Vec<String> = [later, null, rest].into_iter().flatten().collect();
-            let any = if alternatives.is_empty() { String::from("false") } else { alternatives.join(" or ") };
-            condition = Some(match beyond.from {
-                Some(_) => format!("{} and ({any})", next()),
-                None => any,
-            });
+        let read = self.catalog.condition(relation, &beyond);
+        match within(BIND_TIMEOUT, "the catalog", read).await {
+            Ok(condition) => Ok(Some(condition)),
+            Err(error) if error.refusal().is_some() && !error.is_transient() => {
+                Err(PageToken::invalid().into())
+            }
+            Err(error) => Err(error.into()),
         }
-        Ok(condition)
     }
 
     fn cached(&self, relation: &Relation, key: &(RelationId, String)) -> Option<Arc<TypedFilter>> {

@@ -13,8 +13,7 @@ use crate::model::catalog::marks::{Marks, Outdated};
 use crate::model::catalog::relation::{Catalog, PartNames, Relation, Widening};
 use crate::model::identity::claims::Claims;
 use crate::model::row::change::RelationId;
-use crate::model::row::column::{Column, ColumnKind};
-use crate::model::subscription::filter::Condition;
+use crate::model::subscription::filter::{Condition, Filter};
 use crate::model::subscription::typed_filter::{TypedCondition, TypedFilter};
 use crate::postgres::connect::pool::{Error, Lease};
 use crate::postgres::function_bodies::bodies;
@@ -445,12 +444,12 @@ impl CatalogCache {
     pub async fn missing_for(
         &self,
         relation: &Relation,
-        conditions: &[Condition],
+        filter: &Filter,
         role: &str,
     ) -> Result<Vec<String>, Error> {
         let is_user_defined =
             |column: &&str| relation.column(column).is_some_and(|column| column.readable_type.contains('.'));
-        let columns = conditions.iter().map(|condition| condition.column.as_str());
+        let columns = filter.conditions().into_iter().map(|condition| condition.column.as_str());
         let columns: Vec<&str> = columns.filter(is_user_defined).collect();
         if columns.is_empty() {
             return Ok(Vec::new());
@@ -462,47 +461,30 @@ impl CatalogCache {
         Ok(row.try_get(0)?)
     }
 
-    /// Converts conditions to SQL, with the column types of a relation.
+    /// Converts a filter to an SQL condition, with the column types of a relation.
     ///
     /// # Errors
     /// As [`Self::filter`].
-    pub async fn conditions(
-        &self,
-        relation: &Relation,
-        conditions: &[&Condition],
-    ) -> Result<Vec<String>, Error> {
+    pub async fn condition(&self, relation: &Relation, filter: &Filter) -> Result<String, Error> {
         let client = self.filters.get().await?;
-        let mut terms = Vec::with_capacity(conditions.len());
-        for condition in conditions {
-            terms.push(typed_condition(&client, relation, condition).await?.sql);
-        }
-        Ok(terms)
+        let terms = typed_conditions(&client, relation, filter).await?;
+        Ok(condition_of(filter, &mut terms.iter()))
     }
 
     /// Compiles a filter with the column types of a relation.
     ///
     /// # Errors
     /// PostgreSQL's own, when a value does not fit its column or the type lacks the operator.
-    pub async fn filter(
-        &self,
-        relation: &Relation,
-        conditions: Vec<Condition>,
-    ) -> Result<TypedFilter, Error> {
+    pub async fn filter(&self, relation: &Relation, filter: &Filter) -> Result<TypedFilter, Error> {
         let client = self.filters.get().await?;
-        let mut typed = Vec::with_capacity(conditions.len());
-        let mut terms = Vec::with_capacity(conditions.len());
-        for condition in conditions {
-            let sql = typed_condition(&client, relation, &condition).await?;
-            terms.push(sql.sql);
-            let column = relation.column(&condition.column);
-            let kind = column.map(|column| column.kind.clone()).unwrap_or_default();
-            let shape = column.map_or(ColumnKind::Foreign, Column::shape);
-            let folding = column.and_then(|column| column.folding);
-            typed.push(TypedCondition { condition, kind, shape, folding, values: sql.values });
-        }
+        let terms = typed_conditions(&client, relation, filter).await?;
+        let condition = condition_of(filter, &mut terms.iter());
         let statement = client.prepare_cached("select relay.judge_statement($1::oid, $2)").await?;
-        let condition = terms.join(" and ");
         let text: String = client.query_one(&statement, &[&relation.oid, &condition]).await?.try_get(0)?;
+        let mut values = terms.into_iter().map(|term| term.values);
+        let typed = filter.map(&mut |condition| {
+            TypedCondition::new(relation, condition.clone(), values.next().unwrap_or_default())
+        });
         Ok(TypedFilter::new(relation, typed, condition, text.into()))
     }
 }
@@ -533,22 +515,37 @@ struct ConditionSql {
     values: Vec<String>,
 }
 
-async fn typed_condition(
+/// Returns the conditions of a filter, in order.
+async fn typed_conditions(
     client: &Client,
     relation: &Relation,
-    condition: &Condition,
-) -> Result<ConditionSql, Error> {
+    filter: &Filter,
+) -> Result<Vec<ConditionSql>, Error> {
     let read = client.prepare_cached("select relay.filter_condition($1::oid, $2, $3, $4)::text").await?;
-    let row = client
-        .query_one(&read, &[&relation.oid, &condition.column, &condition.operator.name(), &condition.values])
-        .await?;
-    let mut typed: ConditionSql = serde_json::from_str(row.get(0)).map_err(|error| {
-        Error::Unfit(format!("relay.filter_condition returned an unexpected value: {error}"))
-    })?;
-    if condition.negated {
-        typed.sql = format!("(not {})", typed.sql);
+    let mut typed = Vec::new();
+    for Condition { column, operator, values } in filter.conditions() {
+        let row = client.query_one(&read, &[&relation.oid, column, &operator.name(), values]).await?;
+        typed.push(serde_json::from_str(row.get(0)).map_err(|error| {
+            Error::Unfit(format!("relay.filter_condition returned an unexpected value: {error}"))
+        })?);
     }
     Ok(typed)
+}
+
+/// Joins the conditions of a filter, in order, as its tree does.
+fn condition_of<'t>(filter: &Filter, conditions: &mut impl Iterator<Item = &'t ConditionSql>) -> String {
+    let mut join = |all: &[Filter], by: &str| {
+        let all: Vec<String> = all.iter().map(|one| condition_of(one, conditions)).collect();
+        format!("({})", all.join(by))
+    };
+    match filter {
+        Filter::One(_) => conditions.next().map_or_else(|| String::from("null"), |next| next.sql.clone()),
+        Filter::Not(inner) => format!("(not {})", condition_of(inner, conditions)),
+        Filter::And(all) if all.is_empty() => String::from("true"),
+        Filter::Or(all) if all.is_empty() => String::from("false"),
+        Filter::And(all) => join(all, " and "),
+        Filter::Or(all) => join(all, " or "),
+    }
 }
 
 /// Selects when rules were widened, and when each role last changed.

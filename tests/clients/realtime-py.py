@@ -167,6 +167,30 @@ async def gets_by_each_binding_what_its_event_and_filter_say():
         same(sorted(await board.briefs(len(expected))), expected)
 
 
+async def gets_rows_that_match_one_of_several_conditions():
+    def on(condition):
+        return {**BOARD, "event": "*", "filter": condition}
+
+    board = await subscribed(
+        await connect(RELAY, await token("anon")),
+        "board",
+        {
+            "either": on('or=(list.eq.7,text.in.(red,"a, (b)"))'),
+            "nested": on("id=lt.10,or=(and(list.gt.7,list.lt.9),not.or(text.neq.red,id.neq.1))"),
+            "neither": on("not.or=(list.eq.7,text.like.%e%)"),
+        },
+    )
+    for sql, expected in [
+        ("insert into board values (1, 7, 'blue')", ["either INSERT 1"]),
+        ("insert into board values (2, 8, 'a, (b)')", ["either INSERT 2", "neither INSERT 2", "nested INSERT 2"]),
+        ("insert into board values (3, 9, 'x')", ["neither INSERT 3"]),
+        ("update board set text = 'red', list = 9 where id = 1", ["either UPDATE 1", "nested UPDATE 1"]),
+        ("delete from board where id = 2", ["either DELETE 2", "neither DELETE 2", "nested DELETE 2"]),
+    ]:
+        await write(sql)
+        same(sorted(await board.briefs(len(expected))), expected)
+
+
 async def shows_two_users_only_their_own_rows():
     key = await token("anon")
     alice = await subscribed(await connect(RELAY, key, await token("alice")), "notes", NOTES)

@@ -118,6 +118,26 @@ export const play = (connect, { tries = true, binary = false } = {}) => run({
     assert.deepEqual((await briefs(board, 2)).sort(), ['either DELETE 2', 'removed DELETE 2'])
   },
 
+  async gets_rows_that_match_one_of_several_conditions() {
+    const on = (filter) => ({ ...BOARD, event: '*', filter })
+    const board = await subscribed(await connect(RELAY, await token('anon')), 'board', {
+      either: on('or=(list.eq.7,text.in.(red,"a, (b)"))'),
+      nested: on('id=lt.10,or=(and(list.gt.7,list.lt.9),not.or(text.neq.red,id.neq.1))'),
+      neither: on('not.or=(list.eq.7,text.like.%e%)'),
+    })
+    const gives = async (sql, expected) => {
+      await write(sql)
+      assert.deepEqual((await briefs(board, expected.length)).sort(), expected.sort(), sql)
+    }
+    await gives(`insert into board values (1, 7, 'blue')`, ['either INSERT 1'])
+    await gives(`insert into board values (2, 8, 'a, (b)')`, ['either INSERT 2', 'nested INSERT 2', 'neither INSERT 2'])
+    await gives(`insert into board values (3, 9, 'x')`, ['neither INSERT 3'])
+    await gives(`update board set text = 'red', list = 9 where id = 1`, ['either UPDATE 1', 'nested UPDATE 1'])
+    await gives(`delete from board where id = 2`, ['either DELETE 2', 'nested DELETE 2', 'neither DELETE 2'])
+    const bad = listen(await connect(RELAY, await token('anon')), 'bad', on('or=(list.eq.7,text.foo.red)'))
+    assert.match((await bad.systems.next()).message, /Error parsing `filter` params: at character 20, "foo.red\)": an operator/)
+  },
+
   async shows_two_users_only_their_own_rows() {
     const key = await token('anon')
     const alice = await subscribed(await connect(RELAY, key, await token('alice')), 'notes', NOTES)

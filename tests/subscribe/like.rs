@@ -62,18 +62,17 @@ async fn table(database: &Database) -> (Relation, Vec<String>) {
 }
 
 fn bound(relation: &Relation, column: &str, operator: &str, pattern: &str) -> TypedFilter {
-    let quoted = format!("\"{}\"", pattern.replace('\\', "\\\\").replace('"', "\\\""));
-    let condition = filter::parse(&format!("c={operator}.{quoted}")).unwrap().remove(0);
-    assert_eq!(condition.values, [pattern]);
-    let found = relation.column(column).unwrap();
-    let typed = TypedCondition {
-        values: condition.values.clone(),
-        condition: filter::Condition { column: column.to_owned(), ..condition },
-        kind: found.kind.clone(),
-        shape: found.shape(),
-        folding: found.folding,
-    };
-    TypedFilter::new(relation, vec![typed], String::new(), "".into())
+    let quote = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
+    let quoted = quote(pattern);
+    let filter = filter::parse(&format!("{}={operator}.{quoted}", quote(column))).unwrap();
+    let typed = filter.map(&mut |condition| {
+        assert_eq!(
+            (condition.column.as_str(), condition.values.as_slice()),
+            (column, &[pattern.to_owned()][..])
+        );
+        TypedCondition::new(relation, condition.clone(), condition.values.clone())
+    });
+    TypedFilter::new(relation, typed, String::new(), "".into())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,7 @@
 //! Bindings and filters.
 
 pub mod filter;
+pub mod groups;
 pub mod healing;
 pub mod heavy_filters;
 pub mod hidden;

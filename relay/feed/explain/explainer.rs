@@ -13,7 +13,7 @@ use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::visibility::{Denied, Identity};
 use crate::model::row::change::Row;
 use crate::model::subscription::error::{SubscribeError, identifier};
-use crate::model::subscription::filter::parse;
+use crate::model::subscription::filter::{Filter, parse};
 use crate::model::subscription::request::Request;
 use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::catalog::CatalogCache;
@@ -168,8 +168,9 @@ async fn unknown(queries: &ExplainQueries, name: &str) -> Result<String, Error> 
 
 /// Returns the grant for the first column of a filter that exists and the role may not read; empty when there is none.
 fn column_grant(relation: &Relation, access: &Access, role: &str, text: &str) -> String {
-    let conditions = parse(text).unwrap_or_default();
-    let hidden = conditions.iter().map(|condition| &condition.column).find(|name| !access.sees(name));
+    let filter = parse(text).ok();
+    let conditions = filter.iter().flat_map(Filter::conditions);
+    let hidden = conditions.map(|condition| &condition.column).find(|name| !access.sees(name));
     let Some(column) = hidden.filter(|name| relation.column(name).is_some()) else { return String::new() };
     let [schema, table, column, role] = [&relation.schema, &relation.table, column, role].map(identifier);
     format!(": grant select ({column}) on {schema}.{table} to {role}")

@@ -53,7 +53,7 @@ pub enum ClaimValue {
     Null,
     /// A value.
     One(Datum),
-    /// A list, without its nulls.
+    /// A list, without its nulls, in ascending order. See [`ClaimValue::list`].
     List(Arc<[Datum]>),
     /// PostgreSQL raises an error.
     Error,
@@ -76,13 +76,22 @@ enum ClaimFailure {
     Undecided,
 }
 
+impl ClaimValue {
+    /// Creates a list of values, which need not be in order.
+    pub fn list(mut values: Vec<Datum>) -> Self {
+        values.sort_unstable();
+        values.dedup();
+        Self::List(values.into())
+    }
+}
+
 impl ClaimExpr {
     /// Evaluates the expression for these claims.
     pub fn value(&self, claims: &Claims) -> ClaimValue {
         match self.evaluate(claims) {
             Ok(Evaluated::Null) => ClaimValue::Null,
             Ok(Evaluated::One(datum)) => ClaimValue::One(datum),
-            Ok(Evaluated::List(list)) => ClaimValue::List(list.into()),
+            Ok(Evaluated::List(list)) => ClaimValue::list(list),
             Ok(Evaluated::Document(_) | Evaluated::EmptyOrNull) | Err(ClaimFailure::Undecided) => {
                 ClaimValue::Undecided
             }

@@ -102,7 +102,7 @@ impl List {
                     return match value {
                         _ if list.is_empty() && matches!(self, Self::Claim(_)) => Truth::False,
                         ColumnValue::Null => Truth::Null,
-                        ColumnValue::One(value) => list.contains(value).into(),
+                        ColumnValue::One(value) => list.binary_search(value).is_ok().into(),
                         _ => Truth::Undecided,
                     };
                 }

@@ -25,7 +25,7 @@ const MISSING_GRANTS: [&str; 2] = ["the policies of ", "the filter of "];
 pub const NEAR: &str = "; there is ";
 /// The list of operators, for error messages.
 const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
-     filters are joined by commas";
+     filters are joined by commas and must all hold; or=(a.eq.1,b.gt.2) holds when one of its conditions does";
 
 impl SubscribeError {
     /// Returns the text for clients that do not use the protocol: the command line and HTTP requests.

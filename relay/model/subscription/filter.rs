@@ -1,25 +1,44 @@
-//! Parsing of a subscription's filter: conditions joined by commas, all of which must hold.
+//! A subscription's filter: conditions on columns, joined by `and` and `or`.
+
+mod grammar;
+mod group;
 
 use std::fmt;
 
-/// The protocol's limit for the list of `in`.
-const MAX_ITEMS: usize = 100;
+pub use grammar::parse;
+
+/// Maximum number of values in the list of `in`.
+pub const MAX_ITEMS: usize = 5_000;
 /// Maximum number of conditions. Each costs a query at the join.
-const MAX_CONDITIONS: usize = 100;
-/// Maximum length of a filter in bytes. A hundred quoted values of several hundred characters fit.
-const MAX_LENGTH: usize = 64 * 1024;
+pub const MAX_CONDITIONS: usize = 100;
+/// Maximum number of groups within each other.
+pub const MAX_DEPTH: usize = 20;
+/// Maximum length of a filter in bytes: half of a join. A list of 3,300 uuids fits.
+pub const MAX_LENGTH: usize = 128 * 1024;
 /// The form of a filter, for error messages.
 pub const FORM: &str = "A filter is column=op.value, such as id=gt.7";
-/// Maximum number of characters of an invalid condition that an error repeats.
-const MAX_ECHO: usize = 200;
+
+/// Conditions joined by `and` and `or`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Tree<C> {
+    /// One condition.
+    One(C),
+    /// The opposite; null stays null.
+    Not(Box<Self>),
+    /// All of these; true without any.
+    And(Vec<Self>),
+    /// At least one of these; false without any.
+    Or(Vec<Self>),
+}
+
+/// A filter as the client wrote it: an `and` of its terms.
+pub type Filter = Tree<Condition>;
 
 /// One comparison of a column.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Condition {
     /// The column as the client wrote it. It may not exist.
     pub column: String,
-    /// Whether `not.` stood before the operator.
-    pub negated: bool,
     /// The comparison.
     pub operator: Operator,
     /// The values to compare with: one, or any number for [`Operator::In`].
@@ -72,18 +91,83 @@ pub enum FilterError {
     /// An item of an `in` list is empty without quotes, or its quotes are unbalanced.
     #[error("Error parsing `filter` params: malformed list in `in` filter")]
     MalformedList,
-    /// More than 100 items in an `in` list.
-    #[error("Error parsing `filter` params: too many values for `in` filter. Maximum 100")]
+    /// Too many items in an `in` list.
+    #[error("Error parsing `filter` params: too many values for `in` filter. Maximum {max}", max = MAX_ITEMS)]
     TooManyItems,
     /// `is` with another value than null, true, false or unknown.
     #[error("Error parsing `filter` params: `is` filter value must be null, true, false or unknown")]
     UnknownState,
     /// Too many conditions.
-    #[error("Error parsing `filter` params: too many conditions. Maximum 100")]
+    #[error("Error parsing `filter` params: too many conditions. Maximum {max}", max = MAX_CONDITIONS)]
     TooManyConditions,
     /// Too long, or with a null character, which PostgreSQL text cannot contain.
-    #[error("Error parsing `filter` params: filter is too long or contains a null character")]
+    #[error(
+        "Error parsing `filter` params: filter is too long or contains a null character. Maximum {max} bytes",
+        max = MAX_LENGTH
+    )]
     Unacceptable,
+    /// A mistake in a group.
+    #[error("Error parsing `filter` params: at {place}: {expected}")]
+    InGroup {
+        /// Where it is.
+        place: Place,
+        /// What should stand there.
+        expected: String,
+    },
+}
+
+/// A place in a filter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The number of the character, from 1.
+    pub character: usize,
+    /// The beginning of what stands there; nothing at the end of the filter.
+    pub text: String,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.text.as_str() {
+            "" => write!(out, "character {}, the end", self.character),
+            text => write!(out, "character {}, {text:?}", self.character),
+        }
+    }
+}
+
+impl<C> Tree<C> {
+    /// Whether it has no conditions, so that every row matches.
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Self::And(all) if all.is_empty())
+    }
+
+    /// Returns its conditions, in order.
+    pub fn conditions(&self) -> Vec<&C> {
+        fn collect<'t, C>(tree: &'t Tree<C>, found: &mut Vec<&'t C>) {
+            match tree {
+                Tree::One(condition) => found.push(condition),
+                Tree::Not(inner) => collect(inner, found),
+                Tree::And(all) | Tree::Or(all) => all.iter().for_each(|one| collect(one, found)),
+            }
+        }
+        let mut found = Vec::new();
+        collect(self, &mut found);
+        found
+    }
+
+    /// Returns the tree with other conditions in the same places. `change` gets the conditions in order.
+    pub fn map<'t, D>(&'t self, change: &mut impl FnMut(&'t C) -> D) -> Tree<D> {
+        match self {
+            Self::One(condition) => Tree::One(change(condition)),
+            Self::Not(inner) => Tree::Not(Box::new(inner.map(change))),
+            Self::And(all) => Tree::And(all.iter().map(|one| one.map(change)).collect()),
+            Self::Or(all) => Tree::Or(all.iter().map(|one| one.map(change)).collect()),
+        }
+    }
+
+    /// Returns the opposite if `negated`.
+    fn not_if(self, negated: bool) -> Self {
+        if negated { Self::Not(Box::new(self)) } else { self }
+    }
 }
 
 impl Operator {
@@ -127,325 +211,127 @@ impl Operator {
     }
 }
 
-/// Parses a filter. An empty or blank one has no conditions.
-pub fn parse(filter: &str) -> Result<Vec<Condition>, FilterError> {
-    if filter.len() > MAX_LENGTH || filter.contains('\0') {
-        return Err(FilterError::Unacceptable);
-    }
-    let filter = filter.trim();
-    if filter.is_empty() {
-        return Ok(Vec::new());
-    }
-    let segments = split(filter, Parentheses::Nest);
-    if segments.len() > MAX_CONDITIONS {
-        return Err(FilterError::TooManyConditions);
-    }
-    segments.into_iter().map(condition).collect()
-}
-
-fn condition(segment: &str) -> Result<Condition, FilterError> {
-    let segment = segment.trim();
-    if segment.is_empty() {
-        return Err(FilterError::EmptySegment);
-    }
-    let (column, rest) = segment.split_once('=').ok_or_else(|| unparsable(&[segment]))?;
-    let (negated, comparison) = match rest.strip_prefix("not.") {
-        Some(comparison) => (true, comparison),
-        None => (false, rest),
-    };
-    let (name, value) = comparison.split_once('.').ok_or_else(|| unparsable(&[comparison]))?;
-    let operator = Operator::from_name(name).ok_or_else(|| unparsable(&[name, value]))?;
-    let values = match operator {
-        Operator::In => items(value)?,
-        Operator::Is => vec![state(value)?],
-        _ => vec![unquoted(value).unwrap_or_else(|| value.to_owned())],
-    };
-    Ok(Condition { column: column.to_owned(), negated, operator, values })
-}
-
-fn items(list: &str) -> Result<Vec<String>, FilterError> {
-    let inside = list.strip_prefix('(').and_then(|list| list.strip_suffix(')'));
-    let inside = inside.ok_or(FilterError::MissingParentheses)?;
-    // Client libraries write `()` for an empty list, which no value is in.
-    if inside.trim().is_empty() {
-        return Ok(Vec::new());
-    }
-    let items = split(inside, Parentheses::Plain);
-    if items.len() > MAX_ITEMS {
-        return Err(FilterError::TooManyItems);
-    }
-    items.into_iter().map(item).collect()
-}
-
-fn item(text: &str) -> Result<String, FilterError> {
-    let text = text.trim();
-    match unquoted(text) {
-        Some(value) => Ok(value),
-        None if text.is_empty() || text.starts_with('"') => Err(FilterError::MalformedList),
-        None => Ok(text.to_owned()),
-    }
-}
-
-fn state(value: &str) -> Result<String, FilterError> {
-    let word = unquoted(value).unwrap_or_else(|| value.to_owned()).to_ascii_lowercase();
-    match word.as_str() {
-        "null" | "true" | "false" | "unknown" => Ok(word),
-        _ => Err(FilterError::UnknownState),
-    }
-}
-
-/// Returns the text between quotes, unescaped. `None` if the text is not quoted from end to end.
-fn unquoted(text: &str) -> Option<String> {
-    let mut value = String::with_capacity(text.len());
-    let mut rest = text.strip_prefix('"')?.chars();
-    loop {
-        match rest.next()? {
-            '"' => return rest.as_str().is_empty().then_some(value),
-            '\\' => value.push(rest.next()?),
-            other => value.push(other),
-        }
-    }
-}
-
-/// Whether commas inside parentheses split.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Parentheses {
-    Nest,
-    Plain,
-}
-
-/// Splits at commas that are neither quoted nor in parentheses. A quote opens a quoted text only where a value can begin.
-/// Elsewhere it is an ordinary character, as in `height=eq.6'2"`.
-fn split(text: &str, parentheses: Parentheses) -> Vec<&str> {
-    let mut pieces = Vec::new();
-    let (mut start, mut depth, mut quoted) = (0, 0_usize, false);
-    // The first item of a list begins after its parenthesis, which was removed.
-    let mut before = if parentheses == Parentheses::Plain { '(' } else { ' ' };
-    let mut characters = text.char_indices();
-    while let Some((at, character)) = characters.next() {
-        match character {
-            '\\' if quoted => {
-                characters.next();
-            }
-            '"' if quoted => quoted = false,
-            _ if quoted => {}
-            '"' => quoted = matches!(before, '.' | '(' | ','),
-            '(' if parentheses == Parentheses::Nest => depth += 1,
-            ')' if parentheses == Parentheses::Nest => depth = depth.saturating_sub(1),
-            ',' if depth == 0 => {
-                pieces.push(&text[start..at]);
-                start = at + 1;
-            }
-            _ => {}
-        }
-        // Skip blanks before an item of a list.
-        let in_list = depth > 0 || parentheses == Parentheses::Plain;
-        if !in_list || !character.is_whitespace() {
-            before = character;
-        }
-    }
-    pieces.push(&text[start..]);
-    pieces
-}
-
-fn unparsable(parts: &[&str]) -> FilterError {
-    FilterError::Unparsable(parts.iter().map(|part| part.chars().take(MAX_ECHO).collect()).collect())
-}
-
 fn quoted(parts: &[String]) -> impl fmt::Display {
     parts.iter().map(|part| format!("{part:?}")).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    /// Expects conditions as column, operator with its `not.`, and values.
-    fn check(filter: &str, expected: &[(&str, &str, &[&str])]) {
-        let found = parse(filter).unwrap();
-        let found: Vec<_> = found.iter().map(|condition| (&*condition.column, name(condition))).collect();
-        let values: Vec<_> = parse(filter).unwrap().into_iter().map(|condition| condition.values).collect();
-        assert_eq!(found.len(), expected.len(), "{filter}");
-        for (n, (column, operator, items)) in expected.iter().enumerate() {
-            assert_eq!((found[n].0, &*found[n].1), (*column, *operator), "{filter}");
-            assert_eq!(values[n], *items, "{filter}");
+    /// A condition.
+    pub(crate) fn one(column: &str, operator: &str, values: &[&str]) -> Filter {
+        let values = values.iter().map(|value| (*value).to_owned()).collect();
+        Filter::One(Condition {
+            column: column.to_owned(),
+            operator: Operator::from_name(operator).unwrap(),
+            values,
+        })
+    }
+
+    /// The opposite.
+    pub(crate) fn not(inner: Filter) -> Filter {
+        inner.not_if(true)
+    }
+
+    /// All of these.
+    pub(crate) fn and<const N: usize>(all: [Filter; N]) -> Filter {
+        Filter::And(all.into())
+    }
+
+    /// One of these.
+    pub(crate) fn or<const N: usize>(any: [Filter; N]) -> Filter {
+        Filter::Or(any.into())
+    }
+
+    /// Quotes a text, as a value or a column.
+    pub(crate) fn quote(text: &str) -> String {
+        format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+    }
+
+    /// Writes a filter that was parsed.
+    pub(crate) fn written(filter: &Filter) -> String {
+        let Filter::And(terms) = filter else { panic!("a filter is an and of its terms") };
+        terms.iter().map(|term| member(term, "=")).collect::<Vec<_>>().join(",")
+    }
+
+    fn member(tree: &Filter, between: &str) -> String {
+        let (not, tree) = match tree {
+            Filter::Not(inner) => ("not.", &**inner),
+            tree => ("", tree),
+        };
+        let group = |name: &str, members: &[Filter]| {
+            let members: Vec<String> = members.iter().map(|one| member(one, "")).collect();
+            format!("{not}{name}{between}({})", members.join(","))
+        };
+        match tree {
+            Filter::And(members) => group("and", members),
+            Filter::Or(members) => group("or", members),
+            Filter::Not(_) => panic!("not.not. is not in the grammar"),
+            Filter::One(condition) => {
+                let values: Vec<String> = condition.values.iter().map(|value| quote(value)).collect();
+                let values = values.join(",");
+                let values = if condition.operator == Operator::In { format!("({values})") } else { values };
+                let then = if between.is_empty() { "." } else { between };
+                format!("{}{then}{not}{}.{values}", quote(&condition.column), condition.operator.name())
+            }
         }
     }
 
-    fn name(condition: &Condition) -> String {
-        format!("{}{}", if condition.negated { "not." } else { "" }, condition.operator.name())
+    fn trees() -> impl Strategy<Value = Filter> {
+        let text = || "[a-z0-9 ,.()=\"\\\\{}ü]{0,5}";
+        let names = "eq neq lt lte gt gte like ilike match imatch isdistinct";
+        let operator = proptest::sample::select(names.split(' ').collect::<Vec<_>>());
+        let column = || "[a-z ,.()=\"\\\\]{1,4}";
+        let simple =
+            (column(), operator, text()).prop_map(|(a, operator, value)| one(&a, operator, &[&value]));
+        let list = (column(), proptest::collection::vec(text(), 0..4))
+            .prop_map(|(column, values)| Filter::One(Condition { column, operator: Operator::In, values }));
+        let is = column().prop_map(|column| one(&column, "is", &["unknown"]));
+        let leaf = (prop_oneof![4 => simple, 1 => list, 1 => is], any::<bool>());
+        let leaf = leaf.prop_map(|(leaf, negated)| leaf.not_if(negated));
+        leaf.prop_recursive(4, 20, 4, |inner| {
+            (proptest::collection::vec(inner, 1..4), any::<bool>(), any::<bool>()).prop_map(
+                |(members, is_any, negated)| {
+                    let group = if is_any { Filter::Or(members) } else { Filter::And(members) };
+                    group.not_if(negated)
+                },
+            )
+        })
     }
 
-    fn check_error(filter: &str, text: &str) {
-        let found = parse(filter).unwrap_err().to_string();
-        assert_eq!(found, format!("Error parsing `filter` params: {text}"), "{filter}");
-    }
-
-    #[test]
-    fn an_empty_filter_has_no_conditions() {
-        check("", &[]);
-        check(" \t\n", &[]);
-    }
-
-    #[test]
-    fn conditions_are_joined_by_commas() {
-        check("id=eq.7", &[("id", "eq", &["7"])]);
-        check("n=gt.3,v=eq.b", &[("n", "gt", &["3"]), ("v", "eq", &["b"])]);
-        check(" id=gte.1 , id=not.lt.9 ", &[("id", "gte", &["1"]), ("id", "not.lt", &["9"])]);
-        check("a b=eq.x=y.z", &[("a b", "eq", &["x=y.z"])]);
-        check("v=eq.", &[("v", "eq", &[""])]);
-        check("v=eq.not.5", &[("v", "eq", &["not.5"])]);
-    }
-
-    #[test]
-    fn each_operator_has_its_name() {
-        let operators = "eq neq lt lte gt gte like ilike match imatch isdistinct";
-        for operator in operators.split(' ') {
-            check(&format!("c=not.{operator}.x"), &[("c", &format!("not.{operator}"), &["x"])]);
-        }
-        assert_eq!(Operator::from_name("EQ"), None);
-    }
-
-    #[test]
-    fn quotes_and_parentheses_keep_commas() {
-        check(r#"v=eq."a,b",n=eq.1"#, &[("v", "eq", &["a,b"]), ("n", "eq", &["1"])]);
-        check(r#"v=eq."say \"hi\", \\ (x""#, &[("v", "eq", &[r#"say "hi", \ (x"#])]);
-        check("v=eq.f(a,b),n=eq.1", &[("v", "eq", &["f(a,b)"]), ("n", "eq", &["1"])]);
-        check("v=like.a),n=eq.1", &[("v", "like", &["a)"]), ("n", "eq", &["1"])]);
-        check("v=eq.\"\"", &[("v", "eq", &[""])]);
-    }
-
-    #[test]
-    fn quotes_elsewhere_are_ordinary_characters() {
-        check(r#"v=eq.6'2",n=eq.1"#, &[("v", "eq", &[r#"6'2""#]), ("n", "eq", &["1"])]);
-        check(r#"v=eq."open,n=eq.1"#, &[("v", "eq", &[r#""open,n=eq.1"#])]);
-        check(r#"v=eq."a"b"#, &[("v", "eq", &[r#""a"b"#])]);
-        check(r#"v=eq.a\,n=eq.1"#, &[("v", "eq", &[r"a\"]), ("n", "eq", &["1"])]);
-    }
-
-    #[test]
-    fn lists_are_in_parentheses() {
-        check("id=in.(1,2, 3)", &[("id", "in", &["1", "2", "3"])]);
-        check("id=not.in.(5)", &[("id", "not.in", &["5"])]);
-        check(
-            r#"v=in.("a,b", "c)","",d e),n=eq.1"#,
-            &[("v", "in", &["a,b", "c)", "", "d e"]), ("n", "eq", &["1"])],
-        );
-        check(r#"v=in.("q\"\\",p(x))"#, &[("v", "in", &[r#"q"\"#, "p(x)"])]);
-        check("id=in.()", &[("id", "in", &[])]);
-        let hundred = vec!["1"; 100];
-        check(&format!("id=in.({})", hundred.join(",")), &[("id", "in", &hundred)]);
-        check_error(
-            &format!("id=in.({},1)", hundred.join(",")),
-            "too many values for `in` filter. Maximum 100",
-        );
-        check_error("id=in.1,2", "`in` filter value must be wrapped by parentheses");
-        check_error("id=in.(", "`in` filter value must be wrapped by parentheses");
-        check_error("id=in.(1,,2)", "malformed list in `in` filter");
-        check_error("id=in.(1,)", "malformed list in `in` filter");
-        check_error(r#"id=in.("a"b)"#, "malformed list in `in` filter");
-        check_error(r#"id=in.("a)"#, "malformed list in `in` filter");
-    }
-
-    #[test]
-    fn is_takes_one_of_four_states() {
-        check("v=is.null", &[("v", "is", &["null"])]);
-        check("v=not.is.TRUE,w=is.unknown", &[("v", "not.is", &["true"]), ("w", "is", &["unknown"])]);
-        check_error("v=is.5", "`is` filter value must be null, true, false or unknown");
-    }
-
-    #[test]
-    fn an_invalid_condition_is_repeated_in_parts() {
-        let check_parts = |filter: &str, parts: &str| check_error(filter, &format!("{parts}. {FORM}"));
-        check_parts("wrong", r#"["wrong"]"#);
-        check_parts("id=foo.1", r#"["foo", "1"]"#);
-        check_parts("v=fts.x", r#"["fts", "x"]"#);
-        check_parts("and=(id.gt.1)", r#"["(id", "gt.1)"]"#);
-        check_parts("id=eq", r#"["eq"]"#);
-        check_parts("id=not.eq", r#"["eq"]"#);
-        check_parts("v=a\"b.\u{1b}\\", r#"["a\"b", "\u{1b}\\"]"#);
-        check_parts(&"x".repeat(1000), &format!("[\"{}\"]", "x".repeat(200)));
-        for filter in ["a=eq.1,,b=eq.2", ",", "a=eq.1,", " ,a=eq.1"] {
-            check_error(filter, "filter must not contain empty segments (check for extra commas)");
+    proptest! {
+        #[test]
+        fn any_tree_is_the_same_when_written_and_parsed(terms in proptest::collection::vec(trees(), 1..4)) {
+            let filter = Filter::And(terms);
+            let text = written(&filter);
+            prop_assert_eq!(parse(&text), Ok(filter), "{}", text);
         }
     }
 
     #[test]
     fn size_is_limited() {
-        check_error(&["a=eq.1"; 101].join(","), "too many conditions. Maximum 100");
-        let unacceptable = "filter is too long or contains a null character";
-        check_error(&format!("a=eq.{}", "x".repeat(MAX_LENGTH)), unacceptable);
-        check_error("a=eq.\0", unacceptable);
+        assert_eq!(parse(&["a=eq.1"; 101].join(",")), Err(FilterError::TooManyConditions));
+        assert_eq!(parse("a=eq.\0"), Err(FilterError::Unacceptable));
+        let long = parse(&format!("a=eq.{}", "x".repeat(MAX_LENGTH))).unwrap_err().to_string();
+        let told = "filter is too long or contains a null character. Maximum 131072 bytes";
+        assert_eq!(long, format!("Error parsing `filter` params: {told}"));
     }
 
-    /// Valid and nearly valid filters.
-    fn nearly_valid_filter() -> impl Strategy<Value = String> {
-        let column = prop_oneof![8 => "[a-z ]{1,3}", 1 => "[a-z.(\",)]{0,3}"];
-        let not = prop_oneof![Just(""), Just("not."), Just("not")];
-        let names = "eq neq lt lte gt gte in like ilike is match imatch isdistinct fts";
-        let operator = proptest::sample::select(names.split(' ').collect::<Vec<_>>());
-        let item =
-            || prop_oneof!["[a-z0-9 ]{0,4}", "\"([a-z, ()]|\\\\[\"\\\\a]){0,5}\"", "[a(\",.\\\\ )]{0,4}"];
-        let list = proptest::collection::vec(item(), 0..4).prop_map(|items| format!("({})", items.join(",")));
-        let state = proptest::sample::select(vec!["null", "TRUE", "\"false\"", "unknown", "5"]);
-        let value = prop_oneof![item(), list, state.prop_map(str::to_owned)];
-        let condition = (column, not, operator, value)
-            .prop_map(|(a, not, operator, value)| format!("{a}={not}{operator}.{value}"));
-        proptest::collection::vec(condition, 0..4).prop_map(|conditions| conditions.join(","))
-    }
-
-    fn written(condition: &Condition) -> String {
-        let values = condition.values.iter().map(|value| quote(value)).collect::<Vec<_>>().join(",");
-        let values = if condition.operator == Operator::In { format!("({values})") } else { values };
-        format!("{}={}.{values}", condition.column, name(condition))
-    }
-
-    fn quote(value: &str) -> String {
-        format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))
-    }
-
-    proptest! {
-        #[test]
-        fn no_text_panics(filter in "\\PC*", near in "[ab=.,()\"\\\\ innotei]{0,40}") {
-            let _ = parse(&filter);
-            let _ = parse(&near);
-        }
-
-        #[test]
-        fn a_parsed_filter_is_the_same_when_written_and_parsed_again(filter in nearly_valid_filter()) {
-            let found = match parse(&filter) {
-                Ok(found) => found,
-                Err(refused) => {
-                    prop_assert!(refused.to_string().len() < 1000);
-                    return Ok(());
-                }
-            };
-            for condition in &found {
-                prop_assert_eq!(Operator::from_name(condition.operator.name()), Some(condition.operator));
-                prop_assert!(condition.operator == Operator::In || condition.values.len() == 1);
-            }
-            // A column with characters of the grammar cannot be quoted, so it cannot be written again.
-            let plain = |condition: &&Condition| !condition.column.contains(['"', '(', ')', ',']);
-            let plain: Vec<Condition> = found.iter().filter(plain).cloned().collect();
-            let again = plain.iter().map(written).collect::<Vec<_>>().join(",");
-            prop_assert_eq!(parse(&again), Ok(plain));
-        }
-
-        #[test]
-        fn quoted_values_come_back(values in proptest::collection::vec("[^\0]{0,10}", 1..5), negated: bool) {
-            let not = if negated { "not." } else { "" };
-            let quoted: Vec<_> = values.iter().map(|value| quote(value)).collect();
-            let list = Condition { column: "a".into(), negated, operator: Operator::In, values: values.clone() };
-            let mut expected = vec![list];
-            let mut filter = format!("a={not}in.({})", quoted.join(", "));
-            for (value, quoted) in values.iter().zip(&quoted) {
-                filter.push_str(&format!(",b={not}neq.{quoted}"));
-                let values = vec![value.clone()];
-                expected.push(Condition { column: "b".into(), negated, operator: Operator::Neq, values });
-            }
-            prop_assert_eq!(parse(&filter), Ok(expected));
-        }
+    #[test]
+    fn a_tree_keeps_its_form_and_order_when_its_conditions_are_changed() {
+        let tree =
+            and([one("a", "eq", &["1"]), not(or([one("b", "lt", &["2"]), one("c", "is", &["null"])]))]);
+        let columns =
+            |tree: &Filter| tree.conditions().iter().map(|one| one.column.clone()).collect::<Vec<_>>();
+        assert_eq!(columns(&tree), ["a", "b", "c"]);
+        let mut numbers = 0..;
+        let numbered = tree.map(&mut |_| numbers.next().unwrap());
+        let expected =
+            Tree::And(vec![Tree::One(0), Tree::Not(Box::new(Tree::Or(vec![Tree::One(1), Tree::One(2)])))]);
+        assert_eq!(numbered, expected);
+        assert!(parse(" ").unwrap().is_empty() && !tree.is_empty());
     }
 }

@@ -6,7 +6,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::row::change::Row;
 use crate::model::subscription::error::SubscribeError;
-use crate::model::subscription::filter::{Condition, Operator};
+use crate::model::subscription::filter::{Condition, Filter, Operator};
 
 /// Maximum number of columns of an order. Each costs a few queries.
 const MAX_COLUMNS: usize = 16;
@@ -40,19 +40,6 @@ pub struct PageToken {
     order: String,
     /// The row's values of the order's columns.
     values: Vec<Option<String>>,
-}
-
-/// The conditions for rows that come after a given row, in one column of an order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeysetCondition {
-    /// Matches the same value.
-    pub equal: Condition,
-    /// Matches later values; `None` if there are none.
-    pub later: Option<Condition>,
-    /// Whether nulls come later.
-    pub or_null: bool,
-    /// Matches the same value or later ones, so that an index can be used. Only if nulls do not come later.
-    pub from: Option<Condition>,
 }
 
 impl OrderBy {
@@ -91,34 +78,29 @@ impl OrderBy {
         Self { column: column.to_owned(), descending: false, nulls_first: false }
     }
 
-    /// Returns the conditions for rows after this value; `None` stands for null.
-    fn keyset(&self, value: Option<String>, is_nullable: bool) -> KeysetCondition {
-        let condition = |operator, negated, value: String| {
-            let values = vec![value];
-            Condition { column: self.column.clone(), negated, operator, values }
+    fn condition(&self, operator: Operator, value: &str) -> Filter {
+        Filter::One(Condition { column: self.column.clone(), operator, values: vec![value.to_owned()] })
+    }
+
+    /// Returns the condition for rows after this value, `None` standing for null, or with it and in `rest`, the condition for the
+    /// columns behind this one.
+    fn beyond(&self, value: Option<&str>, is_nullable: bool, rest: Option<Filter>) -> Filter {
+        let null = self.condition(Operator::Is, "null");
+        let Some(value) = value else {
+            let later = self.nulls_first.then(|| Filter::Not(Box::new(null.clone())));
+            let same = rest.map(|rest| Filter::And(vec![null, rest]));
+            return Filter::Or(later.into_iter().chain(same).collect());
         };
-        let null = || String::from("null");
-        match value {
-            None => KeysetCondition {
-                equal: condition(Operator::Is, false, null()),
-                later: self.nulls_first.then(|| condition(Operator::Is, true, null())),
-                or_null: false,
-                from: None,
-            },
-            Some(value) => {
-                let (later, from) = match self.descending {
-                    true => (Operator::Lt, Operator::Lte),
-                    false => (Operator::Gt, Operator::Gte),
-                };
-                let or_null = is_nullable && !self.nulls_first;
-                KeysetCondition {
-                    equal: condition(Operator::Eq, false, value.clone()),
-                    later: Some(condition(later, false, value.clone())),
-                    or_null,
-                    from: (!or_null).then(|| condition(from, false, value)),
-                }
-            }
-        }
+        let (later, from) = match self.descending {
+            true => (Operator::Lt, Operator::Lte),
+            false => (Operator::Gt, Operator::Gte),
+        };
+        let or_null = (is_nullable && !self.nulls_first).then_some(null);
+        // An index can be used where nulls do not come later.
+        let from = or_null.is_none().then(|| self.condition(from, value));
+        let same = rest.map(|rest| Filter::And(vec![self.condition(Operator::Eq, value), rest]));
+        let any = [Some(self.condition(later, value)), or_null, same].into_iter().flatten().collect();
+        Filter::And(from.into_iter().chain([Filter::Or(any)]).collect())
     }
 }
 
@@ -159,24 +141,21 @@ impl Paging {
         Ok(order)
     }
 
-    /// Returns the conditions for the rows of the page, column by column; `None` for the first page.
+    /// Returns the condition for the rows of the page; `None` for the first page.
     ///
     /// # Errors
     /// If the page token is of another order.
-    pub fn keyset(
-        &self,
-        order: &[OrderBy],
-        relation: &Relation,
-    ) -> Result<Option<Vec<KeysetCondition>>, SubscribeError> {
+    pub fn keyset(&self, order: &[OrderBy], relation: &Relation) -> Result<Option<Filter>, SubscribeError> {
         let Some(after) = &self.after else { return Ok(None) };
         if after.order != described(order) || after.values.len() != order.len() {
             return Err(SubscribeError(String::from(
                 "after: it is of another order, use the order= and the table of the request that returned it",
             )));
         }
-        let values = after.values.iter().cloned();
-        let condition = |(by, value): (&OrderBy, _)| by.keyset(value, !relation.is_key(&by.column));
-        Ok(Some(order.iter().zip(values).map(condition).collect()))
+        let columns = order.iter().zip(&after.values).rev();
+        Ok(columns.fold(None, |rest, (by, value)| {
+            Some(by.beyond(value.as_deref(), !relation.is_key(&by.column), rest))
+        }))
     }
 }
 
@@ -264,7 +243,11 @@ mod tests {
         assert_eq!(PageToken::parse(&after.encode()), Ok(after.clone()));
         let paging = Paging { after: Some(after), ..Paging::default() };
         let relation = todos(false, false);
-        assert_eq!(paging.keyset(&order, &relation).unwrap().unwrap().len(), 3);
+        let columns = |filter: &Filter| {
+            filter.conditions().iter().map(|condition| condition.column.clone()).collect::<Vec<_>>()
+        };
+        let condition = paging.keyset(&order, &relation).unwrap().unwrap();
+        assert_eq!(columns(&condition), ["a", "a", "a", "b", "b", "b"]);
         assert!(paging.keyset(&OrderBy::parse("a,b,c").unwrap(), &relation).is_err());
         assert!(PageToken::of(&order, r#"{"a":1}"#).is_none());
         for word in ["", "x", "%", "W10", "WyJhIiwgMV0"] {

@@ -9,7 +9,7 @@ use crate::model::row::change::{Operation, RelationId};
 use crate::model::row::column::ColumnKind;
 use crate::model::row::pattern::Folding;
 use crate::model::subscription::error::{FILTER, SubscribeError};
-use crate::model::subscription::filter;
+use crate::model::subscription::filter::{self, Filter};
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,8 +170,9 @@ impl Request {
             Target::Named(_) | Target::Schema(_) | Target::All => None,
         };
         let found = found.and_then(|relation| Some((relation, relation.access(role)?)));
-        let conditions = filter::parse(&self.filter).unwrap_or_default();
-        let named = conditions.iter().map(|condition| &condition.column).chain(&self.select);
+        let filter = filter::parse(&self.filter).ok();
+        let conditions = filter.iter().flat_map(Filter::conditions);
+        let named = conditions.map(|condition| &condition.column).chain(&self.select);
         let column = |name: &String| {
             let (relation, access) = found?;
             let column = relation.column(name).filter(|_| access.sees(name))?;

@@ -1,5 +1,6 @@
 //! A subscription's filter, typed by its columns: evaluated here where that is exact, else by PostgreSQL.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::model::catalog::relation::{Access, Relation};
@@ -7,20 +8,20 @@ use crate::model::catalog::shape::Labels;
 use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::predicate::{Comparison, List, NoAnswers, Predicate, Scalar};
-use crate::model::row::column::ColumnKind;
+use crate::model::row::column::{Column, ColumnKind};
 use crate::model::row::datum::{Kind, Read};
 use crate::model::row::image::Image;
 use crate::model::row::pattern::{Folding, Pattern};
 use crate::model::row::truth::Truth;
-use crate::model::subscription::filter::{Condition, Operator};
+use crate::model::subscription::filter::{Condition, Operator, Tree};
 
 /// A filter whose values PostgreSQL has parsed with the types of its columns.
 #[derive(Debug)]
 pub struct TypedFilter {
     relation: (String, String),
-    conditions: Vec<TypedCondition>,
-    /// For each condition, the enum labels that its values name.
-    labels: Vec<Labels>,
+    tree: Tree<TypedCondition>,
+    /// The columns that it reads, each once.
+    columns: BTreeSet<String>,
     /// The filter as a predicate. Conditions that only PostgreSQL can evaluate are opaque.
     predicate: Predicate,
     constants: Vec<ClaimValue>,
@@ -33,64 +34,46 @@ pub struct TypedFilter {
 /// One condition of a filter, with its values as PostgreSQL prints them.
 #[derive(Debug)]
 pub struct TypedCondition {
-    /// The condition.
-    pub condition: Condition,
+    condition: Condition,
     /// The column's type (`pg_type.typname`).
-    pub kind: String,
+    kind: String,
     /// The kind of its values when it was bound. A change of the collation does not change the type's name.
-    pub shape: ColumnKind,
+    shape: ColumnKind,
     /// The case folding of the column's texts when it was bound.
-    pub folding: Option<Folding>,
+    folding: Option<Folding>,
     /// The values as printed by `value::type::text`.
-    pub values: Vec<String>,
+    values: Vec<String>,
+    /// The enum labels that its values name.
+    labels: Labels,
 }
 
 impl TypedFilter {
     /// Creates the filter of a relation from its typed conditions, SQL condition and statement.
     pub fn new(
         relation: &Relation,
-        conditions: Vec<TypedCondition>,
+        tree: Tree<TypedCondition>,
         condition: String,
         statement: Arc<str>,
     ) -> Self {
         let mut constants = Vec::new();
-        let predicates = conditions.iter().map(|typed| typed.predicate(relation, &mut constants)).collect();
+        let predicate = predicate(&tree, relation, &mut constants);
         let name = (relation.schema.clone(), relation.table.clone());
-        Self {
-            relation: name,
-            labels: conditions.iter().map(|typed| typed.labels(relation)).collect(),
-            conditions,
-            predicate: Predicate::And(predicates),
-            constants,
-            condition,
-            statement,
-        }
+        let columns = tree.conditions().into_iter().map(|typed| typed.condition.column.clone()).collect();
+        Self { relation: name, tree, columns, predicate, constants, condition, statement }
     }
 
     /// Whether both filters have the same conditions.
     pub fn has_same_conditions(&self, other: &Self) -> bool {
-        let conditions =
-            |filter: &Self| filter.conditions.iter().map(|typed| typed.condition.clone()).collect::<Vec<_>>();
+        fn conditions(filter: &TypedFilter) -> Tree<&Condition> {
+            filter.tree.map(&mut |typed| &typed.condition)
+        }
         conditions(self) == conditions(other)
     }
 
     /// Whether the relation, the columns and the named enum labels still have the names and types with which the filter was bound.
     pub fn fits(&self, relation: &Relation) -> bool {
-        let has_labels = |(typed, labels): (&TypedCondition, &Labels)| {
-            let now = || relation.shapes().labels(&typed.condition.column);
-            labels.is_empty()
-                || now()
-                    .is_some_and(|now| labels.iter().all(|(number, label)| now.get(number) == Some(label)))
-        };
-        let same = |typed: &TypedCondition| {
-            let now = relation.column(&typed.condition.column);
-            now.is_some_and(|now| {
-                (&now.kind, now.shape(), now.folding) == (&typed.kind, typed.shape, typed.folding)
-            })
-        };
         (&self.relation.0, &self.relation.1) == (&relation.schema, &relation.table)
-            && self.conditions.iter().all(same)
-            && self.conditions.iter().zip(&self.labels).all(has_labels)
+            && self.tree.conditions().into_iter().all(|typed| typed.fits(relation))
     }
 
     /// Whether it fits and reads only columns that may be read.
@@ -100,7 +83,7 @@ impl TypedFilter {
 
     /// Returns the columns that the filter reads.
     pub fn columns(&self) -> impl Iterator<Item = &str> {
-        self.conditions.iter().map(|typed| typed.condition.column.as_str())
+        self.columns.iter().map(String::as_str)
     }
 
     /// Returns whether the row matches; undecided if only PostgreSQL can tell.
@@ -115,7 +98,7 @@ impl TypedFilter {
 
     /// Returns the maximum number of values that a row is compared with.
     pub fn value_count(&self) -> usize {
-        self.conditions.iter().map(|typed| typed.values.len().max(1)).sum()
+        self.tree.conditions().into_iter().map(|typed| typed.values.len().max(1)).sum()
     }
 
     /// Returns the index keys of matching rows.
@@ -124,15 +107,46 @@ impl TypedFilter {
     }
 }
 
+/// Returns a tree of conditions as a predicate, and adds its values to `constants`.
+fn predicate(tree: &Tree<TypedCondition>, relation: &Relation, constants: &mut Vec<ClaimValue>) -> Predicate {
+    let mut of = |tree| predicate(tree, relation, constants);
+    match tree {
+        Tree::Not(inner) => Predicate::Not(Box::new(of(inner))),
+        Tree::And(all) => Predicate::And(all.iter().map(of).collect()),
+        Tree::Or(all) => Predicate::Or(all.iter().map(of).collect()),
+        Tree::One(typed) => typed.predicate(relation, constants),
+    }
+}
+
 impl TypedCondition {
-    /// Returns the enum labels that its values may name.
-    fn labels(&self, relation: &Relation) -> Labels {
-        let is_named = |label: &str| self.values.iter().any(|value| value.contains(label));
-        let labels = relation.shapes().labels(&self.condition.column).into_iter().flatten();
-        labels
+    /// Types a condition by its column of the relation. `values` are as printed by `value::type::text`.
+    pub fn new(relation: &Relation, condition: Condition, values: Vec<String>) -> Self {
+        let column = relation.column(&condition.column);
+        let is_named = |label: &str| values.iter().any(|value| value.contains(label));
+        let labels = relation.shapes().labels(&condition.column).into_iter().flatten();
+        let labels = labels
             .filter(|(_, label)| is_named(label))
             .map(|(number, label)| (number.clone(), label.clone()))
-            .collect()
+            .collect();
+        Self {
+            kind: column.map(|column| column.kind.clone()).unwrap_or_default(),
+            shape: column.map_or(ColumnKind::Foreign, Column::shape),
+            folding: column.and_then(|column| column.folding),
+            condition,
+            values,
+            labels,
+        }
+    }
+
+    /// Whether the column and the named enum labels still have the names and types with which the condition was bound.
+    fn fits(&self, relation: &Relation) -> bool {
+        let now = relation.column(&self.condition.column);
+        let labels = || relation.shapes().labels(&self.condition.column);
+        now.is_some_and(|now| (&now.kind, now.shape(), now.folding) == (&self.kind, self.shape, self.folding))
+            && (self.labels.is_empty()
+                || labels().is_some_and(|now| {
+                    self.labels.iter().all(|(number, label)| now.get(number) == Some(label))
+                }))
     }
 
     /// Returns the condition as a predicate, and adds its values to `constants`.
@@ -151,22 +165,20 @@ impl TypedCondition {
             ColumnKind::One(kind) => self.comparison(column, kind, constants),
             ColumnKind::Many(_) | ColumnKind::Padded | ColumnKind::Foreign => None,
         });
-        match found {
-            Some(predicate) if self.condition.negated => Predicate::Not(Box::new(predicate)),
-            Some(predicate) => predicate,
-            None => Predicate::Opaque,
-        }
+        found.unwrap_or(Predicate::Opaque)
     }
 
     /// Returns the comparison of a column as a predicate; `None` if only PostgreSQL can evaluate it.
     fn comparison(&self, column: usize, kind: Kind, constants: &mut Vec<ClaimValue>) -> Option<Predicate> {
-        let mut constant = |text: &String| match kind.read(text) {
-            Read::Value(datum) => {
-                constants.push(ClaimValue::One(datum));
-                Some(Scalar::Claim(constants.len() - 1))
-            }
+        let read = |text: &String| match kind.read(text) {
+            Read::Value(datum) => Some(datum),
             Read::Error | Read::Undecided => None,
         };
+        let mut constant = |value| {
+            constants.push(value);
+            constants.len() - 1
+        };
+        let mut one = |text| Some(Scalar::Claim(constant(ClaimValue::One(read(text)?))));
         let comparison = match self.condition.operator {
             Operator::Eq => Comparison::Equal,
             Operator::Neq => Comparison::NotEqual,
@@ -175,11 +187,14 @@ impl TypedCondition {
             Operator::Gt => Comparison::Greater,
             Operator::Gte => Comparison::GreaterOrEqual,
             Operator::In => {
-                let list = self.values.iter().map(constant).collect::<Option<Vec<_>>>()?;
-                return Some(Predicate::Among(Scalar::Column(column), List::Of(list)));
+                let list = self.values.iter().map(read).collect::<Option<_>>()?;
+                return Some(Predicate::Among(
+                    Scalar::Column(column),
+                    List::Claim(constant(ClaimValue::list(list))),
+                ));
             }
             Operator::IsDistinct => {
-                let value = constant(self.values.first()?)?;
+                let value = one(self.values.first()?)?;
                 return Some(Predicate::Not(Box::new(Predicate::Same(Scalar::Column(column), value))));
             }
             Operator::Is => {
@@ -193,7 +208,7 @@ impl TypedCondition {
             }
             Operator::Like | Operator::Ilike | Operator::Match | Operator::Imatch => return None,
         };
-        let value = constant(self.values.first()?)?;
+        let value = one(self.values.first()?)?;
         comparison.is_known_for(kind).then_some(Predicate::Compare(Scalar::Column(column), comparison, value))
     }
 }
@@ -206,18 +221,10 @@ pub(crate) mod tests {
 
     /// A filter bound to a relation with one column.
     pub(crate) fn bound(filter: &str, relation: &Relation) -> TypedFilter {
-        let conditions = filter::parse(filter).unwrap();
-        let typed = conditions.into_iter().map(|condition| {
-            let values = condition.values.clone();
-            TypedCondition {
-                condition,
-                kind: relation.columns[0].kind.clone(),
-                shape: relation.columns[0].shape(),
-                folding: relation.columns[0].folding,
-                values,
-            }
-        });
-        TypedFilter::new(relation, typed.collect(), String::new(), "".into())
+        let mut typed = |condition: &Condition| {
+            TypedCondition::new(relation, condition.clone(), condition.values.clone())
+        };
+        TypedFilter::new(relation, filter::parse(filter).unwrap().map(&mut typed), String::new(), "".into())
     }
 
     /// `None` means that only PostgreSQL can decide.
@@ -287,12 +294,44 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn groups_have_the_three_truth_values_of_sql_and_what_decides_them_here_is_enough() {
+        for (filter, value, expected) in [
+            ("or=(c.eq.1,c.eq.5)", "5", Some(true)),
+            ("or=(c.eq.1,c.eq.5)", "6", Some(false)),
+            ("or=(c.eq.1,c.is.null)", "null", Some(true)),
+            // Null or false is null, and so is its opposite.
+            ("not.or=(c.eq.1,c.in.())", "null", Some(false)),
+            ("not.and=(c.eq.1,c.in.())", "null", Some(true)),
+            ("or=(c.gt.1,not.and(c.lt.9,c.neq.5)),c=lt.7", "6", Some(true)),
+            ("or=(c.eq.5,c.match.x)", "5", Some(true)),
+            ("or=(c.match.x,c.eq.5)", "5", None),
+            ("or=(c.eq.1,c.match.x)", "5", None),
+            ("c=eq.1,or=(c.eq.1,c.match.x)", "5", Some(false)),
+            ("not.or=(c.eq.1,c.match.x)", "5", None),
+        ] {
+            check(filter, "int8", value, expected);
+        }
+    }
+
+    #[test]
+    fn an_index_leads_to_a_group_whose_every_condition_has_a_key() {
+        let relation = one_column("int4", Some("int4"));
+        let keys = |filter: &str| match bound(filter, &relation).index_keys() {
+            IndexKeys::Any => None,
+            IndexKeys::OneOf(keys) => Some(keys.len()),
+        };
+        assert_eq!(keys("or=(c.eq.1,c.in.(2,3),c.gt.9)"), Some(4));
+        assert_eq!(keys("or=(c.eq.1,c.neq.2)"), None);
+        assert_eq!(keys("or=(c.eq.1,c.neq.2),c=lt.5"), Some(1));
+    }
+
+    #[test]
     fn a_filter_fits_while_its_columns_have_the_types_it_was_bound_with() {
         let (big, small) = (one_column("int8", Some("int8")), one_column("int4", Some("int4")));
         let filter = bound("c=eq.5,c=gt.1", &big);
         assert!(filter.fits(&big));
         assert!(!filter.fits(&small));
         assert!(!filter.fits(&todos(false, false)));
-        assert_eq!(filter.columns().collect::<Vec<_>>(), ["c", "c"]);
+        assert_eq!(filter.columns().collect::<Vec<_>>(), ["c"]);
     }
 }

@@ -36,10 +36,12 @@ use crate::transport::response::{Answer, error};
 const DEFAULT_WAIT: u64 = 25;
 const MAX_WAIT: u64 = 55;
 /// The known parameters.
-const PARAMETERS: [&str; 12] = [
-    "apikey", "topic", "event", "schema", "table", "filter", "select", "since", "wait", "order", "limit",
-    "after",
+const PARAMETERS: [&str; 16] = [
+    "apikey", "topic", "event", "schema", "table", "filter", "or", "and", "not.or", "not.and", "select",
+    "since", "wait", "order", "limit", "after",
 ];
+/// The parameters that are a group of conditions, as in PostgREST.
+const GROUPS: [&str; 4] = ["or", "and", "not.or", "not.and"];
 /// The parameters that only apply to rows.
 const PAGING: [&str; 3] = ["order", "limit", "after"];
 /// Minimum outbox size in bytes: room for the largest change beside a chunk of others. Replayed changes wait in the outbox.
@@ -172,10 +174,13 @@ fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
         return Err(SubscribeError(format!("event: one of {} is expected", EVENTS.join(", "))));
     }
     let mut entry = Map::new();
-    for name in ["event", "schema", "table", "filter"] {
+    for name in ["event", "schema", "table"] {
         if let Some(value) = parameter(query, name) {
             entry.insert(name.to_owned(), Value::from(value));
         }
+    }
+    if let Some(filter) = filter(query)? {
+        entry.insert(String::from("filter"), Value::from(filter));
     }
     if let Some(columns) = parameter(query, "select").filter(|columns| columns != "*") {
         entry.insert(String::from("select"), columns.split(',').map(str::trim).map(Value::from).collect());
@@ -186,6 +191,23 @@ fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
         )));
     }
     Wanted::parse(&entry)
+}
+
+/// Returns the filter, together with the groups that are parameters of their own.
+fn filter(query: &str) -> Result<Option<String>, SubscribeError> {
+    let mut terms = Vec::new();
+    for name in GROUPS {
+        let Some(group) = parameter(query, name) else { continue };
+        if !group.trim_start().starts_with('(') {
+            return Err(SubscribeError(format!(
+                "{name}: conditions in parentheses are expected, such as {name}=(id.gt.7,title.eq.a)"
+            )));
+        }
+        terms.push(format!("{name}={group}"));
+    }
+    // Last: an open parenthesis or quote in it would take in what follows.
+    terms.extend(parameter(query, "filter").filter(|filter| !filter.trim().is_empty()));
+    Ok((!terms.is_empty()).then(|| terms.join(",")))
 }
 
 /// Reads the cursor of `Last-Event-ID`, else of `since=`.
