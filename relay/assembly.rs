@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
-use tokio::sync::Notify;
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedSender};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -33,7 +33,7 @@ use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::pool::{DATABASE, DOORBELL, Error, JUDGE, Server};
 use crate::postgres::evaluate::per_identity::IdentityEvaluator;
 use crate::postgres::evaluate::set_based::SetEvaluator;
-use crate::postgres::maintenance::{refresh, retention};
+use crate::postgres::maintenance::{collections, refresh, retention};
 use crate::postgres::snapshot_rows::SnapshotRows;
 use crate::pubsub::topics::Topics;
 use crate::transport::app::App;
@@ -98,7 +98,7 @@ struct Reading {
     source: ChangeSource,
     items: Sender<FeedItem>,
     bookmark_writer: BookmarkWriter,
-    refresh_jobs: Arc<Notify>,
+    jobs: watch::Sender<()>,
 }
 
 impl Assembly {
@@ -116,9 +116,9 @@ impl Assembly {
         let (items, received) = mpsc::channel(ITEMS);
         let lanes = foundation.lanes(&replay_reader, received);
         let (feed, bookmark_writer) = foundation.feed(&config, lanes, replay_reader)?;
-        let refresh_jobs = Arc::new(Notify::new());
-        let source = foundation.source(config.poll, Arc::clone(&refresh_jobs));
-        let reading = Reading { source, items, bookmark_writer, refresh_jobs };
+        let (jobs, _) = watch::channel(());
+        let source = foundation.source(config.poll, jobs.clone());
+        let reading = Reading { source, items, bookmark_writer, jobs };
         let app = Arc::new(foundation.app(config, feed));
         Ok(Self { app, foundation, reading })
     }
@@ -136,12 +136,13 @@ impl Assembly {
     /// Runs the tasks that read the database.
     pub fn begin_reading(self) {
         let Foundation { servers, tasks, observe, .. } = self.foundation;
-        let Reading { source, items, bookmark_writer, refresh_jobs } = self.reading;
+        let Reading { source, items, bookmark_writer, jobs } = self.reading;
         let (tracker, end) = (&tasks.tracker, &tasks.end);
         tracker.spawn(bookmark_writer.run(tasks.feed_end.clone()));
         tracker.spawn(source.run(items, end.clone()));
         tracker.spawn(retention::run(servers.main.clone(), observe, end.clone()));
-        tracker.spawn(refresh::run(servers.main, refresh_jobs, end.clone()));
+        tracker.spawn(refresh::run(servers.main.clone(), jobs.clone(), end.clone()));
+        tracker.spawn(collections::run(servers.main, jobs, end.clone()));
     }
 }
 
@@ -262,14 +263,14 @@ impl Foundation {
         Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks, observe), bookmark_writer))
     }
 
-    fn source(&self, poll: Duration, refresh_jobs: Arc<Notify>) -> ChangeSource {
+    fn source(&self, poll: Duration, jobs: watch::Sender<()>) -> ChangeSource {
         ChangeSource {
             access: self.changelog.clone(),
             doorbell: self.servers.doorbell.clone(),
             poll,
             stall_monitor: Arc::clone(&self.stall_monitor),
             observe: Arc::clone(&self.observe),
-            refresh_jobs,
+            jobs,
             scope: self.catalog.scope(),
         }
     }

@@ -53,6 +53,7 @@
 //! | doorbell | NOTIFY and the advisory locks around it, by which writers wake the relay |
 //! | leader | the relay that writers wake; it wakes the others, its followers |
 //! | catalog | the watched relations with the rights and policies of each role |
+//! | collection | a publication or schema whose tables are watched |
 //! | identity | a role with verified claims |
 //! | plan | how a policy is decided: here, by index, or by PostgreSQL |
 //! | visibility | which images of a change a subscriber may see |
@@ -192,6 +193,7 @@ pub mod postgres {
     pub mod maintenance {
         pub mod retention;
         pub mod refresh;
+        pub mod collections;
     }
 }
 

@@ -217,7 +217,13 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
                 return Ok(ExitCode::SUCCESS);
             }
             client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(refused)?;
-            say(&format!("{table} is not watched any more"));
+            if client.query_one(watched, &[&table]).await.map_err(named)?.get::<_, bool>(0) {
+                say(&format!(
+                    "{table} stays watched, because it is in a publication or schema that is followed: select * from relay.collected"
+                ));
+            } else {
+                say(&format!("{table} is not watched any more"));
+            }
         }
         CliCommand::Token(options) => token::run(&options)?,
         CliCommand::Tail(options) => tail::run(options).await?,

@@ -24,5 +24,6 @@ return case name
   when 'followers' then 6 -- shared by the other relays; the leader notifies them while any holds it
   when 'rights' then 7    -- by the transaction that changes the rights of the schema for a moment
   when 'rules' then 8     -- by the transaction that records changes of rules
+  when 'collections' then 9 -- by the transaction that watches or unwatches a table for a collection
 end;
 comment on function relay.lock(text) is 'second number of an advisory lock of class relay';

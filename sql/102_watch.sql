@@ -595,10 +595,16 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.notes(regclass) is 'likely mistakes in the setup of a watched relation, with their remedies';
 
--- relay.watch(relation, leave_events)
--- Publishes a table, partitioned table, foreign table or materialized view. Idempotent: sets leave_events as given,
--- repairs missing or disabled triggers, and locks the table only if there is something to repair. Raises relay.notes as notices.
-create or replace function relay.watch(relation regclass, leave_events boolean default false) returns void
+-- relay.trigger_lock(relation) : the lock that creating its triggers needs, or replacing those that there are
+create or replace function relay.trigger_lock(relation regclass) returns text
+language sql stable as $$
+  select case when exists (select from pg_catalog.pg_trigger t where t.tgrelid = $1 and pg_catalog.starts_with(t.tgname, '00_relay_'))
+              then 'access exclusive' else 'share row exclusive' end
+$$;
+comment on function relay.trigger_lock(regclass) is 'the lock that creating or replacing the triggers of a relation needs';
+
+-- relay.watch_table(relation, leave_events, by_hand) : as relay.watch; not `by_hand`: for a collection, and in its transaction
+create or replace function relay.watch_table(relation regclass, leave_events boolean, by_hand boolean) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
@@ -609,7 +615,7 @@ declare
 begin
   select c.oid, c.relkind, c.relpersistence, n.nspname into found_relation
   from pg_class c join pg_namespace n on n.oid = c.relnamespace
-  where c.oid = watch.relation;
+  where c.oid = watch_table.relation;
   if not found then
     raise exception 'there is no such relation' using errcode = 'undefined_table',
       hint = 'Name an existing table: select relay.watch(''public.todos'')';
@@ -633,24 +639,27 @@ begin
       hint = format('The index identifies rows: create unique index on %s (its key columns), without a condition.', relation);
   end if;
   if exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
-             where i.inhparent = watch.relation and not c.relispartition) then
+             where i.inhparent = watch_table.relation and not c.relispartition) then
     raise warning 'tables inherit from %: their own rows are not watched with it', relation
       using hint = 'Watch each of them, or make them partitions.';
   end if;
 
-  -- Removes entries of dropped relations, because another relation can get the same oid.
-  perform relay.sweep();
-  insert into relay.watch_list as w (relation, leave_events) values (watch.relation, watch.leave_events)
-  on conflict on constraint watch_list_relation_key do update set leave_events = excluded.leave_events
+  -- Removes entries of dropped relations, because another relation can get the same oid. A table that comes into a collection has
+  -- no entry, and the locks of this would be held by a statement of a user.
+  if by_hand then
+    perform relay.sweep();
+  end if;
+  insert into relay.watch_list as w (relation, leave_events, by_hand)
+  values (watch_table.relation, watch_table.leave_events, watch_table.by_hand)
+  on conflict on constraint watch_list_relation_key
+    do update set leave_events = excluded.leave_events, by_hand = w.by_hand or excluded.by_hand
   returning w.id into list_id;
   if exists (select from relay.known_relations k where k.id = list_id) then
     perform relay.note_relation(list_id);
   end if;
   perform relay.renew_shapes();
   if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
-    perform relay.lock_for_triggers(relation,
-      case when exists (select from pg_trigger t where t.tgrelid = watch.relation and t.tgname like '00_relay_%') then 'access exclusive'
-           else 'share row exclusive' end);
+    perform relay.lock_for_triggers(relation, relay.trigger_lock(relation));
     -- Without a row here, the event trigger ignores the statements below.
     delete from relay.known_relations k where k.id = list_id returning k.* into known;
     perform relay.set_triggers(relation, list_id);
@@ -672,12 +681,20 @@ begin
   end loop;
 end
 $$;
+comment on function relay.watch_table(regclass, boolean, boolean) is 'publishes a table or materialized view, by hand or for a collection';
+
+-- relay.watch(relation, leave_events)
+-- Publishes a table, partitioned table, foreign table or materialized view. Idempotent: sets leave_events as given,
+-- repairs missing or disabled triggers, and locks the table only if there is something to repair. Raises relay.notes as notices.
+create or replace function relay.watch(relation regclass, leave_events boolean default false) returns void
+language sql volatile as $$
+  select relay.watch_table($1, $2, true)
+$$;
 comment on function relay.watch(regclass, boolean) is
   'publishes a table or materialized view; again: repairs its triggers. leave_events: an UPDATE that hides a row is sent as a leave';
 
--- relay.unwatch(relation)
--- Reverts relay.watch: drops all triggers, also those of partitions that were detached since. No error if it was not watched.
-create or replace function relay.unwatch(relation regclass) returns void
+-- relay.unwatch_table(relation) : drops all triggers, also those of partitions that were detached since
+create or replace function relay.unwatch_table(relation regclass) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
@@ -685,11 +702,7 @@ declare
   known_schema text;
   leftover record;
 begin
-  delete from relay.watch_list w where w.relation = unwatch.relation returning w.id into list_id;
-  if list_id is null then
-    raise notice '% was not watched', relation;
-    return;
-  end if;
+  delete from relay.watch_list w where w.relation = unwatch_table.relation returning w.id into list_id;
   perform relay.lock_for_triggers(relation, 'access exclusive');
   -- Subscribers know the relation by the last recorded name.
   delete from relay.known_relations k where k.id = list_id returning k.schema into known_schema;
@@ -707,6 +720,28 @@ begin
     execute format('drop trigger %I on %s', leftover.tgname, leftover.name);
   end loop;
   perform relay.sweep();
+end
+$$;
+comment on function relay.unwatch_table(regclass) is 'unwatches a relation';
+
+-- relay.unwatch(relation)
+-- Reverts relay.watch. A table of a publication or schema that is followed stays watched for that. No error if it was not watched.
+create or replace function relay.unwatch(relation regclass) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+declare
+  collections text := (select string_agg(t.collection, ', ') from relay.collection_tables() t
+                       where t.relation = unwatch.relation and t.refused is null);
+begin
+  if not exists (select from relay.watch_list w where w.relation = unwatch.relation) then
+    raise notice '% was not watched', relation;
+  elsif collections is null then
+    perform relay.unwatch_table(relation);
+  else
+    update relay.watch_list w set by_hand = false where w.relation = unwatch.relation;
+    raise notice '% stays watched, because it is in %', relation, collections
+      using hint = 'Take it out of the publication or schema, or: select relay.unwatch_publication(...), relay.unwatch_schema(...)';
+  end if;
 end
 $$;
 comment on function relay.unwatch(regclass) is 'reverts relay.watch and leaves no trace on the table';

@@ -284,6 +284,13 @@ begin
       raise notice 'widened rules could not be recorded: %', sqlerrm;
     end;
   end if;
+  if tg_tag ~ '(TABLE|PUBLICATION|SCHEMA|INTO|OWNED|EXTENSION)' then
+    begin
+      perform relay.note_collections();
+    exception when others then
+      raise notice 'the tables of publications and schemas are left to the relay: %', sqlerrm;
+    end;
+  end if;
   perform relay.log_change(0, null, 'S', false, null, null);
   perform relay.ring('schema', tg_tag);
 end

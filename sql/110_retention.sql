@@ -117,7 +117,9 @@ select
   pg_catalog.pg_notification_queue_usage() as notify_queue,
   (select h.pid from held h where h.objid = relay.lock('leader')::pg_catalog.oid and h.mode = 'ExclusiveLock') as leader,
   (select pg_catalog.count(*) from held h
-   where h.objid = relay.lock('followers')::pg_catalog.oid and h.mode = 'ShareLock') as followers
+   where h.objid = relay.lock('followers')::pg_catalog.oid and h.mode = 'ShareLock') as followers,
+  array(select pg_catalog.format('%s is %s: %s', coalesce(c.relation::text, c.collection), c.state, c.why)
+        from relay.collected c where c.state <> 'watched' order by 1) as not_watched
 from relay.retention r;
 comment on view relay.health is
-  'size and age of the changelog, retention rule, whether the relay sleeps, how full the NOTIFY queue is, backend of the leader, number of other relays';
+  'size and age of the changelog, retention rule, whether the relay sleeps, how full the NOTIFY queue is, backend of the leader, number of other relays, tables of publications and schemas that are not watched';

@@ -36,11 +36,12 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
     'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)',
-    'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)']) f
+    'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)', 'relay.note_collections()']) f
   union all
   select 'table', t, 'relay_reader', 'select'
   from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
-                relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts,relay.former_parents,relay.named_parts}'::text[]) t
+                relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts,relay.former_parents,relay.named_parts,
+                relay.collections,relay.collection_work,relay.collected}'::text[]) t
   union all
   select 'function', f, 'relay_reader', 'execute'
   from unnest(array['relay.lock_class(text)', 'relay.lock(text)', 'relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
@@ -59,7 +60,8 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.horizon()', 'relay.current_segment()', 'relay.blockers(text, text, text)', 'relay.row_like(regclass, jsonb)',
     'relay.repair(int[])', 'relay.run_refreshes(int)', 'relay.open_bookmarks(uuid[], bytea[], text[])',
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
-    'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()']) f
+    'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()',
+    'relay.is_excluded(text)', 'relay.publication_tables()', 'relay.collection_tables()', 'relay.sync_collections()']) f
 $$;
 comment on function relay.rights_due() is 'owners and rights of the objects in schema relay';
 

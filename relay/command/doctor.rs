@@ -76,6 +76,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.push(power(&judging).await?);
     findings.push(temporary_tables(&judging).await?);
     findings.extend(relations(&client).await?);
+    findings.extend(collections(&client).await?);
     findings.extend(policies(server, judge).await?);
     findings.extend(refreshes(&client).await?);
     findings.push(retention(&client).await?);
@@ -176,12 +177,13 @@ async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
 }
 
 /// The locks that a session may hold for long, and what does not work while it does.
-const HARM: [(Lock, &str); 5] = [
+const HARM: [(Lock, &str); 6] = [
     (Lock::Doorbell, "writers notify without need, or no relay can sleep"),
     (Lock::Install, "no installation can run"),
     (Lock::Trim, "the changelog is not trimmed"),
     (Lock::Leader, "no relay leads, and all poll"),
     (Lock::Followers, "the leader notifies without need"),
+    (Lock::Collections, "tables of publications and schemas are neither watched nor unwatched"),
 ];
 
 /// Finds sessions that hold a lock of the relays and are none: any login may take these locks. A session counts as a relay by
@@ -396,6 +398,18 @@ async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {
         findings.extend(notes.into_iter().map(|note| Note(format!("{name}: {note}"))));
     }
     Ok(findings)
+}
+
+/// Reports tables of followed publications and schemas that are not watched.
+async fn collections(client: &Client) -> Result<Vec<Finding>, Error> {
+    let unwatched = "select coalesce(relation::text, collection), state, why from relay.collected where state <> 'watched' order by 1";
+    let rows = client.query(unwatched, &[]).await?;
+    let finding = |row: tokio_postgres::Row| {
+        let (name, state, why): (String, String, String) = (row.get(0), row.get(1), row.get(2));
+        let text = format!("{name} is {state}: {why}");
+        if state == "pending" { Note(text) } else { Fault(text) }
+    };
+    Ok(rows.into_iter().map(finding).collect())
 }
 
 /// Checks that the changelog is trimmed.

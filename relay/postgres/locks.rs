@@ -22,12 +22,22 @@ pub enum Lock {
     Rights = 7,
     /// Held by the transaction that records changes of rules.
     Rules = 8,
+    /// Held by the transaction that watches or unwatches a table for a collection.
+    Collections = 9,
 }
 
 impl Lock {
     /// All locks.
-    pub const ALL: [Self; 7] =
-        [Self::Doorbell, Self::Install, Self::Trim, Self::Leader, Self::Followers, Self::Rights, Self::Rules];
+    pub const ALL: [Self; 8] = [
+        Self::Doorbell,
+        Self::Install,
+        Self::Trim,
+        Self::Leader,
+        Self::Followers,
+        Self::Rights,
+        Self::Rules,
+        Self::Collections,
+    ];
 
     /// Returns the condition that the row `l` of `pg_locks` is this lock of this database, granted.
     pub fn is_held(self) -> String {

@@ -3,6 +3,7 @@
 pub mod drift;
 pub mod images;
 pub mod migrations;
+pub mod publications;
 pub mod refresh;
 pub mod shapes;
 pub mod strangers;

@@ -121,7 +121,7 @@ impl<'a> PollLoop<'a> {
     pub(super) async fn poll_only(&mut self) -> Result<(), Error> {
         let mut pause = POLL_PAUSE;
         loop {
-            self.forward_refresh();
+            self.forward_jobs();
             match self.poll(Flush::WithWriters).await? {
                 PollResult::Closed => return Ok(()),
                 PollResult::Full => pause = POLL_PAUSE,
@@ -163,7 +163,7 @@ impl<'a> PollLoop<'a> {
                     last_try = Instant::now();
                     if self.try_lead().await? {
                         // Changes since the last leader's end are found by polling while awake.
-                        self.source.refresh_jobs.notify_one();
+                        self.source.jobs.send_replace(());
                         return Ok(PollResult::Nothing);
                     }
                 }
@@ -202,8 +202,8 @@ impl<'a> PollLoop<'a> {
     async fn wait_for_ring(&mut self, wait: Duration) -> Result<Option<Rings>, Error> {
         let Ok(rung) = timeout(wait, self.doorbell.rung()).await else { return Ok(None) };
         let rings = rung.ok_or(Error::Lost("the listening connection ended"))?;
-        if rings.refresh_jobs {
-            self.source.refresh_jobs.notify_one();
+        if rings.jobs {
+            self.source.jobs.send_replace(());
         }
         self.source.observe.rung(rings.count);
         Ok(Some(rings))
@@ -213,7 +213,7 @@ impl<'a> PollLoop<'a> {
     async fn poll_awake(&mut self) -> Result<PollResult, Error> {
         let mut found = Instant::now();
         loop {
-            self.forward_refresh();
+            self.forward_jobs();
             match self.poll(Flush::WithWriters).await? {
                 PollResult::Closed => return Ok(PollResult::Closed),
                 PollResult::Full => found = Instant::now(),
@@ -274,10 +274,10 @@ impl<'a> PollLoop<'a> {
         }
     }
 
-    /// Forwards a ring about the refresh schedule, which would be lost while polling.
-    fn forward_refresh(&mut self) {
-        if self.doorbell.refresh_jobs() {
-            self.source.refresh_jobs.notify_one();
+    /// Forwards a ring about the refresh schedule or collections, which would be lost while polling.
+    fn forward_jobs(&mut self) {
+        if self.doorbell.jobs() {
+            self.source.jobs.send_replace(());
         }
     }
 

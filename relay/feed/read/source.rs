@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::Sender;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::read::batch::Batch;
@@ -88,8 +88,8 @@ pub struct ChangeSource {
     pub stall_monitor: Arc<StallMonitor>,
     /// Metrics.
     pub observe: Arc<Observe>,
-    /// Notified when the refresh schedule changes.
-    pub refresh_jobs: Arc<Notify>,
+    /// Notified when the refresh schedule or collections change.
+    pub jobs: watch::Sender<()>,
     /// What the version mark of a page is computed from.
     pub scope: watch::Receiver<Arc<RuleScope>>,
 }

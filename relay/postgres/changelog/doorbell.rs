@@ -46,7 +46,7 @@ pub struct Doorbell {
 struct RingCounts {
     /// All notifications but probes.
     rings: usize,
-    /// Of these, those about the refresh schedule.
+    /// Of these, those about the refresh schedule or collections.
     jobs: usize,
     /// Of these, those from new followers, which do not know the pages read before they joined.
     followers: usize,
@@ -73,10 +73,10 @@ enum LeaderRole {
 /// The notifications since the last call of [`Doorbell::rung`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rings {
-    /// Number of notifications; 0 if the only one was an earlier one about the refresh schedule.
+    /// Number of notifications; 0 if the only one was an earlier one about jobs.
     pub count: usize,
-    /// Whether the refresh schedule changed. There may be changes, too.
-    pub refresh_jobs: bool,
+    /// Whether the refresh schedule or collections changed. There may be changes, too.
+    pub jobs: bool,
 }
 
 impl Doorbell {
@@ -238,14 +238,14 @@ impl Doorbell {
         Ok(asleep)
     }
 
-    /// Whether the refresh schedule changed since the last call. Discards rings of writers.
-    pub fn refresh_jobs(&mut self) -> bool {
+    /// Whether the refresh schedule or collections changed since the last call. Discards rings of writers.
+    pub fn jobs(&mut self) -> bool {
         self.drain();
         let jobs = self.heard.borrow().jobs;
         std::mem::replace(&mut self.handled.jobs, jobs) < jobs
     }
 
-    /// Marks all rings as handled, except those about the refresh schedule and from new followers.
+    /// Marks all rings as handled, except those about jobs and from new followers.
     fn drain(&mut self) {
         let RingCounts { jobs, followers, .. } = self.handled;
         self.handled = RingCounts { jobs, followers, ..*self.heard.borrow() };
@@ -269,7 +269,7 @@ impl Doorbell {
         let heard = *self.heard.wait_for(is_new).await.ok()?;
         // `notify_followers` handles new followers.
         self.handled = RingCounts { followers: before.followers, ..heard };
-        Some(Rings { count: heard.rings - before.rings, refresh_jobs: heard.jobs > before.jobs })
+        Some(Rings { count: heard.rings - before.rings, jobs: heard.jobs > before.jobs })
     }
 
     async fn try_lock(&self, lock: Lock) -> Result<bool, Error> {
@@ -297,7 +297,8 @@ impl RingCounts {
             return is_own;
         }
         self.rings += 1;
-        self.jobs += usize::from(ring.payload().contains("\"refresh_jobs\""));
+        let is_job = ["\"refresh_jobs\"", "\"collections\""].iter().any(|job| ring.payload().contains(job));
+        self.jobs += usize::from(is_job);
         self.followers += usize::from(ring.payload().contains("\"follower\""));
         true
     }

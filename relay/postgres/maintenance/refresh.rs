@@ -1,9 +1,8 @@
 //! Runs the refresh schedule of materialized views (`relay.refresh_every`), one relay at a time.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -16,15 +15,15 @@ const MAX_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum time for which a refresh waits for a lock on a table of its view, and the refreshes of other views wait for it.
 const LOCK_WAIT: &str = "1s";
 
-/// Runs due refreshes until `end`. `changed` reports a change of the schedule.
+/// Runs due refreshes until `end`. `jobs` reports that the schedule may have changed.
 ///
 /// `relay.run_refreshes` never overlaps with itself, so several relays may call it.
-pub async fn run(server: Server, changed: Arc<Notify>, end: CancellationToken) {
+pub async fn run(server: Server, jobs: watch::Sender<()>, end: CancellationToken) {
     let mut pause = Duration::from_secs(1);
     loop {
         let worked = tokio::select! {
             () = end.cancelled() => return,
-            worked = work(&server, &changed) => worked,
+            worked = work(&server, &jobs) => worked,
         };
         let Err(error) = worked;
         tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "refresh schedule interrupted, retrying");
@@ -35,7 +34,8 @@ pub async fn run(server: Server, changed: Arc<Notify>, end: CancellationToken) {
     }
 }
 
-async fn work(server: &Server, changed: &Notify) -> Result<std::convert::Infallible, Error> {
+async fn work(server: &Server, jobs: &watch::Sender<()>) -> Result<std::convert::Infallible, Error> {
+    let mut changed = jobs.subscribe();
     let client = server.connect().await?;
     client.batch_execute(&format!("set synchronous_commit = on; set lock_timeout = '{LOCK_WAIT}'")).await?;
     // One a transaction, so that the changes of a view do not wait for the next view.
@@ -45,6 +45,6 @@ async fn work(server: &Server, changed: &Notify) -> Result<std::convert::Infalli
         let wait = next.map_or(MAX_INTERVAL, |seconds| {
             Duration::from_secs_f64(seconds.clamp(0.01, MAX_INTERVAL.as_secs_f64()))
         });
-        let _ = timeout(wait, changed.notified()).await;
+        let _ = timeout(wait, changed.changed()).await;
     }
 }
