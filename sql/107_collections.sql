@@ -173,8 +173,10 @@ begin
     exception when others then
       failure := case sqlstate
         when '55P03' then 'a transaction that is open has locked it; it is tried again'
-        when '42501' then format('%s: as its owner: select relay.%s(%L)', sqlerrm,
-                                 case when step = any (steps.comes) then 'watch' else 'unwatch' end, step::regclass)
+        when '42501' then sqlerrm || (
+          select format(': grant %s to %I, or as a superuser: select relay.%s(%L)', c.relowner::regrole, current_user,
+                        case when step = any (steps.comes) then 'watch' else 'unwatch' end, c.oid::regclass)
+          from pg_class c where c.oid = step)
         else sqlerrm end;
       insert into relay.collection_work as k (relation, why, tries, next_try)
       values (step, failure, 1, clock_timestamp() + interval '250 milliseconds')

@@ -1,8 +1,10 @@
 //! Publications and schemas whose tables are watched: `relay.watch_publication`, `relay.watch_schema`.
 
+use relay::postgres::install::install;
 use serde_json::json;
 
-use crate::support::database::Database;
+use crate::delivery::crash::Cluster;
+use crate::support::database::{Database, connect, with_database};
 use crate::support::program::output;
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
@@ -28,6 +30,15 @@ async fn settles(database: &Database, tables: &str) {
     .await;
 }
 
+/// The same without a relay, whose part it does.
+async fn is_synced(database: &Database, tables: &str) {
+    eventually(&format!("just {tables:?} is watched"), || async {
+        database.run("select relay.sync_collections()").await;
+        (watched(database).await == tables).then_some(())
+    })
+    .await;
+}
+
 /// What is told of a table that is not watched, or nothing.
 async fn told(database: &Database, table: &str) -> String {
     let told = format!(
@@ -48,7 +59,7 @@ async fn the_watched_tables_follow_a_publication_as_it_is_altered() {
     database
         .run("create publication \"Pub 1\" for table a, b; select relay.watch_publication('Pub 1')")
         .await;
-    assert_eq!(watched(&database).await, "a b");
+    settles(&database, "a b").await;
     database.run("alter publication \"Pub 1\" add table c, s.d").await;
     settles(&database, "a b c s.d").await;
     database.run("alter publication \"Pub 1\" drop table a").await;
@@ -65,9 +76,9 @@ async fn the_watched_tables_follow_a_publication_as_it_is_altered() {
     database.run("create publication \"Pub 1\" for table c").await;
     settles(&database, "c").await;
     database.run("select relay.unwatch_publication('Pub 1')").await;
-    assert_eq!(watched(&database).await, "");
+    settles(&database, "").await;
     database.run("alter publication \"Pub 1\" add table z; select relay.watch_publication('Pub 1')").await;
-    assert_eq!(watched(&database).await, "c z");
+    settles(&database, "c z").await;
     let unknown = database.client.batch_execute("select relay.watch_publication('nope')").await.unwrap_err();
     assert_eq!(unknown.as_db_error().unwrap().message(), "there is no publication nope");
     relay.stop().await;
@@ -186,7 +197,7 @@ async fn tables_that_somebody_watched_stay_when_they_leave_and_when_nothing_is_f
     database.run("select relay.watch('a', true)").await;
     let relay = Relay::start(&database.url).await;
     database.run("create publication p for table a, b, c; select relay.watch_publication('p'); select relay.watch('b')").await;
-    assert_eq!(watched(&database).await, "a b c");
+    settles(&database, "a b c").await;
     assert_eq!(
         database.value("select leave_events from relay.watched where relation = 'a'::regclass").await,
         "t"
@@ -196,6 +207,8 @@ async fn tables_that_somebody_watched_stay_when_they_leave_and_when_nothing_is_f
     // Unwatched by hand, it stays for the publication.
     database.run("alter publication p add table b; select relay.unwatch('b'), relay.unwatch('a')").await;
     settles(&database, "b s.d").await;
+    let (code, _, said) = output(&["unwatch", "b", "--database-url", &database.url]).await;
+    assert!(code == 0 && said.starts_with("b stays watched, because it is in a publication"), "{said}");
     database.run("select relay.unwatch_publication('p')").await;
     settles(&database, "").await;
     let triggers = "select count(*) from pg_trigger where tgname like '00_relay%'";
@@ -209,7 +222,7 @@ async fn a_schema_without_publication_is_watched_with_its_future_tables() {
     let database = Database::new().await;
     database.run(TABLES).await;
     database.run("select relay.watch_schema('public'), relay.watch_schema('s')").await;
-    settles(&database, "a b c s.d").await;
+    is_synced(&database, "a b c s.d").await;
     // Without a relay, what a statement made is watched by that statement, and by no other.
     database.run("create table e (id int); create unlogged table f (id int); create view v as select 1; create table t (id int)").await;
     assert_eq!(watched(&database).await, "a b c e f s.d t");
@@ -312,6 +325,52 @@ async fn statements_of_users_never_fail_or_wait_because_of_a_collection() {
                  where l.mode in ('ShareRowExclusiveLock', 'AccessExclusiveLock') and c.relname in ('first', 'second', 'third')";
     assert_eq!(database.value(locks).await, "0");
     open.batch_execute("rollback").await.unwrap();
+    relay.stop().await;
+}
+
+/// In a cluster of its own: roles belong to the cluster.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_the_installer_may_not_watch_is_told_with_the_grant_that_helps() {
+    let cluster = Cluster::start(&["-c", "fsync=off"]).await;
+    let admin = connect(&cluster.url).await;
+    for sql in
+        ["create role owner login createrole", "create role other login", "create database app owner owner"]
+    {
+        admin.batch_execute(sql).await.unwrap();
+    }
+    let url = with_database(&cluster.url, "app");
+    let owner = url.replace("postgres@", "owner@");
+    let mut client = connect(&owner).await;
+    install(&mut client).await.unwrap();
+    let database = Database { url: owner, client };
+    let admin = connect(&url).await;
+    admin
+        .batch_execute(
+            "grant create on schema public to other, owner; set role other; create table theirs (id int primary key);
+             set role owner; create table mine (id int primary key); reset role; create publication p for all tables",
+        )
+        .await
+        .unwrap();
+    database.run("select relay.watch_publication('p')").await;
+    is_synced(&database, "mine").await;
+    eventually("it was tried", || async {
+        database.run("select relay.sync_collections()").await;
+        told(&database, "theirs").await.contains("failed").then_some(())
+    })
+    .await;
+    let told = told(&database, "theirs").await;
+    assert!(
+        told.ends_with(": grant other to owner, or as a superuser: select relay.watch('public.theirs')"),
+        "{told}"
+    );
+    let relay = Relay::start(&database.url).await;
+    admin
+        .batch_execute(
+            "set role other; create table more (id int primary key); reset role; grant other to owner",
+        )
+        .await
+        .unwrap();
+    settles(&database, "mine more theirs").await;
     relay.stop().await;
 }
 
