@@ -100,6 +100,7 @@ declare
   name text;
   body text;
   is_new boolean := false;
+  is_superuser constant boolean := (select r.rolsuper from pg_roles r where r.rolname = current_user);
 begin
   foreach operation in array relay.operations() loop
     name := format('relay.%I()', relay.capture_function(id, operation));
@@ -112,9 +113,9 @@ begin
     is_new := is_new or exists (select from pg_proc p where p.oid = to_regprocedure(name) and p.proowner <> 'relay_writer'::regrole);
   end loop;
   if is_new then
-    -- Serializes changes of the schema's rights.
-    perform pg_advisory_xact_lock(relay.lock_class('relay'), relay.lock('rights'));
-    if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+    if not is_superuser then
+      -- Serializes changes of the schema's rights.
+      perform pg_advisory_xact_lock(relay.lock_class('relay'), relay.lock('rights'));
       execute 'grant create on schema relay to relay_writer';
     end if;
     execute (select format('revoke all on function %s from public', string_agg(format('relay.%I()', relay.capture_function(id, o)), ', '))
@@ -123,7 +124,7 @@ begin
       name := format('relay.%I()', relay.capture_function(id, operation));
       execute format('alter function %s owner to relay_writer', name);
     end loop;
-    if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+    if not is_superuser then
       execute 'revoke create on schema relay from relay_writer';
     end if;
   end if;
@@ -173,16 +174,16 @@ begin
   for part in
     select p.oid::regclass as name, c.relkind from relay.parts(relation) p (oid) join pg_class c on c.oid = p.oid
   loop
-    foreach operation in array relay.operations() loop
-      execute format('alter table %s enable always trigger %I', part.name, relay.capture_trigger(id, operation));
-    end loop;
     if part.relkind <> 'f' then
       perform relay.drop_trigger(truncate_trigger, part.name);
       -- Or replace: the event trigger may have created it meanwhile.
       execute format('create or replace trigger %I after truncate on %s for each statement execute function relay.capture_truncate(%L)',
                      truncate_trigger, part.name, id);
-      execute format('alter table %s enable always trigger %I', part.name, truncate_trigger);
     end if;
+    -- One statement, because the event trigger checks rules after each.
+    execute (select format('alter table %s %s', part.name, string_agg(format('enable always trigger %I', t), ', '))
+             from unnest(array(select relay.capture_trigger(id, o) from unnest(relay.operations()) o)
+                         || case when part.relkind <> 'f' then array[truncate_trigger] end) t);
   end loop;
 end
 $$;
@@ -657,12 +658,15 @@ begin
   if exists (select from relay.known_relations k where k.id = list_id) then
     perform relay.note_relation(list_id);
   end if;
-  perform relay.renew_shapes();
+  perform relay.renew_shapes(wanted => case when not by_hand then array[list_id] end);
   if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
     perform relay.lock_for_triggers(relation, relay.trigger_lock(relation));
     -- Without a row here, the event trigger ignores the statements below.
     delete from relay.known_relations k where k.id = list_id returning k.* into known;
+    -- Triggers change no columns: the event trigger need not look for changed shapes after each of them.
+    perform set_config('relay.renewing', 'on', true);
     perform relay.set_triggers(relation, list_id);
+    perform set_config('relay.renewing', 'off', true);
   else
     select k.* into known from relay.known_relations k where k.id = list_id;
   end if;

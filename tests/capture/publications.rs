@@ -289,13 +289,13 @@ async fn statements_of_users_never_fail_or_wait_because_of_a_collection() {
     database.run("create publication p for all tables; select relay.watch_publication('p')").await;
     let user = database.connect().await;
     user.batch_execute("set statement_timeout = '5s'").await.unwrap();
-    // While others change the rights of the schema, as a migration with a new table does that stays open.
+    // While a migration with a new table stays open.
     let open = database.connect().await;
     open.batch_execute("begin; create table first (id int primary key)").await.unwrap();
     user.batch_execute("create table second (id int primary key)").await.unwrap();
-    assert_eq!(watched(&database).await, "");
+    assert_eq!(watched(&database).await, "second");
     open.batch_execute("commit").await.unwrap();
-    assert_eq!(watched(&database).await, "first");
+    assert_eq!(watched(&database).await, "first second");
     // What the relay cannot do is told.
     let body =
         database.value("select pg_get_functiondef('relay.set_triggers(regclass, int)'::regprocedure)").await;
@@ -309,12 +309,10 @@ async fn statements_of_users_never_fail_or_wait_because_of_a_collection() {
         .await
         .unwrap();
     let relay = Relay::start(&database.url).await;
-    for table in ["second", "third"] {
-        eventually("it was tried", || async {
-            (told(&database, table).await == format!("{table} is failed: no trigger today")).then_some(())
-        })
-        .await;
-    }
+    eventually("it was tried", || async {
+        (told(&database, "third").await == "third is failed: no trigger today").then_some(())
+    })
+    .await;
     database.run(&body).await;
     settles(&database, "first second third").await;
     // A lock on a table that a statement of a user does not need is not taken in its transaction.
@@ -417,7 +415,7 @@ async fn many_tables_are_watched_one_by_one_and_a_table_without_key_as_by_hand()
     let database = Database::new().await;
     database
         .run(
-            "do $$ begin for n in 1..120 loop execute format('create table t%s (id int)', n); end loop; end $$;
+            "do $$ begin for n in 1..60 loop execute format('create table t%s (id int)', n); end loop; end $$;
              create publication p for all tables; select relay.watch_publication('p')",
         )
         .await;
@@ -425,11 +423,11 @@ async fn many_tables_are_watched_one_by_one_and_a_table_without_key_as_by_hand()
     let pending = "select count(*) from relay.collected where state = 'pending'";
     let at_once: usize = database.value(count).await.parse().unwrap();
     let left: usize = database.value(pending).await.parse().unwrap();
-    assert!(at_once > 0 && at_once + left == 120, "{at_once} {left}");
+    assert!(at_once > 0 && at_once + left == 60, "{at_once} {left}");
     let relay = Relay::start(&database.url).await;
-    eventually("all are watched", || async { (database.value(count).await == "120").then_some(()) }).await;
+    eventually("all are watched", || async { (database.value(count).await == "60").then_some(()) }).await;
     assert!(database.value("select relay.notes('t1')").await.contains("it has no primary key"));
-    database.run("insert into t77 values (1)").await;
+    database.run("insert into t47 values (1)").await;
     assert_eq!(database.value("select count(*) from relay.changes where operation = 'I'").await, "1");
     relay.stop().await;
 }
