@@ -60,8 +60,8 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.horizon()', 'relay.current_segment()', 'relay.blockers(text, text, text)', 'relay.row_like(regclass, jsonb)',
     'relay.repair(int[])', 'relay.run_refreshes(int)', 'relay.open_bookmarks(uuid[], bytea[], text[])',
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
-    'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()',
-    'relay.is_excluded(text)', 'relay.publication_tables()', 'relay.collection_tables()', 'relay.sync_collections()']) f
+    'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()', 'relay.is_excluded(text)',
+    'relay.publication_tables()', 'relay.collection_tables()', 'relay.sync_collections()', 'relay.realtime_problems()']) f
 $$;
 comment on function relay.rights_due() is 'owners and rights of the objects in schema relay';
 

@@ -15,6 +15,7 @@ mod limits;
 mod program;
 mod pubsub;
 mod recovery;
+mod sql_broadcasts;
 mod subscribe;
 mod support;
 mod systems;

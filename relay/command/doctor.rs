@@ -64,6 +64,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     }
     findings.push(Good(format!("the schema relay is of version {}", env!("CARGO_PKG_VERSION"))));
     findings.extend(rights(&client).await?);
+    findings.extend(realtime(&client).await?);
     findings.push(bell(server, &client).await?);
     let (foreign, locks) = locks(&client).await?;
     findings.push(relays(&client, &foreign).await?);
@@ -92,6 +93,16 @@ async fn rights(client: &Client) -> Result<Vec<Finding>, Error> {
     Ok(match problems.is_empty() {
         true => vec![Good(String::from("owners and rights in the schema relay are as installed"))],
         false => problems.into_iter().map(fault).collect(),
+    })
+}
+
+/// Checks that broadcasts can be sent from the database. Who only watches tables does not need them.
+async fn realtime(client: &Client) -> Result<Vec<Finding>, Error> {
+    let problems = client.query("select p from relay.realtime_problems() p", &[]).await?;
+    let note = |row: tokio_postgres::Row| Note(format!("broadcasts from SQL: {}", row.get::<_, String>(0)));
+    Ok(match problems.is_empty() {
+        true => vec![Good(String::from("broadcasts are sent from SQL: select realtime.send(…)"))],
+        false => problems.into_iter().map(note).collect(),
     })
 }
 

@@ -41,6 +41,8 @@ const FILES: &[(&str, &str)] = &[
     ("111_bookmarks.sql", include_str!("../../sql/111_bookmarks.sql")),
     ("111_transaction_ends.sql", include_str!("../../sql/111_transaction_ends.sql")),
     RIGHTS_DUE,
+    ("113_realtime.sql", include_str!("../../sql/113_realtime.sql")),
+    ("900_realtime.sql", include_str!("../../sql/900_realtime.sql")),
     RIGHTS,
     ("902_history.sql", include_str!("../../sql/902_history.sql")),
     ("903_event_trigger.sql", include_str!("../../sql/903_event_trigger.sql")),
