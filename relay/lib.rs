@@ -27,6 +27,8 @@
 //! **A broadcast.** [`transport::socket::driver`] or [`transport::broadcast::request`] takes it from its sender and does not parse its
 //! content. [`pubsub::topics`] finds the topic, [`pubsub::topic`] encodes it once for each protocol and queues it in
 //! the [`feed::deliver::outbox`] of each member. Presence goes the same way: [`model::presence::state`] knows what changed.
+//! A broadcast from SQL is a change: `sql/114_broadcasts.sql` logs it, and [`feed::deliver::broadcast_cache`] encodes it for the
+//! channels of its topic.
 //!
 //! # Layers
 //!
@@ -38,7 +40,7 @@
 //!
 //! | Word | Meaning |
 //! |---|---|
-//! | changelog | the tables `relay.log_0` to `relay.log_2`, one row for each change of a watched table, schema change or gap |
+//! | changelog | the tables `relay.log_0` to `relay.log_2`, one row for each change of a watched table, broadcast from SQL, schema change or gap |
 //! | change | an INSERT, UPDATE, DELETE or TRUNCATE of a watched table, with its row images |
 //! | image | a row as JSON, before or after a change |
 //! | shape | the columns and types under which an image was written, with their catalog numbers |
@@ -126,6 +128,7 @@ pub mod model {
         pub mod paging;
         pub mod request;
         pub mod hidden;
+        pub mod topic;
         pub mod binding;
     }
     /// Who is present in a topic.
@@ -146,6 +149,7 @@ pub mod model {
         pub mod rate_limit;
         pub mod join;
         pub mod broadcast;
+        pub mod stored_broadcast;
         pub mod message;
         pub mod action;
         pub mod channel;
@@ -223,6 +227,7 @@ pub mod feed {
         pub mod memory_budget;
         pub mod outbox;
         pub mod encode_cache;
+        pub mod broadcast_cache;
         pub mod members;
         pub mod group;
         pub mod fan_out;

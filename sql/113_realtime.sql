@@ -10,6 +10,21 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.messages() is 'oid of realtime.messages; null: there is none';
 
+-- relay.messages_comment() : the comment by which it is recognized
+create or replace function relay.messages_comment() returns text
+language sql immutable as $$
+  select 'broadcasts: each row that is inserted with extension broadcast is sent to the channel of its topic; kept for 72 hours'::text
+$$;
+comment on function relay.messages_comment() is 'comment of realtime.messages, if relay install made it';
+
+-- relay.messages_are_ours() : whether relay.make_realtime() made realtime.messages
+create or replace function relay.messages_are_ours() returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  select coalesce(obj_description(relay.messages(), 'pg_class') = relay.messages_comment(), false)
+$$;
+comment on function relay.messages_are_ours() is 'whether relay install made realtime.messages';
+
 -- relay.make_realtime() : creates what is missing of schema realtime, and renews the functions that an older relay created
 -- Run by each installation. What the installer may not create is left out without an error: relay.realtime_problems() names it.
 --
@@ -19,7 +34,6 @@ create or replace function relay.make_realtime() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $make$
 declare
-  ours constant text := 'broadcasts from the database: each row inserted with extension broadcast is sent to the channel of its topic';
   one record;
   present oid;
 begin
@@ -44,7 +58,7 @@ begin
       binary_payload bytea,
       primary key (id, inserted_at)
     );
-    execute format('comment on table realtime.messages is %L', ours);
+    execute format('comment on table realtime.messages is %L', relay.messages_comment());
     create index messages_inserted_at on realtime.messages (inserted_at);
     create index messages_replay on realtime.messages (topic, inserted_at) where private and extension = 'broadcast';
     alter table realtime.messages enable row level security;
@@ -149,6 +163,14 @@ begin
                       and format('realtime.%s(%s)', p.proname, oidvectortypes(p.proargtypes)) = f.signature);
   if missing is not null then
     return next format('functions are missing (%s): grant usage, create on schema realtime to %s, then run `relay install`', missing, installer);
+  end if;
+  if not exists (select from pg_trigger t
+                 where t.tgrelid = relay.messages() and t.tgfoid = 'relay.capture_broadcasts()'::regprocedure) then
+    return next format('realtime.messages has no trigger of the relay: grant usage on schema realtime to %1$s; grant trigger on '
+                       'realtime.messages to %1$s, then run `relay install`', installer);
+  elsif exists (select from pg_trigger t
+                where t.tgrelid = relay.messages() and t.tgfoid = 'relay.capture_broadcasts()'::regprocedure and t.tgenabled not in ('A', 'O')) then
+    return next 'the trigger of the relay on realtime.messages is disabled: alter table realtime.messages enable always trigger "00_relay_broadcasts"';
   end if;
   if not (select c.relrowsecurity from pg_class c where c.oid = relay.messages()) then
     return next 'row security of realtime.messages is off, so every role with rights on it reads and sends all: '

@@ -234,7 +234,8 @@ impl Router {
                 self.early.push(command);
             }
             Command::Join { channel, subscriber, mut greeting } => {
-                if self.stalled && !self.hub.is_replayed(channel) {
+                let has_tables = !subscriber.subscription.bindings().is_empty();
+                if self.stalled && has_tables && !self.hub.is_replayed(channel) {
                     let stalled = subscriber.codec.encoding().stall(true);
                     let budget = subscriber.outbox.budget();
                     greeting.extend(stalled.map(|notice| Frame::notice(notice, budget)));
@@ -350,7 +351,8 @@ impl Router {
         match self.position.clone() {
             Some(position) => {
                 let catalog = self.hub.live.catalog().cloned().unwrap_or_default();
-                let all = catalog.relations().map(|relation| relation.id()).collect();
+                let watched = catalog.relations().map(|relation| relation.id());
+                let all = watched.chain([RelationId::MESSAGES]).collect();
                 self.begin_replay(&all, &position, None);
             }
             // After a gap there is no position to replay from: these changes are part of a gap, too.
@@ -469,6 +471,7 @@ impl Router {
         let mut catalog = self.catalog.fresh(mark).await?;
         let needs_reload = |change: &Change| match change.operation {
             Operation::Schema | Operation::Gap => true,
+            Operation::Broadcast => false,
             _ => catalog.relation(change.relation).is_none_or(|relation| !shape::knows(relation, change)),
         };
         if more || changes.iter().any(needs_reload) {

@@ -42,6 +42,7 @@ const FILES: &[(&str, &str)] = &[
     ("111_transaction_ends.sql", include_str!("../../sql/111_transaction_ends.sql")),
     RIGHTS_DUE,
     ("113_realtime.sql", include_str!("../../sql/113_realtime.sql")),
+    ("114_broadcasts.sql", include_str!("../../sql/114_broadcasts.sql")),
     ("900_realtime.sql", include_str!("../../sql/900_realtime.sql")),
     RIGHTS,
     ("902_history.sql", include_str!("../../sql/902_history.sql")),

@@ -12,7 +12,7 @@ use crate::model::codec::protocol::{SocketProtocol, Wrapping};
 use crate::model::presence::state::PresenceState;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::member::MemberId;
-use crate::model::session::message::{ChannelName, Outgoing, Reference, SessionEvent};
+use crate::model::session::message::{ChannelName, Reference};
 
 /// Minimum interval between two messages about the presence in one topic. Changes in between are told together.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -141,9 +141,11 @@ impl Topic {
         let (mut count, mut congested) = (0, Vec::new());
         let state = self.lock();
         for Audience { protocol, members } in &state.audiences {
-            let Some(wrapping) = protocol.broadcast(&self.name, &kind) else { continue };
+            let Some(wrapping) = protocol.broadcast(&self.name, &kind, None) else { continue };
             let frame = match wrapping.before.len() + bytes + wrapping.after.len() {
-                length if length > protocol.max_frame_bytes() => self.not_delivered(*protocol, length),
+                length if length > protocol.max_frame_bytes() => {
+                    Frame::text(protocol.broadcast_too_large(&self.name, length), &self.budget)
+                }
                 _ => Frame::push(wrapping, Arc::clone(&content), &self.budget),
             };
             let receives = |(id, member): &(&MemberId, &Member)| Some(**id) != sender || member.receives_own;
@@ -155,18 +157,6 @@ impl Topic {
             }
         }
         (count, congested)
-    }
-
-    /// Returns the frame that tells a member of a broadcast whose frame is too large for its protocol.
-    fn not_delivered(&self, protocol: &dyn SocketProtocol, length: usize) -> Frame {
-        let max = protocol.max_frame_bytes();
-        let text = format!(
-            "Broadcast not delivered: its frame has {length} bytes, and clients of {} accept {max} at most",
-            protocol.name()
-        );
-        let channel = ChannelName { topic: self.name.to_string(), join: Reference::default() };
-        let message = Outgoing { channel, event: SessionEvent::NotDelivered(text) };
-        Frame::text(protocol.encode(&message), &self.budget)
     }
 
     /// Changes what a member tracks, and lets it follow the presence from now on: first the state, then the changes with its

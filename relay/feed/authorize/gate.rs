@@ -68,6 +68,13 @@ pub struct Candidate {
     pub(super) policy: Option<usize>,
 }
 
+impl Candidate {
+    /// A group that follows the topic of the broadcast at this position.
+    pub fn of_broadcast(group: GroupId, change: usize) -> Self {
+        Self { group, relation: RelationId::MESSAGES, change, policy: None }
+    }
+}
+
 /// The verdicts on a batch.
 #[derive(Default)]
 pub struct Verdicts {

@@ -18,6 +18,7 @@ use crate::model::row::datum::Kind;
 use crate::model::row::image::Image;
 use crate::model::row::truth::Truth;
 use crate::model::subscription::binding::Subscription;
+use crate::model::subscription::topic::TopicScope;
 use crate::postgres::evaluate::set_based::SubscriberSet;
 
 /// Identifies a group within a router.
@@ -268,14 +269,47 @@ impl SubscriberSet for SubscriberIndex {
     }
 }
 
-/// The subscriber indexes of all relations that have changed so far.
+/// The subscriber indexes of all relations that have changed so far, and the groups of each topic.
 #[derive(Default)]
-pub struct SubscriberIndexes(HashMap<RelationId, Vec<SubscriberIndex>>);
+pub struct SubscriberIndexes {
+    relations: HashMap<RelationId, Vec<SubscriberIndex>>,
+    topics: HashMap<TopicScope, BTreeSet<GroupId>>,
+    topic_of: HashMap<GroupId, TopicScope>,
+}
 
 impl SubscriberIndexes {
-    /// Drops all indexes after the catalog changed.
+    /// Drops the indexes of relations after the catalog changed.
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.relations.clear();
+    }
+
+    /// Returns the groups that follow a topic.
+    pub fn following(&self, topic: &TopicScope) -> impl Iterator<Item = GroupId> {
+        self.topics.get(topic).into_iter().flatten().copied()
+    }
+
+    /// Returns whether a group follows any topic.
+    pub fn follow_topics(&self) -> bool {
+        !self.topics.is_empty()
+    }
+
+    /// Adds the topic of a group. A group never has another one.
+    pub fn insert_topic(&mut self, group: GroupId, subscription: &Subscription) {
+        if let Some(topic) = subscription.topic()
+            && self.topics.entry(topic.clone()).or_default().insert(group)
+        {
+            self.topic_of.insert(group, topic.clone());
+        }
+    }
+
+    fn remove_topic(&mut self, group: GroupId) {
+        let Some(topic) = self.topic_of.remove(&group) else { return };
+        if let Some(groups) = self.topics.get_mut(&topic) {
+            groups.remove(&group);
+            if groups.is_empty() {
+                self.topics.remove(&topic);
+            }
+        }
     }
 
     /// Creates the indexes of a relation if there are none yet.
@@ -284,14 +318,14 @@ impl SubscriberIndexes {
         relation: &Arc<Relation>,
         groups: impl Iterator<Item = (GroupId, &'a Subscription)>,
     ) {
-        if self.0.contains_key(&relation.id()) {
+        if self.relations.contains_key(&relation.id()) {
             return;
         }
         let mut subscriber_indexes = Vec::new();
         for (group, subscription) in groups {
             insert_group(&mut subscriber_indexes, relation, group, subscription);
         }
-        self.0.insert(relation.id(), subscriber_indexes);
+        self.relations.insert(relation.id(), subscriber_indexes);
     }
 
     /// Adds a group, or replaces its subscription.
@@ -301,7 +335,8 @@ impl SubscriberIndexes {
         subscription: &Subscription,
         relation: impl Fn(RelationId) -> Option<Arc<Relation>>,
     ) {
-        for (id, subscriber_indexes) in &mut self.0 {
+        self.insert_topic(group, subscription);
+        for (id, subscriber_indexes) in &mut self.relations {
             if let Some(relation) = relation(*id) {
                 insert_group(subscriber_indexes, &relation, group, subscription);
             }
@@ -310,7 +345,8 @@ impl SubscriberIndexes {
 
     /// Removes a group. An empty index stays: PostgreSQL may keep a table for it.
     pub fn remove(&mut self, group: GroupId) {
-        for subscriber_indexes in self.0.values_mut() {
+        self.remove_topic(group);
+        for subscriber_indexes in self.relations.values_mut() {
             for subscriber_index in subscriber_indexes.iter_mut() {
                 subscriber_index.remove(group);
             }
@@ -319,7 +355,7 @@ impl SubscriberIndexes {
 
     /// Returns the indexes of a relation, one per role.
     pub fn of(&self, relation: RelationId) -> &[SubscriberIndex] {
-        self.0.get(&relation).map_or(&[], Vec::as_slice)
+        self.relations.get(&relation).map_or(&[], Vec::as_slice)
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use crate::feed::authorize::gate::{Candidate, Gate, Verdicts};
 use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
+use crate::feed::deliver::broadcast_cache::BroadcastCache;
 use crate::feed::deliver::encode_cache::EncodeCache;
 use crate::feed::deliver::group::{FrameBuffer, SubscriberGroup, TOKEN_EXPIRED};
 use crate::feed::deliver::outbox::Unit;
@@ -13,6 +14,7 @@ use crate::feed::read::batch::Batch;
 use crate::model::catalog::relation::{Catalog, Widening};
 use crate::model::catalog::shape;
 use crate::model::row::change::{Change, Operation, RelationId};
+use crate::model::session::stored_broadcast::StoredBroadcast;
 use crate::postgres::connect::pool::Error;
 
 /// Delivers a batch to all groups it concerns; returns the number of frames queued.
@@ -29,12 +31,15 @@ pub async fn deliver<'a>(
 ) -> Result<usize, Error> {
     let end = batch.end().map(Arc::new);
     let changes = &*shape::read(catalog, &batch.changes);
-    let verdicts = gate.verdicts(catalog, changes, subscriber_indexes, |id| group(id).reader()).await?;
+    let mut verdicts = gate.verdicts(catalog, changes, subscriber_indexes, |id| group(id).reader()).await?;
     for (id, relation) in &verdicts.raising {
         if let Some(relation) = catalog.relation(*relation) {
             group(*id).send_policy_error(relation);
         }
     }
+    let broadcasts = broadcasts(changes, subscriber_indexes);
+    let candidates =
+        with_broadcasts(std::mem::take(&mut verdicts.candidates), &broadcasts, subscriber_indexes);
     let now = now();
     let last = changes.len().saturating_sub(1);
     let cache = |(index, change): (usize, &Change)| {
@@ -44,10 +49,12 @@ pub async fn deliver<'a>(
     let widenings =
         catalog.widenings().iter().filter(|widening| widening.is_after(&batch.span.seen)).collect();
     let authorized = AuthorizedBatch { catalog, batch, changes, verdicts: &verdicts, widenings };
+    let mut encodings: HashMap<usize, BroadcastCache<'_>> =
+        broadcasts.iter().map(|(index, stored)| (*index, BroadcastCache::new(stored))).collect();
     let mut buffer = FrameBuffer::default();
     let mut frames = 0;
     // Group by group, not change by change: the frames of a batch are queued for a client at once.
-    for candidates in by_group(&verdicts.candidates) {
+    for candidates in by_group(&candidates) {
         let Some(first) = candidates.first() else { continue };
         let group = group(first.group);
         if group.subscription().identity().claims().expires_at() <= now {
@@ -60,7 +67,7 @@ pub async fn deliver<'a>(
         if group.is_closed() {
             continue;
         }
-        authorized.encode(group, &candidates, &mut caches, &mut buffer);
+        authorized.encode(group, &candidates, (&mut caches, &mut encodings), &mut buffer);
         frames += group.send(unit, &mut buffer, end.as_ref());
         buffer.clear();
     }
@@ -85,7 +92,7 @@ impl<'a> AuthorizedBatch<'a, '_> {
         &self,
         group: &'a SubscriberGroup,
         candidates: &[Candidate],
-        caches: &mut [EncodeCache<'a>],
+        (caches, encodings): (&mut [EncodeCache<'a>], &mut HashMap<usize, BroadcastCache<'a>>),
         buffer: &mut FrameBuffer<'a>,
     ) {
         let &Self { catalog, batch, changes, verdicts, .. } = self;
@@ -97,6 +104,9 @@ impl<'a> AuthorizedBatch<'a, '_> {
         if group.key().codec.encoding().includes_cursor() {
             last_of_transaction = last_changes(batch, catalog, group, candidates, |candidate| {
                 let change = &changes[candidate.change];
+                if candidate.relation == RelationId::MESSAGES {
+                    return true;
+                }
                 let relation = catalog.relation(candidate.relation);
                 let change = (change, is_older(change, candidate.relation));
                 relation.is_some_and(|relation| group.receives(candidate, change, relation, verdicts, buffer))
@@ -106,6 +116,11 @@ impl<'a> AuthorizedBatch<'a, '_> {
         for candidate in candidates {
             let index = candidate.change;
             let change = &changes[index];
+            let is_last = last_of_transaction.contains(&(index, candidate.relation));
+            if let Some(broadcast) = encodings.get_mut(&index) {
+                group.encode_broadcast((change, is_last), broadcast, &mut caches[index], buffer);
+                continue;
+            }
             let is_repeated = match change.operation {
                 Operation::Truncate => !truncated.insert((candidate.relation, change.xid)),
                 _ => {
@@ -116,12 +131,36 @@ impl<'a> AuthorizedBatch<'a, '_> {
             if let Some(relation) = catalog.relation(candidate.relation)
                 && !is_repeated
             {
-                let is_last = last_of_transaction.contains(&(index, candidate.relation));
                 let change = (change, is_older(change, candidate.relation), is_last);
                 group.encode(candidate, change, relation, verdicts, &mut caches[index], buffer);
             }
         }
     }
+}
+
+/// Reads the broadcasts among the changes that a group may follow, by their position. Those that are not sent are left out.
+fn broadcasts(changes: &[Change], subscriber_indexes: &SubscriberIndexes) -> Vec<(usize, StoredBroadcast)> {
+    if !subscriber_indexes.follow_topics() {
+        return Vec::new();
+    }
+    let of = changes.iter().enumerate().filter(|(_, change)| change.operation == Operation::Broadcast);
+    of.filter_map(|(index, change)| Some((index, StoredBroadcast::of(change)?.ok()?))).collect()
+}
+
+/// Adds the groups that follow the topics of broadcasts, and keeps the order of the changes.
+fn with_broadcasts(
+    mut candidates: Vec<Candidate>,
+    broadcasts: &[(usize, StoredBroadcast)],
+    subscriber_indexes: &SubscriberIndexes,
+) -> Vec<Candidate> {
+    for (change, stored) in broadcasts {
+        let following = subscriber_indexes.following(&stored.topic);
+        candidates.extend(following.map(|group| Candidate::of_broadcast(group, *change)));
+    }
+    if !broadcasts.is_empty() {
+        candidates.sort_by_key(|candidate| candidate.change);
+    }
+    candidates
 }
 
 /// Returns the time in seconds, as tokens count it. A token is expired from the second of its expiry on.
@@ -140,6 +179,7 @@ pub async fn deliver_to_one(
     group: &SubscriberGroup,
 ) -> Result<usize, Error> {
     let mut subscriber_indexes = SubscriberIndexes::default();
+    subscriber_indexes.insert_topic(0, group.subscription());
     for change in &batch.changes {
         for relation in catalog.affected(change) {
             subscriber_indexes.prepare(relation, std::iter::once((0, group.subscription())));
@@ -173,7 +213,7 @@ fn last_changes(
     let mut continued: HashSet<u64> = batch
         .unfinished
         .iter()
-        .filter(|(_, relations)| group.concerns(catalog, relations))
+        .filter(|(_, relations)| group.concerns(catalog, *relations))
         .map(|(xid, _)| *xid)
         .collect();
     let mut last_of_transaction = HashSet::new();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::feed::authorize::gate::{Candidate, GroupReader, Verdict, Verdicts};
+use crate::feed::deliver::broadcast_cache::BroadcastCache;
 use crate::feed::deliver::encode_cache::{EncodeCache, EncodeError, RecentPayloads};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::members::Members;
@@ -230,9 +231,39 @@ impl SubscriberGroup {
     }
 
     /// Returns whether it may get changes of one of these relations.
-    pub fn concerns(&self, catalog: &Catalog, relations: &[RelationId]) -> bool {
-        let mut relations = relations.iter().flat_map(|id| catalog.with_loaded_parts(*id));
-        relations.any(|relation| self.subscription.concerning(relation).next().is_some())
+    pub fn concerns<'r>(
+        &self,
+        catalog: &Catalog,
+        relations: impl IntoIterator<Item = &'r RelationId>,
+    ) -> bool {
+        relations.into_iter().any(|id| {
+            let mut with_parts = catalog.with_loaded_parts(*id);
+            (*id == RelationId::MESSAGES && self.subscription.topic().is_some())
+                || with_parts.any(|relation| self.subscription.concerning(relation).next().is_some())
+        })
+    }
+
+    /// Encodes a broadcast that it follows and adds its frame to the buffer. When the broadcast `is_last`, it is marked as the end of
+    /// its transaction for this group.
+    pub fn encode_broadcast<'a>(
+        &'a self,
+        (change, is_last): (&Change, bool),
+        broadcast: &mut BroadcastCache<'a>,
+        cache: &mut EncodeCache<'a>,
+        buffer: &mut FrameBuffer<'_>,
+    ) {
+        if self.key.since.as_ref().is_some_and(|since| since.has(change.xid, change.number)) {
+            return;
+        }
+        if buffer.budget.is_none() {
+            buffer.budget = self.members.budget();
+        }
+        let Some(budget) = &buffer.budget else { return };
+        let base = cache.base(self.key.since.as_ref());
+        match broadcast.frame(&self.key.codec, change, is_last, cache.cursor(base), budget) {
+            Ok(frame) => buffer.frames.extend(frame),
+            Err(_) => buffer.has_no_room = true,
+        }
     }
 
     /// Encodes the change of this candidate and adds its frames to the buffer. When the change `is_last`, the last
@@ -383,8 +414,12 @@ impl SubscriberGroup {
         }
     }
 
-    /// Reports to all channels that the feed stalls or continues.
+    /// Reports to all channels that the feed stalls or continues. Channels without tables are not told: what clients send each other
+    /// does not stall.
     pub fn send_stall(&self, stalls: bool) {
+        if self.subscription.bindings().is_empty() {
+            return;
+        }
         let notice = self.key.codec.encoding().stall(stalls);
         if let Some(frame) = notice.and_then(|notice| self.frame(notice)) {
             self.members.for_each(|_, outbox| outbox.push(frame.clone()));

@@ -157,13 +157,8 @@ impl Hub {
     /// Moves the groups that these relations may concern into a replay of the rest of a page after `at`; `None` when
     /// there are none.
     pub fn begin_replay(&mut self, relations: &HashSet<RelationId>, at: &Cursor) -> Option<Replayed> {
-        let catalog = Arc::clone(self.live.catalog()?);
-        let relations: Vec<_> = relations.iter().flat_map(|id| catalog.with_loaded_parts(*id)).collect();
-        let is_concerned = |group: &SubscriberGroup| {
-            let concerns = |relation| group.subscription().concerning(relation).next().is_some();
-            relations.iter().any(|relation| concerns(relation))
-        };
-        let concerned = self.live.iter().filter(|(_, group)| is_concerned(group));
+        let catalog = self.live.catalog().cloned().unwrap_or_default();
+        let concerned = self.live.iter().filter(|(_, group)| group.concerns(&catalog, relations));
         let concerned: Vec<GroupId> = concerned.map(|(number, _)| number).collect();
         if concerned.is_empty() {
             return None;

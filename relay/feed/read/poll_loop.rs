@@ -11,6 +11,8 @@ use tokio::time::timeout;
 use crate::feed::read::batch::Batch;
 use crate::feed::read::source::{BATCH_BYTES, BATCH_CHANGES, ChangeSource, FeedItem, SourcePosition};
 use crate::model::log::cursor::{Snapshot, Span};
+use crate::model::row::change::Change;
+use crate::model::session::stored_broadcast::{NotSent, StoredBroadcast};
 use crate::postgres::changelog::doorbell::{Doorbell, Rings};
 use crate::postgres::changelog::reader::{Changelog, Flush, PagePosition};
 use crate::postgres::connect::pool::Error;
@@ -329,6 +331,7 @@ impl<'a> PollLoop<'a> {
             total += changes.len();
             page_continues = more;
             self.source.observe.read(changes.len());
+            log_unsent(&changes);
             let completed = self.source.access.transactions.complete(span.epoch, &mut changes, !more);
             let unfinished = self.source.await_changelog(completed).await?;
             let batch = Batch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
@@ -424,6 +427,15 @@ impl<'a> PollLoop<'a> {
         self.unsent = false;
         let rest = FeedItem::Rest { span: Arc::clone(span), after, counts };
         Ok(if self.send(rest).await { PollResult::Full } else { PollResult::Closed })
+    }
+}
+
+/// Logs which broadcasts are not sent, and why. Their rows are named by the number in the changelog.
+fn log_unsent(changes: &[Change]) {
+    let unsent =
+        changes.iter().filter_map(|change| Some((change.number, StoredBroadcast::of(change)?.err()?)));
+    for (number, why) in unsent.filter(|(_, why)| *why != NotSent::AlreadySent) {
+        tracing::warn!(number, "broadcast from the database not sent: {why}");
     }
 }
 

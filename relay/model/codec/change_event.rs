@@ -1,7 +1,8 @@
 //! Changes for event streams and polls: the object with its cursor. The transport writes what surrounds them, and observes stalls
 //! by itself.
 
-use crate::model::codec::protocol::{ChangeEncoding, Envelope, Notice};
+use crate::model::codec::protocol::{BroadcastForm, ChangeEncoding, Envelope, Notice};
+use crate::model::session::stored_broadcast::StoredBroadcast;
 
 /// The encoding for event streams and polls.
 pub struct ChangeEvents;
@@ -25,5 +26,9 @@ impl ChangeEncoding for ChangeEvents {
 
     fn stall(&self, _: bool) -> Option<Notice> {
         None
+    }
+
+    fn broadcast(&self, _: &StoredBroadcast) -> BroadcastForm {
+        BroadcastForm::Object
     }
 }

@@ -6,6 +6,8 @@ use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::visibility::EventKind;
 use crate::model::row::change::{Change, Operation, Row, Spelling, quoted};
 use crate::model::row::column::Column;
+use crate::model::session::broadcast::BroadcastKind;
+use crate::model::session::stored_broadcast::StoredBroadcast;
 
 /// Everything that determines the encoded text of a change. Equal views of a change give equal bytes.
 #[derive(Debug, Clone, Copy)]
@@ -139,6 +141,30 @@ fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {
 fn identification(change: &Change, is_last: bool) -> String {
     let last = if is_last { r#","last":true"# } else { "" };
     format!(r#","txid":"{}","number":"{}"{last}"#, change.xid, change.number)
+}
+
+/// Returns the JSON object of a broadcast from the database. Bytes are written as hex digits, as in rows.
+pub fn broadcast_object(stored: &StoredBroadcast, change: &Change, is_last: bool) -> String {
+    let StoredBroadcast { topic, broadcast, .. } = stored;
+    let (name, content) = match &broadcast.kind {
+        BroadcastKind::Bytes(_) => ("binary_payload", format!("\"{}\"", hex(&broadcast.content))),
+        _ => ("payload", String::from_utf8_lossy(&broadcast.content).into_owned()),
+    };
+    format!(
+        r#"{{"type":"broadcast","topic":{},"private":{},"event":{},"commit_timestamp":"{}"{},"meta":{},"{name}":{content}}}"#,
+        quoted(&topic.name),
+        topic.is_private,
+        quoted(broadcast.event()),
+        change.exact_timestamp(),
+        identification(change, is_last),
+        stored.meta(false),
+    )
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let mut digits = String::with_capacity(2 * bytes.len());
+    bytes.iter().for_each(|byte| _ = write!(digits, "{byte:02x}"));
+    digits
 }
 
 /// Returns a row with the selected columns that these rights allow. `None` if the text is not a row.

@@ -122,8 +122,12 @@ impl SocketProtocol for Version {
         Codec::Phoenix(ChannelChanges { version: *self, format })
     }
 
-    fn broadcast(&self, topic: &str, kind: &BroadcastKind) -> Option<Wrapping> {
-        pushes::broadcast(*self, topic, kind)
+    fn channel_of<'a>(&self, topic: &'a str) -> &'a str {
+        topic.strip_prefix(TOPIC_PREFIX).unwrap_or(topic)
+    }
+
+    fn broadcast(&self, topic: &str, kind: &BroadcastKind, meta: Option<&str>) -> Option<Wrapping> {
+        pushes::broadcast(*self, topic, kind, meta)
     }
 
     fn presence_state(&self, channel: &ChannelName) -> Wrapping {

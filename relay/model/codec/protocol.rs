@@ -4,7 +4,8 @@
 use crate::model::codec::change_event::ChangeEvents;
 use crate::model::codec::phoenix::changes::ChannelChanges;
 use crate::model::session::broadcast::BroadcastKind;
-use crate::model::session::message::{ChannelName, Incoming, Outgoing};
+use crate::model::session::message::{ChannelName, Incoming, Outgoing, Reference, SessionEvent};
+use crate::model::session::stored_broadcast::StoredBroadcast;
 
 /// The message of a channel that receives changes.
 pub const SUBSCRIBED: &str = "Subscribed to PostgreSQL";
@@ -50,6 +51,22 @@ pub trait ChangeEncoding {
 
     /// Encodes that the feed is stalled or has resumed. `None` if the transport observes stalls by itself.
     fn stall(&self, stalls: bool) -> Option<Notice>;
+
+    /// Returns how a broadcast from the database is written.
+    fn broadcast(&self, stored: &StoredBroadcast) -> BroadcastForm;
+}
+
+/// How a broadcast is written for the subscribers of a topic.
+#[derive(Debug, PartialEq, Eq)]
+pub enum BroadcastForm {
+    /// Its content, with this around it.
+    Wrapped(Wrapping),
+    /// As an object with its cursor, which the transport writes.
+    Object,
+    /// It is not delivered, and this message says so.
+    Refused(Notice),
+    /// Clients of the protocol cannot receive its kind.
+    Nothing,
 }
 
 /// What is written with the object of a change.
@@ -119,9 +136,23 @@ pub trait SocketProtocol: Send + Sync {
     /// Returns the encoding of a channel's changes.
     fn codec(&self, format: ChannelFormat) -> Codec;
 
-    /// Returns what is written around the content of a broadcast, the same for all members of the topic. `None` if clients of
-    /// this protocol cannot receive its kind.
-    fn broadcast(&self, topic: &str, kind: &BroadcastKind) -> Option<Wrapping>;
+    /// Returns the name of the channel with this topic, as SQL and HTTP have it.
+    fn channel_of<'a>(&self, topic: &'a str) -> &'a str;
+
+    /// Returns what is written around the content of a broadcast, the same for all members of the topic. `meta` is a JSON object
+    /// that clients get beside the content, if there is one. `None` if clients of this protocol cannot receive its kind.
+    fn broadcast(&self, topic: &str, kind: &BroadcastKind, meta: Option<&str>) -> Option<Wrapping>;
+
+    /// Encodes that a broadcast is not delivered because its frame would have `length` bytes.
+    fn broadcast_too_large(&self, topic: &str, length: usize) -> String {
+        let text = format!(
+            "Broadcast not delivered: its frame has {length} bytes, and clients of {} accept {} at most",
+            self.name(),
+            self.max_frame_bytes()
+        );
+        let channel = ChannelName { topic: topic.to_owned(), join: Reference::default() };
+        self.encode(&Outgoing { channel, event: SessionEvent::NotDelivered(text) })
+    }
 
     /// Returns what is written around the presence state of a topic, for the member with this channel.
     fn presence_state(&self, channel: &ChannelName) -> Wrapping;

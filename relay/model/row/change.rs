@@ -23,6 +23,9 @@ impl RelationId {
     pub const fn whole(watched: i32) -> Self {
         Self { watched, part: None }
     }
+
+    /// The table of broadcasts, `realtime.messages`. It is not a watched relation: the catalog does not have it.
+    pub const MESSAGES: Self = Self::whole(-1);
 }
 
 /// The kind of a changelog entry.
@@ -40,6 +43,8 @@ pub enum Operation {
     Schema,
     /// Changes of the relation may be missing here; `after` holds the reason, see [`Change::loss`].
     Gap,
+    /// A broadcast: `after` is the row of `realtime.messages`.
+    Broadcast,
 }
 
 /// The reason why changes of a relation may be missing.
@@ -74,6 +79,7 @@ impl Operation {
             "T" => Some(Self::Truncate),
             "S" => Some(Self::Schema),
             "G" => Some(Self::Gap),
+            "M" => Some(Self::Broadcast),
             _ => None,
         }
     }
@@ -87,6 +93,7 @@ impl Operation {
             Self::Truncate => "TRUNCATE",
             Self::Schema => "SCHEMA",
             Self::Gap => "GAP",
+            Self::Broadcast => "BROADCAST",
         }
     }
 }
@@ -348,6 +355,8 @@ mod tests {
         assert_eq!((plain.leaf, plain.began, plain.oversize), (None, None, false));
         let full = ChangeHeader::parse("U 17 0 L4294967295 B18446744073709551615 S").unwrap();
         assert_eq!((full.leaf, full.began, full.oversize), (Some(u32::MAX), Some(u64::MAX), true));
+        let message = ChangeHeader::parse("M -1 0 S").unwrap();
+        assert_eq!((message.operation, message.relation), (Operation::Broadcast, RelationId::MESSAGES));
         for text in ["", "I", "I 17", "X 17 3", "I 17 3 ", "I 17 3 L", "I 17 3 Q", "I 17 3 S1", "I a 3"] {
             assert_eq!(ChangeHeader::parse(text), None, "{text}");
         }

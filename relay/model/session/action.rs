@@ -36,6 +36,13 @@ pub enum Action {
         /// Messages to send before the first change.
         greeting: Vec<Outgoing>,
     },
+    /// Start delivery of the broadcasts from the database to a channel that has no other subscription, or replace its identity.
+    Listen {
+        /// The channel.
+        channel: ChannelId,
+        /// The identity of its token.
+        identity: Identity,
+    },
     /// Make a channel a member of its topic.
     Enter {
         /// The channel.

@@ -43,6 +43,14 @@ impl Broadcast {
     pub fn bytes(event: String, payload: Vec<u8>) -> Self {
         Self { kind: BroadcastKind::Bytes(event), content: payload }
     }
+
+    /// Returns the name of the event; empty for a whole message, which has it in its content.
+    pub fn event(&self) -> &str {
+        match &self.kind {
+            BroadcastKind::Message => "",
+            BroadcastKind::Json(event) | BroadcastKind::Bytes(event) => event,
+        }
+    }
 }
 
 /// Returns the text of a JSON object; `None` if it is another value or is nested too deeply.

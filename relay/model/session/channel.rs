@@ -40,6 +40,10 @@ pub struct Channel {
     pub(super) bytes: usize,
     /// Whether the router delivers changes to it.
     pub(super) delivering: bool,
+    /// Whether the router delivers nothing but broadcasts from the database to it.
+    listening: bool,
+    /// Whether its client may resume it: then it is bound before its join is answered, so that it has a position.
+    resumable: bool,
     /// Whether its broadcasts are answered.
     pub(super) acknowledges: bool,
     /// Whether it is private: it is no member of the public topic of the same name.
@@ -63,12 +67,14 @@ struct UnansweredJoin {
 }
 
 impl Channel {
-    /// Creates the channel of a join and returns its first actions. A join without valid requests is answered at once.
+    /// Creates the channel of a join and returns its first actions. A join without valid requests is answered at once, unless the
+    /// channel is resumable.
     pub(super) fn open(
         id: ChannelId,
         origin: &Origin,
         identity: Identity,
         join: Join,
+        resumable: bool,
     ) -> (Self, Vec<Action>) {
         let Origin { channel: ChannelName { topic, join: join_reference }, reference } = origin.clone();
         let unanswered = UnansweredJoin {
@@ -84,6 +90,8 @@ impl Channel {
             attempt: 0,
             bytes: join.bytes,
             delivering: false,
+            listening: false,
+            resumable,
             acknowledges: join.acknowledges,
             is_private: join.is_private,
             requests: join.requests,
@@ -91,11 +99,13 @@ impl Channel {
             unanswered: Some(Box::new(unanswered)),
             by_operation: join.by_operation,
         };
-        if channel.has_requests() {
+        if channel.is_bound() {
             let bind = channel.bind();
             return (channel, vec![bind]);
         }
-        let mut answer = channel.accept_join(&topic);
+        // Before the answer, so that nothing is missed after it.
+        let mut answer: Vec<Action> = channel.listen().into_iter().collect();
+        answer.extend(channel.accept_join(&topic));
         if !channel.malformed.is_empty() {
             answer.extend(channel.outcome(&topic, &channel.malformed).into_iter().map(Action::Send));
         }
@@ -107,9 +117,20 @@ impl Channel {
         self.unanswered.is_none()
     }
 
-    /// Whether there is something to bind.
-    pub(super) fn has_requests(&self) -> bool {
-        !self.requests.is_empty()
+    /// Whether its subscription is bound.
+    pub(super) fn is_bound(&self) -> bool {
+        !self.requests.is_empty() || (self.resumable && self.hears_topic())
+    }
+
+    /// Whether it gets the broadcasts from the database to its topic.
+    pub(super) fn hears_topic(&self) -> bool {
+        !self.is_private
+    }
+
+    /// Starts delivery of broadcasts from the database with its current identity, if it gets them.
+    pub(super) fn listen(&mut self) -> Option<Action> {
+        self.listening = self.hears_topic();
+        self.listening.then(|| Action::Listen { channel: self.id, identity: self.identity.clone() })
     }
 
     /// Starts a new attempt to bind the channel.
@@ -145,9 +166,10 @@ impl Channel {
         greeting.extend(hidden.into_iter().map(|why| self.message(topic, SessionEvent::Hidden(why))));
         if !is_bound {
             actions.extend(self.end_delivery(greeting));
+            actions.extend(self.listen());
             return Ok(actions);
         }
-        self.delivering = true;
+        (self.delivering, self.listening) = (true, false);
         actions.push(Action::Join {
             channel: self.id,
             topic: topic.to_owned(),
@@ -187,13 +209,15 @@ impl Channel {
         exit.into_iter().chain(self.end_delivery(farewell)).collect()
     }
 
-    /// Ends delivery and sends the messages after the last change. Without delivery, sends them at once.
+    /// Ends delivery and sends the messages after the last change. Without changes, sends them at once.
     fn end_delivery(&mut self, farewell: Vec<Outgoing>) -> Vec<Action> {
         if std::mem::take(&mut self.delivering) {
-            vec![Action::Leave { channel: self.id, farewell }]
-        } else {
-            farewell.into_iter().map(Action::Send).collect()
+            return vec![Action::Leave { channel: self.id, farewell }];
         }
+        let farewell = farewell.into_iter().map(Action::Send);
+        let leave = std::mem::take(&mut self.listening)
+            .then(|| Action::Leave { channel: self.id, farewell: Vec::new() });
+        farewell.chain(leave).collect()
     }
 
     /// Returns the reply that accepts the join, and makes the channel a member of its topic; nothing if it was answered before.
@@ -213,6 +237,9 @@ impl Channel {
 
     /// Returns the messages with the outcome of the subscription: each distinct error once, or success if there is none.
     fn outcome(&self, topic: &str, refusals: &[SubscribeError]) -> Vec<Outgoing> {
+        if self.requests.is_empty() && self.malformed.is_empty() {
+            return Vec::new();
+        }
         if refusals.is_empty() {
             return vec![self.message(topic, SessionEvent::Subscribed)];
         }

@@ -25,6 +25,8 @@ pub struct Session {
     pub(super) channels: HashMap<String, Box<Channel>>,
     max_channels: usize,
     join_count: u32,
+    /// Whether the client may resume its channels.
+    resumable: bool,
 }
 
 impl Session {
@@ -36,7 +38,14 @@ impl Session {
             channels: HashMap::new(),
             max_channels,
             join_count: 0,
+            resumable: false,
         }
+    }
+
+    /// Makes its channels resumable: each has a position from its join on.
+    #[must_use]
+    pub fn resumable(self, resumable: bool) -> Self {
+        Self { resumable, ..self }
     }
 
     /// Returns the number of joined channels.
@@ -52,6 +61,12 @@ impl Session {
     /// Returns the topic of a channel.
     pub fn topic(&self, channel: ChannelId) -> Option<&str> {
         self.channels.iter().find(|(_, state)| state.id == channel).map(|(topic, _)| topic.as_str())
+    }
+
+    /// Returns the topic whose broadcasts from the database a channel gets.
+    pub fn heard_topic(&self, channel: ChannelId) -> Option<&str> {
+        let mut heard = self.channels.iter().filter(|(_, state)| state.hears_topic());
+        heard.find(|(_, state)| state.id == channel).map(|(topic, _)| topic.as_str())
     }
 
     /// Handles a message from the client.
@@ -189,7 +204,7 @@ impl Session {
         }
         self.join_count += 1;
         let id = ChannelId { session: self.number, channel: self.join_count };
-        Ok(Channel::open(id, origin, identity, join))
+        Ok(Channel::open(id, origin, identity, join, self.resumable))
     }
 
     fn leave(&mut self, origin: &Origin) -> Vec<Action> {
@@ -358,6 +373,7 @@ pub(crate) mod tests {
         let lines = |action: &Action| match action {
             Action::Send(message) => vec![line("", message)],
             Action::Bind { .. } => vec!["bind".to_owned()],
+            Action::Listen { .. } => vec!["listen".to_owned()],
             Action::Join { greeting, .. } => greeting.iter().map(|message| line("join: ", message)).collect(),
             Action::Enter { membership, .. } if membership.wants_presence => {
                 vec!["enter with presence".to_owned()]
@@ -404,8 +420,51 @@ pub(crate) mod tests {
     fn a_join_without_bindings_is_answered_at_once() {
         let mut session = session();
         let actions = join(&mut session, "1", joining(&json!([]), None));
+        assert_eq!(messages_of(&actions), ["listen", "1 joined"], "nothing is missed after the answer");
+        assert_eq!(messages_of(&session.end()), ["leave"]);
+    }
+
+    #[test]
+    fn a_resumable_join_is_answered_once_it_has_a_position() {
+        let mut session = session().resumable(true);
+        let actions = join(&mut session, "1", joining(&json!([]), None));
+        assert_eq!(messages_of(&actions), ["bind"]);
+        let (channel, attempt, _) = bind(&actions);
+        let actions = session.bound(channel, attempt, Ok(BindOutcome::default()));
         assert_eq!(messages_of(&actions), ["1 joined"]);
-        assert_eq!(messages_of(&session.end()), [""; 0], "nothing was delivered to it");
+        assert!(actions.iter().any(|action| matches!(action, Action::Join { .. })), "{actions:?}");
+        let (_, attempt, who) = bind(&receive(&mut session, "1", "t", token("bob")));
+        assert_eq!(
+            (who.as_str(), messages_of(&session.bound(channel, attempt, Ok(BindOutcome::default())))),
+            ("bob", Vec::new())
+        );
+        assert_eq!(messages_of(&session.end()), ["leave"]);
+    }
+
+    #[test]
+    fn a_channel_hears_broadcasts_from_the_database_whatever_becomes_of_its_requests() {
+        let mut session = session();
+        let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
+        let refusal = || Err(SubscribeError("no".to_owned()));
+        let actions = session.bound(channel, attempt, refusal());
+        assert_eq!(messages_of(&actions), ["1 joined", "1 not subscribed: no", "listen"]);
+        let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
+        assert_eq!(
+            messages_of(&session.bound(channel, attempt, Ok(BindOutcome::default()))),
+            ["join: 1 subscribed"]
+        );
+        let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("cat")));
+        let actions = session.bound(channel, attempt, refusal());
+        assert_eq!(messages_of(&actions), ["leave: 1 not subscribed: no", "listen"]);
+        let left = receive(&mut session, "1", "t", ClientRequest::Leave);
+        assert_eq!(messages_of(&left), ["1 left", "1 closed", "leave"]);
+        join(&mut session, "2", joining(&json!([]), None));
+        assert_eq!(
+            messages_of(&receive(&mut session, "2", "t", token("bob"))),
+            ["listen"],
+            "until the new token ends"
+        );
+        assert_eq!(session.heard_topic(ChannelId { session: 7, channel: 2 }), Some("t"));
     }
 
     #[test]
@@ -492,7 +551,7 @@ pub(crate) mod tests {
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
         let actions = session.bound(channel, attempt, refusal());
-        assert_eq!(messages_of(&actions), ["1 joined", "1 not subscribed: no"]);
+        assert_eq!(messages_of(&actions), ["1 joined", "1 not subscribed: no", "listen"]);
         assert_eq!(session.channel_count(), 1);
 
         let (channel, attempt, _) = bind(&join(&mut session, "2", Join { waits: true, ..ann() }));
@@ -584,7 +643,7 @@ pub(crate) mod tests {
         }
         let refused = vec![String::from("1 refused: ChannelRateLimitReached: Too many channels")];
         assert_eq!(joins("1", "more"), (refused, MAX_CHANNELS));
-        let again = ["1 closed", "2 joined"].map(str::to_owned).to_vec();
+        let again = ["1 closed", "leave", "listen", "2 joined"].map(str::to_owned).to_vec();
         assert_eq!(joins("2", "5"), (again, MAX_CHANNELS));
     }
 
@@ -637,7 +696,9 @@ pub(crate) mod tests {
                             binding.push((channel, attempt, who.clone()));
                             latest.insert(channel, (attempt, who));
                         }
-                        Action::Join { channel, .. } => _ = delivering.insert(channel),
+                        Action::Join { channel, .. } | Action::Listen { channel, .. } => {
+                            delivering.insert(channel);
+                        }
                         Action::Leave { channel, .. } => prop_assert!(delivering.remove(&channel)),
                         Action::Enter { channel, .. } => prop_assert!(members.insert(channel)),
                         Action::Exit { channel } => prop_assert!(members.remove(&channel)),

@@ -59,7 +59,7 @@ impl Session {
         }
         channel.identity = identity;
         channel.bytes = channel.bytes.max(token.len());
-        if channel.has_requests() { vec![channel.bind()] } else { Vec::new() }
+        if channel.is_bound() { vec![channel.bind()] } else { channel.listen().into_iter().collect() }
     }
 
     /// Closes the channels for whose claims `objection` returns a reason.
@@ -99,9 +99,9 @@ mod tests {
         let (mut session, channel) = delivering();
         let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
         let actions = session.bound(channel, attempt, Err(SubscribeError("no".to_owned())));
-        assert_eq!(messages_of(&actions), ["leave: 1 not subscribed: no"]);
+        assert_eq!(messages_of(&actions), ["leave: 1 not subscribed: no", "listen"]);
         assert_eq!(session.channel_count(), 1);
-        assert_eq!(messages_of(&session.end()), [""; 0]);
+        assert_eq!(messages_of(&session.end()), ["leave"]);
     }
 
     #[test]
@@ -131,10 +131,10 @@ mod tests {
         assert_eq!(session.next_expiry(), Some(2000));
         assert_eq!(session.expire(1999), []);
         let ended = session.expire(2000);
-        assert_eq!(messages_of(&ended), ["0 error: Token has expired 0 seconds ago", "0 closed"]);
+        assert_eq!(messages_of(&ended), ["0 error: Token has expired 0 seconds ago", "0 closed", "leave"]);
         assert_eq!(session.next_expiry(), Some(3000));
         let ended = session.expire(3007);
-        assert_eq!(messages_of(&ended), ["1 error: Token has expired 7 seconds ago", "1 closed"]);
+        assert_eq!(messages_of(&ended), ["1 error: Token has expired 7 seconds ago", "1 closed", "leave"]);
         assert_eq!(session.next_expiry(), Some(9000), "the connection's own");
     }
 

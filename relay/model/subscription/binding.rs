@@ -16,6 +16,7 @@ use crate::model::subscription::error::{
 };
 use crate::model::subscription::hidden::hidden_from;
 use crate::model::subscription::request::{CatalogView, Events, Request, Target};
+use crate::model::subscription::topic::TopicScope;
 use crate::model::subscription::typed_filter::TypedFilter;
 
 /// A refused request, with the state of the catalog that led to the refusal.
@@ -105,8 +106,8 @@ impl Scope {
     }
 }
 
-/// The subscription of one channel. It always has verified claims: only [`Subscription::bind`] creates one. Equality ignores what
-/// the subscriber was told at the bind, and what it holds.
+/// The subscription of one channel. It always has verified claims: only [`Subscription::bind`] and [`Subscription::of_topic`] create
+/// one. Equality ignores what the subscriber was told at the bind, and what it holds.
 #[derive(Debug, Clone)]
 pub struct Subscription {
     identity: Identity,
@@ -115,11 +116,13 @@ pub struct Subscription {
     hidden: Arc<[(RelationId, String)]>,
     #[allow(dead_code, reason = "counted by its holder, the catalog")]
     held_parts: HeldParts,
+    /// The topic whose broadcasts it follows.
+    topic: Option<TopicScope>,
 }
 
 impl PartialEq for Subscription {
     fn eq(&self, other: &Self) -> bool {
-        (&self.identity, &self.bindings) == (&other.identity, &other.bindings)
+        (&self.identity, &self.bindings, &self.topic) == (&other.identity, &other.bindings, &other.topic)
     }
 }
 
@@ -127,7 +130,7 @@ impl Eq for Subscription {}
 
 impl Hash for Subscription {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        (&self.identity, &self.bindings).hash(state);
+        (&self.identity, &self.bindings, &self.topic).hash(state);
     }
 }
 
@@ -159,12 +162,29 @@ impl Subscription {
         };
         let bindings = requests.iter().zip(filters).map(bind).collect();
         let (hidden, held_parts) = (Arc::default(), HeldParts::default());
-        let mut subscription = Self { identity, bindings, hidden, held_parts };
+        let mut subscription = Self { identity, bindings, hidden, held_parts, topic: None };
         let hidden = subscription.hidden_in(catalog);
         if !hidden.is_empty() {
             subscription.hidden = hidden.into_iter().collect();
         }
         subscription
+    }
+
+    /// Creates a subscription to the broadcasts of a topic, and to nothing else.
+    pub fn of_topic(identity: Identity, topic: TopicScope) -> Self {
+        let (bindings, hidden, held_parts) = (Arc::default(), Arc::default(), HeldParts::default());
+        Self { identity, bindings, hidden, held_parts, topic: Some(topic) }
+    }
+
+    /// Adds the broadcasts of a topic.
+    #[must_use]
+    pub fn with_topic(self, topic: Option<TopicScope>) -> Self {
+        Self { topic, ..self }
+    }
+
+    /// Returns the topic whose broadcasts it follows.
+    pub fn topic(&self) -> Option<&TopicScope> {
+        self.topic.as_ref()
     }
 
     /// Returns why named relations showed its role no row when it was bound, and what to do.
@@ -496,6 +516,7 @@ mod tests {
                 bindings,
                 hidden,
                 held_parts: HeldParts::default(),
+                topic: None,
             }
         };
         let plain = subscription(None, Events::All);
@@ -504,5 +525,11 @@ mod tests {
         assert_ne!(plain, subscription(Some("c=eq.1"), Events::All));
         assert_ne!(subscription(Some("c=eq.2"), Events::All), subscription(Some("c=eq.1"), Events::All));
         assert_ne!(plain, subscription(None, Events::Only(Operation::Insert)));
+        let topic = |name: &str, is_private| Some(TopicScope { name: name.into(), is_private });
+        let following = |topic| plain.clone().with_topic(topic);
+        assert_eq!(following(topic("t", false)), following(topic("t", false)));
+        for other in [None, topic("u", false), topic("t", true)] {
+            assert_ne!(following(topic("t", false)), following(other));
+        }
     }
 }

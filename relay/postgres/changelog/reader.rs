@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use crate::model::log::cursor::{Epoch, Snapshot};
-use crate::model::row::change::{self, Change, ChangeHeader, ImageState, RelationId};
+use crate::model::row::change::{self, Change, ChangeHeader, ImageState, Operation, RelationId};
 use crate::postgres::catalog::RuleScope;
 use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Server};
 
@@ -348,7 +348,11 @@ fn change(row: &Row) -> Result<Change, Error> {
     let kind = ChangeHeader::parse(row.try_get("kind")?)
         .ok_or_else(|| unfit("relay.page returned an unknown kind of change"))?;
     let mut oversize = kind.oversize;
-    let (before, after) = (image(row, "before", &mut oversize)?, image(row, "after", &mut oversize)?);
+    let (before, after) = match kind.operation {
+        // Its size is checked when it is sent.
+        Operation::Broadcast => (None, row.try_get("after")?),
+        _ => (image(row, "before", &mut oversize)?, image(row, "after", &mut oversize)?),
+    };
     Ok(Change {
         number: row.try_get("number")?,
         xid: xid.parse().map_err(|_| unfit("relay.page returned an invalid transaction id"))?,

@@ -1,4 +1,4 @@
-//! Trims the changelog by the rule of `relay.retain`, one relay at a time.
+//! Trims the changelog by the rule of `relay.retain`, and deletes old broadcasts, one relay at a time.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,10 @@ use crate::postgres::connect::within::within;
 const MIN_INTERVAL: Duration = Duration::from_millis(250);
 /// Maximum interval between trims, also the maximum pause after an error.
 const MAX_INTERVAL: Duration = Duration::from_secs(30);
+/// Number of broadcasts that one statement deletes: it takes milliseconds.
+const MESSAGES_AT_ONCE: i32 = 5000;
+/// Pause between two of these statements, so that the rate stays above any rate of inserts that lasts.
+const STEP_PAUSE: Duration = Duration::from_millis(50);
 /// Client-side timeout of a statement: on a connection whose peer is gone, it would never end.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -41,6 +45,7 @@ async fn work(server: &Server, observe: &Observe) -> Result<std::convert::Infall
     let health = client
         .prepare("select coalesce(bytes, 0), extract(epoch from kept_for)::float8 from relay.health")
         .await?;
+    let trim_messages = client.prepare("select relay.trim_messages($1)").await?;
     loop {
         let trimmed: Vec<String> = query(&client, &trim).await?.get(0);
         if !trimmed.is_empty() {
@@ -48,9 +53,23 @@ async fn work(server: &Server, observe: &Observe) -> Result<std::convert::Infall
         }
         let row = query(&client, &health).await?;
         observe.changelog_bytes(row.get(0));
+        delete_messages(&client, &trim_messages).await?;
         let kept: f64 = row.get(1);
         let wait = Duration::try_from_secs_f64(kept / 8.0).unwrap_or(MAX_INTERVAL);
         sleep(wait.clamp(MIN_INTERVAL, MAX_INTERVAL)).await;
+    }
+}
+
+/// Deletes broadcasts that are older than they are kept, in small steps with pauses between them.
+async fn delete_messages(client: &Client, trim_messages: &Statement) -> Result<(), Error> {
+    let what = "the connection that deletes old broadcasts";
+    loop {
+        let row =
+            within(STATEMENT_TIMEOUT, what, client.query_one(trim_messages, &[&MESSAGES_AT_ONCE])).await?;
+        if row.get::<_, i32>(0) < MESSAGES_AT_ONCE {
+            return Ok(());
+        }
+        sleep(STEP_PAUSE).await;
     }
 }
 

@@ -28,6 +28,7 @@ use crate::model::codec::protocol::{ChannelFormat, SocketProtocol};
 use crate::model::identity::bookmark::Opened;
 use crate::model::identity::bookmark::SessionName;
 use crate::model::identity::claims::Claims;
+use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::{BindOutcome, ChannelId};
@@ -35,6 +36,7 @@ use crate::model::session::machine::Session;
 use crate::model::session::message::{ClientRequest, Incoming, Origin, Outgoing, Response};
 use crate::model::session::rate_limit::RateLimit;
 use crate::model::subscription::binding::Subscription;
+use crate::model::subscription::topic::TopicScope;
 use crate::pubsub::topics::Membership;
 use crate::transport::app::App;
 use crate::transport::intake::Intake;
@@ -95,7 +97,7 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: Connec
     app.observe.session_opened();
     let outbox = Arc::new(Outbox::new(app.limits.outbox_bytes, Arc::clone(&app.budget)));
     let ConnectRequest { protocol, with_cursor, name, claims } = request;
-    let session = Session::new(app.next_session(), claims, app.limits.channels);
+    let session = Session::new(app.next_session(), claims, app.limits.channels).resumable(name.is_some());
     let resume =
         name.map(|name| Box::new(Resume::new(name, app.feed.clone(), Arc::clone(&outbox), app.resume)));
     let binds = FuturesUnordered::new();
@@ -386,10 +388,11 @@ impl Driver {
                 Action::Bind { channel, attempt, identity, requests } => {
                     let feed = self.app.feed.clone();
                     let topic = self.session.topic(channel).unwrap_or_default();
+                    let heard = self.heard_topic(channel);
                     let opening =
                         self.resume.as_mut().map(|resume| resume.open(channel, identity.claims(), topic));
                     let bind = async move {
-                        let subscription = feed.bind(channel, identity, &requests).await?;
+                        let subscription = feed.bind(channel, identity, &requests).await?.with_topic(heard);
                         let opened = match opening {
                             Some(opening) => {
                                 // Wait until the tables are watched: a bookmark from before that would be a gap.
@@ -409,6 +412,7 @@ impl Driver {
                         self.join(channel, format, &greeting, bound);
                     }
                 }
+                Action::Listen { channel, identity } => self.listen(channel, identity),
                 Action::Enter { channel, name, membership } => {
                     let (topics, outbox) = (&self.app.topics, Arc::clone(&self.outbox));
                     let membership = topics.enter(channel, name, self.protocol, membership, outbox);
@@ -447,6 +451,21 @@ impl Driver {
                 self.app.feed.join(channel, subscriber, greeting);
             }
         }
+    }
+
+    /// Starts delivery of the broadcasts from the database to a channel that has no other subscription.
+    fn listen(&mut self, channel: ChannelId, identity: Identity) {
+        let topic = self.session.topic(channel).unwrap_or_default().to_owned();
+        let Some(heard) = self.heard_topic(channel) else { return };
+        let format = ChannelFormat { topic, with_cursor: false, by_operation: false };
+        let bound = Bound { subscription: Subscription::of_topic(identity, heard), opened: None };
+        self.join(channel, format, &[], bound);
+    }
+
+    /// Returns the topic whose broadcasts from the database a channel gets.
+    fn heard_topic(&self, channel: ChannelId) -> Option<TopicScope> {
+        let name = self.protocol.channel_of(self.session.heard_topic(channel)?).into();
+        Some(TopicScope { name, is_private: false })
     }
 
     /// Sends a broadcast to its topic, then the acknowledgement, if the channel has them. A refusal is always answered.

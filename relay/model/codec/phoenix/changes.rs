@@ -4,7 +4,10 @@ use std::fmt::Write;
 
 use crate::model::codec::phoenix::Version;
 use crate::model::codec::phoenix::outgoing::{fan_out, quoted, system};
-use crate::model::codec::protocol::{ChangeEncoding, ChannelFormat, Envelope, Notice, RESUMED, STALLED};
+use crate::model::codec::protocol::{
+    BroadcastForm, ChangeEncoding, ChannelFormat, Envelope, Notice, RESUMED, STALLED,
+};
+use crate::model::session::stored_broadcast::StoredBroadcast;
 
 /// The encoding of a channel's changes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -39,6 +42,17 @@ impl ChangeEncoding for ChannelChanges {
     fn stall(&self, stalls: bool) -> Option<Notice> {
         let (status, text) = if stalls { ("error", STALLED) } else { ("ok", RESUMED) };
         Some(self.notice(status, text))
+    }
+
+    fn broadcast(&self, stored: &StoredBroadcast) -> BroadcastForm {
+        let (topic, protocol) = (&self.format.topic, self.version.protocol());
+        let wrapping = protocol.broadcast(topic, &stored.broadcast.kind, Some(&stored.meta(false)));
+        let Some(wrapping) = wrapping else { return BroadcastForm::Nothing };
+        let length = wrapping.before.len() + stored.broadcast.content.len() + wrapping.after.len();
+        match length > protocol.max_frame_bytes() {
+            true => BroadcastForm::Refused(Notice::Text(protocol.broadcast_too_large(topic, length))),
+            false => BroadcastForm::Wrapped(wrapping),
+        }
     }
 }
 

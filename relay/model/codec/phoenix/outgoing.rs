@@ -259,6 +259,10 @@ mod tests {
                         Action::Bind { .. } | Action::Forget { .. } | Action::Enter { .. } | Action::Exit { .. } => {
                             Vec::new()
                         }
+                        Action::Listen { channel, .. } => {
+                            delivering.insert(channel);
+                            Vec::new()
+                        }
                         Action::Join { channel, greeting, .. } => {
                             delivering.insert(channel);
                             greeting

@@ -19,17 +19,23 @@ pub fn carries_bytes(topic: &str, event: &str) -> bool {
 
 /// Wraps a broadcast. JSON under names that are too long for a binary frame is a text; bytes are not delivered then, nor to
 /// version 1.0.0.
-pub fn broadcast(version: Version, topic: &str, kind: &BroadcastKind) -> Option<Wrapping> {
+pub fn broadcast(
+    version: Version,
+    topic: &str,
+    kind: &BroadcastKind,
+    meta: Option<&str>,
+) -> Option<Wrapping> {
     match (version, kind) {
         (_, BroadcastKind::Message) => Some(push(version, None, topic, BROADCAST)),
-        (Version::V2, BroadcastKind::Bytes(event)) => user_broadcast(topic, event, BYTES),
+        (Version::V2, BroadcastKind::Bytes(event)) => user_broadcast(topic, event, meta, BYTES),
         (Version::V1, BroadcastKind::Bytes(_)) => None,
         (Version::V2, BroadcastKind::Json(event)) if carries_bytes(topic, event) => {
-            user_broadcast(topic, event, JSON)
+            user_broadcast(topic, event, meta, JSON)
         }
         (_, BroadcastKind::Json(event)) => {
             let Wrapping { mut before, after, .. } = push(version, None, topic, BROADCAST);
-            let fields = format!(r#"{{"type":"broadcast","event":{},"payload":"#, quoted(event));
+            let meta = meta.map_or_else(String::new, |meta| format!(r#""meta":{meta},"#));
+            let fields = format!(r#"{{"type":"broadcast","event":{},{meta}"payload":"#, quoted(event));
             before.extend_from_slice(fields.as_bytes());
             let after = if after == "]" { "}]" } else { r#"},"ref":null}"# };
             Some(Wrapping { is_binary: false, before, after })
@@ -58,12 +64,14 @@ fn push(version: Version, join: Option<&Reference>, topic: &str, event: &str) ->
 }
 
 /// Wraps the payload of a binary frame; `None` if its names are too long.
-fn user_broadcast(topic: &str, event: &str, encoding: u8) -> Option<Wrapping> {
-    let lengths = [topic, event].map(|name| u8::try_from(name.len()).ok());
-    let [Some(topic_length), Some(event_length)] = lengths else { return None };
-    let mut before = vec![USER_BROADCAST, topic_length, event_length, 0, encoding];
-    before.extend_from_slice(topic.as_bytes());
-    before.extend_from_slice(event.as_bytes());
+fn user_broadcast(topic: &str, event: &str, meta: Option<&str>, encoding: u8) -> Option<Wrapping> {
+    let fields = [topic, event, meta.unwrap_or_default()];
+    let mut before = vec![USER_BROADCAST];
+    for field in fields {
+        before.push(u8::try_from(field.len()).ok()?);
+    }
+    before.push(encoding);
+    fields.iter().for_each(|field| before.extend_from_slice(field.as_bytes()));
     Some(Wrapping { is_binary: true, before, after: "" })
 }
 
@@ -79,7 +87,7 @@ mod tests {
         kind: &BroadcastKind,
         content: &[u8],
     ) -> Option<(bool, Vec<u8>)> {
-        let Wrapping { is_binary, before, after } = broadcast(version, topic, kind)?;
+        let Wrapping { is_binary, before, after } = broadcast(version, topic, kind, None)?;
         Some((is_binary, [before.as_slice(), content, after.as_bytes()].concat()))
     }
 
@@ -94,6 +102,21 @@ mod tests {
             Some((true, vec![4, 1, 1, 0, 0, b't', b'e', 0, 255]))
         );
         assert_eq!(wrapped(Version::V1, "t", &bytes, &[0]), None);
+    }
+
+    #[test]
+    fn what_is_told_beside_the_content_is_in_the_frame_of_each_version() {
+        let (json, meta) = (BroadcastKind::Json(String::from("e")), r#"{"id":"7"}"#);
+        let frame = |version, topic: &str| {
+            let Wrapping { before, after, .. } = broadcast(version, topic, &json, Some(meta)).unwrap();
+            [before.as_slice(), b"{}", after.as_bytes()].concat()
+        };
+        assert_eq!(frame(Version::V2, "t"), b"\x04\x01\x01\x0a\x01te{\"id\":\"7\"}{}");
+        let payload = json!({"type": "broadcast", "event": "e", "payload": {}, "meta": {"id": "7"}});
+        let v1: Value = serde_json::from_slice(&frame(Version::V1, "t")).unwrap();
+        assert_eq!(v1["payload"], payload);
+        let long: Value = serde_json::from_slice(&frame(Version::V2, &"x".repeat(300))).unwrap();
+        assert_eq!(long[4], payload);
     }
 
     #[test]

@@ -1,0 +1,133 @@
+-- Broadcasts in the changelog: the trigger of realtime.messages, what is kept of the table, and what a member reads from it again.
+
+-- relay.capture_broadcasts() : statement trigger of realtime.messages; logs each inserted broadcast as a change of relation -1
+-- One call for a statement, however many rows it inserts. The image is the whole row, so a column that a later version of Supabase
+-- adds changes nothing here. It is made as relay_image, as in relay.capture_carefully. An error is a warning: the row is stored, and
+-- the writer's statement goes on.
+--
+-- 8 MiB of image is more than the bytes of the largest broadcast, 3 MB, need as hex digits. The image of a larger row has no content:
+-- the relay logs that it does not send it.
+create or replace function relay.capture_broadcasts() returns trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set bytea_output = 'hex' as $$
+begin
+  perform relay.log_change(-1, null, 'M', i.is_large, null, case when i.is_large then relay.without_content(i.image) else i.image end)
+  from (
+    select m.image, octet_length(m.image::text) > 8388608 as is_large
+    from (select relay.image(n) as image from new_messages n where n.extension = 'broadcast' offset 0) m offset 0) i;
+  if found and not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
+    perform relay.ring('realtime.messages', tg_op);
+  end if;
+  return null;
+exception when others then
+  raise warning 'broadcast not sent: %', sqlerrm using hint = 'Run: relay doctor';
+  return null;
+end
+$$;
+comment on function relay.capture_broadcasts() is 'trigger of realtime.messages: logs broadcasts, rings if the relay sleeps';
+
+-- relay.without_content(image) : the image of a broadcast reduced to what names it
+create or replace function relay.without_content(image json) returns json
+language sql immutable as $$
+  select pg_catalog.json_build_object('id', $1 -> 'id', 'topic', pg_catalog.left($1 ->> 'topic', 1024), 'event', pg_catalog.left($1 ->> 'event', 1024),
+                                      'private', $1 -> 'private')
+$$;
+comment on function relay.without_content(json) is 'image of a broadcast without its payload';
+
+-- CREATE is granted temporarily: ALTER FUNCTION ... OWNER TO requires it of the new owner.
+do $$
+begin
+  if (select p.proowner <> 'relay_writer'::regrole from pg_catalog.pg_proc p
+      where p.oid = 'relay.capture_broadcasts()'::pg_catalog.regprocedure) then
+    grant create on schema relay to relay_writer;
+    alter function relay.capture_broadcasts() owner to relay_writer;
+    revoke create on schema relay from relay_writer;
+  end if;
+end
+$$;
+
+-- relay.capture_messages() : creates the trigger of realtime.messages if it is missing and the installer may create it
+-- By short attempts: while a long transaction has written to the table, this call waits, but no writer does. A trigger that somebody
+-- has disabled stays as it is: relay.realtime_problems() names it.
+create or replace function relay.capture_messages() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp as $$
+declare
+  known constant text := current_setting('lock_timeout');
+  messages constant oid := relay.messages();
+begin
+  if messages is null or exists (select from pg_trigger t where t.tgrelid = messages and t.tgfoid = 'relay.capture_broadcasts()'::regprocedure)
+     or not (has_schema_privilege('realtime', 'usage') and has_table_privilege(messages, 'trigger')) then
+    return;
+  end if;
+  perform set_config('lock_timeout', '50ms', true);
+  for attempt in 1 .. 60 loop
+    begin
+      create trigger "00_relay_broadcasts" after insert on realtime.messages referencing new table as new_messages
+        for each statement execute function relay.capture_broadcasts();
+      -- Also for writers whose session_replication_role is replica.
+      if (select pg_has_role(c.relowner, 'usage') from pg_class c where c.oid = messages) then
+        alter table realtime.messages enable always trigger "00_relay_broadcasts";
+      end if;
+      exit;
+    exception
+      when lock_not_available then
+        perform pg_sleep(0.5);
+      -- A view, or a partition with another trigger of this kind.
+      when wrong_object_type or feature_not_supported or undefined_column then
+        exit;
+    end;
+  end loop;
+  perform set_config('lock_timeout', known, true);
+end
+$$;
+comment on function relay.capture_messages() is 'creates the trigger of realtime.messages';
+
+-- relay.trim_messages(most) : deletes up to `most` messages that are older than 72 hours; returns how many
+-- Only of the table that relay.make_realtime() made. A row that another session has locked is left to the next call.
+create or replace function relay.trim_messages(most int default 5000) returns int
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '20ms' as $$
+declare
+  deleted int;
+begin
+  if not relay.messages_are_ours() or not pg_try_advisory_xact_lock(relay.lock_class('relay'), relay.lock('trim')) then
+    return 0;
+  end if;
+  delete from realtime.messages m
+  where m.ctid = any (array(
+    select o.ctid from realtime.messages o
+    where o.inserted_at < timezone('UTC', clock_timestamp()) - interval '72 hours'
+    order by o.inserted_at limit trim_messages.most for update skip locked));
+  get diagnostics deleted = row_count;
+  return deleted;
+exception when lock_not_available then
+  return 0;
+end
+$$;
+comment on function relay.trim_messages(int) is 'deletes messages older than 72 hours, a bounded number at a time; run by the relay';
+
+-- relay.broadcast_history(topic, since, most) : the newest broadcasts to a private topic that are not older than `since`, oldest first
+-- Each as the image that the changelog would have of it.
+create or replace function relay.broadcast_history(topic text, since timestamptz, most int) returns setof text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set bytea_output = 'hex' as $$
+begin
+  if relay.messages() is null then
+    return;
+  end if;
+  return query
+    select n.image::text
+    from (
+      select relay.image(m) as image, m.inserted_at, m.id
+      from realtime.messages m
+      where m.topic = broadcast_history.topic and m.private and m.extension = 'broadcast'
+        and m.inserted_at >= timezone('UTC', since)
+      order by m.inserted_at desc limit most) n
+    order by n.inserted_at;
+end
+$$;
+comment on function relay.broadcast_history(text, timestamptz, int) is 'newest broadcasts to a private topic, oldest first';
