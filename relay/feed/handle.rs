@@ -103,6 +103,12 @@ impl Feed {
         Ok(subscription)
     }
 
+    /// Whether an identity may read a private topic. No: private channels are not available yet.
+    #[expect(clippy::unused_async, reason = "policies are judged by PostgreSQL")]
+    pub async fn may_read_topic(&self, _identity: &Identity, _topic: &str) -> bool {
+        false
+    }
+
     /// Starts delivery to a channel, or changes its subscription; `greeting` goes out first.
     pub fn join(&self, channel: ChannelId, subscriber: Subscriber, greeting: Vec<Frame>) {
         self.send(Command::Join { channel, subscriber, greeting });

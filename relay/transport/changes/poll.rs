@@ -84,6 +84,14 @@ pub async fn poll(
     changes(&outbox, Some(&cursor.to_string()), more, watched)
 }
 
+/// Answers with no changes and the current cursor, from which a client follows a topic.
+pub async fn position(app: &App) -> Answer {
+    match app.feed.position_soon().await {
+        Some(cursor) => no_changes(&cursor.to_string(), false, None),
+        None => unavailable(),
+    }
+}
+
 /// Reads until there are frames or the subscription is live. Returns what was taken from the outbox, if anything.
 ///
 /// # Errors

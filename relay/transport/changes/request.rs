@@ -1,4 +1,5 @@
-//! `GET /realtime/v1/changes`: the current rows with a cursor, a long poll for the changes since a cursor, or an event stream.
+//! `GET /realtime/v1/changes`: the current rows with a cursor, a long poll for the changes since a cursor, or an event stream; or the
+//! broadcasts from the database to a topic.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -17,12 +18,14 @@ use crate::model::codec::protocol::Codec;
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::channel::ChannelId;
+use crate::model::session::join::MAX_TOPIC_BYTES;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::request::{Request as Wanted, Target};
+use crate::model::subscription::topic::TopicScope;
 use crate::transport::app::App;
-use crate::transport::changes::poll::poll;
+use crate::transport::changes::poll::{poll, position};
 use crate::transport::changes::refusal::{bad_request, no_room, unavailable};
 use crate::transport::changes::rows::rows;
 use crate::transport::changes::sse::follow;
@@ -36,12 +39,16 @@ use crate::transport::response::{Answer, error};
 const DEFAULT_WAIT: u64 = 25;
 const MAX_WAIT: u64 = 55;
 /// The known parameters.
-const PARAMETERS: [&str; 16] = [
-    "apikey", "topic", "event", "schema", "table", "filter", "or", "and", "not.or", "not.and", "select",
-    "since", "wait", "order", "limit", "after",
+const PARAMETERS: [&str; 17] = [
+    "apikey", "topic", "private", "event", "schema", "table", "filter", "or", "and", "not.or", "not.and",
+    "select", "since", "wait", "order", "limit", "after",
 ];
 /// The parameters that are a group of conditions, as in PostgREST.
 const GROUPS: [&str; 4] = ["or", "and", "not.or", "not.and"];
+/// The parameters that only apply to a table.
+const OF_TABLES: [&str; 12] = [
+    "event", "schema", "table", "filter", "or", "and", "not.or", "not.and", "select", "order", "limit", "after",
+];
 /// The parameters that only apply to rows.
 const PAGING: [&str; 3] = ["order", "limit", "after"];
 /// Minimum outbox size in bytes: room for the largest change beside a chunk of others. Replayed changes wait in the outbox.
@@ -91,6 +98,7 @@ pub async fn serve(
         Err(refused) => return refused,
     };
     match (call.since.clone(), wants_stream) {
+        (None, false) if call.subscription.topic().is_some() => position(&app).await,
         (None, false) => rows(&app, call, watched).await,
         (Some(since), false) => poll(&app, call, since, watched, closed).await,
         (_, true) => follow(app, call, watched, closed).await,
@@ -113,25 +121,17 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
         error(StatusCode::UNAUTHORIZED, &why)
     })?;
     check_parameters(query).map_err(bad_request)?;
-    let wanted = wanted_changes(query).map_err(bad_request)?;
-    let Target::Table { schema, table } = wanted.target.clone() else {
-        return Err(error(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
-    };
+    let wanted = wanted(query).map_err(bad_request)?;
     let since = since(request.headers(), query).map_err(bad_request)?;
     let wait = wait(query).map_err(bad_request)?;
     let is_of_changes = since.is_some() || wants_stream(request.headers());
     let paging = paging(query, is_of_changes, app.limits.rows.number).map_err(bad_request)?;
     let identity = Identity::new(claims);
     let channel = ChannelId { session: app.next_session(), channel: 0 };
-    let bound = app.feed.bind(channel, identity.clone(), &[wanted]).await;
-    let whole = bound.and_then(|subscription| subscription.whole().map_err(BindError::Refused));
-    let subscription = whole.map_err(|why| match why {
-        BindError::Refused(refusal) => {
-            let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
-            error(StatusCode::BAD_REQUEST, &plain)
-        }
-        BindError::Unavailable => unavailable(),
-    })?;
+    let subscription = match wanted {
+        WantedChanges::Topic(topic) => of_topic(app, identity.clone(), topic).await?,
+        WantedChanges::Table(wanted) => of_table(app, channel, identity.clone(), wanted).await?,
+    };
     // Clients without a subject share the memory budget of their address.
     let claims = identity.claims();
     let owner = match claims.sub() {
@@ -149,11 +149,52 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
     })
 }
 
+/// What a request names.
+enum WantedChanges {
+    /// The changes of a table, or its rows.
+    Table(Wanted),
+    /// The broadcasts to a topic.
+    Topic(TopicScope),
+}
+
+/// Binds the changes of a table to an identity.
+///
+/// # Errors
+/// The answer that refuses the request.
+async fn of_table(
+    app: &App,
+    channel: ChannelId,
+    identity: Identity,
+    wanted: Wanted,
+) -> Result<Subscription, Answer> {
+    let Target::Table { schema, table } = wanted.target.clone() else {
+        return Err(error(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
+    };
+    let bound = app.feed.bind(channel, identity.clone(), &[wanted]).await;
+    let whole = bound.and_then(|subscription| subscription.whole().map_err(BindError::Refused));
+    whole.map_err(|why| match why {
+        BindError::Refused(refusal) => {
+            let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
+            error(StatusCode::BAD_REQUEST, &plain)
+        }
+        BindError::Unavailable => unavailable(),
+    })
+}
+
+/// Binds the broadcasts to a topic to an identity.
+///
+/// # Errors
+/// The answer that refuses the request: the identity may not read the private topic.
+async fn of_topic(app: &App, identity: Identity, topic: TopicScope) -> Result<Subscription, Answer> {
+    if topic.is_private && !app.feed.may_read_topic(&identity, &topic.name).await {
+        let why = "Unauthorized: You do not have permissions to read from this Channel topic: ";
+        return Err(error(StatusCode::FORBIDDEN, &format!("{why}{}", topic.name)));
+    }
+    Ok(Subscription::of_topic(identity, topic))
+}
+
 /// Refuses unknown parameters and values that are not UTF-8.
 fn check_parameters(query: &str) -> Result<(), SubscribeError> {
-    if parameter(query, "topic").is_some() {
-        return Err(SubscribeError(String::from("broadcasts are not available here: give table=")));
-    }
     if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
         let name: String = unknown.chars().take(40).collect();
         return Err(SubscribeError(format!(
@@ -165,6 +206,31 @@ fn check_parameters(query: &str) -> Result<(), SubscribeError> {
         Some(name) => Err(SubscribeError(format!("{name}: this is not UTF-8"))),
         None => Ok(()),
     }
+}
+
+/// Reads the parameters that name the topic, or the table and what of it.
+fn wanted(query: &str) -> Result<WantedChanges, SubscribeError> {
+    let refused = |why: String| Err(SubscribeError(why));
+    let is_private = match parameter(query, "private").as_deref() {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(_) => return refused(String::from("private: true or false is expected")),
+    };
+    let Some(name) = parameter(query, "topic") else {
+        return match is_private {
+            true => refused(String::from("private: only a topic is private: give topic=")),
+            false => wanted_changes(query).map(WantedChanges::Table),
+        };
+    };
+    if let Some(other) = OF_TABLES.into_iter().find(|name| parameter(query, name).is_some()) {
+        return refused(format!("{other}: it is for a table, and topic= is given: leave one of them out"));
+    }
+    if name.is_empty() || name.len() > MAX_TOPIC_BYTES {
+        return refused(format!(
+            "topic: the name of a channel is expected, of {MAX_TOPIC_BYTES} bytes at most, such as ?topic=room1"
+        ));
+    }
+    Ok(WantedChanges::Topic(TopicScope { name: name.into(), is_private }))
 }
 
 /// Reads the parameters that name the table, operations, filter and columns.

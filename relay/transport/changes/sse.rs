@@ -228,7 +228,8 @@ impl EventStream {
                 Content::Change(Envelope::Cursor(cursor), object) => {
                     let change = object.as_str();
                     if self.written == 0 {
-                        let _ = write!(text, "event: change\nid: {cursor}\ndata: ");
+                        let name = self.event_name();
+                        let _ = write!(text, "event: {name}\nid: {cursor}\ndata: ");
                     }
                     let limit = change.len().min(self.written + MAX_CHUNK);
                     let end = (self.written..=limit).rev().find(|end| change.is_char_boundary(*end));
@@ -253,6 +254,11 @@ impl EventStream {
         }
         outbox.is_stuck_with(hand.frames.iter().map(|frame| frame.len()).sum());
         Some(text)
+    }
+
+    /// Returns the name of the events that have a cursor of their own.
+    fn event_name(&self) -> &'static str {
+        if self.catch_up.subscription().topic().is_some() { "broadcast" } else { "change" }
     }
 
     fn expired(&mut self) -> String {
