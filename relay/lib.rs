@@ -193,6 +193,7 @@ pub mod postgres {
     pub mod snapshot_rows;
     pub mod explain_queries;
     pub mod bookmarks;
+    pub mod broadcast_history;
     /// Work on a schedule, by one relay at a time.
     pub mod maintenance {
         pub mod retention;

@@ -1,6 +1,7 @@
 //! Broadcasts from the database: rows that are inserted into `realtime.messages`.
 
 pub mod delivery;
+pub mod http;
 pub mod installed;
 
 use serde_json::{Value, json};
