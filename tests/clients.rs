@@ -47,6 +47,7 @@ clients! {
         is_told_that_a_broadcast_is_too_large_and_goes_on
         sends_by_http_without_joining
         gets_bytes_where_its_version_has_them
+        hears_broadcasts_from_sql_with_their_ids
         knows_who_is_present_from_which_tabs
         is_gone_when_its_socket_was_cut_and_is_present_when_it_tracks_again
     }

@@ -434,6 +434,19 @@ async def sends_broadcasts_to_others_and_to_itself_and_is_told_that_they_were_se
     same(await ben.next(), ("three", {}))
 
 
+async def hears_broadcasts_from_sql_with_their_ids():
+    ben = await enter(RELAY, "room")
+    await write("select realtime.send('{\"n\": 1.5, \"id\": \"mine\"}', 'one', 'room', false)")
+    one = await ben.messages.next()
+    same((one["event"], one["payload"]), ("one", {"n": 1.5, "id": "mine"}))
+    same(len(one["meta"]["id"]), 36)
+    await write("select realtime.send('{}', 'of private channels', 'room')")
+    await write("select realtime.send_binary('\\x00ff', 'bytes', 'room', false)")
+    await write("select realtime.send('{}', 'two', 'room', false)")
+    two = await ben.messages.next()
+    same((two["event"], two["payload"]), ("two", {"id": two["meta"]["id"]}))
+
+
 async def sends_a_hundred_without_waiting_in_order():
     ann, ben = await enter(RELAY, "room"), await enter(RELAY, "room")
     for n in range(100):

@@ -341,6 +341,23 @@ export const play = (connect, { tries = true, binary = false } = {}) => run({
     assert.deepEqual(await ben.messages.next(), sent('last', {}))
   },
 
+  async hears_broadcasts_from_sql_with_their_ids() {
+    const ben = await enter(await connect(RELAY, await token('anon')), 'room')
+    await write(`select realtime.send('{"n": 1.5, "id": "mine"}', 'one', 'room', false)`)
+    const { meta, ...message } = await ben.messages.next()
+    assert.deepEqual(message, sent('one', { n: 1.5, id: 'mine' }))
+    assert.match(meta.id, /^[0-9a-f-]{36}$/)
+    await write(`select realtime.send('{}', 'of private channels', 'room')`)
+    await write(`select realtime.send('{}', 'two', 'room', false)`)
+    const two = await ben.messages.next()
+    assert.deepEqual([two.event, two.payload], ['two', { id: two.meta.id }])
+    await write(`select realtime.send_binary('\\x00ff', 'bytes', 'room', false)`)
+    await write(`select realtime.send('{}', 'last', 'room', false)`)
+    const last = await ben.messages.next()
+    if (binary) assert.deepEqual([...new Uint8Array(last.payload)], [0, 255])
+    assert.equal((binary ? await ben.messages.next() : last).event, 'last')
+  },
+
   async sends_a_hundred_without_waiting_in_order() {
     const key = await token('anon')
     const ann = await enter(await connect(RELAY, key), 'room')
