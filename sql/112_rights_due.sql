@@ -36,7 +36,8 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
     'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)',
-    'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)', 'relay.note_collections()', 'relay.without_content(json)']) f
+    'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)', 'relay.note_collections()', 'relay.without_content(json)',
+    'relay.broadcast_kind(json)', 'relay.broadcast_image(json)']) f
   union all
   select 'table', t, 'relay_reader', 'select'
   from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
@@ -62,7 +63,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
     'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()', 'relay.is_excluded(text)',
     'relay.publication_tables()', 'relay.collection_tables()', 'relay.sync_collections()', 'relay.realtime_problems()',
-    'relay.trim_messages(int)', 'relay.broadcast_history(text, timestamptz, int)']) f
+    'relay.trim_messages(int)', 'relay.broadcast_history(text, timestamptz, int)', 'relay.make_partitions()']) f
 $$;
 comment on function relay.rights_due() is 'owners and rights of the objects in schema relay';
 

@@ -172,6 +172,11 @@ begin
                 where t.tgrelid = relay.messages() and t.tgfoid = 'relay.capture_broadcasts()'::regprocedure and t.tgenabled not in ('A', 'O')) then
     return next 'the trigger of the relay on realtime.messages is disabled: alter table realtime.messages enable always trigger "00_relay_broadcasts"';
   end if;
+  if relay.lacks_partition(timezone('UTC', clock_timestamp()) + interval '1 day') then
+    return next format('realtime.messages has no partition for tomorrow, so sends will be lost: grant %s to %s, and the relay makes it; or let '
+                       'the server of Supabase run',
+                       (select c.relowner::regrole from pg_class c where c.oid = relay.messages()), installer);
+  end if;
   if not (select c.relrowsecurity from pg_class c where c.oid = relay.messages()) then
     return next 'row security of realtime.messages is off, so every role with rights on it reads and sends all: '
                 'alter table realtime.messages enable row level security';

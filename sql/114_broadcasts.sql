@@ -3,19 +3,25 @@
 -- relay.capture_broadcasts() : statement trigger of realtime.messages; logs each inserted broadcast as a change of relation -1
 -- One call for a statement, however many rows it inserts. The image is the whole row, so a column that a later version of Supabase
 -- adds changes nothing here. It is made as relay_image, as in relay.capture_carefully. An error is a warning: the row is stored, and
--- the writer's statement goes on.
---
--- 8 MiB of image is more than the bytes of the largest broadcast, 3 MB, need as hex digits. The image of a larger row has no content:
--- the relay logs that it does not send it.
+-- the writer's statement goes on. Not by relay.log_change, which would cost twice as much as all the rest.
 create or replace function relay.capture_broadcasts() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set bytea_output = 'hex' as $$
 begin
-  perform relay.log_change(-1, null, 'M', i.is_large, null, case when i.is_large then relay.without_content(i.image) else i.image end)
-  from (
-    select m.image, octet_length(m.image::text) > 8388608 as is_large
-    from (select relay.image(n) as image from new_messages n where n.extension = 'broadcast' offset 0) m offset 0) i;
+  if relay.current_segment() = 0 then
+    insert into relay.log_0 (number, xid, at, kind, after)
+    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relay.broadcast_kind(i.image), relay.broadcast_image(i.image)
+    from (select relay.image(n) as image from new_messages n where n.extension = 'broadcast' offset 0) i;
+  elsif relay.current_segment() = 1 then
+    insert into relay.log_1 (number, xid, at, kind, after)
+    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relay.broadcast_kind(i.image), relay.broadcast_image(i.image)
+    from (select relay.image(n) as image from new_messages n where n.extension = 'broadcast' offset 0) i;
+  else
+    insert into relay.log_2 (number, xid, at, kind, after)
+    select nextval('relay.change_number'), pg_current_xact_id(), clock_timestamp(), relay.broadcast_kind(i.image), relay.broadcast_image(i.image)
+    from (select relay.image(n) as image from new_messages n where n.extension = 'broadcast' offset 0) i;
+  end if;
   if found and not pg_try_advisory_xact_lock_shared(relay.lock_class('relay'), relay.lock('doorbell')) then
     perform relay.ring('realtime.messages', tg_op);
   end if;
@@ -27,13 +33,23 @@ end
 $$;
 comment on function relay.capture_broadcasts() is 'trigger of realtime.messages: logs broadcasts, rings if the relay sleeps';
 
--- relay.without_content(image) : the image of a broadcast reduced to what names it
-create or replace function relay.without_content(image json) returns json
+-- relay.broadcast_kind(image), relay.broadcast_image(image) : how a broadcast is logged
+-- 8 MiB of image is more than the bytes of the largest broadcast, 3 MB, need as hex digits. A larger one is logged without its
+-- content: the relay says that it does not send it.
+create or replace function relay.broadcast_kind(image json) returns text
 language sql immutable as $$
-  select pg_catalog.json_build_object('id', $1 -> 'id', 'topic', pg_catalog.left($1 ->> 'topic', 1024), 'event', pg_catalog.left($1 ->> 'event', 1024),
-                                      'private', $1 -> 'private')
+  select case when pg_catalog.octet_length($1::text) > 8388608 then 'M -1 0 S' else 'M -1 0' end
 $$;
-comment on function relay.without_content(json) is 'image of a broadcast without its payload';
+comment on function relay.broadcast_kind(json) is 'kind of a broadcast in the changelog';
+
+create or replace function relay.broadcast_image(image json) returns json
+language sql immutable as $$
+  select case when pg_catalog.octet_length($1::text) > 8388608 then
+    pg_catalog.json_build_object('id', $1 -> 'id', 'topic', pg_catalog.left($1 ->> 'topic', 1024), 'event', pg_catalog.left($1 ->> 'event', 1024),
+                                 'private', $1 -> 'private')
+    else $1 end
+$$;
+comment on function relay.broadcast_image(json) is 'image of a broadcast in the changelog';
 
 -- CREATE is granted temporarily: ALTER FUNCTION ... OWNER TO requires it of the new owner.
 do $$
@@ -108,6 +124,66 @@ exception when lock_not_available then
 end
 $$;
 comment on function relay.trim_messages(int) is 'deletes messages older than 72 hours, a bounded number at a time; run by the relay';
+
+-- relay.lacks_partition(moment) : whether realtime.messages is partitioned by time, as Supabase's is, without a partition for a moment
+create or replace function relay.lacks_partition(moment timestamp) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+set datestyle = 'ISO' as $$
+  select exists (select from pg_class c where c.oid = relay.messages() and c.relkind = 'p')
+    and not exists (
+      select from pg_inherits i join pg_class c on c.oid = i.inhrelid
+      cross join lateral pg_get_expr(c.relpartbound, c.oid) bound
+      where i.inhparent = relay.messages()
+        and case when bound = 'DEFAULT' then true
+                 else moment >= (regexp_match(bound, 'FROM \(''([^'']+)''\)'))[1]::timestamp
+                  and moment < (regexp_match(bound, 'TO \(''([^'']+)''\)'))[1]::timestamp end)
+$$;
+comment on function relay.lacks_partition(timestamp) is 'whether realtime.messages is partitioned and has no partition for a moment';
+
+-- relay.make_partitions() : partitions of realtime.messages for the next days, where it is partitioned and lacks them
+-- Supabase's server makes them. Where that does not run any more, each send would be lost. What this function made is dropped after
+-- 72 hours, and nothing else is. Short lock attempts: what cannot be had now is tried again by the next call.
+create or replace function relay.make_partitions() returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '20ms'
+set client_min_messages = warning as $$
+declare
+  made constant text := 'made by relay, which drops it after 72 hours';
+  today constant timestamp := date_trunc('day', timezone('UTC', clock_timestamp()));
+  day timestamp;
+  old record;
+begin
+  if (select c.relkind = 'p' from pg_class c where c.oid = relay.messages()) is not true
+     or not pg_try_advisory_xact_lock(relay.lock_class('relay'), relay.lock('trim')) then
+    return;
+  end if;
+  for day in select today + n * interval '1 day' from generate_series(0, 3) n loop
+    continue when not relay.lacks_partition(day);
+    begin
+      execute format('create table realtime.%I partition of realtime.messages for values from (%L) to (%L)',
+                     to_char(day, '"messages_"YYYY_MM_DD'), day, day + interval '1 day');
+      execute format('comment on table realtime.%I is %L', to_char(day, '"messages_"YYYY_MM_DD'), made);
+    exception when others then
+      -- relay.realtime_problems() names it.
+      return;
+    end;
+  end loop;
+  for old in
+    select c.oid::regclass as name from pg_inherits i join pg_class c on c.oid = i.inhrelid
+    where i.inhparent = relay.messages() and obj_description(c.oid, 'pg_class') = made
+      and c.relname < to_char(today - interval '3 days', '"messages_"YYYY_MM_DD')
+  loop
+    begin
+      execute format('drop table %s', old.name);
+    exception when others then
+      return;
+    end;
+  end loop;
+end
+$$;
+comment on function relay.make_partitions() is 'makes partitions of realtime.messages for the next days; run by the relay';
 
 -- relay.broadcast_history(topic, since, most) : the newest broadcasts to a private topic that are not older than `since`, oldest first
 -- Each as the image that the changelog would have of it.

@@ -195,3 +195,31 @@ async fn a_function_of_an_older_relay_is_renewed_and_one_of_somebody_else_is_not
     install(&mut session).await.unwrap();
     assert_eq!(database.value(versions).await, before, "what is up to date is not replaced");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partitioned_table_gets_its_next_partitions_and_loses_only_those_that_the_relay_made() {
+    let database = Database::bare().await;
+    let (_, name) = database.url.rsplit_once('/').unwrap();
+    database.run(&SUPABASE.replace("$DB", name)).await;
+    database.run("alter table realtime.messages_today rename to messages_2000_01_01").await;
+    let mut session = database.connect().await;
+    install(&mut session).await.unwrap();
+    let parts = "select string_agg(substr(relname, 10), ' ' order by relname) from pg_class where relname ~ '^messages_2' and relkind = 'r'";
+    database.run("select relay.make_partitions()").await;
+    assert_eq!(database.value(parts).await, "2000_01_01", "its partitions reach as far as is needed");
+    database
+        .run(
+            "drop table realtime.messages_2000_01_01;
+             create table realtime.messages_2001_01_01 partition of realtime.messages for values from ('2001-01-01') to ('2001-01-02');
+             create table realtime.messages_2001_01_02 partition of realtime.messages for values from ('2001-01-02') to ('2001-01-03');
+             comment on table realtime.messages_2001_01_02 is 'made by relay, which drops it after 72 hours'",
+        )
+        .await;
+    assert!(notes(&database.url).await.contains("no partition for tomorrow"));
+    database.run("select relay.make_partitions()").await;
+    let days = "select '2001_01_01 ' || string_agg(to_char(timezone('UTC', now()) + n * interval '1 day', 'YYYY_MM_DD'), ' ' order by n) from generate_series(0, 3) n";
+    assert_eq!(database.value(parts).await, database.value(days).await);
+    assert!(notes(&database.url).await.starts_with("ok"));
+    database.run("select realtime.send('{}', 'e', 't', false)").await;
+    assert_eq!(database.value("select count(*) from relay.changes where operation = 'M'").await, "1");
+}

@@ -45,6 +45,7 @@ async fn work(server: &Server, observe: &Observe) -> Result<std::convert::Infall
     let health = client
         .prepare("select coalesce(bytes, 0), extract(epoch from kept_for)::float8 from relay.health")
         .await?;
+    let make_partitions = client.prepare("select relay.make_partitions()").await?;
     let trim_messages = client.prepare("select relay.trim_messages($1)").await?;
     loop {
         let trimmed: Vec<String> = query(&client, &trim).await?.get(0);
@@ -53,6 +54,7 @@ async fn work(server: &Server, observe: &Observe) -> Result<std::convert::Infall
         }
         let row = query(&client, &health).await?;
         observe.changelog_bytes(row.get(0));
+        query(&client, &make_partitions).await?;
         delete_messages(&client, &trim_messages).await?;
         let kept: f64 = row.get(1);
         let wait = Duration::try_from_secs_f64(kept / 8.0).unwrap_or(MAX_INTERVAL);
