@@ -3,6 +3,7 @@
 pub mod delivery;
 pub mod http;
 pub mod installed;
+pub mod outage;
 
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
