@@ -103,6 +103,11 @@ impl Frame {
         Self(Arc::new(CountedContent { content, _held: held }))
     }
 
+    /// Returns whether it is a push to the members of a topic.
+    pub fn is_push(&self) -> bool {
+        matches!(self.0.content, Content::Push(..))
+    }
+
     /// Returns what it is.
     pub fn content(&self) -> &Content {
         &self.0.content

@@ -177,24 +177,31 @@ impl Outbox {
             let mut queue = self.lock();
             queue.delivered |= matches!(kind, Kind::Changes(_));
             let is_over = queue.bytes > 0 && queue.limited_bytes() > self.limit;
+            let has_too_many_pushes = queue.has_too_many_pushes(self.limit);
             let is_too_much = match kind {
-                Kind::Changes(unit) => is_over && unit != Unit::REPLAY && unit != queue.unit,
+                Kind::Changes(unit) => {
+                    unit != Unit::REPLAY && unit != queue.unit && (is_over || has_too_many_pushes)
+                }
                 // Replies and pings do not close a client that is receiving a large change.
                 Kind::Reply => is_over && queue.reply_bytes > self.limit / 4,
-                Kind::Push => {
-                    let is_far_over = queue.push_bytes > self.limit.saturating_mul(PUSH_FACTOR);
-                    queue.push_bytes > self.limit && (is_far_over || queue.is_slow())
-                }
+                Kind::Push => has_too_many_pushes,
             };
             if !has_room || is_too_much {
                 queue.close();
             }
             if !queue.full {
-                let before = queue.bytes;
-                frames.into_iter().for_each(|frame| queue.add(frame));
+                let (before, mut pushed) = (queue.bytes, 0);
+                for frame in frames {
+                    pushed += if frame.is_push() { frame.len() } else { 0 };
+                    queue.add(frame);
+                }
                 match kind {
                     Kind::Changes(Unit::REPLAY) => queue.replay_bytes += queue.bytes - before,
-                    Kind::Changes(unit) => queue.unit = unit,
+                    // Broadcasts from the database are among the changes, and have the limit of other broadcasts.
+                    Kind::Changes(unit) => {
+                        queue.unit = unit;
+                        queue.push_bytes += pushed;
+                    }
                     Kind::Reply => queue.reply_bytes += queue.bytes - before,
                     Kind::Push => queue.push_bytes += queue.bytes - before,
                 }
@@ -355,6 +362,11 @@ impl Queue {
         !self.full && self.push_bytes > BEHIND_BYTES.min(limit / 2) && !self.is_slow()
     }
 
+    fn has_too_many_pushes(&self, limit: usize) -> bool {
+        let is_far_over = self.push_bytes > limit.saturating_mul(PUSH_FACTOR);
+        self.push_bytes > limit && (is_far_over || self.is_slow())
+    }
+
     fn is_slow(&self) -> bool {
         self.since.is_some_and(|since| since.elapsed() > SLOW_AFTER)
     }
@@ -414,8 +426,8 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::feed::deliver::frame::{FRAME_OVERHEAD, PayloadText};
-    use crate::model::codec::protocol::Envelope;
+    use crate::feed::deliver::frame::{CountedBytes, FRAME_OVERHEAD, PayloadText};
+    use crate::model::codec::protocol::{Envelope, Wrapping};
 
     fn budget(limit: usize) -> Arc<MemoryBudget> {
         Arc::new(MemoryBudget::new(limit))
@@ -461,6 +473,23 @@ mod tests {
         outbox.deliver(Unit::next(), [whole(100)], true);
         outbox.deliver(Unit::next(), [whole(1)], true);
         assert!(outbox.is_full(), "more than the limit waited before this one began");
+    }
+
+    #[tokio::test]
+    async fn a_broadcast_among_the_changes_has_the_limit_of_pushes() {
+        let outbox = outbox(1000);
+        let broadcast = |bytes: usize| {
+            let wrapping = Wrapping { is_binary: true, before: Vec::new(), after: "" };
+            Frame::push(wrapping, CountedBytes::new(vec![0; bytes], outbox.budget()), outbox.budget())
+        };
+        for _ in 0..3 {
+            outbox.deliver(Unit::next(), [broadcast(5000), frame(100, &outbox)], true);
+        }
+        assert_eq!(take(&outbox).await, (Taken::Frames, 6), "none of them had to wait for the one before");
+        outbox.deliver(Unit::next(), [broadcast(16_001)], true);
+        assert!(!outbox.is_full());
+        outbox.deliver(Unit::next(), [frame(1, &outbox)], true);
+        assert!(outbox.is_full(), "far too much waits");
     }
 
     #[tokio::test]
