@@ -63,6 +63,8 @@ struct Stage {
     binding: VecDeque<(ChannelId, u32, Identity)>,
     latest: HashMap<ChannelId, (u32, Identity)>,
     delivering: HashSet<ChannelId>,
+    /// Channels that get nothing but broadcasts from the database.
+    listening: HashSet<ChannelId>,
     members: HashSet<ChannelId>,
 }
 
@@ -75,6 +77,7 @@ impl Stage {
             binding: VecDeque::new(),
             latest: HashMap::new(),
             delivering: HashSet::new(),
+            listening: HashSet::new(),
             members: HashSet::new(),
         }
     }
@@ -136,8 +139,13 @@ impl Stage {
                     self.latest.insert(channel, (attempt, identity));
                 }
                 Action::Join { channel, greeting, .. } => {
+                    self.listening.remove(&channel);
                     self.delivering.insert(channel);
                     greeting.iter().for_each(|message| check(version, message));
+                }
+                Action::Listen { channel, .. } => {
+                    assert!(!self.delivering.contains(&channel));
+                    self.listening.insert(channel);
                 }
                 Action::Enter { channel, .. } => assert!(self.members.insert(channel)),
                 Action::Exit { channel } => assert!(self.members.remove(&channel)),
@@ -152,7 +160,7 @@ impl Stage {
                 // A channel that was left cannot be left again.
                 Action::Forget { channel } => assert_eq!(self.session.topic(channel), None),
                 Action::Leave { channel, farewell } => {
-                    assert!(self.delivering.remove(&channel));
+                    assert!(self.leaves(channel));
                     farewell.iter().for_each(|message| check(version, message));
                 }
             }
@@ -162,12 +170,16 @@ impl Stage {
     fn end(mut self) {
         for action in self.session.end() {
             match action {
-                Action::Leave { channel, .. } => assert!(self.delivering.remove(&channel)),
+                Action::Leave { channel, .. } => assert!(self.leaves(channel)),
                 Action::Exit { channel } => assert!(self.members.remove(&channel)),
                 action => panic!("{action:?}"),
             }
         }
-        assert!(self.delivering.is_empty() && self.members.is_empty());
+        assert!(self.delivering.is_empty() && self.listening.is_empty() && self.members.is_empty());
+    }
+
+    fn leaves(&mut self, channel: ChannelId) -> bool {
+        self.delivering.remove(&channel) || self.listening.remove(&channel)
     }
 }
 
@@ -188,7 +200,7 @@ fn check(version: Version, message: &Outgoing) {
 /// What members of both versions get of a broadcast: a text is JSON, unless only a lenient parser takes it.
 fn wrapped(topic: &str, broadcast: Broadcast) {
     for version in [Version::V1, Version::V2] {
-        let Some(wrapping) = version.protocol().broadcast(topic, &broadcast.kind) else { continue };
+        let Some(wrapping) = version.protocol().broadcast(topic, &broadcast.kind, None) else { continue };
         let frame = [wrapping.before.as_slice(), &broadcast.content, wrapping.after.as_bytes()].concat();
         let is_json = |bytes: &[u8]| serde_json::from_slice::<&RawValue>(bytes).is_ok();
         assert!(wrapping.is_binary || is_json(&frame));
