@@ -64,38 +64,47 @@ end
 $$;
 
 -- relay.capture_messages() : creates the trigger of realtime.messages if it is missing and the installer may create it
--- By short attempts: while a long transaction has written to the table, this call waits, but no writer does. A trigger that somebody
--- has disabled stays as it is: relay.realtime_problems() names it.
+-- And enables it ALWAYS if it fires in sessions of origin only, as after ENABLE TRIGGER ALL, and the installer owns the table. By short
+-- attempts: while a long transaction has written to the table, this call waits, but no writer does. A trigger that somebody has
+-- disabled stays as it is: relay.realtime_problems() names it.
 create or replace function relay.capture_messages() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
-  known constant text := current_setting('lock_timeout');
+  known_timeout constant text := current_setting('lock_timeout');
   messages constant oid := relay.messages();
+  enabled constant "char" := (select t.tgenabled from pg_trigger t
+                              where t.tgrelid = messages and t.tgfoid = 'relay.capture_broadcasts()'::regprocedure);
+  owned boolean;
 begin
-  if messages is null or exists (select from pg_trigger t where t.tgrelid = messages and t.tgfoid = 'relay.capture_broadcasts()'::regprocedure)
+  if messages is null or enabled in ('A', 'D', 'R')
      or not (has_schema_privilege('realtime', 'usage') and has_table_privilege(messages, 'trigger')) then
+    return;
+  end if;
+  owned := (select pg_has_role(c.relowner, 'usage') from pg_class c where c.oid = messages);
+  if enabled = 'O' and not owned then
     return;
   end if;
   perform set_config('lock_timeout', '50ms', true);
   for attempt in 1 .. 60 loop
     begin
-      create trigger "00_relay_broadcasts" after insert on realtime.messages referencing new table as new_messages
-        for each statement execute function relay.capture_broadcasts();
-      -- Also for writers whose session_replication_role is replica.
-      if (select pg_has_role(c.relowner, 'usage') from pg_class c where c.oid = messages) then
+      if enabled is null then
+        create trigger "00_relay_broadcasts" after insert on realtime.messages referencing new table as new_messages
+          for each statement execute function relay.capture_broadcasts();
+      end if;
+      if owned then
         alter table realtime.messages enable always trigger "00_relay_broadcasts";
       end if;
       exit;
     exception
       when lock_not_available then
         perform pg_sleep(0.5);
-      -- A view, or a partition with another trigger of this kind.
-      when wrong_object_type or feature_not_supported or undefined_column then
+      when wrong_object_type then
+        -- A view, for example.
         exit;
     end;
   end loop;
-  perform set_config('lock_timeout', known, true);
+  perform set_config('lock_timeout', known_timeout, true);
 end
 $$;
 comment on function relay.capture_messages() is 'creates the trigger of realtime.messages';

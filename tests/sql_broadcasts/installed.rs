@@ -170,6 +170,35 @@ async fn an_installer_without_rights_on_the_schema_installs_all_the_same_and_doc
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_trigger_is_created_again_and_enabled_for_all_sessions_unless_somebody_disabled_it() {
+    let database = Database::new().await;
+    let mut session = database.connect().await;
+    let enabled = "select coalesce((select tgenabled::text from pg_trigger where tgname = '00_relay_broadcasts'), 'none')";
+    for (harm, enabled_after, note) in [
+        ("enable trigger all", "A", "ok"),
+        ("disable trigger \"00_relay_broadcasts\"", "D", "note"),
+        ("enable replica trigger \"00_relay_broadcasts\"", "R", "note"),
+    ] {
+        database.run(&format!("alter table realtime.messages {harm}")).await;
+        install(&mut session).await.unwrap();
+        assert_eq!(database.value(enabled).await, enabled_after, "{harm}");
+        assert!(notes(&database.url).await.starts_with(note), "{harm}");
+    }
+    database.run("drop trigger \"00_relay_broadcasts\" on realtime.messages").await;
+    assert!(notes(&database.url).await.contains("has no trigger of the relay"));
+    // A writer keeps the table locked, and is kept waiting by nothing.
+    let writer = database.connect().await;
+    writer.batch_execute("begin; select realtime.send('{}', 'e', 't', false)").await.unwrap();
+    let installing = tokio::spawn(async move { install(&mut session).await });
+    for _ in 0..20 {
+        database.run("select realtime.send('{}', 'e', 't', false)").await;
+    }
+    writer.batch_execute("commit").await.unwrap();
+    installing.await.unwrap().unwrap();
+    assert_eq!(database.value(enabled).await, "A");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_function_of_an_older_relay_is_renewed_and_one_of_somebody_else_is_not() {
     let database = Database::new().await;
     database
