@@ -36,7 +36,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
     'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)',
-    'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)', 'relay.note_collections()', 'relay.without_content(json)',
+    'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)', 'relay.note_collections()',
     'relay.broadcast_kind(json)', 'relay.broadcast_image(json)']) f
   union all
   select 'table', t, 'relay_reader', 'select'
