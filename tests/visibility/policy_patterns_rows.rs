@@ -108,9 +108,9 @@ inverted: ranges that overlap | span && tstzrange('2001-01-01', '2002-01-01')
 inverted: a range that is empty | isempty(span)
 inverted: infinite or past | ends < 'infinity'
 inverted: the end of a range | upper(span) > now() or upper_inf(span)
-inverted: begins with | title like 'H%'
-inverted: ends with | email like '%@acme.org'
-inverted: does not | email not like '%@acme.org'
+compiled: begins with | title like 'H%'
+compiled: ends with | email like '%@acme.org'
+compiled: does not | email not like '%@acme.org'
 inverted: in any case | email ilike '%@acme.org'
 inverted: a pattern | code ~ '^[A-Z]-[0-9]+$'
 inverted: a pattern in any case | code ~* '^a-[0-9]$'
@@ -121,7 +121,7 @@ inverted: before another | title < code
 inverted: joined texts | org || '/' || code = 'acme/A-1'
 inverted: part of it | substring(path from 2 for 4) = 'acme'
 inverted: split | split_part(email, '@', 2) = 'acme.org'
-inverted: with an escape | title like '\%'
+compiled: with an escape | title like '\%'
 inverted: a flag in a document | (doc ->> 'public')::boolean
 inverted: a flag in a document, as text | doc ->> 'public' = 'true'
 inverted: a flag in a document, as json | doc -> 'public' = 'true'

@@ -35,6 +35,8 @@ pub enum ClaimExpr {
     NullIf(Box<ClaimExpr>, Box<ClaimExpr>),
     /// `coalesce`
     Coalesce(Vec<ClaimExpr>),
+    /// `||` of texts
+    Concat(Box<ClaimExpr>, Box<ClaimExpr>),
 }
 
 /// One step into a document.
@@ -109,7 +111,7 @@ impl ClaimExpr {
             | Self::ElementText(inner, _)
             | Self::TextList(inner, _)
             | Self::Cast(inner, _) => inner.is_constant(),
-            Self::NullIf(one, other) => one.is_constant() && other.is_constant(),
+            Self::NullIf(one, other) | Self::Concat(one, other) => one.is_constant() && other.is_constant(),
             Self::Coalesce(exprs) => exprs.iter().all(Self::is_constant),
         }
     }
@@ -168,6 +170,13 @@ impl ClaimExpr {
                 (Evaluated::One(one), Evaluated::One(_) | Evaluated::Null) => Ok(Evaluated::One(one)),
                 _ => Err(ClaimFailure::Undecided),
             },
+            Self::Concat(one, other) => match (one.evaluate(claims)?, other.evaluate(claims)?) {
+                (Evaluated::Null, _) | (_, Evaluated::Null) => Ok(Evaluated::Null),
+                (Evaluated::One(one), Evaluated::One(other)) => {
+                    text(&format!("{}{}", one.to_text(), other.to_text()))
+                }
+                _ => Err(ClaimFailure::Undecided),
+            },
             Self::Coalesce(exprs) => {
                 for expr in exprs {
                     match expr.evaluate(claims)? {
@@ -196,6 +205,7 @@ impl fmt::Display for ClaimExpr {
             Self::ElementText(inner, step) => write!(f, "{inner} ->> {step}"),
             Self::TextList(inner, _) => write!(f, "elements of {inner}"),
             Self::Cast(inner, kind) => write!(f, "({inner})::{}", format!("{kind:?}").to_lowercase()),
+            Self::Concat(one, other) => write!(f, "{one} || {other}"),
             Self::Coalesce(exprs) => {
                 let exprs: Vec<String> = exprs.iter().map(ToString::to_string).collect();
                 write!(f, "coalesce({})", exprs.join(", "))

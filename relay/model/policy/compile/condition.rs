@@ -7,6 +7,7 @@ use super::{Compiler, Unsupported, not, unsupported};
 use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar};
 use crate::model::row::datum::{Datum, Kind};
+use crate::model::row::pattern::Pattern;
 
 impl Compiler<'_> {
     /// Compiles a condition that the relay decides.
@@ -24,6 +25,10 @@ impl Compiler<'_> {
                 }
                 let keys = List::ClaimKeys(self.claim_index(ClaimExpr::TextList(Box::new(document), true)));
                 Ok(Predicate::Among(self.scalar(key), keys))
+            }
+            Expr::BinaryOp { left, op: BinaryOperator::PGLikeMatch, right } => self.like(left, right),
+            Expr::BinaryOp { left, op: BinaryOperator::PGNotLikeMatch, right } => {
+                self.like(left, right).map(not)
             }
             Expr::BinaryOp { left, op, right } if comparison(op).is_some() => {
                 let Some(comparison) = comparison(op) else { return Err(unsupported("")) };
@@ -88,6 +93,23 @@ impl Compiler<'_> {
         match known {
             true => Ok((self.scalar(one), self.scalar(other))),
             false => Err(unsupported("only PostgreSQL compares values of these types")),
+        }
+    }
+
+    /// Compiles `like` of a column and a constant pattern.
+    fn like(&self, left: &Expr, right: &Expr) -> Result<Predicate, Unsupported> {
+        let foreign = || unsupported("only PostgreSQL matches this pattern");
+        let text = Type::Known(Kind::Text);
+        let pattern = match self.operand(right)?.typed_as(&text)? {
+            Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(pattern))), of) if of == text => pattern,
+            _ => return Err(foreign()),
+        };
+        match self.operand(left)? {
+            Operand::Row(Scalar::Column(at), of) if of == text && self.columns[at].folding.is_some() => {
+                let pattern = Pattern::new(&pattern, None).ok_or_else(foreign)?;
+                Ok(Predicate::Matches(at, pattern))
+            }
+            _ => Err(foreign()),
         }
     }
 

@@ -79,6 +79,7 @@ impl Compiler<'_> {
             Expr::Cast { kind: CastKind::DoubleColon | CastKind::Cast, expr, data_type, .. } => {
                 self.cast(expr, &data_type.to_string().to_ascii_lowercase(), &data_type.to_string())
             }
+            Expr::BinaryOp { left, op: BinaryOperator::StringConcat, right } => self.concat(left, right),
             Expr::BinaryOp { left, op, right } => {
                 let (for_text, path) = match op {
                     BinaryOperator::Arrow => (false, false),
@@ -193,6 +194,22 @@ impl Compiler<'_> {
         })
     }
 
+    /// Compiles `||` of texts. Of other types it means something else.
+    fn concat(&self, left: &Expr, right: &Expr) -> Result<Operand, Unsupported> {
+        let text = Type::Known(Kind::Text);
+        match (self.operand(left)?, self.operand(right)?) {
+            (one, other) if *one.of() != text && *other.of() != text => {
+                Err(unsupported("only PostgreSQL evaluates || of other types than text"))
+            }
+            (one, other) => match (one.typed_as(&text)?, other.typed_as(&text)?) {
+                (Operand::Claim(one, of), Operand::Claim(other, same)) if of == text && same == text => {
+                    Ok(Operand::Claim(ClaimExpr::Concat(Box::new(one), Box::new(other)), text))
+                }
+                _ => Err(unsupported("only PostgreSQL evaluates || of columns")),
+            },
+        }
+    }
+
     fn step(&self, expr: &Expr) -> Result<ClaimStep, Unsupported> {
         match self.operand(expr)? {
             Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(key))), _) => {
@@ -302,7 +319,7 @@ impl Compiler<'_> {
 }
 
 /// The maximum nesting of helper calls.
-const MAX_HELPER_DEPTH: usize = 4;
+pub(super) const MAX_HELPER_DEPTH: usize = 4;
 
 fn constant(value: &Value) -> Result<Operand, Unsupported> {
     let (datum, of) = match value {
