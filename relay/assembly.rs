@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedSender};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::feed::authorize::filter_evaluator::FilterEvaluator;
 use crate::feed::authorize::gate::Gate;
+use crate::feed::authorize::topic_judge::TopicJudge;
+use crate::feed::authorize::topic_questions::{QuestionQueues, TopicWorker};
 use crate::feed::command::Command;
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::explain::explainer::Explainer;
@@ -27,10 +29,12 @@ use crate::feed::router::{FeedItems, Router, RouterContext};
 use crate::feed::subscribe::Binder;
 use crate::observe::Observe;
 use crate::postgres::bookmarks::Bookmarks;
+use crate::postgres::broadcast_history::BroadcastHistory;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::changelog::access::ChangelogAccess;
 use crate::postgres::changelog::transactions::Transactions;
 use crate::postgres::connect::pool::{DATABASE, DOORBELL, Error, JUDGE, Server};
+use crate::postgres::evaluate::pairs::PairEvaluator;
 use crate::postgres::evaluate::per_identity::IdentityEvaluator;
 use crate::postgres::evaluate::set_based::SetEvaluator;
 use crate::postgres::maintenance::{collections, refresh, retention};
@@ -50,6 +54,8 @@ const FILTER_LIMIT: Duration = Duration::from_secs(1);
 const LIMIT: Duration = Duration::from_secs(60);
 /// Timeout of reading a page, as a multiple of the stall time: sorting a million changes takes seconds.
 const READ_TIMEOUT_FACTOR: u32 = 3;
+/// Workers that judge private channels, each over its own connections: one may wait for a slow policy.
+const TOPIC_WORKERS: usize = 2;
 /// Capacity of the channel from the source to the router: one batch being evaluated, one read ahead.
 const ITEMS: usize = 2;
 
@@ -260,7 +266,23 @@ impl Foundation {
         let (bookmarks, bookmark_writer) = BookmarkHandle::new(bookmarks);
         let binder = Binder::new(Arc::clone(&self.catalog));
         let observe = Arc::clone(&self.observe);
-        Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks, observe), bookmark_writer))
+        let history = BroadcastHistory::new(self.changelog.pool.clone());
+        Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks, history, observe), bookmark_writer))
+    }
+
+    /// Returns the judge of private channels, and runs its tasks.
+    fn topic_judge(&self) -> Arc<TopicJudge> {
+        let (queues, waiting) = QuestionQueues::new();
+        let waiting = Arc::new(Mutex::new(waiting));
+        let end = &self.tasks.feed_end;
+        for _ in 0..TOPIC_WORKERS {
+            let pairs = PairEvaluator::new(self.servers.judge.clone(), self.judge_timeout);
+            let worker = TopicWorker::new(pairs, self.identity_evaluator(), Arc::clone(&self.observe));
+            self.tasks.tracker.spawn(worker.run(Arc::clone(&waiting), end.clone()));
+        }
+        let judge = TopicJudge::new(Arc::clone(&self.catalog), queues);
+        self.tasks.tracker.spawn(Arc::clone(&judge).run(end.clone()));
+        judge
     }
 
     fn source(&self, poll: Duration, jobs: watch::Sender<()>) -> ChangeSource {
@@ -291,6 +313,7 @@ impl Foundation {
             feed,
             explainer: Explainer::new(main.clone(), judge.clone(), catalog, self.judge_timeout),
             topics,
+            topic_judge: self.topic_judge(),
             broadcast_rates: BroadcastRates::new(limits.http_broadcasts_per_second),
             observe: Arc::clone(&self.observe),
             stall_monitor: Arc::clone(&self.stall_monitor),

@@ -185,6 +185,7 @@ impl Settings {
             connections: count("max-connections", self.max_connections, 10_000),
             connections_per_address: per_address.map(|max| count("connections-per-address", Some(max), max)),
             channels: count("max-channels", self.max_channels, 100),
+            private_only: self.private_only,
             joins_per_second: count("joins-per-second", rate(self.joins_per_second), 100) as u32,
             messages_per_second: count("messages-per-second", rate(self.messages_per_second), 100) as u32,
             message_bytes: count("message-bytes", self.message_bytes, 5_000_000),

@@ -30,6 +30,10 @@
 //! A broadcast from SQL is a change: `sql/114_broadcasts.sql` logs it, and [`feed::deliver::broadcast_cache`] encodes it for the
 //! channels of its topic.
 //!
+//! **A private join.** [`model::session::private`] asks for a judgement. [`feed::authorize::topic_judge`] decides it by the
+//! [rules](model::catalog::topic_rules) of `realtime.messages`, or puts it to PostgreSQL with others that wait
+//! ([`feed::authorize::topic_questions`]). The session answers the join, and the driver makes the channel a member of the private topic.
+//!
 //! # Layers
 //!
 //! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `auth`, `transport`, then `assembly`,
@@ -65,6 +69,7 @@
 //! | session | one client's joined channels, as a state machine that knows no wire format |
 //! | message | what a client and its session tell each other, whatever the wire format |
 //! | codec | how a wire protocol writes the changes of a subscription; on a socket also its messages |
+//! | judgement | what an identity may do in a private channel: by the rules of private channels, of reading or of writing |
 //! | topic | what channels of one name, its members, have in common: broadcasts and presence |
 //! | presence | the objects that the members of a topic track, by their keys |
 //! | frame | a message, change or gap in an outbox; on a socket, its bytes |
@@ -119,6 +124,7 @@ pub mod model {
         pub mod marks;
         pub mod near_names;
         pub mod shape;
+        pub mod topic_rules;
     }
     /// What clients subscribe to.
     pub mod subscription {
@@ -155,6 +161,7 @@ pub mod model {
         pub mod channel;
         pub mod member;
         pub mod machine;
+        pub mod private;
         mod tokens;
     }
 }
@@ -189,6 +196,7 @@ pub mod postgres {
         mod impersonation;
         pub mod per_identity;
         pub mod set_based;
+        pub mod pairs;
     }
     pub mod snapshot_rows;
     pub mod explain_queries;
@@ -221,6 +229,8 @@ pub mod feed {
         pub mod filter_evaluator;
         mod matcher;
         pub mod gate;
+        pub mod topic_questions;
+        pub mod topic_judge;
     }
     /// Frames, encoded once and queued for each client.
     pub mod deliver {
@@ -307,6 +317,7 @@ pub mod transport {
         pub mod inbound;
         mod channel_catch_up;
         pub mod resume;
+        mod recalls;
         pub mod driver;
         pub mod handshake;
     }

@@ -106,6 +106,9 @@ pub struct Settings {
     /// Maximum number of channels per client [default: 100]
     #[arg(long, help_heading = "Limits", env = "RELAY_MAX_CHANNELS", value_name = "N")]
     pub max_channels: Option<usize>,
+    /// Refuse channels that are not private
+    #[arg(long, help_heading = "Limits", env = "RELAY_PRIVATE_ONLY")]
+    pub private_only: bool,
     /// Maximum number of joins per second and client, on average over a minute [default: 100]
     #[arg(long, help_heading = "Limits", env = "RELAY_JOINS_PER_SECOND", value_name = "N")]
     pub joins_per_second: Option<u32>,

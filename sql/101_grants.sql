@@ -1,9 +1,11 @@
 -- Grants that policies need and a role lacks.
 
--- relay.missing_grants(relation, role) : grants that the role lacks for the policies by which it reads the relation
+-- relay.missing_grants(relation, role, command) : grants that the role lacks for the policies by which it reads the relation, or adds rows
+-- to it: command is `r` or `a`, as in relay.policies_for().
 -- PostgreSQL checks these rights before the first row: while one is missing, each query on the relation raises.
 -- plpgsql, because relay.policy_parts is created later.
-create or replace function relay.missing_grants(relation regclass, role oid) returns text[]
+drop function if exists relay.missing_grants(regclass, oid);
+create or replace function relay.missing_grants(relation regclass, role oid, command "char" default 'r') returns text[]
 language plpgsql stable
 set search_path = ''
 set jit = off
@@ -14,14 +16,15 @@ begin
   end if;
   return array(
     with parts as materialized (
-      select d.class, d.object, d.part from relay.policy_parts(relation, role) d
+      select d.class, d.object, d.part from relay.policy_parts(relation, role, command) d
     )
     select pg_catalog.format('grant select on %s to %s', c.oid::regclass, role::regrole)
     from parts d join pg_catalog.pg_class c on c.oid = d.object
     where d.class = 'pg_catalog.pg_class'::regclass and c.relkind in ('r', 'p', 'm', 'v', 'f')
       -- A constant of type regclass refers to a table without reading it.
       and exists (select from pg_catalog.pg_policy p
-                  where p.polrelid = relation and pg_catalog.strpos(p.polqual::text, ':relid ' || c.oid || ' ') > 0)
+                  where p.polrelid = relation and pg_catalog.strpos(
+                    case command when 'a' then coalesce(p.polwithcheck, p.polqual) else p.polqual end::text, ':relid ' || c.oid || ' ') > 0)
       and not pg_catalog.has_table_privilege(role, c.oid, 'select')
       and not case when d.part > 0 then pg_catalog.has_column_privilege(role, c.oid, d.part::smallint, 'select')
                    else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end
@@ -34,14 +37,15 @@ begin
     order by 1);
 end
 $$;
-comment on function relay.missing_grants(regclass, oid) is 'grants that a role lacks for the policies by which it reads a relation';
+comment on function relay.missing_grants(regclass, oid, "char") is 'grants that a role lacks for the policies by which it reads a relation, or adds rows to it';
 
--- relay.missing_usage(relation, role, login) : USAGE grants that are missing to resolve the names in these policies
+-- relay.missing_usage(relation, role, login, command) : USAGE grants that are missing to resolve the names in these policies
 -- {"hidden": "grant usage on schema hidden to relay_judge"}, by schema as written in the policies.
 -- PostgreSQL resolves the names of a policy when it is created. The relay's statements resolve them again, as the role or
 -- else as the judging login, which therefore needs USAGE on all schemas. Where a policy reads a table with row security,
 -- also through views, PostgreSQL resolves the names once more as the role: then only a grant to the role helps.
-create or replace function relay.missing_usage(relation regclass, role oid, login text) returns jsonb
+drop function if exists relay.missing_usage(regclass, oid, text);
+create or replace function relay.missing_usage(relation regclass, role oid, login text, command "char" default 'r') returns jsonb
 language plpgsql stable
 set search_path = ''
 set jit = off
@@ -53,7 +57,7 @@ declare
 begin
   schemas := array(
     select distinct coalesce(c.relnamespace, f.pronamespace, t.typnamespace, o.oprnamespace, l.collnamespace)
-    from relay.policy_parts(relation, role) d
+    from relay.policy_parts(relation, role, command) d
     left join pg_catalog.pg_class c on d.class = 'pg_catalog.pg_class'::regclass and c.oid = d.object
     left join pg_catalog.pg_proc f on d.class = 'pg_catalog.pg_proc'::regclass and f.oid = d.object
     left join pg_catalog.pg_type t on d.class = 'pg_catalog.pg_type'::regclass and t.oid = d.object
@@ -64,7 +68,7 @@ begin
     return '{}';
   end if;
   with recursive reads (oid) as (
-    select d.object from relay.policy_parts(relation, role) d where d.class = 'pg_catalog.pg_class'::regclass
+    select d.object from relay.policy_parts(relation, role, command) d where d.class = 'pg_catalog.pg_class'::regclass
     union
     select d.refobjid
     from reads l
@@ -82,7 +86,7 @@ begin
       and not pg_catalog.has_schema_privilege(case when by_role then role else judge::regrole::oid end, n.oid, 'usage'));
 end
 $$;
-comment on function relay.missing_usage(regclass, oid, text) is 'USAGE grants that are missing to resolve the names in policies';
+comment on function relay.missing_usage(regclass, oid, text, "char") is 'USAGE grants that are missing to resolve the names in policies';
 
 -- relay.missing_filter_usage(relation, columns, role, login) : grants that are missing to filter by these columns
 -- The caller parses filter values with the types of the columns; the role, or else the judging login, compares them.

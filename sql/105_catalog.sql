@@ -16,10 +16,12 @@ comment on function relay.subscriber_roles(text[], text) is 'those of the roles 
 -- The next functions are plpgsql, which caches plans: planning takes longer than the queries, which run for every table and
 -- role.
 
--- relay.policies_for(relation, role) : the policies by which row security lets the role read, in PostgreSQL's own order
+-- relay.policies_for(relation, role, command) : the policies by which row security lets the role read, in PostgreSQL's own order
+-- command, here and below: `r` to read rows, `a` to add them.
 -- The order matters, because a policy that raises may come after one that decides. Deparsed with an empty search_path, so
 -- that every name outside pg_catalog is qualified.
-create or replace function relay.policies_for(relation regclass, role oid)
+drop function if exists relay.policies_for(regclass, oid);
+create or replace function relay.policies_for(relation regclass, role oid, command "char" default 'r')
 returns table (policy oid, name text, permissive boolean, condition text)
 language plpgsql stable rows 4
 set search_path = ''
@@ -30,15 +32,17 @@ set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
   return query
-    select p.oid, p.polname::text, p.polpermissive, '(' || pg_catalog.pg_get_expr(p.polqual, p.polrelid) || ')'
+    select p.oid, p.polname::text, p.polpermissive,
+           '(' || pg_catalog.pg_get_expr(case command when 'a' then coalesce(p.polwithcheck, p.polqual) else p.polqual end, p.polrelid) || ')'
     from pg_catalog.pg_policy p
-    where p.polrelid = relation and p.polcmd in ('r', '*') and p.polqual is not null
+    where p.polrelid = relation and p.polcmd in (command, '*')
+      and case command when 'a' then coalesce(p.polwithcheck, p.polqual) else p.polqual end is not null
       and (0::oid = any (p.polroles)
            or exists (select from pg_catalog.unnest(p.polroles) m where pg_catalog.pg_has_role(role, m, 'usage')))
     order by p.polpermissive, case when p.polpermissive then null else p.polname end, p.polname desc;
 end
 $$;
-comment on function relay.policies_for(regclass, oid) is 'policies by which row security lets a role read a relation';
+comment on function relay.policies_for(regclass, oid, "char") is 'policies by which row security lets a role read a relation, or add rows to it';
 
 -- relay.is_secured(relation, role) : whether row security applies to the role
 -- It does not apply to superusers, roles with BYPASSRLS, and the owner unless forced.
@@ -57,9 +61,10 @@ end
 $$;
 comment on function relay.is_secured(regclass, oid) is 'whether row security of a relation applies to a role';
 
--- relay.policy_for(relation, role) : the condition under which the role sees a row; null: every row
+-- relay.policy_for(relation, role, command) : the condition under which the role sees or adds a row; null: every row
 -- As in PostgreSQL: permissive policies are joined by OR, restrictive ones by AND; without a permissive policy, no row.
-create or replace function relay.policy_for(relation regclass, role oid) returns text
+drop function if exists relay.policy_for(regclass, oid);
+create or replace function relay.policy_for(relation regclass, role oid, command "char" default 'r') returns text
 language plpgsql stable
 set search_path = ''
 set jit = off
@@ -75,17 +80,18 @@ begin
           pg_catalog.concat_ws(' and ',
             pg_catalog.string_agg(p.condition, ' and ' order by p.name) filter (where not p.permissive),
             '(' || pg_catalog.string_agg(p.condition, ' or ' order by p.name desc) filter (where p.permissive) || ')') end
-        from relay.policies_for(relation, role) p)
+        from relay.policies_for(relation, role, command) p)
       end
     from pg_catalog.pg_class c, pg_catalog.pg_roles r
     where c.oid = relation and r.oid = role);
 end
 $$;
-comment on function relay.policy_for(regclass, oid) is 'condition under which a role sees a row of the relation; null: every row';
+comment on function relay.policy_for(regclass, oid, "char") is 'condition under which a role sees or adds a row of the relation; null: every row';
 
--- relay.policy_parts(relation, role) : the objects that the role's policies refer to, besides system objects and the relation itself
+-- relay.policy_parts(relation, role, command) : the objects that the role's policies refer to, besides system objects and the relation itself
 -- `part` is the column, 0 for the whole object.
-create or replace function relay.policy_parts(relation regclass, role oid)
+drop function if exists relay.policy_parts(regclass, oid);
+create or replace function relay.policy_parts(relation regclass, role oid, command "char" default 'r')
 returns table (class regclass, object oid, part int)
 language plpgsql stable rows 4
 set search_path = ''
@@ -98,13 +104,14 @@ begin
     -- Not relay.policies_for(), which deparses each policy and locks the tables in it.
     from pg_catalog.pg_policy p
     join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass and d.objid = p.oid
-    where p.polrelid = relation and p.polcmd in ('r', '*') and p.polqual is not null
+    where p.polrelid = relation and p.polcmd in (command, '*')
+      and case command when 'a' then coalesce(p.polwithcheck, p.polqual) else p.polqual end is not null
       and (0::oid = any (p.polroles)
            or exists (select from pg_catalog.unnest(p.polroles) m where pg_catalog.pg_has_role(role, m, 'usage')))
       and d.refobjid <> relation;
 end
 $$;
-comment on function relay.policy_parts(regclass, oid) is 'objects that the policies of a relation refer to, for a role';
+comment on function relay.policy_parts(regclass, oid, "char") is 'objects that the policies of a relation refer to, for a role';
 
 -- relay.subjects(parts) : the watched relations, and those of these tables that are partitions of one; null: those in relay.named_parts
 -- `whole` is the watched relation: of several above a partition the nearest. A partition that is watched itself stands for itself.
@@ -126,6 +133,15 @@ language sql stable as $$
    order by a.part, a.height)
 $$;
 comment on function relay.subjects(oid[]) is 'watched relations, and partitions of them';
+
+-- relay.topic_table() : the table whose policies say who may use which private channel, if there is one
+create or replace function relay.topic_table() returns table (relation oid)
+language sql stable
+set search_path = '' as $$
+  select c.oid from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+  where n.nspname = 'realtime' and c.relname = 'messages' and c.relkind in ('r', 'p')
+$$;
+comment on function relay.topic_table() is 'table whose policies say who may use which private channel';
 
 -- relay.body_reads(func) : the tables and functions that the body of an SQL function may read
 -- pg_depend knows those of a body with BEGIN ATOMIC. Of a body that is a string, each object counts whose name occurs in it, in
@@ -167,8 +183,8 @@ $$;
 comment on function relay.body_reads(oid) is 'tables and functions that the body of an SQL function may read';
 
 -- relay.policy_reads(parts) : the tables and functions that the policies of each subject read, and those that these read, for any role
--- `subject` is a watched relation or one of these partitions, as in relay.subjects(); it is itself among its tables. `relation` is
--- the id in relay.watch_list.
+-- `subject` is a watched relation or one of these partitions, as in relay.subjects(), or the table whose policies are those of
+-- private channels; it is itself among its tables. `relation` is the id in relay.watch_list, 0 for private channels.
 create or replace function relay.policy_reads(parts oid[]) returns table (relation int, subject oid, class oid, object oid)
 language plpgsql stable rows 100
 set search_path = ''
@@ -188,6 +204,8 @@ begin
       where d.refclassid in (of_tables, of_procs)
     ), subjects (relation, subject) as materialized (
       select s.id, s.relation::oid from relay.subjects(parts) s
+      union
+      select 0, m.relation from relay.topic_table() m
     ), reached (class, object) as (
       select of_tables, s.subject from subjects s
       union
@@ -310,12 +328,13 @@ set search_path = '' as $$
 $$;
 comment on function relay.has_own_casts() is 'whether there is a user-defined cast between system types';
 
--- relay.bodies_for(relation, role, bodies) : the bodies that may replace calls in the policies by which the role reads the relation
+-- relay.bodies_for(relation, role, bodies, command) : the bodies that may replace calls in the policies by which the role reads the relation
 -- secured: tables that the policies or these functions read as the role, and that have row security for it, for their policies, too
 -- tables: all tables that the bodies read; own_tables: those that they read as the role; functions: all that are called
 -- locked: a body could not be read, because one of its tables is locked: its "sql" is null
 -- A body is read with the rights of the role, or of the owner of a definer. It is left out if one of these rights is missing.
-create or replace function relay.bodies_for(relation regclass, role oid, given jsonb)
+drop function if exists relay.bodies_for(regclass, oid, jsonb);
+create or replace function relay.bodies_for(relation regclass, role oid, given jsonb, command "char" default 'r')
 returns table (secured oid[], tables oid[], own_tables oid[], functions oid[], bodied oid[], bodies jsonb, past boolean, locked boolean)
 language plpgsql stable rows 1
 set search_path = ''
@@ -340,7 +359,7 @@ begin
     from nodes n
     cross join lateral (
       select d.class::oid, d.object, role
-      from relay.policy_parts(n.object, role) d
+      from relay.policy_parts(n.object, role, case when n.object = relation then command else 'r' end) d
       where n.class = of_tables and n.acting = role and d.class in (of_tables, of_procs)
         and (n.object = relation or relay.is_secured(n.object, role))
       union all
@@ -402,12 +421,12 @@ begin
     exists (select from called c join known k on k.func = c.func and k.sql is null);
 end
 $$;
-comment on function relay.bodies_for(regclass, oid, jsonb) is 'bodies that may replace calls in the policies of a relation, for a role';
+comment on function relay.bodies_for(regclass, oid, jsonb, "char") is 'bodies that may replace calls in the policies of a relation, for a role';
 
--- relay.rights(relation, role, login, bodies) : the role's policies, and what they depend on
+-- relay.rights(relation, role, login, bodies, command) : the role's policies, and what they depend on
 -- {"policies": [{"name", "permissive", "condition"}]  in PostgreSQL's own order
 --  "helpers": {"auth.uid": {"returns": "uuid", "body": "..."}}  functions that may be replaced by their body
---  "name": "public.todos"  the relation
+--  "name": "public.todos"  the relation, if it may not be looked into: only a policy for adding rows may read its own table
 --  "tables": ["public.members"]  tables that policies read and that show the role all their rows
 --  "secured": {"public.owners": {"table", "policy", "columns"}}  tables that policies read and that have row security for the
 --    role, with its policy. What these policies depend on is included in all other fields, too.
@@ -427,8 +446,8 @@ comment on function relay.bodies_for(regclass, oid, jsonb) is 'bodies that may r
 -- path of the caller, so pg_catalog must come first in it. User-defined functions and operators may read any setting;
 -- user-defined types have functions of their own, enums apart; under a nondeterministic collation, equal values can have
 -- different texts.
-drop function if exists relay.rights(regclass, oid), relay.rights(regclass, oid, text);
-create or replace function relay.rights(relation regclass, role oid, login text, bodies jsonb default null) returns jsonb
+drop function if exists relay.rights(regclass, oid), relay.rights(regclass, oid, text), relay.rights(regclass, oid, text, jsonb);
+create or replace function relay.rights(relation regclass, role oid, login text, bodies jsonb default null, command "char" default 'r') returns jsonb
 language plpgsql stable
 set search_path = ''
 set jit = off
@@ -458,10 +477,10 @@ begin
   select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
       'name', p.name, 'permissive', p.permissive, 'condition', p.condition)), '[]')
     into policies
-  from relay.policies_for(relation, role) p;
+  from relay.policies_for(relation, role, command) p;
   select r.secured, r.tables, r.own_tables, r.functions, r.bodied, r.bodies, r.past, r.locked
     into secured, read_tables, own_tables, nested, bodied, read_bodies, past, locked
-  from relay.bodies_for(relation, role, bodies) r;
+  from relay.bodies_for(relation, role, bodies, command) r;
   select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.format('%I.%I', n.nspname, c.relname), pg_catalog.jsonb_build_object(
            'table', c.relname, 'policy', relay.policy_for(c.oid, role), 'columns', (
              select pg_catalog.jsonb_agg(a.attname)
@@ -491,9 +510,11 @@ begin
                                          'pg_catalog.pg_type'::pg_catalog.regclass)), '{}')
     into procs, classes, parts, types, others
   from (
-    select distinct p.* from pg_catalog.unnest(secured || relation::oid) t (oid) cross join lateral relay.policy_parts(t.oid, role) p) d;
+    select distinct p.* from pg_catalog.unnest(secured || relation::oid) t (oid)
+    cross join lateral relay.policy_parts(t.oid, role, case when t.oid = relation then command else 'r' end) p) d;
   missing := array(
-    select distinct m from pg_catalog.unnest(secured || relation::oid) t (oid), pg_catalog.unnest(relay.missing_grants(t.oid, role)) m order by m);
+    select distinct m from pg_catalog.unnest(secured || relation::oid) t (oid),
+    pg_catalog.unnest(relay.missing_grants(t.oid, role, case when t.oid = relation then command else 'r' end)) m order by m);
 
   select coalesce(pg_catalog.jsonb_object_agg(pg_catalog.format('%I.%I', n.nspname, p.proname), pg_catalog.jsonb_build_object(
            'returns', pg_catalog.format_type(p.prorettype, null), 'body', p.prosrc)), '{}'),
@@ -527,7 +548,7 @@ begin
 
   return pg_catalog.jsonb_build_object(
     'name', (
-      select pg_catalog.format('%I.%I', n.nspname, c.relname)
+      select case when command = 'a' then '' else pg_catalog.format('%I.%I', n.nspname, c.relname) end
       from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = relation),
     'policies', policies,
     'helpers', helpers,
@@ -559,7 +580,7 @@ begin
         and not case when d.part > 0 then pg_catalog.has_column_privilege(role, c.oid, d.part::smallint, 'select')
                      else pg_catalog.has_any_column_privilege(role, c.oid, 'select') end),
     'missing', pg_catalog.to_jsonb(missing),
-    'unusable', relay.missing_usage(relation, role, login),
+    'unusable', relay.missing_usage(relation, role, login, command),
     -- Views, tables with row security, and types may call functions, too.
     'calls_own', others <> '{}' or looks_up
       or exists (
@@ -584,13 +605,13 @@ begin
       where a.attrelid = any (classes || read_tables) and a.attnum > 0 and not l.collisdeterministic)));
 end
 $$;
-comment on function relay.rights(regclass, oid, text, jsonb) is 'policies of a relation for a role, and what they depend on';
+comment on function relay.rights(regclass, oid, text, jsonb, "char") is 'policies of a relation for a role, and what they depend on';
 
--- relay.access(relation, role, login) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role may select nothing
+-- relay.access(relation, role, login, bodies, command) -> {"columns": [...], "policy": ..., "judge": ...}, null if the role has a right on no column
 -- {"columns": [...], "pending": true} if a policy cannot be read because a table in it is locked: PostgreSQL opens the tables
 -- of a policy to deparse it. The caller sets lock_timeout; after the first timeout it is 1 ms for the remaining relations.
-drop function if exists relay.access(regclass, oid), relay.access(regclass, oid, text);
-create or replace function relay.access(relation regclass, role oid, login text, bodies jsonb default null) returns jsonb
+drop function if exists relay.access(regclass, oid), relay.access(regclass, oid, text), relay.access(regclass, oid, text, jsonb);
+create or replace function relay.access(relation regclass, role oid, login text, bodies jsonb default null, command "char" default 'r') returns jsonb
 language plpgsql stable
 set search_path = ''
 set jit = off
@@ -604,7 +625,7 @@ begin
       select pg_catalog.jsonb_agg(a.attname order by a.attnum)
       from pg_catalog.pg_attribute a
       where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-        and pg_catalog.has_column_privilege(role, a.attrelid, a.attnum, 'select'))
+        and pg_catalog.has_column_privilege(role, a.attrelid, a.attnum, case command when 'a' then 'insert' else 'select' end))
     into kind, columns
   from pg_catalog.pg_class c
   where c.oid = relation and pg_catalog.has_schema_privilege(role, c.relnamespace, 'usage');
@@ -612,17 +633,17 @@ begin
     return null;
   end if;
   begin
-    policy := relay.policy_for(relation, role);
+    policy := relay.policy_for(relation, role, command);
     return pg_catalog.jsonb_build_object('columns', columns, 'policy', policy,
       'judge', relay.judge_statement(relation, policy),
-      'rights', case when policy is not null and kind not in ('m', 'f') then relay.rights(relation, role, login, bodies) else '{}' end);
+      'rights', case when policy is not null and kind not in ('m', 'f') then relay.rights(relation, role, login, bodies, command) else '{}' end);
   exception when lock_not_available then
     perform pg_catalog.set_config('lock_timeout', '1ms', true);
     return pg_catalog.jsonb_build_object('columns', columns, 'pending', true);
   end;
 end
 $$;
-comment on function relay.access(regclass, oid, text, jsonb) is 'what a role may see of a relation: columns, policy, and the statement that evaluates it';
+comment on function relay.access(regclass, oid, text, jsonb, "char") is 'what a role may see of a relation or add to it: columns, policy, and the statement that evaluates it';
 
 -- relay.schema_changes_are_logged() : whether the event triggers exist and are enabled ALWAYS
 -- session_replication_role would disable a trigger that fires only in sessions of origin.
@@ -805,6 +826,20 @@ language sql stable as $$
 $$;
 comment on function relay.capture_mode(oid, int) is 'how the capture triggers of a watched relation are enabled';
 
+-- relay.catalog_columns(relation) : the columns of a relation as relay.catalog() describes them
+create or replace function relay.catalog_columns(relation oid) returns jsonb
+language sql stable as $$
+  select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+    'num', a.attnum, 'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, null),
+    'known', relay.known_kind(a.atttypid, a.attcollation), 'many', t.typcategory = 'A',
+    'folding', relay.known_folding(a.atttypid, a.attcollation),
+    'plain', t.typtype in ('b', 'e', 'r', 'm'), 'domain', t.typtype = 'd') order by a.attnum), '[]')
+  from pg_catalog.pg_attribute a
+  join pg_catalog.pg_type t on t.oid = a.atttypid
+  where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+$$;
+comment on function relay.catalog_columns(oid) is 'columns of a relation as the catalog describes them';
+
 -- A relation whose trigger is disabled or dropped is absent; its subscribers get a gap.
 -- A role that does not exist, lacks USAGE on the schema or may select no column is absent from "access". A locked table affects
 -- only the relations whose policies read it.
@@ -836,15 +871,7 @@ set jit = off as $$
     'leave_events', w.leave_events,
     'full', c.relreplident = 'f',
     'key', pg_catalog.to_jsonb(relay.key(w.relation)),
-    'columns', (
-      select coalesce(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
-        'num', a.attnum, 'name', a.attname, 'type', t.typname, 'readable_type', pg_catalog.format_type(a.atttypid, null),
-        'known', relay.known_kind(a.atttypid, a.attcollation), 'many', t.typcategory = 'A',
-        'folding', relay.known_folding(a.atttypid, a.attcollation),
-        'plain', t.typtype in ('b', 'e', 'r', 'm'), 'domain', t.typtype = 'd') order by a.attnum), '[]')
-      from pg_catalog.pg_attribute a
-      join pg_catalog.pg_type t on t.oid = a.atttypid
-      where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
+    'columns', relay.catalog_columns(c.oid),
     -- null: the recorded shape is not the current one, so images cannot be read.
     'shape', (
       select s.shape from relay.shapes s
@@ -868,7 +895,8 @@ comment on function relay.catalog(text[], text, int[], oid[], jsonb) is 'watched
 
 -- relay.catalog_marks(roles, login, parts) : hashes of the inputs of relay.catalog(), by part of the result
 -- kind `database`: inputs of all entries, including the schemas that the judging login may use and the roles with BYPASSRLS that
--- it may act as; `role`, by role name: the role and the roles that it is a member of; `relation`, by id in relay.watch_list.
+-- it may act as; `role`, by role name: the role and the roles that it is a member of; `relation`, by id in relay.watch_list;
+-- `topics`: inputs of relay.topic_rules().
 -- Hashes values and not row versions, which TRUNCATE or VACUUM FULL change, too. Policies enter in parsed form, with the names
 -- of the objects they refer to: deparsing a policy would lock its tables, and wait for a transaction that alters one.
 -- plpgsql with a generic plan, because planning takes longer than the query.
@@ -993,7 +1021,23 @@ begin
       left join referenced r on r.relation = w.relation
       left join looked_up l on l.relation = w.relation
       left join unique_keys u on u.relation = w.relation
-      left join bodies b on b.relation = w.relation)
+      left join bodies b on b.relation = w.relation
+      union all
+      select 'topics', '', pg_catalog.concat_ws('|', c.oid, c.relkind, c.relowner, c.relrowsecurity, c.relforcerowsecurity, c.relacl::text,
+        s.nspowner, s.nspacl::text,
+        (select pg_catalog.string_agg(pg_catalog.concat_ws(',', a.attnum, a.attname, a.atttypid, a.attcollation, a.attacl::text), ';' order by a.attnum)
+         from pg_catalog.pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
+        (select pg_catalog.string_agg(pg_catalog.concat_ws(',', p.polname, p.polpermissive, p.polcmd, p.polroles::text,
+                  p.polqual::text, '.', p.polwithcheck::text), ';' order by p.oid)
+         from pg_catalog.pg_policy p where p.polrelid = c.oid),
+        r.fact, l.fact, u.fact, b.fact)
+      from relay.topic_table() m
+      join pg_catalog.pg_class c on c.oid = m.relation
+      join pg_catalog.pg_namespace s on s.oid = c.relnamespace
+      left join referenced r on r.relation = m.relation
+      left join looked_up l on l.relation = m.relation
+      left join unique_keys u on u.relation = m.relation
+      left join bodies b on b.relation = m.relation)
     select f.kind, f.name, pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 0)) || '.' || pg_catalog.to_hex(pg_catalog.hashtextextended(f.facts, 1))
     from (select facts.kind, facts.name, pg_catalog.string_agg(facts.fact, '|' order by facts.fact) as facts from facts group by 1, 2) f;
 end

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use crate::model::catalog::relation::Catalog;
+use crate::model::catalog::topic_rules::TopicAct;
 use crate::model::policy::plan::PlanKind;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::changelog::doorbell::Doorbell;
@@ -363,6 +365,7 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
     cache.with_role("anon").await?;
     let catalog = cache.with_role("authenticated").await?;
     let mut findings: Vec<Finding> = catalog.missing_grants().map(Fault).collect();
+    findings.extend(private_channels(&catalog));
     for relation in catalog.relations() {
         for role in ["authenticated", "anon"] {
             let Some(plan) = relation.access(role).map(|access| &access.plan) else { continue };
@@ -379,6 +382,33 @@ async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error
         }
     }
     Ok(findings)
+}
+
+/// Reports what keeps all tokens of a role from private channels, and rules that cost a statement for each join.
+fn private_channels(catalog: &Catalog) -> Vec<Finding> {
+    // Its absence is reported with the broadcasts from SQL.
+    let Some(rules) = catalog.topics() else { return Vec::new() };
+    let mut findings = Vec::new();
+    for (act, what) in [(TopicAct::Read, "join"), (TopicAct::Write, "send to")] {
+        for role in ["authenticated", "anon"] {
+            match rules.access(act, role) {
+                Err(why) => findings.push(Note(format!("private channels: {role} may {what} none: {why}"))),
+                Ok(access) => findings.extend(access.plan.obstacles.first().map(|obstacle| {
+                    Note(format!(
+                        "private channels: each {role} who wants to {what} one costs a statement, because {}. For many clients: \
+                         compare realtime.topic() with claims, or query membership tables by `exists (select from … where … = auth.uid())`",
+                        obstacle.why
+                    ))
+                })),
+            }
+        }
+    }
+    if findings.is_empty() {
+        findings.push(Good(String::from(
+            "the policies of realtime.messages say who may use which private channel",
+        )));
+    }
+    findings
 }
 
 async fn relations(client: &Client) -> Result<Vec<Finding>, Error> {

@@ -9,6 +9,7 @@ use tokio::time::sleep;
 use crate::feed::authorize::gate::Gate;
 use crate::feed::command::{Command, FollowOutcome};
 use crate::feed::deliver::fan_out::{deliver_to_one, now};
+use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::{GroupKey, NOT_WATCHED, Subscriber, SubscriberGroup, TABLE_CHANGED};
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::handle::Feed;
@@ -151,6 +152,16 @@ impl CatchUp {
     /// Ends the catch-up; delivery continues until the channel leaves.
     pub fn settle(mut self) {
         self.is_detached = true;
+    }
+
+    /// Tells a gap, and delivers what comes from now on until the channel leaves.
+    pub fn begin_anew(self, why: &str) {
+        let (outbox, subscription) = (Arc::clone(&self.outbox), self.subscription.clone());
+        let gap = Frame::notice(self.codec.encoding().gap(why, None), outbox.budget());
+        let codec = self.codec.clone();
+        let subscriber = Subscriber { codec, subscription, since: None, outbox, missed: None };
+        self.feed.join(self.channel, subscriber, vec![gap]);
+        self.settle();
     }
 
     /// Returns its subscription.

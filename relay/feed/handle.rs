@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use time::{OffsetDateTime, PrimitiveDateTime};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
@@ -23,11 +24,14 @@ use crate::model::identity::bookmark::{BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::channel::ChannelId;
+use crate::model::session::join::Recall;
 use crate::model::session::limits::RowLimit;
+use crate::model::session::stored_broadcast::Recalled;
 use crate::model::subscription::binding::{Scope, Subscription};
 use crate::model::subscription::paging::{PageToken, Paging};
 use crate::model::subscription::request::{Request, Target};
 use crate::observe::Observe;
+use crate::postgres::broadcast_history::BroadcastHistory;
 use crate::postgres::connect::pool::Error;
 use crate::postgres::connect::within::within;
 use crate::postgres::snapshot_rows::{RowSink, RowsRead, Selection, SnapshotRows};
@@ -40,6 +44,7 @@ pub struct Feed {
     replay_reader: Arc<ReplayReader>,
     rows: Arc<SnapshotRows>,
     bookmarks: BookmarkHandle,
+    history: Arc<BroadcastHistory>,
     observe: Arc<Observe>,
 }
 
@@ -72,6 +77,7 @@ impl Feed {
         replay_reader: Arc<ReplayReader>,
         rows: SnapshotRows,
         bookmarks: BookmarkHandle,
+        history: BroadcastHistory,
         observe: Arc<Observe>,
     ) -> Self {
         Self {
@@ -80,6 +86,7 @@ impl Feed {
             replay_reader,
             rows: Arc::new(rows),
             bookmarks,
+            history: Arc::new(history),
             observe,
         }
     }
@@ -103,10 +110,21 @@ impl Feed {
         Ok(subscription)
     }
 
-    /// Whether an identity may read a private topic. No: private channels are not available yet.
-    #[expect(clippy::unused_async, reason = "policies are judged by PostgreSQL")]
-    pub async fn may_read_topic(&self, _identity: &Identity, _topic: &str) -> bool {
-        false
+    /// Returns the stored broadcasts that a private channel wants again, and the cursor after them.
+    ///
+    /// # Errors
+    /// When PostgreSQL does not answer in time.
+    pub async fn recall(&self, channel: &str, recall: Recall) -> Result<Recalled, BindError> {
+        let milliseconds = i128::from(recall.since).saturating_mul(1_000_000);
+        // Nothing is of a time that has no date.
+        let since = OffsetDateTime::from_unix_timestamp_nanos(milliseconds)
+            .unwrap_or(PrimitiveDateTime::MAX.assume_utc());
+        let read =
+            within(BIND_TIMEOUT, "the stored broadcasts", self.history.newest(channel, since, recall.limit));
+        read.await.map_err(|error| {
+            tracing::warn!(error = %error, "stored broadcasts not read");
+            BindError::Unavailable
+        })
     }
 
     /// Starts delivery to a channel, or changes its subscription; `greeting` goes out first.

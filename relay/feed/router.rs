@@ -378,6 +378,9 @@ impl Router {
         for secondary in &self.secondary {
             secondary.add(item.clone(), self.position.as_ref());
         }
+        if !self.secondary.is_empty() {
+            self.catalog.note_changes(item.relations());
+        }
         match item {
             FeedItem::Changes(batch) => {
                 let more = batch.more;

@@ -39,7 +39,7 @@ pub enum BindError {
 }
 
 /// Time limit of a join for PostgreSQL; clients give up after ten seconds.
-pub(super) const BIND_TIMEOUT: Duration = Duration::from_secs(8);
+pub const BIND_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Why a request failed.
 #[derive(Debug)]

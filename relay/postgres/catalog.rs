@@ -11,6 +11,7 @@ use tokio::sync::{Mutex, watch};
 use crate::model::catalog::held_parts::{HeldParts, NamedParts};
 use crate::model::catalog::marks::{Marks, Outdated};
 use crate::model::catalog::relation::{Catalog, PartNames, Relation, Widening};
+use crate::model::catalog::topic_rules::TopicRules;
 use crate::model::identity::claims::Claims;
 use crate::model::row::change::RelationId;
 use crate::model::subscription::filter::{Condition, Filter};
@@ -35,6 +36,17 @@ pub struct CatalogCache {
     // Held across the query on purpose: callers that arrive meanwhile share its result.
     state: Mutex<CacheState>,
     scope: watch::Sender<Arc<RuleScope>>,
+    topics: watch::Sender<TopicState>,
+}
+
+/// The rules of private channels as far as they are known.
+#[derive(Debug, Default)]
+pub struct TopicState {
+    rules: Option<Arc<TopicRules>>,
+    /// The watched relations that they look into.
+    looked_into: BTreeSet<i32>,
+    /// Changes with the rules and with these relations.
+    pub version: u64,
 }
 
 /// The inputs of the mark of a page, by object id: see `relay.rules_mark()`.
@@ -108,13 +120,29 @@ impl CatalogCache {
             checked: None,
             pending_tried: None,
         };
-        let scope = watch::Sender::default();
-        Self { pool, filters, judge, state: Mutex::new(state), scope }
+        let (scope, topics) = (watch::Sender::default(), watch::Sender::default());
+        Self { pool, filters, judge, state: Mutex::new(state), scope, topics }
     }
 
     /// The inputs for the mark of the next page.
     pub fn scope(&self) -> watch::Receiver<Arc<RuleScope>> {
         self.scope.subscribe()
+    }
+
+    /// The rules of private channels, as far as they are known.
+    pub fn topics(&self) -> watch::Receiver<TopicState> {
+        self.topics.subscribe()
+    }
+
+    /// Notes that these relations have changed: private channels whose rules look into one of them are judged again.
+    pub fn note_changes(&self, relations: impl Iterator<Item = RelationId>) {
+        let mut relations = relations;
+        self.topics.send_if_modified(|state| {
+            let concerns = !state.looked_into.is_empty()
+                && relations.any(|relation| state.looked_into.contains(&relation.watched));
+            state.version += u64::from(concerns);
+            concerns
+        });
     }
 
     /// Returns the catalog that is valid for a page with this mark, up to a schema change in the changelog.
@@ -164,7 +192,14 @@ impl CatalogCache {
     /// # Errors
     /// As the connection.
     pub async fn has_characters_of(&self, claims: &Claims) -> Result<bool, Error> {
-        let plain = claims.plain();
+        self.has_characters(&claims.plain()).await
+    }
+
+    /// Whether the database's encoding has all characters of this text.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn has_characters(&self, plain: &str) -> Result<bool, Error> {
         if plain.is_ascii() {
             return Ok(true);
         }
@@ -271,6 +306,8 @@ impl CatalogCache {
         let mut reads = 0;
         loop {
             let mut outdated = state.marks.outdated(&current.marks);
+            // A role that may do nothing has no mark, and is told why.
+            outdated.topics |= state.catalog.topics().is_some_and(|topics| !topics.know(&state.roles));
             let pending = state.catalog.pending();
             let has_changed = !outdated.is_empty();
             if !has_changed
@@ -295,6 +332,7 @@ impl CatalogCache {
             }
             if !outdated.everything {
                 outdated.relations.extend(state.catalog.pending_relations());
+                outdated.topics |= state.catalog.topics().is_some_and(|topics| topics.is_pending());
                 state.pending_tried = Some(Instant::now());
             }
             let catalog = self.load(client, state, &outdated).await?;
@@ -314,6 +352,7 @@ impl CatalogCache {
                 }
                 state.catalog = Arc::new(catalog);
                 state.parts.retain(&state.catalog);
+                self.note_topics(&state.catalog);
                 tracing::debug!(relation.count = state.catalog.relations().count(), "catalog loaded");
             }
             state.marks = before.marks;
@@ -353,6 +392,20 @@ impl CatalogCache {
         }
         let scope = RuleScope { roles: row.get(3), owned: row.get(4) };
         Ok(Fingerprint { marks, scope, mark: row.get(5), widened: row.get(6) })
+    }
+
+    /// Publishes the rules of private channels.
+    fn note_topics(&self, catalog: &Catalog) {
+        let rules = catalog.topics();
+        self.topics.send_if_modified(|known| {
+            known.looked_into = rules.into_iter().flat_map(|rules| catalog.watched(rules.tables())).collect();
+            if known.rules.as_ref().map(Arc::as_ptr) == rules.map(Arc::as_ptr) {
+                return false;
+            }
+            known.rules = rules.cloned();
+            known.version += 1;
+            true
+        });
     }
 
     /// Renews the recorded shapes, before the catalog is read, so that they match its columns. If that fails, changes of a
@@ -397,6 +450,12 @@ impl CatalogCache {
                 .renewed(&outdated.relations, read, &outdated.roles, others)
                 .with_roles(state.roles.clone())
         };
+        let needs_topics = outdated.everything || outdated.topics || !outdated.roles.is_empty();
+        let topics = match needs_topics {
+            true => self.read_topics(client, &roles).await?,
+            false => state.catalog.topics().cloned(),
+        };
+        let catalog = catalog.with_topics(topics);
         // Read after the rules, so that no rule in the catalog lacks its widening.
         Ok(catalog.with_widenings(self.widenings(client, state).await?))
     }
@@ -427,6 +486,21 @@ impl CatalogCache {
             }
         }
         Ok(rows)
+    }
+
+    /// Reads what these roles may do in private channels.
+    async fn read_topics(
+        &self,
+        client: &Client,
+        roles: &[&String],
+    ) -> Result<Option<Arc<TopicRules>>, Error> {
+        let read = client.prepare_cached("select relay.topic_rules($1, $2)::text").await?;
+        let row = client.query_opt(&read, &[&roles, &self.judge]).await?;
+        let Some(text) = row.and_then(|row| row.get::<_, Option<String>>(0)) else { return Ok(None) };
+        let rules: TopicRules = serde_json::from_str(&text).map_err(|error| {
+            Error::Unfit(format!("relay.topic_rules returned an unexpected value: {error}"))
+        })?;
+        Ok(Some(Arc::new(rules.compiled())))
     }
 
     /// Reads the positions at which rules were widened for the known roles.

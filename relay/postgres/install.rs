@@ -35,6 +35,7 @@ const FILES: &[(&str, &str)] = &[
     ("106_refresh.sql", include_str!("../../sql/106_refresh.sql")),
     ("107_auth.sql", include_str!("../../sql/107_auth.sql")),
     ("107_collections.sql", include_str!("../../sql/107_collections.sql")),
+    ("107_topics.sql", include_str!("../../sql/107_topics.sql")),
     ("108_schema_changes.sql", include_str!("../../sql/108_schema_changes.sql")),
     ("109_explain.sql", include_str!("../../sql/109_explain.sql")),
     ("110_retention.sql", include_str!("../../sql/110_retention.sql")),

@@ -24,6 +24,7 @@ const SMALL: usize = 64;
 /// A topic with members.
 pub struct Topic {
     name: Arc<str>,
+    is_private: bool,
     budget: Arc<MemoryBudget>,
     state: Mutex<TopicState>,
 }
@@ -58,6 +59,8 @@ pub struct Member {
     pub join: Reference,
     /// Whether it receives its own broadcasts.
     pub receives_own: bool,
+    /// Whether it receives broadcasts of others.
+    pub receives_broadcasts: bool,
     /// What it knows of the presence.
     pub presence: Following,
 }
@@ -65,6 +68,8 @@ pub struct Member {
 /// What a member knows of the presence in its topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Following {
+    /// Nothing, whatever happens: it may not.
+    Forbidden,
     /// Nothing: it did not ask.
     Off,
     /// Nothing yet: it gets the state first.
@@ -84,8 +89,13 @@ pub enum Schedule {
 
 impl Topic {
     /// Creates a topic without members.
-    pub fn new(name: Arc<str>, budget: Arc<MemoryBudget>) -> Self {
-        Self { name, budget, state: Mutex::default() }
+    pub fn new(name: Arc<str>, is_private: bool, budget: Arc<MemoryBudget>) -> Self {
+        Self { name, is_private, budget, state: Mutex::default() }
+    }
+
+    /// Whether its members are private channels.
+    pub fn is_private(&self) -> bool {
+        self.is_private
     }
 
     /// Returns its name.
@@ -125,6 +135,19 @@ impl Topic {
         state.audiences.is_empty()
     }
 
+    /// Changes what a member receives. If it may know of the presence from now on and wants to, it gets the state first.
+    pub fn permit(&self, id: MemberId, receives_broadcasts: bool, presence: Following) {
+        let mut state = self.lock();
+        let member = state.audiences.iter_mut().find_map(|audience| audience.members.get_mut(&id));
+        let Some(member) = member else { return };
+        member.receives_broadcasts = receives_broadcasts;
+        let may_follow = presence != Following::Forbidden;
+        if may_follow != (member.presence != Following::Forbidden) {
+            member.presence = presence;
+            state.is_awaited |= presence == Following::Awaits;
+        }
+    }
+
     /// Marks the topic as removed if it has no member.
     pub fn remove_if_empty(&self) -> bool {
         let mut state = self.lock();
@@ -148,7 +171,9 @@ impl Topic {
                 }
                 _ => Frame::push(wrapping, Arc::clone(&content), &self.budget),
             };
-            let receives = |(id, member): &(&MemberId, &Member)| Some(**id) != sender || member.receives_own;
+            let receives = |(id, member): &(&MemberId, &Member)| {
+                member.receives_broadcasts && (Some(**id) != sender || member.receives_own)
+            };
             for (_, member) in members.iter().filter(receives) {
                 count += 1;
                 if member.outbox.publish([frame.clone()]) {
@@ -232,7 +257,7 @@ impl Topic {
             let diff = self.diff_frames(*protocol, &diff);
             for (id, member) in members {
                 match std::mem::replace(&mut member.presence, Following::Follows) {
-                    Following::Off => member.presence = Following::Off,
+                    unchanged @ (Following::Off | Following::Forbidden) => member.presence = unchanged,
                     Following::Follows => _ = member.outbox.publish(diff.iter().cloned()),
                     Following::Awaits => {
                         let has_changed = presence.has_changed(*id);

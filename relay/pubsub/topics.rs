@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
 use crate::feed::deliver::outbox::Outbox;
+use crate::model::catalog::topic_rules::TopicRights;
 use crate::model::codec::protocol::SocketProtocol;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::ChannelId;
@@ -32,7 +33,8 @@ const EASE_INTERVAL: Duration = Duration::from_millis(2);
 pub struct Topics {
     node: NodeId,
     // A lock is held only to find, add or remove a topic, never while one delivers.
-    shards: [Mutex<HashMap<Arc<str>, Arc<Topic>>>; SHARDS],
+    public: Shards,
+    private: Shards,
     hasher: RandomState,
     limits: TopicLimits,
     budget: Arc<MemoryBudget>,
@@ -44,6 +46,9 @@ pub struct Topics {
     references: AtomicU64,
 }
 
+/// Topics by their names.
+type Shards = [Mutex<HashMap<Arc<str>, Arc<Topic>>>; SHARDS];
+
 /// The membership of a channel in its topic. Dropping it ends the membership, and what the channel tracks.
 pub struct Membership {
     topics: Arc<Topics>,
@@ -51,6 +56,8 @@ pub struct Membership {
     id: MemberId,
     /// The key of its presence.
     key: Arc<str>,
+    /// Whether it asked for the presence.
+    wants_presence: bool,
     /// Memory of what it tracks.
     reserved: Reserved,
 }
@@ -78,7 +85,8 @@ impl Topics {
         let hasher = RandomState::new();
         Arc::new(Self {
             node: NodeId(hasher.hash_one("node")),
-            shards: Default::default(),
+            public: Default::default(),
+            private: Default::default(),
             hasher,
             limits,
             budget,
@@ -94,7 +102,7 @@ impl Topics {
         MemberId { node: self.node, channel }
     }
 
-    /// Makes a channel a member of its topic. If it asked for the presence, the state is queued for it, after everything that is
+    /// Makes a channel a member of its topic; `private` is what it may read of a private one. If it asked for the presence, the state is queued for it, after everything that is
     /// queued already and before any change.
     pub fn enter(
         self: &Arc<Self>,
@@ -102,22 +110,25 @@ impl Topics {
         name: ChannelName,
         protocol: &'static dyn SocketProtocol,
         membership: MembershipOptions,
+        private: Option<TopicRights>,
         outbox: Arc<Outbox>,
     ) -> Membership {
         let id = self.member(channel);
         let MembershipOptions { receives_own, presence_key, wants_presence } = membership;
-        let presence = if wants_presence { Following::Awaits } else { Following::Off };
-        let mut member = Member { outbox, join: name.join, receives_own, presence };
+        let rights = private.unwrap_or(TopicRights::ALL);
+        let presence = following(rights, wants_presence);
+        let receives_broadcasts = rights.broadcast;
+        let mut member = Member { outbox, join: name.join, receives_own, receives_broadcasts, presence };
         let topic = loop {
-            let topic = self.find_or_create(&name.topic);
+            let topic = self.find_or_create(&name.topic, private.is_some());
             match topic.enter(id, protocol, member) {
                 Ok(()) => break topic,
                 Err(returned) => member = returned,
             }
         };
         let key = if presence_key.is_empty() { self.new_key() } else { Arc::from(presence_key) };
-        let membership =
-            Membership { topics: Arc::clone(self), topic, id, key, reserved: self.budget.reserved() };
+        let (topics, reserved) = (Arc::clone(self), self.budget.reserved());
+        let membership = Membership { topics, topic, id, key, wants_presence, reserved };
         membership.settle();
         membership
     }
@@ -128,11 +139,11 @@ impl Topics {
     /// If there is no memory for it, even after slow clients were closed.
     pub fn publish(
         &self,
-        topic: &str,
+        (topic, is_private): (&str, bool),
         sender: Option<ChannelId>,
         broadcast: Broadcast,
     ) -> Result<Congestion, PublishError> {
-        let Some(topic) = self.find(topic) else { return Ok(Congestion(Vec::new())) };
+        let Some(topic) = self.find(topic, is_private) else { return Ok(Congestion(Vec::new())) };
         if !self.budget.make_room(broadcast.content.len()) {
             return Err(PublishError::NoRoom);
         }
@@ -142,8 +153,8 @@ impl Topics {
     }
 
     /// Returns who is present in a topic, as JSON.
-    pub fn presence(&self, topic: &str) -> String {
-        self.find(topic).map_or_else(|| String::from("{}"), |topic| topic.presence())
+    pub fn presence(&self, topic: &str, is_private: bool) -> String {
+        self.find(topic, is_private).map_or_else(|| String::from("{}"), |topic| topic.presence())
     }
 
     /// Tells members of changes of the presence that came soon after others.
@@ -159,22 +170,22 @@ impl Topics {
         let _: Option<()> = end.run_until_cancelled(ticks).await;
     }
 
-    fn find(&self, topic: &str) -> Option<Arc<Topic>> {
-        lock(self.shard(topic)).get(topic).map(Arc::clone)
+    fn find(&self, topic: &str, is_private: bool) -> Option<Arc<Topic>> {
+        lock(self.shard(topic, is_private)).get(topic).map(Arc::clone)
     }
 
-    fn find_or_create(&self, topic: &str) -> Arc<Topic> {
-        let mut shard = lock(self.shard(topic));
+    fn find_or_create(&self, topic: &str, is_private: bool) -> Arc<Topic> {
+        let mut shard = lock(self.shard(topic, is_private));
         if let Some(found) = shard.get(topic) {
             return Arc::clone(found);
         }
-        let created = Arc::new(Topic::new(Arc::from(topic), Arc::clone(&self.budget)));
+        let created = Arc::new(Topic::new(Arc::from(topic), is_private, Arc::clone(&self.budget)));
         shard.insert(Arc::clone(created.name()), Arc::clone(&created));
         created
     }
 
     fn remove_if_empty(&self, topic: &Topic) {
-        let mut shard = lock(self.shard(topic.name()));
+        let mut shard = lock(self.shard(topic.name(), topic.is_private()));
         // Another member may have removed this topic before, and a new one have its name.
         let is_current = shard.get(topic.name()).is_some_and(|current| std::ptr::eq(&**current, topic));
         if is_current && topic.remove_if_empty() {
@@ -182,8 +193,9 @@ impl Topics {
         }
     }
 
-    fn shard(&self, topic: &str) -> &Mutex<HashMap<Arc<str>, Arc<Topic>>> {
-        &self.shards[self.hasher.hash_one(topic) as usize % SHARDS]
+    fn shard(&self, topic: &str, is_private: bool) -> &Mutex<HashMap<Arc<str>, Arc<Topic>>> {
+        let shards = if is_private { &self.private } else { &self.public };
+        &shards[self.hasher.hash_one(topic) as usize % SHARDS]
     }
 
     /// Returns a reference for a meta, unique among all relays. Later ones of a relay sort after earlier ones.
@@ -230,6 +242,12 @@ impl Membership {
         self.reserved.resize(0);
     }
 
+    /// Changes what the channel may read.
+    pub fn permit(&self, rights: TopicRights) {
+        self.topic.permit(self.id, rights.broadcast, following(rights, self.wants_presence));
+        self.settle();
+    }
+
     /// Tells the members of the topic what changed, at once or with the next tick.
     pub fn settle(&self) {
         self.topics.settle(&self.topic);
@@ -271,6 +289,15 @@ impl Congestion {
     }
 }
 
+/// Returns what a new member knows of the presence.
+fn following(rights: TopicRights, wants_presence: bool) -> Following {
+    match (rights.presence, wants_presence) {
+        (false, _) => Following::Forbidden,
+        (true, true) => Following::Awaits,
+        (true, false) => Following::Off,
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -304,11 +331,11 @@ mod tests {
             let name = ChannelName { topic: topic.to_owned(), join: Reference::default() };
             let membership = MembershipOptions { wants_presence: true, ..MembershipOptions::default() };
             let protocol = if session.is_multiple_of(2) { Version::V1 } else { Version::V2 }.protocol();
-            self.topics.enter(channel, name, protocol, membership, Arc::clone(outbox))
+            self.topics.enter(channel, name, protocol, membership, None, Arc::clone(outbox))
         }
 
         fn topic_count(&self) -> usize {
-            self.topics.shards.iter().map(|shard| lock(shard).len()).sum()
+            self.topics.public.iter().map(|shard| lock(shard).len()).sum()
         }
     }
 
@@ -333,7 +360,7 @@ mod tests {
                         membership.track(format!("{{\"round\":{round}}}")).unwrap();
                         membership.settle();
                         let broadcast = Broadcast::bytes(String::from("e"), vec![1]);
-                        assert!(stage.topics.publish(&topic, None, broadcast).is_ok());
+                        assert!(stage.topics.publish((&topic, false), None, broadcast).is_ok());
                         drop(membership);
                         frames(&outbox);
                     }
@@ -355,7 +382,7 @@ mod tests {
         let second = stage.enter(2, "t", &outbox);
         // As a member does that left at the same time as the first.
         stage.topics.remove_if_empty(&old);
-        assert!(Arc::ptr_eq(&stage.topics.find("t").unwrap(), &second.topic));
+        assert!(Arc::ptr_eq(&stage.topics.find("t", false).unwrap(), &second.topic));
     }
 
     #[test]
@@ -364,12 +391,12 @@ mod tests {
         let outboxes: Vec<_> = (0..100).map(|_| stage.outbox()).collect();
         let memberships: Vec<_> =
             outboxes.iter().zip(0..).map(|(outbox, n)| stage.enter(n, "t", outbox)).collect();
-        stage.topics.find("t").unwrap().tick();
+        stage.topics.find("t", false).unwrap().tick();
         outboxes.iter().for_each(|outbox| _ = frames(outbox));
         assert_eq!(stage.topics.budget.held_bytes(), 0);
         let broadcast =
             Broadcast { kind: BroadcastKind::Json(String::from("e")), content: vec![b' '; 10_000] };
-        assert!(stage.topics.publish("t", None, broadcast).is_ok());
+        assert!(stage.topics.publish(("t", false), None, broadcast).is_ok());
         // The content once, a frame for each protocol, and the slots of the queues.
         assert!(stage.topics.budget.held_bytes() < 12_000, "{}", stage.topics.budget.held_bytes());
         assert!(outboxes.iter().all(|outbox| frames(outbox).len() == 1));
@@ -387,7 +414,7 @@ mod tests {
             membership.settle();
             memberships.push(membership);
         }
-        stage.topics.find("t").unwrap().tick();
+        stage.topics.find("t", false).unwrap().tick();
         for outbox in &outboxes[..2] {
             let frames = frames(outbox);
             assert!(frames[0].contains("presence_state"), "{}", frames[0]);

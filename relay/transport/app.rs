@@ -10,6 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::token::TokenError;
 use crate::auth::verifier::{Verifier, now};
+use crate::feed::authorize::topic_judge::TopicJudge;
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::explain::explainer::Explainer;
 use crate::feed::handle::Feed;
@@ -32,6 +33,8 @@ pub struct App {
     pub explainer: Explainer,
     /// The topics.
     pub topics: Arc<Topics>,
+    /// Decides who may use which private channel.
+    pub topic_judge: Arc<TopicJudge>,
     /// The rates of broadcasts over HTTP.
     pub broadcast_rates: BroadcastRates,
     /// What is measured.

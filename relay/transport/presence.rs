@@ -5,13 +5,17 @@ use std::net::IpAddr;
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 
+use crate::feed::authorize::topic_judge::{TopicQuestion, TopicUnknown};
+use crate::model::catalog::topic_rules::TopicAct;
 use crate::model::codec::phoenix::topic_of;
+use crate::model::policy::visibility::Identity;
+use crate::model::session::machine::UNAVAILABLE;
 use crate::transport::app::{App, origin_is_allowed};
-use crate::transport::query::{bearer, names, parameter, repeated, repeated_error};
-use crate::transport::response::{Answer, error, json};
+use crate::transport::query::{bearer, is_private_by, names, parameter, repeated, repeated_error};
+use crate::transport::response::{Answer, error, json, unauthorized};
 
 /// The known parameters.
-const PARAMETERS: [&str; 2] = ["apikey", "topic"];
+const PARAMETERS: [&str; 3] = ["apikey", "topic", "private"];
 
 /// Answers a request with the presence state as a member gets it.
 pub async fn serve(app: &App, address: IpAddr, request: &Request<Incoming>) -> Answer {
@@ -26,11 +30,14 @@ pub async fn serve(app: &App, address: IpAddr, request: &Request<Incoming>) -> A
         return error(StatusCode::BAD_REQUEST, &repeated_error(&name));
     }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    if let Err(why) = app.identify(&token).await {
-        let why = why.advised_text();
-        app.observe.request_refused(address, request.uri().path(), &why);
-        return error(StatusCode::UNAUTHORIZED, &why);
-    }
+    let claims = match app.identify(&token).await {
+        Ok(claims) => claims,
+        Err(why) => {
+            let why = why.advised_text();
+            app.observe.request_refused(address, request.uri().path(), &why);
+            return error(StatusCode::UNAUTHORIZED, &why);
+        }
+    };
     if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
         let unknown: String = unknown.chars().take(40).collect();
         return error(
@@ -38,8 +45,21 @@ pub async fn serve(app: &App, address: IpAddr, request: &Request<Incoming>) -> A
             &format!("{unknown}: this parameter is unknown, topic= is expected"),
         );
     }
-    match parameter(query, "topic").filter(|topic| !topic.is_empty()) {
-        Some(topic) => json(StatusCode::OK, app.topics.presence(&topic_of(&topic))),
-        None => error(StatusCode::BAD_REQUEST, "topic= is missing: the name of a channel"),
+    let is_private = match is_private_by(query) {
+        Ok(is_private) => is_private,
+        Err(why) => return error(StatusCode::BAD_REQUEST, why),
+    };
+    let Some(channel) = parameter(query, "topic").filter(|topic| !topic.is_empty()) else {
+        return error(StatusCode::BAD_REQUEST, "topic= is missing: the name of a channel");
+    };
+    if is_private {
+        let (identity, act) = (Identity::new(claims), TopicAct::Read);
+        let question = TopicQuestion { identity, channel: channel.clone(), act, is_recheck: false };
+        match app.topic_judge.judge(&question).await {
+            Ok(verdict) if verdict.rights.presence => {}
+            Ok(_) => return unauthorized(),
+            Err(TopicUnknown) => return error(StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE),
+        }
     }
+    json(StatusCode::OK, app.topics.presence(&topic_of(&channel), is_private))
 }

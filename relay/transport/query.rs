@@ -29,6 +29,19 @@ pub fn repeated(query: &str) -> Option<String> {
     names(query).find(|name| !seen.insert(name.clone()))
 }
 
+/// Whether the query names a private channel.
+///
+/// # Errors
+/// If it does not say so clearly.
+pub fn is_private_by(query: &str) -> Result<bool, &'static str> {
+    match parameter(query, "private").as_deref() {
+        Some("true") => Ok(true),
+        Some("false") => Ok(false),
+        None if !names(query).any(|name| name == "private") => Ok(false),
+        _ => Err("private is true or false"),
+    }
+}
+
 /// Returns names and values, not decoded. A parameter without `=` has no value.
 fn pairs(query: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
     query.split('&').filter(|pair| !pair.is_empty()).map(|pair| match pair.split_once('=') {

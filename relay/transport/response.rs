@@ -69,6 +69,11 @@ pub fn error(status: StatusCode, why: &str) -> Answer {
     answer
 }
 
+/// Status 403: a private channel is not for this client. Clients know the text.
+pub fn unauthorized() -> Answer {
+    json(StatusCode::FORBIDDEN, r#"{"message":"Unauthorized"}"#)
+}
+
 /// A complete HTTP error answer as bytes, for a connection that is closed after it.
 pub fn refusal(status: &str, why: &str) -> Vec<u8> {
     let body = serde_json::json!({ "error": why }).to_string();

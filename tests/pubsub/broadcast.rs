@@ -333,12 +333,12 @@ async fn nothing_comes_after_a_leave_and_each_topic_is_of_its_own() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_private_channel_and_the_public_one_of_the_same_name_are_apart() {
-    let stage = Stage::new("").await;
+    let stage = Stage::new("create policy p on realtime.messages for all to anon using (true)").await;
     let mut public = joined(&stage.relay, "2.0.0", TOPIC, json!({})).await;
     let mut private =
         joined(&stage.relay, "2.0.0", TOPIC, json!({"private": true, "broadcast": {"ack": true}})).await;
     send_text(&mut private, json!("2"), message("e", json!({}))).await;
-    assert_eq!(private.frame().await[4]["status"], "error");
+    assert_eq!(private.frame().await[4]["status"], "ok");
     public.is_quiet().await;
     send_text(&mut public, json!("2"), message("e", json!({}))).await;
     public.is_quiet().await;

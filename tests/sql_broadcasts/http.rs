@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use relay::model::log::cursor::Cursor;
-use relay::postgres::broadcast_history;
+use relay::postgres::broadcast_history::BroadcastHistory;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -204,9 +204,10 @@ async fn the_history_of_a_private_topic_is_its_newest_broadcasts_oldest_first() 
              set timezone = 'Asia/Tokyo'",
         )
         .await;
+    let history = BroadcastHistory::new(pool);
     let read = async |since: OffsetDateTime, limit: u32| -> Vec<String> {
-        let found = broadcast_history::newest(&pool, "room", since, limit).await.unwrap();
-        found.iter().map(|stored| stored.broadcast.event().to_owned()).collect()
+        let found = history.newest("room", since, limit).await.unwrap();
+        found.broadcasts.iter().map(|stored| stored.broadcast.event().to_owned()).collect()
     };
     let long_ago = OffsetDateTime::UNIX_EPOCH;
     assert_eq!(read(long_ago, 3).await, ["n29", "n30", "bytes"]);

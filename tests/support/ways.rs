@@ -132,6 +132,7 @@ impl Ways {
             images: &texts,
             reading: reading(relation).into(),
             with_path: true,
+            topic: None,
         };
         let verdict = self.judge.judge(&[question]).await.unwrap().remove(0);
         images.keys().copied().zip(verdict.allowed.into_iter().map(Some)).collect()

@@ -291,6 +291,7 @@ impl PendingQuery<'_> {
             images: &self.images,
             reading: reading(self.relation).into(),
             with_path: self.with_path,
+            topic: None,
         }
     }
 }

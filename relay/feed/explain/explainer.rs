@@ -284,7 +284,8 @@ impl ExplainContext<'_> {
         with_path: bool,
     ) -> Result<&'static str, Error> {
         let (identity, reading) = (self.request.identity.clone(), Arc::clone(reading));
-        let question = IdentityQuery { identity, statement, images: &[image], reading, with_path };
+        let question =
+            IdentityQuery { identity, statement, images: &[image], reading, with_path, topic: None };
         let verdict = self.evaluator.judge(&[question]).await?;
         Ok(match verdict.first().map(|verdict| (verdict.allowed.first(), verdict.denied)) {
             Some((_, Some(Denied::TimedOut))) => "it took too long",

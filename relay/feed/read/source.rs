@@ -66,6 +66,17 @@ impl FeedItem {
         }
     }
 
+    /// Returns the relations whose changes it carries, possibly with duplicates.
+    pub fn relations(&self) -> impl Iterator<Item = RelationId> {
+        let (changes, counts) = match self {
+            Self::Changes(batch) => (Some(&batch.changes), None),
+            Self::Rest { counts, .. } => (None, Some(counts)),
+            Self::Moved(_) | Self::Skipped(_) | Self::Overflow(_) | Self::Gap(_) => (None, None),
+        };
+        let changes = changes.into_iter().flatten().map(|change| change.relation);
+        changes.chain(counts.into_iter().flat_map(|counts| counts.keys().copied()))
+    }
+
     /// Returns its end, unless it carries a gap or schema changes.
     pub fn end_if_plain(&self) -> Option<Cursor> {
         match self {

@@ -8,6 +8,7 @@ pub struct Marks {
     database: String,
     roles: BTreeMap<String, String>,
     relations: BTreeMap<i32, String>,
+    topics: String,
 }
 
 /// The parts of the catalog that have to be read again.
@@ -19,6 +20,8 @@ pub struct Outdated {
     pub roles: BTreeSet<String>,
     /// The changed relations by `relay.watch_list.id`, removed relations included.
     pub relations: BTreeSet<i32>,
+    /// Whether the rules of private channels have changed.
+    pub topics: bool,
 }
 
 impl Marks {
@@ -31,6 +34,7 @@ impl Marks {
             ("relation", Ok(id)) => {
                 self.relations.insert(id, mark);
             }
+            ("topics", _) => self.topics = mark,
             _ => self.database = mark,
         }
     }
@@ -44,6 +48,7 @@ impl Marks {
             everything: false,
             roles: differing(&self.roles, &now.roles),
             relations: differing(&self.relations, &now.relations),
+            topics: self.topics != now.topics,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Deserializer};
 
 use crate::model::catalog::shape::{ShapeRecord, Shapes};
+use crate::model::catalog::topic_rules::TopicRules;
 use crate::model::log::cursor::{Cursor, Snapshot};
 use crate::model::policy::compile::compile;
 use crate::model::policy::plan::{Obstacle, Plan};
@@ -22,6 +23,8 @@ pub struct Catalog {
     roles: BTreeSet<String>,
     ordered: bool,
     widenings: Vec<Widening>,
+    /// The rules of private channels; `None` without the table that has them.
+    topics: Option<Arc<TopicRules>>,
 }
 
 /// An event after which readers may see more of a relation.
@@ -71,12 +74,24 @@ impl Catalog {
     pub fn new(relations: Vec<Relation>, roles: BTreeSet<String>, ordered: bool) -> Self {
         let compiled = |relation: Relation| (relation.id(), Arc::new(relation.compiled()));
         let relations = relations.into_iter().map(compiled).collect();
-        Self { relations, parts: Vec::new(), roles, ordered, widenings: Vec::new() }.with_parts()
+        Self { relations, parts: Vec::new(), roles, ordered, widenings: Vec::new(), topics: None }
+            .with_parts()
     }
 
     /// Sets the events that widened access.
     pub fn with_widenings(self, widenings: Vec<Widening>) -> Self {
         Self { widenings, ..self }
+    }
+
+    /// Sets the rules of private channels.
+    #[must_use]
+    pub fn with_topics(self, topics: Option<Arc<TopicRules>>) -> Self {
+        Self { topics, ..self }
+    }
+
+    /// Returns the rules of private channels; `None` without the table that has them.
+    pub fn topics(&self) -> Option<&Arc<TopicRules>> {
+        self.topics.as_ref()
     }
 
     /// Returns the events that widened access, as far as a reader may be before them.
@@ -133,7 +148,8 @@ impl Catalog {
 
     /// Counts the policies, per relation and role, that could not be read because a table was locked.
     pub fn pending(&self) -> usize {
-        self.relations().map(|relation| relation.pending()).sum()
+        let of_topics = usize::from(self.topics.as_ref().is_some_and(|topics| topics.is_pending()));
+        self.relations().map(|relation| relation.pending()).sum::<usize>() + of_topics
     }
 
     /// Returns the relations with such policies.
@@ -205,6 +221,11 @@ impl Catalog {
         self.relations().find(|relation| relation.schema == schema && relation.table == table)
     }
 
+    /// Returns the watched relations among these tables, by id.
+    pub fn watched(&self, tables: &BTreeSet<u32>) -> impl Iterator<Item = i32> {
+        self.relations().filter(|relation| tables.contains(&relation.oid)).map(|relation| relation.id)
+    }
+
     /// Describes the grants that roles lack for their policies.
     pub fn missing_grants(&self) -> impl Iterator<Item = String> {
         self.relations()
@@ -218,7 +239,7 @@ impl Catalog {
 }
 
 /// A watched relation as `relay.catalog()` describes it.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 pub struct Relation {
     id: i32,
     /// The OID in `pg_class`. Unlike `id`, it survives a new installation of the relay.
@@ -368,6 +389,14 @@ impl Relation {
             }
         };
         std::iter::successors(Some(leaf), parent).take(MAX_LEVELS)
+    }
+
+    /// Compiles the policies of private channels.
+    pub fn compiled_for_topics(mut self) -> Self {
+        for access in self.access.values_mut().filter_map(Arc::get_mut) {
+            access.rights.topic_is_column = true;
+        }
+        self.compiled()
     }
 
     /// Compiles the policies and shapes.

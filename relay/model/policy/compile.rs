@@ -39,6 +39,7 @@ mod list;
 mod operand;
 mod probe;
 mod row_security;
+mod topic;
 
 /// The reason why a part is not compiled, for the author of the policy.
 #[derive(Debug, Clone)]
@@ -73,7 +74,10 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         Ok(expr) => expr,
         Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
     };
-    let written = expr;
+    let written = match rights.topic_is_column {
+        true => topic::as_column(expr, table, columns, rights),
+        false => expr,
+    };
     let (expr, rights) = match prepared(policy, &written, table, rights) {
         Ok(prepared) => prepared,
         Err(table) => {

@@ -35,6 +35,9 @@ pub struct Rights {
     /// Whether the queries run as [`reads_as`](Self::reads_as).
     #[serde(skip)]
     pub as_other_role: bool,
+    /// Whether the setting `realtime.topic` always equals the column `topic`.
+    #[serde(skip)]
+    pub topic_is_column: bool,
     /// Reasons why the dependencies of the policies are unknown.
     pub obstacles: Vec<String>,
     /// Whether they call user-defined functions, whose bodies may depend on the search path.

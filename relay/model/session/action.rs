@@ -1,8 +1,10 @@
 //! What a session wants its driver to do.
 
+use crate::model::catalog::topic_rules::TopicRights;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::ChannelId;
+use crate::model::session::join::Recall;
 use crate::model::session::member::MembershipOptions;
 use crate::model::session::message::{ChannelName, Origin, Outgoing};
 use crate::model::subscription::request::Request;
@@ -24,6 +26,33 @@ pub enum Action {
         identity: Identity,
         /// The requests to bind.
         requests: Vec<Request>,
+    },
+    /// Judge what an identity may read of a private channel and give the outcome to [`Session::judged`].
+    ///
+    /// [`Session::judged`]: crate::model::session::machine::Session::judged
+    Judge {
+        /// The channel.
+        channel: ChannelId,
+        /// Number of the channel's judgement. A later one supersedes an earlier one, whose outcome is ignored.
+        judgement: u32,
+        /// The identity.
+        identity: Identity,
+        /// The name of the channel.
+        name: String,
+        /// Whether it reads already.
+        is_recheck: bool,
+    },
+    /// Read the earlier broadcasts that a channel wants, and tell [`Session::recalled`]. They are sent right after [`Action::Enter`], and
+    /// what follows them in the changelog after that.
+    ///
+    /// [`Session::recalled`]: crate::model::session::machine::Session::recalled
+    Recall {
+        /// The channel.
+        channel: ChannelId,
+        /// The name of the channel.
+        name: String,
+        /// Which ones.
+        recall: Recall,
     },
     /// Start delivery with the bound subscription, after the greeting.
     Join {
@@ -51,6 +80,15 @@ pub enum Action {
         name: ChannelName,
         /// What it asks of the topic.
         membership: MembershipOptions,
+        /// What it may read, if it is private: the private topic of a name is not the public one.
+        private: Option<TopicRights>,
+    },
+    /// Change what a channel may read of its private topic.
+    Permit {
+        /// The channel.
+        channel: ChannelId,
+        /// What it may read.
+        rights: TopicRights,
     },
     /// End a channel's membership of its topic.
     Exit {
@@ -67,6 +105,8 @@ pub enum Action {
         broadcast: Broadcast,
         /// Whether success is answered.
         acknowledges: bool,
+        /// Whether the topic is private.
+        is_private: bool,
     },
     /// Change what a channel tracks, and answer the client.
     Track {

@@ -7,6 +7,7 @@ use crate::model::session::action::Action;
 use crate::model::session::join::Join;
 use crate::model::session::member::MembershipOptions;
 use crate::model::session::message::{ChannelName, Origin, Outgoing, Reference, Response, SessionEvent};
+use crate::model::session::private::Private;
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::request::Request;
 
@@ -46,8 +47,8 @@ pub struct Channel {
     resumable: bool,
     /// Whether its broadcasts are answered.
     pub(super) acknowledges: bool,
-    /// Whether it is private: it is no member of the public topic of the same name.
-    pub(super) is_private: bool,
+    /// What it may do, if it is private.
+    pub(super) private: Option<Box<Private>>,
     requests: Vec<Request>,
     /// The errors of entries that could not be parsed.
     malformed: Vec<SubscribeError>,
@@ -67,8 +68,7 @@ struct UnansweredJoin {
 }
 
 impl Channel {
-    /// Creates the channel of a join and returns its first actions. A join without valid requests is answered at once, unless the
-    /// channel is resumable.
+    /// Creates the channel of a join and returns its first actions.
     pub(super) fn open(
         id: ChannelId,
         origin: &Origin,
@@ -93,23 +93,42 @@ impl Channel {
             listening: false,
             resumable,
             acknowledges: join.acknowledges,
-            is_private: join.is_private,
+            private: join.private_channel.map(|name| Box::new(Private::new(name, join.recall))),
             requests: join.requests,
             malformed: join.malformed,
             unanswered: Some(Box::new(unanswered)),
             by_operation: join.by_operation,
         };
-        if channel.is_bound() {
-            let bind = channel.bind();
-            return (channel, vec![bind]);
+        let first = match channel.judge(false) {
+            Some(judge) => vec![judge],
+            None => channel.begin(&topic),
+        };
+        (channel, first)
+    }
+
+    /// Begins to bind the channel. A join without valid requests is answered at once, unless the channel is resumable.
+    pub(super) fn begin(&mut self, topic: &str) -> Vec<Action> {
+        if self.is_bound() {
+            return vec![self.bind()];
         }
-        // Before the answer, so that nothing is missed after it.
-        let mut answer: Vec<Action> = channel.listen().into_iter().collect();
-        answer.extend(channel.accept_join(&topic));
-        if !channel.malformed.is_empty() {
-            answer.extend(channel.outcome(&topic, &channel.malformed).into_iter().map(Action::Send));
+        // Before the answer, so that nothing is missed after it. Who gets earlier broadcasts begins after those.
+        let mut answer: Vec<Action> = self.listen().into_iter().collect();
+        let accepted = self.accept_join(topic);
+        match self.private.as_ref().is_some_and(|private| private.has_recalled) {
+            true => answer.splice(0..0, accepted).for_each(drop),
+            false => answer.extend(accepted),
         }
-        (channel, answer)
+        if !self.malformed.is_empty() {
+            answer.extend(self.outcome(topic, &self.malformed).into_iter().map(Action::Send));
+        }
+        answer
+    }
+
+    /// Starts to judge what a private channel may read; `None` if it is public.
+    pub(super) fn judge(&mut self, is_recheck: bool) -> Option<Action> {
+        let private = self.private.as_mut()?;
+        let (judgement, name) = (private.begin(), private.name.clone());
+        Some(Action::Judge { channel: self.id, judgement, identity: self.identity.clone(), name, is_recheck })
     }
 
     /// Whether its join was answered.
@@ -124,13 +143,22 @@ impl Channel {
 
     /// Whether it gets the broadcasts from the database to its topic.
     pub(super) fn hears_topic(&self) -> bool {
-        !self.is_private
+        self.private.as_ref().is_none_or(|private| private.read.broadcast)
     }
 
     /// Starts delivery of broadcasts from the database with its current identity, if it gets them.
     pub(super) fn listen(&mut self) -> Option<Action> {
         self.listening = self.hears_topic();
         self.listening.then(|| Action::Listen { channel: self.id, identity: self.identity.clone() })
+    }
+
+    /// Delivers to its current identity what it may get now.
+    pub(super) fn renew(&mut self) -> Vec<Action> {
+        match (self.is_bound(), self.hears_topic()) {
+            (true, _) => vec![self.bind()],
+            (false, true) => self.listen().into_iter().collect(),
+            (false, false) => self.end_delivery(Vec::new()),
+        }
     }
 
     /// Starts a new attempt to bind the channel.
@@ -204,7 +232,7 @@ impl Channel {
 
     /// Ends the membership of the topic, then delivery.
     fn exit(&mut self, farewell: Vec<Outgoing>) -> Vec<Action> {
-        let is_member = self.is_answered() && !self.is_private;
+        let is_member = self.is_answered();
         let exit = is_member.then_some(Action::Exit { channel: self.id });
         exit.into_iter().chain(self.end_delivery(farewell)).collect()
     }
@@ -225,14 +253,9 @@ impl Channel {
         let Some(join) = self.unanswered.take() else { return Vec::new() };
         let UnansweredJoin { reference, entries, membership, .. } = *join;
         let reply = self.message(topic, SessionEvent::Reply(reference, Response::Joined(entries)));
-        let mut actions = vec![Action::Send(reply)];
-        if !self.is_private {
-            let name = ChannelName { topic: topic.to_owned(), join: self.join.clone() };
-            actions.push(Action::Enter { channel: self.id, name, membership });
-        } else if membership.wants_presence {
-            actions.push(Action::Send(self.message(topic, SessionEvent::PresenceState)));
-        }
-        actions
+        let name = ChannelName { topic: topic.to_owned(), join: self.join.clone() };
+        let private = self.private.as_ref().map(|private| private.read);
+        vec![Action::Send(reply), Action::Enter { channel: self.id, name, membership, private }]
     }
 
     /// Returns the messages with the outcome of the subscription: each distinct error once, or success if there is none.

@@ -38,17 +38,37 @@ pub struct Join {
     pub membership: MembershipOptions,
     /// Whether its broadcasts are answered.
     pub acknowledges: bool,
-    /// Whether it is a private channel.
-    pub is_private: bool,
+    /// The name of the channel, if it is private.
+    pub private_channel: Option<String>,
+    /// Which earlier broadcasts it wants, if any.
+    pub recall: Option<Recall>,
     /// Whether changes are events named after their operation.
     pub by_operation: bool,
     /// The size of the join in bytes, which approximates what its channel keeps.
     pub bytes: usize,
 }
 
+/// The stored broadcasts that a private channel gets again when it is joined: the newest ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recall {
+    /// Since when, in milliseconds since 1970.
+    pub since: u64,
+    /// How many at most.
+    pub limit: u32,
+}
+
+/// Maximum number of broadcasts that a join gets again.
+pub const MAX_RECALLED: u32 = 25;
+
 /// Returns the reason for refusing a join whose subscription failed.
 pub fn disabled(refusal: &SubscribeError) -> String {
     format!("RealtimeDisabledForConfiguration: {refusal}")
+}
+
+/// Returns the reason for refusing to let a client read a private channel, with why if that is not for its policies to say.
+pub fn unauthorized(channel: &str, why: Option<&str>) -> String {
+    let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+    format!("You do not have permissions to read from this Channel topic: {channel}{why}")
 }
 
 /// Returns the reason for refusing a join of more than [`MAX_JOIN_BYTES`].

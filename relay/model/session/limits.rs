@@ -11,6 +11,8 @@ pub struct Limits {
     pub connections_per_address: Option<usize>,
     /// Channels joined by one client.
     pub channels: usize,
+    /// Whether only private channels may be joined.
+    pub private_only: bool,
     /// Joins of one client per second, on average over a minute.
     pub joins_per_second: u32,
     /// Messages of one client per second, on average over a minute.

@@ -63,10 +63,11 @@ impl Session {
         self.channels.iter().find(|(_, state)| state.id == channel).map(|(topic, _)| topic.as_str())
     }
 
-    /// Returns the topic whose broadcasts from the database a channel gets.
-    pub fn heard_topic(&self, channel: ChannelId) -> Option<&str> {
+    /// Returns the topic whose broadcasts from the database a channel gets, and whether it is private.
+    pub fn heard_topic(&self, channel: ChannelId) -> Option<(&str, bool)> {
         let mut heard = self.channels.iter().filter(|(_, state)| state.hears_topic());
-        heard.find(|(_, state)| state.id == channel).map(|(topic, _)| topic.as_str())
+        let (topic, state) = heard.find(|(_, state)| state.id == channel)?;
+        Some((topic, state.private.is_some()))
     }
 
     /// Handles a message from the client.
@@ -95,9 +96,12 @@ impl Session {
     /// Handles an [`Action::Bind`] that failed because PostgreSQL is unavailable. The client joins again by itself.
     pub fn unavailable(&mut self, channel: ChannelId, attempt: u32) -> Vec<Action> {
         let found = self.topic_in_attempt(channel, attempt);
-        let Some((topic, mut channel)) = found.and_then(|topic| self.channels.remove_entry(&topic)) else {
-            return Vec::new();
-        };
+        found.map_or_else(Vec::new, |topic| self.fail(&topic))
+    }
+
+    /// Ends the channel of a topic because PostgreSQL is unavailable. The client joins again by itself.
+    pub(super) fn fail(&mut self, topic: &str) -> Vec<Action> {
+        let Some((topic, mut channel)) = self.channels.remove_entry(topic) else { return Vec::new() };
         let reason = String::from(UNAVAILABLE);
         match channel.refuse_join(&topic, reason.clone()) {
             Some(refusal) => vec![Action::Send(refusal)],
@@ -144,24 +148,27 @@ impl Session {
     /// Sends a broadcast of a joined channel, also of one whose join is not answered yet.
     fn broadcast(&self, origin: Origin, broadcast: Broadcast) -> Vec<Action> {
         let Some(channel) = self.channels.get(&origin.channel.topic) else { return Vec::new() };
-        if channel.is_private {
-            return refusal_if_expected(&origin, &not_available("broadcast"));
+        let (acknowledges, is_private) = (channel.acknowledges, channel.private.is_some());
+        if channel.private.as_ref().is_some_and(|private| !private.may_write().broadcast) {
+            let refusal = acknowledges.then(|| Action::Send(origin.reply(Response::MayNotSend)));
+            return refusal.into_iter().collect();
         }
-        let acknowledges = channel.acknowledges;
-        vec![Action::Broadcast { channel: channel.id, origin, broadcast, acknowledges }]
+        vec![Action::Broadcast { channel: channel.id, origin, broadcast, acknowledges, is_private }]
     }
 
     /// Changes what a joined channel tracks.
     fn track(&self, origin: Origin, object: Option<String>) -> Vec<Action> {
         let Some(channel) = self.channels.get(&origin.channel.topic) else { return Vec::new() };
-        if channel.is_private {
-            return refusal_if_expected(&origin, &not_available("presence"));
-        }
         if !channel.is_answered() {
             return refusal_if_expected(
                 &origin,
                 "The channel is not joined yet, wait for the reply to its join",
             );
+        }
+        // Whoever is present may end that without any right.
+        let tracks = object.is_some();
+        if tracks && channel.private.as_ref().is_some_and(|private| !private.may_write().presence) {
+            return vec![Action::Send(origin.reply(Response::MayNotTrack))];
         }
         vec![Action::Track { channel: channel.id, origin, object }]
     }
@@ -234,11 +241,6 @@ fn refusal_if_expected(origin: &Origin, reason: &str) -> Vec<Action> {
     if origin.reference.is_none() { Vec::new() } else { vec![Action::Send(origin.refusal(reason))] }
 }
 
-/// Returns the reason for refusing what private channels do not have.
-fn not_available(what: &str) -> String {
-    format!("NotAvailable: {what} of private channels is not available in this version of the relay")
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use std::collections::HashSet;
@@ -247,6 +249,7 @@ pub(crate) mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::model::catalog::topic_rules::TopicRights;
     use crate::model::identity::claims::TokenRefusal;
     use crate::model::session::member::MembershipOptions;
     use crate::model::session::message::{ChannelName, Outgoing, Reference};
@@ -312,7 +315,8 @@ pub(crate) mod tests {
             waits: false,
             membership: MembershipOptions::default(),
             acknowledges: false,
-            is_private: false,
+            private_channel: None,
+            recall: None,
             by_operation: false,
             bytes: 100,
         }
@@ -359,7 +363,6 @@ pub(crate) mod tests {
                 SessionEvent::Reply(_, Response::Left) => String::from("left"),
                 SessionEvent::Reply(_, Response::Alive) => String::from("alive"),
                 SessionEvent::Reply(_, other) => format!("{other:?}"),
-                SessionEvent::PresenceState => String::from("presence"),
                 SessionEvent::NotDelivered(text) => format!("not delivered: {text}"),
                 SessionEvent::Subscribed => String::from("subscribed"),
                 SessionEvent::Hidden(why) => format!("hidden: {why}"),
@@ -374,6 +377,12 @@ pub(crate) mod tests {
             Action::Send(message) => vec![line("", message)],
             Action::Bind { .. } => vec!["bind".to_owned()],
             Action::Listen { .. } => vec!["listen".to_owned()],
+            Action::Judge { identity, is_recheck, .. } => {
+                let again = if *is_recheck { " again" } else { "" };
+                vec![format!("judge {}{again}", identity.claims().sub().unwrap())]
+            }
+            Action::Recall { recall, .. } => vec![format!("recall {}", recall.limit)],
+            Action::Permit { rights, .. } => vec![format!("permit {rights:?}")],
             Action::Join { greeting, .. } => greeting.iter().map(|message| line("join: ", message)).collect(),
             Action::Enter { membership, .. } if membership.wants_presence => {
                 vec!["enter with presence".to_owned()]
@@ -464,7 +473,7 @@ pub(crate) mod tests {
             ["listen"],
             "until the new token ends"
         );
-        assert_eq!(session.heard_topic(ChannelId { session: 7, channel: 2 }), Some("t"));
+        assert_eq!(session.heard_topic(ChannelId { session: 7, channel: 2 }), Some(("t", false)));
     }
 
     #[test]
@@ -504,23 +513,6 @@ pub(crate) mod tests {
         assert_eq!(messages_of(&receive(&mut waiting, "1", "t", broadcast())), ["broadcast"]);
         let refused = messages_of(&receive(&mut waiting, "1", "t", ClientRequest::Untrack));
         assert!(refused[0].starts_with("1 refused: The channel is not joined yet"), "{refused:?}");
-    }
-
-    #[test]
-    fn a_private_channel_is_no_member_of_the_public_topic() {
-        let mut session = session();
-        let membership = MembershipOptions { wants_presence: true, ..MembershipOptions::default() };
-        let private = Join { is_private: true, membership, ..joining(&json!([]), None) };
-        assert_eq!(messages_of(&join(&mut session, "1", private)), ["1 joined", "1 presence"]);
-        for (request, name) in [(broadcast(), "broadcast"), (ClientRequest::Untrack, "presence")] {
-            let refused = format!("1 refused: {}", not_available(name));
-            assert_eq!(messages_of(&receive(&mut session, "1", "t", request)), [refused]);
-        }
-        let channel = ChannelName { topic: String::from("t"), join: Reference::default() };
-        let origin = Origin { channel, reference: Reference::default() };
-        let message = Incoming { origin, request: broadcast() };
-        assert_eq!(session.receive(message, NOW, &TestTokens), []);
-        assert_eq!(session.end(), []);
     }
 
     #[test]
@@ -652,20 +644,23 @@ pub(crate) mod tests {
         /// latest identity, it is a member of its topic at most once, and all of this ends with the session.
         #[test]
         fn delivery_begins_and_ends_in_pairs(
-            steps in proptest::collection::vec((0_usize..8, 0_usize..3, 0_usize..3, any::<bool>()), 0..60)
+            steps in proptest::collection::vec((0_usize..11, 0_usize..3, 0_usize..3, any::<bool>()), 0..60)
         ) {
             let mut session = session();
             let mut delivering: HashSet<ChannelId> = HashSet::new();
             let mut members: HashSet<ChannelId> = HashSet::new();
             let mut binding: Vec<(ChannelId, u32, String)> = Vec::new();
+            let mut judging: Vec<(ChannelId, u32)> = Vec::new();
             let mut latest: HashMap<ChannelId, (u32, String)> = HashMap::new();
             let mut now = NOW;
             for (step, topic, name, flag) in steps {
+                let private_channel = (topic == 2).then(|| String::from("2"));
                 let topic = format!("{topic}");
+                let rights = [TopicRights::ALL, TopicRights::default(), TopicRights { broadcast: true, presence: false }][name];
                 let name = ["ann", "bob", "cat:1200"][name];
                 let actions = match step {
                     0 | 1 => {
-                        let join = Join { waits: flag, ..joining(&todos(), Some(name)) };
+                        let join = Join { waits: flag, private_channel, ..joining(&todos(), Some(name)) };
                         receive(&mut session, "1", &topic, ClientRequest::Join(Box::new(join)))
                     }
                     2 => receive(&mut session, if flag { "1" } else { "0" }, &topic, ClientRequest::Leave),
@@ -677,6 +672,11 @@ pub(crate) mod tests {
                     5 if !binding.is_empty() => {
                         let (channel, attempt, _) = binding.remove(0);
                         session.unavailable(channel, attempt)
+                    }
+                    8 => session.judge_again(now, flag),
+                    9 | 10 if !judging.is_empty() => {
+                        let (channel, judgement) = judging.remove(0);
+                        session.judged(channel, judgement, now, (step == 9 || flag).then_some((rights, None)))
                     }
                     _ if binding.is_empty() => Vec::new(),
                     _ => {
@@ -702,6 +702,9 @@ pub(crate) mod tests {
                         Action::Leave { channel, .. } => prop_assert!(delivering.remove(&channel)),
                         Action::Enter { channel, .. } => prop_assert!(members.insert(channel)),
                         Action::Exit { channel } => prop_assert!(members.remove(&channel)),
+                        Action::Permit { channel, rights } => prop_assert!(members.contains(&channel) && rights.any()),
+                        Action::Judge { channel, judgement, .. } => judging.push((channel, judgement)),
+                        Action::Recall { .. } => prop_assert!(false),
                         Action::Forget { .. } | Action::Send(_) => {}
                         Action::Broadcast { .. } | Action::Track { .. } => prop_assert!(false),
                     }

@@ -77,8 +77,6 @@ pub struct Outgoing {
 pub enum SessionEvent {
     /// The reply to the message with this reference.
     Reply(Reference, Response),
-    /// The presence state of a private channel. It is empty, because its presence is refused.
-    PresenceState,
     /// The channel receives changes.
     Subscribed,
     /// A table of the channel shows its role no row: why, and what to do. The channel stays subscribed.
@@ -110,6 +108,10 @@ pub enum Response {
     Refused(String),
     /// The broadcast is too large.
     TooLarge,
+    /// The client may not send broadcasts to the channel.
+    MayNotSend,
+    /// The client may not be present in the channel.
+    MayNotTrack,
 }
 
 impl Origin {

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::model::log::cursor::Cursor;
 use crate::model::row::change::{Change, Operation};
 use crate::model::session::broadcast::{Broadcast, BroadcastKind};
 use crate::model::subscription::topic::TopicScope;
@@ -53,6 +54,15 @@ struct Row<'a> {
     binary_payload: Option<Cow<'a, str>>,
     /// Whether its sender has sent it: newer servers store broadcasts of sockets.
     skip_broadcast: Option<bool>,
+}
+
+/// The stored broadcasts of one moment.
+#[derive(Debug)]
+pub struct Recalled {
+    /// The broadcasts, oldest first.
+    pub broadcasts: Vec<StoredBroadcast>,
+    /// The cursor from which the feed continues after them.
+    pub cursor: Cursor,
 }
 
 impl StoredBroadcast {

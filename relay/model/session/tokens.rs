@@ -59,7 +59,13 @@ impl Session {
         }
         channel.identity = identity;
         channel.bytes = channel.bytes.max(token.len());
-        if channel.is_bound() { vec![channel.bind()] } else { channel.listen().into_iter().collect() }
+        if let Some(private) = &mut channel.private {
+            private.renew();
+            // What is being bound was asked for by the former token.
+            channel.attempt += 1;
+            return channel.judge(false).into_iter().collect();
+        }
+        channel.renew()
     }
 
     /// Closes the channels for whose claims `objection` returns a reason.

@@ -331,6 +331,14 @@ impl Lease {
         self.client.as_ref().ok_or(Error::Lost("the connection was given back"))
     }
 
+    /// The connection, for a transaction.
+    ///
+    /// # Errors
+    /// As [`Self::client`].
+    pub fn client_mut(&mut self) -> Result<&mut deadpool_postgres::Client, Error> {
+        self.client.as_mut().ok_or(Error::Lost("the connection was given back"))
+    }
+
     /// Returns the connection to the pool, after an answer of PostgreSQL, be it an error.
     pub fn done(mut self) {
         self.client = None;

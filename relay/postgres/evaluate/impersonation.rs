@@ -17,7 +17,7 @@ use crate::postgres::connect::pool::{Error, Server};
 const IMPERSONATE: &str = "select set_config('request.jwt.claims', $2, true), set_config('request.jwt.claim.sub', $3, true), \
      set_config('request.jwt.claim.role', $1, true), set_config('statement_timeout', $4, true), \
      set_config('search_path', $5, true), set_config('lock_timeout', $6, true), set_config('row_security', $7, true), \
-     set_config('role', $1, true)";
+     set_config('realtime.topic', $8, true), set_config('role', $1, true)";
 
 /// Sets the same limits and search path for the rest of the transaction, and keeps the login's role.
 const AS_LOGIN: &str = "select set_config('statement_timeout', $1, true), set_config('search_path', $2, true), \
@@ -66,6 +66,8 @@ pub(super) struct ActingAs<'a> {
     /// Whether to set the login's search path, which user-defined functions may rely on. Otherwise it is empty, so that a
     /// name cannot resolve to another object.
     with_path: bool,
+    /// The channel that policies of private channels are asked about; empty otherwise.
+    topic: &'a str,
     /// The setting `row_security`: `off` makes PostgreSQL raise where row security would hide rows.
     row_security: &'static str,
 }
@@ -78,13 +80,19 @@ impl<'a> ActingAs<'a> {
             json: claims.json(),
             sub: claims.sub().unwrap_or_default(),
             with_path,
+            topic: "",
             row_security: "on",
         }
     }
 
+    /// The same for a private channel.
+    pub fn in_topic(self, topic: &'a str) -> Self {
+        Self { topic, ..self }
+    }
+
     /// A role without claims.
     pub fn of_role(role: &'a str) -> Self {
-        Self { role, json: "", sub: "", with_path: false, row_security: "on" }
+        Self { role, json: "", sub: "", with_path: false, topic: "", row_security: "on" }
     }
 
     /// A role that reads past row security. Where the role may not, PostgreSQL raises.
@@ -155,7 +163,7 @@ impl Impersonation {
             Some(Ok(prepared)) => Ok(prepared),
             // With the search path that the query will have: with another PostgreSQL would resolve the names again.
             None | Some(Err(_)) => {
-                let [.., path, wait, row_security] = self.settings(&as_role);
+                let [.., path, wait, row_security, _] = self.settings(&as_role);
                 let settings = [&self.limit, path, wait, row_security];
                 let prepared = self.prepare_as(&self.as_login, &settings, statement).await?;
                 self.prepared_by_login.insert(Arc::clone(statement));
@@ -190,12 +198,13 @@ impl Impersonation {
     }
 
     /// The parameters of [`IMPERSONATE`].
-    fn settings<'p>(&'p self, as_role: &'p ActingAs<'_>) -> [&'p (dyn ToSql + Sync); 7] {
+    fn settings<'p>(&'p self, as_role: &'p ActingAs<'_>) -> [&'p (dyn ToSql + Sync); 8] {
         let path = if as_role.with_path { &self.path } else { &NO_PATH };
         let locked = *self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         let is_locked = locked.is_some_and(|when| when.elapsed() < LOCKED_FOR);
         let wait = if is_locked { &LOCK_WAIT_AGAIN } else { &LOCK_WAIT };
-        [&as_role.role, &as_role.json, &as_role.sub, &self.limit, path, wait, &as_role.row_security]
+        let ActingAs { role, json, sub, row_security, topic, .. } = as_role;
+        [role, json, sub, &self.limit, path, wait, row_security, topic]
     }
 
     /// Classifies an error of PostgreSQL. A policy can raise any code, so no code counts as a lost connection.

@@ -46,6 +46,23 @@ pub struct IdentityQuery<'a> {
     pub reading: Arc<str>,
     /// Whether the statement calls user-defined functions, which may rely on the search path.
     pub with_path: bool,
+    /// The private channel that is asked about; `None` for rows of watched tables.
+    pub topic: Option<&'a str>,
+}
+
+impl IdentityQuery<'_> {
+    fn acting_as(&self) -> ActingAs<'_> {
+        ActingAs::with(self.identity.claims(), self.with_path).in_topic(self.topic.unwrap_or_default())
+    }
+
+    /// What is skipped after a timeout: the statement. That of private channels is the same for all of them, and only some may be
+    /// slow: it is skipped for an identity.
+    fn breaker_key(&self) -> Arc<str> {
+        match self.topic {
+            None => Arc::clone(&self.statement),
+            Some(_) => format!("{} {}", self.identity.claims().json(), self.statement).into(),
+        }
+    }
 }
 
 impl IdentityAnswer {
@@ -94,7 +111,8 @@ impl IdentityEvaluator {
     /// # Errors
     /// Only when the connection fails. There is no result then: call again.
     pub async fn judge(&self, queries: &[IdentityQuery<'_>]) -> Result<Vec<IdentityAnswer>, Error> {
-        let is_slow: Vec<bool> = queries.iter().map(|query| self.slow.is_open(&query.statement)).collect();
+        let is_slow: Vec<bool> =
+            queries.iter().map(|query| self.slow.is_open(&query.breaker_key())).collect();
         let sent: Vec<IdentityQuery<'_>> = queries
             .iter()
             .zip(&is_slow)
@@ -109,7 +127,7 @@ impl IdentityEvaluator {
         let answers: Vec<IdentityAnswer> = answers.collect();
         for (query, answer) in queries.iter().zip(&answers) {
             if answer.denied == Some(Denied::TimedOut) {
-                self.slow.open(&query.statement);
+                self.slow.open(&query.breaker_key());
             }
         }
         Ok(answers)
@@ -180,7 +198,7 @@ async fn run_all(
     let mut refusals: HashMap<Arc<str>, Denied> = HashMap::new();
     session.make_room(2 * queries.len());
     for query in queries {
-        let role = ActingAs::with(query.identity.claims(), query.with_path);
+        let role = query.acting_as();
         if let Err(denied) = session.prepare(role, &query.statement).await? {
             refusals.insert(Arc::clone(&query.statement), denied);
         }
@@ -201,7 +219,7 @@ async fn run(session: &Impersonation, query: &IdentityQuery<'_>) -> Result<Ident
     let Some(statement) = session.prepared(&query.statement) else {
         return Ok(IdentityAnswer::none(query.images, Denied::Raised));
     };
-    let role = ActingAs::with(query.identity.claims(), query.with_path);
+    let role = query.acting_as();
     let mut answer =
         IdentityAnswer { allowed: vec![false; query.images.len()], denied: None, unreadable: Vec::new() };
     let mut ranges = Bisection::of(query.images.len());

@@ -316,7 +316,7 @@ fn truth_of(denied: Denied) -> Truth {
 }
 
 /// Settings of the session. All names in these statements are qualified, and a generic plan is as good as a custom one.
-const SETTINGS: &str = "set search_path = ''; set plan_cache_mode = force_generic_plan; set join_collapse_limit = 12; set from_collapse_limit = 12; set synchronous_commit = off; \
+pub(super) const SETTINGS: &str = "set search_path = ''; set plan_cache_mode = force_generic_plan; set join_collapse_limit = 12; set from_collapse_limit = 12; set synchronous_commit = off; \
      set default_transaction_read_only = off";
 
 /// Number of rows of subscribers that left, beyond the number of those connected, at which a table is refilled.
@@ -339,7 +339,7 @@ fn create_table(name: &str, leaf: &ServerQuery) -> String {
     )
 }
 
-fn type_name(kind: Kind) -> &'static str {
+pub(super) fn type_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Bool => "pg_catalog.bool",
         Kind::Int2 => "pg_catalog.int2",

@@ -1,24 +1,27 @@
 //! `POST …/api/broadcast` and `POST …/api/broadcast/TOPIC/events/EVENT`: broadcasts without a socket.
 
+use std::collections::HashSet;
+use std::future::ready;
 use std::net::IpAddr;
 
+use futures_util::{StreamExt, TryStreamExt, stream};
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Method, Request, StatusCode};
 use serde_json::value::RawValue;
 
+use crate::feed::authorize::topic_judge::{TopicQuestion, TopicUnknown};
+use crate::model::catalog::topic_rules::TopicAct;
 use crate::model::codec::phoenix::{carries_bytes, topic_of};
-use crate::model::identity::claims::Claims;
+use crate::model::policy::visibility::Identity;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::join::MAX_TOPIC_BYTES;
+use crate::model::session::machine::UNAVAILABLE;
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::body;
 use crate::transport::broadcast::batch::{self, BatchError, BatchMessage, MAX_MESSAGES};
-use crate::transport::query::{bearer, parameter, path_segment, repeated, repeated_error};
-use crate::transport::response::{Answer, empty, error, json};
-
-/// The refusal of a broadcast to a private channel.
-const PRIVATE: &str = "Unauthorized: private channels are not available in this version of the relay";
+use crate::transport::query::{bearer, is_private_by, parameter, path_segment, repeated, repeated_error};
+use crate::transport::response::{Answer, empty, error, json, unauthorized};
 
 /// The refusal of a body.
 const NOT_JSON: &str = "the body is not JSON";
@@ -27,8 +30,8 @@ const NOT_JSON: &str = "the body is not JSON";
 enum Form {
     /// Messages in the body.
     Batch,
-    /// The payload in the body, channel and event in the path.
-    Single(String, String),
+    /// The payload in the body, channel and event in the path; whether the channel is private.
+    Single(String, String, bool),
 }
 
 /// Whether a path is one of broadcasts.
@@ -43,7 +46,7 @@ fn rest(path: &str) -> Option<&str> {
 
 /// Answers a request. The second value says whether its body was read.
 pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (Answer, bool) {
-    let (form, claims) = match check(app, address, &request).await {
+    let (form, identity) = match check(app, address, &request).await {
         Ok(checked) => checked,
         Err(refused) => return (refused, false),
     };
@@ -53,19 +56,20 @@ pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (A
         Err(refused) => return (refused, false),
     };
     let max_bytes = app.limits.broadcast_bytes;
+    let is_single = matches!(form, Form::Single(..));
     let messages = match form {
         Form::Batch => batch::parse(&body, max_bytes, MAX_MESSAGES).map_err(|refused| match refused {
             BatchError::NotJson => error(StatusCode::BAD_REQUEST, NOT_JSON),
             BatchError::Invalid(errors) => json(StatusCode::UNPROCESSABLE_ENTITY, errors),
             BatchError::TooMany => too_many(app, TOO_MANY),
         }),
-        Form::Single(channel, event) => single(&head.headers, &body, max_bytes, (channel, event))
-            .map(|message| vec![message])
+        Form::Single(channel, event, is_private) => single(&head.headers, &body, max_bytes, (channel, event))
+            .map(|message| vec![BatchMessage { is_private, ..message }])
             .map_err(|Refusal(status, why)| error(status, &why)),
     };
     drop(body);
     let answer = match messages {
-        Ok(messages) => publish(app, address, &claims, messages).await,
+        Ok(messages) => publish(app, address, &identity, is_single, messages).await,
         Err(refused) => refused,
     };
     (answer, true)
@@ -75,7 +79,7 @@ pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (A
 ///
 /// # Errors
 /// The answer that refuses the request.
-async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Result<(Form, Claims), Answer> {
+async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Result<(Form, Identity), Answer> {
     if !origin_is_allowed(&app.allowed_origins, request.headers()) {
         return Err(error(StatusCode::FORBIDDEN, "this origin is not allowed"));
     }
@@ -83,7 +87,7 @@ async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Resul
         return Err(error(StatusCode::METHOD_NOT_ALLOWED, "broadcasts are sent by POST"));
     }
     let path = request.uri().path();
-    let form = form(path).map_err(|Refusal(status, why)| error(status, &why))?;
+    let mut form = form(path).map_err(|Refusal(status, why)| error(status, &why))?;
     let query = request.uri().query().unwrap_or_default();
     if let Some(name) = repeated(query) {
         return Err(error(StatusCode::BAD_REQUEST, &repeated_error(&name)));
@@ -94,14 +98,10 @@ async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Resul
         app.observe.request_refused(address, path, &why);
         error(StatusCode::UNAUTHORIZED, &why)
     })?;
-    if matches!(form, Form::Single(..)) {
-        match parameter(query, "private").as_deref() {
-            None | Some("false") => {}
-            Some("true") => return Err(error(StatusCode::FORBIDDEN, PRIVATE)),
-            Some(_) => return Err(error(StatusCode::BAD_REQUEST, "private is true or false")),
-        }
+    if let Form::Single(_, _, is_private) = &mut form {
+        *is_private = is_private_by(query).map_err(|why| error(StatusCode::BAD_REQUEST, why))?;
     }
-    Ok((form, claims))
+    Ok((form, Identity::new(claims)))
 }
 
 /// Returns the form of a request with this path.
@@ -118,7 +118,7 @@ fn form(path: &str) -> Result<Form, Refusal> {
                     "topic and event in the path are not UTF-8: percent-encode them",
                 ));
             };
-            Ok(Form::Single(channel, event))
+            Ok(Form::Single(channel, event, false))
         }
         _ => Err(refusal(
             StatusCode::NOT_FOUND,
@@ -165,6 +165,9 @@ fn single(
     Ok(BatchMessage { channel, is_private: false, broadcast })
 }
 
+/// Number of channels of a batch that are judged at the same time.
+const MAX_JUDGED: usize = 64;
+
 const TOO_MANY: &str = "Too many messages to broadcast, please reduce the batch size";
 
 /// Why a request is refused, with the status.
@@ -174,8 +177,15 @@ fn refusal(status: StatusCode, why: impl Into<String>) -> Refusal {
     Refusal(status, why.into())
 }
 
-/// Sends the messages in order. Those to private channels are dropped: no client may send to one.
-async fn publish(app: &App, address: IpAddr, claims: &Claims, messages: Vec<BatchMessage>) -> Answer {
+/// Sends the messages in order. Those to private channels that the client may not send to are dropped; a single one is refused.
+async fn publish(
+    app: &App,
+    address: IpAddr,
+    identity: &Identity,
+    is_single: bool,
+    messages: Vec<BatchMessage>,
+) -> Answer {
+    let claims = identity.claims();
     if app.broadcast_rates.is_never_allowed(messages.len()) {
         return too_many(app, TOO_MANY);
     }
@@ -187,19 +197,47 @@ async fn publish(app: &App, address: IpAddr, claims: &Claims, messages: Vec<Batc
     if !is_allowed {
         return too_many(app, "You have exceeded your rate limit");
     }
-    for BatchMessage { channel, broadcast, .. } in messages.into_iter().filter(|message| !message.is_private)
-    {
+    let channels =
+        messages.iter().filter(|message| message.is_private).map(|message| message.channel.as_str());
+    let Ok(writable) = writable(app, identity, channels).await else {
+        return error(StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE);
+    };
+    for BatchMessage { channel, is_private, broadcast } in messages {
+        if is_private && !writable.contains(&channel) {
+            match is_single {
+                true => return unauthorized(),
+                false => continue,
+            }
+        }
         let topic = topic_of(&channel);
         if topic.len() > MAX_TOPIC_BYTES {
             // No channel can have it.
             continue;
         }
-        match app.topics.publish(&topic, None, broadcast) {
+        match app.topics.publish((&topic, is_private), None, broadcast) {
             Ok(congestion) => congestion.eased().await,
             Err(why) => return error(StatusCode::SERVICE_UNAVAILABLE, &why.to_string()),
         }
     }
     empty(StatusCode::ACCEPTED)
+}
+
+/// Returns those of the private channels that the identity may send broadcasts to.
+async fn writable(
+    app: &App,
+    identity: &Identity,
+    channels: impl Iterator<Item = &str>,
+) -> Result<HashSet<String>, TopicUnknown> {
+    let channels: HashSet<String> = channels.map(str::to_owned).collect();
+    let judge = |channel: String| async move {
+        let (identity, act) = (identity.clone(), TopicAct::Write);
+        let question = TopicQuestion { identity, channel, act, is_recheck: false };
+        let verdict = app.topic_judge.judge(&question).await?;
+        Ok(verdict.rights.broadcast.then_some(question.channel))
+    };
+    // Together, because questions that wait together are judged together.
+    let judged = stream::iter(channels).map(judge).buffer_unordered(MAX_JUDGED);
+    judged.try_filter_map(|channel| ready(Ok(channel))).try_collect().await
 }
 
 /// Status 429: the client sends too much.

@@ -19,7 +19,7 @@ use crate::model::log::cursor::Cursor;
 use crate::model::subscription::error::is_raising;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, notice, unavailable};
-use crate::transport::changes::request::{ChangesRequest, MIN_OUTBOX, START_TIMEOUT};
+use crate::transport::changes::request::{ChangesRequest, MIN_OUTBOX, START_TIMEOUT, lost};
 use crate::transport::held_answer::{WatchedOutbox, json_answer};
 use crate::transport::response::{Answer, error, json};
 
@@ -40,6 +40,9 @@ pub async fn poll(
     let until = Instant::now() + call.wait.min(Duration::from_secs(expiry));
     let outbox = Arc::clone(&call.outbox);
     let hidden = call.subscription.hidden().next().map(str::to_owned);
+    let topic = call.subscription.topic().cloned();
+    let judge = Arc::clone(&app.topic_judge);
+    let revoked = judge.lost(call.subscription.identity().clone(), topic.clone());
     let mut catch_up = call.catch_up(app, since.clone());
     let (progress, taken) = match read_first(&mut catch_up, &outbox, hidden.as_deref()).await {
         Ok(first) => first,
@@ -52,6 +55,7 @@ pub async fn poll(
             () = app.verifier.withdrawn(catch_up.subscription().identity().claims()) => {
                 return error(StatusCode::UNAUTHORIZED, &TokenError::Signer.connect_text());
             }
+            () = revoked => return topic.map_or_else(unavailable, |topic| lost(&topic, None)),
             () = app.end.cancelled() => None,
             () = closed.cancelled() => None,
         },

@@ -11,14 +11,16 @@ use hyper::{Request, StatusCode};
 use serde_json::{Map, Value};
 use tokio_util::sync::CancellationToken;
 
+use crate::feed::authorize::topic_judge::{TopicQuestion, TopicUnknown};
 use crate::feed::catch_up::CatchUp;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::subscribe::BindError;
+use crate::model::catalog::topic_rules::TopicAct;
 use crate::model::codec::protocol::Codec;
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::channel::ChannelId;
-use crate::model::session::join::MAX_TOPIC_BYTES;
+use crate::model::session::join::{MAX_TOPIC_BYTES, unauthorized};
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
@@ -32,7 +34,7 @@ use crate::transport::changes::sse::follow;
 use crate::transport::content_type::wants_stream;
 use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::query::repeated_error;
-use crate::transport::query::{bearer, is_unreadable, names, parameter, repeated};
+use crate::transport::query::{bearer, is_private_by, is_unreadable, names, parameter, repeated};
 use crate::transport::response::{Answer, error};
 
 /// Default and maximum wait of a poll, in seconds. Below the usual timeouts of proxies.
@@ -47,7 +49,8 @@ const PARAMETERS: [&str; 17] = [
 const GROUPS: [&str; 4] = ["or", "and", "not.or", "not.and"];
 /// The parameters that only apply to a table.
 const OF_TABLES: [&str; 12] = [
-    "event", "schema", "table", "filter", "or", "and", "not.or", "not.and", "select", "order", "limit", "after",
+    "event", "schema", "table", "filter", "or", "and", "not.or", "not.and", "select", "order", "limit",
+    "after",
 ];
 /// The parameters that only apply to rows.
 const PAGING: [&str; 3] = ["order", "limit", "after"];
@@ -186,11 +189,22 @@ async fn of_table(
 /// # Errors
 /// The answer that refuses the request: the identity may not read the private topic.
 async fn of_topic(app: &App, identity: Identity, topic: TopicScope) -> Result<Subscription, Answer> {
-    if topic.is_private && !app.feed.may_read_topic(&identity, &topic.name).await {
-        let why = "Unauthorized: You do not have permissions to read from this Channel topic: ";
-        return Err(error(StatusCode::FORBIDDEN, &format!("{why}{}", topic.name)));
+    if topic.is_private {
+        let (channel, act) = (topic.name.to_string(), TopicAct::Read);
+        let question = TopicQuestion { identity: identity.clone(), channel, act, is_recheck: false };
+        match app.topic_judge.judge(&question).await {
+            Ok(verdict) if verdict.rights.broadcast => {}
+            Ok(verdict) => return Err(lost(&topic, verdict.why.as_deref())),
+            Err(TopicUnknown) => return Err(unavailable()),
+        }
     }
     Ok(Subscription::of_topic(identity, topic))
+}
+
+/// Refuses the broadcasts of a private topic, with why if that is not for its policies to say.
+pub(super) fn lost(topic: &TopicScope, why: Option<&str>) -> Answer {
+    let text = format!("Unauthorized: {}", unauthorized(&topic.name, why));
+    error(StatusCode::FORBIDDEN, &text)
 }
 
 /// Refuses unknown parameters and values that are not UTF-8.
@@ -211,10 +225,8 @@ fn check_parameters(query: &str) -> Result<(), SubscribeError> {
 /// Reads the parameters that name the topic, or the table and what of it.
 fn wanted(query: &str) -> Result<WantedChanges, SubscribeError> {
     let refused = |why: String| Err(SubscribeError(why));
-    let is_private = match parameter(query, "private").as_deref() {
-        None | Some("false") => false,
-        Some("true") => true,
-        Some(_) => return refused(String::from("private: true or false is expected")),
+    let Ok(is_private) = is_private_by(query) else {
+        return refused(String::from("private: true or false is expected"));
     };
     let Some(name) = parameter(query, "topic") else {
         return match is_private {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use futures_util::stream::unfold;
 use http_body_util::StreamBody;
 use hyper::StatusCode;
@@ -22,6 +23,7 @@ use crate::feed::read::stall::Stalls;
 use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::protocol::{Envelope, Notice, RESUMED, STALLED};
 use crate::model::log::cursor::Cursor;
+use crate::model::session::join::unauthorized;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, unavailable};
 use crate::transport::changes::request::{ChangesRequest, START_TIMEOUT};
@@ -51,6 +53,8 @@ struct EventStream {
     sent_position: Cursor,
     /// When the token expires.
     expiry: Instant,
+    /// Completes when the client may not read the private topic any more.
+    revoked: BoxFuture<'static, ()>,
     stalls: Stalls,
     has_begun: bool,
     is_closed: bool,
@@ -93,6 +97,9 @@ fn answer(
 ) -> Answer {
     let left = catch_up.subscription().identity().claims().expires_at().saturating_sub(now());
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
+    let (identity, topic) =
+        (catch_up.subscription().identity().clone(), catch_up.subscription().topic().cloned());
+    let revoked = Arc::clone(&app.topic_judge).lost(identity, topic).boxed();
     app.observe.session_opened();
     watched.send_replace(Some(Arc::clone(&catch_up.outbox)));
     let mut stalls = app.stall_monitor.watch();
@@ -110,6 +117,7 @@ fn answer(
         written,
         sent_position,
         expiry,
+        revoked,
         stalls,
         has_begun,
         is_closed,
@@ -157,6 +165,7 @@ impl EventStream {
                     // Poll the expiry first: a long replay must not continue after it.
                     biased;
                     () = sleep_until(self.expiry) => return Some(self.expired()),
+                    () = &mut self.revoked => return Some(self.lost()),
                     () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
                     () = self.app.end.cancelled() => return None,
                     () = self.closed.cancelled() => return None,
@@ -173,6 +182,7 @@ impl EventStream {
                     return Some(text);
                 },
                 () = sleep_until(self.expiry) => return Some(self.expired()),
+                () = &mut self.revoked => return Some(self.lost()),
                 () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
                 Ok(()) = self.stalls.changed() => {
                     let (name, data) = match *self.stalls.borrow_and_update() {
@@ -264,6 +274,13 @@ impl EventStream {
     fn expired(&mut self) -> String {
         self.is_closed = true;
         String::from("event: failure\ndata: {\"error\":\"the token has expired\"}\n\n")
+    }
+
+    fn lost(&mut self) -> String {
+        self.is_closed = true;
+        let name = self.catch_up.subscription().topic().map(|topic| &*topic.name).unwrap_or_default();
+        let failure = serde_json::json!({ "error": format!("Unauthorized: {}", unauthorized(name, None)) });
+        format!("event: failure\ndata: {failure}\n\n")
     }
 
     fn withdrawn(&mut self) -> String {

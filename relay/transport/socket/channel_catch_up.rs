@@ -22,7 +22,7 @@ pub struct ChannelCatchUp {
 enum Step {
     Reading(BoxFuture<'static, (CatchUp, Result<Progress, ReplayError>)>),
     /// Paused until the client has read what is in its outbox.
-    Waiting(CatchUp),
+    Waiting(Box<CatchUp>),
 }
 
 impl ChannelCatchUp {
@@ -33,7 +33,7 @@ impl ChannelCatchUp {
 
     /// Waits for the client to read before the next step.
     pub fn waiting(catch_up: CatchUp) -> Self {
-        Self { position: catch_up.place(), step: Step::Waiting(catch_up) }
+        Self { position: catch_up.place(), step: Step::Waiting(Box::new(catch_up)) }
     }
 
     /// Returns the position up to which everything is in the outbox.
@@ -53,7 +53,7 @@ impl ChannelCatchUp {
     pub fn resume(&mut self) {
         let placeholder = Step::Reading(pending().boxed());
         self.step = match std::mem::replace(&mut self.step, placeholder) {
-            Step::Waiting(catch_up) => read(catch_up, Duration::ZERO),
+            Step::Waiting(catch_up) => read(*catch_up, Duration::ZERO),
             step => step,
         };
     }

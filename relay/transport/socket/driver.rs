@@ -1,7 +1,7 @@
 //! Drives one session over one WebSocket: reads frames, writes the outbox, and handles timers, key changes and shutdown.
 
 use std::collections::HashMap;
-use std::future::ready;
+use std::future::{pending, ready};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,10 +20,13 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message as SocketFram
 
 use crate::auth::jwks::KeySet;
 use crate::auth::verifier::now;
+use crate::feed::authorize::topic_judge::{TopicJudge, TopicQuestion, TopicUnknown, TopicVerdict};
+use crate::feed::catch_up::CatchUp;
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
 use crate::feed::deliver::outbox::{Outbox, Taken};
 use crate::feed::subscribe::BindError;
+use crate::model::catalog::topic_rules::TopicAct;
 use crate::model::codec::protocol::{ChannelFormat, SocketProtocol};
 use crate::model::identity::bookmark::Opened;
 use crate::model::identity::bookmark::SessionName;
@@ -32,8 +35,9 @@ use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::{BindOutcome, ChannelId};
-use crate::model::session::machine::Session;
+use crate::model::session::machine::{Session, UNAVAILABLE};
 use crate::model::session::message::{ClientRequest, Incoming, Origin, Outgoing, Response};
+use crate::model::session::private::{NOT_RECALLED, RESUMED_INSTEAD, WriteQuestion};
 use crate::model::session::rate_limit::RateLimit;
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::topic::TopicScope;
@@ -42,6 +46,7 @@ use crate::transport::app::App;
 use crate::transport::intake::Intake;
 use crate::transport::socket::frame_writer::{Broken, Socket, Writer};
 use crate::transport::socket::inbound::{Inbound, KeptMemory, NO_ROOM, decode};
+use crate::transport::socket::recalls::Recalls;
 use crate::transport::socket::resume::{Resume, work};
 
 /// The parameters of a client's handshake.
@@ -60,6 +65,8 @@ pub struct ConnectRequest {
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The message for a client that exceeds its message rate.
 const TOO_MANY_MESSAGES: &str = "Too many messages per second";
+/// The refusal of a public channel where only private ones are allowed.
+const PRIVATE_ONLY: &str = "PrivateOnly: This project only allows private channels";
 /// The refusal of a change of presence by a client that exceeds its rate.
 const TOO_MANY_PRESENCES: &str = "Client presence rate limit exceeded";
 /// Bytes that the fields around the payload of a broadcast may have.
@@ -115,6 +122,8 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: Connec
         with_cursor,
         resume,
         binds,
+        judgements: FuturesUnordered::new(),
+        recalls: None,
         waiting_message: None,
         memberships: HashMap::new(),
         easing: None,
@@ -160,13 +169,23 @@ struct Driver {
     /// Bookmarks of the channels, if the client named its session.
     resume: Option<Box<Resume>>,
     binds: FuturesUnordered<BoxFuture<'static, BindAttempt>>,
-    /// A message that waits for a refresh of the JWK set. Later messages wait in the socket.
-    waiting_message: Option<BoxFuture<'static, Incoming>>,
+    /// What private channels may read, while it is being judged.
+    judgements: FuturesUnordered<BoxFuture<'static, Judged>>,
+    /// The earlier broadcasts of channels, if one wanted any.
+    recalls: Option<Box<Recalls>>,
+    /// A message that waits for a refresh of the JWK set, or to be allowed. Later messages wait in the socket.
+    waiting_message: Option<BoxFuture<'static, Waited>>,
     /// The memberships of the channels in their topics.
     memberships: HashMap<ChannelId, Membership>,
     /// Completes when the readers of the last broadcast have room. Later messages wait in the socket.
     easing: Option<BoxFuture<'static, ()>>,
 }
+
+/// The outcome of a judgement of a channel.
+type Judged = (ChannelId, u32, Result<TopicVerdict, TopicUnknown>);
+
+/// A message that waited, and what for, if it was to be allowed.
+type Waited = (Incoming, Option<(WriteQuestion, Result<TopicVerdict, TopicUnknown>)>);
 
 /// A finished attempt to bind a channel.
 type BindAttempt = (ChannelId, u32, Result<Bound, BindError>);
@@ -183,6 +202,7 @@ impl Driver {
         let app = Arc::clone(&self.app);
         let mut shutdown = pin!(app.end.cancelled());
         let mut keys = app.verifier.follow_keys();
+        let mut rechecks = app.topic_judge.rechecks();
         let silence = app.limits.silence;
         let mut last_read = Instant::now();
         // Reset only when it fires or a token expires before it: most iterations need neither.
@@ -205,14 +225,14 @@ impl Driver {
                     }
                     Taken::Full => return self.too_slow(),
                 },
-                Some(message) = OptionFuture::from(self.waiting_message.as_mut()) => {
+                Some(waited) = OptionFuture::from(self.waiting_message.as_mut()) => {
                     self.waiting_message = None;
-                    self.receive(message);
+                    self.resume_message(waited);
                     self.advance_alarm_to_expiry(alarm.as_mut());
                 }
                 Some(()) = OptionFuture::from(self.easing.as_mut()) => self.easing = None,
                 frame = self.socket.next(), if self.waiting_message.is_none() && self.easing.is_none()
-                    && self.binds.len() <= self.session.channel_count() + MAX_SUPERSEDED_BINDS => {
+                    && self.binds.len() + self.judgements.len() <= self.session.channel_count() + MAX_SUPERSEDED_BINDS => {
                     last_read = Instant::now();
                     self.socket.get_ref().message_complete();
                     self.writer.frame_read();
@@ -230,6 +250,18 @@ impl Driver {
                     self.bound(outcome);
                     self.advance_alarm_to_expiry(alarm.as_mut());
                 }
+                Some(judged) = self.judgements.next(), if !self.judgements.is_empty() => {
+                    self.judged(judged);
+                    self.advance_alarm_to_expiry(alarm.as_mut());
+                }
+                (channel, is_done) = next_recalled(&mut self.recalls) => {
+                    let actions = self.session.recalled(channel, (!is_done).then_some(NOT_RECALLED));
+                    self.perform(actions, &mut None);
+                }
+                Ok(()) = rechecks.changed(), if self.session.has_private_channels() => {
+                    let actions = self.session.judge_again(now(), true);
+                    self.perform(actions, &mut None);
+                }
                 _ = work(&mut self.resume) => {}
                 Ok(()) = keys.changed() => {
                     let actions = self.session.recheck(&app.verifier);
@@ -243,7 +275,8 @@ impl Driver {
                     if last_read.elapsed() >= silence {
                         return SessionEnd::Close(1000, "no heartbeat received");
                     }
-                    let actions = self.session.expire(now());
+                    let mut actions = self.session.expire(now());
+                    actions.extend(self.session.judge_again(now(), false));
                     self.perform(actions, &mut None);
                     alarm.as_mut().reset(last_read + silence);
                     self.advance_alarm_to_expiry(alarm.as_mut());
@@ -253,9 +286,10 @@ impl Driver {
         }
     }
 
-    /// Moves the alarm forward if a token expires before it.
+    /// Moves the alarm forward if a token expires before it, or a private channel is to be judged.
     fn advance_alarm_to_expiry(&self, alarm: Pin<&mut Sleep>) {
-        if let Some(at) = self.session.next_expiry() {
+        let due = [self.session.next_expiry(), self.session.next_judgement()];
+        if let Some(at) = due.into_iter().flatten().min() {
             let expiry = Instant::now() + Duration::from_secs(at.saturating_sub(now()).min(86_400));
             if expiry < alarm.deadline() {
                 alarm.reset(expiry);
@@ -347,17 +381,49 @@ impl Driver {
             return Err(SessionEnd::Close(1001, "Too many joins per second"));
         }
         if let ClientRequest::Join(join) = &message.request
+            && self.app.limits.private_only
+            && join.private_channel.is_none()
+        {
+            self.send(&message.origin.refusal(PRIVATE_ONLY));
+            return Ok(());
+        }
+        if let ClientRequest::Join(join) = &message.request
             && !self.kept.reserve(&self.session, join)
         {
             self.send(&message.origin.refusal(NO_ROOM));
             return Ok(());
         }
+        if let Some(question) = self.session.write_question(&message, now(), self.app.topic_judge.version()) {
+            self.waiting_message =
+                Some(ask_to_write(Arc::clone(&self.app.topic_judge), question, message).boxed());
+            return Ok(());
+        }
         let token = message.request.token();
         match token.and_then(|token| self.app.verifier.refresh_for(token)) {
-            Some(refreshed) => self.waiting_message = Some(refreshed.map(|()| message).boxed()),
+            Some(refreshed) => self.waiting_message = Some(refreshed.map(|()| (message, None)).boxed()),
             None => self.receive(message),
         }
         Ok(())
+    }
+
+    /// Receives a message that waited.
+    fn resume_message(&mut self, (message, answer): Waited) {
+        match answer {
+            None => self.receive(message),
+            Some((question, Ok(verdict))) => {
+                self.session.may_write(&question, now(), verdict.version, verdict.rights);
+                self.receive(message);
+            }
+            Some((_, Err(TopicUnknown))) => self.send(&message.origin.refusal(UNAVAILABLE)),
+        }
+    }
+
+    /// Handles what a private channel may read.
+    fn judged(&mut self, (channel, judgement, outcome): Judged) {
+        let outcome = outcome.ok().map(|verdict| (verdict.rights, verdict.why));
+        let actions = self.session.judged(channel, judgement, now(), outcome);
+        self.kept.update(&self.session);
+        self.perform(actions, &mut None);
     }
 
     fn receive(&mut self, message: Incoming) {
@@ -413,14 +479,39 @@ impl Driver {
                     }
                 }
                 Action::Listen { channel, identity } => self.listen(channel, identity),
-                Action::Enter { channel, name, membership } => {
+                Action::Judge { channel, judgement, identity, name, is_recheck } => {
+                    let judge = Arc::clone(&self.app.topic_judge);
+                    let question = TopicQuestion { identity, channel: name, act: TopicAct::Read, is_recheck };
+                    let judged = async move { (channel, judgement, judge.judge(&question).await) };
+                    self.judgements.push(judged.boxed());
+                }
+                Action::Recall { channel, name, recall } => match self.resume {
+                    Some(_) => {
+                        let actions = self.session.recalled(channel, Some(RESUMED_INSTEAD));
+                        self.perform(actions, &mut None);
+                    }
+                    None => {
+                        let recalls = self.recalls.get_or_insert_default();
+                        recalls.begin(self.app.feed.clone(), channel, name, recall);
+                    }
+                },
+                Action::Enter { channel, name, membership, private } => {
+                    if let Some(recalls) = &mut self.recalls {
+                        let frames = recalls.frames(channel, &name.topic, self.protocol, &self.outbox);
+                        frames.into_iter().for_each(|frame| self.outbox.push(frame));
+                    }
                     let (topics, outbox) = (&self.app.topics, Arc::clone(&self.outbox));
-                    let membership = topics.enter(channel, name, self.protocol, membership, outbox);
+                    let membership = topics.enter(channel, name, self.protocol, membership, private, outbox);
                     self.memberships.insert(channel, membership);
                 }
+                Action::Permit { channel, rights } => {
+                    if let Some(membership) = self.memberships.get(&channel) {
+                        membership.permit(rights);
+                    }
+                }
                 Action::Exit { channel } => _ = self.memberships.remove(&channel),
-                Action::Broadcast { channel, origin, broadcast, acknowledges } => {
-                    self.broadcast(channel, &origin, broadcast, acknowledges);
+                Action::Broadcast { channel, origin, broadcast, acknowledges, is_private } => {
+                    self.broadcast(channel, &origin, (broadcast, is_private), acknowledges);
                 }
                 Action::Track { channel, origin, object } => self.track(channel, &origin, object),
                 Action::Forget { channel } => {
@@ -429,6 +520,9 @@ impl Driver {
                     }
                 }
                 Action::Leave { channel, farewell } => {
+                    if let Some(recalls) = &mut self.recalls {
+                        recalls.stop(channel);
+                    }
                     if let Some(resume) = &mut self.resume {
                         resume.stop(channel);
                     }
@@ -447,6 +541,16 @@ impl Driver {
             Some(resume) => resume.start(channel, subscription, codec, greeting, opened),
             None => {
                 let outbox = Arc::clone(&self.outbox);
+                if let Some(recalls) = &mut self.recalls {
+                    let cursor = recalls.cursor(channel);
+                    recalls.stop(channel);
+                    if let Some(cursor) = cursor {
+                        greeting.into_iter().for_each(|frame| outbox.push(frame));
+                        let feed = self.app.feed.clone();
+                        let catch_up = CatchUp::new(feed, channel, subscription, codec, cursor, outbox);
+                        return recalls.follow(channel, catch_up);
+                    }
+                }
                 let subscriber = Subscriber { codec, subscription, since: None, outbox, missed: None };
                 self.app.feed.join(channel, subscriber, greeting);
             }
@@ -464,16 +568,22 @@ impl Driver {
 
     /// Returns the topic whose broadcasts from the database a channel gets.
     fn heard_topic(&self, channel: ChannelId) -> Option<TopicScope> {
-        let name = self.protocol.channel_of(self.session.heard_topic(channel)?).into();
-        Some(TopicScope { name, is_private: false })
+        let (topic, is_private) = self.session.heard_topic(channel)?;
+        Some(TopicScope { name: self.protocol.channel_of(topic).into(), is_private })
     }
 
     /// Sends a broadcast to its topic, then the acknowledgement, if the channel has them. A refusal is always answered.
-    fn broadcast(&mut self, channel: ChannelId, origin: &Origin, broadcast: Broadcast, acknowledges: bool) {
+    fn broadcast(
+        &mut self,
+        channel: ChannelId,
+        origin: &Origin,
+        (broadcast, is_private): (Broadcast, bool),
+        acknowledges: bool,
+    ) {
         if broadcast.content.len() > self.app.limits.broadcast_bytes + BROADCAST_FIELDS {
             return self.send(&origin.reply(Response::TooLarge));
         }
-        match self.app.topics.publish(&origin.channel.topic, Some(channel), broadcast) {
+        match self.app.topics.publish((&origin.channel.topic, is_private), Some(channel), broadcast) {
             Ok(congestion) => {
                 if !congestion.is_empty() {
                     self.easing = Some(congestion.eased().boxed());
@@ -519,6 +629,26 @@ impl Driver {
         let frame = |message| Frame::text(self.protocol.encode(message), self.outbox.budget());
         messages.iter().map(frame).collect()
     }
+}
+
+/// Returns the next channel whose earlier broadcasts are read.
+async fn next_recalled(recalls: &mut Option<Box<Recalls>>) -> (ChannelId, bool) {
+    match recalls {
+        Some(recalls) => recalls.next().await,
+        None => pending().await,
+    }
+}
+
+/// Lets a message wait until it is known whether its channel may write.
+async fn ask_to_write(judge: Arc<TopicJudge>, question: WriteQuestion, message: Incoming) -> Waited {
+    let asked = TopicQuestion {
+        identity: question.identity.clone(),
+        channel: question.name.clone(),
+        act: TopicAct::Write,
+        is_recheck: false,
+    };
+    let verdict = judge.judge(&asked).await;
+    (message, Some((question, verdict)))
 }
 
 /// Closes the connection of a client that exceeds its message rate where no channel can be closed instead.

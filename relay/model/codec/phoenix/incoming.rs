@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 use crate::model::codec::phoenix::{Head, Message, TOPIC_PREFIX};
 use crate::model::session::broadcast::{Broadcast, object};
 use crate::model::session::join::{
-    Join, MAX_ENTRIES, MAX_JOIN_BYTES, MAX_KEY_BYTES, MAX_TOPIC_BYTES, MEMBERSHIP_BYTES, too_large,
+    Join, MAX_ENTRIES, MAX_JOIN_BYTES, MAX_KEY_BYTES, MAX_RECALLED, MAX_TOPIC_BYTES, MEMBERSHIP_BYTES,
+    Recall, too_large,
 };
 use crate::model::session::member::MembershipOptions;
 use crate::model::session::message::{ChannelName, ClientRequest, Incoming, Origin, Reference};
@@ -131,6 +132,11 @@ fn join(message: &Message) -> Result<Join, String> {
         presence_key,
         wants_presence: setting("presence", "enabled"),
     };
+    let is_private = payload.get("config").and_then(|config| config.get("private")).is_some_and(is_not_false);
+    let recall = value("broadcast", "replay").filter(|replay| !replay.is_null()).map(recall);
+    if recall.is_some() && !is_private {
+        return Err(String::from("UnableToReplayMessages: Replay is not allowed for public channels"));
+    }
     Ok(Join {
         requests,
         malformed,
@@ -139,11 +145,31 @@ fn join(message: &Message) -> Result<Join, String> {
         waits: setting("postgres_changes_options", "wait"),
         membership,
         acknowledges: setting("broadcast", "ack"),
-        is_private: payload.get("config").and_then(|config| config.get("private")).is_some_and(is_not_false),
+        private_channel: message.topic.strip_prefix(TOPIC_PREFIX).filter(|_| is_private).map(str::to_owned),
+        recall: recall.transpose()?,
         by_operation: by_topic.is_some(),
         // The topic is the session's and the topic's own.
         bytes: bytes + message.topic.len() + MEMBERSHIP_BYTES,
     })
+}
+
+/// Parses `config.broadcast.replay`.
+///
+/// # Errors
+/// The reason for the reply.
+fn recall(replay: &Value) -> Result<Recall, String> {
+    let limit = match replay.get("limit") {
+        None | Some(Value::Null) => Some(MAX_RECALLED),
+        Some(limit) => limit.as_u64().and_then(|limit| u32::try_from(limit).ok()),
+    };
+    let limit = limit.filter(|limit| (1..=MAX_RECALLED).contains(limit));
+    match (replay.get("since").and_then(Value::as_u64), limit) {
+        (Some(since), Some(limit)) => Ok(Recall { since, limit }),
+        _ => Err(format!(
+            "UnableToReplayMessages: Replay params are not valid: since is a number of milliseconds since 1970, limit is 1 to \
+             {MAX_RECALLED}"
+        )),
+    }
 }
 
 /// Returns the token of a join. Older clients name it `user_token`.
@@ -283,9 +309,10 @@ mod tests {
         );
         let membership =
             MembershipOptions { receives_own: true, presence_key: String::from("k"), wants_presence: true };
-        assert_eq!((found.membership, found.acknowledges, found.is_private), (membership, true, false));
+        assert_eq!((found.membership, found.acknowledges, found.private_channel), (membership, true, None));
         let found = join(json!({"broadcast": 7, "presence": {"key": 5}, "private": true}));
-        assert_eq!((found.membership.presence_key.as_str(), found.is_private), ("5", true));
+        let private = (found.membership.presence_key.as_str(), found.private_channel.as_deref());
+        assert_eq!(private, ("5", Some("t")));
         assert_eq!(join(json!({"presence": {"key": null}})).membership, MembershipOptions::default());
         let long = json!({"config": {"presence": {"key": "k".repeat(MAX_KEY_BYTES + 1)}}});
         assert!(read("realtime:t", long).unwrap_err().starts_with("PresenceKeyTooLong: "));

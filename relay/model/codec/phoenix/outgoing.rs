@@ -20,7 +20,6 @@ pub fn encode(version: Version, message: &Outgoing) -> String {
         SessionEvent::Reply(to, response) => {
             frame(version, join_ref, json_of(to), topic, "phx_reply", &reply(response))
         }
-        SessionEvent::PresenceState => push("presence_state", "{}"),
         SessionEvent::Subscribed => system("postgres_changes", "ok", SUBSCRIBED),
         SessionEvent::Hidden(why) => system("postgres_changes", "ok", why),
         SessionEvent::NotSubscribed(refusal) => system("postgres_changes", "error", &refusal.0),
@@ -59,6 +58,8 @@ fn reply(response: &Response) -> String {
         Response::Alive | Response::Left | Response::Done => ("ok", String::from("{}")),
         Response::Joined(entries) => ("ok", joined(entries)),
         Response::Refused(reason) => ("error", json!({"reason": reason}).to_string()),
+        Response::MayNotSend => ("error", String::from(r#"{"error":"unauthorized"}"#)),
+        Response::MayNotTrack => ("error", String::from("{}")),
         Response::TooLarge => ("error", String::from(r#"{"error":"payload_size_exceeded"}"#)),
     };
     format!(r#"{{"status":"{status}","response":{response}}}"#)
@@ -104,6 +105,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::catalog::topic_rules::TopicRights;
     use crate::model::codec::phoenix::decode_text;
     use crate::model::codec::protocol::SocketProtocol;
     use crate::model::session::action::Action;
@@ -179,7 +181,6 @@ mod tests {
         };
         let no = SubscribeError(String::from("no"));
         for (event, name, payload) in [
-            (SessionEvent::PresenceState, "presence_state", String::from("{}")),
             (
                 SessionEvent::Subscribed,
                 "system",
@@ -247,6 +248,17 @@ mod tests {
                         _ => None,
                     })
                     .collect();
+                let judgements: Vec<(ChannelId, u32)> = actions
+                    .iter()
+                    .filter_map(|action| match action {
+                        Action::Judge { channel, judgement, .. } => Some((*channel, *judgement)),
+                        _ => None,
+                    })
+                    .collect();
+                for (channel, judgement) in judgements {
+                    let denied = Some((TopicRights::default(), Some(String::from("why"))));
+                    actions.extend(session.judged(channel, judgement, NOW, denied));
+                }
                 for (channel, attempt) in binds {
                     actions.extend(session.bound(channel, attempt, Ok(BindOutcome::default())));
                 }
@@ -256,9 +268,13 @@ mod tests {
                         Action::Broadcast { origin, .. } | Action::Track { origin, .. } => {
                             vec![origin.reply(Response::Done)]
                         }
-                        Action::Bind { .. } | Action::Forget { .. } | Action::Enter { .. } | Action::Exit { .. } => {
-                            Vec::new()
-                        }
+                        Action::Bind { .. }
+                        | Action::Judge { .. }
+                        | Action::Permit { .. }
+                        | Action::Recall { .. }
+                        | Action::Forget { .. }
+                        | Action::Enter { .. }
+                        | Action::Exit { .. } => Vec::new(),
                         Action::Listen { channel, .. } => {
                             delivering.insert(channel);
                             Vec::new()
