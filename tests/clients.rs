@@ -48,6 +48,7 @@ clients! {
         sends_by_http_without_joining
         gets_bytes_where_its_version_has_them
         hears_broadcasts_from_sql_with_their_ids
+        uses_the_private_channels_that_the_policies_give_it
         knows_who_is_present_from_which_tabs
         is_gone_when_its_socket_was_cut_and_is_present_when_it_tracks_again
     }

@@ -382,9 +382,9 @@ async def is_closed_when_its_token_ends():
 class Room:
     """A channel without changes: broadcasts, and presence if it has a key."""
 
-    def __init__(self, client, topic, key, broadcast):
+    def __init__(self, client, topic, key, broadcast, private=False):
         presence = {"key": key or "", "enabled": key is not None}
-        config = {"broadcast": {"ack": False, "self": False, **broadcast}, "presence": presence, "private": False}
+        config = {"broadcast": {"ack": False, "self": False, **broadcast}, "presence": presence, "private": private}
         self.channel = client.channel(topic, {"config": config})
         self.messages, self.statuses, self.states = Inbox(), Inbox(), Inbox()
         self.channel.on_broadcast("*", self.messages.put_nowait)
@@ -445,6 +445,34 @@ async def hears_broadcasts_from_sql_with_their_ids():
     await write("select realtime.send('{}', 'two', 'room', false)")
     two = await ben.messages.next()
     same((two["event"], two["payload"]), ("two", {"id": two["meta"]["id"]}))
+
+
+async def uses_the_private_channels_that_the_policies_give_it():
+    await write(
+        """create policy own on realtime.messages for all to authenticated
+        using (realtime.topic() = 'room:' || auth.uid()::text)"""
+    )
+    topic = f"room:{ALICE}"
+
+    async def room(who, key, **broadcast):
+        return Room(await connect(RELAY, await token("anon"), await token(who)), topic, key, broadcast, private=True)
+
+    one = await (await room("alice", "one", **{"self": True, "ack": True})).enter()
+    two = await (await room("alice", "two")).enter()
+    same(await one.answered("one", {"n": 1}), "ok")
+    for member in [one, two]:
+        same(await member.next(), ("one", {"n": 1}))
+    await one.channel.track({"n": 1})
+    await two.channel.track({"n": 2})
+    await two.until("one 1 two 2")
+    await write(f"select realtime.send('{{\"n\": 2}}', 'two', '{topic}')")
+    for member in [one, two]:
+        same((await member.messages.next())["payload"]["n"], 2)
+    bob = await room("bob", None)
+    await bob.channel.subscribe(lambda status, error: bob.statuses.put_nowait((status.value, str(error))))
+    status, error = await bob.statuses.next()
+    same(status, "CHANNEL_ERROR")
+    assert "You do not have permissions to read from this Channel topic" in error, error
 
 
 async def sends_a_hundred_without_waiting_in_order():

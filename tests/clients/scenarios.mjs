@@ -31,8 +31,9 @@ async function subscribed(client, topic, bindings) {
 }
 
 /** A joined channel without changes: broadcasts, and presence if it has a key. */
-async function enter(client, topic, { key, ...broadcast } = {}) {
-  const channel = client.channel(topic, { config: { broadcast, ...(key && { presence: { key } }) } })
+async function enter(client, topic, { key, isPrivate, ...broadcast } = {}) {
+  const config = { broadcast, ...(isPrivate && { private: true }), ...(key && { presence: { key } }) }
+  const channel = client.channel(topic, { config })
   const [messages, statuses, syncs, joins, leaves] = ['messages', 'statuses', 'syncs', 'joins', 'leaves']
     .map((of) => new Inbox(`${topic} ${key ?? ''} ${of}`))
   channel.on('broadcast', { event: '*' }, (message) => messages.put(message))
@@ -356,6 +357,26 @@ export const play = (connect, { tries = true, binary = false } = {}) => run({
     const last = await ben.messages.next()
     if (binary) assert.deepEqual([...new Uint8Array(last.payload)], [0, 255])
     assert.equal((binary ? await ben.messages.next() : last).event, 'last')
+  },
+
+  async uses_the_private_channels_that_the_policies_give_it() {
+    await write(`create policy own on realtime.messages for all to authenticated
+      using (realtime.topic() = 'room:' || auth.uid()::text)`)
+    const topic = `room:${ALICE}`
+    const alice = async () => connect(RELAY, await token('anon'), await token('alice'))
+    const one = await enter(await alice(), topic, { isPrivate: true, key: 'one', self: true, ack: true })
+    const two = await enter(await alice(), topic, { isPrivate: true, key: 'two' })
+    assert.equal(await one.send('one', { n: 1 }), 'ok')
+    for (const room of [one, two]) assert.deepEqual(await room.messages.next(), sent('one', { n: 1 }))
+    assert.equal(await one.channel.track({ n: 1 }), 'ok')
+    assert.equal(await two.channel.track({ n: 2 }), 'ok')
+    await two.syncs.until((state) => state === 'one 1 two 2')
+    await write(`select realtime.send('{"n": 2}', 'two', '${topic}')`)
+    for (const room of [one, two]) assert.equal((await room.messages.next()).payload.n, 2)
+    const bob = await connect(RELAY, await token('anon'), await token('bob'))
+    const statuses = new Inbox('bob')
+    bob.channel(topic, { config: { private: true } }).subscribe((status, error) => statuses.put(`${status} ${error?.message}`))
+    assert.match(await statuses.next(), /^CHANNEL_ERROR .*You do not have permissions to read from this Channel topic/)
   },
 
   async sends_a_hundred_without_waiting_in_order() {
