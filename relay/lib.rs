@@ -295,6 +295,7 @@ pub mod transport {
     pub mod broadcast_rates;
     pub mod upstream;
     pub mod app;
+    mod admission;
     mod body;
     /// `POST /realtime/v1/api/broadcast`.
     pub mod broadcast {

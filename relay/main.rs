@@ -254,6 +254,9 @@ async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
     for skipped in config.verifier.skipped_keys() {
         tracing::warn!("key of the JWK set not used: {skipped}");
     }
+    if let Some(upstream) = &config.upstream {
+        tracing::info!(upstream = upstream.url(), "requests for other paths go to --upstream");
+    }
     let listener = TcpListener::bind(config.listen)
         .await
         .map_err(|error| format!("{}: {error}; give another address by --listen", config.listen))?;

@@ -190,7 +190,7 @@ impl Observe {
     pub fn upstream_failed(&self, why: &str) {
         self.metrics.upstream_failures.inc();
         if self.upstream.is_due() {
-            tracing::warn!(why, "no answer of --upstream");
+            tracing::warn!(why, "no answer from --upstream");
         }
     }
 

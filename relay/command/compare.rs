@@ -37,7 +37,7 @@ pub struct CompareOptions {
     /// The API key of the other server [default: the token]
     #[arg(long, env = "RELAY_APIKEY", hide_env_values = true, value_name = "KEY")]
     apikey: Option<String>,
-    /// End after this many seconds [default: at Ctrl-C]
+    /// Compare for this many seconds, then wait --wait-ms for the other server [default: until Ctrl-C]
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
     /// Report a change that comes this much later at one server, in milliseconds

@@ -393,9 +393,16 @@ fn private_channels(catalog: &Catalog) -> Vec<Finding> {
         for role in ["authenticated", "anon"] {
             match rules.access(act, role) {
                 Err(why) => findings.push(Note(format!("private channels: {role} may {what} none: {why}"))),
+                Ok(access) if access.policy.is_some() && !access.rights.policies.iter().any(|policy| policy.permissive) => {
+                    let command = if act == TopicAct::Read { "select … using" } else { "insert … with check" };
+                    findings.push(Note(format!(
+                        "private channels: {role} may {what} none: no policy of realtime.messages allows it. To allow some: create policy … \
+                         on realtime.messages for {command} (realtime.topic() = …)"
+                    )));
+                }
                 Ok(access) => findings.extend(access.plan.obstacles.first().map(|obstacle| {
                     Note(format!(
-                        "private channels: each {role} who wants to {what} one costs a statement, because {}. For many clients: \
+                        "private channels: to {what} one costs each {role} a query, because {}. For many clients: \
                          compare realtime.topic() with claims, or query membership tables by `exists (select from … where … = auth.uid())`",
                         obstacle.why
                     ))
@@ -405,7 +412,7 @@ fn private_channels(catalog: &Catalog) -> Vec<Finding> {
     }
     if findings.is_empty() {
         findings.push(Good(String::from(
-            "the policies of realtime.messages say who may use which private channel",
+            "private channels: policies of realtime.messages decide who may join and send",
         )));
     }
     findings

@@ -44,6 +44,10 @@ pub fn run(options: &TokenOptions) -> Result<(), Box<dyn std::error::Error + Sen
         }
         None => Map::new(),
     };
+    let given_twice = ["role", "sub"].into_iter().filter(|name| *name == "role" || options.sub.is_some());
+    if let Some(name) = given_twice.into_iter().find(|name| claims.contains_key(*name)) {
+        return Err(format!("--claims has {name}, which --{name} sets: give it there").into());
+    }
     if options.role.trim().is_empty() {
         return Err(
             "--role is empty, and a token without a role is refused: name one, such as authenticated or anon"

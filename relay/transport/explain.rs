@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use hyper::body::Incoming;
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use serde_json::{Map, Value, json};
 
 use crate::auth::verifier::now;
@@ -14,8 +14,9 @@ use crate::feed::subscribe::RequestError;
 use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;
 use crate::model::subscription::error::SubscribeError;
+use crate::transport::admission::admit;
 use crate::transport::app::App;
-use crate::transport::query::{bearer, is_unreadable, names, parameter, repeated, repeated_error};
+use crate::transport::query::{is_unreadable, names, parameter};
 use crate::transport::response::{Answer, error, json as json_answer};
 
 /// The role that may ask.
@@ -40,12 +41,7 @@ const MAX_USERS: usize = 100;
 
 /// Answers a request.
 pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> Answer {
-    let query = request.uri().query().unwrap_or_default();
-    if let Some(name) = repeated(query) {
-        return error(StatusCode::BAD_REQUEST, &repeated_error(&name));
-    }
-    let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    match app.identify(&token).await {
+    match admit(app, address, request, &Method::GET, "explanations are read by GET").await {
         Ok(claims) if claims.role() == ASKING => {}
         Ok(claims) => {
             let why = format!(
@@ -55,12 +51,9 @@ pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> A
             app.observe.request_refused(address, request.uri().path(), "not of the role service_role");
             return error(StatusCode::FORBIDDEN, &why);
         }
-        Err(why) => {
-            let why = why.advised_text();
-            app.observe.request_refused(address, request.uri().path(), &why);
-            return error(StatusCode::UNAUTHORIZED, &why);
-        }
+        Err(refused) => return refused,
     }
+    let query = request.uri().query().unwrap_or_default();
     let explained = match parameter(query, "connected").as_deref() {
         Some("true") => connected(app, query).await,
         Some(_) => Err(Refusal::Request(String::from("connected: true is expected"))),

@@ -10,8 +10,9 @@ use crate::model::catalog::topic_rules::TopicAct;
 use crate::model::codec::phoenix::topic_of;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::machine::UNAVAILABLE;
-use crate::transport::app::{App, origin_is_allowed};
-use crate::transport::query::{bearer, is_private_by, names, parameter, repeated, repeated_error};
+use crate::transport::admission::admit;
+use crate::transport::app::App;
+use crate::transport::query::{is_private_by, names, parameter};
 use crate::transport::response::{Answer, error, json, unauthorized};
 
 /// The known parameters.
@@ -19,25 +20,11 @@ const PARAMETERS: [&str; 3] = ["apikey", "topic", "private"];
 
 /// Answers a request with the presence state as a member gets it.
 pub async fn serve(app: &App, address: IpAddr, request: &Request<Incoming>) -> Answer {
-    if !origin_is_allowed(&app.allowed_origins, request.headers()) {
-        return error(StatusCode::FORBIDDEN, "this origin is not allowed");
-    }
-    if request.method() != Method::GET {
-        return error(StatusCode::METHOD_NOT_ALLOWED, "the presence is read by GET");
-    }
-    let query = request.uri().query().unwrap_or_default();
-    if let Some(name) = repeated(query) {
-        return error(StatusCode::BAD_REQUEST, &repeated_error(&name));
-    }
-    let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    let claims = match app.identify(&token).await {
+    let claims = match admit(app, address, request, &Method::GET, "the presence is read by GET").await {
         Ok(claims) => claims,
-        Err(why) => {
-            let why = why.advised_text();
-            app.observe.request_refused(address, request.uri().path(), &why);
-            return error(StatusCode::UNAUTHORIZED, &why);
-        }
+        Err(refused) => return refused,
     };
+    let query = request.uri().query().unwrap_or_default();
     if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
         let unknown: String = unknown.chars().take(40).collect();
         return error(

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::deliver::outbox::Outbox;
-use crate::transport::app::{App, origin_is_allowed};
+use crate::transport::app::App;
 use crate::transport::broadcast::request as broadcast;
 use crate::transport::changes::request as changes;
 use crate::transport::connection_limits::ConnectionSlot;
@@ -181,21 +181,9 @@ async fn route(
     }
     match request.uri().path() {
         "/realtime/v1/websocket" | "/socket/websocket" => handshake(&app, slot, request).await,
-        "/realtime/v1/changes" if !origin_is_allowed(&app.allowed_origins, request.headers()) => {
-            error(StatusCode::FORBIDDEN, "this origin is not allowed")
-        }
-        "/realtime/v1/changes" if request.method() != Method::GET => {
-            error(StatusCode::METHOD_NOT_ALLOWED, "changes are read by GET")
-        }
         // Boxed: a connection that becomes a WebSocket never needs the memory of this future.
         "/realtime/v1/changes" => {
             Box::pin(changes::serve(app, request, slot.address(), watched, closed)).await
-        }
-        "/realtime/v1/explain" if !origin_is_allowed(&app.allowed_origins, request.headers()) => {
-            error(StatusCode::FORBIDDEN, "this origin is not allowed")
-        }
-        "/realtime/v1/explain" if request.method() != Method::GET => {
-            error(StatusCode::METHOD_NOT_ALLOWED, "explanations are read by GET")
         }
         "/realtime/v1/explain" => Box::pin(explain::serve(&app, &request, slot.address())).await,
         "/realtime/v1/presence" => Box::pin(presence::serve(&app, slot.address(), &request)).await,

@@ -111,6 +111,11 @@ impl Upstream {
         Ok(Self { scheme, authority, prefix, client })
     }
 
+    /// Its address.
+    pub fn url(&self) -> String {
+        format!("{}://{}{}", self.scheme, self.authority, self.prefix)
+    }
+
     /// Sends a request of a client at this address to the server, and returns its answer. The bytes of the body that are in memory
     /// are counted in `unfinished`.
     ///

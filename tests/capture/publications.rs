@@ -11,7 +11,7 @@ use crate::support::stage::Stage;
 use crate::support::{eventually, token};
 
 const TABLES: &str = "create table a (id int primary key); create table b (id int primary key); create table c (id int primary key, v text);
-    create schema s; create table s.d (id int primary key); create schema realtime; create table realtime.messages (id int primary key);";
+    create schema s; create table s.d (id int primary key);";
 
 /// The watched tables, in order of name.
 async fn watched(database: &Database) -> String {

@@ -319,6 +319,12 @@ async fn a_token_is_made_with_the_claims_that_were_asked_for() {
     assert!(claims.expires_at() - now <= 90);
     assert!(claims.json().contains(r#""role":"admin""#));
     assert_eq!(output(&["token", "--jwt-secret", SECRET, "--ttl", "soon"]).await.0, 1);
+    // What would be overwritten is refused.
+    for (claims, name) in [(r#"{"role":"admin"}"#, "role"), (r#"{"sub":"u-2"}"#, "sub")] {
+        let asked = ["token", "--jwt-secret", SECRET, "--sub", "u-1", "--claims", claims];
+        let (code, token, error) = output(&asked).await;
+        assert!(code != 0 && token.is_empty() && error.contains(&format!("--{name} sets")), "{error}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

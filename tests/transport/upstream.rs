@@ -3,16 +3,20 @@
 use std::net::SocketAddr;
 
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
 
+use crate::program::cli::line_with;
 use crate::support::client::Client;
+use crate::support::database::Database;
 use crate::support::http::{get, request};
+use crate::support::issuer::{Behaviour, Issuer};
+use crate::support::program;
 use crate::support::relay::Relay;
 use crate::support::stage::Stage;
-use crate::support::{PATIENCE, eventually, token};
+use crate::support::{PATIENCE, SECRET, eventually, token};
 
 /// A server that answers each request on a connection of its own.
 struct Behind {
@@ -369,6 +373,33 @@ async fn a_server_that_does_not_answer_is_told_and_the_relay_goes_on() {
     drop(stream);
     drop(listener);
     assert_eq!(asked.await.unwrap().status, 502);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_by_https_is_believed_by_its_certificate() {
+    let database = Database::new().await;
+    let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/tls/authority.pem");
+    let behind = Issuer::start_tls(Behaviour::Text(String::from("[1]"))).await;
+    let upstream = format!("https://localhost:{}", behind.address.port());
+    for (trusted, status) in [(Some(authority), 200), (None, 502)] {
+        let arguments =
+            ["serve", "--listen", "127.0.0.1:0", "--database-url", &database.url, "--jwt-secret", SECRET];
+        let mut program = program::relay(&arguments);
+        program.args(["--upstream", &upstream]).envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
+        let mut program = program.spawn().unwrap();
+        let mut log = BufReader::new(program.stderr.take().unwrap()).lines();
+        let listening = line_with(&mut log, "listening").await;
+        let (_, address) = listening.rsplit_once("http://").unwrap();
+        let digits = |text: &str| {
+            text.chars().take_while(|one| one.is_ascii_digit() || ".:".contains(*one)).collect::<String>()
+        };
+        let answer = get(digits(address).parse().unwrap(), "/rest/v1/todos", "").await;
+        assert_eq!(answer.status, status, "{answer:?}");
+        if trusted.is_none() {
+            line_with(&mut log, "invalid peer certificate: UnknownIssuer").await;
+        }
+        program.kill().await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

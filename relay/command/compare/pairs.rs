@@ -244,6 +244,9 @@ impl Pairs {
         if self.different > 0 {
             parts.push(format!("{} different", self.different));
         }
+        if self.equal == 0 && self.is_equal() {
+            parts.push(String::from("nothing was compared: no change came"));
+        }
         format!("changes: {}", parts.join(", "))
     }
 
@@ -252,7 +255,7 @@ impl Pairs {
         delays.sort_by(f64::total_cmp);
         let Some(median) = delays.get(delays.len() / 2) else { return String::new() };
         let later = if *median >= 0.0 { Side::Other } else { Side::Relay };
-        format!(" ({} later by {:.1} ms in the median)", names(later), median.abs() * 1000.0)
+        format!(" ({} was later, by {:.1} ms in the median)", names(later), median.abs() * 1000.0)
     }
 }
 

@@ -17,10 +17,11 @@ use crate::model::policy::visibility::Identity;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::join::MAX_TOPIC_BYTES;
 use crate::model::session::machine::UNAVAILABLE;
-use crate::transport::app::{App, origin_is_allowed};
+use crate::transport::admission::admit;
+use crate::transport::app::App;
 use crate::transport::body;
 use crate::transport::broadcast::batch::{self, BatchError, BatchMessage, MAX_MESSAGES};
-use crate::transport::query::{bearer, is_private_by, parameter, path_segment, repeated, repeated_error};
+use crate::transport::query::{is_private_by, path_segment};
 use crate::transport::response::{Answer, empty, error, json, unauthorized};
 
 /// The refusal of a body.
@@ -80,24 +81,9 @@ pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (A
 /// # Errors
 /// The answer that refuses the request.
 async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Result<(Form, Identity), Answer> {
-    if !origin_is_allowed(&app.allowed_origins, request.headers()) {
-        return Err(error(StatusCode::FORBIDDEN, "this origin is not allowed"));
-    }
-    if request.method() != Method::POST {
-        return Err(error(StatusCode::METHOD_NOT_ALLOWED, "broadcasts are sent by POST"));
-    }
-    let path = request.uri().path();
-    let mut form = form(path).map_err(|Refusal(status, why)| error(status, &why))?;
+    let mut form = form(request.uri().path()).map_err(|Refusal(status, why)| error(status, &why))?;
+    let claims = admit(app, address, request, &Method::POST, "broadcasts are sent by POST").await?;
     let query = request.uri().query().unwrap_or_default();
-    if let Some(name) = repeated(query) {
-        return Err(error(StatusCode::BAD_REQUEST, &repeated_error(&name)));
-    }
-    let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    let claims = app.identify(&token).await.map_err(|why| {
-        let why = why.advised_text();
-        app.observe.request_refused(address, path, &why);
-        error(StatusCode::UNAUTHORIZED, &why)
-    })?;
     if let Form::Single(_, _, is_private) = &mut form {
         *is_private = is_private_by(query).map_err(|why| error(StatusCode::BAD_REQUEST, why))?;
     }

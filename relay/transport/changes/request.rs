@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hyper::body::Incoming;
 use hyper::header::HeaderMap;
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use serde_json::{Map, Value};
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,7 @@ use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::request::{Request as Wanted, Target};
 use crate::model::subscription::topic::TopicScope;
+use crate::transport::admission::admit;
 use crate::transport::app::App;
 use crate::transport::changes::poll::{poll, position};
 use crate::transport::changes::refusal::{bad_request, no_room, unavailable};
@@ -33,8 +34,7 @@ use crate::transport::changes::rows::rows;
 use crate::transport::changes::sse::follow;
 use crate::transport::content_type::wants_stream;
 use crate::transport::held_answer::WatchedOutbox;
-use crate::transport::query::repeated_error;
-use crate::transport::query::{bearer, is_private_by, is_unreadable, names, parameter, repeated};
+use crate::transport::query::{is_private_by, is_unreadable, names, parameter};
 use crate::transport::response::{Answer, error};
 
 /// Default and maximum wait of a poll, in seconds. Below the usual timeouts of proxies.
@@ -113,16 +113,8 @@ pub async fn serve(
 /// # Errors
 /// The answer that refuses the request.
 async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Result<ChangesRequest, Answer> {
+    let claims = admit(app, address, request, &Method::GET, "changes are read by GET").await?;
     let query = request.uri().query().unwrap_or_default();
-    if let Some(name) = repeated(query) {
-        return Err(error(StatusCode::BAD_REQUEST, &repeated_error(&name)));
-    }
-    let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    let claims = app.identify(&token).await.map_err(|why| {
-        let why = why.advised_text();
-        app.observe.request_refused(address, request.uri().path(), &why);
-        error(StatusCode::UNAUTHORIZED, &why)
-    })?;
     check_parameters(query).map_err(bad_request)?;
     let wanted = wanted(query).map_err(bad_request)?;
     let since = since(request.headers(), query).map_err(bad_request)?;

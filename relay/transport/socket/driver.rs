@@ -181,6 +181,9 @@ struct Driver {
     easing: Option<BoxFuture<'static, ()>>,
 }
 
+/// Why a private channel is refused, for the log, when its policies say so.
+const NO_POLICY: &str = "no SELECT policy of realtime.messages lets the token's role and claims read it";
+
 /// The outcome of a judgement of a channel.
 type Judged = (ChannelId, u32, Result<TopicVerdict, TopicUnknown>);
 
@@ -420,6 +423,12 @@ impl Driver {
 
     /// Handles what a private channel may read.
     fn judged(&mut self, (channel, judgement, outcome): Judged) {
+        if let Ok(verdict) = outcome.as_ref()
+            && !verdict.rights.any()
+        {
+            let why = verdict.why.as_deref().unwrap_or(NO_POLICY);
+            self.app.observe.subscription_refused(&format!("private channel: {why}"));
+        }
         let outcome = outcome.ok().map(|verdict| (verdict.rights, verdict.why));
         let actions = self.session.judged(channel, judgement, now(), outcome);
         self.kept.update(&self.session);

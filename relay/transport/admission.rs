@@ -1,0 +1,39 @@
+//! The checks of every HTTP request with a token: its origin, method and parameters, and who asks.
+
+use std::net::IpAddr;
+
+use hyper::{Method, Request, StatusCode};
+
+use crate::model::identity::claims::Claims;
+use crate::transport::app::{App, origin_is_allowed};
+use crate::transport::query::{bearer, parameter, repeated, repeated_error};
+use crate::transport::response::{Answer, error};
+
+/// Admits a request of this method. `by_method` says so to a client that used another. Returns the claims of its token or key.
+///
+/// # Errors
+/// The answer that refuses the request.
+pub async fn admit<B>(
+    app: &App,
+    address: IpAddr,
+    request: &Request<B>,
+    method: &Method,
+    by_method: &str,
+) -> Result<Claims, Answer> {
+    if !origin_is_allowed(&app.allowed_origins, request.headers()) {
+        return Err(error(StatusCode::FORBIDDEN, "this origin is not allowed"));
+    }
+    if request.method() != method {
+        return Err(error(StatusCode::METHOD_NOT_ALLOWED, by_method));
+    }
+    let query = request.uri().query().unwrap_or_default();
+    if let Some(name) = repeated(query) {
+        return Err(error(StatusCode::BAD_REQUEST, &repeated_error(&name)));
+    }
+    let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
+    app.identify(&token).await.map_err(|why| {
+        let why = why.advised_text();
+        app.observe.request_refused(address, request.uri().path(), &why);
+        error(StatusCode::UNAUTHORIZED, &why)
+    })
+}
