@@ -284,7 +284,7 @@ set jit = off as $$
   where not (f.proname in ('uid', 'jwt', 'role', 'email')
              and f.pronamespace in (select a.oid from pg_catalog.pg_namespace a where a.nspname = 'auth'))
     and f.prokind = 'f' and f.provolatile in ('i', 's') and f.provariadic = 0 and f.pronargdefaults = 0
-    and (f.proconfig is null or pg_catalog.cardinality(f.proconfig) = 1 and f.proconfig[1] ~ '^search_path=[a-z0-9_", ]*$')
+    and (f.proconfig is null or pg_catalog.cardinality(f.proconfig) = 1 and f.proconfig[1] ~ '^search_path=(""|[a-z0-9_]+)(, *(""|[a-z0-9_]+))*$')
     and (t.oid < 16384 and t.typtype = 'b' or t.typtype = 'e')
     and not exists (
       select from pg_catalog.unnest(f.proargtypes) a (type) join pg_catalog.pg_type t on t.oid = a.type

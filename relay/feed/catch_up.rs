@@ -78,6 +78,11 @@ impl CatchUp {
         Self::new(feed, channel, subscription, codec, since, outbox)
     }
 
+    /// Returns the position of the replay, as it moves. It stays what it was when this is dropped.
+    pub fn positions(&self) -> watch::Receiver<Cursor> {
+        self.since.subscribe()
+    }
+
     /// Replays until nothing is missing, or the outbox has enough to read.
     ///
     /// # Errors

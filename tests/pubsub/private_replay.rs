@@ -173,3 +173,95 @@ async fn read_to_the_last(mut socket: Socket) {
     assert!(is_live);
     assert!(frames(&mut socket).await.iter().all(|frame| frame[3] != "broadcast"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_of_large_broadcasts_comes_whole_to_a_client_that_reads() {
+    let stage = stage().await;
+    let sends = "select realtime.send(jsonb_build_object('n', n, 'text', repeat('x', 200000)), 'e', 'room') from generate_series(1, 25) n";
+    stage.run(sends).await;
+    let (mut socket, found) = replayed(&stage.relay, "1.0.0", TOPIC, replay(0, json!(25))).await;
+    assert_eq!(numbers(&found), (1..=25).collect::<Vec<u64>>());
+    stage.run("select realtime.send('{\"n\": 26}', 'e', 'room')").await;
+    assert_eq!(socket.message_frame().await[4]["payload"]["n"], 26);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_renewed_while_a_replay_catches_up_loses_nothing() {
+    let stage = stage().await;
+    let sends = |from: u32, to: u32| {
+        format!(
+            "select realtime.send(jsonb_build_object('n', n, 'text', repeat('x', 20000)), 'e', 'room')
+             from generate_series({from}, {to}) n"
+        )
+    };
+    stage.run(&sends(1, 25)).await;
+    let mut socket = Socket::open(&stage.relay, "1.0.0", &user(ANN)).await;
+    socket.join("1", TOPIC, private(replay(0, json!(25)))).await;
+    assert_eq!(socket.message_frame().await[4]["status"], "ok");
+    // More than fits into its queue, so that it is still catching up when the token is renewed.
+    stage.run(&sends(26, 325)).await;
+    let other = crate::support::token("authenticated", Some(ANN), json!({"renewed": true}));
+    socket.push(json!("1"), Value::Null, TOPIC, "access_token", json!({"access_token": other})).await;
+    stage.run(&sends(326, 335)).await;
+    let (mut last, mut got) = (0, Vec::new());
+    while last < 335 {
+        let frame = socket.message_frame().await;
+        if frame[3] == "broadcast" {
+            last = frame[4]["payload"]["n"].as_u64().unwrap();
+            got.push(last);
+        }
+    }
+    got.dedup();
+    assert_eq!(got, (1..=335).collect::<Vec<u64>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn joins_with_a_replay_that_are_left_at_once_keep_nothing() {
+    let stage = stage().await;
+    let sends = "select realtime.send(jsonb_build_object('n', n, 'text', repeat('x', 200000)), 'e', 'room') from generate_series(1, 25) n";
+    stage.run(sends).await;
+    let mut socket = Socket::open(&stage.relay, "1.0.0", &user(ANN)).await;
+    for number in 0..20 {
+        let reference = number.to_string();
+        socket.join(&reference, TOPIC, private(replay(0, json!(25)))).await;
+        socket.push(json!(reference), json!("leave"), TOPIC, "phx_leave", json!({})).await;
+    }
+    // A join that stays gets its own.
+    socket.join("last", TOPIC, private(replay(0, json!(25)))).await;
+    let mut of_last = 0;
+    while of_last < 25 {
+        let frame = socket.message_frame().await;
+        of_last += u32::from(frame[3] == "broadcast");
+    }
+    assert!(
+        frames(&mut socket).await.iter().all(|frame| frame[3] != "broadcast"),
+        "those of a channel that was left came"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bookmark_of_a_public_channel_is_none_of_the_private_one() {
+    let stage = Stage::new(BOSS).await;
+    let path = format!("/socket/websocket?apikey={}&session=0d000000-0000-4000-8000-00000000000d", user(ANN));
+    let mut socket = Socket::handshake(&stage.relay, &path, &[]).await.unwrap();
+    socket.join("1", TOPIC, json!({})).await;
+    while socket.message_frame().await[4]["status"] != "ok" {}
+    stage.run("select realtime.send('{\"n\": 1}', 'e', 'room', false)").await;
+    while socket.message_frame().await[3] != "broadcast" {}
+    frames(&mut socket).await;
+    drop(socket);
+    // Before there is a right to read.
+    stage.run("select realtime.send('{\"n\": 2}', 'e', 'room', true)").await;
+    stage.run(&policy("r", "select", "topic = 'room'")).await;
+    let mut socket = Socket::handshake(&stage.relay, &path, &[]).await.unwrap();
+    socket.join("1", TOPIC, private(json!({}))).await;
+    while socket.message_frame().await[4]["status"] != "ok" {}
+    stage.run("select realtime.send('{\"n\": 3}', 'e', 'room', true)").await;
+    loop {
+        let frame = socket.message_frame().await;
+        if frame[3] == "broadcast" {
+            assert_eq!(frame[4]["payload"]["n"], 3, "{frame}");
+            break;
+        }
+    }
+}

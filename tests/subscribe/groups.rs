@@ -462,3 +462,26 @@ async fn lists_of_thousands_are_decided_and_one_client_may_have_so_many() {
     let answer = client.try_subscribe("realtime:more", json!([many(5)])).await;
     assert!(answer["message"].as_str().unwrap().contains("may have 20000 values"), "{answer}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_is_not_closed_takes_in_no_other_parameter() {
+    let stage = stage().await;
+    stage.run("insert into t (id, i, s) values (1, 1, 'a'), (2, 2, 'b')").await;
+    let asked = async |more: &str| {
+        let path = format!("/realtime/v1/changes?table=t&apikey={}&filter=i=eq.1{more}", anon());
+        get(stage.relay.address, &path, "").await
+    };
+    for more in [
+        "&or=(id.gt.0),s=neq.(zz",
+        "&or=(id.gt.0),s=neq.%22zz",
+        "&or=(id.gt.0",
+        "&or=(id.gt.0)&and=(id.gt.0,s.neq.%22zz",
+        "&or=(id.gt.0),or=(id.gt.0)",
+        "&or=(id.gt.0)),s=eq.(",
+    ] {
+        let answer = asked(more).await;
+        assert_eq!(answer.status, 400, "{more}: {answer:?}");
+    }
+    let answer = asked("&or=(id.gt.0,s.eq.a)&and=(id.gt.0)").await;
+    assert_eq!(answer.body["rows"].as_array().unwrap().len(), 1, "{answer:?}");
+}

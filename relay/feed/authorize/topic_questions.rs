@@ -1,6 +1,6 @@
 //! Puts questions about private channels to PostgreSQL, as many together as wait.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
@@ -21,6 +21,8 @@ use crate::postgres::evaluate::per_identity::{IdentityAnswer, IdentityEvaluator,
 
 /// Maximum number of questions that are put together.
 const MAX_BATCH: usize = 256;
+/// Maximum number of them from one identity.
+const MAX_OF_IDENTITY: usize = 16;
 
 /// A question that only PostgreSQL can answer.
 pub struct Question {
@@ -59,6 +61,15 @@ pub struct QuestionQueues {
 pub struct WaitingQuestions {
     first: mpsc::UnboundedReceiver<Question>,
     rechecks: mpsc::UnboundedReceiver<Question>,
+    /// Questions beyond [`MAX_OF_IDENTITY`], for a later batch.
+    later: VecDeque<Question>,
+}
+
+/// A batch being filled.
+#[derive(Default)]
+struct Batch {
+    questions: Vec<Question>,
+    counts: HashMap<Identity, usize>,
 }
 
 /// Puts questions to PostgreSQL, over its own connections.
@@ -75,7 +86,10 @@ impl QuestionQueues {
     pub fn new() -> (Self, WaitingQuestions) {
         let (first, first_waiting) = mpsc::unbounded_channel();
         let (rechecks, rechecks_waiting) = mpsc::unbounded_channel();
-        (Self { first, rechecks }, WaitingQuestions { first: first_waiting, rechecks: rechecks_waiting })
+        (
+            Self { first, rechecks },
+            WaitingQuestions { first: first_waiting, rechecks: rechecks_waiting, later: VecDeque::new() },
+        )
     }
 
     /// Adds a question.
@@ -89,20 +103,47 @@ impl QuestionQueues {
 impl WaitingQuestions {
     /// Waits for a question, and returns it with those that wait, too. `None` when no more can come.
     async fn next(&mut self) -> Option<Vec<Question>> {
-        let mut batch = Vec::new();
-        tokio::select! {
-            biased;
-            question = self.first.recv() => batch.push(question?),
-            question = self.rechecks.recv() => batch.push(question?),
-        }
-        for queue in [&mut self.first, &mut self.rechecks] {
-            while batch.len() < MAX_BATCH
-                && let Ok(question) = queue.try_recv()
-            {
-                batch.push(question);
+        loop {
+            let mut batch = Batch::default();
+            for question in std::mem::take(&mut self.later) {
+                self.later.extend(batch.add(question));
+            }
+            if batch.questions.is_empty() {
+                let question = tokio::select! {
+                    biased;
+                    question = self.first.recv() => question?,
+                    question = self.rechecks.recv() => question?,
+                };
+                self.later.extend(batch.add(question));
+            }
+            for queue in [&mut self.first, &mut self.rechecks] {
+                while batch.questions.len() < MAX_BATCH
+                    && let Ok(question) = queue.try_recv()
+                {
+                    self.later.extend(batch.add(question));
+                }
+            }
+            if !batch.questions.is_empty() {
+                return Some(batch.questions);
             }
         }
-        Some(batch)
+    }
+}
+
+impl Batch {
+    /// Adds a question whose asker still waits. Returns it if it is for a later batch: one identity's questions, which may be slow,
+    /// leave room for those of others.
+    fn add(&mut self, question: Question) -> Option<Question> {
+        if question.reply.is_closed() {
+            return None;
+        }
+        let count = self.counts.entry(question.identity.clone()).or_default();
+        if *count >= MAX_OF_IDENTITY || self.questions.len() >= MAX_BATCH {
+            return Some(question);
+        }
+        *count += 1;
+        self.questions.push(question);
+        None
     }
 }
 
@@ -250,7 +291,8 @@ impl TopicWorker {
             rounds[*count].push((question, truths));
             *count += 1;
         }
-        for round in rounds {
+        for mut round in rounds {
+            round.retain(|(question, _)| !question.reply.is_closed());
             self.ask_round(relation, access, round).await?;
         }
         Ok(())

@@ -57,8 +57,9 @@ impl Opened {
 }
 
 impl BookmarkKey {
-    /// Returns the key of a topic's bookmark, for a session and the subject of the claims.
-    pub fn new(session: SessionName, claims: &Claims, topic: &str) -> Self {
+    /// Returns the key of a channel's bookmark, for a session and the subject of the claims. A private channel has another one than
+    /// the public channel of its topic: what it may read begins elsewhere.
+    pub fn new(session: SessionName, claims: &Claims, topic: &str, is_private: bool) -> Self {
         let (kind, subject) = match claims.sub() {
             Some(sub) => ("sub", sub),
             None => ("role", claims.role()),
@@ -66,7 +67,8 @@ impl BookmarkKey {
         let mut hash = Sha256::new();
         let mut channel = [0; 32];
         let (first, second) = channel.split_at_mut(16);
-        for (half, parts) in [(first, &[kind, subject][..]), (second, &[topic])] {
+        let topic = if is_private { &[topic, "private"][..] } else { &[topic] };
+        for (half, parts) in [(first, &[kind, subject][..]), (second, topic)] {
             for part in parts {
                 hash.update((part.len() as u64).to_be_bytes());
                 hash.update(part);
@@ -126,7 +128,8 @@ mod tests {
         let claims = |more: &str| {
             Claims::from_verified_payload(&format!(r#"{{"role":"authenticated","exp":9000{more}}}"#)).unwrap()
         };
-        let key = |more: &str, topic: &str| BookmarkKey::new(NAME.parse().unwrap(), &claims(more), topic);
+        let key =
+            |more: &str, topic: &str| BookmarkKey::new(NAME.parse().unwrap(), &claims(more), topic, false);
         assert_eq!(key(r#","sub":"a","x":1"#, "t"), key(r#","sub":"a""#, "t"));
         let others = [key(r#","sub":"a""#, "u"), key(r#","sub":"b""#, "t"), key("", "t")];
         assert!(others.iter().all(|other| *other != key(r#","sub":"a""#, "t")));

@@ -70,6 +70,11 @@ impl Session {
         Some((topic, state.private.is_some()))
     }
 
+    /// Whether this is a private channel.
+    pub fn is_private(&self, channel: ChannelId) -> bool {
+        self.channels.values().any(|state| state.id == channel && state.private.is_some())
+    }
+
     /// Handles a message from the client.
     pub fn receive(&mut self, message: Incoming, now: u64, tokens: &impl Tokens) -> Vec<Action> {
         let Incoming { origin, request } = message;

@@ -23,6 +23,7 @@ use crate::model::session::channel::ChannelId;
 use crate::model::session::join::{MAX_TOPIC_BYTES, unauthorized};
 use crate::model::subscription::binding::Subscription;
 use crate::model::subscription::error::SubscribeError;
+use crate::model::subscription::filter::{self, Filter};
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::request::{Request as Wanted, Target};
 use crate::model::subscription::topic::TopicScope;
@@ -273,9 +274,17 @@ fn filter(query: &str) -> Result<Option<String>, SubscribeError> {
                 "{name}: conditions in parentheses are expected, such as {name}=(id.gt.7,title.eq.a)"
             )));
         }
-        terms.push(format!("{name}={group}"));
+        // Parsed alone: otherwise a parenthesis or quote that is not closed would take in the next parameter.
+        let term = format!("{name}={group}");
+        match filter::parse(&term).map_err(|why| SubscribeError(why.to_string()))? {
+            Filter::And(groups) if groups.len() == 1 => terms.push(term),
+            _ => {
+                return Err(SubscribeError(format!(
+                    "{name}: one group in parentheses is expected, and nothing after it"
+                )));
+            }
+        }
     }
-    // Last: an open parenthesis or quote in it would take in what follows.
     terms.extend(parameter(query, "filter").filter(|filter| !filter.trim().is_empty()));
     Ok((!terms.is_empty()).then(|| terms.join(",")))
 }

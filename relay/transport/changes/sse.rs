@@ -150,6 +150,10 @@ impl EventStream {
             if self.is_closed {
                 return None;
             }
+            // First: a stream whose client lags always has frames to write.
+            if let Some(last) = self.ended() {
+                return Some(last);
+            }
             // Write frames already taken, then those waiting in the outbox, to make room before reading on.
             if !self.catch_up.outbox.hand().frames.is_empty() {
                 return self.encoded(Taken::Frames);
@@ -200,6 +204,19 @@ impl EventStream {
                 }
             }
         }
+    }
+
+    /// Returns the last event if the token has ended, or the right to read.
+    fn ended(&mut self) -> Option<String> {
+        if Instant::now() >= self.expiry {
+            return Some(self.expired());
+        }
+        if (&mut self.revoked).now_or_never().is_some() {
+            return Some(self.lost());
+        }
+        let claims = self.catch_up.subscription().identity().claims().clone();
+        self.app.verifier.withdrawn(&claims).now_or_never()?;
+        Some(self.withdrawn())
     }
 
     /// Returns a keep-alive with the current position as id. It stops proxies from closing an idle stream, and keeps the

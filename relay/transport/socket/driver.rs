@@ -24,7 +24,7 @@ use crate::feed::authorize::topic_judge::{TopicJudge, TopicQuestion, TopicUnknow
 use crate::feed::catch_up::CatchUp;
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
-use crate::feed::deliver::outbox::{Outbox, Taken};
+use crate::feed::deliver::outbox::{Outbox, Taken, Unit};
 use crate::feed::subscribe::BindError;
 use crate::model::catalog::topic_rules::TopicAct;
 use crate::model::codec::protocol::{ChannelFormat, SocketProtocol};
@@ -181,6 +181,8 @@ struct Driver {
     easing: Option<BoxFuture<'static, ()>>,
 }
 
+/// While a write is stuck, the session looks this often whether a token has ended, or a private channel is to be judged.
+const STUCK_CHECK: Duration = Duration::from_secs(1);
 /// Why a private channel is refused, for the log, when its policies say so.
 const NO_POLICY: &str = "no SELECT policy of realtime.messages lets the token's role and claims read it";
 
@@ -215,7 +217,7 @@ impl Driver {
                 // Poll writes first because they are the most frequent. The last branch prevents the others from starving.
                 biased;
                 taken = self.outbox.take(), if self.consecutive_writes < MAX_CONSECUTIVE_WRITES => match taken {
-                    Taken::Frames => if let Err(end) = self.write_in_time(&mut keys).await {
+                    Taken::Frames => if let Err(end) = self.write_in_time(&mut keys, &mut rechecks).await {
                         return end;
                     },
                     Taken::Rebind(channel) => {
@@ -314,10 +316,15 @@ impl Driver {
     }
 
     /// Writes the frames taken from the outbox, with the write timeout.
-    async fn write_in_time(&mut self, keys: &mut watch::Receiver<Arc<KeySet>>) -> Result<(), SessionEnd> {
+    async fn write_in_time(
+        &mut self,
+        keys: &mut watch::Receiver<Arc<KeySet>>,
+        rechecks: &mut watch::Receiver<u64>,
+    ) -> Result<(), SessionEnd> {
         // Yield now and then: a client with a steady stream of frames must not starve other tasks of its thread.
         consume_budget().await;
         self.consecutive_writes += 1;
+        let mut check = Instant::now() + STUCK_CHECK;
         while !self.writer.write_now(&mut self.socket, &self.outbox)? {
             self.consecutive_writes = MAX_CONSECUTIVE_WRITES;
             self.outbox.is_stuck_with(self.writer.left(&self.outbox));
@@ -327,9 +334,21 @@ impl Driver {
                     Err(_) => return Err(self.too_slow()),
                 },
                 () = self.outbox.overflowed() => return Err(self.too_slow()),
-                // Nothing may be delivered under a token whose key was withdrawn, even during a long write.
+                // Nothing more may be queued under a token that has ended, or for a channel that may not be read any more, even
+                // during a long write.
                 Ok(()) = keys.changed() => {
                     let actions = self.session.recheck(&self.app.verifier);
+                    self.perform(actions, &mut None);
+                }
+                Ok(()) = rechecks.changed(), if self.session.has_private_channels() => {
+                    let actions = self.session.judge_again(now(), true);
+                    self.perform(actions, &mut None);
+                }
+                Some(judged) = self.judgements.next(), if !self.judgements.is_empty() => self.judged(judged),
+                () = sleep_until(check) => {
+                    check = Instant::now() + STUCK_CHECK;
+                    let mut actions = self.session.expire(now());
+                    actions.extend(self.session.judge_again(now(), false));
                     self.perform(actions, &mut None);
                 }
             }
@@ -464,8 +483,9 @@ impl Driver {
                     let feed = self.app.feed.clone();
                     let topic = self.session.topic(channel).unwrap_or_default();
                     let heard = self.heard_topic(channel);
+                    let scope = (topic, self.session.is_private(channel));
                     let opening =
-                        self.resume.as_mut().map(|resume| resume.open(channel, identity.claims(), topic));
+                        self.resume.as_mut().map(|resume| resume.open(channel, identity.claims(), scope));
                     let bind = async move {
                         let subscription = feed.bind(channel, identity, &requests).await?.with_topic(heard);
                         let opened = match opening {
@@ -507,7 +527,8 @@ impl Driver {
                 Action::Enter { channel, name, membership, private } => {
                     if let Some(recalls) = &mut self.recalls {
                         let frames = recalls.frames(channel, &name.topic, self.protocol, &self.outbox);
-                        frames.into_iter().for_each(|frame| self.outbox.push(frame));
+                        // As what is replayed of changes: together they may be more than the limit of the queue.
+                        self.outbox.deliver(Unit::REPLAY, frames, true);
                     }
                     let (topics, outbox) = (&self.app.topics, Arc::clone(&self.outbox));
                     let membership = topics.enter(channel, name, self.protocol, membership, private, outbox);
@@ -551,9 +572,7 @@ impl Driver {
             None => {
                 let outbox = Arc::clone(&self.outbox);
                 if let Some(recalls) = &mut self.recalls {
-                    let cursor = recalls.cursor(channel);
-                    recalls.stop(channel);
-                    if let Some(cursor) = cursor {
+                    if let Some(cursor) = recalls.cursor(channel) {
                         greeting.into_iter().for_each(|frame| outbox.push(frame));
                         let feed = self.app.feed.clone();
                         let catch_up = CatchUp::new(feed, channel, subscription, codec, cursor, outbox);

@@ -7,9 +7,10 @@ use std::future::poll_fn;
 use std::task::Poll;
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{AbortHandle, Abortable, BoxFuture, abortable};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
+use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::feed::catch_up::{CatchUp, Progress};
@@ -30,33 +31,50 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The earlier broadcasts of a client's channels.
 #[derive(Default)]
 pub struct Recalls {
-    reading: FuturesUnordered<BoxFuture<'static, (ChannelId, Result<Recalled, BindError>)>>,
+    reading: FuturesUnordered<Reading>,
+    /// Ends the reading for a channel.
+    aborts: HashMap<ChannelId, AbortHandle>,
     read: HashMap<ChannelId, Recalled>,
     /// Channels on their way from the broadcasts to the live feed.
-    following: HashMap<ChannelId, BoxFuture<'static, ()>>,
+    following: HashMap<ChannelId, Following>,
+}
+
+type Reading = Abortable<BoxFuture<'static, (ChannelId, Result<Recalled, BindError>)>>;
+
+/// A channel on its way, and how far it is.
+struct Following {
+    task: BoxFuture<'static, ()>,
+    at: watch::Receiver<Cursor>,
 }
 
 impl Recalls {
     /// Starts to read.
     pub fn begin(&mut self, feed: Feed, channel: ChannelId, name: String, recall: Recall) {
         let reading = async move { (channel, feed.recall(&name, recall).await) };
-        self.reading.push(reading.boxed());
+        let (reading, abort) = abortable(reading.boxed());
+        self.reading.push(reading);
+        self.aborts.insert(channel, abort);
     }
 
     /// Returns a channel whose broadcasts are read now, and whether they could be.
     pub async fn next(&mut self) -> (ChannelId, bool) {
         let following = &mut self.following;
         let all_follow = poll_fn(|context| {
-            following.retain(|_, channel| channel.poll_unpin(context).is_pending());
+            following.retain(|_, channel| channel.task.poll_unpin(context).is_pending());
             Poll::<Infallible>::Pending
         });
-        tokio::select! {
-            Some((channel, outcome)) = self.reading.next(), if !self.reading.is_empty() => {
-                let is_done = outcome.is_ok();
-                self.read.extend(outcome.ok().map(|recalled| (channel, recalled)));
-                (channel, is_done)
+        tokio::pin!(all_follow);
+        loop {
+            tokio::select! {
+                // One that was aborted belongs to a channel that was left.
+                Some(outcome) = self.reading.next(), if !self.reading.is_empty() => if let Ok((channel, outcome)) = outcome {
+                    self.aborts.remove(&channel);
+                    let is_done = outcome.is_ok();
+                    self.read.extend(outcome.ok().map(|recalled| (channel, recalled)));
+                    return (channel, is_done);
+                },
+                never = &mut all_follow => match never {},
             }
-            never = all_follow => match never {},
         }
     }
 
@@ -73,18 +91,21 @@ impl Recalls {
         broadcasts.into_iter().filter_map(|stored| frame(stored, topic, protocol, outbox)).collect()
     }
 
-    /// Returns the cursor after a channel's broadcasts, once.
+    /// Ends what is under way for a channel. Returns the position up to which it has everything, if it is not at the live feed.
     pub fn cursor(&mut self, channel: ChannelId) -> Option<Cursor> {
-        self.read.remove(&channel).map(|recalled| recalled.cursor)
+        let reached = self.following.remove(&channel).map(|following| following.at.borrow().clone());
+        self.read.remove(&channel).map(|recalled| recalled.cursor).or(reached)
     }
 
     /// Delivers to a channel from its cursor on.
     pub fn follow(&mut self, channel: ChannelId, catch_up: CatchUp) {
-        self.following.insert(channel, follow(catch_up).boxed());
+        let at = catch_up.positions();
+        self.following.insert(channel, Following { task: follow(catch_up).boxed(), at });
     }
 
     /// Ends what is under way for a channel, and its delivery if that has not reached the live feed.
     pub fn stop(&mut self, channel: ChannelId) {
+        self.aborts.remove(&channel).inspect(AbortHandle::abort);
         self.read.remove(&channel);
         self.following.remove(&channel);
     }

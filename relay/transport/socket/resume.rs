@@ -119,9 +119,9 @@ impl Resume {
         &mut self,
         channel: ChannelId,
         claims: &Claims,
-        topic: &str,
+        (topic, is_private): (&str, bool),
     ) -> impl Future<Output = Result<Option<Opened>, BindError>> + use<> {
-        let key = BookmarkKey::new(self.name, claims, topic);
+        let key = BookmarkKey::new(self.name, claims, topic, is_private);
         let is_owned = self.is_in_force(channel)
             && self.bookmarks.get(&channel).is_some_and(|held| held.bookmark.key == key);
         let (feed, left) = (self.feed.clone(), Arc::<AtomicBool>::default());
