@@ -571,13 +571,13 @@ impl Driver {
             Some(resume) => resume.start(channel, subscription, codec, greeting, opened),
             None => {
                 let outbox = Arc::clone(&self.outbox);
-                if let Some(recalls) = &mut self.recalls {
-                    if let Some(cursor) = recalls.cursor(channel) {
-                        greeting.into_iter().for_each(|frame| outbox.push(frame));
-                        let feed = self.app.feed.clone();
-                        let catch_up = CatchUp::new(feed, channel, subscription, codec, cursor, outbox);
-                        return recalls.follow(channel, catch_up);
-                    }
+                if let Some(recalls) = &mut self.recalls
+                    && let Some(cursor) = recalls.cursor(channel)
+                {
+                    greeting.into_iter().for_each(|frame| outbox.push(frame));
+                    let feed = self.app.feed.clone();
+                    let catch_up = CatchUp::new(feed, channel, subscription, codec, cursor, outbox);
+                    return recalls.follow(channel, catch_up);
                 }
                 let subscriber = Subscriber { codec, subscription, since: None, outbox, missed: None };
                 self.app.feed.join(channel, subscriber, greeting);
