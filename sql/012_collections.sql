@@ -17,5 +17,5 @@ create table if not exists relay.collection_work (
 comment on table relay.collection_work is 'tables that relay.sync_collections() has to watch or unwatch later';
 comment on column relay.collection_work.why is 'why it was not done yet';
 
--- Whether somebody called relay.watch for the relation: then it stays watched when it leaves its collections.
+-- Whether relay.watch was called for the relation: then it stays watched when it leaves its collections.
 alter table relay.watch_list add column if not exists by_hand boolean not null default true;

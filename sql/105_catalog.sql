@@ -243,7 +243,7 @@ comment on function relay.policy_tables(oid[]) is 'tables that the policies of w
 -- {"function", "source", "names", "types", "returns", "path",
 --  "tables": [{"oid", "schema", "name", "written", "columns": {"team": {"number", "type"}}}],
 --  "functions": [{"oid", "schema", "name", "written", "returns"}], "system": ["lower"]}; `path` is null for the caller's.
--- `schemas` are those of the path, in which whoever runs the function has to have USAGE, or its names mean something else.
+-- `schemas` are those of the path, in which the role that runs the function needs USAGE, or its names mean something else.
 -- `types` are such that a cast to one changes no value: `character` alone would be one character.
 create or replace function relay.body_candidates(parts oid[], wanted int[])
 returns table (func oid, schemas oid[], text text)

@@ -265,7 +265,7 @@ comment on function relay.begin_syncing() is 'watches or unwatches tables of col
 
 -- relay.watch_publication(name)
 -- Keeps the tables of a publication watched from now on: those that it has, and those that are added. A table that leaves it is
--- unwatched, unless somebody called relay.watch for it.
+-- unwatched, unless relay.watch was called for it.
 create or replace function relay.watch_publication(name text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$

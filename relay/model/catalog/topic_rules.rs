@@ -1,7 +1,7 @@
 //! Who may use which private channel: the policies of `realtime.messages`, as `relay.topic_rules()` describes them.
 //!
-//! PostgreSQL is asked about rows that could stand in that table: one for each extension, with the channel as their topic. Whoever may
-//! see such a row may receive what it stands for, and whoever may add it may send that.
+//! PostgreSQL is asked about rows that could stand in that table: one for each extension, with the channel as their topic. A
+//! token that may see such a row may receive messages of that extension. A token that may insert it may send them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -170,7 +170,7 @@ impl Session {
                 "The channel is not joined yet, wait for the reply to its join",
             );
         }
-        // Whoever is present may end that without any right.
+        // A member may end its presence without any right.
         let tracks = object.is_some();
         if tracks && channel.private.as_ref().is_some_and(|private| !private.may_write().presence) {
             return vec![Action::Send(origin.reply(Response::MayNotTrack))];
