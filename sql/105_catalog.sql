@@ -185,10 +185,13 @@ comment on function relay.body_reads(oid) is 'tables and functions that the body
 -- relay.policy_reads(parts) : the tables and functions that the policies of each subject read, and those that these read, for any role
 -- `subject` is a watched relation or one of these partitions, as in relay.subjects(), or the table whose policies are those of
 -- private channels; it is itself among its tables. `relation` is the id in relay.watch_list, 0 for private channels.
+-- The estimates of a recursive query are far too high. PostgreSQL sizes a hash table by them, up to work_mem, and to clear it
+-- would take many times longer than the query: hence the small work_mem.
 create or replace function relay.policy_reads(parts oid[]) returns table (relation int, subject oid, class oid, object oid)
 language plpgsql stable rows 100
 set search_path = ''
 set jit = off
+set work_mem = '256kB'
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
