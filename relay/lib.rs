@@ -16,9 +16,10 @@
 //! subscribers, [`feed::deliver::outbox`] queues it for each client, [`transport::socket::frame_writer`] writes it.
 //!
 //! **A join.** [`transport::socket::driver`] reads a frame, [`model::codec::phoenix`] decodes it to a
-//! [message](model::session::message), [`model::session::machine`] decides what to do, [`auth::verifier`] verifies the token,
+//! [message](model::session::message), [`transport::socket::channels`] gives it to the session ([`model::session::machine`]) and
+//! performs the actions that the session decides on. [`auth::verifier`] verifies the token,
 //! [`feed::handle`] binds the request to the rights of its role ([`model::subscription::binding`]) and registers it with
-//! [`feed::router`]. The driver encodes the answer with the codec.
+//! [`feed::router`]. The channels encode the answer with the codec.
 //!
 //! **A poll.** [`transport::routes`] dispatches, [`transport::changes::request`] reads the parameters, [`transport::changes::poll`]
 //! follows from the cursor ([`feed::catch_up`]), [`feed::replay::reader`] reads what was missed from the changelog, and the answer
@@ -319,6 +320,11 @@ pub mod transport {
         mod channel_catch_up;
         pub mod resume;
         mod recalls;
+        mod allowance;
+        mod deliveries;
+        mod memberships;
+        mod judgements;
+        mod channels;
         pub mod driver;
         pub mod handshake;
     }

@@ -16,7 +16,8 @@ use crate::transport::query::repeated_error;
 use crate::transport::query::{is_unreadable, parameter, repeated};
 use crate::transport::response::Answer;
 use crate::transport::response::{empty, error, error_with_hint};
-use crate::transport::socket::driver::{self, ConnectRequest};
+use crate::transport::socket::channels::ConnectRequest;
+use crate::transport::socket::driver;
 
 /// Answers a handshake request.
 pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: Request<Incoming>) -> Answer {

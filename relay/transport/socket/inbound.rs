@@ -1,23 +1,9 @@
-//! Decoding of a client's WebSocket frames, and a limit on how much of their content is kept.
-
-use std::sync::Arc;
+//! Decoding of a client's WebSocket frames.
 
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message as Frame};
 
-use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
 use crate::model::codec::protocol::{FrameError, SocketProtocol};
-use crate::model::session::join::Join;
-use crate::model::session::machine::Session;
 use crate::model::session::message::Incoming;
-
-/// Maximum number of bytes kept for one client: topics, filters and tokens of all its channels.
-const MAX_KEPT: usize = 1 << 20;
-/// Number of these bytes that are not counted in the memory budget.
-const UNCOUNTED: usize = 16 * 1024;
-
-/// The refusal of a join whose topic, filters and token do not fit.
-pub const NO_ROOM: &str =
-    "ChannelRateLimitReached: The topics, filters and tokens of all channels are too long";
 
 /// A decoded frame.
 pub enum Inbound {
@@ -50,26 +36,5 @@ pub fn decode(protocol: &dyn SocketProtocol, frame: Option<Result<Frame, SocketE
     match message {
         Ok(message) => Inbound::Message(message),
         Err(error) => Inbound::Unreadable(error),
-    }
-}
-
-/// Memory reserved for a client's topics, filters and tokens.
-pub struct KeptMemory(Reserved);
-
-impl KeptMemory {
-    /// Creates the reservation of a new client: nothing.
-    pub fn new(budget: &Arc<MemoryBudget>) -> Self {
-        Self(budget.reserved())
-    }
-
-    /// Reserves memory for a join. Returns false if there is no room.
-    pub fn reserve(&mut self, session: &Session, join: &Join) -> bool {
-        let bytes = session.bytes() + join.bytes;
-        bytes <= MAX_KEPT && self.0.resize(bytes.saturating_sub(UNCOUNTED))
-    }
-
-    /// Adjusts the reservation to what the session keeps now.
-    pub fn update(&mut self, session: &Session) {
-        self.0.resize(session.bytes().saturating_sub(UNCOUNTED));
     }
 }
