@@ -162,8 +162,12 @@ pub mod model {
         pub mod channel;
         pub mod member;
         pub mod machine;
+        mod binds;
+        mod publish;
         pub mod private;
         mod tokens;
+        #[cfg(test)]
+        pub(crate) mod test_session;
     }
 }
 

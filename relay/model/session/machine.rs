@@ -1,16 +1,14 @@
-//! One client's session as a state machine: joins, leaves and the outcomes of binds. It has no side effects: each input returns the
-//! actions to perform.
+//! One client's session as a state machine: its channels, from their joins to their ends. It has no side effects: each input returns
+//! the actions to perform.
 
 use std::collections::HashMap;
 
 use crate::model::identity::claims::{Claims, Tokens};
 use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
-use crate::model::session::broadcast::Broadcast;
-use crate::model::session::channel::{BindOutcome, Channel, ChannelId};
+use crate::model::session::channel::{Channel, ChannelId};
 use crate::model::session::join::{Join, disabled, too_large};
 use crate::model::session::message::{ClientRequest, Incoming, Origin, Response, SessionEvent};
-use crate::model::subscription::error::SubscribeError;
 
 /// The error for a channel that cannot be bound because PostgreSQL is unavailable. The client may join it again.
 pub const UNAVAILABLE: &str =
@@ -98,47 +96,6 @@ impl Session {
         }
     }
 
-    /// Handles an [`Action::Bind`] that failed because PostgreSQL is unavailable. The client joins again by itself.
-    pub fn unavailable(&mut self, channel: ChannelId, attempt: u32) -> Vec<Action> {
-        let found = self.topic_in_attempt(channel, attempt);
-        found.map_or_else(Vec::new, |topic| self.fail(&topic))
-    }
-
-    /// Ends the channel of a topic because PostgreSQL is unavailable. The client joins again by itself.
-    pub(super) fn fail(&mut self, topic: &str) -> Vec<Action> {
-        let Some((topic, mut channel)) = self.channels.remove_entry(topic) else { return Vec::new() };
-        let reason = String::from(UNAVAILABLE);
-        match channel.refuse_join(&topic, reason.clone()) {
-            Some(refusal) => vec![Action::Send(refusal)],
-            None => channel.end(&topic, [SessionEvent::Error(reason), SessionEvent::Failed]),
-        }
-    }
-
-    /// Binds a channel again: its table changed, or a refused entry may be accepted now.
-    pub fn rebind(&mut self, channel: ChannelId) -> Vec<Action> {
-        let found = self.channels.values_mut().find(|state| state.id == channel && state.delivering);
-        found.map_or_else(Vec::new, |state| vec![state.bind()])
-    }
-
-    /// Handles the outcome of [`Action::Bind`]; `Err` means that nothing is bound. The channel is reported as subscribed only if no entry is refused.
-    pub fn bound(
-        &mut self,
-        channel: ChannelId,
-        attempt: u32,
-        outcome: Result<BindOutcome, SubscribeError>,
-    ) -> Vec<Action> {
-        let Some(topic) = self.topic_in_attempt(channel, attempt) else { return Vec::new() };
-        let Some(channel) = self.channels.get_mut(&topic) else { return Vec::new() };
-        match channel.bound(&topic, outcome) {
-            Ok(actions) => actions,
-            Err(refusal) => {
-                let reply = channel.refuse_join(&topic, disabled(&refusal));
-                self.channels.remove(&topic);
-                reply.map(Action::Send).into_iter().collect()
-            }
-        }
-    }
-
     /// Closes the channel of a topic with a reason. Returns no actions if there is none.
     pub fn close(&mut self, topic: &str, reason: &str) -> Vec<Action> {
         let Some(channel) = self.channels.remove(topic) else { return Vec::new() };
@@ -148,34 +105,6 @@ impl Session {
     /// Ends all channels. Called when the socket is closed.
     pub fn end(&mut self) -> Vec<Action> {
         self.channels.drain().flat_map(|(_, channel)| channel.drop_silently()).collect()
-    }
-
-    /// Sends a broadcast of a joined channel, also of one whose join is not answered yet.
-    fn broadcast(&self, origin: Origin, broadcast: Broadcast) -> Vec<Action> {
-        let Some(channel) = self.channels.get(&origin.channel.topic) else { return Vec::new() };
-        let (acknowledges, is_private) = (channel.acknowledges, channel.private.is_some());
-        if channel.private.as_ref().is_some_and(|private| !private.may_write().broadcast) {
-            let refusal = acknowledges.then(|| Action::Send(origin.reply(Response::MayNotSend)));
-            return refusal.into_iter().collect();
-        }
-        vec![Action::Broadcast { channel: channel.id, origin, broadcast, acknowledges, is_private }]
-    }
-
-    /// Changes what a joined channel tracks.
-    fn track(&self, origin: Origin, object: Option<String>) -> Vec<Action> {
-        let Some(channel) = self.channels.get(&origin.channel.topic) else { return Vec::new() };
-        if !channel.is_answered() {
-            return refusal_if_expected(
-                &origin,
-                "The channel is not joined yet, wait for the reply to its join",
-            );
-        }
-        // A member may end its presence without any right.
-        let tracks = object.is_some();
-        if tracks && channel.private.as_ref().is_some_and(|private| !private.may_write().presence) {
-            return vec![Action::Send(origin.reply(Response::MayNotTrack))];
-        }
-        vec![Action::Track { channel: channel.id, origin, object }]
     }
 
     fn join(&mut self, origin: &Origin, join: Join, now: u64, tokens: &impl Tokens) -> Vec<Action> {
@@ -232,203 +161,29 @@ impl Session {
         actions.extend(channel.leave(topic, origin.reply(Response::Left)));
         actions
     }
-
-    /// Returns the topic of a channel whose latest attempt to bind is this one.
-    fn topic_in_attempt(&self, channel: ChannelId, attempt: u32) -> Option<String> {
-        let mut channels = self.channels.iter();
-        let found = channels.find(|(_, state)| state.id == channel && state.attempt == attempt);
-        found.map(|(topic, _)| topic.clone())
-    }
 }
 
 /// Refuses a message, if its client expects a reply.
-fn refusal_if_expected(origin: &Origin, reason: &str) -> Vec<Action> {
+pub(super) fn refusal_if_expected(origin: &Origin, reason: &str) -> Vec<Action> {
     if origin.reference.is_none() { Vec::new() } else { vec![Action::Send(origin.refusal(reason))] }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use std::collections::HashSet;
 
     use proptest::prelude::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
     use crate::model::catalog::topic_rules::TopicRights;
-    use crate::model::identity::claims::TokenRefusal;
-    use crate::model::session::member::MembershipOptions;
-    use crate::model::session::message::{ChannelName, Outgoing, Reference};
-    use crate::model::subscription::request::Request;
-
-    pub(crate) const NOW: u64 = 1000;
-    pub(crate) const MAX_CHANNELS: usize = 100;
-
-    /// Verifies tokens of the form `name` or `name:expiry`; a text with a blank is no token.
-    pub(crate) struct TestTokens;
-
-    impl Tokens for TestTokens {
-        fn verify(&self, token: &str) -> Result<Claims, TokenRefusal> {
-            if token.contains(' ') || token.is_empty() {
-                return Err(TokenRefusal { code: "MalformedJWT", text: "no token".to_owned() });
-            }
-            let (name, expiry) = token.split_once(':').unwrap_or((token, "5000"));
-            Ok(claims(name, expiry.parse().unwrap()))
-        }
-
-        fn recheck(&self, claims: &Claims) -> Result<(), TokenRefusal> {
-            match claims.key() {
-                None => Ok(()),
-                Some(_) => Err(TokenRefusal { code: "JwtSignerError", text: "no key".to_owned() }),
-            }
-        }
-    }
-
-    pub(crate) fn claims(name: &str, expiry: u64) -> Claims {
-        let payload = json!({"role": "authenticated", "sub": name, "exp": expiry});
-        Claims::from_verified_payload(&payload.to_string()).unwrap()
-    }
-
-    pub(crate) fn session() -> Session {
-        Session::new(7, claims("own", 9000), MAX_CHANNELS)
-    }
-
-    pub(crate) fn receive(
-        session: &mut Session,
-        reference: &str,
-        topic: &str,
-        request: ClientRequest,
-    ) -> Vec<Action> {
-        let reference = Reference(Some(reference.into()));
-        let channel = ChannelName { topic: topic.to_owned(), join: reference.clone() };
-        session.receive(Incoming { origin: Origin { channel, reference }, request }, NOW, &TestTokens)
-    }
-
-    pub(crate) fn token(token: &str) -> ClientRequest {
-        ClientRequest::AccessToken(Some(token.to_owned()))
-    }
-
-    /// Returns a join with these `postgres_changes` entries.
-    pub(crate) fn joining(entries: &Value, token: Option<&str>) -> Join {
-        let entries = entries.as_array().unwrap();
-        let parsed = entries.iter().map(|entry| Request::parse(entry.as_object().unwrap()));
-        let (requests, malformed): (Vec<_>, Vec<_>) = parsed.partition(Result::is_ok);
-        Join {
-            requests: requests.into_iter().map(Result::unwrap).collect(),
-            malformed: malformed.into_iter().map(Result::unwrap_err).collect(),
-            entries: entries.iter().map(Value::to_string).collect(),
-            token: token.map(str::to_owned),
-            waits: false,
-            membership: MembershipOptions::default(),
-            acknowledges: false,
-            private_channel: None,
-            recall: None,
-            by_operation: false,
-            bytes: 100,
-        }
-    }
-
-    pub(crate) fn todos() -> Value {
-        json!([{"event": "*", "table": "todos"}])
-    }
-
-    /// Joins the channel `t`.
-    pub(crate) fn join(session: &mut Session, reference: &str, join: Join) -> Vec<Action> {
-        receive(session, reference, "t", ClientRequest::Join(Box::new(join)))
-    }
-
-    fn ann() -> Join {
-        joining(&todos(), Some("ann"))
-    }
-
-    /// Returns the channel, attempt and subject of the bind action.
-    pub(crate) fn bind(actions: &[Action]) -> (ChannelId, u32, String) {
-        let found = actions.iter().find_map(|action| match action {
-            Action::Bind { channel, attempt, identity, .. } => {
-                Some((*channel, *attempt, identity.claims().sub().unwrap().to_owned()))
-            }
-            _ => None,
-        });
-        found.unwrap_or_else(|| panic!("nothing is to be bound: {actions:?}"))
-    }
-
-    /// Returns a session with one channel that is being delivered to.
-    pub(crate) fn delivering() -> (Session, ChannelId) {
-        let mut session = session();
-        let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
-        session.bound(channel, attempt, Ok(BindOutcome::default()));
-        (session, channel)
-    }
-
-    /// Returns the messages in order, each with the reference of its join, prefixed by the action they belong to.
-    pub(crate) fn messages_of(actions: &[Action]) -> Vec<String> {
-        let line = |kind: &str, message: &Outgoing| {
-            let text = match &message.event {
-                SessionEvent::Reply(_, Response::Refused(reason)) => format!("refused: {reason}"),
-                SessionEvent::Reply(_, Response::Joined(_)) => String::from("joined"),
-                SessionEvent::Reply(_, Response::Left) => String::from("left"),
-                SessionEvent::Reply(_, Response::Alive) => String::from("alive"),
-                SessionEvent::Reply(_, other) => format!("{other:?}"),
-                SessionEvent::NotDelivered(text) => format!("not delivered: {text}"),
-                SessionEvent::Subscribed => String::from("subscribed"),
-                SessionEvent::Hidden(why) => format!("hidden: {why}"),
-                SessionEvent::NotSubscribed(refusal) => format!("not subscribed: {refusal}"),
-                SessionEvent::Error(reason) => format!("error: {reason}"),
-                SessionEvent::Closed => String::from("closed"),
-                SessionEvent::Failed => String::from("failed"),
-            };
-            format!("{kind}{} {text}", message.channel.join.0.as_deref().unwrap_or("-"))
-        };
-        let lines = |action: &Action| match action {
-            Action::Send(message) => vec![line("", message)],
-            Action::Bind { .. } => vec!["bind".to_owned()],
-            Action::Listen { .. } => vec!["listen".to_owned()],
-            Action::Judge { identity, is_recheck, .. } => {
-                let again = if *is_recheck { " again" } else { "" };
-                vec![format!("judge {}{again}", identity.claims().sub().unwrap())]
-            }
-            Action::Recall { recall, .. } => vec![format!("recall {}", recall.limit)],
-            Action::Permit { rights, .. } => vec![format!("permit {rights:?}")],
-            Action::Join { greeting, .. } => greeting.iter().map(|message| line("join: ", message)).collect(),
-            Action::Enter { membership, .. } if membership.wants_presence => {
-                vec!["enter with presence".to_owned()]
-            }
-            Action::Forget { .. } | Action::Enter { .. } | Action::Exit { .. } => Vec::new(),
-            Action::Broadcast { .. } => vec!["broadcast".to_owned()],
-            Action::Track { object, .. } => vec![format!("track {object:?}")],
-            Action::Leave { farewell, .. } if farewell.is_empty() => vec!["leave".to_owned()],
-            Action::Leave { farewell, .. } => {
-                farewell.iter().map(|message| line("leave: ", message)).collect()
-            }
-        };
-        actions.iter().flat_map(lines).collect()
-    }
-
-    #[test]
-    fn a_join_is_answered_when_it_is_bound_and_before_any_change() {
-        let mut session = session();
-        let membership = MembershipOptions { wants_presence: true, ..MembershipOptions::default() };
-        let actions = join(&mut session, "1", Join { membership, ..ann() });
-        assert_eq!(messages_of(&actions), ["bind"]);
-        let (channel, attempt, who) = bind(&actions);
-        assert_eq!(who, "ann");
-        let actions = session.bound(channel, attempt, Ok(BindOutcome::default()));
-        assert_eq!(messages_of(&actions), ["1 joined", "enter with presence", "join: 1 subscribed"]);
-    }
-
-    #[test]
-    fn a_channel_with_a_hidden_table_is_subscribed_and_told_why_at_each_bind() {
-        let hidden = |refusals: &[&str]| BindOutcome {
-            refusals: refusals.iter().map(|text| SubscribeError((*text).to_owned())).collect(),
-            hidden: vec![String::from("why")],
-        };
-        let mut session = session();
-        let (channel, attempt, _) = bind(&join(&mut session, "1", Join { waits: true, ..ann() }));
-        let actions = session.bound(channel, attempt, Ok(hidden(&[])));
-        assert_eq!(messages_of(&actions), ["1 joined", "join: 1 subscribed", "join: 1 hidden: why"]);
-        let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
-        let actions = session.bound(channel, attempt, Ok(hidden(&["no"])));
-        assert_eq!(messages_of(&actions), ["join: 1 not subscribed: no", "join: 1 hidden: why"]);
-    }
+    use crate::model::session::channel::BindOutcome;
+    use crate::model::session::message::{ChannelName, Reference};
+    use crate::model::session::test_session::{
+        MAX_CHANNELS, NOW, TestTokens, broadcast, delivering, join, joining, messages_of, receive, session,
+        todos, token,
+    };
+    use crate::model::subscription::error::SubscribeError;
 
     #[test]
     fn a_join_without_bindings_is_answered_at_once() {
@@ -436,49 +191,6 @@ pub(crate) mod tests {
         let actions = join(&mut session, "1", joining(&json!([]), None));
         assert_eq!(messages_of(&actions), ["listen", "1 joined"], "nothing is missed after the answer");
         assert_eq!(messages_of(&session.end()), ["leave"]);
-    }
-
-    #[test]
-    fn a_resumable_join_is_answered_once_it_has_a_position() {
-        let mut session = session().resumable(true);
-        let actions = join(&mut session, "1", joining(&json!([]), None));
-        assert_eq!(messages_of(&actions), ["bind"]);
-        let (channel, attempt, _) = bind(&actions);
-        let actions = session.bound(channel, attempt, Ok(BindOutcome::default()));
-        assert_eq!(messages_of(&actions), ["1 joined"]);
-        assert!(actions.iter().any(|action| matches!(action, Action::Join { .. })), "{actions:?}");
-        let (_, attempt, who) = bind(&receive(&mut session, "1", "t", token("bob")));
-        assert_eq!(
-            (who.as_str(), messages_of(&session.bound(channel, attempt, Ok(BindOutcome::default())))),
-            ("bob", Vec::new())
-        );
-        assert_eq!(messages_of(&session.end()), ["leave"]);
-    }
-
-    #[test]
-    fn a_channel_hears_broadcasts_from_the_database_whatever_becomes_of_its_requests() {
-        let mut session = session();
-        let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
-        let refusal = || Err(SubscribeError("no".to_owned()));
-        let actions = session.bound(channel, attempt, refusal());
-        assert_eq!(messages_of(&actions), ["1 joined", "1 not subscribed: no", "listen"]);
-        let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
-        assert_eq!(
-            messages_of(&session.bound(channel, attempt, Ok(BindOutcome::default()))),
-            ["join: 1 subscribed"]
-        );
-        let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("cat")));
-        let actions = session.bound(channel, attempt, refusal());
-        assert_eq!(messages_of(&actions), ["leave: 1 not subscribed: no", "listen"]);
-        let left = receive(&mut session, "1", "t", ClientRequest::Leave);
-        assert_eq!(messages_of(&left), ["1 left", "1 closed", "leave"]);
-        join(&mut session, "2", joining(&json!([]), None));
-        assert_eq!(
-            messages_of(&receive(&mut session, "2", "t", token("bob"))),
-            ["listen"],
-            "until the new token ends"
-        );
-        assert_eq!(session.heard_topic(ChannelId { session: 7, channel: 2 }), Some(("t", false)));
     }
 
     #[test]
@@ -499,108 +211,6 @@ pub(crate) mod tests {
         ] {
             assert_eq!(answer(request), ["1 refused: unmatched topic"]);
         }
-    }
-
-    fn broadcast() -> ClientRequest {
-        ClientRequest::Broadcast(Broadcast::bytes(String::from("e"), vec![1]))
-    }
-
-    #[test]
-    fn a_joined_channel_broadcasts_and_tracks_once_its_join_is_answered() {
-        let (mut joined, _) = delivering();
-        let mut answer = |request| messages_of(&receive(&mut joined, "1", "t", request));
-        assert_eq!(answer(broadcast()), ["broadcast"]);
-        assert_eq!(answer(ClientRequest::Track(String::from("{}"))), [r#"track Some("{}")"#]);
-        assert_eq!(answer(ClientRequest::Untrack), ["track None"]);
-        assert_eq!(answer(ClientRequest::Invalid("no")), ["1 refused: no"]);
-        let mut waiting = session();
-        join(&mut waiting, "1", ann());
-        assert_eq!(messages_of(&receive(&mut waiting, "1", "t", broadcast())), ["broadcast"]);
-        let refused = messages_of(&receive(&mut waiting, "1", "t", ClientRequest::Untrack));
-        assert!(refused[0].starts_with("1 refused: The channel is not joined yet"), "{refused:?}");
-    }
-
-    #[test]
-    fn an_outcome_counts_only_for_the_latest_attempt() {
-        let mut session = session();
-        let (channel, first, _) = bind(&join(&mut session, "1", ann()));
-        let (_, second, who) = bind(&receive(&mut session, "1", "t", token("bob")));
-        assert_eq!((second, who.as_str()), (first + 1, "bob"));
-        assert_eq!(session.bound(channel, first, Ok(BindOutcome::default())), []);
-        assert_eq!(session.unavailable(channel, first), []);
-        assert_eq!(messages_of(&session.bound(channel, second, Ok(BindOutcome::default()))).len(), 2);
-
-        // The same for a channel that is joined again or left while it is being bound.
-        let (old, attempt, _) = bind(&join(&mut session, "2", ann()));
-        let actions = join(&mut session, "3", ann());
-        assert_eq!(messages_of(&actions), ["2 closed", "bind"]);
-        let (new, ..) = bind(&actions);
-        assert_ne!(old, new);
-        assert_eq!(session.bound(old, attempt, Ok(BindOutcome::default())), []);
-        let left = receive(&mut session, "3", "t", ClientRequest::Leave);
-        assert_eq!(messages_of(&left), ["3 left", "3 closed"]);
-        assert_eq!(session.bound(new, 1, Ok(BindOutcome::default())), []);
-    }
-
-    #[test]
-    fn a_refusal_follows_the_join_or_fails_it() {
-        let refusal = || Err(SubscribeError("no".to_owned()));
-        let mut session = session();
-        let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
-        let actions = session.bound(channel, attempt, refusal());
-        assert_eq!(messages_of(&actions), ["1 joined", "1 not subscribed: no", "listen"]);
-        assert_eq!(session.channel_count(), 1);
-
-        let (channel, attempt, _) = bind(&join(&mut session, "2", Join { waits: true, ..ann() }));
-        let actions = session.bound(channel, attempt, refusal());
-        assert_eq!(messages_of(&actions), ["2 refused: RealtimeDisabledForConfiguration: no"]);
-        assert_eq!(session.channel_count(), 0);
-
-        let unreadable = joining(&json!([{}]), Some("ann"));
-        let actions = join(&mut session, "3", Join { waits: true, ..unreadable });
-        assert!(
-            messages_of(&actions)[0]
-                .starts_with("3 refused: RealtimeDisabledForConfiguration: No subscription")
-        );
-        assert_eq!(session.channel_count(), 0);
-    }
-
-    #[test]
-    fn a_refused_entry_does_not_affect_the_others_and_is_reported_each_time() {
-        let refused = |texts: &[&str]| {
-            let refusals = texts.iter().map(|text| SubscribeError((*text).to_owned())).collect();
-            BindOutcome { refusals, ..BindOutcome::default() }
-        };
-        let mut session = session();
-        let entries = joining(&json!([{"table": "todos"}, {}, {"table": "others"}]), Some("ann"));
-        let (channel, attempt, _) = bind(&join(&mut session, "1", entries));
-        let actions = session.bound(channel, attempt, Ok(refused(&["others", "others"])));
-        let malformed = "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}";
-        let no = format!("join: 1 not subscribed: {malformed}");
-        assert_eq!(messages_of(&actions), ["1 joined", &no, "join: 1 not subscribed: others"]);
-        let (_, attempt, _) = bind(&session.rebind(channel));
-        assert_eq!(messages_of(&session.bound(channel, attempt, Ok(BindOutcome::default()))), [no]);
-
-        let waiting = Join { waits: true, ..joining(&json!([{"table": "todos"}]), Some("ann")) };
-        let (channel, attempt, _) = bind(&join(&mut session, "2", waiting));
-        let actions = session.bound(channel, attempt, Ok(refused(&["others"])));
-        assert_eq!(messages_of(&actions), ["2 refused: RealtimeDisabledForConfiguration: others"]);
-    }
-
-    #[test]
-    fn a_client_joins_again_when_postgresql_is_unavailable() {
-        let mut joining = session();
-        let (channel, attempt, _) = bind(&join(&mut joining, "1", ann()));
-        let actions = joining.unavailable(channel, attempt);
-        assert_eq!(messages_of(&actions), [format!("1 refused: {UNAVAILABLE}")]);
-        assert_eq!(joining.channel_count(), 0);
-
-        let (mut session, channel) = delivering();
-        let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
-        let actions = session.unavailable(channel, attempt);
-        let failed = [format!("leave: 1 error: {UNAVAILABLE}"), "leave: 1 failed".to_owned()];
-        assert_eq!(messages_of(&actions), failed);
-        assert_eq!(session.channel_count(), 0);
     }
 
     #[test]

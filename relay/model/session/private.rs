@@ -241,13 +241,12 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::session::broadcast::Broadcast;
     use crate::model::session::join::Join;
     use crate::model::session::machine::UNAVAILABLE;
-    use crate::model::session::machine::tests::{
-        NOW, bind, join, joining, messages_of, receive, session, todos, token,
-    };
     use crate::model::session::message::{ChannelName, Origin, Reference};
+    use crate::model::session::test_session::{
+        NOW, bind, broadcast, join, joining, messages_of, receive, session, todos, token,
+    };
 
     const BROADCAST: TopicRights = TopicRights { broadcast: true, presence: false };
     const NONE: TopicRights = TopicRights { broadcast: false, presence: false };
@@ -275,10 +274,6 @@ mod tests {
             |action: &Action| matches!(action, Action::Enter { private, .. } if *private == Some(rights));
         assert!(actions.iter().any(is_right), "{actions:?}");
         (session, channel)
-    }
-
-    fn broadcast() -> ClientRequest {
-        ClientRequest::Broadcast(Broadcast::bytes(String::from("e"), vec![1]))
     }
 
     fn message(request: ClientRequest) -> Incoming {

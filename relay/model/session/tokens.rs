@@ -88,11 +88,11 @@ mod tests {
 
     use super::*;
     use crate::model::identity::claims::KeyId;
-    use crate::model::session::machine::tests::{
+    use crate::model::session::message::ClientRequest;
+    use crate::model::session::test_session::{
         MAX_CHANNELS, TestTokens, bind, claims, delivering, join, joining, messages_of, receive, session,
         todos, token,
     };
-    use crate::model::session::message::ClientRequest;
     use crate::model::subscription::error::SubscribeError;
 
     fn joins(session: &mut Session, reference: &str, topic: &str, token: Option<&str>) -> Vec<Action> {

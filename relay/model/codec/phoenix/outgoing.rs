@@ -111,8 +111,8 @@ mod tests {
     use crate::model::session::action::Action;
     use crate::model::session::channel::{BindOutcome, ChannelId};
     use crate::model::session::machine::Session;
-    use crate::model::session::machine::tests::{NOW, TestTokens, claims};
     use crate::model::session::message::ChannelName;
+    use crate::model::session::test_session::{NOW, TestTokens, claims};
     use crate::model::subscription::error::SubscribeError;
 
     fn reference(json: &str) -> Reference {
