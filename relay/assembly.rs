@@ -37,6 +37,7 @@ use crate::postgres::connect::pool::{DATABASE, DOORBELL, Error, JUDGE, Server};
 use crate::postgres::evaluate::pairs::PairEvaluator;
 use crate::postgres::evaluate::per_identity::IdentityEvaluator;
 use crate::postgres::evaluate::set_based::SetEvaluator;
+use crate::postgres::filter_compiler::FilterCompiler;
 use crate::postgres::maintenance::{collections, refresh, retention};
 use crate::postgres::snapshot_rows::SnapshotRows;
 use crate::pubsub::topics::Topics;
@@ -95,6 +96,7 @@ struct Foundation {
     observe: Arc<Observe>,
     stall_monitor: Arc<StallMonitor>,
     catalog: Arc<CatalogCache>,
+    filters: FilterCompiler,
     changelog: ChangelogAccess,
     judge_timeout: Duration,
 }
@@ -176,13 +178,14 @@ impl Foundation {
     fn of(config: &Config) -> Result<Self, Error> {
         let servers = Servers::of(config)?;
         let pool = servers.main.pool(POOL_SIZE, LIMIT)?;
-        let filters = servers.main.pool(FILTER_POOL_SIZE, FILTER_LIMIT)?;
+        let filter_pool = servers.main.pool(FILTER_POOL_SIZE, FILTER_LIMIT)?;
         let judging_login = servers.judge.login().map(str::to_owned);
         let foundation = Self {
             tasks: Tasks::default(),
             observe: Arc::new(Observe::new()),
             stall_monitor: Arc::new(StallMonitor::new(config.stall)),
-            catalog: Arc::new(CatalogCache::new(pool.clone(), filters, judging_login)),
+            filters: FilterCompiler::new(filter_pool, judging_login.clone()),
+            catalog: Arc::new(CatalogCache::new(pool.clone(), judging_login)),
             changelog: ChangelogAccess {
                 server: servers.main.clone(),
                 transactions: Arc::new(Transactions::new(pool.clone())),
@@ -264,7 +267,7 @@ impl Foundation {
         let rows = SnapshotRows::new(main, judge, limit, config.stall, read_timeout)?;
         let bookmarks = Bookmarks::new(main, config.resume, config.stall)?;
         let (bookmarks, bookmark_writer) = BookmarkHandle::new(bookmarks);
-        let binder = Binder::new(Arc::clone(&self.catalog));
+        let binder = Binder::new(Arc::clone(&self.catalog), self.filters.clone());
         let observe = Arc::clone(&self.observe);
         let history = BroadcastHistory::new(self.changelog.pool.clone());
         Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks, history, observe), bookmark_writer))
@@ -311,7 +314,13 @@ impl Foundation {
         App {
             verifier: config.verifier,
             feed,
-            explainer: Explainer::new(main.clone(), judge.clone(), catalog, self.judge_timeout),
+            explainer: Explainer::new(
+                main.clone(),
+                judge.clone(),
+                catalog,
+                self.filters.clone(),
+                self.judge_timeout,
+            ),
             topics,
             topic_judge: self.topic_judge(),
             broadcast_rates: BroadcastRates::new(limits.http_broadcasts_per_second),

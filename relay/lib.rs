@@ -186,6 +186,7 @@ pub mod postgres {
     pub mod locks;
     pub mod install;
     pub mod catalog;
+    pub mod filter_compiler;
     mod function_bodies;
     /// Reading the changelog, and being woken for it.
     pub mod changelog {

@@ -361,7 +361,7 @@ async fn temporary_tables(judging: &Client) -> Result<Finding, Error> {
 /// Reports policies that are evaluated per subscriber, each a statement of PostgreSQL.
 async fn policies(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error> {
     let login = judge.login().map(str::to_owned);
-    let cache = CatalogCache::new(server.pool(1, LIMIT)?, server.pool(1, LIMIT)?, login);
+    let cache = CatalogCache::new(server.pool(1, LIMIT)?, login);
     cache.with_role("anon").await?;
     let catalog = cache.with_role("authenticated").await?;
     let mut findings: Vec<Finding> = catalog.missing_grants().map(Fault).collect();

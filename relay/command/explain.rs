@@ -17,6 +17,7 @@ use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Server;
+use crate::postgres::filter_compiler::FilterCompiler;
 use crate::postgres::install;
 
 type ExplainFailure = Box<dyn std::error::Error + Send + Sync>;
@@ -65,7 +66,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> Result<bool, ExplainFailure> {
     install::check(&server.connect().await?).await?;
     let login = judge.login().map(str::to_owned);
-    let catalog_cache = Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, server.pool(1, LIMIT)?, login));
+    let filters = FilterCompiler::new(server.pool(1, LIMIT)?, login.clone());
+    let catalog = Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, login));
     let identity = Identity::new(claims(options)?);
     let request = ExplainRequest {
         table: options.table.clone(),
@@ -75,7 +77,7 @@ pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> R
         bound: None,
         row: target(options)?,
     };
-    let explainer = Explainer::new(server.clone(), judge.clone(), catalog_cache, LIMIT);
+    let explainer = Explainer::new(server.clone(), judge.clone(), catalog, filters, LIMIT);
     let explanation = match explainer.explain(&[request]).await {
         Ok(mut explanations) => explanations.remove(0),
         Err(RequestError::Refused(why)) => return Err(why.0.into()),

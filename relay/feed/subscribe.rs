@@ -19,10 +19,12 @@ use crate::model::subscription::typed_filter::TypedFilter;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::Error;
 use crate::postgres::connect::within::within;
+use crate::postgres::filter_compiler::FilterCompiler;
 
 /// Binds requests to the rights of their role.
 pub struct Binder {
     catalog: Arc<CatalogCache>,
+    compiler: FilterCompiler,
     filters: Filters,
 }
 
@@ -63,9 +65,9 @@ impl From<SubscribeError> for RequestError {
 }
 
 impl Binder {
-    /// Creates a binder that reads rights from this catalog.
-    pub fn new(catalog: Arc<CatalogCache>) -> Self {
-        Self { catalog, filters: Filters::default() }
+    /// Creates a binder that reads rights from this catalog, and compiles filters with this compiler.
+    pub fn new(catalog: Arc<CatalogCache>, compiler: FilterCompiler) -> Self {
+        Self { catalog, compiler, filters: Filters::default() }
     }
 
     /// Returns the catalog.
@@ -160,7 +162,7 @@ impl Binder {
         if let Some(known) = self.cached(relation, &key) {
             return Ok(Some(known));
         }
-        let missing = self.catalog.missing_for(relation, &filter, identity.claims().role()).await?;
+        let missing = self.compiler.missing_for(relation, &filter, identity.claims().role()).await?;
         if !missing.is_empty() {
             let (schema, table, grants) = (&relation.schema, &relation.table, missing.join("; "));
             let why = format!(
@@ -168,7 +170,7 @@ impl Binder {
             );
             return Err(exception(request, &why).into());
         }
-        match self.catalog.filter(relation, &filter).await {
+        match self.compiler.compile(relation, &filter).await {
             Ok(bound) => {
                 let bound = Arc::new(bound);
                 let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
@@ -191,7 +193,7 @@ impl Binder {
         relation: &Relation,
     ) -> Result<Option<String>, RequestError> {
         let Some(beyond) = paging.keyset(order, relation)? else { return Ok(None) };
-        let read = self.catalog.condition(relation, &beyond);
+        let read = self.compiler.condition(relation, &beyond);
         match within(BIND_TIMEOUT, "the catalog", read).await {
             Ok(condition) => Ok(Some(condition)),
             Err(error) if error.refusal().is_some() && !error.is_transient() => {

@@ -66,7 +66,7 @@ impl Ways {
         let server = Server::parse(&database.url, "relay", None).unwrap();
         let pool = || server.pool(2, Duration::from_secs(30)).unwrap();
         let limit = Duration::from_secs(5);
-        let keeper = CatalogCache::new(pool(), pool(), None);
+        let keeper = CatalogCache::new(pool(), None);
         let judge = || IdentityEvaluator::new(server.clone(), limit);
         let gate =
             Gate::new(judge(), SetEvaluator::new(server.clone(), limit), None, Arc::new(Observe::new()));

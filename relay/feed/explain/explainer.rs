@@ -20,6 +20,7 @@ use crate::postgres::catalog::CatalogCache;
 use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::evaluate::per_identity::{IdentityEvaluator, IdentityQuery, reading};
 use crate::postgres::explain_queries::ExplainQueries;
+use crate::postgres::filter_compiler::FilterCompiler;
 
 /// Maximum number of relations named for an unknown one.
 const MAX_NEAR: usize = 5;
@@ -64,11 +65,17 @@ pub struct Explainer {
 
 impl Explainer {
     /// Creates an explainer that queries `server` and evaluates by `judge`, each statement within the time limit.
-    pub fn new(server: Server, judge: Server, catalog: Arc<CatalogCache>, limit: Duration) -> Self {
+    pub fn new(
+        server: Server,
+        judge: Server,
+        catalog: Arc<CatalogCache>,
+        filters: FilterCompiler,
+        limit: Duration,
+    ) -> Self {
         Self {
             server,
             login: judge.login().map(str::to_owned),
-            binder: Binder::new(Arc::clone(&catalog)),
+            binder: Binder::new(Arc::clone(&catalog), filters),
             catalog,
             evaluator: IdentityEvaluator::new(judge, limit),
             limit,
