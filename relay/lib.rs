@@ -242,6 +242,7 @@ pub mod feed {
     pub mod deliver {
         pub mod frame;
         pub mod memory_budget;
+        pub mod queue;
         pub mod outbox;
         pub mod encode_cache;
         pub mod broadcast_cache;

@@ -9,7 +9,7 @@ use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
 use crate::feed::deliver::broadcast_cache::BroadcastCache;
 use crate::feed::deliver::encode_cache::EncodeCache;
 use crate::feed::deliver::group::{FrameBuffer, SubscriberGroup, TOKEN_EXPIRED};
-use crate::feed::deliver::outbox::Unit;
+use crate::feed::deliver::queue::Unit;
 use crate::feed::read::batch::Batch;
 use crate::model::catalog::relation::{Catalog, Widening};
 use crate::model::catalog::shape;

@@ -8,7 +8,8 @@ use crate::feed::deliver::encode_cache::{EncodeCache, EncodeError, RecentPayload
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::members::Members;
 use crate::feed::deliver::memory_budget::MemoryBudget;
-use crate::feed::deliver::outbox::{Outbox, Unit};
+use crate::feed::deliver::outbox::Outbox;
+use crate::feed::deliver::queue::Unit;
 use crate::model::catalog::relation::{Access, Catalog, Relation, Widening};
 use crate::model::codec::payload::View;
 use crate::model::codec::protocol::{Codec, Notice};

@@ -10,7 +10,7 @@ use crate::feed::authorize::gate::Gate;
 use crate::feed::authorize::subscriber_index::{GroupId, SubscriberIndexes};
 use crate::feed::deliver::fan_out::deliver;
 use crate::feed::deliver::group::SubscriberGroup;
-use crate::feed::deliver::outbox::Unit;
+use crate::feed::deliver::queue::Unit;
 use crate::feed::read::batch::Batch;
 use crate::model::catalog::relation::Catalog;
 use crate::model::log::cursor::Cursor;

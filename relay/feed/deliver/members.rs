@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::MemoryBudget;
-use crate::feed::deliver::outbox::{Outbox, Unit};
+use crate::feed::deliver::outbox::Outbox;
+use crate::feed::deliver::queue::Unit;
 use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::RelationId;

@@ -2,27 +2,16 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
 
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Registration, WaitingBytes};
+use crate::feed::deliver::queue::{Hand, Kind, Queue, Taken, Unit, lock};
 use crate::model::session::channel::ChannelId;
 
-/// A client with this many bytes waiting …
-const SLOW_BYTES: usize = 64 * 1024;
-/// … for this long is slow.
-const SLOW_AFTER: Duration = Duration::from_millis(250);
-/// Bytes waiting, or half of the limit if less, above which the next batch of a page should wait for the client.
-const BEHIND_BYTES: usize = 256 * 1024;
-/// Pushes may exceed the limit of a client that is not slow by this factor: a large one is not read before others follow it.
-const PUSH_FACTOR: usize = 16;
 /// A frame this small does not close the client when the memory budget is exhausted.
 const SMALL_REPLY: usize = 4 * 1024;
-/// Queue slots that are not counted in the memory budget.
-const UNCOUNTED_SLOTS: usize = 32;
 
 /// Frames queued for one client, bounded in bytes.
 ///
@@ -42,85 +31,6 @@ struct Shared {
     hand: Mutex<Hand>,
     owner: Option<Arc<Owner>>,
     budget: Arc<MemoryBudget>,
-}
-
-#[derive(Debug, Default)]
-struct Queue {
-    frames: VecDeque<Frame>,
-    bytes: usize,
-    /// The unit delivered last.
-    unit: Unit,
-    /// Bytes of replies and pings.
-    reply_bytes: usize,
-    /// Bytes of replayed frames, queued and taken.
-    replay_bytes: usize,
-    replay_bytes_taken: usize,
-    /// Bytes of pushes, queued and taken.
-    push_bytes: usize,
-    push_bytes_taken: usize,
-    /// Bytes taken that the socket does not accept now.
-    unwritten: usize,
-    /// Since when more than [`SLOW_BYTES`] have waited.
-    since: Option<Instant>,
-    /// Queue slots that are counted.
-    slots: usize,
-    /// Channels to bind anew.
-    rebind: Vec<ChannelId>,
-    full: bool,
-    /// Changes were delivered since the last query.
-    delivered: bool,
-    /// The task that waits to take frames. Woken once, not once per frame.
-    taker: Option<Waker>,
-    /// The task that waits for the outbox to overflow.
-    watcher: Option<Waker>,
-}
-
-/// Frames that belong together: a client that has room for the first of them has room for all.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Unit(u64);
-
-/// What frames are, which decides when they are too many.
-#[derive(Clone, Copy)]
-enum Kind {
-    /// Replies and pings.
-    Reply,
-    /// Changes, of this unit.
-    Changes(Unit),
-    /// A push to the members of a topic.
-    Push,
-}
-
-/// The number of the last unit.
-static UNITS: AtomicU64 = AtomicU64::new(1);
-
-impl Unit {
-    /// Replayed frames. They are read at the client's pace.
-    pub const REPLAY: Self = Self(1);
-
-    /// Creates the unit of a batch: all of its frames for a client, over all channels.
-    pub fn next() -> Self {
-        Self(UNITS.fetch_add(1, Ordering::Relaxed) + 1)
-    }
-}
-
-/// Frames that were taken and are being written.
-#[derive(Debug, Default)]
-pub struct Hand {
-    /// The frames, in order.
-    pub frames: VecDeque<Frame>,
-    /// The client was evicted: the frames were dropped, even one that is partly written.
-    pub is_evicted: bool,
-}
-
-/// What [`Outbox::take`] found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Taken {
-    /// Frames, moved to the hand.
-    Frames,
-    /// A channel to bind anew, because its relation is gone or changed.
-    Rebind(ChannelId),
-    /// The outbox overflowed and is closed: the client reads too slowly and should reconnect.
-    Full,
 }
 
 impl Outbox {
@@ -175,36 +85,8 @@ impl Outbox {
     fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, kind: Kind) -> bool {
         let (wakers, is_congested) = {
             let mut queue = self.lock();
-            queue.delivered |= matches!(kind, Kind::Changes(_));
-            let is_over = queue.bytes > 0 && queue.limited_bytes() > self.limit;
-            let has_too_many_pushes = queue.has_too_many_pushes(self.limit);
-            let is_too_much = match kind {
-                Kind::Changes(unit) => {
-                    unit != Unit::REPLAY && unit != queue.unit && (is_over || has_too_many_pushes)
-                }
-                // Replies and pings do not close a client that is receiving a large change.
-                Kind::Reply => is_over && queue.reply_bytes > self.limit / 4,
-                Kind::Push => has_too_many_pushes,
-            };
-            if !has_room || is_too_much {
-                queue.close();
-            }
+            queue.add_all(frames, kind, self.limit, has_room);
             if !queue.full {
-                let (before, mut pushed) = (queue.bytes, 0);
-                for frame in frames {
-                    pushed += if frame.is_push() { frame.len() } else { 0 };
-                    queue.add(frame);
-                }
-                match kind {
-                    Kind::Changes(Unit::REPLAY) => queue.replay_bytes += queue.bytes - before,
-                    // Broadcasts from the database are among the changes, and have the limit of other broadcasts.
-                    Kind::Changes(unit) => {
-                        queue.unit = unit;
-                        queue.push_bytes += pushed;
-                    }
-                    Kind::Reply => queue.reply_bytes += queue.bytes - before,
-                    Kind::Push => queue.push_bytes += queue.bytes - before,
-                }
                 queue.count_slots(&self.budget);
             }
             (queue.wakers(), queue.is_congested(self.limit))
@@ -249,8 +131,7 @@ impl Outbox {
 
     /// Returns whether another batch of the page might not fit.
     pub fn is_behind(&self) -> bool {
-        let queue = self.lock();
-        !queue.full && queue.bytes > BEHIND_BYTES.min(self.limit / 2)
+        self.lock().is_behind(self.limit)
     }
 
     /// Returns whether another push might not fit, although the client is not slow: publishers should wait a little.
@@ -338,87 +219,6 @@ fn wait<T>(slot: &mut Option<Waker>, context: &Context<'_>) -> Poll<T> {
         empty => *empty = Some(context.waker().clone()),
     }
     Poll::Pending
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Queue {
-    fn add(&mut self, frame: Frame) {
-        self.bytes += frame.len();
-        self.frames.push_back(frame);
-        self.note_slow();
-    }
-
-    /// Returns the bytes that count against the limit. Replayed frames do not: more of them come only when the client
-    /// has read the last. Pushes are limited on their own.
-    fn limited_bytes(&self) -> usize {
-        let unlimited_taken = self.replay_bytes_taken + self.push_bytes_taken;
-        self.bytes - self.replay_bytes - self.push_bytes + self.unwritten.saturating_sub(unlimited_taken)
-    }
-
-    fn is_congested(&self, limit: usize) -> bool {
-        !self.full && self.push_bytes > BEHIND_BYTES.min(limit / 2) && !self.is_slow()
-    }
-
-    fn has_too_many_pushes(&self, limit: usize) -> bool {
-        let is_far_over = self.push_bytes > limit.saturating_mul(PUSH_FACTOR);
-        self.push_bytes > limit && (is_far_over || self.is_slow())
-    }
-
-    fn is_slow(&self) -> bool {
-        self.since.is_some_and(|since| since.elapsed() > SLOW_AFTER)
-    }
-
-    fn note_slow(&mut self) {
-        if self.since.is_none() && self.bytes + self.unwritten > SLOW_BYTES {
-            self.since = Some(Instant::now());
-        }
-    }
-
-    /// Counts queue slots: frames are shared by many clients, their slots are not.
-    fn count_slots(&mut self, budget: &MemoryBudget) {
-        let slots = self.frames.capacity();
-        if slots > UNCOUNTED_SLOTS.max(self.slots) || slots * 4 < self.slots {
-            budget.set_slots(self.slots, slots);
-            self.slots = slots;
-        }
-    }
-
-    /// Closes the queue. Queued frames precede a gap, so none of them may be delivered.
-    fn close(&mut self) {
-        self.full = true;
-        self.frames = VecDeque::new();
-        (self.bytes, self.replay_bytes, self.push_bytes) = (0, 0, 0);
-    }
-
-    /// Takes the wakers of the tasks to wake.
-    fn wakers(&mut self) -> [Option<Waker>; 2] {
-        [self.taker.take(), if self.full { self.watcher.take() } else { None }]
-    }
-
-    fn take(&mut self, hand: &Mutex<Hand>) -> Option<Taken> {
-        self.unwritten = 0;
-        self.since = None;
-        self.reply_bytes = 0;
-        if !self.frames.is_empty() {
-            let mut hand = lock(hand);
-            if hand.frames.is_empty() {
-                std::mem::swap(&mut self.frames, &mut hand.frames);
-            } else {
-                hand.frames.append(&mut self.frames);
-            }
-            self.replay_bytes_taken = std::mem::take(&mut self.replay_bytes);
-            self.push_bytes_taken = std::mem::take(&mut self.push_bytes);
-            self.bytes = 0;
-            return Some(Taken::Frames);
-        }
-        if let Some(channel) = self.rebind.pop() {
-            return Some(Taken::Rebind(channel));
-        }
-        self.full.then_some(Taken::Full)
-    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use hyper::StatusCode;
 
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::outbox::Taken;
+use crate::feed::deliver::queue::Taken;
 use crate::feed::handle::RowsPage;
 use crate::feed::subscribe::RequestError;
 use crate::model::session::limits::{ExceededLimit, RowLimit};

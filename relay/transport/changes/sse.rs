@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::auth::verifier::now;
 use crate::feed::catch_up::{CatchUp, Progress};
 use crate::feed::deliver::frame::Content;
-use crate::feed::deliver::outbox::Taken;
+use crate::feed::deliver::queue::Taken;
 use crate::feed::read::stall::Stalls;
 use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::protocol::{Envelope, Notice, RESUMED, STALLED};

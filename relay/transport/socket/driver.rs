@@ -18,7 +18,8 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message as SocketFram
 use crate::auth::jwks::KeySet;
 use crate::auth::verifier::now;
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::outbox::{Outbox, Taken};
+use crate::feed::deliver::outbox::Outbox;
+use crate::feed::deliver::queue::Taken;
 use crate::model::codec::protocol::SocketProtocol;
 use crate::transport::app::App;
 use crate::transport::intake::Intake;

@@ -8,7 +8,8 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 
 use crate::feed::deliver::frame::{Content, Frame};
-use crate::feed::deliver::outbox::{Hand, Outbox};
+use crate::feed::deliver::outbox::Outbox;
+use crate::feed::deliver::queue::Hand;
 use crate::transport::intake::Intake;
 
 /// Maximum size in bytes of frames that are copied together for one system call.
