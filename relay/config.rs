@@ -154,33 +154,11 @@ impl Settings {
 
     /// Resolves the limits of clients.
     fn limits(&self, mistakes: &mut Vec<String>) -> Limits {
-        let mut millis =
-            |name, value, default| Duration::from_millis(positive(name, value, default, mistakes));
-        let head = millis("head-timeout-ms", self.head_timeout_ms, 10_000);
-        let write = millis("write-timeout-ms", self.write_timeout_ms, 30_000);
-        let silence = millis("silence-ms", self.silence_ms, 90_000);
-        let keep_alive = millis("keep-alive-ms", self.keep_alive_ms, 15_000);
-        let bytes = [
-            at_least("outbox-bytes", self.outbox_bytes, 4 << 10, 512 << 10),
-            at_least("total-outbox-bytes", self.total_outbox_bytes, 1 << 20, 256 << 20),
-            at_least("change-bytes", self.change_bytes, 32 << 10, 1 << 20),
-            at_least("send-buffer-bytes", self.send_buffer_bytes, 4 << 10, 208 << 10),
-        ];
-        let [outbox_bytes, total_outbox_bytes, change_bytes, send_buffer_bytes] = bytes.map(|bytes| {
-            bytes.unwrap_or_else(|mistake| {
-                mistakes.push(mistake);
-                0
-            })
-        });
-        let mut count = |name, value: Option<usize>, default| {
-            // With 0 no client could connect, join or receive anything.
-            if value == Some(0) {
-                mistakes.push(format!("--{name} must be more than 0"));
-            }
-            value.unwrap_or(default)
-        };
+        let [head, write, silence, keep_alive] = self.client_times(mistakes);
+        let [outbox_bytes, total_outbox_bytes, change_bytes, send_buffer_bytes] = self.queue_sizes(mistakes);
         let rate = |rate: Option<u32>| rate.map(|rate| rate as usize);
         let per_address = self.connections_per_address;
+        let mut count = |name, value, default| more_than_zero(name, value, default, mistakes);
         Limits {
             connections: count("max-connections", self.max_connections, 10_000),
             connections_per_address: per_address.map(|max| count("connections-per-address", Some(max), max)),
@@ -214,25 +192,63 @@ impl Settings {
             keep_alive,
         }
     }
+
+    /// Resolves the time limits of a request head and of a write, the time of silence and the keep-alive interval.
+    fn client_times(&self, mistakes: &mut Vec<String>) -> [Duration; 4] {
+        let mut millis =
+            |name, value, default| Duration::from_millis(positive(name, value, default, mistakes));
+        [
+            millis("head-timeout-ms", self.head_timeout_ms, 10_000),
+            millis("write-timeout-ms", self.write_timeout_ms, 30_000),
+            millis("silence-ms", self.silence_ms, 90_000),
+            millis("keep-alive-ms", self.keep_alive_ms, 15_000),
+        ]
+    }
+
+    /// Resolves the bytes queued for one client and for all together, and of one change and the kernel's send buffer.
+    fn queue_sizes(&self, mistakes: &mut Vec<String>) -> [usize; 4] {
+        let mut bytes = |name, value, min, default| at_least(name, value, min, default, mistakes);
+        [
+            bytes("outbox-bytes", self.outbox_bytes, 4 << 10, 512 << 10),
+            bytes("total-outbox-bytes", self.total_outbox_bytes, 1 << 20, 256 << 20),
+            bytes("change-bytes", self.change_bytes, 32 << 10, 1 << 20),
+            bytes("send-buffer-bytes", self.send_buffer_bytes, 4 << 10, 208 << 10),
+        ]
+    }
 }
 
 /// Checks a time, which must be more than 0 and at most [`MAX_TIME`].
 fn positive(name: &str, value: Option<u64>, default: u64, mistakes: &mut Vec<String>) -> u64 {
     match value {
         Some(time) if time == 0 || time > MAX_TIME => {
-            mistakes.push(format!("--{name} must be more than 0, and {MAX_TIME} at most"));
+            mistakes.push(format!("--{name} must be more than 0, and at most {MAX_TIME}"));
             default
         }
         value => value.unwrap_or(default),
     }
 }
 
-/// Checks a number of bytes: with fewer than `min` nothing could be delivered.
-fn at_least(name: &str, value: Option<usize>, min: usize, default: usize) -> Result<usize, String> {
-    match value {
-        Some(bytes) if bytes < min => Err(format!("--{name} must be {min} bytes at least")),
-        value => Ok(value.unwrap_or(default)),
+/// Checks a number: with 0 no client could connect, join or receive anything.
+fn more_than_zero(name: &str, value: Option<usize>, default: usize, mistakes: &mut Vec<String>) -> usize {
+    if value == Some(0) {
+        mistakes.push(format!("--{name} must be more than 0"));
     }
+    value.unwrap_or(default)
+}
+
+/// Checks a number of bytes: with fewer than `min` nothing could be delivered.
+fn at_least(
+    name: &str,
+    value: Option<usize>,
+    min: usize,
+    default: usize,
+    mistakes: &mut Vec<String>,
+) -> usize {
+    let value = value.unwrap_or(default);
+    if value < min {
+        mistakes.push(format!("--{name} must be at least {min} bytes"));
+    }
+    value
 }
 
 #[cfg(test)]
@@ -291,10 +307,10 @@ mod tests {
         };
         assert_eq!(with(0), [""; 0]);
         let expected = [
-            "--outbox-bytes must be 4096 bytes at least",
-            "--total-outbox-bytes must be 1048576 bytes at least",
-            "--change-bytes must be 32768 bytes at least",
-            "--send-buffer-bytes must be 4096 bytes at least",
+            "--outbox-bytes must be at least 4096 bytes",
+            "--total-outbox-bytes must be at least 1048576 bytes",
+            "--change-bytes must be at least 32768 bytes",
+            "--send-buffer-bytes must be at least 4096 bytes",
         ];
         assert_eq!(with(1), expected);
     }
@@ -371,7 +387,7 @@ mod tests {
             };
             assert!(resolved(&name, bound).is_ok(), "{name}");
             let mistake = resolved(&name, bound - 1).unwrap_err().to_string();
-            assert_eq!(mistake, format!("--{name} must be {bound} bytes at least"));
+            assert_eq!(mistake, format!("--{name} must be at least {bound} bytes"));
         }
     }
 

@@ -198,33 +198,8 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
             });
         }
         CliCommand::Serve(settings) => Box::pin(serve(*settings)).await?,
-        CliCommand::Watch { table, leave_events, database } => {
-            let client = database.connect().await?;
-            install::check(&client).await?;
-            let watch = "select relay.watch($1::text::regclass, $2)";
-            client.execute(watch, &[&table, &leave_events]).await.map_err(refused)?;
-            say(&format!("{table} is watched{}", if leave_events { ", with leave events" } else { "" }));
-            let notes = client.query_one("select relay.notes($1::text::regclass)", &[&table]).await?;
-            for note in notes.get::<_, Vec<String>>(0) {
-                say(&format!("note: {note}"));
-            }
-        }
-        CliCommand::Unwatch { table, database } => {
-            let client = database.connect().await?;
-            let watched = "select exists (select from relay.watch_list where relation = $1::text::regclass)";
-            if !client.query_one(watched, &[&table]).await.map_err(named)?.get::<_, bool>(0) {
-                say(&format!("{table} was not watched"));
-                return Ok(ExitCode::SUCCESS);
-            }
-            client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(refused)?;
-            if client.query_one(watched, &[&table]).await.map_err(named)?.get::<_, bool>(0) {
-                say(&format!(
-                    "{table} stays watched, because it is in a publication or schema that is followed: select * from relay.collected"
-                ));
-            } else {
-                say(&format!("{table} is not watched any more"));
-            }
-        }
+        CliCommand::Watch { table, leave_events, database } => watch(&table, leave_events, &database).await?,
+        CliCommand::Unwatch { table, database } => unwatch(&table, &database).await?,
         CliCommand::Token(options) => token::run(&options)?,
         CliCommand::Tail(options) => tail::run(options).await?,
         CliCommand::Compare(options) => {
@@ -246,6 +221,36 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn watch(table: &str, leave_events: bool, database: &DatabaseOptions) -> Result<(), CliFailure> {
+    let client = database.connect().await?;
+    install::check(&client).await?;
+    let watch = "select relay.watch($1::text::regclass, $2)";
+    client.execute(watch, &[&table, &leave_events]).await.map_err(refused)?;
+    say(&format!("{table} is watched{}", if leave_events { ", with leave events" } else { "" }));
+    let notes = client.query_one("select relay.notes($1::text::regclass)", &[&table]).await?;
+    for note in notes.get::<_, Vec<String>>(0) {
+        say(&format!("note: {note}"));
+    }
+    Ok(())
+}
+
+async fn unwatch(table: &str, database: &DatabaseOptions) -> Result<(), CliFailure> {
+    let client = database.connect().await?;
+    let watched = "select exists (select from relay.watch_list where relation = $1::text::regclass)";
+    if !client.query_one(watched, &[&table]).await.map_err(named)?.get::<_, bool>(0) {
+        say(&format!("{table} was not watched"));
+        return Ok(());
+    }
+    client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(refused)?;
+    say(&match client.query_one(watched, &[&table]).await.map_err(named)?.get(0) {
+        true => format!(
+            "{table} stays watched, because it is in a watched publication or schema: select * from relay.collected"
+        ),
+        false => format!("{table} is not watched any more"),
+    });
+    Ok(())
 }
 
 async fn serve(mut settings: Settings) -> Result<(), CliFailure> {

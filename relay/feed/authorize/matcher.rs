@@ -94,22 +94,35 @@ impl<'a> Matcher<'_, 'a> {
             ImageColumns::Partial(_) => !images.is_missing(reads_policy),
             ImageColumns::Same | ImageColumns::Oversize(_) => true,
         };
-        let relation = subscriber_index.relation().id();
-        let unevaluated = |group| Candidate { group, relation, change: index, policy: None };
         let Some(images) = images.filter(is_readable) else {
             // A truncation, or an altered relation: it concerns every group.
             if change.operation != Operation::Schema {
+                let relation = subscriber_index.relation().id();
+                let unevaluated = |group| Candidate { group, relation, change: index, policy: None };
                 self.verdicts.candidates.extend(subscriber_index.all_groups().map(unevaluated));
             }
             return;
         };
         let is_incomplete = images.is_missing(reads_policy);
         let context = MatchContext { index, images, subscriber_index, access, set_answers, is_incomplete };
+        self.find_by_policy(&context, reader);
+    }
+
+    /// Adds the groups that the index finds, and whose policy and filters do not exclude them. The policy is evaluated once for each
+    /// cohort.
+    fn find_by_policy(
+        &mut self,
+        context: &MatchContext<'_, 'a>,
+        reader: &impl Fn(GroupId) -> GroupReader<'a>,
+    ) {
+        let MatchContext { index, images, subscriber_index, .. } = *context;
+        let relation = subscriber_index.relation().id();
         let mut found = context.find_groups();
         if matches!(images.layout, ImageColumns::Partial(_)) {
             let is_lost = |group: &GroupId| context.has_undecidable_filter(reader(*group).subscription);
             let lost: Vec<GroupId> = subscriber_index.all_groups().filter(is_lost).collect();
             found.retain(|group| !lost.contains(group));
+            let unevaluated = |group| Candidate { group, relation, change: index, policy: None };
             self.verdicts.candidates.extend(lost.into_iter().map(unevaluated));
         }
         found.sort_unstable();
@@ -122,7 +135,7 @@ impl<'a> Matcher<'_, 'a> {
             let Some(cohort) = subscriber_index.cohort_of(group) else { continue };
             let policy = match last {
                 Some((same, policy)) if same == cohort => policy,
-                _ => *known.entry(cohort).or_insert_with(|| self.evaluate_policy(&context, cohort)),
+                _ => *known.entry(cohort).or_insert_with(|| self.evaluate_policy(context, cohort)),
             };
             last = Some((cohort, policy));
             if subscriber_index.raises(cohort) {
@@ -131,7 +144,7 @@ impl<'a> Matcher<'_, 'a> {
             if self.verdicts.policies[policy].iter().all(|truth| is_denied(*truth)) {
                 continue;
             }
-            if self.may_match(&context, reader(group)) {
+            if self.may_match(context, reader(group)) {
                 self.verdicts.candidates.push(Candidate {
                     group,
                     relation,

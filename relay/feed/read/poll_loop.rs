@@ -296,22 +296,14 @@ impl<'a> PollLoop<'a> {
         let since_last_poll = std::mem::replace(&mut self.last_poll, Instant::now()).elapsed();
         let resumed = self.position.page.until.is_some();
         let scope = Arc::clone(&self.source.scope.borrow());
-        let mut page = self
-            .source
-            .await_changelog(self.changelog.open(
-                &self.position.page,
-                LARGE_PAGE_BATCHES * BATCH_CHANGES,
-                &scope,
-            ))
-            .await?;
-        let until = page.until.clone();
-        let seen = self.position.page.seen.clone();
-        let span = Arc::new(Span { epoch: self.position.epoch, seen, until: until.clone() });
+        let opening = self.changelog.open(&self.position.page, LARGE_PAGE_BATCHES * BATCH_CHANGES, &scope);
+        let mut page = self.source.await_changelog(opening).await?;
+        let (epoch, seen) = (self.position.epoch, self.position.page.seen.clone());
+        let span = Arc::new(Span { epoch, seen, until: page.until.clone() });
         let (mut total, mut page_continues, mut batches) = (0, false, 0);
         let mut unflushed = page.unflushed.take();
         loop {
-            let (mut changes, more) =
-                self.source.await_changelog(page.part(BATCH_CHANGES, BATCH_BYTES)).await?;
+            let (changes, more) = self.source.await_changelog(page.part(BATCH_CHANGES, BATCH_BYTES)).await?;
             let Some(last) = changes.last().map(|change| change.number) else {
                 self.source.stall_monitor.record_read();
                 break;
@@ -330,18 +322,10 @@ impl<'a> PollLoop<'a> {
             let first = total == 0;
             total += changes.len();
             page_continues = more;
-            self.source.observe.read(changes.len());
-            log_unsent(&changes);
-            let completed = self.source.access.transactions.complete(span.epoch, &mut changes, !more);
-            let unfinished = self.source.await_changelog(completed).await?;
-            let batch = Batch { changes, unfinished, more, span: Arc::clone(&span), mark: page.mark };
-            let item = FeedItem::Changes(Arc::new(batch));
-            if !self.send(item).await {
+            if !self.send_batch(changes, more, &span, page.mark).await? {
                 return Ok(PollResult::Closed);
             }
-            self.source.stall_monitor.record_read();
-            self.last_sent = Instant::now();
-            self.position.page.until = Some(until.clone());
+            self.position.page.until = Some(span.until.clone());
             self.position.page.after = last;
             if first {
                 self.doorbell.notify_followers(true).await?;
@@ -367,6 +351,27 @@ impl<'a> PollLoop<'a> {
             _ if total < BATCH_CHANGES => PollResult::Some,
             _ => PollResult::Full,
         })
+    }
+
+    /// Sends changes of a page as a batch; false when the receiver is closed. `more`: the page continues after them.
+    async fn send_batch(
+        &mut self,
+        mut changes: Vec<Change>,
+        more: bool,
+        span: &Arc<Span>,
+        mark: Option<i64>,
+    ) -> Result<bool, Error> {
+        self.source.observe.read(changes.len());
+        log_unsent(&changes);
+        let completed = self.source.access.transactions.complete(span.epoch, &mut changes, !more);
+        let unfinished = self.source.await_changelog(completed).await?;
+        let batch = Batch { changes, unfinished, more, span: Arc::clone(span), mark };
+        if !self.send(FeedItem::Changes(Arc::new(batch))).await {
+            return Ok(false);
+        }
+        self.source.stall_monitor.record_read();
+        self.last_sent = Instant::now();
+        Ok(true)
     }
 
     /// Skips to the horizon, with a gap, if changes after `seen` were trimmed.

@@ -155,35 +155,10 @@ impl ChangeSource {
         if let Some(lost) = last_backend.take() {
             doorbell.end(&lost).await?;
         }
-        let epoch = self.in_time(changelog.epoch()).await?;
-        match position {
-            // A restored backup has the same epoch, but its position is behind the known one.
-            Some(known)
-                if known.epoch == epoch
-                    && known.page.is_reached_by(&self.in_time(changelog.now()).await?)
-                    && self.horizon().await?.is_before_or_equal(&known.page.seen) => {}
-            Some(known) => {
-                // Set both together: if the start fails, the next attempt must find the difference again.
-                let page = self.start_position(&changelog).await?;
-                *known = SourcePosition { epoch, page };
-                let why = String::from(
-                    "the database is another one, or an older state of it, or was away for too long, read the rows again",
-                );
-                if items.send(FeedItem::Gap(why)).await.is_err() {
-                    return Ok(());
-                }
-            }
-            None => {
-                *position = Some(SourcePosition { epoch, page: self.start_position(&changelog).await? });
-            }
+        if !self.begin_at(position, &changelog, items).await? {
+            return Ok(());
         }
         let Some(position) = position else { return Ok(()) };
-        if position.page.until.is_none() {
-            let cursor = Cursor::after(position.epoch, position.page.seen.clone());
-            if items.send(FeedItem::Moved(cursor)).await.is_err() {
-                return Ok(());
-            }
-        }
         let is_heard = doorbell.is_heard(changelog.client()).await?;
         // Behind a pooler, the backend may belong to another client later.
         *last_backend = is_heard.then(|| doorbell.backend().clone());
@@ -202,6 +177,45 @@ impl ChangeSource {
             (true, true) => poll_loop.run_with_notifications().await,
             (true, false) => poll_loop.poll_as_leader().await,
             (false, _) => poll_loop.poll_only().await.map(|_| ()),
+        }
+    }
+
+    /// Checks the known position against the database, and sends where reading begins; false when the receiver is closed. Without a
+    /// known position, reading begins now; with one that is not of this database, too, after a gap.
+    async fn begin_at(
+        &self,
+        position: &mut Option<SourcePosition>,
+        changelog: &Changelog,
+        items: &Sender<FeedItem>,
+    ) -> Result<bool, Error> {
+        let epoch = self.in_time(changelog.epoch()).await?;
+        match position {
+            // A restored backup has the same epoch, but its position is behind the known one.
+            Some(known)
+                if known.epoch == epoch
+                    && known.page.is_reached_by(&self.in_time(changelog.now()).await?)
+                    && self.horizon().await?.is_before_or_equal(&known.page.seen) => {}
+            Some(known) => {
+                // Set both together: if the start fails, the next attempt must find the difference again.
+                let page = self.start_position(changelog).await?;
+                *known = SourcePosition { epoch, page };
+                let why = String::from(
+                    "the database is another one, or an older state of it, or was away for too long, read the rows again",
+                );
+                if items.send(FeedItem::Gap(why)).await.is_err() {
+                    return Ok(false);
+                }
+            }
+            None => {
+                *position = Some(SourcePosition { epoch, page: self.start_position(changelog).await? });
+            }
+        }
+        match position {
+            Some(known) if known.page.until.is_none() => {
+                let cursor = Cursor::after(known.epoch, known.page.seen.clone());
+                Ok(items.send(FeedItem::Moved(cursor)).await.is_ok())
+            }
+            _ => Ok(true),
         }
     }
 

@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 
 use crate::feed::authorize::gate::Gate;
 use crate::feed::read::batch::Batch;
 use crate::feed::read::source::{BATCH_BYTES, BATCH_CHANGES};
 use crate::model::catalog::relation::Catalog;
-use crate::model::log::cursor::{Cursor, Snapshot};
+use crate::model::log::cursor::{Cursor, Snapshot, Span};
 use crate::model::log::position::Missing;
+use crate::model::row::change::Change;
 use crate::postgres::catalog::CatalogCache;
 use crate::postgres::changelog::access::ChangelogAccess;
 use crate::postgres::changelog::chunks::{Chunk, ChunkPosition, ChunkReader};
@@ -27,6 +28,35 @@ const MAX_CONCURRENT_SHARED: usize = 2;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum time of one replay to a single subscriber, whose answer may be waiting; a long replay takes several.
 const TURN: Duration = Duration::from_secs(2);
+
+/// How long a replay may take, and what limits the number of replays.
+struct Turn<'p> {
+    permits: &'p Arc<Semaphore>,
+    /// When it should stop; `None` if it need not.
+    until: Option<Instant>,
+}
+
+impl Turn<'_> {
+    async fn permit(&self, sink: &mut impl ReplaySink) -> Option<OwnedSemaphorePermit> {
+        sink.while_waiting(Arc::clone(self.permits).acquire_owned()).await.ok()
+    }
+
+    fn is_over(&self, sink: &impl ReplaySink) -> bool {
+        sink.has_enough() || self.until.is_some_and(|until| Instant::now() > until)
+    }
+}
+
+/// A chunk of a page that was read.
+struct ReadChunk {
+    batches: Vec<Vec<Change>>,
+    span: Arc<Span>,
+    /// Whether it has the changes of all relations.
+    is_of_all: bool,
+    /// Whether another chunk follows.
+    has_next: bool,
+    /// Whether the page ends with it. What is missing of a page may end earlier.
+    is_end_of_page: bool,
+}
 
 /// Reads missed changes from the changelog.
 pub struct ReplayReader {
@@ -253,57 +283,86 @@ impl ReplayReader {
         sink: &mut impl ReplaySink,
     ) -> Result<bool, ReplayError> {
         sink.while_waiting(self.check_by(permits, since)).await?;
-        let is_done =
-            |sink: &mut _| ReplaySink::has_enough(sink) || until.is_some_and(|until| Instant::now() > until);
+        let turn = Turn { permits, until };
         let mut cursor = since.clone();
         // The page that the cursor is in comes first.
         while let Some(missing) = cursor.missing(to) {
             cursor = missing.end();
-            let Missing { span, after, through } = missing;
-            let only = if after > 0 { sink.only() } else { None };
-            let mut position = ChunkPosition::new(&span, after).through(through).only(only);
-            let span = Arc::new(span);
-            loop {
-                // Held until the chunk is delivered: waiting replays must not each have a chunk in memory.
-                let mut permit = Some(sink.while_waiting(Arc::clone(permits).acquire_owned()).await);
-                let chunk = sink.while_waiting(self.chunk(&position)).await?;
-                let mut batches = chunk.parts.into_iter().peekable();
-                while let Some(mut changes) = batches.next() {
-                    let Some(last) = changes.last().map(|change| change.number) else { continue };
-                    let more = chunk.next.is_some() || batches.peek().is_some();
-                    let page_goes_on = more || through.is_some();
-                    let is_all = !page_goes_on && position.is_of_all();
-                    let completed = self.access.transactions.complete(span.epoch, &mut changes, is_all);
-                    let unfinished = sink.while_waiting(self.in_time(completed)).await?;
-                    let page = Arc::clone(&span);
-                    let batch = Batch { changes, unfinished, more: page_goes_on, span: page, mark: None };
-                    if permit.is_none() {
-                        permit = Some(sink.while_waiting(Arc::clone(permits).acquire_owned()).await);
-                    }
-                    let catalog = sink.while_waiting(self.in_time(self.catalog.reload())).await?;
-                    self.set_catalog(&catalog).await;
-                    sink.deliver(&self.gate, &catalog, &batch).await?;
-                    sink.reached(span.after(last, !page_goes_on));
-                    if more && is_done(sink) {
-                        return Ok(false);
-                    }
-                    if sink.is_behind() {
-                        // A replay that waits for slow clients frees its permit.
-                        permit = None;
-                        sink.wait_for_clients().await;
-                    }
-                }
-                match chunk.next {
-                    Some(next) => position = next,
-                    None => break,
-                }
-                if is_done(sink) {
-                    return Ok(false);
-                }
+            if !self.replay_page(&turn, missing, sink).await? {
+                return Ok(false);
             }
             sink.reached(cursor.clone());
-            if is_done(sink) && cursor.missing(to).is_some() {
+            if turn.is_over(sink) && cursor.missing(to).is_some() {
                 return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Replays what is missing of a page, in chunks. Returns false if the turn was over before its end.
+    async fn replay_page(
+        &self,
+        turn: &Turn<'_>,
+        missing: Missing,
+        sink: &mut impl ReplaySink,
+    ) -> Result<bool, ReplayError> {
+        let Missing { span, after, through } = missing;
+        let only = if after > 0 { sink.only() } else { None };
+        let span = Arc::new(span);
+        let mut next = Some(ChunkPosition::new(&span, after).through(through).only(only));
+        while let Some(position) = next {
+            // Held until the chunk is delivered: waiting replays must not each have a chunk in memory.
+            let permit = turn.permit(sink).await;
+            let chunk = sink.while_waiting(self.chunk(&position)).await?;
+            next = chunk.next;
+            let read = ReadChunk {
+                batches: chunk.parts,
+                span: Arc::clone(&span),
+                is_of_all: position.is_of_all(),
+                has_next: next.is_some(),
+                is_end_of_page: next.is_none() && through.is_none(),
+            };
+            let is_delivered = self.deliver_chunk(turn, permit, read, sink).await?;
+            if !is_delivered || (next.is_some() && turn.is_over(sink)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Delivers a chunk in batches. Returns false if the turn was over before its end.
+    async fn deliver_chunk(
+        &self,
+        turn: &Turn<'_>,
+        mut permit: Option<OwnedSemaphorePermit>,
+        chunk: ReadChunk,
+        sink: &mut impl ReplaySink,
+    ) -> Result<bool, ReplayError> {
+        let ReadChunk { batches, span, is_of_all, has_next, is_end_of_page } = chunk;
+        let mut batches = batches.into_iter().peekable();
+        while let Some(mut changes) = batches.next() {
+            let Some(last) = changes.last().map(|change| change.number) else { continue };
+            let is_last = batches.peek().is_none();
+            let page_goes_on = !(is_last && is_end_of_page);
+            let completes_page = is_of_all && !page_goes_on;
+            let completed = self.access.transactions.complete(span.epoch, &mut changes, completes_page);
+            let unfinished = sink.while_waiting(self.in_time(completed)).await?;
+            let page = Arc::clone(&span);
+            let batch = Batch { changes, unfinished, more: page_goes_on, span: page, mark: None };
+            if permit.is_none() {
+                permit = turn.permit(sink).await;
+            }
+            let catalog = sink.while_waiting(self.in_time(self.catalog.reload())).await?;
+            self.set_catalog(&catalog).await;
+            sink.deliver(&self.gate, &catalog, &batch).await?;
+            sink.reached(span.after(last, !page_goes_on));
+            if (has_next || !is_last) && turn.is_over(sink) {
+                return Ok(false);
+            }
+            if sink.is_behind() {
+                // A replay that waits for slow clients frees its permit.
+                permit = None;
+                sink.wait_for_clients().await;
             }
         }
         Ok(true)

@@ -131,53 +131,44 @@ impl Predicate {
         let truth = |predicate: &Self, lenient| predicate.truth(image, claims, answers, lenient);
         match self {
             Self::Constant(value) => (*value).into(),
-            Self::Truth(scalar) => match scalar.value(image, claims) {
-                Ok(ColumnValue::One(Datum::Bool(value))) => value.into(),
-                Ok(ColumnValue::Null) => Truth::Null,
-                Ok(_) => Truth::Undecided,
-                Err(result) => result,
-            },
+            Self::Truth(scalar) => of_value(scalar.value(image, claims), |value| match value {
+                ColumnValue::One(Datum::Bool(value)) => value.into(),
+                ColumnValue::Null => Truth::Null,
+                _ => Truth::Undecided,
+            }),
             Self::Compare(one, comparison, other) => {
-                match (one.value(image, claims), other.value(image, claims)) {
-                    (Err(result), _) | (Ok(_), Err(result)) => result,
-                    (Ok(ColumnValue::Null), Ok(_)) | (Ok(_), Ok(ColumnValue::Null)) => Truth::Null,
-                    (Ok(ColumnValue::One(one)), Ok(ColumnValue::One(other))) => {
-                        comparison.holds(&one, &other).into()
-                    }
+                of_values([one, other].map(|scalar| scalar.value(image, claims)), |values| match values {
+                    [ColumnValue::Null, _] | [_, ColumnValue::Null] => Truth::Null,
+                    [ColumnValue::One(one), ColumnValue::One(other)] => comparison.holds(&one, &other).into(),
                     _ => Truth::Undecided,
-                }
+                })
             }
-            Self::Same(one, other) => match (one.value(image, claims), other.value(image, claims)) {
-                (Err(result), _) | (Ok(_), Err(result)) => result,
-                (Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_)), Ok(_))
-                | (Ok(_), Ok(ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_))) => {
-                    Truth::Undecided
-                }
-                (Ok(one), Ok(other)) => (one == other).into(),
-            },
-            Self::Among(scalar, list) => match scalar.value(image, claims) {
-                Err(result) => result,
-                Ok(value) => list.contains(&value, image, claims),
-            },
+            Self::Same(one, other) => {
+                of_values([one, other].map(|scalar| scalar.value(image, claims)), |values| match values {
+                    [ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_), _]
+                    | [_, ColumnValue::Foreign | ColumnValue::Padded(_) | ColumnValue::Many(_)] => {
+                        Truth::Undecided
+                    }
+                    [one, other] => (one == other).into(),
+                })
+            }
+            Self::Among(scalar, list) => {
+                of_value(scalar.value(image, claims), |value| list.contains(&value, image, claims))
+            }
             Self::Matches(column, pattern) => match image.value(*column) {
                 ColumnValue::Null => Truth::Null,
                 ColumnValue::One(Datum::Text(text)) | ColumnValue::Padded(text) => pattern.matches(text),
                 ColumnValue::Missing => Truth::Error,
                 _ => Truth::Undecided,
             },
-            Self::IsNull(scalar) => match scalar.value(image, claims) {
-                Ok(value) => (value == ColumnValue::Null).into(),
-                Err(result) => result,
-            },
-            Self::Is(inner, wanted) => match truth(inner, false) {
-                Truth::Null => Truth::False,
-                found @ (Truth::True | Truth::False) => ((found == Truth::True) == *wanted).into(),
-                other => other,
-            },
-            Self::IsUnknown(inner) => match truth(inner, false) {
-                found @ (Truth::True | Truth::False | Truth::Null) => (found == Truth::Null).into(),
-                other => other,
-            },
+            Self::IsNull(scalar) => {
+                of_value(scalar.value(image, claims), |value| (value == ColumnValue::Null).into())
+            }
+            Self::Is(inner, wanted) => {
+                let wanted = if *wanted { Truth::True } else { Truth::False };
+                decided_as(truth(inner, false), wanted)
+            }
+            Self::IsUnknown(inner) => decided_as(truth(inner, false), Truth::Null),
             Self::Not(inner) => match truth(inner, false) {
                 Truth::True => Truth::False,
                 Truth::False => Truth::True,
@@ -185,16 +176,7 @@ impl Predicate {
             },
             Self::And(operands) => Self::all(operands, |operand| truth(operand, lenient), lenient),
             Self::Or(operands) => Self::any(operands, |operand| truth(operand, false)),
-            Self::Case(branches, otherwise) => {
-                for (condition, result) in branches {
-                    match truth(condition, false) {
-                        Truth::True => return truth(result, lenient),
-                        Truth::False | Truth::Null => {}
-                        other => return other,
-                    }
-                }
-                truth(otherwise, lenient)
-            }
+            Self::Case(branches, otherwise) => Self::case(branches, otherwise, truth, lenient),
             Self::Fact(query) => answers.fact(*query),
             Self::Readers { query, by } => match identifies_reader(by, claims) {
                 Some(true) => answers.reads(*query),
@@ -205,6 +187,23 @@ impl Predicate {
             Self::Opaque => Truth::Undecided,
             Self::Pending => Truth::TimedOut,
         }
+    }
+
+    /// Evaluates `case`. `lenient`: see [`Predicate::truth`].
+    fn case(
+        branches: &[(Self, Self)],
+        otherwise: &Self,
+        truth: impl Fn(&Self, bool) -> Truth,
+        lenient: bool,
+    ) -> Truth {
+        for (condition, result) in branches {
+            match truth(condition, false) {
+                Truth::True => return truth(result, lenient),
+                Truth::False | Truth::Null => {}
+                other => return other,
+            }
+        }
+        truth(otherwise, lenient)
     }
 
     /// Evaluates `and`. `lenient`: see [`Predicate::truth`].
@@ -241,6 +240,28 @@ impl Predicate {
             }
         }
         result
+    }
+}
+
+/// Decides by a value, unless it could not be evaluated.
+fn of_value(value: Result<ColumnValue, Truth>, decide: impl FnOnce(ColumnValue) -> Truth) -> Truth {
+    value.map_or_else(|failure| failure, decide)
+}
+
+/// Decides by two values. The first failure decides if one could not be evaluated.
+fn of_values(
+    values: [Result<ColumnValue, Truth>; 2],
+    decide: impl FnOnce([ColumnValue; 2]) -> Truth,
+) -> Truth {
+    let [one, other] = values;
+    of_value(one, |one| of_value(other, |other| decide([one, other])))
+}
+
+/// Returns whether a condition was decided as `wanted`, if it was decided at all.
+fn decided_as(found: Truth, wanted: Truth) -> Truth {
+    match found {
+        Truth::True | Truth::False | Truth::Null => (found == wanted).into(),
+        undecided => undecided,
     }
 }
 

@@ -136,20 +136,23 @@ fn answer(
     answer
 }
 
+/// What follows a wait.
+enum Step {
+    /// These bytes are written.
+    Write(String),
+    /// Nothing is written yet.
+    Continue,
+    /// The stream ends.
+    End,
+}
+
 impl EventStream {
     /// Returns the next bytes; `None` at the end of the stream.
     async fn next(&mut self) -> Option<String> {
         if !self.has_begun {
-            self.has_begun = true;
-            // A client that loses the stream before its first event resumes from its original cursor.
-            let begin = format!("retry: {RETRY_MS}\nid: {}\n\n", self.sent_position);
-            let notices = self.catch_up.subscription().hidden().map(notice_event);
-            return Some(notices.fold(begin, |text, notice| text + &notice));
+            return Some(self.begin());
         }
-        loop {
-            if self.is_closed {
-                return None;
-            }
+        while !self.is_closed {
             // First: a stream whose client lags always has frames to write.
             if let Some(last) = self.ended() {
                 return Some(last);
@@ -163,47 +166,70 @@ impl EventStream {
             {
                 return Some(text);
             }
-            let claims = self.catch_up.subscription().identity().claims().clone();
-            if self.progress == Progress::More {
-                tokio::select! {
-                    // Poll the expiry first: a long replay must not continue after it.
-                    biased;
-                    () = sleep_until(self.expiry) => return Some(self.expired()),
-                    () = &mut self.revoked => return Some(self.lost()),
-                    () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
-                    () = self.app.end.cancelled() => return None,
-                    () = self.closed.cancelled() => return None,
-                    outcome = self.catch_up.go_on() => match outcome {
-                        Ok(progress) => self.progress = progress,
-                        Err(error) => return Some(self.replay_failed(&error)),
-                    },
-                }
-                continue;
-            }
-            let outbox = Arc::clone(&self.catch_up.outbox);
-            tokio::select! {
-                taken = outbox.take() => if let Some(text) = self.encoded(taken) {
-                    return Some(text);
-                },
-                () = sleep_until(self.expiry) => return Some(self.expired()),
-                () = &mut self.revoked => return Some(self.lost()),
-                () = self.app.verifier.withdrawn(&claims) => return Some(self.withdrawn()),
-                Ok(()) = self.stalls.changed() => {
-                    let (name, data) = match *self.stalls.borrow_and_update() {
-                        Some(_) => ("stalled", serde_json::json!({ "error": STALLED })),
-                        None => ("resumed", serde_json::json!({ "message": RESUMED })),
-                    };
-                    return Some(format!("event: {name}\ndata: {data}\n\n"));
-                }
-                () = self.app.end.cancelled() => return None,
-                () = self.closed.cancelled() => return None,
-                () = sleep_until(Instant::now() + self.app.limits.keep_alive) => {
-                    if let Some(text) = self.keep_alive().await {
-                        return Some(text);
-                    }
-                }
+            let step = match self.progress {
+                Progress::More => self.replay().await,
+                Progress::Live => self.wait().await,
+            };
+            match step {
+                Step::Write(text) => return Some(text),
+                Step::Continue => {}
+                Step::End => return None,
             }
         }
+        None
+    }
+
+    /// Returns the first bytes of the stream.
+    fn begin(&mut self) -> String {
+        self.has_begun = true;
+        // A client that loses the stream before its first event resumes from its original cursor.
+        let begin = format!("retry: {RETRY_MS}\nid: {}\n\n", self.sent_position);
+        let notices = self.catch_up.subscription().hidden().map(notice_event);
+        notices.fold(begin, |text, notice| text + &notice)
+    }
+
+    /// Reads more of what the client missed into its outbox.
+    async fn replay(&mut self) -> Step {
+        let claims = self.catch_up.subscription().identity().claims().clone();
+        tokio::select! {
+            // Poll the expiry first: a long replay must not continue after it.
+            biased;
+            () = sleep_until(self.expiry) => Step::Write(self.expired()),
+            () = &mut self.revoked => Step::Write(self.lost()),
+            () = self.app.verifier.withdrawn(&claims) => Step::Write(self.withdrawn()),
+            () = self.app.end.cancelled() => Step::End,
+            () = self.closed.cancelled() => Step::End,
+            outcome = self.catch_up.go_on() => match outcome {
+                Ok(progress) => {
+                    self.progress = progress;
+                    Step::Continue
+                }
+                Err(error) => Step::Write(self.replay_failed(&error)),
+            },
+        }
+    }
+
+    /// Waits for new frames, for a reason to end the stream, or until a keep-alive is due.
+    async fn wait(&mut self) -> Step {
+        let claims = self.catch_up.subscription().identity().claims().clone();
+        let outbox = Arc::clone(&self.catch_up.outbox);
+        let text = tokio::select! {
+            taken = outbox.take() => self.encoded(taken),
+            () = sleep_until(self.expiry) => Some(self.expired()),
+            () = &mut self.revoked => Some(self.lost()),
+            () = self.app.verifier.withdrawn(&claims) => Some(self.withdrawn()),
+            Ok(()) = self.stalls.changed() => {
+                let (name, data) = match *self.stalls.borrow_and_update() {
+                    Some(_) => ("stalled", serde_json::json!({ "error": STALLED })),
+                    None => ("resumed", serde_json::json!({ "message": RESUMED })),
+                };
+                Some(format!("event: {name}\ndata: {data}\n\n"))
+            }
+            () = self.app.end.cancelled() => return Step::End,
+            () = self.closed.cancelled() => return Step::End,
+            () = sleep_until(Instant::now() + self.app.limits.keep_alive) => self.keep_alive().await,
+        };
+        text.map_or(Step::Continue, Step::Write)
     }
 
     /// Returns the last event if the token has ended, or the right to read.

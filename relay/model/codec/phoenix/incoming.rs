@@ -117,23 +117,9 @@ fn join(message: &Message) -> Result<Join, String> {
         }
     }
     requests.shrink_to_fit();
-    let value = |group: &str, name: &str| payload.get("config")?.get(group)?.get(name);
-    let setting = |group: &str, name: &str| value(group, name).is_some_and(truthy);
-    let presence_key = match value("presence", "key") {
-        Some(Value::String(key)) => key.clone(),
-        Some(Value::Number(key)) => key.to_string(),
-        _ => String::new(),
-    };
-    if presence_key.len() > MAX_KEY_BYTES {
-        return Err(format!("PresenceKeyTooLong: A presence key may have {MAX_KEY_BYTES} bytes at most"));
-    }
-    let membership = MembershipOptions {
-        receives_own: setting("broadcast", "self"),
-        presence_key,
-        wants_presence: setting("presence", "enabled"),
-    };
+    let membership = membership(payload)?;
     let is_private = payload.get("config").and_then(|config| config.get("private")).is_some_and(is_not_false);
-    let recall = value("broadcast", "replay").filter(|replay| !replay.is_null()).map(recall);
+    let recall = setting(payload, "broadcast", "replay").filter(|replay| !replay.is_null()).map(recall);
     if recall.is_some() && !is_private {
         return Err(String::from("UnableToReplayMessages: Replay is not allowed for public channels"));
     }
@@ -142,14 +128,43 @@ fn join(message: &Message) -> Result<Join, String> {
         malformed,
         entries: texts,
         token: join_token(payload),
-        waits: setting("postgres_changes_options", "wait"),
+        waits: is_set(payload, "postgres_changes_options", "wait"),
         membership,
-        acknowledges: setting("broadcast", "ack"),
+        acknowledges: is_set(payload, "broadcast", "ack"),
         private_channel: message.topic.strip_prefix(TOPIC_PREFIX).filter(|_| is_private).map(str::to_owned),
         recall: recall.transpose()?,
         by_operation: by_topic.is_some(),
         // The topic is the session's and the topic's own.
         bytes: bytes + message.topic.len() + MEMBERSHIP_BYTES,
+    })
+}
+
+/// Returns a setting of the join's `config`.
+fn setting<'p>(payload: &'p Value, group: &str, name: &str) -> Option<&'p Value> {
+    payload.get("config")?.get(group)?.get(name)
+}
+
+fn is_set(payload: &Value, group: &str, name: &str) -> bool {
+    setting(payload, group, name).is_some_and(truthy)
+}
+
+/// Parses what a join asks of its topic.
+///
+/// # Errors
+/// The reason for the reply.
+fn membership(payload: &Value) -> Result<MembershipOptions, String> {
+    let presence_key = match setting(payload, "presence", "key") {
+        Some(Value::String(key)) => key.clone(),
+        Some(Value::Number(key)) => key.to_string(),
+        _ => String::new(),
+    };
+    if presence_key.len() > MAX_KEY_BYTES {
+        return Err(format!("PresenceKeyTooLong: A presence key may have {MAX_KEY_BYTES} bytes at most"));
+    }
+    Ok(MembershipOptions {
+        receives_own: is_set(payload, "broadcast", "self"),
+        presence_key,
+        wants_presence: is_set(payload, "presence", "enabled"),
     })
 }
 
