@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Value, json};
 
 use crate::support::client::Client;
+use crate::support::filters::{COMPARISONS, literal};
 use crate::support::stage::Stage;
 use crate::support::token;
 
@@ -46,16 +47,6 @@ const VALUES: [(&str, &[&str]); 14] = [
     ("f", &["5", "5.5", "0", "NaN", "1e300"]),
 ];
 
-const COMPARISONS: [(&str, &str); 7] = [
-    ("eq", "="),
-    ("neq", "<>"),
-    ("lt", "<"),
-    ("lte", "<="),
-    ("gt", ">"),
-    ("gte", ">="),
-    ("isdistinct", "is distinct from"),
-];
-
 fn anon() -> String {
     token("anon", None, json!({}))
 }
@@ -67,10 +58,6 @@ fn written(value: &str) -> String {
     } else {
         value.to_owned()
     }
-}
-
-fn literal(value: &str) -> String {
-    format!("'{}'", value.replace('\'', "''"))
 }
 
 /// Filters, each with the condition that it stands for.

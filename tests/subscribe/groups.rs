@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::Client;
 use crate::support::dice::Dice;
+use crate::support::filters::{COMPARISONS, literal};
 use crate::support::http::{Events, get};
 use crate::support::stage::Stage;
 use crate::support::token;
@@ -31,16 +32,6 @@ const VALUES: [(&str, &[&str]); 14] = [
     ("iv", &["1 day", "24:00:00", "2 mons"]),
 ];
 
-const COMPARISONS: [(&str, &str); 7] = [
-    ("eq", "="),
-    ("neq", "<>"),
-    ("lt", "<"),
-    ("lte", "<="),
-    ("gt", ">"),
-    ("gte", ">="),
-    ("isdistinct", "is distinct from"),
-];
-
 fn anon() -> String {
     token("anon", None, json!({}))
 }
@@ -58,10 +49,6 @@ async fn stage() -> Stage {
 
 fn one_of<T: Copy>(dice: &mut Dice, all: &[T]) -> T {
     all[usize::try_from(dice.below(all.len() as u64)).unwrap()]
-}
-
-fn literal(value: &str) -> String {
-    format!("'{}'", value.replace('\'', "''"))
 }
 
 /// A value or column as PostgREST has it in a group.

@@ -4,6 +4,7 @@ pub mod away;
 pub mod client;
 pub mod database;
 pub mod dice;
+pub mod filters;
 pub mod http;
 pub mod issuer;
 pub mod pooler;

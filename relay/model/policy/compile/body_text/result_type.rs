@@ -4,6 +4,7 @@ use sqlparser::ast::{
     BinaryOperator, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Value,
 };
 
+use super::super::inline::is_condition;
 use super::super::list::{plain_select, projected};
 use super::expressions::system_type;
 use super::names::Resolver;
@@ -29,22 +30,7 @@ impl Resolver<'_> {
             },
             Expr::BinaryOp { op: BinaryOperator::LongArrow, .. } => of("text"),
             Expr::BinaryOp { left, op: BinaryOperator::Arrow, .. } => self.type_of(left),
-            Expr::BinaryOp { .. }
-            | Expr::UnaryOp { .. }
-            | Expr::IsNull(_)
-            | Expr::IsNotNull(_)
-            | Expr::IsTrue(_)
-            | Expr::IsNotTrue(_)
-            | Expr::IsFalse(_)
-            | Expr::IsNotFalse(_)
-            | Expr::IsUnknown(_)
-            | Expr::IsNotUnknown(_)
-            | Expr::IsDistinctFrom(..)
-            | Expr::IsNotDistinctFrom(..)
-            | Expr::Exists { .. }
-            | Expr::InSubquery { .. }
-            | Expr::InList { .. }
-            | Expr::AnyOp { .. } => of("boolean"),
+            condition if is_condition(condition) => of("boolean"),
             Expr::Subquery(query) => self.type_of(projected(plain_select(query)?)?),
             Expr::Cast { data_type, .. } => system_type(&data_type.to_string().to_ascii_lowercase()),
             Expr::Case { conditions, else_result, .. } => {

@@ -52,7 +52,7 @@ pub(in super::super) fn typed(expr: &Expr, of: &str) -> Result<Expr, Unsupported
     }
 }
 
-/// Whether the expression is boolean by its form, so that a cast to boolean changes nothing.
+/// Whether the expression is boolean by its form, so that a cast to boolean changes nothing. This is the one list of such forms.
 pub(in super::super) fn is_condition(expr: &Expr) -> bool {
     match expr {
         Expr::Nested(inner) => is_condition(inner),
@@ -81,6 +81,8 @@ pub(in super::super) fn is_condition(expr: &Expr) -> bool {
         | Expr::IsNotTrue(_)
         | Expr::IsFalse(_)
         | Expr::IsNotFalse(_)
+        | Expr::IsUnknown(_)
+        | Expr::IsNotUnknown(_)
         | Expr::IsDistinctFrom(..)
         | Expr::IsNotDistinctFrom(..) => true,
         _ => false,
@@ -117,4 +119,47 @@ pub(super) fn aggregates(value: &Expr) -> bool {
     let mut found = Found(0, false);
     let _ = Visit::visit(value, &mut found);
     found.1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_is_known_by_its_form() {
+        for condition in [
+            "a = b",
+            "a <> b",
+            "a < b",
+            "a >= b",
+            "a ? 'b'",
+            "a and b",
+            "a or b",
+            "not a",
+            "(not a)",
+            "a is null",
+            "a is not null",
+            "a is true",
+            "a is not true",
+            "a is false",
+            "a is not false",
+            "a is unknown",
+            "a is not unknown",
+            "a is distinct from b",
+            "a is not distinct from b",
+            "a in (1, 2)",
+            "a in (select 1)",
+            "a = any (b)",
+            "a > all (b)",
+            "exists (select 1)",
+            "coalesce(a = b, false)",
+        ] {
+            assert!(is_condition(&parse(condition).unwrap()), "{condition}");
+        }
+        for other in
+            ["a", "true", "a + b", "a || b", "a -> 'b'", "a ->> 'b'", "a::boolean", "coalesce(a, b)", "f(a)"]
+        {
+            assert!(!is_condition(&parse(other).unwrap()), "{other}");
+        }
+    }
 }
