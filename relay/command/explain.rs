@@ -80,7 +80,7 @@ pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> R
     let explainer = Explainer::new(server.clone(), judge.clone(), catalog, filters, LIMIT);
     let explanation = match explainer.explain(&[request]).await {
         Ok(mut explanations) => explanations.remove(0),
-        Err(RequestError::Refused(why)) => return Err(why.0.into()),
+        Err(RequestError::Refused(why)) => return Err(why.to_string().into()),
         Err(RequestError::Failed(error)) => return Err(error.into()),
     };
     let mut out = std::io::stdout().lock();

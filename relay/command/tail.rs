@@ -215,7 +215,7 @@ fn join_refused(reason: &str, options: &TailOptions) -> Result<TailFailure, Tail
         None => "\nWithout --token this is the role service_role; relay token makes one for a user",
         Some(_) => "",
     };
-    let plain = SubscribeError(reason.to_owned()).plain(options.relation(), Some(role));
+    let plain = SubscribeError::of_protocol(reason).plain(options.relation(), Some(role));
     Ok(format!("{plain}{hint}").into())
 }
 

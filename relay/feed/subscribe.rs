@@ -10,8 +10,8 @@ use crate::model::catalog::held_parts::HeldParts;
 use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::RelationId;
-use crate::model::subscription::binding::{Subscription, exception, readable, unknown_column};
-use crate::model::subscription::error::{FORBIDDEN, SubscribeError};
+use crate::model::subscription::binding::{Subscription, readable, unknown_column};
+use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::filter;
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::request::{Request, Target};
@@ -109,7 +109,7 @@ impl Binder {
     ) -> Result<Subscription, RequestError> {
         if !self.catalog.has_characters_of(identity.claims()).await? {
             let why = "Unable to subscribe to changes: the token has a character that the database's encoding does not have";
-            return Err(SubscribeError(String::from(why)).into());
+            return Err(SubscribeError::Other(String::from(why)).into());
         }
         let role = identity.claims().role();
         let mut catalog = self.catalog.with_role(role).await?;
@@ -137,7 +137,7 @@ impl Binder {
         catalog: &Catalog,
         request: &Request,
     ) -> Result<Option<Arc<TypedFilter>>, RequestError> {
-        let filter = filter::parse(&request.filter).map_err(|error| SubscribeError(error.to_string()))?;
+        let filter = filter::parse(&request.filter).map_err(SubscribeError::from)?;
         if filter.is_empty() {
             return Ok(None);
         }
@@ -146,7 +146,7 @@ impl Binder {
                 "Unable to subscribe to changes with given parameters. A filter needs one table: {}",
                 request.described()
             );
-            return Err(SubscribeError(text).into());
+            return Err(SubscribeError::Other(text).into());
         }
         let relation = readable(identity, catalog, request)?;
         let access = relation.access(identity.claims().role());
@@ -165,10 +165,9 @@ impl Binder {
         let missing = self.compiler.missing_for(relation, &filter, identity.claims().role()).await?;
         if !missing.is_empty() {
             let (schema, table, grants) = (&relation.schema, &relation.table, missing.join("; "));
-            let why = format!(
-                "{FORBIDDEN}the filter of {schema}.{table} names a type that may not be looked up: {grants}"
-            );
-            return Err(exception(request, &why).into());
+            let lack =
+                format!("the filter of {schema}.{table} names a type that may not be looked up: {grants}");
+            return Err(SubscribeError::MissingGrant { request: request.described(), lack }.into());
         }
         match self.compiler.compile(relation, &filter).await {
             Ok(bound) => {
@@ -179,7 +178,9 @@ impl Binder {
                 Ok(Some(bound))
             }
             Err(error) => match error.refusal() {
-                Some(why) if !error.is_transient() => Err(exception(request, &why).into()),
+                Some(error_text) if !error.is_transient() => {
+                    Err(SubscribeError::Exception { request: request.described(), error: error_text }.into())
+                }
                 _ => Err(error.into()),
             },
         }

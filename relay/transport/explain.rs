@@ -13,7 +13,6 @@ use crate::feed::explain::explanation::Explanation;
 use crate::feed::subscribe::RequestError;
 use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;
-use crate::model::subscription::error::SubscribeError;
 use crate::transport::admission::admit;
 use crate::transport::app::App;
 use crate::transport::query::{is_unreadable, names, parameter};
@@ -61,8 +60,9 @@ pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> A
     };
     match explained {
         Ok(body) => json_answer(StatusCode::OK, body.to_string()),
-        Err(Refusal::Request(why) | Refusal::Explained(RequestError::Refused(SubscribeError(why)))) => {
-            error(StatusCode::BAD_REQUEST, &why)
+        Err(Refusal::Request(why)) => error(StatusCode::BAD_REQUEST, &why),
+        Err(Refusal::Explained(RequestError::Refused(why))) => {
+            error(StatusCode::BAD_REQUEST, &why.to_string())
         }
         Err(Refusal::Explained(RequestError::Failed(why))) => match why.refusal() {
             Some(refusal) if !why.is_transient() && !why.is_late() => {

@@ -84,7 +84,7 @@ impl FilterCosts {
         }
         total.add(subscription.bindings());
         if total.server_filters > MAX_SERVER_FILTERS {
-            return Err(SubscribeError(format!(
+            return Err(SubscribeError::Other(format!(
                 "FilterLimitReached: one client may have {MAX_SERVER_FILTERS} different filters that PostgreSQL evaluates: \
                  match, imatch, most ilike, order comparisons of texts, and all comparisons of decimals, dates or \
                  times. Filters that compare whole numbers, uuids, booleans or texts for equality, or a text with \
@@ -92,7 +92,7 @@ impl FilterCosts {
             )));
         }
         if total.values > MAX_VALUES {
-            return Err(SubscribeError(format!(
+            return Err(SubscribeError::Other(format!(
                 "FilterLimitReached: the filters of one client may have {MAX_VALUES} values and selected columns together, \
                  use fewer"
             )));

@@ -113,15 +113,18 @@ impl Frame {
         &self.0.content
     }
 
-    /// Returns the bytes to write, in pieces. For an [`Envelope::Cursor`], a [`Notice::Gap`] or a [`Notice::Hidden`], which the
-    /// transport writes by itself, they are the object or the reason.
+    /// Returns the bytes to write, in pieces. For an [`Envelope::Cursor`] and the notices that the transport writes by
+    /// itself, they are the object or the reason.
     pub fn pieces(&self) -> [&[u8]; 3] {
         let texts = match &self.0.content {
             Content::Change(Envelope::Text { before, after }, object) => [before, object.as_str(), after],
             Content::Change(Envelope::Cursor(_), object) => [object.as_str(), "", ""],
-            Content::Notice(Notice::Text(text) | Notice::Hidden(text) | Notice::Gap { reason: text, .. }) => {
-                [text, "", ""]
-            }
+            Content::Notice(
+                Notice::Text(text)
+                | Notice::Hidden(text)
+                | Notice::PolicyError(text)
+                | Notice::Gap { reason: text, .. },
+            ) => [text, "", ""],
             Content::Push(Wrapping { before, after, .. }, content) => {
                 return [before, &content.bytes, after.as_bytes()];
             }
@@ -143,7 +146,7 @@ impl Content {
         match self {
             Self::Change(Envelope::Text { before, .. }, _) => before.len(),
             Self::Change(Envelope::Cursor(cursor), _) => cursor.len(),
-            Self::Notice(Notice::Text(text) | Notice::Hidden(text)) => text.len(),
+            Self::Notice(Notice::Text(text) | Notice::Hidden(text) | Notice::PolicyError(text)) => text.len(),
             Self::Notice(Notice::Gap { reason, cursor }) => {
                 reason.len() + cursor.as_ref().map_or(0, String::len)
             }

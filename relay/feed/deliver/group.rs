@@ -403,8 +403,8 @@ impl SubscriberGroup {
         self.members.for_each_once(relation.id(), |outbox| {
             let why = raising(schema, table);
             tracing::info!("{why}");
-            let gap = self.key.codec.encoding().gap(&why, None);
-            outbox.push(Frame::notice(gap, outbox.budget()));
+            let notice = self.key.codec.encoding().policy_error(&why);
+            outbox.push(Frame::notice(notice, outbox.budget()));
         });
     }
 

@@ -115,7 +115,7 @@ impl Explainer {
             Ok(explanations)
         };
         explained.await.map_err(|error| match error {
-            Error::Unfit(why) => RequestError::Refused(SubscribeError(why)),
+            Error::Unfit(why) => RequestError::Refused(SubscribeError::Other(why)),
             error => RequestError::Failed(error),
         })
     }

@@ -20,6 +20,10 @@ impl ChangeEncoding for ChangeEvents {
         Notice::Gap { reason: reason.to_owned(), cursor: cursor.map(str::to_owned) }
     }
 
+    fn policy_error(&self, why: &str) -> Notice {
+        Notice::PolicyError(why.to_owned())
+    }
+
     fn hidden(&self, why: &str) -> Notice {
         Notice::Hidden(why.to_owned())
     }

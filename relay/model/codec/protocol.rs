@@ -46,6 +46,11 @@ pub trait ChangeEncoding {
     /// Encodes that changes before the cursor are missing. `None` means that no cursor is known.
     fn gap(&self, reason: &str, cursor: Option<&str>) -> Notice;
 
+    /// Encodes that nothing of a table is shown, because its policy raises an error for the subscriber's claims.
+    fn policy_error(&self, why: &str) -> Notice {
+        self.gap(why, None)
+    }
+
     /// Encodes that a table shows the subscriber no row any more, with the reason and what to do.
     fn hidden(&self, why: &str) -> Notice;
 
@@ -106,6 +111,8 @@ pub enum Notice {
         /// The position after the missing changes, if it is known.
         cursor: Option<String>,
     },
+    /// A policy raises an error for the subscriber's claims, so nothing of its table is shown. The transport writes the message.
+    PolicyError(String),
     /// A table shows the subscriber no row: why, and what to do. The transport writes the message.
     Hidden(String),
 }

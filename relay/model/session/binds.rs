@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn a_channel_with_a_hidden_table_is_subscribed_and_told_why_at_each_bind() {
         let hidden = |refusals: &[&str]| BindOutcome {
-            refusals: refusals.iter().map(|text| SubscribeError((*text).to_owned())).collect(),
+            refusals: refusals.iter().map(|text| SubscribeError::Other((*text).to_owned())).collect(),
             hidden: vec![String::from("why")],
         };
         let mut session = session();
@@ -117,7 +117,7 @@ mod tests {
     fn a_channel_hears_broadcasts_from_the_database_whatever_becomes_of_its_requests() {
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
-        let refusal = || Err(SubscribeError("no".to_owned()));
+        let refusal = || Err(SubscribeError::Other("no".to_owned()));
         let actions = session.bound(channel, attempt, refusal());
         assert_eq!(messages_of(&actions), ["1 joined", "1 not subscribed: no", "listen"]);
         let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_refusal_follows_the_join_or_fails_it() {
-        let refusal = || Err(SubscribeError("no".to_owned()));
+        let refusal = || Err(SubscribeError::Other("no".to_owned()));
         let mut session = session();
         let (channel, attempt, _) = bind(&join(&mut session, "1", ann()));
         let actions = session.bound(channel, attempt, refusal());
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn a_refused_entry_does_not_affect_the_others_and_is_reported_each_time() {
         let refused = |texts: &[&str]| {
-            let refusals = texts.iter().map(|text| SubscribeError((*text).to_owned())).collect();
+            let refusals = texts.iter().map(|text| SubscribeError::Other((*text).to_owned())).collect();
             BindOutcome { refusals, ..BindOutcome::default() }
         };
         let mut session = session();

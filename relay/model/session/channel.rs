@@ -269,7 +269,7 @@ impl Channel {
         let mut seen = HashSet::new();
         refusals
             .iter()
-            .filter(|refusal| seen.insert(&refusal.0))
+            .filter(|refusal| seen.insert(refusal.to_string()))
             .map(|refusal| self.message(topic, SessionEvent::NotSubscribed(refusal.clone())))
             .collect()
     }

@@ -296,7 +296,7 @@ mod tests {
                     _ if binding.is_empty() => Vec::new(),
                     _ => {
                         let (channel, attempt, who) = binding.remove(0);
-                        let outcome = if flag { Ok(BindOutcome::default()) } else { Err(SubscribeError("no".to_owned())) };
+                        let outcome = if flag { Ok(BindOutcome::default()) } else { Err(SubscribeError::Other("no".to_owned())) };
                         let actions = session.bound(channel, attempt, outcome);
                         if actions.iter().any(|action| matches!(action, Action::Join { .. })) {
                             prop_assert_eq!(&latest[&channel], &(attempt, who));

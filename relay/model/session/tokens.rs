@@ -104,7 +104,7 @@ mod tests {
     fn a_refusal_of_new_claims_ends_delivery_and_keeps_the_channel() {
         let (mut session, channel) = delivering();
         let (_, attempt, _) = bind(&receive(&mut session, "1", "t", token("bob")));
-        let actions = session.bound(channel, attempt, Err(SubscribeError("no".to_owned())));
+        let actions = session.bound(channel, attempt, Err(SubscribeError::Other("no".to_owned())));
         assert_eq!(messages_of(&actions), ["leave: 1 not subscribed: no", "listen"]);
         assert_eq!(session.channel_count(), 1);
         assert_eq!(messages_of(&session.end()), ["leave"]);

@@ -11,9 +11,7 @@ use crate::model::log::cursor::Cursor;
 use crate::model::policy::index_key::IndexKeys;
 use crate::model::policy::visibility::Identity;
 use crate::model::row::change::{Change, RelationId};
-use crate::model::subscription::error::{
-    CAUSE, EXCEPTION, FORBIDDEN, NEAR, SubscribeError, UNREADABLE, identifier,
-};
+use crate::model::subscription::error::{SubscribeError, identifier};
 use crate::model::subscription::hidden::hidden_from;
 use crate::model::subscription::request::{CatalogView, Events, Request, Target};
 use crate::model::subscription::topic::TopicScope;
@@ -390,14 +388,13 @@ pub fn readable<'a>(
         }
     }
     if let Some(lack) = relation.missing_grants(identity.claims().role()) {
-        return Err(exception(request, &format!("{FORBIDDEN}{lack}")));
+        return Err(SubscribeError::MissingGrant { request: request.described(), lack });
     }
     Ok(relation)
 }
 
 /// Returns the error for a table that is missing, not watched or not readable. It depends only on the request and the role.
 fn unreadable(request: &Request, role: &str) -> SubscribeError {
-    let described = request.described();
     let (mut table, mut usage) = (String::from("schema.table"), String::new());
     if let Target::Table { schema, table: name } = &request.target {
         let schema = identifier(schema);
@@ -406,19 +403,19 @@ fn unreadable(request: &Request, role: &str) -> SubscribeError {
             usage = format!("grant usage on schema {schema} to {}; ", identifier(role));
         }
     }
-    SubscribeError(format!(
-        "{UNREADABLE} for the given connect parameters: {described}. The table must be watched (select relay.watch('{}')) and the token's role \
-         must be allowed to select from it ({usage}grant select on {table} to {}). What is missing: relay explain {table} --role {role}",
+    let advice = format!(
+        ". The table must be watched (select relay.watch('{}')) and the token's role must be allowed to select from it ({usage}grant select \
+         on {table} to {}). What is missing: relay explain {table} --role {role}",
         table.replace('\'', "''"),
         identifier(role)
-    ))
+    );
+    SubscribeError::Unreadable { request: request.described(), advice }
 }
 
-/// Returns the Supabase server's text for a column that does not exist or is not readable, and the readable columns whose names are
-/// near.
+/// Returns the error for a column that does not exist or is not readable, with the readable columns whose names are near.
 pub fn unknown_column(
     request: &Request,
-    what: &str,
+    what: &'static str,
     column: &str,
     relation: &Relation,
     access: &Access,
@@ -426,16 +423,7 @@ pub fn unknown_column(
     let seen = relation.columns.iter().map(|known| known.name.as_str()).filter(|name| access.sees(name));
     let seen: Vec<&str> = seen.collect();
     let near: Vec<&str> = near_names(column, &seen, |name| name).into_iter().copied().collect();
-    let near = if near.is_empty() { String::new() } else { format!("{NEAR}{}", near.join(", ")) };
-    exception(request, &format!("ERROR P0001 (raise_exception) invalid column for {what} {column}{near}"))
-}
-
-/// Returns the Supabase server's text for a subscription that PostgreSQL refused.
-pub fn exception(request: &Request, error: &str) -> SubscribeError {
-    SubscribeError(format!(
-        "{EXCEPTION} so please check your connect parameters: {}. {CAUSE}{error}",
-        request.described()
-    ))
+    SubscribeError::unknown_column(request.described(), what, column, &near)
 }
 
 #[cfg(test)]
@@ -467,7 +455,7 @@ mod tests {
     fn bind(role: &str, entry: &Value) -> Result<Subscription, String> {
         let request = parse(entry).unwrap();
         let subscription = Subscription::bind(identity(role), &catalog(), &[request], vec![Ok(None)]);
-        subscription.whole().map_err(|refusal| refusal.0)
+        subscription.whole().map_err(|refusal| refusal.to_string())
     }
 
     #[test]

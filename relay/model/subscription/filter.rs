@@ -76,38 +76,40 @@ pub enum Operator {
     IsDistinct,
 }
 
-/// Why a text is not a filter. The message is for the client.
+/// Why a text is not a filter. The message is for the client, after the start of [`SubscribeError::Filter`].
+///
+/// [`SubscribeError::Filter`]: crate::model::subscription::error::SubscribeError::Filter
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FilterError {
     /// No column, no operator or an unknown one. Holds the parts found.
-    #[error("Error parsing `filter` params: [{}]. {form}", quoted(.0), form = FORM)]
+    #[error("[{}]. {form}", quoted(.0), form = FORM)]
     Unparsable(Vec<String>),
     /// The list of `in` has no parentheses.
-    #[error("Error parsing `filter` params: `in` filter value must be wrapped by parentheses")]
+    #[error("`in` filter value must be wrapped by parentheses")]
     MissingParentheses,
     /// Nothing between two commas.
-    #[error("Error parsing `filter` params: filter must not contain empty segments (check for extra commas)")]
+    #[error("filter must not contain empty segments (check for extra commas)")]
     EmptySegment,
     /// An item of an `in` list is empty without quotes, or its quotes are unbalanced.
-    #[error("Error parsing `filter` params: malformed list in `in` filter")]
+    #[error("malformed list in `in` filter")]
     MalformedList,
     /// Too many items in an `in` list.
-    #[error("Error parsing `filter` params: too many values for `in` filter. Maximum {max}", max = MAX_ITEMS)]
+    #[error("too many values for `in` filter. Maximum {max}", max = MAX_ITEMS)]
     TooManyItems,
     /// `is` with another value than null, true, false or unknown.
-    #[error("Error parsing `filter` params: `is` filter value must be null, true, false or unknown")]
+    #[error("`is` filter value must be null, true, false or unknown")]
     UnknownState,
     /// Too many conditions.
-    #[error("Error parsing `filter` params: too many conditions. Maximum {max}", max = MAX_CONDITIONS)]
+    #[error("too many conditions. Maximum {max}", max = MAX_CONDITIONS)]
     TooManyConditions,
     /// Too long, or with a null character, which PostgreSQL text cannot contain.
     #[error(
-        "Error parsing `filter` params: filter is too long or contains a null character. Maximum {max} bytes",
+        "filter is too long or contains a null character. Maximum {max} bytes",
         max = MAX_LENGTH
     )]
     Unacceptable,
     /// A mistake in a group.
-    #[error("Error parsing `filter` params: at {place}: {expected}")]
+    #[error("at {place}: {expected}")]
     InGroup {
         /// Where it is.
         place: Place,
@@ -317,7 +319,7 @@ pub(crate) mod tests {
         assert_eq!(parse("a=eq.\0"), Err(FilterError::Unacceptable));
         let long = parse(&format!("a=eq.{}", "x".repeat(MAX_LENGTH))).unwrap_err().to_string();
         let told = "filter is too long or contains a null character. Maximum 131072 bytes";
-        assert_eq!(long, format!("Error parsing `filter` params: {told}"));
+        assert_eq!(long, told);
     }
 
     #[test]

@@ -51,7 +51,7 @@ impl OrderBy {
         let order: Vec<Self> =
             text.split(',').map(|term| Self::parse_term(term.trim())).collect::<Result<_, _>>()?;
         match order.len() > MAX_COLUMNS {
-            true => Err(SubscribeError(format!("order: at most {MAX_COLUMNS} columns are expected"))),
+            true => Err(SubscribeError::Other(format!("order: at most {MAX_COLUMNS} columns are expected"))),
             false => Ok(order),
         }
     }
@@ -68,7 +68,7 @@ impl OrderBy {
             _ => (rest, false),
         };
         if column.is_empty() || column.contains('\0') {
-            return Err(SubscribeError(String::from(FORM)));
+            return Err(SubscribeError::Other(String::from(FORM)));
         }
         let nulls_first = nulls_first.unwrap_or(descending);
         Ok(Self { column: column.to_owned(), descending, nulls_first })
@@ -123,12 +123,12 @@ impl Paging {
         for by in &order {
             let (schema, table, column) = (&relation.schema, &relation.table, &by.column);
             let Some(known) = relation.column(column).filter(|_| access.sees(column)) else {
-                return Err(SubscribeError(format!(
+                return Err(SubscribeError::Other(format!(
                     "order: {schema}.{table} has no column {column} that the role {role} may read"
                 )));
             };
             if known.kind.starts_with('_') {
-                return Err(SubscribeError(format!(
+                return Err(SubscribeError::Other(format!(
                     "order: {column} is an array, rows cannot be ordered by it here"
                 )));
             }
@@ -148,7 +148,7 @@ impl Paging {
     pub fn keyset(&self, order: &[OrderBy], relation: &Relation) -> Result<Option<Filter>, SubscribeError> {
         let Some(after) = &self.after else { return Ok(None) };
         if after.order != described(order) || after.values.len() != order.len() {
-            return Err(SubscribeError(String::from(
+            return Err(SubscribeError::Other(String::from(
                 "after: it is of another order, use the order= and the table of the request that returned it",
             )));
         }
@@ -196,7 +196,7 @@ impl PageToken {
 
     /// Returns the error for a token that no answer contained.
     pub fn invalid() -> SubscribeError {
-        SubscribeError(String::from("after: this value is not from an answer, start without it"))
+        SubscribeError::Other(String::from("after: this value is not from an answer, start without it"))
     }
 }
 

@@ -8,7 +8,7 @@ use crate::model::catalog::relation::Catalog;
 use crate::model::row::change::{Operation, RelationId};
 use crate::model::row::column::ColumnKind;
 use crate::model::row::pattern::Folding;
-use crate::model::subscription::error::{FILTER, SubscribeError};
+use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::filter::{self, Filter};
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
@@ -80,7 +80,7 @@ impl Request {
         let named = (text("schema"), text("table"));
         let target = match (named.0, named.1.filter(|table| *table != "*")) {
             _ if named == (None, None) || !is_text_or_null("schema") || !is_text_or_null("table") => {
-                return Err(SubscribeError(format!(
+                return Err(SubscribeError::Other(format!(
                     "No subscription params provided. Please provide at least a `schema` or `table` to subscribe to: {}",
                     Value::Object(entry.clone())
                 )));
@@ -99,7 +99,7 @@ impl Request {
                     .as_array()
                     .and_then(|list| list.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
                 names.ok_or_else(|| {
-                    SubscribeError(String::from(
+                    SubscribeError::Other(String::from(
                         "Error parsing `select` params: expected a list of column name strings, e.g. select: [\"col1\", \"col2\"]",
                     ))
                 })?
@@ -107,7 +107,7 @@ impl Request {
         };
         let select: Vec<String> = select.into_iter().map(str::to_owned).collect();
         if !select.is_empty() && !matches!(target, Target::Table { .. }) {
-            return Err(SubscribeError(String::from(
+            return Err(SubscribeError::Other(String::from(
                 "Column selection is not supported for wildcard subscriptions. Provide an explicit schema and table name.",
             )));
         }
@@ -118,7 +118,7 @@ impl Request {
             _ => Events::All,
         };
         if let Some(other) = entry.get("filter").filter(|_| !is_text_or_null("filter")) {
-            return Err(SubscribeError(format!("{FILTER}[{other}]")));
+            return Err(SubscribeError::Filter(format!("[{other}]")));
         }
         let filter = text("filter").unwrap_or_default().trim().to_owned();
         let event = entry.get("event").and_then(Value::as_str).unwrap_or("*").to_owned();
@@ -233,18 +233,18 @@ mod tests {
             json!({"schema": ["public"], "table": "t"}),
             json!({"schema": {}, "table": {}}),
         ] {
-            let refusal = parse(&entry).unwrap_err().0;
+            let refusal = parse(&entry).unwrap_err().to_string();
             assert!(refusal.starts_with("No subscription params provided."), "{refusal}");
         }
         for filter in [json!(5), json!(true), json!(["id=eq.1"]), json!({"id": 1})] {
-            let refusal = parse(&json!({"table": "t", "filter": filter})).unwrap_err().0;
+            let refusal = parse(&json!({"table": "t", "filter": filter})).unwrap_err().to_string();
             assert_eq!(refusal, format!("Error parsing `filter` params: [{filter}]"));
         }
         for select in [json!("id"), json!([1]), json!({"id": true}), json!(["id", null])] {
-            let refusal = parse(&json!({"table": "t", "select": select})).unwrap_err().0;
+            let refusal = parse(&json!({"table": "t", "select": select})).unwrap_err().to_string();
             assert!(refusal.starts_with("Error parsing `select` params:"), "{refusal}");
         }
-        let refusal = parse(&json!({"schema": "public", "select": ["id"]})).unwrap_err().0;
+        let refusal = parse(&json!({"schema": "public", "select": ["id"]})).unwrap_err().to_string();
         assert!(refusal.starts_with("Column selection is not supported for wildcard subscriptions."));
     }
 

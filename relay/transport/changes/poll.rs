@@ -17,7 +17,6 @@ use crate::feed::deliver::queue::Taken;
 use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::protocol::{Envelope, Notice};
 use crate::model::log::cursor::Cursor;
-use crate::model::subscription::error::is_raising;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, notice, unavailable};
 use crate::transport::changes::request::{ChangesRequest, MIN_OUTBOX, START_TIMEOUT, lost};
@@ -190,8 +189,8 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: WatchedOu
         match frame.content() {
             Content::Change(Envelope::Cursor(cursor), object) => found.push((cursor, object)),
             // Changes before a gap are returned first; the next request meets the gap.
-            Content::Notice(Notice::Gap { reason, .. }) if found.is_empty() && is_raising(reason) => {
-                return error(StatusCode::FORBIDDEN, reason);
+            Content::Notice(Notice::PolicyError(why)) if found.is_empty() => {
+                return error(StatusCode::FORBIDDEN, why);
             }
             Content::Notice(Notice::Gap { reason, .. }) if found.is_empty() => return gap(reason),
             _ => {

@@ -25,7 +25,7 @@ pub fn expired(subscription: &Subscription) -> Answer {
 
 /// Status 400: the request is wrong.
 pub fn bad_request(why: SubscribeError) -> Answer {
-    error(StatusCode::BAD_REQUEST, &why.0)
+    error(StatusCode::BAD_REQUEST, &why.to_string())
 }
 
 /// Returns the member `notice` of an answer, which says why the table shows no row; empty when it may show some.

@@ -204,20 +204,20 @@ pub(super) fn lost(topic: &TopicScope, why: Option<&str>) -> Answer {
 fn check_parameters(query: &str) -> Result<(), SubscribeError> {
     if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
         let name: String = unknown.chars().take(40).collect();
-        return Err(SubscribeError(format!(
+        return Err(SubscribeError::Other(format!(
             "{name}: there is no such parameter, only {}",
             PARAMETERS.join(", ")
         )));
     }
     match PARAMETERS.into_iter().find(|name| is_unreadable(query, name)) {
-        Some(name) => Err(SubscribeError(format!("{name}: this is not UTF-8"))),
+        Some(name) => Err(SubscribeError::Other(format!("{name}: this is not UTF-8"))),
         None => Ok(()),
     }
 }
 
 /// Reads the parameters that name the topic, or the table and what of it.
 fn wanted(query: &str) -> Result<WantedChanges, SubscribeError> {
-    let refused = |why: String| Err(SubscribeError(why));
+    let refused = |why: String| Err(SubscribeError::Other(why));
     let Ok(is_private) = is_private_by(query) else {
         return refused(String::from("private: true or false is expected"));
     };
@@ -242,7 +242,7 @@ fn wanted(query: &str) -> Result<WantedChanges, SubscribeError> {
 fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
     let event = parameter(query, "event").unwrap_or_default();
     if !event.is_empty() && !EVENTS.iter().any(|known| known.eq_ignore_ascii_case(&event)) {
-        return Err(SubscribeError(format!("event: one of {} is expected", EVENTS.join(", "))));
+        return Err(SubscribeError::Other(format!("event: one of {} is expected", EVENTS.join(", "))));
     }
     let mut entry = Map::new();
     for name in ["event", "schema", "table"] {
@@ -257,7 +257,7 @@ fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
         entry.insert(String::from("select"), columns.split(',').map(str::trim).map(Value::from).collect());
     }
     if parameter(query, "table").is_none_or(|table| table.is_empty() || table == "*") {
-        return Err(SubscribeError(String::from(
+        return Err(SubscribeError::Other(String::from(
             "table: the name of a table is expected, such as ?table=todos (&schema=public&filter=id=gt.7)",
         )));
     }
@@ -270,16 +270,16 @@ fn filter(query: &str) -> Result<Option<String>, SubscribeError> {
     for name in GROUPS {
         let Some(group) = parameter(query, name) else { continue };
         if !group.trim_start().starts_with('(') {
-            return Err(SubscribeError(format!(
+            return Err(SubscribeError::Other(format!(
                 "{name}: conditions in parentheses are expected, such as {name}=(id.gt.7,title.eq.a)"
             )));
         }
         // Parsed alone: otherwise a parenthesis or quote that is not closed would take in the next parameter.
         let term = format!("{name}={group}");
-        match filter::parse(&term).map_err(|why| SubscribeError(why.to_string()))? {
+        match filter::parse(&term).map_err(SubscribeError::from)? {
             Filter::And(groups) if groups.len() == 1 => terms.push(term),
             _ => {
-                return Err(SubscribeError(format!(
+                return Err(SubscribeError::Other(format!(
                     "{name}: one group in parentheses is expected, and nothing after it"
                 )));
             }
@@ -293,9 +293,9 @@ fn filter(query: &str) -> Result<Option<String>, SubscribeError> {
 fn since(headers: &HeaderMap, query: &str) -> Result<Option<Cursor>, SubscribeError> {
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
     let text = last.filter(|id| !id.is_empty()).or_else(|| parameter(query, "since"));
-    text.map(|text| text.parse::<Cursor>())
-        .transpose()
-        .map_err(|why| SubscribeError(format!("since: {why}; without it you get the rows and a cursor")))
+    text.map(|text| text.parse::<Cursor>()).transpose().map_err(|why| {
+        SubscribeError::Other(format!("since: {why}; without it you get the rows and a cursor"))
+    })
 }
 
 /// Reads how long a poll waits.
@@ -304,7 +304,7 @@ fn wait(query: &str) -> Result<Duration, SubscribeError> {
     let seconds = text.parse().ok().filter(|seconds| *seconds <= MAX_WAIT);
     seconds
         .map(Duration::from_secs)
-        .ok_or_else(|| SubscribeError(format!("wait: seconds are expected, at most {MAX_WAIT}")))
+        .ok_or_else(|| SubscribeError::Other(format!("wait: seconds are expected, at most {MAX_WAIT}")))
 }
 
 /// Reads the paging parameters. `max_rows` is the largest allowed limit.
@@ -314,14 +314,14 @@ fn wait(query: &str) -> Result<Duration, SubscribeError> {
 fn paging(query: &str, is_of_changes: bool, max_rows: usize) -> Result<Paging, SubscribeError> {
     let given = PAGING.iter().find(|name| parameter(query, name).is_some());
     if let Some(name) = given.filter(|_| is_of_changes) {
-        return Err(SubscribeError(format!(
+        return Err(SubscribeError::Other(format!(
             "{name}: it is for rows; changes come in their own order, without it"
         )));
     }
     let limit = parameter(query, "limit").map(|limit| {
         let number = limit.parse().ok().filter(|number| (1..=max_rows).contains(number));
         number.ok_or_else(|| {
-            SubscribeError(format!("limit: a number of rows from 1 to {max_rows} is expected"))
+            SubscribeError::Other(format!("limit: a number of rows from 1 to {max_rows} is expected"))
         })
     });
     Ok(Paging {

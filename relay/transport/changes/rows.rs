@@ -58,7 +58,7 @@ pub async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> An
                 json_answer(outbox, watched)
             }
         },
-        Err(RequestError::Refused(why)) => error(StatusCode::BAD_REQUEST, &why.0),
+        Err(RequestError::Refused(why)) => error(StatusCode::BAD_REQUEST, &why.to_string()),
         Err(RequestError::Failed(why)) => {
             // Log no message of PostgreSQL: an error raised by a policy may contain rows or claims.
             match why.code() {

@@ -300,6 +300,11 @@ impl EventStream {
                     self.is_closed |= cursor.is_none();
                     text.push_str(&gap_event(reason, cursor.as_deref()));
                 }
+                // The stream cannot continue while the policy raises an error.
+                Content::Notice(Notice::PolicyError(why)) => {
+                    self.is_closed = true;
+                    text.push_str(&gap_event(why, None));
+                }
                 Content::Notice(Notice::Hidden(why)) => text.push_str(&notice_event(why)),
                 _ => {}
             }

@@ -118,7 +118,7 @@ impl Stage {
         let Some((channel, attempt, who)) = self.binding.pop_front() else { return };
         let actions = match step {
             b'+' => self.session.bound(channel, attempt, Ok(BindOutcome::default())),
-            b'-' => self.session.bound(channel, attempt, Err(SubscribeError("no".to_owned()))),
+            b'-' => self.session.bound(channel, attempt, Err(SubscribeError::Other("no".to_owned()))),
             _ => self.session.unavailable(channel, attempt),
         };
         let joins = |action: &Action| matches!(action, Action::Join { .. });

@@ -144,7 +144,7 @@ mod tests {
     fn gaps_and_stalls_are_system_messages_of_the_channel() {
         let text = |notice: Notice| match notice {
             Notice::Text(text) => text,
-            Notice::Gap { .. } | Notice::Hidden(_) => panic!("{notice:?}"),
+            Notice::Gap { .. } | Notice::PolicyError(_) | Notice::Hidden(_) => panic!("{notice:?}"),
         };
         check(
             |version| text(channel(version, "realtime:t", false).gap("why", Some("AQ"))),

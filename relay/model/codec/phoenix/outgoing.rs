@@ -22,7 +22,7 @@ pub fn encode(version: Version, message: &Outgoing) -> String {
         }
         SessionEvent::Subscribed => system("postgres_changes", "ok", SUBSCRIBED),
         SessionEvent::Hidden(why) => system("postgres_changes", "ok", why),
-        SessionEvent::NotSubscribed(refusal) => system("postgres_changes", "error", &refusal.0),
+        SessionEvent::NotSubscribed(refusal) => system("postgres_changes", "error", &refusal.to_string()),
         // Not an error: clients may take one for an error of the channel and leave it.
         SessionEvent::NotDelivered(text) => system("broadcast", "ok", text),
         SessionEvent::Error(text) => system("system", "error", text),
@@ -179,7 +179,7 @@ mod tests {
                 r#"{{"channel":"t","extension":"{extension}","message":"{message}","status":"{status}"}}"#
             )
         };
-        let no = SubscribeError(String::from("no"));
+        let no = SubscribeError::Other(String::from("no"));
         for (event, name, payload) in [
             (
                 SessionEvent::Subscribed,

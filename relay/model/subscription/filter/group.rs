@@ -255,7 +255,7 @@ mod tests {
     #[track_caller]
     fn check_error(filter: &str, place: &str, expected: &str) {
         let found = parse(filter).unwrap_err().to_string();
-        let rest = found.strip_prefix(&format!("Error parsing `filter` params: at character {place}"));
+        let rest = found.strip_prefix(&format!("at character {place}"));
         assert!(rest.is_some_and(|rest| rest.contains(expected)), "{filter}: {found}");
     }
 
