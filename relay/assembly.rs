@@ -65,7 +65,7 @@ pub struct Assembly {
     /// What its connections share.
     pub app: Arc<App>,
     foundation: Foundation,
-    reading: Reading,
+    reading: ReadingTasks,
 }
 
 /// The servers of a relay, by what they are for. By default all three are the same.
@@ -102,7 +102,7 @@ struct Foundation {
 }
 
 /// The tasks that read the database, before they run.
-struct Reading {
+struct ReadingTasks {
     source: ChangeSource,
     items: Sender<FeedItem>,
     bookmark_writer: BookmarkWriter,
@@ -126,7 +126,7 @@ impl Assembly {
         let (feed, bookmark_writer) = foundation.feed(&config, lanes, replay_reader)?;
         let (jobs, _) = watch::channel(());
         let source = foundation.source(config.poll, jobs.clone());
-        let reading = Reading { source, items, bookmark_writer, jobs };
+        let reading = ReadingTasks { source, items, bookmark_writer, jobs };
         let app = Arc::new(foundation.app(config, feed));
         Ok(Self { app, foundation, reading })
     }
@@ -144,7 +144,7 @@ impl Assembly {
     /// Runs the tasks that read the database.
     pub fn begin_reading(self) {
         let Foundation { servers, tasks, observe, .. } = self.foundation;
-        let Reading { source, items, bookmark_writer, jobs } = self.reading;
+        let ReadingTasks { source, items, bookmark_writer, jobs } = self.reading;
         let (tracker, end) = (&tasks.tracker, &tasks.end);
         tracker.spawn(bookmark_writer.run(tasks.feed_end.clone()));
         tracker.spawn(source.run(items, end.clone()));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
-use crate::command::compare::pairs::{Finding, Pairs, ReceivedChange, Side};
+use crate::command::compare::pairs::{Difference, Pairs, ReceivedChange, Side};
 use crate::command::realtime_socket::{ConnectError, RealtimeSocket, ServerAddress};
 use crate::model::codec::protocol::SUBSCRIBED;
 
@@ -113,7 +113,7 @@ fn heard<'a>(
     frame: Option<(Value, String)>,
     end: Option<Instant>,
     names: impl Fn(Side) -> &'a str,
-) -> Result<Vec<Finding>, CompareFailure> {
+) -> Result<Vec<Difference>, CompareFailure> {
     let name = names(side);
     let Some((frame, _)) = frame else { return Err(format!("the connection to {name} broke").into()) };
     let now = Instant::now();
@@ -185,9 +185,9 @@ async fn subscribe(
     })
 }
 
-fn print<'a>(findings: Vec<Finding>, names: impl Fn(Side) -> &'a str) -> std::io::Result<()> {
+fn print<'a>(differences: Vec<Difference>, names: impl Fn(Side) -> &'a str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    findings.iter().try_for_each(|finding| writeln!(out, "{}", finding.line(&names)))
+    differences.iter().try_for_each(|difference| writeln!(out, "{}", difference.line(&names)))
 }
 
 fn note(text: &str) {

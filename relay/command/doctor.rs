@@ -190,7 +190,7 @@ async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
 }
 
 /// The locks that a session may hold for long, and what does not work while it does.
-const HARM: [(Lock, &str); 6] = [
+const LOCK_HARM: [(Lock, &str); 6] = [
     (Lock::Doorbell, "writers notify without need, or no relay can sleep"),
     (Lock::Install, "no installation can run"),
     (Lock::Trim, "the changelog is not trimmed"),
@@ -202,7 +202,7 @@ const HARM: [(Lock, &str); 6] = [
 /// Finds sessions that hold a lock of the relays and are none: any login may take these locks. A session counts as a relay by
 /// its application name and its right to read the changelog. Writers hold the doorbell's lock shared until their transaction ends.
 async fn locks(client: &Client) -> Result<(Vec<i32>, Vec<Finding>), Error> {
-    let numbers: Vec<i32> = HARM.iter().map(|(lock, _)| *lock as i32).collect();
+    let numbers: Vec<i32> = LOCK_HARM.iter().map(|(lock, _)| *lock as i32).collect();
     let foreign = format!(
         "select l.objid::int, a.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, '') \
          from pg_locks l join pg_stat_activity a using (pid) \
@@ -217,7 +217,7 @@ async fn locks(client: &Client) -> Result<(Vec<i32>, Vec<Finding>), Error> {
     let note = |row: tokio_postgres::Row| {
         let (key, backend): (i32, i32) = (row.get(0), row.get(1));
         let (login, application): (String, String) = (row.get(2), row.get(3));
-        let (lock, harm) = HARM.into_iter().find(|(lock, _)| *lock as i32 == key)?;
+        let (lock, harm) = LOCK_HARM.into_iter().find(|(lock, _)| *lock as i32 == key)?;
         Some(Note(format!(
             "backend {backend} (login {login}, application {application:?}) holds the advisory lock ({lock}) of the \
              relays and does not look like a relay, so {harm}. If it is none: select pg_terminate_backend({backend})"

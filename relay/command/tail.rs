@@ -71,7 +71,7 @@ pub async fn run(options: TailOptions) -> Result<(), TailFailure> {
     let mut pause = FIRST_PAUSE;
     // Each reason is printed once, until the next subscription: a relay may be away for a night.
     let mut printed = HashSet::new();
-    let mut shown = Shown::default();
+    let mut shown = PrintedChanges::default();
     loop {
         tokio::select! {
             _ = interrupt.recv() => return Ok(()),
@@ -113,13 +113,13 @@ fn session_id() -> String {
 
 /// Hashes of the last printed changes: after a reconnection some of them come again.
 #[derive(Default)]
-struct Shown {
+struct PrintedChanges {
     hasher: RandomState,
     known: HashSet<u64>,
     last: VecDeque<u64>,
 }
 
-impl Shown {
+impl PrintedChanges {
     const MAX_LINES: usize = 10_000;
 
     fn is_new(&mut self, line: &str) -> bool {
@@ -142,7 +142,7 @@ async fn follow(
     address: &ServerAddress,
     parameters: &str,
     options: &TailOptions,
-    shown: &mut Shown,
+    shown: &mut PrintedChanges,
 ) -> Result<Ended, TailFailure> {
     let mut socket = match RealtimeSocket::connect(address, parameters).await {
         Ok(socket) => socket,

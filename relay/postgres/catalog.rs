@@ -35,12 +35,12 @@ pub struct CatalogCache {
     // Held across the query on purpose: callers that arrive meanwhile share its result.
     state: Mutex<CacheState>,
     scope: watch::Sender<Arc<RuleScope>>,
-    topics: watch::Sender<TopicState>,
+    topics: watch::Sender<KnownTopicRules>,
 }
 
 /// The rules of private channels as far as they are known.
 #[derive(Debug, Default)]
-pub struct TopicState {
+pub struct KnownTopicRules {
     rules: Option<Arc<TopicRules>>,
     /// The watched relations that they look into.
     looked_into: BTreeSet<i32>,
@@ -108,7 +108,7 @@ impl CatalogCache {
     }
 
     /// The rules of private channels, as far as they are known.
-    pub fn topics(&self) -> watch::Receiver<TopicState> {
+    pub fn topics(&self) -> watch::Receiver<KnownTopicRules> {
         self.topics.subscribe()
     }
 

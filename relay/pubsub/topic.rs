@@ -62,12 +62,12 @@ pub struct Member {
     /// Whether it receives broadcasts of others.
     pub receives_broadcasts: bool,
     /// What it knows of the presence.
-    pub presence: Following,
+    pub presence: PresenceUpdates,
 }
 
 /// What a member knows of the presence in its topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Following {
+pub enum PresenceUpdates {
     /// Nothing, whatever happens: it may not.
     Forbidden,
     /// Nothing: it did not ask.
@@ -80,7 +80,7 @@ pub enum Following {
 
 /// When to tell members of the presence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Schedule {
+pub enum Announcement {
     /// They are told, or nothing changed.
     Done,
     /// After [`TICK`], by [`Topic::tick`].
@@ -114,7 +114,7 @@ impl Topic {
         if state.is_removed {
             return Err(member);
         }
-        state.is_awaited |= member.presence == Following::Awaits;
+        state.is_awaited |= member.presence == PresenceUpdates::Awaits;
         let index = state.audiences.iter().position(|audience| audience.protocol.name() == protocol.name());
         let index = index.unwrap_or_else(|| {
             state.audiences.push(Audience { protocol, members: HashMap::new() });
@@ -136,15 +136,15 @@ impl Topic {
     }
 
     /// Changes what a member receives. If it may know of the presence from now on and wants to, it gets the state first.
-    pub fn permit(&self, id: MemberId, receives_broadcasts: bool, presence: Following) {
+    pub fn permit(&self, id: MemberId, receives_broadcasts: bool, presence: PresenceUpdates) {
         let mut state = self.lock();
         let member = state.audiences.iter_mut().find_map(|audience| audience.members.get_mut(&id));
         let Some(member) = member else { return };
         member.receives_broadcasts = receives_broadcasts;
-        let may_follow = presence != Following::Forbidden;
-        if may_follow != (member.presence != Following::Forbidden) {
+        let may_follow = presence != PresenceUpdates::Forbidden;
+        if may_follow != (member.presence != PresenceUpdates::Forbidden) {
             member.presence = presence;
-            state.is_awaited |= presence == Following::Awaits;
+            state.is_awaited |= presence == PresenceUpdates::Awaits;
         }
     }
 
@@ -204,8 +204,8 @@ impl Topic {
         }
         state.is_changed |= state.presence.track(id, key, reference, object);
         let member = state.audiences.iter_mut().find_map(|audience| audience.members.get_mut(&id));
-        if let Some(member) = member.filter(|member| member.presence == Following::Off) {
-            member.presence = Following::Awaits;
+        if let Some(member) = member.filter(|member| member.presence == PresenceUpdates::Off) {
+            member.presence = PresenceUpdates::Awaits;
             state.is_awaited = true;
         }
         Ok(())
@@ -223,7 +223,7 @@ impl Topic {
     }
 
     /// Tells members of changes of the presence: now, or with the next tick if they were told of others just now.
-    pub fn settle(&self) -> Schedule {
+    pub fn settle(&self) -> Announcement {
         let mut state = self.lock();
         let members: usize = state.audiences.iter().map(|audience| audience.members.len()).sum();
         let is_due = state.told.is_none_or(|told| told.elapsed() >= TICK) && !state.is_scheduled;
@@ -231,11 +231,11 @@ impl Topic {
             true if is_due || (state.is_awaited && members <= SMALL) => self.tell(&mut state),
             true if !state.is_scheduled => {
                 state.is_scheduled = true;
-                return Schedule::Later;
+                return Announcement::Later;
             }
             _ => {}
         }
-        Schedule::Done
+        Announcement::Done
     }
 
     /// Tells members of all changes of the presence until now.
@@ -256,10 +256,12 @@ impl Topic {
         for Audience { protocol, members } in audiences {
             let diff = self.diff_frames(*protocol, &diff);
             for (id, member) in members {
-                match std::mem::replace(&mut member.presence, Following::Follows) {
-                    unchanged @ (Following::Off | Following::Forbidden) => member.presence = unchanged,
-                    Following::Follows => _ = member.outbox.publish(diff.iter().cloned()),
-                    Following::Awaits => {
+                match std::mem::replace(&mut member.presence, PresenceUpdates::Follows) {
+                    unchanged @ (PresenceUpdates::Off | PresenceUpdates::Forbidden) => {
+                        member.presence = unchanged
+                    }
+                    PresenceUpdates::Follows => _ = member.outbox.publish(diff.iter().cloned()),
+                    PresenceUpdates::Awaits => {
                         let has_changed = presence.has_changed(*id);
                         let pieces = match has_changed {
                             true => {

@@ -20,7 +20,7 @@ use crate::model::session::limits::TopicLimits;
 use crate::model::session::member::{MemberId, MembershipOptions, NodeId};
 use crate::model::session::message::ChannelName;
 use crate::observe::Observe;
-use crate::pubsub::topic::{Following, Member, PresenceFull, Schedule, TICK, Topic};
+use crate::pubsub::topic::{Announcement, Member, PresenceFull, PresenceUpdates, TICK, Topic};
 
 /// Number of maps that topics are spread over.
 const SHARDS: usize = 16;
@@ -256,7 +256,7 @@ impl Membership {
 
 impl Topics {
     fn settle(&self, topic: &Arc<Topic>) {
-        if topic.settle() == Schedule::Later {
+        if topic.settle() == Announcement::Later {
             lock(&self.scheduled).push(Arc::clone(topic));
             self.is_scheduled.notify_one();
         }
@@ -290,11 +290,11 @@ impl Congestion {
 }
 
 /// Returns what a new member knows of the presence.
-fn following(rights: TopicRights, wants_presence: bool) -> Following {
+fn following(rights: TopicRights, wants_presence: bool) -> PresenceUpdates {
     match (rights.presence, wants_presence) {
-        (false, _) => Following::Forbidden,
-        (true, true) => Following::Awaits,
-        (true, false) => Following::Off,
+        (false, _) => PresenceUpdates::Forbidden,
+        (true, true) => PresenceUpdates::Awaits,
+        (true, false) => PresenceUpdates::Off,
     }
 }
 
@@ -342,7 +342,7 @@ mod tests {
     fn frames(outbox: &Outbox) -> Vec<String> {
         use futures_util::FutureExt;
         outbox.take().now_or_never();
-        let frames = std::mem::take(&mut outbox.hand().frames);
+        let frames = std::mem::take(&mut outbox.in_flight().frames);
         frames.iter().map(|frame| String::from_utf8_lossy(&frame.pieces().concat()).into_owned()).collect()
     }
 

@@ -55,16 +55,16 @@ pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> A
     let query = request.uri().query().unwrap_or_default();
     let explained = match parameter(query, "connected").as_deref() {
         Some("true") => connected(app, query).await,
-        Some(_) => Err(Refusal::Request(String::from("connected: true is expected"))),
+        Some(_) => Err(ExplainRefusal::Request(String::from("connected: true is expected"))),
         None => asked(app, query).await,
     };
     match explained {
         Ok(body) => json_answer(StatusCode::OK, body.to_string()),
-        Err(Refusal::Request(why)) => error(StatusCode::BAD_REQUEST, &why),
-        Err(Refusal::Explained(RequestError::Refused(why))) => {
+        Err(ExplainRefusal::Request(why)) => error(StatusCode::BAD_REQUEST, &why),
+        Err(ExplainRefusal::Explained(RequestError::Refused(why))) => {
             error(StatusCode::BAD_REQUEST, &why.to_string())
         }
-        Err(Refusal::Explained(RequestError::Failed(why))) => match why.refusal() {
+        Err(ExplainRefusal::Explained(RequestError::Failed(why))) => match why.refusal() {
             Some(refusal) if !why.is_transient() && !why.is_late() => {
                 error(StatusCode::BAD_REQUEST, &refusal)
             }
@@ -77,27 +77,27 @@ pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> A
 }
 
 /// Why a request is not answered.
-enum Refusal {
+enum ExplainRefusal {
     /// A parameter is wrong.
     Request(String),
     /// It could not be explained.
     Explained(RequestError),
 }
 
-impl From<String> for Refusal {
+impl From<String> for ExplainRefusal {
     fn from(why: String) -> Self {
         Self::Request(why)
     }
 }
 
-impl From<RequestError> for Refusal {
+impl From<RequestError> for ExplainRefusal {
     fn from(why: RequestError) -> Self {
         Self::Explained(why)
     }
 }
 
 /// Explains the users that the request names.
-async fn asked(app: &App, query: &str) -> Result<Value, Refusal> {
+async fn asked(app: &App, query: &str) -> Result<Value, ExplainRefusal> {
     let requests = requests(app, query).await?;
     let explanations = app.explainer.explain(&requests).await?;
     let mut verdicts: Vec<Value> =
@@ -109,11 +109,11 @@ async fn asked(app: &App, query: &str) -> Result<Value, Refusal> {
 }
 
 /// Explains the subscriptions of the table that are open at this relay, those with the most channels first.
-async fn connected(app: &App, query: &str) -> Result<Value, Refusal> {
+async fn connected(app: &App, query: &str) -> Result<Value, ExplainRefusal> {
     if let Some(name) =
         ["sub", "role", "claims", "token", "filter"].iter().find(|name| parameter(query, name).is_some())
     {
-        return Err(Refusal::Request(format!(
+        return Err(ExplainRefusal::Request(format!(
             "{name}: with connected=true the open subscriptions say who is meant"
         )));
     }

@@ -47,20 +47,20 @@ pub fn json_answer(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Answer {
 impl HeldAnswer {
     /// Creates the body from the taken frames and registers the outbox with `watched`.
     fn new(outbox: Arc<Outbox>, watched: WatchedOutbox) -> Self {
-        let left = outbox.hand().frames.iter().map(Frame::len).sum();
+        let left = outbox.in_flight().frames.iter().map(Frame::len).sum();
         outbox.is_stuck_with(left);
         watched.send_replace(Some(Arc::clone(&outbox)));
         Self { outbox, watched, begun: 0, left }
     }
 
     fn next_bytes(&mut self) -> Option<Vec<u8>> {
-        let mut hand = self.outbox.hand();
-        if hand.is_evicted {
+        let mut in_flight = self.outbox.in_flight();
+        if in_flight.is_evicted {
             return None;
         }
         let mut bytes = Vec::with_capacity(self.left.min(MAX_PIECE));
         while bytes.len() < MAX_PIECE
-            && let Some(first) = hand.frames.front()
+            && let Some(first) = in_flight.frames.front()
         {
             let mut given = self.begun;
             for piece in first.pieces() {
@@ -72,7 +72,7 @@ impl HeldAnswer {
             }
             if self.begun == first.len() {
                 self.begun = 0;
-                hand.frames.pop_front();
+                in_flight.frames.pop_front();
             }
         }
         Some(bytes)

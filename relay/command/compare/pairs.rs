@@ -93,7 +93,7 @@ impl ReceivedChange {
 
 /// A difference between the servers.
 #[derive(Debug, PartialEq)]
-pub enum Finding {
+pub enum Difference {
     /// A server did not tell what the other told.
     Missing(Side, ReceivedChange),
     /// A server told a change again.
@@ -104,7 +104,7 @@ pub enum Finding {
     Differs(ReceivedChange, BTreeMap<String, [Value; 2]>),
 }
 
-impl Finding {
+impl Difference {
     /// Returns it as a line of text.
     pub fn line<'a>(&self, names: impl Fn(Side) -> &'a str) -> String {
         match self {
@@ -164,7 +164,7 @@ impl Pairs {
     }
 
     /// Takes a change of one server. Returns what it shows, if anything.
-    pub fn received(&mut self, side: Side, change: ReceivedChange, now: Instant) -> Option<Finding> {
+    pub fn received(&mut self, side: Side, change: ReceivedChange, now: Instant) -> Option<Difference> {
         let waiting = &mut self.waiting[side.opposite() as usize];
         let equal = |(_, other): &(Instant, ReceivedChange)| {
             change.is_alike(other) && change.differences(other).is_empty()
@@ -181,12 +181,12 @@ impl Pairs {
         keep(&mut self.known[side as usize], change.clone(), MAX_KNOWN);
         (delay >= self.late).then(|| {
             self.delayed[side as usize] += 1;
-            Finding::Late(side, delay, change)
+            Difference::Late(side, delay, change)
         })
     }
 
     /// Returns what the changes show that have waited long enough for a counterpart.
-    pub fn overdue(&mut self, now: Instant) -> Vec<Finding> {
+    pub fn overdue(&mut self, now: Instant) -> Vec<Difference> {
         let mut findings = Vec::new();
         for side in [Side::Relay, Side::Other] {
             while let Some((came, _)) = self.waiting[side as usize].front()
@@ -200,10 +200,10 @@ impl Pairs {
     }
 
     /// Returns what a change shows that has no equal counterpart.
-    fn unpaired(&mut self, side: Side, change: ReceivedChange) -> Finding {
+    fn unpaired(&mut self, side: Side, change: ReceivedChange) -> Difference {
         if self.known[side as usize].contains(&change) {
             self.repeated[side as usize] += 1;
-            return Finding::Repeated(side, change);
+            return Difference::Repeated(side, change);
         }
         let others = &mut self.waiting[side.opposite() as usize];
         let alike = others.iter().enumerate().filter(|(_, (_, other))| change.is_alike(other));
@@ -213,12 +213,12 @@ impl Pairs {
             .max_by_key(|(resemblance, at)| (*resemblance, std::cmp::Reverse(*at)));
         let Some((_, other)) = nearest.and_then(|(_, at)| others.remove(at)) else {
             self.missing[side.opposite() as usize] += 1;
-            return Finding::Missing(side.opposite(), change);
+            return Difference::Missing(side.opposite(), change);
         };
         self.different += 1;
         let (relay, other) = if side == Side::Relay { (change, other) } else { (other, change) };
         let columns = relay.differences(&other);
-        Finding::Differs(relay, columns)
+        Difference::Differs(relay, columns)
     }
 
     /// Whether nothing differed.
@@ -293,7 +293,7 @@ mod tests {
         assert_eq!(told(Side::Other, insert(1, "a"), 20), None);
         // Later, missing on either side, again, and different.
         assert_eq!(told(Side::Other, insert(2, "b"), 30), None);
-        let late = Finding::Late(Side::Relay, Duration::from_millis(1500), insert(2, "b"));
+        let late = Difference::Late(Side::Relay, Duration::from_millis(1500), insert(2, "b"));
         assert_eq!(told(Side::Relay, insert(2, "b"), 1530), Some(late));
         assert_eq!(told(Side::Relay, insert(3, "c"), 1600), None);
         assert_eq!(told(Side::Other, insert(4, "d"), 1700), None);
@@ -307,10 +307,10 @@ mod tests {
         assert_eq!(
             found,
             [
-                Finding::Differs(insert(5, "e"), differs),
-                Finding::Missing(Side::Other, insert(3, "c")),
-                Finding::Missing(Side::Relay, insert(4, "d")),
-                Finding::Repeated(Side::Other, insert(1, "a")),
+                Difference::Differs(insert(5, "e"), differs),
+                Difference::Missing(Side::Other, insert(3, "c")),
+                Difference::Missing(Side::Relay, insert(4, "d")),
+                Difference::Repeated(Side::Other, insert(1, "a")),
             ]
         );
         assert!(!pairs.is_equal());
@@ -332,7 +332,7 @@ mod tests {
         }
         let third = change("UPDATE", json!({"id": 1}), json!({}), "3");
         assert_eq!(pairs.received(Side::Relay, third.clone(), start), None);
-        assert_eq!(pairs.overdue(start + WAIT), [Finding::Missing(Side::Other, third)]);
+        assert_eq!(pairs.overdue(start + WAIT), [Difference::Missing(Side::Other, third)]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::feed::authorize::topic_questions::{Answer, Question, QuestionQueues, decide};
+use crate::feed::authorize::topic_questions::{Question, QuestionQueues, RightsAnswer, decide};
 use crate::feed::subscribe::BIND_TIMEOUT;
 use crate::model::catalog::topic_rules::{TopicAct, TopicRights, images};
 use crate::model::policy::predicate::NoAnswers;
@@ -21,7 +21,7 @@ use crate::model::policy::visibility::Identity;
 use crate::model::row::truth::Truth;
 use crate::model::session::private::VERDICT_SECONDS;
 use crate::model::subscription::topic::TopicScope;
-use crate::postgres::catalog::{CatalogCache, TopicState};
+use crate::postgres::catalog::{CatalogCache, KnownTopicRules};
 use crate::postgres::connect::pool::Error;
 
 /// Minimum interval between two times at which all members are judged again because rules changed, or a table that they look into.
@@ -31,7 +31,7 @@ const RECHECK_INTERVAL: Duration = Duration::from_secs(1);
 pub struct TopicJudge {
     catalog: Arc<CatalogCache>,
     /// The rules, and how often they and what they look into have changed.
-    state: watch::Receiver<TopicState>,
+    state: watch::Receiver<KnownTopicRules>,
     queues: QuestionQueues,
     /// Changes when members are to be judged again.
     rechecks: watch::Sender<u64>,
@@ -193,8 +193,8 @@ impl TopicJudge {
         };
         self.queues.add(question, *is_recheck);
         match answer.await {
-            Ok(Answer::Rights(rights)) => verdict(rights, None),
-            Ok(Answer::Locked) | Err(_) => Err(Unready::Again),
+            Ok(RightsAnswer::Rights(rights)) => verdict(rights, None),
+            Ok(RightsAnswer::Locked) | Err(_) => Err(Unready::Again),
         }
     }
 }

@@ -37,12 +37,12 @@ pub struct Question {
     /// The claims that the policies read.
     pub values: Vec<ClaimValue>,
     /// Takes the answer. Dropped if there is none.
-    pub reply: oneshot::Sender<Answer>,
+    pub reply: oneshot::Sender<RightsAnswer>,
 }
 
 /// The answer to a question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum RightsAnswer {
     /// What is allowed.
     Rights(TopicRights),
     /// Unknown: a table that the policies read is locked.
@@ -67,7 +67,7 @@ pub struct WaitingQuestions {
 
 /// A batch being filled.
 #[derive(Default)]
-struct Batch {
+struct QuestionBatch {
     questions: Vec<Question>,
     counts: HashMap<Identity, usize>,
 }
@@ -104,7 +104,7 @@ impl WaitingQuestions {
     /// Waits for a question, and returns it with those that wait, too. `None` when no more can come.
     async fn next(&mut self) -> Option<Vec<Question>> {
         loop {
-            let mut batch = Batch::default();
+            let mut batch = QuestionBatch::default();
             for question in std::mem::take(&mut self.later) {
                 self.later.extend(batch.add(question));
             }
@@ -130,7 +130,7 @@ impl WaitingQuestions {
     }
 }
 
-impl Batch {
+impl QuestionBatch {
     /// Adds a question whose asker still waits. Returns it if it is for a later batch: one identity's questions, which may be slow,
     /// leave room for those of others.
     fn add(&mut self, question: Question) -> Option<Question> {
@@ -323,7 +323,7 @@ impl TopicWorker {
                 self.observe.judgement_failed(denied, &relation.table);
             }
             if denied == Some(Denied::Locked) {
-                let _ = question.reply.send(Answer::Locked);
+                let _ = question.reply.send(RightsAnswer::Locked);
                 continue;
             }
             for (truth, allowed) in truths.iter_mut().zip(allowed) {
@@ -340,9 +340,9 @@ impl TopicWorker {
 fn reply(question: Question, truths: [Truth; 2]) {
     let rights = TopicRights::of(truths.map(|truth| truth == Truth::True));
     let answer = if truths.contains(&Truth::TimedOut) && !rights.any() {
-        Answer::Locked
+        RightsAnswer::Locked
     } else {
-        Answer::Rights(rights)
+        RightsAnswer::Rights(rights)
     };
     let _ = question.reply.send(answer);
 }

@@ -23,12 +23,12 @@ pub struct MemoryBudget {
     held: AtomicUsize,
     /// Those of them that cannot be evicted.
     reserved: AtomicUsize,
-    holders: Mutex<Slab<Weak<dyn Holder>>>,
+    holders: Mutex<Slab<Weak<dyn Evictable>>>,
     owners: Mutex<HashMap<u64, Weak<Owner>>>,
 }
 
 /// A client with memory that can be evicted.
-pub trait Holder: Send + Sync {
+pub trait Evictable: Send + Sync {
     /// Returns what waits for the client; `None` when nothing does.
     fn waiting(&self) -> Option<WaitingBytes>;
 
@@ -119,7 +119,7 @@ impl MemoryBudget {
         if self.fits(bytes) {
             return true;
         }
-        let holders: Vec<Arc<dyn Holder>> =
+        let holders: Vec<Arc<dyn Evictable>> =
             lock(&self.holders).iter().filter_map(|(_, holder)| holder.upgrade()).collect();
         let equal_share =
             self.limit.saturating_sub(self.reserved.load(Ordering::Relaxed)) / holders.len().max(1);
@@ -136,11 +136,12 @@ impl MemoryBudget {
     pub fn make_room_for(&self, owner: &Arc<Owner>, bytes: usize) -> bool {
         let share = self.share();
         if self.held_bytes().saturating_add(bytes) > share {
-            let is_own = |holder: &Arc<dyn Holder>| holder.owner().is_some_and(|of| Arc::ptr_eq(of, owner));
+            let is_own =
+                |holder: &Arc<dyn Evictable>| holder.owner().is_some_and(|of| Arc::ptr_eq(of, owner));
             let holders =
                 lock(&self.holders).iter().filter_map(|(_, holder)| holder.upgrade()).collect::<Vec<_>>();
             let own: Vec<_> = holders.into_iter().filter(is_own).collect();
-            let waiting = |holder: &Arc<dyn Holder>| holder.waiting().map_or(0, |waiting| waiting.bytes);
+            let waiting = |holder: &Arc<dyn Evictable>| holder.waiting().map_or(0, |waiting| waiting.bytes);
             let mut all: usize = own.iter().map(waiting).sum();
             self.evict(own.iter(), |freed| {
                 all = all.saturating_sub(freed);
@@ -174,7 +175,7 @@ impl MemoryBudget {
     }
 
     /// Registers a holder; it can be evicted until the registration is dropped.
-    pub fn register(self: &Arc<Self>, holder: Weak<dyn Holder>) -> Registration {
+    pub fn register(self: &Arc<Self>, holder: Weak<dyn Evictable>) -> Registration {
         let number = lock(&self.holders).insert(holder);
         Registration { budget: Arc::clone(self), number }
     }
@@ -183,7 +184,7 @@ impl MemoryBudget {
     /// since its last call.
     fn evict<'a>(
         &self,
-        holders: impl Iterator<Item = &'a Arc<dyn Holder>>,
+        holders: impl Iterator<Item = &'a Arc<dyn Evictable>>,
         mut enough: impl FnMut(usize) -> bool,
     ) {
         let mut waiting: Vec<_> = holders.filter_map(|holder| Some((holder.waiting()?, holder))).collect();

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 
 use crate::feed::deliver::frame::Frame;
-use crate::feed::deliver::memory_budget::{Holder, MemoryBudget, Owner, Registration, WaitingBytes};
-use crate::feed::deliver::queue::{Hand, Kind, Queue, Taken, Unit, lock};
+use crate::feed::deliver::memory_budget::{Evictable, MemoryBudget, Owner, Registration, WaitingBytes};
+use crate::feed::deliver::queue::{FrameKind, InFlight, Queue, Taken, Unit, lock};
 use crate::model::session::channel::ChannelId;
 
 /// A frame this small does not close the client when the memory budget is exhausted.
@@ -25,10 +25,10 @@ pub struct Outbox {
 }
 
 struct Shared {
-    // Neither lock is held across an await. `hand` may be held during a socket write, so it is never locked by those
+    // Neither lock is held across an await. `in_flight` may be held during a socket write, so it is never locked by those
     // who add.
     queue: Mutex<Queue>,
-    hand: Mutex<Hand>,
+    in_flight: Mutex<InFlight>,
     owner: Option<Arc<Owner>>,
     budget: Arc<MemoryBudget>,
 }
@@ -41,9 +41,9 @@ impl Outbox {
 
     /// The same for the answer of an owner.
     pub fn of(owner: Option<Arc<Owner>>, limit: usize, budget: Arc<MemoryBudget>) -> Self {
-        let (queue, hand) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { queue, hand, owner, budget: Arc::clone(&budget) });
-        let holder: Weak<dyn Holder> = Arc::<Shared>::downgrade(&shared);
+        let (queue, in_flight) = (Mutex::default(), Mutex::default());
+        let shared = Arc::new(Shared { queue, in_flight, owner, budget: Arc::clone(&budget) });
+        let holder: Weak<dyn Evictable> = Arc::<Shared>::downgrade(&shared);
         let _registration = budget.register(holder);
         Self { shared, limit, budget, _registration }
     }
@@ -51,18 +51,18 @@ impl Outbox {
     /// Adds a single frame. It is accepted whatever its size, or it could never be delivered.
     pub fn push(&self, frame: Frame) {
         let has_room = frame.len() <= SMALL_REPLY || self.budget.make_room(0);
-        self.add(has_room, [frame], Kind::Reply);
+        self.add(has_room, [frame], FrameKind::Reply);
     }
 
     /// Adds the frames of a push to the members of a topic, if the client is not too slow. Memory is checked by the publisher.
     /// Returns whether another push might not fit, as [`Self::is_congested`] does.
     pub fn publish(&self, frames: impl IntoIterator<Item = Frame>) -> bool {
-        self.add(true, frames, Kind::Push)
+        self.add(true, frames, FrameKind::Push)
     }
 
     /// Adds the frames of a unit for one channel. Without room in memory, the client is closed.
     pub fn deliver(&self, unit: Unit, frames: impl IntoIterator<Item = Frame>, has_room: bool) {
-        self.add(has_room, frames, Kind::Changes(unit));
+        self.add(has_room, frames, FrameKind::Changes(unit));
     }
 
     /// Adds a piece of an answer; false when the owner may not have more, or the answer was evicted.
@@ -82,7 +82,7 @@ impl Outbox {
         !queue.full
     }
 
-    fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, kind: Kind) -> bool {
+    fn add(&self, has_room: bool, frames: impl IntoIterator<Item = Frame>, kind: FrameKind) -> bool {
         let (wakers, is_congested) = {
             let mut queue = self.lock();
             queue.add_all(frames, kind, self.limit, has_room);
@@ -149,18 +149,18 @@ impl Outbox {
         std::mem::take(&mut self.lock().delivered)
     }
 
-    /// Waits for frames and moves all of them to the hand. Cancel safe. Only one task may wait at a time.
+    /// Waits for frames and moves all of them in flight. Cancel safe. Only one task may wait at a time.
     pub async fn take(&self) -> Taken {
         poll_fn(|context| {
             let mut queue = self.lock();
-            queue.take(&self.shared.hand).map_or_else(|| wait(&mut queue.taker, context), Poll::Ready)
+            queue.take(&self.shared.in_flight).map_or_else(|| wait(&mut queue.taker, context), Poll::Ready)
         })
         .await
     }
 
     /// Locks the taken frames.
-    pub fn hand(&self) -> MutexGuard<'_, Hand> {
-        lock(&self.shared.hand)
+    pub fn in_flight(&self) -> MutexGuard<'_, InFlight> {
+        lock(&self.shared.in_flight)
     }
 
     /// Waits until it overflows, even while another task waits to take. Cancel safe. Only one task may wait at a
@@ -178,7 +178,7 @@ impl Outbox {
     }
 }
 
-impl Holder for Shared {
+impl Evictable for Shared {
     fn waiting(&self) -> Option<WaitingBytes> {
         let queue = lock(&self.queue);
         let bytes = queue.bytes + queue.unwritten;
@@ -198,10 +198,10 @@ impl Holder for Shared {
             queue.count_slots(&self.budget);
             queue.wakers()
         };
-        let mut hand = lock(&self.hand);
-        hand.frames = VecDeque::new();
-        hand.is_evicted = true;
-        drop(hand);
+        let mut in_flight = lock(&self.in_flight);
+        in_flight.frames = VecDeque::new();
+        in_flight.is_evicted = true;
+        drop(in_flight);
         wakers.into_iter().flatten().for_each(Waker::wake);
     }
 }
@@ -247,7 +247,7 @@ mod tests {
 
     async fn take(outbox: &Outbox) -> (Taken, usize) {
         let taken = outbox.take().await;
-        (taken, outbox.hand().frames.len())
+        (taken, outbox.in_flight().frames.len())
     }
 
     #[tokio::test]
@@ -302,7 +302,7 @@ mod tests {
         outbox.deliver(Unit::next(), [frame(900, &outbox)], true);
         assert_eq!(take(&outbox).await, (Taken::Frames, 3));
         assert!(!outbox.is_congested());
-        outbox.hand().frames.clear();
+        outbox.in_flight().frames.clear();
         publish(17_000);
         publish(1);
         assert!(outbox.is_full());
@@ -372,7 +372,7 @@ mod tests {
         stuck.is_stuck_with(6000);
         push(&other, 5000);
         assert!(stuck.is_full() && !other.is_full());
-        assert!(stuck.hand().is_evicted && stuck.hand().frames.is_empty());
+        assert!(stuck.in_flight().is_evicted && stuck.in_flight().frames.is_empty());
         assert_eq!(budget.held_bytes(), 5000 + FRAME_OVERHEAD);
     }
 

@@ -59,7 +59,7 @@ pub struct Unit(u64);
 
 /// What frames are, which decides when they are too many.
 #[derive(Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum FrameKind {
     /// Replies and pings.
     Reply,
     /// Changes, of this unit.
@@ -83,7 +83,7 @@ impl Unit {
 
 /// Frames that were taken and are being written.
 #[derive(Debug, Default)]
-pub struct Hand {
+pub struct InFlight {
     /// The frames, in order.
     pub frames: VecDeque<Frame>,
     /// The client was evicted: the frames were dropped, even one that is partly written.
@@ -93,7 +93,7 @@ pub struct Hand {
 /// What [`Outbox::take`](crate::feed::deliver::outbox::Outbox::take) found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
-    /// Frames, moved to the hand.
+    /// Frames, which are in flight now.
     Frames,
     /// A channel to bind anew, because its relation is gone or changed.
     Rebind(ChannelId),
@@ -106,11 +106,11 @@ impl Queue {
     pub(super) fn add_all(
         &mut self,
         frames: impl IntoIterator<Item = Frame>,
-        kind: Kind,
+        kind: FrameKind,
         limit: usize,
         has_room: bool,
     ) {
-        self.delivered |= matches!(kind, Kind::Changes(_));
+        self.delivered |= matches!(kind, FrameKind::Changes(_));
         if !has_room || self.has_too_much(kind, limit) {
             self.close();
         }
@@ -124,28 +124,28 @@ impl Queue {
         }
         let added = self.bytes - before;
         match kind {
-            Kind::Changes(Unit::REPLAY) => self.replay_bytes += added,
+            FrameKind::Changes(Unit::REPLAY) => self.replay_bytes += added,
             // Broadcasts from the database are among the changes, and have the limit of other broadcasts.
-            Kind::Changes(unit) => {
+            FrameKind::Changes(unit) => {
                 self.unit = unit;
                 self.push_bytes += pushed;
             }
-            Kind::Reply => self.reply_bytes += added,
-            Kind::Push => self.push_bytes += added,
+            FrameKind::Reply => self.reply_bytes += added,
+            FrameKind::Push => self.push_bytes += added,
         }
     }
 
     /// Whether so much waits that no frames of this kind may be added.
-    fn has_too_much(&self, kind: Kind, limit: usize) -> bool {
+    fn has_too_much(&self, kind: FrameKind, limit: usize) -> bool {
         let is_over = self.bytes > 0 && self.limited_bytes() > limit;
         let has_too_many_pushes = self.has_too_many_pushes(limit);
         match kind {
-            Kind::Changes(unit) => {
+            FrameKind::Changes(unit) => {
                 unit != Unit::REPLAY && unit != self.unit && (is_over || has_too_many_pushes)
             }
             // Replies and pings do not close a client that is receiving a large change.
-            Kind::Reply => is_over && self.reply_bytes > limit / 4,
-            Kind::Push => has_too_many_pushes,
+            FrameKind::Reply => is_over && self.reply_bytes > limit / 4,
+            FrameKind::Push => has_too_many_pushes,
         }
     }
 
@@ -206,16 +206,16 @@ impl Queue {
         [self.taker.take(), if self.full { self.watcher.take() } else { None }]
     }
 
-    pub(super) fn take(&mut self, hand: &Mutex<Hand>) -> Option<Taken> {
+    pub(super) fn take(&mut self, in_flight: &Mutex<InFlight>) -> Option<Taken> {
         self.unwritten = 0;
         self.since = None;
         self.reply_bytes = 0;
         if !self.frames.is_empty() {
-            let mut hand = lock(hand);
-            if hand.frames.is_empty() {
-                std::mem::swap(&mut self.frames, &mut hand.frames);
+            let mut in_flight = lock(in_flight);
+            if in_flight.frames.is_empty() {
+                std::mem::swap(&mut self.frames, &mut in_flight.frames);
             } else {
-                hand.frames.append(&mut self.frames);
+                in_flight.frames.append(&mut self.frames);
             }
             self.replay_bytes_taken = std::mem::take(&mut self.replay_bytes);
             self.push_bytes_taken = std::mem::take(&mut self.push_bytes);

@@ -43,7 +43,7 @@ pub enum NotSent {
 
 /// The columns of a row. Others are ignored.
 #[derive(Deserialize)]
-struct Row<'a> {
+struct MessageRow<'a> {
     topic: String,
     id: &'a RawValue,
     event: Option<String>,
@@ -81,7 +81,7 @@ impl StoredBroadcast {
         if is_cut || image.len() > 2 * MAX_CONTENT_BYTES + 64 * 1024 {
             return Err(NotSent::TooLarge);
         }
-        let row: Row<'_> = serde_json::from_str(image).map_err(|_| NotSent::Unreadable)?;
+        let row: MessageRow<'_> = serde_json::from_str(image).map_err(|_| NotSent::Unreadable)?;
         if row.skip_broadcast == Some(true) {
             return Err(NotSent::AlreadySent);
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_postgres::Config;
 use tokio_postgres::config::SslMode;
 
-use crate::postgres::connect::parameters::{EXPECTED, Parameters};
+use crate::postgres::connect::parameters::{AddressParameters, EXPECTED};
 use crate::tls::{Trust, Verification};
 
 /// Directories of PostgreSQL's Unix sockets: Debian's, and PostgreSQL's default.
@@ -133,7 +133,7 @@ impl Address {
         authority: Option<&str>,
         variable: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, String> {
-        let mut parameters = Parameters::read(text)?;
+        let mut parameters = AddressParameters::read(text)?;
         parameters.add_defaults(variable);
         let notes = parameters.take_supported()?;
         let (modes, trust) = parameters.security(authority)?;
@@ -143,7 +143,7 @@ impl Address {
     }
 }
 
-impl Parameters {
+impl AddressParameters {
     /// Fills in what the URL leaves open, as libpq does.
     fn add_defaults(&mut self, variable: impl Fn(&str) -> Option<String>) {
         let names_host = self.get("host").is_some() || self.get("hostaddr").is_some();

@@ -4,9 +4,9 @@
 pub(super) const EXPECTED: &str = "postgres://user:password@host:port/database is expected";
 
 /// Names and values, in order; the last value of a name counts.
-pub(super) struct Parameters(pub(super) Vec<(String, String)>);
+pub(super) struct AddressParameters(pub(super) Vec<(String, String)>);
 
-impl Parameters {
+impl AddressParameters {
     /// Parses either form.
     ///
     /// # Errors

@@ -41,13 +41,13 @@ pub enum BatchError {
 }
 
 #[derive(Deserialize)]
-struct Batch<'a> {
+struct BroadcastBatch<'a> {
     #[serde(borrow)]
     messages: Vec<&'a RawValue>,
 }
 
 #[derive(Deserialize, Default)]
-struct Fields<'a> {
+struct BroadcastFields<'a> {
     #[serde(borrow)]
     topic: Option<&'a RawValue>,
     #[serde(borrow)]
@@ -66,7 +66,7 @@ struct Fields<'a> {
 /// If the body is not JSON, has too many messages, or a message is invalid: its errors are at its place in the list.
 pub fn parse(body: &[u8], max_bytes: usize, max_messages: usize) -> Result<Vec<BatchMessage>, BatchError> {
     let body: &RawValue = serde_json::from_slice(body).map_err(|_| BatchError::NotJson)?;
-    let batch: Batch<'_> = serde_json::from_str(body.get())
+    let batch: BroadcastBatch<'_> = serde_json::from_str(body.get())
         .map_err(|_| BatchError::Invalid(json!({"errors": {"messages": [BLANK]}}).to_string()))?;
     // Before any of them is parsed: the errors of a message take more memory than the message.
     if batch.messages.len() > max_messages {
@@ -86,7 +86,7 @@ pub fn parse(body: &[u8], max_bytes: usize, max_messages: usize) -> Result<Vec<B
 /// # Errors
 /// The errors of each field.
 fn parse_message(message: &RawValue, max_bytes: usize) -> Result<BatchMessage, Map<String, Value>> {
-    let fields: Fields<'_> = serde_json::from_str(message.get()).unwrap_or_default();
+    let fields: BroadcastFields<'_> = serde_json::from_str(message.get()).unwrap_or_default();
     let mut errors = Map::new();
     let mut add = |field: &str, error: &str| _ = errors.insert(field.to_owned(), json!([error]));
     let mut text = |name: &str, value: Option<&RawValue>| {

@@ -66,7 +66,7 @@ pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (A
         }),
         Form::Single(channel, event, is_private) => single(&head.headers, &body, max_bytes, (channel, event))
             .map(|message| vec![BatchMessage { is_private, ..message }])
-            .map_err(|Refusal(status, why)| error(status, &why)),
+            .map_err(|BroadcastRefusal(status, why)| error(status, &why)),
     };
     drop(body);
     let answer = match messages {
@@ -81,7 +81,7 @@ pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (A
 /// # Errors
 /// The answer that refuses the request.
 async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Result<(Form, Identity), Answer> {
-    let mut form = form(request.uri().path()).map_err(|Refusal(status, why)| error(status, &why))?;
+    let mut form = form(request.uri().path()).map_err(|BroadcastRefusal(status, why)| error(status, &why))?;
     let claims = admit(app, address, request, &Method::POST, "broadcasts are sent by POST").await?;
     let query = request.uri().query().unwrap_or_default();
     if let Form::Single(_, _, is_private) = &mut form {
@@ -94,7 +94,7 @@ async fn check(app: &App, address: IpAddr, request: &Request<Incoming>) -> Resul
 ///
 /// # Errors
 /// If there is nothing at the path.
-fn form(path: &str) -> Result<Form, Refusal> {
+fn form(path: &str) -> Result<Form, BroadcastRefusal> {
     match rest(path).unwrap_or_default().split('/').collect::<Vec<_>>()[..] {
         [""] | ["", ""] => Ok(Form::Batch),
         ["", channel, "events", event] if !channel.is_empty() && !event.is_empty() => {
@@ -122,7 +122,7 @@ fn single(
     body: &[u8],
     max_bytes: usize,
     (channel, event): (String, String),
-) -> Result<BatchMessage, Refusal> {
+) -> Result<BatchMessage, BroadcastRefusal> {
     if body.len() > max_bytes {
         let why = format!("Payload size exceeds tenant limit: {max_bytes} bytes at most");
         return Err(refusal(StatusCode::UNPROCESSABLE_ENTITY, why));
@@ -157,10 +157,10 @@ const MAX_JUDGED: usize = 64;
 const TOO_MANY: &str = "Too many messages to broadcast, please reduce the batch size";
 
 /// Why a request is refused, with the status.
-struct Refusal(StatusCode, String);
+struct BroadcastRefusal(StatusCode, String);
 
-fn refusal(status: StatusCode, why: impl Into<String>) -> Refusal {
-    Refusal(status, why.into())
+fn refusal(status: StatusCode, why: impl Into<String>) -> BroadcastRefusal {
+    BroadcastRefusal(status, why.into())
 }
 
 /// Sends the messages in order. Those to private channels that the client may not send to are dropped; a single one is refused.

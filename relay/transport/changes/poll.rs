@@ -77,7 +77,7 @@ pub async fn poll(
     }
     let reached = reached.filter(|cursor| cursor.is_at_or_after(&since));
     let hidden = take_hidden(&outbox).or(hidden);
-    if outbox.hand().frames.is_empty() {
+    if outbox.in_flight().frames.is_empty() {
         return no_changes(&reached.unwrap_or(since).to_string(), false, hidden.as_deref());
     }
     // Without a known position, the cursor is that of the last change.
@@ -162,7 +162,7 @@ async fn has_more(catch_up: CatchUp, cursor: Cursor) -> bool {
 /// Removes the notices that the table shows no row any more from the taken frames, and returns the last one.
 fn take_hidden(outbox: &Outbox) -> Option<String> {
     let mut hidden = None;
-    outbox.hand().frames.retain(|frame| match frame.content() {
+    outbox.in_flight().frames.retain(|frame| match frame.content() {
         Content::Notice(Notice::Hidden(why)) => {
             hidden = Some(why.clone());
             false
@@ -182,7 +182,7 @@ fn no_changes(cursor: &str, more: bool, hidden: Option<&str>) -> Answer {
 fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: WatchedOutbox) -> Answer {
     // A separate outbox: later deliveries to the other one must not evict the answer.
     let answering = Arc::new(Outbox::of(outbox.owner(), usize::MAX, Arc::clone(outbox.budget())));
-    let frames = std::mem::take(&mut outbox.hand().frames);
+    let frames = std::mem::take(&mut outbox.in_flight().frames);
     let mut found = Vec::with_capacity(frames.len());
     let mut is_cut = false;
     for frame in &frames {
@@ -206,13 +206,13 @@ fn changes(outbox: &Outbox, cursor: Option<&str>, more: bool, watched: WatchedOu
         return no_changes(cursor, more, None);
     }
     let mut before = format!(r#"{{"cursor":"{cursor}","changes":["#);
-    let mut hand = answering.hand();
+    let mut in_flight = answering.in_flight();
     for (n, (_, object)) in found.iter().enumerate() {
         let after = if n + 1 == found.len() { "]" } else { "," };
         let envelope = Envelope::Text { before: std::mem::take(&mut before), after };
-        hand.frames.push_back(Frame::change(envelope, Arc::clone(object), outbox.budget()));
+        in_flight.frames.push_back(Frame::change(envelope, Arc::clone(object), outbox.budget()));
     }
-    hand.frames.push_back(Frame::text(format!(r#","more":{more}}}"#), outbox.budget()));
-    drop(hand);
+    in_flight.frames.push_back(Frame::text(format!(r#","more":{more}}}"#), outbox.budget()));
+    drop(in_flight);
     json_answer(answering, watched)
 }

@@ -54,7 +54,7 @@ pub async fn rows(app: &App, call: ChangesRequest, watched: WatchedOutbox) -> An
                     return no_room();
                 }
                 let head = format!(r#"{{"cursor":"{}","rows":["#, found.cursor);
-                outbox.hand().frames.push_front(Frame::text(head, &app.budget));
+                outbox.in_flight().frames.push_front(Frame::text(head, &app.budget));
                 json_answer(outbox, watched)
             }
         },

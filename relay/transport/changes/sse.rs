@@ -137,7 +137,7 @@ fn answer(
 }
 
 /// What follows a wait.
-enum Step {
+enum StreamStep {
     /// These bytes are written.
     Write(String),
     /// Nothing is written yet.
@@ -158,7 +158,7 @@ impl EventStream {
                 return Some(last);
             }
             // Write frames already taken, then those waiting in the outbox, to make room before reading on.
-            if !self.catch_up.outbox.hand().frames.is_empty() {
+            if !self.catch_up.outbox.in_flight().frames.is_empty() {
                 return self.encoded(Taken::Frames);
             }
             if let Some(taken) = self.catch_up.outbox.take().now_or_never()
@@ -171,9 +171,9 @@ impl EventStream {
                 Progress::Live => self.wait().await,
             };
             match step {
-                Step::Write(text) => return Some(text),
-                Step::Continue => {}
-                Step::End => return None,
+                StreamStep::Write(text) => return Some(text),
+                StreamStep::Continue => {}
+                StreamStep::End => return None,
             }
         }
         None
@@ -189,28 +189,28 @@ impl EventStream {
     }
 
     /// Reads more of what the client missed into its outbox.
-    async fn replay(&mut self) -> Step {
+    async fn replay(&mut self) -> StreamStep {
         let claims = self.catch_up.subscription().identity().claims().clone();
         tokio::select! {
             // Poll the expiry first: a long replay must not continue after it.
             biased;
-            () = sleep_until(self.expiry) => Step::Write(self.expired()),
-            () = &mut self.revoked => Step::Write(self.lost()),
-            () = self.app.verifier.withdrawn(&claims) => Step::Write(self.withdrawn()),
-            () = self.app.end.cancelled() => Step::End,
-            () = self.closed.cancelled() => Step::End,
+            () = sleep_until(self.expiry) => StreamStep::Write(self.expired()),
+            () = &mut self.revoked => StreamStep::Write(self.lost()),
+            () = self.app.verifier.withdrawn(&claims) => StreamStep::Write(self.withdrawn()),
+            () = self.app.end.cancelled() => StreamStep::End,
+            () = self.closed.cancelled() => StreamStep::End,
             outcome = self.catch_up.go_on() => match outcome {
                 Ok(progress) => {
                     self.progress = progress;
-                    Step::Continue
+                    StreamStep::Continue
                 }
-                Err(error) => Step::Write(self.replay_failed(&error)),
+                Err(error) => StreamStep::Write(self.replay_failed(&error)),
             },
         }
     }
 
     /// Waits for new frames, for a reason to end the stream, or until a keep-alive is due.
-    async fn wait(&mut self) -> Step {
+    async fn wait(&mut self) -> StreamStep {
         let claims = self.catch_up.subscription().identity().claims().clone();
         let outbox = Arc::clone(&self.catch_up.outbox);
         let text = tokio::select! {
@@ -225,11 +225,11 @@ impl EventStream {
                 };
                 Some(format!("event: {name}\ndata: {data}\n\n"))
             }
-            () = self.app.end.cancelled() => return Step::End,
-            () = self.closed.cancelled() => return Step::End,
+            () = self.app.end.cancelled() => return StreamStep::End,
+            () = self.closed.cancelled() => return StreamStep::End,
             () = sleep_until(Instant::now() + self.app.limits.keep_alive) => self.keep_alive().await,
         };
-        text.map_or(Step::Continue, Step::Write)
+        text.map_or(StreamStep::Continue, StreamStep::Write)
     }
 
     /// Returns the last event if the token has ended, or the right to read.
@@ -272,10 +272,10 @@ impl EventStream {
             return None;
         }
         let outbox = Arc::clone(&self.catch_up.outbox);
-        let mut hand = outbox.hand();
+        let mut in_flight = outbox.in_flight();
         let mut text = String::new();
         while text.len() < MAX_CHUNK
-            && let Some(first) = hand.frames.front()
+            && let Some(first) = in_flight.frames.front()
         {
             match first.content() {
                 Content::Change(Envelope::Cursor(cursor), object) => {
@@ -308,9 +308,9 @@ impl EventStream {
                 Content::Notice(Notice::Hidden(why)) => text.push_str(&notice_event(why)),
                 _ => {}
             }
-            hand.frames.pop_front();
+            in_flight.frames.pop_front();
         }
-        outbox.is_stuck_with(hand.frames.iter().map(|frame| frame.len()).sum());
+        outbox.is_stuck_with(in_flight.frames.iter().map(|frame| frame.len()).sum());
         Some(text)
     }
 

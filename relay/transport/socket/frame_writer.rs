@@ -9,7 +9,7 @@ use tokio_tungstenite::WebSocketStream;
 
 use crate::feed::deliver::frame::{Content, Frame};
 use crate::feed::deliver::outbox::Outbox;
-use crate::feed::deliver::queue::Hand;
+use crate::feed::deliver::queue::InFlight;
 use crate::transport::intake::Intake;
 
 /// Maximum size in bytes of frames that are copied together for one system call.
@@ -54,12 +54,12 @@ impl Writer {
 
     /// Drops all frames except a partly written one.
     pub fn discard(&mut self, outbox: &Outbox) {
-        outbox.hand().frames.truncate(usize::from(self.written > 0));
+        outbox.in_flight().frames.truncate(usize::from(self.written > 0));
     }
 
     /// Returns the number of unwritten bytes.
     pub fn left(&self, outbox: &Outbox) -> usize {
-        outbox.hand().frames.iter().map(Frame::len).sum::<usize>().saturating_sub(self.written)
+        outbox.in_flight().frames.iter().map(Frame::len).sum::<usize>().saturating_sub(self.written)
     }
 
     /// Whether a frame is partly written.
@@ -100,29 +100,29 @@ impl Writer {
             }
             self.flush_needed = false;
         }
-        let mut hand = outbox.hand();
-        if hand.is_evicted && self.written > 0 {
+        let mut in_flight = outbox.in_flight();
+        if in_flight.is_evicted && self.written > 0 {
             return Err(Broken);
         }
-        while let Some(first) = hand.frames.front() {
+        while let Some(first) = in_flight.frames.front() {
             let whole = match first.len() > MAX_BATCH {
-                true => self.write_large(socket.get_ref().stream(), &mut hand)?,
+                true => self.write_large(socket.get_ref().stream(), &mut in_flight)?,
                 false => {
                     let stream = socket.get_ref().stream();
-                    BATCH.with_borrow_mut(|written| self.write_batch(stream, &mut hand, written))?
+                    BATCH.with_borrow_mut(|written| self.write_batch(stream, &mut in_flight, written))?
                 }
             };
             if !whole {
                 return Ok(false);
             }
         }
-        hand.frames.shrink_to(KEPT_CAPACITY);
+        in_flight.frames.shrink_to(KEPT_CAPACITY);
         Ok(true)
     }
 
     /// Writes the first frame without copying it. Returns true if all of it was written.
-    fn write_large(&mut self, stream: &TcpStream, hand: &mut Hand) -> Result<bool, Broken> {
-        let Some(first) = hand.frames.front() else { return Ok(true) };
+    fn write_large(&mut self, stream: &TcpStream, in_flight: &mut InFlight) -> Result<bool, Broken> {
+        let Some(first) = in_flight.frames.front() else { return Ok(true) };
         let mut header = Vec::with_capacity(10);
         put_header(&mut header, first);
         let [head, payload, tail] = first.pieces();
@@ -131,7 +131,7 @@ impl Writer {
         IoSlice::advance_slices(&mut left, self.written);
         let length: usize = left.iter().map(|piece| piece.len()).sum();
         let count = accepted(stream.try_write_vectored(left))?;
-        self.advance(count, hand);
+        self.advance(count, in_flight);
         Ok(count == length)
     }
 
@@ -139,11 +139,11 @@ impl Writer {
     fn write_batch(
         &mut self,
         stream: &TcpStream,
-        hand: &mut Hand,
+        in_flight: &mut InFlight,
         written: &mut Vec<u8>,
     ) -> Result<bool, Broken> {
         written.clear();
-        for frame in hand.frames.iter().take_while(|frame| frame.len() <= MAX_BATCH) {
+        for frame in in_flight.frames.iter().take_while(|frame| frame.len() <= MAX_BATCH) {
             put_header(written, frame);
             frame.pieces().into_iter().for_each(|piece| written.extend_from_slice(piece));
             if written.len() >= MAX_BATCH {
@@ -154,18 +154,18 @@ impl Writer {
         let count = accepted(stream.try_write(left))?;
         let whole = count == left.len();
         written.shrink_to(2 * MAX_BATCH);
-        self.advance(count, hand);
+        self.advance(count, in_flight);
         Ok(whole)
     }
 
     /// Counts `count` more bytes as written and removes the completed frames.
-    fn advance(&mut self, count: usize, hand: &mut Hand) {
+    fn advance(&mut self, count: usize, in_flight: &mut InFlight) {
         self.written += count;
-        while let Some(first) = hand.frames.front()
+        while let Some(first) = in_flight.frames.front()
             && let Some(left) = self.written.checked_sub(header_length(first) + first.len())
         {
             self.written = left;
-            hand.frames.pop_front();
+            in_flight.frames.pop_front();
         }
     }
 }

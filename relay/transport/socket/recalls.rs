@@ -31,7 +31,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The earlier broadcasts of a client's channels.
 #[derive(Default)]
 pub struct Recalls {
-    reading: FuturesUnordered<Reading>,
+    reading: FuturesUnordered<RecallTask>,
     /// Ends the reading for a channel.
     aborts: HashMap<ChannelId, AbortHandle>,
     read: HashMap<ChannelId, Recalled>,
@@ -39,7 +39,7 @@ pub struct Recalls {
     following: HashMap<ChannelId, Following>,
 }
 
-type Reading = Abortable<BoxFuture<'static, (ChannelId, Result<Recalled, BindError>)>>;
+type RecallTask = Abortable<BoxFuture<'static, (ChannelId, Result<Recalled, BindError>)>>;
 
 /// A channel on its way, and how far it is.
 struct Following {
