@@ -33,7 +33,7 @@
 //!
 //! **A private join.** [`model::session::private`] asks for a judgement. [`feed::authorize::topic_judge`] decides it by the
 //! [rules](model::catalog::topic_rules) of `realtime.messages`, or puts it to PostgreSQL with others that wait
-//! ([`feed::authorize::topic_questions`]). The session answers the join, and the driver makes the channel a member of the private topic.
+//! ([`feed::authorize::topic_questions`]). The session answers the join, and its channels make it a member of the private topic.
 //!
 //! # Layers
 //!
@@ -46,37 +46,32 @@
 //! | Word | Meaning |
 //! |---|---|
 //! | changelog | the tables `relay.log_0` to `relay.log_2`, one row for each change of a watched table, broadcast from SQL, schema change or gap |
-//! | change | an INSERT, UPDATE, DELETE or TRUNCATE of a watched table, with its row images |
 //! | image | a row as JSON, before or after a change |
 //! | shape | the columns and types under which an image was written, with their catalog numbers |
-//! | page | the changes that became visible between two snapshots, ordered by number |
-//! | batch | a piece of a page, delivered at once |
-//! | chunk | a piece of a page that is read on its own, for those who missed it |
-//! | position | which transactions a reader has received, and how far within a page |
-//! | cursor | a position as text, for a client |
+//! | page | the changes that became visible between two snapshots, ordered by number; over HTTP also a part of the rows |
+//! | batch, chunk | pieces of a page: delivered at once; read at once by those who missed it |
+//! | position, cursor | which transactions a reader has received, and how far within a page; the same as text, for a client |
 //! | epoch | the number of one history of transaction ids; cursors of another one are refused |
 //! | gap | changes may be missing: the client reads the rows again |
-//! | bookmark | the position of one channel of a named session, kept in the database |
-//! | doorbell | NOTIFY and the advisory locks around it, by which writers wake the relay |
+//! | doorbell | NOTIFY and the advisory locks around it, by which writers wake the relay; to ring is to notify |
 //! | leader | the relay that writers wake; it wakes the others, its followers |
 //! | catalog | the watched relations with the rights and policies of each role |
 //! | collection | a publication or schema whose tables are watched |
 //! | identity | a role with verified claims |
 //! | plan | how a policy is decided: here, by index, or by PostgreSQL |
+//! | judging login | the login that evaluates policies in PostgreSQL (`--judge-url`) |
+//! | judgement | what an identity may do in a private channel: by the rules of private channels, of reading or of writing |
+//! | widening | a change of rules by which a role may see more than before |
 //! | visibility | which images of a change a subscriber may see |
 //! | subscription | what a channel asked for, bound to the rights of its identity |
-//! | group | subscribers that get the same bytes |
-//! | cohort | subscribers whose claims are equal as far as a policy reads them |
-//! | session | one client's joined channels, as a state machine that knows no wire format |
-//! | message | what a client and its session tell each other, whatever the wire format |
-//! | codec | how a wire protocol writes the changes of a subscription; on a socket also its messages |
-//! | judgement | what an identity may do in a private channel: by the rules of private channels, of reading or of writing |
-//! | topic | what channels of one name, its members, have in common: broadcasts and presence |
-//! | presence | the objects that the members of a topic track, by their keys |
-//! | frame | a message, change or gap in an outbox; on a socket, its bytes |
-//! | outbox | the bounded queue of frames to one client |
-//! | widening | a change of rules by which a role may see more than before |
+//! | group, cohort | subscribers that get the same bytes; subscribers whose claims are equal as far as a policy reads them |
+//! | session, bookmark | one client's channels, as a state machine of messages; the position of a channel, kept for a session with a name |
+//! | codec | how a wire protocol writes the changes of a subscription; on a socket also the messages of the session |
+//! | topic, presence | what channels of one name have in common; the objects that its members track |
+//! | outbox, frame | the bounded queue to one client; what is in it: a message, change or gap |
 //! | lane | one of three routers: in memory, filters that PostgreSQL evaluates, clients with many filter values |
+//!
+//! A *session* of PostgreSQL, in SQL and in [`postgres`], is a connection of a backend.
 #![allow(
     clippy::disallowed_methods,
     reason = "the clock is forbidden in `model` alone, which turns this lint on again"

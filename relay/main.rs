@@ -100,7 +100,7 @@ enum CliCommand {
         #[command(flatten)]
         servers: JudgeOptions,
     },
-    /// Check the database and print remedies; exit code 1 on a fault
+    /// Check the database and print remedies: a `note` works with a caveat, a `FAULT` does not and gives exit code 1
     Doctor(JudgeOptions),
 }
 
@@ -137,7 +137,7 @@ impl DatabaseOptions {
 struct JudgeOptions {
     #[command(flatten)]
     database: DatabaseOptions,
-    /// The login that judges policies, when `serve` has one of its own
+    /// The login that evaluates policies, if `serve` has one of its own
     #[arg(long, env = "RELAY_JUDGE_URL", hide_env_values = true, value_name = "URL")]
     judge_url: Option<String>,
 }
@@ -246,7 +246,7 @@ async fn unwatch(table: &str, database: &DatabaseOptions) -> Result<(), CliFailu
     client.execute("select relay.unwatch($1::text::regclass)", &[&table]).await.map_err(refused)?;
     say(&match client.query_one(watched, &[&table]).await.map_err(named)?.get(0) {
         true => format!(
-            "{table} stays watched, because it is in a watched publication or schema: select * from relay.collected"
+            "{table} stays watched, because it is in a publication or schema that is watched: select * from relay.collected"
         ),
         false => format!("{table} is not watched any more"),
     });

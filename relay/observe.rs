@@ -63,7 +63,7 @@ metrics! {
     source_downs: Counter = "source_interruptions", "Times the connection to the changelog was lost";
     leader: Gauge = "leader",
         "1 while this relay leads: writers notify it, and it notifies the other relays of its database";
-    rings: Counter = "doorbell_rings", "Notifications heard";
+    rings: Counter = "doorbell_rings", "Notifications received";
     sleeps: Counter = "doorbell_sleeps", "Times the source went to sleep";
     wakes: Counter = "doorbell_wakes", "Times a burst of notifications woke the source to polling";
     polled: Counter = "changes_found_by_polling", "Polls that found changes without a notification";

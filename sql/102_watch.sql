@@ -729,7 +729,7 @@ $$;
 comment on function relay.unwatch_table(regclass) is 'unwatches a relation';
 
 -- relay.unwatch(relation)
--- Reverts relay.watch. A table of a publication or schema that is followed stays watched for that. No error if it was not watched.
+-- Reverts relay.watch. A table of a watched publication or schema stays watched for that. No error if it was not watched.
 create or replace function relay.unwatch(relation regclass) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$

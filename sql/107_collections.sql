@@ -10,29 +10,29 @@ language sql immutable as $$
 $$;
 comment on function relay.is_excluded(text) is 'whether the tables of a schema are in no collection';
 
--- relay.publication_tables() : the tables of the publications that are followed
+-- relay.publication_tables() : the tables of the watched publications
 -- `named`: the publication names the table itself. `refused`: why it cannot be watched for this publication, and what to do.
 -- Schemas, row filters and column lists of publications exist since PostgreSQL 15. plpgsql, because PostgreSQL 14 has not their catalogs.
 create or replace function relay.publication_tables() returns table (publication text, relation oid, named boolean, refused text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp as $$
 declare
-  followed constant name[] := array(select c.name from relay.collections c where c.kind = 'publication');
+  watched_names constant name[] := array(select c.name from relay.collections c where c.kind = 'publication');
   remedy constant text := 'alter publication %1$I drop table %2$s; alter publication %1$I add table %2$s; or watch all of it: select relay.watch(%3$L)';
 begin
   return query
     select p.pubname::text, c.oid, false, null::text from pg_publication p, pg_class c
-    where p.pubname = any (followed) and p.puballtables and c.relkind in ('r', 'p') and c.relpersistence = 'p' and c.oid >= 16384;
+    where p.pubname = any (watched_names) and p.puballtables and c.relkind in ('r', 'p') and c.relpersistence = 'p' and c.oid >= 16384;
   if current_setting('server_version_num')::int < 150000 then
     return query
       select p.pubname::text, r.prrelid, true, null::text from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
-      where p.pubname = any (followed);
+      where p.pubname = any (watched_names);
     return;
   end if;
   return query
     select p.pubname::text, c.oid, false, null::text
     from pg_publication_namespace n join pg_publication p on p.oid = n.pnpubid join pg_class c on c.relnamespace = n.pnnspid
-    where p.pubname = any (followed) and c.relkind in ('r', 'p') and c.relpersistence = 'p';
+    where p.pubname = any (watched_names) and c.relkind in ('r', 'p') and c.relpersistence = 'p';
   return query
     select p.pubname::text, r.prrelid, true, case
       when r.prqual is not null then format(
@@ -42,10 +42,10 @@ begin
         'publication %1$I lists its columns, and the relay shows those that a role may select: ' || remedy,
         p.pubname, r.prrelid::regclass, r.prrelid::regclass) end
     from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
-    where p.pubname = any (followed);
+    where p.pubname = any (watched_names);
 end
 $$;
-comment on function relay.publication_tables() is 'tables of followed publications, with the reason why one cannot be watched';
+comment on function relay.publication_tables() is 'tables of watched publications, with the reason why one cannot be watched';
 
 -- relay.collection_tables() : the tables of all collections; `refused` as in relay.publication_tables()
 -- A partition is watched with the table above it, if that is in the same collection.
@@ -106,10 +106,10 @@ from relay.collections c
 where case c.kind when 'publication' then not exists (select from pg_catalog.pg_publication p where p.pubname = c.name)
                   else not exists (select from pg_catalog.pg_namespace n where n.nspname = c.name) end;
 comment on view relay.collected is
-  'tables of followed publications and schemas: watched, pending, refused or failed, and what to do';
+  'tables of watched publications and schemas: watched, pending, refused or failed, and what to do';
 
 -- relay.collection_steps(comes, goes) : the tables to watch, and those to unwatch
--- A table that somebody watched by hand stays watched.
+-- A table that was watched by a call of relay.watch stays watched.
 create or replace function relay.collection_steps(out comes oid[], out goes oid[])
 language sql stable
 set search_path = pg_catalog, pg_temp as $$

@@ -65,7 +65,7 @@ $$;
 
 -- relay.capture_messages() : creates the trigger of realtime.messages if it is missing and the installer may create it
 -- And enables it ALWAYS if it fires in sessions of origin only, as after ENABLE TRIGGER ALL, and the installer owns the table. By short
--- attempts: while a long transaction has written to the table, this call waits, but no writer does. A trigger that somebody has
+-- attempts: while a long transaction has written to the table, this call waits, but no writer does. A trigger that an administrator has
 -- disabled stays as it is: relay.realtime_problems() names it.
 create or replace function relay.capture_messages() returns void
 language plpgsql volatile

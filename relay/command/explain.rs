@@ -69,6 +69,8 @@ pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> R
     let filters = FilterCompiler::new(server.pool(1, LIMIT)?, login.clone());
     let catalog = Arc::new(CatalogCache::new(server.pool(2, LIMIT)?, login));
     let identity = Identity::new(claims(options)?);
+    let is_without_user =
+        identity.claims().sub().is_none() && !matches!(&*options.role, "anon" | "service_role");
     let request = ExplainRequest {
         table: options.table.clone(),
         token_refused: token_refused(options, &identity)?,
@@ -86,7 +88,7 @@ pub async fn run(options: &ExplainOptions, server: &Server, judge: &Server) -> R
     let mut out = std::io::stdout().lock();
     match options.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&explanation)?)?,
-        false => write!(out, "{}", as_text(&explanation))?,
+        false => write!(out, "{}", as_text(&explanation, is_without_user))?,
     }
     Ok(explanation.would_receive)
 }
@@ -142,9 +144,11 @@ fn target(options: &ExplainOptions) -> Result<Option<ExplainTarget>, ExplainFail
     Ok(options.key.clone().map(ExplainTarget::Key))
 }
 
-/// Formats the explanation for a terminal: the verdict, then the reasons.
-fn as_text(of: &Explanation) -> String {
-    let mut lines = vec![of.first_line(), format!("{} for the role {}", of.table, of.role)];
+/// Formats the explanation for a terminal: the verdict, then the reasons. `is_without_user`: the claims name none, which is easily
+/// forgotten.
+fn as_text(of: &Explanation, is_without_user: bool) -> String {
+    let user = if is_without_user { " without a user: name one by --sub UUID or --token" } else { "" };
+    let mut lines = vec![of.first_line(), format!("{} for the role {}{user}", of.table, of.role)];
     let mut reasons: Vec<String> = of.blockers.iter().map(|blocker| format!("blocked: {blocker}")).collect();
     if !of.hidden_columns.is_empty() {
         reasons.push(format!("columns that the role may not read: {}", of.hidden_columns.join(", ")));

@@ -185,7 +185,7 @@ async fn a_judge_that_does_not_answer_stalls_the_feed_and_loses_nothing() {
     assert_eq!(client.frame().await[4], stalled());
     assert_eq!(
         state(&relay).await,
-        [(503, "not ready: policies could not be judged for too long".into()), (200, "ok".into())]
+        [(503, "not ready: policies could not be evaluated for too long".into()), (200, "ok".into())]
     );
     proxy.release();
     database.run("insert into t values (3)").await;

@@ -150,6 +150,23 @@ async fn explain_says_why_a_reader_would_get_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn it_says_that_no_user_was_named() {
+    let database = database().await;
+    let hint = "public.docs for the role authenticated without a user: name one by --sub UUID or --token";
+    for (who, is_hinted) in [
+        (vec![], true),
+        (vec!["--claims", r#"{"app_metadata":{"role":"admin"}}"#], true),
+        (vec!["--sub", ANN], false),
+        (vec!["--claims", r#"{"sub":"x"}"#], false),
+        (vec!["--role", "anon"], false),
+    ] {
+        let arguments = [&["explain", "docs", "--database-url", &database.url], &who[..]].concat();
+        let (_, text, error) = output(&arguments).await;
+        assert_eq!((text.contains(hint), error.as_str()), (is_hinted, ""), "{who:?}: {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn it_tells_a_person_in_words() {
     let database = database().await;
     let arguments = ["explain", "docs", "--database-url", &database.url, "--sub", ANN, "--key", "1"];

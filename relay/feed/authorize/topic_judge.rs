@@ -119,11 +119,11 @@ impl TopicJudge {
                 match self.try_judge(question).await {
                     Ok(verdict) => return Ok(verdict),
                     Err(Unready::Failed(error)) if !error.is_transient() => {
-                        tracing::warn!(error = %error, "private channel not judged");
+                        tracing::warn!(error = %error, "private channel not authorized");
                         return Err(TopicUnknown);
                     }
                     Err(Unready::Failed(error)) => {
-                        tracing::debug!(error = %error, "private channel not judged, retrying");
+                        tracing::debug!(error = %error, "private channel not authorized, retrying");
                     }
                     Err(Unready::Again) => {}
                 }

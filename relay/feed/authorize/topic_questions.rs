@@ -192,7 +192,7 @@ impl TopicWorker {
                 let Some(batch) = batch else { return };
                 // Without an answer the askers try again.
                 if let Err(error) = self.answer(batch).await {
-                    tracing::warn!(error = %error, "private channels not judged, retrying");
+                    tracing::warn!(error = %error, "private channels not authorized, retrying");
                 }
             }
         };

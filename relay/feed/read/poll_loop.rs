@@ -145,7 +145,7 @@ impl<'a> PollLoop<'a> {
             return Ok(PollResult::Nothing);
         }
         self.doorbell.follow().await?;
-        tracing::info!("following another relay");
+        tracing::info!("standby, another relay leads");
         let (mut last_try, mut rung, mut max_wait) = (Instant::now(), true, self.source.poll);
         loop {
             let found = self.poll_to_end(Flush::WithWriters).await?;
@@ -249,7 +249,7 @@ impl<'a> PollLoop<'a> {
             let Some(rings) = self.wait_for_ring(wait).await? else {
                 if last_heard.elapsed() >= PROBE {
                     if !self.doorbell.is_heard(self.changelog.client()).await? {
-                        return Err(Error::Lost("the doorbell is not heard any more"));
+                        return Err(Error::Lost("notifications do not arrive any more"));
                     }
                     last_heard = Instant::now();
                 }

@@ -165,7 +165,7 @@ impl ChangeSource {
         let rings = is_heard && !doorbell.is_off().await?;
         if !is_heard {
             tracing::warn!(
-                "doorbell not heard, polling instead: a pooler may swallow it, give a direct connection with --doorbell-url"
+                "notifications do not arrive, polling instead: a pooler may drop them, give a direct connection with --doorbell-url"
             );
         } else if !rings {
             tracing::info!("relay.doorbell is off in this database, polling instead");

@@ -122,7 +122,7 @@ impl StallMonitor {
         match (why, self.stalled()) {
             (Some(why), _) => Some(why),
             (None, Some(StallCause::Changelog)) => Some("the changelog could not be read for too long"),
-            (None, Some(StallCause::Evaluation)) => Some("policies could not be judged for too long"),
+            (None, Some(StallCause::Evaluation)) => Some("policies could not be evaluated for too long"),
             (None, None) if is_reading => None,
             (None, None) => Some("the changelog is not being read"),
         }

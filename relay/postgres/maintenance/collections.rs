@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::postgres::connect::pool::{Error, Server};
 use crate::postgres::connect::within::within;
 
-/// Maximum interval between looks where nothing is followed, also the maximum pause after an error. It bounds the delay of a
+/// Maximum interval between checks where no publication or schema is watched, also the maximum pause after an error. It bounds the delay of a
 /// first collection whose notification was lost.
 const MAX_INTERVAL: Duration = Duration::from_secs(60);
 /// Client-side timeout of a statement: on a connection whose peer is gone, it would never end.
@@ -32,7 +32,7 @@ pub async fn run(server: Server, jobs: watch::Sender<()>, end: CancellationToken
                 MAX_INTERVAL
             }
             Err(error) => {
-                tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "tables of publications and schemas not looked at, retrying");
+                tracing::warn!(error = %error, pause_ms = pause.as_millis() as u64, "publications and schemas not checked, retrying");
                 let wait = pause;
                 pause = (pause * 2).min(MAX_INTERVAL);
                 wait
@@ -45,7 +45,7 @@ pub async fn run(server: Server, jobs: watch::Sender<()>, end: CancellationToken
     }
 }
 
-/// Watches and unwatches tables until nothing is followed; without that, no connection is kept.
+/// Watches and unwatches tables until no publication or schema is watched; without that, no connection is kept.
 async fn work(server: &Server, changed: &mut watch::Receiver<()>) -> Result<(), Error> {
     let client = server.connect().await?;
     client.batch_execute("set synchronous_commit = on").await?;
