@@ -318,24 +318,30 @@ end
 $$;
 create or replace function relay.relations_now(wanted int default null)
 returns table (id int, schema text, name text, mute text[], parts oid[], parts_mark bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp as $$
-  select w.id, n.nspname::text, c.relname::text,
-    array(select concat_ws(' ', p.oid, o, coalesce(t.tgenabled, '-'))
-          from unnest(part.oids) p (oid) cross join unnest(relay.operations() || 'TRUNCATE'::text) o
-          left join pg_trigger t on t.tgrelid = p.oid and t.tgname = case o
-            when 'TRUNCATE' then '00_relay_truncate_' || w.id else relay.capture_trigger(w.id, o) end::name
-          where c.relkind <> 'm' and t.tgenabled is distinct from 'A'
-            and not (o = 'TRUNCATE' and (select f.relkind = 'f' from pg_class f where f.oid = p.oid))
-          order by 1),
-    array(select p from unnest(part.oids) p where p <> c.oid order by p),
-    case when c.relkind = 'p' then relay.parts_mark(c.oid) else 0 end
-  from relay.watch_list w
-  join pg_class c on c.oid = w.relation
-  join pg_namespace n on n.oid = c.relnamespace
-  cross join lateral (
-    select case when c.relkind = 'p' then array(select p from relay.parts(c.oid) p) else array[c.oid] end as oids) part
-  where $1 is null or w.id = $1
+language plpgsql stable rows 100
+set search_path = pg_catalog, pg_temp
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return query
+    select w.id, n.nspname::text, c.relname::text,
+      array(select concat_ws(' ', p.oid, o, coalesce(t.tgenabled, '-'))
+            from unnest(part.oids) p (oid) cross join unnest(relay.operations() || 'TRUNCATE'::text) o
+            left join pg_trigger t on t.tgrelid = p.oid and t.tgname = case o
+              when 'TRUNCATE' then '00_relay_truncate_' || w.id else relay.capture_trigger(w.id, o) end::name
+            where c.relkind <> 'm' and t.tgenabled is distinct from 'A'
+              and not (o = 'TRUNCATE' and (select f.relkind = 'f' from pg_class f where f.oid = p.oid))
+            order by 1),
+      array(select p from unnest(part.oids) p where p <> c.oid order by p),
+      case when c.relkind = 'p' then relay.parts_mark(c.oid) else 0 end
+    from relay.watch_list w
+    join pg_class c on c.oid = w.relation
+    join pg_namespace n on n.oid = c.relnamespace
+    cross join lateral (
+      select case when c.relkind = 'p' then array(select p from relay.parts(c.oid) p) else array[c.oid] end as oids) part
+    where $1 is null or w.id = $1;
+end
 $$;
 comment on function relay.relations_now(int) is 'current names, incomplete triggers and partitions of watched relations';
 

@@ -8,66 +8,72 @@
 -- row security, policies, and the functions that policies call, also by other functions.
 drop function if exists relay.rules_now();
 create or replace function relay.rules_now() returns table (relation int, part oid, open text[], shut text[])
-language sql stable
-set search_path = pg_catalog, pg_temp as $$
-  with reads as materialized (
-    select r.relation as id, case when r.subject = w.relation then 0::oid else r.subject end as part, r.subject, r.class, r.object
-    from relay.policy_reads(null) r join relay.watch_list w on w.id = r.relation
-  ), tables as (
-    select t.id, t.part, t.object as oid, t.object = t.subject as own from reads t where t.class = 'pg_class'::regclass
-  ), items (id, part, item, is_open) as (
-    select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'table', c.oid, a.grantee), true
-    from tables t join pg_class c on c.oid = t.oid
-    cross join aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a
-    where a.privilege_type = 'SELECT'
-    union all
-    select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'column', c.attrelid, c.attnum, a.grantee), true
-    from tables t join pg_attribute c on c.attrelid = t.oid and c.attacl is not null and not c.attisdropped
-    cross join aclexplode(c.attacl) a
-    where a.privilege_type = 'SELECT'
-    union all
-    select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'schema', n.oid, a.grantee), true
-    from tables t join pg_class c on c.oid = t.oid join pg_namespace n on n.oid = c.relnamespace
-    cross join aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
-    where a.privilege_type = 'USAGE'
-    union all
-    select t.id, t.part, concat_ws(' ', 'right owner', c.oid, c.relowner), true
-    from tables t join pg_class c on c.oid = t.oid
-    union all
-    select t.id, t.part, concat_ws(' ', case when t.own then 'own' else 'row' end, 'security is off', c.oid), true
-    from tables t join pg_class c on c.oid = t.oid
-    where not c.relrowsecurity
-    union all
-    select t.id, t.part, concat_ws(' ', 'row security is not forced', c.oid), true
-    from tables t join pg_class c on c.oid = t.oid
-    where not c.relforcerowsecurity
-    union all
-    select t.id, t.part, concat_ws(' ', 'row policy', p.oid, r, md5(p.polqual::text)), p.polpermissive
-    from tables t join pg_policy p on p.polrelid = t.oid cross join unnest(p.polroles) r
-    where p.polcmd in ('r', '*') and p.polqual is not null
-    union all
-    select t.id, t.part, concat_ws(' ', 'row function', f.oid,
-                           md5(concat_ws('|', f.prosrc, f.prosqlbody::text, f.prosecdef, f.proconfig, f.proowner, f.prolang))), true
-    from (
-      select t.id, t.part, o.oprcode::oid as oid
-      from tables t join pg_policy p on p.polrelid = t.oid
-      join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_operator'::regclass
-      join pg_operator o on o.oid = d.refobjid
-      union
-      select r.id, r.part, r.object from reads r where r.class = 'pg_proc'::regclass) t
-    join pg_proc f on f.oid = t.oid
-    union all
-    select t.id, t.part, concat_ws(' ', 'row view', w.ev_class, md5(w.ev_action::text)), true
-    from tables t join pg_rewrite w on w.ev_class = t.oid and w.rulename = '_RETURN'
-    union all
-    select t.id, t.part, 'right read policy ' || coalesce((select md5(p.policy) from relay.read_policies p where p.relation = t.oid), 'none'), true
-    from tables t join pg_class c on c.oid = t.oid
-    where t.own and c.relkind in ('m', 'f')
-  )
-  select i.id, i.part, coalesce(array_agg(distinct i.item) filter (where i.is_open), '{}'),
-         coalesce(array_agg(distinct i.item) filter (where not i.is_open), '{}')
-  from items i
-  group by i.id, i.part
+language plpgsql stable rows 100
+set search_path = pg_catalog, pg_temp
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return query
+    with reads as materialized (
+      select r.relation as id, case when r.subject = w.relation then 0::oid else r.subject end as part, r.subject, r.class, r.object
+      from relay.policy_reads(null) r join relay.watch_list w on w.id = r.relation
+    ), tables as (
+      select t.id, t.part, t.object as oid, t.object = t.subject as own from reads t where t.class = 'pg_class'::regclass
+    ), items (id, part, item, is_open) as (
+      select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'table', c.oid, a.grantee), true
+      from tables t join pg_class c on c.oid = t.oid
+      cross join aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a
+      where a.privilege_type = 'SELECT'
+      union all
+      select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'column', c.attrelid, c.attnum, a.grantee), true
+      from tables t join pg_attribute c on c.attrelid = t.oid and c.attacl is not null and not c.attisdropped
+      cross join aclexplode(c.attacl) a
+      where a.privilege_type = 'SELECT'
+      union all
+      select t.id, t.part, concat_ws(' ', case when t.own then 'right' else 'row' end, 'schema', n.oid, a.grantee), true
+      from tables t join pg_class c on c.oid = t.oid join pg_namespace n on n.oid = c.relnamespace
+      cross join aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+      where a.privilege_type = 'USAGE'
+      union all
+      select t.id, t.part, concat_ws(' ', 'right owner', c.oid, c.relowner), true
+      from tables t join pg_class c on c.oid = t.oid
+      union all
+      select t.id, t.part, concat_ws(' ', case when t.own then 'own' else 'row' end, 'security is off', c.oid), true
+      from tables t join pg_class c on c.oid = t.oid
+      where not c.relrowsecurity
+      union all
+      select t.id, t.part, concat_ws(' ', 'row security is not forced', c.oid), true
+      from tables t join pg_class c on c.oid = t.oid
+      where not c.relforcerowsecurity
+      union all
+      select t.id, t.part, concat_ws(' ', 'row policy', p.oid, r, md5(p.polqual::text)), p.polpermissive
+      from tables t join pg_policy p on p.polrelid = t.oid cross join unnest(p.polroles) r
+      where p.polcmd in ('r', '*') and p.polqual is not null
+      union all
+      select t.id, t.part, concat_ws(' ', 'row function', f.oid,
+                             md5(concat_ws('|', f.prosrc, f.prosqlbody::text, f.prosecdef, f.proconfig, f.proowner, f.prolang))), true
+      from (
+        select t.id, t.part, o.oprcode::oid as oid
+        from tables t join pg_policy p on p.polrelid = t.oid
+        join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_operator'::regclass
+        join pg_operator o on o.oid = d.refobjid
+        union
+        select r.id, r.part, r.object from reads r where r.class = 'pg_proc'::regclass) t
+      join pg_proc f on f.oid = t.oid
+      union all
+      select t.id, t.part, concat_ws(' ', 'row view', w.ev_class, md5(w.ev_action::text)), true
+      from tables t join pg_rewrite w on w.ev_class = t.oid and w.rulename = '_RETURN'
+      union all
+      select t.id, t.part, 'right read policy ' || coalesce((select md5(p.policy) from relay.read_policies p where p.relation = t.oid), 'none'), true
+      from tables t join pg_class c on c.oid = t.oid
+      where t.own and c.relkind in ('m', 'f')
+    )
+    select i.id, i.part, coalesce(array_agg(distinct i.item) filter (where i.is_open), '{}'),
+           coalesce(array_agg(distinct i.item) filter (where not i.is_open), '{}')
+    from items i
+    group by i.id, i.part;
+end
 $$;
 comment on function relay.rules_now() is 'visibility rules of each watched relation, as sets that can be compared';
 
@@ -175,8 +181,12 @@ comment on function relay.name_parts(oid[]) is 'records that subscribers name th
 -- Checks neither columns nor rules, so that statements on other tables stay cheap. False only if that is certain: never with
 -- an older snapshot, nor while a check is outstanding.
 create or replace function relay.may_concern(class oid, object oid) returns boolean
-language sql stable security definer
-set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
   with reads (class, object) as (
     select r.class, r.object from relay.policy_reads(null) r
   ), read_tables (oid) as (
@@ -198,7 +208,8 @@ set search_path = pg_catalog, pg_temp as $$
         select from pg_depend d left join pg_operator o on d.refclassid = 'pg_operator'::regclass and o.oid = d.refobjid
         where d.classid = 'pg_policy'::regclass and (d.refclassid = 'pg_proc'::regclass and d.refobjid = $2 or o.oprcode = $2))
         or exists (select from reads r where r.class = 'pg_proc'::regclass and r.object = $2)
-    end, true)
+    end, true));
+end
 $$;
 comment on function relay.may_concern(oid, oid) is 'whether an object may affect watched relations or their rules';
 
