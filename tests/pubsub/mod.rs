@@ -114,6 +114,13 @@ async fn send(socket: &mut Socket, topic: &str, content: Value) -> Value {
     reply_to(socket, "send").await
 }
 
+/// Sends until the reply is such a one; at most 50 times a second, because the number of messages is limited.
+async fn send_until(socket: &mut Socket, topic: &str, content: Value, is_it: impl Fn(&Value) -> bool) {
+    while !is_it(&send(socket, topic, content.clone()).await) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
 /// Tracks something, and returns the reply.
 async fn track(socket: &mut Socket, topic: &str, content: Value) -> Value {
     let payload = json!({"type": "presence", "event": "track", "payload": content});

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{BOSS, boss, frames, policy, privately_joined, refusal, send, track, user};
+use super::{BOSS, boss, frames, policy, privately_joined, refusal, send, send_until, track, user};
 use crate::support::relay::Relay;
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
@@ -167,7 +167,7 @@ async fn a_right_that_is_given_counts_at_once_for_joins_and_sends() {
     let denied = json!({"status": "error", "response": {"error": "unauthorized"}});
     assert_eq!(send(&mut member, TOPIC, json!({})).await, denied);
     stage.run(&policy("w", "insert", "true")).await;
-    while send(&mut member, TOPIC, json!({})).await == denied {}
+    send_until(&mut member, TOPIC, json!({}), |reply| *reply != denied).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -209,7 +209,7 @@ async fn a_writer_whose_right_is_lost_sends_nothing_more() {
         assert_eq!(track(&mut member, TOPIC, json!({})).await["status"], "ok");
         stage.run(revoke).await;
         let denied = json!({"status": "error", "response": {"error": "unauthorized"}});
-        while send(&mut member, TOPIC, json!({"n": 2})).await != denied {}
+        send_until(&mut member, TOPIC, json!({"n": 2}), |reply| *reply == denied).await;
         frames(&mut other).await;
         assert_eq!(send(&mut member, TOPIC, json!({"n": 3})).await, denied);
         assert_eq!(

@@ -332,6 +332,8 @@ async fn rows_are_those_whose_changes_are_told_and_not_those_of_tables_that_inhe
 /// The ids that polls tell, each time with whether there is more, until there is not.
 async fn told_in_turn(stage: &Stage, sub: &str, since: &str) -> Vec<(usize, bool)> {
     let (mut told, mut since) = (Vec::new(), since.to_owned());
+    // An answer says that there is more, too, when that could not be found out within 2 seconds.
+    let mut is_unsure = false;
     loop {
         let started = Instant::now();
         let answer = ask(stage, sub, &format!("&wait=20&since={since}")).await;
@@ -340,7 +342,9 @@ async fn told_in_turn(stage: &Stage, sub: &str, since: &str) -> Vec<(usize, bool
             answer.body["more"].as_bool().unwrap_or_else(|| panic!("more is missing: {}", answer.head));
         since = answer.body["cursor"].as_str().unwrap().to_owned();
         let count = answer.body["changes"].as_array().unwrap().len();
-        assert!(count > 0 && started.elapsed() < Duration::from_secs(15), "{told:?} were told, then {count}");
+        let is_late = started.elapsed() >= Duration::from_secs(15);
+        assert!(is_unsure || count > 0 && !is_late, "{told:?} were told, then {count}");
+        is_unsure = started.elapsed() >= Duration::from_secs(2);
         told.push((count, more));
         if !more {
             return told;

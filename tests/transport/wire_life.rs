@@ -108,8 +108,9 @@ async fn a_token_that_is_no_good_closes_the_channel_and_nothing_comes_after() {
         refresh(&mut client, json!(bad)).await;
         let told = client.frame().await;
         let message = told[4]["message"].as_str().unwrap().to_owned();
-        // The second may have turned since the token was made.
-        assert!(message == text || message == text.replace('5', "6"), "{message}");
+        // More seconds may have gone by since the token was made.
+        let is_late = (6..60).any(|seconds| message == text.replace('5', &seconds.to_string()));
+        assert!(message == text || is_late, "{message}");
         assert_eq!(told, system("error", "system", &message));
         assert_eq!(client.frame().await, json!(["1", "1", "realtime:stage", "phx_close", {}]));
         stage.run(&format!("insert into t values (1, '{ANN}'); delete from t")).await;
