@@ -34,6 +34,8 @@ pub struct Config {
     pub database_ca: Option<String>,
     /// The address of the only port.
     pub listen: SocketAddr,
+    /// The address of the admin port.
+    pub admin_listen: Option<SocketAddr>,
     /// The verifier of tokens.
     pub verifier: Verifier,
     /// The task that rereads the JWK set.
@@ -71,6 +73,9 @@ impl Settings {
             mistakes.push(mistake);
             SocketAddr::from(([127, 0, 0, 1], 0))
         });
+        let admin_listen = self.admin_listen.as_deref().and_then(|text| {
+            listen::named("--admin-listen", text).map_err(|mistake| mistakes.push(mistake)).ok()
+        });
         let upstream = self.upstream.as_deref().and_then(|url| {
             Upstream::parse(url).map_err(|why| mistakes.push(format!("--upstream: {why}"))).ok()
         });
@@ -104,6 +109,7 @@ impl Settings {
             database_url,
             database_ca: self.database_ca,
             listen,
+            admin_listen,
             verifier,
             jwks_refresher,
             allowed_origins: self.allowed_origin,
@@ -260,12 +266,13 @@ mod tests {
     fn all_mistakes_are_reported_together() {
         let settings = Settings {
             listen: Some(String::from("nowhere")),
+            admin_listen: Some(String::from("nowhere")),
             jwt_secret: Some(String::from("short")),
             poll_ms: Some(0),
             ..Settings::default()
         };
         let Err(Mistakes(mistakes)) = settings.resolve() else { panic!("these settings cannot be resolved") };
-        assert_eq!(mistakes.len(), 4, "{mistakes:?}");
+        assert_eq!(mistakes.len(), 5, "{mistakes:?}");
     }
 
     #[test]

@@ -330,6 +330,9 @@ pub mod transport {
         pub mod handshake;
     }
     pub mod explain;
+    mod health;
+    mod metrics;
+    pub mod admin;
     pub mod proxy;
     pub mod routes;
 }

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -9,7 +10,7 @@ use relay::command::{compare, doctor, explain, tail, token};
 use relay::config::NO_DATABASE;
 use relay::postgres::connect::pool::{DATABASE, Error, JUDGE, Server};
 use relay::postgres::install;
-use relay::server;
+use relay::server::{self, Listeners};
 use relay::settings::Settings;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -253,6 +254,12 @@ async fn unwatch(table: &str, database: &DatabaseOptions) -> Result<(), CliFailu
     Ok(())
 }
 
+/// Listens on the address of the setting `flag`.
+async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, CliFailure> {
+    let bound = TcpListener::bind(address).await;
+    Ok(bound.map_err(|error| format!("{address}: {error}; give another address by {flag}"))?)
+}
+
 async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
     settings.database_url = database_url(settings.database_url);
     let config = settings.resolve()?;
@@ -262,10 +269,13 @@ async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
     if let Some(upstream) = &config.upstream {
         tracing::info!(upstream = upstream.url(), "requests for other paths go to --upstream");
     }
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .map_err(|error| format!("{}: {error}; give another address by --listen", config.listen))?;
-    let address = listener.local_addr()?;
+    let clients = bind(config.listen, "--listen").await?;
+    let address = clients.local_addr()?;
+    let admin = match config.admin_listen {
+        Some(address) => Some(bind(address, "--admin-listen").await?),
+        None => None,
+    };
+    let admin_address = admin.as_ref().and_then(|admin| admin.local_addr().ok());
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut signalled = async move || {
         tokio::select! {
@@ -282,8 +292,13 @@ async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
         signalled().await;
         std::process::exit(130);
     }));
-    let started = |_| tracing::info!(%address, "listening: point supabase-js at http://{address}");
-    server::serve(config, listener, stopped.map(drop), started).await?;
+    let started = |_| {
+        if let Some(address) = admin_address {
+            tracing::info!(%address, "metrics at http://{address}/metrics");
+        }
+        tracing::info!(%address, "listening: point supabase-js at http://{address}");
+    };
+    server::serve(config, Listeners { clients, admin }, stopped.map(drop), started).await?;
     Ok(())
 }
 

@@ -7,14 +7,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::model::policy::visibility::Denied;
 use crate::model::row::change::Change;
+
+mod process;
+
+/// A counter for each HTTP status.
+type CounterByStatus = Family<[(&'static str, u16); 1], Counter>;
 
 /// Declares the metrics: field, type, name in `/metrics` without prefix and suffix, help.
 macro_rules! metrics {
@@ -47,6 +54,7 @@ metrics! {
     sessions_total: Counter = "sessions", "Clients that connected";
     sessions_full: Counter = "sessions_closed_full", "Clients closed because they read too slowly";
     refused: Counter = "connections_refused", "Connections refused before they became sessions";
+    responses: CounterByStatus = "http_responses", "Answers to HTTP requests, by status; 101 opens a WebSocket";
     upstream_requests: Counter = "upstream_requests", "Requests passed on to the server behind the relay";
     upstream_failures: Counter = "upstream_failures", "Requests that the server behind the relay did not answer";
     outbox_bytes: Gauge = "outbox_bytes", "Bytes queued for clients, a frame for many counted once";
@@ -67,11 +75,13 @@ metrics! {
     sleeps: Counter = "doorbell_sleeps", "Times the source went to sleep";
     wakes: Counter = "doorbell_wakes", "Times a burst of notifications woke the source to polling";
     polled: Counter = "changes_found_by_polling", "Polls that found changes without a notification";
+    page: Histogram(0.000_05, 18) = "page_seconds", "Reads of a page of the changelog that had changes";
     flush: Histogram(0.000_05, 14) = "flush_seconds", "Waits for the WAL flush before a page was delivered";
     lag: Histogram(0.000_1, 18) = "lag_seconds",
         "From the write of a row (its trigger) to its frames in the outboxes";
 
     // Policies.
+    judging: Histogram(0.000_1, 16) = "judge_seconds", "Evaluations of policies and filters by PostgreSQL, for a batch of changes";
     judgements: Counter = "judgements", "Queries to PostgreSQL about row visibility";
     raised: Counter = "judgements_raised", "Policies that raised an error; denied for those rows";
     unreadable: Counter = "judgements_unreadable",
@@ -114,6 +124,7 @@ impl LogPace {
 /// Metrics of one relay, and its repeated log lines. None carries a topic, a claim or a row.
 pub struct Observe {
     registry: Registry,
+    process: Registry,
     metrics: Metrics,
     logged_missing_grants: Mutex<BTreeSet<String>>,
     logged_hidden: Mutex<BTreeSet<String>>,
@@ -131,9 +142,13 @@ impl Observe {
     /// Registers all metrics, with value zero.
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("relay");
+        registry.register("build", "The version", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         let metrics = Metrics::register(&mut registry);
+        // A family without members would not be in the text.
+        let _ = metrics.responses.get_or_create(&[("status", 200)]);
         Self {
             registry,
+            process: process::registry(),
             metrics,
             logged_missing_grants: Mutex::default(),
             logged_hidden: Mutex::default(),
@@ -159,6 +174,16 @@ impl Observe {
         if self.count_refusal() {
             tracing::warn!(why, "connection refused");
         }
+    }
+
+    /// Counts an answer to an HTTP request.
+    pub fn answered(&self, status: u16) {
+        self.metrics.responses.get_or_create(&[("status", status)]).inc();
+    }
+
+    /// Records a read of a page that had changes.
+    pub fn page_read(&self, took: Duration) {
+        self.metrics.page.observe(took.as_secs_f64());
     }
 
     /// Counts an HTTP request refused because of its client, and logs it, at most once a second.
@@ -290,6 +315,11 @@ impl Observe {
         self.metrics.judgements.inc_by(queries as u64);
     }
 
+    /// Records how long a batch of changes took that PostgreSQL was asked about.
+    pub fn judging_took(&self, took: Duration) {
+        self.metrics.judging.observe(took.as_secs_f64());
+    }
+
     /// Counts a failed evaluation on rows of this relation, and logs it with its outcome for the reader, at most once a second.
     pub fn judgement_failed(&self, denied: Denied, relation: &str) {
         match denied {
@@ -333,7 +363,10 @@ impl Observe {
         self.metrics.sessions.set(now.sessions as i64);
         self.metrics.outbox_bytes.set(now.outbox_bytes as i64);
         let mut text = String::new();
-        let _ = encode(&mut text, &self.registry);
+        // Writing to a text cannot fail.
+        let _ = encode_registry(&mut text, &self.registry);
+        let _ = encode_registry(&mut text, &self.process);
+        let _ = encode_eof(&mut text);
         text
     }
 }
@@ -368,7 +401,7 @@ mod tests {
             .filter_map(|line| line.strip_prefix("# TYPE relay_")?.rsplit_once(' '))
             .map(|(name, _)| name)
             .collect();
-        let plain = |name: &&str| name.trim_end_matches("_total").to_owned();
+        let plain = |name: &&str| name.trim_end_matches("_total").trim_end_matches("_info").to_owned();
         let [documented, measured] =
             [documented, measured].map(|names| names.iter().map(plain).collect::<BTreeSet<_>>());
         assert_eq!(documented, measured);

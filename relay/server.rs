@@ -16,6 +16,7 @@ use crate::feed::read::stall::{StallCause, StallMonitor};
 use crate::postgres::connect::backoff::Backoff;
 use crate::postgres::connect::pool::Error;
 use crate::postgres::install;
+use crate::transport::admin;
 use crate::transport::app::App;
 use crate::transport::routes;
 use crate::transport::socket_buffers;
@@ -31,7 +32,15 @@ pub struct Running {
     pub app: Arc<App>,
 }
 
-/// Serves on `listener` until `shutdown` resolves, then stops in order. Calls `started` once everything is built.
+/// Where connections come in.
+pub struct Listeners {
+    /// Clients.
+    pub clients: TcpListener,
+    /// The admin port.
+    pub admin: Option<TcpListener>,
+}
+
+/// Serves on `listeners` until `shutdown` resolves, then stops in order. Calls `started` once everything is built.
 ///
 /// The database may be unreachable at first: clients connect meanwhile, and the relay retries.
 ///
@@ -39,11 +48,12 @@ pub struct Running {
 /// When a URL cannot be read, the installation fails, or the database side is missing or too old.
 pub async fn serve(
     config: Config,
-    listener: TcpListener,
+    listeners: Listeners,
     shutdown: impl Future<Output = ()>,
     started: impl FnOnce(Running),
 ) -> Result<(), Error> {
     let is_install = config.install;
+    let Listeners { clients: listener, admin } = listeners;
     let assembly = Assembly::of(config)?;
     let (app, tasks) = (Arc::clone(&assembly.app), assembly.tasks());
     if let Err(error) = socket_buffers::bound(&listener, app.limits.send_buffer_bytes, app.limits.write * 2) {
@@ -61,10 +71,11 @@ pub async fn serve(
     let served = tokio::select! {
         () = shutdown => Ok(()),
         () = accept(&app, &listener) => Ok(()),
+        () = accept_admin(&app, admin.as_ref()) => Ok(()),
         failed = reading => failed,
     };
     tracing::info!(session.count = app.connection_limits.client_count(), "shutting down");
-    drop(listener);
+    drop((listener, admin));
     tasks.end.cancel();
     stop(&app.sessions, &tasks).await;
     served
@@ -146,6 +157,14 @@ fn max_connections() -> usize {
     files
         .and_then(|files| files.parse::<usize>().ok())
         .map_or(usize::MAX, |files| files.saturating_sub(RESERVED_FILES))
+}
+
+/// Serves the admin port, if there is one. Never returns.
+async fn accept_admin(app: &Arc<App>, listener: Option<&TcpListener>) {
+    match listener {
+        Some(listener) => admin::accept(app, listener).await,
+        None => pending().await,
+    }
 }
 
 async fn accept(app: &Arc<App>, listener: &TcpListener) {

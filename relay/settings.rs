@@ -17,6 +17,9 @@ pub struct Settings {
     /// Where to listen [default: 127.0.0.1:4000]
     #[arg(long, env = "RELAY_LISTEN", value_name = "ADDRESS")]
     pub listen: Option<String>,
+    /// A second address, for /metrics and health checks without a token
+    #[arg(long, env = "RELAY_ADMIN_LISTEN", value_name = "ADDRESS")]
+    pub admin_listen: Option<String>,
     /// The secret that signs tokens (HS256/384/512), at least 32 bytes
     #[arg(long, env = "RELAY_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     pub jwt_secret: Option<String>,

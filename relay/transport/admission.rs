@@ -37,3 +37,26 @@ pub async fn admit<B>(
         error(StatusCode::UNAUTHORIZED, &why)
     })
 }
+
+/// The role that may see what concerns all users.
+const SERVICE: &str = "service_role";
+
+/// Admits a request of the role service_role by this method, as [`admit`]. `need` says so to others.
+///
+/// # Errors
+/// The answer that refuses the request.
+pub async fn admit_service<B>(
+    app: &App,
+    address: IpAddr,
+    request: &Request<B>,
+    (method, by_method): (&Method, &str),
+    need: &str,
+) -> Result<(), Answer> {
+    let claims = admit(app, address, request, method, by_method).await?;
+    if claims.role() == SERVICE {
+        return Ok(());
+    }
+    app.observe.request_refused(address, request.uri().path(), "not of the role service_role");
+    let why = format!("{need}; this token has the role {}", claims.role());
+    Err(error(StatusCode::FORBIDDEN, &why))
+}

@@ -13,13 +13,11 @@ use crate::feed::explain::explanation::Explanation;
 use crate::feed::subscribe::RequestError;
 use crate::model::identity::claims::Claims;
 use crate::model::policy::visibility::Identity;
-use crate::transport::admission::admit;
+use crate::transport::admission::admit_service;
 use crate::transport::app::App;
 use crate::transport::query::{is_unreadable, names, parameter};
 use crate::transport::response::{Answer, error, json as json_answer};
 
-/// The role that may ask.
-const ASKING: &str = "service_role";
 /// The known parameters.
 const PARAMETERS: [&str; 12] = [
     "apikey",
@@ -40,17 +38,10 @@ const MAX_USERS: usize = 100;
 
 /// Answers a request.
 pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> Answer {
-    match admit(app, address, request, &Method::GET, "explanations are read by GET").await {
-        Ok(claims) if claims.role() == ASKING => {}
-        Ok(claims) => {
-            let why = format!(
-                "only the role {ASKING} may ask why others receive a row, and this token has the role {}",
-                claims.role()
-            );
-            app.observe.request_refused(address, request.uri().path(), "not of the role service_role");
-            return error(StatusCode::FORBIDDEN, &why);
-        }
-        Err(refused) => return refused,
+    let by_method = (&Method::GET, "explanations are read by GET");
+    let need = "only the role service_role may ask why others receive a row";
+    if let Err(refused) = admit_service(app, address, request, by_method, need).await {
+        return refused;
     }
     let query = request.uri().query().unwrap_or_default();
     let explained = match parameter(query, "connected").as_deref() {

@@ -8,9 +8,16 @@ use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 /// # Errors
 /// A message that names the expected form.
 pub fn address(setting: Option<&str>) -> Result<SocketAddr, String> {
-    let text = setting.unwrap_or("127.0.0.1:4000");
+    named("--listen", setting.unwrap_or("127.0.0.1:4000"))
+}
+
+/// Parses an address as [`address`], from the setting `flag`.
+///
+/// # Errors
+/// A message that names the flag and the expected form.
+pub fn named(flag: &str, text: &str) -> Result<SocketAddr, String> {
     parse(text).ok_or_else(|| {
-        format!("--listen {text}: an address and a port are expected, such as 127.0.0.1:4000 or :4000 (all addresses)")
+        format!("{flag} {text}: an address and a port are expected, such as 127.0.0.1:4000 or :4000 (all addresses)")
     })
 }
 

@@ -28,12 +28,14 @@ use crate::transport::connection_limits::ConnectionSlot;
 use crate::transport::early_refusal::EarlyRefusal;
 use crate::transport::exchange::{Answered, Exchange};
 use crate::transport::explain;
+use crate::transport::health;
 use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::intake::Intake;
+use crate::transport::metrics;
 use crate::transport::presence;
 use crate::transport::proxy::{self, PassedRequest};
 use crate::transport::response::Answer;
-use crate::transport::response::{error, preflight, text};
+use crate::transport::response::{error, preflight};
 use crate::transport::socket::handshake::handshake;
 use crate::transport::write_timeout::WriteTimeout;
 
@@ -79,6 +81,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
                 // What was counted is the body, and no incomplete head.
                 unfinished.store(0, Ordering::Relaxed);
             }
+            app.observe.answered(answer.status().as_u16());
             Ok::<_, Infallible>(answer.map(|body| Answered::with(body, begun)))
         }
     });
@@ -187,16 +190,11 @@ async fn route(
         }
         "/realtime/v1/explain" => Box::pin(explain::serve(&app, &request, slot.address())).await,
         "/realtime/v1/presence" => Box::pin(presence::serve(&app, slot.address(), &request)).await,
-        "/healthcheck" if !app.prepared.load(Ordering::Relaxed) => {
-            text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is being prepared")
-        }
-        "/healthcheck" | "/livez" => text(StatusCode::OK, "ok"),
-        "/readyz" => match app.unready() {
-            None => text(StatusCode::OK, "ready"),
-            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}")),
-        },
-        "/metrics" => metrics(app.metrics()),
+        "/metrics" => Box::pin(metrics::serve(&app, &request, slot.address())).await,
         path => {
+            if let Some(answer) = health::answer(&app, path) {
+                return answer;
+            }
             if is_of_client(path) {
                 app.observe.request_refused(slot.address(), path, NOTHING_HERE);
             }
@@ -210,19 +208,12 @@ fn is_own(path: &str) -> bool {
     let below =
         |base: &str| path.strip_prefix(base).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     below("/realtime/v1")
-        || ["/socket/websocket", "/healthcheck", "/livez", "/readyz", "/metrics"].contains(&path)
+        || health::PATHS.contains(&path)
+        || ["/socket/websocket", "/metrics"].contains(&path)
 }
 
 const NOTHING_HERE: &str = "there is nothing at this path; the WebSocket is at /realtime/v1/websocket, changes are at /realtime/v1/changes, \
     broadcasts at /realtime/v1/api/broadcast, presence at /realtime/v1/presence, explanations at /realtime/v1/explain";
-
-/// The metrics in the format of OpenMetrics.
-fn metrics(text: String) -> Answer {
-    let mut answer = self::text(StatusCode::OK, text);
-    let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(format));
-    answer
-}
 
 /// Whether a client with a wrong address, rather than a probe or a scanner, may have meant this path.
 fn is_of_client(path: &str) -> bool {

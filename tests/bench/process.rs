@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::machine;
+use crate::support::http::metrics_path;
 use crate::support::{SECRET, eventually};
 
 /// The relay of this build.
@@ -104,7 +105,7 @@ impl Server {
 
     /// One of the relay's counters.
     pub async fn metric(&self, name: &str) -> f64 {
-        let text = self.get("/metrics").await;
+        let text = self.get(&metrics_path()).await;
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("no metric {name} in\n{text}")).trim().parse().unwrap()
     }

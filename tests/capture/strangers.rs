@@ -5,7 +5,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::program::cli::{line_with, serve};
 use crate::support::database::{Database, with_login};
-use crate::support::http::get;
+use crate::support::http::{get, metrics_path};
 use crate::support::socket::Socket;
 use crate::support::stage::Stage;
 use crate::support::{ANN, BOB, eventually, token};
@@ -281,7 +281,7 @@ async fn what_a_policy_or_filter_raises_is_in_no_log_and_no_answer_of_rows_and_p
     database.run("update t set v = 'canary-after'; update u set v = 'canary-after'").await;
     let judged = "relay_judgements_raised_total 0\n";
     eventually("the policy raised", || async {
-        let metrics = crate::transport::tokens::get(&address.to_string(), "/metrics").await;
+        let metrics = crate::transport::tokens::get(&address.to_string(), &metrics_path()).await;
         (!metrics.contains(judged)).then_some(())
     })
     .await;

@@ -20,7 +20,7 @@ use crate::delivery::crash::Cluster;
 use crate::support::client::Client;
 use crate::support::database::connect;
 use crate::support::dice::Dice;
-use crate::support::http::{text, try_get};
+use crate::support::http::{metrics_path, text, try_get};
 use crate::support::program;
 use crate::support::proxy::Proxy;
 use crate::support::{ANN, BOB, PATIENCE, SECRET, eventually};
@@ -122,7 +122,7 @@ async fn serve(run: &Run, which: usize) -> Child {
 
 /// Which relay leads; the first when none does.
 async fn leader(run: &Run) -> usize {
-    let metrics = timeout(Duration::from_secs(1), text(run.addresses[1], "/metrics")).await;
+    let metrics = timeout(Duration::from_secs(1), text(run.addresses[1], &metrics_path())).await;
     usize::from(metrics.is_ok_and(|(_, metrics)| metrics.contains("relay_leader 1\n")))
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::support::client::Client;
-use crate::support::http::{stalled, text};
+use crate::support::http::{metrics_path, stalled, text};
 use crate::support::stage::Stage;
 use crate::support::{PATIENCE, eventually, token};
 
@@ -36,7 +36,7 @@ async fn stage() -> (Stage, Vec<TcpStream>) {
 async fn fill(stage: &Stage, channels: usize) {
     let open = format!("relay_channels_open {channels}\n");
     eventually("all are subscribed", || async {
-        text(stage.relay.address, "/metrics").await.1.contains(&open).then_some(())
+        text(stage.relay.address, &metrics_path()).await.1.contains(&open).then_some(())
     })
     .await;
     for (table, rows) in [("a", 2 * MANY), ("b", 2 * MANY), ("c", MANY)] {

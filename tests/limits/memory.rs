@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 use crate::program::cli;
 use crate::support::client::Client;
 use crate::support::database::Database;
-use crate::support::http::{get, stalled, text};
+use crate::support::http::{get, metrics_path, stalled, text};
 use crate::support::{PATIENCE, eventually, token};
 
 const MIB: usize = 1 << 20;
@@ -78,7 +78,7 @@ impl Program {
     }
 
     async fn metric(&self, name: &str) -> i64 {
-        let (_, text) = text(self.address, "/metrics").await;
+        let (_, text) = text(self.address, &metrics_path()).await;
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("no {name}")).parse().unwrap()
     }

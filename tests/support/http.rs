@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::PATIENCE;
+use super::{PATIENCE, token};
 
 /// An answer.
 #[derive(Debug)]
@@ -48,6 +48,11 @@ pub async fn request(address: SocketAddr, method: &str, path: &str, headers: &st
         head: head.to_owned(),
         body: serde_json::from_str(body).unwrap_or(Value::Null),
     }
+}
+
+/// The path of the metrics, with a token that may read them.
+pub fn metrics_path() -> String {
+    format!("/metrics?apikey={}", token("service_role", None, json!({})))
 }
 
 /// The same; none when the connection cannot be had, or ends before the answer is whole.

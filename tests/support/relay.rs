@@ -14,6 +14,8 @@ use super::{SECRET, eventually};
 
 /// It ends when it is dropped, or better: stopped.
 pub struct Relay {
+    /// The admin port, if it has one.
+    pub admin_address: Option<SocketAddr>,
     /// Where it listens.
     pub address: SocketAddr,
     /// Its state.
@@ -68,17 +70,23 @@ impl Relay {
             settings.database_url = Some(database_url.to_owned());
         }
         let config = settings.resolve().unwrap();
-        let listener = TcpListener::bind(config.listen).await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let clients = TcpListener::bind(config.listen).await.unwrap();
+        let address = clients.local_addr().unwrap();
+        let admin = match config.admin_listen {
+            Some(address) => Some(TcpListener::bind(address).await.unwrap()),
+            None => None,
+        };
+        let admin_address = admin.as_ref().map(|admin| admin.local_addr().unwrap());
+        let listeners = relay::server::Listeners { clients, admin };
         let (stop, stopped) = oneshot::channel();
         let (built, building) = oneshot::channel();
         let shutdown = async { _ = stopped.await };
         let started = |running: relay::server::Running| _ = built.send(running.app);
-        let task = tokio::spawn(Box::pin(relay::server::serve(config, listener, shutdown, started)));
+        let task = tokio::spawn(Box::pin(relay::server::serve(config, listeners, shutdown, started)));
         let Ok(app) = building.await else {
             panic!("the relay did not start: {:?}", task.await);
         };
-        Self { address, app, stop: Some(stop), task }
+        Self { address, admin_address, app, stop: Some(stop), task }
     }
 
     /// The base URL, as supabase-js wants it.

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::support::http::{Events, get};
+use crate::support::http::{Events, get, metrics_path};
 use crate::support::stage::Stage;
 use crate::support::{PATIENCE, eventually, token};
 
@@ -70,7 +70,10 @@ async fn no_answer_may_be_kept_by_anybody_on_its_way() {
         ("GET", "/healthcheck".to_owned(), "", 200),
         ("GET", "/livez".to_owned(), "", 200),
         ("GET", "/readyz".to_owned(), "", 200),
-        ("GET", "/metrics".to_owned(), "", 200),
+        ("GET", "/metrics".to_owned(), "", 401),
+        ("GET", format!("/metrics?x=1{key}"), "", 403),
+        ("GET", metrics_path(), "", 200),
+        ("POST", metrics_path(), "", 405),
         ("GET", socket.to_owned(), "", 400),
         ("GET", format!("{socket}?vsn=7{key}"), "", 400),
     ] {
@@ -180,7 +183,8 @@ async fn a_client_that_closes_its_side_after_the_request_gets_the_whole_answer_a
         (format!("{CHANGES}{key}"), "accept: text/event-stream\r\n", 200),
         (CHANGES.to_owned(), "", 401),
         ("/livez".to_owned(), "", 200),
-        ("/metrics".to_owned(), "", 200),
+        ("/metrics".to_owned(), "", 401),
+        (metrics_path(), "", 200),
         ("/nowhere".to_owned(), "", 404),
         ("/realtime/v1/websocket".to_owned(), "", 400),
     ] {

@@ -1,5 +1,6 @@
 //! The wire: WebSocket, HTTP, tokens.
 
+pub mod admin;
 pub mod autobahn;
 pub mod changes;
 pub mod explain;

@@ -357,10 +357,10 @@ async fn secrets_tokens_claims_and_rows_are_in_no_log_and_no_metric() {
     let seen = database
         .value("select string_agg(query, ' ') from pg_stat_activity where pid <> pg_backend_pid()")
         .await;
-    let metrics = get(&address, "/metrics").await;
+    let metrics = get(&address, "/metrics?apikey=sb_secret_canary").await;
     assert!(metrics.contains("relay_judgements_raised_total"), "{metrics}");
     eventually("the policy was loud", || async {
-        let text = get(&address, "/metrics").await;
+        let text = get(&address, "/metrics?apikey=sb_secret_canary").await;
         (!text.contains("relay_judgements_raised_total 0\n")).then_some(())
     })
     .await;

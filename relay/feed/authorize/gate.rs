@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::block_in_place;
@@ -157,6 +158,7 @@ impl Gate {
         subscriber_indexes: &'a SubscriberIndexes,
         reader: impl Fn(GroupId) -> GroupReader<'a>,
     ) -> Result<Verdicts, Error> {
+        let started = Instant::now();
         let (changes_of, images) = change_images(catalog, changes);
         let mut verdicts = Verdicts::default();
         let mut set_answers: HashMap<u64, Vec<Vec<SetAnswer>>> = HashMap::new();
@@ -183,6 +185,9 @@ impl Gate {
         drop(changes_of);
         self.run_pending(&mut verdicts, pending).await?;
         self.observe.judged(verdicts.statements);
+        if verdicts.statements > 0 {
+            self.observe.judging_took(started.elapsed());
+        }
         Ok(verdicts)
     }
 

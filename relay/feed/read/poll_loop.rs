@@ -320,6 +320,9 @@ impl<'a> PollLoop<'a> {
                 self.source.await_changelog(self.source.flush(mode, &through)).await?;
             }
             let first = total == 0;
+            if first {
+                self.source.observe.page_read(self.last_poll.elapsed());
+            }
             total += changes.len();
             page_continues = more;
             if !self.send_batch(changes, more, &span, page.mark).await? {
