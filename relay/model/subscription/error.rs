@@ -1,6 +1,6 @@
 //! Subscribe errors: with the texts of the protocol, and in a plain form that says what to do.
 
-use crate::model::subscription::filter::{FORM, FilterError};
+use crate::model::subscription::filter::{FORM, FilterError, Operator};
 
 /// Why a request cannot be served. Its `Display` is the text of the protocol, which may be sent to the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -68,9 +68,6 @@ const FILTER: &str = "Error parsing `filter` params: ";
 const MISSING_GRANTS: [&str; 2] = ["the policies of ", "the filter of "];
 /// Text before the columns whose names are near an unknown one.
 const NEAR: &str = "; there is ";
-/// The operators, for error messages.
-const OPERATORS: &str = "op is one of eq neq lt lte gt gte in like ilike match imatch is isdistinct, or not. and one of them; several \
-     filters are joined by commas and must all hold; or=(a.eq.1,b.gt.2) holds when one of its conditions does";
 
 impl From<FilterError> for SubscribeError {
     fn from(error: FilterError) -> Self {
@@ -122,7 +119,7 @@ impl SubscribeError {
             Self::Unreadable { .. } => unreadable_advice(table, &reader, role.unwrap_or("<role>")),
             Self::Filter(why) => {
                 let form = if why.contains(FORM) { String::new() } else { format!(". {FORM}") };
-                format!("the filter cannot be used: {why}{form}; {OPERATORS}")
+                format!("the filter cannot be used: {why}{form}; {}", operators())
             }
             Self::UnknownColumn { what, column, near, .. } => {
                 format!("{what}: {shown} has no column {column} that {reader} may read{near}")
@@ -146,7 +143,7 @@ impl SubscribeError {
                 self.plain(table, Some(role))
             }
             Self::Filter(_) => {
-                format!("a filter of {shown} cannot be used by the role {role}. {FORM}; {OPERATORS}")
+                format!("a filter of {shown} cannot be used by the role {role}. {FORM}; {}", operators())
             }
             Self::Exception { .. } | Self::Other(_) => format!(
                 "a subscription of {shown} by the role {role} is refused, mostly because a value of its filter does not fit the type of \
@@ -154,6 +151,15 @@ impl SubscribeError {
             ),
         }
     }
+}
+
+/// Returns which operators there are, and how filters are joined.
+fn operators() -> String {
+    format!(
+        "op is one of {}, or not. and one of them; several filters are joined by commas and must all hold; or=(a.eq.1,b.gt.2) holds when \
+         one of its conditions does",
+        Operator::names()
+    )
 }
 
 /// Returns what a table needs so that a role can subscribe to it.

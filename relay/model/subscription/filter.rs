@@ -173,24 +173,31 @@ impl<C> Tree<C> {
 }
 
 impl Operator {
+    /// All of them, in the order in which messages list them.
+    pub const ALL: [Self; 13] = [
+        Self::Eq,
+        Self::Neq,
+        Self::Lt,
+        Self::Lte,
+        Self::Gt,
+        Self::Gte,
+        Self::In,
+        Self::Like,
+        Self::Ilike,
+        Self::Match,
+        Self::Imatch,
+        Self::Is,
+        Self::IsDistinct,
+    ];
+
     /// Returns the operator with this name.
     pub fn from_name(name: &str) -> Option<Self> {
-        Some(match name {
-            "eq" => Self::Eq,
-            "neq" => Self::Neq,
-            "lt" => Self::Lt,
-            "lte" => Self::Lte,
-            "gt" => Self::Gt,
-            "gte" => Self::Gte,
-            "in" => Self::In,
-            "like" => Self::Like,
-            "ilike" => Self::Ilike,
-            "is" => Self::Is,
-            "match" => Self::Match,
-            "imatch" => Self::Imatch,
-            "isdistinct" => Self::IsDistinct,
-            _ => return None,
-        })
+        Self::ALL.into_iter().find(|operator| operator.name() == name)
+    }
+
+    /// Returns the names of all, for messages.
+    pub fn names() -> String {
+        Self::ALL.map(Self::name).join(" ")
     }
 
     /// Returns its name in the grammar.
@@ -311,6 +318,16 @@ pub(crate) mod tests {
             let text = written(&filter);
             prop_assert_eq!(parse(&text), Ok(filter), "{}", text);
         }
+    }
+
+    #[test]
+    fn each_operator_has_its_name_and_the_reference_lists_them_all() {
+        for operator in Operator::ALL {
+            assert_eq!(Operator::from_name(operator.name()), Some(operator));
+        }
+        assert_eq!(Operator::from_name("cs"), None);
+        let reference: Vec<&str> = include_str!("../../REFERENCE.md").split_whitespace().collect();
+        assert!(reference.join(" ").contains(&format!("The operators are `{}`", Operator::names())));
     }
 
     #[test]

@@ -116,10 +116,10 @@ impl<'t> Groups<'t> {
         let name = self.rest().split(['.', ',', '(', ')']).next().unwrap_or_default();
         let operator = Operator::from_name(name).filter(|_| self.rest()[name.len()..].starts_with('.'));
         let Some(operator) = operator else {
-            return Err(self.expected(
-                "an operator and a dot are expected, such as eq. or not.eq. (op is one of eq neq lt lte gt gte in like ilike match \
-                 imatch is isdistinct)",
-            ));
+            let names = Operator::names();
+            return Err(self.expected(&format!(
+                "an operator and a dot are expected, such as eq. or not.eq. (op is one of {names})"
+            )));
         };
         self.skip(name.len() + 1);
         let values = match operator {
