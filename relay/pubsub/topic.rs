@@ -258,7 +258,7 @@ impl Topic {
             for (id, member) in members {
                 match std::mem::replace(&mut member.presence, PresenceUpdates::Follows) {
                     unchanged @ (PresenceUpdates::Off | PresenceUpdates::Forbidden) => {
-                        member.presence = unchanged
+                        member.presence = unchanged;
                     }
                     PresenceUpdates::Follows => _ = member.outbox.publish(diff.iter().cloned()),
                     PresenceUpdates::Awaits => {

@@ -58,6 +58,7 @@ pub struct BindRequest<'a> {
 }
 
 /// What has finished for a channel.
+#[expect(clippy::large_enum_variant, reason = "it is handled where it is returned, and never kept")]
 pub enum Finished {
     /// An attempt to bind it.
     Bind(BindAttempt),
