@@ -19,7 +19,7 @@ begin
   elsif (select r.rolsuper from pg_catalog.pg_roles r where r.oid = subscriber) then
     return array[pg_catalog.format('%I is a superuser, and tokens with a superuser role may use no private channel', role)];
   elsif not coalesce(pg_catalog.pg_has_role((select r.oid from pg_catalog.pg_roles r where r.rolname = judge), subscriber, 'member'), false) then
-    return array[pg_catalog.format('the login that judges may not act as it: grant %I to %I', role, judge)];
+    return array[pg_catalog.format('the login that evaluates policies may not act as it: grant %I to %I', role, judge)];
   end if;
   if not pg_catalog.has_schema_privilege(subscriber, (select c.relnamespace from pg_catalog.pg_class c where c.oid = relation), 'usage') then
     reasons := reasons || pg_catalog.format('%I may not use the schema realtime: grant usage on schema realtime to %1$I', role);

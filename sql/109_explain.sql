@@ -28,7 +28,7 @@ begin
   elsif (select r.rolsuper from pg_catalog.pg_roles r where r.oid = subscriber) then
     reasons := reasons || pg_catalog.format('%I is a superuser, and tokens with a superuser role receive nothing', role);
   elsif not coalesce(pg_catalog.pg_has_role((select r.oid from pg_catalog.pg_roles r where r.rolname = judge), subscriber, 'member'), false) then
-    reasons := reasons || pg_catalog.format('the login that judges may not act as it: grant %I to %I', role, judge);
+    reasons := reasons || pg_catalog.format('the login that evaluates policies may not act as it: grant %I to %I', role, judge);
   end if;
   if not pg_catalog.has_schema_privilege(subscriber, (select c.relnamespace from pg_catalog.pg_class c where c.oid = found), 'usage') then
     reasons := reasons || pg_catalog.format('%I may not use its schema: grant usage on schema %I to %1$I', role,

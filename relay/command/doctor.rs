@@ -337,7 +337,7 @@ async fn power(client: &Client) -> Result<Finding, Error> {
         }
     };
     Ok(Note(format!(
-        "the login that judges policies {risk}. If not all authors of policies are trusted with that, give `serve` a \
+        "the login that evaluates policies {risk}. If not all authors of policies are trusted with that, give `serve` a \
          --judge-url with a login of its own: create role relay_judge login noinherit in role anon, authenticated, service_role"
     )))
 }
@@ -347,10 +347,10 @@ async fn temporary_tables(judging: &Client) -> Result<Finding, Error> {
     let may_create = "select has_database_privilege(current_database(), 'temporary'), current_user::text, current_database()::text";
     let row = judging.query_one(may_create, &[]).await?;
     Ok(if row.get(0) {
-        Good(String::from("the login that judges may create temporary tables"))
+        Good(String::from("the login that evaluates policies may create temporary tables"))
     } else {
         Note(format!(
-            "the login that judges may not create temporary tables, so policies that read other tables are evaluated for each \
+            "the login that evaluates policies may not create temporary tables, so policies that read other tables are evaluated for each \
              subscriber: grant temporary on database {} to {}",
             row.get::<_, String>(2),
             row.get::<_, String>(1)

@@ -8,7 +8,7 @@ use tokio_postgres::{AsyncMessage, Client, NoTls};
 
 /// The login of a relay: it may read the changelog.
 pub const READER: &str = "relay_test_reader";
-/// The login that judges: it may act as the roles of subscribers.
+/// The login that evaluates policies: it may act as the roles of subscribers.
 pub const JUDGE: &str = "relay_test_judge";
 
 static TEMPLATE: OnceCell<()> = OnceCell::const_new();

@@ -195,7 +195,7 @@ impl BookmarkWriter {
 
     fn report(&self, outcome: Result<(), Error>) {
         if let Err(error) = outcome {
-            tracing::warn!(error = %error, "session positions not saved, retrying");
+            tracing::warn!(error = %error, "bookmarks of named sessions not saved, retrying");
         }
     }
 }

@@ -129,6 +129,7 @@ impl Predicate {
         lenient: bool,
     ) -> Truth {
         let truth = |predicate: &Self, lenient| predicate.truth(image, claims, answers, lenient);
+        // A short arm for each kind of condition: read together, they are the semantics.
         match self {
             Self::Constant(value) => (*value).into(),
             Self::Truth(scalar) => of_value(scalar.value(image, claims), |value| match value {
