@@ -14,7 +14,7 @@ use crate::model::log::cursor::{Snapshot, Span};
 use crate::model::row::change::Change;
 use crate::model::session::stored_broadcast::{NotSent, StoredBroadcast};
 use crate::postgres::changelog::doorbell::{Doorbell, Rings};
-use crate::postgres::changelog::reader::{Changelog, Flush, PagePosition};
+use crate::postgres::changelog::reader::{Changelog, Flush, Page, PagePosition};
 use crate::postgres::connect::pool::Error;
 
 /// Batches after which a page counts as large: its rest is replayed to the subscribers it concerns, instead of
@@ -295,11 +295,7 @@ impl<'a> PollLoop<'a> {
     async fn read_page(&mut self, mode: Flush) -> Result<PollResult, Error> {
         let since_last_poll = std::mem::replace(&mut self.last_poll, Instant::now()).elapsed();
         let resumed = self.position.page.until.is_some();
-        let scope = Arc::clone(&self.source.scope.borrow());
-        let opening = self.changelog.open(&self.position.page, LARGE_PAGE_BATCHES * BATCH_CHANGES, &scope);
-        let mut page = self.source.await_changelog(opening).await?;
-        let (epoch, seen) = (self.position.epoch, self.position.page.seen.clone());
-        let span = Arc::new(Span { epoch, seen, until: page.until.clone() });
+        let (mut page, span) = self.open_page().await?;
         let (mut total, mut page_continues, mut batches) = (0, false, 0);
         let mut unflushed = page.unflushed.take();
         loop {
@@ -354,6 +350,16 @@ impl<'a> PollLoop<'a> {
             _ if total < BATCH_CHANGES => PollResult::Some,
             _ => PollResult::Full,
         })
+    }
+
+    /// Opens the page that begins at the position.
+    async fn open_page(&self) -> Result<(Page, Arc<Span>), Error> {
+        let scope = Arc::clone(&self.source.scope.borrow());
+        let opening = self.changelog.open(&self.position.page, LARGE_PAGE_BATCHES * BATCH_CHANGES, &scope);
+        let page = self.source.await_changelog(opening).await?;
+        let (epoch, seen) = (self.position.epoch, self.position.page.seen.clone());
+        let span = Arc::new(Span { epoch, seen, until: page.until.clone() });
+        Ok((page, span))
     }
 
     /// Sends changes of a page as a batch; false when the receiver is closed. `more`: the page continues after them.
