@@ -8,7 +8,7 @@
 //! Three sentences explain the rest. NOTIFY is a hint, the changelog is the truth. There is one recovery path:
 //! resume from a cursor. A subscription exists only bound to verified claims.
 //!
-//! # The four walks
+//! # The five walks
 //!
 //! **A change.** `sql/101_capture.sql` writes it. [`postgres::changelog::doorbell`] wakes the relay,
 //! [`postgres::changelog::reader`] reads a page, [`feed::read::source`] cuts it into batches, [`feed::router`] takes them in order.
