@@ -10,6 +10,7 @@ return case class
   when 'refresh' then 1919249010  -- the second number is the oid of a materialized view. Held by the one refresh that compares its rows.
   when 'job' then 1919249011      -- the second number is the id of a refresh job. Held by the relay that runs it.
   when 'relation' then 1919249012 -- the second number is the id of a watched relation. Held by the transaction that records its state.
+  when 'signal' then 1919249013   -- the second number is the oid of a table that views on change read. Held as relay.note_signals() says.
 end;
 comment on function relay.lock_class(text) is 'first number of an advisory lock of the relay';
 
@@ -25,5 +26,6 @@ return case name
   when 'rights' then 7    -- by the transaction that changes the rights of the schema for a moment
   when 'rules' then 8     -- by the transaction that records changes of rules
   when 'collections' then 9 -- by the transaction that watches or unwatches a table for a collection
+  when 'signals' then 10    -- by the relay that notes which views are due for a refresh on change
 end;
 comment on function relay.lock(text) is 'second number of an advisory lock of class relay';

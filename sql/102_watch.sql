@@ -252,6 +252,8 @@ declare
   leftover record;
 begin
   delete from relay.watch_list w where not exists (select from pg_class c where c.oid = w.relation);
+  delete from relay.told_views t where not exists (select from relay.watch_list w where w.id = t.id);
+  delete from relay.told_rows r where not exists (select from relay.told_views t where t.id = r.view);
   for leftover in
     select p.oid::regprocedure as name from pg_proc p
     where p.pronamespace = 'relay'::regnamespace and p.proname ~ '^capture_[0-9]+_(insert|update|delete)$'
@@ -665,6 +667,9 @@ begin
     perform relay.note_relation(list_id);
   end if;
   perform relay.renew_shapes(wanted => case when not by_hand then array[list_id] end);
+  if found_relation.relkind = 'm' and not exists (select from relay.told_views t where t.id = list_id) then
+    perform pg_advisory_xact_lock(relay.lock_class('refresh'), relation::oid::int4), relay.keep_images(list_id);
+  end if;
   if found_relation.relkind <> 'm' and not relay.triggers_intact(relation, list_id, true) then
     perform relay.lock_for_triggers(relation, relay.trigger_lock(relation));
     -- Without a row here, the event trigger ignores the statements below.

@@ -252,9 +252,11 @@ begin
   elsif tg_tag in ('COMMENT', 'CREATE INDEX') then
     return;
   elsif tg_tag = 'REFRESH MATERIALIZED VIEW' then
-    if current_setting('relay.refreshing', true) is distinct from 'on' then
-      perform relay.note_rewrite(d.objid) from pg_event_trigger_ddl_commands() d;
-    end if;
+    perform relay.note_refresh(d.objid) from pg_event_trigger_ddl_commands() d;
+    return;
+  -- A concurrent refresh makes temporary tables, by commands that are not reported.
+  elsif tg_tag in ('CREATE TABLE', 'ALTER TABLE') and current_setting('relay.refreshing', true) = 'on'
+        and not exists (select from pg_event_trigger_ddl_commands()) then
     return;
   elsif exists (select from pg_event_trigger_ddl_commands()) then
     if not exists (select from pg_event_trigger_ddl_commands() d

@@ -11,7 +11,8 @@ language sql stable
 set search_path = pg_catalog, pg_temp as $$
   select 'owner', o.object, o.role, null
   from (values ('relay.image(record)', 'relay_image'), ('relay.capture_truncate()', 'relay_writer'),
-               ('relay.log_schema_change()', 'relay_writer'), ('relay.capture_broadcasts()', 'relay_writer')) o (object, role)
+               ('relay.log_schema_change()', 'relay_writer'), ('relay.capture_broadcasts()', 'relay_writer'),
+               ('relay.signal_change()', 'relay_writer')) o (object, role)
   union all
   select 'schema', 'relay', r, 'usage' from unnest('{relay_writer,relay_reader}'::text[]) r
   union all
@@ -22,7 +23,7 @@ set search_path = pg_catalog, pg_temp as $$
   union all
   -- The trigger functions run as relay_writer: it may log, and read only the number of the newest shape.
   select 'table', t, 'relay_writer', 'insert'
-  from unnest('{relay.log_0,relay.log_1,relay.log_2,relay.widenings,relay.shape_doubts}'::text[]) t
+  from unnest('{relay.log_0,relay.log_1,relay.log_2,relay.widenings,relay.shape_doubts,relay.signals}'::text[]) t
   union all
   select 'sequence', 'relay.change_number', 'relay_writer', 'usage'
   union all
@@ -37,10 +38,11 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean)', 'relay.current_segment()',
     'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)',
     'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)', 'relay.note_collections()',
+    'relay.note_refresh(oid)', 'relay.signal(oid)', 'relay.ring_jobs()',
     'relay.broadcast_kind(json)', 'relay.broadcast_image(json)']) f
   union all
   select 'table', t, 'relay_reader', 'select'
-  from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,
+  from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,relay.refreshes,
                 relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts,relay.former_parents,relay.named_parts,
                 relay.collections,relay.collection_work,relay.collected}'::text[]) t
   union all
@@ -60,7 +62,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.catalog_marks(text[], text, oid[])', 'relay.rule_scope(text[], text, oid[])', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.parts_mark(regclass)', 'relay.rules_mark(oid[], oid[], boolean)',
     'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.name_parts(oid[])', 'relay.trim_changelog()',
     'relay.horizon()', 'relay.current_segment()', 'relay.blockers(text, text, text)', 'relay.row_like(regclass, jsonb)',
-    'relay.repair(int[])', 'relay.run_refreshes(int)', 'relay.open_bookmarks(uuid[], bytea[], text[])',
+    'relay.repair(int[])', 'relay.run_refreshes(int)', 'relay.note_signals()', 'relay.refreshes_due()', 'relay.refresh_mark(oid)', 'relay.open_bookmarks(uuid[], bytea[], text[])',
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
     'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()', 'relay.is_excluded(text)',
     'relay.publication_tables()', 'relay.collection_tables()', 'relay.sync_collections()', 'relay.realtime_problems()',

@@ -143,7 +143,8 @@ select relay.watch('admin_metrics_by_day');
 select relay.allow('admin_metrics_view', $$auth.jwt() -> 'app_metadata' ->> 'role' = 'admin'$$);
 select relay.allow('admin_metrics_by_day', $$auth.jwt() -> 'app_metadata' ->> 'role' = 'admin'$$);
 
--- Refreshes both views now, and returns how many rows have changed: these, and no others, are sent.
+-- Refreshes both views now, and returns how many rows have changed: these, and no others, are sent. A plain REFRESH MATERIALIZED VIEW
+-- is told just the same, but does not count them.
 create or replace function refresh_admin_metrics_view() returns bigint
 language sql security definer set search_path = '' as $$
   select relay.refresh('public.admin_metrics_view') + relay.refresh('public.admin_metrics_by_day')
@@ -151,7 +152,7 @@ $$;
 revoke all on function refresh_admin_metrics_view() from public, anon, authenticated;
 grant execute on function refresh_admin_metrics_view() to service_role;
 
--- The relay refreshes them on a schedule. With pg_cron instead: relay.refresh_stop(…), and
---   select cron.schedule('admin-metrics', '*/2 * * * *', 'select refresh_admin_metrics_view()');
+-- Refreshed on a schedule: by pg_cron if it is installed in this database, else by the relay. To follow the tables instead:
+--   select relay.refresh_on_change('admin_metrics_view', '1 second');
 select relay.refresh_every('admin_metrics_view', '2 minutes');
 select relay.refresh_every('admin_metrics_by_day', '2 minutes');

@@ -190,13 +190,14 @@ async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
 }
 
 /// The locks that a session may hold for long, and what does not work while it does.
-const LOCK_HARM: [(Lock, &str); 6] = [
+const LOCK_HARM: [(Lock, &str); 7] = [
     (Lock::Doorbell, "writers notify without need, or no relay can sleep"),
     (Lock::Install, "no installation can run"),
     (Lock::Trim, "the changelog is not trimmed"),
     (Lock::Leader, "no relay leads, and all poll"),
     (Lock::Followers, "the leader notifies without need"),
     (Lock::Collections, "tables of publications and schemas are neither watched nor unwatched"),
+    (Lock::Signals, "no view is refreshed on change"),
 ];
 
 /// Finds sessions that hold a lock of the relays and are none: any login may take these locks. A session counts as a relay by
@@ -481,11 +482,18 @@ async fn retention(client: &Client) -> Result<Finding, Error> {
     })
 }
 
+/// Reports materialized views whose refresh fails or cannot be told, and sources of views whose changes are not noticed.
 async fn refreshes(client: &Client) -> Result<Vec<Finding>, Error> {
-    let failing = "select relation::text, error from relay.refresh_jobs where error is not null";
+    let failing = "select relation::text, error, null from relay.refreshes where error is not null \
+         union all select relation::text, null, u from relay.refresh_jobs cross join unnest(unheard) u order by 1, 2, 3";
     let rows = client.query(failing, &[]).await?;
     let fault = |row: tokio_postgres::Row| {
-        Fault(format!("the refresh of {} fails: {}", row.get::<_, String>(0), row.get::<_, String>(1)))
+        let (view, error, unheard): (String, Option<String>, Option<String>) =
+            (row.get(0), row.get(1), row.get(2));
+        Fault(match error {
+            Some(error) => format!("the refresh of {view} fails: {error}"),
+            None => format!("{view} misses changes: {}", unheard.unwrap_or_default()),
+        })
     };
     Ok(rows.into_iter().map(fault).collect())
 }

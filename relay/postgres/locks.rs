@@ -24,11 +24,13 @@ pub enum Lock {
     Rules = 8,
     /// Held by the transaction that watches or unwatches a table for a collection.
     Collections = 9,
+    /// Held by the relay that notes which views are due for a refresh on change.
+    Signals = 10,
 }
 
 impl Lock {
     /// All locks.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Doorbell,
         Self::Install,
         Self::Trim,
@@ -37,6 +39,7 @@ impl Lock {
         Self::Rights,
         Self::Rules,
         Self::Collections,
+        Self::Signals,
     ];
 
     /// Returns the condition that the row `l` of `pg_locks` is this lock of this database, granted.

@@ -5,6 +5,8 @@ pub mod images;
 pub mod migrations;
 pub mod publications;
 pub mod refresh;
+pub mod refresh_cron;
+pub mod refresh_on_change;
 pub mod shapes;
 pub mod strangers;
 pub mod triggered_changes;

@@ -98,33 +98,230 @@ async fn a_refresh_that_is_rolled_back_tells_nothing() {
     relay.stop().await;
 }
 
+/// Waits until subscribers were told of each refresh.
+async fn all_is_told(database: &Database) {
+    eventually("all refreshes are told", || async {
+        let untold = "select exists (select from relay.refreshes where is_untold)";
+        (database.value(untold).await == "f").then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_view_that_is_refreshed_without_the_relay_is_a_gap() {
-    for by_hand in [
+async fn three_changed_rows_of_ten_thousand_are_three_changes_whoever_refreshes() {
+    let database = thousand().await;
+    database
+        .run(
+            "insert into source select i, 0 from generate_series(1001, 10000) i; refresh materialized view m;
+             create function refresh_admin_metrics_view() returns void language sql as 'refresh materialized view m';
+             create procedure refresh_all() language plpgsql as 'begin refresh materialized view concurrently m; commit; end'",
+        )
+        .await;
+    let relay = Relay::start(&database.url).await;
+    all_is_told(&database).await;
+    let mut client = subscriber(&relay, json!({})).await;
+    for (v, by_hand) in (1..).zip([
         "refresh materialized view m",
         "refresh materialized view concurrently m",
-        "refresh materialized view m with no data",
+        "select refresh_admin_metrics_view()",
+        "call refresh_all()",
+        "refresh materialized view m; refresh materialized view m; refresh materialized view concurrently m",
         "begin; select relay.refresh('m'); refresh materialized view m; commit",
-        "do $$ begin update source set v = 10; perform relay.refresh('m'); exception when division_by_zero then
-         execute 'refresh materialized view m'; end $$",
+        "begin; refresh materialized view concurrently m; select relay.refresh('m'); commit",
+        "set session_replication_role = replica; refresh materialized view m; reset session_replication_role",
+        "refresh materialized view m with no data; refresh materialized view m",
+    ]) {
+        database.run(&format!("update source set v = {v} where id in (7, 5000, 10000)")).await;
+        database.run(by_hand).await;
+        all_is_told(&database).await;
+        let changes = until_marker(&mut client, &database, v).await;
+        let mut told: Vec<_> = changes.iter().map(summary).collect();
+        told.sort_by_key(|(_, old, _)| old["id"].as_i64());
+        let expected = [7, 5000, 10000].map(|id| {
+            (json!("UPDATE"), json!({"id": id}), json!({"id": id, "v": v, "share": 1000 / (10 - v)}))
+        });
+        assert_eq!(told, expected, "{by_hand}");
+    }
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_that_nothing_reports_is_found() {
+    for unreported in [
+        "drop event trigger relay_schema_changes",
+        "alter event trigger relay_schema_changes disable",
+        "do $$ begin execute format('alter database %I set relay.doorbell = off', current_database()); end $$",
     ] {
         let database = thousand().await;
+        database.run(unreported).await;
         let relay = Relay::start(&database.url).await;
         let mut client = subscriber(&relay, json!({})).await;
-        database.run(by_hand).await;
-        database.run("insert into marker values (1)").await;
-        let mut gaps = 0;
-        loop {
-            let frame = client.frame().await;
-            let message = frame[4]["message"].as_str().unwrap_or_default();
-            gaps += i32::from(message.starts_with("Gap: public.m: "));
-            if frame[4]["data"]["table"] == "marker" {
-                break;
-            }
+        let session = database.connect().await;
+        for statement in ["update source set v = 5 where id = 7", "refresh materialized view m"] {
+            session.batch_execute(statement).await.unwrap();
         }
-        assert_eq!(gaps, 1, "{by_hand}");
+        assert_eq!(client.change().await["record"], json!({"id": 7, "v": 5, "share": 200}), "{unreported}");
         relay.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_while_no_relay_runs_is_told_by_the_next_one() {
+    let database = thousand().await;
+    database.run("update source set v = 4 where id = 1; refresh materialized view m").await;
+    database
+        .run("update source set v = 5 where id in (1, 2); refresh materialized view concurrently m")
+        .await;
+    let (one, two) = tokio::join!(Relay::start(&database.url), Relay::start(&database.url));
+    all_is_told(&database).await;
+    let told = "select string_agg(concat(operation, after), ' ' order by after ->> 'id') from relay.changes where operation in ('I', 'U', 'D', 'G')";
+    assert_eq!(database.value(told).await, r#"U{"id":1,"v":5,"share":200} U{"id":2,"v":5,"share":200}"#);
+    one.stop().await;
+    two.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_by_others_that_is_rolled_back_tells_nothing() {
+    let database = thousand().await;
+    let relay = Relay::start(&database.url).await;
+    let mut client = subscriber(&relay, json!({})).await;
+    for rolled_back in [
+        "begin; update source set v = 1; refresh materialized view m; rollback",
+        "begin; savepoint s; update source set v = 1; refresh materialized view concurrently m; rollback to s; commit",
+        "do $$ begin update source set v = 1; perform relay.refresh('m'); refresh materialized view m; perform 1 / 0;
+         exception when division_by_zero then null; end $$",
+    ] {
+        database.run(rolled_back).await;
+        all_is_told(&database).await;
+    }
+    assert_eq!(until_marker(&mut client, &database, 1).await, [Value::Null; 0]);
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renamed_column_is_no_change_and_a_refresh_after_it_tells_the_rows_that_changed() {
+    let database = thousand().await;
+    let relay = Relay::start(&database.url).await;
+    database
+        .run("alter materialized view m rename column v to value; update source set v = 4 where id = 1")
+        .await;
+    assert_eq!(database.value("select relay.refresh('m')").await, "1");
+    database.run("alter materialized view m rename column share to part").await;
+    all_is_told(&database).await;
+    database.run("update source set v = 5 where id = 2; refresh materialized view m").await;
+    all_is_told(&database).await;
+    let told = "select string_agg(concat(operation, after), ' ' order by number) from relay.changes where operation in ('I', 'U', 'D', 'G')";
+    assert_eq!(
+        database.value(told).await,
+        r#"U{"id":1,"value":4,"share":166} U{"id":2,"value":5,"part":200}"#
+    );
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_view_that_is_refreshed_without_the_relay_is_a_gap() {
+    for altered in [
+        "alter materialized view m rename column share to part",
+        "update relay.told_views set shape = 0",
+        // Nothing is known of what subscribers were told.
+        "truncate relay.told_views, relay.told_rows",
+    ] {
+        let database = thousand().await;
+        // Both before it was told: the old images have other columns.
+        database.run(&format!("{altered}; update source set v = 5; refresh materialized view m")).await;
+        let relay = Relay::start(&database.url).await;
+        all_is_told(&database).await;
+        let told = "select string_agg(operation::text, '') from relay.changes where operation in ('I', 'U', 'D', 'G')";
+        assert_eq!(database.value(told).await, "G", "{altered}");
+        assert_eq!(database.value("select relay.refresh('m')").await, "0");
+        relay.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_view_that_cannot_be_told_says_why_keeps_no_other_and_is_told_later() {
+    let database = thousand().await;
+    database
+        .run(
+            "create materialized view healthy as select id, v from source; create unique index on healthy (id);
+             grant select on healthy to authenticated; select relay.watch('healthy')",
+        )
+        .await;
+    let relay = Relay::start(&database.url).await;
+    let mut client = Client::connect(&relay, &token("authenticated", None, json!({}))).await;
+    client.subscribe("realtime:h", json!([{"event": "*", "schema": "public", "table": "healthy"}])).await;
+    database.run("drop index m_id_idx; update source set v = 5 where id = 7").await;
+    database.run("refresh materialized view m; refresh materialized view healthy").await;
+    assert_eq!(client.change().await["record"], json!({"id": 7, "v": 5}));
+    let error = "select coalesce(error, '') from relay.refreshes where relation = 'm'::regclass";
+    eventually("the error is recorded", || async {
+        database.value(error).await.contains("has no unique index").then_some(())
+    })
+    .await;
+    let (code, findings, _) =
+        crate::support::program::output(&["doctor", "--database-url", &database.url]).await;
+    assert!(code == 1 && findings.contains("has no unique index"), "{findings}");
+    database.run("create unique index on m (id)").await;
+    all_is_told(&database).await;
+    assert_eq!(database.value(error).await, "");
+    let told = "select string_agg(concat(operation, after), ' ') from relay.changes where after -> 'share' is not null";
+    assert_eq!(database.value(told).await, r#"U{"id":7,"v":5,"share":200}"#);
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_without_a_key_are_told_by_their_number() {
+    let database = thousand().await;
+    database
+        .run(
+            "create table loose (k int, v int); insert into loose values (null, 1), (null, 1), (null, 2);
+             create materialized view pairs as select k, v from loose; create unique index on pairs (k); select relay.watch('pairs')",
+        )
+        .await;
+    let told = "select coalesce(string_agg(concat(operation, before ->> 'v', '>', after ->> 'v'), ' ' order by number), '') from relay.changes
+                where operation in ('I', 'U', 'D', 'G')";
+    for (statement, expected) in [
+        ("insert into loose values (null, 1)", "I>1"),
+        ("delete from loose where ctid in (select ctid from loose where v = 1 limit 2)", "D1> D1>"),
+        ("update loose set v = 3 where v = 2", "U2>3"),
+        ("delete from loose", "D1> D3>"),
+        ("insert into loose values (null, 7), (null, 7)", "I>7 I>7"),
+    ] {
+        // Nothing may keep rows of the changelog from being removed here: no relay runs.
+        database.run("truncate relay.log_0, relay.log_1, relay.log_2").await;
+        database.run(&format!("{statement}; refresh materialized view pairs")).await;
+        database.run("select relay.run_refreshes()").await;
+        assert_eq!(database.value(told).await, expected, "{statement}");
+        assert_eq!(
+            database.value("select (select sum(copies) from relay.told_rows where view = (select id from relay.watched where relation = 'pairs'::regclass)) is not distinct from nullif((select count(*) from loose), 0)").await,
+            "t"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_user_defined_cast_does_it_does_without_rights() {
+    let database = thousand().await;
+    database
+        .run(
+            "create type wish as enum ('a', 'b');
+             create table wishes (id int primary key, wish wish); insert into wishes values (1, 'a');
+             create function spell(wish) returns json language plpgsql as $$
+             begin
+               begin execute 'delete from relay.watch_list'; exception when insufficient_privilege then null; end;
+               return json_build_object('as', current_user::text);
+             end $$;
+             create cast (wish as json) with function spell(wish);
+             create materialized view spelled as select id, wish, 1 as v from wishes; create unique index on spelled (id);
+             select relay.watch('spelled'); insert into wishes values (2, 'b'); refresh materialized view spelled;
+             select relay.run_refreshes()",
+        )
+        .await;
+    assert_eq!(
+        database.value("select after ->> 'wish' from relay.changes where operation = 'I'").await,
+        r#"{"as" : "relay_image"}"#
+    );
+    assert_eq!(database.value("select count(*) from relay.watch_list").await, "3");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -264,11 +461,27 @@ async fn a_read_policy_decides_who_sees_a_view() {
     let relay = Relay::start(&database.url).await;
     let mut admin = subscriber(&relay, json!({"admin": true})).await;
     let mut other = subscriber(&relay, json!({})).await;
-    database.run("update source set v = 4 where id = 1; update source set v = 9 where id = 2").await;
-    assert_eq!(database.value("select relay.refresh('m')").await, "2");
-    database.run("insert into marker values (1)").await;
-    assert_eq!(admin.change().await["record"], json!({"id": 1, "v": 4, "share": 166}));
-    assert_eq!(admin.change().await["table"], "marker");
-    assert_eq!(other.change().await["table"], "marker");
+    for (n, refresh) in (1..).zip([
+        "select relay.refresh('m')",
+        "refresh materialized view m",
+        "refresh materialized view concurrently m",
+    ]) {
+        database
+            .run(&format!(
+                "update source set v = 4 where id = {n}; update source set v = 9 where id = {n} + 10"
+            ))
+            .await;
+        database.run(refresh).await;
+        all_is_told(&database).await;
+        database.run(&format!("insert into marker values ({n})")).await;
+        assert_eq!(admin.change().await["record"], json!({"id": n, "v": 4, "share": 166}));
+        assert_eq!(admin.change().await["table"], "marker");
+        assert_eq!(other.change().await["table"], "marker");
+    }
+    // The right to SELECT, too.
+    database.run("revoke select on m from authenticated; update source set v = 3 where id = 5; refresh materialized view m").await;
+    all_is_told(&database).await;
+    database.run("insert into marker values (9)").await;
+    assert!(admin.changes_until(|change| change["table"] == "marker").await.len() == 1);
     relay.stop().await;
 }

@@ -81,12 +81,17 @@ impl Database {
 
     /// Another connection, and each warning that the server sends over it.
     pub async fn warned(&self) -> (Client, mpsc::UnboundedReceiver<String>) {
+        self.heard("WARNING").await
+    }
+
+    /// Another connection, and each message of this severity that the server sends over it.
+    pub async fn heard(&self, severity: &'static str) -> (Client, mpsc::UnboundedReceiver<String>) {
         let (client, mut connection) = tokio_postgres::connect(&self.url, NoTls).await.unwrap();
         let (sender, warnings) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
                 if let AsyncMessage::Notice(notice) = message
-                    && notice.severity() == "WARNING"
+                    && notice.severity() == severity
                 {
                     let _ = sender.send(notice.message().to_owned());
                 }

@@ -35,6 +35,8 @@ const BURST: Duration = Duration::from_millis(20);
 /// Longest pause between polls when the doorbell does not work: a pooler swallows it, the database turned it off, or
 /// the leader does not ring.
 const MAX_POLL_PAUSE: Duration = Duration::from_millis(100);
+/// Interval at which jobs are looked at when the doorbell does not work.
+const JOBS_INTERVAL: Duration = Duration::from_secs(10);
 /// While asleep, the source rings the doorbell itself this often, to check that it is still heard.
 const PROBE: Duration = Duration::from_secs(10);
 /// A follower tries this often to become the leader, so that one takes over within half a second.
@@ -120,9 +122,15 @@ impl<'a> PollLoop<'a> {
         self.poll_only().await
     }
 
+    /// Polls without being rung. Jobs may not be heard, either, and are looked at from time to time.
     pub(super) async fn poll_only(&mut self) -> Result<(), Error> {
         let mut pause = POLL_PAUSE;
+        let mut last_jobs = Instant::now();
         loop {
+            if last_jobs.elapsed() >= JOBS_INTERVAL {
+                last_jobs = Instant::now();
+                self.source.jobs.send_replace(());
+            }
             self.forward_jobs();
             match self.poll(Flush::WithWriters).await? {
                 PollResult::Closed => return Ok(()),
@@ -276,7 +284,7 @@ impl<'a> PollLoop<'a> {
         }
     }
 
-    /// Forwards a ring about the refresh schedule or collections, which would be lost while polling.
+    /// Forwards a ring about materialized views or collections, which would be lost while polling.
     fn forward_jobs(&mut self) {
         if self.doorbell.jobs() {
             self.source.jobs.send_replace(());

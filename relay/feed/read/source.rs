@@ -99,7 +99,7 @@ pub struct ChangeSource {
     pub stall_monitor: Arc<StallMonitor>,
     /// Metrics.
     pub observe: Arc<Observe>,
-    /// Notified when the refresh schedule or collections change.
+    /// Notified when materialized views or collections may need a look.
     pub jobs: watch::Sender<()>,
     /// What the version mark of a page is computed from.
     pub scope: watch::Receiver<Arc<RuleScope>>,

@@ -27,7 +27,7 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Keepalive settings release the locks of a leader whose host is gone after half a minute, not after PostgreSQL's default of
 /// two hours. Commits are asynchronous, because notifications do not have to survive a crash.
 const SETTINGS: &str = "set tcp_keepalives_idle = 15; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3; \
-     set tcp_user_timeout = '30s'; set synchronous_commit = off; listen relay_probe";
+     set tcp_user_timeout = '30s'; set synchronous_commit = off; listen relay_probe; listen relay_jobs";
 
 /// The listening connection.
 pub struct Doorbell {
@@ -44,9 +44,9 @@ pub struct Doorbell {
 /// Numbers of notifications. They are counted and not stored, because any login of the database can send any number.
 #[derive(Debug, Clone, Copy, Default)]
 struct RingCounts {
-    /// All notifications but probes.
+    /// All notifications but probes and those about materialized views alone.
     rings: usize,
-    /// Of these, those about the refresh schedule or collections.
+    /// Those about materialized views or collections.
     jobs: usize,
     /// Of these, those from new followers, which do not know the pages read before they joined.
     followers: usize,
@@ -73,9 +73,9 @@ enum LeaderRole {
 /// The notifications since the last call of [`Doorbell::rung`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rings {
-    /// Number of notifications; 0 if the only one was an earlier one about jobs.
+    /// Number of notifications; 0 if the only ones were about materialized views, or an earlier one about jobs.
     pub count: usize,
-    /// Whether the refresh schedule or collections changed. There may be changes, too.
+    /// Whether materialized views or collections need a look. There may be changes, too.
     pub jobs: bool,
 }
 
@@ -238,7 +238,7 @@ impl Doorbell {
         Ok(asleep)
     }
 
-    /// Whether the refresh schedule or collections changed since the last call. Discards rings of writers.
+    /// Whether materialized views or collections need a look since the last call. Discards rings of writers.
     pub fn jobs(&mut self) -> bool {
         self.drain();
         let jobs = self.heard.borrow().jobs;
@@ -296,9 +296,12 @@ impl RingCounts {
             self.probes += usize::from(is_own);
             return is_own;
         }
+        if ring.channel() == "relay_jobs" {
+            self.jobs += 1;
+            return true;
+        }
         self.rings += 1;
-        let is_job = ["\"refresh_jobs\"", "\"collections\""].iter().any(|job| ring.payload().contains(job));
-        self.jobs += usize::from(is_job);
+        self.jobs += usize::from(ring.payload().contains("\"collections\""));
         self.followers += usize::from(ring.payload().contains("\"follower\""));
         true
     }
