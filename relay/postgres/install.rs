@@ -46,6 +46,7 @@ const FILES: &[(&str, &str)] = &[
     RIGHTS_DUE,
     ("113_realtime.sql", include_str!("../../sql/113_realtime.sql")),
     ("114_broadcasts.sql", include_str!("../../sql/114_broadcasts.sql")),
+    ("115_watch_query.sql", include_str!("../../sql/115_watch_query.sql")),
     ("900_realtime.sql", include_str!("../../sql/900_realtime.sql")),
     RIGHTS,
     ("902_history.sql", include_str!("../../sql/902_history.sql")),

@@ -11,4 +11,5 @@ pub mod shapes;
 pub mod strangers;
 pub mod triggered_changes;
 pub mod triggers;
+pub mod watch_query;
 pub mod writers;
