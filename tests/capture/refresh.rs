@@ -199,6 +199,25 @@ async fn a_refresh_by_others_that_is_rolled_back_tells_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_in_an_older_snapshot_fails_instead_of_telling_a_row_twice() {
+    let database = thousand().await;
+    for (n, isolation) in (1..).zip(["repeatable read", "serializable"]) {
+        let older = database.connect().await;
+        let begin = format!("begin isolation level {isolation}; select count(*) from source");
+        older.batch_execute(&begin).await.unwrap();
+        database.run(&format!("update source set v = {n} where id = 7; refresh materialized view m")).await;
+        database.run("select relay.run_refreshes()").await;
+        let error = older.batch_execute("select relay.refresh('m')").await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "40001", "{isolation}: {error}");
+        older.batch_execute("rollback").await.unwrap();
+        older.batch_execute(&begin).await.unwrap();
+        older.batch_execute("select relay.refresh('m'); commit").await.unwrap();
+    }
+    let told = "select string_agg(concat(operation, after), ' ' order by number) from relay.changes where operation in ('I', 'U', 'D', 'G')";
+    assert_eq!(database.value(told).await, r#"U{"id":7,"v":1,"share":111} U{"id":7,"v":2,"share":125}"#);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_renamed_column_is_no_change_and_a_refresh_after_it_tells_the_rows_that_changed() {
     let database = thousand().await;
     let relay = Relay::start(&database.url).await;
