@@ -308,6 +308,7 @@ pub mod transport {
     /// `GET /realtime/v1/changes`.
     pub mod changes {
         mod refusal;
+        mod tables;
         pub mod sse;
         pub mod poll;
         pub mod rows;

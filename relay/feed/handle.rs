@@ -18,7 +18,7 @@ use crate::feed::lanes::Lanes;
 use crate::feed::replay::bookmarks::BookmarkHandle;
 use crate::feed::replay::reader::ReplayReader;
 use crate::feed::subscribe::{BIND_TIMEOUT, BindError, Binder, RequestError};
-use crate::model::catalog::relation::Relation;
+use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::codec::payload::record;
 use crate::model::identity::bookmark::{BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
@@ -27,7 +27,7 @@ use crate::model::session::channel::ChannelId;
 use crate::model::session::join::Recall;
 use crate::model::session::limits::RowLimit;
 use crate::model::session::stored_broadcast::Recalled;
-use crate::model::subscription::binding::{Scope, Subscription};
+use crate::model::subscription::binding::{Binding, Scope, Subscription};
 use crate::model::subscription::paging::{PageToken, Paging};
 use crate::model::subscription::request::{Request, Target};
 use crate::observe::Observe;
@@ -52,8 +52,10 @@ pub struct Feed {
 pub struct RowsPage {
     /// The limit that was exceeded, if any, and the cursor.
     pub found: RowsRead,
-    /// The last row, where the next page begins; `None` when rows have no order or no page was requested.
+    /// The last row, where the next page begins; `None` when rows have no order, no page was requested, or of several tables.
     pub last: Option<PageToken>,
+    /// The columns of each table's key; empty if it has none that the role may read.
+    pub keys: Vec<Vec<String>>,
 }
 
 /// Returns the first refusal of a table, as it is logged.
@@ -233,52 +235,70 @@ impl Feed {
         &self.bookmarks
     }
 
-    /// Reads up to `limit` rows of one table that the subscription may see now, and the cursor to continue from.
+    /// Reads up to `limit` rows of the tables of a subscription that it may see now, each with its page, and the cursor to continue
+    /// from.
     ///
     /// # Errors
-    /// As [`SnapshotRows::read`]; also when the table is gone, or cannot be ordered as requested.
+    /// As [`SnapshotRows::read`]; also when a table is gone, or cannot be ordered as requested.
     pub async fn rows(
         &self,
         subscription: &Subscription,
-        paging: &Paging,
+        pages: &[Paging],
         limit: RowLimit,
         take: RowSink<'_>,
     ) -> Result<RowsPage, RequestError> {
         let claims = subscription.identity().claims();
         let catalog = self.binder.catalog().with_role(claims.role());
         let catalog = within(BIND_TIMEOUT, "the catalog", catalog).await?;
-        let relation = subscription.bindings().first().and_then(|binding| match binding.scope {
-            Scope::Relation(id, oid, ..) => {
-                Some((catalog.relation(id).filter(|relation| relation.oid == oid)?, binding))
-            }
-            Scope::Refused(_) | Scope::Named(_) | Scope::Schema(_) | Scope::All => None,
-        });
-        let access = relation.and_then(|(relation, _)| relation.access(claims.role()));
-        let (Some((relation, binding)), Some(access)) = (relation, access) else {
-            return Err(Error::Unfit(String::from("the table is gone")).into());
-        };
-        let order = paging.order(relation, access, claims.role())?;
-        let after = self.binder.after(paging, &order, relation).await?;
-        let filter = binding.filter.as_ref().map(|filter| filter.condition.as_str());
-        let conditions = filter.into_iter().chain(after.as_deref()).collect();
-        let select = binding.select.as_deref();
+        let (mut selections, mut selects) = (Vec::new(), Vec::new());
+        for (binding, paging) in subscription.bindings().iter().zip(pages) {
+            selections.push(self.selection(&catalog, claims.role(), binding, paging).await?);
+            selects.push(binding.select.as_deref());
+        }
         let mut last_row = String::new();
         let mut count = 0;
-        let mut take = |row: &str| {
+        let page_limit = pages.first().and_then(|paging| paging.limit);
+        let mut take = |table: usize, row: &str| {
             count += 1;
-            if Some(count) == paging.limit {
+            if Some(count) == page_limit && table == 0 {
                 row.clone_into(&mut last_row);
             }
-            match record(row, relation, access, select) {
-                Some(stripped) => take(&stripped),
-                None => take(row),
+            let Selection { relation, access, .. } = &selections[table];
+            match record(row, relation, access, selects[table]) {
+                Some(stripped) => take(table, &stripped),
+                None => take(table, row),
             }
         };
-        let selection = Selection { relation, access, conditions, order: &order };
-        let found = self.rows.read(claims, &selection, limit, &mut take).await?;
-        let has_key = !relation.key.is_empty() && relation.key.iter().all(|key| access.sees(key));
-        let last = if has_key { PageToken::of(&order, &last_row) } else { None };
-        Ok(RowsPage { found, last })
+        let found = self.rows.read(claims, &selections, limit, &mut take).await?;
+        let keys: Vec<Vec<String>> = selections.iter().map(Selection::readable_key).collect();
+        let last = match (selections.as_slice(), keys.as_slice()) {
+            ([selection], [key]) if !key.is_empty() => PageToken::of(&selection.order, &last_row),
+            _ => None,
+        };
+        Ok(RowsPage { found, last, keys })
+    }
+
+    /// Returns what to read of a binding's table.
+    async fn selection<'a>(
+        &self,
+        catalog: &'a Catalog,
+        role: &str,
+        binding: &'a Binding,
+        paging: &Paging,
+    ) -> Result<Selection<'a>, RequestError> {
+        let relation = match binding.scope {
+            Scope::Relation(id, oid, ..) => catalog.relation(id).filter(|relation| relation.oid == oid),
+            Scope::Refused(_) | Scope::Named(_) | Scope::Schema(_) | Scope::All => None,
+        };
+        let access = relation.and_then(|relation| relation.access(role));
+        let (Some(relation), Some(access)) = (relation, access) else {
+            return Err(Error::Unfit(String::from("the table is gone")).into());
+        };
+        let order = paging.order(relation, access, role)?;
+        let after = self.binder.after(paging, &order, relation).await?;
+        let filter = binding.filter.as_ref().map(|filter| filter.condition.clone());
+        let conditions = filter.into_iter().chain(after).collect();
+        Ok(Selection { relation, access, conditions, order, limit: paging.limit })
     }
 
     pub(super) fn send(&self, command: Command) {

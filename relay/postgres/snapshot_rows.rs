@@ -1,4 +1,4 @@
-//! The rows of a table that one subscriber may see, and the cursor of the same snapshot.
+//! The rows of tables that one subscriber may see, and the cursor of the same snapshot.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -44,6 +44,8 @@ pub struct SnapshotRows {
 pub struct RowsRead {
     /// The limit that the rows exceed, if they do.
     pub beyond: Option<ExceededLimit>,
+    /// Whether a table has more rows than its page.
+    pub is_cut: bool,
     /// The cursor from which the feed continues after these rows.
     pub cursor: String,
 }
@@ -55,13 +57,23 @@ pub struct Selection<'a> {
     /// What the role may read of it.
     pub access: &'a Access,
     /// Conditions on the rows, as SQL.
-    pub conditions: Vec<&'a str>,
+    pub conditions: Vec<String>,
     /// Sort order.
-    pub order: &'a [OrderBy],
+    pub order: Vec<OrderBy>,
+    /// The size of the page, if it is one.
+    pub limit: Option<usize>,
 }
 
-/// Receives rows as JSON objects, in order; returns false when there is no room for more.
-pub type RowSink<'a> = &'a mut (dyn FnMut(&str) -> bool + Send);
+impl Selection<'_> {
+    /// Returns the columns of the relation's key; empty if it has none that the role may read.
+    pub fn readable_key(&self) -> Vec<String> {
+        let key = &self.relation.key;
+        if key.iter().all(|column| self.access.sees(column)) { key.to_vec() } else { Vec::new() }
+    }
+}
+
+/// Receives rows as JSON objects, in order, each with the number of its selection; returns false when there is no room for more.
+pub type RowSink<'a> = &'a mut (dyn FnMut(usize, &str) -> bool + Send);
 
 impl SnapshotRows {
     /// Creates a reader with the login of `judge`. Each statement ends after `limit`, each read after `read_timeout`; a
@@ -80,14 +92,14 @@ impl SnapshotRows {
         Ok(Self { main, readers, wait, read_timeout })
     }
 
-    /// Reads the rows of a selection that a subscriber with these claims may see, up to `max_rows`.
+    /// Reads the rows of selections that a subscriber with these claims may see, in one snapshot, up to `max_rows` together.
     ///
     /// # Errors
     /// As the connections, or what the policies raise.
     pub async fn read(
         &self,
         claims: &Claims,
-        selection: &Selection<'_>,
+        selections: &[Selection<'_>],
         max_rows: RowLimit,
         sink: RowSink<'_>,
     ) -> Result<RowsRead, Error> {
@@ -95,7 +107,7 @@ impl SnapshotRows {
         // The scarce connection first, so that a waiting caller holds no other.
         let mut reader = self.readers.timeout_get(&wait).await?;
         let mut main = self.main.get().await?;
-        let read = read_with(&mut main, &mut reader, claims, selection, max_rows, sink);
+        let read = read_with(&mut main, &mut reader, claims, selections, max_rows, sink);
         let read = within(self.read_timeout, "the connection that reads rows", read).await;
         if matches!(read, Err(Error::Late { .. })) {
             give_up(&self.readers, reader);
@@ -109,7 +121,7 @@ async fn read_with(
     main: &mut Client,
     reader: &mut Client,
     claims: &Claims,
-    selection: &Selection<'_>,
+    selections: &[Selection<'_>],
     max_rows: RowLimit,
     sink: RowSink<'_>,
 ) -> Result<RowsRead, Error> {
@@ -134,8 +146,23 @@ async fn read_with(
              set_config('role', $1, true)";
     let (role, json, sub) = (claims.role(), &**claims.json(), claims.sub().unwrap_or_default());
     reading.execute(impersonate, &[&role, &json, &sub]).await?;
-    let query = query(&formats, selection, max_rows.number + 1);
-    let beyond = fetch(&reading, &query, &formats.session_values(), max_rows, sink).await?;
+    let (mut left, mut is_cut, mut beyond) = (max_rows, false, None);
+    for (number, selection) in selections.iter().enumerate() {
+        let page = selection.limit.filter(|limit| *limit <= left.number);
+        let most = RowLimit { number: page.unwrap_or(left.number), ..left };
+        let query = query(&formats, selection, most.number + 1);
+        let mut take = |row: &str| sink(number, row);
+        let (exceeded, read) = fetch(&reading, &query, &formats.session_values(), most, &mut take).await?;
+        left = RowLimit { number: left.number - read.number, bytes: left.bytes - read.bytes };
+        match exceeded {
+            Some(ExceededLimit::Number) if page.is_some() => is_cut = true,
+            None => {}
+            Some(_) => {
+                beyond = exceeded;
+                break;
+            }
+        }
+    }
     let current_user: String = reading.query_one("select current_user::text", &[]).await?.get(0);
     reading.rollback().await?;
     // The commit flushes what the cursor counts as seen, so that a crash cannot lose it.
@@ -143,17 +170,17 @@ async fn read_with(
     if current_user != role {
         return Err(Error::Unfit(String::from("a policy changed the role of the reading session")));
     }
-    Ok(RowsRead { beyond, cursor })
+    Ok(RowsRead { beyond, is_cut, cursor })
 }
 
-/// Reads rows in fetches of [`FETCH_ROWS`], and stops at the first row beyond the limit.
+/// Reads rows in fetches of [`FETCH_ROWS`], and stops at the first row beyond the limit. Returns also how much was read.
 async fn fetch(
     reading: &Transaction<'_>,
     query: &str,
     parameters: &[&(dyn ToSql + Sync)],
     max_rows: RowLimit,
-    sink: RowSink<'_>,
-) -> Result<Option<ExceededLimit>, Error> {
+    sink: &mut (dyn FnMut(&str) -> bool + Send),
+) -> Result<(Option<ExceededLimit>, RowLimit), Error> {
     let portal = reading.bind(query, parameters).await?;
     let (mut number, mut bytes) = (0, 0);
     loop {
@@ -169,10 +196,11 @@ async fn fetch(
                 () if !sink(row) => ExceededLimit::Room,
                 () => continue,
             };
-            return Ok(Some(beyond));
+            let read = RowLimit { number: number.min(max_rows.number), bytes: bytes.min(max_rows.bytes) };
+            return Ok((Some(beyond), read));
         }
         if number < before + FETCH_ROWS as usize {
-            return Ok(None);
+            return Ok((None, RowLimit { number, bytes }));
         }
     }
 }
@@ -215,7 +243,7 @@ impl OutputFormats {
 }
 
 fn query(formats: &OutputFormats, selection: &Selection<'_>, limit: usize) -> String {
-    let Selection { relation, access, conditions, order } = selection;
+    let Selection { relation, access, conditions, order, .. } = selection;
     let quote = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let list = |names: &[String]| names.iter().map(|name| quote(name)).collect::<Vec<_>>().join(", ");
     // Inheriting tables that are not partitions are watched separately, if at all.
@@ -225,7 +253,7 @@ fn query(formats: &OutputFormats, selection: &Selection<'_>, limit: usize) -> St
     let policy = access.policy.as_deref().filter(|_| matches!(relation.kind.as_str(), "m" | "f"));
     let conditions: Vec<String> = policy
         .into_iter()
-        .chain(conditions.iter().copied())
+        .chain(conditions.iter().map(String::as_str))
         .map(|condition| format!("({condition}\n)"))
         .collect();
     let condition = match conditions.is_empty() {

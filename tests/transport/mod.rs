@@ -9,6 +9,8 @@ pub mod http_answers;
 pub mod http_edges;
 pub mod keys;
 pub mod pages;
+pub mod several_tables;
+pub mod sockets_since;
 pub mod tokens;
 pub mod upstream;
 pub mod websocket;

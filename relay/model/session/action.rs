@@ -1,6 +1,7 @@
 //! What a session wants its driver to do.
 
 use crate::model::catalog::topic_rules::TopicRights;
+use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::ChannelId;
@@ -62,6 +63,8 @@ pub enum Action {
         topic: String,
         /// Whether changes are events named after their operation.
         by_operation: bool,
+        /// The cursor after which changes begin, if the client gave one.
+        since: Option<Box<Cursor>>,
         /// Messages to send before the first change.
         greeting: Vec<Outgoing>,
     },

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
 use crate::model::session::join::Join;
@@ -56,6 +57,8 @@ pub struct Channel {
     unanswered: Option<Box<UnansweredJoin>>,
     /// Whether changes are events named after their operation.
     by_operation: bool,
+    /// The cursor after which its changes begin, until they do.
+    since: Option<Box<Cursor>>,
 }
 
 /// What the answer to a join depends on.
@@ -98,6 +101,7 @@ impl Channel {
             malformed: join.malformed,
             unanswered: Some(Box::new(unanswered)),
             by_operation: join.by_operation,
+            since: join.since.map(Box::new),
         };
         let first = match channel.judge(false) {
             Some(judge) => vec![judge],
@@ -202,6 +206,7 @@ impl Channel {
             channel: self.id,
             topic: topic.to_owned(),
             by_operation: self.by_operation,
+            since: self.since.take(),
             greeting,
         });
         Ok(actions)

@@ -1,5 +1,6 @@
 //! A client's request to join a channel, as its codec has parsed it.
 
+use crate::model::log::cursor::Cursor;
 use crate::model::session::member::MembershipOptions;
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::request::Request;
@@ -42,6 +43,8 @@ pub struct Join {
     pub private_channel: Option<String>,
     /// Which earlier broadcasts it wants, if any.
     pub recall: Option<Recall>,
+    /// The cursor after which its changes begin, if it has one.
+    pub since: Option<Cursor>,
     /// Whether changes are events named after their operation.
     pub by_operation: bool,
     /// The size of the join in bytes, which approximates what its channel keeps.
@@ -70,6 +73,10 @@ pub fn unauthorized(channel: &str, why: Option<&str>) -> String {
     let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
     format!("You do not have permissions to read from this Channel topic: {channel}{why}")
 }
+
+/// The reason for refusing a cursor in a session that has bookmarks.
+pub const TWO_POSITIONS: &str =
+    "since: a named session continues from its bookmark: leave out the cursor, or the parameter session";
 
 /// Returns the reason for refusing a join of more than [`MAX_JOIN_BYTES`].
 pub fn too_large() -> String {

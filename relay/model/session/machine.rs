@@ -7,7 +7,7 @@ use crate::model::identity::claims::{Claims, Tokens};
 use crate::model::policy::visibility::Identity;
 use crate::model::session::action::Action;
 use crate::model::session::channel::{Channel, ChannelId};
-use crate::model::session::join::{Join, disabled, too_large};
+use crate::model::session::join::{Join, TWO_POSITIONS, disabled, too_large};
 use crate::model::session::message::{ClientRequest, Incoming, Origin, Response, SessionEvent};
 
 /// The error for a channel that cannot be bound because PostgreSQL is unavailable. The client may join it again.
@@ -140,6 +140,9 @@ impl Session {
         let identity = self
             .identity(join.token.as_deref(), now, tokens)
             .map_err(|refusal| format!("{}: {}", refusal.code, refusal.text))?;
+        if self.resumable && join.since.is_some() {
+            return Err(String::from(TWO_POSITIONS));
+        }
         if let Some(refusal) = join.malformed.first().filter(|_| join.waits) {
             return Err(disabled(refusal));
         }

@@ -76,6 +76,7 @@ pub(crate) fn joining(entries: &Value, token: Option<&str>) -> Join {
         acknowledges: false,
         private_channel: None,
         recall: None,
+        since: None,
         by_operation: false,
         bytes: 100,
     }

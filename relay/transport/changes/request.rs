@@ -21,7 +21,7 @@ use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::channel::ChannelId;
 use crate::model::session::join::{MAX_TOPIC_BYTES, unauthorized};
-use crate::model::subscription::binding::Subscription;
+use crate::model::subscription::binding::{Binding, Subscription};
 use crate::model::subscription::error::SubscribeError;
 use crate::model::subscription::filter::{self, Filter};
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
@@ -33,26 +33,17 @@ use crate::transport::changes::poll::{poll, position};
 use crate::transport::changes::refusal::{bad_request, no_room, unavailable};
 use crate::transport::changes::rows::rows;
 use crate::transport::changes::sse::follow;
+use crate::transport::changes::tables::{TableParameters, beside_topic, check_parameters};
 use crate::transport::content_type::wants_stream;
 use crate::transport::held_answer::WatchedOutbox;
-use crate::transport::query::{is_private_by, is_unreadable, names, parameter};
+use crate::transport::query::{is_private_by, parameter};
 use crate::transport::response::{Answer, error};
 
 /// Default and maximum wait of a poll, in seconds. Below the usual timeouts of proxies.
 const DEFAULT_WAIT: u64 = 25;
 const MAX_WAIT: u64 = 55;
-/// The known parameters.
-const PARAMETERS: [&str; 17] = [
-    "apikey", "topic", "private", "event", "schema", "table", "filter", "or", "and", "not.or", "not.and",
-    "select", "since", "wait", "order", "limit", "after",
-];
 /// The parameters that are a group of conditions, as in PostgREST.
 const GROUPS: [&str; 4] = ["or", "and", "not.or", "not.and"];
-/// The parameters that only apply to a table.
-const OF_TABLES: [&str; 12] = [
-    "event", "schema", "table", "filter", "or", "and", "not.or", "not.and", "select", "order", "limit",
-    "after",
-];
 /// The parameters that only apply to rows.
 const PAGING: [&str; 3] = ["order", "limit", "after"];
 /// Minimum outbox size in bytes: room for the largest change beside a chunk of others. Replayed changes wait in the outbox.
@@ -70,8 +61,10 @@ pub struct ChangesRequest {
     pub since: Option<Cursor>,
     /// How long a poll waits for a change.
     pub wait: Duration,
-    /// Which of the rows it wants.
-    pub paging: Paging,
+    /// Which of the rows of each table it wants.
+    pub pages: Vec<Paging>,
+    /// The names of its tables as the client wrote them, if it names several.
+    pub names: Vec<String>,
     /// The queue for its answer.
     pub outbox: Arc<Outbox>,
     channel: ChannelId,
@@ -116,17 +109,20 @@ pub async fn serve(
 async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Result<ChangesRequest, Answer> {
     let claims = admit(app, address, request, &Method::GET, "changes are read by GET").await?;
     let query = request.uri().query().unwrap_or_default();
-    check_parameters(query).map_err(bad_request)?;
-    let wanted = wanted(query).map_err(bad_request)?;
+    let tables = TableParameters::of(query).map_err(bad_request)?;
+    check_parameters(query, &tables).map_err(bad_request)?;
+    let wanted = wanted(query, &tables).map_err(bad_request)?;
     let since = since(request.headers(), query).map_err(bad_request)?;
     let wait = wait(query).map_err(bad_request)?;
     let is_of_changes = since.is_some() || wants_stream(request.headers());
-    let paging = paging(query, is_of_changes, app.limits.rows.number).map_err(bad_request)?;
+    let pages = tables.iter().map(|table| paging(table, is_of_changes, app.limits.rows.number));
+    let pages = pages.collect::<Result<_, _>>().map_err(bad_request)?;
+    let names = tables.iter().filter_map(TableParameters::name).map(str::to_owned).collect();
     let identity = Identity::new(claims);
     let channel = ChannelId { session: app.next_session(), channel: 0 };
     let subscription = match wanted {
         WantedChanges::Topic(topic) => of_topic(app, identity.clone(), topic).await?,
-        WantedChanges::Table(wanted) => of_table(app, channel, identity.clone(), wanted).await?,
+        WantedChanges::Tables(wanted) => of_tables(app, channel, identity.clone(), &wanted).await?,
     };
     // Clients without a subject share the memory budget of their address.
     let claims = identity.claims();
@@ -139,7 +135,8 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
         subscription,
         since,
         wait,
-        paging,
+        pages,
+        names,
         channel,
         outbox: Arc::new(Outbox::of(Some(owner), outbox_bytes, Arc::clone(&app.budget))),
     })
@@ -147,34 +144,41 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
 
 /// What a request names.
 enum WantedChanges {
-    /// The changes of a table, or its rows.
-    Table(Wanted),
+    /// The changes of tables, or their rows.
+    Tables(Vec<Wanted>),
     /// The broadcasts to a topic.
     Topic(TopicScope),
 }
 
-/// Binds the changes of a table to an identity.
+/// Binds the changes of tables to an identity.
 ///
 /// # Errors
 /// The answer that refuses the request.
-async fn of_table(
+async fn of_tables(
     app: &App,
     channel: ChannelId,
     identity: Identity,
-    wanted: Wanted,
+    wanted: &[Wanted],
 ) -> Result<Subscription, Answer> {
-    let Target::Table { schema, table } = wanted.target.clone() else {
-        return Err(error(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
+    let subscription = match app.feed.bind(channel, identity.clone(), wanted).await {
+        Ok(subscription) => subscription,
+        Err(BindError::Refused(refusal)) => return Err(refused(&refusal, wanted.first(), &identity)),
+        Err(BindError::Unavailable) => return Err(unavailable()),
     };
-    let bound = app.feed.bind(channel, identity.clone(), &[wanted]).await;
-    let whole = bound.and_then(|subscription| subscription.whole().map_err(BindError::Refused));
-    whole.map_err(|why| match why {
-        BindError::Refused(refusal) => {
-            let plain = refusal.plain((&schema, &table), Some(identity.claims().role()));
-            error(StatusCode::BAD_REQUEST, &plain)
+    let first_refused = subscription.bindings().iter().position(Binding::is_refused);
+    let table = first_refused.and_then(|number| wanted.get(number));
+    subscription.whole().map_err(|refusal| refused(&refusal, table, &identity))
+}
+
+/// Refuses a request because of one of its tables.
+fn refused(refusal: &SubscribeError, wanted: Option<&Wanted>, identity: &Identity) -> Answer {
+    let text = match wanted.map(|wanted| &wanted.target) {
+        Some(Target::Table { schema, table }) => {
+            refusal.plain((schema, table), Some(identity.claims().role()))
         }
-        BindError::Unavailable => unavailable(),
-    })
+        _ => refusal.to_string(),
+    };
+    error(StatusCode::BAD_REQUEST, &text)
 }
 
 /// Binds the broadcasts to a topic to an identity.
@@ -200,23 +204,8 @@ pub(super) fn lost(topic: &TopicScope, why: Option<&str>) -> Answer {
     error(StatusCode::FORBIDDEN, &text)
 }
 
-/// Refuses unknown parameters and values that are not UTF-8.
-fn check_parameters(query: &str) -> Result<(), SubscribeError> {
-    if let Some(unknown) = names(query).find(|name| !PARAMETERS.contains(&name.as_str())) {
-        let name: String = unknown.chars().take(40).collect();
-        return Err(SubscribeError::Other(format!(
-            "{name}: there is no such parameter, only {}",
-            PARAMETERS.join(", ")
-        )));
-    }
-    match PARAMETERS.into_iter().find(|name| is_unreadable(query, name)) {
-        Some(name) => Err(SubscribeError::Other(format!("{name}: this is not UTF-8"))),
-        None => Ok(()),
-    }
-}
-
-/// Reads the parameters that name the topic, or the table and what of it.
-fn wanted(query: &str) -> Result<WantedChanges, SubscribeError> {
+/// Reads the parameters that name the topic, or the tables and what of them.
+fn wanted(query: &str, tables: &[TableParameters<'_>]) -> Result<WantedChanges, SubscribeError> {
     let refused = |why: String| Err(SubscribeError::Other(why));
     let Ok(is_private) = is_private_by(query) else {
         return refused(String::from("private: true or false is expected"));
@@ -224,11 +213,11 @@ fn wanted(query: &str) -> Result<WantedChanges, SubscribeError> {
     let Some(name) = parameter(query, "topic") else {
         return match is_private {
             true => refused(String::from("private: only a topic is private: give topic=")),
-            false => wanted_changes(query).map(WantedChanges::Table),
+            false => tables.iter().map(wanted_changes).collect::<Result<_, _>>().map(WantedChanges::Tables),
         };
     };
-    if let Some(other) = OF_TABLES.into_iter().find(|name| parameter(query, name).is_some()) {
-        return refused(format!("{other}: it is for a table, and topic= is given: leave one of them out"));
+    if let Some(why) = beside_topic(query) {
+        return refused(why);
     }
     if name.is_empty() || name.len() > MAX_TOPIC_BYTES {
         return refused(format!(
@@ -239,24 +228,24 @@ fn wanted(query: &str) -> Result<WantedChanges, SubscribeError> {
 }
 
 /// Reads the parameters that name the table, operations, filter and columns.
-fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
-    let event = parameter(query, "event").unwrap_or_default();
+fn wanted_changes(parameters: &TableParameters<'_>) -> Result<Wanted, SubscribeError> {
+    let event = parameters.get("event").unwrap_or_default();
     if !event.is_empty() && !EVENTS.iter().any(|known| known.eq_ignore_ascii_case(&event)) {
         return Err(SubscribeError::Other(format!("event: one of {} is expected", EVENTS.join(", "))));
     }
     let mut entry = Map::new();
     for name in ["event", "schema", "table"] {
-        if let Some(value) = parameter(query, name) {
+        if let Some(value) = parameters.get(name) {
             entry.insert(name.to_owned(), Value::from(value));
         }
     }
-    if let Some(filter) = filter(query)? {
+    if let Some(filter) = filter(parameters)? {
         entry.insert(String::from("filter"), Value::from(filter));
     }
-    if let Some(columns) = parameter(query, "select").filter(|columns| columns != "*") {
+    if let Some(columns) = parameters.get("select").filter(|columns| columns != "*") {
         entry.insert(String::from("select"), columns.split(',').map(str::trim).map(Value::from).collect());
     }
-    if parameter(query, "table").is_none_or(|table| table.is_empty() || table == "*") {
+    if parameters.get("table").is_none_or(|table| table.is_empty() || table == "*") {
         return Err(SubscribeError::Other(String::from(
             "table: the name of a table is expected, such as ?table=todos (&schema=public&filter=id=gt.7)",
         )));
@@ -265,10 +254,10 @@ fn wanted_changes(query: &str) -> Result<Wanted, SubscribeError> {
 }
 
 /// Returns the filter, together with the groups that are parameters of their own.
-fn filter(query: &str) -> Result<Option<String>, SubscribeError> {
+fn filter(parameters: &TableParameters<'_>) -> Result<Option<String>, SubscribeError> {
     let mut terms = Vec::new();
     for name in GROUPS {
-        let Some(group) = parameter(query, name) else { continue };
+        let Some(group) = parameters.get(name) else { continue };
         if !group.trim_start().starts_with('(') {
             return Err(SubscribeError::Other(format!(
                 "{name}: conditions in parentheses are expected, such as {name}=(id.gt.7,title.eq.a)"
@@ -285,7 +274,7 @@ fn filter(query: &str) -> Result<Option<String>, SubscribeError> {
             }
         }
     }
-    terms.extend(parameter(query, "filter").filter(|filter| !filter.trim().is_empty()));
+    terms.extend(parameters.get("filter").filter(|filter| !filter.trim().is_empty()));
     Ok((!terms.is_empty()).then(|| terms.join(",")))
 }
 
@@ -311,14 +300,18 @@ fn wait(query: &str) -> Result<Duration, SubscribeError> {
 ///
 /// # Errors
 /// If a parameter is malformed, or the request is for changes.
-fn paging(query: &str, is_of_changes: bool, max_rows: usize) -> Result<Paging, SubscribeError> {
-    let given = PAGING.iter().find(|name| parameter(query, name).is_some());
+fn paging(
+    parameters: &TableParameters<'_>,
+    is_of_changes: bool,
+    max_rows: usize,
+) -> Result<Paging, SubscribeError> {
+    let given = PAGING.iter().find(|name| parameters.get(name).is_some());
     if let Some(name) = given.filter(|_| is_of_changes) {
         return Err(SubscribeError::Other(format!(
             "{name}: it is for rows; changes come in their own order, without it"
         )));
     }
-    let limit = parameter(query, "limit").map(|limit| {
+    let limit = parameters.get("limit").map(|limit| {
         let number = limit.parse().ok().filter(|number| (1..=max_rows).contains(number));
         number.ok_or_else(|| {
             SubscribeError::Other(format!("limit: a number of rows from 1 to {max_rows} is expected"))
@@ -326,7 +319,7 @@ fn paging(query: &str, is_of_changes: bool, max_rows: usize) -> Result<Paging, S
     });
     Ok(Paging {
         limit: limit.transpose()?,
-        order: parameter(query, "order").map(|order| OrderBy::parse(&order)).transpose()?.unwrap_or_default(),
-        after: parameter(query, "after").map(|after| PageToken::parse(&after)).transpose()?,
+        order: parameters.get("order").map(|order| OrderBy::parse(&order)).transpose()?.unwrap_or_default(),
+        after: parameters.get("after").map(|after| PageToken::parse(&after)).transpose()?,
     })
 }

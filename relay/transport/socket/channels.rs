@@ -247,10 +247,11 @@ impl Channels {
         };
         for action in actions {
             match action {
-                Action::Join { channel, topic, by_operation, greeting } => {
+                Action::Join { channel, topic, by_operation, since, greeting } => {
                     if let Some(bound) = bound.take() {
                         let format = ChannelFormat { topic, with_cursor: self.with_cursor, by_operation };
-                        self.deliveries.start(channel, format, self.frames(&greeting), bound);
+                        let since = since.map(|since| *since);
+                        self.deliveries.start(channel, format, since, self.frames(&greeting), bound);
                     }
                 }
                 other => self.perform([other]),
@@ -323,7 +324,8 @@ impl Channels {
                     let topic = self.session.topic(channel).unwrap_or_default().to_owned();
                     if let Some(heard) = self.heard_topic(channel) {
                         let format = ChannelFormat { topic, with_cursor: false, by_operation: false };
-                        self.deliveries.start(channel, format, Vec::new(), Bound::of_topic(identity, heard));
+                        let bound = Bound::of_topic(identity, heard);
+                        self.deliveries.start(channel, format, None, Vec::new(), bound);
                     }
                 }
                 Action::Judge { channel, judgement, identity, name, is_recheck } => {

@@ -1,5 +1,5 @@
-//! Delivery of changes to a client's channels: binds their subscriptions, and starts delivery live, from a bookmark, or after earlier
-//! broadcasts.
+//! Delivery of changes to a client's channels: binds their subscriptions, and starts delivery live, from a bookmark, from the cursor of
+//! a join, or after earlier broadcasts.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use crate::feed::handle::Feed;
 use crate::feed::subscribe::BindError;
 use crate::model::codec::protocol::{ChannelFormat, SocketProtocol};
 use crate::model::identity::bookmark::Opened;
+use crate::model::log::cursor::Cursor;
 use crate::model::policy::visibility::Identity;
 use crate::model::session::channel::ChannelId;
 use crate::model::session::join::Recall;
@@ -74,7 +75,7 @@ pub struct Deliveries {
     binds: FuturesUnordered<BoxFuture<'static, BindAttempt>>,
     /// Bookmarks of the channels, if the client named its session.
     resume: Option<Box<Resume>>,
-    /// The earlier broadcasts of channels, if one wanted any.
+    /// The channels that want earlier broadcasts or continue from a cursor, if there are any.
     recalls: Option<Box<Recalls>>,
 }
 
@@ -119,21 +120,27 @@ impl Deliveries {
         self.binds.len()
     }
 
-    /// Starts delivery to a channel after the greeting.
-    pub fn start(&mut self, channel: ChannelId, format: ChannelFormat, greeting: Vec<Frame>, bound: Bound) {
+    /// Starts delivery to a channel after the greeting, from the cursor if there is one.
+    pub fn start(
+        &mut self,
+        channel: ChannelId,
+        format: ChannelFormat,
+        since: Option<Cursor>,
+        greeting: Vec<Frame>,
+        bound: Bound,
+    ) {
         let Bound { subscription, opened } = bound;
         let codec = self.protocol.codec(format);
         if let Some(resume) = &mut self.resume {
             return resume.start(channel, subscription, codec, greeting, opened);
         }
         let outbox = Arc::clone(&self.outbox);
-        if let Some(recalls) = &mut self.recalls
-            && let Some(cursor) = recalls.cursor(channel)
-        {
+        let reached = self.recalls.as_mut().and_then(|recalls| recalls.cursor(channel));
+        if let Some(cursor) = reached.or(since) {
             greeting.into_iter().for_each(|frame| outbox.push(frame));
             let feed = self.feed.clone();
             let catch_up = CatchUp::new(feed, channel, subscription, codec, cursor, outbox);
-            return recalls.follow(channel, catch_up);
+            return self.recalls.get_or_insert_default().follow(channel, catch_up);
         }
         let subscriber = Subscriber { codec, subscription, since: None, outbox, missed: None };
         self.feed.join(channel, subscriber, greeting);

@@ -1,5 +1,5 @@
 //! The earlier broadcasts of a client's channels: they are read before the join is answered, sent right after, and followed by
-//! everything later in the changelog.
+//! everything later in the changelog. A channel that joins with a cursor is followed in the same way.
 
 use std::collections::HashMap;
 use std::convert::Infallible;

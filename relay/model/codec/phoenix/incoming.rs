@@ -7,6 +7,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::model::codec::phoenix::{Head, Message, TOPIC_PREFIX};
+use crate::model::log::cursor::{Cursor, CursorError};
 use crate::model::session::broadcast::{Broadcast, object};
 use crate::model::session::join::{
     Join, MAX_ENTRIES, MAX_JOIN_BYTES, MAX_KEY_BYTES, MAX_RECALLED, MAX_TOPIC_BYTES, MEMBERSHIP_BYTES,
@@ -123,6 +124,11 @@ fn join(message: &Message) -> Result<Join, String> {
     if recall.is_some() && !is_private {
         return Err(String::from("UnableToReplayMessages: Replay is not allowed for public channels"));
     }
+    let since = payload.get("config").and_then(|config| config.get("since"));
+    let since = since.filter(|since| !since.is_null()).map(cursor).transpose()?;
+    if since.is_some() && requests.is_empty() {
+        return Err(String::from("since: it is for postgres_changes, of which the channel has none"));
+    }
     Ok(Join {
         requests,
         malformed,
@@ -133,6 +139,7 @@ fn join(message: &Message) -> Result<Join, String> {
         acknowledges: is_set(payload, "broadcast", "ack"),
         private_channel: message.topic.strip_prefix(TOPIC_PREFIX).filter(|_| is_private).map(str::to_owned),
         recall: recall.transpose()?,
+        since,
         by_operation: by_topic.is_some(),
         // The topic is the session's and the topic's own.
         bytes: bytes + message.topic.len() + MEMBERSHIP_BYTES,
@@ -166,6 +173,15 @@ fn membership(payload: &Value) -> Result<MembershipOptions, String> {
         presence_key,
         wants_presence: is_set(payload, "presence", "enabled"),
     })
+}
+
+/// Parses `config.since`.
+///
+/// # Errors
+/// The reason for the reply.
+fn cursor(since: &Value) -> Result<Cursor, String> {
+    let text = since.as_str().ok_or("since: a cursor is expected, as a text")?;
+    text.parse().map_err(|why: CursorError| format!("since: {why}; without it the changes of now on come"))
 }
 
 /// Parses `config.broadcast.replay`.
