@@ -1,7 +1,7 @@
 # The build itself is cargo's; this is what stands around it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo systems test test-core test-clients test-browser test-versions soak fuzz autobahn unit lint bench clean
+.PHONY: help setup demo systems client test test-core test-clients test-browser test-versions soak fuzz autobahn unit lint bench clean
 MINUTES ?= 10
 # Tests mostly wait for each other's servers, so more of them run at a time than there are processors.
 TEST_THREADS ?= $(shell echo $$((3 * $$(nproc 2>/dev/null || echo 2))))
@@ -28,6 +28,10 @@ systems: ## the same for the five systems of examples/systems, with buttons that
 	@tests/support/setup.sh postgres node
 	@cargo build --release
 	@examples/systems/run.sh
+
+client: ## compile the client of examples/client into examples/client/dist
+	@tests/support/setup.sh node
+	@examples/client/node_modules/.bin/tsc -p examples/client
 
 test: test-core test-clients test-browser ## all tests, on a throwaway PostgreSQL cluster, with the real clients
 
@@ -85,4 +89,4 @@ bench: ## latency, writers' rate, fan-out and memory; AGAINST=an older relay's b
 
 clean: ## remove all that was built and stop our clusters
 	@for dir in target/cluster target/demo/cluster target/systems/cluster target/bench/cluster; do $(cluster) drop $$dir; done
-	rm -rf target tests/clients/node_modules
+	rm -rf target tests/clients/node_modules examples/client/node_modules examples/client/dist

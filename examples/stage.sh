@@ -64,6 +64,9 @@ serve_page() {
   children+=($!)
 }
 
+# The helper of examples/client, compiled for a page.
+compile_client() { examples/client/node_modules/.bin/tsc -p examples/client --outDir "$1"; }
+
 ready() {
   local status
   exec 3<>"/dev/tcp/127.0.0.1/$relay_port" || return 1

@@ -13,7 +13,8 @@ grant select on todos to authenticated;
 
 select relay.watch('todos');
 
--- Now open todo.html with a token of this user (relay token --role authenticated --sub …) and then, from anywhere:
+-- Now open todo.html (make client; node examples/demo/serve.mjs examples 8000; http://127.0.0.1:8000/todo.html) with a token of this user
+-- (relay token --role authenticated --sub …) and then, from anywhere:
 --   insert into todos (user_id, title) values ('11111111-1111-4111-8111-111111111111', 'Water the plants');
 --   update todos set done = true;
 --   delete from todos where done;

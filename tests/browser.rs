@@ -4,3 +4,29 @@
 async fn a_page_shows_rows_as_they_come_change_and_go() {
     crate::support::script::play("node", "page.mjs", "shows_rows_as_they_come_change_and_go").await;
 }
+
+/// The page examples/todo.html. What happens to it: tests/clients/todo.mjs.
+mod todo {
+    macro_rules! play {
+        ($($scenario:ident)*) => {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $scenario() {
+                crate::support::script::play("node", "todo.mjs", stringify!($scenario)).await;
+            })*
+        };
+    }
+
+    play! {
+        shows_what_was_updated_and_deleted_while_the_relay_was_down
+        shows_its_copy_without_a_relay_after_a_reload_and_mends_it
+        goes_on_where_the_browser_lets_no_socket_through
+        goes_on_where_the_browser_lets_no_stream_through_either
+    }
+}
+
+/// The React hook of examples/client. What happens to it: tests/clients/strict-mode.mjs.
+#[tokio::test(flavor = "multi_thread")]
+async fn has_one_connection_under_strict_mode_and_none_after_the_component() {
+    let scenario = "has_one_connection_under_strict_mode_and_none_after_the_component";
+    crate::support::script::play("node", "strict-mode.mjs", scenario).await;
+}

@@ -2,7 +2,10 @@
 # The whole demo: a cluster, the relay, a writer, a page. `make demo` builds and installs what this needs first.
 . "$(dirname "$(realpath "$0")")/../stage.sh"
 begin demo
-"$bin/psql" -qX -v ON_ERROR_STOP=1 "$database" -f examples/demo/schema.sql >/dev/null
+"$bin/psql" -qX -v ON_ERROR_STOP=1 "$database" -f examples/demo/schema.sql -f examples/todo.sql \
+  -c "insert into todos (user_id, title, done) select person.id, todo.* from person, (values
+      ('Water the plants', true), ('Answer the letters', false), ('Book a table for four', false)) todo
+      where person.name = 'Ana'" >/dev/null
 
 # The ids of schema.sql.
 ana=a0000000-0000-4000-8000-000000000001
@@ -48,7 +51,8 @@ cat >$work/page/config.json <<T
   ]
 }
 T
-serve_page examples/demo/serve.mjs examples/demo/page/*
+compile_client $work/page/client/dist
+serve_page examples/demo/serve.mjs examples/demo/page/* examples/todo.html
 wait_until_ready
 
 while "$bin/psql" -qX -v ON_ERROR_STOP=1 "$database" -f examples/demo/writer.sql; do :; done >/dev/null 2>$work/writer.log 9>&- &
@@ -63,6 +67,12 @@ cat <<T
     ${lines[0]}
     ${lines[1]}
     ${lines[2]}
+
+  A list of todos of Ana, by the client of examples/client: it is right again after whatever was down.
+
+    http://127.0.0.1:$page_port/todo.html
+    $psql $database -c "insert into todos (user_id, title) values ('$ana', 'Water the plants')"
+    $psql $database -c "update todos set done = not done"
 
   The same without a page, as Ana, Ben and the admin Edda:
 

@@ -23,6 +23,8 @@ export async function order(line) {
 
 /** Runs SQL; the order is one line. */
 export const write = (sql) => order(`WRITE ${sql.replace(/\s+/g, ' ')}`)
+/** Runs SQL, and returns the first value of the last row. */
+export const read = (sql) => order(`READ ${sql.replace(/\s+/g, ' ')}`)
 /** A token of alice or bob (authenticated) or of the role anon, that ends in so many seconds. */
 export const token = (who, seconds = 3600) => order(`TOKEN ${who} ${seconds}`)
 

@@ -12,6 +12,7 @@ use relay::auth::verifier::mint;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_postgres::SimpleQueryMessage;
 
 use super::SECRET;
 use super::database::Database;
@@ -77,6 +78,12 @@ impl Scene {
                     return Some(format!("FAILED {:?}", error.as_db_error()));
                 }
             }
+            ["READ", ..] => {
+                return Some(match self.database.client.simple_query(&line["READ ".len()..]).await {
+                    Ok(messages) => format!("DONE {}", last_value(&messages)),
+                    Err(error) => format!("FAILED {:?}", error.as_db_error()),
+                });
+            }
             ["TOKEN", who, seconds] => return Some(format!("DONE {}", token(who, seconds.parse().unwrap()))),
             ["CUT"] => self.proxy.cut(),
             ["STOP"] => self.relay.take().unwrap().stop().await,
@@ -88,6 +95,15 @@ impl Scene {
         }
         Some("DONE".to_owned())
     }
+}
+
+/// The first value of the last row.
+fn last_value(messages: &[SimpleQueryMessage]) -> &str {
+    let value = messages.iter().rev().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0),
+        _ => None,
+    });
+    value.unwrap_or_default()
 }
 
 /// A token that ends in so many seconds, or ended that long ago.
@@ -121,6 +137,7 @@ impl Script {
             .arg(scenario)
             .env("RELAY_URL", relay.url())
             .env("PROXY_URL", format!("http://{}", proxy.address))
+            .env("TMP_FOLDER", env!("CARGO_TARGET_TMPDIR"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -142,12 +142,14 @@ if wants node; then
     ln -s "../node_modules/node-linux-$machine/bin/node" target/node/bin/node
     target/node/bin/node --version >/dev/null
   fi
-  stamp=$(cat tests/clients/package.json tests/clients/package-lock.json | sha256sum)
-  if [ "$(cat tests/clients/node_modules/.stamp 2>/dev/null)" != "$stamp" ]; then
-    say "installing the npm packages of tests/clients/package-lock.json"
-    (cd tests/clients && npm ci --no-audit --no-fund --loglevel=error --ignore-scripts 9>&- >&2)
-    echo "$stamp" >tests/clients/node_modules/.stamp
-  fi
+  for folder in tests/clients examples/client; do
+    stamp=$(cat $folder/package.json $folder/package-lock.json | sha256sum)
+    if [ "$(cat $folder/node_modules/.stamp 2>/dev/null)" != "$stamp" ]; then
+      say "installing the npm packages of $folder/package-lock.json"
+      (cd $folder && npm ci --no-audit --no-fund --loglevel=error --ignore-scripts 9>&- >&2)
+      echo "$stamp" >$folder/node_modules/.stamp
+    fi
+  done
 fi
 
 # npm packs no links: pg-symlinks.json lists those that the libraries need.
