@@ -266,11 +266,12 @@ export class Live {
           way = 0
           this.#reconnect('the first way is tried again')
         }
-        if (way) retry = setTimeout(tryFirst, retryFirstAfter)
         for await (const heard of transports[transport](this.#ask(current), this.#cursor!)) {
           signal.throwIfAborted()
           this.#take(heard)
+          if (heard.changes?.length) failures = 0
           if (!heard.open) continue
+          if (way && !opened) retry = setTimeout(tryFirst, retryFirstAfter)
           opened ??= Date.now()
           this.#set(heard.open === true ? { state: 'live', transport } : { state: 'stalled', transport, why: heard.open })
         }

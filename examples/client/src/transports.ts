@@ -88,6 +88,8 @@ async function request({ url, token, query }: Ask, more: Record<string, string>,
     headers: { Authorization: `Bearer ${token}`, ...headers },
     cache: 'no-store',
     signal,
+  }).catch((error) => {
+    throw signal.aborted ? signal.reason : new Error(`${url} cannot be reached (${error.message})`)
   })
   if (answer.ok) return answer
   const text = await answer.text()
