@@ -6,22 +6,28 @@ async fn a_page_shows_rows_as_they_come_change_and_go() {
 }
 
 /// The page examples/todo.html. What happens to it: tests/clients/todo.mjs.
-mod todo {
-    macro_rules! play {
-        ($($scenario:ident)*) => {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $scenario() {
-                crate::support::script::play("node", "todo.mjs", stringify!($scenario)).await;
-            })*
-        };
-    }
+async fn todo(scenario: &str) {
+    crate::support::script::play("node", "todo.mjs", scenario).await;
+}
 
-    play! {
-        shows_what_was_updated_and_deleted_while_the_relay_was_down
-        shows_its_copy_without_a_relay_after_a_reload_and_mends_it
-        goes_on_where_the_browser_lets_no_socket_through
-        goes_on_where_the_browser_lets_no_stream_through_either
-    }
+#[tokio::test(flavor = "multi_thread")]
+async fn shows_what_was_updated_and_deleted_while_the_relay_was_down() {
+    todo("shows_what_was_updated_and_deleted_while_the_relay_was_down").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shows_its_copy_without_a_relay_after_a_reload_and_mends_it() {
+    todo("shows_its_copy_without_a_relay_after_a_reload_and_mends_it").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn goes_on_where_the_browser_lets_no_socket_through() {
+    todo("goes_on_where_the_browser_lets_no_socket_through").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn goes_on_where_the_browser_lets_no_stream_through_either() {
+    todo("goes_on_where_the_browser_lets_no_stream_through_either").await;
 }
 
 /// The React hook of examples/client. What happens to it: tests/clients/strict-mode.mjs.

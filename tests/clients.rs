@@ -1,6 +1,8 @@
 //! The real clients, unmodified: the newest supabase-js, a realtime-js about 18 months older, and `realtime` from PyPI.
 //! What a scenario does stands in tests/clients/scenarios.mjs and realtime-py.py, under the name of the test.
 
+mod live;
+
 /// Every client keeps every promise.
 macro_rules! clients {
     ($promises:tt $($client:ident: $program:literal $script:literal;)*) => {
@@ -61,27 +63,4 @@ clients! {
 async fn a_todo_app_has_one_address_for_logins_rows_and_changes() {
     let scenario = "a_todo_app_has_one_address_for_logins_rows_and_changes";
     crate::support::script::play("node", "one-url.mjs", scenario).await;
-}
-
-/// The helper of examples/client. What happens stands in tests/clients/live.mjs.
-mod live {
-    macro_rules! play {
-        ($($scenario:ident)*) => {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $scenario() {
-                crate::support::script::play("node", "live.mjs", stringify!($scenario)).await;
-            })*
-        };
-    }
-
-    play! {
-        equals_its_tables_in_the_end_whatever_failed
-        takes_the_next_way_when_one_is_blocked_and_loses_nothing_between_them
-        applies_each_transaction_as_a_whole
-        keeps_every_digit_and_finds_rows_by_their_key
-        knows_its_own_write_and_reads_again_when_asked
-        never_shows_the_rows_of_another_user
-        says_why_there_are_no_rows_and_goes_on_once_there_is_a_reason_to
-        gives_its_rows_to_vue_and_tanstack
-    }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::support::client::Client;
 use crate::support::dice::Dice;
@@ -93,6 +93,26 @@ async fn a_channel_continues_from_a_cursor_of_rows_then_with_what_is_new() {
         let mut client = joined(&stage, change["cursor"].as_str().unwrap()).await;
         if number + 1 < changes.len() {
             assert_eq!(client.change().await["number"], changes[number + 1]["number"]);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_missed_comes_on_one_socket_however_slowly_it_is_read() {
+    let stage = stage().await;
+    stage.run("alter table u add column text text").await;
+    let since = cursor_of_now(&stage).await;
+    for part in 0..12 {
+        let rows = format!(
+            "insert into u select g, 0, repeat('x', 10000) from generate_series(1 + {part} * 250, 250 + {part} * 250) g"
+        );
+        stage.run(&rows).await;
+    }
+    let mut client = joined(&stage, &since).await;
+    for expected in 1..=3000 {
+        assert_eq!(client.change().await["record"]["id"], expected);
+        if expected < 300 {
+            sleep(Duration::from_millis(10)).await;
         }
     }
 }
