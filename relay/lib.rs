@@ -104,6 +104,8 @@ pub mod model {
     pub mod policy {
         pub mod visibility;
         pub mod rights;
+        pub mod claim_document;
+        pub mod claim_function;
         pub mod claim_expr;
         pub mod scalar;
         pub mod predicate;

@@ -438,6 +438,7 @@ comment on function relay.bodies_for(regclass, oid, jsonb, "char") is 'bodies th
 --    functions that may be replaced by their body, which reads these tables with the rights that the function has: its owner's if
 --    it is a definer. `past`: the role itself may not see all their rows.
 --  "bodies_locked": false  whether more of them could be, but a table is locked now
+--  "folding": "letters"  what lower() does to texts of claims, as relay.known_folding(), where it is called
 --  "unique": {"public.members": ["id"]}  columns of these tables of which each value is in one row at most
 --  "unreadable": "public.secret"  a table that the role may not read: then every query on the relation raises
 --  "missing": ["grant select on public.secret to anon"]  grants that the role lacks, with the same effect
@@ -559,6 +560,8 @@ begin
     'reads_as', reads_as,
     'bodies', read_bodies,
     'bodies_locked', locked,
+    'folding', case when pg_catalog.concat(policies, within, read_bodies, helpers) ~* '\m(lower|upper)\s*\('
+      then relay.known_folding('pg_catalog.text'::pg_catalog.regtype, 'pg_catalog."default"'::pg_catalog.regcollation) end,
     'tables', (
       select coalesce(pg_catalog.jsonb_agg(distinct pg_catalog.format('%I.%I', n.nspname, c.relname)), '[]')
       from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace

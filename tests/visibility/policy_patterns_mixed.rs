@@ -44,7 +44,7 @@ compiled: to another role, and so nothing | create policy a on items for select 
 compiled: to another role too | create policy a on items for select to service_role using (true); create policy b on items for select to authenticated using (owner = (select auth.uid()))
 compiled: a second factor besides | create policy a on items using (owner = auth.uid()); create policy mfa on items as restrictive to authenticated using ((select auth.jwt() ->> 'aal') = 'aal2')
 compiled: a second factor for all, in two ways | create policy a on items using (true); create policy mfa on items as restrictive using (auth.jwt() ->> 'aal' = 'aal2' or visibility = 'public')
-one by one (documents or arrays as a whole): a second factor by an array | create policy a on items using (true); create policy mfa on items as restrictive to authenticated using (array[(select auth.jwt() ->> 'aal')] <@ array['aal2'])
+compiled: a second factor by an array | create policy a on items using (true); create policy mfa on items as restrictive to authenticated using (array[(select auth.jwt() ->> 'aal')] <@ array['aal2'])
 compiled: tenants apart | create policy a on items using (published); create policy tenants on items as restrictive using (tenant = (auth.jwt() -> 'app_metadata' ->> 'tenant')::uuid)
 compiled: tenants apart, one's own | create policy a on items using (owner = auth.uid()); create policy tenants on items as restrictive to authenticated using (tenant = (select (auth.jwt() -> 'app_metadata' ->> 'tenant')::uuid))
 compiled: tenants apart, by a function | create policy a on items using (true); create policy tenants on items as restrictive using (tenant = my_tenant())
@@ -92,7 +92,7 @@ one by one (a function of one's own): one's organisation by a function, asked on
 one by one (a function of one's own): a permission by a function | authorize('items.read')
 one by one (a function of one's own): a permission by a function, asked once | (select authorize('items.write')) and org = 'acme'
 one by one (a function of one's own): a claim by a function that has an argument | org = claim('org') #>> '{}'
-one by one (a function of one's own): a claim by a function that has an argument, as text | claim('role') = '"admin"'
+compiled: a claim by a function that has an argument, as text | claim('role') = '"admin"'
 one by one (a function of one's own): a whole row | can_read(items)
 compiled: a function of the row alone | is_public(visibility)
 inverted: a boss, by a function without arguments | is_boss()

@@ -36,7 +36,7 @@ compiled: one state, cast | status = 'published'::status
 compiled: not that state | status <> 'draft'
 compiled: states | status in ('published', 'archived')
 compiled: no such state | status not in ('draft', 'review')
-inverted: states as an array | status = any ('{published,archived}'::status[])
+compiled: states as an array | status = any ('{published,archived}'::status[])
 compiled: states as array of casts | status = any (array['published', 'review']::status[])
 compiled: a state as text | status::text = 'review'
 compiled: states as text | status::text in ('review', 'draft')
@@ -44,7 +44,7 @@ compiled: a state as text in any of | status::text = any (array['review', 'draft
 inverted: beyond a state | status > 'draft'
 inverted: between states | status between 'review' and 'published'
 compiled: a state, or one's own | status = 'published' or owner = auth.uid()
-one by one (`case` with an operand): by the state | case status when 'published' then true when 'draft' then owner = auth.uid() else false end
+compiled: by the state | case status when 'published' then true when 'draft' then owner = auth.uid() else false end
 compiled: by the state, with conditions | case when status = 'published' then true when status = 'draft' then owner = auth.uid() else assignee = auth.uid() end
 compiled: a word | visibility = 'public'
 compiled: words | visibility in ('public', 'unlisted')
@@ -60,7 +60,7 @@ compiled: a word with an apostrophe | org = 'O''Dd & Co'
 compiled: private to its owner, public to all | visibility = 'public' or (visibility = 'private' and owner = auth.uid())
 compiled: to anybody who is signed in | visibility = 'public' or (auth.uid() is not null and visibility = 'team')
 inverted: a word in any case | lower(visibility) = 'public'
-one by one (its text is not read): a word without blanks around | trim(state) = 'open'
+inverted: a word without blanks around | trim(state) = 'open'
 compiled: a number | level = 2
 compiled: numbers | level in (1, 2, 3)
 compiled: at least | level >= 2
@@ -151,14 +151,14 @@ compiled: among the readers by email | auth.jwt() ->> 'email' = any (readers)
 compiled: among the readers by role | auth.jwt() ->> 'user_role' = any (readers)
 compiled: a subject among the readers | (select auth.jwt() ->> 'sub') = any (readers)
 compiled: one's role, or public | 'public' = any (readers) or auth.jwt() ->> 'user_role' = any (readers)
-one by one (documents or arrays as a whole): as an array contained | members @> array[auth.uid()]
-one by one (documents or arrays as a whole): as an array that contains | array[auth.uid()] <@ members
-one by one (documents or arrays as a whole): as an array that overlaps | members && array[auth.uid()]
+compiled: as an array contained | members @> array[auth.uid()]
+compiled: as an array that contains | array[auth.uid()] <@ members
+compiled: as an array that overlaps | members && array[auth.uid()]
 one by one (a function of a claim): position in an array | array_position(members, auth.uid()) is not null
 compiled: tagged | 'news' = any (tags)
 compiled: not tagged | 'news' <> all (tags)
-inverted: tagged with | tags @> array['news']
-inverted: tagged with one of | tags && array['news', 'internal']
+compiled: tagged with | tags @> array['news']
+compiled: tagged with one of | tags && array['news', 'internal']
 inverted: no tags | tags = '{}'
 inverted: how many tags | cardinality(tags) > 1
 inverted: how long | array_length(tags, 1) = 1

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::model::identity::claims::Claims;
+use crate::model::policy::claim_document::{as_text, document, element, scalars, text_list};
+use crate::model::policy::claim_function::ClaimFunction;
 use crate::model::row::datum::{Datum, Kind, Read};
 
 /// An expression that reads only claims.
@@ -29,6 +31,16 @@ pub enum ClaimExpr {
     ElementText(Box<ClaimExpr>, ClaimStep),
     /// The texts of `jsonb_array_elements_text`, or the keys and strings that `?` compares (`true`).
     TextList(Box<ClaimExpr>, bool),
+    /// The documents of `jsonb_array_elements`.
+    Items(Box<ClaimExpr>),
+    /// An expression of [`ClaimExpr::Item`], for each element of a list.
+    Map(Box<ClaimExpr>, Box<ClaimExpr>),
+    /// The element of the list around it.
+    Item,
+    /// The values of a kind that `to_jsonb` makes equal to a document, or to an element of an array (`true`).
+    Scalars(Box<ClaimExpr>, Kind, bool),
+    /// A function.
+    Call(ClaimFunction, Vec<ClaimExpr>),
     /// A cast to one of the kinds, element by element for a list.
     Cast(Box<ClaimExpr>, Kind),
     /// `nullif`
@@ -46,6 +58,8 @@ pub enum ClaimStep {
     Key(String),
     /// An array element; negative counts from the end.
     Index(i64),
+    /// A part of a path (`#>`): a key, or in an array an index.
+    PathPart(String),
 }
 
 /// The value of an expression for some claims.
@@ -64,18 +78,32 @@ pub enum ClaimValue {
 }
 
 /// An intermediate value, which may be a document.
-enum Evaluated {
+#[derive(Debug, Clone)]
+pub(super) enum Evaluated {
     Null,
     One(Datum),
     Document(Value),
+    Documents(Vec<Value>),
     List(Vec<Datum>),
     /// An empty text or null; which of them is unknown.
     EmptyOrNull,
 }
 
-enum ClaimFailure {
+/// Why an expression has no value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClaimFailure {
+    /// PostgreSQL raises an error.
     Error,
+    /// Only PostgreSQL can evaluate it.
     Undecided,
+}
+
+/// What an expression may read.
+#[derive(Clone, Copy)]
+struct Scope<'a> {
+    claims: &'a Claims,
+    /// The value of [`ClaimExpr::Item`].
+    item: Option<&'a Evaluated>,
 }
 
 impl ClaimValue {
@@ -90,13 +118,12 @@ impl ClaimValue {
 impl ClaimExpr {
     /// Evaluates the expression for these claims.
     pub fn value(&self, claims: &Claims) -> ClaimValue {
-        match self.evaluate(claims) {
+        match self.evaluate(Scope { claims, item: None }) {
             Ok(Evaluated::Null) => ClaimValue::Null,
             Ok(Evaluated::One(datum)) => ClaimValue::One(datum),
             Ok(Evaluated::List(list)) => ClaimValue::list(list),
-            Ok(Evaluated::Document(_) | Evaluated::EmptyOrNull) | Err(ClaimFailure::Undecided) => {
-                ClaimValue::Undecided
-            }
+            Ok(Evaluated::Document(_) | Evaluated::Documents(_) | Evaluated::EmptyOrNull)
+            | Err(ClaimFailure::Undecided) => ClaimValue::Undecided,
             Err(ClaimFailure::Error) => ClaimValue::Error,
         }
     }
@@ -105,63 +132,54 @@ impl ClaimExpr {
     pub fn is_constant(&self) -> bool {
         match self {
             Self::Constant(_) => true,
-            Self::Claims | Self::Subject | Self::Role | Self::OtherSetting => false,
+            Self::Claims | Self::Subject | Self::Role | Self::OtherSetting | Self::Item => false,
             Self::Document(inner, _)
             | Self::Element(inner, _)
             | Self::ElementText(inner, _)
             | Self::TextList(inner, _)
+            | Self::Items(inner)
+            | Self::Map(inner, _)
+            | Self::Scalars(inner, ..)
             | Self::Cast(inner, _) => inner.is_constant(),
             Self::NullIf(one, other) | Self::Concat(one, other) => one.is_constant() && other.is_constant(),
-            Self::Coalesce(exprs) => exprs.iter().all(Self::is_constant),
+            Self::Coalesce(exprs) | Self::Call(_, exprs) => exprs.iter().all(Self::is_constant),
         }
     }
 
-    fn evaluate(&self, claims: &Claims) -> Result<Evaluated, ClaimFailure> {
-        let text = |text: &str| Ok(Evaluated::One(Datum::Text(text.into())));
+    fn evaluate(&self, scope: Scope<'_>) -> Result<Evaluated, ClaimFailure> {
         match self {
             Self::Constant(None) => Ok(Evaluated::Null),
             Self::Constant(Some(datum)) => Ok(Evaluated::One(datum.clone())),
-            Self::Claims => text(claims.json()),
-            Self::Subject => text(claims.sub().unwrap_or_default()),
-            Self::Role => text(claims.role()),
+            Self::Claims => Ok(text(scope.claims.json())),
+            Self::Subject => Ok(text(scope.claims.sub().unwrap_or_default())),
+            Self::Role => Ok(text(scope.claims.role())),
             Self::OtherSetting => Ok(Evaluated::EmptyOrNull),
-            Self::Document(inner, _) => match inner.evaluate(claims)? {
-                Evaluated::Null => Ok(Evaluated::Null),
-                Evaluated::One(Datum::Text(text)) => document(&text).map(Evaluated::Document),
-                _ => Err(ClaimFailure::Undecided),
-            },
-            Self::Element(inner, step) => match inner.evaluate(claims)? {
-                Evaluated::Null => Ok(Evaluated::Null),
-                Evaluated::Document(value) => Ok(element(&value, step)
-                    .map_or(Evaluated::Null, |element| Evaluated::Document(element.clone()))),
-                _ => Err(ClaimFailure::Undecided),
-            },
-            Self::ElementText(inner, step) => match inner.evaluate(claims)? {
-                Evaluated::Null => Ok(Evaluated::Null),
-                Evaluated::Document(value) => match element(&value, step) {
-                    None => Ok(Evaluated::Null),
-                    Some(element) => as_text(element),
-                },
-                _ => Err(ClaimFailure::Undecided),
-            },
-            Self::TextList(inner, is_key_list) => match inner.evaluate(claims)? {
-                Evaluated::Null if *is_key_list => Ok(Evaluated::Null),
-                Evaluated::Null => Ok(Evaluated::List(Vec::new())),
-                Evaluated::Document(value) => text_list(&value, *is_key_list).map(Evaluated::List),
-                _ => Err(ClaimFailure::Undecided),
-            },
-            Self::Cast(inner, kind) => match inner.evaluate(claims)? {
-                Evaluated::Null => Ok(Evaluated::Null),
-                Evaluated::One(datum) => cast(&datum, *kind).map(Evaluated::One),
-                Evaluated::List(list) => {
-                    list.iter().map(|datum| cast(datum, *kind)).collect::<Result<_, _>>().map(Evaluated::List)
-                }
-                Evaluated::Document(Value::Bool(value)) if *kind == Kind::Bool => {
-                    Ok(Evaluated::One(Datum::Bool(value)))
-                }
-                Evaluated::Document(_) | Evaluated::EmptyOrNull => Err(ClaimFailure::Undecided),
-            },
-            Self::NullIf(one, other) => match (one.evaluate(claims)?, other.evaluate(claims)?) {
+            Self::Item => scope.item.cloned().ok_or(ClaimFailure::Undecided),
+            Self::Document(inner, _)
+            | Self::Element(inner, _)
+            | Self::ElementText(inner, _)
+            | Self::TextList(inner, _)
+            | Self::Items(inner)
+            | Self::Scalars(inner, ..) => self.of_document(inner.evaluate(scope)?),
+            Self::Map(list, expr) => {
+                let items = match list.evaluate(scope)? {
+                    Evaluated::Documents(list) => list.into_iter().map(Evaluated::Document).collect(),
+                    Evaluated::List(list) => list.into_iter().map(Evaluated::One).collect(),
+                    _ => Vec::new(),
+                };
+                let one = |item: &Evaluated| match expr.evaluate(Scope { item: Some(item), ..scope })? {
+                    Evaluated::One(datum) => Ok(datum),
+                    // With a null in the list, "not found" is null instead of false.
+                    _ => Err(ClaimFailure::Undecided),
+                };
+                items.iter().map(one).collect::<Result<_, _>>().map(Evaluated::List)
+            }
+            Self::Call(function, arguments) => {
+                let arguments = arguments.iter().map(|argument| argument.evaluate(scope));
+                function.call(&arguments.collect::<Result<Vec<_>, _>>()?)
+            }
+            Self::Cast(inner, kind) => as_kind(inner.evaluate(scope)?, *kind),
+            Self::NullIf(one, other) => match (one.evaluate(scope)?, other.evaluate(scope)?) {
                 (Evaluated::Null, _) => Ok(Evaluated::Null),
                 (Evaluated::EmptyOrNull, Evaluated::One(Datum::Text(text))) if text.is_empty() => {
                     Ok(Evaluated::Null)
@@ -170,22 +188,52 @@ impl ClaimExpr {
                 (Evaluated::One(one), Evaluated::One(_) | Evaluated::Null) => Ok(Evaluated::One(one)),
                 _ => Err(ClaimFailure::Undecided),
             },
-            Self::Concat(one, other) => match (one.evaluate(claims)?, other.evaluate(claims)?) {
+            Self::Concat(one, other) => match (one.evaluate(scope)?, other.evaluate(scope)?) {
                 (Evaluated::Null, _) | (_, Evaluated::Null) => Ok(Evaluated::Null),
                 (Evaluated::One(one), Evaluated::One(other)) => {
-                    text(&format!("{}{}", one.to_text(), other.to_text()))
+                    Ok(text(&format!("{}{}", one.to_text(), other.to_text())))
                 }
                 _ => Err(ClaimFailure::Undecided),
             },
             Self::Coalesce(exprs) => {
                 for expr in exprs {
-                    match expr.evaluate(claims)? {
+                    match expr.evaluate(scope)? {
                         Evaluated::Null => {}
                         found => return Ok(found),
                     }
                 }
                 Ok(Evaluated::Null)
             }
+        }
+    }
+
+    /// Evaluates an expression of a document, which may be null.
+    fn of_document(&self, inner: Evaluated) -> Result<Evaluated, ClaimFailure> {
+        let inner = match (self, inner) {
+            // Functions that return rows return none for null.
+            (Self::TextList(_, false), Evaluated::Null) => return Ok(Evaluated::List(Vec::new())),
+            (Self::Items(_), Evaluated::Null) => return Ok(Evaluated::Documents(Vec::new())),
+            (_, Evaluated::Null) => return Ok(Evaluated::Null),
+            (Self::Document(..), Evaluated::One(Datum::Text(text))) => {
+                return document(&text).map(Evaluated::Document);
+            }
+            (Self::Document(..), _) => return Err(ClaimFailure::Undecided),
+            (_, Evaluated::Document(inner)) => inner,
+            _ => return Err(ClaimFailure::Undecided),
+        };
+        match self {
+            Self::Element(_, step) => {
+                Ok(element(&inner, step)
+                    .map_or(Evaluated::Null, |element| Evaluated::Document(element.clone())))
+            }
+            Self::ElementText(_, step) => element(&inner, step).map_or(Ok(Evaluated::Null), as_text),
+            Self::TextList(_, is_key_list) => text_list(&inner, *is_key_list).map(Evaluated::List),
+            Self::Items(_) => match inner {
+                Value::Array(items) => Ok(Evaluated::Documents(items)),
+                _ => Err(ClaimFailure::Error),
+            },
+            Self::Scalars(_, kind, within) => scalars(&inner, *kind, *within).map(Evaluated::List),
+            _ => Err(ClaimFailure::Undecided),
         }
     }
 }
@@ -203,7 +251,22 @@ impl fmt::Display for ClaimExpr {
             Self::Document(inner, _) | Self::NullIf(inner, _) => inner.fmt(f),
             Self::Element(inner, step) => write!(f, "{inner} -> {step}"),
             Self::ElementText(inner, step) => write!(f, "{inner} ->> {step}"),
-            Self::TextList(inner, _) => write!(f, "elements of {inner}"),
+            Self::TextList(inner, _)
+            | Self::Items(inner)
+            | Self::Map(inner, _)
+            | Self::Scalars(inner, ..) => {
+                write!(f, "elements of {inner}")
+            }
+            Self::Item => f.write_str("the element"),
+            Self::Call(function, arguments) => {
+                let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+                match function.name() {
+                    name if name.starts_with(|first: char| first.is_ascii_alphabetic()) => {
+                        write!(f, "{name}({})", arguments.join(", "))
+                    }
+                    operator => f.write_str(&arguments.join(&format!(" {operator} "))),
+                }
+            }
             Self::Cast(inner, kind) => write!(f, "({inner})::{}", format!("{kind:?}").to_lowercase()),
             Self::Concat(one, other) => write!(f, "{one} || {other}"),
             Self::Coalesce(exprs) => {
@@ -217,75 +280,34 @@ impl fmt::Display for ClaimExpr {
 impl fmt::Display for ClaimStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Key(key) => write!(f, "'{key}'"),
+            Self::Key(key) | Self::PathPart(key) => write!(f, "'{key}'"),
             Self::Index(index) => write!(f, "{index}"),
         }
     }
 }
 
-/// Parses claims that PostgreSQL's `json` and `jsonb` and serde_json read alike. A null character makes `jsonb` raise for the
-/// whole document.
-fn document(text: &str) -> Result<Value, ClaimFailure> {
-    let value: Value = serde_json::from_str(text).map_err(|_| ClaimFailure::Undecided)?;
-    fn is_plain(value: &Value) -> bool {
-        match value {
-            Value::Null | Value::Bool(_) => true,
-            // PostgreSQL keeps or rewrites fractions and exponents; the parser already refused what f64 cannot hold.
-            Value::Number(_) => true,
-            Value::String(text) => !text.contains('\0'),
-            Value::Array(list) => list.iter().all(is_plain),
-            Value::Object(fields) => fields.iter().all(|(key, value)| !key.contains('\0') && is_plain(value)),
-        }
-    }
-    if is_plain(&value) { Ok(value) } else { Err(ClaimFailure::Undecided) }
+fn text(text: &str) -> Evaluated {
+    Evaluated::One(Datum::Text(text.into()))
 }
 
-fn element<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
-    match (step, value) {
-        (ClaimStep::Key(key), Value::Object(fields)) => fields.get(key),
-        (ClaimStep::Index(index), Value::Array(list)) => {
-            let at = if *index < 0 { index.checked_add_unsigned(list.len() as u64)? } else { *index };
-            list.get(usize::try_from(at).ok()?)
-        }
-        _ => None,
-    }
-}
-
-fn as_text(value: &Value) -> Result<Evaluated, ClaimFailure> {
+fn as_kind(value: Evaluated, kind: Kind) -> Result<Evaluated, ClaimFailure> {
     match value {
-        Value::Null => Ok(Evaluated::Null),
-        Value::Bool(value) => Ok(Evaluated::One(Datum::Text((if *value { "true" } else { "false" }).into()))),
-        Value::Number(number) if number.is_i64() || number.is_u64() => {
-            Ok(Evaluated::One(Datum::Text(number.to_string().into())))
+        Evaluated::Null => Ok(Evaluated::Null),
+        Evaluated::One(datum) => cast(&datum, kind).map(Evaluated::One),
+        Evaluated::List(list) => {
+            list.iter().map(|datum| cast(datum, kind)).collect::<Result<_, _>>().map(Evaluated::List)
         }
-        Value::String(text) => Ok(Evaluated::One(Datum::Text(text.as_str().into()))),
-        // PostgreSQL formats them with its own blanks and digits.
-        Value::Number(_) | Value::Array(_) | Value::Object(_) => Err(ClaimFailure::Undecided),
-    }
-}
-
-fn text_list(value: &Value, is_key_list: bool) -> Result<Vec<Datum>, ClaimFailure> {
-    let text = |text: &String| Datum::Text(text.as_str().into());
-    match (value, is_key_list) {
-        (Value::Array(list), true) => Ok(list
-            .iter()
-            .filter_map(|item| if let Value::String(item) = item { Some(text(item)) } else { None })
-            .collect()),
-        (Value::Object(fields), true) => Ok(fields.keys().map(text).collect()),
-        (Value::String(item), true) => Ok(vec![text(item)]),
-        (_, true) => Ok(Vec::new()),
-        (Value::Array(list), false) => {
-            let mut texts = Vec::with_capacity(list.len());
-            for item in list {
-                match as_text(item)? {
-                    Evaluated::One(item) => texts.push(item),
-                    // With a null in the list, "not found" is null instead of false.
-                    _ => return Err(ClaimFailure::Undecided),
-                }
-            }
-            Ok(texts)
+        Evaluated::Document(Value::Bool(value)) if kind == Kind::Bool => {
+            Ok(Evaluated::One(Datum::Bool(value)))
         }
-        (_, false) => Err(ClaimFailure::Error),
+        // PostgreSQL rounds fractions.
+        Evaluated::Document(Value::Number(number)) if kind.is_integer() => match number.as_i64() {
+            Some(number) => cast(&Datum::Int(number), kind).map(Evaluated::One),
+            None => Err(ClaimFailure::Undecided),
+        },
+        Evaluated::Document(_) | Evaluated::Documents(_) | Evaluated::EmptyOrNull => {
+            Err(ClaimFailure::Undecided)
+        }
     }
 }
 

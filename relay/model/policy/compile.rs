@@ -20,8 +20,10 @@ use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::policy::compile::dependencies::dependencies;
 use crate::model::policy::compile::depth::is_too_deep;
 use crate::model::policy::compile::inline::Whose;
-use crate::model::policy::compile::list::only_expression;
+use crate::model::policy::compile::list::{Item, only_expression};
 use crate::model::policy::compile::operand::{Operand, Type};
+use crate::model::policy::compile::reworded::reworded;
+use crate::model::policy::compile::rewrite::rewritten;
 use crate::model::policy::compile::row_security::Refused;
 use crate::model::policy::plan::{Obstacle, Plan, PlanKind, ServerQuery};
 use crate::model::policy::predicate::{Predicate, Scalar};
@@ -29,7 +31,9 @@ use crate::model::policy::rights::Rights;
 use crate::model::row::column::Column;
 use crate::model::row::datum::Kind;
 
+mod claim_call;
 mod condition;
+mod containment;
 mod depth;
 mod invert;
 mod dependencies;
@@ -38,7 +42,10 @@ mod inline;
 mod list;
 mod operand;
 mod probe;
+mod rewrite;
+mod reworded;
 mod row_security;
+mod three_valued;
 mod topic;
 
 /// The reason why a part is not compiled, for the author of the policy.
@@ -52,8 +59,11 @@ fn unsupported(why: &str) -> Unsupported {
 /// The maximum nesting of expressions, far above that of real policies in PostgreSQL's own text.
 const MAX_DEPTH: usize = 200;
 
-/// The maximum number of sub-selects that are split at an `or`: each branch is a query of its own.
+/// The maximum number of sub-selects that are split at an `or`, each branch being a query of its own, and of comparisons of conditions.
 const MAX_SPLITS: usize = 4;
+
+/// The maximum nesting of functions of claims.
+const MAX_CALLS: usize = 12;
 
 /// Compiles the policy of a table with these columns for a role with these rights. Never fails: the fallback is a plan that is
 /// evaluated per identity.
@@ -85,6 +95,11 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         }
     };
     let rights = &*rights;
+    // The bodies of functions name the topic, too.
+    let expr = match rights.topic_is_column {
+        true => topic::as_column(expr, table, columns, rights),
+        false => expr,
+    };
     // A table that is named only for the fields of its row type is not read.
     if let Some(table) = rights.unreadable.as_ref().filter(|table| dependencies::reads_table(&expr, table)) {
         return nothing(
@@ -237,7 +252,7 @@ fn parser(text: &str) -> Result<Parser<'static>, Unsupported> {
     if is_too_deep(&tokens) {
         return Err(unsupported("it is too long or too deeply nested"));
     }
-    Ok(Parser::new(&DIALECT).with_recursion_limit(MAX_DEPTH).with_tokens(tokens))
+    Ok(Parser::new(&DIALECT).with_recursion_limit(MAX_DEPTH).with_tokens(reworded(tokens)))
 }
 
 fn parse(text: &str) -> Result<Expr, Unsupported> {
@@ -303,12 +318,16 @@ struct Compiler<'a> {
     rights: &'a Rights,
     /// Whether this is a function body, where a name is not a column of the table.
     without_columns: bool,
+    /// The element of the list that a sub-select reads.
+    item: Option<Item>,
     depth: usize,
     claim_exprs: RefCell<Vec<ClaimExpr>>,
     queries: RefCell<Vec<ServerQuery>>,
     obstacles: RefCell<Vec<Obstacle>>,
-    /// The number of sub-selects that were split.
+    /// The number of conditions that were compiled more than once: sub-selects that were split, and comparisons of conditions.
     splits: Cell<usize>,
+    /// The number of calls around the expression.
+    calls: Cell<usize>,
 }
 
 impl<'a> Compiler<'a> {
@@ -319,11 +338,13 @@ impl<'a> Compiler<'a> {
             columns,
             rights,
             without_columns: false,
+            item: None,
             depth: 0,
             claim_exprs: RefCell::default(),
             queries: RefCell::default(),
             obstacles: RefCell::default(),
             splits: Cell::default(),
+            calls: Cell::default(),
         }
     }
 }
@@ -413,22 +434,23 @@ impl Compiler<'_> {
             Expr::UnaryOp { op: UnaryOperator::Not, expr } => {
                 Predicate::Not(Box::new(self.predicate(expr, false)))
             }
-            Expr::IsTrue(inner) => Predicate::Is(Box::new(self.predicate(inner, false)), true),
+            // Only true counts for `is true`, `coalesce(…, false)` and the conditions of `case`.
+            Expr::IsTrue(inner) => Predicate::Is(Box::new(self.predicate(inner, true)), true),
             Expr::IsFalse(inner) => Predicate::Is(Box::new(self.predicate(inner, false)), false),
-            Expr::IsNotTrue(inner) => not(Predicate::Is(Box::new(self.predicate(inner, false)), true)),
+            Expr::IsNotTrue(inner) => not(Predicate::Is(Box::new(self.predicate(inner, true)), true)),
             Expr::IsNotFalse(inner) => not(Predicate::Is(Box::new(self.predicate(inner, false)), false)),
             Expr::IsUnknown(inner) => Predicate::IsUnknown(Box::new(self.predicate(inner, false))),
             Expr::IsNotUnknown(inner) => not(Predicate::IsUnknown(Box::new(self.predicate(inner, false)))),
             Expr::Case { operand: None, conditions, else_result, .. } => {
                 let branches = conditions.iter().map(|branch| {
-                    (self.predicate(&branch.condition, false), self.predicate(&branch.result, lenient))
+                    (self.predicate(&branch.condition, true), self.predicate(&branch.result, lenient))
                 });
                 let branches = branches.collect();
                 let otherwise = else_result.as_ref().map(|result| self.predicate(result, lenient));
                 Predicate::Case(branches, Box::new(otherwise.unwrap_or(Predicate::Constant(None))))
             }
             Expr::Function(function) if coalesced(function).is_some() => match coalesced(function) {
-                Some((inner, false)) => Predicate::Is(Box::new(self.predicate(inner, false)), true),
+                Some((inner, false)) => Predicate::Is(Box::new(self.predicate(inner, true)), true),
                 Some((inner, true)) => not(Predicate::Is(Box::new(self.predicate(inner, false)), false)),
                 None => Predicate::Opaque,
             },
@@ -445,9 +467,24 @@ impl Compiler<'_> {
                 let known = self.claim_exprs.borrow().len();
                 self.condition(expr).unwrap_or_else(|why| {
                     self.claim_exprs.borrow_mut().truncate(known);
-                    self.query(expr, lenient, why)
+                    self.in_another_way(expr, lenient, why)
                 })
             }
+        }
+    }
+
+    /// Compiles a condition that the relay does not decide in this form.
+    #[inline(never)]
+    fn in_another_way(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Predicate {
+        // A comparison becomes two of the same conditions.
+        let is_comparison = matches!(expr, Expr::BinaryOp { .. });
+        let other = if is_comparison && self.splits.get() >= MAX_SPLITS { None } else { rewritten(expr) };
+        match other {
+            Some(other) => {
+                self.splits.set(self.splits.get() + usize::from(is_comparison));
+                self.predicate(&other, lenient)
+            }
+            None => self.query(expr, lenient, why),
         }
     }
 
@@ -464,7 +501,12 @@ impl Compiler<'_> {
             let by = self.queries.borrow()[query].by().iter().map(|(claim, _)| *claim).collect();
             Predicate::Readers { query, by }
         };
-        outcome.map(readers).or_else(|why| self.split(expr, lenient).ok_or(why)).unwrap_or_else(|why| {
+        let otherwise = |why| {
+            let is_different = matches!(expr, Expr::BinaryOp { op: BinaryOperator::NotEq, .. });
+            let known = if lenient && !is_different { None } else { self.three_valued(expr) };
+            known.or_else(|| self.split(expr, lenient)).ok_or(why)
+        };
+        outcome.map(readers).or_else(otherwise).unwrap_or_else(|why| {
             let mut part = expr.clone();
             while let Expr::Nested(inner) = part {
                 part = *inner;
@@ -481,11 +523,18 @@ impl Compiler<'_> {
         }
         let branches = self.alternatives(expr)?;
         self.splits.set(self.splits.get() + 1);
+        self.attempt(|| {
+            Predicate::Or(branches.iter().map(|branch| self.predicate(branch, lenient)).collect())
+        })
+    }
+
+    /// Returns what is compiled, unless PostgreSQL has to evaluate a part of it for each identity.
+    fn attempt(&self, compiled: impl FnOnce() -> Predicate) -> Option<Predicate> {
         let (queries, obstacles) = (self.queries.borrow().len(), self.obstacles.borrow().len());
         let claim_exprs = self.claim_exprs.borrow().len();
-        let list = branches.iter().map(|branch| self.predicate(branch, lenient)).collect();
+        let predicate = compiled();
         if self.obstacles.borrow().len() == obstacles {
-            return Some(Predicate::Or(list));
+            return Some(predicate);
         }
         self.queries.borrow_mut().truncate(queries);
         self.obstacles.borrow_mut().truncate(obstacles);
@@ -558,7 +607,7 @@ fn coalesced(function: &Function) -> Option<(&Expr, bool)> {
         [
             FunctionArg::Unnamed(FunctionArgExpr::Expr(one)),
             FunctionArg::Unnamed(FunctionArgExpr::Expr(Expr::Value(two))),
-        ] if function.name.to_string().eq_ignore_ascii_case("coalesce") && inline::is_condition(one) => {
+        ] if function.name.to_string().eq_ignore_ascii_case("coalesce") && is_condition_or_query(one) => {
             match two.value {
                 Value::Boolean(constant) => Some((one, constant)),
                 _ => None,
@@ -566,6 +615,11 @@ fn coalesced(function: &Function) -> Option<(&Expr, bool)> {
         }
         _ => None,
     }
+}
+
+/// Whether it is a condition by its form, or a sub-select with the type of the constant beside it.
+fn is_condition_or_query(expr: &Expr) -> bool {
+    inline::is_condition(expr) || matches!(invert::bare(expr), Expr::Subquery(_))
 }
 
 fn joined(list: Vec<Predicate>, all: bool) -> Predicate {
@@ -579,180 +633,4 @@ fn joined(list: Vec<Predicate>, all: bool) -> Predicate {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::model::catalog::relation::tests::todos;
-    use crate::model::identity::claims::Claims;
-    use crate::model::policy::predicate::{Answers, NoAnswers};
-    use crate::model::row::image::Image;
-    use crate::model::row::truth::Truth;
-
-    fn rights() -> Rights {
-        let jwt = "select nullif(current_setting('request.jwt.claims', true), '')::jsonb";
-        serde_json::from_value(serde_json::json!({
-            "helpers": {
-                "auth.jwt": {"returns": "jsonb", "body": jwt},
-                "auth.uid": {"returns": "uuid", "body": format!("{jwt} ->> 'sub'")},
-                "again": {"returns": "uuid", "body": "select again()"},
-            },
-            "tables": ["members"],
-        }))
-        .unwrap()
-    }
-
-    /// Compiles on a thread with as little stack as the program's own threads.
-    #[track_caller]
-    fn kind_of(policy: String) -> PlanKind {
-        let todos = todos(false, false);
-        let compiled = move || compile(&policy, &todos.table, &todos.columns, &rights()).kind;
-        std::thread::Builder::new().stack_size(2 << 20).spawn(compiled).unwrap().join().unwrap()
-    }
-
-    #[test]
-    fn deep_and_long_policies_compile_without_overflow() {
-        for deep in [10, 100, 190, 340, 3000] {
-            for (open, inner, close) in [
-                ("(", "(id = 1)", ")"),
-                ("(NOT ", "(id = 1)", ")"),
-                ("((id = 1) AND ", "(id = 2)", ")"),
-                ("((id = 1) IS TRUE) = (", "(id = 2)", ")"),
-                ("CASE WHEN (id = 1) THEN true ELSE ", "false", " END"),
-                ("CASE WHEN ", "true", " THEN true END"),
-                ("COALESCE(", "title", ", ''::text)"),
-                ("(EXISTS ( SELECT 1 FROM members m WHERE ", "(m.id = 1)", "))"),
-                ("(id IN ( SELECT m.id FROM members m WHERE ", "(m.id = 1)", "))"),
-                ("(auth.jwt() -> ", "'a'::text", ")"),
-                ("lower(", "title", ")"),
-                ("ARRAY[", "1", "]"),
-                ("- ", "1", ""),
-                ("", "'x'", "::text"),
-                ("id = ANY (ARRAY[", "1", "])"),
-                ("( SELECT ", "1", ")"),
-            ] {
-                let _ = kind_of(format!("{}{inner}{}", open.repeat(deep), close.repeat(deep)));
-            }
-            for link in [" AND (id = 1)", " OR (id = 1)", " = 1", " || 'x'::text", " -> 'a'::text", " + 1"] {
-                let _ = kind_of(format!("(id = 1){}", link.repeat(deep)));
-            }
-            let _ = kind_of(format!("id = ANY (ARRAY[1{}])", ", 1".repeat(deep)));
-        }
-    }
-
-    /// Fixed answers by the index of the query.
-    struct FixedAnswers(usize);
-
-    impl Answers for FixedAnswers {
-        fn fact(&self, query: usize) -> Truth {
-            [Truth::True, Truth::False, Truth::Null, Truth::Error][(query + self.0) % 4]
-        }
-
-        fn reads(&self, query: usize) -> Truth {
-            [Truth::True, Truth::False][(query + self.0) % 2]
-        }
-    }
-
-    /// Policies in PostgreSQL's form, or close to it.
-    fn any_policy() -> impl Strategy<Value = String> {
-        let value = proptest::sample::select(vec![
-            "id",
-            "owner",
-            "title",
-            "raw",
-            "todos.title",
-            "missing",
-            "5",
-            "1.5",
-            "'a'::text",
-            "NULL::text",
-            "'open'::public.state",
-            "auth.uid()",
-            "(auth.jwt() ->> 'org'::text)",
-            "(auth.jwt() -> 'roles'::text)",
-            "again()",
-            "own.secret()",
-            "now()",
-            "length(title)",
-            "COALESCE(title, ''::text)",
-            "(owner)::text",
-            "ARRAY[1, 2]",
-            "current_setting('request.jwt.claims'::text, true)",
-        ]);
-        let operator = proptest::sample::select(vec![
-            "=",
-            "<>",
-            "<",
-            ">=",
-            "IS DISTINCT FROM",
-            "IS NOT DISTINCT FROM",
-            "~~",
-            "?",
-            "->",
-            "= ANY",
-            "@>",
-        ]);
-        let condition = prop_oneof![
-            4 => (value.clone(), operator, value.clone()).prop_map(|(a, op, b)| match op {
-                "= ANY" => format!("({a} = ANY (ARRAY[{b}, {b}]))"),
-                _ => format!("({a} {op} {b})"),
-            }),
-            1 => value.clone().prop_map(|a| format!("({a} IS NOT NULL)")),
-            1 => Just("true".to_owned()),
-            1 => Just("NULL::boolean".to_owned()),
-            1 => (value.clone(), value).prop_map(|(a, b)| format!(
-                "(EXISTS ( SELECT 1 FROM members m WHERE ((m.id = {a}) AND (m.who = {b}))))"
-            )),
-            1 => Just("(id IN ( SELECT m.todo FROM members m WHERE (m.who = auth.uid())))".to_owned()),
-        ];
-        condition.prop_recursive(5, 24, 3, |inner| {
-            prop_oneof![
-                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("({a} AND {b})")),
-                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("({a} OR {b})")),
-                inner.clone().prop_map(|a| format!("(NOT {a})")),
-                inner.clone().prop_map(|a| format!("({a} IS NOT TRUE)")),
-                inner.clone().prop_map(|a| format!("({a} IS UNKNOWN)")),
-                (inner.clone(), inner.clone(), inner)
-                    .prop_map(|(a, b, c)| format!("CASE WHEN {a} THEN {b} ELSE {c} END")),
-            ]
-        })
-    }
-
-    proptest! {
-        #[test]
-        fn no_policy_panics(noise in "\\PC{0,60}", near in "[a-z()'\"= ]{0,60}") {
-            for policy in [noise, near] {
-                let todos = todos(false, false);
-                let _ = compile(&policy, &todos.table, &todos.columns, &rights());
-            }
-        }
-
-        /// Strict and lenient evaluation agree on true, and what is decided without answers is decided alike with them.
-        #[test]
-        fn a_plan_is_consistent(policy in any_policy()) {
-            let relation = todos(false, false);
-            let plan = compile(&policy, &relation.table, &relation.columns, &rights());
-            prop_assert_eq!(plan.kind == PlanKind::PerIdentity, !plan.obstacles.is_empty(), "{}", policy);
-            prop_assert_eq!(plan.kind == PlanKind::Inverted, !plan.queries.is_empty(), "{}", policy);
-            let uid = "0a1b2c3d-0000-4000-8000-00000000000f";
-            let claims = format!(r#"{{"role":"a","exp":1,"sub":"{uid}","org":"a","roles":["a"]}}"#);
-            let claims = Claims::from_verified_payload(&claims).unwrap();
-            let claims = plan.values(&claims);
-            for row in [
-                format!(r#"{{"id":1,"owner":"{uid}","title":"a","raw":"\\x00"}}"#),
-                r#"{"id":5,"owner":null,"title":null,"raw":null}"#.to_owned(),
-                r#"{"id":7}"#.to_owned(),
-            ] {
-                let image = Image::parse(&row, &relation.columns).unwrap();
-                let before = plan.predicate.truth(&image, &claims, &NoAnswers, false);
-                for seed in 0..4 {
-                    let strict = plan.predicate.truth(&image, &claims, &FixedAnswers(seed), false);
-                    let lenient = plan.predicate.truth(&image, &claims, &FixedAnswers(seed), true);
-                    let alike = (strict == Truth::True) == (lenient == Truth::True);
-                    prop_assert!(alike, "{policy} {row} {strict:?} {lenient:?}");
-                    prop_assert!(before == Truth::Undecided || before == strict, "{policy} {row} {before:?} {strict:?}");
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::model::policy::claim_expr::ClaimValue;
-use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar, identifies_reader};
+use crate::model::policy::predicate::{Comparison, List, ListRelation, Predicate, Scalar, identifies_reader};
 use crate::model::row::datum::{Datum, Kind, Read};
 
 /// A necessary condition: the row has these values.
@@ -152,6 +152,11 @@ impl Predicate {
                 Some(ClaimValue::Null | ClaimValue::Error) => IndexKeys::NEVER,
                 _ => IndexKeys::Any,
             },
+            Self::Lists(one, ListRelation::Overlap, other) => list_keys(one, other, claims)
+                .or_else(|| list_keys(other, one, claims))
+                .map_or(IndexKeys::Any, |keys| keys.into_iter().fold(IndexKeys::NEVER, IndexKeys::or)),
+            Self::Lists(whole, ListRelation::Contains, part) => list_keys(whole, part, claims)
+                .map_or(IndexKeys::Any, |keys| keys.into_iter().fold(IndexKeys::Any, IndexKeys::and)),
             Self::And(all) => {
                 all.iter().map(|one| one.index_keys(claims)).fold(IndexKeys::Any, IndexKeys::and)
             }
@@ -169,6 +174,7 @@ impl Predicate {
             },
             Self::Is(inner, true) => inner.index_keys(claims),
             Self::Among(..)
+            | Self::MatchesClaim(..)
             | Self::Same(..)
             | Self::IsNull(_)
             | Self::Is(_, false)
@@ -179,6 +185,31 @@ impl Predicate {
             | Self::Opaque
             | Self::Pending => IndexKeys::Any,
         }
+    }
+}
+
+/// Returns the key of each element that a column may have; `None` if the elements are unknown or too many.
+fn list_keys(column: &List, elements: &List, claims: &[ClaimValue]) -> Option<Vec<IndexKeys>> {
+    let List::Column(column) = column else { return None };
+    let key = |datum: &Datum| IndexKeys::OneOf(vec![IndexKey::equal(*column, datum.clone())]);
+    match elements {
+        List::Of(scalars) => {
+            let element = |scalar: &Scalar| match scalar {
+                Scalar::Claim(claim) => match claims.get(*claim)? {
+                    ClaimValue::One(datum) => Some(key(datum)),
+                    ClaimValue::Null | ClaimValue::Error => Some(IndexKeys::NEVER),
+                    _ => None,
+                },
+                _ => None,
+            };
+            scalars.iter().map(element).collect()
+        }
+        List::Claim(claim) | List::ClaimKeys(claim) => match claims.get(*claim)? {
+            ClaimValue::List(list) if list.len() <= MAX_KEYS => Some(list.iter().map(key).collect()),
+            ClaimValue::Null | ClaimValue::Error => Some(vec![IndexKeys::NEVER]),
+            _ => None,
+        },
+        List::Column(_) => None,
     }
 }
 

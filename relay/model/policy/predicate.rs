@@ -23,8 +23,12 @@ pub enum Predicate {
     Same(Scalar, Scalar),
     /// `= any`: equal to an element of a list.
     Among(Scalar, List),
+    /// `&&` or `@>` of lists; null when one of them is null.
+    Lists(List, ListRelation, List),
     /// `like` or `ilike` of a column; null when the column is null.
     Matches(usize, Pattern),
+    /// `like` of a column and a pattern in a claim.
+    MatchesClaim(usize, usize),
     /// `is null`
     IsNull(Scalar),
     /// `is true` or `is false`: never null.
@@ -52,6 +56,15 @@ pub enum Predicate {
     Opaque,
     /// The condition is not known yet.
     Pending,
+}
+
+/// A relation of two lists. A null in a list equals nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListRelation {
+    /// They have an element in common.
+    Overlap,
+    /// The first has all elements of the second.
+    Contains,
 }
 
 /// A comparison of two values.
@@ -116,6 +129,16 @@ impl Comparison {
     }
 }
 
+impl ListRelation {
+    fn holds(self, one: &[Option<Datum>], other: &[Option<Datum>]) -> bool {
+        let is_in_one = |datum: &Option<Datum>| datum.is_some() && one.contains(datum);
+        match self {
+            Self::Overlap => other.iter().any(is_in_one),
+            Self::Contains => other.iter().all(is_in_one),
+        }
+    }
+}
+
 impl Predicate {
     /// Evaluates the condition for this image, these claim values and these answers.
     ///
@@ -162,6 +185,15 @@ impl Predicate {
                 ColumnValue::Missing => Truth::Error,
                 _ => Truth::Undecided,
             },
+            Self::MatchesClaim(column, pattern) => {
+                matches_pattern(image.value(*column), Scalar::Claim(*pattern).value(image, claims))
+            }
+            Self::Lists(one, relation, other) => {
+                match (one.elements(image, claims), other.elements(image, claims)) {
+                    (Err(result), _) | (Ok(_), Err(result)) => result,
+                    (Ok(one), Ok(other)) => relation.holds(&one, &other).into(),
+                }
+            }
             Self::IsNull(scalar) => {
                 of_value(scalar.value(image, claims), |value| (value == ColumnValue::Null).into())
             }
@@ -270,7 +302,7 @@ impl Predicate {
     /// Whether evaluation may need PostgreSQL for some image, whatever the claims are.
     pub fn needs_postgres(&self) -> bool {
         match self {
-            Self::Fact(_) | Self::Readers { .. } | Self::Opaque => true,
+            Self::Fact(_) | Self::Readers { .. } | Self::Opaque | Self::MatchesClaim(..) => true,
             Self::Matches(_, pattern) => !pattern.is_exact(),
             Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.needs_postgres(),
             Self::And(all) | Self::Or(all) => all.iter().any(Self::needs_postgres),
@@ -282,6 +314,19 @@ impl Predicate {
             }
             _ => false,
         }
+    }
+}
+
+/// Evaluates `like` of a column and the pattern in a claim.
+fn matches_pattern(column: &ColumnValue, pattern: Result<ColumnValue, Truth>) -> Truth {
+    match (column, pattern) {
+        (ColumnValue::Missing, _) => Truth::Error,
+        (_, Err(result)) => result,
+        (ColumnValue::Null, _) | (_, Ok(ColumnValue::Null)) => Truth::Null,
+        (ColumnValue::One(Datum::Text(text)), Ok(ColumnValue::One(Datum::Text(pattern)))) => {
+            Pattern::new(&pattern, None).map_or(Truth::Undecided, |pattern| pattern.matches(text))
+        }
+        _ => Truth::Undecided,
     }
 }
 

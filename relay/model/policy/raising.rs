@@ -2,7 +2,6 @@
 
 use crate::model::policy::claim_expr::ClaimValue;
 use crate::model::policy::predicate::{NoAnswers, Predicate};
-use crate::model::policy::scalar::{List, Scalar};
 use crate::model::row::image::Image;
 use crate::model::row::truth::Truth;
 
@@ -19,14 +18,9 @@ impl Predicate {
             Self::Compare(one, _, other) | Self::Same(one, other) => {
                 one.raises(claims) || other.raises(claims)
             }
-            Self::Among(scalar, list) => {
-                scalar.raises(claims)
-                    || match list {
-                        List::Of(scalars) => scalars.iter().any(|scalar| scalar.raises(claims)),
-                        List::Claim(claim) | List::ClaimKeys(claim) => bad(claim),
-                        List::Column(_) => false,
-                    }
-            }
+            Self::Among(scalar, list) => scalar.raises(claims) || list.raises(claims),
+            Self::Lists(one, _, other) => one.raises(claims) || other.raises(claims),
+            Self::MatchesClaim(_, pattern) => bad(pattern),
             Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.raises(claims),
             Self::And(all) | Self::Or(all) => any(all),
             Self::Case(branches, otherwise) => {
@@ -60,17 +54,12 @@ impl Predicate {
             Self::Compare(one, _, other) | Self::Same(one, other) => {
                 one.reads_only_claims() && other.reads_only_claims()
             }
-            Self::Among(scalar, list) => {
-                scalar.reads_only_claims()
-                    && match list {
-                        List::Of(scalars) => scalars.iter().all(Scalar::reads_only_claims),
-                        List::Claim(_) | List::ClaimKeys(_) => true,
-                        List::Column(_) => false,
-                    }
-            }
+            Self::Among(scalar, list) => scalar.reads_only_claims() && list.reads_only_claims(),
+            Self::Lists(one, _, other) => one.reads_only_claims() && other.reads_only_claims(),
             Self::Is(inner, _) | Self::IsUnknown(inner) | Self::Not(inner) => inner.reads_only_claims(),
             Self::And(list) | Self::Or(list) => all(list),
             Self::Matches(..)
+            | Self::MatchesClaim(..)
             | Self::Case(..)
             | Self::Fact(_)
             | Self::Readers { .. }

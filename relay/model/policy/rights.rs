@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
+use crate::model::row::pattern::Folding;
+
 /// The objects that the policies of a relation refer to, as far as the role may use them.
 #[derive(Debug, Default, Clone, Deserialize)]
 #[serde(default)]
@@ -38,6 +40,8 @@ pub struct Rights {
     /// Whether the setting `realtime.topic` always equals the column `topic`.
     #[serde(skip)]
     pub topic_is_column: bool,
+    /// What `lower` does to texts of claims, if the policies may call it and the relay knows it.
+    pub folding: Option<Folding>,
     /// Reasons why the dependencies of the policies are unknown.
     pub obstacles: Vec<String>,
     /// Whether they call user-defined functions, whose bodies may depend on the search path.

@@ -82,40 +82,67 @@ impl Scalar {
 }
 
 impl List {
-    /// Evaluates `value = any (list)`.
-    pub(super) fn contains(&self, value: &ColumnValue, image: &Image<'_>, claims: &[ClaimValue]) -> Truth {
-        let elements: Vec<Option<Datum>> = match self {
+    pub(super) fn raises(&self, claims: &[ClaimValue]) -> bool {
+        match self {
+            Self::Of(scalars) => scalars.iter().any(|scalar| scalar.raises(claims)),
+            Self::Claim(claim) | Self::ClaimKeys(claim) => claims.get(*claim) == Some(&ClaimValue::Error),
+            Self::Column(_) => false,
+        }
+    }
+
+    pub(super) fn reads_only_claims(&self) -> bool {
+        match self {
+            Self::Of(scalars) => scalars.iter().all(Scalar::reads_only_claims),
+            Self::Claim(_) | Self::ClaimKeys(_) => true,
+            Self::Column(_) => false,
+        }
+    }
+
+    /// Returns the elements, or the result of the condition when there is no list.
+    pub(super) fn elements(
+        &self,
+        image: &Image<'_>,
+        claims: &[ClaimValue],
+    ) -> Result<Vec<Option<Datum>>, Truth> {
+        match self {
             Self::Of(scalars) => {
-                let mut elements = Vec::with_capacity(scalars.len());
-                for scalar in scalars {
-                    match scalar.value(image, claims) {
-                        Ok(ColumnValue::Null) => elements.push(None),
-                        Ok(ColumnValue::One(datum)) => elements.push(Some(datum)),
-                        Ok(_) => return Truth::Undecided,
-                        Err(result) => return result,
-                    }
-                }
-                elements
+                let element = |scalar: &Scalar| match scalar.value(image, claims)? {
+                    ColumnValue::Null => Ok(None),
+                    ColumnValue::One(datum) => Ok(Some(datum)),
+                    _ => Err(Truth::Undecided),
+                };
+                scalars.iter().map(element).collect()
             }
             Self::Claim(claim) | Self::ClaimKeys(claim) => match claims.get(*claim) {
-                Some(ClaimValue::List(list)) => {
-                    return match value {
-                        _ if list.is_empty() && matches!(self, Self::Claim(_)) => Truth::False,
-                        ColumnValue::Null => Truth::Null,
-                        ColumnValue::One(value) => list.binary_search(value).is_ok().into(),
-                        _ => Truth::Undecided,
-                    };
-                }
-                Some(ClaimValue::Null) => return Truth::Null,
-                Some(ClaimValue::Error) => return Truth::Error,
-                _ => return Truth::Undecided,
+                Some(ClaimValue::List(list)) => Ok(list.iter().cloned().map(Some).collect()),
+                Some(ClaimValue::Null) => Err(Truth::Null),
+                Some(ClaimValue::Error) => Err(Truth::Error),
+                _ => Err(Truth::Undecided),
             },
             Self::Column(column) => match image.value(*column) {
-                ColumnValue::Many(elements) => elements.clone(),
-                ColumnValue::Null => return Truth::Null,
-                ColumnValue::Missing => return Truth::Error,
-                _ => return Truth::Undecided,
+                ColumnValue::Many(elements) => Ok(elements.clone()),
+                ColumnValue::Null => Err(Truth::Null),
+                ColumnValue::Missing => Err(Truth::Error),
+                _ => Err(Truth::Undecided),
             },
+        }
+    }
+
+    /// Evaluates `value = any (list)`.
+    pub(super) fn contains(&self, value: &ColumnValue, image: &Image<'_>, claims: &[ClaimValue]) -> Truth {
+        if let Self::Claim(claim) | Self::ClaimKeys(claim) = self
+            && let Some(ClaimValue::List(list)) = claims.get(*claim)
+        {
+            return match value {
+                _ if list.is_empty() && matches!(self, Self::Claim(_)) => Truth::False,
+                ColumnValue::Null => Truth::Null,
+                ColumnValue::One(value) => list.binary_search(value).is_ok().into(),
+                _ => Truth::Undecided,
+            };
+        }
+        let elements = match self.elements(image, claims) {
+            Ok(elements) => elements,
+            Err(result) => return result,
         };
         match value {
             _ if elements.is_empty() => Truth::False,

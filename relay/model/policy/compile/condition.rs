@@ -1,10 +1,12 @@
 //! Conditions that the relay decides: comparisons of operands whose equality, or order, it knows.
 
-use sqlparser::ast::{BinaryOperator, CastKind, DataType, Expr};
+use sqlparser::ast::{BinaryOperator, CastKind, DataType, Expr, Value};
 
-use super::operand::{Operand, Type};
+use super::invert::nest;
+use super::operand::{Operand, Type, is_plain};
 use super::{Compiler, Unsupported, not, unsupported};
 use crate::model::policy::claim_expr::ClaimExpr;
+use crate::model::policy::claim_function::ClaimFunction;
 use crate::model::policy::predicate::{Comparison, List, Predicate, Scalar};
 use crate::model::row::datum::{Datum, Kind};
 use crate::model::row::pattern::Pattern;
@@ -30,11 +32,27 @@ impl Compiler<'_> {
             Expr::BinaryOp { left, op: BinaryOperator::PGNotLikeMatch, right } => {
                 self.like(left, right).map(not)
             }
+            Expr::BinaryOp {
+                left,
+                op:
+                    op @ (BinaryOperator::AtArrow
+                    | BinaryOperator::ArrowAt
+                    | BinaryOperator::PGOverlap
+                    | BinaryOperator::QuestionPipe),
+                right,
+            } => self
+                .truth_of_claims(left, op, right)
+                .or_else(|_| self.lists(left, op, right))
+                .or_else(|why| self.document_of_row(left, op, right).map_err(|_| why)),
             Expr::BinaryOp { left, op, right } if comparison(op).is_some() => {
                 let Some(comparison) = comparison(op) else { return Err(unsupported("")) };
-                let (one, other) = self.pair(self.operand(left)?, self.operand(right)?, Some(comparison))?;
-                Ok(Predicate::Compare(one, comparison, other))
+                self.compared(left, comparison, right).or_else(|why| match op {
+                    BinaryOperator::Eq => self.documents(left, right).map_err(|_| why),
+                    BinaryOperator::NotEq => self.documents(left, right).map(not).map_err(|_| why),
+                    _ => Err(why),
+                })
             }
+            Expr::Exists { subquery, negated: false } => self.exists_in_list(subquery),
             Expr::IsDistinctFrom(left, right) => {
                 let (one, other) = self.pair(self.operand(left)?, self.operand(right)?, None)?;
                 Ok(not(Predicate::Same(one, other)))
@@ -67,6 +85,11 @@ impl Compiler<'_> {
                 _ => Err(unsupported("it is not a condition that the relay evaluates")),
             },
         }
+    }
+
+    fn compared(&self, left: &Expr, by: Comparison, right: &Expr) -> Result<Predicate, Unsupported> {
+        let (one, other) = self.pair(self.operand(left)?, self.operand(right)?, Some(by))?;
+        Ok(Predicate::Compare(one, by, other))
     }
 
     /// Returns both sides, when the relay knows their equality, or order.
@@ -102,14 +125,28 @@ impl Compiler<'_> {
         let text = Type::Known(Kind::Text);
         let pattern = match self.operand(right)?.typed_as(&text)? {
             Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(pattern))), of) if of == text => pattern,
+            Operand::Claim(pattern, of) if of == text => return self.like_claim(left, pattern),
             _ => return Err(foreign()),
         };
         match self.operand(left)? {
+            Operand::Claim(..) => self.truth_of_claims(left, &BinaryOperator::PGLikeMatch, right),
             Operand::Row(Scalar::Column(at), of) if of == text && self.columns[at].folding.is_some() => {
                 let pattern = Pattern::new(&pattern, None).ok_or_else(foreign)?;
                 Ok(Predicate::Matches(at, pattern))
             }
             _ => Err(foreign()),
+        }
+    }
+
+    /// Compiles `like` of a column and a pattern in a claim.
+    fn like_claim(&self, left: &Expr, pattern: ClaimExpr) -> Result<Predicate, Unsupported> {
+        match self.operand(left)? {
+            Operand::Row(Scalar::Column(at), Type::Known(Kind::Text))
+                if self.columns[at].folding.is_some() =>
+            {
+                Ok(Predicate::MatchesClaim(at, self.claim_index(pattern)))
+            }
+            _ => Err(unsupported("only PostgreSQL matches this pattern")),
         }
     }
 
@@ -120,25 +157,18 @@ impl Compiler<'_> {
         {
             return Err(unsupported("only PostgreSQL evaluates `is null` of a row or domain"));
         }
-        match operand.of() {
-            Type::Json | Type::Jsonb => Err(unsupported("only PostgreSQL evaluates `is null` of a document")),
-            _ => Ok(Predicate::IsNull(self.scalar(operand))),
+        match operand {
+            Operand::Claim(document, Type::Json | Type::Jsonb) => {
+                let is_null = ClaimExpr::Call(ClaimFunction::IsNull, vec![document]);
+                Ok(Predicate::Truth(Scalar::Claim(self.claim_index(is_null))))
+            }
+            operand => Ok(Predicate::IsNull(self.scalar(operand))),
         }
     }
 
     fn among(&self, left: &Expr, right: &Expr) -> Result<Predicate, Unsupported> {
         match constants(right) {
-            Some((list, None)) => self.among_values(left, list),
-            // A cast of the array casts each element.
-            Some((list, Some(kind))) => {
-                let cast = |element: &Expr| Expr::Cast {
-                    kind: CastKind::DoubleColon,
-                    expr: Box::new(Expr::Nested(Box::new(element.clone()))),
-                    data_type: kind.clone(),
-                    format: None,
-                };
-                self.among_values(left, &list.iter().map(cast).collect::<Vec<_>>())
-            }
+            Some(list) => self.among_values(left, &list),
             None => {
                 let list = self.list(right)?;
                 self.among_list(self.operand(left)?, list)
@@ -161,7 +191,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn among_list(&self, value: Operand, list: Operand) -> Result<Predicate, Unsupported> {
+    pub(super) fn among_list(&self, value: Operand, list: Operand) -> Result<Predicate, Unsupported> {
         let Type::Many(kind) = *list.of() else {
             return Err(unsupported("only PostgreSQL evaluates this kind of list"));
         };
@@ -189,21 +219,43 @@ fn comparison(op: &BinaryOperator) -> Option<Comparison> {
     })
 }
 
-/// Returns the elements of `array[…]`, and the element type of a cast of the array.
-fn constants(expr: &Expr) -> Option<(&[Expr], Option<DataType>)> {
+/// Returns the elements of `array[…]`, or of an array constant, with the cast of the array.
+pub(super) fn constants(expr: &Expr) -> Option<Vec<Expr>> {
     match expr {
         Expr::Nested(inner) => constants(inner),
-        Expr::Array(array) => Some((&array.elem, None)),
+        Expr::Array(array) => Some(array.elem.clone()),
         Expr::Cast { expr, data_type: DataType::Array(element), .. } => {
             use sqlparser::ast::ArrayElemTypeDef::{AngleBracket, Parenthesis, SquareBracket};
-            let (elements, None) = constants(expr)? else { return None };
-            match element {
-                AngleBracket(kind) | SquareBracket(kind, None) | Parenthesis(kind) => {
-                    Some((elements, Some((**kind).clone())))
-                }
-                _ => None,
-            }
+            let elements = match &**expr {
+                Expr::Value(value) => spelled(&value.value)?,
+                Expr::Nested(inner) if matches!(**inner, Expr::Cast { .. }) => return None,
+                Expr::Cast { .. } => return None,
+                array => constants(array)?,
+            };
+            let (AngleBracket(kind) | SquareBracket(kind, None) | Parenthesis(kind)) = element else {
+                return None;
+            };
+            // A cast of the array casts each element.
+            let cast = |element: Expr| Expr::Cast {
+                kind: CastKind::DoubleColon,
+                expr: nest(element),
+                data_type: (**kind).clone(),
+                format: None,
+            };
+            Some(elements.into_iter().map(cast).collect())
         }
         _ => None,
     }
+}
+
+/// Returns the elements of an array constant, if each stands for itself.
+fn spelled(constant: &Value) -> Option<Vec<Expr>> {
+    let (Value::SingleQuotedString(text) | Value::EscapedStringLiteral(text)) = constant else { return None };
+    let inside = text.strip_prefix('{')?.strip_suffix('}')?;
+    if inside.is_empty() {
+        return Some(Vec::new());
+    }
+    let element =
+        |element: &str| is_plain(element).then(|| Expr::value(Value::SingleQuotedString(element.to_owned())));
+    inside.split(',').map(element).collect()
 }

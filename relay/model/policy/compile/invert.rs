@@ -10,13 +10,14 @@ use std::ops::ControlFlow;
 
 use sqlparser::ast::{
     ArrayElemTypeDef, BinaryOperator, CastKind, DataType, Distinct, Expr, Function, FunctionArg,
-    FunctionArgExpr, FunctionArguments, Ident, LimitClause, ObjectName, Query, Select, SelectItem, SetExpr,
-    TableFactor, TableWithJoins, Value, visit_expressions,
+    FunctionArgExpr, FunctionArguments, Ident, JoinConstraint, JoinOperator, LimitClause, ObjectName, Query,
+    Select, SelectItem, SetExpr, TableFactor, TableWithJoins, Value, visit_expressions,
 };
 
 use super::dependencies::{dependencies, written};
 use super::list::{only_expression, plain_select, projected};
 use super::operand::{Operand, Type};
+use super::rewrite::{argument, binary, select_null, with_condition};
 use super::row_security::may_raise;
 use super::{Compiler, Unsupported, operands_of, parser, unsupported};
 use crate::model::policy::plan::{READER, ServerQuery};
@@ -47,14 +48,13 @@ impl Readers {
 impl Compiler<'_> {
     /// Compiles a condition on the reader's claims to a query for all readers. Returns the query's index.
     pub(super) fn invert(&self, expr: &Expr, lenient: bool, why: Unsupported) -> Result<usize, Unsupported> {
-        if let Some(found) = self.as_list(expr).or_else(|| self.as_exists(expr)).filter(|_| lenient) {
+        let same = || self.as_list(expr).or_else(|| self.as_exists(expr)).or_else(|| self.as_condition(expr));
+        if let Some(found) = lenient.then(same).flatten() {
             return self.invert(&found, lenient, why);
         }
         match expr {
             Expr::Nested(inner) => self.invert(inner, lenient, why),
-            Expr::Exists { subquery, negated: false } => {
-                self.membership_query(&without_limit(subquery), None)
-            }
+            Expr::Exists { subquery, negated: false } => self.membership_query(&without_limit(subquery), &[]),
             // Below `not`, false and null differ, but both would be "not found" here.
             _ if !lenient => Err(unsupported(
                 "under `not`, `is` or `case`, PostgreSQL cannot evaluate it for all readers at once",
@@ -62,7 +62,7 @@ impl Compiler<'_> {
             Expr::InSubquery { expr, subquery, negated: false } => {
                 let mut wanted = (**expr).clone();
                 self.qualify(&mut wanted);
-                self.membership_query(subquery, Some(wanted))
+                self.membership_query(subquery, values(&wanted))
             }
             Expr::BinaryOp { left, op: BinaryOperator::Eq, right } => {
                 for (claim, value) in [(left, right), (right, left)] {
@@ -81,7 +81,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn membership_query(&self, query: &Query, wanted: Option<Expr>) -> Result<usize, Unsupported> {
+    fn membership_query(&self, query: &Query, wanted: &[Expr]) -> Result<usize, Unsupported> {
         let mut readers = Readers::default();
         let query = self.invert_query(query, wanted, &mut readers)?;
         if readers.by.is_empty() || !readers.indexed.iter().all(|indexed| *indexed) {
@@ -93,11 +93,11 @@ impl Compiler<'_> {
         Ok(self.query_index(ServerQuery::Found { query: query.to_string(), by: readers.by }))
     }
 
-    /// Inverts a query. `wanted` is the value that its result has to equal.
+    /// Inverts a query. `wanted` are the values that its result has to equal.
     fn invert_query(
         &self,
         query: &Query,
-        wanted: Option<Expr>,
+        wanted: &[Expr],
         readers: &mut Readers,
     ) -> Result<Query, Unsupported> {
         let not_plain = || unsupported("it is more than `select … from … where …`");
@@ -113,10 +113,12 @@ impl Compiler<'_> {
         if let Some(selection) = &select.selection {
             conjuncts(selection, &mut conditions);
         }
-        if let Some(wanted) = wanted {
-            let given = projected(select).ok_or_else(not_plain)?;
-            let (left, right) = (nest(wanted), nest(given.clone()));
-            conditions.push(Expr::BinaryOp { left, op: BinaryOperator::Eq, right });
+        if !wanted.is_empty() && wanted.len() != select.projection.len() {
+            return Err(not_plain());
+        }
+        for (wanted, item) in wanted.iter().zip(&select.projection) {
+            let given = selected(item).ok_or_else(not_plain)?;
+            conditions.push(binary(wanted.clone(), BinaryOperator::Eq, given.clone()));
         }
         let mut inverted: Select = select.clone();
         inverted.distinct = None;
@@ -128,6 +130,7 @@ impl Compiler<'_> {
             self.invert_condition(condition, &mut inverted.from, &mut rest, readers)?;
         }
         self.replace_claims(&mut inverted.from, &mut |claim, kind| readers.column(claim, kind));
+        inverted.from.iter().for_each(|source| mark_joined(source, readers));
         inverted.selection = rest.into_iter().reduce(|left, right| Expr::BinaryOp {
             left: nest(left),
             op: BinaryOperator::And,
@@ -154,7 +157,7 @@ impl Compiler<'_> {
         match found.unwrap_or(condition) {
             condition if !dependencies(&condition, self.rights).claims => rest.push(condition),
             Expr::Exists { subquery, negated: false } => {
-                let inner = self.invert_query(&without_limit(&subquery), None, readers)?;
+                let inner = self.invert_query(&without_limit(&subquery), &[], readers)?;
                 from.push(lateral(&inner, &mut readers.laterals)?);
             }
             Expr::InSubquery { expr, subquery, negated: false } if only_expression(&subquery).is_none() => {
@@ -162,7 +165,7 @@ impl Compiler<'_> {
                 if has_unqualified_names(&expr) {
                     return Err(unsupported("it compares a column that a join merged"));
                 }
-                let inner = self.invert_query(&subquery, Some(*expr), readers)?;
+                let inner = self.invert_query(&subquery, values(&expr), readers)?;
                 from.push(lateral(&inner, &mut readers.laterals)?);
             }
             mut condition => {
@@ -243,28 +246,72 @@ impl Compiler<'_> {
         }
     }
 
-    /// Returns `exists (select … where … and condition)` for `(select condition …)`, if that finds one row at most: it is true for the
-    /// same rows.
+    /// Returns `exists (select … where … and condition)` for `(select condition …)`, if that finds one row at most, and for
+    /// `(select bool_or(condition) …)`: it is true for the same rows.
     fn as_exists(&self, expr: &Expr) -> Option<Expr> {
         let Expr::Subquery(query) = bare(expr) else { return None };
-        let condition = projected(plain_select(query)?)?.clone();
-        if !finds_one_row(query, self.rights) {
-            return None;
-        }
-        let mut query = query.clone();
-        let SetExpr::Select(select) = &mut *query.body else { return None };
-        select.selection = Some(match select.selection.take() {
-            Some(selection) => {
-                Expr::BinaryOp { left: nest(selection), op: BinaryOperator::And, right: nest(condition) }
+        let mut condition = projected(plain_select(query)?)?;
+        match condition {
+            Expr::Function(function) if function.name.to_string().eq_ignore_ascii_case("bool_or") => {
+                let Some(FunctionArgExpr::Expr(any)) = argument(function) else { return None };
+                condition = any;
             }
-            None => condition,
-        });
-        select.projection = vec![SelectItem::UnnamedExpr(Expr::value(Value::Null))];
-        Some(Expr::Exists { subquery: query, negated: false })
+            _ if finds_one_row(query, self.rights) => {}
+            _ => return None,
+        }
+        let mut found = (**query).clone();
+        select_null(&mut found)?;
+        with_condition(&mut found, condition.clone())?;
+        Some(Expr::Exists { subquery: Box::new(found), negated: false })
+    }
+
+    /// Returns `exists (select … where … and column > x)` for `(select column …) > x` and other conditions that are null for null, if
+    /// the sub-select finds one row at most: it is true for the same rows.
+    fn as_condition(&self, expr: &Expr) -> Option<Expr> {
+        let one_row = |expr: &Expr| match bare(expr) {
+            Expr::Subquery(query) if finds_one_row(query, self.rights) => {
+                let [item] = plain_select(query)?.projection.as_slice() else { return None };
+                let value = selected(item).filter(|_| self.is_row_value(item))?;
+                Some(((**query).clone(), value.clone()))
+            }
+            _ => None,
+        };
+        let outer = |expr: &Expr| {
+            let mut outer = expr.clone();
+            self.qualify(&mut outer);
+            // The names of tables in a sub-select could mean those of another.
+            (!has_queries(&outer)).then_some(outer)
+        };
+        let (mut query, condition) = match expr {
+            Expr::BinaryOp { left, op, right } if is_strict(op) => {
+                let (query, left, right) = match one_row(left) {
+                    Some((query, value)) => (query, value, outer(right)?),
+                    None => {
+                        let (query, value) = one_row(right)?;
+                        (query, outer(left)?, value)
+                    }
+                };
+                (query, binary(left, op.clone(), right))
+            }
+            Expr::InList { expr, list, negated } => {
+                let (query, value) = one_row(expr)?;
+                let list = list.iter().map(outer).collect::<Option<_>>()?;
+                (query, Expr::InList { expr: nest(value), list, negated: *negated })
+            }
+            Expr::AnyOp { left, compare_op, right, is_some } if is_strict(compare_op) => {
+                let (query, value) = one_row(left)?;
+                let (left, right) = (nest(value), nest(outer(right)?));
+                (query, Expr::AnyOp { left, compare_op: compare_op.clone(), right, is_some: *is_some })
+            }
+            _ => return None,
+        };
+        select_null(&mut query)?;
+        with_condition(&mut query, condition)?;
+        Some(Expr::Exists { subquery: Box::new(query), negated: false })
     }
 
     /// Whether the item is a column, constant, claim or wildcard, so that it gives one value for each row.
-    fn is_row_value(&self, item: &SelectItem) -> bool {
+    pub(super) fn is_row_value(&self, item: &SelectItem) -> bool {
         fn is_plain(expr: &Expr) -> bool {
             match expr {
                 Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => is_plain(inner),
@@ -366,6 +413,36 @@ fn collected(array: &Expr, of: &DataType) -> Option<Query> {
     Some(query)
 }
 
+/// Returns the values of a row, or the only one.
+fn values(expr: &Expr) -> &[Expr] {
+    match expr {
+        Expr::Tuple(values) => values,
+        one => std::slice::from_ref(one),
+    }
+}
+
+fn selected(item: &SelectItem) -> Option<&Expr> {
+    match item {
+        SelectItem::UnnamedExpr(expr) | SelectItem::ExprWithAlias { expr, .. } => Some(expr),
+        _ => None,
+    }
+}
+
+/// Whether the operator of system types is null for null.
+fn is_strict(op: &BinaryOperator) -> bool {
+    use BinaryOperator::{Eq, Gt, GtEq, Lt, LtEq, NotEq, PGLikeMatch};
+    matches!(op, Eq | NotEq | Lt | LtEq | Gt | GtEq | PGLikeMatch)
+}
+
+fn has_queries(expr: &Expr) -> bool {
+    visit_expressions(expr, |expr| match expr {
+        Expr::Subquery(_) | Expr::Exists { .. } | Expr::InSubquery { .. } => ControlFlow::Break(()),
+        Expr::Function(Function { args: FunctionArguments::Subquery(_), .. }) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })
+    .is_break()
+}
+
 pub(super) fn nest(expr: Expr) -> Box<Expr> {
     Box::new(match expr {
         nested @ Expr::Nested(_) => nested,
@@ -387,7 +464,7 @@ fn without_limit(query: &Query) -> Cow<'_, Query> {
     }
 }
 
-fn bare(expr: &Expr) -> &Expr {
+pub(super) fn bare(expr: &Expr) -> &Expr {
     match expr {
         Expr::Nested(inner) => bare(inner),
         other => other,
@@ -427,6 +504,24 @@ fn mark_indexed(condition: &Expr, readers: &mut Readers) {
             if let Some(indexed) = at.and_then(|at| readers.indexed.get_mut(at)) {
                 *indexed = true;
             }
+        }
+    }
+}
+
+/// The same for the conditions of inner joins.
+fn mark_joined(source: &TableWithJoins, readers: &mut Readers) {
+    let mut conditions = Vec::new();
+    for join in &source.joins {
+        if let JoinOperator::Join(JoinConstraint::On(on)) | JoinOperator::Inner(JoinConstraint::On(on)) =
+            &join.join_operator
+        {
+            conjuncts(on, &mut conditions);
+        }
+    }
+    conditions.iter().for_each(|condition| mark_indexed(condition, readers));
+    for factor in std::iter::once(&source.relation).chain(source.joins.iter().map(|join| &join.relation)) {
+        if let TableFactor::NestedJoin { table_with_joins, .. } = factor {
+            mark_joined(table_with_joins, readers);
         }
     }
 }

@@ -1,13 +1,15 @@
 //! Lists in a policy: array columns, and the elements of claims that are arrays.
 
 use sqlparser::ast::{
-    Distinct, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, Query,
-    Select, SelectItem, SetExpr, TableFactor,
+    BinaryOperator, Distinct, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr,
+    Ident, Query, Select, SelectItem, SetExpr, TableFactor,
 };
 
+use super::invert::bare;
 use super::operand::{Operand, Type};
 use super::{Compiler, Unsupported, unsupported};
 use crate::model::policy::claim_expr::ClaimExpr;
+use crate::model::policy::predicate::Predicate;
 use crate::model::row::datum::Kind;
 
 impl Compiler<'_> {
@@ -69,6 +71,7 @@ impl Compiler<'_> {
             }
         };
         match (expr, source) {
+            (expr, Some(source)) if source.is_of_documents() => self.mapped(expr, source),
             (Expr::Nested(inner), _) => self.elements(inner, source),
             (Expr::Cast { expr, data_type, .. }, _) => {
                 let kind = Kind::named(&data_type.to_string().to_ascii_lowercase());
@@ -82,6 +85,7 @@ impl Compiler<'_> {
             (column, Some(source)) if source.is_its_column(column) => {
                 texts(&source.function, source.argument)
             }
+            (expr, Some(source)) => self.mapped(expr, source),
             (Expr::Function(Function { name, args: FunctionArguments::List(list), .. }), None) => {
                 match list.args.as_slice() {
                     [FunctionArg::Unnamed(FunctionArgExpr::Expr(argument))] => {
@@ -92,6 +96,69 @@ impl Compiler<'_> {
             }
             _ => Err(unsupported("only PostgreSQL evaluates this kind of list")),
         }
+    }
+}
+
+impl Compiler<'_> {
+    /// Compiles an expression of each element of a claim that is an array.
+    fn mapped(&self, expr: &Expr, source: &ListSource<'_>) -> Result<Operand, Unsupported> {
+        let Operand::Claim(claim, Type::Jsonb) = self.operand(source.argument)? else {
+            return Err(unsupported("only PostgreSQL reads documents in columns"));
+        };
+        let (list, of) = match source.bare_function() {
+            "jsonb_array_elements" => (ClaimExpr::Items(Box::new(claim)), Type::Jsonb),
+            "jsonb_array_elements_text" => {
+                (ClaimExpr::TextList(Box::new(claim), false), Type::Known(Kind::Text))
+            }
+            name => return Err(unsupported(&format!("only PostgreSQL evaluates {name}()"))),
+        };
+        let item = Item { source: source.alias.value.clone(), column: source.column.value.clone(), of };
+        let compiler = Compiler {
+            without_columns: true,
+            item: Some(item),
+            ..Compiler::of(self.table, self.columns, self.rights)
+        };
+        match compiler.operand(expr)? {
+            Operand::Claim(expr, Type::Known(kind)) if kind != Kind::Enum => {
+                Ok(Operand::Claim(ClaimExpr::Map(Box::new(list), Box::new(expr)), Type::Many(kind)))
+            }
+            _ => Err(unsupported("only PostgreSQL evaluates this kind of list")),
+        }
+    }
+
+    /// Compiles `exists (select from jsonb_array_elements_text(…) e where e = value)`.
+    pub(super) fn exists_in_list(&self, query: &Query) -> Result<Predicate, Unsupported> {
+        let not_plain = || unsupported("only PostgreSQL evaluates a sub-select");
+        let select = plain_select(query).ok_or_else(not_plain)?;
+        let ([from], Some(selection)) = (select.from.as_slice(), &select.selection) else {
+            return Err(not_plain());
+        };
+        let source =
+            ListSource::of(&from.relation).filter(|_| from.joins.is_empty()).ok_or_else(not_plain)?;
+        let Expr::BinaryOp { left, op: BinaryOperator::Eq, right } = bare(selection) else {
+            return Err(not_plain());
+        };
+        let compared = |element: &Expr, value: &Expr| {
+            let list = self.elements(element, Some(&source))?;
+            self.among_list(self.operand(value)?, list)
+        };
+        let found = compared(left, right).or_else(|_| compared(right, left))?;
+        // Without an equal element it finds none, whether or not it compares with null.
+        Ok(Predicate::Is(Box::new(found), true))
+    }
+}
+
+/// The element of a list, by the names that it has in a query.
+#[derive(Debug, Clone)]
+pub(super) struct Item {
+    source: String,
+    column: String,
+    pub of: Type,
+}
+
+impl Item {
+    pub fn is_named(&self, source: &Ident, column: &Ident) -> bool {
+        source.value == self.source && column.value == self.column
     }
 }
 
@@ -115,6 +182,14 @@ impl<'a> ListSource<'a> {
         };
         let [column] = alias.columns.as_slice() else { return None };
         Some(Self { function: name.to_string(), argument, alias: &alias.name, column: &column.name })
+    }
+
+    fn bare_function(&self) -> &str {
+        self.function.strip_prefix("pg_catalog.").unwrap_or(&self.function)
+    }
+
+    fn is_of_documents(&self) -> bool {
+        self.bare_function() == "jsonb_array_elements"
     }
 
     fn is_its_column(&self, expr: &Expr) -> bool {

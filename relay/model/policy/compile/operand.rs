@@ -4,8 +4,10 @@ use sqlparser::ast::{
     BinaryOperator, CastKind, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Ident, Value,
 };
 
+use super::claim_call::{follow, is_path_part};
 use super::list::only_expression;
 use super::{Compiler, Unsupported, parse_body, unsupported};
+use crate::model::policy::claim_document::document;
 use crate::model::policy::claim_expr::{ClaimExpr, ClaimStep};
 use crate::model::policy::predicate::Scalar;
 use crate::model::row::column::{Column, ColumnKind};
@@ -53,6 +55,9 @@ impl Operand {
             (Self::Claim(ClaimExpr::Constant(Some(Datum::Text(text))), Type::Untyped), Type::Known(kind)) => {
                 literal(&text, *kind)
             }
+            (Self::Claim(ClaimExpr::Constant(Some(Datum::Text(text))), Type::Untyped), Type::Jsonb) => {
+                constant_document(&text)
+            }
             (operand, _) => Ok(operand),
         }
     }
@@ -65,6 +70,12 @@ fn literal(text: &str, kind: Kind) -> Result<Operand, Unsupported> {
     }
 }
 
+fn constant_document(text: &str) -> Result<Operand, Unsupported> {
+    document(text).map_err(|_| unsupported("only PostgreSQL parses this document"))?;
+    let constant = ClaimExpr::Constant(Some(Datum::Text(text.into())));
+    Ok(Operand::Claim(ClaimExpr::Document(Box::new(constant), true), Type::Jsonb))
+}
+
 impl Compiler<'_> {
     /// Compiles an expression.
     pub(super) fn operand(&self, expr: &Expr) -> Result<Operand, Unsupported> {
@@ -72,6 +83,10 @@ impl Compiler<'_> {
             Expr::Nested(inner) => self.operand(inner),
             Expr::Identifier(column) => self.column(column),
             Expr::CompoundIdentifier(parts) => match parts.as_slice() {
+                [source, column] if self.item.as_ref().is_some_and(|item| item.is_named(source, column)) => {
+                    let of = self.item.as_ref().map_or(Type::Foreign, |item| item.of.clone());
+                    Ok(Operand::Claim(ClaimExpr::Item, of))
+                }
                 [relation, column] if relation.value == self.table => self.column(column),
                 _ => Err(unsupported("it is not a column of the table")),
             },
@@ -86,9 +101,14 @@ impl Compiler<'_> {
                     BinaryOperator::LongArrow => (true, false),
                     BinaryOperator::HashArrow => (false, true),
                     BinaryOperator::HashLongArrow => (true, true),
-                    _ => return Err(unsupported(&format!("only PostgreSQL evaluates the operator {op}"))),
+                    _ => return self.claim_operator(left, op, right),
                 };
                 self.element(left, right, for_text, path)
+            }
+            Expr::CompoundFieldAccess { root, access_chain } => self.subscripted(root, access_chain),
+            Expr::Position { expr, r#in } => self.position(expr, r#in),
+            Expr::Trim { trim_where, trim_what, expr, trim_characters: None } => {
+                self.trimmed(*trim_where, trim_what.as_deref(), expr)
             }
             Expr::Subquery(query) => match only_expression(query) {
                 Some(inner) => self.operand(inner),
@@ -140,6 +160,9 @@ impl Compiler<'_> {
             ("jsonb", Operand::Claim(claim, Type::Known(Kind::Text))) => {
                 return document(claim.clone(), true);
             }
+            ("jsonb", Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(text))), Type::Untyped)) => {
+                return constant_document(text);
+            }
             _ => {}
         }
         let kind = Kind::named(name).ok_or_else(foreign)?;
@@ -158,7 +181,7 @@ impl Compiler<'_> {
                 Type::Known(from) if kind == Kind::Text || (from.is_integer() && kind.is_integer()) => {
                     Ok(Operand::Claim(ClaimExpr::Cast(Box::new(claim), kind), known))
                 }
-                Type::Jsonb if kind == Kind::Bool => {
+                Type::Jsonb if kind == Kind::Bool || kind.is_integer() => {
                     Ok(Operand::Claim(ClaimExpr::Cast(Box::new(claim), kind), known))
                 }
                 _ => Err(foreign()),
@@ -181,17 +204,12 @@ impl Compiler<'_> {
         let Operand::Claim(document, of @ (Type::Json | Type::Jsonb)) = self.operand(left)? else {
             return Err(unsupported("only PostgreSQL reads documents in columns"));
         };
-        let mut steps = if path { keys(right)? } else { vec![self.step(right)?] };
-        let Some(last) = steps.pop() else { return Err(unsupported("the path is empty")) };
+        let steps = if path { keys(right)? } else { vec![self.step(right)?] };
         // For a duplicate key, `json` steps into the first value, and serde_json into the last.
-        if of == Type::Json && !steps.is_empty() {
+        if of == Type::Json && steps.len() > 1 {
             return Err(unsupported("only PostgreSQL follows a path into json"));
         }
-        let inner = steps.into_iter().fold(document, |inner, step| ClaimExpr::Element(Box::new(inner), step));
-        Ok(match for_text {
-            true => Operand::Claim(ClaimExpr::ElementText(Box::new(inner), last), Type::Known(Kind::Text)),
-            false => Operand::Claim(ClaimExpr::Element(Box::new(inner), last), of),
-        })
+        Ok(follow(document, steps, for_text, of))
     }
 
     /// Compiles `||` of texts. Of other types it means something else.
@@ -210,7 +228,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn step(&self, expr: &Expr) -> Result<ClaimStep, Unsupported> {
+    pub(super) fn step(&self, expr: &Expr) -> Result<ClaimStep, Unsupported> {
         match self.operand(expr)? {
             Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(key))), _) => {
                 Ok(ClaimStep::Key(key.to_string()))
@@ -255,7 +273,13 @@ impl Compiler<'_> {
             },
             ("coalesce", _) => self.coalesce(&arguments),
             (_, []) if self.rights.helpers.contains_key(&written) => self.helper(&written),
-            _ => Err(unsupported(&format!("only PostgreSQL evaluates {written}()"))),
+            // Some names are quoted because they are also keywords.
+            _ => match written.trim_start_matches("pg_catalog.").trim_matches('"') {
+                name if name == name.to_ascii_lowercase() || !written.contains('"') => {
+                    self.claim_call(&name.to_ascii_lowercase(), &arguments)
+                }
+                _ => Err(unsupported(&format!("only PostgreSQL evaluates {written}()"))),
+            },
         }
     }
 
@@ -340,7 +364,13 @@ fn constant(value: &Value) -> Result<Operand, Unsupported> {
     Ok(Operand::Claim(ClaimExpr::Constant(datum), of))
 }
 
-/// Parses a path, `'{a,b}'::text[]`, whose elements can only be keys.
+/// Whether an element of an array constant stands for itself.
+pub(super) fn is_plain(element: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '@');
+    !element.is_empty() && element.chars().all(is_plain) && !element.eq_ignore_ascii_case("null")
+}
+
+/// Parses a path, `'{a,0}'::text[]`, of keys and indexes.
 fn keys(expr: &Expr) -> Result<Vec<ClaimStep>, Unsupported> {
     let unsupported_path = || unsupported("only PostgreSQL parses this path");
     match expr {
@@ -353,23 +383,11 @@ fn keys(expr: &Expr) -> Result<Vec<ClaimStep>, Unsupported> {
                 .strip_prefix('{')
                 .and_then(|text| text.strip_suffix('}'))
                 .ok_or_else(unsupported_path)?;
-            let is_word = |key: &str| {
-                key.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-                    && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
-                    && !key.eq_ignore_ascii_case("null")
+            let step = |key: &str| match is_plain(key) && is_path_part(key) {
+                true => Ok(ClaimStep::PathPart(key.to_owned())),
+                false => Err(unsupported_path()),
             };
-            inside
-                .split(',')
-                .map(
-                    |key| {
-                        if is_word(key) {
-                            Ok(ClaimStep::Key(key.to_owned()))
-                        } else {
-                            Err(unsupported_path())
-                        }
-                    },
-                )
-                .collect()
+            inside.split(',').map(step).collect()
         }
         _ => Err(unsupported_path()),
     }
