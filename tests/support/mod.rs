@@ -2,6 +2,7 @@
 
 pub mod away;
 pub mod client;
+pub mod commands;
 pub mod database;
 pub mod dice;
 pub mod filters;

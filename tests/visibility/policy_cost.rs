@@ -1,7 +1,16 @@
 //! What a change costs follows from who sees it, not from who is waiting: statements, rows and readers are counted.
 
-use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use relay::model::identity::claims::Claims;
+use relay::model::policy::visibility::Identity;
+use relay::postgres::connect::pool::Server;
+use relay::postgres::evaluate::per_identity::{IdentityEvaluator, IdentityQuery, reading};
+use serde_json::{Value, json};
+use tokio_postgres::types::ToSql;
+
+use crate::support::commands::Commands;
 use crate::support::eventually;
 use crate::support::ways::Ways;
 
@@ -107,6 +116,68 @@ async fn row_security_of_the_membership_table_costs_no_more_statements() {
 async fn an_opaque_policy_asks_once_for_each_claims_and_page() {
     let ways = ways("opaque(owner)").await;
     assert_eq!(counted(&ways).await, (ROWS, ROWS * READERS, READERS));
+}
+
+/// Judges as many images for all readers, twice; returns how long the second time took, when all statements are prepared.
+async fn judged(ways: &Ways, url: &str, images: usize, between: impl Fn()) -> Duration {
+    let catalog = ways.catalog().await;
+    let relation = catalog.named("public", "t").unwrap();
+    let images: Vec<String> = ways.images("t").await.into_values().take(images).collect();
+    let evaluator =
+        IdentityEvaluator::new(Server::parse(url, "relay", None).unwrap(), Duration::from_secs(30));
+    let query = |claims: Value| IdentityQuery {
+        identity: Identity::new(Claims::from_verified_payload(&claims.to_string()).unwrap()),
+        statement: Arc::clone(relation.access("authenticated").unwrap().judge.as_ref().unwrap()),
+        images: &images,
+        reading: reading(relation).into(),
+        with_path: true,
+        topic: None,
+    };
+    let queries: Vec<IdentityQuery<'_>> = readers().into_iter().map(query).collect();
+    evaluator.judge(&queries).await.unwrap();
+    between();
+    let started = Instant::now();
+    let answers = evaluator.judge(&queries).await.unwrap();
+    let took = started.elapsed();
+    let seen = answers.iter().flat_map(|answer| &answer.allowed).filter(|seen| **seen).count();
+    assert_eq!(seen, images.len(), "each row has one owner");
+    took
+}
+
+/// The loop that it is compared with: claims set, the row selected by its key, for each reader, without waiting between the two.
+async fn naive_loop(ways: &Ways, id: i32) -> Duration {
+    let client = ways.database.connect().await;
+    client.batch_execute("set role authenticated").await.unwrap();
+    let set = client.prepare("select set_config('request.jwt.claims', $1, false)").await.unwrap();
+    let sees = client.prepare("select exists (select from t where id = $1)").await.unwrap();
+    let started = Instant::now();
+    for claims in readers() {
+        let claims = claims.to_string();
+        let (claims, id): ([&(dyn ToSql + Sync); 1], [&(dyn ToSql + Sync); 1]) = ([&claims], [&id]);
+        let (set, seen) = tokio::join!(client.query_one(&set, &claims), client.query_one(&sees, &id));
+        set.and(seen).unwrap();
+    }
+    started.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opaque_policy_takes_three_commands_for_each_claims_however_many_rows() {
+    let ways = ways("opaque(owner)").await;
+    let commands = Commands::to_server(&ways.database.url).await;
+    let mut counts = [0; 2];
+    for (count, images) in counts.iter_mut().zip([1, ROWS]) {
+        judged(&ways, &commands.url, images, || _ = commands.take()).await;
+        *count = commands.take();
+    }
+    let url = &ways.database.url;
+    let (one, page) = (judged(&ways, url, 1, || {}).await, judged(&ways, url, ROWS, || {}).await);
+    let naive = naive_loop(&ways, 0).await;
+    println!(
+        "{READERS} readers: one row {one:?}, {ROWS} rows {page:?}, the naive loop for one row {naive:?}"
+    );
+    // The naive loop takes two, and a transaction around them two more; for a page it takes a hundred times as many.
+    let most = 3 * READERS + 2;
+    assert!(counts.iter().all(|count| *count <= most), "{counts:?} commands, {most} are enough");
 }
 
 #[tokio::test(flavor = "multi_thread")]

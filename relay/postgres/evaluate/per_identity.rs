@@ -1,18 +1,20 @@
 //! Evaluates policies in PostgreSQL for one identity: with its role and claims, all images of a page in one statement.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{BoxFuture, ready};
-use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use futures_util::StreamExt;
+use futures_util::future::{Either, ready};
+use futures_util::stream::FuturesOrdered;
 use tokio::sync::Mutex;
+use tokio_postgres::Statement;
 
 use crate::model::catalog::relation::Relation;
 use crate::model::policy::visibility::{Denied, Identity};
 use crate::postgres::connect::pool::{Error, JUDGING, Server};
 use crate::postgres::evaluate::circuit_breaker::CircuitBreaker;
-use crate::postgres::evaluate::impersonation::{ActingAs, Bisection, Impersonation, reads_back};
+use crate::postgres::evaluate::impersonation::{ActingAs, Bisection, Impersonation, Run, with_user};
 
 /// The evaluator, with its connection.
 pub struct IdentityEvaluator {
@@ -196,27 +198,71 @@ async fn run_all(
     queries: &[IdentityQuery<'_>],
 ) -> Result<Vec<IdentityAnswer>, Error> {
     let mut refusals: HashMap<Arc<str>, Denied> = HashMap::new();
-    session.make_room(2 * queries.len());
+    let mut checked: HashMap<Arc<str>, Arc<str>> = HashMap::new();
+    for text in queries.iter().flat_map(|query| [&query.statement, &query.reading]) {
+        if !checked.contains_key(text) {
+            checked.insert(Arc::clone(text), with_user(text));
+        }
+    }
+    session.make_room(checked.len());
     for query in queries {
         let role = query.acting_as();
-        if let Err(denied) = session.prepare(role, &query.statement).await? {
+        if let Err(denied) = session.prepare(role, &checked[&query.statement]).await? {
             refusals.insert(Arc::clone(&query.statement), denied);
         }
-        let _ = session.prepare(role, &query.reading).await?;
+        let _ = session.prepare(role, &checked[&query.reading]).await?;
     }
-    let session = &*session;
-    let mut running: Vec<BoxFuture<'_, Result<IdentityAnswer, Error>>> = Vec::with_capacity(queries.len());
-    for query in queries {
-        running.push(match refusals.get(&query.statement) {
-            Some(denied) => ready(Ok(IdentityAnswer::none(query.images, *denied))).boxed(),
-            None => run(session, query).boxed(),
-        });
-    }
-    futures_util::stream::iter(running).buffered(IN_FLIGHT).try_collect().await
+    let run = Run::begin(session).await?;
+    let prepared = |text: &Arc<str>| checked.get(text).and_then(|text| session.prepared(text));
+    let judge = |query| one(&run, query, prepared(&query.statement), prepared(&query.reading));
+    let answers = pipelined(queries, &refusals, judge).await?;
+    run.end().await?;
+    Ok(answers)
 }
 
-async fn run(session: &Impersonation, query: &IdentityQuery<'_>) -> Result<IdentityAnswer, Error> {
-    let Some(statement) = session.prepared(&query.statement) else {
+/// Judges all queries, in order. The more answers come in time, the more queries are on their way, so that their number costs no round
+/// trips. A statement that takes too long is not asked again.
+async fn pipelined<'q, Judging: Future<Output = Result<IdentityAnswer, Error>>>(
+    queries: &'q [IdentityQuery<'q>],
+    refusals: &HashMap<Arc<str>, Denied>,
+    judge: impl Fn(&'q IdentityQuery<'q>) -> Judging,
+) -> Result<Vec<IdentityAnswer>, Error> {
+    let mut answers = Vec::with_capacity(queries.len());
+    let mut too_slow: HashSet<Arc<str>> = HashSet::new();
+    let mut waiting = queries.iter();
+    let mut running = FuturesOrdered::new();
+    let mut most = FIRST_IN_FLIGHT;
+    loop {
+        while running.len() < most
+            && let Some(query) = waiting.next()
+        {
+            let is_slow = !too_slow.is_empty() && too_slow.contains(&query.breaker_key());
+            let refused = if is_slow { Some(&Denied::TimedOut) } else { refusals.get(&query.statement) };
+            running.push_back(match refused {
+                Some(denied) => Either::Left(ready(Ok(IdentityAnswer::none(query.images, *denied)))),
+                None => Either::Right(judge(query)),
+            });
+        }
+        let Some(answer) = running.next().await else { return Ok(answers) };
+        let answer = answer?;
+        match answer.denied {
+            Some(Denied::TimedOut) => {
+                too_slow.insert(queries[answers.len()].breaker_key());
+                most = FIRST_IN_FLIGHT;
+            }
+            _ => most = MAX_IN_FLIGHT.min(most + 1),
+        }
+        answers.push(answer);
+    }
+}
+
+async fn one(
+    run: &Run<'_>,
+    query: &IdentityQuery<'_>,
+    statement: Option<&Statement>,
+    reading: Option<&Statement>,
+) -> Result<IdentityAnswer, Error> {
+    let Some(statement) = statement else {
         return Ok(IdentityAnswer::none(query.images, Denied::Raised));
     };
     let role = query.acting_as();
@@ -225,9 +271,8 @@ async fn run(session: &Impersonation, query: &IdentityQuery<'_>) -> Result<Ident
     let mut ranges = Bisection::of(query.images.len());
     while let Some(range) = ranges.next() {
         let images = &query.images[range.clone()];
-        let rows = session.query(role, statement, &[&images]).await?;
-        let allowed = rows.map(|rows| rows.first().and_then(|row| row.try_get::<_, Vec<bool>>(0).ok()));
-        match allowed {
+        let row = run.query(role, statement, &[&images]).await?;
+        match row.map(|row| row.try_get::<_, Vec<bool>>(0).ok()) {
             Ok(Some(allowed)) if allowed.len() == images.len() => {
                 answer.allowed[range].copy_from_slice(&allowed);
             }
@@ -235,11 +280,14 @@ async fn run(session: &Impersonation, query: &IdentityQuery<'_>) -> Result<Ident
                 // Without images only the claims can make the statement raise.
                 if answer.denied.is_none() {
                     let none: &[String] = &[];
-                    if let Err(Denied::Raised) = session.query(role, statement, &[&none]).await? {
+                    if let Err(Denied::Raised) = run.query(role, statement, &[&none]).await? {
                         return Ok(IdentityAnswer::none(query.images, Denied::Claims));
                     }
                 }
-                if range.len() == 1 && !reads_back(session, role, &query.reading, images).await? {
+                if range.len() == 1
+                    && let Some(reading) = reading
+                    && let Err(Denied::Raised) = run.query(role, reading, &[&images]).await?
+                {
                     answer.unreadable.push(range.start);
                 }
                 answer.denied = Some(match answer.unreadable.is_empty() {
@@ -256,9 +304,11 @@ async fn run(session: &Impersonation, query: &IdentityQuery<'_>) -> Result<Ident
     Ok(answer)
 }
 
-/// Maximum number of pipelined queries: enough to hide the round trips. A policy that becomes slow delays the others by at
-/// most this many time limits before it is skipped.
-const IN_FLIGHT: usize = 4;
+/// Number of queries that are sent before the first answer. A statement that takes too long delays the others by that many time limits
+/// at first, before it is skipped.
+const FIRST_IN_FLIGHT: usize = 4;
+/// Maximum number of queries without an answer.
+const MAX_IN_FLIGHT: usize = 64;
 
 /// Returns the statement that only parses row images, `$1`, back into rows: it fails if one cannot be read back.
 pub fn reading(relation: &Relation) -> String {
