@@ -5,7 +5,7 @@
 -- relay.rules_now() : the visibility rules of each watched relation and of each partition in relay.named_parts, as sets that
 -- can be compared; `part` is the partition, 0 the relation itself
 -- They are, of the relation and of the tables that its policies read, also by policies of their own and by functions: grants, owner,
--- row security, policies, and the functions that policies call, also by other functions.
+-- row security, policies, and the functions that policies call, also by other functions, with the right to execute them.
 drop function if exists relay.rules_now();
 create or replace function relay.rules_now() returns table (relation int, part oid, open text[], shut text[])
 language plpgsql stable rows 100
@@ -61,6 +61,12 @@ begin
         union
         select r.id, r.part, r.object from reads r where r.class = 'pg_proc'::regclass) t
       join pg_proc f on f.oid = t.oid
+      union all
+      -- Without the right to a function, each query of the table raises.
+      select r.id, r.part, concat_ws(' ', 'row execute', f.oid, a.grantee), true
+      from reads r join pg_proc f on f.oid = r.object
+      cross join aclexplode(coalesce(f.proacl, acldefault('f', f.proowner))) a
+      where r.class = 'pg_proc'::regclass and a.privilege_type = 'EXECUTE'
       union all
       select t.id, t.part, concat_ws(' ', 'row view', w.ev_class, md5(w.ev_action::text)), true
       from tables t join pg_rewrite w on w.ev_class = t.oid and w.rulename = '_RETURN'

@@ -313,3 +313,29 @@ async fn random_changes_of_rules_between_random_changes_of_rows_show_no_reader_m
     }
     assert!(exact[0] > 0 && exact[1] > 0, "{exact:?} RELAY_TEST_SEED={seed}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_to_execute_a_function_widens_what_policies_show_that_call_it_directly_or_not() {
+    let stage = Stage::new(
+        "create table t (id int primary key); alter table t enable row level security; select relay.watch('t');
+         create function within() returns bool language sql stable as 'select true';
+         create function called() returns bool language sql stable as 'select within()';
+         create function unused() returns bool language sql stable as 'select true';
+         revoke execute on function within(), called(), unused() from public;
+         create policy p on t using (called())",
+    )
+    .await;
+    let widenings =
+        async || stage.database.value("select count(*) from relay.widenings").await.parse::<i64>().unwrap();
+    for (sql, more) in [
+        ("grant execute on function called() to authenticated", true),
+        ("grant execute on function within() to authenticated, anon", true),
+        ("grant execute on function unused() to authenticated", false),
+        ("revoke execute on function called() from authenticated", false),
+        ("grant execute on function called() to public", true),
+    ] {
+        let before = widenings().await;
+        stage.run(sql).await;
+        assert_eq!(widenings().await > before, more, "{sql}");
+    }
+}
