@@ -34,10 +34,11 @@ end
 $$;
 comment on function relay.topic_blockers(text, text, "char") is 'why a role may use no private channel, with remedies';
 
--- relay.topic_rules(roles, login) -> {"read": {"rules", "blockers"}, "write": {...}}: who may use which private channel; null without the table
--- "rules" are as an entry of relay.catalog(), with the policies by which the roles may read rows of the table, or add them.
+-- relay.topic_rules(roles, login, bodies) -> {"read": {"rules", "blockers"}, "write": {...}}: who may use which private channel; null without the table
+-- "bodies" are those of relay.catalog(), of what the policies of the table call. "rules" are as an entry of relay.catalog(), with the policies by which the roles may read rows of the table, or add them.
 -- "blockers" are the reasons why a role may do nothing, with remedies; "tables" are the tables that the policies look into.
-create or replace function relay.topic_rules(roles text[], login text default null) returns jsonb
+drop function if exists relay.topic_rules(text[], text);
+create or replace function relay.topic_rules(roles text[], login text default null, bodies jsonb default null) returns jsonb
 language sql stable
 set search_path = ''
 set lock_timeout = '20ms'
@@ -52,7 +53,7 @@ set jit = off as $$
       'columns', relay.catalog_columns(c.oid),
       'access', (
         select coalesce(pg_catalog.jsonb_object_agg(seen.rolname, seen.access), '{}')
-        from (select r.rolname, relay.access(c.oid, r.oid, $2, null, o.command) as access
+        from (select r.rolname, relay.access(c.oid, r.oid, $2, $3, o.command) as access
               from pg_catalog.pg_roles r where r.rolname = any (relay.subscriber_roles($1, $2))) seen
         where seen.access is not null)),
     'blockers', (
@@ -64,4 +65,4 @@ set jit = off as $$
   cross join (values ('r'::"char"), ('a')) o (command)
   having pg_catalog.count(*) > 0
 $$;
-comment on function relay.topic_rules(text[], text) is 'who may use which private channel';
+comment on function relay.topic_rules(text[], text, jsonb) is 'who may use which private channel';

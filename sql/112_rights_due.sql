@@ -58,7 +58,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.policies_for(regclass, oid, "char")', 'relay.is_secured(regclass, oid)', 'relay.policy_parts(regclass, oid, "char")', 'relay.subjects(oid[])', 'relay.policy_tables(oid[])', 'relay.policy_reads(oid[])', 'relay.body_reads(oid)', 'relay.body_candidates(oid[], int[])', 'relay.body_of(oid)', 'relay.bodies_for(regclass, oid, jsonb, "char")', 'relay.missing_grants(regclass, oid, "char")', 'relay.missing_usage(regclass, oid, text, "char")', 'relay.missing_filter_usage(regclass, text[], text, text)',
     'relay.capture_mode(oid, int)', 'relay.known_kind(oid, oid)', 'relay.known_folding(oid, oid)', 'relay.has_own_casts()',
     'relay.rights(regclass, oid, text, jsonb, "char")', 'relay.access(regclass, oid, text, jsonb, "char")', 'relay.catalog_columns(oid)',
-    'relay.topic_table()', 'relay.topic_rules(text[], text)', 'relay.topic_blockers(text, text, "char")', 'relay.catalog(text[], text, int[], oid[], jsonb)',
+    'relay.topic_table()', 'relay.topic_rules(text[], text, jsonb)', 'relay.topic_blockers(text, text, "char")', 'relay.catalog(text[], text, int[], oid[], jsonb)',
     'relay.catalog_marks(text[], text, oid[])', 'relay.rule_scope(text[], text, oid[])', 'relay.role_versions(text[])', 'relay.relations_now(int)', 'relay.parts_mark(regclass)', 'relay.rules_mark(oid[], oid[], boolean)',
     'relay.subscriber_roles(text[], text)', 'relay.schema_changes_are_logged()', 'relay.note_rules(boolean)', 'relay.name_parts(oid[])', 'relay.trim_changelog()',
     'relay.horizon()', 'relay.current_segment()', 'relay.blockers(text, text, text)', 'relay.row_like(regclass, jsonb)',

@@ -54,6 +54,9 @@ const FINGERPRINT: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m
            from relay.catalog_marks(relay.subscriber_roles($1, $2), $2, $3) k) k, \
           relay.rule_scope($1, $2, $3) s, relay.rules_mark(s.roles, s.owned) m";
 
+/// The id of the table with the policies of private channels, where those of watched relations are asked for.
+const TOPICS: i32 = 0;
+
 /// Selects when rules were widened, and when each role last changed.
 const WIDENINGS: &str = "select coalesce(json_agg(w), '[]')::text from ( \
      select number, xid::text::bigint, relation, part::bigint, null as role from relay.widenings \
@@ -193,8 +196,10 @@ impl CatalogQueries<'_> {
 
     /// Reads what the roles may do in private channels.
     async fn topic_rules(&self) -> Result<Option<Arc<TopicRules>>, Error> {
-        let read = self.client.prepare_cached("select relay.topic_rules($1, $2)::text").await?;
-        let row = self.client.query_opt(&read, &[&self.role_names(), self.judge]).await?;
+        let read = "select relay.topic_rules($1, $2, $3::text::jsonb)::text";
+        let read = self.client.prepare_cached(read).await?;
+        let bodies = bodies(self.client, &[], Some(&vec![TOPICS])).await?;
+        let row = self.client.query_opt(&read, &[&self.role_names(), self.judge, &bodies]).await?;
         let Some(text) = row.and_then(|row| row.get::<_, Option<String>>(0)) else { return Ok(None) };
         let rules: TopicRules =
             serde_json::from_str(&text).map_err(|error| unexpected("relay.topic_rules", &error))?;
