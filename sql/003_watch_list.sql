@@ -12,6 +12,8 @@ create table if not exists relay.read_policies (
   relation regclass primary key,
   policy text not null
 );
+alter table relay.read_policies add column if not exists condition text;
+comment on column relay.read_policies.condition is 'the policy as PostgreSQL writes it, if it reads nothing but the row and the functions of claims; null otherwise';
 comment on table relay.read_policies is 'read policies of materialized views and foreign tables; written by relay.allow';
 
 create table if not exists relay.refresh_schedule (

@@ -143,6 +143,41 @@ $$;
 comment on function relay.filter_condition(regclass, text, text, text[]) is
   'a subscription filter as an SQL condition with the column''s type, and its values in PostgreSQL''s canonical text';
 
+-- relay.parsed_condition(relation, policy) : a condition as PostgreSQL writes it, if it reads nothing but the row and the functions of claims; else null
+-- A view that does not outlive the call shows it. What the condition reads besides would have to be watched, as policies are.
+create or replace function relay.parsed_condition(relation regclass, policy text) returns text
+language plpgsql volatile
+set search_path = ''
+set standard_conforming_strings = on
+set quote_all_identifiers = off as $$
+declare
+  name text;
+  condition text;
+begin
+  select pg_catalog.format('%I.%I as %2$I', n.nspname, c.relname) into name
+  from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
+  execute pg_catalog.format(E'create temporary view "relay condition" as select (%s\n) as "relay condition" from %s', policy, name);
+  if not exists (
+    select from pg_catalog.pg_rewrite w
+    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass and d.objid = w.oid
+    left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and f.oid = d.refobjid
+    left join pg_catalog.pg_namespace n on n.oid = f.pronamespace
+    left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::pg_catalog.regclass and t.oid = d.refobjid
+    where w.ev_class = 'pg_temp."relay condition"'::pg_catalog.regclass
+      and not (d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.refobjid in (relation, w.ev_class))
+      and not coalesce(n.nspname = 'auth' and f.proname in ('uid', 'jwt', 'role', 'email') or t.typtype = 'e', false)) then
+    condition := (pg_catalog.regexp_match(pg_catalog.pg_get_viewdef('pg_temp."relay condition"'::pg_catalog.regclass, false),
+                                          '^ SELECT (.*) AS "relay condition"\s+FROM [^\n]*$'))[1];
+  end if;
+  drop view pg_temp."relay condition";
+  return condition;
+exception when others then
+  -- Such as a missing right to create temporary objects.
+  return null;
+end
+$$;
+comment on function relay.parsed_condition(regclass, text) is 'a condition as PostgreSQL writes it, if it reads nothing but the row and the functions of claims';
+
 -- relay.allow(relation, policy)
 -- Sets the read policy of a materialized view or foreign table: a condition as in CREATE POLICY ... USING, with every
 -- name outside pg_catalog qualified by its schema. Parsed at once, so that mistakes show here. Replaces an earlier one.
@@ -164,13 +199,19 @@ begin
     raise exception 'a read policy is a condition' using errcode = 'invalid_parameter_value',
       hint = 'For every row: relay.allow(relation, ''true''); to leave it to the SELECT right: relay.disallow(relation).';
   end if;
-  execute relay.judge_statement(relation, policy) into verdicts using '{}'::text[];
+  begin
+    execute relay.judge_statement(relation, policy) into verdicts using '{}'::text[];
+  exception when undefined_table or undefined_function or undefined_object or invalid_schema_name then
+    raise exception using errcode = sqlstate, message = sqlerrm,
+      hint = 'Names outside pg_catalog need their schema (public.members): the policy is evaluated with an empty search_path.';
+  end;
   if verdicts <> '{}' then
     raise exception 'not a condition: %', policy using errcode = 'syntax_error';
   end if;
   delete from relay.read_policies p where not exists (select from pg_catalog.pg_class c where c.oid = p.relation);
-  insert into relay.read_policies as p (relation, policy) values (allow.relation, allow.policy)
-  on conflict on constraint read_policies_pkey do update set policy = excluded.policy;
+  insert into relay.read_policies as p (relation, policy, condition)
+  values (allow.relation, allow.policy, relay.parsed_condition(allow.relation, allow.policy))
+  on conflict on constraint read_policies_pkey do update set policy = excluded.policy, condition = excluded.condition;
   -- No event trigger fires for a change of read policies.
   perform relay.note_rules();
   perform relay.log_change(0, null, 'S', false, null, null);

@@ -626,6 +626,7 @@ declare
   kind "char";
   columns jsonb;
   policy text;
+  allowed text;
 begin
   select c.relkind, (
       select pg_catalog.jsonb_agg(a.attname order by a.attnum)
@@ -640,9 +641,13 @@ begin
   end if;
   begin
     policy := relay.policy_for(relation, role, command);
-    return pg_catalog.jsonb_build_object('columns', columns, 'policy', policy,
+    if policy is not null and kind in ('m', 'f') then
+      allowed := (select p.condition from relay.read_policies p where p.relation = access.relation);
+    end if;
+    return pg_catalog.jsonb_build_object('columns', columns, 'policy', policy, 'allowed', allowed,
       'judge', relay.judge_statement(relation, policy),
-      'rights', case when policy is not null and kind not in ('m', 'f') then relay.rights(relation, role, login, bodies, command) else '{}' end);
+      'rights', case when policy is not null and (kind not in ('m', 'f') or allowed is not null)
+        then relay.rights(relation, role, login, bodies, command) else '{}' end);
   exception when lock_not_available then
     perform pg_catalog.set_config('lock_timeout', '1ms', true);
     return pg_catalog.jsonb_build_object('columns', columns, 'pending', true);

@@ -9,6 +9,7 @@ pub mod access_settings;
 pub mod grants;
 pub mod overlaps;
 pub mod policy;
+pub mod policy_allowed;
 pub mod policy_cost;
 pub mod policy_functions;
 pub mod policy_generated;

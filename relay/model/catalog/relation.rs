@@ -9,7 +9,7 @@ use crate::model::catalog::shape::{ShapeRecord, Shapes};
 use crate::model::catalog::topic_rules::TopicRules;
 use crate::model::log::cursor::{Cursor, Snapshot};
 use crate::model::policy::compile::compile;
-use crate::model::policy::plan::{Obstacle, Plan};
+use crate::model::policy::plan::{Obstacle, Plan, PlanKind};
 use crate::model::policy::rights::Rights;
 use crate::model::row::change::{Change, Operation, RelationId, Row, Spelling};
 use crate::model::row::column::Column;
@@ -336,6 +336,9 @@ pub struct Access {
     pub policy: Option<String>,
     /// The statement by which PostgreSQL evaluates the policy on row images.
     pub judge: Option<Arc<str>>,
+    /// A policy of `relay.allow` as PostgreSQL writes it, if it reads nothing but the row and claims.
+    #[serde(default)]
+    pub allowed: Option<String>,
     /// What the policy refers to.
     #[serde(default)]
     pub rights: Rights,
@@ -406,10 +409,19 @@ impl Relation {
             access.plan = match &access.policy {
                 _ if access.pending => Plan::pending(),
                 None => Plan::allow_all(),
-                Some(policy) if matches!(self.kind.as_str(), "m" | "f") => Plan::opaque(Obstacle {
-                    part: as_allowed(policy).to_owned(),
-                    why: String::from("PostgreSQL keeps no parsed form of a policy from relay.allow"),
-                }),
+                Some(policy) if matches!(self.kind.as_str(), "m" | "f") => {
+                    let compiled =
+                        |condition: &String| compile(condition, &self.table, &self.columns, &access.rights);
+                    let known = access.allowed.as_ref().map(compiled);
+                    known.filter(|plan| plan.kind == PlanKind::Compiled).unwrap_or_else(|| {
+                        Plan::opaque(Obstacle {
+                            part: as_allowed(policy).to_owned(),
+                            why: String::from(
+                                "a policy of relay.allow is decided by the relay only if it reads nothing but the row and claims",
+                            ),
+                        })
+                    })
+                }
                 Some(policy) => compile(policy, &self.table, &self.columns, &access.rights),
             };
             // The probe of the claims is evaluated once, before the images.
