@@ -22,6 +22,7 @@ pub mod policy_patterns_members;
 pub mod policy_patterns_mixed;
 pub mod policy_patterns_odd;
 pub mod policy_patterns_rows;
+pub mod policy_reread;
 pub mod policy_rewrites;
 pub mod policy_shapes;
 pub mod policy_ways;
