@@ -45,7 +45,7 @@ const OF_TEAM: [IsFor; 3] = [
     |user, row| row as usize % 1000 == user / TEAM,
 ];
 
-const KINDS: [Kind; 4] = [
+const KINDS: [Kind; 5] = [
     Kind { name: "ownership", policy: "owner = (select auth.uid())", is_for: OWN, readers: 1, sizes: &SIZES },
     Kind {
         name: "JWT claim",
@@ -60,6 +60,13 @@ const KINDS: [Kind; 4] = [
         is_for: OF_TEAM,
         readers: TEAM,
         sizes: &SIZES,
+    },
+    Kind {
+        name: "membership with row security",
+        policy: "exists (select from own_members m where m.team = bench_policies.team and m.member = (select auth.uid()))",
+        is_for: OF_TEAM,
+        readers: TEAM,
+        sizes: &[1000],
     },
     Kind { name: "opaque", policy: "may_see(owner)", is_for: OWN, readers: 1, sizes: &[100, 1000] },
 ];
@@ -148,6 +155,19 @@ fn tell(report: &mut Report, kind: &Kind, costs: &[(usize, Cost, Cost)], loops: 
                 &how,
             );
         }
+        "membership with row security" => {
+            let how = format!(
+                "{size} subscribers, {TEAM} of them see the row; the members have row security of their own; PostgreSQL alone, in pages of {PAGE}"
+            );
+            let target = Target::AtMost(60.0);
+            report.figure(
+                "S4 membership with row security, PostgreSQL per change",
+                pages.postgres,
+                "µs",
+                &target,
+                &how,
+            );
+        }
         _ => {
             report.figure(&format!("S1 {name}, growth"), ratio, "", &Target::AtMost(1.3), &how);
             let asked = pages.statements.max(last.statements);
@@ -181,6 +201,9 @@ impl Crowd {
                  create table members (team int, member uuid, primary key (team, member));
                  create index on members (member);
                  insert into members select n / {TEAM}, user_id(n) from generate_series(0, {size} - 1) n;
+                 create table own_members (like members including all); insert into own_members select * from members;
+                 alter table own_members enable row level security; analyze own_members;
+                 create policy own on own_members using (member = (select auth.uid())); grant select on own_members to authenticated;
                  create table {TABLE} (id bigint primary key, owner uuid, org text, team int, body text);
                  alter table {TABLE} enable row level security; create policy p on {TABLE} using ({});
                  grant select on {TABLE}, members to authenticated; analyze members; select relay.watch('{TABLE}')",
