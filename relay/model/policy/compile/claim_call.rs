@@ -142,9 +142,10 @@ impl Compiler<'_> {
             BinaryOperator::QuestionPipe => self.has_keys(ClaimFunction::HasAny, left, right),
             BinaryOperator::QuestionAnd => self.has_keys(ClaimFunction::HasAll, left, right),
             BinaryOperator::PGLikeMatch => {
-                let pattern = match self.operand(right)?.typed_as(&TEXT)? {
-                    Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(pattern))), TEXT) => pattern,
-                    _ => return Err(unsupported("only PostgreSQL matches this pattern")),
+                let Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(pattern))), TEXT) =
+                    self.operand(right)?.typed_as(&TEXT)?
+                else {
+                    return Err(unsupported("only PostgreSQL matches this pattern"));
                 };
                 let pattern = Pattern::new(&pattern, None)
                     .ok_or_else(|| unsupported("only PostgreSQL matches this pattern"))?;
