@@ -40,7 +40,11 @@ use crate::postgres::evaluate::set_based::SetEvaluator;
 use crate::postgres::filter_compiler::FilterCompiler;
 use crate::postgres::maintenance::{collections, refresh, retention};
 use crate::postgres::snapshot_rows::SnapshotRows;
+use crate::postgres::status::StatusTable;
 use crate::pubsub::topics::Topics;
+use crate::status::board::Board;
+use crate::status::service::StatusService;
+use crate::status::writer::StatusWriter;
 use crate::transport::app::App;
 use crate::transport::broadcast_rates::BroadcastRates;
 use crate::transport::connection_limits::ConnectionLimits;
@@ -106,6 +110,7 @@ struct ReadingTasks {
     source: ChangeSource,
     items: Sender<FeedItem>,
     bookmark_writer: BookmarkWriter,
+    status_writer: StatusWriter,
     jobs: watch::Sender<()>,
 }
 
@@ -126,8 +131,9 @@ impl Assembly {
         let (feed, bookmark_writer) = foundation.feed(&config, lanes, replay_reader)?;
         let (jobs, _) = watch::channel(());
         let source = foundation.source(config.poll, jobs.clone());
-        let reading = ReadingTasks { source, items, bookmark_writer, jobs };
-        let app = Arc::new(foundation.app(config, feed));
+        let (status, status_writer) = foundation.status(&config)?;
+        let reading = ReadingTasks { source, items, bookmark_writer, status_writer, jobs };
+        let app = Arc::new(foundation.app(config, feed, status));
         Ok(Self { app, foundation, reading })
     }
 
@@ -144,9 +150,11 @@ impl Assembly {
     /// Runs the tasks that read the database.
     pub fn begin_reading(self) {
         let Foundation { servers, tasks, observe, .. } = self.foundation;
-        let ReadingTasks { source, items, bookmark_writer, jobs } = self.reading;
+        let ReadingTasks { source, items, bookmark_writer, status_writer, jobs } = self.reading;
         let (tracker, end) = (&tasks.tracker, &tasks.end);
         tracker.spawn(bookmark_writer.run(tasks.feed_end.clone()));
+        // After the sessions, whose ends it writes.
+        tracker.spawn(status_writer.run(jobs.clone(), tasks.feed_end.clone()));
         tracker.spawn(source.run(items, end.clone()));
         tracker.spawn(retention::run(servers.main.clone(), observe, end.clone()));
         tracker.spawn(refresh::run(servers.main.clone(), jobs.clone(), end.clone()));
@@ -273,6 +281,14 @@ impl Foundation {
         Ok((Feed::new(binder, lanes, replay_reader, rows, bookmarks, history, observe), bookmark_writer))
     }
 
+    /// Returns the status, and the task that writes it.
+    fn status(&self, config: &Config) -> Result<(StatusService, StatusWriter), Error> {
+        let main = &self.servers.main;
+        let board = Arc::new(Board::new(config.status.clone(), Arc::clone(&self.observe)));
+        let writer = StatusWriter::new(main.clone(), Arc::clone(&board), Arc::clone(&self.observe));
+        Ok((StatusService::new(board, StatusTable::new(main)?), writer))
+    }
+
     /// Returns the judge of private channels, and runs its tasks.
     fn topic_judge(&self) -> Arc<TopicJudge> {
         let (queues, waiting) = QuestionQueues::new();
@@ -301,7 +317,7 @@ impl Foundation {
     }
 
     /// Returns what connections share, and runs the task that rereads the keys of its verifier.
-    fn app(&self, config: Config, feed: Feed) -> App {
+    fn app(&self, config: Config, feed: Feed, status: StatusService) -> App {
         let limits = config.limits;
         let Servers { main, judge, .. } = &self.servers;
         let catalog = Arc::clone(&self.catalog);
@@ -314,6 +330,7 @@ impl Foundation {
         App {
             verifier: config.verifier,
             feed,
+            status,
             explainer: Explainer::new(
                 main.clone(),
                 judge.clone(),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::auth::jwks_fetch::Endpoint;
 use crate::auth::jwks_refresh::{JwksRefresher, PublishedKeys, Schedule};
 use crate::auth::verifier::{TokenSettings, Verifier};
+use crate::model::presence::status::StatusSettings;
 use crate::model::session::limits::{Limits, RowLimit, TopicLimits};
 use crate::settings::{Mistakes, Settings};
 use crate::transport::listen;
@@ -54,6 +55,8 @@ pub struct Config {
     pub judge_timeout: Duration,
     /// How long the feed may stall before clients are warned.
     pub stall: Duration,
+    /// The status of users.
+    pub status: StatusSettings,
     /// Whether to install first.
     pub install: bool,
 }
@@ -81,6 +84,7 @@ impl Settings {
         });
         let (keys, jwks_refresher) = self.jwks(&mut mistakes);
         let limits = self.limits(&mut mistakes);
+        let status = self.status(&mut mistakes);
         let tokens = TokenSettings {
             secrets: self.jwt_secret.into_iter().collect(),
             keys,
@@ -119,6 +123,7 @@ impl Settings {
             poll,
             judge_timeout,
             stall,
+            status,
             install: self.install,
         })
     }
@@ -155,6 +160,30 @@ impl Settings {
             refresh: Duration::from_millis(refresh),
             cooldown: Duration::from_millis(self.jwks_cooldown_ms.unwrap_or(30_000)),
             keep: Duration::from_millis(self.jwks_keep_ms.unwrap_or(86_400_000)),
+        }
+    }
+
+    /// Resolves the settings of the status.
+    fn status(&self, mistakes: &mut Vec<String>) -> StatusSettings {
+        let mut millis =
+            |name, value, default| Duration::from_millis(positive(name, value, default, mistakes));
+        let (throttle, sweep, silence) = (
+            millis("status-throttle-ms", self.status_throttle_ms, 60_000),
+            millis("status-sweep-ms", self.status_sweep_ms, 5000),
+            millis("status-silence-ms", self.status_silence_ms, 300_000),
+        );
+        if self.status_cache == Some(0) {
+            mistakes.push(String::from("--status-cache must be more than 0"));
+        }
+        StatusSettings {
+            throttle,
+            sweep,
+            silence,
+            cache: self.status_cache.unwrap_or(10_000),
+            anonymous_claim: self
+                .status_anonymous_claim
+                .clone()
+                .unwrap_or_else(|| String::from("participantId")),
         }
     }
 
@@ -367,8 +396,8 @@ mod tests {
         settings.jwt_secret = Some("s".repeat(32));
         // The keys' times count only where there are keys.
         let keys = (settings.schedule(false, &mut Vec::new()), settings.schedule(true, &mut Vec::new()));
-        let Config { limits, resume, poll, judge_timeout, stall, listen, .. } = settings.resolve()?;
-        Ok(format!("{limits:?} {resume:?} {poll:?} {judge_timeout:?} {stall:?} {listen} {keys:?}"))
+        let Config { limits, resume, poll, judge_timeout, stall, listen, status, .. } = settings.resolve()?;
+        Ok(format!("{limits:?} {resume:?} {poll:?} {judge_timeout:?} {stall:?} {listen} {keys:?} {status:?}"))
     }
 
     #[test]

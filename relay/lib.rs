@@ -8,7 +8,7 @@
 //! Three sentences explain the rest. NOTIFY is a hint, the changelog is the truth. There is one recovery path:
 //! resume from a cursor. A subscription exists only bound to verified claims.
 //!
-//! # The five walks
+//! # The six walks
 //!
 //! **A change.** `sql/101_capture.sql` writes it. [`postgres::changelog::doorbell`] wakes the relay,
 //! [`postgres::changelog::reader`] reads a page, [`feed::read::source`] cuts it into batches, [`feed::router`] takes them in order.
@@ -35,9 +35,13 @@
 //! [rules](model::catalog::topic_rules) of `realtime.messages`, or puts it to PostgreSQL with others that wait
 //! ([`feed::authorize::topic_questions`]). The session answers the join, and its channels make it a member of the private topic.
 //!
+//! **A sign of life.** Each frame of a socket and each request with a token is noted on the [`status::board`], which decides
+//! whether it is due. [`status::writer`] writes all users that are due by one statement ([`postgres::status`], `sql/116_status.sql`).
+//! What it writes is a change as any other.
+//!
 //! # Layers
 //!
-//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `auth`, `transport`, then `assembly`,
+//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `status`, `auth`, `transport`, then `assembly`,
 //! `server` and `command`; `settings`, `config`, `observe` and `tls` stand beside them. What exactly each may import is the
 //! table `IMPORTS` of `tests/house/layers.rs`. The folders of a layer import each other without cycles, too.
 //!
@@ -69,6 +73,7 @@
 //! | codec | how a wire protocol writes the changes of a subscription; on a socket also the messages of the session |
 //! | topic, presence | what channels of one name have in common; the objects that its members track |
 //! | outbox, frame | the bounded queue to one client; what is in it: a message, change or gap |
+//! | status, sweep | whether a user is online, in a table of the user's own; the look for users that are online and should not be |
 //! | lane | one of three routers: in memory, filters that PostgreSQL evaluates, clients with many filter values |
 //!
 //! A *session* of PostgreSQL, in SQL and in [`postgres`], is a connection of a backend.
@@ -138,6 +143,7 @@ pub mod model {
     /// Who is present in a topic.
     pub mod presence {
         pub mod state;
+        pub mod status;
     }
     /// Wire protocols: what a protocol must do, then one file for each.
     pub mod codec {
@@ -205,6 +211,7 @@ pub mod postgres {
     pub mod explain_queries;
     pub mod bookmarks;
     pub mod broadcast_history;
+    pub mod status;
     /// Work on a schedule, by one relay at a time.
     pub mod maintenance {
         pub mod retention;
@@ -274,6 +281,13 @@ pub mod pubsub {
     pub mod topics;
 }
 
+/// Who is online, written to the status table.
+pub mod status {
+    pub mod board;
+    pub mod writer;
+    pub mod service;
+}
+
 /// Tokens and the keys that verify them.
 pub mod auth {
     pub mod jwks;
@@ -307,6 +321,7 @@ pub mod transport {
         pub mod request;
     }
     pub mod presence;
+    pub mod maintenance;
     /// `GET /realtime/v1/changes`.
     pub mod changes {
         mod refusal;

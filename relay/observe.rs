@@ -92,6 +92,19 @@ metrics! {
     missing_grants: Gauge = "roles_lacking_grants",
         "Pairs of a table and a role that sees nothing, because it lacks a grant for what the table's policies read";
 
+    // Status.
+    status_users: Gauge = "status_users", "Users connected to this relay whose status is written";
+    status_cache: Gauge = "status_cache", "Users without a connection that the throttle remembers";
+    status_cache_bound: Gauge = "status_cache_bound", "The maximum of relay_status_cache";
+    status_on: Gauge = "status_on", "1 while this relay writes the status of users";
+    status_requests: Counter = "status_requests", "Signs of life of users";
+    status_throttled: Counter = "status_throttled", "Signs of life that were not written, because one was shortly before";
+    status_statements: Counter = "status_statements", "Statements that wrote the status of users";
+    status_written: Counter = "status_updates", "Users whose status was written";
+    status_failed: Counter = "status_failed_updates", "Users whose status could not be written, and failed sweeps";
+    status_sweeps: Counter = "status_sweeps", "Sweeps by this relay";
+    status_swept: Counter = "status_set_offline", "Users that sweeps of this relay set offline";
+
     // Keys.
     keys: Gauge = "jwks_keys", "Valid keys of the JWK set";
     keys_stale: Gauge = "jwks_stale", "1 while the JWK set cannot be reread";
@@ -99,12 +112,18 @@ metrics! {
 }
 
 /// What `/metrics` reads from its owner when it is asked: state that decides something is never kept here.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Readings {
     /// Connected clients.
     pub sessions: usize,
     /// Bytes queued for clients.
     pub outbox_bytes: usize,
+    /// Users with a connection and without, as the status counts them.
+    pub status_users: (usize, usize),
+    /// The maximum number of users without a connection.
+    pub status_cache_bound: usize,
+    /// Whether the status is written.
+    pub status_is_on: bool,
 }
 
 /// Lets one log line a second through.
@@ -136,6 +155,8 @@ pub struct Observe {
     subscription_refusals: LogPace,
     /// Of the server behind the relay.
     upstream: LogPace,
+    /// Of users whose status was refused.
+    status_refusals: LogPace,
 }
 
 impl Observe {
@@ -156,6 +177,7 @@ impl Observe {
             refusals: LogPace::default(),
             subscription_refusals: LogPace::default(),
             upstream: LogPace::default(),
+            status_refusals: LogPace::default(),
         }
     }
 
@@ -358,10 +380,48 @@ impl Observe {
         }
     }
 
+    /// Counts a sign of life.
+    pub fn status_requested(&self) {
+        self.metrics.status_requests.inc();
+    }
+
+    /// Counts a sign of life that is not written.
+    pub fn status_throttled(&self) {
+        self.metrics.status_throttled.inc();
+    }
+
+    /// Counts a statement that wrote the status of users.
+    pub fn status_written(&self, users: usize) {
+        self.metrics.status_statements.inc();
+        self.metrics.status_written.inc_by(users as u64);
+    }
+
+    /// Counts users whose status could not be written, or a failed sweep.
+    pub fn status_failed(&self, count: usize) {
+        self.metrics.status_failed.inc_by(count as u64);
+    }
+
+    /// Logs users that the status table refused, at most once a second.
+    pub fn status_refused(&self, count: usize, code: &str) {
+        if self.status_refusals.is_due() {
+            tracing::warn!(user.count = count, code, "the status table refused users");
+        }
+    }
+
+    /// Counts a sweep.
+    pub fn status_swept(&self, users: u64) {
+        self.metrics.status_sweeps.inc();
+        self.metrics.status_swept.inc_by(users);
+    }
+
     /// Returns the text of `/metrics`.
     pub fn text(&self, now: &Readings) -> String {
         self.metrics.sessions.set(now.sessions as i64);
         self.metrics.outbox_bytes.set(now.outbox_bytes as i64);
+        self.metrics.status_users.set(now.status_users.0 as i64);
+        self.metrics.status_cache.set(now.status_users.1 as i64);
+        self.metrics.status_cache_bound.set(now.status_cache_bound as i64);
+        self.metrics.status_on.set(i64::from(now.status_is_on));
         let mut text = String::new();
         // Writing to a text cannot fail.
         let _ = encode_registry(&mut text, &self.registry);
@@ -395,7 +455,7 @@ mod tests {
             .flat_map(|line| line.split(" | ").next().unwrap_or_default().split("`, `relay_"))
             .map(|name| name.trim_end_matches('`'))
             .collect();
-        let text = Observe::new().text(&Readings { sessions: 0, outbox_bytes: 0 });
+        let text = Observe::new().text(&Readings::default());
         let measured: BTreeSet<&str> = text
             .lines()
             .filter_map(|line| line.strip_prefix("# TYPE relay_")?.rsplit_once(' '))

@@ -179,6 +179,22 @@ pub struct Settings {
     /// Warn clients when changes could not be read or evaluated for this long [default: 10]
     #[arg(long, help_heading = "Database", env = "RELAY_STALL_SECONDS", value_name = "SECONDS")]
     pub stall_seconds: Option<u64>,
+    /// Minimum interval between two writes of a user's activity to the status table, in milliseconds [default: 60000]
+    #[arg(long, help_heading = "Status", env = "RELAY_STATUS_THROTTLE_MS", value_name = "MS")]
+    pub status_throttle_ms: Option<u64>,
+    /// How often to look for users that are online and should not be, in milliseconds; after two such intervals without a word
+    /// a relay is dead [default: 5000]
+    #[arg(long, help_heading = "Status", env = "RELAY_STATUS_SWEEP_MS", value_name = "MS")]
+    pub status_sweep_ms: Option<u64>,
+    /// How long a user without connection stays online without a request, in milliseconds [default: 300000]
+    #[arg(long, help_heading = "Status", env = "RELAY_STATUS_SILENCE_MS", value_name = "MS")]
+    pub status_silence_ms: Option<u64>,
+    /// Maximum number of users without connection whose last write is remembered [default: 10000]
+    #[arg(long, help_heading = "Status", env = "RELAY_STATUS_CACHE", value_name = "N")]
+    pub status_cache: Option<usize>,
+    /// The claim with the id of an anonymous participant, in tokens without `sub` [default: participantId]
+    #[arg(long, help_heading = "Status", env = "RELAY_STATUS_ANONYMOUS_CLAIM", value_name = "CLAIM")]
+    pub status_anonymous_claim: Option<String>,
     /// The server that gets requests for all paths that are not the relay's: its https:// or http:// address
     #[arg(long, env = "RELAY_UPSTREAM", value_name = "URL")]
     pub upstream: Option<String>,

@@ -27,5 +27,6 @@ return case name
   when 'rules' then 8     -- by the transaction that records changes of rules
   when 'collections' then 9 -- by the transaction that watches or unwatches a table for a collection
   when 'signals' then 10    -- by the relay that notes which views are due for a refresh on change
+  when 'status' then 11     -- by the transaction that sets silent users and those of dead relays offline
 end;
 comment on function relay.lock(text) is 'second number of an advisory lock of class relay';

@@ -44,7 +44,7 @@ set search_path = pg_catalog, pg_temp as $$
   select 'table', t, 'relay_reader', 'select'
   from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,relay.refreshes,
                 relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts,relay.former_parents,relay.named_parts,
-                relay.collections,relay.collection_work,relay.collected}'::text[]) t
+                relay.collections,relay.collection_work,relay.collected,relay.status_table}'::text[]) t
   union all
   select 'function', f, 'relay_reader', 'execute'
   from unnest(array['relay.lock_class(text)', 'relay.lock(text)', 'relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
@@ -66,7 +66,11 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.move_bookmarks(uuid[], bytea[], uuid[], text[])', 'relay.drop_bookmarks(uuid[], bytea[], uuid[])',
     'relay.trim_bookmarks(interval, bigint)', 'relay.install_problems()', 'relay.is_excluded(text)',
     'relay.publication_tables()', 'relay.collection_tables()', 'relay.sync_collections()', 'relay.realtime_problems()',
-    'relay.trim_messages(int)', 'relay.broadcast_history(text, timestamptz, int)', 'relay.make_partitions()']) f
+    'relay.trim_messages(int)', 'relay.broadcast_history(text, timestamptz, int)', 'relay.make_partitions()',
+    'relay.status_problems()', 'relay.status_begin()', 'relay.status_beat(text)', 'relay.status_end(text)',
+    'relay.status_write(text, text[], boolean[], boolean[], boolean[], double precision[])',
+    'relay.status_sweep(double precision, double precision, int)', 'relay.status_set(text, boolean)',
+    'relay.status_stats(double precision)']) f
 $$;
 comment on function relay.rights_due() is 'owners and rights of the objects in schema relay';
 

@@ -16,6 +16,7 @@ mod program;
 mod pubsub;
 mod recovery;
 mod sql_broadcasts;
+mod status;
 mod subscribe;
 mod support;
 mod systems;

@@ -82,6 +82,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.extend(collections(&client).await?);
     findings.extend(policies(server, judge).await?);
     findings.extend(refreshes(&client).await?);
+    findings.extend(status(&client).await?);
     findings.push(retention(&client).await?);
     Ok(findings)
 }
@@ -190,7 +191,7 @@ async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
 }
 
 /// The locks that a session may hold for long, and what does not work while it does.
-const LOCK_HARM: [(Lock, &str); 7] = [
+const LOCK_HARM: [(Lock, &str); 8] = [
     (Lock::Doorbell, "writers notify without need, or no relay can sleep"),
     (Lock::Install, "no installation can run"),
     (Lock::Trim, "the changelog is not trimmed"),
@@ -198,6 +199,7 @@ const LOCK_HARM: [(Lock, &str); 7] = [
     (Lock::Followers, "the leader notifies without need"),
     (Lock::Collections, "tables of publications and schemas are neither watched nor unwatched"),
     (Lock::Signals, "no view is refreshed on change"),
+    (Lock::Status, "silent users and those of dead relays stay online"),
 ];
 
 /// Finds sessions that hold a lock of the relays and are none: any login may take these locks. A session counts as a relay by
@@ -496,4 +498,17 @@ async fn refreshes(client: &Client) -> Result<Vec<Finding>, Error> {
         })
     };
     Ok(rows.into_iter().map(fault).collect())
+}
+
+/// Reports what keeps the status of users from being written.
+async fn status(client: &Client) -> Result<Vec<Finding>, Error> {
+    let problems = client.query("select p from relay.status_problems() p", &[]).await?;
+    if !problems.is_empty() {
+        return Ok(problems.into_iter().map(|row| Fault(row.get(0))).collect());
+    }
+    let table = client.query_opt("select t.relation::text from relay.status_table t", &[]).await?;
+    let good = |row: tokio_postgres::Row| {
+        Good(format!("{} has the status of users (relay.status_on)", row.get::<_, String>(0)))
+    };
+    Ok(table.map(good).into_iter().collect())
 }

@@ -26,11 +26,13 @@ pub enum Lock {
     Collections = 9,
     /// Held by the relay that notes which views are due for a refresh on change.
     Signals = 10,
+    /// Held by the transaction that sets silent users and those of dead relays offline.
+    Status = 11,
 }
 
 impl Lock {
     /// All locks.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Doorbell,
         Self::Install,
         Self::Trim,
@@ -40,6 +42,7 @@ impl Lock {
         Self::Rules,
         Self::Collections,
         Self::Signals,
+        Self::Status,
     ];
 
     /// Returns the condition that the row `l` of `pg_locks` is this lock of this database, granted.

@@ -9,7 +9,8 @@ use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::query::{bearer, parameter, repeated, repeated_error};
 use crate::transport::response::{Answer, error};
 
-/// Admits a request of this method. `by_method` says so to a client that used another. Returns the claims of its token or key.
+/// Admits a request of this method. `by_method` says so to a client that used another. Returns the claims of its token or key,
+/// whose user is alive.
 ///
 /// # Errors
 /// The answer that refuses the request.
@@ -31,11 +32,13 @@ pub async fn admit<B>(
         return Err(error(StatusCode::BAD_REQUEST, &repeated_error(&name)));
     }
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
-    app.identify(&token).await.map_err(|why| {
+    let claims = app.identify(&token).await.map_err(|why| {
         let why = why.advised_text();
         app.observe.request_refused(address, request.uri().path(), &why);
         error(StatusCode::UNAUTHORIZED, &why)
-    })
+    })?;
+    app.status.board.request(&claims);
+    Ok(claims)
 }
 
 /// The role that may see what concerns all users.

@@ -19,6 +19,7 @@ use crate::model::identity::claims::Claims;
 use crate::model::session::limits::Limits;
 use crate::observe::{Observe, Readings};
 use crate::pubsub::topics::Topics;
+use crate::status::service::StatusService;
 use crate::transport::broadcast_rates::BroadcastRates;
 use crate::transport::connection_limits::ConnectionLimits;
 use crate::transport::upstream::Upstream;
@@ -31,6 +32,8 @@ pub struct App {
     pub feed: Feed,
     /// Explains subscriptions to the service role.
     pub explainer: Explainer,
+    /// Who is online.
+    pub status: StatusService,
     /// The topics.
     pub topics: Arc<Topics>,
     /// Decides who may use which private channel.
@@ -77,6 +80,9 @@ impl App {
         self.observe.text(&Readings {
             sessions: self.connection_limits.client_count(),
             outbox_bytes: self.budget.held_bytes(),
+            status_users: self.status.board.user_counts(),
+            status_cache_bound: self.status.board.settings().cache,
+            status_is_on: self.status.board.is_on(),
         })
     }
 

@@ -31,6 +31,7 @@ use crate::transport::explain;
 use crate::transport::health;
 use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::intake::Intake;
+use crate::transport::maintenance;
 use crate::transport::metrics;
 use crate::transport::presence;
 use crate::transport::proxy::{self, PassedRequest};
@@ -67,7 +68,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
         let (app, slot, watched) = (Arc::clone(&answering), Arc::clone(&slot), watched.clone());
         let begun = exchanging.begin();
         let (exchange, unfinished) = (Arc::clone(&exchanging), Arc::clone(&unfinished));
-        let reads_body = broadcast::is_broadcast(request.uri().path());
+        let reads_body = reads_body(request.uri().path());
         async move {
             let answer = match app.upstream.as_ref().filter(|_| !is_own(request.uri().path())) {
                 Some(upstream) => {
@@ -137,7 +138,12 @@ fn is_write_timeout(error: &hyper::Error) -> bool {
     false
 }
 
-/// Answers a request. The bodies of broadcasts are read. The connection is closed after a request whose body was not.
+/// Whether requests of this path have a body.
+fn reads_body(path: &str) -> bool {
+    broadcast::is_broadcast(path) || maintenance::is_maintenance(path)
+}
+
+/// Answers a request. The bodies of broadcasts and maintenance are read. The connection is closed after a request whose body was not.
 async fn answer(
     app: Arc<App>,
     slot: Arc<ConnectionSlot>,
@@ -146,8 +152,11 @@ async fn answer(
     exchange: &Exchange,
 ) -> Answer {
     let has_body = !request.body().is_end_stream();
-    if request.method() != Method::OPTIONS && broadcast::is_broadcast(request.uri().path()) {
-        let (mut answer, is_read) = Box::pin(broadcast::serve(&app, slot.address(), request)).await;
+    if request.method() != Method::OPTIONS && reads_body(request.uri().path()) {
+        let (mut answer, is_read) = match maintenance::is_maintenance(request.uri().path()) {
+            true => Box::pin(maintenance::serve(&app, slot.address(), request)).await,
+            false => Box::pin(broadcast::serve(&app, slot.address(), request)).await,
+        };
         if has_body && !is_read {
             exchange.leaves_unread();
             answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -208,6 +217,7 @@ fn is_own(path: &str) -> bool {
     let below =
         |base: &str| path.strip_prefix(base).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     below("/realtime/v1")
+        || maintenance::is_maintenance(path)
         || health::PATHS.contains(&path)
         || ["/socket/websocket", "/metrics"].contains(&path)
 }

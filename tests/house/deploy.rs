@@ -51,7 +51,7 @@ fn each_setting_in_examples_of_deploying_exists() {
 
 #[test]
 fn each_metric_in_alerts_exists() {
-    let text = Observe::new().text(&Readings { sessions: 0, outbox_bytes: 0 });
+    let text = Observe::new().text(&Readings::default());
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
     let known: BTreeSet<String> = types
         .map(|(name, kind)| match kind {
@@ -61,7 +61,9 @@ fn each_metric_in_alerts_exists() {
         })
         .collect();
     let mut count = 0;
-    for (name, text) in files().into_iter().filter(|(name, _)| name.ends_with(".yml")) {
+    for (name, text) in
+        files().into_iter().filter(|(name, _)| name.ends_with(".yml") || name.ends_with(".json"))
+    {
         let used: BTreeSet<String> =
             words(&text, "relay_").into_iter().filter(|word| !word.starts_with("relay_alerts")).collect();
         let unknown: Vec<_> = used.difference(&known).collect();

@@ -12,8 +12,9 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("postgres", &["postgres", "model", "observe", "tls"]),
     ("feed", &["feed", "postgres", "model", "observe"]),
     ("pubsub", &["pubsub", "feed::deliver", "model", "observe"]),
+    ("status", &["status", "postgres::connect", "postgres::status", "model", "observe"]),
     ("auth", &["auth", "model", "observe", "tls"]),
-    ("transport", &["transport", "auth", "pubsub", "feed", "model", "observe", "tls"]),
+    ("transport", &["transport", "auth", "pubsub", "status", "feed", "model", "observe", "tls"]),
     ("settings", &[]),
     ("config", &["settings", "auth", "transport::listen", "transport::upstream", "model"]),
 ];
@@ -28,6 +29,11 @@ const NEVER: &[(&str, &str, &[&str])] = &[
     ("postgres", "clients", &["hyper", "tungstenite"]),
     ("feed", "transports", &["hyper", "tungstenite"]),
     ("pubsub", "transports, protocols or SQL", &["hyper", "tungstenite", "phoenix", "tokio_postgres"]),
+    (
+        "status",
+        "transports, protocols or SQL",
+        &["hyper", "tungstenite", "phoenix", "tokio_postgres", "\"select "],
+    ),
     ("auth", "SQL", &["tokio_postgres", "deadpool", "\"select ", "\"insert "]),
     ("feed", "SQL", &["\"select ", "\"insert ", "\"update ", "\"delete ", "batch_execute"]),
     (

@@ -133,3 +133,15 @@ pub enum Action {
         farewell: Vec<Outgoing>,
     },
 }
+
+impl Action {
+    /// Returns the identity of the token that this action comes from, if it is a new one.
+    pub fn identity(&self) -> Option<&Identity> {
+        match self {
+            Self::Bind { identity, .. } | Self::Judge { identity, .. } | Self::Listen { identity, .. } => {
+                Some(identity)
+            }
+            _ => None,
+        }
+    }
+}

@@ -301,7 +301,8 @@ impl RingCounts {
             return true;
         }
         self.rings += 1;
-        self.jobs += usize::from(ring.payload().contains("\"collections\""));
+        let is_job = ["\"collections\"", "\"status\""].iter().any(|job| ring.payload().contains(job));
+        self.jobs += usize::from(is_job);
         self.followers += usize::from(ring.payload().contains("\"follower\""));
         true
     }

@@ -24,6 +24,7 @@ use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::protocol::{Envelope, Notice, RESUMED, STALLED};
 use crate::model::log::cursor::Cursor;
 use crate::model::session::join::unauthorized;
+use crate::status::board::Connected;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, unavailable};
 use crate::transport::changes::request::{ChangesRequest, START_TIMEOUT};
@@ -42,6 +43,8 @@ const MAX_CHUNK: usize = 32 * 1024;
 struct EventStream {
     app: Arc<App>,
     _client: ClientSlot,
+    /// The user is connected while the stream is open.
+    connected: Option<Connected>,
     watched: WatchedOutbox,
     /// Cancelled when the client has closed its side.
     closed: CancellationToken,
@@ -101,6 +104,7 @@ fn answer(
         (catch_up.subscription().identity().clone(), catch_up.subscription().topic().cloned());
     let revoked = Arc::clone(&app.topic_judge).lost(identity, topic).boxed();
     app.observe.session_opened();
+    let connected = app.status.board.connect(catch_up.subscription().identity().claims());
     watched.send_replace(Some(Arc::clone(&catch_up.outbox)));
     let mut stalls = app.stall_monitor.watch();
     if app.stall_monitor.stalled().is_some() {
@@ -110,6 +114,7 @@ fn answer(
     let stream = EventStream {
         app,
         _client: client,
+        connected,
         watched,
         closed,
         catch_up,
@@ -149,6 +154,10 @@ enum StreamStep {
 impl EventStream {
     /// Returns the next bytes; `None` at the end of the stream.
     async fn next(&mut self) -> Option<String> {
+        // The client has taken what was sent before.
+        if let Some(connected) = &self.connected {
+            connected.note();
+        }
         if !self.has_begun {
             return Some(self.begin());
         }

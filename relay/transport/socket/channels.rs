@@ -20,6 +20,7 @@ use crate::model::session::machine::{Session, UNAVAILABLE};
 use crate::model::session::message::{ClientRequest, Incoming, Outgoing, Response};
 use crate::model::session::private::{NOT_RECALLED, RESUMED_INSTEAD};
 use crate::model::subscription::topic::TopicScope;
+use crate::status::board::Connected;
 use crate::transport::app::App;
 use crate::transport::socket::allowance::Allowance;
 use crate::transport::socket::deliveries::{BindAttempt, BindRequest, Bound, Deliveries, Finished};
@@ -74,6 +75,8 @@ pub struct Channels {
     protocol: &'static dyn SocketProtocol,
     outbox: Arc<Outbox>,
     session: Session,
+    /// The user that the last token named is connected.
+    connected: Option<Connected>,
     allowance: Allowance,
     deliveries: Deliveries,
     memberships: Memberships,
@@ -88,6 +91,7 @@ impl Channels {
     /// Creates the channels of a client that has just connected: none.
     pub fn new(app: Arc<App>, outbox: Arc<Outbox>, request: ConnectRequest) -> Self {
         let ConnectRequest { protocol, with_cursor, name, claims } = request;
+        let connected = app.status.board.connect(&claims);
         let session = Session::new(app.next_session(), claims, app.limits.channels).resumable(name.is_some());
         let (feed, limits) = (app.feed.clone(), &app.limits);
         let resume =
@@ -96,6 +100,7 @@ impl Channels {
         Self {
             protocol,
             session,
+            connected,
             allowance: Allowance::new(limits, &app.budget),
             with_cursor: with_cursor || resume.is_some(),
             deliveries: Deliveries::new(feed, Arc::clone(&outbox), protocol, resume),
@@ -146,6 +151,13 @@ impl Channels {
     /// Waits for what private channels may read; `None` if nothing is judged. Cancel safe.
     pub async fn next_judgement(&mut self) -> Option<ReadJudgement> {
         self.judgements.next().await
+    }
+
+    /// Notes that the client sent a frame.
+    pub fn note_frame(&self) {
+        if let Some(connected) = &self.connected {
+            connected.note();
+        }
     }
 
     /// Whether a frame is within the client's message rate. A pong that the relay asked for is not counted.
@@ -217,7 +229,17 @@ impl Channels {
     fn accept(&mut self, message: Incoming) {
         let actions = self.session.receive(message, now(), &self.app.verifier);
         self.allowance.update(&self.session);
+        if let Some(identity) = actions.iter().rev().find_map(Action::identity) {
+            self.is_of(identity.claims());
+        }
         self.perform(actions);
+    }
+
+    /// Takes the user of these claims for the one who is connected: clients connect with a key, and show the user's token in joins.
+    fn is_of(&mut self, claims: &Claims) {
+        if !self.connected.as_ref().is_some_and(|connected| connected.is_of(claims)) {
+            self.connected = self.app.status.board.connect(claims);
+        }
     }
 
     /// Handles what a private channel may read.
@@ -302,6 +324,7 @@ impl Channels {
 
     /// Ends all channels.
     pub fn end(&mut self) {
+        self.connected = None;
         let actions = self.session.end();
         self.perform(actions);
         self.deliveries.end();

@@ -209,6 +209,9 @@ impl Driver {
     /// # Errors
     /// How the session ends, if the frame ends it.
     fn handle_frame(&mut self, frame: Option<Result<SocketFrame, SocketError>>) -> Result<(), SessionEnd> {
+        if matches!(frame, Some(Ok(_))) {
+            self.channels.note_frame();
+        }
         let pong = match &frame {
             Some(Ok(SocketFrame::Pong(payload))) => Some(&payload[..]),
             _ => None,
