@@ -9,13 +9,11 @@ use hyper::{Method, Request, StatusCode};
 use serde_json::{Value, json};
 
 use crate::status::service::StatusError;
-use crate::transport::admission::admit;
+use crate::transport::admission::admit_service;
 use crate::transport::app::App;
 use crate::transport::body;
 use crate::transport::response::{Answer, json as json_answer};
 
-/// The role that may ask.
-const ASKING: &str = "service_role";
 /// Maximum size of a body in bytes.
 const MAX_BODY: usize = 16 * 1024;
 
@@ -53,15 +51,9 @@ pub async fn serve(app: &App, address: IpAddr, request: Request<Incoming>) -> (A
         return (failure(StatusCode::NOT_FOUND, "there is nothing at this path"), false);
     };
     let by_method = format!("{path} is asked by {method}");
-    match admit(app, address, &request, &method, &by_method).await {
-        Ok(claims) if claims.role() == ASKING => {}
-        Ok(claims) => {
-            app.observe.request_refused(address, path, "not of the role service_role");
-            let why =
-                format!("only the role {ASKING} may do this, and this token has the role {}", claims.role());
-            return (failure(StatusCode::FORBIDDEN, &why), false);
-        }
-        Err(refused) => return (enveloped(refused).await, false),
+    let need = "only the role service_role may do this";
+    if let Err(refused) = admit_service(app, address, &request, (&method, &by_method), need).await {
+        return (enveloped(refused).await, false);
     }
     let body = match body::read(request.into_body(), MAX_BODY, app.limits.write).await {
         Ok(body) => body,

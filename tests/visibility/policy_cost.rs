@@ -1,4 +1,5 @@
 //! What a change costs follows from who sees it, not from who is waiting: statements, rows and readers are counted.
+#![allow(clippy::print_stdout, reason = "the figures are part of what is shown")]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
 //! After a change of the schema, only the relations that it concerns are read again, however many are watched.
+#![allow(clippy::print_stdout, reason = "the figures are part of what is shown")]
 
 use std::sync::Arc;
 use std::time::Instant;
