@@ -167,8 +167,8 @@ async function play(seed, seconds) {
     retryFirstAfter: 1500,
   })
   try {
-    // Transactions are applied whole: in both tables or in none.
-    const all = Object.entries(faults(net))
+    // Gaps have the rows read again, which would heal what another fault lost: half of the seeds have none.
+    const all = Object.entries(faults(net)).filter(([what]) => seed % 2 || !/column|table/.test(what))
     const end = performance.now() + seconds * 1000
     while (performance.now() < end) {
       for (let writes = roll(8); writes > 0; writes--) await write(statement(roll))

@@ -286,7 +286,7 @@ export class Live {
         // What was open is tried again, what did not open is left for the next way. There is a pause after each round of all.
         if (!opened) way = (way + 1) % names.length
         if (error instanceof Gap) this.#cursor = undefined
-        else if (error instanceof Refused) this.#set({ state: 'refused', why })
+        else if (error instanceof Refused && !opened) this.#set({ state: 'refused', why })
         else if (opened || way === 0) this.#set({ state: this.#hasRows ? 'offline' : 'loading', why })
         if (opened || way === 0) await this.#pause(failures)
       } finally {
