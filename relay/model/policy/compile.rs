@@ -4,27 +4,20 @@
 //! user-defined operators are spelled out. Only parts with one meaning in that form are compiled. PostgreSQL evaluates the
 //! others: once for all readers where the part cannot depend on the reader, otherwise for each identity.
 
-use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 
 use sqlparser::ast::{
-    BinaryOperator, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Query, Statement,
-    UnaryOperator, Value, ValueWithSpan, VisitMut, VisitorMut,
+    BinaryOperator, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, UnaryOperator, Value,
+    VisitMut, VisitorMut,
 };
-use sqlparser::dialect::PostgreSqlDialect;
-use sqlparser::parser::Parser;
-use sqlparser::tokenizer::{Token, Tokenizer};
 
 use crate::model::policy::claim_expr::ClaimExpr;
 use crate::model::policy::compile::dependencies::dependencies;
-use crate::model::policy::compile::depth::is_too_deep;
-use crate::model::policy::compile::inline::Whose;
 use crate::model::policy::compile::list::{Item, only_expression};
 use crate::model::policy::compile::operand::{Operand, Type};
-use crate::model::policy::compile::reworded::reworded;
+use crate::model::policy::compile::parse::{parse, parse_body, parse_query, parser};
+use crate::model::policy::compile::prepare::prepared;
 use crate::model::policy::compile::rewrite::rewritten;
-use crate::model::policy::compile::row_security::Refused;
 use crate::model::policy::plan::{Obstacle, Plan, PlanKind, ServerQuery};
 use crate::model::policy::predicate::{Predicate, Scalar};
 use crate::model::policy::rights::Rights;
@@ -41,10 +34,13 @@ pub mod body_text;
 mod inline;
 mod list;
 mod operand;
+mod parse;
+mod prepare;
 mod probe;
 mod rewrite;
 mod reworded;
 mod row_security;
+mod same_rows;
 mod three_valued;
 mod topic;
 
@@ -144,88 +140,6 @@ fn nothing(table: &str, why: &str) -> Plan {
     Plan { obstacles, ..Plan::compiled(Predicate::Constant(Some(false))) }
 }
 
-/// Replaces calls of functions by their bodies, and adds the row security of the tables that the policy and functions of the caller look
-/// into; the bodies of definers are put in last, because they read past it. Returns the rights with which the policy is compiled then.
-/// Fails with the table whose row security is recursive.
-fn prepared<'a>(
-    policy: &str,
-    written: &Expr,
-    table: &str,
-    rights: &'a Rights,
-) -> Result<(Expr, Cow<'a, Rights>), String> {
-    let mut expr = written.clone();
-    let callers = inline::inline(&mut expr, table, rights, Whose::Callers);
-    let (mut expr, mut rights) = match with_row_security(&policy_text(policy, &expr, &callers), &expr, rights)
-    {
-        Ok(expanded) => expanded,
-        // PostgreSQL raises only when the function is called, so it is asked.
-        Err(_) if !rights.bodies.is_empty() => {
-            let without = Rights { bodies: BTreeMap::new(), ..rights.clone() };
-            let (expr, rights) = with_row_security(policy, written, &without)?;
-            return Ok((expr, Cow::Owned(rights.into_owned())));
-        }
-        Err(table) => return Err(table),
-    };
-    // A table whose row security is not added may be read by nothing then.
-    if !rights.not_added.is_empty() {
-        return Ok((expr, rights));
-    }
-    let before = expr.clone();
-    let all = inline::inline(&mut expr, table, &rights, Whose::Definers);
-    let is_other_role = rights.as_other_role || all.past;
-    if all.calls == 0 && all.left.is_empty() && callers.left.is_empty() {
-        return Ok((expr, rights));
-    }
-    let changed = rights.to_mut();
-    changed.not_replaced.extend(callers.left);
-    changed.not_replaced.extend(all.left);
-    if is_other_role && changed.reads_as.is_none() {
-        let why = "the evaluating login has no role that reads what its owner may: grant it one with BYPASSRLS and SELECT";
-        changed.not_replaced.extend(changed.bodies.keys().map(|name| (name.clone(), why.to_owned())));
-        return Ok((before, rights));
-    }
-    changed.as_other_role = is_other_role;
-    changed.tables.extend(all.tables);
-    Ok((expr, rights))
-}
-
-/// Returns the policy with what was put in, for a search of names that it uses.
-fn policy_text(policy: &str, expr: &Expr, inlined: &inline::Inlined) -> String {
-    match inlined.calls {
-        0 => policy.to_owned(),
-        _ => format!("{policy} {expr}"),
-    }
-}
-
-/// Adds the row security of the tables that the policy looks into, and returns the rights with which it is compiled then. Where
-/// this is not possible, the policy stays as it is. Fails with the table whose row security is recursive.
-fn with_row_security<'a>(
-    policy: &str,
-    expr: &Expr,
-    rights: &'a Rights,
-) -> Result<(Expr, Cow<'a, Rights>), String> {
-    if !row_security::reads_secured(expr, rights) {
-        return Ok((expr.clone(), Cow::Borrowed(rights)));
-    }
-    let mut changed = rights.clone();
-    match row_security::expand(policy, expr, rights) {
-        Err(Refused::Recursive(table)) => return Err(table),
-        Err(Refused::Unsupported { table, why }) => {
-            changed.not_added.insert(table, why);
-        }
-        Ok(_) if rights.reads_as.is_none() => {
-            let why = "the evaluating login has no role that reads it without: grant it one with BYPASSRLS and SELECT";
-            changed.not_added.extend(rights.secured.keys().map(|table| (table.clone(), why.to_owned())));
-        }
-        Ok(expanded) => {
-            changed.tables.extend(expanded.tables);
-            changed.as_other_role = true;
-            return Ok((expanded.expr, Cow::Owned(changed)));
-        }
-    }
-    Ok((expr.clone(), Cow::Owned(changed)))
-}
-
 fn without_queries(predicate: Predicate) -> Predicate {
     let all = |list: Vec<Predicate>| list.into_iter().map(without_queries).collect();
     let boxed = |inner: Box<Predicate>| Box::new(without_queries(*inner));
@@ -241,74 +155,6 @@ fn without_queries(predicate: Predicate) -> Predicate {
             boxed(otherwise),
         ),
         other => other,
-    }
-}
-
-fn parser(text: &str) -> Result<Parser<'static>, Unsupported> {
-    const DIALECT: PostgreSqlDialect = PostgreSqlDialect {};
-    let tokens = Tokenizer::new(&DIALECT, text).tokenize();
-    let tokens =
-        tokens.map_err(|error| Unsupported(format!("the parser does not understand it: {error}")))?;
-    if is_too_deep(&tokens) {
-        return Err(unsupported("it is too long or too deeply nested"));
-    }
-    Ok(Parser::new(&DIALECT).with_recursion_limit(MAX_DEPTH).with_tokens(reworded(tokens)))
-}
-
-fn parse(text: &str) -> Result<Expr, Unsupported> {
-    let not_understood = |error| Unsupported(format!("the parser does not understand it: {error}"));
-    // The parser may print such a name as a different one.
-    if text.contains("\"\"") || text.contains("\\\"") {
-        return Err(unsupported("a name contains a quote"));
-    }
-    let mut parser = parser(text)?;
-    let mut expr = parser.parse_expr().map_err(not_understood)?;
-    parser.expect_token(&Token::EOF).map_err(not_understood)?;
-    let _ = VisitMut::visit(&mut expr, &mut Unambiguous);
-    Ok(expr)
-}
-
-/// Rewrites constants so that their text is unambiguous: the parser prints a quote after a backslash or another quote as if it
-/// were already escaped.
-struct Unambiguous;
-
-impl VisitorMut for Unambiguous {
-    type Break = ();
-
-    fn pre_visit_value(&mut self, value: &mut ValueWithSpan) -> std::ops::ControlFlow<()> {
-        if let Value::SingleQuotedString(text) = &value.value
-            && text.contains(['\\', '\''])
-        {
-            value.value = Value::EscapedStringLiteral(text.clone());
-        }
-        std::ops::ControlFlow::Continue(())
-    }
-}
-
-/// Parses one query.
-fn parse_query(text: &str) -> Result<Query, Unsupported> {
-    // The same as for a policy.
-    if text.contains("\"\"") || text.contains("\\\"") {
-        return Err(unsupported("a name contains a quote"));
-    }
-    let statements = parser(text)?.parse_statements().map_err(|error| Unsupported(error.to_string()))?;
-    match <[Statement; 1]>::try_from(statements) {
-        Ok([Statement::Query(mut query)]) => {
-            let _ = VisitMut::visit(&mut query, &mut Unambiguous);
-            Ok(*query)
-        }
-        _ => Err(unsupported("it is more than one query")),
-    }
-}
-
-/// Returns the expression that the body of an SQL function evaluates.
-fn parse_body(text: &str) -> Result<Expr, Unsupported> {
-    let statements = parser(text)?.parse_statements().map_err(|error| Unsupported(error.to_string()))?;
-    match statements.as_slice() {
-        [Statement::Query(query)] => {
-            only_expression(query).cloned().ok_or_else(|| unsupported("it is more than one expression"))
-        }
-        _ => Err(unsupported("it is more than one query")),
     }
 }
 

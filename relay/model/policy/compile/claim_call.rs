@@ -142,13 +142,13 @@ impl Compiler<'_> {
             BinaryOperator::QuestionPipe => self.has_keys(ClaimFunction::HasAny, left, right),
             BinaryOperator::QuestionAnd => self.has_keys(ClaimFunction::HasAll, left, right),
             BinaryOperator::PGLikeMatch => {
+                let unknown = || unsupported("only PostgreSQL matches this pattern");
                 let Operand::Claim(ClaimExpr::Constant(Some(Datum::Text(pattern))), TEXT) =
                     self.operand(right)?.typed_as(&TEXT)?
                 else {
-                    return Err(unsupported("only PostgreSQL matches this pattern"));
+                    return Err(unknown());
                 };
-                let pattern = Pattern::new(&pattern, None)
-                    .ok_or_else(|| unsupported("only PostgreSQL matches this pattern"))?;
+                let pattern = Pattern::new(&pattern, None).ok_or_else(unknown)?;
                 self.called(ClaimFunction::Like(Box::new(pattern)), std::iter::once((left, &T)), truth)
             }
             _ => Err(unsupported(&format!("only PostgreSQL evaluates the operator {op}"))),

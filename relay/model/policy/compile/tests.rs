@@ -1,5 +1,6 @@
 //! The compiler on policies of any form, without PostgreSQL.
 
+#[cfg(test)]
 use proptest::prelude::*;
 
 use super::*;
