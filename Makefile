@@ -1,7 +1,7 @@
 # The build itself is cargo's; this is what stands around it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo systems client test test-core test-clients test-browser test-versions soak fuzz autobahn unit lint bench clean
+.PHONY: help setup demo systems client test test-core test-clients test-browser test-versions soak fuzz autobahn unit lint bench dist clean
 MINUTES ?= 10
 # Tests mostly wait for each other's servers, so more of them run at a time than there are processors.
 TEST_THREADS ?= $(shell echo $$((3 * $$(nproc 2>/dev/null || echo 2))))
@@ -86,6 +86,13 @@ lint: ## formatting, clippy and rustdoc, warnings denied
 bench: ## latency, writers' rate, fan-out and memory; AGAINST=an older relay's binary measures both, BENCH=sections
 	@tests/support/setup.sh postgres
 	@$(cluster) run target/bench/cluster -- cargo bench -- $(if $(AGAINST),--against $(abspath $(AGAINST))) $(BENCH)
+
+dist: ## a stripped binary without dependencies: target/dist/relay
+	@tests/support/setup.sh cargo
+	@host=$$(rustc -vV | sed -n 's/^host: //p'); \
+	  RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile dist --target $$host && \
+	  mkdir -p target/dist && cp target/$$host/dist/relay target/dist/relay && \
+	  echo "target/dist/relay: $$(($$(stat -c %s target/dist/relay) / 1000000)) MB, without dependencies"
 
 clean: ## remove all that was built and stop our clusters
 	@for dir in target/cluster target/demo/cluster target/systems/cluster target/bench/cluster; do $(cluster) drop $$dir; done
