@@ -49,6 +49,7 @@ async fn a_role_without_a_grant_can_neither_read_the_changelog_nor_call_its_func
         "log_2:insert",
         "schema:usage",
         "shape_doubts:insert",
+        "signals:insert",
         "widenings:insert",
     ];
     assert_eq!(tables, logs);
