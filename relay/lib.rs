@@ -8,7 +8,7 @@
 //! Three sentences explain the rest. NOTIFY is a hint, the changelog is the truth. There is one recovery path:
 //! resume from a cursor. A subscription exists only bound to verified claims.
 //!
-//! # The six walks
+//! # The seven walks
 //!
 //! **A change.** `sql/101_capture.sql` writes it. [`postgres::changelog::doorbell`] wakes the relay,
 //! [`postgres::changelog::reader`] reads a page, [`feed::read::source`] cuts it into batches, [`feed::router`] takes them in order.
@@ -38,6 +38,9 @@
 //! **A sign of life.** Each frame of a socket and each request with a token is noted on the [`status::board`], which decides
 //! whether it is due. [`status::writer`] writes all users that are due by one statement ([`postgres::status`], `sql/116_status.sql`).
 //! What it writes is a change as any other.
+//!
+//! **A refresh.** `sql/106_refresh_on_change.sql` notes that a table which a view reads has changed, [`postgres::maintenance::refresh`]
+//! refreshes the view, and `sql/106_refresh.sql` logs how its rows differ from those that subscribers were told of.
 //!
 //! # Layers
 //!
