@@ -147,7 +147,7 @@ comment on function relay.topic_table() is 'table whose policies say who may use
 -- pg_depend knows those of a body with BEGIN ATOMIC. Of a body that is a string, each object counts whose name occurs in it, in
 -- any schema: more than it reads, and also what its names could mean when an object is created or renamed.
 create or replace function relay.body_reads(func oid) returns table (class oid, object oid)
-language plpgsql stable rows 8
+language plpgsql stable strict rows 8
 set search_path = ''
 set jit = off
 set plan_cache_mode = force_generic_plan as $$

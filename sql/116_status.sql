@@ -12,7 +12,7 @@ declare
   t relay.status_table;
   kind "char";
   owner oid;
-  remedy constant text := 'select relay.status_on(…) with the columns that it has, or relay.status_off()';
+  remedy constant text := 'select relay.status_on(...) with the columns that it has, or relay.status_off()';
 begin
   select * into t from relay.status_table;
   if not found then
@@ -20,7 +20,7 @@ begin
   end if;
   select c.relkind, c.relowner into kind, owner from pg_class c where c.oid = t.relation;
   if not found then
-    return next 'the status table was dropped: select relay.status_on(…) for another one, or relay.status_off()';
+    return next 'the status table was dropped: select relay.status_on(...) for another one, or relay.status_off()';
     return;
   elsif kind not in ('r', 'p') then
     return next format('%s is no table, so no status can be written to it', t.relation);
@@ -49,7 +49,7 @@ begin
                         and i.indnkeyatts = 1 and i.indkey[0] = a.attnum);
   return query
     select format('the statements on the status table %s do not run as its owner, who has changed: %s', t.relation,
-                  'select relay.status_on(…) for it again')
+                  'select relay.status_on(...) for it again')
     where not exists (select from pg_proc p
                       where p.oid = to_regprocedure('relay.status_run(text, text[], boolean[], timestamptz[], boolean[])')
                         and p.proowner = owner and p.prosecdef);
@@ -75,7 +75,7 @@ begin
     begin
       if (select c.relowner operator(pg_catalog.=) current_user::pg_catalog.regrole::pg_catalog.oid from pg_catalog.pg_class c
           where c.oid operator(pg_catalog.=) %s::pg_catalog.oid) is not true then
-        raise exception 'the owner of the status table has changed' using hint = 'select relay.status_on(…) for it again';
+        raise exception 'the owner of the status table has changed' using hint = 'select relay.status_on(...) for it again';
       end if;
       return query execute statement using users, online, active, anonymous;
     end

@@ -209,7 +209,7 @@ async fn each_mistake_of_the_first_minutes_is_answered_with_its_cure() {
             &good,
             [
                 readable,
-                "there is such a table",
+                "It needs: select relay.watch('public.todos')",
                 "relay explain public.todos --role authenticated",
                 "there is no relation public.todos; there is other.todos",
             ],
@@ -229,7 +229,7 @@ async fn each_mistake_of_the_first_minutes_is_answered_with_its_cure() {
             &good,
             [
                 readable,
-                "there is such a table",
+                "It needs: select relay.watch('public.nowhere')",
                 "relay explain public.nowhere --role authenticated",
                 "there is no relation public.nowhere",
             ],

@@ -146,8 +146,14 @@ impl Explanation {
             .collect();
         self.claims_read = claims_read(plan);
         self.questions = plan.queries.iter().map(describe_query).collect();
-        let policies = access.rights.policies.iter();
-        self.policies = policies.map(|policy| describe_policy(policy, relation, access, reader)).collect();
+        let allowed = access.allowed.iter().map(|condition| Policy {
+            name: String::from("of relay.allow"),
+            permissive: true,
+            condition: condition.clone(),
+        });
+        let policies: Vec<Policy> = access.rights.policies.iter().cloned().chain(allowed).collect();
+        self.policies =
+            policies.iter().map(|policy| describe_policy(policy, relation, access, reader)).collect();
     }
 
     /// Draws the verdict from what is described.

@@ -134,14 +134,14 @@ impl Server {
         opened
     }
 
-    /// Creates a pool of `size` connections. Their commits wait for the WAL flush, whatever the database's default; their
+    /// Creates a pool of `size` connections for short statements, which JIT compilation would make many times slower. Their commits wait for the WAL flush, whatever the database's default; their
     /// statements end after `limit`.
     ///
     /// # Errors
     /// When the pool cannot be built.
     pub fn pool(&self, size: usize, limit: Duration) -> Result<Pool, Error> {
         let settings = format!(
-            "{PINNED}; {NO_PATH}; set synchronous_commit = on; set statement_timeout = {}",
+            "{PINNED}; {NO_PATH}; set jit = off; set synchronous_commit = on; set statement_timeout = {}",
             limit.as_millis()
         );
         let manager_settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };

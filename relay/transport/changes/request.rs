@@ -160,6 +160,9 @@ async fn of_tables(
     identity: Identity,
     wanted: &[Wanted],
 ) -> Result<Subscription, Answer> {
+    if !wanted.iter().all(|one| matches!(one.target, Target::Table { .. })) {
+        return Err(error(StatusCode::BAD_REQUEST, "one table of one schema is expected"));
+    }
     let subscription = match app.feed.bind(channel, identity.clone(), wanted).await {
         Ok(subscription) => subscription,
         Err(BindError::Refused(refusal)) => return Err(refused(&refusal, wanted.first(), &identity)),
