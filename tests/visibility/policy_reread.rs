@@ -19,6 +19,8 @@ async fn any_ddl_beside_two_hundred_watched_tables_reads_only_the_tables_that_it
                alter table w%1$s enable row level security; grant select on w%1$s to authenticated;
                create policy p on w%1$s using (owner = auth.uid() or exists (
                  select from members m where m.team = w%1$s.team and m.person = auth.uid()))', n);
+           end loop;
+           for n in 1..{TABLES} loop
              perform relay.watch(format('w%s', n)::regclass);
            end loop;
          end $$;"
