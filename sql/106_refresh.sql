@@ -30,6 +30,33 @@ language sql immutable as $$
 $$;
 comment on function relay.image_key(json, text[]) is 'key of a row image as text';
 
+-- relay.check_reading(view) : raises if reading the view could run functions of users with the rights of the installer
+-- The planner evaluates the expressions of indexes and statistics, as the role that reads.
+create or replace function relay.check_reading(view regclass) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+declare
+  found text;
+begin
+  with parts (class, object, name) as (
+    select 'pg_class'::regclass, i.indexrelid, format('index %s', i.indexrelid::regclass) from pg_index i
+    where i.indrelid = view and (i.indexprs is not null or i.indpred is not null)
+    union all
+    select 'pg_statistic_ext'::regclass, s.oid, format('statistics object %I', s.stxname) from pg_statistic_ext s where s.stxrelid = view
+  )
+  select p.name into found
+  from parts p
+  join pg_depend d on d.classid = p.class and d.objid = p.object
+  where d.refobjid >= 16384 and d.refclassid in ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass)
+  limit 1;
+  if found is not null then
+    raise exception '% of % calls a function that a user wrote', found, view using errcode = 'object_not_in_prerequisite_state',
+      hint = 'The relay reads the view with the rights of the installer, and such a function would run with them: drop it.';
+  end if;
+end
+$$;
+comment on function relay.check_reading(regclass) is 'raises if reading the view could run functions of users with the rights of the installer';
+
 -- relay.keep_images(id) : takes the rows that a materialized view has now as those that subscribers were told of
 -- The mark is read before the rows: should a refresh end in between, the next look finds an empty difference.
 create or replace function relay.keep_images(id int) returns void
@@ -50,6 +77,7 @@ begin
   on conflict on constraint told_views_pkey
     do update set mark = excluded.mark, shape = excluded.shape, at = excluded.at, tries = 0, next_try = null, error = null;
   delete from relay.told_rows r where r.view = keep_images.id;
+  perform relay.check_reading(view);
   if found_mark is not null then
     execute format('insert into relay.told_rows (view, image, copies) select %s, q.image, count(*) from (%s) q group by q.image',
                    id, relay.image_query(view));
@@ -103,6 +131,7 @@ begin
     raise exception 'materialized view % has no unique index', view using errcode = 'object_not_in_prerequisite_state',
       hint = format('The index identifies rows: create unique index on %s (its key columns), without a condition.', view);
   end if;
+  perform relay.check_reading(view);
   -- Equal rows cancel out first. A unique index allows several rows with a null key: these are paired in order.
   for difference in execute format($query$
     with counts as materialized (

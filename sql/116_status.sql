@@ -53,6 +53,12 @@ begin
     where not exists (select from pg_proc p
                       where p.oid = to_regprocedure('relay.status_run(text, text[], boolean[], timestamptz[], boolean[])')
                         and p.proowner = owner and p.prosecdef);
+  return query
+    select format('trigger %I of the status table %s can be deferred, and would then run with the rights of the relay''s login: drop it',
+                  g.tgname, g.tgrelid::regclass)
+    from pg_trigger g
+    where g.tgdeferrable and not g.tgisinternal
+      and (g.tgrelid = t.relation or g.tgrelid in (select p.relid from pg_partition_tree(t.relation) p));
 end
 $$;
 comment on function relay.status_problems() is 'what keeps the status from being written, and what to do';
@@ -73,8 +79,8 @@ begin
     create function relay.status_run(statement text, users text[], online boolean[], active timestamptz[], anonymous boolean[])
     returns setof text language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $body$
     begin
-      if (select c.relowner operator(pg_catalog.=) current_user::pg_catalog.regrole::pg_catalog.oid from pg_catalog.pg_class c
-          where c.oid operator(pg_catalog.=) %s::pg_catalog.oid) is not true then
+      if (select r.rolname operator(pg_catalog.=) current_user from pg_catalog.pg_class c, pg_catalog.pg_roles r
+          where r.oid operator(pg_catalog.=) c.relowner and c.oid operator(pg_catalog.=) %s::pg_catalog.oid) is not true then
         raise exception 'the owner of the status table has changed' using hint = 'select relay.status_on(...) for it again';
       end if;
       return query execute statement using users, online, active, anonymous;
@@ -83,7 +89,7 @@ begin
   execute format('comment on function %s is ''runs a statement on the status table as its owner''', signature);
   execute format('revoke all on function %s from public', signature);
   execute format('grant execute on function %s to %I', signature, current_user);
-  if owner <> current_user::regrole then
+  if owner <> (select r.oid from pg_roles r where r.rolname = current_user) then
     execute format('grant create on schema relay to %s', owner);
     execute format('grant usage on schema relay to %s', owner);
     execute format('alter function %s owner to %s', signature, owner);
@@ -102,6 +108,7 @@ create or replace function relay.status_on(
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
+  owner name;
   problem text;
   required text;
 begin
@@ -118,6 +125,11 @@ begin
     set relation = excluded.relation, user_column = excluded.user_column, online_column = excluded.online_column,
         active_column = excluded.active_column, seen_column = excluded.seen_column, anonymous_column = excluded.anonymous_column;
   perform relay.set_status_owner(status_on.relation);
+  select r.rolname into strict owner from pg_class c join pg_roles r on r.oid = c.relowner where c.oid = status_on.relation;
+  if owner <> current_user then
+    raise notice 'deferred triggers of %, and what else its owner % defers to the end of a transaction, run with the rights of the relay''s login before PostgreSQL 18: only for an owner whom you trust with them',
+      relation, owner;
+  end if;
   for problem in select p from relay.status_problems() p loop
     raise exception '%', split_part(problem, ': ', 1) using errcode = 'object_not_in_prerequisite_state',
       hint = substr(problem, length(split_part(problem, ': ', 1)) + 3);
@@ -386,7 +398,8 @@ begin
   where c.user_id = any (locked.taken || locked.missing)
     and not exists (select from relay.status_relays r where r.id = c.relay and r.seen >= dead);
   candidates := array(select u from unnest(locked.taken) u where not exists (select from relay.status_connected c where c.user_id = u));
-  select count(*) into swept from relay.status_set_offline(candidates);
+  -- Later activity was written by a living relay, and is no silence.
+  select count(*) into swept from relay.status_set_offline(candidates, greatest(dead, started - make_interval(secs => silence)));
   delete from relay.status_relays r where r.seen < dead and not exists (select from relay.status_connected c where c.relay = r.id);
   update relay.status_table set swept_at = clock_timestamp(), sweep_took = clock_timestamp() - started, set_offline = set_offline + swept;
   return swept;
@@ -394,8 +407,9 @@ end
 $$;
 comment on function relay.status_sweep(float8, float8, int) is 'sets users of dead relays and silent users offline, by one session at a time';
 
--- relay.status_set_offline(users) : sets users offline, whose rows the caller has locked; they were last seen when they were last active
-create or replace function relay.status_set_offline(users text[]) returns setof text
+-- relay.status_set_offline(users, before) : sets users offline, whose rows the caller has locked; they were last seen when they were last active
+-- before: not those who were active at or after this time; null: all.
+create or replace function relay.status_set_offline(users text[], before timestamptz default null) returns setof text
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
@@ -403,14 +417,15 @@ declare
 begin
   t := relay.status_target();
   return query select r from relay.status_run(
-    format('update %s s set %s where s.%s = any ($1::%s[]) and s.%s returning s.%s::text', t.name,
+    format('update %s s set %s where s.%s = any ($1::%s[]) and s.%s%s returning s.%s::text', t.name,
            concat_ws(', ', t.online || ' = false', case when t.seen is not null then
              format('%s = %s', t.seen, coalesce('s.' || t.active, 'pg_catalog.clock_timestamp()')) end),
-           t.who, t.kind, t.online, t.who),
-    users, null, null, null) r;
+           t.who, t.kind, t.online,
+           case when t.active is not null then format(' and (($3)[1] is null or s.%1$s is null or s.%1$s < ($3)[1])', t.active) end, t.who),
+    users, null, array[before], null) r;
 end
 $$;
-comment on function relay.status_set_offline(text[]) is 'sets users offline whose rows the caller has locked';
+comment on function relay.status_set_offline(text[], timestamptz) is 'sets users offline whose rows the caller has locked';
 
 -- relay.status_set(who, is_online) : sets the status of a user, whether they are connected or not; false: there is no such row
 create or replace function relay.status_set(who text, is_online boolean) returns boolean

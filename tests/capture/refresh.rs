@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::database::Database;
 use crate::support::relay::Relay;
+use crate::support::stage::Stage;
 use crate::support::{eventually, token};
 
 /// A view of a thousand rows, and a table that tells when nothing else came.
@@ -503,4 +504,33 @@ async fn a_read_policy_decides_who_sees_a_view() {
     database.run("insert into marker values (9)").await;
     assert!(admin.changes_until(|change| change["table"] == "marker").await.len() == 1);
     relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn functions_in_an_index_of_a_view_do_not_run_with_the_rights_of_the_installer() {
+    let stage = Stage::new("").await;
+    let owner = format!("{}_owner", stage.name);
+    stage
+        .run(&format!(
+            "create role {owner}; grant create on schema public to {owner}; create table ran (as_role text); grant insert on ran to public;
+             create function noted() returns int language plpgsql volatile as
+               $$ begin insert into public.ran values (current_user); return 1; end $$;
+             create function hidden(n int) returns int language plpgsql immutable as $$ begin return n + public.noted(); end $$;
+             set role {owner}; create materialized view theirs as select 1 as id; create unique index on theirs (id); reset role"
+        ))
+        .await;
+    stage.run("select relay.watch('theirs')").await;
+    stage.run(&format!("set role {owner}; create index on theirs ((id + hidden(1)))")).await;
+    stage.run("reset role; truncate ran").await;
+    let refused = stage.database.client.batch_execute("select relay.refresh('theirs')").await.unwrap_err();
+    let refused = refused.as_db_error().unwrap().message().to_owned();
+    assert!(refused.contains("calls a function that a user wrote"), "{refused}");
+    stage.run("refresh materialized view theirs").await;
+    eventually("the relay says so", || async {
+        let said = stage.database.value("select coalesce(max(error), '') from relay.refreshes").await;
+        said.contains("calls a function that a user wrote").then_some(())
+    })
+    .await;
+    let ran = "select coalesce(string_agg(distinct as_role, ' '), '') from ran";
+    assert!(["", &owner].contains(&stage.database.value(ran).await.as_str()));
 }

@@ -10,6 +10,7 @@ pub mod grants;
 pub mod overlaps;
 pub mod policy;
 pub mod policy_allowed;
+pub mod policy_claim_edges;
 pub mod policy_cost;
 pub mod policy_functions;
 pub mod policy_generated;

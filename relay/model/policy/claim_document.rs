@@ -25,18 +25,25 @@ pub fn document(text: &str) -> Result<Value, ClaimFailure> {
     if is_plain(&value) { Ok(value) } else { Err(ClaimFailure::Undecided) }
 }
 
-/// Takes one step into a document.
-pub(super) fn element<'a>(value: &'a Value, step: &ClaimStep) -> Option<&'a Value> {
+/// Takes one step into a document; `None` is null.
+///
+/// # Errors
+/// [`ClaimFailure::Undecided`] for an index of a scalar: PostgreSQL stores it in `jsonb` as an array of one, in `json` it does not.
+pub(super) fn element<'a>(value: &'a Value, step: &ClaimStep) -> Result<Option<&'a Value>, ClaimFailure> {
     let at = |list: &'a [Value], index: i64| {
         let at = if index < 0 { index.checked_add_unsigned(list.len() as u64)? } else { index };
         list.get(usize::try_from(at).ok()?)
     };
-    match (step, value) {
+    Ok(match (step, value) {
         (ClaimStep::Key(key) | ClaimStep::PathPart(key), Value::Object(fields)) => fields.get(key),
-        (ClaimStep::PathPart(index), Value::Array(list)) => at(list, index.parse().ok()?),
+        (ClaimStep::PathPart(index), Value::Array(list)) => {
+            index.parse().ok().and_then(|index| at(list, index))
+        }
         (ClaimStep::Index(index), Value::Array(list)) => at(list, *index),
+        (ClaimStep::Index(_), Value::Object(_)) => None,
+        (ClaimStep::Index(_), _) => return Err(ClaimFailure::Undecided),
         _ => None,
-    }
+    })
 }
 
 /// Returns what `->>` makes of an element.

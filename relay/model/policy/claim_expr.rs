@@ -196,9 +196,12 @@ impl ClaimExpr {
                 _ => Err(ClaimFailure::Undecided),
             },
             Self::Coalesce(exprs) => {
-                for expr in exprs {
+                let mut rest = exprs.iter();
+                while let Some(expr) = rest.next() {
                     match expr.evaluate(scope)? {
                         Evaluated::Null => {}
+                        // Empty is the value, null is the next one.
+                        Evaluated::EmptyOrNull if rest.len() > 0 => return Err(ClaimFailure::Undecided),
                         found => return Ok(found),
                     }
                 }
@@ -222,11 +225,9 @@ impl ClaimExpr {
             _ => return Err(ClaimFailure::Undecided),
         };
         match self {
-            Self::Element(_, step) => {
-                Ok(element(&inner, step)
-                    .map_or(Evaluated::Null, |element| Evaluated::Document(element.clone())))
-            }
-            Self::ElementText(_, step) => element(&inner, step).map_or(Ok(Evaluated::Null), as_text),
+            Self::Element(_, step) => Ok(element(&inner, step)?
+                .map_or(Evaluated::Null, |element| Evaluated::Document(element.clone()))),
+            Self::ElementText(_, step) => element(&inner, step)?.map_or(Ok(Evaluated::Null), as_text),
             Self::TextList(_, is_key_list) => text_list(&inner, *is_key_list).map(Evaluated::List),
             Self::Items(_) => match inner {
                 Value::Array(items) => Ok(Evaluated::Documents(items)),

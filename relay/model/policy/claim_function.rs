@@ -93,6 +93,10 @@ impl ClaimFunction {
                 _ => Err(ClaimFailure::Undecided),
             };
         }
+        // PostgreSQL splits by a null delimiter into characters.
+        if *self == Self::Split && matches!(arguments, [_, Evaluated::Null | Evaluated::EmptyOrNull, ..]) {
+            return Err(ClaimFailure::Undecided);
+        }
         if arguments.iter().any(|argument| matches!(argument, Evaluated::Null)) {
             return Ok(Evaluated::Null);
         }

@@ -116,9 +116,9 @@ impl Compiler<'_> {
 fn collected(array: &Expr, of: &DataType) -> Option<Query> {
     let Expr::Subquery(query) = bare(array) else { return None };
     if let Some(inner) = only_expression(query) {
-        return collected(uncast(inner), of);
+        return collected(as_list_of(inner, of)?, of);
     }
-    let mut value = uncast(projected(plain_select(query)?)?);
+    let mut value = as_list_of(projected(plain_select(query)?)?, of)?;
     let call = |expr: &Expr, wanted: &str| match expr {
         Expr::Function(Function {
             name,
@@ -139,7 +139,7 @@ fn collected(array: &Expr, of: &DataType) -> Option<Query> {
     let parts = call(value, "coalesce");
     if let Some([array, empty]) = parts.as_deref() {
         matches!(uncast(empty), Expr::Value(one) if matches!(&one.value, Value::SingleQuotedString(text) if text == "{}")).then_some(())?;
-        value = uncast(array);
+        value = as_list_of(array, of)?;
     }
     let [element] = call(value, "array_agg")?.try_into().ok()?;
     let mut query = (**query).clone();
@@ -151,6 +151,20 @@ fn collected(array: &Expr, of: &DataType) -> Option<Query> {
         format: None,
     })];
     Some(query)
+}
+
+/// Returns a list without casts to a list of this type; `None` if it is cast to another one, which may change its values.
+fn as_list_of<'a>(expr: &'a Expr, of: &DataType) -> Option<&'a Expr> {
+    match expr {
+        Expr::Nested(inner) => as_list_of(inner, of),
+        Expr::Cast {
+            expr: inner,
+            data_type: DataType::Array(ArrayElemTypeDef::SquareBracket(to, None)),
+            ..
+        } if **to == *of => as_list_of(inner, of),
+        Expr::Cast { .. } => None,
+        other => Some(other),
+    }
 }
 
 /// Whether the operator of system types is null for null.
