@@ -16,7 +16,7 @@
 //! subscribers, [`feed::deliver::outbox`] queues it for each client, [`transport::socket::frame_writer`] writes it.
 //!
 //! **A join.** [`transport::socket::driver`] reads a frame, [`model::codec::phoenix`] decodes it to a
-//! [message](model::session::message), [`transport::socket::channels`] gives it to the session ([`model::session::machine`]) and
+//! [message](model::session::message), `transport::socket::channels` gives it to the session ([`model::session::machine`]) and
 //! performs the actions that the session decides on. [`auth::verifier`] verifies the token,
 //! [`feed::handle`] binds the request to the rights of its role ([`model::subscription::binding`]) and registers it with
 //! [`feed::router`]. The channels encode the answer with the codec.

@@ -49,7 +49,7 @@ impl FilterCompiler {
     /// Converts a filter to an SQL condition, with the column types of a relation.
     ///
     /// # Errors
-    /// As [`Self::filter`].
+    /// As [`Self::compile`].
     pub async fn condition(&self, relation: &Relation, filter: &Filter) -> Result<String, Error> {
         let client = self.pool.get().await?;
         let terms = typed_conditions(&client, relation, filter).await?;

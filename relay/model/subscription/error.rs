@@ -27,7 +27,7 @@ pub enum SubscribeError {
         what: &'static str,
         /// Its name.
         column: String,
-        /// The readable columns whose names are near, after [`NEAR`]; empty if there are none.
+        /// The readable columns whose names are near, after `NEAR`; empty if there are none.
         near: String,
     },
     /// A grant is missing.
