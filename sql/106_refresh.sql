@@ -1,6 +1,6 @@
 -- Materialized views: the rows that a refresh changed, as changes; refresh by hand and on a schedule.
 --
--- relay.told_rows holds the images of the rows that subscribers were told of. After a refresh, whoever ran it, the difference to these
+-- relay.told_rows holds the images of the rows that subscribers were told of. After a refresh by any session, the difference to these
 -- is logged. Whether a view was refreshed since shows its row in pg_class, so nothing has to be noted in the refresh itself: the event
 -- trigger only wakes the relay.
 

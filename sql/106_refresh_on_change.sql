@@ -80,7 +80,7 @@ $$;
 comment on function relay.signal(oid) is 'records that a relation changed, and wakes the relays';
 
 -- relay.signal_change() : statement trigger of the tables that views on change read
--- Runs as relay_writer under the writer's search path, without settings of its own, as the capture triggers. Waits for nobody.
+-- Runs as relay_writer under the writer's search path, without settings of its own, as the capture triggers. Waits for no other session.
 create or replace function relay.signal_change() returns trigger
 language plpgsql volatile security definer as $$
 begin

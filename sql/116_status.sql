@@ -2,7 +2,7 @@
 --
 -- The statements on that table run as its owner, by relay.status_run(): its triggers, defaults and policies get no right that the
 -- owner has not. Rows are locked in the order of their keys, and rows that another transaction holds are left for later: the
--- status waits for nobody's transaction.
+-- status waits for no other transaction.
 
 -- relay.status_problems() : what keeps the status from being written, as text
 create or replace function relay.status_problems() returns setof text

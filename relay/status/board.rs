@@ -1,4 +1,4 @@
-//! Who is connected to this relay, and whose status is to be written. Kept in memory; nobody ever waits for it.
+//! The users that are connected to this relay, and those whose status is to be written. Kept in memory; no connection waits for it.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

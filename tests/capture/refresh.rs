@@ -36,6 +36,21 @@ async fn subscriber(relay: &Relay, claims: Value) -> Client {
     client
 }
 
+/// The same with a second view, and a subscriber of that alone.
+async fn beside_a_healthy_view() -> (Database, Relay, Client) {
+    let database = thousand().await;
+    database
+        .run(
+            "create materialized view healthy as select id, v from source; create unique index on healthy (id);
+             grant select on healthy to authenticated; select relay.watch('healthy')",
+        )
+        .await;
+    let relay = Relay::start(&database.url).await;
+    let mut client = Client::connect(&relay, &token("authenticated", None, json!({}))).await;
+    client.subscribe("realtime:h", json!([{"event": "*", "schema": "public", "table": "healthy"}])).await;
+    (database, relay, client)
+}
+
 async fn until_marker(client: &mut Client, database: &Database, id: i32) -> Vec<Value> {
     database.run(&format!("insert into marker values ({id})")).await;
     let mut changes =
@@ -260,16 +275,7 @@ async fn a_view_that_is_refreshed_without_the_relay_is_a_gap() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_view_that_cannot_be_told_says_why_keeps_no_other_and_is_told_later() {
-    let database = thousand().await;
-    database
-        .run(
-            "create materialized view healthy as select id, v from source; create unique index on healthy (id);
-             grant select on healthy to authenticated; select relay.watch('healthy')",
-        )
-        .await;
-    let relay = Relay::start(&database.url).await;
-    let mut client = Client::connect(&relay, &token("authenticated", None, json!({}))).await;
-    client.subscribe("realtime:h", json!([{"event": "*", "schema": "public", "table": "healthy"}])).await;
+    let (database, relay, mut client) = beside_a_healthy_view().await;
     database.run("drop index m_id_idx; update source set v = 5 where id = 7").await;
     database.run("refresh materialized view m; refresh materialized view healthy").await;
     assert_eq!(client.change().await["record"], json!({"id": 7, "v": 5}));
@@ -409,16 +415,7 @@ async fn schedule_is_heard(database: &Database) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_refresh_is_recorded_and_stops_no_other() {
-    let database = thousand().await;
-    database
-        .run(
-            "create materialized view healthy as select id, v from source; create unique index on healthy (id);
-             grant select on healthy to authenticated; select relay.watch('healthy')",
-        )
-        .await;
-    let relay = Relay::start(&database.url).await;
-    let mut client = Client::connect(&relay, &token("authenticated", None, json!({}))).await;
-    client.subscribe("realtime:h", json!([{"event": "*", "schema": "public", "table": "healthy"}])).await;
+    let (database, relay, mut client) = beside_a_healthy_view().await;
     database
         .run(
             "update source set v = 10 where id = 5;

@@ -1,4 +1,4 @@
-//! Several relays: the last connection anywhere decides, and a relay that was killed leaves nobody online.
+//! Several relays: the last connection anywhere decides, and the users of a relay that was killed go offline.
 
 use std::net::SocketAddr;
 use std::time::Instant;

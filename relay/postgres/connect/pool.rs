@@ -134,8 +134,8 @@ impl Server {
         opened
     }
 
-    /// Creates a pool of `size` connections for short statements, which JIT compilation would make many times slower. Their commits wait for the WAL flush, whatever the database's default; their
-    /// statements end after `limit`.
+    /// Creates a pool of `size` connections for short statements, which JIT compilation would make many times slower. Their
+    /// commits wait for the WAL flush, whatever the database's default; their statements end after `limit`.
     ///
     /// # Errors
     /// When the pool cannot be built.
