@@ -286,6 +286,12 @@ begin
     insert into relay.shape_doubts (relation) values (0);
     raise notice 'the triggers of watched relations could not be updated: %', sqlerrm;
   end;
+  -- The images that subscribers were told of get the new columns before the next refresh, which could not be compared otherwise.
+  if tg_tag like 'ALTER %' and exists (
+    select from pg_event_trigger_ddl_commands() d join relay.watch_list w on w.relation = d.objid
+    join pg_class c on c.oid = d.objid and c.relkind = 'm') then
+    perform relay.ring_jobs();
+  end if;
   begin
     perform relay.note_relations();
   exception when others then

@@ -1,5 +1,7 @@
 //! Materialized views: a refresh tells exactly the rows that changed, by hand or on the relay's schedule.
 
+use std::time::{Duration, Instant};
+
 use relay::postgres::locks::Lock;
 use serde_json::{Value, json};
 
@@ -241,8 +243,11 @@ async fn a_renamed_column_is_no_change_and_a_refresh_after_it_tells_the_rows_tha
         .run("alter materialized view m rename column v to value; update source set v = 4 where id = 1")
         .await;
     assert_eq!(database.value("select relay.refresh('m')").await, "1");
+    let altered = Instant::now();
     database.run("alter materialized view m rename column share to part").await;
     all_is_told(&database).await;
+    // Without being woken, the relay looks once a minute.
+    assert!(altered.elapsed() < Duration::from_secs(40), "{:?}", altered.elapsed());
     database.run("update source set v = 5 where id = 2; refresh materialized view m").await;
     all_is_told(&database).await;
     let told = "select string_agg(concat(operation, after), ' ' order by number) from relay.changes where operation in ('I', 'U', 'D', 'G')";
