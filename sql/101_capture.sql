@@ -310,7 +310,6 @@ comment on function relay.capture_body(regclass, int, int, text) is 'source of t
 
 -- relay.capture_truncate() : statement trigger; argument: id in relay.watch_list
 -- A detached partition keeps the trigger but is no longer watched: then it logs nothing.
-grant select (id, relation) on relay.watch_list to relay_writer;
 create or replace function relay.capture_truncate() returns trigger
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp as $$

@@ -21,13 +21,15 @@ set search_path = pg_catalog, pg_temp as $$
   where exists (select from pg_proc p join pg_namespace n on n.oid = p.pronamespace
                 where n.nspname = 'auth' and p.proname = 'uid' and obj_description(p.oid, 'pg_proc') = 'the caller: the claim sub')
   union all
-  -- The trigger functions run as relay_writer: it may log, and read only the number of the newest shape.
+  -- The trigger functions run as relay_writer: it may log, and read only which relations are watched and their newest shape.
   select 'table', t, 'relay_writer', 'insert'
   from unnest('{relay.log_0,relay.log_1,relay.log_2,relay.widenings,relay.shape_doubts,relay.signals}'::text[]) t
   union all
   select 'sequence', 'relay.change_number', 'relay_writer', 'usage'
   union all
   select 'column', 'relay.shapes', 'relay_writer', c from unnest('{relation,shape}'::text[]) c
+  union all
+  select 'column', 'relay.watch_list', 'relay_writer', c from unnest('{id,relation}'::text[]) c
   union all
   select 'column', 'relay.known_relations', 'relay_reader', c from unnest('{id,named_by,named_at,parts_mark,part_names,part_named}'::text[]) c
   union all

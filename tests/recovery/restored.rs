@@ -85,8 +85,40 @@ async fn is_whole(url: &str, what: &str) {
     assert_eq!(told, [json!("seen"), json!("renamed"), json!("glad"), json!(2)], "{what}");
     let rows = get(relay.address, &format!("/realtime/v1/changes?table=own&apikey={ann}"), "").await;
     assert_eq!(rows.body["rows"].as_array().map(Vec::len), Some(3), "{what}: {rows:?}");
-    session.batch_execute("create table next (id int); select relay.watch('next')").await.unwrap();
+    session
+        .batch_execute("create table next (id int); select relay.watch('next'); truncate care")
+        .await
+        .unwrap();
     relay.stop().await;
+}
+
+/// A right that only another file of the installation grants would be missing after `pg_restore --no-acl`.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_right_in_the_schema_is_one_that_an_installation_gives_back() {
+    let database = Database::new().await;
+    let rights = "
+        select format('%s %s %s', a.privilege_type, o.object, a.grantee::regrole)
+        from (select c.oid::regclass::text, coalesce(t.attacl, c.relacl), t.attname from pg_class c
+              left join pg_attribute t on t.attrelid = c.oid and t.attacl is not null
+              where c.relnamespace = 'relay'::regnamespace
+              union all
+              select c.oid::regclass::text, c.relacl, null from pg_class c where c.relnamespace = 'relay'::regnamespace
+              union all
+              select p.oid::regprocedure::text, p.proacl, null from pg_proc p where p.pronamespace = 'relay'::regnamespace) o (object, acl, part)
+        cross join aclexplode(o.acl) a
+        where a.grantee::regrole::text in ('relay_writer', 'relay_reader') and a.grantor <> a.grantee
+          and not exists (
+            select from relay.rights_due() d
+            where d.role = a.grantee::regrole::text and upper(case when d.kind = 'column' then 'select' else d.privilege end) = a.privilege_type
+              and case d.kind when 'function' then to_regprocedure(d.object)::text = o.object
+                              when 'column' then to_regclass(d.object)::text = o.object and d.privilege = o.part
+                              when 'owner' then false when 'schema' then false
+                              else to_regclass(d.object)::text = o.object end)
+        order by 1";
+    let session = database.connect().await;
+    let missing: Vec<String> =
+        session.query(rights, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    assert!(missing.is_empty(), "not in relay.rights_due(): {missing:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -47,9 +47,11 @@ async fn connections_that_end_at_two_relays_at_once_leave_nobody_online() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn users_of_a_relay_that_was_killed_go_offline_and_no_others() {
-    let stage = stage(|settings| settings.status_sweep_ms = Some(500)).await;
+    // Three sweeps without a beat make a relay dead: on a busy machine, a short sweep would make dead the one that lives.
+    const SWEEP_MS: u64 = 2000;
+    let stage = stage(|settings| settings.status_sweep_ms = Some(SWEEP_MS)).await;
     let (mut killed, _log, url) =
-        serve(&["--database-url", &stage.database.url, "--status-sweep-ms", "500"]).await;
+        serve(&["--database-url", &stage.database.url, "--status-sweep-ms", &SWEEP_MS.to_string()]).await;
     let address: SocketAddr = url.trim_start_matches("http://").parse().unwrap();
     let mut clients = Vec::new();
     for number in [1, 2, 3] {
@@ -65,8 +67,8 @@ async fn users_of_a_relay_that_was_killed_go_offline_and_no_others() {
     let began = Instant::now();
     becomes(&stage.database, 1, false).await;
     becomes(&stage.database, 3, false).await;
-    // Three sweeps, as 15 seconds are by default; the rest is for a busy machine.
-    assert!(began.elapsed().as_secs() < 10, "{:?}", began.elapsed());
+    // Four sweeps are expected, as 20 seconds are by default; the rest is for a busy machine.
+    assert!(began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
     assert_eq!(is_online(&stage.database, 2).await, Some(true));
     assert_eq!(stage.database.value("select count(*) from relay.status_relays").await, "1");
     drop(both);
