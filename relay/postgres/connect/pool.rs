@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Connect, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{
+    Connect, HookError, Manager, ManagerConfig, Object, Pool, QueueMode, RecyclingMethod, Runtime,
+};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, poll_fn};
 use tokio::task::JoinHandle;
@@ -30,7 +32,8 @@ const PINNED: &str = "set standard_conforming_strings = on; set escape_string_wa
      set default_transaction_deferrable = off; \
      set idle_session_timeout = 0; set idle_in_transaction_session_timeout = 0; set statement_timeout = 0; \
      set lock_timeout = 0; \
-     do $$ begin set transaction_timeout = 0; exception when undefined_object then null; end $$";
+     select pg_catalog.set_config('transaction_timeout', '0', false) \
+     where pg_catalog.current_setting('transaction_timeout', true) operator(pg_catalog.<>) '0'";
 
 /// Additional settings of judging sessions. `lc_monetary` is that of the images, which contain money as text. All other
 /// settings that a policy may depend on are as in a user's own session.
@@ -148,6 +151,8 @@ impl Server {
         let manager = Manager::from_connect(self.config().clone(), self.clone(), manager_settings);
         Pool::builder(manager)
             .max_size(size)
+            // The newest first: the session that was used last has the plans of what runs most often, and others stay unopened.
+            .queue_mode(QueueMode::Lifo)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_secs(5)))
             .create_timeout(Some(self.open_timeout()))
