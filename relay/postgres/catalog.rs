@@ -20,10 +20,13 @@ mod queries;
 
 pub use crate::postgres::catalog::queries::RuleScope;
 
-/// Maximum age of the catalog between pages. Only what neither the changelog nor the mark of a page reports depends on it:
-/// the changelog reports policies, grants and columns, the mark reports roles and memberships. Without an event trigger the
-/// catalog is checked before each page.
-const MAX_AGE: Duration = Duration::from_millis(250);
+/// Maximum age of the mark of the rules between pages: it reports changed roles and memberships.
+const MARK_MAX_AGE: Duration = Duration::from_millis(250);
+
+/// Maximum age of the catalog between pages. Only what neither the changelog nor the mark reports depends on it, such as what
+/// a superuser changes without event triggers: the changelog reports policies, grants and columns. Without an event trigger,
+/// the catalog is checked before each page, and each time that the mark would be.
+const MAX_AGE: Duration = Duration::from_secs(1);
 
 /// Maximum number of reads when the catalog changes while it is read.
 const MAX_READS: u32 = 20;
@@ -62,6 +65,8 @@ struct CacheState {
     /// The mark of rules that fire no event trigger, as of the last check.
     mark: Option<i64>,
     checked: Option<Instant>,
+    /// When the mark alone was last found unchanged.
+    mark_checked: Option<Instant>,
     /// The time of the last attempt to read pending policies.
     pending_tried: Option<Instant>,
 }
@@ -96,6 +101,7 @@ impl CatalogCache {
             widened: None,
             mark: None,
             checked: None,
+            mark_checked: None,
             pending_tried: None,
         };
         let (scope, topics) = (watch::Sender::default(), watch::Sender::default());
@@ -135,17 +141,37 @@ impl CatalogCache {
         Ok(Arc::clone(&state.catalog))
     }
 
-    /// Checks the catalog if the last check is older than `MAX_AGE`. Called between two pages, so that no change waits
-    /// for it.
+    /// Checks the catalog, or the mark of the rules alone, if the last check is too old. Called between two pages, so that no
+    /// change waits for it.
     ///
     /// # Errors
     /// As the connection.
     pub async fn refresh_if_stale(&self) -> Result<(), Error> {
         let mut state = self.state.lock().await;
-        if state.checked.is_none_or(|checked| checked.elapsed() > MAX_AGE) {
+        let is_older = |checked: Option<Instant>, age| checked.is_none_or(|checked| checked.elapsed() > age);
+        if !is_older(state.checked.max(state.mark_checked), MARK_MAX_AGE) {
+            return Ok(());
+        }
+        let may_differ =
+            is_older(state.checked, MAX_AGE) || !state.catalog.is_ordered() || state.catalog.pending() > 0;
+        if may_differ || !self.has_same_mark(&mut state).await? {
             self.refresh(&mut state).await?;
         }
         Ok(())
+    }
+
+    /// Whether the mark of the rules is that of the last check.
+    async fn has_same_mark(&self, state: &mut CacheState) -> Result<bool, Error> {
+        let started = Instant::now();
+        let scope = Arc::clone(&self.scope.borrow());
+        let lease = Lease::of(&self.pool).await?;
+        let mark = self.queries(lease.client()?, state).mark(&scope).await;
+        lease.done();
+        let is_same = mark? == state.mark;
+        if is_same {
+            state.mark_checked = Some(started);
+        }
+        Ok(is_same)
     }
 
     /// Returns the catalog with the rights of this role, checked after the call: a join must find a relation that was

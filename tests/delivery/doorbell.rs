@@ -261,6 +261,34 @@ async fn an_idle_relay_asks_postgresql_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn while_changes_come_the_whole_catalog_is_compared_once_a_second() {
+    let database = watched().await;
+    database
+        .run("do $$ begin execute format('alter database %I set track_functions = pl', current_database()); end $$")
+        .await;
+    let relay = Relay::start(&database.url).await;
+    let mut client = subscriber(&relay).await;
+    let began = Instant::now();
+    for id in 1.. {
+        database.run(&format!("insert into t values ({id})")).await;
+        assert_eq!(client.change().await["record"]["id"], id);
+        if began.elapsed() > Duration::from_secs(5) {
+            break;
+        }
+    }
+    let seconds = began.elapsed().as_secs();
+    relay.stop().await;
+    let count = "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname = 'catalog_marks'";
+    let calls = eventually("the comparisons are counted", || async {
+        let calls: u64 = database.value(count).await.parse().unwrap();
+        (calls >= seconds).then_some(calls)
+    })
+    .await;
+    // The start and the join compare it a few times.
+    assert!(calls <= seconds + 8, "{calls} in {seconds} s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn behind_a_pooler_that_swallows_the_bell_the_relay_polls_and_holds_no_lock() {
     let held = format!("select count(*) from pg_locks l where {}", Lock::any_is_held());
     let database = watched().await;

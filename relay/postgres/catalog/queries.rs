@@ -54,6 +54,9 @@ const FINGERPRINT: &str = "select k.kinds, k.names, k.marks, s.roles, s.owned, m
            from relay.catalog_marks(relay.subscriber_roles($1, $2), $2, $3) k) k, \
           relay.rule_scope($1, $2, $3) s, relay.rules_mark(s.roles, s.owned) m";
 
+/// Selects the mark of the rules, for the inputs `$1` and `$2` of the last [`Fingerprint`].
+const MARK: &str = "select m.mark from relay.rules_mark($1, $2) m";
+
 /// The id of the table with the policies of private channels, where those of watched relations are asked for.
 const TOPICS: i32 = 0;
 
@@ -63,6 +66,12 @@ const WIDENINGS: &str = "select coalesce(json_agg(w), '[]')::text from ( \
      union all select null, xid, 0, 0, role from relay.role_versions(relay.subscriber_roles($1, $2))) w";
 
 impl CatalogQueries<'_> {
+    /// The mark of the rules that fire no event trigger.
+    pub(super) async fn mark(&self, scope: &RuleScope) -> Result<Option<i64>, Error> {
+        let mark = self.client.prepare_cached(MARK).await?;
+        Ok(self.client.query_one(&mark, &[&scope.roles, &scope.owned]).await?.get(0))
+    }
+
     pub(super) async fn fingerprint(&self) -> Result<Fingerprint, Error> {
         let fingerprint = self.client.prepare_cached(FINGERPRINT).await?;
         let roles = self.role_names();
