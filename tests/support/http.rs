@@ -141,17 +141,6 @@ impl Events {
         Some(None)
     }
 
-    /// Waits until another id comes, with an event or without.
-    pub async fn moves(&mut self) {
-        let last = self.last.clone();
-        let moved = async {
-            while self.last == last {
-                self.block().await.expect("the stream goes on");
-            }
-        };
-        timeout(PATIENCE, moved).await.expect("it never moved");
-    }
-
     /// The next block of lines, without the chunks' lengths.
     async fn block(&mut self) -> Option<String> {
         let block = self.until(b"\n\n").await?;
