@@ -367,6 +367,7 @@ pub mod server;
 
 /// The larger commands beside `serve`, one a file; `install`, `watch` and `unwatch` are in `main`.
 pub mod command {
+    pub mod secret_files;
     pub mod token;
     pub mod realtime_socket;
     pub mod tail;

@@ -4,9 +4,9 @@ use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use futures_util::FutureExt;
-use relay::command::{compare, doctor, explain, tail, token};
+use relay::command::{compare, doctor, explain, secret_files, tail, token};
 use relay::config::NO_DATABASE;
 use relay::postgres::connect::pool::{DATABASE, Error, JUDGE, Server};
 use relay::postgres::install;
@@ -164,7 +164,13 @@ type CliFailure = Box<dyn std::error::Error + Send + Sync>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match command_line() {
+        Ok(cli) => cli,
+        Err(mistake) => {
+            say(&format!("relay: {mistake}"));
+            return ExitCode::FAILURE;
+        }
+    };
     let (command, json) = match cli.command {
         CliCommand::Serve(settings) => match settings.with_file() {
             Ok(settings) => {
@@ -185,6 +191,14 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Parses the command line. Ends the process if it cannot be parsed, or only asks for help.
+fn command_line() -> Result<Cli, String> {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let command =
+        secret_files::with_secret_files(Cli::command(), &arguments[1..], |name| std::env::var_os(name))?;
+    Ok(Cli::from_arg_matches(&command.get_matches_from(arguments)).unwrap_or_else(|error| error.exit()))
 }
 
 async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {

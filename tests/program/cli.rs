@@ -437,3 +437,62 @@ async fn a_service_role_that_policies_hold_back_is_told_by_install_and_doctor() 
     superuser.batch_execute("alter role service_role nobypassrls").await.unwrap();
     assert!(said("doctor").await.1.contains(CURE), "whenever it is taken away");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_come_from_the_files_that_variables_name() {
+    let database = Database::new().await;
+    let folder =
+        std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("secrets-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (secret, url) =
+        (file("secret", &format!("{SECRET}\n")), file("url", &format!("{}\r\n", database.url)));
+    let run = async |arguments: &[&str], variables: &[(&str, &str)]| {
+        let output = relay(arguments).envs(variables.iter().copied()).output().await.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        (output.status.success(), text(&output.stdout), text(&output.stderr))
+    };
+
+    let minted = run(&["token", "--sub", "1"], &[("RELAY_JWT_SECRET_FILE", &secret)]).await;
+    assert!(minted.0 && minted.1.split('.').count() == 3, "{minted:?}");
+    let installed = run(&["install"], &[("DATABASE_URL_FILE", &url)]).await;
+    assert!(installed.0 && installed.2.contains("up to date"), "{installed:?}");
+    let mut serving = relay(&["serve", "--listen", "127.0.0.1:0"])
+        .envs([("DATABASE_URL_FILE", &url), ("RELAY_JWT_SECRET_FILE", &secret)])
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(serving.stderr.take().unwrap()).lines();
+    line_with(&mut lines, "reading the changelog").await;
+    serving.kill().await.unwrap();
+
+    // A flag wins over the file, which is not even needed for help.
+    let flag =
+        run(&["token", "--sub", "1", "--jwt-secret", "short"], &[("RELAY_JWT_SECRET_FILE", &secret)]).await;
+    assert!(!flag.0 && flag.2.contains("at least 32"), "{flag:?}");
+    let help = run(&["serve", "--help"], &[("RELAY_JWT_SECRET_FILE", "/nowhere")]).await;
+    assert!(help.0 && !help.1.contains(SECRET), "{help:?}");
+
+    let empty = file("empty", "\n");
+    for (variables, said) in [
+        (
+            &[("RELAY_JWT_SECRET_FILE", "/nowhere")][..],
+            "RELAY_JWT_SECRET_FILE: /nowhere: No such file or directory",
+        ),
+        (&[("RELAY_JWT_SECRET_FILE", &empty)], "is empty"),
+        (
+            &[("RELAY_JWT_SECRET_FILE", &secret), ("RELAY_JWT_SECRET", SECRET)],
+            "RELAY_JWT_SECRET and RELAY_JWT_SECRET_FILE are both set",
+        ),
+    ] {
+        let refused = run(&["token", "--sub", "1"], variables).await;
+        assert!(!refused.0 && refused.2.contains(said) && !refused.2.contains(SECRET), "{refused:?}");
+    }
+    // What the command does not use is not read.
+    let other = [("RELAY_JWT_SECRET_FILE", &*secret), ("DATABASE_URL_FILE", "/nowhere")];
+    let unused = run(&["token", "--sub", "1"], &other).await;
+    assert!(unused.0, "{unused:?}");
+}
