@@ -93,7 +93,8 @@ $$;
 comment on function relay.sizes_query(oid) is 'query that measures each column of a row as it is stored';
 
 -- relay.short_query(relation, sizes, whole) : query on one row, $1, for an image of its key and of columns that are small as stored
--- Without `whole`, only columns of system types, whose conversion cannot fail.
+-- Without `whole`, only columns of system types, whose conversion cannot fail; and no json, which relay.shorten() cannot take
+-- apart if it has \u0000.
 create or replace function relay.short_query(relation oid, sizes int[], whole boolean) returns text
 language sql stable as $$
   select pg_catalog.format('select relay.image(s) from (select %s from (select $1 as r offset 0) v) s',
@@ -101,7 +102,7 @@ language sql stable as $$
   from (select a.*, pg_catalog.row_number() over (order by a.attnum) as place
         from pg_catalog.pg_attribute a
         where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped) a
-  where ($3 or a.atttypid < 16384)
+  where ($3 or a.atttypid < 16384 and a.atttypid <> all ('{pg_catalog.json,pg_catalog.json[]}'::pg_catalog.regtype[]))
     and (a.attname = any (relay.key($1)) or coalesce($2[a.place], 0) <= 2048)
 $$;
 comment on function relay.short_query(oid, int[], boolean) is 'query that makes a reduced image of a row';
@@ -158,16 +159,18 @@ begin
     end;
   end if;
   oversize := stored > 1048576 or greatest(pg_column_size(old_image), pg_column_size(new_image)) > 1048576;
-  -- First all columns that are small as stored; if one fails to convert, only those that cannot fail.
+  -- First all columns that are small as stored; if one fails to convert or to be taken apart, only those that cannot fail.
   for attempt in 1 .. case when oversize then 2 else 0 end loop
     begin
       if operation <> 'I' then
         execute relay.sizes_query(part) into sizes using old_row;
         execute relay.short_query(part, sizes, attempt = 1) into old_image using old_row;
+        old_image := relay.shorten(old_image, relay.key(part));
       end if;
       if operation <> 'D' then
         execute relay.sizes_query(part) into sizes using new_row;
         execute relay.short_query(part, sizes, attempt = 1) into new_image using new_row;
+        new_image := relay.shorten(new_image, relay.key(part));
       end if;
       exit;
     exception when others then
@@ -176,10 +179,6 @@ begin
       end if;
     end;
   end loop;
-  if oversize then
-    old_image := relay.shorten(old_image, relay.key(part));
-    new_image := relay.shorten(new_image, relay.key(part));
-  end if;
   if loose then
     if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
       began := pg_snapshot_xmin(pg_current_snapshot());

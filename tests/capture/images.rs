@@ -127,3 +127,33 @@ async fn next_gap(stage: &Stage, client: &mut Client) -> Option<String> {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_over_a_mebibyte_fails_for_no_json_that_postgresql_cannot_take_apart() {
+    let database = Database::new().await;
+    database
+        .run(
+            r#"create domain note as json; create type pair as (n int, j json); grant usage on schema public to public;
+               create table t (id int primary key, j json, js json[], n note, p pair, v text, body text); select relay.watch('t')"#,
+        )
+        .await;
+    let body = "(select string_agg(md5(g::text), '') from generate_series(1, 40000) g)";
+    let odd = r#"'"\u0000"'"#;
+    for (at, values) in [
+        format!("{odd}, null, null, null"),
+        format!("null, array[{odd}]::json[], null, null"),
+        format!("null, null, {odd}, null"),
+        format!("null, null, null, row(1, {odd})"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        database
+            .run(&format!(
+                "insert into t values ({at}, {values}, 'short', {body}); update t set v = 'still' where id = {at}; delete from t where id = {at}"
+            ))
+            .await;
+    }
+    let images = "select string_agg(distinct concat(operation, before ->> 'v', after ->> 'v'), ' ') from relay.changes where relation > 0 and oversize";
+    assert_eq!(database.value(images).await, "Dstill Ishort Ushortstill");
+}
