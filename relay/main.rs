@@ -74,6 +74,9 @@ enum CliCommand {
         /// Also notify subscribers of rows that become invisible to them
         #[arg(long)]
         leave_events: bool,
+        /// Columns, separated by commas: an UPDATE of nothing else is not logged
+        #[arg(long, value_delimiter = ',')]
+        ignore: Vec<String>,
         #[command(flatten)]
         database: DatabaseOptions,
     },
@@ -213,7 +216,9 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
             });
         }
         CliCommand::Serve(settings) => Box::pin(serve(*settings)).await?,
-        CliCommand::Watch { table, leave_events, database } => watch(&table, leave_events, &database).await?,
+        CliCommand::Watch { table, leave_events, ignore, database } => {
+            watch(&table, leave_events, &ignore, &database).await?;
+        }
         CliCommand::Unwatch { table, database } => unwatch(&table, &database).await?,
         CliCommand::Token(options) => token::run(&options)?,
         CliCommand::Tail(options) => tail::run(options).await?,
@@ -238,11 +243,16 @@ async fn run(command: CliCommand) -> Result<ExitCode, CliFailure> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn watch(table: &str, leave_events: bool, database: &DatabaseOptions) -> Result<(), CliFailure> {
+async fn watch(
+    table: &str,
+    leave_events: bool,
+    ignore: &[String],
+    database: &DatabaseOptions,
+) -> Result<(), CliFailure> {
     let client = database.connect().await?;
     install::check(&client).await?;
-    let watch = "select relay.watch($1::text::regclass, $2)";
-    client.execute(watch, &[&table, &leave_events]).await.map_err(refused)?;
+    let watch = "select relay.watch($1::text::regclass, $2, $3)";
+    client.execute(watch, &[&table, &leave_events, &ignore]).await.map_err(refused)?;
     say(&format!("{table} is watched{}", if leave_events { ", with leave events" } else { "" }));
     let notes = client.query_one("select relay.notes($1::text::regclass)", &[&table]).await?;
     for note in notes.get::<_, Vec<String>>(0) {

@@ -118,7 +118,8 @@ end
 $$;
 comment on function relay.image(record) is 'row image, made as relay_image, a role without rights';
 
--- relay.capture_carefully(...) : logs a change whose images may be large, may fail to convert, or depend on session settings
+-- relay.capture_carefully(...) : logs a change whose images may be large, may fail to convert, or depend on session settings;
+-- returns whether it did
 -- Pins every setting that the text of an image depends on. Both images are whole if they convert and are at most 1 MiB; else
 -- both are reduced to the key and the short columns, and oversize is true.
 --
@@ -126,8 +127,12 @@ comment on function relay.image(record) is 'row image, made as relay_image, a ro
 -- not be that of the images. A snapshot taken after the images were made decides this. Repeatable read and serializable
 -- transactions have only an older snapshot: its xmin is logged, and the reader decides. In these nothing is read, because
 -- reading what others write could abort a serializable transaction.
+--
+-- `ignored`: nothing is logged if only these columns differ, and they are `still_named` so. Rows over 1 MiB are not compared.
+drop function if exists relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean);
 create or replace function relay.capture_carefully(old_row anyelement, new_row anyelement, part oid, relation int, shape int,
-                                                   operation "char", leaf oid, loose boolean) returns void
+                                                   operation "char", leaf oid, loose boolean, ignored text[] default null,
+                                                   still_named boolean default false) returns boolean
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set timezone = 'UTC'
@@ -158,6 +163,9 @@ begin
       stored := 1048577;
     end;
   end if;
+  if still_named and stored <= 1048576 and relay.same_but(old_image, new_image, ignored) then
+    return false;
+  end if;
   oversize := stored > 1048576 or greatest(pg_column_size(old_image), pg_column_size(new_image)) > 1048576;
   -- First all columns that are small as stored; if one fails to convert or to be taken apart, only those that cannot fail.
   for attempt in 1 .. case when oversize then 2 else 0 end loop
@@ -187,15 +195,16 @@ begin
     end if;
   end if;
   perform relay.log_change(relation, shape, operation, oversize, old_image, new_image, leaf, began);
+  return true;
 end
 $$;
-comment on function relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean) is
+comment on function relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean, text[], boolean) is
   'logs a change whose images may be large, may fail to convert, or depend on session settings';
 
 -- relay.image_needs(relation) : preconditions for making row images directly, without relay.capture_carefully
 -- `care`: the direct way is not possible. A column has a user-defined type, whose cast to json may be user-defined and whose
 -- labels or attributes may be renamed meanwhile, or a system type not listed here.
--- `size`: a row may be large, so its size has to be checked. All other entries are settings, with their values, that the text
+-- `size`: a row may be large, so its size has to be checked. `json`: a value may be no jsonb. All other entries are settings, with their values, that the text
 -- of the column types depends on. TimeZone is not among them: the image of a timestamptz carries its offset, and the reader
 -- converts it.
 create or replace function relay.image_needs(relation regclass) returns text[]
@@ -229,6 +238,8 @@ language sql stable as $$
     select 'care' from used u join pg_catalog.pg_type t on t.oid = u.type
     where t.typtype <> 'd' and t.typcategory <> 'A' and not (t.typnamespace = 'pg_catalog'::pg_catalog.regnamespace and t.oid < 16384)
     union
+    select 'json' from used u where u.type = 'pg_catalog.json'::pg_catalog.regtype
+    union
     -- Rows of few columns, all of fixed length, are never large.
     select 'size'
     where exists (select from pg_catalog.pg_attribute a where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped and a.attlen < 0)
@@ -253,6 +264,8 @@ comment on function relay.image_needs(regclass) is 'preconditions for making row
 -- A sleeping relay holds the doorbell's lock exclusively. A writer that gets the lock shared need not ring: the relay is
 -- awake, and cannot fall asleep before this transaction ends.
 --
+-- An UPDATE of nothing but ignored columns returns first. A function that is older than the table ignores no other column.
+--
 -- 4000 stored bytes may decompress to a large text: the relay shortens such an image when it reads it.
 create or replace function relay.capture_body(relation regclass, id int, shape int, operation text) returns text
 language plpgsql stable
@@ -267,9 +280,12 @@ declare
                              else format('pg_catalog.concat(%L, %s)', concat_ws(' ', letter, id, shape, 'L'), leaf) end;
   bell constant text := format('pg_catalog.pg_try_advisory_xact_lock_shared(%s, %s)', relay.lock_class('relay'), relay.lock('doorbell'));
   ring constant text := '(pg_catalog.concat(tg_table_schema, ''.'', tg_table_name), tg_op)';
-  careful constant text := format(E'  perform relay.capture_carefully(old, new, tg_relid, %s, %s, %L::pg_catalog."char", %s, %s);\n'
-                                  '  if not %s then\n    perform relay.ring%s;\n  end if;\n',
-                                  id, shape, letter, coalesce(leaf, 'null::pg_catalog.oid'), loose, bell, ring);
+  ignored constant text[] := case operation when 'UPDATE' then relay.ignored(id) else '{}' end;
+  known constant text := relay.still_named(relation, ignored);
+  careful constant text := format(E'  if relay.capture_carefully(old, new, tg_relid, %s, %s, %L::pg_catalog."char", %s, %s%s)\n'
+                                  '     and not %s then\n    perform relay.ring%s;\n  end if;\n',
+                                  id, shape, letter, coalesce(leaf, 'null::pg_catalog.oid'), loose,
+                                  format(', %L::pg_catalog.text[], ', nullif(ignored, '{}')) || known, bell, ring);
   conditions text[] := '{}';
   body text;
 begin
@@ -289,7 +305,7 @@ begin
     values (pg_catalog.nextval('relay.change_number'::pg_catalog.regclass), pg_catalog.pg_current_xact_id(),
             pg_catalog.clock_timestamp(), %s, %s);
 $text$,
-          case segment when 0 then 'if' else 'elsif' end,
+          case when segment = 0 and known is null then 'if' else 'elsif' end,
           array_to_string(conditions || format('(%s or relay.rung%s)', bell, ring) || format('relay.current_segment() operator(pg_catalog.=) %s', segment), ' and '),
           segment,
           (select string_agg(case i when 'old' then 'before' else 'after' end, ', ' order by n) from unnest(images) with ordinality u (i, n)),
@@ -297,6 +313,9 @@ $text$,
           (select string_agg(format('pg_catalog.row_to_json(%s)', i), ', ' order by n) from unnest(images) with ordinality u (i, n))),
         '' order by segment)
       from generate_series(0, 2) segment) || format(E'  else\n%s  end if;\n', careful);
+    if known is not null then
+      body := format(E'  if %s then\n    return null;\n', array_to_string(conditions || relay.same_row(needs, ignored) || known, ' and ')) || body;
+    end if;
   end if;
   return format($text$
 begin

@@ -211,7 +211,7 @@ begin
   select array_agg(d.ctid), array_agg(d.relation) into doubts, doubted
   from (select d.ctid, d.relation from relay.shape_doubts d for update skip locked) d;
   for known in
-    select w.id, w.relation, c.relkind, last.shape, last.columns as old, relay.columns_of(w.relation) as new,
+    select w.id, w.relation, w.ignored, c.relkind, last.shape, last.columns as old, relay.columns_of(w.relation) as new,
            coalesce(0 = any (doubted) or w.id = any (doubted), false) as doubtful
     from relay.watch_list w
     join pg_class c on c.oid = w.relation
@@ -221,7 +221,7 @@ begin
     order by w.id
   loop
     continue when known.old = known.new and not known.doubtful
-      and (known.relkind = 'm' or guarded or relay.functions_intact(known.relation, known.id));
+      and (known.relkind = 'm' or guarded and known.ignored is null or relay.functions_intact(known.relation, known.id));
     if not pg_try_advisory_xact_lock(relay.lock_class('relation'), known.id) then
       insert into relay.shape_doubts (relation) values (known.id);
       continue;
@@ -232,6 +232,7 @@ begin
               renew_shapes.guarded and not known.doubtful);
     end if;
     if known.relkind <> 'm' then
+      update relay.watch_list w set ignored = relay.ignored_now(w.relation, w.ignored) where w.id = known.id and w.ignored is not null;
       perform relay.set_functions(known.relation, known.id, relay.shape(known.id));
     end if;
     renewed := renewed + 1;
@@ -589,6 +590,14 @@ set search_path = pg_catalog, pg_temp as $$
           and has_any_column_privilege(r.oid, c.oid, 'select') and has_schema_privilege(r.oid, c.relnamespace, 'usage')) then
       format('none of anon, authenticated and service_role may read it: grant select on %s to authenticated (and usage on its schema)', $1)
     end,
+    (select format('policy %1$I reads the ignored column %2$I, so a row that an update of nothing else shows or hides is not told: '
+                   'select relay.watch(%3$L, ignore => %4$L)', p.polname, a.attname, $1, array_remove(relay.ignored(w.id), a.attname::text))
+     from relay.watch_list w
+     join pg_policy p on p.polrelid = w.relation and p.polcmd in ('r', '*')
+     join pg_depend d on d.classid = 'pg_policy'::regclass and d.objid = p.oid and d.refclassid = 'pg_class'::regclass and d.refobjid = $1
+     join pg_attribute a on a.attrelid = $1 and a.attnum = d.refobjsubid and a.attname::text = any (relay.ignored(w.id))
+     where w.relation = $1
+     order by p.polname, a.attnum limit 1),
     case when c.relpersistence = 'u' then 'it is unlogged, so a crash empties it without an event' end,
     (select format('trigger %1$I fires before those of the relay, so its changes of the same row are delivered in the wrong order: alter trigger %1$I on %2$s rename to ...',
                    t.tgname, $1)
@@ -612,8 +621,9 @@ language sql stable as $$
 $$;
 comment on function relay.trigger_lock(regclass) is 'the lock that creating or replacing the triggers of a relation needs';
 
--- relay.watch_table(relation, leave_events, by_hand) : as relay.watch; not `by_hand`: for a collection, and in its transaction
-create or replace function relay.watch_table(relation regclass, leave_events boolean, by_hand boolean) returns void
+-- relay.watch_table(relation, leave_events, by_hand, ignore) : as relay.watch; not `by_hand`: for a collection, and in its transaction
+drop function if exists relay.watch_table(regclass, boolean, boolean);
+create or replace function relay.watch_table(relation regclass, leave_events boolean, by_hand boolean, ignore text[] default '{}') returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
@@ -658,10 +668,10 @@ begin
   if by_hand then
     perform relay.sweep();
   end if;
-  insert into relay.watch_list as w (relation, leave_events, by_hand)
-  values (watch_table.relation, watch_table.leave_events, watch_table.by_hand)
+  insert into relay.watch_list as w (relation, leave_events, by_hand, ignored)
+  values (watch_table.relation, watch_table.leave_events, watch_table.by_hand, relay.ignored_of(relation, ignore))
   on conflict on constraint watch_list_relation_key
-    do update set leave_events = excluded.leave_events, by_hand = w.by_hand or excluded.by_hand
+    do update set leave_events = excluded.leave_events, by_hand = w.by_hand or excluded.by_hand, ignored = excluded.ignored
   returning w.id into list_id;
   if exists (select from relay.known_relations k where k.id = list_id) then
     perform relay.note_relation(list_id);
@@ -696,17 +706,18 @@ begin
   end loop;
 end
 $$;
-comment on function relay.watch_table(regclass, boolean, boolean) is 'publishes a table or materialized view, by hand or for a collection';
+comment on function relay.watch_table(regclass, boolean, boolean, text[]) is 'publishes a table or materialized view, by hand or for a collection';
 
--- relay.watch(relation, leave_events)
--- Publishes a table, partitioned table, foreign table or materialized view. Idempotent: sets leave_events as given,
+-- relay.watch(relation, leave_events, ignore)
+-- Publishes a table, partitioned table, foreign table or materialized view. Idempotent: sets leave_events and ignore as given,
 -- repairs missing or disabled triggers, and locks the table only if there is something to repair. Raises relay.notes as notices.
-create or replace function relay.watch(relation regclass, leave_events boolean default false) returns void
+drop function if exists relay.watch(regclass, boolean);
+create or replace function relay.watch(relation regclass, leave_events boolean default false, ignore text[] default '{}') returns void
 language sql volatile as $$
-  select relay.watch_table($1, $2, true)
+  select relay.watch_table($1, $2, true, $3)
 $$;
-comment on function relay.watch(regclass, boolean) is
-  'publishes a table or materialized view; again: repairs its triggers. leave_events: an UPDATE that hides a row is sent as a leave';
+comment on function relay.watch(regclass, boolean, text[]) is
+  'publishes a table or materialized view; again: repairs its triggers. leave_events: an UPDATE that hides a row is sent as a leave. ignore: an UPDATE of nothing but these columns is not logged';
 
 -- relay.unwatch_table(relation) : drops all triggers, also those of partitions that were detached since
 create or replace function relay.unwatch_table(relation regclass) returns void
@@ -745,6 +756,7 @@ create or replace function relay.unwatch(relation regclass) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
+  list_id int;
   collections text := (select string_agg(t.collection, ', ') from relay.collection_tables() t
                        where t.relation = unwatch.relation and t.refused is null);
 begin
@@ -753,7 +765,8 @@ begin
   elsif collections is null then
     perform relay.unwatch_table(relation);
   else
-    update relay.watch_list w set by_hand = false where w.relation = unwatch.relation;
+    update relay.watch_list w set by_hand = false, ignored = null where w.relation = unwatch.relation returning w.id into list_id;
+    perform relay.renew_shapes(wanted => array[list_id]);
     raise notice '% stays watched, because it is in %', relation, collections
       using hint = 'Take it out of the publication or schema, or: select relay.unwatch_publication(...), relay.unwatch_schema(...)';
   end if;
@@ -782,8 +795,9 @@ select w.relation,
        w.since,
        c.relreplident = 'f' as full,
        relay.triggers_intact(w.relation, w.id) and (c.relkind = 'm' or relay.functions_intact(w.relation, w.id)) as intact,
-       w.id
+       w.id,
+       relay.ignored(w.id) as ignored
 from relay.watch_list w
 join pg_catalog.pg_class c on c.oid = w.relation;
 comment on view relay.watched is
-  'watched relations with their key and options. full: old rows are sent whole. intact: if false, call relay.watch again';
+  'watched relations with their key and options. ignored: an UPDATE of nothing but these columns is not logged. full: old rows are sent whole. intact: if false, call relay.watch again';

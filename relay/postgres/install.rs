@@ -26,6 +26,8 @@ const FILES: &[(&str, &str)] = &[
     ("012_collections.sql", include_str!("../../sql/012_collections.sql")),
     ("013_told.sql", include_str!("../../sql/013_told.sql")),
     ("014_status.sql", include_str!("../../sql/014_status.sql")),
+    ("015_ignored.sql", include_str!("../../sql/015_ignored.sql")),
+    ("100_ignored.sql", include_str!("../../sql/100_ignored.sql")),
     ("100_locks.sql", include_str!("../../sql/100_locks.sql")),
     ("100_shapes.sql", include_str!("../../sql/100_shapes.sql")),
     ("101_capture.sql", include_str!("../../sql/101_capture.sql")),

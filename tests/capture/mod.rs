@@ -1,6 +1,7 @@
 //! What the triggers log, and what DDL does to it.
 
 pub mod drift;
+pub mod ignored;
 pub mod images;
 pub mod migrations;
 pub mod publications;

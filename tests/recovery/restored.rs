@@ -33,7 +33,7 @@ const SOURCE: &str = "
     create table parted (id int primary key) partition by range (id);
     create table parted_1 partition of parted for values from (0) to (1000);
     grant select on own, care, parted to authenticated, service_role;
-    select relay.watch('own', leave_events => true), relay.watch('care'), relay.watch('parted');
+    select relay.watch('own', leave_events => true, ignore => '{name}'), relay.watch('care'), relay.watch('parted');
     insert into own (owner, name) values ('11111111-1111-4111-8111-111111111111', 'before');
     insert into care values (1, 'sad'); insert into parted values (1)";
 
@@ -58,6 +58,9 @@ async fn is_whole(url: &str, what: &str) {
     let all = "select string_agg(format('%s %s %s', relation, relay.triggers_intact(relation, id), relay.functions_intact(relation, id)), ', ') from relay.watched";
     let all: String = session.query_one(all, &[]).await.unwrap().get(0);
     assert_eq!((intact.get::<_, i64>(0), intact.get::<_, i64>(1)), (3, 1), "{what}: {all}");
+    let ignored = "select string_agg(ignored::text, ' ' order by relation::text) from relay.watched";
+    let ignored = async || session.query_one(ignored, &[]).await.unwrap().get::<_, String>(0);
+    assert_eq!(ignored().await, "{} {name} {}", "{what}");
     let relay = Relay::start(url).await;
     let ann = token("authenticated", Some(ANN), json!({}));
     let mut client = Client::connect(&relay, &ann).await;
@@ -89,6 +92,7 @@ async fn is_whole(url: &str, what: &str) {
         .batch_execute("create table next (id int); select relay.watch('next'); truncate care")
         .await
         .unwrap();
+    assert_eq!(ignored().await, "{} {} {title} {}", "{what}");
     relay.stop().await;
 }
 
