@@ -253,6 +253,7 @@ pub mod feed {
         pub mod outbox;
         pub mod encode_cache;
         pub mod broadcast_cache;
+        pub mod conflation;
         pub mod members;
         pub mod group;
         pub mod fan_out;

@@ -61,6 +61,7 @@ metrics! {
     channels: Gauge = "channels_open", "Channels with changes subscribed now";
     groups: Gauge = "groups_open", "Groups of channels that receive the same frames";
     frames: Counter = "frames", "Frames of changes put into outboxes";
+    conflated: Counter = "changes_conflated", "Changes that streams with conflate= were not sent, because a newer one of the same row came";
     broadcasts: Counter = "broadcasts", "Broadcasts to topics with members";
     broadcast_frames: Counter = "broadcast_frames", "Frames of broadcasts put into outboxes";
 
@@ -184,6 +185,11 @@ impl Observe {
     /// Counts a client that connected.
     pub fn session_opened(&self) {
         self.metrics.sessions_total.inc();
+    }
+
+    /// Counts changes that were not sent, because a newer one of the same row came.
+    pub fn conflated(&self, changes: usize) {
+        self.metrics.conflated.inc_by(changes as u64);
     }
 
     /// Counts a client that was closed because it read too slowly.

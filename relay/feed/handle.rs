@@ -112,6 +112,19 @@ impl Feed {
         Ok(subscription)
     }
 
+    /// Returns schema and name of a table of a subscription that has no key.
+    ///
+    /// # Errors
+    /// When PostgreSQL does not answer.
+    pub async fn without_key(&self, subscription: &Subscription) -> Result<Option<(String, String)>, Error> {
+        let role = subscription.identity().claims().role();
+        let catalog = self.binder.catalog().with_role(role).await?;
+        let mut keyless = catalog
+            .relations()
+            .filter(|relation| relation.key.is_empty() && subscription.concerning(relation).next().is_some());
+        Ok(keyless.next().map(|relation| (relation.schema.clone(), relation.table.clone())))
+    }
+
     /// Returns the stored broadcasts that a private channel wants again, and the cursor after them.
     ///
     /// # Errors

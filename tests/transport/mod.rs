@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod autobahn;
 pub mod changes;
+pub mod conflate;
 pub mod explain;
 pub mod hostile_tokens;
 pub mod http_answers;

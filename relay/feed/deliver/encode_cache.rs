@@ -4,6 +4,7 @@ use std::cell::OnceCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 
+use crate::feed::deliver::conflation::RowChange;
 use crate::feed::deliver::frame::{Frame, PayloadText, SharedPayload};
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::model::codec::payload::{View, data, with_cursor};
@@ -102,7 +103,9 @@ impl<'a> EncodeCache<'a> {
         let payload = self.payload(key, change, view, budget, recent)?;
         let operation = view.meaning.operation().name();
         let cursor = if view.exact { self.cursor(base) } else { "" };
-        let frame = Frame::change(codec.encoding().envelope(ids, operation, cursor), payload, budget);
+        let row = codec.is_conflated().then(|| RowChange::of(change, view.relation, view.meaning)).flatten();
+        let envelope = codec.encoding().envelope(ids, operation, cursor);
+        let frame = Frame::row_change(envelope, payload, row, budget);
         self.last = Some((codec, ids.to_vec(), key, frame.clone()));
         Ok(frame)
     }

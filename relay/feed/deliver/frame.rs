@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::feed::deliver::conflation::RowChange;
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 use crate::model::codec::protocol::{Envelope, Notice, Wrapping};
 
@@ -15,6 +16,8 @@ pub struct Frame(Arc<CountedContent>);
 #[derive(Debug)]
 struct CountedContent {
     content: Content,
+    /// The row of a change, for subscribers that want only the newest change of each.
+    row: Option<RowChange>,
     _held: Held,
 }
 
@@ -88,6 +91,16 @@ impl Frame {
         Self::new(Content::Change(envelope, object), budget)
     }
 
+    /// Creates the frame of a change of this row.
+    pub fn row_change(
+        envelope: Envelope,
+        object: SharedPayload,
+        row: Option<RowChange>,
+        budget: &Arc<MemoryBudget>,
+    ) -> Self {
+        Self::with_row(Content::Change(envelope, object), row, budget)
+    }
+
     /// Creates the frame of a push.
     pub fn push(wrapping: Wrapping, content: SharedBytes, budget: &Arc<MemoryBudget>) -> Self {
         Self::new(Content::Push(wrapping, content), budget)
@@ -99,8 +112,18 @@ impl Frame {
     }
 
     fn new(content: Content, budget: &Arc<MemoryBudget>) -> Self {
-        let held = budget.hold(FRAME_OVERHEAD + content.own_len());
-        Self(Arc::new(CountedContent { content, _held: held }))
+        Self::with_row(content, None, budget)
+    }
+
+    fn with_row(content: Content, row: Option<RowChange>, budget: &Arc<MemoryBudget>) -> Self {
+        let row_len = row.as_ref().map_or(0, RowChange::key_bytes);
+        let held = budget.hold(FRAME_OVERHEAD + content.own_len() + row_len);
+        Self(Arc::new(CountedContent { content, row, _held: held }))
+    }
+
+    /// Returns the row that it is a change of, if the subscriber wants only the newest change of each.
+    pub fn row(&self) -> Option<&RowChange> {
+        self.0.row.as_ref()
     }
 
     /// Returns whether it is a push to the members of a topic.

@@ -2,6 +2,9 @@
 
 use std::fmt::Write as _;
 
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
 use crate::model::catalog::relation::{Access, Relation};
 use crate::model::policy::visibility::EventKind;
 use crate::model::row::change::{Change, Operation, Row, Spelling, quoted};
@@ -93,6 +96,36 @@ pub fn with_cursor(mut data: String, cursor: &str) -> String {
     data.push_str(cursor);
     data.push_str("\"}");
     data
+}
+
+/// Returns the object of an insert with the row of a later change of that row, given both objects with their cursors. `None` if
+/// they are not such objects.
+pub fn with_newer_row(insert: &str, newer: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Object<'a> {
+        #[serde(borrow)]
+        schema: &'a RawValue,
+        #[serde(borrow)]
+        table: &'a RawValue,
+        commit_timestamp: &'a str,
+        txid: &'a str,
+        number: &'a str,
+        #[serde(borrow)]
+        columns: &'a RawValue,
+        #[serde(borrow)]
+        record: &'a RawValue,
+        #[serde(borrow)]
+        errors: &'a RawValue,
+        cursor: &'a str,
+    }
+    let insert: Object<'_> = serde_json::from_str(insert).ok()?;
+    let newer: Object<'_> = serde_json::from_str(newer).ok()?;
+    let Object { schema, table, commit_timestamp, txid, number, cursor, .. } = insert;
+    let Object { columns, record, errors, .. } = newer;
+    let text = format!(
+        r#"{{"schema":{schema},"table":{table},"commit_timestamp":"{commit_timestamp}","txid":"{txid}","number":"{number}","type":"INSERT","columns":{columns},"record":{record},"errors":{errors}}}"#
+    );
+    Some(with_cursor(text, cursor))
 }
 
 fn object(change: &Change, view: View<'_>, extent: Extent) -> Option<String> {

@@ -22,6 +22,8 @@ pub enum Codec {
     Phoenix(ChannelChanges),
     /// Changes with their cursors, for event streams and polls.
     ChangeEvents,
+    /// The same for streams that want the latest change of each row.
+    LatestChangeEvents,
 }
 
 impl Codec {
@@ -29,8 +31,13 @@ impl Codec {
     pub fn encoding(&self) -> &dyn ChangeEncoding {
         match self {
             Self::Phoenix(channel) => channel,
-            Self::ChangeEvents => &ChangeEvents,
+            Self::ChangeEvents | Self::LatestChangeEvents => &ChangeEvents,
         }
+    }
+
+    /// Whether only the latest change of each row is wanted.
+    pub fn is_conflated(&self) -> bool {
+        matches!(self, Self::LatestChangeEvents)
     }
 }
 

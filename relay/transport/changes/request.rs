@@ -2,6 +2,7 @@
 //! broadcasts from the database to a topic.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use crate::model::policy::visibility::Identity;
 use crate::model::session::channel::ChannelId;
 use crate::model::session::join::{MAX_TOPIC_BYTES, unauthorized};
 use crate::model::subscription::binding::{Binding, Subscription};
-use crate::model::subscription::error::SubscribeError;
+use crate::model::subscription::error::{SubscribeError, identifier};
 use crate::model::subscription::filter::{self, Filter};
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::request::{Request as Wanted, Target};
@@ -42,6 +43,8 @@ use crate::transport::response::{Answer, error};
 /// Default and maximum wait of a poll, in seconds. Below the usual timeouts of proxies.
 const DEFAULT_WAIT: u64 = 25;
 const MAX_WAIT: u64 = 55;
+/// The bounds of `conflate=`, in milliseconds. A row is told that much later than its policies were asked.
+const CONFLATE: RangeInclusive<u64> = 50..=10_000;
 /// The parameters that are a group of conditions, as in PostgREST.
 const GROUPS: [&str; 4] = ["or", "and", "not.or", "not.and"];
 /// The parameters that only apply to rows.
@@ -61,6 +64,8 @@ pub struct ChangesRequest {
     pub since: Option<Cursor>,
     /// How long a poll waits for a change.
     pub wait: Duration,
+    /// How often a stream is told the latest change of each row; `None` for all changes.
+    pub conflate: Option<Duration>,
     /// Which of the rows of each table it wants.
     pub pages: Vec<Paging>,
     /// The names of its tables as the client wrote them, if it names several.
@@ -73,8 +78,9 @@ pub struct ChangesRequest {
 impl ChangesRequest {
     /// Returns the subscriber that follows the changes after a cursor.
     pub fn catch_up(self, app: &App, since: Cursor) -> CatchUp {
-        let Self { subscription, channel, outbox, .. } = self;
-        CatchUp::new(app.feed.clone(), channel, subscription, Codec::ChangeEvents, since, outbox)
+        let Self { subscription, channel, outbox, conflate, .. } = self;
+        let codec = if conflate.is_some() { Codec::LatestChangeEvents } else { Codec::ChangeEvents };
+        CatchUp::new(app.feed.clone(), channel, subscription, codec, since, outbox)
     }
 }
 
@@ -114,6 +120,7 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
     let wanted = wanted(query, &tables).map_err(bad_request)?;
     let since = since(request.headers(), query).map_err(bad_request)?;
     let wait = wait(query).map_err(bad_request)?;
+    let conflate = conflate(query, wants_stream(request.headers())).map_err(bad_request)?;
     let is_of_changes = since.is_some() || wants_stream(request.headers());
     let pages = tables.iter().map(|table| paging(table, is_of_changes, app.limits.rows.number));
     let pages = pages.collect::<Result<_, _>>().map_err(bad_request)?;
@@ -124,6 +131,9 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
         WantedChanges::Topic(topic) => of_topic(app, identity.clone(), topic).await?,
         WantedChanges::Tables(wanted) => of_tables(app, channel, identity.clone(), &wanted).await?,
     };
+    if conflate.is_some() {
+        has_keys(app, &subscription).await?;
+    }
     // Clients without a subject share the memory budget of their address.
     let claims = identity.claims();
     let owner = match claims.sub() {
@@ -135,6 +145,7 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
         subscription,
         since,
         wait,
+        conflate,
         pages,
         names,
         channel,
@@ -171,6 +182,25 @@ async fn of_tables(
     let first_refused = subscription.bindings().iter().position(Binding::is_refused);
     let table = first_refused.and_then(|number| wanted.get(number));
     subscription.whole().map_err(|refusal| refused(&refusal, table, &identity))
+}
+
+/// Checks that each table has a key, by which the latest change of a row is found.
+///
+/// # Errors
+/// The answer that refuses the request.
+async fn has_keys(app: &App, subscription: &Subscription) -> Result<(), Answer> {
+    match app.feed.without_key(subscription).await {
+        Ok(None) => Ok(()),
+        Ok(Some((schema, table))) => Err(error(
+            StatusCode::BAD_REQUEST,
+            &format!(
+                "conflate: {schema}.{table} has no primary key, by which the latest change of a row is found: alter table {} \
+                 add primary key (...), or leave conflate= out",
+                format_args!("{}.{}", identifier(&schema), identifier(&table))
+            ),
+        )),
+        Err(_) => Err(unavailable()),
+    }
 }
 
 /// Refuses a request because of one of its tables.
@@ -297,6 +327,35 @@ fn wait(query: &str) -> Result<Duration, SubscribeError> {
     seconds
         .map(Duration::from_secs)
         .ok_or_else(|| SubscribeError::Other(format!("wait: seconds are expected, at most {MAX_WAIT}")))
+}
+
+/// Reads how often a stream is told the latest change of each row.
+///
+/// # Errors
+/// If it is no number of milliseconds in the bounds, or the request is not for all changes of tables as a stream.
+fn conflate(query: &str, wants_stream: bool) -> Result<Option<Duration>, SubscribeError> {
+    let Some(text) = parameter(query, "conflate") else { return Ok(None) };
+    let refused = |why: String| Err(SubscribeError::Other(format!("conflate: {why}")));
+    if !wants_stream {
+        return refused(String::from(
+            "it is for event streams (Accept: text/event-stream); a poll has each change: leave it out, and ask less often",
+        ));
+    }
+    if parameter(query, "topic").is_some() {
+        return refused(String::from("it is for tables: a broadcast has no row, leave it out"));
+    }
+    if parameter(query, "event").is_some_and(|event| !event.is_empty() && event != "*") {
+        return refused(String::from("the latest change of a row may be of any kind: leave event= out"));
+    }
+    let milliseconds = text.parse().ok().filter(|number| CONFLATE.contains(number));
+    match milliseconds {
+        Some(milliseconds) => Ok(Some(Duration::from_millis(milliseconds))),
+        None => refused(format!(
+            "a number of milliseconds from {} to {} is expected, such as conflate=250",
+            CONFLATE.start(),
+            CONFLATE.end()
+        )),
+    }
 }
 
 /// Reads the paging parameters. `max_rows` is the largest allowed limit.

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::fmt::Write;
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::verifier::now;
 use crate::feed::catch_up::{CatchUp, Progress};
+use crate::feed::deliver::conflation::Conflation;
 use crate::feed::deliver::frame::Content;
 use crate::feed::deliver::queue::Taken;
 use crate::feed::read::stall::Stalls;
@@ -40,6 +42,14 @@ const RETRY_MS: u32 = 1000;
 /// evictable.
 const MAX_CHUNK: usize = 32 * 1024;
 
+/// Waits until then; for ever without a time.
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => pending().await,
+    }
+}
+
 struct EventStream {
     app: Arc<App>,
     _client: ClientSlot,
@@ -52,6 +62,8 @@ struct EventStream {
     progress: Progress,
     /// Number of bytes written of the first frame's change.
     written: usize,
+    /// Holds changes back, if only the latest change of each row is wanted.
+    conflation: Option<Conflation>,
     /// The last event id that was sent without an event.
     sent_position: Cursor,
     /// When the token expires.
@@ -80,9 +92,10 @@ pub async fn follow(
             None => return unavailable(),
         },
     };
+    let conflation = call.conflate.map(Conflation::new);
     let mut catch_up = call.catch_up(&app, since.clone());
     match timeout(START_TIMEOUT, catch_up.go_on()).await {
-        Ok(Ok(progress)) => answer(app, catch_up, since, progress, (client, watched, closed)),
+        Ok(Ok(progress)) => answer(app, (catch_up, conflation), since, progress, (client, watched, closed)),
         Ok(Err(ReplayError::Gap(why))) => gap(why),
         Ok(Err(ReplayError::Ended)) => expired(catch_up.subscription()),
         Ok(Err(ReplayError::Unavailable(_))) | Err(_) => unavailable(),
@@ -93,7 +106,7 @@ pub async fn follow(
 /// missed changes.
 fn answer(
     app: Arc<App>,
-    catch_up: CatchUp,
+    (catch_up, conflation): (CatchUp, Option<Conflation>),
     sent_position: Cursor,
     progress: Progress,
     (client, watched, closed): (ClientSlot, WatchedOutbox, CancellationToken),
@@ -120,6 +133,7 @@ fn answer(
         catch_up,
         progress,
         written,
+        conflation,
         sent_position,
         expiry,
         revoked,
@@ -167,11 +181,11 @@ impl EventStream {
                 return Some(last);
             }
             // Write frames already taken, then those waiting in the outbox, to make room before reading on.
-            if !self.catch_up.outbox.in_flight().frames.is_empty() {
-                return self.encoded(Taken::Frames);
+            if self.is_ready() {
+                return Some(self.encoded());
             }
             if let Some(taken) = self.catch_up.outbox.take().now_or_never()
-                && let Some(text) = self.encoded(taken)
+                && let Some(text) = self.taken(taken)
             {
                 return Some(text);
             }
@@ -200,6 +214,7 @@ impl EventStream {
     /// Reads more of what the client missed into its outbox.
     async fn replay(&mut self) -> StreamStep {
         let claims = self.catch_up.subscription().identity().claims().clone();
+        let held_until = self.held_until();
         tokio::select! {
             // Poll the expiry first: a long replay must not continue after it.
             biased;
@@ -208,6 +223,7 @@ impl EventStream {
             () = self.app.verifier.withdrawn(&claims) => StreamStep::Write(self.withdrawn()),
             () = self.app.end.cancelled() => StreamStep::End,
             () = self.closed.cancelled() => StreamStep::End,
+            () = due(held_until) => StreamStep::Continue,
             outcome = self.catch_up.go_on() => match outcome {
                 Ok(progress) => {
                     self.progress = progress;
@@ -222,8 +238,10 @@ impl EventStream {
     async fn wait(&mut self) -> StreamStep {
         let claims = self.catch_up.subscription().identity().claims().clone();
         let outbox = Arc::clone(&self.catch_up.outbox);
+        let held_until = self.held_until();
         let text = tokio::select! {
-            taken = outbox.take() => self.encoded(taken),
+            taken = outbox.take() => self.taken(taken),
+            () = due(held_until) => None,
             () = sleep_until(self.expiry) => Some(self.expired()),
             () = &mut self.revoked => Some(self.lost()),
             () = self.app.verifier.withdrawn(&claims) => Some(self.withdrawn()),
@@ -260,7 +278,10 @@ impl EventStream {
         let position = timeout(POSITION_TIMEOUT, self.catch_up.position()).await.ok().flatten();
         // Changes delivered before the position was returned go first; they have their own ids.
         if let Some(taken) = self.catch_up.outbox.take().now_or_never() {
-            return self.encoded(taken);
+            return self.taken(taken);
+        }
+        if self.held_until().is_some() {
+            return None;
         }
         // Nothing is delivered after the token's expiry, so a later position must not be sent: it would skip changes.
         let is_in_force = now() < self.catch_up.subscription().identity().claims().expires_at();
@@ -273,17 +294,43 @@ impl EventStream {
         Some(text)
     }
 
-    /// Encodes taken frames as events; `None` if there are none.
-    fn encoded(&mut self, taken: Taken) -> Option<String> {
+    /// Returns when changes that are held back are due; `None` if there are none.
+    fn held_until(&self) -> Option<Instant> {
+        let conflation = self.conflation.as_ref()?;
+        let is_empty = self.catch_up.outbox.in_flight().frames.is_empty();
+        (!is_empty).then(|| Instant::from_std(conflation.due()))
+    }
+
+    /// Returns whether taken frames are to be written now.
+    fn is_ready(&mut self) -> bool {
+        let outbox = &self.catch_up.outbox;
+        let mut in_flight = outbox.in_flight();
+        let Some(conflation) = &mut self.conflation else { return !in_flight.frames.is_empty() };
+        let (is_ready, left_out) = conflation.release(&mut in_flight.frames, outbox.budget());
+        if !is_ready {
+            outbox.is_stuck_with(conflation.held_bytes());
+        }
+        self.app.observe.conflated(left_out);
+        is_ready
+    }
+
+    /// Encodes frames that were taken; `None` if they are held back, or the stream is closed instead.
+    fn taken(&mut self, taken: Taken) -> Option<String> {
         if taken != Taken::Frames {
             // The client is too slow, or the subscription must be bound again: the client reconnects with its last id.
             self.is_closed = true;
             return None;
         }
+        self.is_ready().then(|| self.encoded())
+    }
+
+    /// Encodes the first frames as events.
+    fn encoded(&mut self) -> String {
         let outbox = Arc::clone(&self.catch_up.outbox);
         let mut in_flight = outbox.in_flight();
         let mut text = String::new();
         while text.len() < MAX_CHUNK
+            && self.conflation.as_ref().is_none_or(Conflation::is_releasing)
             && let Some(first) = in_flight.frames.front()
         {
             match first.content() {
@@ -318,9 +365,12 @@ impl EventStream {
                 _ => {}
             }
             in_flight.frames.pop_front();
+            if let Some(conflation) = &mut self.conflation {
+                conflation.delivered();
+            }
         }
         outbox.is_stuck_with(in_flight.frames.iter().map(|frame| frame.len()).sum());
-        Some(text)
+        text
     }
 
     /// Returns the name of the events that have a cursor of their own.

@@ -7,9 +7,9 @@ use crate::model::subscription::error::SubscribeError;
 use crate::transport::query::{is_unreadable, names, parameter};
 
 /// The known parameters.
-const PARAMETERS: [&str; 18] = [
+const PARAMETERS: [&str; 19] = [
     "apikey", "topic", "private", "event", "schema", "table", "tables", "filter", "or", "and", "not.or",
-    "not.and", "select", "since", "wait", "order", "limit", "after",
+    "not.and", "select", "since", "wait", "conflate", "order", "limit", "after",
 ];
 /// The parameters that only apply to one table.
 const OF_ONE: [&str; 12] = [
