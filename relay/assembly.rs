@@ -48,6 +48,7 @@ use crate::status::writer::StatusWriter;
 use crate::transport::app::App;
 use crate::transport::broadcast_rates::BroadcastRates;
 use crate::transport::connection_limits::ConnectionLimits;
+use crate::webhooks::service::WebhookService;
 
 /// Connections for the catalog, subscriptions and flushes. None is used while nothing happens.
 const POOL_SIZE: usize = 4;
@@ -111,6 +112,7 @@ struct ReadingTasks {
     items: Sender<FeedItem>,
     bookmark_writer: BookmarkWriter,
     status_writer: StatusWriter,
+    webhooks: WebhookService,
     jobs: watch::Sender<()>,
 }
 
@@ -132,8 +134,9 @@ impl Assembly {
         let (jobs, _) = watch::channel(());
         let source = foundation.source(config.poll, jobs.clone());
         let (status, status_writer) = foundation.status(&config)?;
-        let reading = ReadingTasks { source, items, bookmark_writer, status_writer, jobs };
         let app = Arc::new(foundation.app(config, feed, status));
+        let webhooks = foundation.webhooks(&app)?;
+        let reading = ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, jobs };
         Ok(Self { app, foundation, reading })
     }
 
@@ -150,11 +153,12 @@ impl Assembly {
     /// Runs the tasks that read the database.
     pub fn begin_reading(self) {
         let Foundation { servers, tasks, observe, .. } = self.foundation;
-        let ReadingTasks { source, items, bookmark_writer, status_writer, jobs } = self.reading;
+        let ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, jobs } = self.reading;
         let (tracker, end) = (&tasks.tracker, &tasks.end);
         tracker.spawn(bookmark_writer.run(tasks.feed_end.clone()));
         // After the sessions, whose ends it writes.
         tracker.spawn(status_writer.run(jobs.clone(), tasks.feed_end.clone()));
+        tracker.spawn(webhooks.run(jobs.clone(), end.clone()));
         tracker.spawn(source.run(items, end.clone()));
         tracker.spawn(retention::run(servers.main.clone(), observe, end.clone()));
         tracker.spawn(refresh::run(servers.main.clone(), jobs.clone(), end.clone()));
@@ -287,6 +291,14 @@ impl Foundation {
         let board = Arc::new(Board::new(config.status.clone(), Arc::clone(&self.observe)));
         let writer = StatusWriter::new(main.clone(), Arc::clone(&board), Arc::clone(&self.observe));
         Ok((StatusService::new(board, StatusTable::new(main)?), writer))
+    }
+
+    /// Returns what delivers webhooks.
+    fn webhooks(&self, app: &App) -> Result<WebhookService, Error> {
+        let (server, pool) = (self.servers.main.clone(), self.changelog.pool.clone());
+        let (feed, budget) = (app.feed.clone(), Arc::clone(&app.budget));
+        WebhookService::new(server, pool, feed, budget, Arc::clone(&self.observe))
+            .map_err(|error| Error::Unfit(format!("webhooks cannot be delivered: {error}")))
     }
 
     /// Returns the judge of private channels, and runs its tasks.

@@ -8,7 +8,7 @@
 //! Three sentences explain the rest. NOTIFY is a hint, the changelog is the truth. There is one recovery path:
 //! resume from a cursor. A subscription exists only bound to verified claims.
 //!
-//! # The seven walks
+//! # The eight walks
 //!
 //! **A change.** `sql/101_capture.sql` writes it. [`postgres::changelog::doorbell`] wakes the relay,
 //! [`postgres::changelog::reader`] reads a page, [`feed::read::source`] cuts it into batches, [`feed::router`] takes them in order.
@@ -42,9 +42,13 @@
 //! **A refresh.** `sql/106_refresh_on_change.sql` notes that a table which a view reads has changed, [`postgres::maintenance::refresh`]
 //! refreshes the view, and `sql/106_refresh.sql` logs how its rows differ from those that subscribers were told of.
 //!
+//! **A webhook.** [`webhooks::service`] holds a lock, so that one relay delivers. `webhooks::reader` follows from a cursor
+//! as a poll does ([`feed::catch_up`]), `webhooks::queue` decides which delivery is in turn, `webhooks::request` sends it, and
+//! `webhooks::worker` writes by [`postgres::webhooks`] how far it came and what waits.
+//!
 //! # Layers
 //!
-//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `status`, `auth`, `transport`, then `assembly`,
+//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `status`, `webhooks`, `auth`, `transport`, then `assembly`,
 //! `server` and `command`; `settings`, `config`, `observe` and `tls` stand beside them. What exactly each may import is the
 //! table `IMPORTS` of `tests/house/layers.rs`. The folders of a layer import each other without cycles, too.
 //!
@@ -76,6 +80,7 @@
 //! | codec | how a wire protocol writes the changes of a subscription; on a socket also the messages of the session |
 //! | topic, presence | what channels of one name have in common; the objects that its members track |
 //! | outbox, frame | the bounded queue to one client; what is in it: a message, change or gap |
+//! | webhook, delivery, dead letter | the changes of a table for an HTTP receiver; one of them, or a gap; one that failed too often |
 //! | status, sweep | whether a user is online, in a table of the user's own; the look for users that are online and should not be |
 //! | lane | one of three routers: in memory, filters that PostgreSQL evaluates, clients with many filter values |
 //!
@@ -215,6 +220,7 @@ pub mod postgres {
     pub mod bookmarks;
     pub mod broadcast_history;
     pub mod status;
+    pub mod webhooks;
     /// Work on a schedule, by one relay at a time.
     pub mod maintenance {
         pub mod retention;
@@ -289,6 +295,17 @@ pub mod pubsub {
 pub mod status {
     pub mod board;
     pub mod writer;
+    pub mod service;
+}
+
+/// Changes sent to HTTP receivers.
+pub mod webhooks {
+    mod signature;
+    mod delivery;
+    mod queue;
+    mod request;
+    mod reader;
+    mod worker;
     pub mod service;
 }
 

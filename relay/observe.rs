@@ -106,6 +106,16 @@ metrics! {
     status_sweeps: Counter = "status_sweeps", "Sweeps by this relay";
     status_swept: Counter = "status_set_offline", "Users that sweeps of this relay set offline";
 
+    // Webhooks.
+    webhooks: Gauge = "webhooks_running", "Webhooks that this relay delivers";
+    webhook_waiting: Gauge = "webhook_waiting", "Deliveries that wait after a failure, of the webhooks that this relay delivers";
+    webhook_dead: Gauge = "webhook_dead_letters", "Deliveries that were given up, of the webhooks that this relay delivers";
+    webhook_delivered: Counter = "webhook_deliveries", "Deliveries that a receiver has taken";
+    webhook_failures: Counter = "webhook_failures", "Attempts to deliver that failed";
+    webhook_given_up: Counter = "webhook_given_up", "Deliveries that became dead letters";
+    webhook_gaps: Counter = "webhook_gaps", "Gaps in the changes of webhooks";
+    webhook_answers: Histogram(0.001, 15) = "webhook_request_seconds", "Requests to receivers, from connecting to the answer";
+
     // Keys.
     keys: Gauge = "jwks_keys", "Valid keys of the JWK set";
     keys_stale: Gauge = "jwks_stale", "1 while the JWK set cannot be reread";
@@ -158,6 +168,8 @@ pub struct Observe {
     upstream: LogPace,
     /// Of users whose status was refused.
     status_refusals: LogPace,
+    /// Of failed deliveries of webhooks.
+    webhooks: LogPace,
 }
 
 impl Observe {
@@ -179,6 +191,7 @@ impl Observe {
             subscription_refusals: LogPace::default(),
             upstream: LogPace::default(),
             status_refusals: LogPace::default(),
+            webhooks: LogPace::default(),
         }
     }
 
@@ -418,6 +431,39 @@ impl Observe {
     pub fn status_swept(&self, users: u64) {
         self.metrics.status_sweeps.inc();
         self.metrics.status_swept.inc_by(users);
+    }
+
+    /// Sets the number of webhooks that are delivered.
+    pub fn webhooks_running(&self, count: usize) {
+        self.metrics.webhooks.set(count as i64);
+    }
+
+    /// Updates the numbers of deliveries of a webhook that wait, and of its dead letters.
+    pub fn webhook_counts(&self, before: (usize, usize), now: (usize, usize)) {
+        self.metrics.webhook_waiting.inc_by(now.0 as i64 - before.0 as i64);
+        self.metrics.webhook_dead.inc_by(now.1 as i64 - before.1 as i64);
+    }
+
+    /// Counts a request to a receiver.
+    pub fn webhook_answered(&self, took: Duration, is_delivered: bool) {
+        self.metrics.webhook_answers.observe(took.as_secs_f64());
+        self.metrics.webhook_delivered.inc_by(u64::from(is_delivered));
+    }
+
+    /// Counts a delivery that failed, and logs it, at most once a second.
+    pub fn webhook_failed(&self, name: &str, why: &str, is_given_up: bool) {
+        self.metrics.webhook_failures.inc();
+        self.metrics.webhook_given_up.inc_by(u64::from(is_given_up));
+        if self.webhooks.is_due() {
+            let outcome = if is_given_up { "dead letter" } else { "tried again" };
+            tracing::warn!(webhook.name = name, why, outcome, "webhook not delivered");
+        }
+    }
+
+    /// Counts and logs a gap in the changes of a webhook.
+    pub fn webhook_gap(&self, name: &str, why: &str) {
+        self.metrics.webhook_gaps.inc();
+        tracing::warn!(webhook.name = name, why, "webhook tells a gap");
     }
 
     /// Returns the text of `/metrics`.

@@ -1,7 +1,10 @@
 //! TLS of outgoing connections: which server certificates the relay trusts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::HttpConnector;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
@@ -46,6 +49,19 @@ pub fn trusting(authority: Option<&str>) -> Result<ClientConfig, TlsError> {
         .with_safe_default_protocol_versions()
         .map_err(|error| TlsError(error.to_string()))?;
     Ok(builder.with_root_certificates(roots(&authorities(authority)?)?).with_no_client_auth())
+}
+
+/// Returns what connects to HTTP servers, by TLS where the address says so, within a time limit.
+///
+/// # Errors
+/// When the certificates of the system cannot be used.
+pub fn https(connect_timeout: Duration) -> Result<HttpsConnector<HttpConnector>, TlsError> {
+    let mut http = HttpConnector::new();
+    http.enforce_http(false);
+    http.set_connect_timeout(Some(connect_timeout));
+    http.set_nodelay(true);
+    let https = HttpsConnectorBuilder::new().with_tls_config(trusting(None)?).https_or_http();
+    Ok(https.enable_http1().wrap_connector(http))
 }
 
 /// Returns a client configuration for a PostgreSQL server.

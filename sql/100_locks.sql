@@ -28,5 +28,6 @@ return case name
   when 'collections' then 9 -- by the transaction that watches or unwatches a table for a collection
   when 'signals' then 10    -- by the relay that notes which views are due for a refresh on change
   when 'status' then 11     -- by the transaction that sets silent users and those of dead relays offline
+  when 'webhooks' then 12   -- by the relay that delivers webhooks
 end;
 comment on function relay.lock(text) is 'second number of an advisory lock of class relay';

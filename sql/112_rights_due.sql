@@ -47,7 +47,8 @@ set search_path = pg_catalog, pg_temp as $$
   select 'table', t, 'relay_reader', 'select'
   from unnest('{relay.ledger,relay.history,relay.log,relay.changes,relay.watch_list,relay.watched,relay.read_policies,relay.refresh_jobs,relay.refreshes,
                 relay.retention,relay.segments,relay.health,relay.shapes,relay.widenings,relay.shape_doubts,relay.former_parents,relay.named_parts,
-                relay.collections,relay.collection_work,relay.collected,relay.status_table}'::text[]) t
+                relay.collections,relay.collection_work,relay.collected,relay.status_table,
+                relay.webhooks,relay.dead_letters}'::text[]) t
   union all
   select 'function', f, 'relay_reader', 'execute'
   from unnest(array['relay.lock_class(text)', 'relay.lock(text)', 'relay.epoch()', 'relay.cursor()', 'relay.page(pg_snapshot, pg_snapshot, bigint, boolean)',
@@ -74,7 +75,8 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.status_problems()', 'relay.status_begin()', 'relay.status_beat(text)', 'relay.status_end(text)',
     'relay.status_write(text, text[], boolean[], boolean[], boolean[], double precision[])',
     'relay.status_sweep(double precision, double precision, int)', 'relay.status_set(text, boolean)',
-    'relay.status_stats(double precision)']) f
+    'relay.status_stats(double precision)', 'relay.webhook_work()', 'relay.webhook_held(text)', 'relay.webhook_body(text, text)',
+    'relay.webhook_settle(text, text, int, json)']) f
 $$;
 comment on function relay.rights_due() is 'owners and rights of the objects in schema relay';
 

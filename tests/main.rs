@@ -22,3 +22,4 @@ mod support;
 mod systems;
 mod transport;
 mod visibility;
+mod webhooks;

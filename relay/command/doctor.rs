@@ -83,6 +83,7 @@ async fn examine(server: &Server, judge: &Server) -> Result<Vec<Finding>, Error>
     findings.extend(policies(server, judge).await?);
     findings.extend(refreshes(&client).await?);
     findings.extend(status(&client).await?);
+    findings.extend(webhooks(&client).await?);
     findings.push(retention(&client).await?);
     Ok(findings)
 }
@@ -191,7 +192,7 @@ async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
 }
 
 /// The locks that a session may hold for long, and what does not work while it does.
-const LOCK_HARM: [(Lock, &str); 8] = [
+const LOCK_HARM: [(Lock, &str); 9] = [
     (Lock::Doorbell, "writers notify without need, or no relay can sleep"),
     (Lock::Install, "no installation can run"),
     (Lock::Trim, "the changelog is not trimmed"),
@@ -200,6 +201,7 @@ const LOCK_HARM: [(Lock, &str); 8] = [
     (Lock::Collections, "tables of publications and schemas are neither watched nor unwatched"),
     (Lock::Signals, "no view is refreshed on change"),
     (Lock::Status, "silent users and those of dead relays stay online"),
+    (Lock::Webhooks, "no webhook is delivered"),
 ];
 
 /// Finds sessions that hold a lock of the relays and are none: any login may take these locks. A session counts as a relay by
@@ -511,4 +513,45 @@ async fn status(client: &Client) -> Result<Vec<Finding>, Error> {
         Good(format!("{} has the status of users (relay.status_on)", row.get::<_, String>(0)))
     };
     Ok(table.map(good).into_iter().collect())
+}
+
+/// Reports webhooks that do not deliver, and dead letters.
+async fn webhooks(client: &Client) -> Result<Vec<Finding>, Error> {
+    let held = Lock::Webhooks.is_held();
+    let query = format!(
+        "select w.name, w.relation::text, w.state, w.error, w.waiting, w.dead_letters, quote_literal(w.name), \
+         w.lag > interval '1 minute', exists (select from pg_locks l where {held}) \
+         from relay.webhooks w order by 1"
+    );
+    let rows = client.query(&query, &[]).await?;
+    Ok(rows.iter().flat_map(webhook).collect())
+}
+
+fn webhook(row: &tokio_postgres::Row) -> Vec<Finding> {
+    let (name, relation, state): (String, String, String) = (row.get(0), row.get(1), row.get(2));
+    let (error, waiting, dead): (Option<String>, i64, i64) = (row.get(3), row.get(4), row.get(5));
+    let (literal, is_late, is_delivered): (String, bool, bool) = (row.get(6), row.get(7), row.get(8));
+    let error = error.unwrap_or_default();
+    let mut findings = Vec::new();
+    if dead > 0 {
+        findings.push(Fault(format!(
+            "the webhook {name} has {dead} dead letters (select * from relay.dead_letters): select relay.retry_dead_letters({literal}), or \
+             select relay.discard_dead_letters({literal})"
+        )));
+    }
+    findings.push(match state.as_str() {
+        "dropped" => Fault(format!(
+            "the table of the webhook {name} was dropped: select relay.drop_webhook({literal})"
+        )),
+        "disabled" => Fault(format!("the webhook {name} sends nothing: {error}")),
+        "failing" => {
+            Note(format!("the webhook {name} of {relation} fails, {waiting} deliveries wait: {error}"))
+        }
+        "paused" => Note(format!("the webhook {name} of {relation} is paused by its receiver: {error}")),
+        _ if is_late && !is_delivered => {
+            Note(format!("the webhook {name} is not delivered, because no relay runs"))
+        }
+        _ => Good(format!("the webhook {name} delivers changes of {relation}")),
+    });
+    findings
 }

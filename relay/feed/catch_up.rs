@@ -28,7 +28,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 const TURN: Duration = Duration::from_secs(2);
 
 /// The gap for a client whose replay does not fit in memory.
-const NO_ROOM: &str = "not enough memory to replay what was missed, read the rows again";
+pub const NO_ROOM: &str = "not enough memory to replay what was missed, read the rows again";
 
 /// A channel with a cursor. Dropping it ends delivery.
 pub struct CatchUp {

@@ -28,11 +28,13 @@ pub enum Lock {
     Signals = 10,
     /// Held by the transaction that sets silent users and those of dead relays offline.
     Status = 11,
+    /// Held by the relay that delivers webhooks.
+    Webhooks = 12,
 }
 
 impl Lock {
     /// All locks.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Doorbell,
         Self::Install,
         Self::Trim,
@@ -43,6 +45,7 @@ impl Lock {
         Self::Collections,
         Self::Signals,
         Self::Status,
+        Self::Webhooks,
     ];
 
     /// Returns the condition that the row `l` of `pg_locks` is this lock of this database, granted.

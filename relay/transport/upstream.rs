@@ -14,7 +14,7 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::http::uri::{Authority, PathAndQuery, Scheme};
 use hyper::{Request, Response, Uri, Version};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -97,16 +97,7 @@ impl Upstream {
             return Err(String::from("a query in it is not supported"));
         }
         let prefix = path.as_ref().map_or("", PathAndQuery::path).trim_end_matches('/').to_owned();
-        let mut http = HttpConnector::new();
-        http.enforce_http(false);
-        http.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        http.set_nodelay(true);
-        let trusted = tls::trusting(None).map_err(|error| error.to_string())?;
-        let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(trusted)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(http);
+        let connector = tls::https(CONNECT_TIMEOUT).map_err(|error| error.to_string())?;
         let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(IDLE_TIMEOUT).build(connector);
         Ok(Self { scheme, authority, prefix, client })
     }

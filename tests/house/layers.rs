@@ -13,6 +13,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("feed", &["feed", "postgres", "model", "observe"]),
     ("pubsub", &["pubsub", "feed::deliver", "model", "observe"]),
     ("status", &["status", "postgres::connect", "postgres::status", "model", "observe"]),
+    ("webhooks", &["webhooks", "feed", "postgres", "model", "observe", "tls"]),
     ("auth", &["auth", "model", "observe", "tls"]),
     ("transport", &["transport", "auth", "pubsub", "status", "feed", "model", "observe", "tls"]),
     ("settings", &[]),
@@ -34,6 +35,7 @@ const NEVER: &[(&str, &str, &[&str])] = &[
         "transports, protocols or SQL",
         &["hyper", "tungstenite", "phoenix", "tokio_postgres", "\"select "],
     ),
+    ("webhooks", "SQL or sockets of clients", &["tungstenite", "tokio_postgres", "\"select ", "\"insert "]),
     ("auth", "SQL", &["tokio_postgres", "deadpool", "\"select ", "\"insert "]),
     ("feed", "SQL", &["\"select ", "\"insert ", "\"update ", "\"delete ", "batch_execute"]),
     (

@@ -22,8 +22,7 @@ impl Backoff {
     pub fn pause(&mut self) -> Duration {
         let full = self.next;
         self.next = (full * 2).min(self.max);
-        let random = RandomState::new().hash_one(0) as u32;
-        full.mul_f64(0.5 + f64::from(random) / f64::from(u32::MAX) / 2.0)
+        jittered(full)
     }
 
     /// Makes the next pauses the longest: for errors that need a change at the database first.
@@ -35,6 +34,12 @@ impl Backoff {
     pub fn reset(&mut self) {
         self.next = self.first;
     }
+}
+
+/// Returns a random part of a pause, at least half of it.
+pub fn jittered(full: Duration) -> Duration {
+    let random = RandomState::new().hash_one(0) as u32;
+    full.mul_f64(0.5 + f64::from(random) / f64::from(u32::MAX) / 2.0)
 }
 
 #[cfg(test)]
