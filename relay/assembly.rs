@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedSender};
 use tokio::sync::{Mutex, watch};
@@ -18,6 +18,7 @@ use crate::feed::authorize::topic_questions::{QuestionQueues, TopicWorker};
 use crate::feed::command::Command;
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::explain::explainer::Explainer;
+use crate::feed::explain::inspection::Inspection;
 use crate::feed::handle::Feed;
 use crate::feed::lanes::Lanes;
 use crate::feed::read::backlog::Backlog;
@@ -339,6 +340,8 @@ impl Foundation {
         let budget = Arc::new(MemoryBudget::within(limits.total_outbox_bytes, limits.change_bytes));
         let topics = Topics::new(limits.topics, Arc::clone(&budget), Arc::clone(&self.observe));
         self.tasks.tracker.spawn(Arc::clone(&topics).run(self.tasks.feed_end.clone()));
+        let inspection =
+            Inspection::new(main.clone(), judge.clone(), Arc::clone(&catalog), self.judge_timeout);
         App {
             verifier: config.verifier,
             feed,
@@ -358,6 +361,11 @@ impl Foundation {
             allowed_origins: config.allowed_origins,
             upstream: config.upstream,
             budget,
+            clients: Arc::default(),
+            inspection,
+            shown_settings: config.shown,
+            has_admin_port: config.admin_listen.is_some(),
+            started: Instant::now(),
             connection_limits: Arc::new(ConnectionLimits::new(
                 limits.connections,
                 limits.connections_per_address,

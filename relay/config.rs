@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::auth::jwks_fetch::Endpoint;
 use crate::auth::jwks_refresh::{JwksRefresher, PublishedKeys, Schedule};
 use crate::auth::verifier::{TokenSettings, Verifier};
@@ -59,6 +61,8 @@ pub struct Config {
     pub status: StatusSettings,
     /// Whether to install first.
     pub install: bool,
+    /// The settings, without secrets.
+    pub shown: Value,
 }
 
 impl Settings {
@@ -68,6 +72,7 @@ impl Settings {
     /// The missing and invalid settings.
     pub fn resolve(self) -> Result<Config, Mistakes> {
         let mut mistakes = Vec::new();
+        let shown = self.shown();
         let database_url = self.database_url.clone().unwrap_or_else(|| {
             mistakes.push(String::from(NO_DATABASE));
             String::new()
@@ -125,6 +130,7 @@ impl Settings {
             stall,
             status,
             install: self.install,
+            shown,
         })
     }
 

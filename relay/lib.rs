@@ -82,6 +82,7 @@
 //! | outbox, frame | the bounded queue to one client; what is in it: a message, change or gap |
 //! | webhook, delivery, dead letter | the changes of a table for an HTTP receiver; one of them, or a gap; one that failed too often |
 //! | status, sweep | whether a user is online, in a table of the user's own; the look for users that are online and should not be |
+//! | inspector | the page `/inspector` for operators, and what it reads |
 //! | lane | one of three routers: in memory, filters that PostgreSQL evaluates, clients with many filter values |
 //!
 //! A *session* of PostgreSQL, in SQL and in [`postgres`], is a connection of a backend.
@@ -217,6 +218,8 @@ pub mod postgres {
     }
     pub mod snapshot_rows;
     pub mod explain_queries;
+    pub mod inspect_queries;
+    pub mod doctor;
     pub mod bookmarks;
     pub mod broadcast_history;
     pub mod status;
@@ -282,6 +285,7 @@ pub mod feed {
     pub mod explain {
         pub mod explanation;
         pub mod explainer;
+        pub mod inspection;
     }
 }
 
@@ -333,6 +337,7 @@ pub mod transport {
     pub mod held_answer;
     pub mod broadcast_rates;
     pub mod upstream;
+    pub mod clients;
     pub mod app;
     mod admission;
     mod body;
@@ -371,6 +376,13 @@ pub mod transport {
     pub mod explain;
     mod health;
     mod metrics;
+    /// `/inspector`: a page for operators, and what it reads.
+    pub mod inspector {
+        mod page;
+        mod live;
+        mod database;
+        pub mod request;
+    }
     pub mod admin;
     pub mod proxy;
     pub mod routes;

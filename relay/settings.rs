@@ -7,6 +7,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+mod shown;
+
 /// The settings of `relay serve`, as written. Flags override the environment, both override the file.
 #[derive(Args, Serialize, Deserialize, Default, Clone)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -17,7 +19,7 @@ pub struct Settings {
     /// Where to listen [default: 127.0.0.1:4000]
     #[arg(long, env = "RELAY_LISTEN", value_name = "ADDRESS")]
     pub listen: Option<String>,
-    /// A second address, for /metrics and health checks without a token
+    /// A second address, for /metrics and health checks without a token, and for /inspector
     #[arg(long, env = "RELAY_ADMIN_LISTEN", value_name = "ADDRESS")]
     pub admin_listen: Option<String>,
     /// The secret that signs tokens (HS256/384/512), at least 32 bytes

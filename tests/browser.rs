@@ -36,3 +36,33 @@ async fn has_one_connection_under_strict_mode_and_none_after_the_component() {
     let scenario = "has_one_connection_under_strict_mode_and_none_after_the_component";
     crate::support::script::play("node", "strict-mode.mjs", scenario).await;
 }
+
+/// The inspector of the relay. What happens to it: tests/clients/inspector.mjs.
+async fn inspector(scenario: &str) {
+    crate::support::script::play("node", "inspector.mjs", scenario).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lets_in_the_service_role_alone_and_keeps_its_token_in_the_tab() {
+    inspector("lets_in_the_service_role_alone_and_keeps_its_token_in_the_tab").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn says_why_a_row_is_delivered_or_not_by_key_change_user_and_token() {
+    inspector("says_why_a_row_is_delivered_or_not_by_key_change_user_and_token").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shows_changes_as_they_come_and_what_a_user_gets_of_them() {
+    inspector("shows_changes_as_they_come_and_what_a_user_gets_of_them").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_who_is_connected_to_what_and_how_tables_are_decided() {
+    inspector("lists_who_is_connected_to_what_and_how_tables_are_decided").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fits_a_phone_by_day_and_by_night() {
+    inspector("fits_a_phone_by_day_and_by_night").await;
+}

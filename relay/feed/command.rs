@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
+use crate::feed::deliver::hub::ChannelDescription;
 use crate::feed::deliver::members::Reader;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::read::batch::Batch;
@@ -62,6 +63,13 @@ pub enum Command {
         relation: Arc<Relation>,
         /// Receives the readers.
         reply: oneshot::Sender<Vec<Reader>>,
+    },
+    /// Query what channels subscribe to, and where they are.
+    Describe {
+        /// The channels.
+        channels: Vec<ChannelId>,
+        /// Receives those that are known.
+        reply: oneshot::Sender<Vec<ChannelDescription>>,
     },
     /// A replay has reached its target, or cannot continue.
     Arrived {

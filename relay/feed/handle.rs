@@ -12,6 +12,7 @@ use tokio::time::{sleep, timeout};
 use crate::feed::command::{Command, DeliveredUpTo};
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::group::Subscriber;
+use crate::feed::deliver::hub::ChannelDescription;
 use crate::feed::deliver::members::Reader;
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::lanes::Lanes;
@@ -35,6 +36,9 @@ use crate::postgres::broadcast_history::BroadcastHistory;
 use crate::postgres::connect::pool::Error;
 use crate::postgres::connect::within::within;
 use crate::postgres::snapshot_rows::{RowSink, RowsRead, Selection, SnapshotRows};
+
+/// Number of channels that a router describes before it delivers further.
+const DESCRIBED_AT_ONCE: usize = 32;
 
 /// A session's handle on the feed.
 #[derive(Clone)]
@@ -192,6 +196,20 @@ impl Feed {
             (Reverse(reader.channels), reader.identity.claims().sub().map(str::to_owned))
         });
         readers
+    }
+
+    /// Returns what channels subscribe to, and where they are; unknown ones are left out. A router is asked for a few at a time, so
+    /// that delivery goes on in between.
+    pub async fn describe(&self, channels: Vec<ChannelId>) -> Vec<ChannelDescription> {
+        let mut described = Vec::with_capacity(channels.len());
+        for list in self.lanes.by_router(channels) {
+            for few in list.chunks(DESCRIBED_AT_ONCE) {
+                let (reply, receiver) = oneshot::channel();
+                self.send(Command::Describe { channels: few.to_vec(), reply });
+                described.extend(receiver.await.unwrap_or_default());
+            }
+        }
+        described
     }
 
     /// Waits until all earlier commands are handled.

@@ -82,6 +82,10 @@ impl Lanes {
                 let lane = channels.first().map_or(Lane::Main, |channel| self.lane_of(*channel));
                 self.sender(lane).send(Command::DeliveredUpTo { channels, trailing_frame, reply })
             }
+            Command::Describe { channels, reply } => {
+                let lane = channels.first().map_or(Lane::Main, |channel| self.lane_of(*channel));
+                self.sender(lane).send(Command::Describe { channels, reply })
+            }
             command => self.main.send(command),
         };
     }

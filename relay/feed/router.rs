@@ -263,6 +263,10 @@ impl Router {
             Command::Readers { relation, reply } => {
                 let _ = reply.send(self.hub.readers(&relation));
             }
+            Command::Describe { channels, reply } => {
+                let describe = |channel| self.hub.describe(channel, self.position.as_ref());
+                let _ = reply.send(channels.into_iter().filter_map(describe).collect());
+            }
             Command::Arrived { replay, at, catalog, stalled, answer } => {
                 let result = self.replay_arrived(replay, at, catalog.as_deref(), stalled);
                 let _ = answer.send(result);

@@ -44,6 +44,34 @@ struct TopicState {
     is_scheduled: bool,
     /// Whether the topic was removed because it had no members.
     is_removed: bool,
+    /// What was sent to it.
+    traffic: Traffic,
+}
+
+/// What was sent to a topic since it has members.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Number of broadcasts.
+    pub broadcasts: u64,
+    /// Number of frames of them for members.
+    pub frames: u64,
+    /// Bytes of the broadcasts, each counted once.
+    pub bytes: u64,
+}
+
+/// A topic at one moment.
+#[derive(Debug, Clone)]
+pub struct TopicSummary {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Whether it is private.
+    pub is_private: bool,
+    /// Number of its members.
+    pub members: usize,
+    /// Number of objects that members track.
+    pub present: usize,
+    /// What was sent to it.
+    pub traffic: Traffic,
 }
 
 struct Audience {
@@ -162,7 +190,7 @@ impl Topic {
         let bytes = content.len();
         let content = CountedBytes::new(content, &self.budget);
         let (mut count, mut congested) = (0, Vec::new());
-        let state = self.lock();
+        let mut state = self.lock();
         for Audience { protocol, members } in &state.audiences {
             let Some(wrapping) = protocol.broadcast(&self.name, &kind, None) else { continue };
             let frame = match wrapping.before.len() + bytes + wrapping.after.len() {
@@ -181,6 +209,8 @@ impl Topic {
                 }
             }
         }
+        let Traffic { broadcasts, frames, bytes: sum } = &mut state.traffic;
+        (*broadcasts, *frames, *sum) = (*broadcasts + 1, *frames + count as u64, *sum + bytes as u64);
         (count, congested)
     }
 
@@ -215,6 +245,18 @@ impl Topic {
     pub fn untrack(&self, id: MemberId) {
         let mut state = self.lock();
         state.is_changed |= state.presence.untrack(id);
+    }
+
+    /// Returns its numbers.
+    pub fn summary(&self) -> TopicSummary {
+        let state = self.lock();
+        TopicSummary {
+            name: Arc::clone(&self.name),
+            is_private: self.is_private,
+            members: state.audiences.iter().map(|audience| audience.members.len()).sum(),
+            present: state.presence.count(),
+            traffic: state.traffic,
+        }
     }
 
     /// Returns the current presence as JSON.

@@ -20,7 +20,7 @@ use crate::model::session::limits::TopicLimits;
 use crate::model::session::member::{MemberId, MembershipOptions, NodeId};
 use crate::model::session::message::ChannelName;
 use crate::observe::Observe;
-use crate::pubsub::topic::{Announcement, Member, PresenceFull, PresenceUpdates, TICK, Topic};
+use crate::pubsub::topic::{Announcement, Member, PresenceFull, PresenceUpdates, TICK, Topic, TopicSummary};
 
 /// Number of maps that topics are spread over.
 const SHARDS: usize = 16;
@@ -155,6 +155,15 @@ impl Topics {
     /// Returns who is present in a topic, as JSON.
     pub fn presence(&self, topic: &str, is_private: bool) -> String {
         self.find(topic, is_private).map_or_else(|| String::from("{}"), |topic| topic.presence())
+    }
+
+    /// Returns the numbers of all topics, in no order. The lock of a shard is held only to copy references.
+    pub fn summaries(&self) -> Vec<TopicSummary> {
+        let mut topics: Vec<Arc<Topic>> = Vec::new();
+        for shard in self.public.iter().chain(&self.private) {
+            topics.extend(lock(shard).values().cloned());
+        }
+        topics.iter().map(|topic| topic.summary()).collect()
     }
 
     /// Tells members of changes of the presence that came soon after others.

@@ -1,6 +1,7 @@
-//! The admin port: metrics and health checks without a token, for an address that only operators reach.
+//! The admin port: metrics and health checks without a token, and the inspector, for an address that only operators reach.
 
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,10 +11,12 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::transport::app::App;
+use crate::transport::inspector::request as inspector;
 use crate::transport::response::{Answer, error};
 use crate::transport::{health, metrics};
 
@@ -30,8 +33,8 @@ pub async fn accept(app: &Arc<App>, listener: &TcpListener) {
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let served = serve(Arc::clone(app), stream);
+            Ok((stream, address)) => {
+                let served = serve(Arc::clone(app), stream, address.ip());
                 app.sessions.spawn(async move {
                     let _ = timeout(MAX_AGE, served).await;
                     drop(place);
@@ -45,11 +48,11 @@ pub async fn accept(app: &Arc<App>, listener: &TcpListener) {
     }
 }
 
-async fn serve(app: Arc<App>, stream: TcpStream) {
+async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     let end = app.end.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        let answer = answer(&app, &request);
-        async move { Ok::<_, Infallible>(answer) }
+        let app = Arc::clone(&app);
+        async move { Ok::<_, Infallible>(answer(app, request, address).await) }
     });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
@@ -64,14 +67,20 @@ async fn serve(app: Arc<App>, stream: TcpStream) {
     }
 }
 
-fn answer<B>(app: &App, request: &Request<B>) -> Answer {
+async fn answer(app: Arc<App>, request: Request<Incoming>, address: IpAddr) -> Answer {
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return error(StatusCode::METHOD_NOT_ALLOWED, "the admin port is read by GET");
     }
     match request.uri().path() {
-        "/metrics" => metrics::answer(app),
-        path => health::answer(app, path).unwrap_or_else(|| {
-            error(StatusCode::NOT_FOUND, "the admin port has /metrics, /healthcheck, /livez and /readyz")
+        "/metrics" => metrics::answer(&app),
+        path if inspector::is_inspector(path) => {
+            let (watched, _) = watch::channel(None);
+            // Dropping the answer ends what it follows.
+            Box::pin(inspector::serve(app, request, address, watched, CancellationToken::new())).await
+        }
+        path => health::answer(&app, path).unwrap_or_else(|| {
+            let why = "the admin port has /inspector, /metrics, /healthcheck, /livez and /readyz";
+            error(StatusCode::NOT_FOUND, why)
         }),
     }
 }

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::header::{self, HeaderMap};
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -13,6 +14,7 @@ use crate::auth::verifier::{Verifier, now};
 use crate::feed::authorize::topic_judge::TopicJudge;
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::feed::explain::explainer::Explainer;
+use crate::feed::explain::inspection::Inspection;
 use crate::feed::handle::Feed;
 use crate::feed::read::stall::StallMonitor;
 use crate::model::identity::claims::Claims;
@@ -21,6 +23,7 @@ use crate::observe::{Observe, Readings};
 use crate::pubsub::topics::Topics;
 use crate::status::service::StatusService;
 use crate::transport::broadcast_rates::BroadcastRates;
+use crate::transport::clients::Clients;
 use crate::transport::connection_limits::ConnectionLimits;
 use crate::transport::upstream::Upstream;
 
@@ -48,6 +51,16 @@ pub struct App {
     pub allowed_origins: Vec<String>,
     /// The server that gets requests for other paths.
     pub upstream: Option<Upstream>,
+    /// The connected clients.
+    pub clients: Arc<Clients>,
+    /// What the inspector reads from the database.
+    pub inspection: Inspection,
+    /// The settings as the inspector shows them, without secrets.
+    pub shown_settings: Value,
+    /// Whether there is an admin port, which then has the inspector.
+    pub has_admin_port: bool,
+    /// When the relay was started.
+    pub started: Instant,
     /// Limits on open connections.
     pub connection_limits: Arc<ConnectionLimits>,
     /// Limits on what clients may request and hold.

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use hyper::body::Incoming;
+use hyper::header::HeaderMap;
 use hyper::{Method, Request, StatusCode};
 use serde_json::{Map, Value, json};
 
@@ -33,6 +34,8 @@ const PARAMETERS: [&str; 12] = [
     "token",
     "connected",
 ];
+/// The header with the token of the user, for a caller that keeps tokens out of addresses.
+const TOKEN_HEADER: &str = "explained-token";
 /// Maximum number of users in one request.
 const MAX_USERS: usize = 100;
 
@@ -47,15 +50,20 @@ pub async fn serve(app: &App, request: &Request<Incoming>, address: IpAddr) -> A
     let explained = match parameter(query, "connected").as_deref() {
         Some("true") => connected(app, query).await,
         Some(_) => Err(ExplainRefusal::Request(String::from("connected: true is expected"))),
-        None => asked(app, query).await,
+        None => asked(app, query, request.headers()).await,
     };
     match explained {
         Ok(body) => json_answer(StatusCode::OK, body.to_string()),
         Err(ExplainRefusal::Request(why)) => error(StatusCode::BAD_REQUEST, &why),
-        Err(ExplainRefusal::Explained(RequestError::Refused(why))) => {
-            error(StatusCode::BAD_REQUEST, &why.to_string())
-        }
-        Err(ExplainRefusal::Explained(RequestError::Failed(why))) => match why.refusal() {
+        Err(ExplainRefusal::Explained(why)) => failed(&why),
+    }
+}
+
+/// Returns the answer to a request that the database side refused or did not answer.
+pub(super) fn failed(why: &RequestError) -> Answer {
+    match why {
+        RequestError::Refused(why) => error(StatusCode::BAD_REQUEST, &why.to_string()),
+        RequestError::Failed(why) => match why.refusal() {
             Some(refusal) if !why.is_transient() && !why.is_late() => {
                 error(StatusCode::BAD_REQUEST, &refusal)
             }
@@ -88,8 +96,8 @@ impl From<RequestError> for ExplainRefusal {
 }
 
 /// Explains the users that the request names.
-async fn asked(app: &App, query: &str) -> Result<Value, ExplainRefusal> {
-    let requests = requests(app, query).await?;
+async fn asked(app: &App, query: &str, headers: &HeaderMap) -> Result<Value, ExplainRefusal> {
+    let requests = requests(app, query, headers).await?;
     let explanations = app.explainer.explain(&requests).await?;
     let mut verdicts: Vec<Value> =
         requests.iter().zip(&explanations).map(|(request, found)| verdict(request, found)).collect();
@@ -157,11 +165,11 @@ fn verdict(request: &ExplainRequest, found: &Explanation) -> Value {
 ///
 /// # Errors
 /// What is wrong with them, for the client.
-async fn requests(app: &App, query: &str) -> Result<Vec<ExplainRequest>, String> {
+async fn requests(app: &App, query: &str, headers: &HeaderMap) -> Result<Vec<ExplainRequest>, String> {
     let table = table(query)?;
     let row = target(query)?;
     let filter = parameter(query, "filter").filter(|filter| !filter.is_empty());
-    let users = users(app, query).await?;
+    let users = users(app, query, headers).await?;
     let request = |(identity, token_refused): (Identity, Option<String>)| ExplainRequest {
         table: table.clone(),
         identity,
@@ -211,8 +219,13 @@ fn target(query: &str) -> Result<Option<ExplainTarget>, String> {
 
 /// Reads who is asked about: the bearer of a token, or users with a role, ids and claims. Each with the reason why the relay refuses
 /// the token, if it does.
-async fn users(app: &App, query: &str) -> Result<Vec<(Identity, Option<String>)>, String> {
-    if let Some(token) = parameter(query, "token") {
+async fn users(
+    app: &App,
+    query: &str,
+    headers: &HeaderMap,
+) -> Result<Vec<(Identity, Option<String>)>, String> {
+    let by_header = headers.get(TOKEN_HEADER).and_then(|token| token.to_str().ok()).map(str::to_owned);
+    if let Some(token) = by_header.or_else(|| parameter(query, "token")) {
         if ["sub", "role", "claims"].iter().any(|name| parameter(query, name).is_some()) {
             return Err(String::from("token: it says who is meant; leave out sub, role and claims"));
         }

@@ -30,6 +30,7 @@ use crate::transport::exchange::{Answered, Exchange};
 use crate::transport::explain;
 use crate::transport::health;
 use crate::transport::held_answer::WatchedOutbox;
+use crate::transport::inspector::request as inspector;
 use crate::transport::intake::Intake;
 use crate::transport::maintenance;
 use crate::transport::metrics;
@@ -70,7 +71,7 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
         let (exchange, unfinished) = (Arc::clone(&exchanging), Arc::clone(&unfinished));
         let reads_body = reads_body(request.uri().path());
         async move {
-            let answer = match app.upstream.as_ref().filter(|_| !is_own(request.uri().path())) {
+            let answer = match app.upstream.as_ref().filter(|_| !is_own(&app, request.uri().path())) {
                 Some(upstream) => {
                     let closed = exchange.closed();
                     let passed = PassedRequest { request, slot, unfinished: Arc::clone(&unfinished), closed };
@@ -200,6 +201,9 @@ async fn route(
         "/realtime/v1/explain" => Box::pin(explain::serve(&app, &request, slot.address())).await,
         "/realtime/v1/presence" => Box::pin(presence::serve(&app, slot.address(), &request)).await,
         "/metrics" => Box::pin(metrics::serve(&app, &request, slot.address())).await,
+        path if has_inspector(&app, path) => {
+            Box::pin(inspector::serve(app, request, slot.address(), watched, closed)).await
+        }
         path => {
             if let Some(answer) = health::answer(&app, path) {
                 return answer;
@@ -212,12 +216,18 @@ async fn route(
     }
 }
 
+/// Whether the listening port has the inspector at this path: an admin port has it instead.
+fn has_inspector(app: &App, path: &str) -> bool {
+    !app.has_admin_port && inspector::is_inspector(path)
+}
+
 /// Whether the relay answers this path itself, and never a server behind it.
-fn is_own(path: &str) -> bool {
+fn is_own(app: &App, path: &str) -> bool {
     let below =
         |base: &str| path.strip_prefix(base).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     below("/realtime/v1")
         || maintenance::is_maintenance(path)
+        || has_inspector(app, path)
         || health::PATHS.contains(&path)
         || ["/socket/websocket", "/metrics"].contains(&path)
 }

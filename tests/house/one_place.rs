@@ -104,7 +104,8 @@ const UNTRACKED: &[(&str, &str)] = &[
 fn each_task_is_tracked_or_has_a_reason_here() {
     let mut untracked = Vec::new();
     for (path, text) in files("relay", &["rs"]) {
-        let program = text.split("\n#[cfg(test)]").next().unwrap();
+        // A method starts a task of its tracker.
+        let program = text.split("\n#[cfg(test)]").next().unwrap().replace(".spawn_blocking(", "");
         let starts = ["tokio::spawn", "task::spawn(", "spawn_blocking(", "thread::spawn(", "spawn_local("];
         let count: usize = starts.iter().map(|start| program.matches(start).count()).sum();
         untracked.extend(std::iter::repeat_n(path, count));

@@ -99,6 +99,11 @@ impl Relay {
         self.app.unready().is_none()
     }
 
+    /// Its state.
+    pub fn app(&self) -> &Arc<App> {
+        &self.app
+    }
+
     /// The number of connected clients.
     pub fn session_count(&self) -> usize {
         self.app.connection_limits.client_count()

@@ -8,6 +8,7 @@ pub mod explain;
 pub mod hostile_tokens;
 pub mod http_answers;
 pub mod http_edges;
+pub mod inspector;
 pub mod keys;
 pub mod pages;
 pub mod several_tables;

@@ -55,7 +55,8 @@ impl<'a> BroadcastCache<'a> {
                     return Err(NoRoom);
                 }
                 let envelope = Envelope::Cursor(cursor.to_owned());
-                return Ok(Some(Frame::change(envelope, PayloadText::new(object, budget), budget)));
+                let object = PayloadText::new(object, change.committed, budget);
+                return Ok(Some(Frame::change(envelope, object, budget)));
             }
         };
         self.frames.push((codec, frame.clone()));

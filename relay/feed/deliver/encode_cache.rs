@@ -143,7 +143,7 @@ impl<'a> EncodeCache<'a> {
         if !budget.make_room(text.len()) {
             return Err(EncodeError::NoRoom);
         }
-        let payload = PayloadText::new(text, budget);
+        let payload = PayloadText::new(text, change.committed, budget);
         self.payloads.insert(key, Some(Arc::downgrade(&payload)));
         recent.add(Arc::clone(&payload));
         Ok(payload)

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use time::OffsetDateTime;
+
 use crate::feed::deliver::conflation::RowChange;
 use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 use crate::model::codec::protocol::{Envelope, Notice, Wrapping};
@@ -41,14 +43,16 @@ pub type SharedPayload = Arc<PayloadText>;
 #[derive(Debug)]
 pub struct PayloadText {
     text: String,
+    /// When the change was written.
+    written_at: OffsetDateTime,
     _held: Held,
 }
 
 impl PayloadText {
     /// Creates a shared text.
-    pub fn new(text: String, budget: &Arc<MemoryBudget>) -> SharedPayload {
+    pub fn new(text: String, written_at: OffsetDateTime, budget: &Arc<MemoryBudget>) -> SharedPayload {
         let held = budget.hold(FRAME_OVERHEAD + text.capacity());
-        Arc::new(Self { text, _held: held })
+        Arc::new(Self { text, written_at, _held: held })
     }
 
     /// Returns the text as it is sent.
@@ -129,6 +133,14 @@ impl Frame {
     /// Returns whether it is a push to the members of a topic.
     pub fn is_push(&self) -> bool {
         matches!(self.0.content, Content::Push(..))
+    }
+
+    /// Returns when its change was written; `None` if it is no change.
+    pub fn written_at(&self) -> Option<OffsetDateTime> {
+        match &self.0.content {
+            Content::Change(_, payload) => Some(payload.written_at),
+            _ => None,
+        }
     }
 
     /// Returns what it is.

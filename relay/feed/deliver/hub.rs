@@ -16,7 +16,7 @@ use crate::model::catalog::relation::{Catalog, Relation};
 use crate::model::log::cursor::Cursor;
 use crate::model::row::change::RelationId;
 use crate::model::session::channel::ChannelId;
-use crate::model::subscription::binding::Binding;
+use crate::model::subscription::binding::{Binding, Subscription};
 
 /// The channels, groups and replays of a router.
 #[derive(Default)]
@@ -29,6 +29,18 @@ pub struct Hub {
     channels: HashMap<ChannelId, ChannelState>,
     replays: BTreeMap<u64, ReplayEntry>,
     last_replay: u64,
+}
+
+/// What a channel subscribes to, and where it is.
+pub struct ChannelDescription {
+    /// The channel.
+    pub channel: ChannelId,
+    /// Its subscription.
+    pub subscription: Subscription,
+    /// Up to where everything was delivered; `None` before the feed has a position.
+    pub position: Option<Cursor>,
+    /// Whether it reads what it missed.
+    pub is_replayed: bool,
 }
 
 /// The group that a channel is in.
@@ -134,6 +146,17 @@ impl Hub {
     /// Returns whether a channel is in a replay.
     pub fn is_replayed(&self, channel: ChannelId) -> bool {
         matches!(self.channels.get(&channel), Some(ChannelState::Replay(..)))
+    }
+
+    /// Returns what a channel subscribes to, and where it is; `None` for an unknown one.
+    pub fn describe(&self, channel: ChannelId, feed_position: Option<&Cursor>) -> Option<ChannelDescription> {
+        let group = self.group(*self.channels.get(&channel)?);
+        Some(ChannelDescription {
+            channel,
+            subscription: group.subscription().clone(),
+            position: feed_position.map(|feed_position| group.position(feed_position)),
+            is_replayed: self.is_replayed(channel),
+        })
     }
 
     /// Returns the number of channels and of groups.

@@ -5,6 +5,8 @@ use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 
+use time::OffsetDateTime;
+
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::{Evictable, MemoryBudget, Owner, Registration, WaitingBytes};
 use crate::feed::deliver::queue::{FrameKind, InFlight, Queue, Taken, Unit, lock};
@@ -22,6 +24,15 @@ pub struct Outbox {
     limit: usize,
     budget: Arc<MemoryBudget>,
     _registration: Registration,
+}
+
+/// What waits for one client.
+#[derive(Debug, Clone, Copy)]
+pub struct Waiting {
+    /// Number of bytes.
+    pub bytes: usize,
+    /// When the oldest change among them was written.
+    pub oldest: Option<OffsetDateTime>,
 }
 
 struct Shared {
@@ -137,6 +148,15 @@ impl Outbox {
     /// Returns whether another push might not fit, although the client is not slow: publishers should wait a little.
     pub fn is_congested(&self) -> bool {
         self.lock().is_congested(self.limit)
+    }
+
+    /// Returns what waits now.
+    pub fn waiting(&self) -> Waiting {
+        // One lock at a time, and the second only if no write holds it: whoever adds frames must not wait for this.
+        let taken = self.shared.in_flight.try_lock().ok().and_then(|in_flight| in_flight.oldest());
+        let queue = self.lock();
+        let bytes = queue.bytes + queue.unwritten;
+        Waiting { bytes, oldest: taken.or_else(|| queue.oldest()) }
     }
 
     /// Returns whether it overflowed.
@@ -419,7 +439,7 @@ mod tests {
     fn a_shared_payload_counts_once_until_the_last_reader_drops_it() {
         let budget = budget(usize::MAX);
         let (one, other) = (Outbox::new(10, Arc::clone(&budget)), Outbox::new(10, Arc::clone(&budget)));
-        let payload = PayloadText::new("x".repeat(7), &budget);
+        let payload = PayloadText::new("x".repeat(7), OffsetDateTime::UNIX_EPOCH, &budget);
         let around = |head: &str| {
             let envelope = Envelope::Text { before: head.to_owned(), after: "" };
             Frame::change(envelope, Arc::clone(&payload), &budget)

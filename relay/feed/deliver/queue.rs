@@ -6,6 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
+use time::OffsetDateTime;
+
 use crate::feed::deliver::frame::Frame;
 use crate::feed::deliver::memory_budget::MemoryBudget;
 use crate::model::session::channel::ChannelId;
@@ -18,6 +20,8 @@ const SLOW_AFTER: Duration = Duration::from_millis(250);
 const BEHIND_BYTES: usize = 256 * 1024;
 /// Pushes may exceed the limit of a client that is not slow by this factor: a large one is not read before others follow it.
 const PUSH_FACTOR: usize = 16;
+/// Number of frames among which the oldest change is looked for: the lock must not be held for long.
+const SCANNED_FRAMES: usize = 64;
 /// Queue slots that are not counted in the memory budget.
 const UNCOUNTED_SLOTS: usize = 32;
 
@@ -90,6 +94,13 @@ pub struct InFlight {
     pub is_evicted: bool,
 }
 
+impl InFlight {
+    /// Returns when the first change was written.
+    pub(super) fn oldest(&self) -> Option<OffsetDateTime> {
+        self.frames.iter().take(SCANNED_FRAMES).find_map(Frame::written_at)
+    }
+}
+
 /// What [`Outbox::take`](crate::feed::deliver::outbox::Outbox::take) found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
@@ -160,6 +171,11 @@ impl Queue {
     fn limited_bytes(&self) -> usize {
         let unlimited_taken = self.replay_bytes_taken + self.push_bytes_taken;
         self.bytes - self.replay_bytes - self.push_bytes + self.unwritten.saturating_sub(unlimited_taken)
+    }
+
+    /// Returns when the first change was written.
+    pub(super) fn oldest(&self) -> Option<OffsetDateTime> {
+        self.frames.iter().take(SCANNED_FRAMES).find_map(Frame::written_at)
     }
 
     pub(super) fn is_behind(&self, limit: usize) -> bool {

@@ -70,6 +70,11 @@ impl PresenceState {
         true
     }
 
+    /// Returns the number of tracked objects.
+    pub fn count(&self) -> usize {
+        self.metas.len()
+    }
+
     /// Returns the approximate size of the state as JSON, in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes

@@ -56,6 +56,17 @@ impl PartialEq for Binding {
 impl Eq for Binding {}
 
 impl Binding {
+    /// Returns the relations that it names, as in SQL; `*` stands for all.
+    pub fn name(&self) -> String {
+        match &self.scope {
+            Scope::Relation(_, _, name, _) => format!("{}.{}", identifier(&name.0), identifier(&name.1)),
+            Scope::Named(table) => identifier(table),
+            Scope::Schema(schema) => format!("{}.*", identifier(schema)),
+            Scope::All => String::from("*"),
+            Scope::Refused(refused) => refused.request.target.name(),
+        }
+    }
+
     /// Whether the entry was refused, so that it receives nothing.
     pub fn is_refused(&self) -> bool {
         matches!(self.scope, Scope::Refused(_))

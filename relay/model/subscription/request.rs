@@ -8,7 +8,7 @@ use crate::model::catalog::relation::Catalog;
 use crate::model::row::change::{Operation, RelationId};
 use crate::model::row::column::ColumnKind;
 use crate::model::row::pattern::Folding;
-use crate::model::subscription::error::SubscribeError;
+use crate::model::subscription::error::{SubscribeError, identifier};
 use crate::model::subscription::filter::{self, Filter};
 
 /// One entry of a join's `config.postgres_changes`, as the client wrote it.
@@ -51,6 +51,18 @@ pub enum Target {
     Schema(String),
     /// Every watched relation.
     All,
+}
+
+impl Target {
+    /// Returns its name as in SQL; `*` stands for all.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Table { schema, table } => format!("{}.{}", identifier(schema), identifier(table)),
+            Self::Named(table) => identifier(table),
+            Self::Schema(schema) => format!("{}.*", identifier(schema)),
+            Self::All => String::from("*"),
+        }
+    }
 }
 
 /// The parts of the catalog, as one role sees them, that the outcome of a request depends on. While they are unchanged, a

@@ -20,6 +20,7 @@ use crate::model::log::cursor::Cursor;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, notice, unavailable};
 use crate::transport::changes::request::{ChangesRequest, MIN_OUTBOX, START_TIMEOUT, lost};
+use crate::transport::clients::ClientKind;
 use crate::transport::held_answer::{WatchedOutbox, json_answer};
 use crate::transport::response::{Answer, error, json};
 
@@ -43,6 +44,7 @@ pub async fn poll(
     let topic = call.subscription.topic().cloned();
     let judge = Arc::clone(&app.topic_judge);
     let revoked = judge.lost(call.subscription.identity().clone(), topic.clone());
+    let _entry = call.entry(app, ClientKind::Poll);
     let mut catch_up = call.catch_up(app, since.clone());
     let (progress, taken) = match read_first(&mut catch_up, &outbox, hidden.as_deref()).await {
         Ok(first) => first,

@@ -35,6 +35,7 @@ use crate::transport::changes::refusal::{bad_request, no_room, unavailable};
 use crate::transport::changes::rows::rows;
 use crate::transport::changes::sse::follow;
 use crate::transport::changes::tables::{TableParameters, beside_topic, check_parameters};
+use crate::transport::clients::{ClientEntry, ClientKind};
 use crate::transport::content_type::wants_stream;
 use crate::transport::held_answer::WatchedOutbox;
 use crate::transport::query::{is_private_by, parameter};
@@ -73,9 +74,25 @@ pub struct ChangesRequest {
     /// The queue for its answer.
     pub outbox: Arc<Outbox>,
     channel: ChannelId,
+    address: IpAddr,
 }
 
 impl ChangesRequest {
+    /// Adds its client to the list of all, with what it follows as its channel.
+    pub fn entry(&self, app: &App, kind: ClientKind) -> ClientEntry {
+        let claims = self.subscription.identity().claims();
+        let outbox = Arc::clone(&self.outbox);
+        let entry = app.clients.add(self.channel.session, (kind, self.address), claims, outbox);
+        let (topic, is_private) = match self.subscription.topic() {
+            Some(topic) => (topic.name.to_string(), topic.is_private),
+            None => {
+                (self.subscription.bindings().iter().map(Binding::name).collect::<Vec<_>>().join(", "), false)
+            }
+        };
+        entry.opened(self.channel, &topic, is_private);
+        entry
+    }
+
     /// Returns the subscriber that follows the changes after a cursor.
     pub fn catch_up(self, app: &App, since: Cursor) -> CatchUp {
         let Self { subscription, channel, outbox, conflate, .. } = self;
@@ -149,6 +166,7 @@ async fn parse(app: &App, request: &Request<Incoming>, address: IpAddr) -> Resul
         pages,
         names,
         channel,
+        address,
         outbox: Arc::new(Outbox::of(Some(owner), outbox_bytes, Arc::clone(&app.budget))),
     })
 }

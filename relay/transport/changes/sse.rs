@@ -30,6 +30,7 @@ use crate::status::board::Connected;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, unavailable};
 use crate::transport::changes::request::{ChangesRequest, START_TIMEOUT};
+use crate::transport::clients::{ClientEntry, ClientKind};
 use crate::transport::connection_limits::ClientSlot;
 use crate::transport::held_answer::{WatchedOutbox, counted};
 use crate::transport::response::{self, Answer, error};
@@ -53,6 +54,7 @@ async fn due(at: Option<Instant>) {
 struct EventStream {
     app: Arc<App>,
     _client: ClientSlot,
+    _entry: ClientEntry,
     /// The user is connected while the stream is open.
     connected: Option<Connected>,
     watched: WatchedOutbox,
@@ -92,10 +94,13 @@ pub async fn follow(
             None => return unavailable(),
         },
     };
+    let entry = call.entry(&app, ClientKind::EventStream);
     let conflation = call.conflate.map(Conflation::new);
     let mut catch_up = call.catch_up(&app, since.clone());
     match timeout(START_TIMEOUT, catch_up.go_on()).await {
-        Ok(Ok(progress)) => answer(app, (catch_up, conflation), since, progress, (client, watched, closed)),
+        Ok(Ok(progress)) => {
+            answer(app, (catch_up, conflation), since, progress, (client, entry, watched, closed))
+        }
         Ok(Err(ReplayError::Gap(why))) => gap(why),
         Ok(Err(ReplayError::Ended)) => expired(catch_up.subscription()),
         Ok(Err(ReplayError::Unavailable(_))) | Err(_) => unavailable(),
@@ -109,7 +114,7 @@ fn answer(
     (catch_up, conflation): (CatchUp, Option<Conflation>),
     sent_position: Cursor,
     progress: Progress,
-    (client, watched, closed): (ClientSlot, WatchedOutbox, CancellationToken),
+    (client, entry, watched, closed): (ClientSlot, ClientEntry, WatchedOutbox, CancellationToken),
 ) -> Answer {
     let left = catch_up.subscription().identity().claims().expires_at().saturating_sub(now());
     let expiry = Instant::now() + Duration::from_secs(left.min(86_400 * 365));
@@ -127,6 +132,7 @@ fn answer(
     let stream = EventStream {
         app,
         _client: client,
+        _entry: entry,
         connected,
         watched,
         closed,

@@ -1,5 +1,6 @@
 //! The channels of one client: gives the session its inputs, and performs the actions that the session returns.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
@@ -22,6 +23,7 @@ use crate::model::session::private::{NOT_RECALLED, RESUMED_INSTEAD};
 use crate::model::subscription::topic::TopicScope;
 use crate::status::board::Connected;
 use crate::transport::app::App;
+use crate::transport::clients::{ClientEntry, ClientKind};
 use crate::transport::socket::allowance::Allowance;
 use crate::transport::socket::deliveries::{BindAttempt, BindRequest, Bound, Deliveries, Finished};
 use crate::transport::socket::judgements::{Judgements, ReadJudgement, WriteJudgement};
@@ -49,6 +51,8 @@ pub struct ConnectRequest {
     pub name: Option<SessionName>,
     /// Claims of the client's token or API key.
     pub claims: Claims,
+    /// Its address.
+    pub address: IpAddr,
 }
 
 /// The connection is to be closed with this code and reason.
@@ -75,6 +79,8 @@ pub struct Channels {
     protocol: &'static dyn SocketProtocol,
     outbox: Arc<Outbox>,
     session: Session,
+    /// The client in the list of all.
+    entry: ClientEntry,
     /// The user that the last token named is connected.
     connected: Option<Connected>,
     allowance: Allowance,
@@ -90,9 +96,11 @@ pub struct Channels {
 impl Channels {
     /// Creates the channels of a client that has just connected: none.
     pub fn new(app: Arc<App>, outbox: Arc<Outbox>, request: ConnectRequest) -> Self {
-        let ConnectRequest { protocol, with_cursor, name, claims } = request;
+        let ConnectRequest { protocol, with_cursor, name, claims, address } = request;
         let connected = app.status.board.connect(&claims);
-        let session = Session::new(app.next_session(), claims, app.limits.channels).resumable(name.is_some());
+        let number = app.next_session();
+        let entry = app.clients.add(number, (ClientKind::WebSocket, address), &claims, Arc::clone(&outbox));
+        let session = Session::new(number, claims, app.limits.channels).resumable(name.is_some());
         let (feed, limits) = (app.feed.clone(), &app.limits);
         let resume =
             name.map(|name| Box::new(Resume::new(name, feed.clone(), Arc::clone(&outbox), app.resume)));
@@ -100,6 +108,7 @@ impl Channels {
         Self {
             protocol,
             session,
+            entry,
             connected,
             allowance: Allowance::new(limits, &app.budget),
             with_cursor: with_cursor || resume.is_some(),
@@ -237,6 +246,7 @@ impl Channels {
 
     /// Takes the user of these claims for the one who is connected: clients connect with a key, and show the user's token in joins.
     fn is_of(&mut self, claims: &Claims) {
+        self.entry.is_of(claims);
         if !self.connected.as_ref().is_some_and(|connected| connected.is_of(claims)) {
             self.connected = self.app.status.board.connect(claims);
         }
@@ -271,6 +281,7 @@ impl Channels {
             match action {
                 Action::Join { channel, topic, by_operation, since, greeting } => {
                     if let Some(bound) = bound.take() {
+                        self.note_open(channel);
                         let format = ChannelFormat { topic, with_cursor: self.with_cursor, by_operation };
                         let since = since.map(|since| *since);
                         self.deliveries.start(channel, format, since, self.frames(&greeting), bound);
@@ -344,6 +355,7 @@ impl Channels {
                 }
                 Action::Join { .. } => {}
                 Action::Listen { channel, identity } => {
+                    self.note_open(channel);
                     let topic = self.session.topic(channel).unwrap_or_default().to_owned();
                     if let Some(heard) = self.heard_topic(channel) {
                         let format = ChannelFormat { topic, with_cursor: false, by_operation: false };
@@ -361,11 +373,15 @@ impl Channels {
                 }
                 Action::Recall { channel, name, recall } => self.deliveries.recall(channel, name, recall),
                 Action::Enter { channel, name, membership, private } => {
+                    self.note_open(channel);
                     self.deliveries.deliver_recalled(channel, &name.topic);
                     self.memberships.enter(channel, name, membership, private);
                 }
                 Action::Permit { channel, rights } => self.memberships.permit(channel, rights),
-                Action::Exit { channel } => self.memberships.exit(channel),
+                Action::Exit { channel } => {
+                    self.note_closed(channel);
+                    self.memberships.exit(channel);
+                }
                 Action::Broadcast { channel, origin, broadcast, acknowledges, is_private } => {
                     let topic = (origin.channel.topic.as_str(), is_private);
                     let response = self.memberships.broadcast(topic, channel, broadcast);
@@ -382,8 +398,25 @@ impl Channels {
                     }
                 }
                 Action::Forget { channel } => self.deliveries.forget(channel),
-                Action::Leave { channel, farewell } => self.deliveries.stop(channel, self.frames(&farewell)),
+                Action::Leave { channel, farewell } => {
+                    self.note_closed(channel);
+                    self.deliveries.stop(channel, self.frames(&farewell));
+                }
             }
+        }
+    }
+
+    /// Adds a channel to the client's entry.
+    fn note_open(&self, channel: ChannelId) {
+        if let Some(topic) = self.session.topic(channel) {
+            self.entry.opened(channel, topic, self.session.is_private(channel));
+        }
+    }
+
+    /// Removes a channel from the client's entry, unless the session keeps it.
+    fn note_closed(&self, channel: ChannelId) {
+        if self.session.topic(channel).is_none() {
+            self.entry.closed(channel);
         }
     }
 

@@ -63,7 +63,8 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
         Ok(name) => name,
         Err(error) => return refused(StatusCode::BAD_REQUEST, &error.to_string()),
     };
-    let connect_request = ConnectRequest { protocol: version.protocol(), with_cursor, name, claims };
+    let (protocol, address) = (version.protocol(), slot.address());
+    let connect_request = ConnectRequest { protocol, with_cursor, name, claims, address };
     let upgrade = hyper::upgrade::on(&mut request);
     let session_app = Arc::clone(app);
     app.sessions.spawn(async move {
