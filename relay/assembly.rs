@@ -190,12 +190,13 @@ impl Servers {
 impl Foundation {
     fn of(config: &Config) -> Result<Self, Error> {
         let servers = Servers::of(config)?;
-        let pool = servers.main.pool(POOL_SIZE, LIMIT)?;
-        let filter_pool = servers.main.pool(FILTER_POOL_SIZE, FILTER_LIMIT)?;
+        let observe = Arc::new(Observe::new());
+        let pool = servers.main.pool(POOL_SIZE, LIMIT)?.measured(&observe);
+        let filter_pool = servers.main.pool(FILTER_POOL_SIZE, FILTER_LIMIT)?.measured(&observe);
         let judging_login = servers.judge.login().map(str::to_owned);
         let foundation = Self {
             tasks: Tasks::default(),
-            observe: Arc::new(Observe::new()),
+            observe,
             stall_monitor: Arc::new(StallMonitor::new(config.stall)),
             filters: FilterCompiler::new(filter_pool, judging_login.clone()),
             catalog: Arc::new(CatalogCache::new(pool.clone(), judging_login)),

@@ -14,6 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
+use time::OffsetDateTime;
 
 use crate::model::policy::visibility::Denied;
 use crate::model::row::change::Change;
@@ -22,6 +23,10 @@ mod process;
 
 /// A counter for each HTTP status.
 type CounterByStatus = Family<[(&'static str, u16); 1], Counter>;
+/// A counter for each value of one label.
+type CounterBy = Family<[(&'static str, &'static str); 1], Counter>;
+/// A gauge for each value of one label.
+type GaugeBy = Family<[(&'static str, &'static str); 1], Gauge>;
 
 /// Declares the metrics: field, type, name in `/metrics` without prefix and suffix, help.
 macro_rules! metrics {
@@ -53,7 +58,14 @@ metrics! {
     sessions: Gauge = "sessions_open", "Clients connected now";
     sessions_total: Counter = "sessions", "Clients that connected";
     sessions_full: Counter = "sessions_closed_full", "Clients closed because they read too slowly";
-    refused: Counter = "connections_refused", "Connections refused before they became sessions";
+    clients: GaugeBy = "clients_open", "Clients connected now, by transport";
+    received_messages: CounterBy = "received_messages", "Frames that clients sent over sockets";
+    received_bytes: CounterBy = "received_bytes", "Bytes of the frames that clients sent over sockets";
+    sent_messages: CounterBy = "sent_messages", "Messages written to clients, by transport";
+    sent_bytes: CounterBy = "sent_bytes", "Bytes written to clients, by transport";
+    gaps: CounterBy = "gaps", "Gaps told to clients, by transport: they read the rows again";
+    resumes: CounterBy = "resumes", "Channels and streams that continued, by way: from a cursor, or from the bookmark of a named session";
+    refused: CounterBy = "connections_refused", "Connections and requests that were refused, by reason";
     responses: CounterByStatus = "http_responses", "Answers to HTTP requests, by status; 101 opens a WebSocket";
     upstream_requests: Counter = "upstream_requests", "Requests passed on to the server behind the relay";
     upstream_failures: Counter = "upstream_failures", "Requests that the server behind the relay did not answer";
@@ -80,6 +92,10 @@ metrics! {
     flush: Histogram(0.000_05, 14) = "flush_seconds", "Waits for the WAL flush before a page was delivered";
     lag: Histogram(0.000_1, 18) = "lag_seconds",
         "From the write of a row (its trigger) to its frames in the outboxes";
+    written_lag: Histogram(0.000_1, 18) = "written_lag_seconds",
+        "From the write of a row (its trigger) to its frame in a client's socket, once for each write to the socket";
+    pool_wait: Histogram(0.000_01, 18) = "pool_wait_seconds",
+        "Waits for a connection of the pools for the catalog, subscriptions and filters";
 
     // Policies.
     judging: Histogram(0.000_1, 16) = "judge_seconds", "Evaluations of policies and filters by PostgreSQL, for a batch of changes";
@@ -122,9 +138,76 @@ metrics! {
     keys_not_read: Counter = "jwks_read_failures", "Failed reads of the JWK set";
 }
 
+/// Why a connection or request is refused, as metrics and log name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RefusalReason {
+    /// A limit on clients or connections is reached.
+    Limit,
+    /// The page of a browser has an origin that is not allowed.
+    Origin,
+    /// The token or key is missing, invalid or expired.
+    Token,
+    /// The role of the token may not do this.
+    Role,
+    /// The request is malformed.
+    Request,
+    /// There is nothing at its path.
+    Path,
+}
+
+impl RefusalReason {
+    const ALL: [Self; 6] = [Self::Limit, Self::Origin, Self::Token, Self::Role, Self::Request, Self::Path];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Limit => "limit",
+            Self::Origin => "origin",
+            Self::Token => "token",
+            Self::Role => "role",
+            Self::Request => "request",
+            Self::Path => "path",
+        }
+    }
+}
+
+/// A connection or request that is refused.
+#[derive(Debug, Clone, Copy)]
+pub struct Refusal<'a> {
+    /// The reason.
+    pub reason: RefusalReason,
+    /// The client's address.
+    pub address: IpAddr,
+    /// The path of the request, if it was read.
+    pub path: Option<&'a str>,
+    /// The user, if the token is valid.
+    pub sub: Option<&'a str>,
+    /// What is wrong, in words.
+    pub why: &'a str,
+}
+
+/// What was written to a client.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sent {
+    /// Number of bytes.
+    pub bytes: usize,
+    /// Number of whole messages.
+    pub messages: usize,
+    /// How many of them are gaps.
+    pub gaps: usize,
+}
+
+/// The transports of clients.
+pub const TRANSPORTS: [&str; 3] = ["websocket", "event_stream", "poll"];
+/// The ways to continue.
+const WAYS: [&str; 2] = ["cursor", "session"];
+/// Maximum number of characters of a client's text in a log line.
+const LOGGED_CHARACTERS: usize = 200;
+
 /// What `/metrics` reads from its owner when it is asked: state that decides something is never kept here.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Readings {
+    /// Connected clients, in the order of [`TRANSPORTS`].
+    pub clients: [usize; 3],
     /// Connected clients.
     pub sessions: usize,
     /// Bytes queued for clients.
@@ -146,12 +229,12 @@ struct LogPace {
 
 impl LogPace {
     fn is_due(&self) -> bool {
-        let now = time::OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
+        let now = OffsetDateTime::now_utc().unix_timestamp().unsigned_abs();
         self.last.swap(now, Ordering::Relaxed) != now
     }
 }
 
-/// Metrics of one relay, and its repeated log lines. None carries a topic, a claim or a row.
+/// Metrics of one relay, and its repeated log lines. None carries a topic or a row, nor a claim but the user of a refused request.
 pub struct Observe {
     registry: Registry,
     process: Registry,
@@ -178,8 +261,23 @@ impl Observe {
         let mut registry = Registry::with_prefix("relay");
         registry.register("build", "The version", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         let metrics = Metrics::register(&mut registry);
-        // A family without members would not be in the text.
+        // A family without members would not be in the text, and a rate needs the zero before the first one.
         let _ = metrics.responses.get_or_create(&[("status", 200)]);
+        for reason in RefusalReason::ALL {
+            let _ = metrics.refused.get_or_create(&[("reason", reason.name())]);
+        }
+        for transport in TRANSPORTS {
+            let _ = metrics.clients.get_or_create(&[("transport", transport)]);
+            for family in [&metrics.sent_messages, &metrics.sent_bytes, &metrics.gaps] {
+                let _ = family.get_or_create(&[("transport", transport)]);
+            }
+        }
+        for family in [&metrics.received_messages, &metrics.received_bytes] {
+            let _ = family.get_or_create(&[("transport", TRANSPORTS[0])]);
+        }
+        for way in WAYS {
+            let _ = metrics.resumes.get_or_create(&[("way", way)]);
+        }
         Self {
             registry,
             process: process::registry(),
@@ -211,10 +309,45 @@ impl Observe {
     }
 
     /// Counts a refused connection, and logs it, at most once a second: a browser cannot read the reason.
-    pub fn connection_refused(&self, why: &str) {
-        if self.count_refusal() {
-            tracing::warn!(why, "connection refused");
+    pub fn connection_refused(&self, refusal: &Refusal<'_>) {
+        self.count_refusal(refusal, "connection refused");
+    }
+
+    /// Counts a frame that a client sent over its socket.
+    pub fn received(&self, bytes: usize) {
+        self.metrics.received_messages.get_or_create(&[("transport", TRANSPORTS[0])]).inc();
+        self.metrics.received_bytes.get_or_create(&[("transport", TRANSPORTS[0])]).inc_by(bytes as u64);
+    }
+
+    /// Counts what was written to a client.
+    pub fn sent(&self, transport: &'static str, sent: Sent) {
+        let label = [("transport", transport)];
+        self.metrics.sent_bytes.get_or_create(&label).inc_by(sent.bytes as u64);
+        self.metrics.sent_messages.get_or_create(&label).inc_by(sent.messages as u64);
+        if sent.gaps > 0 {
+            self.metrics.gaps.get_or_create(&label).inc_by(sent.gaps as u64);
         }
+    }
+
+    /// Records the lag of a write to a client's socket, from when the oldest change in it was written by its writer.
+    pub fn written(&self, oldest: OffsetDateTime) {
+        let lag = OffsetDateTime::now_utc() - oldest;
+        self.metrics.written_lag.observe(lag.as_seconds_f64().max(0.0));
+    }
+
+    /// Counts a stream or channel that continued from a cursor.
+    pub fn resumed_from_cursor(&self) {
+        self.metrics.resumes.get_or_create(&[("way", WAYS[0])]).inc();
+    }
+
+    /// Counts a channel of a named session that continued from its bookmark.
+    pub fn resumed_session(&self) {
+        self.metrics.resumes.get_or_create(&[("way", WAYS[1])]).inc();
+    }
+
+    /// Records a wait for a connection of a pool.
+    pub fn pool_waited(&self, took: Duration) {
+        self.metrics.pool_wait.observe(took.as_secs_f64());
     }
 
     /// Counts an answer to an HTTP request.
@@ -228,23 +361,24 @@ impl Observe {
     }
 
     /// Counts an HTTP request refused because of its client, and logs it, at most once a second.
-    pub fn request_refused(&self, address: IpAddr, path: &str, why: &str) {
-        if self.count_refusal() {
-            tracing::warn!(%address, path, why, "request refused");
-        }
+    pub fn request_refused(&self, refusal: &Refusal<'_>) {
+        self.count_refusal(refusal, "request refused");
     }
 
-    /// Logs a refused subscription, at most once a second: its client may not show the reason.
-    pub fn subscription_refused(&self, why: &str) {
+    /// Logs a refused subscription of a user, at most once a second: its client may not show the reason.
+    pub fn subscription_refused(&self, sub: Option<&str>, why: &str) {
         if self.subscription_refusals.is_due() {
-            tracing::warn!(why, "subscription refused");
+            tracing::warn!(user.id = shortened(sub), why, "subscription refused");
         }
     }
 
-    /// Counts a refusal, and returns whether to log it.
-    fn count_refusal(&self) -> bool {
-        self.metrics.refused.inc();
-        self.refusals.is_due()
+    fn count_refusal(&self, refusal: &Refusal<'_>, what: &str) {
+        let Refusal { reason, address, path, sub, why } = refusal;
+        self.metrics.refused.get_or_create(&[("reason", reason.name())]).inc();
+        if self.refusals.is_due() {
+            let (path, reason) = (shortened(*path), reason.name());
+            tracing::warn!(reason, %address, path, user.id = shortened(*sub), why, "{what}");
+        }
     }
 
     /// Counts a request that was passed on to the server behind the relay.
@@ -290,7 +424,7 @@ impl Observe {
     /// Records the lag of a delivered part, from its last change.
     pub fn delivered_through(&self, changes: &[Change]) {
         if let Some(last) = changes.last() {
-            let lag = time::OffsetDateTime::now_utc() - last.committed;
+            let lag = OffsetDateTime::now_utc() - last.committed;
             self.metrics.lag.observe(lag.as_seconds_f64().max(0.0));
         }
     }
@@ -469,6 +603,9 @@ impl Observe {
     /// Returns the text of `/metrics`.
     pub fn text(&self, now: &Readings) -> String {
         self.metrics.sessions.set(now.sessions as i64);
+        for (transport, count) in TRANSPORTS.into_iter().zip(now.clients) {
+            self.metrics.clients.get_or_create(&[("transport", transport)]).set(count as i64);
+        }
         self.metrics.outbox_bytes.set(now.outbox_bytes as i64);
         self.metrics.status_users.set(now.status_users.0 as i64);
         self.metrics.status_cache.set(now.status_users.1 as i64);
@@ -481,6 +618,11 @@ impl Observe {
         let _ = encode_eof(&mut text);
         text
     }
+}
+
+/// Returns a client's text as it is logged.
+fn shortened(text: Option<&str>) -> Option<String> {
+    text.map(|text| text.chars().take(LOGGED_CHARACTERS).collect())
 }
 
 impl Default for Observe {

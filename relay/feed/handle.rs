@@ -110,7 +110,7 @@ impl Feed {
         let subscription = self.binder.bind(identity, requests).await?;
         self.lanes.admit(channel, &subscription).map_err(BindError::Refused)?;
         if let Some(refusal) = first_refusal(requests, &subscription) {
-            self.observe.subscription_refused(&refusal);
+            self.observe.subscription_refused(subscription.identity().claims().sub(), &refusal);
         }
         self.observe.hides(subscription.hidden().map(str::to_owned));
         Ok(subscription)
@@ -256,7 +256,12 @@ impl Feed {
     ) -> Result<Opened, BindError> {
         let opened = async {
             let position = self.position_soon().await.filter(|_| wanted())?;
-            self.bookmarks.open(key, position).await
+            let opened = self.bookmarks.open(key, position.clone()).await;
+            // A new bookmark is where the feed is.
+            if matches!(&opened, Some(Opened::At(_, cursor)) if *cursor != position) {
+                self.observe.resumed_session();
+            }
+            opened
         };
         timeout(BIND_TIMEOUT, opened).await.ok().flatten().ok_or(BindError::Unavailable)
     }

@@ -3,13 +3,12 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use deadpool_postgres::Pool;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::model::identity::bookmark::{Bookmark, BookmarkKey, Opened};
 use crate::model::log::cursor::Cursor;
-use crate::postgres::connect::pool::{Error, Lease, Server};
+use crate::postgres::connect::pool::{Error, Lease, Pool, Server};
 use crate::postgres::connect::within::within;
 
 /// The bookmark store.

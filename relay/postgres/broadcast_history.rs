@@ -1,12 +1,11 @@
 //! Broadcasts that were sent to a private topic before a client joined it, read from `realtime.messages`.
 
-use deadpool_postgres::Pool;
 use time::OffsetDateTime;
 use tokio_postgres::types::ToSql;
 
 use crate::model::session::join::MAX_RECALLED;
 use crate::model::session::stored_broadcast::{Recalled, StoredBroadcast};
-use crate::postgres::connect::pool::{Error, Lease};
+use crate::postgres::connect::pool::{Error, Lease, Pool};
 
 /// Reads stored broadcasts.
 pub struct BroadcastHistory {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::{Client, Pool};
+use deadpool_postgres::Client;
 use tokio::sync::{Mutex, watch};
 
 use crate::model::catalog::held_parts::{HeldParts, NamedParts};
@@ -14,7 +14,7 @@ use crate::model::catalog::topic_rules::TopicRules;
 use crate::model::identity::claims::Claims;
 use crate::model::row::change::RelationId;
 use crate::postgres::catalog::queries::{CatalogQueries, Fingerprint};
-use crate::postgres::connect::pool::{Error, Lease};
+use crate::postgres::connect::pool::{Error, Lease, Pool};
 
 mod queries;
 

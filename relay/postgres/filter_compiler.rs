@@ -1,12 +1,12 @@
 //! Compiles clients' filters: PostgreSQL parses their values with the types of the columns.
 
-use deadpool_postgres::{Client, Pool};
+use deadpool_postgres::Client;
 use serde::Deserialize;
 
 use crate::model::catalog::relation::Relation;
 use crate::model::subscription::filter::{Condition, Filter};
 use crate::model::subscription::typed_filter::{TypedCondition, TypedFilter};
-use crate::postgres::connect::pool::Error;
+use crate::postgres::connect::pool::{Error, Pool};
 
 /// Compiles filters. Its connections are kept apart because they run expressions of clients.
 #[derive(Clone)]

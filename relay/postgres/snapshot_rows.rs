@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use deadpool_postgres::{Client, Pool, Timeouts};
+use deadpool_postgres::{Client, Timeouts};
 use futures_util::TryStreamExt;
 use tokio_postgres::Transaction;
 use tokio_postgres::types::ToSql;
@@ -12,7 +12,7 @@ use crate::model::catalog::relation::{Access, Relation};
 use crate::model::identity::claims::Claims;
 use crate::model::session::limits::{ExceededLimit, RowLimit};
 use crate::model::subscription::paging::OrderBy;
-use crate::postgres::connect::pool::{Error, SPELLING, Server, give_up};
+use crate::postgres::connect::pool::{Error, Pool, SPELLING, Server, give_up};
 use crate::postgres::connect::within::within;
 
 /// Number of connections that read rows as a subscriber.

@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::Pool;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
 use crate::model::presence::status::StatusUpdate;
-use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Server};
+use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Pool, Server};
 use crate::postgres::connect::within::within;
 
 /// Maximum wait for a lock on the status table. Rows that are held are not waited for.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use hyper::{Method, Request, StatusCode};
 
 use crate::model::identity::claims::Claims;
+use crate::observe::{Refusal, RefusalReason};
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::query::{bearer, parameter, repeated, repeated_error};
 use crate::transport::response::{Answer, error};
@@ -21,7 +22,12 @@ pub async fn admit<B>(
     method: &Method,
     by_method: &str,
 ) -> Result<Claims, Answer> {
+    let path = Some(request.uri().path());
+    let refused = |reason, why: &str| {
+        app.observe.request_refused(&Refusal { reason, address, path, sub: None, why });
+    };
     if !origin_is_allowed(&app.allowed_origins, request.headers()) {
+        refused(RefusalReason::Origin, "this origin is not allowed");
         return Err(error(StatusCode::FORBIDDEN, "this origin is not allowed"));
     }
     if request.method() != method {
@@ -34,7 +40,7 @@ pub async fn admit<B>(
     let token = bearer(request.headers()).or_else(|| parameter(query, "apikey")).unwrap_or_default();
     let claims = app.identify(&token).await.map_err(|why| {
         let why = why.advised_text();
-        app.observe.request_refused(address, request.uri().path(), &why);
+        refused(RefusalReason::Token, &why);
         error(StatusCode::UNAUTHORIZED, &why)
     })?;
     app.status.board.request(&claims);
@@ -59,7 +65,13 @@ pub async fn admit_service<B>(
     if claims.role() == SERVICE {
         return Ok(());
     }
-    app.observe.request_refused(address, request.uri().path(), "not of the role service_role");
+    app.observe.request_refused(&Refusal {
+        reason: RefusalReason::Role,
+        address,
+        path: Some(request.uri().path()),
+        sub: claims.sub(),
+        why: "not of the role service_role",
+    });
     let why = format!("{need}; this token has the role {}", claims.role());
     Err(error(StatusCode::FORBIDDEN, &why))
 }

@@ -23,7 +23,7 @@ use crate::observe::{Observe, Readings};
 use crate::pubsub::topics::Topics;
 use crate::status::service::StatusService;
 use crate::transport::broadcast_rates::BroadcastRates;
-use crate::transport::clients::Clients;
+use crate::transport::clients::{ClientKind, Clients};
 use crate::transport::connection_limits::ConnectionLimits;
 use crate::transport::upstream::Upstream;
 
@@ -91,6 +91,7 @@ impl App {
     /// Returns the text of `/metrics`.
     pub fn metrics(&self) -> String {
         self.observe.text(&Readings {
+            clients: ClientKind::ALL.map(|kind| self.clients.count(kind)),
             sessions: self.connection_limits.client_count(),
             outbox_bytes: self.budget.held_bytes(),
             status_users: self.status.board.user_counts(),

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use crate::feed::deliver::outbox::Outbox;
 use crate::model::identity::claims::Claims;
 use crate::model::session::channel::ChannelId;
+use crate::observe::TRANSPORTS;
 
 /// Number of maps that clients are spread over.
 const SHARDS: usize = 16;
@@ -34,11 +35,7 @@ impl ClientKind {
 
     /// Returns its name in metrics and JSON.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::WebSocket => "websocket",
-            Self::EventStream => "event_stream",
-            Self::Poll => "poll",
-        }
+        TRANSPORTS[self as usize]
     }
 }
 

@@ -21,6 +21,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::feed::deliver::outbox::Outbox;
+use crate::observe::{Refusal, RefusalReason};
 use crate::transport::app::App;
 use crate::transport::broadcast::request as broadcast;
 use crate::transport::changes::request as changes;
@@ -53,7 +54,8 @@ pub async fn serve(app: Arc<App>, stream: TcpStream, address: IpAddr) {
     let slot = match app.connection_limits.admit(address) {
         Ok(admitted) => Arc::new(admitted),
         Err(refused) => {
-            app.observe.connection_refused(refused.why);
+            let (reason, why) = (RefusalReason::Limit, refused.why);
+            app.observe.connection_refused(&Refusal { reason, address, path: None, sub: None, why });
             return app.connection_limits.refuse(stream, refused).await;
         }
     };
@@ -209,7 +211,14 @@ async fn route(
                 return answer;
             }
             if is_of_client(path) {
-                app.observe.request_refused(slot.address(), path, NOTHING_HERE);
+                let (reason, address) = (RefusalReason::Path, slot.address());
+                app.observe.request_refused(&Refusal {
+                    reason,
+                    address,
+                    path: Some(path),
+                    sub: None,
+                    why: NOTHING_HERE,
+                });
             }
             error(StatusCode::NOT_FOUND, NOTHING_HERE)
         }

@@ -50,7 +50,7 @@ fn each_setting_in_examples_of_deploying_exists() {
 }
 
 #[test]
-fn each_metric_in_alerts_exists() {
+fn each_metric_in_alerts_and_dashboards_exists() {
     let text = Observe::new().text(&Readings::default());
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
     let known: BTreeSet<String> = types
@@ -60,15 +60,24 @@ fn each_metric_in_alerts_exists() {
             _ => name.to_owned(),
         })
         .collect();
-    let mut count = 0;
+    let (mut count, mut dashboards) = (0, 0);
     for (name, text) in
         files().into_iter().filter(|(name, _)| name.ends_with(".yml") || name.ends_with(".json"))
     {
+        if name.ends_with(".json") {
+            dashboards += 1;
+            let dashboard: serde_json::Value = serde_json::from_str(&text).unwrap();
+            for panel in dashboard["panels"].as_array().unwrap() {
+                let targets = panel["targets"].as_array().unwrap();
+                let asks = |target: &serde_json::Value| target["expr"].as_str().unwrap().contains("relay_");
+                assert!(!targets.is_empty() && targets.iter().all(asks), "{name}: {panel}");
+            }
+        }
         let used: BTreeSet<String> =
             words(&text, "relay_").into_iter().filter(|word| !word.starts_with("relay_alerts")).collect();
         let unknown: Vec<_> = used.difference(&known).collect();
         assert!(unknown.is_empty(), "{name}: {unknown:?}");
         count += used.len();
     }
-    assert!(count > 8, "where are they?");
+    assert!(count > 8 && dashboards == 2, "where are they?");
 }

@@ -10,6 +10,7 @@ pub mod http_answers;
 pub mod http_edges;
 pub mod inspector;
 pub mod keys;
+pub mod metrics;
 pub mod pages;
 pub mod several_tables;
 pub mod sockets_since;

@@ -135,6 +135,11 @@ impl Frame {
         matches!(self.0.content, Content::Push(..))
     }
 
+    /// Returns whether it tells that changes are missing.
+    pub fn is_gap(&self) -> bool {
+        matches!(self.0.content, Content::Notice(Notice::Gap { .. } | Notice::GapText(_)))
+    }
+
     /// Returns when its change was written; `None` if it is no change.
     pub fn written_at(&self) -> Option<OffsetDateTime> {
         match &self.0.content {
@@ -156,6 +161,7 @@ impl Frame {
             Content::Change(Envelope::Cursor(_), object) => [object.as_str(), "", ""],
             Content::Notice(
                 Notice::Text(text)
+                | Notice::GapText(text)
                 | Notice::Hidden(text)
                 | Notice::PolicyError(text)
                 | Notice::Gap { reason: text, .. },
@@ -181,7 +187,9 @@ impl Content {
         match self {
             Self::Change(Envelope::Text { before, .. }, _) => before.len(),
             Self::Change(Envelope::Cursor(cursor), _) => cursor.len(),
-            Self::Notice(Notice::Text(text) | Notice::Hidden(text) | Notice::PolicyError(text)) => text.len(),
+            Self::Notice(
+                Notice::Text(text) | Notice::GapText(text) | Notice::Hidden(text) | Notice::PolicyError(text),
+            ) => text.len(),
             Self::Notice(Notice::Gap { reason, cursor }) => {
                 reason.len() + cursor.as_ref().map_or(0, String::len)
             }

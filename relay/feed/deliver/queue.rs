@@ -96,7 +96,7 @@ pub struct InFlight {
 
 impl InFlight {
     /// Returns when the first change was written.
-    pub(super) fn oldest(&self) -> Option<OffsetDateTime> {
+    pub fn oldest(&self) -> Option<OffsetDateTime> {
         self.frames.iter().take(SCANNED_FRAMES).find_map(Frame::written_at)
     }
 }

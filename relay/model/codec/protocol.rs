@@ -111,6 +111,8 @@ pub struct Wrapping {
 pub enum Notice {
     /// The text of one message.
     Text(String),
+    /// The text of a message which tells that changes are missing.
+    GapText(String),
     /// Changes are missing. The transport writes the message.
     Gap {
         /// Why they are missing.

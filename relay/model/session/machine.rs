@@ -56,6 +56,11 @@ impl Session {
         self.channels.values().map(|channel| channel.bytes).sum()
     }
 
+    /// Returns the identity that the client connected with.
+    pub fn connection_identity(&self) -> &Identity {
+        &self.connection_identity
+    }
+
     /// Returns the topic of a channel.
     pub fn topic(&self, channel: ChannelId) -> Option<&str> {
         self.channels.iter().find(|(_, state)| state.id == channel).map(|(topic, _)| topic.as_str())

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::Pool;
-
 use crate::postgres::changelog::transactions::Transactions;
-use crate::postgres::connect::pool::Server;
+use crate::postgres::connect::pool::{Pool, Server};
 
 /// How a reader reaches the changelog.
 #[derive(Clone)]

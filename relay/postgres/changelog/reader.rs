@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::time::Duration;
 
-use deadpool_postgres::Pool;
 use futures_util::{StreamExt, TryStreamExt};
 use time::OffsetDateTime;
 use tokio::time::sleep;
@@ -14,7 +13,7 @@ use tokio_postgres::{Client, Row, RowStream, Statement};
 use crate::model::log::cursor::{Epoch, Snapshot};
 use crate::model::row::change::{self, Change, ChangeHeader, ImageState, Operation, RelationId};
 use crate::postgres::catalog::RuleScope;
-use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Server};
+use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Pool, Server};
 
 /// Time after the query timeout at which PostgreSQL ends a statement that waits for a lock.
 const LOCK_GRACE: Duration = Duration::from_secs(1);

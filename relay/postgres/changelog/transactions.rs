@@ -3,12 +3,11 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use deadpool_postgres::Pool;
 use time::OffsetDateTime;
 
 use crate::model::log::cursor::Epoch;
 use crate::model::row::change::{Change, RelationId};
-use crate::postgres::connect::pool::{Error, Lease};
+use crate::postgres::connect::pool::{Error, Lease, Pool};
 
 /// Maximum number of cached transactions: enough for those that a few readers are reading.
 const MAX_CACHED: usize = 256;

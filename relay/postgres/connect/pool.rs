@@ -1,10 +1,11 @@
 //! Connections to PostgreSQL: the pool, single connections, and TLS.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
-    Connect, HookError, Manager, ManagerConfig, Object, Pool, QueueMode, RecyclingMethod, Runtime,
+    Connect, HookError, Manager, ManagerConfig, Object, PoolError, QueueMode, RecyclingMethod, Runtime,
+    Timeouts,
 };
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, poll_fn};
@@ -13,6 +14,7 @@ use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::{AsyncMessage, Client, Config, Connection, Notification, SimpleQueryMessage, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
+use crate::observe::Observe;
 use crate::postgres::connect::address::Address;
 use crate::postgres::connect::advice::{cure, place, wants_other_encryption};
 pub use crate::postgres::connect::error::Error;
@@ -64,6 +66,48 @@ pub const DATABASE: &str = "--database-url (DATABASE_URL)";
 pub const DOORBELL: &str = "--doorbell-url (RELAY_DOORBELL_URL)";
 /// The setting of the judging connection.
 pub const JUDGE: &str = "--judge-url (RELAY_JUDGE_URL)";
+
+/// Connections for short statements, shared by many callers.
+#[derive(Clone)]
+pub struct Pool {
+    connections: deadpool_postgres::Pool,
+    /// Records waits, if they are measured.
+    observe: Option<Arc<Observe>>,
+}
+
+impl Pool {
+    /// Measures the waits for its connections.
+    #[must_use]
+    pub fn measured(self, observe: &Arc<Observe>) -> Self {
+        Self { observe: Some(Arc::clone(observe)), ..self }
+    }
+
+    /// Takes a connection, and opens one if there is room for it.
+    ///
+    /// # Errors
+    /// When none is available in time, or the server cannot be reached.
+    pub async fn get(&self) -> Result<Object, PoolError> {
+        self.timeout_get(&self.timeouts()).await
+    }
+
+    /// The same with other time limits.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub async fn timeout_get(&self, timeouts: &Timeouts) -> Result<Object, PoolError> {
+        let began = Instant::now();
+        let taken = self.connections.timeout_get(timeouts).await;
+        if let Some(observe) = &self.observe {
+            observe.pool_waited(began.elapsed());
+        }
+        taken
+    }
+
+    /// Its time limits.
+    pub fn timeouts(&self) -> Timeouts {
+        self.connections.timeouts()
+    }
+}
 
 /// A PostgreSQL server, and how to connect to it.
 #[derive(Clone)]
@@ -149,7 +193,7 @@ impl Server {
         );
         let manager_settings = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_connect(self.config().clone(), self.clone(), manager_settings);
-        Pool::builder(manager)
+        let connections = deadpool_postgres::Pool::builder(manager)
             .max_size(size)
             // The newest first: the session that was used last has the plans of what runs most often, and others stay unopened.
             .queue_mode(QueueMode::Lifo)
@@ -161,7 +205,8 @@ impl Server {
                 Box::pin(async move { client.batch_execute(&settings).await.map_err(HookError::Backend) })
             }))
             .build()
-            .map_err(|error| Error::Pool(error.to_string()))
+            .map_err(|error| Error::Pool(error.to_string()))?;
+        Ok(Pool { connections, observe: None })
     }
 
     /// The login's name, when the connection string has one.
@@ -308,7 +353,7 @@ async fn session(client: &Client) -> Result<Option<String>, tokio_postgres::Erro
 /// none is closed.
 pub fn give_up(pool: &Pool, client: Object) {
     drop(Object::take(client));
-    pool.retain(|_, _| false);
+    pool.connections.retain(|_, _| false);
 }
 
 /// A connection of a pool for one query. If it is dropped before [`Self::done`], the query was cancelled or timed out, and the

@@ -17,6 +17,7 @@ use crate::feed::deliver::queue::Taken;
 use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::protocol::{Envelope, Notice};
 use crate::model::log::cursor::Cursor;
+use crate::observe::Sent;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, notice, unavailable};
 use crate::transport::changes::request::{ChangesRequest, MIN_OUTBOX, START_TIMEOUT, lost};
@@ -79,6 +80,11 @@ pub async fn poll(
     }
     let reached = reached.filter(|cursor| cursor.is_at_or_after(&since));
     let hidden = take_hidden(&outbox).or(hidden);
+    let sent = {
+        let frames = &outbox.in_flight().frames;
+        Sent { bytes: frames.iter().map(Frame::len).sum(), messages: frames.len(), gaps: 0 }
+    };
+    app.observe.sent(ClientKind::Poll.name(), sent);
     if outbox.in_flight().frames.is_empty() {
         return no_changes(&reached.unwrap_or(since).to_string(), false, hidden.as_deref());
     }

@@ -28,6 +28,7 @@ use crate::model::subscription::filter::{self, Filter};
 use crate::model::subscription::paging::{OrderBy, PageToken, Paging};
 use crate::model::subscription::request::{Request as Wanted, Target};
 use crate::model::subscription::topic::TopicScope;
+use crate::observe::Sent;
 use crate::transport::admission::admit;
 use crate::transport::app::App;
 use crate::transport::changes::poll::{poll, position};
@@ -117,12 +118,17 @@ pub async fn serve(
         Ok(call) => call,
         Err(refused) => return refused,
     };
-    match (call.since.clone(), wants_stream) {
-        (None, false) if call.subscription.topic().is_some() => position(&app).await,
-        (None, false) => rows(&app, call, watched).await,
-        (Some(since), false) => poll(&app, call, since, watched, closed).await,
-        (_, true) => follow(app, call, watched, closed).await,
+    let observe = Arc::clone(&app.observe);
+    let (answer, kind) = match (call.since.clone(), wants_stream) {
+        (None, false) if call.subscription.topic().is_some() => return position(&app).await,
+        (None, false) => return rows(&app, call, watched).await,
+        (Some(since), false) => (poll(&app, call, since, watched, closed).await, ClientKind::Poll),
+        (_, true) => (follow(app, call, watched, closed).await, ClientKind::EventStream),
+    };
+    if answer.status() == StatusCode::GONE {
+        observe.sent(kind.name(), Sent { gaps: 1, ..Sent::default() });
     }
+    answer
 }
 
 /// Reads the parameters, verifies the token and binds the subscription.

@@ -13,6 +13,7 @@ use http_body_util::StreamBody;
 use hyper::StatusCode;
 use hyper::body::Frame as Chunk;
 use hyper::header::{self, HeaderValue};
+use time::OffsetDateTime;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +27,7 @@ use crate::feed::replay::reader::ReplayError;
 use crate::model::codec::protocol::{Envelope, Notice, RESUMED, STALLED};
 use crate::model::log::cursor::Cursor;
 use crate::model::session::join::unauthorized;
+use crate::observe::Sent;
 use crate::status::board::Connected;
 use crate::transport::app::App;
 use crate::transport::changes::refusal::{expired, gap, unavailable};
@@ -66,6 +68,9 @@ struct EventStream {
     written: usize,
     /// Holds changes back, if only the latest change of each row is wanted.
     conflation: Option<Conflation>,
+    /// What the next bytes have, and when their oldest change was written.
+    sent: Sent,
+    oldest: Option<OffsetDateTime>,
     /// The last event id that was sent without an event.
     sent_position: Cursor,
     /// When the token expires.
@@ -88,7 +93,10 @@ pub async fn follow(
         return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     };
     let since = match call.since.clone() {
-        Some(since) => since,
+        Some(since) => {
+            app.observe.resumed_from_cursor();
+            since
+        }
         None => match app.feed.beginning(&call.subscription).await {
             Some(since) => since,
             None => return unavailable(),
@@ -140,6 +148,8 @@ fn answer(
         progress,
         written,
         conflation,
+        sent: Sent::default(),
+        oldest: None,
         sent_position,
         expiry,
         revoked,
@@ -149,6 +159,7 @@ fn answer(
     };
     let body = StreamBody::new(unfold(stream, async |mut stream| {
         let chunk = stream.next().await?;
+        stream.count(chunk.len());
         let chunk = counted(chunk.into_bytes(), &stream.app.budget);
         Some((Ok::<_, Infallible>(Chunk::data(chunk)), stream))
     }));
@@ -206,6 +217,15 @@ impl EventStream {
             }
         }
         None
+    }
+
+    /// Counts bytes that are handed to the connection.
+    fn count(&mut self, bytes: usize) {
+        let sent = Sent { bytes, ..std::mem::take(&mut self.sent) };
+        self.app.observe.sent(ClientKind::EventStream.name(), sent);
+        if let Some(oldest) = self.oldest.take() {
+            self.app.observe.written(oldest);
+        }
     }
 
     /// Returns the first bytes of the stream.
@@ -335,10 +355,12 @@ impl EventStream {
         let outbox = Arc::clone(&self.catch_up.outbox);
         let mut in_flight = outbox.in_flight();
         let mut text = String::new();
+        self.oldest = in_flight.oldest();
         while text.len() < MAX_CHUNK
             && self.conflation.as_ref().is_none_or(Conflation::is_releasing)
             && let Some(first) = in_flight.frames.front()
         {
+            self.sent.gaps += usize::from(first.is_gap());
             match first.content() {
                 Content::Change(Envelope::Cursor(cursor), object) => {
                     let change = object.as_str();
@@ -370,6 +392,7 @@ impl EventStream {
                 Content::Notice(Notice::Hidden(why)) => text.push_str(&notice_event(why)),
                 _ => {}
             }
+            self.sent.messages += 1;
             in_flight.frames.pop_front();
             if let Some(conflation) = &mut self.conflation {
                 conflation.delivered();
@@ -405,7 +428,10 @@ impl EventStream {
         self.is_closed = true;
         match error {
             // Without an id: a client that reconnects with its last id gets status 410.
-            ReplayError::Gap(why) => gap_event(why, None),
+            ReplayError::Gap(why) => {
+                self.sent.gaps += 1;
+                gap_event(why, None)
+            }
             ReplayError::Ended => self.expired(),
             ReplayError::Unavailable(_) => String::from(": the database is unavailable\n\n"),
         }

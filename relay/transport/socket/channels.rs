@@ -258,7 +258,8 @@ impl Channels {
             && !verdict.rights.any()
         {
             let why = verdict.why.as_deref().unwrap_or(NO_POLICY);
-            self.app.observe.subscription_refused(&format!("private channel: {why}"));
+            let sub = self.session.connection_identity().claims().sub();
+            self.app.observe.subscription_refused(sub, &format!("private channel: {why}"));
         }
         let outcome = outcome.ok().map(|verdict| (verdict.rights, verdict.why));
         let actions = self.session.judged(channel, judgement, now(), outcome);
@@ -284,6 +285,9 @@ impl Channels {
                         self.note_open(channel);
                         let format = ChannelFormat { topic, with_cursor: self.with_cursor, by_operation };
                         let since = since.map(|since| *since);
+                        if since.is_some() {
+                            self.app.observe.resumed_from_cursor();
+                        }
                         self.deliveries.start(channel, format, since, self.frames(&greeting), bound);
                     }
                 }

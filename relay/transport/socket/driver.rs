@@ -22,6 +22,7 @@ use crate::feed::deliver::outbox::Outbox;
 use crate::feed::deliver::queue::Taken;
 use crate::model::codec::protocol::SocketProtocol;
 use crate::transport::app::App;
+use crate::transport::clients::ClientKind;
 use crate::transport::intake::Intake;
 use crate::transport::socket::channels::{Channels, CloseConnection, ConnectRequest, close_unless};
 use crate::transport::socket::frame_writer::{Broken, Socket, Writer};
@@ -82,6 +83,7 @@ pub async fn serve(app: Arc<App>, stream: Intake, read: Vec<u8>, request: Connec
     let end = driver.run().await;
     driver.channels.end();
     driver.close(end).await;
+    driver.count_sent();
 }
 
 struct Driver {
@@ -179,6 +181,7 @@ impl Driver {
         // Yield now and then: a client with a steady stream of frames must not starve other tasks of its thread.
         consume_budget().await;
         self.consecutive_writes += 1;
+        let oldest = self.outbox.in_flight().oldest();
         let mut check = Instant::now() + STUCK_CHECK;
         while !self.writer.write_now(&mut self.socket, &self.outbox)? {
             self.consecutive_writes = MAX_CONSECUTIVE_WRITES;
@@ -200,8 +203,16 @@ impl Driver {
                 }
             }
         }
+        self.count_sent();
+        if let Some(oldest) = oldest {
+            self.app.observe.written(oldest);
+        }
         self.channels.written();
         Ok(())
+    }
+
+    fn count_sent(&mut self) {
+        self.app.observe.sent(ClientKind::WebSocket.name(), self.writer.take_sent());
     }
 
     /// Handles a frame from the client.
@@ -209,7 +220,8 @@ impl Driver {
     /// # Errors
     /// How the session ends, if the frame ends it.
     fn handle_frame(&mut self, frame: Option<Result<SocketFrame, SocketError>>) -> Result<(), SessionEnd> {
-        if matches!(frame, Some(Ok(_))) {
+        if let Some(Ok(frame)) = &frame {
+            self.app.observe.received(frame.len());
             self.channels.note_frame();
         }
         let pong = match &frame {

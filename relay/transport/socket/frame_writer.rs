@@ -10,6 +10,7 @@ use tokio_tungstenite::WebSocketStream;
 use crate::feed::deliver::frame::{Content, Frame};
 use crate::feed::deliver::outbox::Outbox;
 use crate::feed::deliver::queue::InFlight;
+use crate::observe::Sent;
 use crate::transport::intake::Intake;
 
 /// Maximum size in bytes of frames that are copied together for one system call.
@@ -44,12 +45,19 @@ pub struct Writer {
     written: usize,
     /// Whether the library may have a frame of its own to write: a pong or a close frame.
     flush_needed: bool,
+    /// What was written since it was taken last.
+    sent: Sent,
 }
 
 impl Writer {
     /// Marks that a frame was read, which the library may have to answer.
     pub fn frame_read(&mut self) {
         self.flush_needed = true;
+    }
+
+    /// Returns what was written since the last call.
+    pub fn take_sent(&mut self) -> Sent {
+        std::mem::take(&mut self.sent)
     }
 
     /// Drops all frames except a partly written one.
@@ -161,10 +169,13 @@ impl Writer {
     /// Counts `count` more bytes as written and removes the completed frames.
     fn advance(&mut self, count: usize, in_flight: &mut InFlight) {
         self.written += count;
+        self.sent.bytes += count;
         while let Some(first) = in_flight.frames.front()
             && let Some(left) = self.written.checked_sub(header_length(first) + first.len())
         {
             self.written = left;
+            self.sent.messages += 1;
+            self.sent.gaps += usize::from(first.is_gap());
             in_flight.frames.pop_front();
         }
     }

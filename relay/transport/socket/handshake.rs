@@ -9,6 +9,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::model::codec::phoenix::Version;
 use crate::model::identity::bookmark::InvalidSessionName;
+use crate::observe::{Refusal, RefusalReason};
 use crate::transport::app::{App, origin_is_allowed};
 use crate::transport::connection_limits::ConnectionSlot;
 use crate::transport::early_refusal::into_connection;
@@ -21,8 +22,14 @@ use crate::transport::socket::driver;
 
 /// Answers a handshake request.
 pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: Request<Incoming>) -> Answer {
+    let (address, path) = (slot.address(), request.uri().path().to_owned());
+    let count = |reason: RefusalReason, sub: Option<&str>, why: &str| {
+        app.observe.connection_refused(&Refusal { reason, address, path: Some(&path), sub, why });
+    };
     let refused = |status: StatusCode, why: &str| {
-        app.observe.connection_refused(why);
+        let reason =
+            if status == StatusCode::FORBIDDEN { RefusalReason::Origin } else { RefusalReason::Request };
+        count(reason, None, why);
         error(status, why)
     };
     let Some(key) = upgrade_key(&request) else {
@@ -33,22 +40,23 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
     }
     let query = request.uri().query().unwrap_or_default();
     if let Some(name) = repeated(query) {
-        app.observe.connection_refused("repeated parameter");
+        count(RefusalReason::Request, None, "repeated parameter");
         return error(StatusCode::BAD_REQUEST, &repeated_error(&name));
     }
     let Some(version) = Version::from_vsn(parameter(query, "vsn").as_deref()) else {
-        app.observe.connection_refused("unknown protocol version (vsn)");
+        count(RefusalReason::Request, None, "unknown protocol version (vsn)");
         return empty(StatusCode::FORBIDDEN);
     };
     let claims = match app.identify(&credential(request.headers(), query)).await {
         Ok(claims) => claims,
         Err(why) => {
-            app.observe.connection_refused(&why.advised_text());
+            count(RefusalReason::Token, None, &why.advised_text());
             return error_with_hint(StatusCode::UNAUTHORIZED, &why.connect_text(), why.advice());
         }
     };
     let Some(client) = app.connection_limits.admit_client() else {
-        return refused(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
+        count(RefusalReason::Limit, claims.sub(), "Too many connected users");
+        return error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users");
     };
     let with_cursor = match parameter(query, "cursor").as_deref() {
         None | Some("" | "false") => false,
@@ -63,7 +71,7 @@ pub async fn handshake(app: &Arc<App>, slot: Arc<ConnectionSlot>, mut request: R
         Ok(name) => name,
         Err(error) => return refused(StatusCode::BAD_REQUEST, &error.to_string()),
     };
-    let (protocol, address) = (version.protocol(), slot.address());
+    let protocol = version.protocol();
     let connect_request = ConnectRequest { protocol, with_cursor, name, claims, address };
     let upgrade = hyper::upgrade::on(&mut request);
     let session_app = Arc::clone(app);

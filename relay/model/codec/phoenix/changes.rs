@@ -32,7 +32,7 @@ impl ChangeEncoding for ChannelChanges {
     }
 
     fn gap(&self, reason: &str, _: Option<&str>) -> Notice {
-        self.notice("error", &format!("Gap: {reason}"))
+        Notice::GapText(self.text("error", &format!("Gap: {reason}")))
     }
 
     fn hidden(&self, why: &str) -> Notice {
@@ -58,9 +58,13 @@ impl ChangeEncoding for ChannelChanges {
 
 impl ChannelChanges {
     fn notice(&self, status: &str, text: &str) -> Notice {
+        Notice::Text(self.text(status, text))
+    }
+
+    fn text(&self, status: &str, text: &str) -> String {
         let topic = &self.format.topic;
         let payload = system(topic, "postgres_changes", status, text);
-        Notice::Text(fan_out(self.version, topic, "system", &payload))
+        fan_out(self.version, topic, "system", &payload)
     }
 }
 
@@ -143,7 +147,7 @@ mod tests {
     #[test]
     fn gaps_and_stalls_are_system_messages_of_the_channel() {
         let text = |notice: Notice| match notice {
-            Notice::Text(text) => text,
+            Notice::Text(text) | Notice::GapText(text) => text,
             Notice::Gap { .. } | Notice::PolicyError(_) | Notice::Hidden(_) => panic!("{notice:?}"),
         };
         check(

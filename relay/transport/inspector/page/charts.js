@@ -52,12 +52,13 @@ const perSecond = (count) => `${number(count)}/s`
 const CHARTS = [
   { title: 'Changes', write: perSecond, lines: [['read', rate('relay_changes_read_total')]] },
   { title: 'Frames', write: perSecond, lines: [['of changes', rate('relay_frames_total')], ['of broadcasts', rate('relay_broadcast_frames_total')]] },
-  { title: 'Lag', write: duration, lines: [['p50', quantile('relay_lag_seconds', 0.5)], ['p99', quantile('relay_lag_seconds', 0.99)]] },
+  { title: 'From write to socket', write: duration, lines: [['p50', quantile('relay_written_lag_seconds', 0.5)], ['p99', quantile('relay_written_lag_seconds', 0.99)]] },
   { title: 'Policies in PostgreSQL', write: duration, lines: [['p50', quantile('relay_judge_seconds', 0.5)], ['p99', quantile('relay_judge_seconds', 0.99)]] },
   { title: 'Reads of the changelog', write: duration, lines: [['p50', quantile('relay_page_seconds', 0.5)], ['p99', quantile('relay_page_seconds', 0.99)]] },
   { title: 'Clients', write: number, lines: [['connected', value('relay_sessions_open')], ['channels', value('relay_channels_open')]] },
+  { title: 'Sent', write: (count) => `${bytes(count)}/s`, lines: [['to clients', rate('relay_sent_bytes_total')]] },
   { title: 'Queued', write: bytes, lines: [['for clients', value('relay_outbox_bytes')]] },
-  { title: 'Refused', write: perSecond, lines: [['connections and requests', rate('relay_connections_refused_total')]] },
+  { title: 'Refused and lost', write: perSecond, lines: [['refused', rate('relay_connections_refused_total')], ['gaps', rate('relay_gaps_total')]] },
 ]
 
 const WIDTH = 320
