@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::Pool;
 use serde::Serialize;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
-use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Server};
+use crate::postgres::connect::pool::{Error, Lease, NO_PATH, Pool, Server};
 use crate::postgres::connect::within::within;
 use crate::postgres::locks::Lock;
 

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::Pool;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -15,7 +14,7 @@ use crate::feed::handle::Feed;
 use crate::model::session::channel::ChannelId;
 use crate::observe::Observe;
 use crate::postgres::connect::backoff::Backoff;
-use crate::postgres::connect::pool::{Error, Server};
+use crate::postgres::connect::pool::{Error, Pool, Server};
 use crate::postgres::webhooks::{Hook, WebhookConnection, has_webhooks};
 use crate::tls::TlsError;
 use crate::webhooks::request::Sender;

@@ -192,7 +192,7 @@ fn merged(insert: &Frame, update: &Frame, budget: &Arc<MemoryBudget>) -> Option<
         return None;
     };
     let text = with_newer_row(older.as_str(), newer.as_str())?;
-    let object = PayloadText::new(text, budget);
+    let object = PayloadText::new(text, update.written_at()?, budget);
     Some(Frame::row_change(Envelope::Cursor(cursor.clone()), object, insert.row().cloned(), budget))
 }
 
@@ -218,7 +218,7 @@ mod tests {
             r#"{{"schema":"s","table":"t","commit_timestamp":"x","txid":"1","number":"{value}","type":"{name}","columns":[],{rows},"errors":null,"cursor":"c{value}"}}"#
         );
         let row = RowChange { relation: RelationId::whole(7), key: key.into(), kind };
-        let object = PayloadText::new(text, budget);
+        let object = PayloadText::new(text, time::OffsetDateTime::UNIX_EPOCH, budget);
         Frame::row_change(Envelope::Cursor(format!("c{value}")), object, Some(row), budget)
     }
 
