@@ -28,6 +28,7 @@ use crate::feed::replay::bookmarks::{BookmarkHandle, BookmarkWriter};
 use crate::feed::replay::reader::ReplayReader;
 use crate::feed::router::{FeedItems, Router, RouterContext};
 use crate::feed::subscribe::Binder;
+use crate::nodes::service::NodeService;
 use crate::observe::Observe;
 use crate::postgres::bookmarks::Bookmarks;
 use crate::postgres::broadcast_history::BroadcastHistory;
@@ -80,6 +81,8 @@ pub struct Servers {
     pub main: Server,
     /// For LISTEN.
     pub doorbell: Server,
+    /// For messages to and from other relays.
+    pub nodes: Server,
     /// Evaluates policies.
     pub judge: Server,
 }
@@ -114,6 +117,7 @@ struct ReadingTasks {
     bookmark_writer: BookmarkWriter,
     status_writer: StatusWriter,
     webhooks: WebhookService,
+    nodes: NodeService,
     jobs: watch::Sender<()>,
 }
 
@@ -135,9 +139,12 @@ impl Assembly {
         let (jobs, _) = watch::channel(());
         let source = foundation.source(config.poll, jobs.clone());
         let (status, status_writer) = foundation.status(&config)?;
+        let poll = config.poll;
         let app = Arc::new(foundation.app(config, feed, status));
         let webhooks = foundation.webhooks(&app)?;
-        let reading = ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, jobs };
+        let (server, topics) = (foundation.servers.nodes.clone(), Arc::clone(&app.topics));
+        let nodes = NodeService::new(server, topics, Arc::clone(&foundation.observe), poll);
+        let reading = ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, nodes, jobs };
         Ok(Self { app, foundation, reading })
     }
 
@@ -154,12 +161,13 @@ impl Assembly {
     /// Runs the tasks that read the database.
     pub fn begin_reading(self) {
         let Foundation { servers, tasks, observe, .. } = self.foundation;
-        let ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, jobs } = self.reading;
+        let ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, nodes, jobs } = self.reading;
         let (tracker, end) = (&tasks.tracker, &tasks.end);
         tracker.spawn(bookmark_writer.run(tasks.feed_end.clone()));
         // After the sessions, whose ends it writes.
         tracker.spawn(status_writer.run(jobs.clone(), tasks.feed_end.clone()));
         tracker.spawn(webhooks.run(jobs.clone(), end.clone()));
+        tracker.spawn(nodes.run(tasks.feed_end.clone()));
         tracker.spawn(source.run(items, end.clone()));
         tracker.spawn(retention::run(servers.main.clone(), observe, end.clone()));
         tracker.spawn(refresh::run(servers.main.clone(), jobs.clone(), end.clone()));
@@ -177,6 +185,7 @@ impl Servers {
         let servers = Self {
             main: server(DATABASE, &config.database_url, "relay")?,
             doorbell: server(DOORBELL, &config.doorbell_url, "relay doorbell")?,
+            nodes: server(DOORBELL, &config.doorbell_url, "relay nodes")?,
             judge: server(JUDGE, &config.judge_url, "relay judge")?,
         };
         let all = [&servers.main, &servers.doorbell, &servers.judge];

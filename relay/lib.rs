@@ -28,6 +28,7 @@
 //! **A broadcast.** [`transport::socket::driver`] or [`transport::broadcast::request`] takes it from its sender and does not parse its
 //! content. [`pubsub::topics`] finds the topic, [`pubsub::topic`] encodes it once for each protocol and queues it in
 //! the [`feed::deliver::outbox`] of each member. Presence goes the same way: [`model::presence::state`] knows what changed.
+//! With other relays, [`pubsub::outgoing`] queues both for them, [`nodes::service`] writes and reads them over [`postgres::nodes`].
 //! A broadcast from SQL is a change: `sql/114_broadcasts.sql` logs it, and [`feed::deliver::broadcast_cache`] encodes it for the
 //! channels of its topic.
 //!
@@ -48,7 +49,7 @@
 //!
 //! # Layers
 //!
-//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `status`, `webhooks`, `auth`, `transport`, then `assembly`,
+//! A layer imports only layers above it on this page: `model`, `postgres`, `feed`, `pubsub`, `nodes`, `status`, `webhooks`, `auth`, `transport`, then `assembly`,
 //! `server` and `command`; `settings`, `config`, `observe` and `tls` stand beside them. What exactly each may import is the
 //! table `IMPORTS` of `tests/house/layers.rs`. The folders of a layer import each other without cycles, too.
 //!
@@ -79,6 +80,7 @@
 //! | session, bookmark | one client's channels, as a state machine of messages; the position of a channel, kept for a session with a name |
 //! | codec | how a wire protocol writes the changes of a subscription; on a socket also the messages of the session |
 //! | topic, presence | what channels of one name have in common; the objects that its members track |
+//! | node, incarnation | a relay, as others of its database know it; one connection of it to them |
 //! | outbox, frame | the bounded queue to one client; what is in it: a message, change or gap |
 //! | webhook, delivery, dead letter | the changes of a table for an HTTP receiver; one of them, or a gap; one that failed too often |
 //! | status, sweep | whether a user is online, in a table of the user's own; the look for users that are online and should not be |
@@ -154,6 +156,10 @@ pub mod model {
         pub mod state;
         pub mod status;
     }
+    /// What relays of one database tell each other.
+    pub mod node {
+        pub mod message;
+    }
     /// Wire protocols: what a protocol must do, then one file for each.
     pub mod codec {
         pub mod payload;
@@ -224,6 +230,7 @@ pub mod postgres {
     pub mod broadcast_history;
     pub mod status;
     pub mod webhooks;
+    pub mod nodes;
     /// Work on a schedule, by one relay at a time.
     pub mod maintenance {
         pub mod retention;
@@ -292,7 +299,15 @@ pub mod feed {
 /// Topics: broadcasts and presence, from one client to others. Knows no SQL and no wire format.
 pub mod pubsub {
     pub mod topic;
+    pub mod outgoing;
     pub mod topics;
+    pub mod remote;
+}
+
+/// The other relays of the database: what clients send and track there, and what they are told.
+pub mod nodes {
+    pub mod peers;
+    pub mod service;
 }
 
 /// Who is online, written to the status table.

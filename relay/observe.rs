@@ -131,6 +131,12 @@ metrics! {
     webhook_given_up: Counter = "webhook_given_up", "Deliveries that became dead letters";
     webhook_gaps: Counter = "webhook_gaps", "Gaps in the changes of webhooks";
     webhook_answers: Histogram(0.001, 15) = "webhook_request_seconds", "Requests to receivers, from connecting to the answer";
+    // Other relays.
+    nodes: Gauge = "nodes", "Relays of this database whose members are known, with this one";
+    node_batches: Counter = "node_batches", "Batches of messages written for the other relays";
+    node_messages: Counter = "node_messages", "Messages read from the other relays";
+    node_dropped: Counter = "node_messages_dropped", "Broadcasts for which there was no room on the way between relays";
+    node_holes: Counter = "node_holes", "Times batches of another relay were gone before they were read";
 
     // Keys.
     keys: Gauge = "jwks_keys", "Valid keys of the JWK set";
@@ -253,6 +259,8 @@ pub struct Observe {
     status_refusals: LogPace,
     /// Of failed deliveries of webhooks.
     webhooks: LogPace,
+    /// Of messages that did not reach other relays.
+    node_losses: LogPace,
 }
 
 impl Observe {
@@ -290,6 +298,7 @@ impl Observe {
             upstream: LogPace::default(),
             status_refusals: LogPace::default(),
             webhooks: LogPace::default(),
+            node_losses: LogPace::default(),
         }
     }
 
@@ -598,6 +607,42 @@ impl Observe {
     pub fn webhook_gap(&self, name: &str, why: &str) {
         self.metrics.webhook_gaps.inc();
         tracing::warn!(webhook.name = name, why, "webhook tells a gap");
+    }
+
+    /// Sets the number of relays whose members are known.
+    pub fn nodes(&self, count: usize) {
+        self.metrics.nodes.set(count as i64);
+    }
+
+    /// Counts batches written for the other relays.
+    pub fn node_written(&self, batches: usize) {
+        self.metrics.node_batches.inc_by(batches as u64);
+    }
+
+    /// Counts messages read from other relays.
+    pub fn node_read(&self, messages: usize) {
+        self.metrics.node_messages.inc_by(messages as u64);
+    }
+
+    /// Counts a broadcast for which there was no room between relays, and logs it, at most once a second.
+    pub fn node_dropped(&self) {
+        self.metrics.node_dropped.inc();
+        if self.node_losses.is_due() {
+            tracing::warn!(
+                "broadcasts did not reach the clients of other relays: too many wait (relay_node_messages_dropped_total)"
+            );
+        }
+    }
+
+    /// Counts batches of another relay that were gone before they were read, and logs them, at most once a second.
+    pub fn node_hole(&self, batches: u64) {
+        self.metrics.node_holes.inc();
+        if self.node_losses.is_due() {
+            tracing::warn!(
+                batches,
+                "broadcasts of another relay were lost before this one read them; its presence is read anew"
+            );
+        }
     }
 
     /// Returns the text of `/metrics`.

@@ -100,7 +100,7 @@ async fn stop(sessions: &TaskTracker, tasks: &Tasks) {
 /// When a pooler is in transaction mode, the database side is missing or too old, or a login is refused: no change could be
 /// delivered.
 async fn prepare(servers: &Servers, is_install: bool, stall_monitor: &StallMonitor) -> Result<(), Error> {
-    let Servers { main, doorbell, judge } = servers;
+    let Servers { main, doorbell, judge, nodes: _ } = servers;
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
         let outcome = async {

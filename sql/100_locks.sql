@@ -11,6 +11,7 @@ return case class
   when 'job' then 1919249011      -- the second number is the id of a refresh job. Held by the relay that runs it.
   when 'relation' then 1919249012 -- the second number is the id of a watched relation. Held by the transaction that records its state.
   when 'signal' then 1919249013   -- the second number is the oid of a table that views on change read. Held as relay.note_signals() says.
+  when 'node' then 1919249014     -- the second number is that of a relay's connection to the other relays, which holds it
 end;
 comment on function relay.lock_class(text) is 'first number of an advisory lock of the relay';
 

@@ -76,7 +76,9 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.status_write(text, text[], boolean[], boolean[], boolean[], double precision[])',
     'relay.status_sweep(double precision, double precision, int)', 'relay.status_set(text, boolean)',
     'relay.status_stats(double precision)', 'relay.webhook_work()', 'relay.webhook_held(text)', 'relay.webhook_body(text, text)',
-    'relay.webhook_settle(text, text, int, json)']) f
+    'relay.webhook_settle(text, text, int, json)',
+    'relay.node_write(bigint, int, bigint, bytea[])', 'relay.node_read(bigint[], bigint[], int)', 'relay.node_numbers()',
+    'relay.node_incarnations()', 'relay.node_trim()']) f
 $$;
 comment on function relay.rights_due() is 'owners and rights of the objects in schema relay';
 

@@ -12,6 +12,7 @@ mod clients;
 mod delivery;
 mod house;
 mod limits;
+mod nodes;
 mod program;
 mod pubsub;
 mod recovery;

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::feed::deliver::frame::{CountedBytes, Frame, SharedBytes};
-use crate::feed::deliver::memory_budget::MemoryBudget;
+use crate::feed::deliver::memory_budget::{Held, MemoryBudget};
 use crate::feed::deliver::outbox::Outbox;
 use crate::model::codec::presence::{self, PresencePiece};
 use crate::model::codec::protocol::{SocketProtocol, Wrapping};
-use crate::model::presence::state::PresenceState;
+use crate::model::presence::state::{Meta, PresenceState};
 use crate::model::session::broadcast::Broadcast;
-use crate::model::session::member::MemberId;
+use crate::model::session::channel::ChannelId;
+use crate::model::session::member::{MemberId, NodeId};
 use crate::model::session::message::{ChannelName, Reference};
 
 /// Minimum interval between two messages about the presence in one topic. Changes in between are told together.
@@ -42,6 +43,8 @@ struct TopicState {
     is_awaited: bool,
     /// Whether the ticker will tell them.
     is_scheduled: bool,
+    /// Memory of what members of other relays track.
+    remote: HashMap<MemberId, Held>,
     /// Whether the topic was removed because it had no members.
     is_removed: bool,
     /// What was sent to it.
@@ -152,7 +155,7 @@ impl Topic {
         Ok(())
     }
 
-    /// Removes a member, and what it tracks. Returns whether no member is left.
+    /// Removes a member, and what it tracks. Returns whether no member of any relay is left.
     pub fn exit(&self, id: MemberId) -> bool {
         let mut state = self.lock();
         for audience in &mut state.audiences {
@@ -160,7 +163,7 @@ impl Topic {
         }
         state.audiences.retain(|audience| !audience.members.is_empty());
         state.is_changed |= state.presence.untrack(id);
-        state.audiences.is_empty()
+        state.is_empty()
     }
 
     /// Changes what a member receives. If it may know of the presence from now on and wants to, it gets the state first.
@@ -179,7 +182,7 @@ impl Topic {
     /// Marks the topic as removed if it has no member.
     pub fn remove_if_empty(&self) -> bool {
         let mut state = self.lock();
-        state.is_removed |= state.audiences.is_empty();
+        state.is_removed |= state.is_empty();
         state.is_removed
     }
 
@@ -215,7 +218,7 @@ impl Topic {
     }
 
     /// Changes what a member tracks, and lets it follow the presence from now on: first the state, then the changes with its
-    /// own.
+    /// own. Returns whether it tracked something else before.
     ///
     /// # Errors
     /// If the presence of the topic would have more than `max_bytes`.
@@ -226,19 +229,20 @@ impl Topic {
         reference: String,
         object: String,
         max_bytes: usize,
-    ) -> Result<(), PresenceFull> {
+    ) -> Result<bool, PresenceFull> {
         let mut state = self.lock();
         let others = state.presence.bytes() - state.presence.bytes_of(id);
         if others + key.len() + object.len() > max_bytes {
             return Err(PresenceFull);
         }
-        state.is_changed |= state.presence.track(id, key, reference, object);
+        let has_changed = state.presence.track(id, key, reference, object);
+        state.is_changed |= has_changed;
         let member = state.audiences.iter_mut().find_map(|audience| audience.members.get_mut(&id));
         if let Some(member) = member.filter(|member| member.presence == PresenceUpdates::Off) {
             member.presence = PresenceUpdates::Awaits;
             state.is_awaited = true;
         }
-        Ok(())
+        Ok(has_changed)
     }
 
     /// Removes what a member tracks.
@@ -259,6 +263,44 @@ impl Topic {
         }
     }
 
+    /// Changes what a member of another relay tracks. Returns false if the topic was removed meanwhile.
+    pub fn track_remote(&self, id: MemberId, key: &Arc<str>, reference: String, object: String) -> bool {
+        let mut state = self.lock();
+        if !state.is_removed {
+            let held = self.budget.hold(key.len() + object.len());
+            state.is_changed |= state.presence.track(id, key, reference, object);
+            state.remote.insert(id, held);
+        }
+        !state.is_removed
+    }
+
+    /// Removes what a member of another relay tracks. Returns whether no member of any relay is left.
+    pub fn untrack_remote(&self, id: MemberId) -> bool {
+        let mut state = self.lock();
+        state.remote.remove(&id);
+        state.is_changed |= state.presence.untrack(id);
+        state.is_empty()
+    }
+
+    /// Removes what members of another relay track, but for those that `keeps` says. Returns whether no member of any relay is left.
+    pub fn retain_remote(&self, node: NodeId, keeps: impl Fn(ChannelId) -> bool) -> bool {
+        let mut state = self.lock();
+        let is_gone = |id: &MemberId| id.node == node && !keeps(id.channel);
+        let gone: Vec<MemberId> = state.remote.keys().copied().filter(is_gone).collect();
+        for id in gone {
+            state.remote.remove(&id);
+            state.is_changed |= state.presence.untrack(id);
+        }
+        state.is_empty()
+    }
+
+    /// Returns what the members of a relay track, with their keys.
+    pub fn tracked(&self, node: NodeId) -> Vec<(ChannelId, Arc<str>, Arc<Meta>)> {
+        let state = self.lock();
+        let of = state.presence.metas().filter(|(id, ..)| id.node == node);
+        of.map(|(id, key, meta)| (id.channel, Arc::clone(key), Arc::clone(meta))).collect()
+    }
+
     /// Returns the current presence as JSON.
     pub fn presence(&self) -> String {
         presence::object(&self.lock().presence.current())
@@ -267,6 +309,12 @@ impl Topic {
     /// Tells members of changes of the presence: now, or with the next tick if they were told of others just now.
     pub fn settle(&self) -> Announcement {
         let mut state = self.lock();
+        if state.audiences.is_empty() {
+            // Only other relays have members: nobody here knows the presence.
+            state.presence.settle();
+            (state.is_changed, state.is_awaited) = (false, false);
+            return Announcement::Done;
+        }
         let members: usize = state.audiences.iter().map(|audience| audience.members.len()).sum();
         let is_due = state.told.is_none_or(|told| told.elapsed() >= TICK) && !state.is_scheduled;
         match state.is_changed || state.is_awaited {
@@ -349,6 +397,13 @@ impl Topic {
 
     fn lock(&self) -> MutexGuard<'_, TopicState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TopicState {
+    /// Whether it has no member, of this relay or another one that tracks something.
+    fn is_empty(&self) -> bool {
+        self.audiences.is_empty() && self.remote.is_empty()
     }
 }
 

@@ -14,12 +14,14 @@ use crate::feed::deliver::memory_budget::{MemoryBudget, Reserved};
 use crate::feed::deliver::outbox::Outbox;
 use crate::model::catalog::topic_rules::TopicRights;
 use crate::model::codec::protocol::SocketProtocol;
+use crate::model::node::message;
 use crate::model::session::broadcast::Broadcast;
 use crate::model::session::channel::ChannelId;
 use crate::model::session::limits::TopicLimits;
 use crate::model::session::member::{MemberId, MembershipOptions, NodeId};
 use crate::model::session::message::ChannelName;
 use crate::observe::Observe;
+use crate::pubsub::outgoing::Outgoing;
 use crate::pubsub::topic::{Announcement, Member, PresenceFull, PresenceUpdates, TICK, Topic, TopicSummary};
 
 /// Number of maps that topics are spread over.
@@ -44,6 +46,8 @@ pub struct Topics {
     is_scheduled: Notify,
     /// Number of the last reference of a meta.
     references: AtomicU64,
+    /// What other relays are to be told.
+    outgoing: Outgoing,
 }
 
 /// Topics by their names.
@@ -94,7 +98,18 @@ impl Topics {
             scheduled: Mutex::default(),
             is_scheduled: Notify::new(),
             references: AtomicU64::new(0),
+            outgoing: Outgoing::default(),
         })
+    }
+
+    /// Returns the id of this relay.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Returns what other relays are to be told.
+    pub fn outgoing(&self) -> &Outgoing {
+        &self.outgoing
     }
 
     /// Returns the id of a channel as a sender.
@@ -133,11 +148,32 @@ impl Topics {
         membership
     }
 
-    /// Sends a broadcast to the members of a topic.
+    /// Sends a broadcast to the members of a topic: to those of this relay at once, to those of others soon.
     ///
     /// # Errors
     /// If there is no memory for it, even after slow clients were closed.
     pub fn publish(
+        &self,
+        topic: (&str, bool),
+        sender: Option<ChannelId>,
+        broadcast: Broadcast,
+    ) -> Result<Congestion, PublishError> {
+        let is_alone = !self.outgoing.is_open();
+        let message = (!is_alone).then(|| message::broadcast(topic.0, topic.1, &broadcast));
+        let congestion = self.publish_here(topic, sender, broadcast)?;
+        if let Some(message) = message
+            && !self.outgoing.broadcast(message)
+        {
+            self.observe.node_dropped();
+        }
+        Ok(congestion)
+    }
+
+    /// Sends a broadcast to the members of a topic at this relay.
+    ///
+    /// # Errors
+    /// If there is no memory for it, even after slow clients were closed.
+    pub fn publish_here(
         &self,
         (topic, is_private): (&str, bool),
         sender: Option<ChannelId>,
@@ -179,11 +215,11 @@ impl Topics {
         let _: Option<()> = end.run_until_cancelled(ticks).await;
     }
 
-    fn find(&self, topic: &str, is_private: bool) -> Option<Arc<Topic>> {
+    pub(super) fn find(&self, topic: &str, is_private: bool) -> Option<Arc<Topic>> {
         lock(self.shard(topic, is_private)).get(topic).map(Arc::clone)
     }
 
-    fn find_or_create(&self, topic: &str, is_private: bool) -> Arc<Topic> {
+    pub(super) fn find_or_create(&self, topic: &str, is_private: bool) -> Arc<Topic> {
         let mut shard = lock(self.shard(topic, is_private));
         if let Some(found) = shard.get(topic) {
             return Arc::clone(found);
@@ -193,7 +229,17 @@ impl Topics {
         created
     }
 
-    fn remove_if_empty(&self, topic: &Topic) {
+    pub(super) fn observe(&self) -> &Observe {
+        &self.observe
+    }
+
+    /// Returns all topics, in any order.
+    pub(super) fn all(&self) -> Vec<Arc<Topic>> {
+        let shards = self.public.iter().chain(&self.private);
+        shards.flat_map(|shard| lock(shard).values().cloned().collect::<Vec<_>>()).collect()
+    }
+
+    pub(super) fn remove_if_empty(&self, topic: &Topic) {
         let mut shard = lock(self.shard(topic.name(), topic.is_private()));
         // Another member may have removed this topic before, and a new one have its name.
         let is_current = shard.get(topic.name()).is_some_and(|current| std::ptr::eq(&**current, topic));
@@ -238,17 +284,34 @@ impl Membership {
             return Err(PublishError::NoRoom);
         }
         let reference = self.topics.new_reference();
-        let tracked = self.topic.track(self.id, &self.key, reference, object, topic_presence_bytes);
-        tracked.map_err(|PresenceFull| {
-            self.reserved.resize(before);
-            PublishError::PresenceFull(topic_presence_bytes)
-        })
+        let (told, name) = ((reference.clone(), object.clone()), self.topic.name());
+        match self.topic.track(self.id, &self.key, reference, object, topic_presence_bytes) {
+            Ok(has_changed) => {
+                if has_changed {
+                    let meta = (&*self.key, &*told.0, &*told.1);
+                    self.topics.outgoing.track(name, self.topic.is_private(), self.id.channel, meta);
+                }
+                Ok(())
+            }
+            Err(PresenceFull) => {
+                self.reserved.resize(before);
+                Err(PublishError::PresenceFull(topic_presence_bytes))
+            }
+        }
     }
 
     /// Tracks nothing. [`Self::settle`] tells the members.
     pub fn untrack(&mut self) {
         self.topic.untrack(self.id);
+        self.tell_untracked();
         self.reserved.resize(0);
+    }
+
+    /// Tells the other relays that it tracks nothing any more, if it tracked something.
+    fn tell_untracked(&self) {
+        if self.reserved.bytes() > 0 {
+            self.topics.outgoing.untrack(self.topic.name(), self.topic.is_private(), self.id.channel);
+        }
     }
 
     /// Changes what the channel may read.
@@ -264,7 +327,7 @@ impl Membership {
 }
 
 impl Topics {
-    fn settle(&self, topic: &Arc<Topic>) {
+    pub(super) fn settle(&self, topic: &Arc<Topic>) {
         if topic.settle() == Announcement::Later {
             lock(&self.scheduled).push(Arc::clone(topic));
             self.is_scheduled.notify_one();
@@ -274,7 +337,9 @@ impl Topics {
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        if self.topic.exit(self.id) {
+        let is_empty = self.topic.exit(self.id);
+        self.tell_untracked();
+        if is_empty {
             self.topics.remove_if_empty(&self.topic);
         } else {
             self.settle();

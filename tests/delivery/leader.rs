@@ -18,11 +18,11 @@ use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::{SECRET, eventually, token};
 
-/// The relays' statements but for the try for the lock, the newest first.
+/// The relays' statements but for the try for the lock, and the look who lives on a connection of its own, the newest first.
 fn asked() -> String {
     format!(
         "select coalesce(max(query_start)::text, '') from pg_stat_activity where datname = current_database() \
-         and application_name like 'relay%' and query not like '%try_advisory_lock({})%'",
+         and application_name in ('relay', 'relay doorbell', 'relay judge') and query not like '%try_advisory_lock({})%'",
         Lock::Leader
     )
 }

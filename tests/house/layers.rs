@@ -14,6 +14,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("pubsub", &["pubsub", "feed::deliver", "model", "observe"]),
     ("status", &["status", "postgres::connect", "postgres::status", "model", "observe"]),
     ("webhooks", &["webhooks", "feed", "postgres", "model", "observe", "tls"]),
+    ("nodes", &["nodes", "postgres::connect", "postgres::nodes", "pubsub", "model", "observe"]),
     ("auth", &["auth", "model", "observe", "tls"]),
     ("transport", &["transport", "auth", "pubsub", "status", "feed", "model", "observe", "tls"]),
     ("settings", &[]),
@@ -36,6 +37,11 @@ const NEVER: &[(&str, &str, &[&str])] = &[
         &["hyper", "tungstenite", "phoenix", "tokio_postgres", "\"select "],
     ),
     ("webhooks", "SQL or sockets of clients", &["tungstenite", "tokio_postgres", "\"select ", "\"insert "]),
+    (
+        "nodes",
+        "transports, protocols or SQL",
+        &["hyper", "tungstenite", "phoenix", "tokio_postgres", "\"select "],
+    ),
     ("auth", "SQL", &["tokio_postgres", "deadpool", "\"select ", "\"insert "]),
     ("feed", "SQL", &["\"select ", "\"insert ", "\"update ", "\"delete ", "batch_execute"]),
     (

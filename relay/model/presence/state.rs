@@ -94,6 +94,11 @@ impl PresenceState {
         self.keys.iter().flat_map(metas).collect()
     }
 
+    /// Returns all members with their keys and metas, in any order.
+    pub fn metas(&self) -> impl Iterator<Item = (MemberId, &Arc<str>, &Arc<Meta>)> {
+        self.metas.iter().map(|(member, (key, meta))| (*member, key, meta))
+    }
+
     /// Returns all metas as they were before the changes since [`Self::settle`].
     pub fn before(&self) -> Vec<(Arc<str>, Arc<Meta>)> {
         let unchanged = self.metas.iter().filter(|(member, _)| !self.changed.contains_key(member));
