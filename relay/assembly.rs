@@ -92,9 +92,9 @@ pub struct Servers {
 pub struct Tasks {
     /// All of them.
     pub tracker: TaskTracker,
-    /// Cancelled when the relay shuts down.
+    /// Cancelled when the relay shuts down and the sessions have ended.
     pub end: CancellationToken,
-    /// Cancelled when the sessions have ended. Ends the tasks that deliver to them.
+    /// Cancelled after it. Ends the tasks that deliver to sessions.
     pub feed_end: CancellationToken,
 }
 
@@ -383,7 +383,8 @@ impl Foundation {
             limits,
             resume: config.resume,
             prepared: AtomicBool::new(false),
-            end: self.tasks.end.clone(),
+            drain: config.drain,
+            end: CancellationToken::new(),
             sessions: TaskTracker::new(),
             numbers: AtomicU64::new(1),
         }

@@ -59,6 +59,8 @@ pub struct Config {
     pub stall: Duration,
     /// The status of users.
     pub status: StatusSettings,
+    /// How long closing the sockets takes when the relay ends.
+    pub drain: Duration,
     /// Whether to install first.
     pub install: bool,
     /// The settings, without secrets.
@@ -129,6 +131,7 @@ impl Settings {
             judge_timeout,
             stall,
             status,
+            drain: Duration::from_millis(self.drain_ms.unwrap_or(5000)),
             install: self.install,
             shown,
         })
@@ -402,8 +405,10 @@ mod tests {
         settings.jwt_secret = Some("s".repeat(32));
         // The keys' times count only where there are keys.
         let keys = (settings.schedule(false, &mut Vec::new()), settings.schedule(true, &mut Vec::new()));
-        let Config { limits, resume, poll, judge_timeout, stall, listen, status, .. } = settings.resolve()?;
-        Ok(format!("{limits:?} {resume:?} {poll:?} {judge_timeout:?} {stall:?} {listen} {keys:?} {status:?}"))
+        let Config { limits, resume, poll, judge_timeout, stall, listen, status, drain, .. } =
+            settings.resolve()?;
+        let times = format!("{resume:?} {poll:?} {judge_timeout:?} {stall:?} {drain:?}");
+        Ok(format!("{limits:?} {times} {listen} {keys:?} {status:?}"))
     }
 
     #[test]

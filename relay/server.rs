@@ -8,7 +8,6 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
-use tokio_util::task::TaskTracker;
 
 use crate::assembly::{Assembly, Servers, Tasks};
 use crate::config::Config;
@@ -76,17 +75,19 @@ pub async fn serve(
     };
     tracing::info!(session.count = app.connection_limits.client_count(), "shutting down");
     drop((listener, admin));
-    tasks.end.cancel();
-    stop(&app.sessions, &tasks).await;
+    stop(&app, &tasks).await;
     served
 }
 
-/// Waits for sessions to stop, then stops the tasks that deliver to them. Each may take [`GRACE`].
-async fn stop(sessions: &TaskTracker, tasks: &Tasks) {
-    sessions.close();
-    if timeout(GRACE, sessions.wait()).await.is_err() {
-        tracing::warn!(session.count = sessions.len(), "sessions did not stop in time");
+/// Closes the sessions one after the other, which are served until then, and stops the other tasks. Both may take [`GRACE`] longer than
+/// they should.
+async fn stop(app: &App, tasks: &Tasks) {
+    app.end.cancel();
+    app.sessions.close();
+    if timeout(app.drain + GRACE, app.sessions.wait()).await.is_err() {
+        tracing::warn!(session.count = app.sessions.len(), "sessions did not stop in time");
     }
+    tasks.end.cancel();
     tasks.feed_end.cancel();
     tasks.tracker.close();
     if timeout(GRACE, tasks.tracker.wait()).await.is_err() {

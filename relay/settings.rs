@@ -197,6 +197,9 @@ pub struct Settings {
     /// The claim with the id of an anonymous participant, in tokens without `sub` [default: participantId]
     #[arg(long, help_heading = "Status", env = "RELAY_STATUS_ANONYMOUS_CLAIM", value_name = "CLAIM")]
     pub status_anonymous_claim: Option<String>,
+    /// How long closing the sockets takes at the end, one after the other, in milliseconds [default: 5000]
+    #[arg(long, env = "RELAY_DRAIN_MS", value_name = "MS")]
+    pub drain_ms: Option<u64>,
     /// The server that gets requests for all paths that are not the relay's: its https:// or http:// address
     #[arg(long, env = "RELAY_UPSTREAM", value_name = "URL")]
     pub upstream: Option<String>,

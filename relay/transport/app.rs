@@ -1,11 +1,13 @@
 //! The state that all connections share, and the checks that every request needs.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hyper::header::{self, HeaderMap};
 use serde_json::Value;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -71,7 +73,9 @@ pub struct App {
     pub resume: Duration,
     /// True once the database was reached and found to have the relay's schema. Never reset.
     pub prepared: AtomicBool,
-    /// Cancelled when the relay shuts down.
+    /// How long closing the sockets takes when the relay shuts down.
+    pub drain: Duration,
+    /// Cancelled when the relay begins to shut down.
     pub end: CancellationToken,
     /// The tasks of all sessions.
     pub sessions: TaskTracker,
@@ -98,6 +102,15 @@ impl App {
             status_cache_bound: self.status.board.settings().cache,
             status_is_on: self.status.board.is_on(),
         })
+    }
+
+    /// Completes when a socket is to be closed because the relay shuts down: at a random time of [`Self::drain`], so that not all
+    /// clients come to the other relays at once.
+    pub async fn drained(&self) {
+        self.end.cancelled().await;
+        let random = RandomState::new().hash_one(0) as u32;
+        // Boxed: every socket waits for this, and hardly ever for its second half.
+        Box::pin(sleep(self.drain.mul_f64(f64::from(random) / f64::from(u32::MAX)))).await;
     }
 
     /// Returns a session number that was never used before in this process.

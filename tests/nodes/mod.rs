@@ -1,6 +1,7 @@
 //! Several relays on one database: what clients of one send and track reaches the clients of all.
 
 pub mod broadcasts;
+pub mod draining;
 pub mod faults;
 pub mod presence;
 pub mod random;

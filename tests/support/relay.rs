@@ -63,6 +63,8 @@ impl Relay {
             silence_ms: Some(600_000),
             // Nor does a client read while its test waits for something else.
             write_timeout_ms: Some(600_000),
+            // No test has other relays to go to, unless it is about them.
+            drain_ms: Some(0),
             ..Settings::default()
         };
         change(&mut settings);

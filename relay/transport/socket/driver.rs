@@ -106,7 +106,7 @@ impl Driver {
     async fn run(&mut self) -> SessionEnd {
         let app = Arc::clone(&self.app);
         // Both outlive the steps: to register them for each step would contend with all other sessions.
-        let mut shutdown = pin!(app.end.cancelled());
+        let mut shutdown = pin!(app.drained());
         let mut alarm = pin!(sleep(app.limits.silence));
         loop {
             if let Err(end) = self.step(alarm.as_mut(), shutdown.as_mut()).await {
