@@ -161,7 +161,8 @@ impl Assembly {
     /// Runs the tasks that read the database.
     pub fn begin_reading(self) {
         let Foundation { servers, tasks, observe, .. } = self.foundation;
-        let ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, nodes, jobs } = self.reading;
+        let ReadingTasks { source, items, bookmark_writer, status_writer, webhooks, nodes, jobs } =
+            self.reading;
         let (tracker, end) = (&tasks.tracker, &tasks.end);
         tracker.spawn(bookmark_writer.run(tasks.feed_end.clone()));
         // After the sessions, whose ends it writes.
