@@ -126,8 +126,7 @@ async fn changes_of_a_row_come_one_after_the_other_and_each_once() {
     let stage = Stage::new(ALERTS).await;
     // Fast or slow, by chance: rows overtake each other, changes of one row must not.
     let receiver = Receiver::reacting(|one| {
-        let slow = one.body["number"].as_str().unwrap().bytes().next_back().unwrap() % 3;
-        super::receiver::Reaction::Late(std::time::Duration::from_millis(u64::from(slow) * 7))
+        super::receiver::Reaction::Late(std::time::Duration::from_millis(one.number() % 3 * 7))
     })
     .await;
     hook(&stage.database, &receiver, "").await;
@@ -152,7 +151,6 @@ async fn changes_of_a_row_come_one_after_the_other_and_each_once() {
     let taken = taken(&receiver, 400).await;
     assert_eq!(in_order(&taken), 16);
     assert_eq!(receiver.received().len(), 400, "nothing failed, so nothing is repeated");
-    assert!(receiver.received().iter().any(|one| one.repeats == 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 use tokio_postgres::Client;
 
 use super::receiver::{Reaction, Receiver};
-use super::{ALERTS, becomes, hook, taken};
+use super::{ALERTS, becomes, hook, says, taken, values};
 use crate::program::cli::line_with;
 use crate::support::PATIENCE;
 use crate::support::SECRET;
@@ -260,4 +260,18 @@ async fn the_doctor_says_how_webhooks_are() {
         code == 1 && text.contains("FAULT the webhook alerts sends nothing: the receiver answered 410 Gone"),
         "{text}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_that_only_the_relay_can_refuse_is_reported_until_it_is_mended() {
+    let stage = Stage::new(ALERTS).await;
+    let receiver = Receiver::start().await;
+    for (filter, why) in [("or=(nope.eq.1,n.eq.2)", "nope"), ("n=in.(1,x)", "integer"), ("n", "filter")] {
+        hook(&stage.database, &receiver, &format!("filter => '{filter}',")).await;
+        says(&stage.database, "error", why).await;
+    }
+    stage.run("insert into alerts values (1, 1), (2, 9)").await;
+    hook(&stage.database, &receiver, "filter => 'or=(n.eq.1,n.eq.2)',").await;
+    assert_eq!(values(&taken(&receiver, 1).await, "id"), [1]);
+    becomes(&stage.database, "state", "delivering").await;
 }

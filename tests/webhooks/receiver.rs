@@ -49,6 +49,11 @@ pub struct Received {
 }
 
 impl Received {
+    /// The number of the change; 0 for a gap.
+    pub fn number(&self) -> u64 {
+        self.body["number"].as_str().and_then(|number| number.parse().ok()).unwrap_or_default()
+    }
+
     /// Whether one of its signatures is by this secret.
     pub fn is_signed_by(&self, secret: &str) -> bool {
         let key = STANDARD.decode(secret.strip_prefix("whsec_").unwrap()).unwrap();

@@ -46,7 +46,7 @@ async fn holder(database: &Database) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_relays_lose_no_change_and_keep_the_order() {
     let database = database().await;
-    let receiver = Receiver::reacting(|one| match one.id.bytes().nth(4).unwrap_or(0) % 5 {
+    let receiver = Receiver::reacting(|one| match one.number() % 5 {
         0 if one.repeats == 0 => Reaction::Status(500),
         _ => Reaction::Late(Duration::from_millis(5)),
     })
