@@ -123,8 +123,12 @@ async fn a_table_that_is_not_watched_any_more_is_reported_and_goes_on_when_it_is
     says(&stage.database, "error", "relay.watch").await;
     stage.run("select relay.watch('alerts')").await;
     becomes(&stage.database, "error is null", "true").await;
-    stage.run("insert into alerts values (3, 1)").await;
-    eventually("it goes on", || async { values(&receiver.taken(), "id").contains(&3).then_some(()) }).await;
+    // What comes before it has found its position again is part of the gap.
+    eventually("it goes on", || async {
+        stage.run("insert into alerts values (3, 1) on conflict (id) do update set n = excluded.n + 1").await;
+        values(&receiver.taken(), "id").contains(&3).then_some(())
+    })
+    .await;
     assert!(!gap(&receiver).await.is_empty());
     assert!(!values(&receiver.taken(), "id").contains(&2));
 }
