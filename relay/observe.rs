@@ -14,6 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
+use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 
 use crate::model::policy::visibility::Denied;
@@ -208,6 +209,8 @@ pub const TRANSPORTS: [&str; 3] = ["websocket", "event_stream", "poll"];
 const WAYS: [&str; 2] = ["cursor", "session"];
 /// Maximum number of characters of a client's text in a log line.
 const LOGGED_CHARACTERS: usize = 200;
+/// Number of bytes of a user's SHA-256 in a log line.
+const DIGEST_BYTES: usize = 6;
 
 /// What `/metrics` reads from its owner when it is asked: state that decides something is never kept here.
 #[derive(Debug, Clone, Copy, Default)]
@@ -240,7 +243,7 @@ impl LogPace {
     }
 }
 
-/// Metrics of one relay, and its repeated log lines. None carries a topic or a row, nor a claim but the user of a refused request.
+/// Metrics of one relay, and its repeated log lines. None carries a topic, a claim or a row.
 pub struct Observe {
     registry: Registry,
     process: Registry,
@@ -377,7 +380,7 @@ impl Observe {
     /// Logs a refused subscription of a user, at most once a second: its client may not show the reason.
     pub fn subscription_refused(&self, sub: Option<&str>, why: &str) {
         if self.subscription_refusals.is_due() {
-            tracing::warn!(user.id = shortened(sub), why, "subscription refused");
+            tracing::warn!(user.digest = sub.map(digest), why, "subscription refused");
         }
     }
 
@@ -385,8 +388,8 @@ impl Observe {
         let Refusal { reason, address, path, sub, why } = refusal;
         self.metrics.refused.get_or_create(&[("reason", reason.name())]).inc();
         if self.refusals.is_due() {
-            let (path, reason) = (shortened(*path), reason.name());
-            tracing::warn!(reason, %address, path, user.id = shortened(*sub), why, "{what}");
+            let (path, reason) = (path.map(shortened), reason.name());
+            tracing::warn!(reason, %address, path, user.digest = sub.map(digest), why, "{what}");
         }
     }
 
@@ -666,8 +669,13 @@ impl Observe {
 }
 
 /// Returns a client's text as it is logged.
-fn shortened(text: Option<&str>) -> Option<String> {
-    text.map(|text| text.chars().take(LOGGED_CHARACTERS).collect())
+fn shortened(text: &str) -> String {
+    text.chars().take(LOGGED_CHARACTERS).collect()
+}
+
+/// Returns what stands for a user in the log: who knows the user finds the lines, and the log has no claim.
+fn digest(sub: &str) -> String {
+    Sha256::digest(sub).iter().take(DIGEST_BYTES).map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Default for Observe {

@@ -89,9 +89,11 @@ export function follow(path, parameters, handle, as = token) {
       } catch (error) {
         if (end.signal.aborted) return
         const isFinal = error instanceof Refused && error.status >= 400 && error.status < 500
-        // A cursor that is too old: the changes until now are lost to this page.
-        if (error.status === 410) last = null
-        else if (isFinal) return handle.state(error.message, 'bad')
+        if (error.status === 410) {
+          // A cursor that is too old: the changes until now are lost to this page, which says so and begins anew.
+          last = null
+          handle.event('gap', { error: error.message })
+        } else if (isFinal) return handle.state(error.message, 'bad')
         handle.state(error.message ?? 'the connection broke', 'warn')
       }
       await new Promise((passed) => setTimeout(passed, PAUSE_MS))
