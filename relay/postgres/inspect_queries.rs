@@ -53,6 +53,16 @@ impl InspectQueries {
         Ok(self.client.query_one(jobs, &[&MAX_ROWS]).await?.get(0))
     }
 
+    /// Returns the rows of `relay.webhooks`, without the addresses: they may hold secrets.
+    ///
+    /// # Errors
+    /// As the connection.
+    pub async fn webhooks(&self) -> Result<Value, Error> {
+        let hooks = "select coalesce(jsonb_agg(to_jsonb(w) - 'url' - 'cursor' || jsonb_build_object('lag', extract(epoch from w.lag)) \
+             order by w.name), '[]') from (select * from relay.webhooks order by name limit $1) w";
+        Ok(self.client.query_one(hooks, &[&MAX_ROWS]).await?.get(0))
+    }
+
     /// Returns the last changes of a relation, the newest first, each with the key of its row. Reads the end of the changelog by its
     /// index, whatever its size.
     ///

@@ -281,7 +281,12 @@ async fn a_token_to_explain_may_be_in_a_header_and_the_checks_are_those_of_docto
             "{answer:?}"
         );
     }
-    stage.run("alter table todos disable trigger all").await;
+    stage
+        .run(
+            "grant select on todos to service_role; select relay.webhook('todos', 'https://receiver.example/secret', name => 'pager');
+             alter table todos disable trigger all",
+        )
+        .await;
     let database = asked(&stage, "/inspector/database").await;
     let checks = database["checks"].as_array().unwrap();
     let fault = checks
@@ -289,6 +294,9 @@ async fn a_token_to_explain_may_be_in_a_header_and_the_checks_are_those_of_docto
         .find(|check| check["kind"] == "fault" && check["text"].as_str().unwrap().contains("todos"));
     assert!(fault.unwrap()["text"].as_str().unwrap().contains("relay.watch"), "{database}");
     assert!(database["health"]["bytes"].is_number() && database["refresh_jobs"].is_array(), "{database}");
+    let hook = &database["webhooks"][0];
+    assert_eq!((&hook["name"], &hook["waiting"]), (&json!("pager"), &json!(0)), "{database}");
+    assert!(hook["lag"].is_number() && !database.to_string().contains("receiver.example"), "{database}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

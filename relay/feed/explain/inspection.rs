@@ -84,14 +84,14 @@ impl Inspection {
         findings.iter().map(check).collect()
     }
 
-    /// Returns the state of the changelog, and the refresh jobs.
+    /// Returns the state of the changelog, the refresh jobs and the webhooks.
     ///
     /// # Errors
     /// As the connection.
-    pub async fn state(&self) -> Result<(Value, Value), RequestError> {
+    pub async fn state(&self) -> Result<[Value; 3], RequestError> {
         let _turn = self.turn.lock().await;
         let queries = InspectQueries::connect(&self.server, self.limit).await?;
-        Ok((queries.health().await?, queries.refresh_jobs().await?))
+        Ok([queries.health().await?, queries.refresh_jobs().await?, queries.webhooks().await?])
     }
 
     /// Returns the watched relations in order of their names, without partitions.

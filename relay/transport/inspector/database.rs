@@ -9,14 +9,13 @@ use crate::transport::explain::failed;
 use crate::transport::query::parameter;
 use crate::transport::response::{Answer, error, json as json_answer};
 
-/// Answers with what `relay doctor` finds, the state of the changelog and the refresh jobs.
+/// Answers with what `relay doctor` finds, the state of the changelog, the refresh jobs and the webhooks.
 pub(super) async fn checks(app: &App) -> Answer {
     let checks = app.inspection.checks().await;
-    match app.inspection.state().await {
-        Ok((health, jobs)) => ok(&json!({ "checks": checks, "health": health, "refresh_jobs": jobs })),
-        // The checks say what is wrong.
-        Err(_) => ok(&json!({ "checks": checks, "health": null, "refresh_jobs": [] })),
-    }
+    // The checks say why the state cannot be read.
+    let state = app.inspection.state().await.unwrap_or_else(|_| [Value::Null, json!([]), json!([])]);
+    let [health, jobs, webhooks] = state;
+    ok(&json!({ "checks": checks, "health": health, "refresh_jobs": jobs, "webhooks": webhooks }))
 }
 
 /// Answers with the watched relations and how their policies are decided.

@@ -1,4 +1,4 @@
-// The database side: what doctor finds, the changelog and the refresh jobs. And the settings.
+// The database side: what doctor finds, the changelog, the refresh jobs and the webhooks. And the settings.
 import { ask } from './api.js'
 import { badge, bytes, duration, el, empty, number, problem, table, time } from './elements.js'
 
@@ -9,7 +9,7 @@ const WORDS = { fault: 'fault', note: 'note', good: 'ok' }
 export const database = {
   id: 'database',
   title: 'Database',
-  about: 'What `relay doctor` finds, the changelog, and the refreshes of materialized views.',
+  about: 'What `relay doctor` finds, the changelog, the refreshes of materialized views, and webhooks.',
   show(room) {
     const place = el('div', { class: 'list' })
     const button = el('button', { type: 'button', click: () => read() }, 'Check again')
@@ -28,7 +28,7 @@ export const database = {
   },
 }
 
-function shown({ checks, health, refresh_jobs: jobs }) {
+function shown({ checks, health, refresh_jobs: jobs, webhooks }) {
   const sorted = [...checks].sort((one, other) => ORDER.indexOf(one.kind) - ORDER.indexOf(other.kind))
   const check = ({ kind, text }) => el('li', {}, badge(WORDS[kind], TONES[kind]), el('span', {}, text))
   return [
@@ -36,6 +36,8 @@ function shown({ checks, health, refresh_jobs: jobs }) {
     el('ul', { class: 'card checks' }, sorted.map(check)),
     el('h3', {}, 'Refreshes'),
     jobs.length ? table(['View', 'When', 'Last', 'Took', 'Rows', 'Next', 'State'], jobs.map(job)) : empty('No view is refreshed on a schedule or on change.'),
+    el('h3', {}, 'Webhooks'),
+    webhooks.length ? table(['Webhook', 'Table', 'State', 'Lag', 'Delivered', 'Wait', 'Dead letters', 'Last error'], webhooks.map(webhook)) : empty('There is no webhook: select relay.webhook(…) makes one.'),
   ].filter(Boolean)
 }
 
@@ -61,6 +63,11 @@ function job(one) {
   const state = one.error ? badge(one.error, 'bad') : one.unheard?.length ? badge(one.unheard.join('; '), 'bad') : one.dirty_since ? badge('to be refreshed', 'warn') : badge('ok', 'good')
   const at = (text) => (text ? time(new Date(text)) : '–')
   return [el('strong', {}, one.relation), when, at(one.last_run), interval(one.duration), one.rows_changed ?? '–', at(one.next_run), state]
+}
+
+function webhook(one) {
+  const tone = { delivering: 'good', failing: 'warn', paused: 'warn' }[one.state] ?? 'bad'
+  return [el('strong', {}, one.name), one.relation, badge(one.state, one.dead_letters && tone === 'good' ? 'warn' : tone), duration(one.lag ?? 0), number(one.delivered), number(one.waiting), number(one.dead_letters), one.error ?? '–']
 }
 
 export const settings = {
