@@ -1,8 +1,27 @@
 -- Grants that policies need and a role lacks.
 
+-- relay.is_constantly_true(condition) : whether a condition of a policy is true by its constants alone, as `true` is
+-- PostgreSQL leaves out what is joined to such a condition by OR, and asks for no rights on it.
+create or replace function relay.is_constantly_true(condition pg_catalog.pg_node_tree) returns boolean
+language plpgsql stable strict
+set search_path = '' as $$
+declare
+  is_true boolean;
+begin
+  if condition::text ~ '\{(?!CONST |BOOLEXPR )' then
+    return false;
+  end if;
+  -- Without a column in it, it is deparsed without its table, and so without a lock.
+  execute 'select ' || pg_catalog.pg_get_expr(condition, 0) into is_true;
+  return coalesce(is_true, false);
+end
+$$;
+comment on function relay.is_constantly_true(pg_node_tree) is 'whether a condition of a policy is true by its constants alone';
+
 -- relay.missing_grants(relation, role, command) : grants that the role lacks for the policies by which it reads the relation, or adds rows
 -- to it: command is `r` or `a`, as in relay.policies_for().
--- PostgreSQL checks these rights before the first row: while one is missing, each query on the relation raises.
+-- PostgreSQL checks these rights before the first row: while one is missing, each query on the relation raises. Where a permissive
+-- policy is constantly true, only those of restrictive policies count.
 -- plpgsql, because relay.policy_parts is created later.
 drop function if exists relay.missing_grants(regclass, oid);
 create or replace function relay.missing_grants(relation regclass, role oid, command "char" default 'r') returns text[]
@@ -10,13 +29,25 @@ language plpgsql stable
 set search_path = ''
 set jit = off
 set plan_cache_mode = force_generic_plan as $$
+declare
+  is_open boolean;
 begin
   if not relay.is_secured(relation, role) then
     return '{}';
   end if;
+  is_open := exists (
+    select from pg_catalog.pg_policy p
+    where p.polrelid = relation and p.polpermissive and p.polcmd in (command, '*')
+      and (0::oid = any (p.polroles)
+           or exists (select from pg_catalog.unnest(p.polroles) m where pg_catalog.pg_has_role(role, m, 'usage')))
+      and relay.is_constantly_true(case command when 'a' then coalesce(p.polwithcheck, p.polqual) else p.polqual end));
   return array(
     with parts as materialized (
       select d.class, d.object, d.part from relay.policy_parts(relation, role, command) d
+      where not is_open or exists (
+        select from pg_catalog.pg_policy p
+        join pg_catalog.pg_depend e on e.classid = 'pg_catalog.pg_policy'::regclass and e.objid = p.oid
+        where p.polrelid = relation and not p.polpermissive and e.refclassid = d.class and e.refobjid = d.object)
     )
     select pg_catalog.format('grant select on %s to %s', c.oid::regclass, role::regrole)
     from parts d join pg_catalog.pg_class c on c.oid = d.object

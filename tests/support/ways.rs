@@ -204,7 +204,9 @@ impl Ways {
                 // When something raises depends on PostgreSQL's plan, which may put off what decides, or look at a claim
                 // while it plans. Then no is never wrong, and yes must be what one of its plans says; where a claim raises that the
                 // policy reads, it was PostgreSQL that said so.
-                let undecided = raise || shown[id].is_none() || answers[0] != answers[1];
+                // While a role lacks a grant, the answer is no, also where PostgreSQL would leave out what needs it.
+                let lacks = relation.missing_grants(role(claims)).is_some();
+                let undecided = raise || shown[id].is_none() || answers[0] != answers[1] || lacks;
                 if left_to_postgresql {
                     continue;
                 }

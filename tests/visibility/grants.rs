@@ -378,3 +378,28 @@ async fn a_look_past_row_security_needs_no_right_of_the_reader_to_look_names_up(
     assert_eq!(expected, ["1"]);
     assert_eq!(client.change().await["record"]["id"], 1);
 }
+
+/// PostgreSQL leaves out what is joined by OR to a policy that is true, and asks for no rights on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_a_policy_that_is_true_for_all_rows_no_grant_for_other_permissive_ones_is_needed() {
+    for ((policy, _), open) in LACKS.iter().zip(["true", "not false", "false or true"].iter().cycle()) {
+        let stage = Stage::new(&format!("{}; create policy open on docs using ({open})", made(policy))).await;
+        let claims = json!({"role": "authenticated", "sub": ANN});
+        let docs = json!([{"event": "*", "schema": "public", "table": "docs"}]);
+        let mut client = stage.subscribe(&ann(), docs).await;
+        stage.run("insert into docs values (1)").await;
+        assert_eq!(
+            stage.selected("authenticated", &claims, "select id::text from docs").await,
+            ["1"],
+            "{policy}"
+        );
+        assert_eq!(stage.changes(&mut client).await.len(), 1, "{policy} beside {open}");
+        // A restrictive policy is evaluated for each row.
+        stage
+            .run(&format!("drop policy p on docs; create policy p on docs as restrictive using ({policy})"))
+            .await;
+        assert!(system(&mut client, policy).await.contains("grant "), "{policy}");
+        stage.run("insert into docs values (2)").await;
+        assert_eq!(stage.changes(&mut client).await.len(), 0, "{policy} as restrictive");
+    }
+}

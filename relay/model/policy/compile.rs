@@ -30,6 +30,7 @@ mod containment;
 mod depth;
 mod invert;
 mod dependencies;
+mod fold;
 pub mod body_text;
 mod inline;
 mod list;
@@ -77,7 +78,7 @@ pub fn compile(policy: &str, table: &str, columns: &[Column], rights: &Rights) -
         return Plan::opaque(Obstacle { part: policy.to_owned(), why });
     }
     let expr = match parse(policy) {
-        Ok(expr) => expr,
+        Ok(expr) => fold::folded(expr),
         Err(why) => return Plan::opaque(Obstacle { part: policy.to_owned(), why: why.0 }),
     };
     let written = match rights.topic_is_column {
