@@ -145,6 +145,8 @@ async fn follow(relay: SocketAddr, path: String, positions: watch::Sender<String
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_of_a_quiet_table_comes_back_after_what_it_began_with_was_trimmed() {
     let database = database().await;
+    // Long enough for a stream that has to be opened again.
+    database.run("select relay.retain(age => '4 seconds')").await;
     database
         .run("create table other (id int generated always as identity); select relay.watch('other')")
         .await;
