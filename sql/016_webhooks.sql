@@ -41,6 +41,7 @@ create table if not exists relay.webhook_deliveries (
   place bigint not null generated always as identity,
   keys bigint[],
   is_gap boolean not null,
+  rules text,
   body text not null,
   attempts int not null,
   due timestamptz not null,
@@ -52,4 +53,5 @@ create table if not exists relay.webhook_deliveries (
 comment on table relay.webhook_deliveries is 'deliveries that failed, those that wait for them, and dead letters';
 comment on column relay.webhook_deliveries.place is 'order of delivery';
 comment on column relay.webhook_deliveries.keys is 'hashes of the keys of the rows that it is about; null: of any row';
+comment on column relay.webhook_deliveries.rules is 'relay.webhook_rules() by which it was read: by others it is not sent';
 comment on column relay.webhook_deliveries.is_gap is 'it waits for all before it, and none after it waits for it';

@@ -1,47 +1,39 @@
 -- Webhooks: changes of a watched table are sent to an HTTP receiver by the relay that holds the lock for it.
 --
--- The functions for operators are SECURITY DEFINER, so that the installer can let the owner of a table call them: by GRANT USAGE on
--- the schema and EXECUTE on them. Whose table it is they decide by `session_user`, which no function can change.
+-- The functions for operators run with the rights of their caller, and are for who installed the relay: who makes a webhook has rows
+-- sent away. A SECURITY DEFINER function would have to ask who calls it, and a function in an index or a trigger runs for its author in
+-- the session of another, such as that of autovacuum.
 
--- relay.may_act_as(role) : whether the session's login is a member of a role; a superuser is a member of all
-create or replace function relay.may_act_as(role oid) returns boolean
-language sql stable
-set search_path = pg_catalog, pg_temp as $$
-  select pg_has_role(session_user, $1, 'usage')
-$$;
-comment on function relay.may_act_as(oid) is 'whether the login of the session is a member of a role';
-
--- relay.is_installer() : whether the session's login owns the schema relay, or may act as its owner
-create or replace function relay.is_installer() returns boolean
-language sql stable
-set search_path = pg_catalog, pg_temp as $$
-  select relay.may_act_as(n.nspowner) from pg_namespace n where n.nspname = 'relay'
-$$;
-comment on function relay.is_installer() is 'whether the login of the session may act as the owner of the schema relay';
-
--- relay.check_webhook_rights(relation, role) : refuses those who may not send the rows of a relation away, and roles that do not see it
-create or replace function relay.check_webhook_rights(relation regclass, role text) returns void
+-- relay.check_operator() : refuses everybody but the owner of the schema relay and its members
+create or replace function relay.check_operator() returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp as $$
 declare
-  owner constant oid := (select c.relowner from pg_class c where c.oid = relation);
+  owner constant regrole := (select n.nspowner from pg_namespace n where n.nspname = 'relay');
+begin
+  if not pg_has_role(current_user, owner, 'usage') then
+    raise exception 'only %, who installed the relay, may do this', owner using errcode = 'insufficient_privilege',
+      hint = format('set role %s', owner);
+  end if;
+end
+$$;
+comment on function relay.check_operator() is 'refuses everybody but the owner of the schema relay';
+
+-- relay.check_webhook_role(relation, role) : refuses a role that does not see the relation
+create or replace function relay.check_webhook_role(relation regclass, role text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+declare
   schema constant oid := (select c.relnamespace from pg_class c where c.oid = relation);
   reader record;
 begin
-  if not (relay.may_act_as(owner) or relay.is_installer()) then
-    raise exception 'only the owner of %, %, and who installed the relay make webhooks of it', relation, owner::regrole
-      using errcode = 'insufficient_privilege', hint = 'Call relay.webhook as one of them.';
-  end if;
-  select r.oid, r.rolname, r.rolsuper into reader from pg_roles r where r.rolname = check_webhook_rights.role;
+  select r.oid, r.rolname, r.rolsuper into reader from pg_roles r where r.rolname = check_webhook_role.role;
   if not found then
-    raise exception 'there is no role %', quote_ident(role) using errcode = 'undefined_object',
+    raise exception 'there is no role %', coalesce(quote_ident(role), 'null') using errcode = 'undefined_object',
       hint = 'role => ''service_role'' delivers all rows; another role those that its policies show.';
   elsif reader.rolsuper then
     raise exception '% is a superuser, with whose rights nothing is delivered', quote_ident(role) using errcode = 'wrong_object_type',
       hint = 'role => ''service_role'' delivers all rows; another role those that its policies show.';
-  elsif not (relay.may_act_as(reader.oid) or relay.is_installer() or role = 'service_role') then
-    raise exception '% is no member of %, with whose rights the webhook would deliver', session_user, quote_ident(role)
-      using errcode = 'insufficient_privilege', hint = 'Leave role out, or name a role that you are a member of.';
   elsif not has_schema_privilege(reader.oid, schema, 'usage') then
     raise exception '% may not use the schema of %, so nothing would be delivered', quote_ident(role), relation
       using errcode = 'object_not_in_prerequisite_state', hint = format('grant usage on schema %s to %I', schema::regnamespace, role);
@@ -51,7 +43,7 @@ begin
   end if;
 end
 $$;
-comment on function relay.check_webhook_rights(regclass, text) is 'refuses a webhook that its caller may not make';
+comment on function relay.check_webhook_role(regclass, text) is 'refuses a role with whose rights a webhook would deliver nothing';
 
 -- relay.is_watched(relation) : whether a relation is watched, or a table that it is a partition of
 create or replace function relay.is_watched(relation regclass) returns boolean
@@ -133,18 +125,18 @@ comment on function relay.check_webhook_content(regclass, text[], text, text[], 
 -- takes the new options, keeps the position, the secret if none is given, and what waits.
 create or replace function relay.webhook(
   relation regclass, url text, name text default null, events text[] default '{INSERT,UPDATE,DELETE}', filter text default null,
-  columns text[] default null, role text default null, secret text default null, in_order boolean default true,
+  columns text[] default null, role text default 'service_role', secret text default null, in_order boolean default true,
   attempts int default 24, pause interval default '1 second') returns text
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
   hook constant text := coalesce(webhook.name, (select format('%I.%I', n.nspname, c.relname)
     from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = webhook.relation));
   wanted constant text[] := array(select upper(e) from unnest(webhook.events) e);
   known relay.webhook_list;
-  reader text := webhook.role;
   key text := webhook.secret;
 begin
+  perform relay.check_operator();
   if not exists (select from pg_class c where c.oid = webhook.relation) then
     raise exception 'there is no such relation' using errcode = 'undefined_table', hint = 'Name a watched table: select relay.webhook(''public.todos'', ...)';
   elsif attempts is null or attempts not between 1 and 100 or pause is null or pause <= interval '0' or pause > interval '1 hour' then
@@ -153,15 +145,7 @@ begin
   elsif hook !~ '^\S(.*\S)?$' or length(hook) > 200 or in_order is null then
     raise exception 'the name cannot be used' using errcode = 'invalid_parameter_value', hint = 'Up to 200 characters are expected.';
   end if;
-  if reader is null then
-    -- Who owns a table sees all of its rows, whatever its policies say.
-    if not relay.may_act_as((select c.relowner from pg_class c where c.oid = webhook.relation)) then
-      raise exception 'a role is needed, with whose rights the rows of % are delivered', relation using errcode = 'invalid_parameter_value',
-        hint = 'Only its owner may leave it out. role => ''service_role'' delivers all rows; another role those that its policies show.';
-    end if;
-    reader := 'service_role';
-  end if;
-  perform relay.check_webhook_rights(relation, reader);
+  perform relay.check_webhook_role(relation, role);
   select w.* into known from relay.webhook_list w where w.name = hook for update;
   if known.relation <> relation then
     raise exception 'the webhook % is of %', quote_ident(hook), known.relation using errcode = 'duplicate_object',
@@ -171,11 +155,11 @@ begin
       hint = format('Give this one a name, or change that one: name => %L', hook);
   end if;
   key := coalesce(key, known.secret, 'whsec_' || translate(encode(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()), 'base64'), E'\n', ''));
-  perform relay.check_webhook_target(relation, url, key), relay.check_webhook_content(relation, wanted, filter, columns, reader, in_order);
+  perform relay.check_webhook_target(relation, url, key), relay.check_webhook_content(relation, wanted, filter, columns, role, in_order);
   insert into relay.webhook_list as w (name, relation, url, events, filter, columns, role, secret, in_order, attempts, pause, made_by, version,
                                        cursor, reached_at)
-  values (hook, webhook.relation, webhook.url, wanted, nullif(btrim(webhook.filter), ''), webhook.columns, reader, key, webhook.in_order,
-          webhook.attempts, webhook.pause, session_user, gen_random_uuid(), relay.cursor(), clock_timestamp())
+  values (hook, webhook.relation, webhook.url, wanted, nullif(btrim(webhook.filter), ''), webhook.columns, webhook.role, key, webhook.in_order,
+          webhook.attempts, webhook.pause, current_user, gen_random_uuid(), relay.cursor(), clock_timestamp())
   on conflict on constraint webhook_list_pkey do update
     set url = excluded.url, events = excluded.events, filter = excluded.filter, columns = excluded.columns, role = excluded.role,
         secret = excluded.secret, in_order = excluded.in_order, attempts = excluded.attempts, pause = excluded.pause,
@@ -187,31 +171,26 @@ $$;
 comment on function relay.webhook(regclass, text, text, text[], text, text[], text, text, boolean, int, interval) is
   'sends the changes of a watched table to an HTTP receiver, from now on; returns the secret of the signatures';
 
--- relay.own_webhook(name) : the relation of a webhook that the session's login may change
-create or replace function relay.own_webhook(name text) returns regclass
+-- relay.lock_webhook(name) : locks a webhook for an operator, who is refused if there is none
+create or replace function relay.lock_webhook(name text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
-declare
-  known relay.webhook_list;
 begin
-  select w.* into known from relay.webhook_list w where w.name = own_webhook.name for update;
-  if known.name is null then
+  perform relay.check_operator();
+  perform from relay.webhook_list w where w.name = lock_webhook.name for update;
+  if not found then
     raise exception 'there is no webhook %', quote_ident(name) using errcode = 'undefined_object', hint = 'select name, relation, url from relay.webhooks';
-  elsif not (relay.is_installer() or coalesce(relay.may_act_as((select c.relowner from pg_class c where c.oid = known.relation)), false)) then
-    raise exception 'only the owner of % and who installed the relay change its webhooks', known.relation using errcode = 'insufficient_privilege',
-      hint = 'Call this as one of them.';
   end if;
-  return known.relation;
 end
 $$;
-comment on function relay.own_webhook(text) is 'relation of a webhook that the login of the session may change';
+comment on function relay.lock_webhook(text) is 'locks a webhook for an operator';
 
 -- relay.drop_webhook(name) : sends nothing more, and forgets what waits
 create or replace function relay.drop_webhook(name text) returns void
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 begin
-  perform relay.own_webhook(name);
+  perform relay.lock_webhook(name);
   delete from relay.webhook_list w where w.name = drop_webhook.name;
   perform relay.ring_jobs();
 end
@@ -220,10 +199,10 @@ comment on function relay.drop_webhook(text) is 'sends the changes of a webhook 
 
 -- relay.enable_webhook(name) : sends again, from where it was; also ends a pause that the receiver wanted
 create or replace function relay.enable_webhook(name text) returns void
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 begin
-  perform relay.own_webhook(name);
+  perform relay.lock_webhook(name);
   update relay.webhook_list w set disabled = null, paused_until = null, error = null, error_at = null, changes = w.changes + 1
   where w.name = enable_webhook.name;
   update relay.webhook_deliveries d set due = clock_timestamp() where d.webhook = enable_webhook.name and not d.is_dead;
@@ -234,12 +213,12 @@ comment on function relay.enable_webhook(text) is 'sends the changes of a webhoo
 
 -- relay.retry_dead_letters(name, id) : tries dead letters again, as if they were new; null: all; returns how many
 create or replace function relay.retry_dead_letters(name text, id text default null) returns bigint
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
   retried bigint;
 begin
-  perform relay.own_webhook(name);
+  perform relay.lock_webhook(name);
   update relay.webhook_deliveries d set is_dead = false, attempts = 0, due = clock_timestamp()
   where d.webhook = retry_dead_letters.name and d.is_dead and d.id = coalesce(retry_dead_letters.id, d.id);
   get diagnostics retried = row_count;
@@ -252,12 +231,12 @@ comment on function relay.retry_dead_letters(text, text) is 'tries dead letters 
 
 -- relay.discard_dead_letters(name, id) : forgets dead letters; null: all; returns how many
 create or replace function relay.discard_dead_letters(name text, id text default null) returns bigint
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp as $$
 declare
   discarded bigint;
 begin
-  perform relay.own_webhook(name);
+  perform relay.lock_webhook(name);
   delete from relay.webhook_deliveries d
   where d.webhook = discard_dead_letters.name and d.is_dead and d.id = coalesce(discard_dead_letters.id, d.id);
   get diagnostics discarded = row_count;
@@ -284,17 +263,47 @@ set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function relay.webhook_problem(regclass, text) is 'why a webhook has no changes';
 
+-- relay.reading_rules(relation, role) : a hash of the rights and policies by which the role reads the relation
+create or replace function relay.reading_rules(relation regclass, role text) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  select md5(concat_ws('|', r.oid, r.rolsuper, r.rolbypassrls,
+    array(select m.oid from pg_roles m where r.oid is not null and pg_has_role(r.oid, m.oid, 'usage') order by 1)::text,
+    c.oid, c.relowner, c.relrowsecurity, c.relforcerowsecurity, has_schema_privilege(r.oid, c.relnamespace, 'usage'),
+    array(select concat_ws(',', a.attnum, a.attname) from pg_attribute a
+          where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and has_column_privilege(r.oid, c.oid, a.attnum, 'select')
+          order by a.attnum)::text,
+    array(select concat_ws(',', p.polname, p.polcmd, p.polpermissive, p.polroles::text, p.polqual::text)
+          from pg_policy p where p.polrelid = c.oid and p.polcmd in ('r', '*') order by p.polname)::text))
+  from (values (1)) one
+  left join pg_roles r on r.rolname = $2
+  left join pg_class c on c.oid = $1
+$$;
+comment on function relay.reading_rules(regclass, text) is 'hash of the rights and policies by which a role reads a relation';
+
+-- relay.webhook_rules(reading, hook) : the same hash, with what the webhook itself leaves out, and where it sends to
+create or replace function relay.webhook_rules(reading text, hook relay.webhook_list) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+  select md5(concat_ws('|', $1, ($2).role, ($2).url, ($2).filter, ($2).columns::text, ($2).events::text))
+$$;
+comment on function relay.webhook_rules(text, relay.webhook_list) is 'hash of what decides which changes a webhook sends, and where to';
+
 -- relay.webhook_work() : the webhooks as the relay delivers them; schema and table are null if the relation was dropped
 drop function if exists relay.webhook_work();
 create or replace function relay.webhook_work()
 returns table (name text, version text, schema_name text, table_name text, key text[], url text, events text[], filter text, columns text[], role text,
-               secret text, in_order boolean, attempts int, pause float8, cursor text, paused float8, handled bigint, changes int, problem text)
+               secret text, in_order boolean, attempts int, pause float8, cursor text, paused float8, handled bigint, changes int, problem text, rules text)
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
   select w.name, w.version::text, n.nspname::text, c.relname::text, relay.key(c.oid), w.url, w.events, w.filter, w.columns, w.role, w.secret, w.in_order,
          w.attempts, extract(epoch from w.pause)::float8, w.cursor,
-         greatest(extract(epoch from w.paused_until - clock_timestamp())::float8, 0), w.handled, w.changes, relay.webhook_problem(w.relation, w.role)
+         greatest(extract(epoch from w.paused_until - clock_timestamp())::float8, 0), w.handled, w.changes, relay.webhook_problem(w.relation, w.role),
+         relay.webhook_rules(r.rules, w)
   from relay.webhook_list w
+  -- Once for all webhooks of a table and role.
+  join (select k.relation, k.role, relay.reading_rules(k.relation, k.role) as rules
+        from (select distinct l.relation, l.role from relay.webhook_list l) k) r on r.relation = w.relation and r.role = w.role
   left join pg_class c on c.oid = w.relation
   left join pg_namespace n on n.oid = c.relnamespace
   where w.disabled is null
@@ -319,15 +328,23 @@ $$;
 comment on function relay.webhook_held(text) is 'deliveries of a webhook that wait, and the number of its dead letters';
 
 -- relay.webhook_body(name, id) : the body of a delivery that waits; null: there is none
+-- What was read by other rights, policies or options than there are now is not sent any more: the body tells a gap instead.
 create or replace function relay.webhook_body(name text, id text) returns text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp as $$
-  select d.body from relay.webhook_deliveries d where d.webhook = $1 and d.id = $2 and not d.is_dead
+  select case when d.is_gap or d.rules = relay.webhook_rules(relay.reading_rules(w.relation, w.role), w) then d.body
+    else json_build_object('schema', n.nspname, 'table', c.relname, 'type', 'GAP', 'cursor', w.cursor, 'errors', json_build_array(
+      'rights, policies or the webhook were changed after this change was read, read its rows again'))::text end
+  from relay.webhook_deliveries d
+  join relay.webhook_list w on w.name = d.webhook
+  left join pg_class c on c.oid = w.relation
+  left join pg_namespace n on n.oid = c.relnamespace
+  where d.webhook = $1 and d.id = $2 and not d.is_dead
 $$;
 comment on function relay.webhook_body(text, text) is 'body of a delivery that waits';
 
 -- relay.webhook_settle(name, version, changes, work) : writes what the relay has done, all or nothing; false: the webhook was dropped
--- work: {"cursor", "reached" (its time), "delivered" (count), "gone": [ids], "held": [deliveries in their order, with a body if they are
+-- work: {"rules" (by which new deliveries were read), "cursor", "reached" (its time), "delivered" (count), "gone": [ids], "held": [deliveries in their order, with a body if they are
 -- new], "error", "pause" (seconds), "disabled"}. What the receiver wants counts only if no operator has changed the webhook meanwhile.
 create or replace function relay.webhook_settle(name text, version text, changes int, work json) returns boolean
 language plpgsql volatile security definer
@@ -343,8 +360,8 @@ begin
   end if;
   delete from relay.webhook_deliveries d
   where d.webhook = webhook_settle.name and d.id in (select json_array_elements_text(work -> 'gone'));
-  insert into relay.webhook_deliveries (webhook, id, keys, is_gap, body, attempts, due, error, failed_at, is_dead)
-  select $1, h.id, h.keys, h.is_gap, h.body, h.attempts, clock_timestamp() + make_interval(secs => h.pause), h.error,
+  insert into relay.webhook_deliveries (webhook, id, keys, is_gap, rules, body, attempts, due, error, failed_at, is_dead)
+  select $1, h.id, h.keys, h.is_gap, work ->> 'rules', h.body, h.attempts, clock_timestamp() + make_interval(secs => h.pause), h.error,
          case when h.error is not null then clock_timestamp() end, h.is_dead
   from rows from (json_to_recordset(work -> 'held')
     as (id text, keys bigint[], is_gap boolean, body text, attempts int, pause float8, error text, is_dead boolean)) with ordinality

@@ -51,6 +51,8 @@ pub struct Hook {
     pub attempts: u32,
     /// The pause after the first failure.
     pub pause: Duration,
+    /// A hash of the rights, policies and options that decide what is delivered.
+    pub rules: String,
 }
 
 /// Where a webhook continues.
@@ -92,6 +94,8 @@ pub struct Held {
 /// What was done for a webhook since the last settlement. Written in one transaction.
 #[derive(Debug, Default, Serialize, PartialEq)]
 pub struct Settlement {
+    /// [`Hook::rules`], by which new deliveries were read.
+    pub rules: String,
     /// The new position, if it moved.
     pub cursor: Option<String>,
     /// The time of the position, as text.
@@ -233,7 +237,9 @@ impl WebhookConnection {
 /// As the connection.
 pub async fn has_webhooks(pool: &Pool) -> Result<bool, Error> {
     let lease = Lease::of(pool).await?;
-    let query = lease.client()?.query_one("select exists (select from relay.webhook_work())", &[]);
+    let query = lease
+        .client()?
+        .query_one("select exists (select from relay.webhooks where state <> 'disabled')", &[]);
     let row = within(STATEMENT_TIMEOUT, WHAT, query).await?;
     lease.done();
     Ok(row.get(0))
@@ -258,6 +264,7 @@ fn hook(row: &Row) -> (Hook, HookPosition) {
         in_order: row.get(11),
         attempts: attempts.unsigned_abs(),
         pause: seconds(row.get(13)),
+        rules: row.get(19),
     };
     let paused = row.get::<_, Option<f64>>(15).map_or(Duration::ZERO, seconds);
     (hook, HookPosition { cursor: row.get(14), paused, handled: row.get(16) })

@@ -268,6 +268,7 @@ impl Worker {
         self.write_at = None;
         let now = Instant::now();
         let mut settlement = self.queue.settle(now);
+        settlement.rules.clone_from(&self.hook.rules);
         settlement.pause = self.pause.take().map(|pause| pause.as_secs_f64());
         settlement.disabled = self.is_gone.then(|| String::from(GONE));
         let dead = self.queue.has_too_many_dead().then(|| String::from(TOO_MANY_DEAD));

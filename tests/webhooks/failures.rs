@@ -280,3 +280,46 @@ async fn without_order_a_failure_holds_nothing_back() {
     eventually("the others come", || async { (receiver.taken().len() == 2).then_some(()) }).await;
     becomes(&stage.database, "waiting", "1").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_is_not_sent_by_other_rights_policies_or_options_than_it_was_read_by() {
+    for change in [
+        "revoke select (title) on alerts from \"$DB_pager\"",
+        "alter policy urgent on alerts using (false)",
+        "alter role \"$DB_pager\" bypassrls; create policy none on alerts as restrictive using (false)",
+        "drop owned by \"$DB_pager\"; drop role \"$DB_pager\"",
+        "select relay.webhook('alerts', url, pause => '20 milliseconds', columns => '{id,n}', role => role, name => 'alerts') from relay.webhooks",
+        "grant select on alerts to service_role;
+         select relay.webhook('alerts', url || '/new', pause => '20 milliseconds', role => 'service_role', name => 'alerts') from relay.webhooks",
+    ] {
+        let stage = Stage::new(
+            "create role \"$DB_pager\"; create table alerts (id int primary key, n int default 0, title text);
+             alter table alerts enable row level security;
+             create policy urgent on alerts for select to \"$DB_pager\" using (n >= 5);
+             grant select (id, n, title) on alerts to \"$DB_pager\"; select relay.watch('alerts')",
+        )
+        .await;
+        let receiver = Receiver::reacting(|_| Reaction::Status(500)).await;
+        hook(&stage.database, &receiver, &format!("role => '{}_pager',", stage.name)).await;
+        stage.run("insert into alerts values (1, 9, 'hidden')").await;
+        becomes(&stage.database, "waiting", "1").await;
+        stage.run(change).await;
+        receiver.react(|_| Reaction::Status(200));
+        let taken = taken(&receiver, 1).await;
+        assert_eq!(taken[0].body["type"], "GAP", "{change}: {:?}", taken[0].body);
+        assert!(taken.iter().all(|one| !one.body.to_string().contains("hidden")), "{change}");
+        becomes(&stage.database, "waiting", "0").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_is_sent_whatever_changes_for_others() {
+    let stage = Stage::new(ALERTS).await;
+    let receiver = Receiver::reacting(|_| Reaction::Status(500)).await;
+    hook(&stage.database, &receiver, "").await;
+    stage.run("insert into alerts values (1, 9)").await;
+    becomes(&stage.database, "waiting", "1").await;
+    stage.run("grant select on alerts to anon; grant update on alerts to service_role; create role \"$DB_more\"").await;
+    receiver.react(|_| Reaction::Status(200));
+    assert_eq!(taken(&receiver, 1).await[0].body["record"]["id"], 1);
+}
