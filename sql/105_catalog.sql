@@ -688,11 +688,15 @@ set jit = off as $$
     union
     select m.roleid from pg_catalog.pg_auth_members m join reachable on m.member = reachable.oid)
   select array(select r.oid from reachable r order by r.oid), array(
-    select case when c.relowner in (select r.oid from reachable r) then c.oid else n.oid end
+    select c.oid
+    from reads t join pg_catalog.pg_class c on t.class = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = t.object
+    where c.relowner in (select r.oid from reachable r)
+    union
+    select n.oid
     from reads t
     join pg_catalog.pg_class c on t.class = 'pg_catalog.pg_class'::pg_catalog.regclass and c.oid = t.object
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-    where c.relowner in (select r.oid from reachable r) or n.nspowner in (select r.oid from reachable r)
+    where n.nspowner in (select r.oid from reachable r)
     union
     select d.oid from definers d
     order by 1)

@@ -219,6 +219,19 @@ end
 $$;
 comment on function relay.may_concern(oid, oid) is 'whether an object may affect watched relations or their rules';
 
+-- relay.is_on_temporary(class, object) : whether a policy, trigger or rule is that of a temporary table or view
+create or replace function relay.is_on_temporary(class oid, object oid) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+  select exists (
+    select from pg_class c
+    where c.relpersistence = 't'
+      and c.oid = case $1 when 'pg_policy'::regclass then (select p.polrelid from pg_policy p where p.oid = $2)
+                          when 'pg_trigger'::regclass then (select t.tgrelid from pg_trigger t where t.oid = $2)
+                          when 'pg_rewrite'::regclass then (select r.ev_class from pg_rewrite r where r.oid = $2) end)
+$$;
+comment on function relay.is_on_temporary(oid, oid) is 'whether a policy, trigger or rule is that of a temporary table or view';
+
 -- relay.log_schema_change() : event trigger
 -- Logs each CREATE, ALTER, DROP, GRANT and REVOKE in the same transaction, as operation S without a relation or details: the
 -- relay reads the catalog again. Temporary objects are ignored. The objects that a DROP has dropped are only known in the
@@ -266,7 +279,7 @@ begin
     return;
   elsif exists (select from pg_event_trigger_ddl_commands()) then
     if not exists (select from pg_event_trigger_ddl_commands() d
-                   where d.schema_name is distinct from 'pg_temp' and coalesce(d.object_identity, '') !~ ' on pg_temp[.]'
+                   where d.schema_name is distinct from 'pg_temp' and not relay.is_on_temporary(d.classid, d.objid)
                      and d.object_identity is distinct from 'relay.current_segment()') then
       return;
     end if;

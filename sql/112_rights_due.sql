@@ -39,7 +39,7 @@ set search_path = pg_catalog, pg_temp as $$
     'relay.sizes_query(oid)', 'relay.short_query(oid, int[], boolean)',
     'relay.capture_carefully(anyelement, anyelement, oid, int, int, "char", oid, boolean, text[], boolean)', 'relay.current_segment()',
     'relay.same_but(json, json, text[])',
-    'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)',
+    'relay.renew_shapes(boolean, int[])', 'relay.note_relations()', 'relay.may_concern(oid, oid)', 'relay.is_on_temporary(oid, oid)',
     'relay.may_have_rows(oid)', 'relay.note_rewrite(oid)', 'relay.note_collections()',
     'relay.note_refresh(oid)', 'relay.signal(oid)', 'relay.ring_jobs()',
     'relay.broadcast_kind(json)', 'relay.broadcast_image(json)']) f

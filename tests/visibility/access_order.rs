@@ -27,7 +27,7 @@ const fn case(name: &'static str, made: &'static str, taken: &'static str) -> Ca
 
 const OPEN: &str = "grant select on T to R; create policy p on T using (true)";
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 15] = [
     case(
         "replica",
         OPEN,
@@ -35,6 +35,13 @@ const CASES: [Case; 13] = [
          set local session_replication_role = origin",
     ),
     case("quiet", OPEN, "set local relay.quiet = 'on'; alter policy p on T using (false)"),
+    // A name that reads like a temporary table's.
+    case("named", OPEN, "create policy \"x on pg_temp.y\" on T as restrictive using (false)"),
+    case(
+        "named_anew",
+        OPEN,
+        "alter policy p on T rename to \"z on pg_temp.z\"; alter policy \"z on pg_temp.z\" on T using (false)",
+    ),
     case("bypass", "grant select on T to R; alter role R bypassrls", "alter role R nobypassrls"),
     case(
         "member",
@@ -380,4 +387,23 @@ async fn a_rule_that_changes_with_a_row_counts_for_it_while_the_event_trigger_is
         let mut client = reader(&stage, case).await;
         check(&stage, case, &mut client).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_that_is_given_to_another_owner_counts_beside_a_table_of_a_second_one() {
+    let stage = Stage::new(
+        "create role \"$DB_r\"; create role \"$DB_s\"; create role \"$DB_t\"; grant \"$DB_s\", \"$DB_t\" to \"$DB_r\";
+         create schema housed authorization \"$DB_s\"; create table housed.t (id int primary key);
+         alter table housed.t owner to \"$DB_t\"; grant select on marker to \"$DB_r\"; select relay.watch('housed.t')",
+    )
+    .await;
+    let reader = token(&format!("{}_r", stage.name), None, json!({}));
+    let mut client =
+        stage.subscribe(&reader, json!([{"event": "*", "schema": "housed", "table": "t"}])).await;
+    stage.run("insert into housed.t values (1)").await;
+    assert_eq!(stage.changes(&mut client).await.len(), 1);
+    stage
+        .run("begin; reassign owned by \"$DB_s\" to postgres; insert into housed.t values (2); commit")
+        .await;
+    assert_eq!(stage.changes(&mut client).await.len(), 0, "the reader may not use the schema any more");
 }
