@@ -5,6 +5,10 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use clap::Command;
+use clap::builder::Resettable;
+
+/// Maximum size of a file. Pipes and devices, which may have no end, are not read.
+const MAX_BYTES: u64 = 64 << 10;
 
 /// The command line, in which the settings of the subcommand among `arguments` have the values of their files as defaults: a
 /// flag wins over the file. The line break at the end of a file is no part of the value.
@@ -29,7 +33,10 @@ pub fn with_secret_files(
             };
             match secret(name, &variable) {
                 Ok(None) => argument,
-                Ok(Some(value)) => argument.default_value(value).hide_default_value(true),
+                // The variable itself is empty or not set.
+                Ok(Some(value)) => {
+                    argument.env(Resettable::Reset).default_value(value).hide_default_value(true)
+                }
                 Err(mistake) => {
                     mistakes.push(mistake);
                     argument
@@ -46,13 +53,18 @@ fn secret(name: &OsStr, variable: impl Fn(&str) -> Option<OsString>) -> Result<O
     let Some(path) = variable(&format!("{name}_FILE")).filter(|path| !path.is_empty()) else {
         return Ok(None);
     };
-    if variable(name).is_some() {
+    if variable(name).is_some_and(|value| !value.is_empty()) {
         return Err(format!("{name} and {name}_FILE are both set: unset one of them"));
     }
     let path = Path::new(&path);
-    let text = std::fs::read_to_string(path).map_err(|error| {
-        format!("{name}_FILE: {}: {error}; name a file that the relay may read", path.display())
-    })?;
+    let refused = |why: &dyn std::fmt::Display| {
+        format!("{name}_FILE: {}: {why}; name a file that the relay may read", path.display())
+    };
+    let file = std::fs::metadata(path).map_err(|error| refused(&error))?;
+    if !file.is_file() || file.len() > MAX_BYTES {
+        return Err(refused(&format!("it is no file of at most {MAX_BYTES} bytes")));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| refused(&error))?;
     let value = text.trim_end_matches(['\r', '\n']);
     if value.is_empty() {
         return Err(format!("{name}_FILE: {} is empty; write the value into it", path.display()));

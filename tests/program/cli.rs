@@ -483,6 +483,7 @@ async fn secrets_come_from_the_files_that_variables_name() {
             "RELAY_JWT_SECRET_FILE: /nowhere: No such file or directory",
         ),
         (&[("RELAY_JWT_SECRET_FILE", &empty)], "is empty"),
+        (&[("RELAY_JWT_SECRET_FILE", "/dev/zero")], "/dev/zero: it is no file of at most 65536 bytes"),
         (
             &[("RELAY_JWT_SECRET_FILE", &secret), ("RELAY_JWT_SECRET", SECRET)],
             "RELAY_JWT_SECRET and RELAY_JWT_SECRET_FILE are both set",
@@ -491,6 +492,9 @@ async fn secrets_come_from_the_files_that_variables_name() {
         let refused = run(&["token", "--sub", "1"], variables).await;
         assert!(!refused.0 && refused.2.contains(said) && !refused.2.contains(SECRET), "{refused:?}");
     }
+    let unset = [("RELAY_JWT_SECRET_FILE", &*secret), ("RELAY_JWT_SECRET", "")];
+    let empty_variable = run(&["token", "--sub", "1"], &unset).await;
+    assert!(empty_variable.0, "{empty_variable:?}");
     // What the command does not use is not read.
     let other = [("RELAY_JWT_SECRET_FILE", &*secret), ("DATABASE_URL_FILE", "/nowhere")];
     let unused = run(&["token", "--sub", "1"], &other).await;
