@@ -23,7 +23,7 @@ const MAX_TIME: u64 = i32::MAX as u64;
 pub const NO_DATABASE: &str =
     "--database-url URL (or DATABASE_URL, or PGHOST and PGDATABASE) is missing: which database?";
 /// The error without a secret.
-pub const NO_SECRET: &str = "--jwt-secret SECRET (or RELAY_JWT_SECRET) is missing: what signs tokens?";
+pub const NO_SECRET: &str = "--jwt-secret SECRET (or RELAY_JWT_SECRET, or a file named by RELAY_JWT_SECRET_FILE) is missing: what signs tokens?";
 
 /// The resolved configuration of a relay.
 pub struct Config {

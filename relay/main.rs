@@ -34,6 +34,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 ///   relay tail todos             prints them, as service_role: grant select on todos to service_role
 ///   relay token --sub UUID       makes a token for a client, which sees what the table's policies allow
 ///   relay doctor                 if no changes arrive: what is wrong, and what to do
+///
+/// A setting that is a secret may also be in a file that its variable with _FILE appended names: RELAY_JWT_SECRET_FILE.
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment, arg_required_else_help = true)]
 struct Cli {
@@ -318,7 +320,7 @@ async fn serve(mut settings: Settings) -> Result<(), CliFailure> {
     }));
     let started = |_| {
         if let Some(address) = admin_address {
-            tracing::info!(%address, "metrics at http://{address}/metrics");
+            tracing::info!(%address, "metrics at http://{address}/metrics, the inspector at http://{address}/inspector");
         }
         tracing::info!(%address, "listening: point supabase-js at http://{address}");
     };

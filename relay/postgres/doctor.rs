@@ -174,13 +174,16 @@ async fn bell(server: &Server, client: &Client) -> Result<Finding, Error> {
 async fn relays(client: &Client, foreign: &[i32]) -> Result<Finding, Error> {
     let row = client.query_one("select leader, followers from relay.health", &[]).await?;
     let leader = row.get::<_, Option<i32>>(0).filter(|leader| !foreign.contains(leader));
-    Ok(Good(match (leader, row.get::<_, i64>(1)) {
-        (Some(leader), 0) => format!("a relay reads the changelog (its doorbell is backend {leader})"),
-        (Some(leader), others) => {
-            format!("a relay leads (its doorbell is backend {leader}), others on this database: {others}")
-        }
-        (None, _) => String::from("no relay with a working doorbell runs on this database now"),
-    }))
+    Ok(match (leader, row.get::<_, i64>(1)) {
+        (Some(leader), 0) => Good(format!("a relay reads the changelog (its doorbell is backend {leader})")),
+        (Some(leader), others) => Good(format!(
+            "a relay leads (its doorbell is backend {leader}), others on this database: {others}"
+        )),
+        (None, _) => Note(String::from(
+            "no relay with a working doorbell runs on this database now: changes are logged, and delivered once one \
+             starts (relay serve)",
+        )),
+    })
 }
 
 /// The locks that a session may hold for long, and what does not work while it does.
@@ -512,7 +515,8 @@ async fn webhooks(client: &Client) -> Result<Vec<Finding>, Error> {
     let held = Lock::Webhooks.is_held();
     let query = format!(
         "select w.name, w.relation::text, w.state, w.error, w.waiting, w.dead_letters, quote_literal(w.name), \
-         w.lag > interval '1 minute', exists (select from pg_locks l where {held}) \
+         w.lag > interval '1 minute', exists (select from pg_locks l where {held}), \
+         (select h.leader is not null from relay.health h) \
          from relay.webhooks w order by 1"
     );
     let rows = client.query(&query, &[]).await?;
@@ -522,7 +526,8 @@ async fn webhooks(client: &Client) -> Result<Vec<Finding>, Error> {
 fn webhook(row: &tokio_postgres::Row) -> Vec<Finding> {
     let (name, relation, state): (String, String, String) = (row.get(0), row.get(1), row.get(2));
     let (error, waiting, dead): (Option<String>, i64, i64) = (row.get(3), row.get(4), row.get(5));
-    let (literal, is_late, is_delivered): (String, bool, bool) = (row.get(6), row.get(7), row.get(8));
+    let (literal, is_late, is_delivered, has_leader): (String, bool, bool, bool) =
+        (row.get(6), row.get(7), row.get(8), row.get(9));
     let error = error.unwrap_or_default();
     let mut findings = Vec::new();
     if dead > 0 {
@@ -540,8 +545,8 @@ fn webhook(row: &tokio_postgres::Row) -> Vec<Finding> {
             Note(format!("the webhook {name} of {relation} fails, {waiting} deliveries wait: {error}"))
         }
         "paused" => Note(format!("the webhook {name} of {relation} is paused by its receiver: {error}")),
-        _ if is_late && !is_delivered => {
-            Note(format!("the webhook {name} is not delivered, because no relay runs"))
+        _ if !is_delivered && (is_late || !has_leader) => {
+            Note(format!("the webhook {name} is not delivered, because no relay runs: relay serve"))
         }
         _ => Good(format!("the webhook {name} delivers changes of {relation}")),
     });

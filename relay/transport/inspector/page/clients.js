@@ -98,7 +98,7 @@ function described(channel, client) {
 export const topics = {
   id: 'topics',
   title: 'Topics',
-  about: 'Topics with members: who talks to how many. Rates are of broadcasts from clients and over HTTP.',
+  about: 'Members and rates of each topic. Rates are of broadcasts from clients and over HTTP.',
   show(room) {
     let before = { at: 0, counts: new Map() }
     let again = () => {}
@@ -118,7 +118,7 @@ export const topics = {
         const rate = (name) => (earlier && topic[name] >= earlier[name] ? (topic[name] - earlier[name]) / seconds : 0)
         return [[el('strong', {}, topic.topic), topic.is_private ? badge('private') : ''], number(topic.members), number(topic.present), `${number(rate('broadcasts'))}/s`, `${bytes(rate('bytes'))}/s`, number(topic.broadcasts)]
       })
-      return [table(['Topic', 'Members', 'Present', 'Broadcasts', 'Bytes', 'In all'], rows), pager(state, answer.count, again)].filter(Boolean)
+      return [table(['Topic', 'Members', 'Present', 'Broadcasts', 'Bytes', 'Total'], rows), pager(state, answer.count, again)].filter(Boolean)
     })
   },
 }

@@ -9,7 +9,7 @@ const WORDS = { fault: 'fault', note: 'note', good: 'ok' }
 export const database = {
   id: 'database',
   title: 'Database',
-  about: 'What `relay doctor` finds, the changelog, the refreshes of materialized views, and webhooks.',
+  about: 'What relay doctor finds, the changelog, the refreshes of materialized views, and webhooks.',
   show(room) {
     const place = el('div', { class: 'list' })
     const button = el('button', { type: 'button', click: () => read() }, 'Check again')

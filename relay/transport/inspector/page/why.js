@@ -50,8 +50,8 @@ function form(answer) {
   const showRow = () => {
     const inputs = {
       any: el('p', { class: 'hint' }, 'Whether the subscriber may receive rows at all, and what keeps them back.'),
-      key: bound('key', { placeholder: '7 or {"id": 7}', 'aria-label': 'Key of the row' }),
-      image: bound('image', { rows: 4, 'aria-label': 'The row as JSON', placeholder: '{"id": 7, …} with all columns' }, 'textarea'),
+      key: bound('key', { required: true, placeholder: '7 or {"id": 7}', 'aria-label': 'Key of the row' }),
+      image: bound('image', { required: true, rows: 4, 'aria-label': 'The row as JSON', placeholder: '{"id": 7, …} with all columns' }, 'textarea'),
       change: recent,
     }
     row.replaceChildren(choice('row', [['any', 'Any row'], ['key', 'By key'], ['change', 'A recent change'], ['image', 'As JSON']], asked.row, (value) => {
