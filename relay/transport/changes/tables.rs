@@ -40,7 +40,7 @@ impl<'a> TableParameters<'a> {
     /// Returns the tables of a request: one, or those of `tables=`.
     ///
     /// # Errors
-    /// If the list is malformed, or has other parameters than [`Self::check`] allows beside it.
+    /// If the list is malformed, or has other parameters than [`check_parameters`] allows beside it.
     pub fn of(query: &'a str) -> Result<Vec<Self>, SubscribeError> {
         let Some(list) = parameter(query, "tables") else { return Ok(vec![Self { query, listed: None }]) };
         let refused = |why: String| Err(SubscribeError::Other(why));
