@@ -8,7 +8,7 @@ set search_path = '' as $$
 declare
   is_true boolean;
 begin
-  if condition::text ~ '\{(?!CONST |BOOLEXPR )' then
+  if condition::text ~ '[{](?!CONST |BOOLEXPR )' then
     return false;
   end if;
   -- Without a column in it, it is deparsed without its table, and so without a lock.

@@ -56,7 +56,8 @@ comment on function relay.is_watched(regclass) is 'whether a relation is watched
 -- relay.check_webhook_target(relation, url, secret) : refuses addresses and secrets that no delivery could use
 create or replace function relay.check_webhook_target(relation regclass, url text, secret text) returns void
 language plpgsql stable
-set search_path = pg_catalog, pg_temp as $$
+set search_path = pg_catalog, pg_temp
+set standard_conforming_strings = on as $$
 declare
   one text;
 begin
@@ -85,7 +86,8 @@ comment on function relay.check_webhook_target(regclass, text, text) is 'refuses
 create or replace function relay.check_webhook_content(relation regclass, events text[], filter text, columns text[], role text, in_order boolean)
 returns void
 language plpgsql stable
-set search_path = pg_catalog, pg_temp as $$
+set search_path = pg_catalog, pg_temp
+set standard_conforming_strings = on as $$
 declare
   key constant text[] := relay.key(relation);
   one text;
@@ -128,7 +130,8 @@ create or replace function relay.webhook(
   columns text[] default null, role text default 'service_role', secret text default null, in_order boolean default true,
   attempts int default 24, pause interval default '1 second') returns text
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp as $$
+set search_path = pg_catalog, pg_temp
+set standard_conforming_strings = on as $$
 declare
   hook constant text := coalesce(webhook.name, (select format('%I.%I', n.nspname, c.relname)
     from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = webhook.relation));

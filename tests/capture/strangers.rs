@@ -264,7 +264,8 @@ async fn what_a_policy_or_filter_raises_is_in_no_log_and_no_answer_of_rows_and_p
         ("table=u", ""),
         ("table=t&filter=v=eq.canary-filter", ""),
         ("table=t&filter=id=eq.canary-filter", ""),
-        ("table=canary-table", ""),
+        // The name of a table that is refused is in the log, for the operator.
+        ("table=nowhere", ""),
         ("table=t&since=canary-cursor", ""),
         ("table=t&canary=1", "x-canary: canary-header\r\nuser-agent: canary\r\n"),
         ("table=t&wait=canary", ""),

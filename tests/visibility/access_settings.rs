@@ -482,6 +482,12 @@ async fn schema_changes_and_calls_warn_of_nothing_where_backslashes_are_escapes(
         "select relay.refresh_every('m', '1 hour')",
         "select relay.refresh_stop('m'), relay.disallow('m')",
         "refresh materialized view m",
+        "select relay.watch('t', ignore => '{c}')",
+        "select relay.webhook('t', 'https://pager.example/', filter => 'id=eq.1', role => 'authenticated')",
+        "select relay.webhook('t', 'https://pager.example/w?x', name => 'a hook', in_order => false, role => 'authenticated')",
+        "select relay.enable_webhook('a hook'), relay.retry_dead_letters('a hook'), relay.discard_dead_letters('a hook')",
+        "select relay.drop_webhook('public.t'), relay.drop_webhook('a hook')",
+        "update t set c = 1",
         "select relay.unwatch('t'), relay.trim_changelog()",
     ] {
         session.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
