@@ -45,7 +45,12 @@ declare
   seen constant pg_snapshot := pg_current_snapshot();
   bytes bytea := decode('01', 'hex') || int8send(relay.epoch());
   previous numeric := pg_snapshot_xmax(seen)::text::numeric;
-  running numeric[] := array(select x::text::numeric from pg_snapshot_xip(seen) x order by x desc);
+  -- What the caller's own transaction has written, and will write, is never before its cursor. Its snapshot does not have it.
+  running numeric[] := array(
+    select x::text::numeric from pg_snapshot_xip(seen) x
+    union
+    select o::text::numeric from pg_current_xact_id_if_assigned() o where o < pg_snapshot_xmax(seen)
+    order by 1 desc);
   xid numeric;
 begin
   if pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn() then

@@ -366,3 +366,29 @@ async fn what_cannot_be_read_does_not_widen_what_is_told() {
     }
     assert!(wrong.is_empty(), "{wrong:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cursor_taken_by_a_writer_loses_nothing_of_its_transaction() {
+    let stage = Stage::new(
+        "create table w (id int primary key); grant select on w to authenticated; select relay.watch('w')",
+    )
+    .await;
+    let writer = stage.database.connect().await;
+    writer.batch_execute("begin; insert into w values (1)").await.unwrap();
+    // A later transaction that ended: the writer's own number is below the end of its snapshot then.
+    stage.run("insert into w values (2)").await;
+    let cursor: String = writer.query_one("select relay.cursor()", &[]).await.unwrap().get(0);
+    writer.batch_execute("insert into w values (3); commit").await.unwrap();
+    let answer = get(
+        stage.relay.address,
+        &format!(
+            "/realtime/v1/changes?table=w&since={cursor}&apikey={}",
+            token("authenticated", None, json!({}))
+        ),
+        "",
+    )
+    .await;
+    let changes = answer.body["changes"].as_array().unwrap();
+    let ids: Vec<_> = changes.iter().map(|change| change["record"]["id"].as_i64().unwrap()).collect();
+    assert_eq!(ids, [1, 3], "{answer:?}");
+}
