@@ -64,6 +64,12 @@ pub fn https(connect_timeout: Duration) -> Result<HttpsConnector<HttpConnector>,
     Ok(https.enable_http1().wrap_connector(http))
 }
 
+/// The text of an error of a request over such a connector, with its causes: alone it only says that connecting failed.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 /// Returns a client configuration for a PostgreSQL server.
 ///
 /// # Errors

@@ -250,7 +250,7 @@ impl NodeService {
                 self.topics.outgoing().ask(Some(node));
             }
         }
-        // Whoever writes is there: it is told from now on.
+        // A relay that writes is alive: from now on it gets this relay's messages.
         self.topics.outgoing().open();
         match message::decode(&content) {
             Ok(messages) => {

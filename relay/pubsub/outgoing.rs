@@ -201,7 +201,7 @@ mod tests {
         let outgoing = Outgoing::default();
         track(&outgoing, "1");
         outgoing.owe_state();
-        assert!(outgoing.broadcast(vec![0; MAX_BYTES + 1]), "nothing is missing where nobody is told");
+        assert!(outgoing.broadcast(vec![0; MAX_BYTES + 1]), "without another relay, no broadcast is dropped");
         outgoing.open();
         assert_eq!(outgoing.take(), None);
         track(&outgoing, "2");

@@ -1,6 +1,5 @@
 //! The server behind the relay (`--upstream`): its address, connections to it, and requests as it gets them.
 
-use std::error::Error;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::str::FromStr;
@@ -123,7 +122,7 @@ impl Upstream {
         }
         let request = self.request(request, address, unfinished).ok_or(UpstreamError::Request)?;
         match timeout(ANSWER_TIMEOUT, self.client.request(request)).await {
-            Ok(answered) => answered.map_err(|error| UpstreamError::Unreachable(chain(&error))),
+            Ok(answered) => answered.map_err(|error| UpstreamError::Unreachable(tls::with_causes(&error))),
             Err(_) => Err(UpstreamError::Late),
         }
     }
@@ -213,15 +212,4 @@ pub fn remove_connection_headers(headers: &mut HeaderMap) {
 fn names_relay(headers: &HeaderMap) -> bool {
     let values = headers.get_all(header::VIA).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|via| via.trim() == VIA)
-}
-
-/// The text of an error with its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }

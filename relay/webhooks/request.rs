@@ -1,6 +1,5 @@
 //! One attempt to deliver: an HTTP request, and what its answer means.
 
-use std::error::Error;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -107,7 +106,7 @@ impl Sender {
         };
         match timeout(ANSWER_TIMEOUT, Box::pin(answered)).await {
             Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => failed(format!("no answer: {}", chain(&error))),
+            Ok(Err(error)) => failed(format!("no answer: {}", tls::with_causes(&error))),
             Err(_) => failed(format!("no answer within {} seconds", ANSWER_TIMEOUT.as_secs())),
         }
     }
@@ -143,17 +142,6 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
         }
     };
     Some(wish.min(MAX_RETRY_AFTER))
-}
-
-/// The text of an error with its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -152,7 +152,7 @@ impl Outbox {
 
     /// Returns what waits now.
     pub fn waiting(&self) -> Waiting {
-        // One lock at a time, and the second only if no write holds it: whoever adds frames must not wait for this.
+        // One lock at a time, and the second only if no write holds it: a task that adds frames must not wait for this.
         let taken = self.shared.in_flight.try_lock().ok().and_then(|in_flight| in_flight.oldest());
         let queue = self.lock();
         let bytes = queue.bytes + queue.unwritten;
